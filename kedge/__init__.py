@@ -1,0 +1,1 @@
+"""kedge: compile models on a host, run and time them on remote devices."""
