@@ -1,0 +1,1 @@
+"""Putting agents on boards over SSH."""

@@ -1,0 +1,1 @@
+"""The wire: kedge.v1 messages and services."""

@@ -1,0 +1,1 @@
+"""Machine code from scheduled functions; the only place that knows llvmlite."""

@@ -1,0 +1,1 @@
+"""The graph IR: operators over typed tensors."""

@@ -1,0 +1,1 @@
+"""From fused groups of operators to loops, and from loops to a planned program."""

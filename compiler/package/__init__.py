@@ -1,0 +1,1 @@
+"""Linking, weights and manifests: from object code to a `.kdg` file."""

@@ -1,0 +1,1 @@
+"""Schedules: traced, checked rewrites of loop nests."""

@@ -1,0 +1,1 @@
+"""The tensor IR: loops, blocks and scalar expressions."""

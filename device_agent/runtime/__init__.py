@@ -1,0 +1,1 @@
+"""The C sources of the runtime and the runner, carried as data."""

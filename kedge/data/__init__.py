@@ -1,0 +1,1 @@
+"""The digits model and its held-out images."""

@@ -1,0 +1,1 @@
+"""The main job, end to end: tracker, agents, a trained model, a table."""

@@ -1,0 +1,1 @@
+"""The .kdg artifact: manifest, members, digests. Standard library only."""

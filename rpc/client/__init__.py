@@ -1,0 +1,1 @@
+"""Clients of the tracker and of runners: numpy in, numpy out."""

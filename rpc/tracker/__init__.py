@@ -1,0 +1,1 @@
+"""The tracker: a pure core, a database, and a thin gRPC shell."""

@@ -1,0 +1,1 @@
+"""Schedule rules: match, the space of decisions, and how to apply them."""

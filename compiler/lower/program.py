@@ -1,0 +1,77 @@
+"""What lowering hands to code generation: scheduled kernels, and functions that call them over a planned arena."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from kedge.compiler.graph.ir import TensorType
+from kedge.compiler.tir.expr import Dim, Expr, Var
+from kedge.compiler.tir.stmt import PrimFunc
+
+SlotKind = Literal["input", "output", "weight", "arena"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where an argument of a kernel lives.
+
+    `index` counts inputs, outputs or weights; for "arena", `offset` is the byte offset, an int64 expression over
+    the function's symbols that is a multiple of 64.
+    """
+
+    kind: SlotKind
+    type: TensorType
+    index: int = 0
+    offset: Dim = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kernel call: arguments in the order of the kernel's parameters, then its symbols as expressions."""
+
+    kernel: str
+    args: tuple[Slot, ...]
+    symbols: tuple[Expr, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A named input or output of a compiled function."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A compiled function: steps in order over an arena of `arena_size` bytes (an expression over `symbols`)."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    symbols: tuple[Var, ...]
+    steps: tuple[Step, ...]
+    arena_size: Dim
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A scheduled function, and how it came to be: the rule, its decisions and the replayable trace."""
+
+    func: PrimFunc
+    rule: str
+    decisions: Mapping[str, Any]
+    trace: tuple[Mapping[str, Any], ...]
+    origin: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A whole module, ready for code generation. `weights` are in slot order, each a C-contiguous array."""
+
+    kernels: Mapping[str, Kernel]
+    entries: tuple[Entry, ...]
+    weights: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)

@@ -1,0 +1,69 @@
+"""How an operator is declared: once, in one place, with everything the compiler asks of it side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from kedge.compiler.errors import CompileError
+from kedge.compiler.graph.ir import Attrs, TensorType
+
+if TYPE_CHECKING:
+    from kedge.compiler.te import Tensor
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+class FusionKind(IntEnum):
+    """What may be fused with an operator; the larger kind of a group decides (Relax's pattern kinds)."""
+
+    ELEMENTWISE = 0  # one output element from the same element of each input
+    BROADCAST = 1  # the same, with broadcasting
+    INJECTIVE = 2  # one output element from one element of each input, anywhere (transpose, slice, …)
+    REDUCTION = 3  # sums over axes; injective producers may be computed inside it
+    CONTRACTION = 4  # matmul, convolution: element-wise users join its epilogue
+    OPAQUE = 5  # stands alone
+
+
+@dataclass(frozen=True, slots=True)
+class OpDef:
+    """One operator.
+
+    `infer` gives the result types or raises `ShapeError`; `reference` is the numpy meaning; `lower` gives the result
+    as te tensors (None: the operator must be rewritten away by legalization before lowering).
+    """
+
+    name: str
+    kind: FusionKind
+    infer: Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]
+    reference: Callable[[Sequence[Array], Attrs], tuple[Array, ...]]
+    lower: Callable[[Sequence[Tensor], Attrs, tuple[TensorType, ...]], tuple[Tensor, ...]] | None
+
+
+_OPS: dict[str, OpDef] = {}
+
+
+def register(op: OpDef) -> OpDef:
+    """Add an operator; a name can be declared only once."""
+    if op.name in _OPS:
+        raise ValueError(f"operator {op.name!r} is declared twice")
+    _OPS[op.name] = op
+    return op
+
+
+def get(name: str) -> OpDef:
+    """The declaration of `name`."""
+    try:
+        return _OPS[name]
+    except KeyError:
+        raise CompileError(
+            f"unknown graph operator {name!r}", hint="see kedge.compiler.ops for the known ones"
+        ) from None
+
+
+def names() -> tuple[str, ...]:
+    """All declared operators, sorted."""
+    return tuple(sorted(_OPS))

@@ -1,0 +1,264 @@
+"""Scalar expressions of the tensor IR; symbolic dims are the same expressions over int64.
+
+Nodes are immutable and compared by identity; `structural.equal` compares by structure. Python operators build
+nodes (`i * 16 + j`), `==` stays identity: write `eq(a, b)` for the comparison node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+if TYPE_CHECKING:
+    from kedge.compiler.tir.stmt import Buffer
+
+BinaryOp = Literal[
+    "add", "sub", "mul", "div", "floordiv", "floormod", "truncdiv", "truncmod", "min", "max",
+    "and", "or", "eq", "ne", "lt", "le", "gt", "ge",
+]  # fmt: skip
+COMPARISONS: frozenset[str] = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+LOGICAL: frozenset[str] = frozenset({"and", "or"})
+BINARY_OPS: frozenset[str] = frozenset(get_args(BinaryOp))
+
+#: Scalar intrinsics that `Call` may name: each is unary unless its comment says otherwise.
+INTRINSICS: frozenset[str] = frozenset(
+    {"exp", "log", "sqrt", "rsqrt", "tanh", "erf", "sigmoid", "abs", "floor", "ceil", "round", "sin", "cos",
+     "not", "isnan", "pow"}  # pow takes two
+)  # fmt: skip
+
+INDEX_DTYPE = "int64"
+
+
+class Expr:
+    """A scalar value. `dtype` is a numpy dtype name ("float32", "int64", "bool", …)."""
+
+    __slots__ = ()
+    dtype: str
+
+    def __add__(self, other: ExprLike) -> Expr:
+        return binary("add", self, other)
+
+    def __radd__(self, other: ExprLike) -> Expr:
+        return binary("add", other, self)
+
+    def __sub__(self, other: ExprLike) -> Expr:
+        return binary("sub", self, other)
+
+    def __rsub__(self, other: ExprLike) -> Expr:
+        return binary("sub", other, self)
+
+    def __mul__(self, other: ExprLike) -> Expr:
+        return binary("mul", self, other)
+
+    def __rmul__(self, other: ExprLike) -> Expr:
+        return binary("mul", other, self)
+
+    def __truediv__(self, other: ExprLike) -> Expr:
+        return binary("div", self, other)
+
+    def __rtruediv__(self, other: ExprLike) -> Expr:
+        return binary("div", other, self)
+
+    def __floordiv__(self, other: ExprLike) -> Expr:
+        return binary("floordiv", self, other)
+
+    def __rfloordiv__(self, other: ExprLike) -> Expr:
+        return binary("floordiv", other, self)
+
+    def __mod__(self, other: ExprLike) -> Expr:
+        return binary("floormod", self, other)
+
+    def __rmod__(self, other: ExprLike) -> Expr:
+        return binary("floormod", other, self)
+
+    def __neg__(self) -> Expr:
+        return binary("sub", const(0, self.dtype), self)
+
+    def __lt__(self, other: ExprLike) -> Expr:
+        return binary("lt", self, other)
+
+    def __le__(self, other: ExprLike) -> Expr:
+        return binary("le", self, other)
+
+    def __gt__(self, other: ExprLike) -> Expr:
+        return binary("gt", self, other)
+
+    def __ge__(self, other: ExprLike) -> Expr:
+        return binary("ge", self, other)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a kedge expression has no truth value while compiling; use select(condition, a, b), "
+            "or tir.simplify.prove(condition) for symbolic dims"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Const(Expr):
+    """A literal. `value` is a Python int, float or bool that fits `dtype`."""
+
+    value: int | float | bool
+    dtype: str = INDEX_DTYPE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Var(Expr):
+    """A scalar variable: a loop variable, a block's iteration variable, or a symbolic dim.
+
+    A symbolic dim is an int64 Var with `lower` (inclusive, at least 0) and optionally `upper` (inclusive).
+    """
+
+    name: str
+    dtype: str = INDEX_DTYPE
+    lower: int | None = None
+    upper: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binary(Expr):
+    """`a op b`. Arithmetic has one dtype on both sides and as result; comparisons and logic give bool.
+
+    `div` is true division of floats; integers use floordiv/floormod (round down) or truncdiv/truncmod (C).
+    `min`/`max` of floats propagate NaN, as ONNX and numpy do.
+    """
+
+    op: BinaryOp
+    a: Expr
+    b: Expr
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        """The dtype of the result."""
+        return "bool" if self.op in COMPARISONS or self.op in LOGICAL else self.a.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cast(Expr):
+    """`value` converted to `dtype` (float to int truncates, as C does)."""
+
+    value: Expr
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Select(Expr):
+    """`a` where `condition` holds, else `b`. Only the chosen side is evaluated: a guarded load is safe."""
+
+    condition: Expr
+    a: Expr
+    b: Expr
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        """The dtype of both sides."""
+        return self.a.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call(Expr):
+    """A scalar intrinsic of `INTRINSICS` applied to `args`."""
+
+    name: str
+    args: tuple[Expr, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Load(Expr):
+    """`buffer[indices]`, one index per dim of the buffer."""
+
+    buffer: Buffer
+    indices: tuple[Expr, ...]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        """The buffer's element type."""
+        return self.buffer.dtype
+
+
+ExprLike: TypeAlias = Expr | int | float | bool
+#: One dim of a shape: a known size, or a symbolic int64 expression.
+Dim: TypeAlias = int | Expr
+
+
+def const(value: int | float | bool, dtype: str = INDEX_DTYPE) -> Const:
+    """A literal of `dtype`; the value is converted to the matching Python type."""
+    if dtype == "bool":
+        return Const(bool(value), dtype)
+    return Const(float(value) if dtype.startswith(("float", "bfloat")) else int(value), dtype)
+
+
+def as_expr(value: ExprLike, dtype: str | None = None) -> Expr:
+    """`value` as a node. A Python number takes `dtype` (default: int64, float32 or bool by its Python type)."""
+    if isinstance(value, Expr):
+        return value
+    if dtype is None:
+        dtype = "bool" if isinstance(value, bool) else INDEX_DTYPE if isinstance(value, int) else "float32"
+    return const(value, dtype)
+
+
+def binary(op: BinaryOp, a: ExprLike, b: ExprLike) -> Expr:
+    """`a op b`; a Python number takes the dtype of the other side, and two literals fold.
+
+    Raises:
+        TypeError: both sides are expressions of different dtypes.
+    """
+    if isinstance(a, Expr):
+        lhs, rhs = a, as_expr(b, a.dtype)
+    else:
+        rhs = as_expr(b)
+        lhs = as_expr(a, rhs.dtype)
+    if lhs.dtype != rhs.dtype:
+        raise TypeError(f"{op}: operands have dtypes {lhs.dtype} and {rhs.dtype}; cast one of them")
+    return Binary(op, lhs, rhs)
+
+
+def minimum(a: ExprLike, b: ExprLike) -> Expr:
+    """The smaller of two values."""
+    return binary("min", a, b)
+
+
+def maximum(a: ExprLike, b: ExprLike) -> Expr:
+    """The larger of two values."""
+    return binary("max", a, b)
+
+
+def eq(a: ExprLike, b: ExprLike) -> Expr:
+    """The comparison node `a == b`."""
+    return binary("eq", a, b)
+
+
+def logical_and(*terms: ExprLike) -> Expr:
+    """The conjunction of `terms`; true when there are none."""
+    if not terms:
+        return const(True, "bool")
+    result = as_expr(terms[0])
+    for term in terms[1:]:
+        result = binary("and", result, term)
+    return result
+
+
+def select(condition: Expr, a: ExprLike, b: ExprLike) -> Expr:
+    """`a` where `condition`, else `b`; a Python number takes the other side's dtype."""
+    if isinstance(a, Expr):
+        return Select(condition, a, as_expr(b, a.dtype))
+    rhs = as_expr(b)
+    return Select(condition, as_expr(a, rhs.dtype), rhs)
+
+
+def call(name: str, *args: Expr, dtype: str | None = None) -> Expr:
+    """The intrinsic `name` of `args`; the result has the first argument's dtype unless given."""
+    if name not in INTRINSICS:
+        raise ValueError(f"unknown intrinsic {name!r}; known: {', '.join(sorted(INTRINSICS))}")
+    return Call(name, args, dtype or args[0].dtype)
+
+
+def ceildiv(a: ExprLike, b: int) -> Expr:
+    """`a / b` rounded up, for a positive `b`."""
+    return (as_expr(a) + (b - 1)) // b
+
+
+def shape_exprs(shape: Sequence[Dim]) -> tuple[Expr, ...]:
+    """A shape's dims as expressions."""
+    return tuple(as_expr(dim) for dim in shape)

@@ -1,0 +1,141 @@
+"""Statements, blocks and functions of the tensor IR.
+
+A `PrimFunc` is a nest of loops around blocks. A block is the unit that schedules move: it names the values of its
+iteration variables (`bindings`), says which of them are spatial and which reduce, and declares what it reads and
+writes, so that its meaning does not depend on the loops around it (Feng et al., "TensorIR", ASPLOS 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from kedge.compiler.tir.expr import Dim, Expr, Var, const
+
+Scope = Literal["global", "shared", "local", "register"]
+LoopKind = Literal["serial", "parallel", "vectorized", "unrolled", "thread"]
+IterKind = Literal["spatial", "reduce"]
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffer:
+    """A dense row-major array. Two buffers are the same only if they are the same object."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+    scope: Scope = "global"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Range:
+    """The half-open interval `[start, start + extent)`."""
+
+    start: Expr
+    extent: Expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """A rectangular part of a buffer, one range per dim."""
+
+    buffer: Buffer
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IterVar:
+    """A block's iteration variable: runs over `[0, extent)`; `reduce` ones may be visited in any order."""
+
+    var: Var
+    extent: Expr
+    kind: IterKind
+
+
+class Stmt:
+    """Base of all statements."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Store(Stmt):
+    """`buffer[indices] = value`."""
+
+    buffer: Buffer
+    indices: tuple[Expr, ...]
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seq(Stmt):
+    """Statements in order."""
+
+    stmts: tuple[Stmt, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class If(Stmt):
+    """`then` where `condition` holds, else `orelse` where there is one."""
+
+    condition: Expr
+    then: Stmt
+    orelse: Stmt | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class For(Stmt):
+    """`for var in [0, extent): body`. `thread` names the axis ("blockIdx.x", …) of a loop of kind "thread"."""
+
+    var: Var
+    extent: Expr
+    kind: LoopKind
+    body: Stmt
+    thread: str | None = None
+    annotations: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block(Stmt):
+    """One computation: `body` over iteration variables whose values are `bindings` of the loops around it.
+
+    The instance runs only where `predicate` holds. `init`, where present, runs before `body` for the instances in
+    which every reduce iteration variable is at its first value (0).
+    """
+
+    name: str
+    iters: tuple[IterVar, ...]
+    bindings: tuple[Expr, ...]
+    reads: tuple[Region, ...]
+    writes: tuple[Region, ...]
+    body: Stmt
+    init: Stmt | None = None
+    predicate: Expr = field(default_factory=lambda: const(True, "bool"))
+    annotations: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrimFunc:
+    """One kernel. `params` are its buffers in call order, inputs first and then the `n_outputs` results.
+
+    `symbols` are the free dims of the parameters' shapes, passed as int64 scalars after the buffers. `allocs` are
+    buffers that live only inside the call. `attrs` carries facts for rules and reports (`kind`, `origin`, …).
+    """
+
+    name: str
+    params: tuple[Buffer, ...]
+    n_outputs: int
+    body: Stmt
+    allocs: tuple[Buffer, ...] = ()
+    symbols: tuple[Var, ...] = ()
+    attrs: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+
+    def show(self) -> str:
+        """The function as text."""
+        from kedge.compiler.tir.printer import print_func
+
+        return print_func(self)
