@@ -1,0 +1,34 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite golden files with what the tests print")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)` compares `text` with `goldens/<name>` beside the test file."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(request.path).parent / "goldens" / name
+        text = text if text.endswith("\n") else text + "\n"
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            return
+        if not path.exists():
+            pytest.fail(f"no golden {path}; run with --update-goldens, then read the file before committing it")
+        expected = path.read_text()
+        if expected != text:
+            diff = "".join(difflib.unified_diff(expected.splitlines(True), text.splitlines(True), "golden", "now"))
+            pytest.fail(f"{path.name} differs (--update-goldens rewrites it):\n{diff}")
+
+    return check
