@@ -1,0 +1,241 @@
+/* kedge.h: the one ABI between compiled models, the runtime, and everything that calls them.
+ *
+ * A compiled model (`lib.so`) exports one symbol, `kedge_module`, a constant `kedge_module_desc` that says what is
+ * inside. The runtime loads it, checks it against the CPU, maps the weights, binds symbolic dims and calls. Tensors
+ * are DLPack's. Every struct that may grow starts with its size; a reader uses no field beyond that size.
+ *
+ * The Python mirror is rpc/abi.py; a test compares the two.
+ */
+#ifndef KEDGE_H_
+#define KEDGE_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KEDGE_ABI_VERSION 1u
+#define KEDGE_MODULE_MAGIC 0x4547444Bu /* "KDGE" */
+#define KEDGE_MODULE_SYMBOL "kedge_module"
+#define KEDGE_ALIGNMENT 64 /* of weights, arena and every planned buffer, in bytes */
+#define KEDGE_MAX_NDIM 8
+
+#if defined(__GNUC__)
+#define KEDGE_API __attribute__((visibility("default")))
+#else
+#define KEDGE_API
+#endif
+
+/* ---- DLPack 1.x, the part that is used; an application's own <dlpack/dlpack.h> wins ------------------------- */
+#ifndef DLPACK_DLPACK_H_
+#define DLPACK_DLPACK_H_
+typedef enum { kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3, kDLOpenCL = 4 } DLDeviceType;
+typedef struct {
+  int32_t device_type;
+  int32_t device_id;
+} DLDevice;
+typedef enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6 } DLDataTypeCode;
+typedef struct {
+  uint8_t code;
+  uint8_t bits;
+  uint16_t lanes;
+} DLDataType;
+typedef struct {
+  void *data;
+  DLDevice device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t *shape;
+  int64_t *strides; /* in elements; NULL means dense row-major */
+  uint64_t byte_offset;
+} DLTensor;
+#endif
+
+/* ---- Status ------------------------------------------------------------------------------------------------- */
+typedef enum {
+  KEDGE_OK = 0,
+  KEDGE_E_ARGUMENT = 1,  /* a null pointer, a bad index, a count that does not match */
+  KEDGE_E_INPUT = 2,     /* an input of the wrong dtype, rank, shape or layout */
+  KEDGE_E_LOAD = 3,      /* a file that cannot be read, mapped or linked */
+  KEDGE_E_ABI = 4,       /* a module of another ABI version */
+  KEDGE_E_FEATURE = 5,   /* the CPU lacks a feature that the module requires */
+  KEDGE_E_MEMORY = 6,    /* an allocation failed, or a size overflows */
+  KEDGE_E_CANCELLED = 7, /* kedge_cancel was called */
+  KEDGE_E_KERNEL = 8     /* a kernel reported a failure */
+} kedge_status;
+
+/* The calling thread's last failure as one line of text; empty when there was none. */
+KEDGE_API const char *kedge_last_error(void);
+KEDGE_API const char *kedge_status_name(int32_t status);
+KEDGE_API uint32_t kedge_abi_version(void);
+
+/* ---- What a compiled module exports ------------------------------------------------------------------------- */
+
+/* Size expressions are postfix programs over int64, evaluated with overflow checks. */
+typedef enum {
+  KEDGE_EXPR_CONST = 0,  /* push value */
+  KEDGE_EXPR_SYMBOL = 1, /* push symbol number `value` */
+  KEDGE_EXPR_ADD = 2,
+  KEDGE_EXPR_SUB = 3,
+  KEDGE_EXPR_MUL = 4,
+  KEDGE_EXPR_FLOORDIV = 5,
+  KEDGE_EXPR_FLOORMOD = 6,
+  KEDGE_EXPR_MIN = 7,
+  KEDGE_EXPR_MAX = 8
+} kedge_expr_opcode;
+
+typedef struct {
+  int64_t opcode;
+  int64_t value;
+} kedge_expr_op;
+
+typedef struct {
+  const kedge_expr_op *ops;
+  int64_t n_ops; /* at most 64; the stack is at most 32 deep */
+} kedge_expr;
+
+typedef struct { /* a named input or output */
+  const char *name;
+  const kedge_expr *shape; /* ndim expressions */
+  int32_t ndim;
+  DLDataType dtype;
+} kedge_port;
+
+typedef struct { /* a free dim, bound by dim `dim` of input `input`; others that use it are checked against it */
+  const char *name;
+  int64_t lower; /* inclusive */
+  int64_t upper; /* inclusive; INT64_MAX when free */
+  int32_t input;
+  int32_t dim;
+} kedge_symbol;
+
+struct kedge_frame;
+
+/* A piece of a parallel loop: iterations [begin, end). Non-zero stops the call with KEDGE_E_KERNEL. */
+typedef int32_t (*kedge_loop_body)(void *closure, int64_t begin, int64_t end);
+
+typedef struct { /* what compiled code may call; it imports nothing else */
+  uint64_t struct_size;
+  /* Runs body over [0, extent) on the pool's threads and returns when all of it is done. */
+  int32_t (*parallel_for)(struct kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent);
+} kedge_runtime_api;
+
+typedef struct kedge_frame { /* one call, as compiled code sees it; all fields are pointers or 64 bits wide */
+  uint64_t struct_size;
+  const kedge_runtime_api *api;
+  void *pool;
+  void *const *inputs;    /* data of each input, aligned to its element size */
+  void *const *outputs;   /* data of each output */
+  const int64_t *symbols; /* values of the function's symbols */
+  uint8_t *arena;         /* arena_size bytes at KEDGE_ALIGNMENT */
+  const uint8_t *weights; /* start of the weights' data at KEDGE_ALIGNMENT, or NULL */
+  const volatile int32_t *cancel;
+} kedge_frame;
+
+typedef int32_t (*kedge_entry)(kedge_frame *frame); /* returns a kedge_status */
+
+typedef struct {
+  uint64_t struct_size;
+  const char *name;
+  kedge_entry entry;
+  const kedge_port *inputs;
+  const kedge_port *outputs;
+  const kedge_symbol *symbols;
+  kedge_expr arena_size; /* bytes */
+  int32_t n_inputs;
+  int32_t n_outputs;
+  int32_t n_symbols;
+  int32_t reserved;
+} kedge_function_desc;
+
+typedef struct {
+  const char *name;
+  uint64_t offset; /* bytes from the start of the weights' data; a multiple of KEDGE_ALIGNMENT */
+  uint64_t size;   /* bytes */
+} kedge_weight_desc;
+
+typedef struct {
+  uint32_t magic;
+  uint32_t abi_version;
+  uint64_t struct_size;
+  const char *target;   /* the target string it was compiled for */
+  const char *features; /* required CPU features beyond the architecture's baseline, comma-separated */
+  const kedge_function_desc *const *functions;
+  const kedge_weight_desc *weights;
+  uint64_t weights_size; /* bytes of weight data; 0 when there are none */
+  int32_t n_functions;
+  int32_t n_weights;
+} kedge_module_desc;
+
+/* ---- Models and contexts ------------------------------------------------------------------------------------ */
+typedef struct kedge_model kedge_model;     /* shared and immutable; safe from any thread */
+typedef struct kedge_context kedge_context; /* arena, pool and state; one per thread */
+
+typedef struct {
+  uint64_t struct_size;
+  const char *lib_path;     /* the variant's lib.so */
+  const char *weights_path; /* the file that holds the weights; NULL when there are none */
+  uint64_t weights_offset;  /* byte offset of the weight data in that file; a multiple of KEDGE_ALIGNMENT */
+} kedge_open_options;
+
+KEDGE_API int32_t kedge_open(const kedge_open_options *options, kedge_model **model);
+/* The same for a module that is linked into the program; `weights` stays the caller's. */
+KEDGE_API int32_t kedge_open_linked(const kedge_module_desc *module, const void *weights, kedge_model **model);
+KEDGE_API void kedge_close(kedge_model *model); /* the last context keeps it alive */
+KEDGE_API const kedge_module_desc *kedge_describe(const kedge_model *model);
+/* The index of a function, or -1. */
+KEDGE_API int32_t kedge_function_index(const kedge_model *model, const char *name);
+
+typedef struct {
+  uint64_t struct_size;
+  int32_t num_threads; /* 0: as many as this process may use */
+  int32_t reserved;
+} kedge_context_options;
+
+KEDGE_API int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
+                                       kedge_context **context);
+KEDGE_API void kedge_context_destroy(kedge_context *context);
+
+/* Fills in ndim, dtype and shape[] of every result for these arguments; each rets[i].shape has KEDGE_MAX_NDIM room. */
+KEDGE_API int32_t kedge_infer(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
+                              DLTensor *rets, int32_t n_rets);
+KEDGE_API int32_t kedge_call(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
+                             DLTensor *rets, int32_t n_rets);
+/* From any thread: the running call, and only it, ends with KEDGE_E_CANCELLED at the next kernel. */
+KEDGE_API void kedge_cancel(kedge_context *context);
+
+/* ---- Timing ------------------------------------------------------------------------------------------------- */
+typedef struct { /* the names and meanings of TVM's time_evaluator */
+  uint64_t struct_size;
+  int64_t number;        /* calls in one repeat, grown until a repeat lasts min_repeat_ns */
+  int64_t repeat;        /* samples */
+  int64_t min_repeat_ns; /* 0: `number` stays as it is */
+  int64_t warmup;        /* untimed calls before the first sample */
+  int64_t limit_zero_time_iterations; /* give up growing `number` after so many repeats that took no time */
+  int64_t cooldown_ns;                /* pause between groups of repeats, never after the warm-up */
+  int64_t repeats_to_cooldown;        /* repeats in a group */
+  int64_t cache_flush_bytes;          /* walk over so much memory before every timed call; implies number = 1 */
+} kedge_time_options;
+
+typedef struct {
+  uint64_t struct_size;
+  double *samples_ns;  /* room for `repeat` values: nanoseconds of one call, averaged over `number` calls */
+  int64_t number;      /* what was used in the end */
+  int64_t n_samples;   /* how many were taken */
+  int64_t resolution_ns; /* of the clock */
+} kedge_time_result;
+
+KEDGE_API int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
+                             DLTensor *rets, int32_t n_rets, const kedge_time_options *options,
+                             kedge_time_result *result);
+
+/* ---- The machine -------------------------------------------------------------------------------------------- */
+/* CPU features that this machine has, in LLVM's names, comma-separated and sorted; a static string. */
+KEDGE_API const char *kedge_cpu_features(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

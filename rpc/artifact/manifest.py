@@ -1,0 +1,213 @@
+"""The manifest of a `.kdg` artifact: what is inside, for which machines, and the digest of every byte.
+
+Plain dataclasses with exact JSON forms. A reader refuses another major format, and ignores keys it does not know,
+so that a newer writer may add some.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+from kedge.rpc.errors import ArtifactError
+
+FORMAT_VERSION = 1
+
+#: A dim in a manifest: a size, or an expression over the function's symbols as text ("N", "N*4").
+ManifestDim = Union[int, str]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named input or output of a function: dtype as a numpy name, shape with symbolic dims as text."""
+
+    name: str
+    dtype: str
+    shape: Tuple[ManifestDim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A free dim with its inclusive bounds; `upper` None means unbounded."""
+
+    name: str
+    lower: int = 0
+    upper: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A callable of the artifact; its index in the manifest is its index in the ABI."""
+
+    name: str
+    inputs: Tuple[Port, ...]
+    outputs: Tuple[Port, ...]
+    symbols: Tuple[Symbol, ...] = ()
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A run of bytes by content: `digest` is the lower-case hex SHA-256."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of the artifact. On the wire it travels as its `parts`, whose concatenation it is."""
+
+    name: str
+    digest: str
+    size: int
+    parts: Tuple[Blob, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The code for one kind of machine. `arch` is what `uname -m` prints there, `features` LLVM's feature names.
+
+    `weights_offset` is the byte offset of the tensor data in the weights member (after the safetensors header).
+    """
+
+    target: str
+    arch: str
+    triple: str
+    features: Tuple[str, ...]
+    lib: str
+    weights: Optional[str] = None
+    weights_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about an artifact but its bytes."""
+
+    name: str
+    abi: int
+    compiler: str
+    functions: Tuple[Function, ...]
+    variants: Tuple[Variant, ...]
+    members: Tuple[Member, ...]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def function(self, name: str) -> Function:
+        """The function called `name`; raises ArtifactError naming the ones there are."""
+        for function in self.functions:
+            if function.name == name:
+                return function
+        known = ", ".join(function.name for function in self.functions)
+        raise ArtifactError(f"artifact {self.name!r} has no function {name!r}", hint=f"it has: {known}")
+
+    def member(self, name: str) -> Member:
+        """The member called `name`."""
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise ArtifactError(f"artifact {self.name!r} has no member {name!r}", hint="compile the model again")
+
+    def to_json(self) -> bytes:
+        """The canonical bytes: sorted keys, no spaces. Their SHA-256 names the artifact."""
+        return json.dumps(_encode(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Manifest:
+        """Read a manifest; raises ArtifactError on anything that is not one."""
+        try:
+            tree = json.loads(data)
+            version = tree["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError("manifest.json is not a kedge manifest", hint="compile the model again") from error
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"artifact format {version} is not supported by this kedge (it reads {FORMAT_VERSION})",
+                hint="use the kedge version that wrote it, or compile the model again",
+            )
+        try:
+            return _decode(tree)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"manifest.json is malformed ({error!r})", hint="compile the model again") from error
+
+
+def _encode(manifest: Manifest) -> Dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if hasattr(value, "__dataclass_fields__"):
+            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value
+
+    tree: Dict[str, Any] = plain(manifest)
+    tree["format"] = FORMAT_VERSION
+    return tree
+
+
+def _decode(tree: Dict[str, Any]) -> Manifest:
+    def ports(items: List[Dict[str, Any]]) -> Tuple[Port, ...]:
+        return tuple(Port(str(p["name"]), str(p["dtype"]), tuple(_dim(d) for d in p["shape"])) for p in items)
+
+    functions = tuple(
+        Function(
+            str(f["name"]),
+            ports(f["inputs"]),
+            ports(f["outputs"]),
+            tuple(Symbol(str(s["name"]), int(s["lower"]), _optional_int(s["upper"])) for s in f["symbols"]),
+        )
+        for f in tree["functions"]
+    )
+    variants = tuple(
+        Variant(
+            str(v["target"]), str(v["arch"]), str(v["triple"]), tuple(str(x) for x in v["features"]), str(v["lib"]),
+            None if v["weights"] is None else str(v["weights"]), int(v["weights_offset"]),
+        )
+        for v in tree["variants"]
+    )  # fmt: skip
+    members = tuple(
+        Member(
+            _member_name(m["name"]), _digest(m["digest"]), _size(m["size"]),
+            tuple(Blob(_digest(b["digest"]), _size(b["size"])) for b in m["parts"]),
+        )
+        for m in tree["members"]
+    )  # fmt: skip
+    for member in members:
+        if sum(part.size for part in member.parts) != member.size:
+            raise ValueError(f"the parts of {member.name} do not add up to its size")
+    return Manifest(
+        str(tree["name"]), int(tree["abi"]), str(tree["compiler"]), functions, variants, members, dict(tree["info"])
+    )
+
+
+def _dim(value: Any) -> ManifestDim:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{value!r} is not a dim")
+    return value
+
+
+def _optional_int(value: Any) -> Optional[int]:
+    return None if value is None else int(value)
+
+
+def _size(value: Any) -> int:
+    size = int(value)
+    if size < 0:
+        raise ValueError(f"negative size {size}")
+    return size
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"{value!r} is not a SHA-256 digest")
+    return value
+
+
+def _member_name(value: Any) -> str:
+    # Members become files on a board: a name must never leave its folder.
+    if not isinstance(value, str) or not value or value.startswith(".") or set(value) & set("/\\\0"):
+        raise ValueError(f"{value!r} is not a member name")
+    return value

@@ -1,0 +1,159 @@
+"""`Artifact`: a manifest and the bytes of its members, in memory or in a `.kdg` file (an uncompressed zip)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Dict, FrozenSet, Iterable, Iterator, Mapping, Sequence, Tuple, Type, TypeVar, Union
+
+from kedge.rpc.artifact.manifest import Blob, Manifest, Member, Variant
+from kedge.rpc.errors import ArtifactError, IncompatibleTargetError
+
+MANIFEST_NAME = "manifest.json"
+#: Tensors of at least this many bytes travel as blobs of their own.
+LARGE_TENSOR_BYTES = 1 << 20
+#: The zip format cannot represent an earlier moment; a fixed one makes files reproducible.
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+Bytes = Union[bytes, memoryview]
+Self = TypeVar("Self", bound="Artifact")
+
+
+def sha256(data: Bytes) -> str:
+    """Lower-case hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_member(name: str, data: Bytes, cuts: Sequence[int] = ()) -> Member:
+    """The manifest entry of a member; `cuts` are the byte offsets at which it is cut into parts."""
+    view = memoryview(data)
+    edges = [0, *sorted(set(cuts) - {0, len(view)}), len(view)]
+    parts = tuple(Blob(sha256(view[a:b]), b - a) for a, b in zip(edges, edges[1:]) if b > a)
+    return Member(name, sha256(view), len(view), parts)
+
+
+class Artifact:
+    """A compiled model: `manifest` plus the bytes of every member, verified on load."""
+
+    def __init__(self, manifest: Manifest, members: Mapping[str, Bytes]) -> None:
+        missing = {member.name for member in manifest.members} ^ set(members)
+        if missing:
+            raise ArtifactError(f"members and manifest disagree about {', '.join(sorted(missing))}")
+        self.manifest = manifest
+        self._members: Dict[str, Bytes] = dict(members)
+
+    def __repr__(self) -> str:
+        targets = ", ".join(variant.target for variant in self.manifest.variants)
+        return f"<Artifact {self.manifest.name!r} for {targets}, {self.size} bytes>"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical manifest; names the artifact, since the manifest carries all digests."""
+        return sha256(self.manifest.to_json())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all members and the manifest."""
+        return len(self.manifest.to_json()) + sum(member.size for member in self.manifest.members)
+
+    def member(self, name: str) -> Bytes:
+        """The bytes of a member."""
+        self.manifest.member(name)
+        return self._members[name]
+
+    def blobs(self) -> Iterator[Tuple[Blob, memoryview]]:
+        """Every part of every member with its bytes, each digest once."""
+        seen = set()
+        for member in self.manifest.members:
+            view, start = memoryview(self._members[member.name]), 0
+            for part in member.parts:
+                if part.digest not in seen:
+                    seen.add(part.digest)
+                    yield part, view[start : start + part.size]
+                start += part.size
+
+    def select(self, arch: str, features: Iterable[str]) -> Variant:
+        """The best variant for a machine, see `select_variant`."""
+        return select_variant(self.manifest, arch, frozenset(features))
+
+    def save(self, path: Union[str, "os.PathLike[str]"]) -> None:
+        """Write a `.kdg` file; the file appears whole or not at all.
+
+        Raises:
+            ArtifactError: the folder is missing or not writable, or the disk is full.
+        """
+        target = Path(path)
+        try:
+            fd, name = tempfile.mkstemp(dir=str(target.parent), prefix=f".{target.name}.")
+        except OSError as error:
+            raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="choose another folder") from error
+        try:
+            with os.fdopen(fd, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest.to_json())
+                for member in self.manifest.members:
+                    with archive.open(zipfile.ZipInfo(member.name, _ZIP_EPOCH), "w") as out:
+                        out.write(self._members[member.name])
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except OSError as error:
+            os.unlink(name)
+            raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="free space on that disk") from error
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls: Type[Self], path: Union[str, "os.PathLike[str]"]) -> Self:
+        """Read and verify a `.kdg` file; raises ArtifactError naming what is wrong with it."""
+        source = Path(path)
+        try:
+            with zipfile.ZipFile(source) as archive:
+                manifest = Manifest.from_json(archive.read(MANIFEST_NAME))
+                members = {member.name: archive.read(member.name) for member in manifest.members}
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{source}: no such file", hint="kedge compile MODEL.onnx -o OUT.kdg makes one"
+            ) from error
+        except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{source} is not a whole .kdg artifact ({error})", hint="copy it again, or compile the model again"
+            ) from error
+        except OSError as error:
+            raise ArtifactError(f"cannot read {source}: {error.strerror}") from error
+        for member in manifest.members:
+            check_member(member, members[member.name], str(source))
+        return cls(manifest, members)
+
+
+def check_member(member: Member, data: Bytes, where: str) -> None:
+    """Raise ArtifactError unless `data` is exactly the member that the manifest promises."""
+    if len(data) != member.size or sha256(data) != member.digest:
+        raise ArtifactError(
+            f"{where}: member {member.name} is corrupt (its SHA-256 differs from the manifest's)",
+            hint="copy it again, or compile the model again",
+        )
+
+
+def select_variant(manifest: Manifest, arch: str, features: FrozenSet[str]) -> Variant:
+    """The variant for `arch` that uses the most of the machine's CPU `features`.
+
+    Raises:
+        IncompatibleTargetError: none fits; the message says what each lacks.
+    """
+    fitting = [v for v in manifest.variants if v.arch == arch and features.issuperset(v.features)]
+    if fitting:
+        return max(fitting, key=lambda variant: len(variant.features))
+    reasons = []
+    for variant in manifest.variants:
+        if variant.arch != arch:
+            reasons.append(f"{variant.target!r} is for {variant.arch}")
+        else:
+            lacking = ", ".join(sorted(set(variant.features) - features))
+            reasons.append(f"{variant.target!r} needs CPU features this machine lacks: {lacking}")
+    raise IncompatibleTargetError(
+        f"artifact {manifest.name!r} cannot run on this {arch} machine: {'; '.join(reasons)}",
+        hint="compile it for this machine: --target native here, or the target that `kedge devices` shows",
+    )
