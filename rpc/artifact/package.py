@@ -90,19 +90,20 @@ class Artifact:
             fd, name = tempfile.mkstemp(dir=str(target.parent), prefix=f".{target.name}.")
         except OSError as error:
             raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="choose another folder") from error
+        scratch = Path(name)
         try:
             with os.fdopen(fd, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest.to_json())
                 for member in self.manifest.members:
                     with archive.open(zipfile.ZipInfo(member.name, _ZIP_EPOCH), "w") as out:
                         out.write(self._members[member.name])
-            os.chmod(name, 0o644)
-            os.replace(name, target)
+            scratch.chmod(0o644)
+            scratch.replace(target)
         except OSError as error:
-            os.unlink(name)
+            scratch.unlink()
             raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="free space on that disk") from error
         except BaseException:
-            os.unlink(name)
+            scratch.unlink()
             raise
 
     @classmethod
