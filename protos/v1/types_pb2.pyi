@@ -1,0 +1,336 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DeviceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DEVICE_STATE_UNSPECIFIED: _ClassVar[DeviceState]
+    DEVICE_STATE_IDLE: _ClassVar[DeviceState]
+    DEVICE_STATE_BUSY: _ClassVar[DeviceState]
+    DEVICE_STATE_GONE: _ClassVar[DeviceState]
+
+class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_UNSPECIFIED: _ClassVar[Stage]
+    STAGE_QUEUE: _ClassVar[Stage]
+    STAGE_TRANSFER: _ClassVar[Stage]
+    STAGE_LOAD: _ClassVar[Stage]
+    STAGE_RUN: _ClassVar[Stage]
+
+class OutcomeKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_KIND_UNSPECIFIED: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_OK: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_WRONG_RESULT: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_TIMEOUT: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_CRASH: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_OUT_OF_MEMORY: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_LOAD_ERROR: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_DEVICE_LOST: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_CANCELLED: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_INVALID_MEASUREMENT: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_BAD_REQUEST: _ClassVar[OutcomeKind]
+    OUTCOME_KIND_DEVICE_FAULT: _ClassVar[OutcomeKind]
+
+class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERDICT_UNSPECIFIED: _ClassVar[Verdict]
+    VERDICT_VALID: _ClassVar[Verdict]
+    VERDICT_SUSPECT: _ClassVar[Verdict]
+    VERDICT_INVALID: _ClassVar[Verdict]
+    VERDICT_EMULATED: _ClassVar[Verdict]
+
+class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
+    JOB_STATE_QUEUED: _ClassVar[JobState]
+    JOB_STATE_ASSIGNED: _ClassVar[JobState]
+    JOB_STATE_RUNNING: _ClassVar[JobState]
+    JOB_STATE_DONE: _ClassVar[JobState]
+DEVICE_STATE_UNSPECIFIED: DeviceState
+DEVICE_STATE_IDLE: DeviceState
+DEVICE_STATE_BUSY: DeviceState
+DEVICE_STATE_GONE: DeviceState
+STAGE_UNSPECIFIED: Stage
+STAGE_QUEUE: Stage
+STAGE_TRANSFER: Stage
+STAGE_LOAD: Stage
+STAGE_RUN: Stage
+OUTCOME_KIND_UNSPECIFIED: OutcomeKind
+OUTCOME_KIND_OK: OutcomeKind
+OUTCOME_KIND_WRONG_RESULT: OutcomeKind
+OUTCOME_KIND_TIMEOUT: OutcomeKind
+OUTCOME_KIND_CRASH: OutcomeKind
+OUTCOME_KIND_OUT_OF_MEMORY: OutcomeKind
+OUTCOME_KIND_LOAD_ERROR: OutcomeKind
+OUTCOME_KIND_DEVICE_LOST: OutcomeKind
+OUTCOME_KIND_CANCELLED: OutcomeKind
+OUTCOME_KIND_INVALID_MEASUREMENT: OutcomeKind
+OUTCOME_KIND_BAD_REQUEST: OutcomeKind
+OUTCOME_KIND_DEVICE_FAULT: OutcomeKind
+VERDICT_UNSPECIFIED: Verdict
+VERDICT_VALID: Verdict
+VERDICT_SUSPECT: Verdict
+VERDICT_INVALID: Verdict
+VERDICT_EMULATED: Verdict
+JOB_STATE_UNSPECIFIED: JobState
+JOB_STATE_QUEUED: JobState
+JOB_STATE_ASSIGNED: JobState
+JOB_STATE_RUNNING: JobState
+JOB_STATE_DONE: JobState
+
+class Blob(_message.Message):
+    __slots__ = ("digest", "size_bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    size_bytes: int
+    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "inline", "blob")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    inline: bytes
+    blob: Blob
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., inline: _Optional[bytes] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+
+class Protocol(_message.Message):
+    __slots__ = ("version", "capabilities", "software")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    software: str
+    def __init__(self, version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ...) -> None: ...
+
+class DeviceInfo(_message.Message):
+    __slots__ = ("name", "labels", "arch", "cpu_features", "cpu_name", "num_cores", "memory_bytes", "target", "emulated", "abi_version", "os_release")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    ARCH_FIELD_NUMBER: _ClassVar[int]
+    CPU_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    CPU_NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_CORES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    EMULATED_FIELD_NUMBER: _ClassVar[int]
+    ABI_VERSION_FIELD_NUMBER: _ClassVar[int]
+    OS_RELEASE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    labels: _containers.ScalarMap[str, str]
+    arch: str
+    cpu_features: _containers.RepeatedScalarFieldContainer[str]
+    cpu_name: str
+    num_cores: int
+    memory_bytes: int
+    target: str
+    emulated: bool
+    abi_version: int
+    os_release: str
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., arch: _Optional[str] = ..., cpu_features: _Optional[_Iterable[str]] = ..., cpu_name: _Optional[str] = ..., num_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., target: _Optional[str] = ..., emulated: bool = ..., abi_version: _Optional[int] = ..., os_release: _Optional[str] = ...) -> None: ...
+
+class DeviceStatus(_message.Message):
+    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    info: DeviceInfo
+    state: DeviceState
+    last_seen_unix_ms: int
+    running_job_id: str
+    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ...) -> None: ...
+
+class Deadlines(_message.Message):
+    __slots__ = ("queue_ms", "transfer_ms", "load_ms", "run_ms")
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_MS_FIELD_NUMBER: _ClassVar[int]
+    RUN_MS_FIELD_NUMBER: _ClassVar[int]
+    queue_ms: int
+    transfer_ms: int
+    load_ms: int
+    run_ms: int
+    def __init__(self, queue_ms: _Optional[int] = ..., transfer_ms: _Optional[int] = ..., load_ms: _Optional[int] = ..., run_ms: _Optional[int] = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("kind", "stage", "signal", "exit_status", "message")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    EXIT_STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: OutcomeKind
+    stage: Stage
+    signal: int
+    exit_status: int
+    message: str
+    def __init__(self, kind: _Optional[_Union[OutcomeKind, str]] = ..., stage: _Optional[_Union[Stage, str]] = ..., signal: _Optional[int] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class TimeOptions(_message.Message):
+    __slots__ = ("number", "repeat", "min_repeat_ns", "warmup", "limit_zero_time_iterations", "cooldown_ns", "repeats_to_cooldown", "cache_flush_bytes")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REPEAT_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPEAT_NS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_ZERO_TIME_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    COOLDOWN_NS_FIELD_NUMBER: _ClassVar[int]
+    REPEATS_TO_COOLDOWN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FLUSH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    repeat: int
+    min_repeat_ns: int
+    warmup: int
+    limit_zero_time_iterations: int
+    cooldown_ns: int
+    repeats_to_cooldown: int
+    cache_flush_bytes: int
+    def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ...) -> None: ...
+
+class Health(_message.Message):
+    __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes")
+    LOAD_1MIN_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_MHZ_FIELD_NUMBER: _ClassVar[int]
+    GOVERNOR_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    load_1min: float
+    temperature_celsius: float
+    frequency_mhz: float
+    governor: str
+    memory_available_bytes: int
+    disk_free_bytes: int
+    def __init__(self, load_1min: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., frequency_mhz: _Optional[float] = ..., governor: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ...) -> None: ...
+
+class Measurement(_message.Message):
+    __slots__ = ("options", "samples_ns", "resolution_ns", "num_threads", "before", "after", "verdict", "reasons")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_NS_FIELD_NUMBER: _ClassVar[int]
+    RESOLUTION_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    options: TimeOptions
+    samples_ns: _containers.RepeatedScalarFieldContainer[float]
+    resolution_ns: int
+    num_threads: int
+    before: Health
+    after: Health
+    verdict: Verdict
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, options: _Optional[_Union[TimeOptions, _Mapping]] = ..., samples_ns: _Optional[_Iterable[float]] = ..., resolution_ns: _Optional[int] = ..., num_threads: _Optional[int] = ..., before: _Optional[_Union[Health, _Mapping]] = ..., after: _Optional[_Union[Health, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RunTask(_message.Message):
+    __slots__ = ("inputs", "discard_outputs")
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    DISCARD_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    discard_outputs: bool
+    def __init__(self, inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., discard_outputs: bool = ...) -> None: ...
+
+class BenchTask(_message.Message):
+    __slots__ = ("inputs", "options", "return_outputs")
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    options: TimeOptions
+    return_outputs: bool
+    def __init__(self, inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., options: _Optional[_Union[TimeOptions, _Mapping]] = ..., return_outputs: bool = ...) -> None: ...
+
+class JobSpec(_message.Message):
+    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "run", "bench")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    DEADLINES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    BENCH_FIELD_NUMBER: _ClassVar[int]
+    manifest: Blob
+    function: str
+    selector: str
+    deadlines: Deadlines
+    priority: int
+    num_threads: int
+    run: RunTask
+    bench: BenchTask
+    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ...) -> None: ...
+
+class StageTime(_message.Message):
+    __slots__ = ("stage", "duration_ns")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    stage: Stage
+    duration_ns: int
+    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., duration_ns: _Optional[int] = ...) -> None: ...
+
+class JobResult(_message.Message):
+    __slots__ = ("outcome", "outputs", "measurement", "stage_times", "device")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    MEASUREMENT_FIELD_NUMBER: _ClassVar[int]
+    STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    outputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    measurement: Measurement
+    stage_times: _containers.RepeatedCompositeFieldContainer[StageTime]
+    device: str
+    def __init__(self, outcome: _Optional[_Union[Outcome, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., measurement: _Optional[_Union[Measurement, _Mapping]] = ..., stage_times: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., device: _Optional[str] = ...) -> None: ...
+
+class Job(_message.Message):
+    __slots__ = ("id", "spec", "state", "stage", "device", "result", "submitted_unix_ms", "finished_unix_ms", "detail")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    spec: JobSpec
+    state: JobState
+    stage: Stage
+    device: str
+    result: JobResult
+    submitted_unix_ms: int
+    finished_unix_ms: int
+    detail: str
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., stage: _Optional[_Union[Stage, str]] = ..., device: _Optional[str] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., submitted_unix_ms: _Optional[int] = ..., finished_unix_ms: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("job_id", "epoch", "duration_ms")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    epoch: int
+    duration_ms: int
+    def __init__(self, job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., duration_ms: _Optional[int] = ...) -> None: ...
