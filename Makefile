@@ -1,0 +1,59 @@
+# Everything here works on a fresh clone: the first target that needs it makes a virtual environment in .venv,
+# and downloads and build products stay in .cache. Nothing outside this folder is changed.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+BIN := .venv/bin
+WORKERS ?= 2
+export KEDGE_CACHE_DIR ?= $(CURDIR)/.cache/kedge
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint protos bench model wheel clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: .venv/.installed ## The main job: compile, dispatch, run, check and time a trained model on x86 and ARM
+	@$(BIN)/kedge demo
+
+test: .venv/.dev lint ## Lint, type check, then all tests
+	@$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+
+lint: .venv/.dev ## Ruff, mypy strict, the floors, the generated modules
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@cd .paths && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
+	@$(BIN)/python tools/gen_protos.py --check
+
+protos: .venv/.dev ## Generate the kedge.v1 modules again
+	@$(BIN)/python tools/gen_protos.py
+
+bench: .venv/.bench ## The benchmarks of benchmarks/, one after the other
+	@$(BIN)/python benchmarks/walking.py
+
+model: .venv/.train ## Train the digits model of kedge/data again
+	@$(BIN)/python examples/train_digits.py
+
+wheel: .venv/.dev ## Build the wheel into dist/
+	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove the virtual environment, caches and build products
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "kedge needs Python 3.11 or newer; none was found. Install it, or name it:" \
+		"make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Making a virtual environment in .venv with $$($(PYTHON) --version) …"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv module is missing: on Debian and Ubuntu" \
+		"'apt-get install python3-venv', then run this again." >&2; exit 1; }
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	@echo "Installing kedge and what it needs into .venv (about a minute, once) …"
+	@$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev .venv/.bench .venv/.train: .venv/.%: pyproject.toml | .venv/.installed
+	@echo "Installing the '$*' extra into .venv …"
+	@$(BIN)/pip install --quiet --editable '.[$*]'
+	@touch $@
