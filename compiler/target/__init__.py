@@ -1,1 +1,7 @@
-"""Targets: what code is generated for, tags of known boards, and the host's own description."""
+"""Targets: which machine code is for, what it may use there, and the facts of its ABI."""
+
+from kedge.compiler.target.arch import AARCH64, ARCHS, ARMV7, RISCV64, X86_64, Arch
+from kedge.compiler.target.model import Target
+from kedge.compiler.target.parse import known_tags, parse
+
+__all__ = ["AARCH64", "ARCHS", "ARMV7", "RISCV64", "X86_64", "Arch", "Target", "known_tags", "parse"]

@@ -1,0 +1,89 @@
+"""The seam to LLVM: everything that touches llvmlite's binding. Text in, object file or assembly out."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import llvmlite.binding as llvm
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.target.model import Target
+
+#: llvmlite's pass builders and machines are not safe to share between threads.
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _initialize() -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+def host_cpu() -> tuple[str, tuple[str, ...]]:
+    """LLVM's name of this machine's CPU, and its names of the features it has."""
+    features = llvm.get_host_cpu_features()
+    return llvm.get_host_cpu_name(), tuple(sorted(name for name, on in features.items() if on))
+
+
+@functools.cache
+def _machine(target: Target) -> Any:
+    _initialize()
+    arch = target.arch
+    # The generic CPU with an explicit feature list: `-mcpu` alone would allow instructions that the artifact does
+    # not declare. The CPU's own instruction scheduling comes from the "tune-cpu" attribute of each function.
+    features = ",".join("+" + name for name in (*_llvm_baseline(target), *target.features))
+    return llvm.Target.from_triple(arch.triple).create_target_machine(
+        cpu=arch.generic_cpu, features=features, opt=3, reloc="pic", codemodel="small", abiname=arch.abi_name
+    )
+
+
+def _llvm_baseline(target: Target) -> tuple[str, ...]:
+    return target.arch.baseline if target.arch.name != "armv7l" else ("vfp3d16", "thumb2")
+
+
+def parse_ir(text: str) -> Any:
+    """Parse and verify LLVM IR; raises CodegenError with the offending text's message.
+
+    A failure here is a defect of code generation, never of the user's model.
+    """
+    _initialize()
+    try:
+        module = llvm.parse_assembly(text)
+        module.verify()
+    except RuntimeError as error:
+        raise CodegenError(f"internal error: LLVM refused the generated code: {error}") from error
+    return module
+
+
+def _optimized(text: str, target: Target, *, speed: int) -> tuple[Any, Any]:
+    module = parse_ir(text)
+    machine = _machine(target)
+    options = llvm.create_pipeline_tuning_options(speed_level=speed)
+    options.loop_vectorization = True
+    # Wide vectors are already explicit; packing scalars again costs more compile time than it ever gains.
+    options.slp_vectorization = False
+    options.loop_unrolling = True
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return module, machine
+
+
+def emit_object(text: str, target: Target, *, speed: int = 2) -> bytes:
+    """The ELF object file of LLVM IR `text`."""
+    with _LOCK:
+        module, machine = _optimized(text, target, speed=speed)
+        return bytes(machine.emit_object(module))
+
+
+def emit_assembly(text: str, target: Target, *, speed: int = 2) -> str:
+    """The assembly of LLVM IR `text`, as the object file would hold it."""
+    with _LOCK:
+        module, machine = _optimized(text, target, speed=speed)
+        return str(machine.emit_assembly(module))
+
+
+def optimized_ir(text: str, target: Target, *, speed: int = 2) -> str:
+    """LLVM IR `text` after LLVM's own passes."""
+    with _LOCK:
+        return str(_optimized(text, target, speed=speed)[0])

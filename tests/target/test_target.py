@@ -1,0 +1,120 @@
+"""Target strings: what they mean, that they read back, and how a wrong one is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kedge.compiler.errors import TargetError
+from kedge.compiler.target import ARCHS, Target, known_tags, parse
+from kedge.compiler.target.arch import closure
+from kedge.compiler.target.cpus import BOARDS, CPUS, find_cpu
+
+
+@pytest.mark.parametrize("tag", known_tags())
+def test_a_target_reads_back_from_its_own_text(tag: str) -> None:
+    target = parse(tag)
+    assert parse(str(target)) == target
+    assert parse(target) is target
+
+
+@pytest.mark.parametrize(
+    ("text", "arch", "cpu", "cores"),
+    [
+        ("raspberry-pi/3b", "aarch64", "cortex-a53", 4),
+        ("raspberry-pi/4b", "aarch64", "cortex-a72", 4),
+        ("raspberry-pi/5", "aarch64", "cortex-a76", 4),
+        ("jetson/orin", "aarch64", "cortex-a78ae", 12),
+        ("beaglebone/black", "armv7l", "cortex-a8", 1),
+        ("aws/graviton2", "aarch64", "neoverse-n1", 64),
+        ("aws/graviton3", "aarch64", "neoverse-v1", 64),
+        ("raspberry-pi/4b -num-cores=2", "aarch64", "cortex-a72", 2),
+        ("llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72 -mattr=+dotprod -num-cores=4", "aarch64", "cortex-a72", 4),
+        ("llvm -mtriple=armv7-linux-gnueabihf -mcpu=cortex-a53", "armv7l", "cortex-a53", 4),
+        ("llvm -mcpu cortex-a53", "aarch64", "cortex-a53", 4),
+        ("llvm -mtriple=riscv64-linux-gnu", "riscv64", "generic-rv64", 4),
+    ],
+)
+def test_known_targets(text: str, arch: str, cpu: str, cores: int) -> None:
+    target = parse(text)
+    assert (target.arch.name, target.cpu, target.num_cores) == (arch, cpu, cores)
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "registers", "fma"),
+    [
+        ("x86-64", 128, 16, False),
+        ("x86-64-v3", 256, 16, True),
+        ("x86-64-v4", 512, 32, True),
+        ("raspberry-pi/4b", 128, 32, True),
+        ("beaglebone/black", 128, 16, False),
+        ("raspberry-pi/2b", 128, 16, True),
+        ("llvm -mtriple=riscv64-linux-gnu", 128, 8, True),
+    ],
+)
+def test_what_schedule_rules_see(text: str, bits: int, registers: int, fma: bool) -> None:
+    target = parse(text)
+    assert (target.vector_bits, target.vector_registers, target.fma) == (bits, registers, fma)
+
+
+def test_features_imply_others_and_go_with_what_they_need() -> None:
+    assert {"avx2", "avx", "sse3", "avx512f"} <= set(parse("x86-64 -mattr=+avx512vl").required_features)
+    without = parse("x86-64-v4 -mattr=-avx2").required_features
+    assert not {f for f in without if f.startswith("avx512")} and "avx" in without
+
+
+def test_native_lists_exactly_what_this_machine_has() -> None:
+    from kedge.compiler.codegen.machine import host_cpu
+
+    target = parse("native")
+    assert set(target.features) <= set(host_cpu()[1])
+    assert set(target.features) == set(host_cpu()[1]) & set(target.arch.known_features)
+    assert target.num_cores >= 1 and target.l1_bytes >= 4096
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("raspbery-pi/4", "unknown target", "raspberry-pi/4b"),
+        ("llvm -mcpu=cortex-a7x", "unknown CPU", "cortex-a7"),
+        ("llvm -mtriple=riscv64-linux-gnu -mcpu=cortex-a72", "of riscv64", "generic-rv64"),
+        ("x86-64-v3 -mattr=+avx512ff", "unknown feature", "avx512f"),
+        ("x86-64-v3 -mattr=avx2", "needs a sign", "+avx2"),
+        ("x86-64 -mattr=-sse2", "cannot be switched off", ""),
+        ("llvm -mtripl=x", "unknown option", "-mtriple"),
+        ("llvm -mtriple=aarch64-apple-darwin", "Linux only", "aarch64-linux-gnu"),
+        ("llvm -mtriple=arch64-linux-gnu", "unknown architecture", "aarch64-linux-gnu"),
+        ("x86-64 -num-cores=0", "at least 1", ""),
+        ("x86-64 -num-cores=many", "not a number", ""),
+        ("x86-64 -num-cores", "needs a value", ""),
+        ("raspberry-pi/4b -mtriple=x86_64-linux-gnu", "contradicts", ""),
+        ("cuda -arch=sm_87", "not built yet", "llvm"),
+        ("opencl", "not built yet", "llvm"),
+        ("cortex-a72", "not a target by itself", "llvm -mcpu=cortex-a72"),
+        ("llvm", "which architecture", "-mtriple"),
+        ("", "empty target", "native"),
+        ("llvm -mcpu='x", "quot", ""),
+    ],
+)
+def test_a_wrong_target_is_refused_with_a_remedy(text: str, message: str, hint: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        parse(text)
+    assert message in str(caught.value)
+    assert hint in (caught.value.hint or "")
+
+
+def test_tables_are_consistent() -> None:
+    for board in BOARDS:
+        assert find_cpu(board.cpu, board.arch) is not None, board.tag
+    for cpu in CPUS:
+        assert set(cpu.features) <= set(cpu.arch.known_features), cpu.name
+        assert closure(cpu.arch, frozenset(cpu.features)) == frozenset(cpu.features), cpu.name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_mix_of_features_reads_back(data: st.DataObject) -> None:
+    arch = data.draw(st.sampled_from(ARCHS))
+    features = data.draw(st.sets(st.sampled_from(arch.known_features)))
+    target = Target(arch, arch.generic_cpu, tuple(sorted(closure(arch, frozenset(features)))), 3, 4096, 65536)
+    assert parse(str(target)) == target
