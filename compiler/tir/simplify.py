@@ -1,0 +1,590 @@
+"""Simplifying index arithmetic and proving facts about it.
+
+int64 expressions are brought into a normal form: an integer polynomial over *atoms* (variables, and quotients,
+remainders, minima … that cannot be taken apart). `c * (x // d)` with `d | c` is kept as `c/d * (x - x % d)`, so that
+what `split` and `fuse` take apart cancels again. Facts are proved by interval arithmetic, and where bounds are
+symbolic by replacing one variable after the other by the end of its range that is worst for the claim
+(Fourier-Motzkin elimination without its case splits). A proof that fails proves nothing: `prove` is one-sided.
+
+int64 is treated as unbounded: index arithmetic of real tensors does not overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+import numpy as np
+from kedge.compiler.tir.expr import (
+    COMPARISONS,
+    INDEX_DTYPE,
+    Binary,
+    Call,
+    Cast,
+    Const,
+    Dim,
+    Expr,
+    Select,
+    Var,
+    as_expr,
+    const,
+)
+from kedge.compiler.tir.poly import Poly, divide_term
+from kedge.compiler.tir.stmt import Block, For, If, Range, Seq, Stmt, Store
+from kedge.compiler.tir.structural import Key, expr_key
+from kedge.compiler.tir.visitor import map_children, map_stmt_children, map_stmt_exprs
+
+#: What is known of variables: each lies in its range. Variables not named here have their own `lower` and `upper`.
+Ranges: TypeAlias = Mapping[Var, Range]
+#: An inclusive interval; None is unbounded.
+Interval: TypeAlias = tuple[int | None, int | None]
+
+_ANYTHING: Final[Interval] = (None, None)
+_DEPTH: Final = 8
+
+
+def simplify(expr: Expr, ranges: Ranges | None = None) -> Expr:
+    """An expression of the same value wherever variables lie in their ranges; the same object if nothing changed."""
+    return Simplifier(ranges).simplify(expr)
+
+
+def prove(condition: Expr, ranges: Ranges | None = None) -> bool:
+    """Whether `condition` provably holds for all values of its variables. False means: not proved."""
+    return Simplifier(ranges).prove(condition)
+
+
+def prove_equal(a: Dim, b: Dim, ranges: Ranges | None = None) -> bool:
+    """Whether two int64 values are provably equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return Simplifier(ranges).prove_equal(as_expr(a), as_expr(b))
+
+
+def bounds(expr: Expr, ranges: Ranges | None = None) -> Interval:
+    """The inclusive interval in which an int64 expression lies; None where unknown."""
+    return Simplifier(ranges).bounds(expr)
+
+
+def over(extent: Dim) -> Range:
+    """The range `[0, extent)`."""
+    return Range(const(0), as_expr(extent))
+
+
+def simplify_dim(dim: Dim, ranges: Ranges | None = None) -> Dim:
+    """`dim` simplified, as a plain int where it is known."""
+    if isinstance(dim, int):
+        return dim
+    simple = simplify(dim, ranges)
+    return int(simple.value) if isinstance(simple, Const) else simple
+
+
+def simplify_stmt(stmt: Stmt, ranges: Ranges | None = None) -> Stmt:
+    """`stmt` with every expression simplified under the loops and iteration variables around it.
+
+    Branches that are decided go away; a loop or a block stays, even if it runs once.
+    """
+    return _simplify_stmt(stmt, dict(ranges or {}))
+
+
+def _simplify_stmt(stmt: Stmt, ranges: dict[Var, Range]) -> Stmt:
+    simplifier = Simplifier(ranges)
+    match stmt:
+        case For(var=var, extent=extent):
+            new = map_stmt_exprs(stmt, simplifier.simplify)
+            return map_stmt_children(new, lambda s: _simplify_stmt(s, {**ranges, var: over(extent)}))
+        case Block():
+            return _simplify_block(stmt, ranges, simplifier)
+        case If(condition=condition):
+            known = simplifier.simplify(condition)
+            if isinstance(known, Const):
+                chosen = stmt.then if known.value else stmt.orelse
+                return Seq(()) if chosen is None else _simplify_stmt(chosen, ranges)
+    new = map_stmt_exprs(stmt, simplifier.simplify) if isinstance(stmt, (Store, If)) else stmt
+    return map_stmt_children(new, lambda s: _simplify_stmt(s, ranges))
+
+
+def _simplify_block(block: Block, ranges: dict[Var, Range], outer: Simplifier) -> Block:
+    inner = Simplifier({**ranges, **{it.var: over(it.extent) for it in block.iters}})
+    own = {id(e) for e in (*block.bindings, block.predicate, *(it.extent for it in block.iters))}
+    new = map_stmt_exprs(block, lambda e: (outer if id(e) in own else inner).simplify(e))
+    scope = {**ranges, **{it.var: over(it.extent) for it in block.iters}}
+    result = map_stmt_children(new, lambda s: _simplify_stmt(s, scope))
+    assert isinstance(result, Block)
+    return result
+
+
+class Simplifier:
+    """Simplifies and proves under fixed ranges of variables. Reuse one for many questions: it remembers atoms."""
+
+    def __init__(self, ranges: Ranges | None = None) -> None:
+        self.ranges: Ranges = ranges or {}
+        self._numbers: dict[Key, int] = {}
+        self._atoms: list[Expr] = []
+        self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
+        self._intervals: dict[int, Interval] = {}
+
+    # Public questions -------------------------------------------------------------------------------------------
+
+    def simplify(self, expr: Expr) -> Expr:
+        """See the module's `simplify`."""
+        if expr.dtype == INDEX_DTYPE:
+            new = self._rebuild(self.poly(expr))
+            return expr if expr_key(new) == expr_key(expr) else new
+        if isinstance(expr, Binary) and expr.op in COMPARISONS:
+            return self._comparison(expr)
+        expr = map_children(expr, self.simplify)
+        if isinstance(expr, Binary) and expr.op in ("and", "or"):
+            return _logic(expr)
+        if isinstance(expr, Select) and isinstance(expr.condition, Const):
+            return expr.a if expr.condition.value else expr.b
+        if isinstance(expr, Call) and expr.name == "not" and isinstance(expr.args[0], Const):
+            return const(not expr.args[0].value, "bool")
+        return _cast(expr) if isinstance(expr, Cast) else expr
+
+    def prove(self, condition: Expr) -> bool:
+        """See the module's `prove`."""
+        match condition:
+            case Const(value=value):
+                return bool(value)
+            case Binary(op="and", a=a, b=b):
+                return self.prove(a) and self.prove(b)
+            case Binary(op="or", a=a, b=b):
+                return self.prove(a) or self.prove(b)
+            case Call(name="not", args=(inner,)):
+                negated = _negate(inner)
+                return negated is not None and self.prove(negated)
+            case Binary(op=op, a=a, b=b) if op in COMPARISONS and a.dtype == INDEX_DTYPE:
+                return self._prove_comparison(op, self.poly(a) - self.poly(b))
+        return False
+
+    def prove_equal(self, a: Expr, b: Expr) -> bool:
+        """Whether two int64 expressions are provably equal."""
+        return self._prove_comparison("eq", self.poly(a) - self.poly(b))
+
+    def bounds(self, expr: Expr) -> Interval:
+        """See the module's `bounds`."""
+        return self._bounds(self.poly(expr))
+
+    # Normal form ------------------------------------------------------------------------------------------------
+
+    def poly(self, expr: Expr) -> Poly:
+        """The normal form of an int64 expression."""
+        match expr:
+            case Const(value=value):
+                return Poly.of(int(value))
+            case Var():
+                return self._var(expr)
+            case Binary(op=op, a=a, b=b):
+                return self._arithmetic(op, a, b, expr)
+            case Select():
+                return self._select(expr)
+            case Cast(value=Const(value=value)):
+                return Poly.of(int(value))
+        return self._atom(map_children(expr, self.simplify))
+
+    def _arithmetic(self, op: str, a: Expr, b: Expr, expr: Expr) -> Poly:
+        x, y = self.poly(a), self.poly(b)
+        match op:
+            case "add":
+                return self._normal(x + y)
+            case "sub":
+                return self._normal(x - y)
+            case "mul":
+                return self._normal(x * y)
+            case "floordiv":
+                return self._divide(x, y)
+            case "floormod":
+                return self._modulo(x, y)
+            case "truncdiv" | "truncmod" if self._nonnegative(x) and self._nonnegative(y - Poly.of(1)):
+                return self._divide(x, y) if op == "truncdiv" else self._modulo(x, y)
+            case "min" | "max":
+                small, large = (x, y) if op == "min" else (y, x)
+                if self._nonnegative(large - small):
+                    return x
+                if self._nonnegative(small - large):
+                    return y
+        return self._atom(Binary(expr.op, self._rebuild(x), self._rebuild(y)) if isinstance(expr, Binary) else expr)
+
+    def _select(self, expr: Select) -> Poly:
+        condition = self.simplify(expr.condition)
+        if isinstance(condition, Const):
+            return self.poly(expr.a if condition.value else expr.b)
+        a, b = self.poly(expr.a), self.poly(expr.b)
+        if a == b:
+            return a
+        return self._atom(Select(condition, self._rebuild(a), self._rebuild(b)))
+
+    def _var(self, var: Var) -> Poly:
+        known = self.ranges.get(var)
+        if known is not None and isinstance(known.extent, Const) and known.extent.value == 1:
+            return self.poly(known.start)
+        if known is None and var.lower is not None and var.lower == var.upper:
+            return Poly.of(var.lower)
+        return self._atom(var)
+
+    def _atom(self, expr: Expr) -> Poly:
+        return Poly.atom(self._number(expr))
+
+    def _number(self, expr: Expr) -> int:
+        key = expr_key(expr)
+        if key not in self._numbers:
+            self._numbers[key] = len(self._atoms)
+            self._atoms.append(expr)
+        return self._numbers[key]
+
+    def _part(self, op: str, x: Poly, d: Poly) -> Poly:
+        """The atom `x // d` or `x % d`."""
+        number = self._number(
+            Binary("floordiv" if op == "floordiv" else "floormod", self._rebuild(x), self._rebuild(d))
+        )
+        self._parts[number] = (op, x, d)
+        return Poly.atom(number)
+
+    def _normal(self, poly: Poly) -> Poly:
+        """`poly` with every `c * (x // d)`, `d | c`, as `c/d * (x - x % d)`, and its like for `(x // a) % b`."""
+        for mono, c in poly.terms.items():
+            for atom in mono:
+                if atom not in self._parts:
+                    continue
+                rest = list(mono)
+                rest.remove(atom)
+                expanded = self._expanded(atom, tuple(rest), c)
+                if expanded is not None:
+                    return self._normal(poly - Poly({mono: c}) + expanded)
+        return poly
+
+    def _expanded(self, atom: int, rest: tuple[int, ...], c: int) -> Poly | None:
+        """`c * rest * atom` without that quotient, where `c * rest` is a multiple of its divisor."""
+        op, x, d = self._parts[atom]
+        if op == "floordiv":
+            factor = divide_term(rest, c, d)
+            return None if factor is None else factor * (x - self._modulo(x, d))
+        inner = self._single_part(x, "floordiv")
+        if inner is None:
+            return None
+        y, a = inner
+        factor = divide_term(rest, c, a)
+        return None if factor is None else factor * (self._modulo(y, a * d) - self._modulo(y, a))
+
+    def _single_part(self, poly: Poly, op: str) -> tuple[Poly, Poly] | None:
+        """`(x, d)` where `poly` is exactly the atom `x op d`."""
+        if len(poly.terms) != 1:
+            return None
+        ((mono, c),) = poly.terms.items()
+        if c != 1 or len(mono) != 1:
+            return None
+        found = self._parts.get(mono[0])
+        return None if found is None or found[0] != op else found[1:]
+
+    # Quotients and remainders -----------------------------------------------------------------------------------
+
+    def _divide(self, x: Poly, d: Poly) -> Poly:
+        c = d.value
+        if c is None:
+            return self._divide_symbolic(x, d)
+        if c <= 0:
+            return self._part("floordiv", x, d)
+        if c == 1:
+            return x
+        q, r = x.divmod_int(c)
+        whole = self._same_quotient(r, c)
+        if whole is not None:
+            return q + Poly.of(whole)
+        split = self._low_part(r, c)
+        if split is not None:
+            g, high, _ = split
+            return self._normal(q + self._divide(high, Poly.of(c // g)))
+        nested = self._single_part(r - Poly.of(r.constant), "floordiv")
+        if nested is not None and (nested[1].value or 0) > 0:
+            y, a = nested
+            return self._normal(q + self._divide(y + a.scaled(r.constant), a.scaled(c)))
+        inside = self._single_part(r, "floormod")
+        if inside is not None and (m := inside[1].value) is not None and m > 0 and m % c == 0:
+            return self._normal(q + self._modulo(self._divide(inside[0], d), Poly.of(m // c)))
+        return self._normal(q + self._part("floordiv", r, d))
+
+    def _modulo(self, x: Poly, d: Poly) -> Poly:
+        c = d.value
+        if c is None:
+            return self._modulo_symbolic(x, d)
+        if c <= 0:
+            return self._part("floormod", x, d)
+        _, r = x.divmod_int(c)
+        whole = self._same_quotient(r, c)
+        if whole is not None:
+            return r - Poly.of(whole * c)
+        split = self._low_part(r, c)
+        if split is not None:
+            g, high, low = split
+            return self._normal(self._modulo(high, Poly.of(c // g)).scaled(g) + low)
+        for mono, factor in r.terms.items():
+            inner = self._single_part(Poly({mono: 1}), "floormod")
+            if inner is not None and (m := inner[1].value) is not None and m % c == 0:
+                return self._modulo(r - Poly({mono: factor}) + inner[0].scaled(factor), d)
+        return self._part("floormod", r, d)
+
+    def _same_quotient(self, r: Poly, c: int) -> int | None:
+        """`r // c`, where it is the same for all values."""
+        low, high = self._bounds(r)
+        if low is not None and high is not None and low // c == high // c:
+            return low // c
+        return None
+
+    def _low_part(self, r: Poly, c: int) -> tuple[int, Poly, Poly] | None:
+        """`(g, high, low)` with `r == g * high + low`, `g` dividing `c` and `low` in `[0, g)`."""
+        factors = {math.gcd(f, c) for mono, f in r.terms.items() if mono}
+        for g in sorted(factors - {1}, reverse=True):
+            high, low = r.divmod_int(g)
+            if self._same_quotient(low, g) == 0:
+                return g, high, low
+        return None
+
+    def _divide_symbolic(self, x: Poly, d: Poly) -> Poly:
+        q, r = x.divmod(d) if d.terms else (Poly(), x)
+        if self._nonnegative(r) and self._nonnegative(d - r - Poly.of(1)):
+            return self._normal(q)
+        return self._normal(q + self._part("floordiv", r, d))
+
+    def _modulo_symbolic(self, x: Poly, d: Poly) -> Poly:
+        r = x.divmod(d)[1] if d.terms else x
+        if self._nonnegative(r) and self._nonnegative(d - r - Poly.of(1)):
+            return self._normal(r)
+        return self._part("floormod", r, d)
+
+    # Intervals and proofs ---------------------------------------------------------------------------------------
+
+    def _bounds(self, poly: Poly) -> Interval:
+        low: int | None = 0
+        high: int | None = 0
+        for mono, c in poly.terms.items():
+            interval: Interval = (1, 1)
+            for atom in mono:
+                interval = _times(interval, self._interval(atom))
+            a, b = _times((c, c), interval)
+            low = None if low is None or a is None else low + a
+            high = None if high is None or b is None else high + b
+        return low, high
+
+    def _interval(self, atom: int) -> Interval:
+        if atom not in self._intervals:
+            self._intervals[atom] = _ANYTHING  # while it is being worked out
+            self._intervals[atom] = self._atom_interval(atom)
+        return self._intervals[atom]
+
+    def _atom_interval(self, atom: int) -> Interval:
+        if atom in self._parts:
+            return self._part_interval(*self._parts[atom])
+        match self._atoms[atom]:
+            case Var() as var:
+                known = self.ranges.get(var)
+                if known is None:
+                    return var.lower, var.upper
+                low, high = self.bounds(known.start)[0], self.bounds(known.start + known.extent)[1]
+                return low, None if high is None else high - 1
+            case Binary(op=("min" | "max") as op, a=a, b=b):
+                return _extreme(op, self.bounds(a), self.bounds(b))
+            case Select(a=a, b=b):
+                (a0, a1), (b0, b1) = self.bounds(a), self.bounds(b)
+                return (
+                    None if a0 is None or b0 is None else min(a0, b0),
+                    None if a1 is None or b1 is None else max(a1, b1),
+                )
+            case Cast(value=value):
+                return _dtype_interval(value.dtype)
+        return _ANYTHING
+
+    def _part_interval(self, op: str, x: Poly, d: Poly) -> Interval:
+        (low, high), (d_low, d_high) = self._bounds(x), self._bounds(d)
+        if d_low is None or d_low <= 0:
+            return _ANYTHING
+        positive = low is not None and low >= 0
+        if op == "floormod":
+            ends = (None if d_high is None else d_high - 1, high if positive else None)
+            known = [end for end in ends if end is not None]
+            return 0, min(known) if known else None
+        if d_low == d_high:
+            return None if low is None else low // d_low, None if high is None else high // d_low
+        return (0, None if high is None else high // d_low) if positive else _ANYTHING
+
+    def _prove_comparison(self, op: str, difference: Poly) -> bool:
+        one = Poly.of(1)
+        match op:
+            case "eq":
+                return not difference.terms or self._bounds(difference) == (0, 0)
+            case "ne":
+                return self._nonnegative(difference - one) or self._nonnegative(difference.scaled(-1) - one)
+            case "lt":
+                return self._nonnegative(difference.scaled(-1) - one)
+            case "le":
+                return self._nonnegative(difference.scaled(-1))
+            case "gt":
+                return self._nonnegative(difference - one)
+        return self._nonnegative(difference)
+
+    def _nonnegative(self, poly: Poly, depth: int = _DEPTH) -> bool:
+        """Whether `poly >= 0` provably holds."""
+        low, high = self._bounds(poly)
+        if low is not None and low >= 0:
+            return True
+        if depth == 0 or (high is not None and high < 0):
+            return False
+        for atom in reversed(poly.atoms()):
+            worst = self._worst(poly, atom)
+            if worst is not None:
+                return all(self._nonnegative(self._normal(case), depth - 1) for case in worst)
+        return False
+
+    def _worst(self, poly: Poly, atom: int) -> tuple[Poly, ...] | None:
+        """Polynomials without `atom` of which the smallest bounds `poly` from below (up to a positive factor)."""
+        expr = self._atoms[atom]
+        if isinstance(expr, Binary) and expr.op in ("min", "max"):
+            return tuple(poly.replace(atom, self.poly(side)) for side in (expr.a, expr.b))
+        if isinstance(expr, Select) and expr.dtype == INDEX_DTYPE:
+            return tuple(poly.replace(atom, self.poly(side)) for side in (expr.a, expr.b))
+        parts = poly.coefficient(atom)
+        ends = self._symbolic_ends(atom)
+        if parts is None or ends is None:
+            return None
+        factor, rest = parts
+        low, high = self._bounds(factor)
+        scale, first, last = ends
+        # For integers and d > 0: p >= 0 exactly if d * (p + 1) - 1 >= 0, which leaves room for rounding.
+        rest = scale * (rest + Poly.of(1)) - Poly.of(1)
+        if low is not None and low >= 0:
+            return (rest + factor * first,)
+        return (rest + factor * last,) if high is not None and high <= 0 else None
+
+    def _symbolic_ends(self, atom: int) -> tuple[Poly, Poly, Poly] | None:
+        """`(s, a, b)` with `a <= s * atom <= b` and `s > 0`, for an atom of which a range is known."""
+        if atom in self._parts:
+            op, x, d = self._parts[atom]
+            low = self._bounds(d)[0]
+            if low is None or low <= 0:
+                return None
+            last = d - Poly.of(1)
+            return (Poly.of(1), Poly(), last) if op == "floormod" else (d, x - last, x)
+        var = self._atoms[atom]
+        known = self.ranges.get(var) if isinstance(var, Var) else None
+        if known is None:
+            return None
+        start = self.poly(known.start)
+        return Poly.of(1), start, start + self.poly(known.extent) - Poly.of(1)
+
+    # Back to expressions ----------------------------------------------------------------------------------------
+
+    def _comparison(self, expr: Binary) -> Expr:
+        if expr.a.dtype != INDEX_DTYPE:
+            return map_children(expr, self.simplify)
+        difference = self.poly(expr.a) - self.poly(expr.b)
+        negated = _negate(expr)
+        if self._prove_comparison(expr.op, difference):
+            return const(True, "bool")
+        if isinstance(negated, Binary) and self._prove_comparison(negated.op, difference):
+            return const(False, "bool")
+        left = Poly({mono: c for mono, c in difference.terms.items() if c > 0})
+        right = Poly({mono: -c for mono, c in difference.terms.items() if c < 0})
+        new = Binary(expr.op, self._rebuild(left), self._rebuild(right))
+        return expr if expr_key(new) == expr_key(expr) else new
+
+    def _rebuild(self, poly: Poly) -> Expr:
+        """An expression of `poly`: positive terms first, then negative ones, the constant last."""
+        poly = self._folded(poly)
+        result: Expr | None = None
+        for mono, c in sorted(poly.terms.items(), key=lambda item: (item[0] == (), item[1] < 0, item[0])):
+            term = self._term(mono, abs(c) if result is not None else c)
+            result = term if result is None else Binary("add" if c > 0 else "sub", result, term)
+        return const(0) if result is None else result
+
+    def _term(self, mono: tuple[int, ...], c: int) -> Expr:
+        if not mono:
+            return const(c)
+        result = self._atoms[mono[0]]
+        for atom in mono[1:]:
+            result = Binary("mul", result, self._atoms[atom])
+        return result if c == 1 else Binary("mul", result, const(c))
+
+    def _folded(self, poly: Poly) -> Poly:
+        """`poly` with `c * (x - x % d)` as `c*d * (x // d)`, and `x % ab - x % a` as `a * ((x // a) % b)`."""
+        for mono, c in poly.terms.items():
+            inner = self._single_part(Poly({mono: 1}), "floormod") if mono else None
+            if inner is None:
+                continue
+            x, d = inner
+            whole = Poly({mono: -c}) + self._part("floordiv", x, d) * d.scaled(-c) - x.scaled(-c)
+            for candidate in (poly + whole, *self._nested_folds(poly, mono, c, x, d)):
+                if len(candidate.terms) < len(poly.terms):
+                    return self._folded(candidate)
+        return poly
+
+    def _nested_folds(self, poly: Poly, mono: tuple[int, ...], c: int, x: Poly, d: Poly) -> list[Poly]:
+        a = d.value
+        if a is None or a <= 0:
+            return []
+        found = []
+        for other, factor in poly.terms.items():
+            outer = self._single_part(Poly({other: 1}), "floormod") if other and factor == -c else None
+            if outer is None or (m := outer[1].value) is None or m % a or m == a or outer[0] != x:
+                continue
+            digit = self._part("floormod", self._part("floordiv", x, d), Poly.of(m // a))
+            found.append(poly - Poly({mono: c, other: factor}) + digit.scaled(-c * a))
+        return found
+
+
+def _times(x: Interval, y: Interval) -> Interval:
+    """The interval of products; unbounded ends count as infinite."""
+    if x == (0, 0) or y == (0, 0):
+        return 0, 0
+    xs = (-math.inf if x[0] is None else x[0], math.inf if x[1] is None else x[1])
+    ys = (-math.inf if y[0] is None else y[0], math.inf if y[1] is None else y[1])
+    # 0 times an infinite end is 0: the end is a limit, never a value.
+    products = [0 if a == 0 or b == 0 else a * b for a in xs for b in ys]
+    low, high = min(products), max(products)
+    return None if low == -math.inf else int(low), None if high == math.inf else int(high)
+
+
+def _extreme(op: str, x: Interval, y: Interval) -> Interval:
+    pick = min if op == "min" else max
+
+    def end(a: int | None, b: int | None, unbounded_wins: bool) -> int | None:
+        if a is None or b is None:
+            return None if unbounded_wins else (a if b is None else b)
+        return pick(a, b)
+
+    return end(x[0], y[0], op == "min"), end(x[1], y[1], op == "max")
+
+
+def _dtype_interval(dtype: str) -> Interval:
+    if dtype == "bool":
+        return 0, 1
+    if dtype == INDEX_DTYPE or not np.issubdtype(np.dtype(dtype), np.integer):
+        return _ANYTHING
+    info = np.iinfo(dtype)
+    return int(info.min), int(info.max)
+
+
+def _logic(expr: Binary) -> Expr:
+    absorbing = expr.op == "or"
+    for side, other in ((expr.a, expr.b), (expr.b, expr.a)):
+        if isinstance(side, Const):
+            return side if bool(side.value) == absorbing else other
+    return expr.a if expr_key(expr.a) == expr_key(expr.b) else expr
+
+
+def _cast(expr: Cast) -> Expr:
+    if expr.value.dtype == expr.dtype:
+        return expr.value
+    if isinstance(expr.value, Const) and expr.value.dtype in (INDEX_DTYPE, "bool") and expr.dtype.startswith("float"):
+        return const(expr.value.value, expr.dtype)
+    return expr
+
+
+def _negate(condition: Expr) -> Expr | None:
+    """The opposite of a comparison of integers (floats have NaN), or None."""
+    opposite = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "le": "gt", "gt": "le"}
+    match condition:
+        case Binary(op=op, a=a, b=b) if op in opposite and a.dtype == INDEX_DTYPE:
+            return Binary(opposite[op], a, b)  # type: ignore[arg-type]
+        case Call(name="not", args=(inner,)):
+            return inner
+    return None
