@@ -1,0 +1,56 @@
+"""The tree of commands. Each module of this folder holds the commands of one idea."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import kedge
+from kedge.cli import board, compiling, demo, doctor, fleet, running
+
+app = typer.Typer(
+    name="kedge",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tracker_app = typer.Typer(no_args_is_help=True, help="The tracker: where agents and clients meet.")
+agent_app = typer.Typer(no_args_is_help=True, help="The agent: offers this machine to a tracker.")
+deploy_app = typer.Typer(no_args_is_help=True, help="Put agents on boards over SSH.")
+app.add_typer(tracker_app, name="tracker")
+app.add_typer(agent_app, name="agent")
+app.add_typer(deploy_app, name="deploy")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kedge {kedge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compile machine-learning models on a host, run and time them on remote devices.
+
+    Start with [bold]kedge demo[/bold]; when something does not work, [bold]kedge doctor[/bold] says what to fix.
+    """
+
+
+app.command("demo")(demo.demo)
+app.command("compile")(compiling.compile_)
+app.command("inspect")(compiling.inspect)
+app.command("run")(running.run)
+app.command("bench")(running.bench)
+app.command("validate")(running.validate)
+app.command("devices")(fleet.devices)
+app.command("jobs")(fleet.jobs)
+app.command("doctor")(doctor.doctor)
+tracker_app.command("start")(fleet.tracker_start)
+agent_app.command("start")(fleet.agent_start)
+deploy_app.command("board")(board.deploy_board)

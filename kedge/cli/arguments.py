@@ -1,0 +1,57 @@
+"""Reading what people type: shapes, arrays, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kedge.rpc.errors import InputError
+
+Shape = tuple[int | str, ...]
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def parse_shapes(texts: list[str] | None) -> dict[str, Shape]:
+    """`["x=1,3,224,224"]` as `{"x": (1, 3, 224, 224)}`; a name as a dim stays a name (a free dim)."""
+    shapes: dict[str, Shape] = {}
+    for text in texts or ():
+        name, equals, dims = text.partition("=")
+        parts = [part.strip() for part in dims.split(",")] if dims else []
+        if not equals or not name or not all(part.isidentifier() or part.isdecimal() for part in parts):
+            raise InputError(
+                f"--shape {text!r} is not NAME=D0,D1,…", hint="for example --shape x=1,3,224,224 or x=N,784"
+            )
+        shapes[name.strip()] = tuple(int(part) if part.isdecimal() else part for part in parts)
+    return shapes
+
+
+def load_inputs(path: Path) -> Arrays:
+    """The arrays of an `.npz` file by name; raises InputError when it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(
+                    f"{path} holds one array without a name", hint="save with numpy.savez(path, NAME=array)"
+                )
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file", hint="numpy.savez(path, NAME=array) makes one") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} is not an .npz file ({error})", hint="numpy.savez(path, NAME=array) makes one"
+        ) from error
+
+
+def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write arrays to an `.npz` file, whole or not at all."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with scratch.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error

@@ -1,0 +1,61 @@
+"""`kedge deploy board`: an agent on a board, over SSH."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kedge.cli import output
+from kedge.cli.devices import require_tracker
+
+
+def deploy_board(
+    host: Annotated[str, typer.Argument(metavar="USER@HOST[:PORT]", help="The board; ~/.ssh/config is honoured.")],
+    tracker: output.TrackerOption = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The device's name.", show_default="the board's host name")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; repeatable.")
+    ] = None,
+    identity: Annotated[Path | None, typer.Option("-i", "--identity", help="The private key to log in with.")] = None,
+    known_hosts: Annotated[
+        Path | None,
+        typer.Option("--known-hosts", help="Host keys to check against.", show_default="~/.ssh/known_hosts"),
+    ] = None,
+    uninstall: Annotated[
+        bool, typer.Option("--uninstall", help="Stop the agent and remove every trace of it.")
+    ] = False,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds until the tracker must see it.")] = 60,
+) -> None:
+    """Install the agent on a board over SSH, start it, and wait until the tracker sees it.
+
+    The board needs Python 3.9 or newer and an SSH server; no root, no compiler and no packages.
+
+    Examples:
+
+      kedge deploy board pi@192.168.1.20 --tracker 192.168.1.2:9190 --label rack=a
+
+      kedge deploy board pi@192.168.1.20 --uninstall
+    """
+    from kedge.deployment import deploy, remove
+
+    with output.progress(f"deploy {host}") as report:
+        if uninstall:
+            removed = remove(host, identity=identity, known_hosts=known_hosts, progress=report)
+            text = f"{host}: the agent is stopped and removed" if removed else f"{host}: there was no agent to remove"
+        else:
+            device = deploy(
+                host,
+                require_tracker(tracker),
+                name=name,
+                labels=label or [],
+                identity=identity,
+                known_hosts=known_hosts,
+                timeout=timeout,
+                progress=report,
+            )
+            text = f"{host}: device {device.info.name!r} is connected ({device.info.arch}, target {device.info.target})"
+    output.stdout().print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,138 @@
+"""`kedge compile` and `kedge inspect`: from a model to an artifact, and what is inside of either."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import kedge
+from kedge.cli import output
+from kedge.cli.arguments import parse_shapes
+from kedge.rpc.artifact import Manifest
+from kedge.rpc.errors import InputError
+
+
+def compile_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.kdg", help="Where to write the artifact.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="A tag, 'native' or 'llvm -mtriple=… -mcpu=…'; repeat it for several variants."),
+    ] = None,
+    shape: output.ShapeOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Compile an ONNX model into an artifact for one or several targets.
+
+    Examples:
+
+      kedge compile digits.onnx -o digits.kdg
+
+      kedge compile resnet18.onnx --shape x=1,3,224,224 --target raspberry-pi/4b -o resnet18.kdg
+
+      kedge compile digits.onnx --target x86-64 --target x86-64-v3 --target aws/graviton2 -o digits.kdg
+    """
+    started = time.perf_counter()
+    with output.progress("compile") as report:
+        report(f"reading {model.name}")
+        loaded = kedge.load(model, shapes=parse_shapes(shape))
+        artifact = kedge.compile(loaded, target=target or ["native"], name=model.stem, progress=report)
+        artifact.save(out)
+    seconds = time.perf_counter() - started
+    if as_json:
+        output.emit_json({"artifact": str(out), "seconds": seconds, **manifest_facts(artifact.manifest)})
+        return
+    output.stdout().print(
+        f"{out}: {output.size_text(out.stat().st_size)} for"
+        f" {', '.join(variant.target for variant in artifact.manifest.variants)}, in {seconds:.2f} s",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="MODEL.onnx|OUT.kdg", help="What to look into.", show_default=False)],
+    shape: output.ShapeOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Show what is inside a model (operators, supported or not, shapes, sizes) or an artifact.
+
+    Exits with 1 when the model uses operators that kedge does not support.
+
+    Examples:
+
+      kedge inspect digits.onnx
+
+      kedge inspect digits.kdg --json
+    """
+    if path.suffix == ".kdg":
+        manifest = kedge.Artifact.load(path).manifest
+        if as_json:
+            output.emit_json(manifest_facts(manifest))
+        else:
+            _show_manifest(path, manifest)
+    elif path.suffix == ".onnx":
+        _inspect_model(path, shape, as_json)
+    else:
+        raise InputError(f"{path}: neither .onnx nor .kdg", hint="kedge inspect MODEL.onnx or kedge inspect OUT.kdg")
+
+
+def manifest_facts(manifest: Manifest) -> dict[str, Any]:
+    """What people ask of an artifact, JSON-able."""
+    return {
+        "name": manifest.name,
+        "abi": manifest.abi,
+        "compiler": manifest.compiler,
+        "functions": [
+            {"name": f.name, "inputs": [str(p) for p in f.inputs], "outputs": [str(p) for p in f.outputs]}
+            for f in manifest.functions
+        ],
+        "variants": [{"target": v.target, "arch": v.arch, "features": list(v.features)} for v in manifest.variants],
+        "members": [{"name": m.name, "bytes": m.size, "sha256": m.digest} for m in manifest.members],
+    }
+
+
+def _show_manifest(path: Path, manifest: Manifest) -> None:
+    console = output.stdout()
+    console.print(f"{path}: artifact {manifest.name!r}, ABI {manifest.abi}, {manifest.compiler}", markup=False)
+    for function in manifest.functions:
+        inputs, outputs = (", ".join(map(str, ports)) for ports in (function.inputs, function.outputs))
+        console.print(f"\n{function.name}({inputs})\n  -> {outputs}", markup=False)
+    console.print()
+    variants = output.table("variant", "arch", "required CPU features", "code")
+    for variant in manifest.variants:
+        variants.add_row(variant.target, variant.arch, ", ".join(variant.features) or "baseline", variant.lib)
+    console.print(variants)
+    console.print()
+    members = output.table("member", ">size", "sha256")
+    for member in manifest.members:
+        members.add_row(member.name, output.size_text(member.size), member.digest[:16])
+    console.print(members)
+
+
+def _inspect_model(path: Path, shape: list[str] | None, as_json: bool) -> None:
+    from kedge.compiler.frontend.onnx import coverage
+
+    report = coverage(path)
+    unsupported = [entry for entry in report.operators if not entry.supported]
+    if as_json:
+        output.emit_json(report.to_json())
+    else:
+        console = output.stdout()
+        if unsupported:
+            table = output.table("operator", "domain", ">nodes", "supported")
+            for entry in report.operators:
+                table.add_row(
+                    entry.name,
+                    entry.domain or "ai.onnx",
+                    str(entry.count),
+                    "yes" if entry.supported else "[red]no[/red]",
+                )
+            console.print(table)
+        else:
+            console.print(kedge.load(path, shapes=parse_shapes(shape)).summary(), markup=False, soft_wrap=True)
+    if unsupported:
+        raise typer.Exit(1)

@@ -1,0 +1,36 @@
+"""`kedge doctor`: every hop from the compiler to a device, and what to fix."""
+
+from __future__ import annotations
+
+import typer
+
+from kedge.cli import output
+
+
+def doctor(
+    device: output.DeviceOption = None,
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Check this installation, the tracker and a device, and say what to fix. Exits with 1 when something is broken.
+
+    Examples:
+
+      kedge doctor
+
+      kedge doctor --tracker tracker:9190 --device arch=aarch64
+    """
+    from kedge.diagnosis import diagnose
+
+    with output.progress("doctor") as report:
+        findings = diagnose(tracker, device, progress=report)
+    if as_json:
+        output.emit_json([finding.to_json() for finding in findings])
+    else:
+        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "broken": "[red]broken[/red]"}
+        table = output.table("", "check", "found", "what to do")
+        for finding in findings:
+            table.add_row(marks[finding.status], finding.check, finding.found, finding.remedy)
+        output.stdout().print(table)
+    if any(finding.status == "broken" for finding in findings):
+        raise typer.Exit(1)

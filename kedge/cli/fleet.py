@@ -1,0 +1,154 @@
+"""`kedge tracker start`, `kedge agent start`, `kedge devices`, `kedge jobs`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import kedge
+from kedge.cli import output
+from kedge.cli.devices import require_tracker
+from kedge.rpc.errors import KedgeError
+
+DEFAULT_PORT = 9190
+
+
+def state_dir() -> Path:
+    """Where trackers and agents keep what outlives them, unless told otherwise (XDG base directories)."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "kedge"
+
+
+def tracker_start(
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0: any free one.")] = DEFAULT_PORT,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", help="Jobs, results and blobs.", show_default="~/.local/state/kedge/tracker"),
+    ] = None,
+) -> None:
+    """Start the tracker in the foreground; Ctrl-C stops it, and jobs and results survive.
+
+    The wire has neither encryption nor authentication yet: listen beyond loopback only on a network you trust.
+
+    Examples:
+
+      kedge tracker start
+
+      kedge tracker start --port 0 --data-dir /srv/kedge
+    """
+    from kedge.rpc.tracker.main import run
+
+    raise typer.Exit(run(host, port, data_dir or state_dir() / "tracker"))
+
+
+def agent_start(
+    tracker: output.TrackerOption = None,
+    name: Annotated[str | None, typer.Option("--name", help="The device's name.", show_default="the host name")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; repeatable.")
+    ] = None,
+    threads: output.ThreadsOption = 0,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Its cache.", show_default="~/.local/state/kedge/agent")
+    ] = None,
+    runner: Annotated[
+        Path | None, typer.Option("--runner", help="The native runner.", show_default="built for this machine")
+    ] = None,
+) -> None:
+    """Offer this machine to a tracker, in the foreground; Ctrl-C stops the agent.
+
+    Examples:
+
+      kedge agent start --tracker 127.0.0.1:9190
+
+      kedge agent start --tracker tracker:9190 --name bench-1 --label rack=a --threads 2
+    """
+    address = require_tracker(tracker)
+    if runner is None:
+        from kedge.compiler.target import parse
+        from kedge.compiler.toolchain import build_runtime
+
+        with output.progress("agent") as report:
+            runner = build_runtime(parse("native"), progress=report).runner
+    arguments = ["--tracker", address, "--runner", str(runner), "--threads", str(threads)]
+    arguments += ["--data-dir", str(data_dir or state_dir() / "agent")]
+    arguments += ["--name", name] if name else []
+    for item in label or ():
+        arguments += ["--label", item]
+    # The agent replaces this process: it needs none of what the command line has imported.
+    os.execv(sys.executable, [sys.executable, "-m", "kedge.device_agent", *arguments])
+
+
+def devices(
+    selector: Annotated[str, typer.Argument(help="Only devices that match, e.g. 'arch=aarch64'.")] = "",
+    gone: Annotated[bool, typer.Option("--gone", help="Also those that are no longer connected.")] = False,
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """List the devices of a tracker. Exits with 1 when there is none.
+
+    Examples:
+
+      kedge devices --tracker 127.0.0.1:9190
+
+      kedge devices 'arch=aarch64,mem_mb>=2048' --json
+    """
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        found = fleet.devices(selector, include_gone=gone)
+    if as_json:
+        output.emit_json([device.to_json() for device in found])
+    else:
+        table = output.table("device", "state", "arch", "CPU", ">cores", ">memory", "target", "labels")
+        for device in found:
+            info = device.info
+            labels = ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
+            memory = output.size_text(info.memory_bytes)
+            table.add_row(
+                info.name, device.state, info.arch, info.cpu_name, str(info.num_cores), memory, info.target, labels
+            )
+        output.stdout().print(table)
+    if not found:
+        raise typer.Exit(1)
+
+
+def jobs(
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 20,
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """List the jobs of a tracker, newest first.
+
+    Examples:
+
+      kedge jobs --tracker 127.0.0.1:9190
+
+      kedge jobs --limit 100 --json
+    """
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        found = fleet.jobs(limit=limit)
+    if as_json:
+        output.emit_json([job.to_json() for job in found])
+        return
+    table = output.table("job", "state", "outcome", "device", ">age", "detail")
+    for job in found:
+        age = f"{max(0.0, time.time() - job.submitted_unix_ms / 1000):.0f} s"
+        table.add_row(job.id, job.state, _outcome(job), job.device or "-", age, job.detail)
+    output.stdout().print(table)
+
+
+def _outcome(job: Any) -> str:
+    return job.result.outcome.kind if job.result is not None else "-"
+
+
+def wait_for_device(fleet: Any, name: str, seconds: float) -> Any:
+    """Wait until the tracker sees the device `name`; raises KedgeError after `seconds`."""
+    device = fleet.wait_for_device(name, timeout=seconds)
+    if device is None:
+        raise KedgeError(f"device {name!r} did not appear within {seconds:.0f} s", hint="look at the agent's log")
+    return device

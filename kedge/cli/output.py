@@ -1,0 +1,112 @@
+"""What commands write: results to stdout, everything else to stderr, JSON where asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="SELECTOR",
+        help="A device of the tracker, by name or labels: 'arch=aarch64,mem_mb>=2048'.",
+    ),
+]
+TrackerOption = Annotated[
+    str | None,
+    typer.Option("--tracker", metavar="HOST:PORT", envvar="KEDGE_TRACKER", help="The tracker to ask."),
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Threads to use; 0: all that are allowed.")]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=D0,D1,…", help="The shape of an input; a name as a dim leaves it free."),
+]
+
+
+def stdout() -> Console:
+    """The console for results."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """The console for progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+def emit_json(value: Any) -> None:
+    """Print `value` as JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in kedge's style; a column whose name starts with '>' is right-aligned."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    return result
+
+
+def size_text(n_bytes: float) -> str:
+    """A byte count for people: "12.3 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError("unreachable")
+
+
+class Report(Protocol):
+    """A progress callback: what is being done, and how far of how much (0 of 0: unknown)."""
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Report progress."""
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """Show progress on stderr: a live line in a terminal, elsewhere one line for each new stage."""
+    console = stderr()
+    if not console.is_terminal:
+        yield _plain_lines(title)
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+
+        def report(what: str, done: int = 0, total: int = 0) -> None:
+            bar.update(task, description=f"{title}: {what}", completed=done, total=total or None)
+
+        yield report
+
+
+def _plain_lines(title: str) -> Report:
+    started = time.monotonic()
+    last = ""
+
+    def report(what: str, done: int = 0, total: int = 0) -> None:
+        nonlocal last
+        # A log needs one line per stage, and none for what is over at once.
+        if what != last and time.monotonic() - started > 1:
+            last = what
+            sys.stderr.write(f"{title}: {what}\n")
+            sys.stderr.flush()
+
+    return report

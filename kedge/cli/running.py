@@ -1,0 +1,185 @@
+"""`kedge run`, `kedge bench`, `kedge validate`: an artifact at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import kedge
+from kedge.cli import output
+from kedge.cli.arguments import Arrays, load_inputs, parse_shapes, save_outputs
+from kedge.cli.devices import open_device
+from kedge.inputs import random_inputs
+from kedge.rpc.artifact import Function
+
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT.kdg", help="A compiled artifact.", show_default=False)]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", metavar="IN.npz", help="Arrays by input name. Without: seeded random data.", dir_okay=False
+    ),
+]
+FunctionOption = Annotated[str, typer.Option("--function", help="The function of the artifact to call.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="The seed of random inputs.")]
+
+
+def _inputs(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
+    return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
+
+
+def run(
+    artifact: ArtifactArgument,
+    inputs: InputsOption = None,
+    outputs: Annotated[
+        Path | None, typer.Option("--outputs", metavar="OUT.npz", help="Where to save the outputs.", dir_okay=False)
+    ] = None,
+    function: FunctionOption = "main",
+    shape: output.ShapeOption = None,
+    seed: SeedOption = 0,
+    threads: output.ThreadsOption = 0,
+    device: output.DeviceOption = None,
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Run an artifact once, here or on a device, and show or save its outputs.
+
+    Examples:
+
+      kedge run digits.kdg
+
+      kedge run digits.kdg --inputs images.npz --outputs probabilities.npz
+
+      kedge run digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
+    """
+    loaded = kedge.Artifact.load(artifact)
+    data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
+    with output.progress("run") as report, open_device(device, tracker, threads) as place:
+        report("loading")
+        results = place.load(loaded).run(data, function=function)
+    if outputs:
+        save_outputs(outputs, results)
+    if as_json:
+        output.emit_json({name: _facts(array) for name, array in results.items()})
+        return
+    table = output.table("output", "dtype", "shape", ">min", ">max", ">mean", "first values")
+    for name, array in results.items():
+        facts = _facts(array)
+        shown = [str(facts[key]) if facts[key] is None else f"{facts[key]:.4g}" for key in ("min", "max", "mean")]
+        first = ", ".join(f"{value:.4g}" for value in array.reshape(-1)[:4])
+        table.add_row(name, facts["dtype"], str(tuple(array.shape)), *shown, first)
+    output.stdout().print(table)
+    if outputs:
+        output.stdout().print(f"saved to {outputs}")
+
+
+def _facts(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    some = array.size > 0
+    return {
+        "dtype": str(array.dtype),
+        "shape": list(array.shape),
+        "min": float(array.min()) if some else None,
+        "max": float(array.max()) if some else None,
+        "mean": float(array.mean()) if some else None,
+    }
+
+
+def bench(
+    artifact: ArtifactArgument,
+    inputs: InputsOption = None,
+    function: FunctionOption = "main",
+    shape: output.ShapeOption = None,
+    seed: SeedOption = 0,
+    threads: output.ThreadsOption = 1,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Samples to take.")] = 20,
+    number: Annotated[int, typer.Option("--number", min=1, help="Calls in a sample, before it grows.")] = 1,
+    min_repeat_ms: Annotated[
+        float, typer.Option("--min-repeat-ms", min=0, help="Grow the calls in a sample until it lasts so long.")
+    ] = 50,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Untimed calls before the first sample.")] = 1,
+    device: output.DeviceOption = None,
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Time an artifact natively, here or on a device, in a fresh isolated process.
+
+    Examples:
+
+      kedge bench digits.kdg
+
+      kedge bench digits.kdg --shape image=64,1,8,8 --threads 2 --repeat 50
+
+      kedge bench digits-arm.kdg --device key=rpi4 --tracker tracker:9190 --json
+    """
+    loaded = kedge.Artifact.load(artifact)
+    data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
+    with output.progress("bench") as report, open_device(device, tracker, threads) as place:
+        report("loading")
+        module = place.load(loaded)
+        report(f"timing {repeat} samples")
+        timing = module.time(
+            data, function=function, repeat=repeat, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup
+        )
+    if as_json:
+        output.emit_json(timing.to_json())
+    else:
+        output.stdout().print(str(timing), markup=False)
+    if timing.verdict == "invalid":
+        raise typer.Exit(1)
+
+
+def validate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx", help="The model it was compiled from.", show_default=False)
+    ],
+    artifact: ArtifactArgument,
+    inputs: InputsOption = None,
+    shape: output.ShapeOption = None,
+    seed: SeedOption = 0,
+    rtol: Annotated[float, typer.Option("--rtol", min=0, help="Allowed error relative to the reference.")] = 1e-3,
+    atol: Annotated[float, typer.Option("--atol", min=0, help="Allowed absolute error.")] = 1e-5,
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also compare layer by layer.")] = True,
+    threads: output.ThreadsOption = 0,
+    device: output.DeviceOption = None,
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Compare an artifact's outputs with the ONNX reference evaluator's, and name the worst layer.
+
+    Exits with 1 when an output differs by more than the tolerances.
+
+    Examples:
+
+      kedge validate digits.onnx digits.kdg
+
+      kedge validate digits.onnx digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
+    """
+    from kedge.validation import validate as compare
+
+    loaded = kedge.Artifact.load(artifact)
+    data = _inputs(loaded.manifest.function("main"), inputs, shape, seed)
+    with output.progress("validate") as report, open_device(device, tracker, threads) as place:
+        result = compare(model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, progress=report)
+    if as_json:
+        output.emit_json(result.to_json())
+    else:
+        _show_validation(result)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _show_validation(result: Any) -> None:
+    table = output.table("output", ">max |error|", ">max |error| / max |reference|", "verdict")
+    for item in result.outputs:
+        table.add_row(
+            item.name, f"{item.max_abs:.3g}", f"{item.max_rel:.3g}", "ok" if item.ok else "[red]differs[/red]"
+        )
+    console = output.stdout()
+    console.print(table)
+    if result.worst_layer is not None:
+        worst = result.worst_layer
+        console.print(
+            f"worst layer of {len(result.layers)}: {worst.name}, max |error| {worst.max_abs:.3g}", markup=False
+        )

@@ -1,0 +1,126 @@
+"""The checks of `kedge doctor`: from the Python packages to a job on a device, each with its remedy."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import numpy as np
+
+import kedge
+from kedge.rpc.errors import KedgeError
+
+PACKAGES = ("numpy", "llvmlite", "onnx", "ziglang", "grpcio", "protobuf", "sqlalchemy", "paramiko")
+MIN_FREE_BYTES = 500 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found: "ok", "note" (works without) or "broken" with what to do about it."""
+
+    check: str
+    status: Literal["ok", "note", "broken"]
+    found: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """The finding as JSON-able values."""
+        return asdict(self)
+
+
+def diagnose(
+    tracker: str | None, device: str | None, progress: Callable[[str], None] = lambda what: None
+) -> list[Finding]:
+    """Run every check that applies; a failing check is a finding, never an exception."""
+    findings: list[Finding] = []
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("packages", _packages),
+        ("cache", _cache),
+        ("compile and run", _compile_and_run),
+        ("emulated boards", _boards),
+    ]
+    if tracker:
+        checks.append(("tracker", lambda: _tracker(tracker, device)))
+    for name, check in checks:
+        progress(name)
+        try:
+            findings.extend(check())
+        except KedgeError as error:
+            findings.append(Finding(name, "broken", error.message, error.hint or ""))
+    if not tracker:
+        findings.append(Finding("tracker", "note", "none was named", "add --tracker HOST:PORT to test the fleet"))
+    return findings
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, "ok", version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "broken", "not installed", f"pip install {package}")
+
+
+def _cache() -> Iterator[Finding]:
+    from kedge.compiler.cache import cache_dir
+
+    folder = cache_dir()
+    free = shutil.disk_usage(folder).free
+    status: Literal["ok", "broken"] = "ok" if free >= MIN_FREE_BYTES else "broken"
+    remedy = "" if status == "ok" else f"free some space, or set KEDGE_CACHE_DIR (at least {MIN_FREE_BYTES >> 20} MiB)"
+    yield Finding("cache", status, f"{folder}, {free >> 30} GiB free", remedy)
+
+
+def _compile_and_run() -> Iterator[Finding]:
+    artifact, inputs, expected = _trivial_job("native")
+    with kedge.local(threads=1) as device:
+        result = device.load(artifact).run(inputs)["y"]
+        yield _compare("compile and run here", result, expected, device.target)
+
+
+def _trivial_job(target: str) -> tuple[Any, dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """A function small enough to blame nobody but the road: y = 2 x + 1."""
+    from kedge.compiler import te
+
+    x = te.placeholder((64,), "float32", name="x")
+    y = te.compute((64,), lambda i: x[i] * 2.0 + 1.0, name="y")
+    artifact = kedge.compile(te.create_prim_func([x, y], name="main"), target=target, name="doctor")
+    data = np.arange(64, dtype=np.float32)
+    return artifact, {"x": data}, data * 2 + 1
+
+
+def _compare(check: str, result: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], where: str) -> Finding:
+    if np.array_equal(result, expected):
+        return Finding(check, "ok", where)
+    return Finding(check, "broken", f"{where} computed 2 x + 1 wrongly", "report this with the output of --json")
+
+
+def _boards() -> Iterator[Finding]:
+    from kedge.deploy.emulated import missing_requirements
+
+    for arch in ("arm64", "armhf"):
+        missing = missing_requirements(arch)
+        if missing:
+            yield Finding(f"emulated {arch} board", "note", missing, "only needed for `kedge demo` and the board tests")
+        else:
+            yield Finding(f"emulated {arch} board", "ok", "qemu and user land tools are there")
+
+
+def _tracker(tracker: str, selector: str | None) -> Iterator[Finding]:
+    with kedge.connect(tracker) as fleet:
+        yield Finding("tracker", "ok", f"{tracker} answers")
+        devices = fleet.devices(selector or "")
+        if not devices:
+            text = f"no device matches {selector!r}" if selector else "no device is connected"
+            yield Finding("devices", "broken", text, f"on the device: kedge agent start --tracker {tracker}")
+            return
+        yield Finding("devices", "ok", ", ".join(f"{d.info.name} ({d.state})" for d in devices))
+        if selector:
+            target = devices[0].info.target
+            artifact, inputs, expected = _trivial_job(target)
+            with fleet.session(devices[0].info.name) as device:
+                yield _compare("a job on the device", device.load(artifact).run(inputs)["y"], expected, target)
