@@ -1,0 +1,343 @@
+"""The agent's state machine under every order of events hypothesis can think of, against a model of a tracker."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from kedge.device_agent.core import (
+    GREETING_S,
+    LAST_DELAY_S,
+    Action,
+    AgentCore,
+    CancelJob,
+    Close,
+    Exit,
+    Open,
+    Send,
+    StartJob,
+    key,
+)
+from kedge.protos.v1 import agent_pb2, types_pb2
+
+HEARTBEAT_S = 2.0
+Key = tuple[str, int]
+
+
+def lease(job: str, epoch: int = 1) -> types_pb2.Lease:
+    return types_pb2.Lease(job_id=job, epoch=epoch, duration_ms=10_000)
+
+
+def result(text: str) -> types_pb2.JobResult:
+    return types_pb2.JobResult(outcome=types_pb2.Outcome(kind=types_pb2.OUTCOME_KIND_OK, message=text))
+
+
+def new_core() -> AgentCore:
+    hello = agent_pb2.AgentHello(instance_id="instance", device=types_pb2.DeviceInfo(name="board"))
+    return AgentCore(hello, jitter=lambda: 0.5)
+
+
+def welcome() -> agent_pb2.TrackerMessage:
+    return agent_pb2.TrackerMessage(welcome=agent_pb2.Welcome(heartbeat_interval_ms=int(HEARTBEAT_S * 1000)))
+
+
+def assign(job: str, epoch: int = 1) -> agent_pb2.TrackerMessage:
+    return agent_pb2.TrackerMessage(
+        assign_job=agent_pb2.AssignJob(lease=lease(job, epoch), spec=types_pb2.JobSpec(function=job))
+    )
+
+
+def abort(job: str, epoch: int = 1) -> agent_pb2.TrackerMessage:
+    return agent_pb2.TrackerMessage(abort_job=agent_pb2.AbortJob(lease=lease(job, epoch), reason="not wanted"))
+
+
+def accept(job: str) -> agent_pb2.TrackerMessage:
+    return agent_pb2.TrackerMessage(result_accepted=agent_pb2.ResultAccepted(job_id=job))
+
+
+def bodies(actions: list[Action]) -> list[str]:
+    return [a.message.WhichOneof("body") or "" if isinstance(a, Send) else type(a).__name__ for a in actions]
+
+
+def ready_core() -> AgentCore:
+    core = new_core()
+    assert core.start(0.0) == [Open()]
+    assert bodies(core.connected(0.0)) == ["hello"]
+    assert core.received(welcome(), 0.0) == []
+    assert core.phase == "ready"
+    return core
+
+
+def sent(actions: list[Action]) -> list[agent_pb2.AgentMessage]:
+    return [action.message for action in actions if isinstance(action, Send)]
+
+
+def test_a_job_from_assignment_to_acceptance() -> None:
+    core = ready_core()
+    actions = core.received(assign("a"), 1.0)
+    assert bodies(actions) == ["StartJob", "job_started"]
+    assert bodies(core.progress(lease("a"), types_pb2.STAGE_LOAD)) == ["job_progress"]
+    assert bodies(core.finished(lease("a"), result("done"))) == ["job_finished"]
+    assert [key(item) for item in core.held()] == [("a", 1)]
+    assert core.received(accept("a"), 2.0) == []
+    assert core.held() == []
+
+
+def test_a_result_survives_a_lost_connection() -> None:
+    core = ready_core()
+    core.received(assign("a"), 1.0)
+    core.disconnected(1.5)
+    assert core.finished(lease("a"), result("done")) == []
+    alarm = core.alarm()
+    assert alarm is not None
+    assert core.tick(alarm) == [Open()]
+    (hello,) = sent(core.connected(alarm))
+    assert [key(item) for item in hello.hello.running] == [("a", 1)]
+    (again,) = sent(core.received(welcome(), alarm))
+    assert again.job_finished.result == result("done")
+
+
+def test_running_work_is_announced_with_its_stage_after_a_reconnect() -> None:
+    core = ready_core()
+    core.received(assign("a"), 1.0)
+    core.progress(lease("a"), types_pb2.STAGE_RUN)
+    core.disconnected(1.5)
+    core.tick(core.alarm() or 0.0)
+    core.connected(3.0)
+    started, progress = sent(core.received(welcome(), 3.0))
+    assert key(started.job_started.lease) == ("a", 1)
+    assert progress.job_progress.stage == types_pb2.STAGE_RUN
+
+
+def test_delays_grow_to_their_limit_and_start_small_again_after_a_stable_connection() -> None:
+    core = new_core()
+    core.start(0.0)
+    now, delays = 0.0, []
+    for _ in range(8):
+        core.disconnected(now)
+        alarm = core.alarm()
+        assert alarm is not None
+        delays.append(alarm - now)
+        now = alarm
+        core.tick(now)
+    assert delays == sorted(delays)
+    assert delays[0] == pytest.approx(0.15)
+    assert delays[-1] == pytest.approx(LAST_DELAY_S * 0.75)
+    core.connected(now)
+    core.received(welcome(), now)
+    core.disconnected(now + 60)
+    assert (core.alarm() or 0) - (now + 60) == pytest.approx(0.15)
+
+
+def test_a_tracker_that_never_greets_is_dialled_again() -> None:
+    core = new_core()
+    core.start(0.0)
+    core.connected(0.0)
+    assert core.tick(GREETING_S - 0.1) == []
+    assert core.tick(GREETING_S) == [Close()]
+    assert core.phase == "waiting"
+
+
+def test_a_refusal_that_may_pass_waits_and_one_that_may_not_ends_the_agent() -> None:
+    for retry, expected in ((True, ["Close"]), (False, ["Close", "Exit"])):
+        core = new_core()
+        core.start(0.0)
+        core.connected(0.0)
+        refusal = agent_pb2.TrackerMessage(refused=agent_pb2.Refused(reason="name in use", retry=retry))
+        actions = core.received(refusal, 0.0)
+        assert bodies(actions) == expected
+        if not retry:
+            assert actions[-1] == Exit("the tracker refused this agent: name in use", True)
+
+
+def test_a_newer_lease_of_the_running_job_replaces_it() -> None:
+    core = ready_core()
+    core.received(assign("a", 1), 1.0)
+    assert bodies(core.received(assign("a", 2), 2.0)) == ["CancelJob"]
+    actions = core.finished(lease("a", 1), result("too late"))
+    assert bodies(actions) == ["StartJob", "job_started"]
+    assert core.running is not None
+    assert key(core.running) == ("a", 2)
+
+
+def test_abort_counts_for_its_own_lease_and_once() -> None:
+    core = ready_core()
+    core.received(assign("a", 5), 1.0)
+    assert core.received(abort("a", 4), 1.1) == []
+    assert core.received(abort("b", 9), 1.1) == []
+    assert core.received(abort("a", 5), 1.2) == [CancelJob(lease("a", 5), "not wanted")]
+    assert core.received(abort("a", 5), 1.3) == []
+
+
+def test_stopping_says_goodbye_and_ends_the_job() -> None:
+    core = ready_core()
+    core.received(assign("a"), 1.0)
+    assert bodies(core.stop("SIGTERM")) == ["CancelJob", "goodbye", "Close", "Exit"]
+    assert core.stop("again") == []
+    assert core.finished(lease("a"), result("x")) == []
+    assert core.alarm() is None
+
+
+class AgainstAModelTracker(RuleBasedStateMachine):
+    """The shell and the tracker are models; the core is the real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = new_core()
+        self.now = 0.0
+        self.open = False
+        self.greeted = False
+        self.job: Key | None = None
+        self.cancelled: set[Key] = set()
+        self.epochs: dict[str, int] = {}  # the newest lease of every job ever assigned
+        self.accepted: set[str] = set()
+        self.delivered: dict[Key, bytes] = {}  # results as they reached the tracker
+        self.produced: dict[Key, bytes] = {}  # results that jobs made
+        self.resent: set[Key] = set()  # results seen on the current connection
+        self.do(self.core.start(self.now))
+
+    def do(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Open):
+                assert not self.open
+                self.open = True
+                self.greeted = False
+                self.resent = set()
+                self.do(self.core.connected(self.now))
+            elif isinstance(action, Close):
+                self.open = False
+            elif isinstance(action, StartJob):
+                assert self.job is None
+                self.job = key(action.lease)
+                assert self.epochs[action.lease.job_id] == action.lease.epoch
+                assert action.spec.function == action.lease.job_id
+            elif isinstance(action, CancelJob):
+                assert key(action.lease) == self.job
+                assert key(action.lease) not in self.cancelled
+                self.cancelled.add(key(action.lease))
+            elif isinstance(action, Send):
+                assert self.open
+                self.deliver(action.message)
+
+    def deliver(self, message: agent_pb2.AgentMessage) -> None:
+        body = message.WhichOneof("body")
+        if body == "hello":
+            assert [key(item) for item in message.hello.running] == [key(item) for item in self.core.held()]
+            return
+        assert self.greeted, "nothing but the greeting before Welcome"
+        if body == "heartbeat":
+            assert [key(item) for item in message.heartbeat.running] == [key(item) for item in self.core.held()]
+        elif body == "job_finished":
+            one = key(message.job_finished.lease)
+            data = message.job_finished.result.SerializeToString(deterministic=True)
+            assert self.delivered.setdefault(one, data) == data, "a result never changes"
+            self.resent.add(one)
+
+    def ready(self) -> bool:
+        return self.open and self.greeted
+
+    @precondition(lambda self: self.open and not self.greeted)
+    @rule()
+    def tracker_welcomes(self) -> None:
+        self.greeted = True
+        self.do(self.core.received(welcome(), self.now))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def connection_breaks(self) -> None:
+        self.open = False
+        self.do(self.core.disconnected(self.now))
+
+    @rule(seconds=st.sampled_from([0.01, 0.2, 1.0, 2.0, 6.0, 11.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.do(self.core.tick(self.now))
+
+    @precondition(ready)
+    @rule(job=st.sampled_from("abcd"), newer=st.booleans())
+    def tracker_assigns(self, job: str, newer: bool) -> None:
+        if job in self.accepted:
+            return
+        epoch = self.epochs.get(job, 0) + (1 if newer or job not in self.epochs else 0)
+        self.epochs[job] = epoch
+        self.do(self.core.received(assign(job, epoch), self.now))
+
+    @precondition(ready)
+    @rule(job=st.sampled_from("abcd"), behind=st.integers(0, 1))
+    def tracker_aborts(self, job: str, behind: int) -> None:
+        before = set(self.cancelled)
+        epoch = self.epochs.get(job, 1)
+        held = {key(item) for item in self.core.held()}
+        self.do(self.core.received(abort(job, epoch - behind), self.now))
+        if behind:
+            assert {one for one in self.cancelled - before if one[1] == epoch} == set()
+            assert {key(item) for item in self.core.held()} == held
+
+    @precondition(lambda self: self.ready() and self.resent)
+    @rule(data=st.data())
+    def tracker_accepts(self, data: st.DataObject) -> None:
+        job, epoch = data.draw(st.sampled_from(sorted(self.resent)))
+        if self.epochs[job] == epoch:
+            self.accepted.add(job)
+            self.do(self.core.received(accept(job), self.now))
+
+    @precondition(lambda self: self.job is not None)
+    @rule(stage=st.sampled_from([types_pb2.STAGE_TRANSFER, types_pb2.STAGE_LOAD, types_pb2.STAGE_RUN]))
+    def job_proceeds(self, stage: types_pb2.Stage.ValueType) -> None:
+        assert self.job is not None
+        self.do(self.core.progress(lease(*self.job), stage))
+
+    @precondition(lambda self: self.job is not None)
+    @rule()
+    def job_ends(self) -> None:
+        assert self.job is not None
+        one, self.job = self.job, None
+        made = result(f"{one}")
+        self.produced[one] = made.SerializeToString(deterministic=True)
+        self.do(self.core.finished(lease(*one), made))
+
+    @invariant()
+    def every_lease_is_held_until_it_is_settled(self) -> None:
+        held = [key(item) for item in self.core.held()]
+        if self.job is not None and self.epochs[self.job[0]] != self.job[1]:
+            held.remove(self.job)  # superseded: it only winds down
+        assert len({job for job, _ in held}) == len(held)
+        unsettled = {(job, epoch) for job, epoch in self.epochs.items() if job not in self.accepted}
+        assert set(held) == unsettled
+
+    @invariant()
+    def every_result_is_with_the_tracker_while_connected(self) -> None:
+        if not self.ready():
+            return
+        for one in self.produced:
+            job, epoch = one
+            if self.epochs[job] == epoch and job not in self.accepted:
+                assert one in self.resent
+
+    @invariant()
+    def something_will_happen(self) -> None:
+        assert self.core.alarm() is not None
+
+    def teardown(self) -> None:
+        """From any state, a tracker that works again gets every result."""
+        for _ in range(50):
+            if not self.open:
+                self.now = self.core.alarm() or self.now
+                self.do(self.core.tick(self.now))
+            elif not self.greeted:
+                self.tracker_welcomes()
+            elif self.job is not None:
+                self.job_ends()
+            else:
+                break
+        for job, epoch in self.epochs.items():
+            assert job in self.accepted or (job, epoch) in self.delivered
+            self.do(self.core.received(accept(job), self.now))
+        assert self.core.held() == []
+
+
+AgainstAModelTracker.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestAgainstAModelTracker = AgainstAModelTracker.TestCase
