@@ -1,1 +1,15 @@
-"""The C sources of the runtime and the runner, carried as data."""
+"""The C sources of the runtime and the runner, as package data, and which file belongs to which product.
+
+`libkedge_rt.so` and `libkedge_rt.a` are made of LIBRARY_SOURCES; `kedge-runner` of both lists. All are C11, need
+only libc, libdl, libpthread and libm, and are found in SOURCE_DIR.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).parent
+LIBRARY_SOURCES = ("clock.c", "context.c", "cpu.c", "error.c", "expr.c", "module.c", "pool.c", "sync.c", "time.c")
+RUNNER_SOURCES = ("frame.c", "runner.c", "runner_requests.c")
+#: kedge.h is the public one; a change of any of them changes the products.
+HEADERS = ("internal.h", "kedge.h", "runner.h")

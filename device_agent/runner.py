@@ -1,0 +1,783 @@
+"""`Runner`: one `kedge-runner` process, loaded with at most one artifact, behind calls that always come back.
+
+Native code from an artifact runs in that process and nowhere else. Every call has a deadline; a runner that misses
+it is asked to cancel, given a moment, then killed with everything it started, and always reaped. What can go wrong
+is one small tree of exceptions under `RunnerError`. The protocol is in docs/decisions/0002-runner-protocol.md.
+
+Standard library only, Python 3.9, Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Tuple, TypeVar, Union
+
+from kedge.device_agent.runtime import protocol
+from kedge.device_agent.runtime.protocol import (
+    FunctionInfo,
+    Hello,
+    ModuleInfo,
+    PortInfo,
+    ProtocolError,
+    Tensor,
+    TimeOptions,
+    TimeResult,
+)
+from kedge.rpc import abi
+from kedge.rpc.errors import KedgeError
+
+__all__ = [
+    "FunctionInfo",
+    "Hello",
+    "Limits",
+    "ModuleInfo",
+    "PortInfo",
+    "Runner",
+    "RunnerCancelled",
+    "RunnerCrashed",
+    "RunnerError",
+    "RunnerOutOfMemory",
+    "RunnerRefused",
+    "RunnerTimeout",
+    "RunnerUnavailable",
+    "Tensor",
+    "TimeOptions",
+    "TimeResult",
+]
+
+#: Tensors that add up to more than this travel in shared memory where the runner can map it.
+SHARED_MEMORY_BYTES = 256 << 10
+#: A frame that claims to be longer is not believed; larger results come in shared memory.
+MAX_FRAME_BYTES = 4 << 30
+#: How much of the end of the runner's standard error an exception carries.
+STDERR_TAIL_BYTES = 4096
+_T = TypeVar("_T")
+_DEFAULT_TIMING = TimeOptions()
+#: How often to look whether a silent runner still exists: a process it left behind may hold its socket open.
+_ALIVE_CHECK_S = 0.5
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # fcntl names them only where the C library did when Python was built
+_SEAL_SHRINK, _SEAL_GROW, _SEAL_WRITE = 2, 4, 8
+_SEALED = _SEAL_SHRINK | _SEAL_GROW | _SEAL_WRITE
+
+
+class RunnerError(KedgeError):
+    """Base of what can go wrong with a runner; `stage` is "start", "load" or "run"."""
+
+    def __init__(self, message: str, *, stage: str, hint: Optional[str] = None) -> None:
+        super().__init__(message, hint=hint)
+        self.stage = stage
+
+
+class RunnerUnavailable(RunnerError):
+    """There is no runner at that path that starts and speaks this protocol: the device's fault, not the artifact's."""
+
+
+class RunnerCrashed(RunnerError):
+    """The process ended on its own, or broke the protocol and was killed.
+
+    `signal` is the number of the signal that ended it, or 0; `exit_status` its status, or 0; `stderr` the end of
+    what it wrote there.
+    """
+
+    def __init__(self, message: str, *, stage: str, signal_number: int, exit_status: int, stderr: str) -> None:
+        super().__init__(message, stage=stage)
+        self.signal = signal_number
+        self.exit_status = exit_status
+        self.stderr = stderr
+
+
+class RunnerTimeout(RunnerError):
+    """A call missed its deadline, or used up its CPU seconds. `alive` says whether the runner can be used again."""
+
+    def __init__(self, message: str, *, stage: str, alive: bool) -> None:
+        super().__init__(message, stage=stage)
+        self.alive = alive
+
+
+class RunnerOutOfMemory(RunnerError):
+    """An allocation failed under the memory limit, or the kernel's out-of-memory killer ended the process."""
+
+
+class RunnerRefused(RunnerError):
+    """The runtime refused; `status` is its kedge_status. The runner can be used again."""
+
+    def __init__(self, message: str, *, stage: str, status: int) -> None:
+        super().__init__(message, stage=stage)
+        self.status = status
+
+
+class RunnerCancelled(RunnerRefused):
+    """`cancel` was called. The runner can be used again unless `alive` says that it had to be killed."""
+
+    def __init__(self, message: str, *, stage: str, alive: bool) -> None:
+        super().__init__(message, stage=stage, status=abi.E_CANCELLED)
+        self.alive = alive
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the process may use; None means no limit of its own.
+
+    `memory_bytes` bounds the whole address space: code, mapped weights, thread stacks and arena. Emulators
+    (qemu-user) do not enforce it.
+    """
+
+    memory_bytes: Optional[int] = None
+    cpu_s: Optional[int] = None
+    open_files: Optional[int] = None
+    file_size_bytes: Optional[int] = None
+
+    def arguments(self) -> List[str]:
+        """The command-line options of kedge-runner."""
+        named = (
+            ("--limit-memory", self.memory_bytes),
+            ("--limit-cpu-s", self.cpu_s),
+            ("--limit-files", self.open_files),
+            ("--limit-file-size", self.file_size_bytes),
+        )
+        return [word for name, value in named if value is not None for word in (name, str(value))]
+
+
+class _Expired(Exception):
+    """The moment in `_Limit` has passed."""
+
+
+class _Closed(Exception):
+    """The runner closed its end."""
+
+
+@dataclass
+class _Limit:
+    """Until when a request may take; a cancel moves the moment and says so."""
+
+    moment: float
+    cancelled: bool = False
+
+
+class Runner:
+    """A running `kedge-runner`.
+
+    Calls block, one at a time; `cancel` and `close` may come from any thread. After RunnerCrashed, or where an
+    exception's `alive` is False, the process is gone and reaped, and every further call raises RunnerUnavailable.
+
+    Args:
+        path: the kedge-runner executable for this machine.
+        threads: of the kernels; 0 means as many as the process may use.
+        limits: what the process may use, set before it loads anything.
+        cpus: the CPUs it may run on; None means those of this process.
+        cwd: its working directory.
+        start_deadline_s: seconds until it must have said hello.
+        grace_s: seconds between a cancel (or an end of file) and SIGKILL.
+
+    Raises:
+        RunnerUnavailable: it does not start, or speaks another protocol or ABI.
+    """
+
+    def __init__(
+        self,
+        path: Union[str, Path],
+        threads: int = 0,
+        limits: Limits = Limits(),
+        cpus: Optional[Sequence[int]] = None,
+        cwd: Optional[Union[str, Path]] = None,
+        start_deadline_s: float = 30.0,
+        grace_s: float = 0.5,
+    ) -> None:
+        self.path = Path(path)
+        self.threads = threads
+        self.limits = limits
+        #: Nanoseconds that the last `call` spent in native code.
+        self.last_call_ns = 0
+        self._grace_s = grace_s
+        self._lock = threading.Lock()
+        self._flight_lock = threading.Lock()
+        self._in_flight = False
+        self._request_id = 0
+        self._oom_kills = _oom_kills()
+        arguments = [str(self.path), *limits.arguments()]
+        if cpus is not None:
+            arguments += ["--cpus", ",".join(str(cpu) for cpu in cpus)]
+        self._process = _Process(arguments, self.path, cwd)
+        self._finalizer = weakref.finalize(self, _Process.kill, self._process)
+        self.hello = self._receive_hello(start_deadline_s)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"pid {self.pid}" if self.alive else "ended"
+        return f"<Runner {self.path} {state}>"
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also its process group and session."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take another call."""
+        return not self._process.ended
+
+    def open(
+        self,
+        lib: Union[str, Path],
+        weights: Optional[Union[str, Path]] = None,
+        weights_offset: int = 0,
+        deadline_s: float = 60.0,
+    ) -> ModuleInfo:
+        """Load a lib.so and map its weights; one per runner.
+
+        Raises:
+            RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when one is open already.
+            RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: loading did that.
+        """
+        path = "" if weights is None else str(Path(weights).absolute())
+        head = protocol.pack_open(str(Path(lib).absolute()), path, weights_offset, self.threads)
+        payload, _ = self._request(protocol.OPEN, head, (), deadline_s, "load")
+        return self._decode("load", lambda: protocol.unpack_open_result(payload))
+
+    def call(
+        self,
+        function_index: int,
+        inputs: Sequence[Tensor],
+        deadline_s: float = 60.0,
+        *,
+        discard_outputs: bool = False,
+    ) -> List[Tensor]:
+        """Call a function; returns its outputs, or nothing with `discard_outputs`.
+
+        Raises:
+            RunnerRefused: E_ARGUMENT, E_INPUT or E_KERNEL with the reason.
+            RunnerCancelled: `cancel` was called.
+            RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: the call did that.
+        """
+        options = protocol.CALL_DISCARD_OUTPUTS if discard_outputs else 0
+        options |= protocol.CALL_SHARED_OUTPUTS if self.hello.shared_memory else 0
+        head = protocol.pack_call(function_index, options)
+        payload, section = self._request(protocol.CALL, head, inputs, deadline_s, "run")
+        duration, outputs = self._decode("run", lambda: protocol.unpack_call_result(payload, section))
+        self.last_call_ns = duration
+        return outputs
+
+    def time(
+        self,
+        function_index: int,
+        inputs: Sequence[Tensor],
+        options: TimeOptions = _DEFAULT_TIMING,
+        deadline_s: float = 300.0,
+    ) -> TimeResult:
+        """Time a function by the runtime's native loop; raises like `call`."""
+        head = protocol.pack_time(function_index, options)
+        payload, _ = self._request(protocol.TIME, head, inputs, deadline_s, "run")
+        return self._decode("run", lambda: protocol.unpack_time_result(payload))
+
+    def cancel(self) -> None:
+        """End the call that another thread has in flight, if any: it raises RunnerCancelled within `grace_s`.
+
+        Code that does not notice the cancel in that time is killed with its runner.
+        """
+        with self._flight_lock:
+            if self._in_flight:
+                self._process.wake()
+
+    def kill(self) -> None:
+        """End the process at once; a call in flight raises RunnerCrashed with SIGKILL."""
+        self._process.signal_group()
+        self.cancel()
+
+    def close(self) -> None:
+        """Say bye, and see that it is gone; never raises, never waits longer than `grace_s` and a kill."""
+        if self._process.ended:
+            self._finalizer.detach()
+            return
+        if not self._lock.acquire(timeout=0):
+            self.kill()
+            self._lock.acquire()
+        try:
+            if not self._process.ended:
+                limit = _Limit(time.monotonic() + self._grace_s)
+                with contextlib.suppress(OSError, _Expired, _Closed):
+                    self._process.send([protocol.Header(protocol.BYE, 0, 0, 0).pack()], None, limit)
+                self._process.end(self._grace_s)
+        finally:
+            self._lock.release()
+        self._finalizer.detach()
+
+    # ---- one request and its reply ------------------------------------------------------------------------------
+
+    def _receive_hello(self, deadline_s: float) -> Hello:
+        limit = _Limit(time.monotonic() + deadline_s)
+        try:
+            header, payload, _ = self._process.receive(limit)
+            if header.type == protocol.ERROR:
+                raise ProtocolError(protocol.unpack_error(payload)[1])
+            if header.type != protocol.HELLO:
+                raise ProtocolError(f"its first message has type {header.type}")
+            hello = protocol.unpack_hello(payload)
+            if hello.abi_version != abi.ABI_VERSION:
+                raise ProtocolError(f"it speaks ABI {hello.abi_version}, this kedge speaks {abi.ABI_VERSION}")
+        except _Expired:
+            self._process.kill()
+            raise RunnerUnavailable(f"{self.path} said nothing for {deadline_s:g} s", stage="start") from None
+        except (_Closed, OSError) as error:
+            ending = self._process.end(self._grace_s)
+            text = f"{self.path} ended before it said hello ({_describe(ending)}): {self._process.stderr_tail()}"
+            raise RunnerUnavailable(text.rstrip(": \n"), stage="start") from error
+        except ProtocolError as error:
+            self._process.kill()
+            raise RunnerUnavailable(f"{self.path} cannot be used: {error}", stage="start") from error
+        except BaseException:
+            self._process.kill()
+            raise
+        return hello
+
+    def _request(
+        self, kind: int, head: bytes, tensors: Sequence[Tensor], deadline_s: float, stage: str
+    ) -> Tuple[memoryview, Optional[memoryview]]:
+        with self._lock:
+            if self._process.ended:
+                raise RunnerUnavailable(f"the runner {self.path} has ended; start a new one", stage=stage)
+            self._request_id += 1
+            limit = _Limit(time.monotonic() + deadline_s)
+            with self._flight_lock:
+                self._process.clear_wake()
+                self._in_flight = True
+            try:
+                return self._exchange(kind, head, tensors, limit, stage, deadline_s)
+            except ProtocolError as error:
+                self._process.kill()
+                raise self._broke_protocol(stage, str(error)) from error
+            except RunnerError:
+                raise
+            except BaseException:  # an interrupt in mid-frame: what follows on the socket cannot be told apart
+                self._process.kill()
+                raise
+            finally:
+                with self._flight_lock:
+                    self._in_flight = False
+
+    def _exchange(
+        self, kind: int, head: bytes, tensors: Sequence[Tensor], limit: _Limit, stage: str, deadline_s: float
+    ) -> Tuple[memoryview, Optional[memoryview]]:
+        whole = False
+        try:
+            buffers, fd = self._frame(kind, head, tensors)
+            try:
+                self._process.send(buffers, fd, limit)
+            finally:
+                if fd is not None:
+                    os.close(fd)
+            whole = True
+            return self._reply(limit, stage)
+        except _Expired:
+            if limit.cancelled and not whole:
+                self._process.kill()
+            if limit.cancelled:
+                raise self._after_cancel(stage, whole) from None
+            alive = whole and self._settle()
+            if not alive:
+                self._process.kill()
+            raise RunnerTimeout(f"{stage} took longer than {deadline_s:g} s", stage=stage, alive=alive) from None
+        except (_Closed, OSError) as error:
+            raise self._ended(stage) from error
+
+    def _frame(self, kind: int, head: bytes, tensors: Sequence[Tensor]) -> Tuple[List[protocol.Buffer], Optional[int]]:
+        """The buffers of a request, and the file that holds its tensors where they are large."""
+        if kind == protocol.OPEN:
+            return [protocol.Header(kind, 0, self._request_id, len(head)).pack() + head], None
+        descriptors, offsets, size = protocol.pack_tensors(tensors)
+        head += descriptors
+        if size > SHARED_MEMORY_BYTES and self.hello.shared_memory:
+            header = protocol.Header(kind, protocol.FLAG_SHARED, self._request_id, len(head))
+            return [header.pack() + head], _shared_file(tensors, offsets, size)
+        start = protocol.align(len(head))
+        header = protocol.Header(kind, 0, self._request_id, start + size)
+        buffers: List[protocol.Buffer] = [header.pack() + head + b"\0" * (start - len(head))]
+        at = 0
+        for tensor, offset in zip(tensors, offsets):
+            buffers += [b"\0" * (offset - at), memoryview(tensor.data).cast("B")] if tensor.nbytes else []
+            at = offset + tensor.nbytes if tensor.nbytes else at
+        buffers.append(b"\0" * (size - at))
+        return buffers, None
+
+    def _reply(self, limit: _Limit, stage: str) -> Tuple[memoryview, Optional[memoryview]]:
+        while True:
+            try:
+                header, payload, section = self._process.receive(limit)
+            except _Cancel:
+                self._send_cancel(limit)
+                continue
+            if header.request != self._request_id or header.type not in (protocol.RESULT, protocol.ERROR):
+                raise ProtocolError(f"message {header.type} for request {header.request} is no reply")
+            if header.type == protocol.RESULT:
+                return payload, section
+            status, text = protocol.unpack_error(payload)
+            if status == abi.E_CANCELLED:
+                raise RunnerCancelled(f"{stage} was cancelled", stage=stage, alive=True)
+            if status == abi.E_MEMORY:
+                raise RunnerOutOfMemory(text, stage=stage)
+            raise RunnerRefused(text, stage=stage, status=status)
+
+    def _send_cancel(self, limit: _Limit) -> None:
+        limit.moment = min(limit.moment, time.monotonic() + self._grace_s)
+        limit.cancelled = True
+        header = protocol.Header(protocol.CANCEL, 0, self._request_id, 0)
+        self._process.send([header.pack()], None, limit)
+
+    def _settle(self) -> bool:
+        """After a missed deadline: cancel, and say whether the runner answered in time and can be used again."""
+        limit = _Limit(0.0)
+        try:
+            limit.moment = time.monotonic() + self._grace_s
+            self._send_cancel(limit)
+            while True:
+                with contextlib.suppress(_Cancel):
+                    header, _, _ = self._process.receive(limit)
+                    return header.request == self._request_id
+        except (_Expired, _Closed, OSError, ProtocolError):
+            return False
+
+    def _after_cancel(self, stage: str, whole: bool) -> RunnerCancelled:
+        self._process.kill()
+        reason = "" if whole else " before its request was sent"
+        return RunnerCancelled(f"{stage} was cancelled{reason}; its runner was killed", stage=stage, alive=False)
+
+    # ---- how it ended -------------------------------------------------------------------------------------------
+
+    def _ended(self, stage: str) -> RunnerError:
+        """The process closed its end: find out how it ended, and name it."""
+        ending = self._process.end(self._grace_s)
+        number = -ending if ending < 0 else 0
+        if number == signal.SIGXCPU:
+            seconds = self.limits.cpu_s
+            return RunnerTimeout(f"{stage} used up its {seconds} CPU seconds", stage=stage, alive=False)
+        if number == signal.SIGKILL and _oom_kills() > self._oom_kills:
+            return RunnerOutOfMemory(f"the kernel ended the runner during {stage}: out of memory", stage=stage)
+        return self._crashed(stage, f"the runner ended during {stage} ({_describe(ending)})", ending)
+
+    def _broke_protocol(self, stage: str, reason: str) -> RunnerError:
+        return self._crashed(stage, f"the runner broke the protocol during {stage} and was killed: {reason}", -9)
+
+    def _crashed(self, stage: str, message: str, ending: int) -> RunnerCrashed:
+        tail = self._process.stderr_tail()
+        return RunnerCrashed(
+            f"{message}: {tail.strip()}" if tail.strip() else message,
+            stage=stage,
+            signal_number=-ending if ending < 0 else 0,
+            exit_status=max(ending, 0),
+            stderr=tail,
+        )
+
+    def _decode(self, stage: str, read: Callable[[], _T]) -> _T:
+        try:
+            return read()
+        except ProtocolError as error:
+            self._process.kill()
+            raise self._broke_protocol(stage, str(error)) from error
+
+
+class _Cancel(Exception):
+    """`Runner.cancel` was called while a reply was awaited."""
+
+
+class _Process:
+    """The process, its socket and its standard error; knows frames, but not what they mean."""
+
+    def __init__(self, arguments: Sequence[str], path: Path, cwd: Optional[Union[str, Path]]) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._tail = b""
+        self._reap_lock = threading.Lock()
+        self._returncode: Optional[int] = None
+        command = [*arguments, "--fd", str(theirs.fileno())]
+        try:
+            self._popen = _spawn(command, theirs.fileno(), cwd)
+        except OSError as error:
+            self._socket.close()
+            raise RunnerUnavailable(
+                f"cannot start {path}: {error.strerror}", stage="start", hint="is it built for this machine?"
+            ) from error
+        finally:
+            theirs.close()
+        assert self._popen.stderr is not None
+        self._stderr = self._popen.stderr
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._socket.setblocking(False)
+        os.set_blocking(self._stderr.fileno(), False)
+        self.pid = self._popen.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was seen to end; then everything it held is released."""
+        return self._returncode is not None
+
+    def send(self, buffers: Sequence[protocol.Buffer], fd: Optional[int], limit: _Limit) -> None:
+        """Write all buffers, the descriptor with the first byte. Cancels wait until the frame is whole."""
+        ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while view:
+                self._wait(select.POLLOUT, limit, cancellable=False)
+                try:
+                    sent = self._socket.sendmsg([view[: 1 << 20]], ancillary, socket.MSG_NOSIGNAL)
+                except BlockingIOError:
+                    continue
+                ancillary = []
+                view = view[sent:]
+
+    def receive(self, limit: _Limit) -> Tuple[protocol.Header, memoryview, Optional[memoryview]]:
+        """The next frame: header, payload, and the file that came with it as memory.
+
+        Raises:
+            _Cancel: before the frame began.
+        """
+        head = memoryview(bytearray(protocol.HEADER.size))
+        fds = self._fill(head, limit, first=True)
+        try:
+            header = protocol.Header.unpack(head)
+            if header.length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {header.length} bytes is too long")
+            payload = memoryview(bytearray(header.length))
+            fds += self._fill(payload, limit, first=False)
+            if len(fds) != bool(header.flags & protocol.FLAG_SHARED):
+                raise ProtocolError(f"{len(fds)} files came with a frame whose flags are {header.flags}")
+            return header, payload, _map_shared(fds[0]) if fds else None
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _fill(self, view: memoryview, limit: _Limit, first: bool) -> List[int]:
+        fds: List[int] = []
+        filled = 0
+        try:
+            while filled < len(view):
+                self._wait(select.POLLIN, limit, cancellable=first and filled == 0)
+                try:
+                    size, ancillary, flags, _ = self._socket.recvmsg_into(
+                        [view[filled:]], socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
+                    )
+                except BlockingIOError:
+                    continue
+                fds += _received_fds(ancillary)
+                if flags & socket.MSG_CTRUNC:
+                    raise ProtocolError("a frame brings too many files")
+                if size == 0:
+                    raise _Closed
+                filled += size
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds
+
+    def _wait(self, event: int, limit: _Limit, cancellable: bool) -> None:
+        """Wait until the socket is ready; drain standard error meanwhile, or the runner would block on it."""
+        poller = select.poll()
+        poller.register(self._socket, event)
+        if not self._stderr.closed:
+            poller.register(self._stderr, select.POLLIN)
+        if cancellable and not limit.cancelled:
+            poller.register(self._wake_read, select.POLLIN)
+        while True:
+            left = limit.moment - time.monotonic()
+            if left <= 0:
+                raise _Expired
+            ready = [fd for fd, _ in poller.poll(min(left, _ALIVE_CHECK_S) * 1000)]
+            if not self._stderr.closed and self._stderr.fileno() in ready:
+                fd = self._stderr.fileno()
+                if not self._drain_stderr():
+                    poller.unregister(fd)
+            if self._socket.fileno() in ready:
+                return
+            if self._wake_read in ready:
+                self.clear_wake()
+                raise _Cancel
+            if not ready and self._has_exited():
+                raise _Closed
+
+    def _has_exited(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def wake(self) -> None:
+        """Make a waiting `receive` raise _Cancel; from any thread."""
+        with contextlib.suppress(BlockingIOError):  # full: a wake is waiting already
+            os.write(self._wake_write, b"c")
+
+    def clear_wake(self) -> None:
+        """Forget wakes that nobody waited for."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _drain_stderr(self) -> bool:
+        """Keep the end of what was written; False at its end."""
+        try:
+            data = os.read(self._stderr.fileno(), 65536)
+        except BlockingIOError:
+            return True
+        self._tail = (self._tail + data)[-STDERR_TAIL_BYTES:]
+        if not data:
+            self._stderr.close()
+        return bool(data)
+
+    def stderr_tail(self) -> str:
+        """The last lines of its standard error so far."""
+        return self._tail.decode("utf-8", "replace")
+
+    def signal_group(self) -> None:
+        """SIGKILL to the process and all it started; safe at any time, since it is not reaped before."""
+        with self._reap_lock:
+            if self._returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+
+    def end(self, grace_s: float) -> int:
+        """Wait until it has exited, kill what is left after `grace_s`, reap; the exit status, or minus the signal."""
+        moment, pause = time.monotonic() + grace_s, 0.0002
+        while self._returncode is None and time.monotonic() < moment:
+            if self._has_exited():
+                break
+            time.sleep(pause)
+            pause = min(pause * 2, 0.01)
+        return self.kill()
+
+    def kill(self) -> int:
+        """Kill the process group, reap, release; the exit status, or minus the signal. Again: the same answer."""
+        self.signal_group()
+        with self._reap_lock:
+            if self._returncode is None:
+                returncode = self._popen.wait()
+                while not self._stderr.closed and self._pending_stderr():
+                    self._drain_stderr()
+                self._stderr.close()
+                self._socket.close()
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._returncode = returncode
+            return self._returncode
+
+    def _pending_stderr(self) -> bool:
+        # Not until its end: a process that escaped the group could hold it open for ever.
+        poller = select.poll()
+        poller.register(self._stderr, select.POLLIN)
+        return bool(poller.poll(0))
+
+
+# ---- starting processes -------------------------------------------------------------------------------------------
+
+_spawner_lock = threading.Lock()
+_spawner: Optional[Tuple[int, ThreadPoolExecutor]] = None
+
+
+def _spawn(command: List[str], fd: int, cwd: Optional[Union[str, Path]]) -> subprocess.Popen[bytes]:
+    """Start a runner from a thread that lives as long as this process.
+
+    The runner asks the kernel to kill it when its parent dies, and to the kernel the parent is the *thread* that
+    forked: started from a short-lived thread it would die too early.
+    """
+    global _spawner
+    with _spawner_lock:
+        if _spawner is None or _spawner[0] != os.getpid():
+            _spawner = (os.getpid(), ThreadPoolExecutor(1, "kedge-runner-spawner"))
+        executor = _spawner[1]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            cwd=cwd,
+            pass_fds=(fd,),
+            start_new_session=True,
+        )
+
+    return executor.submit(start).result()
+
+
+# ---- shared memory ------------------------------------------------------------------------------------------------
+
+
+def _shared_file(tensors: Sequence[Tensor], offsets: Sequence[int], size: int) -> int:
+    """A sealed memory file with the tensors at their offsets."""
+    fd = os.memfd_create("kedge-inputs", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        for tensor, offset in zip(tensors, offsets):
+            view = memoryview(tensor.data).cast("B") if tensor.nbytes else memoryview(b"")
+            while view:
+                written = os.pwrite(fd, view[: 1 << 30], offset)
+                view, offset = view[written:], offset + written
+        # Without seals the runner copies what it would otherwise map: an emulator may not know them.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _map_shared(fd: int) -> memoryview:
+    """The content of a file from the runner: mapped if it can neither shrink nor change any more, else copied."""
+    size = os.fstat(fd).st_size
+    if size > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a result of {size} bytes is too long")
+    if size == 0:
+        return memoryview(b"")
+    try:
+        sealed = fcntl.fcntl(fd, _F_GET_SEALS) & _SEALED == _SEALED
+    except OSError:
+        sealed = False
+    if sealed:
+        return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+    copy = memoryview(bytearray(size))
+    at = 0
+    while at < size:
+        got = os.preadv(fd, [copy[at : at + (1 << 30)]], at)
+        if got == 0:
+            raise ProtocolError("the file with the results shrank")
+        at += got
+    return copy
+
+
+def _received_fds(ancillary: Sequence[Tuple[int, int, bytes]]) -> List[int]:
+    fds: List[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
+    return fds
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory so far; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    counts = [line.split()[1] for line in lines if line.startswith("oom_kill ")]
+    return int(counts[0]) if counts else 0
+
+
+def _describe(ending: int) -> str:
+    if ending >= 0:
+        return f"exit status {ending}"
+    try:
+        return signal.Signals(-ending).name
+    except ValueError:
+        return f"signal {-ending}"
