@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 from kedge.protos.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor

@@ -1,0 +1,102 @@
+"""How kedge opens gRPC channels and servers: addresses, options, and what went wrong in words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Tuple, Union
+
+import grpc
+from kedge.rpc.errors import ConnectError
+
+DEFAULT_PORT = 9190
+#: A chunk of a blob; a protocol constant.
+CHUNK_BYTES = 1 << 20
+#: Above what one message carries: inline tensors are limited by `kedge.rpc.types.plan_inline`.
+MAX_MESSAGE_BYTES = 16 << 20
+
+Options = Tuple[Tuple[str, Union[int, str]], ...]
+
+_COMMON: Options = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A peer that vanished without closing its connection is noticed within 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+CHANNEL_OPTIONS: Options = (
+    *_COMMON,
+    # Each channel has its own connection: a test or a tool may talk to several trackers on one address in turn.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Trackers live in one's own network; a proxy set for the web would swallow the connection.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+SERVER_OPTIONS: Options = (
+    *_COMMON,
+    # Two trackers on one port would share its connections between them; the second must be told instead.
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a tracker listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """True when only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def parse_address(text: str) -> Address:
+    """`HOST`, `HOST:PORT` or `[IPV6]:PORT`; raises ConnectError saying what is wrong."""
+
+    def refuse(why: str) -> ConnectError:
+        return ConnectError(f"{text!r} is not a tracker's address: {why}", hint="write HOST:PORT, for example lab:9190")
+
+    stripped = text.strip()
+    if "://" in stripped:
+        raise refuse("it has a scheme")
+    match = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::(.*))?", stripped)
+    if match:
+        host, port = match.group(1), match.group(2)
+    elif stripped.count(":") > 1:
+        raise refuse("an IPv6 address goes in brackets")
+    else:
+        host, colon, rest = stripped.partition(":")
+        port = rest if colon else None
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", host):
+            raise refuse("there is no host in it" if not host else f"{host!r} is not a host name")
+    if port is None:
+        return Address(host, DEFAULT_PORT)
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise refuse(f"the port {port!r} is not a number from 1 to 65535")
+    return Address(host, int(port))
+
+
+def open_channel(address: Address) -> grpc.Channel:
+    """A lazily connecting plaintext channel to a tracker."""
+    return grpc.insecure_channel(str(address), options=CHANNEL_OPTIONS)
+
+
+def unreachable(address: Address, why: str = "") -> ConnectError:
+    """The error for a tracker that does not answer."""
+    return ConnectError(
+        f"no tracker answers at {address}" + (f" ({why})" if why else ""),
+        hint="start one with 'kedge tracker start', or name the right one with --tracker HOST:PORT or KEDGE_TRACKER",
+    )

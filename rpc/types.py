@@ -1,0 +1,281 @@
+"""The nouns of the wire as plain frozen dataclasses; `kedge.rpc.convert` alone translates them to and from protobuf.
+
+Units are in the field names. Enumerations that a message may leave open are `None` here.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Iterable, List, Mapping, Optional, Tuple, Union
+
+from kedge.rpc.artifact.manifest import Blob
+from kedge.rpc.outcome import Outcome, Stage
+
+__all__ = [
+    "BenchTask",
+    "Blob",
+    "Deadlines",
+    "DeviceInfo",
+    "DeviceState",
+    "DeviceStatus",
+    "Health",
+    "Job",
+    "JobResult",
+    "JobSpec",
+    "JobState",
+    "Lease",
+    "Measurement",
+    "Protocol",
+    "RunTask",
+    "StageTime",
+    "Task",
+    "Tensor",
+    "TimeOptions",
+    "Verdict",
+    "plan_inline",
+]
+
+#: A tensor above this many bytes travels as a blob.
+INLINE_TENSOR_BYTES = 1 << 20
+#: So does one that would lift the inline bytes of its message above this.
+INLINE_MESSAGE_BYTES = 4 << 20
+
+#: Bytes of one element, by numpy name.
+ITEM_BYTES: Mapping[str, int] = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2,
+    "int32": 4, "uint32": 4, "float32": 4, "int64": 8, "uint64": 8, "float64": 8,
+}  # fmt: skip
+
+
+def plan_inline(sizes: Iterable[int]) -> List[bool]:
+    """Which tensors of one message travel inline (True) and which as blobs, from their sizes in bytes."""
+    plan, total = [], 0
+    for size in sizes:
+        inline = size <= INLINE_TENSOR_BYTES and total + size <= INLINE_MESSAGE_BYTES
+        total += size if inline else 0
+        plan.append(inline)
+    return plan
+
+
+class DeviceState(enum.Enum):
+    """What a device is doing."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    GONE = "gone"
+
+
+class JobState(enum.Enum):
+    """Where a job is."""
+
+    QUEUED = "queued"
+    ASSIGNED = "assigned"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class Verdict(enum.Enum):
+    """Whether a measurement can be trusted."""
+
+    VALID = "valid"
+    SUSPECT = "suspect"
+    INVALID = "invalid"
+    EMULATED = "emulated"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What one end speaks; `software` is for people."""
+
+    version: int
+    capabilities: Tuple[str, ...] = ()
+    software: str = ""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A dense row-major little-endian array: `dtype` is a numpy name, `data` its bytes or the blob that holds them."""
+
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+    data: Union[bytes, Blob]
+
+    @property
+    def size_bytes(self) -> int:
+        """What dtype and shape promise; raises ValueError for a dtype that the wire does not carry."""
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+        size = ITEM_BYTES[self.dtype]
+        for dim in self.shape:
+            if dim < 0:
+                raise ValueError(f"tensor {self.name!r}: shape {self.shape} has a negative dim")
+            size *= dim
+        return size
+
+    def check(self) -> None:
+        """Raise ValueError unless the data has the length that dtype and shape promise."""
+        held = self.data.size if isinstance(self.data, Blob) else len(self.data)
+        if held != self.size_bytes:
+            raise ValueError(
+                f"tensor {self.name!r}: {self.dtype}{list(self.shape)} takes {self.size_bytes} bytes, not {held}"
+            )
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What an agent reports about its machine. `arch` is what `uname -m` prints, features have LLVM's names."""
+
+    name: str
+    arch: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    cpu_features: Tuple[str, ...] = ()
+    cpu_name: str = ""
+    num_cores: int = 0
+    memory_bytes: int = 0
+    target: str = ""
+    emulated: bool = False
+    abi_version: int = 0
+    os_release: str = ""
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """A device as the tracker sees it now."""
+
+    info: DeviceInfo
+    state: DeviceState
+    last_seen_unix_ms: int = 0
+    running_job_id: str = ""
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long each stage may take, in milliseconds; 0 means the tracker's default."""
+
+    queue_ms: int = 0
+    transfer_ms: int = 0
+    load_ms: int = 0
+    run_ms: int = 0
+
+    def of(self, stage: Stage) -> int:
+        """The deadline of one stage."""
+        value: int = getattr(self, f"{stage.value}_ms")
+        return value
+
+
+@dataclass(frozen=True)
+class TimeOptions:
+    """How to time; names and meanings of `kedge_time_options` in kedge.h (and of TVM's time_evaluator)."""
+
+    number: int = 1
+    repeat: int = 1
+    min_repeat_ns: int = 0
+    warmup: int = 1
+    limit_zero_time_iterations: int = 100
+    cooldown_ns: int = 0
+    repeats_to_cooldown: int = 1
+    cache_flush_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Health:
+    """A device's condition at one moment; what could not be read is None (or an empty governor)."""
+
+    load_1min: Optional[float] = None
+    temperature_celsius: Optional[float] = None
+    frequency_mhz: Optional[float] = None
+    governor: str = ""
+    memory_available_bytes: Optional[int] = None
+    disk_free_bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A timing with the protocol it used: samples are nanoseconds of one call, averaged over `options.number` calls."""
+
+    options: TimeOptions
+    samples_ns: Tuple[float, ...]
+    resolution_ns: int = 0
+    num_threads: int = 0
+    before: Optional[Health] = None
+    after: Optional[Health] = None
+    verdict: Optional[Verdict] = None
+    reasons: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """Call a function once."""
+
+    inputs: Tuple[Tensor, ...] = ()
+    discard_outputs: bool = False
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """Time a function; with `return_outputs` also return what one call computed."""
+
+    inputs: Tuple[Tensor, ...] = ()
+    options: TimeOptions = TimeOptions()
+    return_outputs: bool = False
+
+
+Task = Union[RunTask, BenchTask]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What to do: `manifest` is the blob of the artifact's manifest, whose members name their own parts."""
+
+    manifest: Blob
+    function: str
+    task: Task
+    selector: str = ""
+    deadlines: Deadlines = Deadlines()
+    priority: int = 0
+    num_threads: int = 0
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long one stage of a job took."""
+
+    stage: Stage
+    duration_ns: int
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What came of a job."""
+
+    outcome: Outcome
+    outputs: Tuple[Tensor, ...] = ()
+    measurement: Optional[Measurement] = None
+    stage_times: Tuple[StageTime, ...] = ()
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the tracker sees it; `detail` says why it still waits."""
+
+    id: str
+    spec: JobSpec
+    state: JobState
+    stage: Optional[Stage] = None
+    device: str = ""
+    result: Optional[JobResult] = None
+    submitted_unix_ms: int = 0
+    finished_unix_ms: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to run one job. A message with another epoch than the tracker's for that job changes nothing."""
+
+    job_id: str
+    epoch: int
+    duration_ms: int = 0
