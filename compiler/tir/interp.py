@@ -1,0 +1,318 @@
+"""Running a function in numpy: the meaning against which schedules and generated code are tested.
+
+Loops run one iteration at a time, except that a perfect nest around one simple block is evaluated as arrays over the
+whole nest (`vectorize=False` turns that off). Reads and writes are checked against the shapes, and memory that was
+never written holds NaN (floats) or a conspicuous value (integers), so wrong schedules show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from kedge.compiler.errors import VerifyError
+from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var, as_expr
+from kedge.compiler.tir.printer import print_expr, print_shape
+from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_equal
+from kedge.compiler.tir.visitor import free_vars, loads
+from kedge.rpc.errors import InputError
+
+Array: TypeAlias = np.ndarray[Any, Any]
+#: A scalar, or an array over the loops that are evaluated at once.
+Value: TypeAlias = Any
+#: The lanes that are active; None is all of them.
+Mask: TypeAlias = Any
+
+#: A nest of more iterations than this is taken apart, to bound memory.
+_MAX_LANES: Final = 1 << 20
+
+_BINARY: Final[Mapping[str, Callable[[Value, Value], Value]]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide,
+    "floordiv": np.floor_divide, "floormod": np.mod, "truncmod": np.fmod,
+    "min": np.minimum, "max": np.maximum,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+_COMBINE: Final[Mapping[str, np.ufunc]] = {
+    "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
+}  # fmt: skip
+_erf = np.frompyfunc(math.erf, 1, 1)
+_INTRINSIC: Final[Mapping[str, Callable[..., Value]]] = {
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "abs": np.abs, "floor": np.floor,
+    "ceil": np.ceil, "round": np.rint, "sin": np.sin, "cos": np.cos, "not": np.logical_not, "isnan": np.isnan,
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "erf": lambda x: np.asarray(_erf(np.asarray(x, "float64")), "float64"),
+}  # fmt: skip
+
+
+def run(
+    func: PrimFunc,
+    arrays: Sequence[Array],
+    symbols: Mapping[str, int] | None = None,
+    *,
+    vectorize: bool = True,
+) -> tuple[Array, ...]:
+    """The outputs of `func` for its inputs `arrays`, in the order of its parameters.
+
+    `symbols` gives dims by name; those that are a whole dim of an input follow from its shape.
+
+    Raises:
+        InputError: an array is missing, or has another dtype or shape than the parameter; a symbol is unknown.
+        VerifyError: a read or write outside a buffer.
+    """
+    inputs = func.params[: len(func.params) - func.n_outputs]
+    if len(arrays) != len(inputs):
+        raise InputError(f"{func.name} takes {len(inputs)} inputs, not {len(arrays)}")
+    env: dict[Var, Value] = dict(_solve_symbols(func, inputs, arrays, symbols or {}))
+    machine = _Machine(env, vectorize)
+    for buffer, array in zip(inputs, arrays, strict=True):
+        shape = machine.shape(buffer)
+        if array.shape != shape or array.dtype.name != buffer.dtype:
+            raise InputError(
+                f"{func.name}: {buffer.name} is {array.dtype.name}{list(array.shape)}, "
+                f"not {buffer.dtype}[{print_shape(buffer.shape)}] = {list(shape)}"
+            )
+        machine.memory[buffer] = np.ascontiguousarray(array).reshape(shape)
+    for buffer in (*func.params[len(inputs) :], *func.allocs):
+        machine.memory[buffer] = _unwritten(machine.shape(buffer), buffer.dtype)
+    with np.errstate(all="ignore"):
+        machine.stmt(func.body)
+    return tuple(machine.memory[buffer] for buffer in func.params[len(inputs) :])
+
+
+def _solve_symbols(
+    func: PrimFunc, inputs: Sequence[Buffer], arrays: Sequence[Array], given: Mapping[str, int]
+) -> Mapping[Var, int]:
+    found: dict[Var, int] = {var: given[var.name] for var in func.symbols if var.name in given}
+    for buffer, array in zip(inputs, arrays, strict=True):
+        for dim, size in zip(buffer.shape, array.shape, strict=False):
+            if isinstance(dim, Var):
+                found.setdefault(dim, size)
+    missing = [var.name for var in func.symbols if var not in found]
+    if missing:
+        raise InputError(f"{func.name}: the value of {', '.join(missing)} does not follow from the inputs; give it")
+    return found
+
+
+def _unwritten(shape: tuple[int, ...], dtype: str) -> Array:
+    kind = np.dtype(dtype)
+    filler = math.nan if np.issubdtype(kind, np.inexact) else 85 if kind != np.bool_ else True
+    return np.full(shape, filler, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nest:
+    """A perfect nest of loops around one block that stores one element, fit to be evaluated at once."""
+
+    loops: tuple[For, ...]
+    block: Block
+    store: Store
+    init: Store | None
+    combiner: str | None  # of `store`, where it updates an element in place
+    update: Expr  # the value stored, or the one combined with the element
+
+
+def _as_nest(stmt: Stmt) -> _Nest | None:
+    loops: list[For] = []
+    while isinstance(stmt, For):
+        loops.append(stmt)
+        stmt = stmt.body
+    if not isinstance(stmt, Block) or not isinstance(stmt.body, Store):
+        return None
+    if stmt.init is not None and not isinstance(stmt.init, Store):
+        return None
+    inner = {loop.var for loop in loops}
+    if any(var in inner for loop in loops for var in free_vars(loop.extent)):
+        return None
+    combiner, update = _split_update(stmt.body)
+    others = (update, *stmt.body.indices, *stmt.bindings, stmt.predicate)
+    if any(load.buffer is stmt.body.buffer for expr in others for load in loads(expr)):
+        return None
+    return _Nest(tuple(loops), stmt, stmt.body, stmt.init, combiner, update)
+
+
+def _split_update(store: Store) -> tuple[str | None, Expr]:
+    value = store.value
+    if isinstance(value, Binary) and value.op in _COMBINE:
+        for own, other in ((value.a, value.b), (value.b, value.a)):
+            if isinstance(own, Load) and own.buffer is store.buffer:
+                same = all(expr_equal(a, b) for a, b in zip(own.indices, store.indices, strict=True))
+                return (value.op, other) if same else (None, value)
+    return None, value
+
+
+class _Machine:
+    """Memory and variables of one run."""
+
+    def __init__(self, env: dict[Var, Value], vectorize: bool) -> None:
+        self.env = env
+        self.memory: dict[Buffer, Array] = {}
+        self.vectorize = vectorize
+        self._nests: dict[int, _Nest | None] = {}
+
+    def shape(self, buffer: Buffer) -> tuple[int, ...]:
+        return tuple(self.dim(dim) for dim in buffer.shape)
+
+    def dim(self, dim: Dim) -> int:
+        return int(self.expr(as_expr(dim), None))
+
+    # Statements -------------------------------------------------------------------------------------------------
+
+    def stmt(self, stmt: Stmt) -> None:
+        match stmt:
+            case Seq(stmts=stmts):
+                for sub in stmts:
+                    self.stmt(sub)
+            case For():
+                self.loop(stmt)
+            case Block():
+                self.block(stmt)
+            case If(condition=condition, then=then, orelse=orelse):
+                if self.expr(condition, None):
+                    self.stmt(then)
+                elif orelse is not None:
+                    self.stmt(orelse)
+            case Store():
+                self.write(stmt, self.expr(stmt.value, None))
+
+    def loop(self, loop: For) -> None:
+        if self.vectorize and self.try_nest(loop):
+            return
+        for value in range(self.dim(loop.extent)):
+            self.env[loop.var] = value
+            self.stmt(loop.body)
+
+    def block(self, block: Block) -> None:
+        values = [self.expr(binding, None) for binding in block.bindings]
+        if not self.expr(block.predicate, None):
+            return
+        self.env.update((it.var, value) for it, value in zip(block.iters, values, strict=True))
+        first = all(v == 0 for it, v in zip(block.iters, values, strict=True) if it.kind == "reduce")
+        if block.init is not None and first:
+            self.stmt(block.init)
+        self.stmt(block.body)
+
+    def write(self, store: Store, value: Value) -> None:
+        index = self.indices(store.buffer, store.indices, None)
+        self.memory[store.buffer][index] = value
+
+    # Whole nests ------------------------------------------------------------------------------------------------
+
+    def try_nest(self, loop: For) -> bool:
+        """Evaluate the nest at once, if it can be; False leaves everything as it was."""
+        if id(loop) not in self._nests:
+            self._nests[id(loop)] = _as_nest(loop)
+        nest = self._nests[id(loop)]
+        if nest is None:
+            return False
+        extents = tuple(self.dim(each.extent) for each in nest.loops)
+        if math.prod(extents) > _MAX_LANES:
+            return False
+        if math.prod(extents) > 0:
+            for axis, (each, extent) in enumerate(zip(nest.loops, extents, strict=True)):
+                steps = [1] * len(extents)
+                steps[axis] = extent
+                self.env[each.var] = np.arange(extent).reshape(steps)
+            self.run_nest(nest, extents)
+        return True
+
+    def run_nest(self, nest: _Nest, extents: tuple[int, ...]) -> None:
+        block = nest.block
+        mask = self.expr(block.predicate, None)
+        if not np.any(mask):
+            return
+        values = [self.expr(binding, mask) for binding in block.bindings]
+        self.env.update((it.var, value) for it, value in zip(block.iters, values, strict=True))
+        if nest.init is not None:
+            first: Mask = mask
+            for it, value in zip(block.iters, values, strict=True):
+                if it.kind == "reduce":
+                    first = np.logical_and(first, np.equal(value, 0))
+            if np.any(first):
+                self.scatter(nest.init, self.expr(nest.init.value, first), first, extents, None)
+        self.scatter(nest.store, self.expr(nest.update, mask), mask, extents, nest.combiner)
+
+    def scatter(self, store: Store, value: Value, mask: Mask, extents: tuple[int, ...], combiner: str | None) -> None:
+        """Store the active lanes in the order of the loops, combining with what is there if so asked."""
+        lanes = np.broadcast_to(mask, extents).reshape(-1)
+        target = self.memory[store.buffer]
+        index = self.indices(store.buffer, store.indices, mask)
+        flat = np.ravel_multi_index(index, target.shape) if index else np.zeros((), "int64")
+        where = np.broadcast_to(flat, extents).reshape(-1)[lanes]
+        values = np.broadcast_to(value, extents).reshape(-1)[lanes].astype(target.dtype)
+        if combiner is None:
+            target.reshape(-1)[where] = values
+        else:
+            _COMBINE[combiner].at(target.reshape(-1), where, values)
+
+    # Expressions ------------------------------------------------------------------------------------------------
+
+    def expr(self, expr: Expr, mask: Mask) -> Value:
+        """The value of `expr`; lanes outside `mask` may hold anything."""
+        match expr:
+            case Const(value=value, dtype=dtype):
+                return value if dtype in ("int64", "bool") else np.dtype(dtype).type(value)
+            case Var():
+                return self.env[expr]
+            case Binary():
+                return self.binary(expr, mask)
+            case Load(buffer=buffer, indices=indices):
+                return self.memory[buffer][self.indices(buffer, indices, mask)]
+            case Select():
+                return self.select(expr, mask)
+            case Cast(value=value, dtype=dtype):
+                return _cast(self.expr(value, mask), dtype)
+            case Call(name=name, args=args, dtype=dtype):
+                return _cast(_INTRINSIC[name](*(self.expr(arg, mask) for arg in args)), dtype)
+        raise TypeError(f"not an expression of the tensor IR: {expr!r}")
+
+    def binary(self, expr: Binary, mask: Mask) -> Value:
+        a = self.expr(expr.a, mask)
+        if expr.op in ("and", "or"):
+            # The right side counts, and is safe to evaluate, only where the left one does not decide.
+            rest = _meet(mask, a if expr.op == "and" else np.logical_not(a))
+            if not np.any(rest):
+                return a
+            b = self.expr(expr.b, rest)
+            return np.logical_and(a, b) if expr.op == "and" else np.logical_or(a, b)
+        b = self.expr(expr.b, mask)
+        if expr.op == "truncdiv":
+            return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+        return _BINARY[expr.op](a, b)
+
+    def select(self, expr: Select, mask: Mask) -> Value:
+        condition = self.expr(expr.condition, mask)
+        if np.ndim(condition) == 0:
+            return self.expr(expr.a if condition else expr.b, mask)
+        yes, no = _meet(mask, condition), _meet(mask, np.logical_not(condition))
+        if not np.any(yes):
+            return self.expr(expr.b, no)
+        if not np.any(no):
+            return self.expr(expr.a, yes)
+        return np.where(condition, self.expr(expr.a, yes), self.expr(expr.b, no))
+
+    def indices(self, buffer: Buffer, indices: tuple[Expr, ...], mask: Mask) -> tuple[Value, ...]:
+        shape = self.memory[buffer].shape
+        values = []
+        for index, size in zip(indices, shape, strict=True):
+            value = self.expr(index, mask)
+            outside = np.logical_or(np.less(value, 0), np.greater_equal(value, size))
+            if np.any(outside):
+                if np.any(_meet(mask, outside)):
+                    raise VerifyError(f"index {print_expr(index)} of {buffer.name} leaves its dim of size {size}")
+                value = np.where(outside, 0, value)
+            values.append(value)
+        return tuple(np.broadcast_arrays(*values)) if len(values) > 1 else tuple(values)
+
+
+def _meet(mask: Mask, condition: Value) -> Mask:
+    return condition if mask is None else np.logical_and(mask, condition)
+
+
+def _cast(value: Value, dtype: str) -> Value:
+    return np.asarray(value).astype(dtype)[()]
