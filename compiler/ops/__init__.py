@@ -1,1 +1,64 @@
-"""The operators, one file per family: inference, numpy reference, lowering and fusion kind side by side."""
+"""The graph operators. Each family is one file; importing this package declares all of them.
+
+Attribute values are plain: ints, floats, bools, strings, tuples. Where the table says *dims* a value may be an int or
+a symbolic int64 expression. Axes may be negative. A name without `=` has no default. Shapes broadcast as in numpy;
+both sides of a binary operator have one dtype (insert `cast`). Layouts are the front ends' (ONNX's): N, C, spatial….
+
+| operator                                                 | inputs            | attributes                         |
+|----------------------------------------------------------|-------------------|------------------------------------|
+| relu sigmoid tanh exp log sqrt rsqrt erf abs neg floor   | x                 |                                    |
+| ceil round (half to even) sin cos identity               |                   |                                    |
+| isnan (gives bool), not (bool)                           | x                 |                                    |
+| leaky_relu                                               | x                 | alpha=0.01                         |
+| clip                                                     | x                 | min=None, max=None                 |
+| cast                                                     | x                 | dtype (numpy name)                 |
+| add sub mul pow minimum maximum                          | a, b              |                                    |
+| div (integers round towards zero)                        | a, b              |                                    |
+| mod                                                      | a, b              | fmod=False (sign of b; True: of a) |
+| equal not_equal less less_equal greater greater_equal    | a, b              | (gives bool)                       |
+| logical_and logical_or logical_xor                       | a, b (bool)       |                                    |
+| where                                                    | condition, a, b   |                                    |
+| broadcast_to                                             | x                 | shape (dims)                       |
+| conv: x (N, C, S…), w (O, C/groups, K…), b (O)           | x, w[, b]         | strides=None, pads=None,           |
+|   pads are all begins then all ends; None: 1, 0, 1       |                   | dilations=None, groups=1           |
+| matmul (numpy's: batch dims broadcast, 1-D operands)     | a, b              |                                    |
+| gemm: alpha·A·B + beta·C; A, B of rank 2                 | a, b[, c]         | alpha=1.0, beta=1.0,               |
+|                                                          |                   | trans_a=False, trans_b=False       |
+| batch_norm (inference, channels are axis 1)              | x, scale, bias,   | epsilon=1e-5                       |
+|                                                          | mean, var         |                                    |
+| max_pool                                                 | x (N, C, S…)      | kernel, strides=None, pads=None,   |
+|                                                          |                   | dilations=None, ceil_mode=False    |
+| avg_pool                                                 | x (N, C, S…)      | the same, count_include_pad=False  |
+| reduce_sum reduce_mean reduce_max reduce_min reduce_prod | x                 | axes=None (all), keepdims=False    |
+|   (global pooling is a reduction over the spatial axes)  |                   |                                    |
+| softmax log_softmax                                      | x                 | axis=-1                            |
+| argmax argmin (int64)                                    | x                 | axis, keepdims=False,              |
+|                                                          |                   | select_last=False                  |
+| reshape (one dim may be -1)                              | x                 | shape (dims)                       |
+| flatten (to rank 2)                                      | x                 | axis=1                             |
+| squeeze                                                  | x                 | axes=None (all known ones)         |
+| unsqueeze (axes of the result)                           | x                 | axes                               |
+| transpose                                                | x                 | perm=None (reversed)               |
+| concat                                                   | one or more       | axis                               |
+| split (several results)                                  | x                 | axis, sizes (dims)                 |
+| slice (ONNX's clamping; negative steps; huge ends fine)  | x                 | starts (dims), ends (dims),        |
+|                                                          |                   | axes=None, steps=None              |
+| pad: pads are all begins then all ends, not negative     | x                 | pads (dims), mode="constant"       |
+|                                                          |                   | ("reflect", "edge"), value=0       |
+| gather (numpy's take; indices are clamped)               | x, indices        | axis=0                             |
+"""
+
+from __future__ import annotations
+
+from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
+    broadcast,
+    conv,
+    elementwise,
+    matmul,
+    movement,
+    normalize,
+    pool,
+    reduce,
+    reshape,
+    softmax,
+)

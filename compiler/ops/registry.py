@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from kedge.compiler.errors import CompileError
-from kedge.compiler.graph.ir import Attrs, TensorType
+from kedge.compiler.graph.ir import EMPTY, Attrs, TensorType
 
 if TYPE_CHECKING:
     from kedge.compiler.te import Tensor
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+
+class _Required(Enum):
+    REQUIRED = "required"
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+#: Stands for the default of an attribute that has none.
+REQUIRED: Final = _Required.REQUIRED
 
 
 class FusionKind(IntEnum):
@@ -33,7 +44,9 @@ class OpDef:
     """One operator.
 
     `infer` gives the result types or raises `ShapeError`; `reference` is the numpy meaning; `lower` gives the result
-    as te tensors (None: the operator must be rewritten away by legalization before lowering).
+    as te tensors (None: the operator must be rewritten away by legalization before lowering). All three see every
+    attribute: those left out have the default given in `attrs`; `reference` sees symbolic dims evaluated.
+    `arity` is the least and the most inputs (None: any number). `single` is False where there are several results.
     """
 
     name: str
@@ -41,6 +54,9 @@ class OpDef:
     infer: Callable[[Sequence[TensorType], Attrs], tuple[TensorType, ...]]
     reference: Callable[[Sequence[Array], Attrs], tuple[Array, ...]]
     lower: Callable[[Sequence[Tensor], Attrs, tuple[TensorType, ...]], tuple[Tensor, ...]] | None
+    attrs: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    arity: tuple[int, int | None] = (1, 1)
+    single: bool = True
 
 
 _OPS: dict[str, OpDef] = {}
