@@ -1,7 +1,7 @@
 """What the agent decides: a state machine without sockets, threads or clocks. `agent.py` acts.
 
 Every method takes the time in seconds of any steady clock and returns the actions to take, in order. The messages
-are the protocol's own; nothing is translated here.
+are those of `kedge.rpc.messages`, which also states the rules that both ends keep.
 
     waiting --Open--> greeting --Welcome--> ready --lost--> waiting ... --stop--> stopped
 
@@ -11,10 +11,12 @@ tracker. One job runs at a time; an assignment that arrives while another job st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Dict, List, Optional, Tuple, Union
 
-from kedge.protos.v1 import agent_pb2, types_pb2
+from kedge.rpc import messages as m
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.types import JobResult, JobSpec, Lease
 
 FIRST_DELAY_S = 0.2
 LAST_DELAY_S = 5.0
@@ -32,7 +34,7 @@ class Open:
 class Send:
     """Put a message on the stream. The shell adds the device's health to a heartbeat."""
 
-    message: agent_pb2.AgentMessage
+    message: m.AgentBody
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,15 @@ class Close:
 class StartJob:
     """Begin a job; `progress` and finally `finished` report on it."""
 
-    lease: types_pb2.Lease
-    spec: types_pb2.JobSpec
+    lease: Lease
+    spec: JobSpec
 
 
 @dataclass(frozen=True)
 class CancelJob:
     """End the running job soon; it still reports `finished`."""
 
-    lease: types_pb2.Lease
+    lease: Lease
     reason: str
 
 
@@ -68,17 +70,18 @@ Action = Union[Open, Send, Close, StartJob, CancelJob, Exit]
 Key = Tuple[str, int]
 
 
-def key(lease: types_pb2.Lease) -> Key:
+def key(lease: Lease) -> Key:
     """A lease's identity: the job and the epoch."""
     return lease.job_id, lease.epoch
 
 
 @dataclass
 class _Job:
-    lease: types_pb2.Lease
-    spec: types_pb2.JobSpec
-    stage: int = types_pb2.STAGE_UNSPECIFIED
+    lease: Lease
+    spec: JobSpec
+    stage: Optional[Stage] = None
     cancelling: bool = False
+    superseded: bool = False  # by a newer lease of the same job: its result is nobody's
 
 
 class AgentCore:
@@ -89,18 +92,17 @@ class AgentCore:
         jitter: draws from [0, 1), so that a fleet does not reconnect in step.
     """
 
-    def __init__(self, hello: agent_pb2.AgentHello, *, jitter: Callable[[], float]) -> None:
+    def __init__(self, hello: m.Hello, *, jitter: Callable[[], float]) -> None:
         self._hello = hello
         self._jitter = jitter
         self._phase = "new"
         self._running: Optional[_Job] = None
         self._waiting: List[_Job] = []
-        self._results: Dict[str, agent_pb2.JobFinished] = {}
+        self._results: Dict[str, m.JobFinished] = {}
         self._attempt = 0
         self._alarm: Optional[float] = None
         self._heartbeat_s = 0.0
         self._ready_since = 0.0
-        self._request_id = 0
 
     @property
     def phase(self) -> str:
@@ -108,7 +110,7 @@ class AgentCore:
         return self._phase
 
     @property
-    def running(self) -> Optional[types_pb2.Lease]:
+    def running(self) -> Optional[Lease]:
         """The lease of the job that runs."""
         return None if self._running is None else self._running.lease
 
@@ -116,10 +118,10 @@ class AgentCore:
         """When to call `tick` at the latest; None while there is nothing to wait for."""
         return self._alarm
 
-    def held(self) -> List[types_pb2.Lease]:
+    def held(self) -> Tuple[Lease, ...]:
         """Every lease that is not settled: running, waiting, or finished and not yet accepted."""
-        jobs = ([self._running] if self._running is not None else []) + self._waiting
-        return [job.lease for job in jobs] + [finished.lease for finished in self._results.values()]
+        jobs = [job for job in (self._running, *self._waiting) if job is not None and not job.superseded]
+        return (*(job.lease for job in jobs), *(finished.lease for finished in self._results.values()))
 
     # ---- what happens ------------------------------------------------------------------------------------------
 
@@ -131,12 +133,8 @@ class AgentCore:
         """The stream is open: greet, naming the work that is held."""
         if self._phase != "greeting":
             return []
-        hello = agent_pb2.AgentHello()
-        hello.CopyFrom(self._hello)
-        hello.running.extend(self.held())
-        self._request_id = 0
         self._alarm = now + GREETING_S
-        return [self._send(hello=hello)]
+        return [Send(replace(self._hello, running=self.held()))]
 
     def disconnected(self, now: float) -> List[Action]:
         """The stream broke or never opened: wait a while, then dial again."""
@@ -153,44 +151,40 @@ class AgentCore:
         if self._phase == "greeting":
             return [Close(), *self._wait(now)]
         self._alarm = now + self._heartbeat_s
-        return [self._send(heartbeat=agent_pb2.Heartbeat(running=self.held()))]
+        return [Send(m.Heartbeat(running=self.held()))]
 
-    def received(self, message: agent_pb2.TrackerMessage, now: float) -> List[Action]:
-        """A message from the tracker. One that this version does not know is ignored."""
+    def received(self, message: m.TrackerBody, now: float) -> List[Action]:
+        """A message from the tracker."""
         if self._phase not in ("greeting", "ready"):
             return []
-        body = message.WhichOneof("body")
-        if body == "welcome":
-            return self._welcomed(message.welcome, now)
-        if body == "refused":
-            return self._refused(message.refused, now)
+        if isinstance(message, m.Welcome):
+            return self._welcomed(message, now)
+        if isinstance(message, m.Refused):
+            return self._refused(message, now)
         if self._phase != "ready":
             return []
-        if body == "assign_job":
-            return self._assigned(message.assign_job)
-        if body == "abort_job":
-            return self._aborted(message.abort_job)
-        if body == "result_accepted":
-            self._results.pop(message.result_accepted.job_id, None)
+        if isinstance(message, m.AssignJob):
+            return self._assigned(message)
+        if isinstance(message, m.AbortJob):
+            return self._aborted(message)
+        self._results.pop(message.job_id, None)
         return []
 
-    def progress(self, lease: types_pb2.Lease, stage: int) -> List[Action]:
+    def progress(self, lease: Lease, stage: Stage) -> List[Action]:
         """The running job entered a stage."""
         if self._running is None or key(self._running.lease) != key(lease):
             return []
         self._running.stage = stage
-        if self._phase != "ready":
+        if self._phase != "ready" or self._running.superseded:
             return []
-        return [self._send(job_progress=agent_pb2.JobProgress(lease=lease, stage=types_pb2.Stage.ValueType(stage)))]
+        return [Send(m.JobProgress(lease, stage))]
 
-    def finished(self, lease: types_pb2.Lease, result: types_pb2.JobResult) -> List[Action]:
+    def finished(self, lease: Lease, result: JobResult) -> List[Action]:
         """The running job ended. Its result is kept until the tracker has it."""
         if self._running is None or key(self._running.lease) != key(lease):
             raise ValueError(f"job {lease.job_id} is not the one that runs")
-        self._running = None
-        actions: List[Action] = []
-        if not any(job.lease.job_id == lease.job_id for job in self._waiting):
-            actions += self._report(lease, result)
+        superseded, self._running = self._running.superseded, None
+        actions = [] if superseded else self._report(lease, result)
         return actions + self._next()
 
     def stop(self, reason: str) -> List[Action]:
@@ -212,26 +206,25 @@ class AgentCore:
         self._alarm = now + delay * (0.5 + 0.5 * self._jitter())
         return []
 
-    def _welcomed(self, welcome: agent_pb2.Welcome, now: float) -> List[Action]:
+    def _welcomed(self, welcome: m.Welcome, now: float) -> List[Action]:
         self._phase, self._ready_since = "ready", now
         self._heartbeat_s = max(welcome.heartbeat_interval_ms, 100) / 1000
         self._alarm = now + self._heartbeat_s
-        actions: List[Action] = [self._send(job_finished=finished) for finished in self._results.values()]
-        job = self._running
-        if job is not None:
-            actions.append(self._send(job_started=agent_pb2.JobStarted(lease=job.lease)))
-            if job.stage:
-                stage = types_pb2.Stage.ValueType(job.stage)
-                actions.append(self._send(job_progress=agent_pb2.JobProgress(lease=job.lease, stage=stage)))
+        actions: List[Action] = [Send(finished) for finished in self._results.values()]
+        running = self._running
+        if running is not None and not running.superseded:
+            actions.append(Send(m.JobStarted(running.lease)))
+            if running.stage:
+                actions.append(Send(m.JobProgress(running.lease, running.stage)))
         return actions
 
-    def _refused(self, refused: agent_pb2.Refused, now: float) -> List[Action]:
+    def _refused(self, refused: m.Refused, now: float) -> List[Action]:
         if refused.retry:
             self._attempt = 16
             return [Close(), *self._wait(now)]
         return self._stop(f"the tracker refused this agent: {refused.reason}", failed=True)
 
-    def _assigned(self, assign: agent_pb2.AssignJob) -> List[Action]:
+    def _assigned(self, assign: m.AssignJob) -> List[Action]:
         lease = assign.lease
         held = next((other for other in self.held() if other.job_id == lease.job_id), None)
         if held is not None and held.epoch >= lease.epoch:
@@ -241,28 +234,29 @@ class AgentCore:
         self._results.pop(lease.job_id, None)
         self._waiting = [job for job in self._waiting if job.lease.job_id != lease.job_id]
         if self._running is not None and self._running.lease.job_id == lease.job_id:
+            self._running.superseded = True
             actions += self._cancel(self._running, "the job was assigned anew")
         self._waiting.append(_Job(lease, assign.spec))
         return actions + self._next()
 
-    def _remind(self, lease: types_pb2.Lease) -> List[Action]:
+    def _remind(self, lease: Lease) -> List[Action]:
         """The tracker assigned what this agent has already: say how far it is."""
         finished = self._results.get(lease.job_id)
         if finished is not None:
-            return [self._send(job_finished=finished)]
+            return [Send(finished)]
         if self._running is not None and key(self._running.lease) == key(lease):
-            return [self._send(job_started=agent_pb2.JobStarted(lease=lease))]
+            return [Send(m.JobStarted(lease))]
         return []
 
-    def _aborted(self, abort: agent_pb2.AbortJob) -> List[Action]:
+    def _aborted(self, abort: m.AbortJob) -> List[Action]:
         lease = abort.lease
         for job in self._waiting:
             if job.lease.job_id == lease.job_id and lease.epoch >= job.lease.epoch:
                 self._waiting.remove(job)
                 return self._report(job.lease, cancelled(abort.reason))
-        job = self._running
-        if job is not None and job.lease.job_id == lease.job_id and lease.epoch >= job.lease.epoch:
-            return self._cancel(job, abort.reason)
+        running = self._running
+        if running is not None and running.lease.job_id == lease.job_id and lease.epoch >= running.lease.epoch:
+            return self._cancel(running, abort.reason)
         return []
 
     def _cancel(self, job: _Job, reason: str) -> List[Action]:
@@ -271,18 +265,19 @@ class AgentCore:
         job.cancelling = True
         return [CancelJob(job.lease, reason)]
 
-    def _report(self, lease: types_pb2.Lease, result: types_pb2.JobResult) -> List[Action]:
-        finished = agent_pb2.JobFinished(lease=lease, result=result)
+    def _report(self, lease: Lease, result: JobResult) -> List[Action]:
+        finished = m.JobFinished(lease, result)
         self._results[lease.job_id] = finished
-        return [self._send(job_finished=finished)] if self._phase == "ready" else []
+        return [Send(finished)] if self._phase == "ready" else []
 
     def _next(self) -> List[Action]:
         if self._running is not None or not self._waiting or self._phase == "stopped":
             return []
-        self._running = job = self._waiting.pop(0)
+        job = self._waiting.pop(0)
+        self._running = job
         actions: List[Action] = [StartJob(job.lease, job.spec)]
         if self._phase == "ready":
-            actions.append(self._send(job_started=agent_pb2.JobStarted(lease=job.lease)))
+            actions.append(Send(m.JobStarted(job.lease)))
         return actions
 
     def _stop(self, reason: str, *, failed: bool) -> List[Action]:
@@ -292,16 +287,11 @@ class AgentCore:
         if self._running is not None:
             actions += self._cancel(self._running, reason)
         if self._phase == "ready" and not failed:
-            actions.append(self._send(goodbye=agent_pb2.Goodbye(reason=reason)))
+            actions.append(Send(m.Goodbye(reason)))
         self._phase, self._alarm = "stopped", None
         return [*actions, Close(), Exit(reason, failed)]
 
-    def _send(self, **body: object) -> Send:
-        self._request_id += 1
-        return Send(agent_pb2.AgentMessage(request_id=self._request_id, **body))  # type: ignore[arg-type]
 
-
-def cancelled(reason: str) -> types_pb2.JobResult:
+def cancelled(reason: str) -> JobResult:
     """The result of a job that was called off before it began."""
-    outcome = types_pb2.Outcome(kind=types_pb2.OUTCOME_KIND_CANCELLED, message=reason)
-    return types_pb2.JobResult(outcome=outcome)
+    return JobResult(Outcome(OutcomeKind.CANCELLED, message=reason))

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
 from kedge.device_agent.probe import meminfo
+from kedge.rpc.types import Health
 
 #: Sensors that are off or broken report values outside what silicon survives.
 _PLAUSIBLE_CELSIUS = (-55.0, 150.0)
-
-
-@dataclass(frozen=True)
-class Health:
-    """Readings of one moment; None (or "" for the governor) where there is no such sensor."""
-
-    load_1min: Optional[float] = None
-    temperature_celsius: Optional[float] = None
-    frequency_mhz: Optional[float] = None
-    governor: str = ""
-    memory_available_bytes: Optional[int] = None
-    disk_free_bytes: Optional[int] = None
 
 
 def read_health(data_dir: Path, *, root: Path = Path("/")) -> Health:

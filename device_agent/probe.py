@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import AbstractSet, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -25,30 +24,26 @@ from kedge.device_agent.cpus import (
     X86_LEVELS,
     amd_cpu,
 )
+from kedge.rpc.abi import ABI_VERSION
+from kedge.rpc.types import DeviceInfo
 
 _LABEL_VALUE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the agent reports about its machine; the fields mean what `DeviceInfo` in types.proto says."""
-
-    arch: str
-    cpu_name: str
-    cpu_features: Tuple[str, ...]
-    num_cores: int
-    memory_bytes: int
-    target: str
-    emulated: bool
-    os_release: str
-    labels: Mapping[str, str]
-
-
-def probe(features: Iterable[str], *, root: Path = Path("/"), machine: Optional[str] = None) -> Device:
+def probe(
+    name: str,
+    features: Iterable[str],
+    *,
+    labels: Optional[Mapping[str, str]] = None,
+    root: Path = Path("/"),
+    machine: Optional[str] = None,
+) -> DeviceInfo:
     """Describe the device below `root`.
 
     Args:
+        name: what the fleet calls it.
         features: what the runner found, in LLVM's names.
+        labels: the owner's own; they win over those found here.
         root: where /proc, /sys and /etc are looked up.
         machine: what `uname -m` prints; None asks the kernel.
     """
@@ -60,15 +55,17 @@ def probe(features: Iterable[str], *, root: Path = Path("/"), machine: Optional[
     cores = len(os.sched_getaffinity(0))
     memory = memory_total(root)
     release = _os_release(root)
-    labels = {
+    found = {
         "arch": arch,
         "emulated": "true" if emulated else "false",
         "mem_mb": str(memory >> 20),
         "os": label_value("-".join(release[key] for key in ("ID", "VERSION_ID") if key in release) or "linux"),
     }
     if not emulated:
-        labels.update(_board(root))
-    return Device(
+        found.update(_board(root))
+    found.update(labels or {})
+    return DeviceInfo(
+        name=name,
         arch=arch,
         cpu_name=cpu_name or "generic",
         cpu_features=names,
@@ -79,7 +76,8 @@ def probe(features: Iterable[str], *, root: Path = Path("/"), machine: Optional[
         else target_string(arch, cpu_name, frozenset(names), cores),
         emulated=emulated,
         os_release=release.get("PRETTY_NAME", platform.release()),
-        labels=labels,
+        labels=found,
+        abi_version=ABI_VERSION,
     )
 
 

@@ -19,69 +19,68 @@ from kedge.device_agent.core import (
     StartJob,
     key,
 )
-from kedge.protos.v1 import agent_pb2, types_pb2
+from kedge.rpc import messages as m
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease, Protocol, RunTask
 
 HEARTBEAT_S = 2.0
 Key = tuple[str, int]
 
 
-def lease(job: str, epoch: int = 1) -> types_pb2.Lease:
-    return types_pb2.Lease(job_id=job, epoch=epoch, duration_ms=10_000)
+def lease(job: str, epoch: int = 1) -> Lease:
+    return Lease(job, epoch, 10_000)
 
 
-def result(text: str) -> types_pb2.JobResult:
-    return types_pb2.JobResult(outcome=types_pb2.Outcome(kind=types_pb2.OUTCOME_KIND_OK, message=text))
+def result(text: str) -> JobResult:
+    return JobResult(Outcome(OutcomeKind.OK, message=text))
 
 
 def new_core() -> AgentCore:
-    hello = agent_pb2.AgentHello(instance_id="instance", device=types_pb2.DeviceInfo(name="board"))
-    return AgentCore(hello, jitter=lambda: 0.5)
+    return AgentCore(m.Hello(Protocol(1), DeviceInfo("board", "aarch64"), "instance"), jitter=lambda: 0.5)
 
 
-def welcome() -> agent_pb2.TrackerMessage:
-    return agent_pb2.TrackerMessage(welcome=agent_pb2.Welcome(heartbeat_interval_ms=int(HEARTBEAT_S * 1000)))
+def welcome() -> m.Welcome:
+    return m.Welcome(Protocol(1), "tracker", int(HEARTBEAT_S * 1000))
 
 
-def assign(job: str, epoch: int = 1) -> agent_pb2.TrackerMessage:
-    return agent_pb2.TrackerMessage(
-        assign_job=agent_pb2.AssignJob(lease=lease(job, epoch), spec=types_pb2.JobSpec(function=job))
-    )
+def assign(job: str, epoch: int = 1) -> m.AssignJob:
+    return m.AssignJob(lease(job, epoch), JobSpec(Blob("0" * 64, 1), job, RunTask()))
 
 
-def abort(job: str, epoch: int = 1) -> agent_pb2.TrackerMessage:
-    return agent_pb2.TrackerMessage(abort_job=agent_pb2.AbortJob(lease=lease(job, epoch), reason="not wanted"))
+def abort(job: str, epoch: int = 1) -> m.AbortJob:
+    return m.AbortJob(lease(job, epoch), "not wanted")
 
 
-def accept(job: str) -> agent_pb2.TrackerMessage:
-    return agent_pb2.TrackerMessage(result_accepted=agent_pb2.ResultAccepted(job_id=job))
+def accept(job: str) -> m.ResultAccepted:
+    return m.ResultAccepted(job)
 
 
 def bodies(actions: list[Action]) -> list[str]:
-    return [a.message.WhichOneof("body") or "" if isinstance(a, Send) else type(a).__name__ for a in actions]
+    return [type(a.message if isinstance(a, Send) else a).__name__ for a in actions]
 
 
 def ready_core() -> AgentCore:
     core = new_core()
     assert core.start(0.0) == [Open()]
-    assert bodies(core.connected(0.0)) == ["hello"]
+    assert bodies(core.connected(0.0)) == ["Hello"]
     assert core.received(welcome(), 0.0) == []
     assert core.phase == "ready"
     return core
 
 
-def sent(actions: list[Action]) -> list[agent_pb2.AgentMessage]:
+def sent(actions: list[Action]) -> list[m.AgentBody]:
     return [action.message for action in actions if isinstance(action, Send)]
 
 
 def test_a_job_from_assignment_to_acceptance() -> None:
     core = ready_core()
     actions = core.received(assign("a"), 1.0)
-    assert bodies(actions) == ["StartJob", "job_started"]
-    assert bodies(core.progress(lease("a"), types_pb2.STAGE_LOAD)) == ["job_progress"]
-    assert bodies(core.finished(lease("a"), result("done"))) == ["job_finished"]
+    assert bodies(actions) == ["StartJob", "JobStarted"]
+    assert bodies(core.progress(lease("a"), Stage.LOAD)) == ["JobProgress"]
+    assert bodies(core.finished(lease("a"), result("done"))) == ["JobFinished"]
     assert [key(item) for item in core.held()] == [("a", 1)]
     assert core.received(accept("a"), 2.0) == []
-    assert core.held() == []
+    assert core.held() == ()
 
 
 def test_a_result_survives_a_lost_connection() -> None:
@@ -93,21 +92,21 @@ def test_a_result_survives_a_lost_connection() -> None:
     assert alarm is not None
     assert core.tick(alarm) == [Open()]
     (hello,) = sent(core.connected(alarm))
-    assert [key(item) for item in hello.hello.running] == [("a", 1)]
+    assert isinstance(hello, m.Hello)
+    assert hello.running == (lease("a"),)
     (again,) = sent(core.received(welcome(), alarm))
-    assert again.job_finished.result == result("done")
+    assert again == m.JobFinished(lease("a"), result("done"))
 
 
 def test_running_work_is_announced_with_its_stage_after_a_reconnect() -> None:
     core = ready_core()
     core.received(assign("a"), 1.0)
-    core.progress(lease("a"), types_pb2.STAGE_RUN)
+    core.progress(lease("a"), Stage.RUN)
     core.disconnected(1.5)
     core.tick(core.alarm() or 0.0)
     core.connected(3.0)
-    started, progress = sent(core.received(welcome(), 3.0))
-    assert key(started.job_started.lease) == ("a", 1)
-    assert progress.job_progress.stage == types_pb2.STAGE_RUN
+    again = [m.JobStarted(lease("a")), m.JobProgress(lease("a"), Stage.RUN)]
+    assert sent(core.received(welcome(), 3.0)) == again
 
 
 def test_delays_grow_to_their_limit_and_start_small_again_after_a_stable_connection() -> None:
@@ -144,7 +143,7 @@ def test_a_refusal_that_may_pass_waits_and_one_that_may_not_ends_the_agent() -> 
         core = new_core()
         core.start(0.0)
         core.connected(0.0)
-        refusal = agent_pb2.TrackerMessage(refused=agent_pb2.Refused(reason="name in use", retry=retry))
+        refusal = m.Refused("name in use", retry)
         actions = core.received(refusal, 0.0)
         assert bodies(actions) == expected
         if not retry:
@@ -156,7 +155,7 @@ def test_a_newer_lease_of_the_running_job_replaces_it() -> None:
     core.received(assign("a", 1), 1.0)
     assert bodies(core.received(assign("a", 2), 2.0)) == ["CancelJob"]
     actions = core.finished(lease("a", 1), result("too late"))
-    assert bodies(actions) == ["StartJob", "job_started"]
+    assert bodies(actions) == ["StartJob", "JobStarted"]
     assert core.running is not None
     assert key(core.running) == ("a", 2)
 
@@ -173,7 +172,7 @@ def test_abort_counts_for_its_own_lease_and_once() -> None:
 def test_stopping_says_goodbye_and_ends_the_job() -> None:
     core = ready_core()
     core.received(assign("a"), 1.0)
-    assert bodies(core.stop("SIGTERM")) == ["CancelJob", "goodbye", "Close", "Exit"]
+    assert bodies(core.stop("SIGTERM")) == ["CancelJob", "Goodbye", "Close", "Exit"]
     assert core.stop("again") == []
     assert core.finished(lease("a"), result("x")) == []
     assert core.alarm() is None
@@ -192,8 +191,8 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         self.cancelled: set[Key] = set()
         self.epochs: dict[str, int] = {}  # the newest lease of every job ever assigned
         self.accepted: set[str] = set()
-        self.delivered: dict[Key, bytes] = {}  # results as they reached the tracker
-        self.produced: dict[Key, bytes] = {}  # results that jobs made
+        self.delivered: dict[Key, JobResult] = {}  # results as they reached the tracker
+        self.produced: dict[Key, JobResult] = {}  # results that jobs made
         self.resent: set[Key] = set()  # results seen on the current connection
         self.do(self.core.start(self.now))
 
@@ -220,18 +219,16 @@ class AgainstAModelTracker(RuleBasedStateMachine):
                 assert self.open
                 self.deliver(action.message)
 
-    def deliver(self, message: agent_pb2.AgentMessage) -> None:
-        body = message.WhichOneof("body")
-        if body == "hello":
-            assert [key(item) for item in message.hello.running] == [key(item) for item in self.core.held()]
+    def deliver(self, message: m.AgentBody) -> None:
+        if isinstance(message, m.Hello):
+            assert message.running == self.core.held()
             return
         assert self.greeted, "nothing but the greeting before Welcome"
-        if body == "heartbeat":
-            assert [key(item) for item in message.heartbeat.running] == [key(item) for item in self.core.held()]
-        elif body == "job_finished":
-            one = key(message.job_finished.lease)
-            data = message.job_finished.result.SerializeToString(deterministic=True)
-            assert self.delivered.setdefault(one, data) == data, "a result never changes"
+        if isinstance(message, m.Heartbeat):
+            assert message.running == self.core.held()
+        elif isinstance(message, m.JobFinished):
+            one = key(message.lease)
+            assert self.delivered.setdefault(one, message.result) == message.result, "a result never changes"
             self.resent.add(one)
 
     def ready(self) -> bool:
@@ -283,8 +280,8 @@ class AgainstAModelTracker(RuleBasedStateMachine):
             self.do(self.core.received(accept(job), self.now))
 
     @precondition(lambda self: self.job is not None)
-    @rule(stage=st.sampled_from([types_pb2.STAGE_TRANSFER, types_pb2.STAGE_LOAD, types_pb2.STAGE_RUN]))
-    def job_proceeds(self, stage: types_pb2.Stage.ValueType) -> None:
+    @rule(stage=st.sampled_from([Stage.TRANSFER, Stage.LOAD, Stage.RUN]))
+    def job_proceeds(self, stage: Stage) -> None:
         assert self.job is not None
         self.do(self.core.progress(lease(*self.job), stage))
 
@@ -293,15 +290,12 @@ class AgainstAModelTracker(RuleBasedStateMachine):
     def job_ends(self) -> None:
         assert self.job is not None
         one, self.job = self.job, None
-        made = result(f"{one}")
-        self.produced[one] = made.SerializeToString(deterministic=True)
-        self.do(self.core.finished(lease(*one), made))
+        self.produced[one] = result(f"{one}")
+        self.do(self.core.finished(lease(*one), self.produced[one]))
 
     @invariant()
     def every_lease_is_held_until_it_is_settled(self) -> None:
         held = [key(item) for item in self.core.held()]
-        if self.job is not None and self.epochs[self.job[0]] != self.job[1]:
-            held.remove(self.job)  # superseded: it only winds down
         assert len({job for job, _ in held}) == len(held)
         unsettled = {(job, epoch) for job, epoch in self.epochs.items() if job not in self.accepted}
         assert set(held) == unsettled
@@ -334,7 +328,7 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         for job, epoch in self.epochs.items():
             assert job in self.accepted or (job, epoch) in self.delivered
             self.do(self.core.received(accept(job), self.now))
-        assert self.core.held() == []
+        assert self.core.held() == ()
 
 
 AgainstAModelTracker.TestCase.settings = settings(

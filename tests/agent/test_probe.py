@@ -16,6 +16,7 @@ from kedge.compiler.target.parse import parse
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
 from kedge.device_agent.health import read_health
 from kedge.device_agent.probe import baseline_target, cpu_of, emulation_reason, probe, target_string, userland_arch
+from kedge.rpc.abi import ABI_VERSION
 
 PI4_CPUINFO = """\
 processor\t: 0
@@ -54,7 +55,7 @@ def test_a_raspberry_pi_4(board: Board) -> None:
             "etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nID=debian\nVERSION_ID="12"\n',
         }
     )
-    device = probe(["crc", "neon", "fp-armv8"], root=root, machine="aarch64")
+    device = probe("pi", ["crc", "neon", "fp-armv8"], labels={"room": "lab"}, root=root, machine="aarch64")
     cores = len(os.sched_getaffinity(0))
     assert device.cpu_name == "cortex-a72"
     assert device.target == f"llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72 -mattr=+crc -num-cores={cores}"
@@ -68,11 +69,13 @@ def test_a_raspberry_pi_4(board: Board) -> None:
         "os": "debian-12",
         "model": "Raspberry-Pi-4-Model-B-Rev-1.4",
         "soc": "bcm2711",
+        "room": "lab",
     }
+    assert (device.name, device.abi_version) == ("pi", ABI_VERSION)
 
 
 def test_this_machine_is_described_for_the_compiler() -> None:
-    device = probe([])
+    device = probe("here", [])
     target = parse(device.target)
     assert target.arch.name == device.arch == os.uname().machine
     assert target.num_cores == device.num_cores == len(os.sched_getaffinity(0))
@@ -120,7 +123,7 @@ def test_the_user_land_decides_the_architecture(machine: str, bits: int, arch: s
 def test_emulation_is_seen_by_the_kernels_architecture(board: Board) -> None:
     root = board({"proc/sys/kernel/arch": "x86_64\n", "proc/cpuinfo": PI4_CPUINFO})
     assert emulation_reason("aarch64", root) == "the kernel is a x86_64 one"
-    device = probe(["neon", "sve", "dotprod"], root=root, machine="aarch64")
+    device = probe("pi", ["neon", "sve", "dotprod"], root=root, machine="aarch64")
     assert device.emulated
     assert device.labels["emulated"] == "true"
     assert device.target == f"llvm -mtriple=aarch64-linux-gnu -mcpu=generic -num-cores={device.num_cores}"
@@ -190,7 +193,7 @@ def test_health_of_a_machine_without_sensors(tmp_path: Path) -> None:
 
 def test_a_control_groups_limit_bounds_the_memory(board: Board) -> None:
     root = board({"proc/meminfo": "MemTotal: 4096 kB\n", "sys/fs/cgroup/memory.max": "1048576\n"})
-    assert probe([], root=root, machine="x86_64").memory_bytes == 1 << 20
+    assert probe("here", [], root=root, machine="x86_64").memory_bytes == 1 << 20
 
 
 def test_this_kernel_answers_what_the_emulation_check_asks() -> None:
