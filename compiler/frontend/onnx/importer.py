@@ -1,0 +1,179 @@
+"""From an ONNX graph to a kedge function: nodes in order, each turned into graph operators by its converter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from kedge.compiler.errors import FrontendError, ShapeError
+from kedge.compiler.frontend.onnx.coverage import OperatorUse, unsupported_error
+from kedge.compiler.frontend.onnx.fold import fold
+from kedge.compiler.frontend.onnx.functions import body_of
+from kedge.compiler.frontend.onnx.inputs import ShapeSpec, Symbols, declare_inputs
+from kedge.compiler.frontend.onnx.model import Model, dtype_name, tensor_data
+from kedge.compiler.frontend.onnx.node import Array, Entry, Node, Scope, find_converter
+from kedge.compiler.frontend.onnx.symbolic import Dims
+from kedge.compiler.graph.builder import Builder, call
+from kedge.compiler.graph.ir import Call, Constant, Item, Module, Param, TensorType, Value
+
+#: Integer weights up to this size are read as shape arithmetic where an operator wants to know their values.
+_SMALL = 4096
+
+
+class PoisonedError(Exception):
+    """An operand comes from an unsupported operator, which is already on the list: skip its users, and go on."""
+
+
+@dataclass(slots=True)
+class Importer:
+    """The state of one import: parameters and their data, symbols by name, and what turned out to be unsupported."""
+
+    model: Model
+    builder: Builder = field(default_factory=lambda: Builder("main"))
+    params: dict[str, Array] = field(default_factory=dict)
+    symbols: Symbols = field(default_factory=Symbols)
+    unsupported: list[OperatorUse] = field(default_factory=list)
+
+    def run(self, shapes: Mapping[str, ShapeSpec]) -> Module:
+        """The model as a module with one function, "main".
+
+        Raises:
+            UnsupportedOperatorError: naming every operator of the model that cannot be imported.
+        """
+        graph = self.model.proto.graph
+        scope = Scope({}, self.model.opset)
+        for name, type_ in declare_inputs(self.model, shapes, self.symbols).items():
+            scope.entries[name] = self.builder.input(name, type_)
+        self._declare_initializers(graph, scope)
+        self.run_nodes(graph.node, scope)
+        if self.unsupported:
+            raise unsupported_error(self.model.source, self.unsupported)
+        outputs: dict[str, Value] = {}
+        for info in graph.output:
+            value = self._output(scope, info.name)
+            computed = isinstance(value, (Call, Item)) and all(value is not other for other in outputs.values())
+            # Every output has a buffer of its own that something has to write.
+            outputs[info.name] = value if computed else call("identity", value, origin=(info.name,))
+        main = self.builder.finish(outputs)
+        used = {value.name for value in main.values() if isinstance(value, Param)}
+        return Module({main.name: main}, {name: data for name, data in self.params.items() if name in used})
+
+    def run_nodes(self, nodes: Sequence[onnx.NodeProto], scope: Scope) -> None:
+        """Import nodes in order; their results become names in `scope`."""
+        for proto in nodes:
+            try:
+                results = self._run_node(proto, scope)
+            except PoisonedError:
+                continue
+            for name, entry in zip(proto.output, results, strict=False):
+                if name and entry is not None:
+                    scope.entries[name] = entry
+
+    def run_body(self, graph: onnx.GraphProto, outer: Scope) -> tuple[Entry | None, ...]:
+        """The results of a body of control flow, which sees the names around it."""
+        scope = Scope(dict(outer.entries), outer.opset, outer.caller)
+        self._declare_initializers(graph, scope)
+        self.run_nodes(graph.node, scope)
+        return self._results(scope, [info.name for info in graph.output])
+
+    def lookup(self, scope: Scope, name: str, node: Node) -> Entry | None:
+        """What `name` stands for; None for an optional input that is left out."""
+        if not name:
+            return None
+        if name not in scope.entries:
+            if self.unsupported:
+                raise PoisonedError
+            raise node.error(f"reads {name!r}, which nothing before it computes", hint="the model is corrupt")
+        return scope.entries[name]
+
+    def content(self, entry: Entry | None) -> Array | None:
+        """The elements of `entry` where they are known: those of constants, folded shapes and small integer weights."""
+        if isinstance(entry, Dims):
+            return entry.items
+        if isinstance(entry, Constant):
+            return entry.data
+        if isinstance(entry, Param):
+            data = self.params[entry.name]
+            if data.dtype.kind in "iub" and data.size <= _SMALL:
+                return data
+        return None
+
+    def _run_node(self, proto: onnx.NodeProto, scope: Scope) -> Sequence[Entry | None]:
+        node = Node(self, proto, scope, _attributes(proto))
+        for name in proto.input:
+            self.lookup(scope, name, node)
+        folded = fold(node)
+        if folded is not None:
+            return folded
+        convert = find_converter(proto.domain, proto.op_type)
+        if convert is not None:
+            try:
+                results = convert(node)
+            except ShapeError as error:
+                raise node.error(error.message, hint=error.hint) from error
+            return results if isinstance(results, tuple) else (results,)
+        return self._run_function(node)
+
+    def _run_function(self, node: Node) -> Sequence[Entry | None]:
+        """An operator that ONNX defines by simpler ones: import those."""
+        proto = node.proto
+        body = body_of(proto, node.opset, [node.type_proto(index) for index in range(len(proto.input))])
+        if body is None:
+            blamed = node.scope.caller or proto
+            opset = self.model.opsets.get(blamed.domain, self.model.opset)
+            self.unsupported.append(OperatorUse(blamed.domain, blamed.op_type, opset, (node.label,), False))
+            raise PoisonedError
+        entries = {
+            formal: self.lookup(node.scope, proto.input[index], node) if index < len(proto.input) else None
+            for index, formal in enumerate(body.inputs)
+        }
+        scope = Scope(entries, body.opset, caller=node.scope.caller or proto)
+        self.run_nodes(body.nodes, scope)
+        return self._results(scope, body.outputs[: len(proto.output)])
+
+    def _results(self, scope: Scope, names: Sequence[str]) -> tuple[Entry | None, ...]:
+        if any(name not in scope.entries for name in names):
+            if self.unsupported:
+                raise PoisonedError
+            missing = next(name for name in names if name not in scope.entries)
+            raise FrontendError(f"{self.model.source}: nothing computes {missing!r}", hint="the model is corrupt")
+        return tuple(scope.entries[name] for name in names)
+
+    def _declare_initializers(self, graph: onnx.GraphProto, scope: Scope) -> None:
+        if graph.sparse_initializer:
+            raise FrontendError(
+                f"{self.model.source}: initializer {graph.sparse_initializer[0].values.name!r} is sparse",
+                hint="export the model with dense weights",
+            )
+        for tensor in graph.initializer:
+            dtype_name(self.model, tensor.data_type, f"initializer {tensor.name!r}")
+            data = tensor_data(self.model, tensor)
+            name = tensor.name
+            if name in self.params:
+                name = next(
+                    n for n in (f"{name}_{count}" for count in range(2, len(self.params) + 3)) if n not in self.params
+                )
+            self.params[name] = data
+            type_ = TensorType(tuple(data.shape), str(data.dtype))
+            scope.entries[tensor.name] = self.builder.param(name, type_)
+
+    def _output(self, scope: Scope, name: str) -> Value:
+        entry = self._results(scope, [name])[0]
+        if entry is None or isinstance(entry, Dims):
+            raise FrontendError(
+                f"{self.model.source}: output {name!r} is the shape of a tensor, which is not known while compiling",
+                hint="fix the dims of the inputs with shapes={...}, or drop this output",
+            )
+        return entry
+
+
+def _attributes(proto: onnx.NodeProto) -> dict[str, Any]:
+    attributes: dict[str, Any] = {}
+    for attribute in proto.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        attributes[attribute.name] = value
+    return attributes

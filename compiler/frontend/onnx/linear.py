@@ -1,0 +1,57 @@
+"""Converters of matrix products and of normalisation."""
+
+from __future__ import annotations
+
+from kedge.compiler.frontend.onnx.node import Node, converter
+from kedge.compiler.graph.ir import Value
+
+_INFERENCE = "export the model for inference: model.eval() in PyTorch, training=TrainingMode.EVAL"
+
+
+@converter("MatMul")
+def _matmul(node: Node) -> Value:
+    return node.emit("matmul", node.value(0), node.value(1))
+
+
+@converter("Gemm")
+def _gemm(node: Node) -> Value:
+    operands = [node.value(index) for index in range(3) if node.has(index)]
+    return node.emit(
+        "gemm", *operands, alpha=float(node.attr("alpha", 1.0)), beta=float(node.attr("beta", 1.0)),
+        trans_a=bool(node.attr("transA", 0)), trans_b=bool(node.attr("transB", 0)),
+    )  # fmt: skip
+
+
+@converter("BatchNormalization")
+def _batch_normalization(node: Node) -> Value:
+    if node.attr("training_mode", 0) or node.wants(1):
+        raise node.error("it is in training mode and updates its statistics", hint=_INFERENCE)
+    x, *statistics = node.values()
+    # Since opset 15 the statistics may have another dtype than the data.
+    statistics = [s if s.type.dtype == x.type.dtype else node.emit("cast", s, dtype=x.type.dtype) for s in statistics]
+    return node.emit("batch_norm", x, *statistics, epsilon=float(node.attr("epsilon", 1e-5)))
+
+
+@converter("InstanceNormalization")
+def _instance_normalization(node: Node) -> Value:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, the statistics over the spatial dims of each image."""
+    x, scale, bias = node.values()
+    axes = tuple(range(2, x.type.rank))
+    deviation = node.emit("sub", x, node.emit("reduce_mean", x, axes=axes, keepdims=True))
+    variance = node.emit("reduce_mean", node.emit("mul", deviation, deviation), axes=axes, keepdims=True)
+    stabilized = node.emit("add", variance, node.constant(node.attr("epsilon", 1e-5), x.type.dtype))
+    normal = node.emit("mul", deviation, node.emit("rsqrt", stabilized))
+    per_channel = tuple(range(1, x.type.rank - 1))
+    scaled = node.emit("mul", normal, node.emit("unsqueeze", scale, axes=per_channel))
+    return node.emit("add", scaled, node.emit("unsqueeze", bias, axes=per_channel))
+
+
+@converter("Dropout")
+def _dropout(node: Node) -> tuple[Value, ...]:
+    """Nothing at inference; the mask, where it is asked for, keeps everything."""
+    if node.has(2) and bool(node.const(2, "training_mode").reshape(())):
+        raise node.error("it is in training mode", hint=_INFERENCE)
+    x = node.value(0)
+    if not node.wants(1):
+        return (x,)
+    return x, node.emit("broadcast_to", node.constant(True, "bool"), shape=x.type.shape)

@@ -1,0 +1,305 @@
+"""Reading ONNX files: everything that can be wrong with a file is refused here, before the import begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from kedge.compiler.errors import FrontendError
+from onnx import inliner, numpy_helper
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
+
+OLDEST_OPSET = 13
+NEWEST_OPSET: int = onnx.defs.onnx_opset_version()
+DEFAULT_DOMAINS = ("", "ai.onnx")
+#: The element types that kernels compute with or store.
+DTYPES = frozenset(
+    {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+)
+_MAX_CHECKED_BYTES = 1 << 30  # the checker serializes the model: protobuf ends at 2 GiB
+_EXPORT_AGAIN = "export the model again, or copy it again and compare its size and checksum with the original"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A parsed and checked model. `source` names it in messages; `folder` is where its external data lies."""
+
+    proto: onnx.ModelProto
+    source: str
+    folder: Path | None
+
+    @property
+    def opsets(self) -> Mapping[str, int]:
+        """The opset version of every domain that the model imports; the default domain is ""."""
+        return {_domain(entry.domain): entry.version for entry in self.proto.opset_import}
+
+    @property
+    def opset(self) -> int:
+        """The version of the default domain."""
+        return self.opsets.get("", NEWEST_OPSET)
+
+
+def read_model(source: Source) -> Model:
+    """Parse `source` (a path, a file's bytes, or a `ModelProto`) and check that it is whole.
+
+    External data stays in its files until `tensor_data` maps it. Model-local functions are inlined.
+
+    Raises:
+        FrontendError: no such file; not ONNX; truncated or corrupt; an opset that kedge does not read.
+    """
+    if isinstance(source, onnx.ModelProto):
+        model = Model(source, source.graph.name or "model", None)
+    elif isinstance(source, bytes):
+        model = Model(_parse(source, "model"), "model", None)
+    else:
+        path = Path(source)
+        model = Model(_parse(_read(path), str(path)), str(path), path.parent)
+    _check_complete(model)
+    _check_opset(model)
+    if model.proto.functions:
+        model = Model(_inline(model), model.source, model.folder)
+    return model
+
+
+def check(model: Model) -> None:
+    """Run ONNX's own checker (types, attributes, order of nodes).
+
+    The checker stops at the first operator that ONNX does not know; then the import names all of those instead.
+
+    Raises:
+        FrontendError: with the checker's own words.
+    """
+    known = all(
+        _domain(node.domain) != "" or onnx.defs.has(node.op_type, max_inclusive_version=model.opset, domain="")
+        for node in all_nodes(model)
+    )
+    if not known:
+        return
+    if model.proto.ByteSize() > _MAX_CHECKED_BYTES:
+        return
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model.proto)
+    for tensor in _tensors(bare.graph):
+        # Where the data lies is checked by `tensor_data`; the checker would look in the current directory.
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+            tensor.raw_data = b""
+            del tensor.dims[:]
+            tensor.dims.append(0)
+    try:
+        onnx.checker.check_model(bare)
+    except onnx.checker.ValidationError as error:
+        raise FrontendError(f"{model.source} is not a valid ONNX model: {error}", hint=_EXPORT_AGAIN) from error
+
+
+def tensor_data(model: Model, tensor: onnx.TensorProto) -> Array:
+    """The array that `tensor` holds; external data is mapped read-only, not copied.
+
+    Raises:
+        FrontendError: missing external file, too few bytes, a path that leaves the model's folder, a text tensor.
+    """
+    if tensor.data_type in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
+        raise FrontendError(
+            f"{model.source}: tensor {tensor.name!r} holds {onnx.TensorProto.DataType.Name(tensor.data_type)} data",
+            hint="kedge compiles numeric tensors only; do text processing outside of the model",
+        )
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _external_data(model, tensor)
+    try:
+        return np.asarray(numpy_helper.to_array(tensor))
+    except (ValueError, TypeError, KeyError) as error:
+        raise FrontendError(
+            f"{model.source}: tensor {tensor.name!r} of shape {list(tensor.dims)} is corrupt: {error}",
+            hint=_EXPORT_AGAIN,
+        ) from error
+
+
+def dtype_name(model: Model, elem_type: int, what: str) -> str:
+    """The numpy dtype name of an ONNX element type; `what` names the value in the message.
+
+    Raises:
+        FrontendError: a type that no kernel can compute with (string, complex, 4-bit, …).
+    """
+    try:
+        name = str(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
+    except (KeyError, ValueError, TypeError):
+        name = "unknown"
+    if name not in DTYPES:
+        label = onnx.TensorProto.DataType.Name(elem_type) if _is_known(elem_type) else str(elem_type)
+        raise FrontendError(
+            f"{model.source}: {what} has element type {label}, which kedge cannot compute with",
+            hint="use a float, integer or bool tensor",
+        )
+    return name
+
+
+def _is_known(elem_type: int) -> bool:
+    return elem_type in onnx.TensorProto.DataType.values()
+
+
+def _domain(domain: str) -> str:
+    return "" if domain in DEFAULT_DOMAINS else domain
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise FrontendError(f"{path} is a folder, not a model", hint="name the .onnx file in it")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FrontendError(
+            f"there is no file {path}", hint="check the path; relative paths start at the current folder"
+        ) from None
+    except OSError as error:
+        raise FrontendError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def _parse(data: bytes, source: str) -> onnx.ModelProto:
+    foreign = _foreign_format(data)
+    if foreign:
+        raise FrontendError(f"{source} is not an ONNX model but {foreign[0]}", hint=foreign[1])
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise FrontendError(
+            f"{source} is not an ONNX model, or is truncated or corrupt ({len(data)} bytes)", hint=_EXPORT_AGAIN
+        ) from error
+    return proto
+
+
+def _foreign_format(data: bytes) -> tuple[str, str] | None:
+    if not data:
+        return "an empty file", _EXPORT_AGAIN
+    if data.startswith(b"PK\x03\x04"):
+        if b"manifest.json" in data[:4096]:
+            return "a zip (a .kdg artifact?)", "an artifact is already compiled: use kedge run, bench or inspect"
+        return "a zip (a PyTorch checkpoint or an archive?)", "export PyTorch models with torch.onnx.export"
+    if data.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer", "fetch the file itself with: git lfs pull"
+    if data[4:8] == b"TFL3":
+        return "a TensorFlow Lite model", "convert it with tf2onnx"
+    if data.startswith(b"\x89HDF"):
+        return "an HDF5 file (Keras?)", "convert it with tf2onnx"
+    return None
+
+
+def _check_complete(model: Model) -> None:
+    proto = model.proto
+    try:
+        whole = proto.HasField("graph") and proto.ir_version > 0 and len(proto.graph.output) > 0
+        names = [node.op_type for node in _nodes(proto.graph)]
+    except UnicodeDecodeError as error:
+        raise FrontendError(f"{model.source} is corrupt: {error}", hint=_EXPORT_AGAIN) from error
+    if not whole or not all(names):
+        raise FrontendError(f"{model.source} is not an ONNX model, or is truncated or corrupt", hint=_EXPORT_AGAIN)
+    if not proto.opset_import:
+        raise FrontendError(f"{model.source} names no opset: it is truncated or corrupt", hint=_EXPORT_AGAIN)
+
+
+def _check_opset(model: Model) -> None:
+    opset = model.opset
+    if opset < OLDEST_OPSET:
+        raise FrontendError(
+            f"{model.source} uses opset {opset}; kedge reads {OLDEST_OPSET} to {NEWEST_OPSET}",
+            hint=f"export with opset_version={OLDEST_OPSET} or newer, or convert it: onnx.save("
+            f"onnx.version_converter.convert_version(onnx.load({model.source!r}), {OLDEST_OPSET}), 'new.onnx')",
+        )
+    if opset > NEWEST_OPSET:
+        raise FrontendError(
+            f"{model.source} uses opset {opset}; the installed onnx {onnx.__version__} knows up to {NEWEST_OPSET}",
+            hint="pip install --upgrade onnx, or export with an older opset_version",
+        )
+
+
+def _inline(model: Model) -> onnx.ModelProto:
+    try:
+        return inliner.inline_local_functions(model.proto)
+    except (RuntimeError, ValueError) as error:
+        raise FrontendError(
+            f"{model.source}: its local functions cannot be inlined: {error}", hint=_EXPORT_AGAIN
+        ) from error
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
+    """The graphs among a node's attributes (bodies of If, Loop, Scan)."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for body in subgraphs(node):
+            yield from _nodes(body)
+
+
+def all_nodes(model: Model) -> tuple[onnx.NodeProto, ...]:
+    """Every node of a model, those in the bodies of control flow included."""
+    return tuple(_nodes(model.proto.graph))
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in _nodes(graph):
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            for body in subgraphs(node):
+                yield from body.initializer
+
+
+def _external_data(model: Model, tensor: onnx.TensorProto) -> Array:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    what = f"{model.source}: tensor {tensor.name!r}"
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    shape = tuple(tensor.dims)
+    count = int(np.prod(shape, dtype=np.int64))
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", count * dtype.itemsize))
+    except ValueError as error:
+        raise FrontendError(f"{what} has a corrupt external reference: {error}", hint=_EXPORT_AGAIN) from error
+    path = _external_path(model, entries.get("location", ""), what)
+    available = path.stat().st_size
+    if length != count * dtype.itemsize or offset < 0 or offset + length > available:
+        raise FrontendError(
+            f"{what} of type {dtype} and shape {list(shape)} needs {count * dtype.itemsize} bytes at offset {offset} "
+            f"of {path}, which has {available}; the reference says {length}: truncated, or another model's",
+            hint=_EXPORT_AGAIN,
+        )
+    if count == 0:
+        return np.zeros(shape, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def _external_path(model: Model, location: str, what: str) -> Path:
+    if model.folder is None:
+        raise FrontendError(
+            f"{what} lies in the external file {location!r}, but this model was not loaded from a file",
+            hint="pass the path of the .onnx file, or load the data first: onnx.load(path)",
+        )
+    folder = model.folder.resolve()
+    path = (folder / location).resolve()
+    if not location or not path.is_relative_to(folder):
+        raise FrontendError(
+            f"{what} refers to external data at {location!r}, outside of the model's folder {folder}",
+            hint="external data must lie beside or below the model; save it again with onnx.save_model",
+        )
+    if not path.is_file():
+        raise FrontendError(
+            f"{what} needs the external data file {path}, which is missing",
+            hint="copy the data file together with the .onnx file; they belong in one folder",
+        )
+    return path

@@ -1,0 +1,118 @@
+"""Converters of convolution and pooling, and the arithmetic of their windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kedge.compiler.frontend.onnx.node import Node, converter
+from kedge.compiler.graph.ir import Value
+from kedge.compiler.tir.expr import Dim
+
+
+@converter("Conv")
+def _conv(node: Node) -> Value:
+    x, weight = node.value(0), node.value(1)
+    _require_image(node, x)
+    kernel = weight.type.shape[2:]
+    stated = node.attr("kernel_shape")
+    if stated is not None and list(stated) != list(kernel):
+        raise node.error(f"kernel_shape {list(stated)} is not that of the weight, {list(kernel)}")
+    strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
+    pads = _pads(node, x, kernel, strides, dilations)
+    operands = [x, weight, node.value(2)] if node.has(2) else [x, weight]
+    groups = int(node.attr("group", 1))
+    return node.emit("conv", *operands, strides=strides, pads=pads, dilations=dilations, groups=groups)
+
+
+@converter("MaxPool")
+def _max_pool(node: Node) -> Value:
+    if node.wants(1):
+        raise node.error("its second output (Indices) is used", hint="kedge computes the maxima only")
+    return _pool(node, "max_pool")
+
+
+@converter("AveragePool")
+def _average_pool(node: Node) -> Value:
+    return _pool(node, "avg_pool", count_include_pad=bool(node.attr("count_include_pad", 0)))
+
+
+def _pool(node: Node, op: str, **attrs: bool) -> Value:
+    x = node.value(0)
+    _require_image(node, x)
+    kernel = tuple(node.attr("kernel_shape"))
+    strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
+    pads = _pads(node, x, kernel, strides, dilations)
+    # With auto_pad the number of windows is given by the padding alone.
+    ceil_mode = bool(node.attr("ceil_mode", 0)) and node.attr("auto_pad", "NOTSET") == "NOTSET"
+    return node.emit(
+        op, x, kernel=kernel, strides=strides, pads=pads, dilations=dilations, ceil_mode=ceil_mode, **attrs
+    )
+
+
+@converter("GlobalAveragePool")
+def _global_average_pool(node: Node) -> Value:
+    return _global(node, "reduce_mean")
+
+
+@converter("GlobalMaxPool")
+def _global_max_pool(node: Node) -> Value:
+    return _global(node, "reduce_max")
+
+
+def _global(node: Node, op: str) -> Value:
+    x = node.value(0)
+    _require_image(node, x)
+    return node.emit(op, x, axes=tuple(range(2, x.type.rank)), keepdims=True)
+
+
+def _require_image(node: Node, x: Value) -> None:
+    if x.type.rank < 3:
+        raise node.error(f"its input has rank {x.type.rank}; it needs (N, C, spatial dims…)")
+
+
+def _per_axis(node: Node, name: str, x: Value) -> tuple[int, ...]:
+    """The attribute `name` with one entry for each spatial dim; 1 where it is left out."""
+    spatial = x.type.rank - 2
+    given = tuple(node.attr(name, (1,) * spatial))
+    if len(given) != spatial:
+        raise node.error(f"{name} {list(given)} has {len(given)} entries for {spatial} spatial dims")
+    return given
+
+
+def _pads(
+    node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[int, ...]:
+    """The padding, all begins and then all ends, with `auto_pad` worked out."""
+    spatial = x.type.shape[2:]
+    auto = node.attr("auto_pad", "NOTSET")
+    if auto == "NOTSET":
+        pads = tuple(node.attr("pads", (0,) * (2 * len(spatial))))
+        if len(pads) != 2 * len(spatial):
+            raise node.error(f"pads {list(pads)} has {len(pads)} entries for {len(spatial)} spatial dims")
+        return pads
+    if auto == "VALID":
+        return (0,) * (2 * len(spatial))
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        raise node.error(f"auto_pad is {auto!r}", hint="it is NOTSET, VALID, SAME_UPPER or SAME_LOWER")
+    totals = [
+        _same_padding(node, size, extent, stride, dilation)
+        for size, extent, stride, dilation in zip(spatial, kernel, strides, dilations, strict=True)
+    ]
+    smaller, larger = [total // 2 for total in totals], [total - total // 2 for total in totals]
+    return (*smaller, *larger) if auto == "SAME_UPPER" else (*larger, *smaller)
+
+
+def _same_padding(node: Node, size: Dim, kernel: Dim, stride: int, dilation: int) -> int:
+    """How much padding makes the result ceil(size / stride) long."""
+    if not isinstance(kernel, int):
+        raise node.error("the size of its kernel is not known while compiling")
+    reach = (kernel - 1) * dilation + 1
+    if stride == 1:
+        return reach - 1
+    if not isinstance(size, int):
+        raise node.error(
+            f"auto_pad {node.attr('auto_pad')} with stride {stride} depends on a free spatial dim",
+            hint="fix the spatial dims: shapes={...} or --shape NAME=1,3,224,224, or export with explicit pads",
+        )
+    windows = -(-size // stride)
+    return max((windows - 1) * stride + reach - size, 0)
