@@ -1,0 +1,47 @@
+"""Building nests: copies of loops around a block, and what a block's bindings and predicate depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kedge.compiler.tir.expr import Binary, Const, Expr, Var
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, Stmt
+from kedge.compiler.tir.visitor import free_vars, substitute, substitute_expr
+
+
+def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:
+    """The loop variables in the bindings of the block's iteration variables of one kind."""
+    pairs = zip(block.iters, block.bindings, strict=True)
+    return frozenset(v for it, binding in pairs if it.kind == kind for v in free_vars(binding))
+
+
+def conjuncts(condition: Expr) -> tuple[Expr, ...]:
+    """The conditions of which `condition` is the conjunction; none for true."""
+    if isinstance(condition, Const) and condition.value:
+        return ()
+    if isinstance(condition, Binary) and condition.op == "and":
+        return (*conjuncts(condition.a), *conjuncts(condition.b))
+    return (condition,)
+
+
+def fresh_nest(block: Block, loops: Sequence[For]) -> Stmt:
+    """`block` under copies of `loops` (outermost first), every variable new, its regions worked out."""
+    renamed: dict[Var, Expr] = {loop.var: Var(loop.var.name) for loop in loops}
+    iters = tuple(IterVar(Var(it.var.name), it.extent, it.kind) for it in block.iters)
+    inside: dict[Var, Expr] = {old.var: new.var for old, new in zip(block.iters, iters, strict=True)}
+    stmt: Stmt = with_regions(
+        replace(
+            block,
+            iters=iters,
+            bindings=tuple(substitute_expr(b, renamed) for b in block.bindings),
+            predicate=substitute_expr(block.predicate, renamed),
+            body=substitute(block.body, inside),
+        )
+    )
+    for loop in reversed(loops):
+        var = renamed[loop.var]
+        assert isinstance(var, Var)
+        stmt = replace(loop, var=var, extent=substitute_expr(loop.extent, renamed), body=stmt)
+    return stmt

@@ -1,0 +1,176 @@
+"""Accumulating in a small buffer near the core, copied out when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars
+from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.tree import (
+    block_path,
+    blocks_in,
+    loop_ranges,
+    loops_on,
+    refuse,
+    swap,
+    unique_name,
+    writers,
+)
+from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, const, logical_and
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import Simplifier
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Scope, Stmt, Store
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, replace_buffers, seq, substitute_expr
+
+
+def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[PrimFunc, str]:
+    """`func` with block `name` writing a small buffer of `scope` under `loop`, copied out after `loop`'s inner nest.
+
+    The buffer holds what one iteration of `loop` writes. Returns the name of the block that copies.
+    """
+    primitive = "cache_write"
+    path = block_path(func, name)
+    block, loops = path[-1], loops_on(path)
+    assert isinstance(block, Block)
+    position = next((i for i, each in enumerate(loops) if each.var is loop), None)
+    if position is None:
+        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    outer, inner = loops[: position + 1], loops[position + 1 :]
+    target, axes = _written(func, block, outer)
+    offsets, extents = _tile(func, block, axes, inner)
+    cache = Buffer(unique_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)
+    func = replace(func, allocs=(*func.allocs, cache))
+    copy = _copy_nest(func, block, target, cache, offsets, inner)
+    moved = _redirected(block, target, cache, offsets)
+    node = loops[position]
+    new_body = seq(map_stmt(node.body, lambda s: moved if s is block else s), copy)
+    new_loop = simplify_bindings(replace(node, body=new_body), loop_ranges(loops[:position]))
+    return swap(func, node, new_loop), blocks_in(copy)[0].name
+
+
+def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buffer, tuple[int | None, ...]]:
+    """The buffer that `block` writes, and for each of its dims the iteration variable (by number) that indexes it."""
+    primitive = "cache_write"
+    body = block.body
+    if not isinstance(body, Store):
+        raise refuse(func, primitive, block, "its body is more than one store")
+    for loop in outer:
+        if loop.var in loop_vars(block, "reduce"):
+            reason = f"loop {loop.var.name!r} around the copy takes part in the reduction"
+            raise refuse(func, primitive, block, reason, hint="place the copy outside of all reduction loops")
+    if writers(func, body.buffer) != (block,):
+        raise refuse(func, primitive, block, f"other blocks write {body.buffer.name!r} too")
+    if block.init is None and any(load.buffer is body.buffer for load in loads(body)):
+        raise refuse(func, primitive, block, f"it updates {body.buffer.name!r} in place")
+    numbers = {it.var: i for i, it in enumerate(block.iters)}
+    axes: list[int | None] = []
+    for index in body.indices:
+        plain = isinstance(index, Const) or (isinstance(index, Var) and index in numbers)
+        if not plain:
+            raise refuse(func, primitive, block, "it writes at other places than its iteration variables")
+        axes.append(numbers[index] if isinstance(index, Var) else None)
+    return body.buffer, tuple(axes)
+
+
+def _tile(
+    func: PrimFunc, block: Block, axes: tuple[int | None, ...], inner: tuple[For, ...]
+) -> tuple[list[Expr | None], list[int]]:
+    """Per dim of the buffer: the position within the cache (None: always 0) in terms of inner loops, and its size."""
+    ranges: dict[Var, Range] = loop_ranges(inner)
+    simplifier = Simplifier(ranges)
+    offsets: list[Expr | None] = []
+    extents: list[int] = []
+    for axis in axes:
+        if axis is None:
+            offsets.append(None)
+            extents.append(1)
+            continue
+        offset = simplifier.simplify(_inner_part(block.bindings[axis], inner))
+        low, high = simplifier.bounds(offset)
+        if low != 0 or high is None or not _splits(block.bindings[axis], inner):
+            name = block.iters[axis].var.name
+            reason = f"{name!r} is not a fixed part and a constant number of steps under the loop"
+            raise refuse(func, "cache_write", block, reason, hint="split its loop by a constant, keep the rest outside")
+        extents.append(high + 1)
+        offsets.append(None if high == 0 else offset)
+    return offsets, extents
+
+
+def _inner_part(binding: Expr, inner: tuple[For, ...]) -> Expr:
+    """`binding` with all but the inner loops at 0."""
+    names = {loop.var for loop in inner}
+    return substitute_expr(binding, {v: const(0) for v in free_vars(binding) if v not in names})
+
+
+def _splits(binding: Expr, inner: tuple[For, ...]) -> bool:
+    """Whether `binding` is a part of the outer loops plus a part of the inner ones."""
+    outer_part = substitute_expr(binding, {loop.var: const(0) for loop in inner})
+    simplifier = Simplifier(loop_ranges(inner))
+    return simplifier.prove_equal(binding, outer_part + _inner_part(binding, inner))
+
+
+def _redirected(block: Block, target: Buffer, cache: Buffer, offsets: list[Expr | None]) -> Block:
+    """`block` writing the cache, at iteration variables added for the positions within it."""
+    extra, bindings, position = _positions(cache, offsets)
+    body, init = block.body, block.init
+
+    def redirect(stmt: Stmt) -> Stmt:
+        swapped = replace_buffers(stmt, {target: cache})
+        assert isinstance(swapped, Store)
+        value = swapped.value
+        if isinstance(value, Binary):
+            sides = [
+                Load(cache, position) if isinstance(e, Load) and e.buffer is cache else e for e in (value.a, value.b)
+            ]
+            value = Binary(value.op, sides[0], sides[1])
+        return Store(cache, position, value)
+
+    return with_regions(
+        replace(
+            block,
+            iters=(*block.iters, *extra),
+            bindings=(*block.bindings, *bindings),
+            body=redirect(body),
+            init=None if init is None else redirect(init),
+        )
+    )
+
+
+def _positions(
+    cache: Buffer, offsets: list[Expr | None]
+) -> tuple[tuple[IterVar, ...], tuple[Expr, ...], tuple[Expr, ...]]:
+    """Iteration variables for the positions within the cache, their bindings, and the cache's indices."""
+    extra: list[IterVar] = []
+    bindings: list[Expr] = []
+    indices: list[Expr] = []
+    for dim, (offset, size) in enumerate(zip(offsets, cache.shape, strict=True)):
+        if offset is None or not isinstance(size, int):
+            indices.append(const(0))
+            continue
+        it = IterVar(Var(f"r{dim}"), const(size), "spatial")
+        extra.append(it)
+        bindings.append(offset)
+        indices.append(it.var)
+    return tuple(extra), tuple(bindings), tuple(indices)
+
+
+def _copy_nest(
+    func: PrimFunc, block: Block, target: Buffer, cache: Buffer, offsets: list[Expr | None], inner: tuple[For, ...]
+) -> Stmt:
+    """The loops that copy the cache out, and their block."""
+    body = block.body
+    assert isinstance(body, Store)
+    spatial, reducing = loop_vars(block, "spatial"), loop_vars(block, "reduce")
+    limits = [c for c in conjuncts(block.predicate) if not set(free_vars(c)) & reducing]
+    extra, bindings, position = _positions(cache, offsets)
+    pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
+    copy = Block(
+        unique_name(func, f"{block.name}_{cache.scope}"),
+        (*(it for it, _ in pairs), *extra),
+        (*(b for _, b in pairs), *bindings),
+        (),
+        (),
+        Store(target, body.indices, Load(cache, position)),
+        predicate=logical_and(*limits),
+    )
+    return fresh_nest(copy, [loop for loop in inner if loop.var in spatial])

@@ -1,0 +1,150 @@
+"""Primitives that make a block disappear into its consumers or its producer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kedge.compiler.schedule.tree import (
+    blocks_in,
+    intermediate,
+    readers,
+    refuse,
+    remove,
+    swap,
+    writers,
+)
+from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import Simplifier, over, prove_equal
+from kedge.compiler.tir.stmt import Block, Buffer, PrimFunc, Stmt, Store
+from kedge.compiler.tir.visitor import loads, map_expr, map_stmt, map_stmt_exprs, substitute_expr
+
+
+def compute_inline(func: PrimFunc, name: str) -> PrimFunc:
+    """`func` without block `name`: its consumers compute what they read of it. For blocks without a reduction."""
+    block, store = _simple_block(func, "compute_inline", name)
+    buffer = store.buffer
+    _check_hidden(func, "compute_inline", block, buffer)
+    axes = _axes(func, "compute_inline", block, store.indices, f"writes {buffer.name!r}")
+    consumers = readers(func, buffer)
+    func = remove(func, block)
+    for consumer in consumers:
+        found = next(b for b in blocks_in(func.body) if b.name == consumer.name)
+        func = swap(func, found, _inlined_into(found, buffer, axes, store.value))
+    return _drop_alloc(func, buffer)
+
+
+def reverse_compute_inline(func: PrimFunc, name: str) -> PrimFunc:
+    """`func` without block `name`: the only producer of what it reads stores the result itself."""
+    primitive = "reverse_compute_inline"
+    block, store = _simple_block(func, primitive, name)
+    producer, source = _only_producer(func, block)
+    made = producer.body
+    assert isinstance(made, Store)
+    reads = [load for load in loads(store.value) if load.buffer is source]
+    axes = _axes(func, primitive, block, reads[0].indices, f"reads {source.name!r}")
+    for load in reads[1:]:
+        if _axes(func, primitive, block, load.indices, f"reads {source.name!r}") != axes:
+            raise refuse(func, primitive, block, f"it reads several elements of {source.name!r}")
+    extents = {it.var: it.extent for it in block.iters}
+    for axis, dim in zip(axes, source.shape, strict=True):
+        if axis is not None and not prove_equal(extents[axis], dim):
+            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}")
+    values: dict[Var, Expr] = {a: i for a, i in zip(axes, made.indices, strict=True) if a is not None}
+    values.update({it.var: const(0) for it in block.iters if it.var not in values})
+
+    def use(expr: Expr) -> Expr:
+        return map_expr(
+            substitute_expr(expr, values),
+            lambda e: made.value if isinstance(e, Load) and e.buffer is source else e,
+        )
+
+    simplifier = _simplifier(producer)
+    indices = tuple(simplifier.simplify(use(i)) for i in store.indices)
+    fused = Store(store.buffer, indices, simplifier.simplify(use(store.value)))
+    func = remove(func, block)
+    found = next(b for b in blocks_in(func.body) if b.name == producer.name)
+    return _drop_alloc(swap(func, found, with_regions(replace(found, body=fused))), source)
+
+
+def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Store]:
+    """The block `name`, which must compute one element of one buffer from others, and that store."""
+    block = next(b for b in blocks_in(func.body) if b.name == name)
+    if block.init is not None or any(it.kind == "reduce" for it in block.iters):
+        raise refuse(func, primitive, block, "it is a reduction")
+    if not isinstance(block.body, Store):
+        raise refuse(func, primitive, block, "its body is more than one store")
+    if any(load.buffer is block.body.buffer for load in loads(block.body)):
+        raise refuse(func, primitive, block, "it updates a buffer in place")
+    return block, block.body
+
+
+def _check_hidden(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
+    if not intermediate(func, buffer):
+        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}")
+    if len(writers(func, buffer)) > 1:
+        raise refuse(func, primitive, block, f"other blocks write {buffer.name!r} too")
+
+
+def _axes(func: PrimFunc, primitive: str, block: Block, indices: tuple[Expr, ...], what: str) -> tuple[Var | None, ...]:
+    """The iteration variable that each index is; None for the index 0. All variables must be there, each once."""
+    axes = tuple(index if isinstance(index, Var) else None for index in indices)
+    named = [axis for axis in axes if axis is not None]
+    plain = all(a is not None or _is_zero(i) for a, i in zip(axes, indices, strict=True))
+    if not plain or len(set(named)) < len(named):
+        raise refuse(func, primitive, block, f"it {what} at other places than its iteration variables")
+    for it in block.iters:
+        if it.var not in named and not (isinstance(it.extent, Const) and it.extent.value == 1):
+            raise refuse(func, primitive, block, f"it {what} the same for all of {it.var.name!r}")
+    return axes
+
+
+def _is_zero(expr: Expr) -> bool:
+    return isinstance(expr, Const) and expr.value == 0
+
+
+def _only_producer(func: PrimFunc, block: Block) -> tuple[Block, Buffer]:
+    """The block into which `block` can go, and the buffer between the two."""
+    primitive = "reverse_compute_inline"
+    candidates = [
+        (made[0], buffer)
+        for buffer in dict.fromkeys(load.buffer for load in loads(block.body))
+        if intermediate(func, buffer) and len(made := writers(func, buffer)) == 1
+        if readers(func, buffer) == (block,)
+    ]
+    if not candidates:
+        raise refuse(func, primitive, block, "it reads no intermediate buffer that has one writer and no other reader")
+    reason = ""
+    for producer, buffer in candidates:
+        if producer.init is not None or any(it.kind == "reduce" for it in producer.iters):
+            reason = f"its producer {producer.name!r} is a reduction"
+        elif not isinstance(producer.body, Store):
+            reason = f"its producer {producer.name!r} is more than one store"
+        else:
+            return producer, buffer
+    raise refuse(func, primitive, block, reason, hint="cache_write the reduction, then inline into the copy")
+
+
+def _inlined_into(consumer: Block, buffer: Buffer, axes: tuple[Var | None, ...], value: Expr) -> Block:
+    simplifier = _simplifier(consumer)
+
+    def use(expr: Expr) -> Expr:
+        if not (isinstance(expr, Load) and expr.buffer is buffer):
+            return expr
+        mapping = {axis: index for axis, index in zip(axes, expr.indices, strict=True) if axis is not None}
+        return simplifier.simplify(substitute_expr(value, mapping))
+
+    def visit(stmt: Stmt) -> Stmt:
+        return map_stmt_exprs(stmt, lambda e: map_expr(e, use)) if not isinstance(stmt, Block) else stmt
+
+    body = map_stmt(consumer.body, visit)
+    init = None if consumer.init is None else map_stmt(consumer.init, visit)
+    return with_regions(replace(consumer, body=body, init=init))
+
+
+def _simplifier(block: Block) -> Simplifier:
+    return Simplifier({it.var: over(as_expr(it.extent)) for it in block.iters})
+
+
+def _drop_alloc(func: PrimFunc, buffer: Buffer) -> PrimFunc:
+    return replace(func, allocs=tuple(b for b in func.allocs if b is not buffer))

@@ -1,0 +1,242 @@
+"""Primitives that reshape a nest of loops or change how a loop runs: split, fuse, reorder, kinds, annotations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+from kedge.compiler.schedule.dependence import conflict, reduces_over, updates_in_place
+from kedge.compiler.schedule.tree import (
+    block_path,
+    blocks_in,
+    find_loop,
+    loop_path,
+    loop_ranges,
+    loops_in,
+    loops_on,
+    refuse,
+    swap,
+)
+from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
+from kedge.compiler.tir.simplify import Simplifier, prove, simplify
+from kedge.compiler.tir.stmt import Block, For, LoopKind, PrimFunc, Range, Stmt
+from kedge.compiler.tir.visitor import free_vars, map_stmt, substitute
+
+#: Axes of a grid of threads.
+THREAD_AXES = frozenset(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx", "vthread") for axis in "xyz")
+
+
+def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[PrimFunc, tuple[Var, ...]]:
+    """One loop per factor instead of `loop`, outermost first; returns the new loops' variables.
+
+    At most one factor is None: it takes what the others leave, rounded up. Where the product is not the extent, the
+    blocks inside get a predicate.
+    """
+    path = loop_path(func, loop)
+    node = _serial(func, "split", loop)
+    known = _check_factors(func, loop, factors)
+    extents = [_outer_extent(node, known, path) if f is None else const(f) for f in factors]
+    variables = tuple(Var(f"{loop.name}_{i}") for i in range(len(factors)))
+    index: Expr = const(0)
+    total: Expr = const(1)
+    for var, extent in zip(variables, extents, strict=True):
+        index, total = index * extent + var, total * extent
+    ranges = loop_ranges(loops_on(path[:-1]))
+    if not prove(total >= node.extent, ranges):
+        raise refuse(func, "split", loop, f"factors {list(factors)} do not cover its extent", at=node)
+    # The old variable runs below the old extent: without that fact, simplifying could not use it.
+    body = _rebind(node.body, loop, index, None if prove(total <= node.extent, ranges) else index < node.extent)
+    for var, extent in zip(reversed(variables), reversed(extents), strict=True):
+        body = For(var, extent, "serial", body)
+    return swap(func, node, simplify_bindings(body, ranges)), variables
+
+
+def fuse(func: PrimFunc, loops: Sequence[Var]) -> tuple[PrimFunc, Var]:
+    """One loop instead of `loops`, each of which holds nothing but the next; returns its variable."""
+    if len(loops) < 2:
+        raise refuse(func, "fuse", f"{len(loops)} loops", "it takes at least two")
+    nodes = [_serial(func, "fuse", loop) for loop in loops]
+    for outer, inner in pairwise(nodes):
+        if outer.body is not inner:
+            reason = f"its body is not just loop {inner.var.name!r}"
+            raise refuse(
+                func, "fuse", outer.var, reason, hint="fuse takes loops outermost first; reorder brings them together"
+            )
+        if any(v in loops for v in free_vars(inner.extent)):
+            raise refuse(func, "fuse", inner.var, "its extent depends on a loop that it would be fused with")
+    fused = Var("_".join(loop.name for loop in loops))
+    ranges = loop_ranges(loops_on(loop_path(func, loops[0])[:-1]))
+    extent: Expr = const(1)
+    body = nodes[-1].body
+    for node in reversed(nodes):
+        value: Expr = fused if isinstance(extent, Const) and extent.value == 1 else fused // extent
+        extent = simplify(node.extent * extent, ranges)
+        # The outermost quotient is in range by itself; every other one is a digit.
+        body = _rebind(body, node.var, value if node is nodes[0] else value % node.extent, None)
+    return swap(func, nodes[0], simplify_bindings(For(fused, extent, "serial", body), ranges)), fused
+
+
+def reorder(func: PrimFunc, loops: Sequence[Var]) -> PrimFunc:
+    """`func` with `loops`, which lie on one chain of perfectly nested loops, in the order given, outermost first."""
+    if len(set(loops)) != len(loops) or len(loops) < 2:
+        raise refuse(func, "reorder", ", ".join(v.name for v in loops), "it takes at least two different loops")
+    chain = _chain(func, loops)
+    order = iter([find_loop(func, var) for var in loops])
+    new_chain = [next(order) if loop.var in loops else loop for loop in chain]
+    body = chain[-1].body
+    for position, loop in enumerate(new_chain):
+        assert loop is not None
+        inner = {each.var for each in new_chain[position:] if each is not None}
+        if any(v in inner for v in free_vars(loop.extent)):
+            raise refuse(func, "reorder", loop.var, "its extent depends on a loop that it would stand outside of")
+    _check_order(func, chain, [loop.var for loop in new_chain if loop is not None])
+    for loop in reversed(new_chain):
+        assert loop is not None
+        body = replace(loop, body=body)
+    return swap(func, chain[0], body)
+
+
+def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: str | None = None) -> PrimFunc:
+    """`loop` running as `kind` ("parallel", "vectorized", "unrolled", "thread"), where that keeps the meaning."""
+    node = _serial(func, primitive, loop)
+    path = loop_path(func, loop)
+    outer = loops_on(path[:-1])
+    around = next((each for each in outer if each.kind not in ("serial", "parallel", "thread")), None)
+    if kind in ("parallel", "thread"):
+        nested = around or (next((each for each in outer if each.kind == "parallel"), None))
+        if nested is not None:
+            raise refuse(func, primitive, loop, f"it stands inside {nested.kind} loop {nested.var.name!r}")
+    if kind in ("vectorized", "unrolled") and not isinstance(node.extent, Const):
+        raise refuse(func, primitive, loop, "its extent is not constant", at=node, hint="split it by a constant first")
+    if kind == "vectorized":
+        inner = loops_in(node.body)
+        if inner:
+            reason = f"it is not innermost: loop {inner[0].var.name!r} is inside"
+            raise refuse(func, primitive, loop, reason, hint="reorder it inwards first")
+    if kind != "unrolled":
+        _check_parallel(func, primitive, node, outer)
+    return swap(func, node, replace(node, kind=kind, thread=thread))
+
+
+def bind(func: PrimFunc, loop: Var, thread: str) -> PrimFunc:
+    """`loop` spread over the threads of an axis such as "blockIdx.x"."""
+    if thread not in THREAD_AXES:
+        raise refuse(
+            func, "bind", loop, f"unknown thread axis {thread!r}", hint=f"known: {', '.join(sorted(THREAD_AXES))}"
+        )
+    return set_kind(func, "bind", loop, "thread", thread)
+
+
+def annotate(func: PrimFunc, subject: Var | str, key: str, value: Any) -> PrimFunc:
+    """The loop (a variable) or block (a name) with one more annotation."""
+    path = loop_path(func, subject) if isinstance(subject, Var) else block_path(func, subject)
+    node = path[-1]
+    assert isinstance(node, (For, Block))
+    return swap(func, node, replace(node, annotations=MappingProxyType({**node.annotations, key: value})))
+
+
+def simplify_bindings(stmt: Stmt, ranges: Mapping[Var, Range]) -> Stmt:
+    """`stmt` with the bindings and predicates of its blocks and the extents of its loops simplified."""
+    scope = {**ranges, **loop_ranges(loops_in(stmt))}
+    simplifier = Simplifier(scope)
+
+    def visit(node: Stmt) -> Stmt:
+        match node:
+            case Block():
+                bindings = tuple(simplifier.simplify(b) for b in node.bindings)
+                return replace(node, bindings=bindings, predicate=simplifier.simplify(node.predicate))
+            case For():
+                extent = simplifier.simplify(node.extent)
+                return node if extent is node.extent else replace(node, extent=extent)
+        return node
+
+    return map_stmt(stmt, visit)
+
+
+def _serial(func: PrimFunc, primitive: str, loop: Var) -> For:
+    node = find_loop(func, loop)
+    assert node is not None, f"{loop.name} is no loop of {func.name}"
+    if node.kind != "serial":
+        raise refuse(func, primitive, loop, f"it is {node.kind} already", at=node)
+    return node
+
+
+def _check_factors(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> int:
+    """The product of the known factors."""
+    if len(factors) < 2 or list(factors).count(None) > 1:
+        raise refuse(func, "split", loop, f"factors {list(factors)}: give at least two, at most one of them None")
+    if any(f is not None and f < 1 for f in factors):
+        raise refuse(func, "split", loop, f"factors {list(factors)} are not all positive")
+    return math.prod(f for f in factors if f is not None)
+
+
+def _outer_extent(node: For, known: int, path: Sequence[Stmt]) -> Expr:
+    return simplify((node.extent + (known - 1)) // known, loop_ranges(loops_on(path[:-1])))
+
+
+def _rebind(body: Stmt, old: Var, value: Expr, predicate: Expr | None) -> Stmt:
+    """`body` with loop variable `old` replaced, and `predicate` added to its blocks."""
+    body = substitute(body, {old: value})
+    if predicate is None:
+        return body
+    limit = predicate
+
+    def guard(stmt: Stmt) -> Stmt:
+        if not isinstance(stmt, Block):
+            return stmt
+        always = isinstance(stmt.predicate, Const) and stmt.predicate.value
+        return replace(stmt, predicate=limit if always else logical_and(stmt.predicate, limit))
+
+    return map_stmt(body, guard)
+
+
+def _chain(func: PrimFunc, loops: Sequence[Var]) -> list[For]:
+    """The perfectly nested loops from the outermost to the innermost of `loops`."""
+    paths = {var: loops_on(loop_path(func, var)) for var in loops}
+    deepest = max(loops, key=lambda var: len(paths[var]))
+    on_path = [loop.var for loop in paths[deepest]]
+    for var in loops:
+        if var not in on_path:
+            raise refuse(func, "reorder", var, f"it is not on one nest with loop {deepest.name!r}")
+    first = min(on_path.index(var) for var in loops)
+    chain = list(paths[deepest][first:])
+    for outer, inner in pairwise(chain):
+        if outer.body is not inner:
+            raise refuse(func, "reorder", outer.var, f"its body is not just loop {inner.var.name!r}", at=chain[0])
+    return chain
+
+
+def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> None:
+    """Refuse if two loops change places across which a dependence runs."""
+    blocks = blocks_in(chain[-1])
+    if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
+        return  # instances of one block run in any order: its reduction's first value still comes first
+    old = [loop.var for loop in chain]
+    moved = [var for var, other in zip(old, order, strict=True) if var is not other]
+    outer = loops_on(loop_path(func, chain[0].var)[:-1])
+    for position, loop in enumerate(chain):
+        if loop.var not in moved:
+            continue
+        buffer = conflict(func, loop, (*outer, *chain[:position]))
+        if buffer is not None:
+            reason = f"its iterations depend on one another through buffer {buffer.name!r}"
+            raise refuse(func, "reorder", loop.var, reason, at=chain[0])
+
+
+def _is_reduction(block: Block) -> bool:
+    return any(it.kind == "reduce" for it in block.iters)
+
+
+def _check_parallel(func: PrimFunc, primitive: str, node: For, outer: Sequence[For]) -> None:
+    block = reduces_over(node)
+    if block is not None:
+        reason = f"block {block.name!r} reduces over it"
+        raise refuse(func, primitive, node.var, reason, at=node)
+    buffer = conflict(func, node, outer)
+    if buffer is not None:
+        reason = f"its iterations depend on one another through buffer {buffer.name!r}"
+        raise refuse(func, primitive, node.var, reason, at=node)

@@ -1,0 +1,271 @@
+"""Moving a block into a loop of its consumer (compute_at) or of its producer (reverse_compute_at)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kedge.compiler.schedule.dependence import conflict, reduces_over
+from kedge.compiler.schedule.tree import (
+    accesses,
+    block_path,
+    blocks_in,
+    find_loop,
+    intermediate,
+    loop_path,
+    loop_ranges,
+    loops_in,
+    loops_on,
+    readers,
+    refuse,
+    remove,
+    swap,
+    writers,
+)
+from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and, maximum, minimum
+from kedge.compiler.tir.simplify import Ranges, Simplifier, over, prove_equal
+from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
+from kedge.compiler.tir.visitor import free_vars, loads, seq, substitute_expr
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The values `[start, start + extent)` of an iteration variable, in terms of the loops around."""
+
+    start: Expr
+    extent: Expr
+
+
+def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
+    """`func` with block `name` computed inside `loop`, at the start of its body: just what its consumers read there.
+
+    All consumers must be under `loop`. What iterations share is computed again in each.
+    """
+    primitive = "compute_at"
+    block, store = _movable(func, primitive, name, loop)
+    buffer = store.buffer
+    if not intermediate(func, buffer):
+        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}")
+    if writers(func, buffer) != (block,):
+        raise refuse(func, primitive, block, f"other blocks write {buffer.name!r} too")
+    node = find_loop(func, loop)
+    assert node is not None
+    inside = blocks_in(node)
+    consumers = readers(func, buffer)
+    outside = [each.name for each in consumers if each not in inside]
+    if outside or not consumers:
+        reason = f"its consumer {outside[0]!r} is not under the loop" if outside else "nothing reads what it computes"
+        raise refuse(func, primitive, block, reason)
+    outer = loops_on(loop_path(func, loop))
+    wanted = [a for a in accesses(node.body) if a.buffer is buffer]
+    axes = _index_axes(func, primitive, block, store)
+    spans = {
+        axis: _span(func, primitive, block, [a.indices[dim] for a in wanted], node, outer)
+        for dim, axis in enumerate(axes)
+        if axis is not None
+    }
+    nest = _nest_over(block, spans, loop_ranges(outer))
+    func = remove(func, block)
+    moved_into = find_loop(func, loop)
+    assert moved_into is not None
+    moved = swap(func, moved_into, replace(moved_into, body=seq(nest, moved_into.body)))
+    return _checked(func, moved, primitive, block, buffer, loop)
+
+
+def reverse_compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
+    """`func` with block `name` inside `loop` of its producer, at the end of its body: on just what was made there."""
+    primitive = "reverse_compute_at"
+    block, store = _movable(func, primitive, name, loop)
+    node = find_loop(func, loop)
+    assert node is not None
+    outer = loops_on(loop_path(func, loop))
+    spans: dict[Var, Span] = {}
+    for source in _sources(func, block, node):
+        _check_complete(func, block, source, node, outer)
+        for axis, span in _consumed(func, block, source, node, outer).items():
+            if not _same_span(spans.setdefault(axis, span), span):
+                raise refuse(func, primitive, block, f"its inputs disagree about {axis.name!r} under the loop", at=node)
+    missing = [it for it in block.iters if it.var not in spans and not _is_one(it.extent)]
+    if missing and not all(it.kind == "reduce" or it.var in _stored(store) for it in missing):
+        raise refuse(func, primitive, block, f"{missing[0].var.name!r} indexes neither its input nor its output")
+    nest = _nest_over(block, spans, loop_ranges(outer))
+    func = remove(func, block)
+    moved_into = find_loop(func, loop)
+    assert moved_into is not None
+    moved = swap(func, moved_into, replace(moved_into, body=seq(moved_into.body, nest)))
+    return _checked(func, moved, primitive, block, store.buffer, loop)
+
+
+def _stored(store: Store) -> frozenset[Var]:
+    return frozenset(v for index in store.indices for v in free_vars(index))
+
+
+def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Block, Store]:
+    """The block and its store, if it may leave its loops."""
+    path = block_path(func, name)
+    block = path[-1]
+    assert isinstance(block, Block)
+    if any(each.var is loop for each in loops_on(path)):
+        raise refuse(func, primitive, block, f"it is under loop {loop.name!r} already")
+    if not isinstance(block.body, Store):
+        raise refuse(func, primitive, block, "its body is more than one store")
+    if block.init is None and any(load.buffer is block.body.buffer for load in loads(block.body)):
+        raise refuse(func, primitive, block, "it updates a buffer in place", hint="move it before decompose_reduction")
+    node = find_loop(func, loop)
+    if node is not None and node.kind in ("vectorized", "unrolled"):
+        raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")
+    return block, block.body
+
+
+def _axis(func: PrimFunc, primitive: str, block: Block, index: Expr) -> Var | None:
+    """The spatial iteration variable that `index` is, or None for the index 0."""
+    if isinstance(index, Const) and index.value == 0:
+        return None
+    if isinstance(index, Var) and any(it.var is index for it in block.iters):
+        return index
+    raise refuse(func, primitive, block, "it indexes the buffer in between by more than its iteration variables")
+
+
+def _index_axes(func: PrimFunc, primitive: str, block: Block, store: Store) -> list[Var | None]:
+    axes = [_axis(func, primitive, block, index) for index in store.indices]
+    named = [axis for axis in axes if axis is not None]
+    spatial = [it.var for it in block.iters if it.kind == "spatial" and not _is_one(it.extent)]
+    if len(set(named)) < len(named) or any(var not in named for var in spatial):
+        raise refuse(func, primitive, block, "its iteration variables do not each index its output once")
+    return axes
+
+
+def _is_one(extent: Expr) -> bool:
+    return isinstance(extent, Const) and extent.value == 1
+
+
+def _sources(func: PrimFunc, block: Block, node: For) -> tuple[Buffer, ...]:
+    """The buffers that `block` reads and that are written under `node`; what else it reads must be there before."""
+    inside, order = blocks_in(node), blocks_in(func.body)
+    sources = []
+    for buffer in dict.fromkeys(load.buffer for load in loads(block.body)):
+        made_by = [b for b in writers(func, buffer) if b is not block]
+        if any(b in inside for b in made_by):
+            sources.append(buffer)
+        late = [b.name for b in made_by if b not in inside and order.index(b) > order.index(inside[0])]
+        if late:
+            reason = f"it reads {buffer.name!r}, which block {late[0]!r} computes only after loop {node.var.name!r}"
+            raise refuse(func, "reverse_compute_at", block, reason)
+    if not sources:
+        raise refuse(func, "reverse_compute_at", block, f"nothing it reads is written under loop {node.var.name!r}")
+    return tuple(sources)
+
+
+def _consumed(func: PrimFunc, block: Block, source: Buffer, node: For, outer: Sequence[For]) -> dict[Var, Span]:
+    """Over which values of its variables `block` finds its part of `source` under `node`."""
+    primitive = "reverse_compute_at"
+    consumed = [load for load in loads(block.body) if load.buffer is source]
+    axes = [_axis(func, primitive, block, index) for index in consumed[0].indices]
+    for load in consumed[1:]:
+        if any(_axis(func, primitive, block, i) is not axis for i, axis in zip(load.indices, axes, strict=True)):
+            raise refuse(func, primitive, block, f"it reads several elements of {source.name!r} at once")
+    made = [a for a in accesses(node.body) if a.buffer is source and a.is_write]
+    extents = {it.var: it.extent for it in block.iters}
+    spans: dict[Var, Span] = {}
+    for dim, axis in enumerate(axes):
+        if axis is None:
+            continue
+        if not prove_equal(extents[axis], source.shape[dim]):
+            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}")
+        span = _span(func, primitive, block, [a.indices[dim] for a in made], node, outer)
+        if not _same_span(spans.setdefault(axis, span), span):
+            raise refuse(func, primitive, block, f"it reads a diagonal of {source.name!r}")
+    return spans
+
+
+def _same_span(a: Span, b: Span) -> bool:
+    return a is b or (prove_equal(a.start, b.start) and prove_equal(a.extent, b.extent))
+
+
+def _checked(before: PrimFunc, moved: PrimFunc, primitive: str, block: Block, buffer: Buffer, loop: Var) -> PrimFunc:
+    """`moved`, unless iterations of a parallel loop would now write the same elements."""
+    path = loops_on(loop_path(moved, loop))
+    for position, each in enumerate(path):
+        if each.kind in ("parallel", "thread") and conflict(moved, each, path[:position], [buffer]) is not None:
+            reason = f"iterations of {each.kind} loop {each.var.name!r} would write the same parts of {buffer.name!r}"
+            raise refuse(before, primitive, block, reason)
+    return moved
+
+
+def _check_complete(func: PrimFunc, block: Block, source: Buffer, node: For, outer: Sequence[For]) -> None:
+    """Refuse unless each iteration of the loops finishes its own part of `source` and nobody else's."""
+    primitive = "reverse_compute_at"
+    inside = blocks_in(node)
+    strangers = [b.name for b in writers(func, source) if b not in inside]
+    if strangers:
+        raise refuse(func, primitive, block, f"block {strangers[0]!r} elsewhere writes {source.name!r} too")
+    shared = {id(s) for s in block_path(func, block.name)}
+    for position, loop in enumerate(outer):
+        if id(loop) in shared:
+            continue
+        reducing = reduces_over(loop)
+        if reducing is not None and any(s.buffer is source for s in accesses(reducing) if s.is_write):
+            reason = f"{source.name!r} is complete only after loop {loop.var.name!r}"
+            raise refuse(func, primitive, block, reason, at=node)
+        if conflict(func, loop, outer[:position], [source]) is not None:
+            reason = f"iterations of loop {loop.var.name!r} share parts of {source.name!r}"
+            raise refuse(func, primitive, block, reason, at=node)
+
+
+def _span(
+    func: PrimFunc, primitive: str, block: Block, indices: Sequence[Expr], node: For, outer: Sequence[For]
+) -> Span:
+    """The values that `indices` take while the loops inside `node` run."""
+    inner = loops_in(node.body)
+    around = Simplifier(loop_ranges(outer))
+    everything = loop_ranges((*outer, *inner))
+    ends = [_ends(index, inner, everything) for index in indices]
+    if any(end is None for end in ends):
+        raise refuse(func, primitive, block, "the part that is needed is not an interval of its indices", at=node)
+    known = [end for end in ends if end is not None]
+    low, high = known[0]
+    for other_low, other_high in known[1:]:
+        low, high = minimum(low, other_low), maximum(high, other_high)
+    return Span(around.simplify(low), around.simplify(high - low + 1))
+
+
+def _ends(index: Expr, inner: Sequence[For], ranges: Ranges) -> tuple[Expr, Expr] | None:
+    """The smallest and largest value of `index` over the `inner` loops, if it rises or falls with each of them."""
+    simplifier = Simplifier(ranges)
+    low = high = index
+    for loop in reversed(inner):
+        if loop.var not in free_vars(low) and loop.var not in free_vars(high):
+            continue
+        step = substitute_expr(index, {loop.var: loop.var + 1}) - index
+        first: dict[Var, Expr] = {loop.var: const(0)}
+        last: dict[Var, Expr] = {loop.var: loop.extent - 1}
+        if simplifier.prove(step >= 0):
+            low, high = substitute_expr(low, first), substitute_expr(high, last)
+        elif simplifier.prove(step <= 0):
+            low, high = substitute_expr(low, last), substitute_expr(high, first)
+        else:
+            return None
+    return simplifier.simplify(low), simplifier.simplify(high)
+
+
+def _nest_over(block: Block, spans: dict[Var, Span], ranges: Ranges) -> Stmt:
+    """New loops around `block`: over the spans given, and over the whole of its other iteration variables."""
+    bindings: list[Expr] = []
+    loops: list[tuple[Var, Expr]] = []
+    limits: list[Expr] = []
+    for it in block.iters:
+        span = spans.get(it.var, Span(const(0), it.extent))
+        var = Var(it.var.name.removeprefix("v") or it.var.name)
+        simplifier = Simplifier({**ranges, var: over(span.extent)})
+        if _is_one(span.extent):
+            value = simplifier.simplify(span.start)
+        else:
+            loops.append((var, span.extent))
+            value = simplifier.simplify(span.start + var)
+        bindings.append(value)
+        limits += [c for c in (value >= 0, value < it.extent) if not simplifier.prove(c)]
+    predicate = logical_and(*limits)
+    stmt: Stmt = replace(block, bindings=tuple(bindings), predicate=predicate)
+    for var, extent in reversed(loops):
+        stmt = For(var, extent, "serial", stmt)
+    return stmt

@@ -1,0 +1,181 @@
+"""Finding and replacing loops and blocks of a function; the refusal that every primitive raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.tir.expr import Expr, Var
+from kedge.compiler.tir.printer import print_stmt
+from kedge.compiler.tir.simplify import over
+from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Seq, Stmt
+from kedge.compiler.tir.visitor import (
+    loads,
+    map_stmt_children,
+    seq,
+    stmt_children,
+    stores,
+    substitute_expr,
+    walk_stmt,
+)
+
+#: What a primitive works on, as its error messages call it: a loop or a block, or a text.
+Subject = Var | Block | str
+
+
+def refuse(
+    func: PrimFunc, primitive: str, subject: Subject, reason: str, *, at: Stmt | None = None, hint: str | None = None
+) -> ScheduleError:
+    """The error to raise: primitive, argument, reason, and the nest around it (the whole function where unknown)."""
+    if isinstance(subject, Block):
+        name, where = f"block {subject.name!r}", at or _outermost(func, subject)
+    elif isinstance(subject, Var):
+        name, where = f"loop {subject.name!r}", at or _outermost(func, find_loop(func, subject))
+    else:
+        name, where = subject, at or func.body
+    return ScheduleError(f"{primitive}({name}): {reason}\n{print_stmt(where, func)}", hint=hint)
+
+
+def path_to(root: Stmt, wanted: Callable[[Stmt], bool]) -> tuple[Stmt, ...]:
+    """The statements from `root` down to the first one that is `wanted`, both included; empty if there is none."""
+    if wanted(root):
+        return (root,)
+    for child in stmt_children(root):
+        below = path_to(child, wanted)
+        if below:
+            return (root, *below)
+    return ()
+
+
+def find_loop(func: PrimFunc, var: Var) -> For | None:
+    """The loop over `var`."""
+    return next((s for s in walk_stmt(func.body) if isinstance(s, For) and s.var is var), None)
+
+
+def loop_path(func: PrimFunc, var: Var) -> tuple[Stmt, ...]:
+    """The statements from the function's body down to the loop over `var`."""
+    return path_to(func.body, lambda s: isinstance(s, For) and s.var is var)
+
+
+def block_path(func: PrimFunc, name: str) -> tuple[Stmt, ...]:
+    """The statements from the function's body down to the block `name`."""
+    return path_to(func.body, lambda s: isinstance(s, Block) and s.name == name)
+
+
+def blocks_in(stmt: Stmt) -> tuple[Block, ...]:
+    """The blocks under `stmt`, in order of execution."""
+    return tuple(s for s in walk_stmt(stmt) if isinstance(s, Block))
+
+
+def loops_in(stmt: Stmt) -> tuple[For, ...]:
+    """The loops under `stmt`, outer ones before inner ones."""
+    found = (stmt,) if isinstance(stmt, For) else ()
+    return (*found, *(loop for child in stmt_children(stmt) for loop in loops_in(child)))
+
+
+def loops_on(path: Iterable[Stmt]) -> tuple[For, ...]:
+    """The loops among the statements of a path, outermost first."""
+    return tuple(s for s in path if isinstance(s, For))
+
+
+def loop_ranges(loops: Iterable[For]) -> dict[Var, Range]:
+    """What is known of the variables of `loops`."""
+    return {loop.var: over(loop.extent) for loop in loops}
+
+
+def swap(func: PrimFunc, old: Stmt, new: Stmt) -> PrimFunc:
+    """`func` with the statement `old` (found by identity) replaced; an empty `new` takes emptied loops with it."""
+    return replace(func, body=_swap(func.body, old, new))
+
+
+def with_body(func: PrimFunc, body: Stmt) -> PrimFunc:
+    """`func` with another body and without the allocations that it no longer uses."""
+    used = {load.buffer for load in loads(body)} | {store.buffer for store in stores(body)}
+    return replace(func, body=body, allocs=tuple(b for b in func.allocs if b in used))
+
+
+def remove(func: PrimFunc, stmt: Stmt) -> PrimFunc:
+    """`func` without `stmt`, the loops that only it kept alive, and the allocations that only it used."""
+    return with_body(func, _swap(func.body, stmt, Seq(())))
+
+
+def unique_name(func: PrimFunc, name: str) -> str:
+    """A name for a block or a buffer that no block and no buffer of `func` has."""
+    used = {block.name for block in blocks_in(func.body)} | {b.name for b in (*func.params, *func.allocs)}
+    candidate, count = name, 0
+    while candidate in used:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def writers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
+    """The blocks that write `buffer`, in order of execution."""
+    return tuple(b for b in blocks_in(func.body) if any(s.buffer is buffer for s in stores(b)))
+
+
+def readers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
+    """The blocks that read `buffer`, in order of execution; a reduction reading its accumulator back is none."""
+    return tuple(
+        b
+        for b in blocks_in(func.body)
+        if any(load.buffer is buffer for load in loads(b)) and not any(s.buffer is buffer for s in stores(b))
+    )
+
+
+def intermediate(func: PrimFunc, buffer: Buffer) -> bool:
+    """Whether `buffer` lives only inside the function."""
+    return buffer in func.allocs
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One load or store, with its indices in terms of the loops around the block."""
+
+    buffer: Buffer
+    indices: tuple[Expr, ...]
+    is_write: bool
+    block: Block
+
+
+def accesses(stmt: Stmt) -> tuple[Access, ...]:
+    """Every load and store under `stmt` in terms of loop variables: block variables are replaced by their bindings."""
+    return tuple(_accesses(stmt, {}, None))
+
+
+def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Iterable[Access]:
+    if isinstance(stmt, Block):
+        bindings = [substitute_expr(b, env) for b in stmt.bindings]
+        env, block = {**env, **{it.var: b for it, b in zip(stmt.iters, bindings, strict=True)}}, stmt
+    elif block is not None and not stmt_children(stmt):
+        for store in stores(stmt):
+            yield Access(store.buffer, tuple(substitute_expr(i, env) for i in store.indices), True, block)
+        for load in loads(stmt):
+            yield Access(load.buffer, tuple(substitute_expr(i, env) for i in load.indices), False, block)
+    elif block is not None and isinstance(stmt, If):
+        for load in loads(stmt.condition):
+            yield Access(load.buffer, tuple(substitute_expr(i, env) for i in load.indices), False, block)
+    for child in stmt_children(stmt):
+        yield from _accesses(child, env, block)
+
+
+def _swap(stmt: Stmt, old: Stmt, new: Stmt) -> Stmt:
+    if stmt is old:
+        return new
+    result = map_stmt_children(stmt, lambda child: _swap(child, old, new))
+    if result is stmt:
+        return stmt
+    if isinstance(result, Seq):
+        return seq(*(s for s in result.stmts if not _empty(s)))
+    return Seq(()) if isinstance(result, For) and _empty(result.body) else result
+
+
+def _empty(stmt: Stmt) -> bool:
+    return isinstance(stmt, Seq) and not stmt.stmts
+
+
+def _outermost(func: PrimFunc, stmt: Stmt | None) -> Stmt:
+    """The top-level statement of the function around `stmt`."""
+    path = path_to(func.body, lambda s: s is stmt)
+    return next((s for s in path if not isinstance(s, Seq)), func.body)
