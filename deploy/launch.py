@@ -1,0 +1,317 @@
+"""What the host asks of a board: install, start, stop, look, remove. Runs on the board, standard library only.
+
+The host sends this text through `python3 - COMMAND DIRECTORY …` over SSH, so a command never depends on what an
+earlier deployment left; a copy lies in the directory for whoever is logged in there (`python3 launch.py status`).
+
+The agent is a session of its own with its standard streams in `agent.log`, so the end of an SSH session does not
+reach it. It holds a lock on `agent.lock` for as long as it lives: that, and not a process id that may have been
+given to another process, tells whether it runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import tarfile
+import threading
+import time
+from typing import Any, Callable
+
+STOP_GRACE_S = 10
+TAIL_BYTES = 6000
+MARK = "KEDGE_AGENT_HOME"
+
+EXIT_NOT_RUNNING = 3
+EXIT_RUNNING = 4
+EXIT_UNREACHABLE = 5
+
+
+def path(home: str, name: str) -> str:
+    """A file of the installation."""
+    return os.path.join(home, name)
+
+
+def read_json(file: str) -> dict[str, Any]:
+    """The contents of a JSON file, or nothing if there is none."""
+    try:
+        with open(file) as stream:
+            contents: dict[str, Any] = json.load(stream)
+            return contents
+    except FileNotFoundError:
+        return {}
+
+
+def take_lock(home: str, flags: int) -> int:
+    """Lock `agent.lock` and return its descriptor; `BlockingIOError` if `flags` say not to wait."""
+    descriptor = os.open(path(home, "agent.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, flags)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def running_pid(home: str) -> int | None:
+    """The process id of the agent, None if it does not run."""
+    if not os.path.exists(path(home, "agent.lock")):
+        return None
+    while True:
+        try:
+            os.close(take_lock(home, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        except BlockingIOError:
+            with open(path(home, "agent.lock")) as stream:
+                written = stream.read()
+            if written:
+                return int(written)
+            continue  # it took the lock this very moment, and is about to write
+        return None
+
+
+def setup(home: str) -> int:
+    """Make the directory; print what is installed as JSON: file -> SHA-256, and the names of unpacked sites."""
+    created = []
+    folder = home
+    while not os.path.isdir(folder):
+        created.append(folder)
+        folder = os.path.dirname(folder)
+    os.makedirs(home, mode=0o700, exist_ok=True)
+    if created:
+        with open(path(home, "created.json"), "w") as stream:
+            json.dump({"directories": created}, stream)
+    digests = {}
+    for name in ("agent.pyz", "kedge-runner", "launch.py"):
+        if os.path.isfile(path(home, name)):
+            with open(path(home, name), "rb") as stream:
+                digests[name] = hashlib.sha256(stream.read()).hexdigest()
+    sites = [name for name in os.listdir(home) if name.startswith("site-")]
+    print(json.dumps({"digests": digests, "sites": sites}))
+    return 0
+
+
+def reach(_home: str, host: str, port: str) -> int:
+    """Whether this board can open a connection to the tracker."""
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        print(error)
+        return EXIT_UNREACHABLE
+    return 0
+
+
+def unpack(home: str, digest: str) -> int:
+    """Unpack `site.tar.gz` into `site-DIGEST`, point `site` at it, remove older ones."""
+    archive, final = path(home, "site.tar.gz"), path(home, "site-" + digest)
+    with open(archive, "rb") as stream:
+        found = hashlib.sha256(stream.read()).hexdigest()
+    if not found.startswith(digest):
+        print("site.tar.gz arrived damaged: its SHA-256 is %s, not %s…" % (found, digest))
+        return 1
+    part = path(home, ".unpacking")
+    shutil.rmtree(part, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        # The host wrote this archive itself: older releases, which lack filters, lose nothing.
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(part, filter="data")
+        else:
+            tar.extractall(part)
+    os.unlink(archive)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    return 0
+
+
+def use_site(home: str, wanted: str) -> None:
+    """Make `site` mean `wanted`; nothing runs from the others any more."""
+    if os.path.lexists(path(home, "site")):
+        os.unlink(path(home, "site"))
+    os.symlink(wanted, path(home, "site"))
+    for name in os.listdir(home):
+        if name.startswith("site-") and name != wanted:
+            shutil.rmtree(path(home, name))
+
+
+def start(home: str) -> int:
+    """Start the agent that `agent.json` describes; returns once it holds its lock."""
+    if running_pid(home) is not None:
+        print("the agent runs already")
+        return EXIT_RUNNING
+    config = read_json(path(home, "agent.json"))
+    use_site(home, config["site"])
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        if os.fork() != 0:
+            os._exit(0)
+        become_agent(home, config, tell)
+    os.close(tell)
+    os.waitpid(child, 0)
+    with os.fdopen(ready) as stream:
+        said = stream.read()
+    print(said)
+    return 0 if said.isdigit() else 1
+
+
+def become_agent(home: str, config: dict[str, Any], tell: int) -> None:
+    """In the detached process: take the lock, redirect the standard streams, become the agent. Never returns."""
+    try:
+        lock = take_lock(home, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.write(lock, b"%d" % os.getpid())
+        # The lock belongs to the agent from now on, and not to the runners that it starts.
+        os.set_inheritable(lock, True)
+        null = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(path(home, "agent.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for target, source in ((0, null), (1, log), (2, log)):
+            os.dup2(source, target)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.chdir(home)
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        environment[MARK] = home
+        command = [config["python"], path(home, "agent.pyz")] + config["arguments"]
+        os.write(tell, b"%d" % os.getpid())
+        os.execve(command[0], command, environment)
+    except BaseException as error:
+        os.write(tell, ("the agent could not be started: %s" % error).encode())
+        os._exit(1)
+
+
+def relatives(home: str) -> list[int]:
+    """Process ids of the agent's processes: they inherit `MARK`, or were started from its files."""
+    ours = (MARK + "=" + home).encode()
+    programs = {path(home, name).encode() for name in ("agent.pyz", "kedge-runner")}
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                with open("/proc/%s/environ" % name, "rb") as stream:
+                    environment = stream.read().split(b"\0")
+                with open("/proc/%s/cmdline" % name, "rb") as stream:
+                    words = stream.read().split(b"\0")
+            except OSError:  # gone meanwhile, or another user's
+                continue
+            if ours in environment or programs.intersection(words):
+                found.append(int(name))
+    return found
+
+
+def give_up(_number: int, _frame: object) -> None:
+    """Ends a wait for the lock."""
+    raise TimeoutError
+
+
+def stop(home: str) -> int:
+    """Ask the agent to end; kill it, and whatever it left, if it does not within `STOP_GRACE_S` seconds."""
+    pid = running_pid(home) if os.path.isdir(home) else None
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)
+        signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(STOP_GRACE_S)
+        try:
+            os.close(take_lock(home, fcntl.LOCK_EX))
+        except TimeoutError:
+            print("the agent ignored SIGTERM for %d s and is killed" % STOP_GRACE_S)
+        finally:
+            signal.alarm(0)
+    left = relatives(home)
+    while left:
+        for each in left:
+            try:
+                os.kill(each, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        # Old board kernels have no pidfd to wait on a process that is not a child.
+        time.sleep(0.02)
+        left = relatives(home)
+    return 0
+
+
+def remove(home: str) -> int:
+    """Stop the agent and remove the directory, and those above it that the installation made and that are empty."""
+    stop(home)
+    if not os.path.isdir(home):
+        print("nothing is installed in %s" % home)
+        return EXIT_NOT_RUNNING
+    created = read_json(path(home, "created.json")).get("directories", [])
+    shutil.rmtree(home)
+    for folder in created:
+        if folder != home:
+            try:
+                os.rmdir(folder)
+            except OSError:  # somebody else uses it by now
+                break
+    return 0
+
+
+def status(home: str) -> int:
+    """Print what is installed and whether it runs, as JSON."""
+    config = read_json(path(home, "agent.json"))
+    pid = running_pid(home) if config else None
+    print(
+        json.dumps(
+            {"installed": bool(config), "pid": pid, "name": config.get("name"), "tracker": config.get("tracker")}
+        )
+    )
+    return 0
+
+
+def tail(home: str) -> int:
+    """Print the end of the log."""
+    try:
+        with open(path(home, "agent.log"), "rb") as stream:
+            stream.seek(max(0, os.path.getsize(path(home, "agent.log")) - TAIL_BYTES))
+            sys.stdout.write(stream.read().decode(errors="replace"))
+    except FileNotFoundError:
+        return EXIT_NOT_RUNNING
+    return 0
+
+
+def wait(home: str) -> int:
+    """Return when the agent ends, with its log; or when standard input is closed, because nobody waits any more."""
+    done, tell = os.pipe()
+
+    def watch() -> None:
+        os.close(take_lock(home, fcntl.LOCK_SH))
+        os.write(tell, b"x")
+
+    threading.Thread(target=watch, daemon=True).start()
+    readable, _, _ = select.select([0, done], [], [])
+    if done in readable:
+        tail(home)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "setup": setup,
+    "reach": reach,
+    "unpack": unpack,
+    "start": start,
+    "stop": stop,
+    "remove": remove,
+    "status": status,
+    "tail": tail,
+    "wait": wait,
+}
+
+
+def main() -> int:
+    """`python3 launch.py COMMAND [DIRECTORY [ARGUMENT …]]`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print("usage: launch.py %s [DIRECTORY]" % "|".join(COMMANDS))
+        return 2
+    home = sys.argv[2] if len(sys.argv) > 2 else os.path.dirname(os.path.abspath(sys.argv[0]))
+    return COMMANDS[sys.argv[1]](os.path.abspath(home), *sys.argv[3:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
