@@ -9,6 +9,7 @@ from typing import Any
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.graph.ir import TensorType, same_dim
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Select, Var, as_expr
+from kedge.compiler.tir.simplify import prove, simplify
 from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
 
@@ -18,8 +19,6 @@ def plain(dim: Dim) -> Dim:
         return int(dim)
     if isinstance(dim, Var):
         return dim
-    from kedge.compiler.tir.simplify import simplify
-
     result = simplify(dim)
     return int(result.value) if isinstance(result, Const) else result
 
@@ -111,11 +110,11 @@ def broadcast_shape(*shapes: Sequence[Dim]) -> tuple[Dim, ...]:
     return tuple(result)
 
 
-def bounds(dim: Dim) -> tuple[int | None, int | None]:
-    """What is known of `dim`: inclusive lower and upper bounds of a variable or a constant, else (None, None)."""
-    if isinstance(dim, int):
-        return dim, dim
-    return (dim.lower, dim.upper) if isinstance(dim, Var) else (None, None)
+def at_least(dim: Dim, least: Dim) -> bool:
+    """Whether `dim >= least` is known."""
+    if isinstance(dim, int) and isinstance(least, int):
+        return dim >= least
+    return prove(as_expr(dim) >= as_expr(least))
 
 
 def evaluate(dim: Dim, symbols: Mapping[Var, int]) -> int:
@@ -226,10 +225,3 @@ def _apply(op: str, a: int, b: int) -> int:
         case "and" | "or":
             return int(bool(a) and bool(b)) if op == "and" else int(bool(a) or bool(b))
     return int({"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b}[op])
-
-
-__all__ = [
-    "as_expr", "attribute_symbols", "bounds", "broadcast_shape", "concrete", "divide", "evaluate", "evaluate_shape",
-    "format_dim", "format_type", "plain", "plain_shape", "product", "same_dim", "same_shape", "same_type",
-    "substitute", "total",
-]  # fmt: skip

@@ -16,11 +16,7 @@ from kedge.compiler.tir.expr import (
     Expr,
     as_expr,
     const,
-    eq,
     logical_and,
-    maximum,
-    minimum,
-    select,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -134,10 +130,3 @@ def inside(index: Expr, size: Dim) -> Expr:
 def lowest(dtype: str) -> Any:
     """The smallest value of a dtype: -inf of floats."""
     return te.identity("max", dtype).value
-
-
-__all__ = [
-    "ANY", "FLOATS", "INTEGERS", "NUMBERS", "SIGNED", "aligned", "axes_of", "axis_of", "cast", "elementwise", "eq",
-    "inside", "is_one", "lowest", "maximum", "minimum", "read", "reduction", "require", "require_dtype",
-    "require_same_dtype", "select", "wide", "wide_dtype",
-]  # fmt: skip

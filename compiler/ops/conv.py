@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from kedge.compiler import te
-from kedge.compiler.graph.dims import same_dim
-from kedge.compiler.graph.ir import Attrs, TensorType
+from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry, windows
 from kedge.compiler.ops.registry import Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor

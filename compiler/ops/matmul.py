@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from kedge.compiler import te
-from kedge.compiler.graph.dims import broadcast_shape, format_dim, same_dim, same_shape
-from kedge.compiler.graph.ir import Attrs, TensorType
+from kedge.compiler.graph.dims import broadcast_shape, format_dim, same_shape
+from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.registry import Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from kedge.compiler.graph.dims import bounds, evaluate_shape, format_dim, plain, same_dim, total
-from kedge.compiler.graph.ir import Attrs, TensorType
+from kedge.compiler.graph.dims import at_least, evaluate_shape, format_dim, plain, total
+from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import ANY
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
@@ -160,7 +160,7 @@ def _slice_axis(size: Dim, start: Dim, end: Dim, step: int) -> tuple[Dim, int, D
     first, last = _clamp(start, size, low, high), _clamp(end, size, low, high)
     span = plain(last - first) if step > 0 else plain(first - last)
     count = span if abs(step) == 1 else plain((as_expr(span) + (abs(step) - 1)) // abs(step))
-    return first, step, count if _known_at_least(count, 0) else plain(maximum(as_expr(count), 0))
+    return first, step, count if at_least(count, 0) else plain(maximum(as_expr(count), 0))
 
 
 def _clamp(index: Dim, size: Dim, low: Dim, high: Dim) -> Dim:
@@ -172,15 +172,10 @@ def _clamp(index: Dim, size: Dim, low: Dim, high: Dim) -> Dim:
             return low
         if index < 0:
             moved = plain(size + index)
-            return moved if _known_at_least(size, -index) else plain(maximum(as_expr(moved), as_expr(low)))
-        if _known_at_least(high, index):
+            return moved if at_least(size, -index) else plain(maximum(as_expr(moved), as_expr(low)))
+        if at_least(high, index):
             return index
     return high if same_dim(index, high) else plain(minimum(as_expr(index), as_expr(high)))
-
-
-def _known_at_least(dim: Dim, least: int) -> bool:
-    lower = bounds(dim)[0]
-    return lower is not None and lower >= least
 
 
 def _infer_slice(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:

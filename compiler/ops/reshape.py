@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from kedge.compiler.graph.dims import divide, evaluate_shape, format_dim, plain_shape, product, same_dim
-from kedge.compiler.graph.ir import Attrs, TensorType
+from kedge.compiler.graph.dims import divide, evaluate_shape, format_dim, plain_shape, product
+from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
