@@ -1,1 +1,42 @@
-"""Rewrites of the graph IR."""
+"""Passes over graphs: each takes a module and gives a module, the same object where nothing changed."""
+
+from __future__ import annotations
+
+from kedge.compiler.graph.passes.base import Pass, run_passes
+from kedge.compiler.graph.passes.common import CommonSubexpressions
+from kedge.compiler.graph.passes.fold import FoldConstants
+from kedge.compiler.graph.passes.fold_batch_norm import FoldBatchNorm
+from kedge.compiler.graph.passes.fuse import Fuse
+from kedge.compiler.graph.passes.legalize import Legalize
+from kedge.compiler.graph.passes.simplify import Simplify
+
+__all__ = [
+    "CommonSubexpressions",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "Fuse",
+    "Legalize",
+    "Pass",
+    "Simplify",
+    "default_passes",
+    "run_passes",
+]
+
+
+def default_passes() -> tuple[Pass, ...]:
+    """What every module goes through before lowering, in order.
+
+    Batch norms are folded while they still are operators of their own; what is left of them is legalized. The second
+    folding takes in what legalizing made of parameters (transposed weights, per-channel factors).
+    """
+    return (
+        FoldConstants(),
+        Simplify(),
+        FoldBatchNorm(),
+        Legalize(),
+        FoldConstants(),
+        Simplify(),
+        FoldConstants(),
+        CommonSubexpressions(),
+        Fuse(),
+    )

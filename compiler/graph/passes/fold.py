@@ -1,0 +1,63 @@
+"""Computing while compiling what does not depend on inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kedge.compiler.graph.bind import frozen
+from kedge.compiler.graph.dims import attribute_symbols
+from kedge.compiler.graph.interp import Array, apply
+from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
+from kedge.compiler.graph.passes.base import Context, rewrite
+
+
+@dataclass(frozen=True, slots=True)
+class FoldConstants:
+    """Evaluate calls on constants and bound parameters with the operators' references.
+
+    conv(x, transpose(@w)) -> conv(x, @w.folded)
+
+    A result of parameters is a new parameter, named after the largest of them. Results of more than `growth` bytes
+    beyond their operands (a broadcast zero, say) are left to run time.
+    """
+
+    growth: int = 1 << 20
+    name: str = "fold-constants"
+
+    def __call__(self, module: Module) -> Module:
+        """The module with such calls evaluated."""
+        return rewrite(module, self._fold)
+
+    def _fold(self, context: Context, old: Value, new: Value) -> Value | None:
+        if not isinstance(new, Call) or len(new.types) != 1:
+            return None
+        known = [array for operand in new.inputs if (array := context.known(operand)) is not None]
+        if len(known) < len(new.inputs) or not new.type.is_static:
+            return None
+        if any(True for value in new.attrs.values() for _ in attribute_symbols(value)):
+            return None
+        (result,) = apply(new.op, known, new.attrs, {})
+        if result.nbytes > sum(array.nbytes for array in known) + self.growth:
+            return None
+        return self._value(context, new, result)
+
+    def _value(self, context: Context, call: Call, result: Array) -> Value:
+        params = [operand for operand in call.inputs if isinstance(operand, Param)]
+        if not params:
+            return Constant(frozen(result))
+        largest = max(params, key=lambda param: _size(context, param))
+        # Functions that share a parameter share what is folded of it.
+        key = (call.op, tuple(_key(operand) for operand in call.inputs), tuple(sorted(map(repr, call.attrs.items()))))
+        return context.new_param(result, largest.name, key=key)
+
+
+def _size(context: Context, param: Param) -> int:
+    data = context.known(param)
+    return 0 if data is None else data.nbytes
+
+
+def _key(value: Value) -> object:
+    if isinstance(value, Constant):
+        return value.data.tobytes(), str(value.data.dtype), value.data.shape
+    assert isinstance(value, Param)  # nothing else is known
+    return value.name

@@ -1,0 +1,113 @@
+"""Batch normalization at inference is a factor and a shift per channel: the weights before it can carry both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from kedge.compiler.graph.builder import make_call
+from kedge.compiler.graph.interp import Array
+from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
+from kedge.compiler.graph.passes.base import Context, rewrite
+
+
+@dataclass(frozen=True, slots=True)
+class FoldBatchNorm:
+    """Fold batch norms with known statistics into the convolution or matrix product whose only user they are.
+
+    batch_norm(conv(x, @w, @b), @scale, @bias, @mean, @var) -> conv(x, @w.folded, @b.folded)
+
+    The same for gemm, matmul, and add(matmul, bias). Computed in float64.
+    """
+
+    name: str = "fold-batch-norm"
+
+    def __call__(self, module: Module) -> Module:
+        """The module with such batch norms folded."""
+        return rewrite(module, _fold)
+
+
+def _fold(context: Context, old: Value, new: Value) -> Value | None:
+    if not isinstance(new, Call) or new.op != "batch_norm" or not isinstance(old, Call):
+        return None
+    producer = new.inputs[0]
+    statistics = [context.known(value) for value in new.inputs[1:]]
+    if not isinstance(producer, Call) or context.uses(old.inputs[0]) != 1:
+        return None
+    wide = [array.astype(np.float64) for array in statistics if array is not None]
+    if len(wide) < 4:
+        return None
+    scale, bias, mean, var = wide
+    factor = scale / np.sqrt(var + new.attrs["epsilon"])
+    folder = _Folder(context, new, factor, bias - mean * factor)
+    if producer.op in ("conv", "gemm"):
+        return folder.into_weights(producer)
+    if producer.op == "matmul":
+        return folder.into_matmul(producer, None)
+    if producer.op == "add":
+        return _through_add(context, folder, old, producer)
+    return None
+
+
+def _through_add(context: Context, folder: _Folder, old: Call, producer: Call) -> Value | None:
+    before = old.inputs[0]
+    assert isinstance(before, Call)  # rewriting keeps operators
+    for index in (0, 1):
+        product, addend = producer.inputs[index], producer.inputs[1 - index]
+        if isinstance(product, Call) and product.op == "matmul" and context.uses(before.inputs[index]) == 1:
+            return folder.into_matmul(product, addend)
+    return None
+
+
+class _Folder:
+    def __init__(self, context: Context, norm: Call, factor: Array, shift: Array) -> None:
+        self._context = context
+        self._norm = norm
+        self._factor = factor
+        self._shift = shift
+
+    def into_weights(self, call: Call) -> Value | None:
+        """conv or gemm: channels are the outputs of the weight, and the addend is per channel."""
+        weight = self._context.known(call.inputs[1])
+        addend = self._context.known(call.inputs[2]) if len(call.inputs) == 3 else None
+        if weight is None or (len(call.inputs) == 3 and addend is None):
+            return None
+        beta = call.attrs.get("beta", 1.0)
+        if addend is None or beta == 0:
+            beta, addend = 1.0, np.zeros(1)
+        axis = 0 if call.op == "conv" or call.attrs["trans_b"] else 1
+        if call.op == "gemm" and addend.ndim == 2 and addend.shape[0] != 1:
+            return None
+        attrs = dict(call.attrs) if call.op == "conv" else {**call.attrs, "beta": beta}
+        bias = addend.reshape(-1).astype(np.float64) * self._factor + self._shift / beta
+        new_weight = self._param(self._scaled(weight, axis), call.inputs[1], weight, "weight")
+        new_bias = self._param(bias, call.inputs[2] if len(call.inputs) == 3 else None, weight, "bias")
+        return make_call(call.op, (call.inputs[0], new_weight, new_bias), attrs, (*call.origin, *self._norm.origin))
+
+    def into_matmul(self, call: Call, addend: Value | None) -> Value | None:
+        """matmul of rank 2, with the addend that was between."""
+        weight = self._context.known(call.inputs[1])
+        known = np.zeros(1) if addend is None else self._context.known(addend)
+        if weight is None or known is None or weight.ndim != 2 or call.type.rank != 2:
+            return None
+        if known.ndim == 2 and known.shape[0] != 1:
+            return None
+        origin = (*call.origin, *self._norm.origin)
+        new_weight = self._param(self._scaled(weight, 1), call.inputs[1], weight, "weight")
+        bias = known.reshape(-1).astype(np.float64) * self._factor + self._shift
+        product = make_call("matmul", (call.inputs[0], new_weight), {}, origin)
+        return make_call("add", (product, self._param(bias, addend, weight, "bias")), {}, origin)
+
+    def _scaled(self, weight: Array, axis: int) -> Array:
+        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+        return np.asarray(weight.astype(np.float64) * self._factor.reshape(shape))
+
+    def _param(self, data: Array, was: Value | None, weight: Array, what: str) -> Value:
+        data = data.astype(weight.dtype)
+        if isinstance(was, Param):
+            return self._context.new_param(data, was.name)
+        if was is None:
+            for value in self._norm.inputs[2:3]:
+                if isinstance(value, Param):  # the norm's own bias lends its name
+                    return self._context.new_param(data, value.name)
+        return Constant(data, what)
