@@ -107,18 +107,17 @@ def _uses(model: Model) -> Iterable[OperatorUse]:
             known.update(node.output)
         own = domain == ""
         supported = find_converter(domain, node.op_type) is not None or (
-            own and (constant or _decomposes(node, model.opset))
+            own and (constant or decomposes(node, model.opset))
         )
         yield OperatorUse(domain, node.op_type, model.opsets.get(domain, model.opset), (label_of(node),), supported)
 
 
-def _decomposes(node: onnx.NodeProto, opset: int) -> bool:
+def decomposes(node: onnx.NodeProto, opset: int) -> bool:
     """Whether ONNX defines the operator by others that all have converters."""
     image = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [None] * 4)
     body = body_of(node, opset, [image if name else onnx.TypeProto() for name in node.input])
     return body is not None and all(
-        find_converter(inner.domain, inner.op_type) is not None or _decomposes(inner, body.opset)
-        for inner in body.nodes
+        find_converter(inner.domain, inner.op_type) is not None or decomposes(inner, body.opset) for inner in body.nodes
     )
 
 

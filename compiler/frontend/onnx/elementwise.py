@@ -194,6 +194,9 @@ def _cast(node: Node) -> Value:
 
 @converter("CastLike")
 def _cast_like(node: Node) -> Value:
+    known = node.content(0)
+    if known is not None and known.dtype != object:
+        return node.constant(known, node.value(1).type.dtype)
     return node.emit("cast", node.value(0), dtype=node.value(1).type.dtype)
 
 

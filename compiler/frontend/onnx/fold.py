@@ -80,7 +80,7 @@ def _fold_symbolic(node: Node, contents: Sequence[Array]) -> Sequence[Entry] | N
     return (literal(np.asarray(items, dtype=object), dtype),)
 
 
-def _fold_known(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry | None]:
+def _fold_known(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry | None] | None:
     proto = node.proto
     feeds = {name: content for name, content in zip(proto.input, contents, strict=True) if content is not None}
     infos = [
@@ -96,5 +96,7 @@ def _fold_known(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry 
             results = ReferenceEvaluator(model).run(None, feeds)
     except (ValueError, TypeError, IndexError, KeyError, RuntimeError, ArithmeticError) as error:
         raise node.error(f"cannot be evaluated on its constant inputs: {error}") from error
+    if not all(isinstance(result, (np.ndarray, np.generic)) for result in results):
+        return None  # a sequence or an optional
     found = {name: Constant(np.asarray(result)) for name, result in zip(names, results, strict=True)}
     return [found.get(name) for name in proto.output]

@@ -8,11 +8,11 @@ from typing import Any
 
 import onnx
 from kedge.compiler.errors import FrontendError, ShapeError
-from kedge.compiler.frontend.onnx.coverage import OperatorUse, unsupported_error
+from kedge.compiler.frontend.onnx.coverage import OperatorUse, decomposes, unsupported_error
 from kedge.compiler.frontend.onnx.fold import fold
 from kedge.compiler.frontend.onnx.functions import body_of
 from kedge.compiler.frontend.onnx.inputs import ShapeSpec, Symbols, declare_inputs
-from kedge.compiler.frontend.onnx.model import Model, dtype_name, tensor_data
+from kedge.compiler.frontend.onnx.model import Model, check, dtype_name, tensor_data
 from kedge.compiler.frontend.onnx.node import Array, Entry, Node, Scope, find_converter
 from kedge.compiler.frontend.onnx.symbolic import Dims
 from kedge.compiler.graph.builder import Builder, call
@@ -46,6 +46,7 @@ class Importer:
         scope = Scope({}, self.model.opset)
         for name, type_ in declare_inputs(self.model, shapes, self.symbols).items():
             scope.entries[name] = self.builder.input(name, type_)
+        check(self.model)
         self._declare_initializers(graph, scope)
         self.run_nodes(graph.node, scope)
         if self.unsupported:
@@ -102,8 +103,13 @@ class Importer:
 
     def _run_node(self, proto: onnx.NodeProto, scope: Scope) -> Sequence[Entry | None]:
         node = Node(self, proto, scope, _attributes(proto))
-        for name in proto.input:
-            self.lookup(scope, name, node)
+        try:
+            for name in proto.input:
+                self.lookup(scope, name, node)
+        except PoisonedError:
+            if find_converter(proto.domain, proto.op_type) is None and not decomposes(proto, node.opset):
+                self._refuse(node)
+            raise
         folded = fold(node)
         if folded is not None:
             return folded
@@ -121,9 +127,7 @@ class Importer:
         proto = node.proto
         body = body_of(proto, node.opset, [node.type_proto(index) for index in range(len(proto.input))])
         if body is None:
-            blamed = node.scope.caller or proto
-            opset = self.model.opsets.get(blamed.domain, self.model.opset)
-            self.unsupported.append(OperatorUse(blamed.domain, blamed.op_type, opset, (node.label,), False))
+            self._refuse(node)
             raise PoisonedError
         entries = {
             formal: self.lookup(node.scope, proto.input[index], node) if index < len(proto.input) else None
@@ -131,15 +135,23 @@ class Importer:
         }
         scope = Scope(entries, body.opset, caller=node.scope.caller or proto)
         self.run_nodes(body.nodes, scope)
-        return self._results(scope, body.outputs[: len(proto.output)])
+        wanted = [name if asked else "" for name, asked in zip(body.outputs, proto.output, strict=False)]
+        return self._results(scope, wanted)
+
+    def _refuse(self, node: Node) -> None:
+        """Put the operator on the list; inside of a function body that is the function itself."""
+        blamed = node.scope.caller or node.proto
+        opset = self.model.opsets.get(blamed.domain, self.model.opset)
+        self.unsupported.append(OperatorUse(blamed.domain, blamed.op_type, opset, (node.label,), False))
 
     def _results(self, scope: Scope, names: Sequence[str]) -> tuple[Entry | None, ...]:
-        if any(name not in scope.entries for name in names):
-            if self.unsupported:
-                raise PoisonedError
-            missing = next(name for name in names if name not in scope.entries)
-            raise FrontendError(f"{self.model.source}: nothing computes {missing!r}", hint="the model is corrupt")
-        return tuple(scope.entries[name] for name in names)
+        """What `names` stand for; None for a result that nobody asks for, whose name is empty."""
+        missing = [name for name in names if name and name not in scope.entries]
+        if missing and self.unsupported:
+            raise PoisonedError
+        if missing:
+            raise FrontendError(f"{self.model.source}: nothing computes {missing[0]!r}", hint="the model is corrupt")
+        return tuple(scope.entries[name] if name else None for name in names)
 
     def _declare_initializers(self, graph: onnx.GraphProto, scope: Scope) -> None:
         if graph.sparse_initializer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kedge.compiler.frontend.onnx.node import Node, converter
+from kedge.compiler.graph.dims import product
 from kedge.compiler.graph.ir import Value
 
 _INFERENCE = "export the model for inference: model.eval() in PyTorch, training=TrainingMode.EVAL"
@@ -44,6 +45,22 @@ def _instance_normalization(node: Node) -> Value:
     per_channel = tuple(range(1, x.type.rank - 1))
     scaled = node.emit("mul", normal, node.emit("unsqueeze", scale, axes=per_channel))
     return node.emit("add", scaled, node.emit("unsqueeze", bias, axes=per_channel))
+
+
+@converter("LRN")
+def _local_response_normalization(node: Node) -> Value:
+    """x / (bias + alpha / size * sum of x² over `size` neighbouring channels) ** beta."""
+    x = node.value(0)
+    size = int(node.attr("size"))
+    # The window runs over the channels: they become the rows of a picture whose columns are all other dims.
+    n, c, *rest = x.type.shape
+    rows = node.emit("reshape", node.emit("mul", x, x), shape=(n, 1, c, product(rest)))
+    pads = ((size - 1) // 2, 0, size // 2, 0)
+    mean = node.emit("avg_pool", rows, kernel=(size, 1), strides=(1, 1), pads=pads, count_include_pad=True)
+    mean = node.emit("reshape", mean, shape=x.type.shape)
+    scaled = node.emit("mul", mean, node.constant(node.attr("alpha", 1e-4), x.type.dtype))
+    base = node.emit("add", scaled, node.constant(node.attr("bias", 1.0), x.type.dtype))
+    return node.emit("div", x, node.emit("pow", base, node.constant(node.attr("beta", 0.75), x.type.dtype)))
 
 
 @converter("Dropout")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from kedge.compiler.errors import FrontendError
-from onnx import inliner, numpy_helper
+from onnx import inliner, numpy_helper, version_converter
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
@@ -50,10 +50,11 @@ class Model:
 def read_model(source: Source) -> Model:
     """Parse `source` (a path, a file's bytes, or a `ModelProto`) and check that it is whole.
 
-    External data stays in its files until `tensor_data` maps it. Model-local functions are inlined.
+    External data stays in its files until `tensor_data` maps it. Model-local functions are inlined, and opsets older
+    than `OLDEST_OPSET` are brought up to it by ONNX's own converter.
 
     Raises:
-        FrontendError: no such file; not ONNX; truncated or corrupt; an opset that kedge does not read.
+        FrontendError: no such file; not ONNX; truncated or corrupt; an opset that onnx does not know or cannot convert.
     """
     if isinstance(source, onnx.ModelProto):
         model = Model(source, source.graph.name or "model", None)
@@ -63,7 +64,7 @@ def read_model(source: Source) -> Model:
         path = Path(source)
         model = Model(_parse(_read(path), str(path)), str(path), path.parent)
     _check_complete(model)
-    _check_opset(model)
+    model = _at_known_opset(model)
     if model.proto.functions:
         model = Model(_inline(model), model.source, model.folder)
     return model
@@ -95,9 +96,13 @@ def check(model: Model) -> None:
             tensor.raw_data = b""
             del tensor.dims[:]
             tensor.dims.append(0)
+    for info in bare.graph.input:
+        # A rank may be unknown here; `shapes=` gives it later.
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(bare)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise FrontendError(f"{model.source} is not a valid ONNX model: {error}", hint=_EXPORT_AGAIN) from error
 
 
@@ -195,30 +200,42 @@ def _foreign_format(data: bytes) -> tuple[str, str] | None:
 
 def _check_complete(model: Model) -> None:
     proto = model.proto
-    try:
-        whole = proto.HasField("graph") and proto.ir_version > 0 and len(proto.graph.output) > 0
-        names = [node.op_type for node in _nodes(proto.graph)]
-    except UnicodeDecodeError as error:
-        raise FrontendError(f"{model.source} is corrupt: {error}", hint=_EXPORT_AGAIN) from error
-    if not whole or not all(names):
+    whole = proto.HasField("graph") and proto.ir_version > 0 and len(proto.graph.output) > 0
+    if not whole or not all(node.op_type for node in _nodes(proto.graph)):
         raise FrontendError(f"{model.source} is not an ONNX model, or is truncated or corrupt", hint=_EXPORT_AGAIN)
+    # protobuf hands out names that are not UTF-8 as bytes.
+    garbled = next((name for name in _names(proto) if isinstance(name, bytes)), None)
+    if garbled is not None:
+        raise FrontendError(f"{model.source} is corrupt: {garbled!r} is not a name", hint=_EXPORT_AGAIN)
     if not proto.opset_import:
         raise FrontendError(f"{model.source} names no opset: it is truncated or corrupt", hint=_EXPORT_AGAIN)
 
 
-def _check_opset(model: Model) -> None:
+def _at_known_opset(model: Model) -> Model:
+    """`model`, brought to `OLDEST_OPSET` by ONNX's own converter where it is older."""
     opset = model.opset
-    if opset < OLDEST_OPSET:
-        raise FrontendError(
-            f"{model.source} uses opset {opset}; kedge reads {OLDEST_OPSET} to {NEWEST_OPSET}",
-            hint=f"export with opset_version={OLDEST_OPSET} or newer, or convert it: onnx.save("
-            f"onnx.version_converter.convert_version(onnx.load({model.source!r}), {OLDEST_OPSET}), 'new.onnx')",
-        )
     if opset > NEWEST_OPSET:
         raise FrontendError(
             f"{model.source} uses opset {opset}; the installed onnx {onnx.__version__} knows up to {NEWEST_OPSET}",
             hint="pip install --upgrade onnx, or export with an older opset_version",
         )
+    if opset >= OLDEST_OPSET:
+        return model
+    again = f"export it with opset_version={OLDEST_OPSET} or newer"
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.proto.graph)):
+        raise FrontendError(
+            f"{model.source} uses opset {opset} and external data; kedge reads {OLDEST_OPSET} to {NEWEST_OPSET}",
+            hint=again,
+        )
+    try:
+        converted = version_converter.convert_version(model.proto, OLDEST_OPSET)
+    except (RuntimeError, ValueError) as error:
+        raise FrontendError(
+            f"{model.source} uses opset {opset}, which onnx cannot convert to {OLDEST_OPSET}: {error}", hint=again
+        ) from error
+    # Before IR version 4 weights had to be inputs as well; the converter adds some that are not.
+    converted.ir_version = max(converted.ir_version, 4)
+    return Model(converted, model.source, model.folder)
 
 
 def _inline(model: Model) -> onnx.ModelProto:
@@ -237,6 +254,19 @@ def subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
             yield attribute.g
         elif attribute.type == onnx.AttributeProto.GRAPHS:
             yield from attribute.graphs
+
+
+def _names(proto: onnx.ModelProto) -> Iterable[str | bytes]:
+    for entry in proto.opset_import:
+        yield entry.domain
+    graph = proto.graph
+    for named in (*graph.input, *graph.output, *graph.initializer):
+        yield named.name
+    for info in graph.input:
+        yield from (dim.dim_param for dim in info.type.tensor_type.shape.dim)
+    for node in _nodes(graph):
+        yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:

@@ -238,9 +238,10 @@ def _space_to_depth(node: Node) -> Value:
     x = node.value(0)
     n, c, h, w = x.type.shape
     b = int(node.attr("blocksize"))
+    mode = node.attr("mode", "DCR")
     rows, columns = divide([h], [b]), divide([w], [b])
     if rows is None or columns is None:
         raise node.error(f"{format_dim(h)} x {format_dim(w)} is not a multiple of blocksize {b}")
     blocks = node.emit("reshape", x, shape=(n, c, rows, b, columns, b))
-    blocks = node.emit("transpose", blocks, perm=(0, 3, 5, 1, 2, 4))
+    blocks = node.emit("transpose", blocks, perm=(0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4))
     return node.emit("reshape", blocks, shape=(n, product([c, b * b]), rows, columns))
