@@ -1,0 +1,617 @@
+"""Expressions to LLVM values: addresses as linear forms, loads and stores of scalars or of all lanes at once.
+
+Inside a vectorized loop every value has one lane per iteration, or is the same in all of them and stays scalar.
+A condition that differs between lanes becomes a mask under which memory is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+from kedge.compiler.codegen import arith, mathlib
+from kedge.compiler.codegen.affine import LANE, Interval, Linear, Product
+from kedge.compiler.codegen.builder import FunctionBuilder, Value
+from kedge.compiler.codegen.types import scalar_type
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.tir.expr import (
+    COMPARISONS,
+    INDEX_DTYPE,
+    Binary,
+    Call,
+    Cast,
+    Const,
+    Expr,
+    Load,
+    Select,
+    Var,
+    as_expr,
+)
+from kedge.compiler.tir.stmt import Buffer
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import loads
+
+_T = TypeVar("_T")
+_Emit: TypeAlias = Callable[[], Value]
+
+
+class NotVectorizable(Exception):
+    """This loop cannot run all lanes at once; it runs one iteration after the other instead."""
+
+
+class Pointer(NamedTuple):
+    """Where a buffer's first element is: an LLVM pointer, its known alignment in bytes, and whether it is ours.
+
+    A private buffer may be written beyond the elements that a mask selects: nobody reads those.
+    """
+
+    ref: str
+    align: int
+    private: bool = False
+
+
+class ExprEmitter:
+    """Emits expressions into a function. `env` holds the loop variables and symbols that are in scope."""
+
+    def __init__(self, builder: FunctionBuilder) -> None:
+        self.b = builder
+        self.env: dict[Var, Linear] = {}
+        self.known: dict[Value, Interval] = {}
+        self.pointers: dict[Buffer, Pointer] = {}
+        self.lanes = 1
+        self.mask: Value | None = None
+        self._caches: list[dict[object, Any]] = [{}]
+
+    # Scopes -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Values computed inside do not dominate what comes after."""
+        self._caches.append({})
+        try:
+            yield
+        finally:
+            self._caches.pop()
+
+    def _cached(self, key: object) -> Any:
+        for cache in reversed(self._caches):
+            if key in cache:
+                return cache[key]
+        return None
+
+    def _remember(self, key: object, value: _T) -> _T:
+        self._caches[-1][key] = value
+        return value
+
+    # Addresses --------------------------------------------------------------------------------------------------
+
+    def index(self, expr: Expr) -> Linear:
+        """An int64 expression as a linear form."""
+        match expr:
+            case Const(value=value):
+                return Linear.of(int(value))
+            case Var():
+                try:
+                    return self.env[expr]
+                except KeyError:
+                    raise CodegenError(f"variable {expr.name!r} is used outside its loop") from None
+            case Binary(op="add", a=a, b=b):
+                return self.index(a) + self.index(b)
+            case Binary(op="sub", a=a, b=b):
+                return self.index(a) - self.index(b)
+            case Binary(op="mul", a=a, b=b):
+                return self._product(self.index(a), self.index(b))
+            case Binary(op="floordiv" | "floormod", a=a, b=b):
+                return self._divide(expr.op, self.index(a), self.index(b))
+            case Binary(op="min" | "max", a=a, b=b):
+                return self._extreme(expr.op, self.index(a), self.index(b))
+        return Linear.atom(self.b.convert("trunc", self.value(expr), self.b.index_type))
+
+    def _product(self, x: Linear, y: Linear) -> Linear:
+        if x.value is not None or y.value is not None or (x.is_uniform and y.is_uniform):
+            return x * y
+        return Linear.atom(self.b.op("mul", self.materialize(x), self.materialize(y)))
+
+    def _divide(self, op: str, x: Linear, d: Linear) -> Linear:
+        divisor = d.value
+        if divisor is None or divisor <= 0:
+            dtype = f"int{self.b.target.arch.pointer_bits}"
+            whole = arith.binary(self.b, op, dtype, self.materialize(x), self.materialize(d))
+            return self._opaque(whole, (None, None))
+        quotient, rest = x.divide(divisor)
+        low, high = rest.bounds(self.known)
+        if low is not None and high is not None and low // divisor == high // divisor:
+            whole_part = low // divisor
+            if op == "floordiv":
+                return quotient + Linear.of(whole_part)
+            return rest - Linear.of(whole_part * divisor)
+        value = self.materialize(rest)
+        by = self.b.index(divisor)
+        if low is not None and low >= 0:
+            result = self.b.op("udiv" if op == "floordiv" else "urem", value, by)
+        else:
+            result = self._floor_divide(op, value, by)
+        if op == "floormod":
+            return self._opaque(result, (0, divisor - 1))
+        bounds = (None if low is None else low // divisor, None if high is None else high // divisor)
+        return quotient + self._opaque(result, bounds)
+
+    def _floor_divide(self, op: str, value: Value, by: Value) -> Value:
+        b = self.b
+        rest = b.op("srem", value, by)
+        negative = b.compare("icmp slt", rest, b.index(0))
+        if op == "floormod":
+            return b.op("add", rest, b.select(negative, by, b.index(0)))
+        return b.op("sub", b.op("sdiv", value, by), b.select(negative, b.index(1), b.index(0)))
+
+    def _extreme(self, op: str, x: Linear, y: Linear) -> Linear:
+        low, high = (x - y).bounds(self.known)
+        if low is not None and low >= 0:
+            return x if op == "max" else y
+        if high is not None and high <= 0:
+            return y if op == "max" else x
+        p, q = self.materialize(x), self.materialize(y)
+        greater = self.b.compare("icmp sgt", p, q)
+        value = self.b.select(greater, p, q) if op == "max" else self.b.select(greater, q, p)
+        return self._opaque(value, _extreme_bounds(op, x.bounds(self.known), y.bounds(self.known)))
+
+    def _opaque(self, value: Value, bounds: Interval) -> Linear:
+        self.known[value] = bounds
+        return Linear.atom(value)
+
+    def materialize(self, linear: Linear) -> Value:
+        """The value of a linear form, of the index type."""
+        if linear.is_uniform:
+            return self._uniform_sum(linear)
+        split = linear.split_lane()
+        if split is not None:
+            base, stride = split
+            steps = self._lane_numbers(stride)
+            return self.b.op("add", self._uniform_sum(base), steps) if base.terms else steps
+        total = self.b.index(linear.constant)
+        for term, c in linear.terms.items():
+            if term:
+                total = self.b.op("add", total, self._term(term, c))
+        return total
+
+    def _lane_numbers(self, stride: int) -> Value:
+        numbers = ", ".join(f"{self.b.index_type} {lane * stride}" for lane in range(self.lanes))
+        return Value(f"<{numbers}>", self.b.index_type, self.lanes)
+
+    def _term(self, term: Product, c: int) -> Value:
+        parts = [self._lane_numbers(1) if value == LANE else value for value in term]
+        result = parts[0]
+        for part in parts[1:]:
+            result = self.b.op("mul", result, part)
+        return result if c == 1 else self.b.op("mul", result, self.b.index(c))
+
+    def _uniform_sum(self, linear: Linear) -> Value:
+        """Values that were defined first are added first, so that what is the same in a loop is computed outside."""
+        if linear.value is not None:
+            return self.b.index(linear.value)
+        rest, constant = linear.split_constant()
+        total: Value | None = None
+        prefix: tuple[object, ...] = ()
+        for term, c in sorted(rest.terms.items(), key=_definition_order):
+            prefix = (*prefix, term, c)
+            known = self._cached(prefix)
+            if known is None:
+                product = self._scaled_term(term, c)
+                known = product if total is None else self.b.op("add nsw", total, product)
+                self._remember(prefix, known)
+            total = known
+        assert total is not None
+        return self.b.op("add nsw", total, self.b.index(constant)) if constant else total
+
+    def _scaled_term(self, term: Product, c: int) -> Value:
+        result = term[0]
+        for value in term[1:]:
+            result = self.b.op("mul nsw", result, value)
+        return result if c == 1 else self.b.op("mul nsw", result, self.b.index(c))
+
+    def strides(self, buffer: Buffer) -> tuple[Linear, ...]:
+        """Elements between neighbours along each dim."""
+        known: tuple[Linear, ...] | None = self._cached(buffer)
+        if known is not None:
+            return known
+        steps, step = [], Linear.of(1)
+        for dim in reversed(buffer.shape):
+            steps.append(step)
+            step = self._product(step, self.index(as_expr(dim)))
+        return self._remember(buffer, tuple(reversed(steps)))
+
+    def offset(self, buffer: Buffer, indices: Sequence[Expr]) -> Linear:
+        """The position of an element, in elements from the start of `buffer`."""
+        total = Linear()
+        for index, stride in zip(indices, self.strides(buffer), strict=True):
+            total = total + self._product(self.index(index), stride)
+        return total
+
+    def _address(self, pointer: Pointer, memory: str, position: Linear) -> str:
+        rest, constant = position.split_constant()
+        ref = pointer.ref
+        if rest.terms:
+            key = (ref, memory, tuple(sorted(rest.terms.items(), key=_definition_order)))
+            known = self._cached(key)
+            if known is None:
+                at = self._uniform_sum(rest)
+                known = self.b.result(f"getelementptr inbounds {memory}, ptr {ref}, {at.typed}", "ptr")
+                self._remember(key, known)
+            ref = known.ref
+        if constant:
+            ref = self.b.result(
+                f"getelementptr inbounds {memory}, ptr {ref}, {self.b.index_type} {constant}", "ptr"
+            ).ref
+        return ref
+
+    def _alignment(self, pointer: Pointer, position: Linear, size: int) -> int:
+        steps = [abs(c) * size for c in position.terms.values()]
+        return max(size, math.gcd(pointer.align, *steps))
+
+    def _in_bounds(self, load: Load) -> bool:
+        """Whether every lane surely reads inside the buffer, whatever guards the load."""
+        for index, dim in zip(load.indices, load.buffer.shape, strict=True):
+            if not isinstance(dim, int) or any(True for _ in loads(index)):
+                return False
+            low, high = self.index(index).bounds(self.known)
+            if low is None or high is None or low < 0 or high >= dim:
+                return False
+        return True
+
+    # Memory -----------------------------------------------------------------------------------------------------
+
+    def load(self, load: Load) -> Value:
+        """The element, or one element per lane."""
+        position = self.offset(load.buffer, load.indices)
+        pointer = self._pointer(load.buffer)
+        kind = scalar_type(load.buffer.dtype)
+        raw = self._load_raw(load, pointer, kind.memory, kind.size, position)
+        return arith.from_memory(self.b, raw, load.buffer.dtype)
+
+    def _pointer(self, buffer: Buffer) -> Pointer:
+        try:
+            return self.pointers[buffer]
+        except KeyError:
+            raise CodegenError(
+                f"buffer {buffer.name!r} is neither a parameter nor an allocation of the function"
+            ) from None
+
+    def _load_raw(self, load: Load, pointer: Pointer, memory: str, size: int, position: Linear) -> Value:
+        split = position.split_lane()
+        if split is not None and split[1] == 0:
+            return self._load_uniform(load, pointer, memory, size, position)
+        mask = self.mask
+        if mask is not None and ((pointer.private and self._fits(load.buffer, position)) or self._in_bounds(load)):
+            mask = None
+        if split is None or split[1] not in (1, 2) or (split[1] == 2 and mask is not None):
+            return self._gather(pointer, memory, size, position, mask)
+        base, stride = split
+        if stride == 2:
+            return self._load_every_second(pointer, memory, size, base)
+        return self._load_lanes(pointer, memory, size, base, mask)
+
+    def _load_lanes(self, pointer: Pointer, memory: str, size: int, base: Linear, mask: Value | None) -> Value:
+        address = self._address(pointer, memory, base)
+        align = self._alignment(pointer, base, size)
+        full = f"<{self.lanes} x {memory}>"
+        if mask is None:
+            return self.b.result(f"load {full}, ptr {address}, align {align}", memory, self.lanes)
+        name = f"llvm.masked.load.v{self.lanes}{_suffix(memory)}.p0"
+        self.b.module.declare(name, f"{full} @(ptr, <{self.lanes} x i1>, {full})")
+        return self.b.result(
+            f"call {full} @{name}(ptr align {align} {address}, {mask.typed}, {full} zeroinitializer)",
+            memory, self.lanes,
+        )  # fmt: skip
+
+    def _load_every_second(self, pointer: Pointer, memory: str, size: int, base: Linear) -> Value:
+        """Elements 0, 2, 4, …: two whole vectors that together end exactly at the last one, then one shuffle."""
+        lanes = self.lanes
+        first = self._load_lanes(pointer, memory, size, base, None)
+        second = self._load_lanes(pointer, memory, size, base + Linear.of(lanes - 1), None)
+        picks = [2 * i if 2 * i < lanes else lanes + 2 * i - (lanes - 1) for i in range(lanes)]
+        mask = ", ".join(f"i32 {pick}" for pick in picks)
+        return self.b.result(
+            f"shufflevector {first.typed}, {second.typed}, <{lanes} x i32> <{mask}>", memory, lanes
+        )  # fmt: skip
+
+    def _load_uniform(self, load: Load, pointer: Pointer, memory: str, size: int, position: Linear) -> Value:
+        def emit() -> Value:
+            address = self._address(pointer, memory, position)
+            align = self._alignment(pointer, position, size)
+            return self.b.result(f"load {memory}, ptr {address}, align {align}", memory)
+
+        if self.mask is None or self._in_bounds(load) or (pointer.private and self._fits(load.buffer, position)):
+            return emit()
+        return self.guarded(self.any_lane(self.mask), emit, lambda: self.b.const(0, memory))
+
+    def _fits(self, buffer: Buffer, position: Linear) -> bool:
+        """Whether the access stays inside the buffer's memory in every lane."""
+        low, high = position.bounds(self.known)
+        size = 1
+        for dim in buffer.shape:
+            if not isinstance(dim, int):
+                return False
+            size *= dim
+        return low is not None and high is not None and low >= 0 and high < size
+
+    def _gather(self, pointer: Pointer, memory: str, size: int, position: Linear, mask: Value | None) -> Value:
+        lanes = self.lanes
+        if mask is not None:
+            at = self.b.broadcast(self.materialize(position), lanes)
+            addresses = self.b.result(
+                f"getelementptr {memory}, ptr {pointer.ref}, {at.typed}", "ptr", lanes
+            )  # fmt: skip
+            full = f"<{lanes} x {memory}>"
+            name = f"llvm.masked.gather.v{lanes}{_suffix(memory)}.v{lanes}p0"
+            self.b.module.declare(name, f"{full} @(<{lanes} x ptr>, <{lanes} x i1>, {full})")
+            return self.b.result(
+                f"call {full} @{name}(<{lanes} x ptr> align {size} {addresses.ref}, {mask.typed}, "
+                f"{full} zeroinitializer)", memory, lanes,
+            )  # fmt: skip
+        result = Value("poison", memory, lanes)
+        for lane, element in enumerate(self._lane_positions(position)):
+            address = self._address(pointer, memory, element)
+            one = self.b.result(f"load {memory}, ptr {address}, align {size}", memory)
+            result = self.b.result(f"insertelement {result.typed}, {one.typed}, i64 {lane}", memory, lanes)
+        return result
+
+    def _lane_positions(self, position: Linear) -> list[Linear]:
+        """The position in each lane by itself."""
+        split = position.split_lane()
+        if split is not None:
+            return [split[0] + Linear.of(split[1] * lane) for lane in range(self.lanes)]
+        vector = self.b.broadcast(self.materialize(position), self.lanes)
+        return [
+            Linear.atom(self.b.result(f"extractelement {vector.typed}, i64 {lane}", self.b.index_type))
+            for lane in range(self.lanes)
+        ]
+
+    def store(self, buffer: Buffer, indices: Sequence[Expr], expr: Expr) -> None:
+        """`buffer[indices] = expr`, in every lane that is on."""
+        position = self.offset(buffer, indices)
+        value = arith.to_memory(self.b, self.value(expr), buffer.dtype)
+        pointer, kind = self._pointer(buffer), scalar_type(buffer.dtype)
+        if self.lanes == 1:
+            address = self._address(pointer, kind.memory, position)
+            align = self._alignment(pointer, position, kind.size)
+            self.b.emit(f"store {value.typed}, ptr {address}, align {align}")
+            return
+        split = position.split_lane()
+        reads_back = any(load.buffer is buffer for load in loads(expr))
+        if split is None or split[1] == 0:
+            uniform = split is not None and value.lanes == 1 and self.mask is None
+            if reads_back or not uniform:
+                # Lanes would meet in one element: only running them in order keeps the meaning.
+                raise NotVectorizable
+            address = self._address(pointer, kind.memory, position)
+            self.b.emit(f"store {value.typed}, ptr {address}, align {kind.size}")
+            return
+        value = self.b.broadcast(value, self.lanes)
+        mask = None if pointer.private and self._fits(buffer, position) else self.mask
+        if split[1] == 1:
+            self._store_lanes(pointer, kind.memory, kind.size, split[0], value, mask)
+        else:
+            self._scatter(pointer, kind.memory, kind.size, position, value, mask)
+
+    def _store_lanes(
+        self, pointer: Pointer, memory: str, size: int, base: Linear, value: Value, mask: Value | None
+    ) -> None:
+        address = self._address(pointer, memory, base)
+        align = self._alignment(pointer, base, size)
+        if mask is None:
+            self.b.emit(f"store {value.typed}, ptr {address}, align {align}")
+            return
+        name = f"llvm.masked.store.v{value.lanes}{_suffix(memory)}.p0"
+        self.b.module.declare(name, f"void @({value.full}, ptr, <{value.lanes} x i1>)")
+        self.b.emit(f"call void @{name}({value.typed}, ptr align {align} {address}, {mask.typed})")
+
+    def _scatter(
+        self, pointer: Pointer, memory: str, size: int, position: Linear, value: Value, mask: Value | None
+    ) -> None:
+        if mask is not None:
+            raise NotVectorizable
+        for lane, element in enumerate(self._lane_positions(position)):
+            address = self._address(pointer, memory, element)
+            one = self.b.result(f"extractelement {value.typed}, i64 {lane}", memory)
+            self.b.emit(f"store {one.typed}, ptr {address}, align {size}")
+
+    # Values -----------------------------------------------------------------------------------------------------
+
+    def value(self, expr: Expr) -> Value:
+        """The value of an expression: scalar where it is the same in every lane."""
+        match expr:
+            case Const(value=value, dtype=dtype):
+                if dtype == "float16":
+                    value = float(np.float16(value))
+                return self.b.const(value, arith.value_type(dtype))
+            case Var():
+                return self._widen(self.materialize(self.index(expr)))
+            case Load():
+                return self.load(expr)
+            case Select():
+                return self._select(expr)
+            case Cast(value=inner, dtype=dtype):
+                return arith.cast(self.b, self.value(inner), inner.dtype, dtype)
+            case Call():
+                return self._call(expr)
+            case Binary():
+                return self._binary(expr)
+        raise CodegenError(f"no code for expression {expr!r}")
+
+    def _widen(self, value: Value) -> Value:
+        return self.b.convert("sext", value, "i64")
+
+    def _binary(self, expr: Binary) -> Value:
+        a, b = expr.a, expr.b
+        dtype = a.dtype
+        if dtype == INDEX_DTYPE and _is_index(expr):
+            if expr.op in COMPARISONS:
+                return self._compare_indices(expr)
+            return self._widen(self.materialize(self.index(expr)))
+        if expr.op in ("add", "sub") and dtype.startswith("float"):
+            fused = self._multiply_add(expr)
+            if fused is not None:
+                return fused
+        return arith.binary(self.b, expr.op, dtype, self.value(a), self.value(b))
+
+    def _compare_indices(self, expr: Binary) -> Value:
+        x, y = self.index(expr.a), self.index(expr.b)
+        decided = _decide(expr.op, (x - y).bounds(self.known))
+        if decided is not None:
+            return Value("true" if decided else "false", "i1")
+        dtype = f"int{self.b.target.arch.pointer_bits}"
+        return arith.binary(self.b, expr.op, dtype, self.materialize(x), self.materialize(y))
+
+    def _multiply_add(self, expr: Binary) -> Value | None:
+        """`a * b ± c` with one rounding, where the machine has an instruction for it."""
+        if not self.b.target.fma:
+            return None
+        for product, other in ((expr.a, expr.b), (expr.b, expr.a)):
+            if isinstance(product, Binary) and product.op == "mul":
+                x, y, z = self.value(product.a), self.value(product.b), self.value(other)
+                if expr.op == "sub":
+                    if product is expr.a:
+                        z = self.b.negate(z)
+                    else:
+                        x = self.b.negate(x)
+                return self.b.intrinsic("llvm.fma", x, y, z)
+        return None
+
+    def _call(self, expr: Call) -> Value:
+        args = [self.value(arg) for arg in expr.args]
+        dtype = expr.args[0].dtype
+        kind = scalar_type(dtype)
+        if expr.name == "not":
+            return self.b.op("xor", args[0], self.b.const(True, args[0]))
+        if expr.name == "isnan":
+            if not kind.is_float:
+                return self.b.const(False, "i1")
+            return self.b.compare("fcmp uno", args[0], args[0])
+        if kind.is_float:
+            result = mathlib.apply(self.b, expr.name, args)
+            return arith.cast(self.b, result, "float32", "float16") if dtype == "float16" else result
+        if expr.name == "abs":
+            if not kind.signed:
+                return args[0]
+            zero = self.b.const(0, args[0])
+            return self.b.select(self.b.compare("icmp slt", args[0], zero), self.b.op("sub", zero, args[0]), args[0])
+        if expr.name in ("floor", "ceil", "round"):
+            return args[0]
+        raise CodegenError(f"intrinsic {expr.name!r} is not defined for {dtype}", hint="cast to float32 first")
+
+    # Choices ----------------------------------------------------------------------------------------------------
+
+    def _select(self, expr: Select) -> Value:
+        condition = self.value(expr.condition)
+        if condition.ref in ("true", "false"):
+            return self.value(expr.a if condition.ref == "true" else expr.b)
+        risky = self._risky(expr)
+        if not risky:
+            return self.b.select(condition, self.value(expr.a), self.value(expr.b))
+        if condition.lanes == 1:
+            return self.guarded(condition, lambda: self.value(expr.a), lambda: self.value(expr.b))
+        inverse = self.b.op("xor", condition, self.b.const(True, "i1"))
+        with self.masked(condition):
+            a = self.value(expr.a)
+        with self.masked(inverse):
+            b = self.value(expr.b)
+        return self.b.select(condition, a, b)
+
+    def _risky(self, expr: Select) -> bool:
+        """Whether evaluating both sides could read outside a buffer."""
+        safe = {expr_key(load) for load in loads(expr.condition)}
+        sides = [list(loads(side)) for side in (expr.a, expr.b)]
+        safe |= {expr_key(load) for load in sides[0]} & {expr_key(load) for load in sides[1]}
+        return any(expr_key(load) not in safe and not self._in_bounds(load) for side in sides for load in side)
+
+    @contextmanager
+    def masked(self, mask: Value) -> Iterator[None]:
+        """Memory is touched only in the lanes of `mask` (and of the mask around)."""
+        outer = self.mask
+        self.mask = mask if outer is None else self.b.op("and", outer, mask)
+        try:
+            with self.scope():
+                yield
+        finally:
+            self.mask = outer
+
+    def any_lane(self, mask: Value) -> Value:
+        """Whether some lane is on."""
+        if mask.lanes == 1:
+            return mask
+        name = f"llvm.vector.reduce.or.v{mask.lanes}i1"
+        self.b.module.declare(name, f"i1 @({mask.full})")
+        return self.b.result(f"call i1 @{name}({mask.typed})", "i1")
+
+    def guarded(self, condition: Value, then: _Emit, otherwise: _Emit) -> Value:
+        """`then()` where the scalar `condition` holds, else `otherwise()`; only one of them runs."""
+        b = self.b
+        yes, no, join = b.fresh("then"), b.fresh("else"), b.fresh("join")
+        b.branch(condition, yes, no)
+        ends = []
+        for label, emit in ((yes, then), (no, otherwise)):
+            b.label(label)
+            with self.scope():
+                value = emit()
+                if self.lanes > 1:
+                    value = b.broadcast(value, self.lanes)
+            ends.append((value, b.block))
+            b.jump(join)
+        b.label(join)
+        first = ends[0][0]
+        incoming = ", ".join(f"[ {value.ref}, %{block} ]" for value, block in ends)
+        return b.result(f"phi {first.full} {incoming}", first.type, first.lanes)
+
+
+def _suffix(memory: str) -> str:
+    return {"float": "f32", "double": "f64"}.get(memory, memory)
+
+
+def _definition_order(item: tuple[Product, int]) -> tuple[int, ...]:
+    """Names end in a number that grows as values are defined; parameters come first."""
+    return tuple(_number(value) for value in item[0])
+
+
+def _number(value: Value) -> int:
+    digits = value.ref[len(value.ref.rstrip("0123456789")) :]
+    return int(digits) if digits and not value.ref.startswith("%arg") else -1
+
+
+def _is_index(expr: Expr) -> bool:
+    """Whether an int64 expression is made of loop variables, symbols and literals only."""
+    match expr:
+        case Const(value=value):
+            return abs(int(value)) < 2**31
+        case Var():
+            return True
+        case Binary(op="add" | "sub" | "mul" | "floordiv" | "floormod" | "min" | "max", a=a, b=b):
+            return _is_index(a) and _is_index(b)
+        case Binary(op=op, a=a, b=b) if op in COMPARISONS:
+            return a.dtype == INDEX_DTYPE and _is_index(a) and _is_index(b)
+    return False
+
+
+def _decide(op: str, difference: Interval) -> bool | None:
+    """`x op y` from bounds of `x - y`, or None."""
+    low, high = difference
+    below = high is not None and high < 0
+    above = low is not None and low > 0
+    at_most = high is not None and high <= 0
+    at_least = low is not None and low >= 0
+    yes, no = {
+        "lt": (below, at_least), "le": (at_most, above), "gt": (above, at_most), "ge": (at_least, below),
+        "eq": (low == high == 0, below or above), "ne": (below or above, low == high == 0),
+    }[op]  # fmt: skip
+    return True if yes else False if no else None
+
+
+def _extreme_bounds(op: str, x: Interval, y: Interval) -> Interval:
+    lows, highs = (x[0], y[0]), (x[1], y[1])
+    if op == "max":
+        low = max((v for v in lows if v is not None), default=None)
+        return low, None if None in highs else max(v for v in highs if v is not None)
+    high = min((v for v in highs if v is not None), default=None)
+    return None if None in lows else min(v for v in lows if v is not None), high

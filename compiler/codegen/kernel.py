@@ -1,0 +1,434 @@
+"""A scheduled `PrimFunc` as one native kernel.
+
+    i32 kernel(ptr frame, ptr noalias arg0, …, i64 symbol0, …, ptr workspace)
+
+Arguments are the function's parameters in order. The workspace is there only if the kernel needs one; its size is an
+expression over the function's symbols. The result is a `kedge_status`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kedge.compiler.codegen.affine import LANE, Linear
+from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
+from kedge.compiler.codegen.expr import ExprEmitter, NotVectorizable, Pointer
+from kedge.compiler.codegen.prepare import Alloc, prepare, statements_of
+from kedge.compiler.codegen.types import byte_size, scalar_type
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.target.model import Target
+from kedge.compiler.tir.expr import Binary, Dim, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.simplify import simplify, simplify_dim
+from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.visitor import free_vars, stmt_exprs, walk_expr
+
+#: Struct layouts of kedge.h, as far as compiled code reads them.
+FRAME = "{ i64, ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr }"
+API = "{ i64, ptr }"
+FRAME_FIELDS = {"api": 1, "inputs": 3, "outputs": 4, "symbols": 5, "arena": 6, "weights": 7, "cancel": 8}
+
+#: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
+_STACK_BUFFER = 32 * 1024
+_MAX_LANES = 64
+_MAX_UNROLL = 512
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCode:
+    """LLVM IR of one kernel: its symbol, and the bytes of workspace it needs (over the function's symbols)."""
+
+    symbol: str
+    ir: str
+    workspace: Dim
+
+    @property
+    def needs_workspace(self) -> bool:
+        """Whether the kernel takes a workspace pointer."""
+        return not (isinstance(self.workspace, int) and self.workspace == 0)
+
+
+def emit_kernel(func: PrimFunc, target: Target, symbol: str) -> KernelCode:
+    """The kernel of `func` under the linker symbol `symbol`.
+
+    Raises:
+        CodegenError: a dtype or a loop kind that this back end does not have.
+    """
+    module = ModuleBuilder(target)
+    body = prepare(func)
+    needs = _workspace_buffers(body)
+    emitter = KernelEmitter(module, symbol)
+    params = ["ptr %frame"]
+    emitter.frame = "%frame"
+    for number, buffer in enumerate(func.params):
+        scalar_type(buffer.dtype)
+        emitter.pointers[buffer] = Pointer(f"%arg{number}", byte_size(buffer.dtype))
+        params.append(f"ptr noalias %arg{number}")
+    for number, var in enumerate(func.symbols):
+        params.append(f"i64 %arg.s{number}")
+        emitter.bind_symbol(var, Value(f"%arg.s{number}", "i64"))
+    if needs:
+        params.append("ptr noalias %arg.ws")
+        emitter.workspace_pointer = "%arg.ws"
+    emitter.stmt(body)
+    emitter.b.emit("ret i32 0")
+    head = f"define hidden i32 @{symbol}({', '.join(params)}) {module.attributes}"
+    module.add(emitter.b.finish(head))
+    return KernelCode(symbol, module.text(), simplify_dim(emitter.workspace))
+
+
+def _workspace_buffers(stmt: Stmt) -> bool:
+    """Whether some buffer is too large, or of unknown size, for the stack. Mirrors `KernelEmitter._alloc`."""
+    total = 0
+    todo = [stmt]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, Alloc):
+            size = static_bytes(one.buffer)
+            if size is None or size > _STACK_BUFFER:
+                return True
+            total += size
+        todo.extend(statements_of(one))
+    return total > 4 * _STACK_BUFFER
+
+
+def static_bytes(buffer: Buffer) -> int | None:
+    """Bytes of a buffer, or None where a dim is symbolic."""
+    size = byte_size(buffer.dtype)
+    for dim in buffer.shape:
+        if not isinstance(dim, int):
+            return None
+        size *= dim
+    return size
+
+
+class _Uses:
+    """What a statement uses from around it: variables it does not bind, and buffers it does not allocate."""
+
+    def __init__(self, stmt: Stmt) -> None:
+        used: dict[Var, None] = {}
+        bound: set[Var] = set()
+        buffers: dict[Buffer, None] = {}
+        own: set[Buffer] = set()
+        todo = [stmt]
+        while todo:
+            one = todo.pop()
+            todo.extend(statements_of(one))
+            if isinstance(one, For):
+                bound.add(one.var)
+            elif isinstance(one, Alloc):
+                own.add(one.buffer)
+            elif isinstance(one, Store):
+                buffers[one.buffer] = None
+            exprs = () if isinstance(one, Alloc) else stmt_exprs(one)
+            for node in (node for expr in exprs for node in walk_expr(expr)):
+                if isinstance(node, Load):
+                    buffers[node.buffer] = None
+                elif isinstance(node, Var):
+                    used[node] = None
+        dims = (dim for buffer in buffers for dim in buffer.shape if isinstance(dim, Expr))
+        used |= dict.fromkeys(var for dim in dims for var in free_vars(dim))
+        self.free = tuple(var for var in used if var not in bound)
+        self.buffers = tuple(buffer for buffer in buffers if buffer not in own)
+
+
+class KernelEmitter(ExprEmitter):
+    """Emits statements; expressions come from the base."""
+
+    def __init__(self, module: ModuleBuilder, symbol: str) -> None:
+        super().__init__(FunctionBuilder(module))
+        self.module = module
+        self.symbol = symbol
+        self.frame = ""
+        self.workspace_pointer = ""
+        self.workspace: Dim = 0
+        self.parallel: Expr | None = None  # iterations of the parallel loop around, where there is one
+        self.parallel_index: Linear | None = None
+        self._stack_bytes = 0
+
+    def bind_symbol(self, var: Var, value: Value) -> None:
+        """Make a free dim known under its LLVM value (i64)."""
+        index = self.b.convert("trunc", value, self.b.index_type) if self.b.index_type != "i64" else value
+        self.env[var] = Linear.atom(index)
+        self.known[index] = (var.lower or 0, var.upper)
+
+    def stmt(self, stmt: Stmt) -> None:
+        """Emit a statement."""
+        match stmt:
+            case Seq(stmts=stmts):
+                for child in stmts:
+                    self.stmt(child)
+            case Store():
+                self.store(stmt.buffer, stmt.indices, stmt.value)
+            case If():
+                self._if(stmt)
+            case For():
+                self._for(stmt)
+            case Alloc():
+                self._alloc(stmt)
+            case _:
+                raise CodegenError(f"no code for statement {type(stmt).__name__}")
+
+    # Branches ---------------------------------------------------------------------------------------------------
+
+    def _if(self, stmt: If) -> None:
+        condition = self.value(stmt.condition)
+        if condition.ref in ("true", "false"):
+            chosen = stmt.then if condition.ref == "true" else stmt.orelse
+            if chosen is not None:
+                self.stmt(chosen)
+        elif condition.lanes > 1:
+            self._masked_if(stmt, condition)
+        else:
+            self._branch_if(stmt, condition)
+
+    def _masked_if(self, stmt: If, condition: Value) -> None:
+        with self.masked(condition):
+            self.stmt(stmt.then)
+        if stmt.orelse is not None:
+            with self.masked(self.b.op("xor", condition, self.b.const(True, "i1"))):
+                self.stmt(stmt.orelse)
+
+    def _branch_if(self, stmt: If, condition: Value) -> None:
+        b = self.b
+        yes, join = b.fresh("then"), b.fresh("join")
+        no = b.fresh("else") if stmt.orelse is not None else join
+        b.branch(condition, yes, no)
+        b.label(yes)
+        with self.scope():
+            self.stmt(stmt.then)
+        b.jump(join)
+        if stmt.orelse is not None:
+            b.label(no)
+            with self.scope():
+                self.stmt(stmt.orelse)
+            b.jump(join)
+        b.label(join)
+
+    # Loops ------------------------------------------------------------------------------------------------------
+
+    def _for(self, loop: For) -> None:
+        extent = self.index(loop.extent)
+        if extent.value == 1:
+            self.env[loop.var] = Linear()
+            self.stmt(loop.body)
+            return
+        if extent.value is not None and extent.value <= 0:
+            return
+        match loop.kind:
+            case "unrolled" if extent.value is not None and extent.value <= _MAX_UNROLL:
+                for i in range(extent.value):
+                    self.env[loop.var] = Linear.of(i)
+                    self.stmt(loop.body)
+            case "vectorized" if self.lanes == 1:
+                self._vectorized(loop, extent)
+            case "parallel" if self.parallel is None and self.lanes == 1:
+                self._parallel(loop, extent)
+            case "thread":
+                raise CodegenError(
+                    f"loop {loop.var.name!r} is bound to {loop.thread}, which a CPU does not have",
+                    hint="schedule for a CPU target",
+                )
+            case _:
+                self._serial(loop.var, extent, lambda: self.stmt(loop.body))
+
+    def _serial(self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None) -> None:
+        """`for var in [start, extent)`, tested at the end; in front, too, unless it surely runs."""
+        b = self.b
+        if not extent.is_uniform:
+            raise NotVectorizable
+        first = Linear() if start is None else start
+        low = (extent - first).bounds(self.known)[0]
+        begin, end = self.materialize(first), self.materialize(extent)
+        header, done = b.fresh("loop"), b.fresh("done")
+        if low is None or low < 1:
+            some = b.compare("icmp slt", begin, end)
+            enter = b.fresh("enter")
+            b.branch(some, enter, done)
+            b.label(enter)
+        before = b.block
+        b.jump(header)
+        b.label(header)
+        counter = Value(f"%{b.fresh('i')}", b.index_type)
+        at = len(b.lines)
+        b.lines.append("")  # the phi, once the last block is known
+        self.env[var] = Linear.atom(counter)
+        floor = first.bounds(self.known)[0]
+        top = extent.bounds(self.known)[1]
+        self.known[counter] = (floor, None if top is None else top - 1)
+        with self.scope():
+            body()
+        following = b.op("add nuw nsw", counter, b.index(1))
+        b.lines[at] = (
+            f"  {counter.ref} = phi {counter.type} [ {begin.ref}, %{before} ], [ {following.ref}, %{b.block} ]"
+        )
+        b.branch(b.compare("icmp slt", following, end), header, done)
+        b.label(done)
+
+    # Vectors ----------------------------------------------------------------------------------------------------
+
+    def _vectorized(self, loop: For, extent: Linear) -> None:
+        lanes = extent.value
+        if lanes is not None and lanes <= _MAX_LANES:
+            self._lanes_or_serial(loop, lanes, Linear())
+            return
+        # Too many iterations for one vector, or an unknown number: whole vectors, then the rest one by one.
+        width = self.b.target.vector_bits // 32
+        whole = self._divide("floordiv", extent, Linear.of(width))
+        chunk = Var(f"{loop.var.name}_chunk")
+        self._serial(chunk, whole, lambda: self._lanes_or_serial(loop, width, self.env[chunk].scaled(width)))
+        done = whole.scaled(width)
+        if (extent - done).value != 0:
+            self._serial(loop.var, extent, lambda: self.stmt(loop.body), start=done)
+
+    def _lanes_or_serial(self, loop: For, lanes: int, base: Linear) -> None:
+        """Iterations [base, base + lanes), all at once or else one after the other."""
+        if not self._all_lanes(loop, lanes, base):
+            self._serial(loop.var, base + Linear.of(lanes), lambda: self.stmt(loop.body), start=base)
+
+    def _all_lanes(self, loop: For, lanes: int, base: Linear) -> bool:
+        """Emit the body once for all lanes; on failure take back what was emitted."""
+        b = self.b
+        kept = (len(b.lines), b.block, dict(self.env), self._stack_bytes, self.workspace)
+        self.env[loop.var] = base + Linear.atom(LANE)
+        self.known[LANE] = (0, lanes - 1)
+        self.lanes = lanes
+        try:
+            with self.scope():
+                self.stmt(loop.body)
+        except NotVectorizable:
+            del b.lines[kept[0] :]
+            _, b.block, self.env, self._stack_bytes, self.workspace = kept
+            return False
+        finally:
+            self.lanes = 1
+        return True
+
+    # Buffers ----------------------------------------------------------------------------------------------------
+
+    def _alloc(self, stmt: Alloc) -> None:
+        buffer = stmt.buffer
+        if self.lanes > 1:
+            raise NotVectorizable
+        size = static_bytes(buffer)
+        fits = size is not None and size <= _STACK_BUFFER and self._stack_bytes + size <= 4 * _STACK_BUFFER
+        if size is not None and fits:
+            self._stack_bytes += size
+            memory = scalar_type(buffer.dtype).memory
+            align = max(self.b.target.vector_bits // 8, 16)
+            name = f"%{self.b.fresh('buf')}"
+            count = max(1, size // byte_size(buffer.dtype))
+            self.b.emit_entry(f"{name} = alloca [{count} x {memory}], align {align}")
+            self.pointers[buffer] = Pointer(name, align, private=True)
+        else:
+            self.pointers[buffer] = self._workspace(buffer)
+        self.stmt(stmt.body)
+
+    def _workspace(self, buffer: Buffer) -> Pointer:
+        """A place in the workspace; inside a parallel loop one for each iteration."""
+        if not self.workspace_pointer:
+            raise CodegenError(f"internal error: no workspace for buffer {buffer.name!r}")
+        size: Expr = const(byte_size(buffer.dtype))
+        for dim in buffer.shape:
+            size = Binary("mul", size, as_expr(dim))
+        size = simplify(Binary("mul", Binary("floordiv", Binary("add", size, const(63)), const(64)), const(64)))
+        offset = self.index(as_expr(self.workspace))
+        total = size
+        if self.parallel is not None and self.parallel_index is not None:
+            offset = offset + self._product(self.index(size), self.parallel_index)
+            total = Binary("mul", size, self.parallel)
+        self.workspace = simplify_dim(Binary("add", as_expr(self.workspace), total))
+        at = self.materialize(offset)
+        ref = self.b.result(f"getelementptr inbounds i8, ptr {self.workspace_pointer}, {at.typed}", "ptr").ref
+        return Pointer(ref, 64, private=True)
+
+    # Threads ----------------------------------------------------------------------------------------------------
+
+    def _parallel(self, loop: For, extent: Linear) -> None:
+        """Outline the body as a function of a range of iterations, and hand it to the runtime's thread pool."""
+        uses = _Uses(loop.body)
+        captured = [var for var in uses.free if var in self.env and self.env[var].value is None]
+        buffers = [buffer for buffer in uses.buffers if buffer in self.pointers]
+        values = [self.materialize(self.env[var]) for var in captured]
+        pointers = [Value(self.pointers[b].ref, "ptr") for b in buffers] + [Value(self.frame, "ptr")]
+        if self.workspace_pointer:
+            pointers.append(Value(self.workspace_pointer, "ptr"))
+        fields = [*pointers, *values]
+        struct = f"{{ {', '.join(f.type for f in fields)} }}"
+        name = f"{self.symbol}.loop{self.b.fresh('')}"
+        self._outline(name, struct, loop, extent, buffers, captured, fields)
+        self._call_pool(name, struct, fields, extent)
+
+    def _call_pool(self, name: str, struct: str, fields: list[Value], extent: Linear) -> None:
+        b = self.b
+        closure = f"%{b.fresh('closure')}"
+        b.emit_entry(f"{closure} = alloca {struct}, align 8")
+        for number, field in enumerate(fields):
+            slot = b.result(f"getelementptr inbounds {struct}, ptr {closure}, i32 0, i32 {number}", "ptr")
+            b.emit(f"store {field.typed}, ptr {slot.ref}")
+        api_slot = b.result(f"getelementptr inbounds {FRAME}, ptr {self.frame}, i32 0, i32 1", "ptr")
+        api = b.result(f"load ptr, ptr {api_slot.ref}", "ptr")
+        call_slot = b.result(f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 1", "ptr")
+        function = b.result(f"load ptr, ptr {call_slot.ref}", "ptr")
+        count = self._widen(self.materialize(extent))
+        args = f"ptr {self.frame}, ptr @{name}, ptr {closure}, {count.typed}"
+        status = b.result(f"call i32 {function.ref}({args})", "i32")
+        failed, go_on = b.fresh("failed"), b.fresh("ok")
+        b.branch(b.compare("icmp ne", status, b.const(0, "i32")), failed, go_on)
+        b.label(failed)
+        b.emit(f"ret {status.typed}")
+        b.label(go_on)
+
+    def _outline(
+        self, name: str, struct: str, loop: For, extent: Linear, buffers: list[Buffer], captured: list[Var],
+        fields: list[Value],
+    ) -> None:  # fmt: skip
+        inner = KernelEmitter(self.module, self.symbol)
+        inner.parallel, inner.workspace = loop.extent, self.workspace
+        for var, form in self.env.items():
+            if form.value is not None:
+                inner.env[var] = form
+        params = [f"{f.type}{' noalias' if f.type == 'ptr' else ''} %arg.c{i}" for i, f in enumerate(fields)]
+        for number, buffer in enumerate(buffers):
+            inner.pointers[buffer] = self.pointers[buffer]._replace(ref=f"%arg.c{number}")
+        inner.frame = f"%arg.c{len(buffers)}"
+        if self.workspace_pointer:
+            inner.workspace_pointer = f"%arg.c{len(buffers) + 1}"
+        first = len(fields) - len(captured)
+        for number, var in enumerate(captured):
+            value = Value(f"%arg.c{first + number}", fields[first + number].type)
+            inner.env[var] = Linear.atom(value)
+            inner.known[value] = self.env[var].bounds(self.known)
+        begin = inner.b.convert("trunc", Value("%arg.begin", "i64"), inner.b.index_type)
+        end = inner.b.convert("trunc", Value("%arg.end", "i64"), inner.b.index_type)
+        inner.known[begin] = (0, None)
+        inner.known[end] = (0, extent.bounds(self.known)[1])
+        inner.run_parallel(loop, Linear.atom(begin), Linear.atom(end))
+        self.workspace = inner.workspace
+        inner.b.emit("ret i32 0")
+        types = ", ".join([*params, "i64 %arg.begin", "i64 %arg.end"])
+        attributes = self.module.attributes
+        self.module.add(inner.b.finish(f"define internal i32 @{name}.body({types}) {attributes}"))
+        self.module.add(self._trampoline(name, struct, fields))
+
+    def run_parallel(self, loop: For, begin: Linear, end: Linear) -> None:
+        """The iterations [begin, end) of a parallel loop, in this function."""
+
+        def body() -> None:
+            self.parallel_index = self.env[loop.var]
+            self.stmt(loop.body)
+
+        self._serial(loop.var, end, body, start=begin)
+
+    def _trampoline(self, name: str, struct: str, fields: list[Value]) -> str:
+        """`kedge_loop_body`: takes the closure apart. The body's pointers are arguments, so they do not alias."""
+        b = FunctionBuilder(self.module)
+        loaded = []
+        for number, field in enumerate(fields):
+            slot = b.result(f"getelementptr inbounds {struct}, ptr %closure, i32 0, i32 {number}", "ptr")
+            loaded.append(b.result(f"load {field.type}, ptr {slot.ref}", field.type))
+        args = [*loaded, Value("%begin", "i64"), Value("%end", "i64")]
+        status = b.call(f"{name}.body", Value("", "i32"), args)
+        b.emit(f"ret {status.typed}")
+        head = f"define internal i32 @{name}(ptr %closure, i64 %begin, i64 %end) {self.module.attributes}"
+        return b.finish(head)

@@ -1,0 +1,391 @@
+"""From a scheduled function to plain loops: what is done in the tensor IR before any LLVM.
+
+blocks     a block's iteration variables are replaced by their bindings; its init moves in front of the loops
+           that reduce, or is guarded by "first iteration"; its predicate becomes an `If`
+versions   where the predicate of a tile provably holds, the tile runs without it: the same loops once without
+           and once with their conditions, chosen by one comparison per tile
+places     a buffer that lives only in a function gets the smallest scope that holds all its uses, so that each
+           version has registers of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const, eq, logical_and
+from kedge.compiler.tir.simplify import over, prove, simplify, simplify_stmt
+from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import (
+    free_vars,
+    loads,
+    map_stmt_children,
+    seq,
+    stmt_children,
+    stores,
+    substitute,
+    substitute_expr,
+    walk_stmt,
+)
+
+#: A serial loop is looked through for the worst case of a predicate only if it is this short.
+_SHORT = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alloc(Stmt):
+    """`body` with `buffer` alive inside it only; its contents are undefined at the start."""
+
+    buffer: Buffer
+    body: Stmt
+
+
+def statements_of(stmt: Stmt) -> tuple[Stmt, ...]:
+    """The direct sub-statements, in order, of a statement that may be an `Alloc`."""
+    return (stmt.body,) if isinstance(stmt, Alloc) else stmt_children(stmt)
+
+
+def prepare(func: PrimFunc) -> Stmt:
+    """The body of `func` without blocks, simplified, versioned, with an `Alloc` around the uses of each buffer."""
+    body = simplify_stmt(_drop_empty(lower_blocks(func.body)))
+    body = simplify_stmt(version_tiles(_drop_empty(body)))
+    return place_allocs(_drop_empty(body), func.allocs)
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------
+
+
+def lower_blocks(stmt: Stmt) -> Stmt:
+    """`stmt` without blocks."""
+    if isinstance(stmt, For):
+        split = _split_init(stmt)
+        if split is not None:
+            init, rest = split
+            return seq(lower_blocks(init), lower_blocks(rest))
+    if isinstance(stmt, Block):
+        return _lower_block(stmt)
+    return map_stmt_children(stmt, lower_blocks)
+
+
+def _lower_block(block: Block) -> Stmt:
+    mapping: dict[Var, Expr] = {it.var: b for it, b in zip(block.iters, block.bindings, strict=True)}
+    body = block.body
+    if block.init is not None:
+        first = [eq(it.var, 0) for it in block.iters if it.kind == "reduce"]
+        guarded: Stmt = If(logical_and(*first), block.init) if first else block.init
+        body = seq(guarded, body)
+    # Inner blocks may use this block's variables, so they are lowered after the substitution.
+    body = lower_blocks(substitute(body, mapping))
+    predicate = block.predicate
+    if isinstance(predicate, Const) and predicate.value:
+        return body
+    return If(substitute_expr(predicate, mapping), body)
+
+
+def _split_init(loop: For) -> tuple[Stmt, Stmt] | None:
+    """`loop`, the outermost of a perfect nest that reduces, as (nest that initialises, nest without init)."""
+    chain, block = _perfect_nest(loop)
+    if block is None or block.init is None:
+        return None
+    own = {one.var for one in chain}
+    pairs = list(zip(block.iters, block.bindings, strict=True))
+    reduce_vars = {v for it, b in pairs if it.kind == "reduce" for v in free_vars(b)}
+    # A reduction loop outside this nest would initialise again in each of its iterations.
+    if loop.var not in reduce_vars or not reduce_vars <= own:
+        return None
+    if any(v in reduce_vars for it, b in pairs if it.kind == "spatial" for v in free_vars(b)):
+        return None
+    spatial, mixed = _split_predicate(block.predicate, reduce_vars)
+    if mixed:
+        return None
+    keep = [it for it in block.iters if it.kind == "spatial"]
+    init: Stmt = Block(
+        f"{block.name}_init", tuple(keep), tuple(b for it, b in pairs if it.kind == "spatial"), (), block.writes,
+        block.init, None, logical_and(*spatial),
+    )  # fmt: skip
+    for one in reversed(chain):
+        if one.var not in reduce_vars:
+            fresh = replace(one.var)
+            init = replace(one, var=fresh, body=substitute(init, {one.var: fresh}))
+    rest: Stmt = replace(block, init=None)
+    for one in reversed(chain):
+        rest = replace(one, body=rest)
+    return init, rest
+
+
+def _perfect_nest(loop: For) -> tuple[list[For], Block | None]:
+    chain: list[For] = []
+    stmt: Stmt = loop
+    while isinstance(stmt, For):
+        chain.append(stmt)
+        stmt = stmt.body
+    return chain, stmt if isinstance(stmt, Block) else None
+
+
+def _split_predicate(predicate: Expr, reduce_vars: set[Var]) -> tuple[list[Expr], bool]:
+    """The conjuncts without reduction variables, and whether some conjunct mixes both kinds."""
+    spatial, mixed = [], False
+    for conjunct in conjuncts(predicate):
+        used = set(free_vars(conjunct))
+        if not used & reduce_vars:
+            spatial.append(conjunct)
+        elif used - reduce_vars:
+            mixed = True
+    return spatial, mixed
+
+
+def conjuncts(condition: Expr) -> Iterator[Expr]:
+    """The terms of a conjunction, without those that are literally true."""
+    if isinstance(condition, Binary) and condition.op == "and":
+        yield from conjuncts(condition.a)
+        yield from conjuncts(condition.b)
+    elif not (isinstance(condition, Const) and condition.value):
+        yield condition
+
+
+def _drop_empty(stmt: Stmt) -> Stmt:
+    """`stmt` without loops and branches that do nothing; `Seq(())` if nothing is left."""
+    new = map_stmt_children(stmt, _drop_empty)
+    match new:
+        case Seq(stmts=stmts):
+            kept = tuple(s for s in stmts if not _is_empty(s))
+            return new if len(kept) == len(stmts) else seq(*kept) if kept else Seq(())
+        case For(body=body) if _is_empty(body):
+            return Seq(())
+        case If(then=then, orelse=orelse) if _is_empty(then) and (orelse is None or _is_empty(orelse)):
+            return Seq(())
+    return new
+
+
+def _is_empty(stmt: Stmt) -> bool:
+    return isinstance(stmt, Seq) and not stmt.stmts
+
+
+# Versions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claim:
+    """A conjunct of some predicate below: where `sure` holds, every instance of `conjunct` does."""
+
+    conjunct: Expr
+    sure: Expr
+    depth: int  # of the innermost loop that `sure` depends on; 0: none
+
+
+def version_tiles(stmt: Stmt) -> Stmt:
+    """`stmt` with each tile once without its predicates, where they provably hold, and once with them."""
+    claims = list(_claims(stmt, []))
+    if not claims:
+        return stmt
+    depth = max(claim.depth for claim in claims)
+    return _version(stmt, depth, 0, ())
+
+
+def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
+    """Put the choice between versions right under the loop at `depth`, in every nest that has one."""
+    if level < depth:
+        if isinstance(stmt, For):
+            body = _version(stmt.body, depth, level + 1, (*path, stmt))
+            return stmt if body is stmt.body else replace(stmt, body=body)
+        return map_stmt_children(stmt, lambda child: _version(child, depth, level, path))
+    found = [claim for claim in _claims(stmt, list(path)) if claim.depth <= depth]
+    if not found:
+        return stmt
+    ranges = {loop.var: over(loop.extent) for loop in path}
+    sure: dict[object, Expr] = {}
+    for claim in found:
+        simple = simplify(claim.sure, ranges)
+        sure.setdefault(expr_key(simple), simple)
+    condition = logical_and(*sure.values())
+    if any(isinstance(term, Const) and not term.value for term in sure.values()):
+        return stmt
+    dropped = {id(claim.conjunct) for claim in found}
+    return If(condition, _without(stmt, dropped), stmt)
+
+
+def _claims(stmt: Stmt, path: list[For]) -> Iterator[_Claim]:
+    """The conjuncts of every `If` below whose worst case depends on fewer loops than they do."""
+    if isinstance(stmt, For):
+        yield from _claims(stmt.body, [*path, stmt])
+        return
+    if isinstance(stmt, If) and stmt.orelse is None:
+        for conjunct in conjuncts(stmt.condition):
+            claim = _claim(conjunct, path)
+            if claim is not None:
+                yield claim
+    for child in stmt_children(stmt):
+        yield from _claims(child, path)
+
+
+def _claim(conjunct: Expr, path: list[For]) -> _Claim | None:
+    if not (isinstance(conjunct, Binary) and conjunct.op in ("lt", "le", "gt", "ge")) or conjunct.a.dtype != "int64":
+        return None
+    used = set(free_vars(conjunct))
+    inside = [loop for loop in path if loop.var in used]
+    eliminated: dict[Var, int] = {}
+    for loop in reversed(inside):
+        if not isinstance(loop.extent, Const):
+            break
+        extent = int(loop.extent.value)
+        if loop.kind not in ("vectorized", "unrolled") and (extent > _SHORT or len(eliminated) == len(inside) - 1):
+            break
+        eliminated[loop.var] = extent
+    sure = _worst_case(conjunct, eliminated)
+    if sure is None:
+        return None
+    rest = set(free_vars(sure))
+    depth = max((i + 1 for i, loop in enumerate(path) if loop.var in rest), default=0)
+    # Directly around the predicate a version would save nothing over the predicate itself.
+    return _Claim(conjunct, sure, depth) if depth < len(path) else None
+
+
+def _worst_case(conjunct: Binary, eliminated: Mapping[Var, int]) -> Expr | None:
+    """A condition without the eliminated variables that implies `conjunct` for all their values, if it is affine."""
+    small, large = (conjunct.a, conjunct.b) if conjunct.op in ("lt", "le") else (conjunct.b, conjunct.a)
+    slack: Expr = Binary("sub", large, small)
+    for var, extent in eliminated.items():
+        step = _coefficient(slack, var)
+        if step is None:
+            return None
+        slack = substitute_expr(slack, {var: const(0 if step >= 0 else extent - 1)})
+    return Binary("gt" if conjunct.op in ("lt", "gt") else "ge", slack, const(0))
+
+
+def _coefficient(expr: Expr, var: Var) -> int | None:
+    """The constant by which an int64 expression grows with `var`, or None if it is not affine in it."""
+    match expr:
+        case Const():
+            return 0
+        case Var():
+            return 1 if expr is var else 0
+        case Binary(op="add" | "sub", a=a, b=b):
+            x, y = _coefficient(a, var), _coefficient(b, var)
+            if x is None or y is None:
+                return None
+            return x + y if expr.op == "add" else x - y
+        case Binary(op="mul", a=a, b=b):
+            for side, other in ((a, b), (b, a)):
+                if isinstance(other, Const):
+                    inner = _coefficient(side, var)
+                    return None if inner is None else inner * int(other.value)
+    return None if var in free_vars(expr) else 0
+
+
+def _without(stmt: Stmt, dropped: set[int]) -> Stmt:
+    """`stmt` with those conjuncts (by identity) taken for true."""
+    if isinstance(stmt, If) and stmt.orelse is None:
+        terms = [term for term in conjuncts(stmt.condition) if id(term) not in dropped]
+        then = _without(stmt.then, dropped)
+        return If(logical_and(*terms), then) if terms else then
+    return map_stmt_children(stmt, lambda child: _without(child, dropped))
+
+
+# Places ---------------------------------------------------------------------------------------------------------
+
+
+def place_allocs(stmt: Stmt, buffers: Iterable[Buffer]) -> Stmt:
+    """`stmt` with an `Alloc` for each buffer that it uses, as far inside as the buffer's life allows."""
+    used = set(_used_buffers(stmt))
+    return _place(stmt, [buffer for buffer in buffers if buffer in used])
+
+
+def _used_buffers(stmt: Stmt) -> Iterator[Buffer]:
+    for store in stores(stmt):
+        yield store.buffer
+    for load in loads(stmt):
+        yield load.buffer
+
+
+def _place(stmt: Stmt, buffers: list[Buffer]) -> Stmt:
+    if not buffers:
+        return stmt
+    here: list[Buffer] = []
+    match stmt:
+        case Seq(stmts=stmts):
+            uses = [set(_used_buffers(s)) for s in stmts]
+            here = [b for b in buffers if sum(b in use for use in uses) > 1]
+            new = tuple(
+                _place(s, [b for b in buffers if b in use and b not in here])
+                for s, use in zip(stmts, uses, strict=True)
+            )
+            stmt = Seq(new)
+        case If(condition=condition, then=then, orelse=orelse):
+            in_condition = {load.buffer for load in loads(condition)}
+            here = [b for b in buffers if b in in_condition]
+            rest = [b for b in buffers if b not in here]
+            stmt = If(condition, place_allocs(then, rest), None if orelse is None else place_allocs(orelse, rest))
+        case For():
+            inner = [b for b in buffers if _dies_in_iteration(b, stmt)]
+            here = [b for b in buffers if b not in inner]
+            stmt = replace(stmt, body=_place(stmt.body, inner))
+        case _:
+            here = buffers
+    for buffer in reversed(here):
+        stmt = Alloc(buffer, stmt)
+    return stmt
+
+
+def _dies_in_iteration(buffer: Buffer, loop: For) -> bool:
+    """Whether every iteration overwrites the whole buffer before it reads any of it."""
+    if any(loop.var in free_vars(i) for node in walk_stmt(loop.body) for i in _indices(node, buffer)):
+        return False
+    return _overwrites(loop.body, buffer)
+
+
+def _indices(stmt: Stmt, buffer: Buffer) -> Iterator[Expr]:
+    if isinstance(stmt, Store) and stmt.buffer is buffer:
+        yield from stmt.indices
+
+
+def _overwrites(stmt: Stmt, buffer: Buffer) -> bool:
+    """Whether the first use of `buffer` under `stmt` stores every element of it."""
+    loops: list[For] = []
+    while True:
+        match stmt:
+            case Seq(stmts=stmts):
+                first = next((s for s in stmts if buffer in set(_used_buffers(s))), None)
+                if first is None:
+                    return False
+                stmt = first
+            case For():
+                loops.append(stmt)
+                stmt = stmt.body
+            case If(then=then, orelse=orelse) if orelse is not None and not loops:
+                return _overwrites(then, buffer) and _overwrites(orelse, buffer)
+            case Store():
+                return stmt.buffer is buffer and buffer not in {
+                    load.buffer for load in loads(stmt)
+                } and _covers(stmt, loops)  # fmt: skip
+            case _:
+                return False
+
+
+def _covers(store: Store, loops: list[For]) -> bool:
+    """Whether `store` under `loops` reaches every element of its (static) buffer: a mixed-radix count from 0."""
+    inner = {loop.var: loop for loop in loops}
+    flat: Expr = const(0)
+    size = 1
+    for index, dim in zip(store.indices, store.buffer.shape, strict=True):
+        if not isinstance(dim, int):
+            return False
+        flat = Binary("add", Binary("mul", flat, const(dim)), index)
+        size *= dim
+    if any(v not in inner for v in free_vars(flat)):
+        return False
+    zero = substitute_expr(flat, {v: const(0) for v in free_vars(flat)})
+    if not prove(eq(zero, 0)):
+        return False
+    digits: list[tuple[int, int]] = []
+    for var in free_vars(flat):
+        step, extent = _coefficient(flat, var), inner[var].extent
+        if step is None or not isinstance(extent, Const):
+            return False
+        digits.append((step, int(extent.value)))
+    reached = 1
+    for weight, base in sorted(digits):
+        if weight != reached:
+            return False
+        reached *= base
+    return reached == size
