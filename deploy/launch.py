@@ -168,6 +168,8 @@ def become_agent(home: str, config: dict[str, Any], tell: int) -> None:
         os.write(lock, b"%d" % os.getpid())
         # The lock belongs to the agent from now on, and not to the runners that it starts.
         os.set_inheritable(lock, True)
+        if os.path.exists(path(home, "agent.log")):
+            os.replace(path(home, "agent.log"), path(home, "agent.log.1"))
         null = os.open(os.devnull, os.O_RDONLY)
         log = os.open(path(home, "agent.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for target, source in ((0, null), (1, log), (2, log)):

@@ -22,7 +22,7 @@ from kedge.deploy.emulated.userland import fetch_userland
 from kedge.deploy.errors import EmulationError
 
 _USER = "board"
-_START_TIMEOUT_S = 30.0
+_BINFMT = Path("/proc/sys/fs/binfmt_misc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class EmulatedBoard:
         lacking = [tool for tool in ("apt-get", "dpkg-deb", "tar") if shutil.which(tool) is None]
         if lacking:
             return f"{' and '.join(lacking)} not found: emulated boards are built from Debian packages"
-        registered = Path("/proc/sys/fs/binfmt_misc") / machine.binfmt
+        registered = _BINFMT / machine.binfmt
         if not registered.exists():
             return (
                 f"{machine.words} programs cannot be run on this machine: "

@@ -165,6 +165,8 @@ def first_process(listener: socket.socket, config: dict[str, Any], unprivileged:
     """Process 1 of the board: mounts, then accepts SSH connections for ever."""
     # If the supervisor dies in any way, so does the board.
     check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    # What is mounted from here on lives and dies with this process, and not with the supervisor.
+    check(_libc.unshare(CLONE_NEWNS), "unshare")
     root = build_root(config["userland"], config["memory"], config["size_mb"], unprivileged)
     mount_devices(root)
     mount_proc(root, config["cpuinfo"])

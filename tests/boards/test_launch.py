@@ -1,0 +1,285 @@
+"""`launch.py`, the board's side of a deployment, with stand-in agents on this machine: real processes, real locks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kedge.deploy import agent_main, launch
+
+OBEDIENT = """
+    import signal, sys
+    print("up", *sys.argv[1:], flush=True)
+    signal.pause()
+"""
+
+STUBBORN = """
+    import signal, subprocess, sys
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    print("child", child.pid, flush=True)
+    signal.pause()
+"""
+
+CRASHING = """
+    import sys
+    print("about to fail", flush=True)
+    sys.exit("no tracker for me")
+"""
+
+
+def call(*arguments: str, timeout: float = 20) -> subprocess.CompletedProcess[str]:
+    """As the host does it: the script comes through standard input."""
+    script = Path(launch.__file__).read_text()
+    command = [sys.executable, "-", *arguments]
+    return subprocess.run(command, input=script, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "share" / "kedge-agent"
+    assert call("setup", str(folder)).returncode == 0
+    yield folder
+    call("stop", str(folder))
+
+
+def install(home: Path, agent: str, *arguments: str) -> None:
+    with zipfile.ZipFile(home / "agent.pyz", "w") as archive:
+        archive.writestr("__main__.py", textwrap.dedent(agent))
+    (home / "site-0").mkdir(exist_ok=True)
+    config = {"python": sys.executable, "site": "site-0", "name": "n", "tracker": "t:1", "arguments": list(arguments)}
+    (home / "agent.json").write_text(json.dumps(config))
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that nobody has collected yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def started(home: Path) -> int:
+    done = call("start", str(home))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(done.stdout)
+
+
+def follow(file: Path) -> subprocess.Popen[str]:
+    command = ["tail", "-c", "+1", "-F", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def wait_for_log(home: Path, text: str) -> str:
+    """Blocks until the agent has written `text`; the log grows by its writes only."""
+    with subprocess.Popen(
+        ["tail", "-n", "+1", "-F", home / "agent.log"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as f:
+        assert f.stdout is not None
+        lines = ""
+        for line in f.stdout:
+            lines += line
+            if text in line:
+                break
+        f.terminate()
+    return lines
+
+
+def test_an_agent_is_detached_told_apart_and_stopped(home: Path) -> None:
+    install(home, OBEDIENT, "--name=x y", "$HOME")
+    pid = started(home)
+    assert "up --name=x y $HOME" in wait_for_log(home, "up")
+    assert os.getsid(pid) not in (os.getsid(0), 0)
+    assert str(Path(f"/proc/{pid}/fd/0").readlink()) == os.devnull
+    state = json.loads(call("status", str(home)).stdout)
+    assert state == {"installed": True, "pid": pid, "name": "n", "tracker": "t:1"}
+    assert call("stop", str(home)).stdout == ""
+    assert not alive(pid)
+    assert json.loads(call("status", str(home)).stdout)["pid"] is None
+
+
+def test_the_lock_and_not_the_number_tells_whether_it_runs(home: Path) -> None:
+    install(home, OBEDIENT)
+    # A stale file that names a process which is not ours must neither be believed nor killed.
+    (home / "agent.lock").write_text(str(os.getpid()))
+    assert json.loads(call("status", str(home)).stdout)["pid"] is None
+    assert call("stop", str(home)).returncode == 0
+
+
+def test_a_second_start_is_refused(home: Path) -> None:
+    install(home, OBEDIENT)
+    pid = started(home)
+    again = call("start", str(home))
+    assert again.returncode == launch.EXIT_RUNNING
+    assert "already" in again.stdout
+    assert alive(pid)
+
+
+def test_of_parallel_starts_one_wins(home: Path) -> None:
+    install(home, OBEDIENT)
+    script = Path(launch.__file__).read_text()
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, "start", str(home)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [racer.communicate(timeout=20)[0].strip() for racer in racers]
+    winners = [racer for racer in racers if racer.returncode == 0]
+    assert len(winners) == 1, said
+
+
+def test_one_that_ignores_sigterm_is_killed_with_its_children(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(home, STUBBORN)
+    pid = started(home)
+    child = int(wait_for_log(home, "child").split()[1])
+    script = Path(launch.__file__).read_text().replace("STOP_GRACE_S = 10", "STOP_GRACE_S = 1")
+    command = [sys.executable, "-", "stop", str(home)]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=20, check=True)
+    assert "ignored SIGTERM" in done.stdout
+    assert not alive(pid)
+    assert not alive(child)
+
+
+def test_children_left_by_a_killed_agent_are_killed_too(home: Path) -> None:
+    install(home, STUBBORN)
+    pid = started(home)
+    child = int(wait_for_log(home, "child").split()[1])
+    os.kill(pid, signal.SIGKILL)
+    assert call("stop", str(home)).returncode == 0
+    assert not alive(child)
+
+
+def test_waiting_ends_with_the_agent_and_shows_its_log(home: Path) -> None:
+    install(home, CRASHING)
+    started(home)
+    (home / "launch.py").write_bytes(Path(launch.__file__).read_bytes())
+    with subprocess.Popen(
+        [sys.executable, home / "launch.py", "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as waiter:
+        assert waiter.stdout is not None
+        log = waiter.stdout.read()
+    assert "about to fail" in log
+    assert "no tracker for me" in log
+
+
+def test_waiting_ends_when_nobody_waits_any_more(home: Path) -> None:
+    install(home, OBEDIENT)
+    pid = started(home)
+    (home / "launch.py").write_bytes(Path(launch.__file__).read_bytes())
+    with subprocess.Popen([sys.executable, home / "launch.py", "wait"], stdin=subprocess.PIPE) as waiter:
+        assert waiter.stdin is not None
+        waiter.stdin.close()
+        assert waiter.wait(20) == 0
+    assert alive(pid)
+
+
+def test_a_program_that_is_missing_is_told(home: Path) -> None:
+    install(home, OBEDIENT)
+    config = json.loads((home / "agent.json").read_text()) | {"python": "/nowhere/python"}
+    (home / "agent.json").write_text(json.dumps(config))
+    done = call("start", str(home))
+    assert done.returncode == 1
+    assert "/nowhere/python" in done.stdout
+
+
+def test_removal_leaves_no_trace(tmp_path: Path, home: Path) -> None:
+    install(home, OBEDIENT)
+    pid = started(home)
+    assert call("remove", str(home)).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    assert not alive(pid)
+    assert call("remove", str(home)).returncode == launch.EXIT_NOT_RUNNING
+
+
+def test_removal_keeps_directories_that_others_use(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "share" / "theirs").touch()
+    assert call("remove", str(home)).returncode == 0
+    assert [path.name for path in (tmp_path / "share").iterdir()] == ["theirs"]
+
+
+def site_archive() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        info = tarfile.TarInfo("package/module.py")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"x = 1"))
+    return stream.getvalue()
+
+
+def test_a_site_is_unpacked_whole_or_not_at_all(home: Path) -> None:
+    data = site_archive()
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    (home / "site.tar.gz").write_bytes(data[:-1])
+    damaged = call("unpack", str(home), digest)
+    assert damaged.returncode == 1
+    assert "damaged" in damaged.stdout
+    assert not (home / f"site-{digest}").exists()
+    (home / "site.tar.gz").write_bytes(data)
+    assert call("unpack", str(home), digest).returncode == 0
+    assert (home / f"site-{digest}" / "package" / "module.py").read_text() == "x = 1"
+    told = json.loads(call("setup", str(home)).stdout)
+    assert told["sites"] == [f"site-{digest}"]
+
+
+def test_an_older_site_goes_when_the_new_one_is_used(home: Path) -> None:
+    install(home, OBEDIENT)
+    (home / "site-old").mkdir()
+    started(home)
+    assert sorted(path.name for path in home.glob("site*")) == ["site", "site-0"]
+
+
+def test_setup_tells_true_digests(home: Path) -> None:
+    (home / "kedge-runner").write_bytes(b"abc")
+    told = json.loads(call("setup", str(home)).stdout)["digests"]
+    assert told == {"kedge-runner": hashlib.sha256(b"abc").hexdigest()}
+
+
+def test_the_tracker_is_tried_from_the_board(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert call("reach", str(home), "127.0.0.1", port).returncode == 0
+    refused = call("reach", str(home), "127.0.0.1", port)
+    assert refused.returncode == launch.EXIT_UNREACHABLE
+    assert "refused" in refused.stdout
+
+
+def test_the_log_is_emptied_in_place_when_it_grows(home: Path) -> None:
+    """The rotation of the zipapp's own `__main__`, with a small limit and an agent that writes a lot."""
+    agent = (
+        "import signal, threading\n"
+        "def main():\n"
+        "    stop = threading.Event()\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
+        "    print('x' * 5000, flush=True)\n"
+        "    stop.wait()\n"
+        "    print('bye', flush=True)\n"
+    )
+    source = Path(agent_main.__file__).read_text()
+    source = source.replace("4 * 1024 * 1024", "1000").replace("CHECK_INTERVAL_S = 30", "CHECK_INTERVAL_S = 0.05")
+    install(home, "")
+    with zipfile.ZipFile(home / "agent.pyz", "w") as archive:
+        archive.writestr("__main__.py", source)
+        for package in ("kedge", "kedge/device_agent"):
+            archive.writestr(f"{package}/__init__.py", "")
+        archive.writestr("kedge/device_agent/__main__.py", agent)
+    started(home)
+    with subprocess.Popen(
+        ["tail", "-c", "+1", "-F", home / "agent.log.1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as f:
+        assert f.stdout is not None
+        assert f.stdout.read(5001) == b"x" * 5000 + b"\n"
+        f.terminate()
+    call("stop", str(home))
+    # Written after the file was emptied: at its start, not after a hole.
+    assert (home / "agent.log").read_bytes() == b"bye\n"
