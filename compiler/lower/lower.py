@@ -1,0 +1,232 @@
+"""From a fused graph to a program: one scheduled kernel per group, called in order over a planned arena."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from kedge.compiler.errors import CompileError
+from kedge.compiler.graph.bind import frozen
+from kedge.compiler.graph.cost import nbytes
+from kedge.compiler.graph.ir import Call, Constant, Function, Fused, Input, Item, Module, Param, TensorType, Value
+from kedge.compiler.graph.passes.fuse import VIEWS, make_group
+from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
+from kedge.compiler.lower.memory import Tenant, plan_memory
+from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
+from kedge.compiler.schedule.default import schedule_func
+from kedge.compiler.schedule.rules.rule import TargetModel
+from kedge.compiler.tir.expr import Dim, Expr
+from kedge.compiler.tir.stmt import Buffer, PrimFunc
+from kedge.compiler.tir.structural import canonical
+from kedge.rpc.errors import InputError
+
+
+def lower(module: Module, target: TargetModel) -> Program:
+    """The program of a module that went through `default_passes`.
+
+    Kernels that are structurally equal are compiled once. Parameters without data become inputs of the entries that
+    use them, after the declared inputs and in order of first use.
+
+    Raises:
+        CompileError: an operator has no lowering (the module was not legalized).
+    """
+    pool = _Kernels(target)
+    weights = _Weights(module)
+    entries = tuple(_EntryLowering(function, weights, pool).entry() for function in module.functions.values())
+    return Program(pool.scheduled(), entries, MappingProxyType(weights.arrays))
+
+
+def lower_prim_func(func: PrimFunc, target: TargetModel) -> Program:
+    """The program whose only entry calls `func`; inputs and outputs are named as its parameters."""
+    split = len(func.params) - func.n_outputs
+    inputs = tuple(_port(buffer) for buffer in func.params[:split])
+    outputs = tuple(_port(buffer) for buffer in func.params[split:])
+    bare = {id(dim) for port in inputs for dim in port.type.shape}
+    hidden = [var.name for var in func.symbols if id(var) not in bare]
+    if hidden:
+        raise CompileError(f"{func.name}: {', '.join(hidden)} is not a whole dim of any input")
+    slots = [Slot("input", port.type, index) for index, port in enumerate(inputs)]
+    slots += [Slot("output", port.type, index) for index, port in enumerate(outputs)]
+    step = Step(func.name, tuple(slots), func.symbols)
+    kernel = schedule_func(func, target)
+    entry = Entry(func.name, inputs, outputs, func.symbols, (step,), 0)
+    return Program(MappingProxyType({func.name: kernel}), (entry,))
+
+
+def _port(buffer: Buffer) -> Port:
+    return Port(buffer.name, TensorType(buffer.shape, buffer.dtype))
+
+
+class _Kernels:
+    """The kernels of a program, each once."""
+
+    def __init__(self, target: TargetModel) -> None:
+        self._target = target
+        self._by_form: dict[str, str] = {}
+        self._funcs: dict[str, PrimFunc] = {}
+        self._origins: dict[str, tuple[str, ...]] = {}
+
+    def add(self, value: Call | Fused) -> tuple[str, PrimFunc]:
+        """The name of the kernel that computes `value`, and the function under the symbols that `value` uses."""
+        group = as_group(value)
+        wanted = re.sub(r"\W", "_", kernel_name(value))
+        func = lower_group(group, wanted)
+        form = canonical(func)
+        name = self._by_form.get(form)
+        if name is None:
+            name = self._by_form[form] = self._unique(wanted)
+            self._funcs[name] = replace(func, name=name)
+        self._origins[name] = tuple(dict.fromkeys((*self._origins.get(name, ()), *group.origin)))
+        return name, func
+
+    def scheduled(self) -> Mapping[str, Kernel]:
+        """All kernels, scheduled for the target."""
+        kernels = {
+            name: schedule_func(func, self._target, origin=self._origins[name]) for name, func in self._funcs.items()
+        }
+        return MappingProxyType(kernels)
+
+    def _unique(self, wanted: str) -> str:
+        name, count = wanted, 0
+        while name in self._funcs:
+            count += 1
+            name = f"{wanted}_{count}"
+        return name
+
+
+class _Weights:
+    """Bound parameters and larger constants, in order of first use; equal constants are one."""
+
+    def __init__(self, module: Module) -> None:
+        self._params = module.params
+        self._constants: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+
+    def is_bound(self, param: Param) -> bool:
+        """Whether the data of a parameter is known."""
+        return param.name in self._params
+
+    def index(self, value: Param | Constant) -> int:
+        """The slot of a weight."""
+        name = value.name if isinstance(value, Param) else self._constant(value.data)
+        if name not in self.arrays:
+            assert isinstance(value, Param)  # constants are entered when they are named
+            self.arrays[name] = frozen(self._params[name])
+        return list(self.arrays).index(name)
+
+    def _constant(self, data: np.ndarray[Any, Any]) -> str:
+        key = (data.tobytes(), str(data.dtype), data.shape)
+        if key not in self._constants:
+            count = len(self._constants)
+            while (name := f"constant_{count}") in self.arrays or name in self._params:
+                count += 1
+            self._constants[key] = name
+            self.arrays[name] = frozen(data)
+        return self._constants[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A kernel call to be: what it reads (views resolved later), and the value it computes."""
+
+    kernel: str
+    func: PrimFunc
+    reads: tuple[Value, ...]
+    result: Value
+    output: int | None = None  # where a copy goes
+
+
+class _EntryLowering:
+    """Lowers one function."""
+
+    def __init__(self, function: Function, weights: _Weights, kernels: _Kernels) -> None:
+        self._function = function
+        self._weights = weights
+        self._kernels = kernels
+        self._ports = {value.name: Port(value.name, value.type) for value in function.inputs}
+        for value in function.values():
+            if isinstance(value, Param) and not weights.is_bound(value):
+                self._ports.setdefault(value.name, Port(value.name, value.type))
+        self._jobs: list[_Job] = []
+        self._written: dict[int, int] = {}  # results that live in the buffer of an output
+        self._offsets: dict[int, Dim] = {}
+
+    def entry(self) -> Entry:
+        """The lowered function."""
+        self._collect()
+        arena = self._plan()
+        function = self._function
+        outputs = tuple(
+            Port(name, value.type) for name, value in zip(function.output_names, function.outputs, strict=True)
+        )
+        steps = tuple(self._step(job) for job in self._jobs)
+        return Entry(function.name, tuple(self._ports.values()), outputs, function.symbols, steps, arena)
+
+    def _collect(self) -> None:
+        for value in self._function.values():
+            if isinstance(value, Item):
+                raise CompileError("operators with several results must be legalized before lowering")
+            if isinstance(value, Fused) or (isinstance(value, Call) and value.op not in VIEWS):
+                name, func = self._kernels.add(value)
+                self._jobs.append(_Job(name, func, as_group(value).inputs, value))
+        for index, value in enumerate(self._function.outputs):
+            base = _base(value)
+            if isinstance(base, (Call, Fused)) and id(base) not in self._written:
+                self._written[id(base)] = index
+            else:
+                self._copy(value, index)
+
+    def _copy(self, value: Value, index: int) -> None:
+        """An output that is an input, a weight, or another output once more."""
+        own = Input("p0", value.type)
+        copy = Call("identity", (own,), MappingProxyType({}), (value.type,))
+        name, func = self._kernels.add(copy)
+        self._jobs.append(_Job(name, func, (value,), make_group([copy]), index))
+
+    def _plan(self) -> Dim:
+        """Place what lives between kernels, and give the arena's size."""
+        last: dict[int, int] = {}
+        for position, job in enumerate(self._jobs):
+            for value in job.reads:
+                last[id(_base(value))] = position
+        kept: list[int] = []
+        tenants: list[Tenant] = []
+        for position, job in enumerate(self._jobs):
+            if job.output is None and id(job.result) not in self._written:
+                kept.append(id(job.result))
+                tenants.append(Tenant(nbytes(job.result.type), position, last.get(id(job.result), position)))
+        plan = plan_memory(tenants)
+        self._offsets = dict(zip(kept, plan.offsets, strict=True))
+        return plan.size
+
+    def _step(self, job: _Job) -> Step:
+        inputs = job.func.params[: len(job.reads)]
+        slots = [
+            replace(self._slot(_base(value)), type=TensorType(buffer.shape, buffer.dtype))
+            for value, buffer in zip(job.reads, inputs, strict=True)
+        ]
+        result = Slot("output", job.result.type, job.output) if job.output is not None else self._slot(job.result)
+        symbols: tuple[Expr, ...] = job.func.symbols
+        return Step(job.kernel, (*slots, result), symbols)
+
+    def _slot(self, base: Value) -> Slot:
+        if isinstance(base, Constant) or (isinstance(base, Param) and self._weights.is_bound(base)):
+            return Slot("weight", base.type, self._weights.index(base))
+        if isinstance(base, (Input, Param)):
+            if base.name not in self._ports:
+                raise InputError(f"{base.name!r} is not an input of {self._function.name}")
+            return Slot("input", base.type, list(self._ports).index(base.name))
+        if id(base) in self._written:
+            return Slot("output", base.type, self._written[id(base)])
+        return Slot("arena", base.type, offset=self._offsets[id(base)])
+
+
+def _base(value: Value) -> Value:
+    """The value whose memory `value` is: views share that of their operand."""
+    while isinstance(value, Call) and value.op in VIEWS:
+        value = value.inputs[0]
+    return value

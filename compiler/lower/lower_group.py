@@ -1,0 +1,77 @@
+"""A fused group, or an operator that stands alone, as one kernel: each operator's te lowering, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kedge.compiler import te
+from kedge.compiler.errors import CompileError
+from kedge.compiler.graph.cost import flops
+from kedge.compiler.graph.ir import Call, Constant, Fused, Value
+from kedge.compiler.graph.passes.fuse import make_group
+from kedge.compiler.ops import registry
+from kedge.compiler.tir.expr import const
+from kedge.compiler.tir.stmt import PrimFunc
+
+
+def as_group(value: Call | Fused) -> Fused:
+    """The value as a group: a lone call becomes a group of one."""
+    return value if isinstance(value, Fused) else make_group([value])
+
+
+def lower_group(group: Fused, name: str) -> PrimFunc:
+    """The kernel of a group: its parameters are the group's inputs and then its results, one block per te tensor.
+
+    `attrs` say where it comes from and what it does: `origin` (nodes of the user's model), `ops`, `kind` (the largest
+    fusion kind among them) and `flops` (a dim).
+
+    Raises:
+        CompileError: an operator has no lowering: the module was not legalized.
+    """
+    tensors: dict[int, te.Tensor] = {}
+    placeholders = [te.placeholder(own.type.shape, own.type.dtype, own.name) for own in group.body.inputs]
+    tensors.update((id(own), tensor) for own, tensor in zip(group.body.inputs, placeholders, strict=True))
+    calls: list[Call] = []
+    for value in group.body.values():
+        if isinstance(value, Constant):
+            tensors[id(value)] = _literal(value)
+        elif isinstance(value, Call):
+            calls.append(value)
+            tensors[id(value)] = _lower_call(value, tensors)
+    outputs = [tensors[id(value)] for value in group.body.outputs]
+    return te.create_prim_func([*placeholders, *outputs], name, _attrs(group, calls))
+
+
+def _lower_call(call: Call, tensors: Mapping[int, te.Tensor]) -> te.Tensor:
+    lower = registry.get(call.op).lower
+    if lower is None:
+        raise CompileError(
+            f"{call.op} (node {', '.join(call.origin) or 'without a name'}) has no lowering",
+            hint="run kedge.compiler.graph.passes.Legalize first",
+        )
+    return lower([tensors[id(operand)] for operand in call.inputs], call.attrs, call.types)[0]
+
+
+def _literal(value: Constant) -> te.Tensor:
+    """A tensor whose only element is a literal, which operators read without a buffer (see `ops.common.read`)."""
+    number = const(value.data.reshape(-1)[0].item(), value.type.dtype)
+    return te.compute(value.type.shape, lambda *_: number, name="literal")
+
+
+def _attrs(group: Fused, calls: list[Call]) -> Mapping[str, Any]:
+    kind = max(registry.get(call.op).kind for call in calls)
+    return {
+        "origin": group.origin,
+        "ops": tuple(call.op for call in calls),
+        "kind": kind.name.lower(),
+        "flops": flops(group),
+    }
+
+
+def kernel_name(value: Value) -> str:
+    """What the kernel of a value is called, before names are made unique: `fused_conv_add_relu`, `softmax`."""
+    if isinstance(value, Fused):
+        return f"fused_{value.body.name}"
+    assert isinstance(value, Call)  # nothing else is computed
+    return value.op
