@@ -1,0 +1,298 @@
+/* context.c: checking arguments, binding free dims, the arena, calling. */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "internal.h"
+
+enum { IDLE = -1, RUNNING = 0, CANCELLED = 1 }; /* of context.cancel; compiled code stops at anything but 0 */
+enum { HUGE_PAGE = 2 << 20 };
+
+struct kedge_context {
+  kedge_model *model;
+  kedge_team team;
+  _Atomic int32_t cancel;
+  void **inputs;
+  void **outputs;
+  int64_t *symbols;
+  uint8_t *arena;
+  uint64_t arena_size;
+};
+
+/* ---- Cancelling --------------------------------------------------------------------------------------------- */
+
+void kedge_arm(kedge_context *context) {
+  int32_t idle = IDLE; /* armed already: a cancel may have come before the call could begin, and it stays */
+  atomic_compare_exchange_strong(&context->cancel, &idle, RUNNING);
+}
+
+void kedge_disarm(kedge_context *context) { atomic_store(&context->cancel, IDLE); }
+
+bool kedge_is_cancelled(const kedge_context *context) {
+  return atomic_load_explicit(&context->cancel, memory_order_relaxed) == CANCELLED;
+}
+
+void kedge_cancel(kedge_context *context) {
+  int32_t running = RUNNING; /* an idle context stays idle: the next call is not this one */
+  if (context != NULL) atomic_compare_exchange_strong(&context->cancel, &running, CANCELLED);
+}
+
+/* ---- Creating ----------------------------------------------------------------------------------------------- */
+
+static int32_t allocate(kedge_context *context) {
+  int32_t inputs = 1, outputs = 1, symbols = 1;
+  const kedge_module_desc *module = context->model->module;
+  for (int32_t i = 0; i < module->n_functions; i++) {
+    const kedge_function_desc *f = module->functions[i];
+    if (f->n_inputs > inputs) inputs = f->n_inputs;
+    if (f->n_outputs > outputs) outputs = f->n_outputs;
+    if (f->n_symbols > symbols) symbols = f->n_symbols;
+  }
+  context->inputs = calloc((size_t)inputs, sizeof *context->inputs);
+  context->outputs = calloc((size_t)outputs, sizeof *context->outputs);
+  context->symbols = calloc((size_t)symbols, sizeof *context->symbols);
+  bool done = context->inputs != NULL && context->outputs != NULL && context->symbols != NULL;
+  return done ? KEDGE_OK : kedge_fail(KEDGE_E_MEMORY, "out of memory");
+}
+
+int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
+                             kedge_context **context) {
+  kedge_clear_error();
+  if (model == NULL || context == NULL || (options != NULL && options->struct_size < sizeof *options)) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "kedge_context_create: model and context are required");
+  }
+  *context = NULL;
+  if (device.device_type != kDLCPU) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "device type %d is not supported: this runtime runs on the CPU",
+                      device.device_type);
+  }
+  kedge_context *created = calloc(1, sizeof *created);
+  if (created == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
+  created->model = model;
+  kedge_model_retain(model);
+  kedge_disarm(created);
+  int32_t status = kedge_team_init(&created->team, options == NULL ? 0 : options->num_threads);
+  if (status == KEDGE_OK) status = allocate(created);
+  if (status != KEDGE_OK) {
+    kedge_context_destroy(created);
+    return status;
+  }
+  *context = created;
+  return KEDGE_OK;
+}
+
+void kedge_context_destroy(kedge_context *context) {
+  if (context == NULL) return;
+  kedge_close(context->model);
+  free(context->inputs);
+  free(context->outputs);
+  free(context->symbols);
+  free(context->arena);
+  free(context);
+}
+
+/* ---- Checking ----------------------------------------------------------------------------------------------- */
+
+typedef struct { /* where a tensor stands, for messages */
+  const kedge_function_desc *function;
+  const char *kind;
+  const kedge_port *port;
+  const DLTensor *tensor;
+} place;
+
+static int32_t wrong_shape(const place *at, const char *because) {
+  kedge_text text = {.used = 0};
+  for (int32_t d = 0; d < at->tensor->ndim && d < KEDGE_MAX_NDIM; d++) {
+    kedge_text_add(&text, "%s%lld", d > 0 ? ", " : "", (long long)at->tensor->shape[d]);
+  }
+  kedge_text_add(&text, "], expected [");
+  for (int32_t d = 0; d < at->port->ndim; d++) {
+    if (d > 0) kedge_text_add(&text, ", ");
+    kedge_expr_print(&at->port->shape[d], at->function->symbols, &text);
+  }
+  return kedge_fail(KEDGE_E_INPUT, "%s %s has shape [%s]%s", at->kind, at->port->name, text.data, because);
+}
+
+static int32_t check_type(const place *at) {
+  const DLTensor *tensor = at->tensor;
+  const DLDataType want = at->port->dtype, have = tensor->dtype;
+  if (want.code != have.code || want.bits != have.bits || want.lanes != have.lanes) {
+    kedge_text text = {.used = 0};
+    kedge_dtype_print(have, &text);
+    kedge_text_add(&text, ", expected ");
+    kedge_dtype_print(want, &text);
+    return kedge_fail(KEDGE_E_INPUT, "%s %s has dtype %s", at->kind, at->port->name, text.data);
+  }
+  if (tensor->ndim < 0 || (tensor->ndim > 0 && tensor->shape == NULL)) {
+    return kedge_fail(KEDGE_E_INPUT, "%s %s has no shape", at->kind, at->port->name);
+  }
+  return tensor->ndim == at->port->ndim ? KEDGE_OK : wrong_shape(at, "");
+}
+
+static int32_t check_shape(const place *at, const int64_t *symbols) {
+  for (int32_t d = 0; d < at->port->ndim; d++) {
+    int64_t want;
+    if (!kedge_expr_eval(&at->port->shape[d], symbols, &want)) return wrong_shape(at, ", which overflows");
+    if (want == at->tensor->shape[d] && want >= 0) continue;
+    kedge_text because = {.used = 0};
+    if (at->port->shape[d].n_ops > 1 || at->port->shape[d].ops[0].opcode == KEDGE_EXPR_SYMBOL) {
+      kedge_text_add(&because, ", which is %lld in dim %d", (long long)want, d);
+    }
+    return wrong_shape(at, because.used > 0 ? because.data : "");
+  }
+  return KEDGE_OK;
+}
+
+static int32_t check_data(const place *at, void **data) {
+  const DLTensor *tensor = at->tensor;
+  if (tensor->device.device_type != kDLCPU) {
+    return kedge_fail(KEDGE_E_INPUT, "%s %s is on device type %d, expected the CPU", at->kind, at->port->name,
+                      tensor->device.device_type);
+  }
+  if (!kedge_tensor_is_dense(tensor)) {
+    return kedge_fail(KEDGE_E_INPUT, "%s %s is strided, expected dense row-major", at->kind, at->port->name);
+  }
+  uint64_t bytes;
+  if (!kedge_tensor_bytes(tensor, &bytes)) {
+    return kedge_fail(KEDGE_E_MEMORY, "the size of %s %s overflows", at->kind, at->port->name);
+  }
+  uintptr_t address = (uintptr_t)tensor->data + (uintptr_t)tensor->byte_offset;
+  if (tensor->data == NULL && bytes > 0) {
+    return kedge_fail(KEDGE_E_INPUT, "%s %s has no data", at->kind, at->port->name);
+  }
+  if (bytes > 0 && address % (tensor->dtype.bits > 8 ? tensor->dtype.bits / 8u : 1u) != 0) {
+    return kedge_fail(KEDGE_E_INPUT, "%s %s is not aligned to its element size", at->kind, at->port->name);
+  }
+  *data = (void *)address;
+  return KEDGE_OK;
+}
+
+static int32_t bind_symbols(kedge_context *context, const kedge_function_desc *function, const DLTensor *args) {
+  for (int32_t i = 0; i < function->n_symbols; i++) {
+    const kedge_symbol *symbol = &function->symbols[i];
+    int64_t value = args[symbol->input].shape[symbol->dim];
+    if (value < symbol->lower || value > symbol->upper || value < 0) {
+      kedge_text range = {.used = 0};
+      kedge_text_add(&range, "at least %lld", (long long)symbol->lower);
+      if (symbol->upper != INT64_MAX) kedge_text_add(&range, " and at most %lld", (long long)symbol->upper);
+      return kedge_fail(KEDGE_E_INPUT, "dim %d of input %s (%s) is %lld, expected %s", symbol->dim,
+                        function->inputs[symbol->input].name, symbol->name, (long long)value, range.data);
+    }
+    context->symbols[i] = value;
+  }
+  return KEDGE_OK;
+}
+
+/* The function, with the dtypes and shapes of its arguments checked and its symbols bound. */
+static int32_t check_arguments(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args,
+                               const DLTensor *rets, int32_t n_rets, const kedge_function_desc **found) {
+  kedge_clear_error();
+  if (context == NULL || index < 0 || index >= context->model->module->n_functions) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "there is no function %d", index);
+  }
+  const kedge_function_desc *function = context->model->module->functions[index];
+  if (n_args != function->n_inputs || n_rets != function->n_outputs || (n_args > 0 && args == NULL) ||
+      (n_rets > 0 && rets == NULL)) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "function %s takes %d inputs and gives %d outputs, but was called with %d and %d",
+                      function->name, function->n_inputs, function->n_outputs, n_args, n_rets);
+  }
+  int32_t status = KEDGE_OK;
+  for (int32_t i = 0; i < n_args && status == KEDGE_OK; i++) {
+    status = check_type(&(place){function, "input", &function->inputs[i], &args[i]});
+  }
+  if (status == KEDGE_OK) status = bind_symbols(context, function, args);
+  for (int32_t i = 0; i < n_args && status == KEDGE_OK; i++) {
+    status = check_shape(&(place){function, "input", &function->inputs[i], &args[i]}, context->symbols);
+  }
+  *found = function;
+  return status;
+}
+
+static int32_t grow_arena(kedge_context *context, const kedge_function_desc *function) {
+  int64_t size;
+  if (!kedge_expr_eval(&function->arena_size, context->symbols, &size) || size < 0 || (uint64_t)size > PTRDIFF_MAX) {
+    return kedge_fail(KEDGE_E_MEMORY, "the memory that function %s needs for these shapes overflows", function->name);
+  }
+  if ((uint64_t)size <= context->arena_size) return KEDGE_OK;
+  free(context->arena);
+  context->arena = NULL;
+  context->arena_size = 0;
+  void *memory;
+  size_t alignment = size >= 2 * HUGE_PAGE ? HUGE_PAGE : KEDGE_ALIGNMENT;
+  if (posix_memalign(&memory, alignment, (size_t)size) != 0) {
+    return kedge_fail(KEDGE_E_MEMORY, "function %s needs an arena of %lld bytes: out of memory", function->name,
+                      (long long)size);
+  }
+  if (alignment == HUGE_PAGE) madvise(memory, (size_t)size, MADV_HUGEPAGE); /* fewer TLB misses; a wish, not a need */
+  context->arena = memory;
+  context->arena_size = (uint64_t)size;
+  return KEDGE_OK;
+}
+
+/* ---- Calling ------------------------------------------------------------------------------------------------ */
+
+int32_t kedge_infer(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                    int32_t n_rets) {
+  const kedge_function_desc *function;
+  int32_t status = check_arguments(context, index, args, n_args, rets, n_rets, &function);
+  for (int32_t i = 0; i < n_rets && status == KEDGE_OK; i++) {
+    const kedge_port *port = &function->outputs[i];
+    rets[i].ndim = port->ndim;
+    rets[i].dtype = port->dtype;
+    for (int32_t d = 0; d < port->ndim && status == KEDGE_OK; d++) {
+      if (!kedge_expr_eval(&port->shape[d], context->symbols, &rets[i].shape[d]) || rets[i].shape[d] < 0) {
+        status = kedge_fail(KEDGE_E_MEMORY, "dim %d of output %s overflows", d, port->name);
+      }
+    }
+  }
+  return status;
+}
+
+int32_t kedge_bind(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                   int32_t n_rets, kedge_frame *frame) {
+  const kedge_function_desc *function;
+  int32_t status = check_arguments(context, index, args, n_args, rets, n_rets, &function);
+  for (int32_t i = 0; i < n_args && status == KEDGE_OK; i++) {
+    status = check_data(&(place){function, "input", &function->inputs[i], &args[i]}, &context->inputs[i]);
+  }
+  for (int32_t i = 0; i < n_rets && status == KEDGE_OK; i++) {
+    place at = {function, "output", &function->outputs[i], &rets[i]};
+    status = check_type(&at);
+    if (status == KEDGE_OK) status = check_shape(&at, context->symbols);
+    if (status == KEDGE_OK) status = check_data(&at, &context->outputs[i]);
+  }
+  if (status == KEDGE_OK) status = grow_arena(context, function);
+  *frame = (kedge_frame){
+      .struct_size = sizeof *frame,
+      .api = &kedge_api,
+      .pool = &context->team,
+      .inputs = context->inputs,
+      .outputs = context->outputs,
+      .symbols = context->symbols,
+      .arena = context->arena,
+      .weights = context->model->weights,
+      .cancel = (const volatile int32_t *)&context->cancel,
+  };
+  return status;
+}
+
+int32_t kedge_enter(kedge_context *context, int32_t index, kedge_frame *frame) {
+  const kedge_function_desc *function = context->model->module->functions[index];
+  int32_t status = kedge_is_cancelled(context) ? KEDGE_E_CANCELLED : function->entry(frame);
+  if (status == KEDGE_OK) return status;
+  if (status == KEDGE_E_CANCELLED) return kedge_fail(status, "function %s was cancelled", function->name);
+  if (kedge_last_error()[0] != '\0') return status; /* who failed has said why */
+  return kedge_fail(status, "function %s failed: %s", function->name, kedge_status_name(status));
+}
+
+int32_t kedge_call(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                   int32_t n_rets) {
+  if (context == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "kedge_call: context is required");
+  kedge_frame frame;
+  kedge_arm(context);
+  int32_t status = kedge_bind(context, index, args, n_args, rets, n_rets, &frame);
+  if (status == KEDGE_OK) status = kedge_enter(context, index, &frame);
+  kedge_disarm(context);
+  return status;
+}

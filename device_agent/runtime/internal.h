@@ -1,0 +1,96 @@
+/* internal.h: what the files of the runtime tell each other. Nothing here is part of the ABI. */
+#ifndef KEDGE_INTERNAL_H_
+#define KEDGE_INTERNAL_H_
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kedge.h"
+
+#ifndef KEDGE_EXPOSE_INTERNALS /* tests look inside */
+#pragma GCC visibility push(hidden)
+#endif
+
+/* ---- error.c ------------------------------------------------------------------------------------------------ */
+/* Records the text for kedge_last_error and returns status. */
+int32_t kedge_fail(int32_t status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void kedge_clear_error(void);
+
+/* A line of text that is cut, never overrun. */
+typedef struct {
+  char data[512];
+  size_t used;
+} kedge_text;
+void kedge_text_add(kedge_text *text, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* ---- clock.c: the only place that asks for the time, so that tests can put another one in its place ---------- */
+int64_t kedge_now_ns(void);
+int64_t kedge_clock_resolution_ns(void);
+void kedge_sleep_ns(int64_t duration_ns);
+
+/* ---- sync.c: sleeping until a word changes ------------------------------------------------------------------- */
+void kedge_wait_while(_Atomic uint32_t *word, uint32_t value); /* may return early */
+void kedge_wake_one(_Atomic uint32_t *word);
+static inline void kedge_relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__) || defined(__arm__)
+  __asm__ volatile("yield" ::: "memory");
+#else
+  __asm__ volatile("" ::: "memory");
+#endif
+}
+
+/* ---- expr.c ------------------------------------------------------------------------------------------------- */
+/* Why a program cannot be evaluated with that many symbols, or NULL when it can. */
+const char *kedge_expr_check(const kedge_expr *expr, int32_t n_symbols);
+/* Evaluates a checked program; false on overflow or a division by zero. */
+bool kedge_expr_eval(const kedge_expr *expr, const int64_t *symbols, int64_t *value);
+/* Adds the program to text as people write it: "N*4". */
+void kedge_expr_print(const kedge_expr *expr, const kedge_symbol *symbols, kedge_text *text);
+
+/* ---- tensor.c ----------------------------------------------------------------------------------------------- */
+void kedge_dtype_print(DLDataType dtype, kedge_text *text);
+/* Bytes of a dense tensor; false when they overflow, or when a dim is negative. */
+bool kedge_tensor_bytes(const DLTensor *tensor, uint64_t *bytes);
+bool kedge_tensor_is_dense(const DLTensor *tensor);
+
+/* ---- module.c ----------------------------------------------------------------------------------------------- */
+struct kedge_model {
+  _Atomic int32_t references;
+  const kedge_module_desc *module;
+  const uint8_t *weights;
+  void *library; /* of dlopen, or NULL */
+  void *mapping; /* of mmap, or NULL */
+  size_t mapping_size;
+};
+void kedge_model_retain(kedge_model *model);
+/* Whether all of a comma-separated list of features is in another; else *missing holds those that are not. */
+bool kedge_has_features(const char *required, const char *available, kedge_text *missing);
+
+/* ---- pool.c ------------------------------------------------------------------------------------------------- */
+typedef struct { /* a context's share in the process's pool; kedge_frame.pool points to one */
+  int32_t num_threads;
+} kedge_team;
+/* Starts the threads that the team needs; num_threads 0 means as many as this process may use. */
+int32_t kedge_team_init(kedge_team *team, int32_t num_threads);
+int32_t kedge_usable_cpus(void);
+extern const kedge_runtime_api kedge_api;
+
+/* ---- context.c ---------------------------------------------------------------------------------------------- */
+/* From now on kedge_cancel holds for the next call too; a call arms and disarms by itself. */
+void kedge_arm(kedge_context *context);
+void kedge_disarm(kedge_context *context);
+bool kedge_is_cancelled(const kedge_context *context);
+/* Checks arguments and results, binds symbols, grows the arena: `frame` is ready to be entered. */
+int32_t kedge_bind(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                   int32_t n_rets, kedge_frame *frame);
+/* Enters a bound frame once. */
+int32_t kedge_enter(kedge_context *context, int32_t function, kedge_frame *frame);
+
+#ifndef KEDGE_EXPOSE_INTERNALS
+#pragma GCC visibility pop
+#endif
+#endif

@@ -1,0 +1,372 @@
+/* runner_requests.c: what the runner does with an open, a call and a time. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "runner.h"
+
+/* Older C libraries name none of these. */
+enum { MEMFD_CLOEXEC = 1, MEMFD_ALLOW_SEALING = 2 };
+enum { ADD_SEALS = 1033, SEAL_SEAL = 1, SEAL_SHRINK = 2, SEAL_GROW = 4, SEAL_WRITE = 8 };
+
+static int memory_file(void) {
+#ifdef SYS_memfd_create
+  return (int)syscall(SYS_memfd_create, "kedge-outputs", MEMFD_CLOEXEC | MEMFD_ALLOW_SEALING);
+#else
+  errno = ENOSYS;
+  return -1;
+#endif
+}
+
+bool shared_memory_works(void) {
+  int file = memory_file();
+  if (file >= 0) close(file);
+  return file >= 0;
+}
+
+static size_t aligned(size_t size) { return (size + KEDGE_ALIGNMENT - 1) / KEDGE_ALIGNMENT * KEDGE_ALIGNMENT; }
+
+/* ---- Replies ------------------------------------------------------------------------------------------------ */
+
+void write_error(const channel *to, uint64_t request, int32_t status, const char *text) {
+  bytes head = {0};
+  bytes_u32(&head, (uint32_t)status);
+  bytes_text(&head, text);
+  frame_write(to, MESSAGE_ERROR, request, &head, NULL, 0, -1);
+  free(head.data);
+}
+
+typedef struct { /* whom a request is answered */
+  const channel *to;
+  session *session;
+  uint64_t request;
+} reply;
+
+static void reply_error(const reply *r, int32_t status, const char *text) {
+  r->session->done(r->session);
+  write_error(r->to, r->request, status, text);
+}
+
+static void reply_result(const reply *r, const bytes *head, const void *tail, size_t tail_size, int file) {
+  if (head->failed) {
+    reply_error(r, KEDGE_E_MEMORY, "out of memory for the reply");
+    return;
+  }
+  r->session->done(r->session);
+  frame_write(r->to, MESSAGE_RESULT, r->request, head, tail, tail_size, file);
+}
+
+/* ---- Open --------------------------------------------------------------------------------------------------- */
+
+static void describe_ports(bytes *to, const kedge_port *ports, int32_t count) {
+  bytes_u32(to, (uint32_t)count);
+  for (int32_t i = 0; i < count; i++) {
+    bytes_text(to, ports[i].name);
+    bytes_add(to, &ports[i].dtype, sizeof ports[i].dtype);
+    bytes_u32(to, (uint32_t)ports[i].ndim);
+  }
+}
+
+static void describe_module(bytes *to, const kedge_module_desc *module) {
+  bytes_text(to, module->target);
+  bytes_text(to, module->features);
+  bytes_u32(to, (uint32_t)module->n_functions);
+  for (int32_t i = 0; i < module->n_functions; i++) {
+    const kedge_function_desc *function = module->functions[i];
+    bytes_text(to, function->name);
+    describe_ports(to, function->inputs, function->n_inputs);
+    describe_ports(to, function->outputs, function->n_outputs);
+  }
+}
+
+static int32_t open_session(session *s, const char *lib, const char *weights, uint64_t offset, int32_t threads) {
+  kedge_open_options options = {sizeof options, lib, weights[0] == '\0' ? NULL : weights, offset};
+  int32_t status = kedge_open(&options, &s->model);
+  if (status != KEDGE_OK) return status;
+  kedge_context_options context = {.struct_size = sizeof context, .num_threads = threads};
+  status = kedge_context_create(s->model, (DLDevice){kDLCPU, 0}, &context, &s->context);
+  if (status == KEDGE_OK) return status;
+  kedge_close(s->model);
+  s->model = NULL;
+  return status;
+}
+
+static void handle_open(const reply *r, session *s, cursor *c) {
+  int32_t threads = (int32_t)cursor_u32(c);
+  uint64_t offset = cursor_u64(c);
+  char *lib = cursor_text(c), *weights = cursor_text(c);
+  if (s->model != NULL) {
+    reply_error(r, KEDGE_E_ARGUMENT, "a module is open already; one runner holds one");
+  } else if (lib == NULL || weights == NULL) {
+    reply_error(r, KEDGE_E_ARGUMENT, "a malformed open");
+  } else {
+    int32_t status = open_session(s, lib, weights, offset, threads);
+    if (status != KEDGE_OK) {
+      reply_error(r, status, kedge_last_error());
+    } else {
+      bytes head = {0};
+      describe_module(&head, kedge_describe(s->model));
+      reply_result(r, &head, NULL, 0, -1);
+      free(head.data);
+    }
+  }
+  free(lib);
+  free(weights);
+}
+
+/* ---- Inputs and outputs of a call ---------------------------------------------------------------------------- */
+
+typedef struct {
+  const kedge_function_desc *function;
+  int32_t index;
+  DLTensor *args, *rets;
+  int64_t *shapes;     /* KEDGE_MAX_NDIM for each of args, then of rets */
+  void *input_memory;  /* a mapping, or NULL where the frame's payload holds the data */
+  size_t input_size;
+  uint8_t *outputs; /* output_size bytes: a mapping of output_file, or of none when that is -1 */
+  size_t output_size;
+  int output_file;
+} call;
+
+static void free_call(call *k) {
+  free(k->args);
+  free(k->shapes);
+  if (k->input_memory != NULL) munmap(k->input_memory, k->input_size);
+  if (k->outputs != NULL) munmap(k->outputs, k->output_size);
+  if (k->output_file >= 0) close(k->output_file);
+}
+
+static int32_t begin_call(call *k, const session *s, uint32_t index) {
+  if (s->model == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "no module is open");
+  const kedge_module_desc *module = kedge_describe(s->model);
+  if (index >= (uint32_t)module->n_functions) return kedge_fail(KEDGE_E_ARGUMENT, "there is no function %u", index);
+  k->index = (int32_t)index;
+  k->function = module->functions[index];
+  size_t inputs = (size_t)k->function->n_inputs, outputs = (size_t)k->function->n_outputs;
+  k->args = calloc(inputs + outputs + 1, sizeof *k->args);
+  k->shapes = calloc((inputs + outputs + 1) * KEDGE_MAX_NDIM, sizeof *k->shapes);
+  if (k->args == NULL || k->shapes == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
+  k->rets = k->args + inputs;
+  for (size_t i = 0; i < inputs + outputs; i++) {
+    k->args[i].shape = k->shapes + i * KEDGE_MAX_NDIM;
+    k->args[i].device = (DLDevice){kDLCPU, 0};
+  }
+  return KEDGE_OK;
+}
+
+/* The data section: the file that came along, or what follows the descriptors in the payload. */
+static int32_t find_data(call *k, const frame *f, const cursor *c, const uint8_t **data, uint64_t *size) {
+  if (!(f->header.flags & FLAG_SHARED)) {
+    size_t start = aligned(c->at);
+    *data = f->payload + start;
+    *size = start < f->header.length ? f->header.length - start : 0;
+    return KEDGE_OK;
+  }
+  struct stat info;
+  if (f->file < 0 || fstat(f->file, &info) != 0) return kedge_fail(KEDGE_E_ARGUMENT, "no file came with shared inputs");
+  *size = (uint64_t)info.st_size;
+  k->input_size = (size_t)info.st_size;
+  if (*size == 0) return KEDGE_OK;
+  /* Read-only: code that writes to its inputs is wrong, and ends here. */
+  void *memory = mmap(NULL, k->input_size, PROT_READ, MAP_PRIVATE, f->file, 0);
+  if (memory == MAP_FAILED) {
+    return kedge_fail(KEDGE_E_MEMORY, "cannot map %llu bytes of inputs: %s", (unsigned long long)*size, strerror(errno));
+  }
+  k->input_memory = memory;
+  *data = memory;
+  return KEDGE_OK;
+}
+
+static int32_t read_inputs(call *k, const frame *f, cursor *c) {
+  uint32_t count = cursor_u32(c);
+  if (!c->broken && count != (uint32_t)k->function->n_inputs) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "function %s takes %d inputs, but %u came", k->function->name,
+                      k->function->n_inputs, count);
+  }
+  for (uint32_t i = 0; i < count && !c->broken; i++) {
+    DLTensor *tensor = &k->args[i];
+    uint64_t bytes_sent;
+    cursor_take(c, &tensor->dtype, sizeof tensor->dtype);
+    tensor->ndim = (int32_t)cursor_u32(c);
+    tensor->byte_offset = cursor_u64(c);
+    bytes_sent = cursor_u64(c);
+    if (tensor->ndim < 0 || tensor->ndim > KEDGE_MAX_NDIM) {
+      c->broken = true;
+      break;
+    }
+    cursor_take(c, tensor->shape, sizeof *tensor->shape * (size_t)tensor->ndim);
+    uint64_t needed;
+    if (!kedge_tensor_bytes(tensor, &needed) || needed != bytes_sent) c->broken = true;
+  }
+  const uint8_t *data = NULL;
+  uint64_t size = 0;
+  if (c->broken) return kedge_fail(KEDGE_E_ARGUMENT, "a malformed request");
+  int32_t status = find_data(k, f, c, &data, &size);
+  for (uint32_t i = 0; i < count && status == KEDGE_OK; i++) {
+    DLTensor *tensor = &k->args[i];
+    uint64_t needed, end;
+    kedge_tensor_bytes(tensor, &needed);
+    if (__builtin_add_overflow(tensor->byte_offset, needed, &end) || (needed > 0 && end > size)) {
+      return kedge_fail(KEDGE_E_ARGUMENT, "the data of input %s is cut off", k->function->inputs[i].name);
+    }
+    tensor->data = needed > 0 ? (void *)(data + tensor->byte_offset) : NULL;
+    tensor->byte_offset = 0;
+  }
+  return status;
+}
+
+/* Shared memory is offered, not promised: a limit on file sizes holds for it too, and then the data goes inline. */
+static void *map_outputs(call *k, bool shared) {
+  if (shared) k->output_file = memory_file();
+  if (k->output_file >= 0 && ftruncate(k->output_file, (off_t)k->output_size) != 0) {
+    close(k->output_file);
+    k->output_file = -1;
+  }
+  int flags = k->output_file >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  return mmap(NULL, k->output_size, PROT_READ | PROT_WRITE, flags, k->output_file, 0);
+}
+
+static int32_t make_outputs(call *k, kedge_context *context, bool shared) {
+  int32_t n_outputs = k->function->n_outputs;
+  int32_t status = kedge_infer(context, k->index, k->args, k->function->n_inputs, k->rets, n_outputs);
+  if (status != KEDGE_OK) return status;
+  size_t total = 0;
+  for (int32_t i = 0; i < n_outputs; i++) {
+    uint64_t size;
+    k->rets[i].byte_offset = total;
+    if (!kedge_tensor_bytes(&k->rets[i], &size) || size > PTRDIFF_MAX - KEDGE_ALIGNMENT - total) {
+      return kedge_fail(KEDGE_E_MEMORY, "the size of the outputs overflows");
+    }
+    total += aligned((size_t)size);
+  }
+  k->output_size = total > 0 ? total : KEDGE_ALIGNMENT;
+  void *memory = map_outputs(k, shared && total > 0);
+  if (memory == MAP_FAILED) return kedge_fail(KEDGE_E_MEMORY, "cannot allocate %zu bytes for the outputs", total);
+  k->outputs = memory;
+  for (int32_t i = 0; i < n_outputs; i++) k->rets[i].data = k->outputs;
+  return KEDGE_OK;
+}
+
+static void describe_outputs(bytes *to, const call *k, bool discard) {
+  uint32_t count = discard ? 0 : (uint32_t)k->function->n_outputs;
+  bytes_u32(to, count);
+  for (uint32_t i = 0; i < count; i++) {
+    const DLTensor *tensor = &k->rets[i];
+    uint64_t size = 0;
+    kedge_tensor_bytes(tensor, &size);
+    bytes_add(to, &tensor->dtype, sizeof tensor->dtype);
+    bytes_u32(to, (uint32_t)tensor->ndim);
+    bytes_u64(to, tensor->byte_offset);
+    bytes_u64(to, size);
+    bytes_add(to, tensor->shape, sizeof *tensor->shape * (size_t)tensor->ndim);
+  }
+}
+
+/* ---- Call --------------------------------------------------------------------------------------------------- */
+
+static void reply_to_call(const reply *r, call *k, uint64_t duration_ns, bool discard) {
+  bytes head = {0};
+  bytes_u64(&head, duration_ns);
+  describe_outputs(&head, k, discard);
+  if (discard) {
+    reply_result(r, &head, NULL, 0, -1);
+  } else if (k->output_file >= 0) {
+    /* Sealed, so that the other end can map it without fear that it shrinks or changes. */
+    munmap(k->outputs, k->output_size);
+    k->outputs = NULL;
+    fcntl(k->output_file, ADD_SEALS, SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_WRITE);
+    reply_result(r, &head, NULL, 0, k->output_file);
+  } else {
+    bytes_pad(&head, KEDGE_ALIGNMENT);
+    reply_result(r, &head, k->outputs, k->output_size, -1);
+  }
+  free(head.data);
+}
+
+static void handle_call(const reply *r, session *s, const frame *f, cursor *c) {
+  call k = {.output_file = -1};
+  uint32_t index = cursor_u32(c), options = cursor_u32(c);
+  bool discard = (options & CALL_DISCARD_OUTPUTS) != 0;
+  bool shared = (options & CALL_SHARED_OUTPUTS) != 0 && !discard && r->to->is_socket;
+  int32_t status = begin_call(&k, s, index);
+  if (status == KEDGE_OK) status = read_inputs(&k, f, c);
+  if (status == KEDGE_OK) status = make_outputs(&k, s->context, shared);
+  int64_t start = kedge_now_ns();
+  if (status == KEDGE_OK) {
+    status = kedge_call(s->context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs);
+  }
+  int64_t duration = kedge_now_ns() - start;
+  if (status == KEDGE_OK) {
+    reply_to_call(r, &k, (uint64_t)duration, discard);
+  } else {
+    reply_error(r, status, kedge_last_error());
+  }
+  free_call(&k);
+}
+
+/* ---- Time --------------------------------------------------------------------------------------------------- */
+
+static int32_t read_options(cursor *c, kedge_time_options *options, kedge_time_result *result) {
+  options->struct_size = sizeof *options;
+  cursor_take(c, (uint8_t *)options + sizeof options->struct_size, sizeof *options - sizeof options->struct_size);
+  result->struct_size = sizeof *result;
+  uint64_t room;
+  if (c->broken || options->repeat < 1 || __builtin_mul_overflow((uint64_t)options->repeat, sizeof(double), &room) ||
+      room > PTRDIFF_MAX) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "a malformed request to time");
+  }
+  result->samples_ns = malloc((size_t)room);
+  return result->samples_ns != NULL ? KEDGE_OK : kedge_fail(KEDGE_E_MEMORY, "no memory for the samples");
+}
+
+static void handle_time(const reply *r, session *s, const frame *f, cursor *c) {
+  call k = {.output_file = -1};
+  kedge_time_options options;
+  kedge_time_result result = {.samples_ns = NULL};
+  uint32_t index = cursor_u32(c);
+  cursor_u32(c);
+  int32_t status = read_options(c, &options, &result);
+  if (status == KEDGE_OK) status = begin_call(&k, s, index);
+  if (status == KEDGE_OK) status = read_inputs(&k, f, c);
+  if (status == KEDGE_OK) status = make_outputs(&k, s->context, false);
+  if (status == KEDGE_OK) {
+    status = kedge_time(s->context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs, &options,
+                        &result);
+  }
+  if (status == KEDGE_OK) {
+    bytes head = {0};
+    bytes_u64(&head, (uint64_t)result.number);
+    bytes_u64(&head, (uint64_t)result.resolution_ns);
+    bytes_u32(&head, (uint32_t)result.n_samples);
+    bytes_u32(&head, 0);
+    bytes_add(&head, result.samples_ns, sizeof(double) * (size_t)result.n_samples);
+    reply_result(r, &head, NULL, 0, -1);
+    free(head.data);
+  } else {
+    reply_error(r, status, kedge_last_error());
+  }
+  free(result.samples_ns);
+  free_call(&k);
+}
+
+void handle_request(const channel *to, session *s, const frame *request) {
+  cursor c = {request->payload, (size_t)request->header.length, 0, false};
+  reply r = {to, s, request->header.request};
+  if (request->payload == NULL) {
+    reply_error(&r, KEDGE_E_MEMORY, "no memory for the request");
+  } else if (request->header.type == MESSAGE_OPEN) {
+    handle_open(&r, s, &c);
+  } else if (request->header.type == MESSAGE_CALL) {
+    handle_call(&r, s, request, &c);
+  } else {
+    handle_time(&r, s, request, &c);
+  }
+}

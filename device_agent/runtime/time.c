@@ -1,0 +1,111 @@
+/* time.c: timing a function natively. The names and meanings are those of TVM's time_evaluator. */
+#include <stdlib.h>
+
+#include "internal.h"
+
+enum { SLEEP_SLICE_NS = 5000000 }; /* how late a cancel may be noticed while cooling down */
+enum { LINE = 64 };
+
+typedef struct {
+  kedge_context *context;
+  int32_t function;
+  kedge_frame *frame;
+  const kedge_time_options *options;
+  volatile uint8_t *flush; /* cache_flush_bytes, or NULL */
+  int64_t number;
+} run;
+
+static int32_t call_many(run *r, int64_t count) {
+  int32_t status = KEDGE_OK;
+  for (int64_t i = 0; i < count && status == KEDGE_OK; i++) status = kedge_enter(r->context, r->function, r->frame);
+  return status;
+}
+
+/* Writes every line, so that whatever the caches held is gone. */
+static void flush_caches(const run *r) {
+  for (int64_t i = 0; i < r->options->cache_flush_bytes; i += LINE) r->flush[i] = (uint8_t)(r->flush[i] + 1);
+}
+
+/* The number of calls that should last min_repeat_ns, given that `number` lasted `duration`. */
+static int64_t grown(int64_t number, int64_t duration, int64_t wanted) {
+  double by_time = duration > 0 ? (double)wanted / ((double)duration / (double)number) + 1.0 : 0.0;
+  double by_factor = (double)number * 1.618 + 1.0; /* at least, or a jittering clock could make it creep */
+  double next = by_time > by_factor ? by_time : by_factor;
+  return next < 1e15 ? (int64_t)next : (int64_t)1e15;
+}
+
+static int32_t take_sample(run *r, double *sample) {
+  const kedge_time_options *options = r->options;
+  int64_t zeros = 0;
+  for (;;) {
+    if (r->flush != NULL) flush_caches(r);
+    int64_t start = kedge_now_ns();
+    int32_t status = call_many(r, r->number);
+    int64_t duration = kedge_now_ns() - start;
+    if (status != KEDGE_OK) return status;
+    *sample = (double)duration / (double)r->number;
+    if (r->flush != NULL || duration >= options->min_repeat_ns) return KEDGE_OK;
+    if (duration <= 0 && ++zeros >= options->limit_zero_time_iterations) return KEDGE_OK;
+    r->number = grown(r->number, duration, options->min_repeat_ns);
+  }
+}
+
+static void cool_down(const run *r) {
+  for (int64_t left = r->options->cooldown_ns; left > 0 && !kedge_is_cancelled(r->context); left -= SLEEP_SLICE_NS) {
+    kedge_sleep_ns(left < SLEEP_SLICE_NS ? left : SLEEP_SLICE_NS);
+  }
+}
+
+static int32_t take_samples(run *r, kedge_time_result *result) {
+  const kedge_time_options *options = r->options;
+  int32_t status = call_many(r, options->warmup);
+  for (int64_t i = 0; i < options->repeat && status == KEDGE_OK; i++) {
+    if (i > 0 && i % options->repeats_to_cooldown == 0) cool_down(r);
+    status = take_sample(r, &result->samples_ns[i]);
+    if (status == KEDGE_OK) result->n_samples = i + 1;
+  }
+  result->number = r->number;
+  return status;
+}
+
+static int32_t check_options(const kedge_time_options *o, const kedge_time_result *result) {
+  if (o == NULL || result == NULL || o->struct_size < sizeof *o || result->struct_size < sizeof *result ||
+      result->samples_ns == NULL) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "kedge_time: options, result and room for samples are required");
+  }
+  if (o->number < 1 || o->repeat < 1 || o->min_repeat_ns < 0 || o->warmup < 0 || o->limit_zero_time_iterations < 0 ||
+      o->cooldown_ns < 0 || o->repeats_to_cooldown < 1 || o->cache_flush_bytes < 0) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "time options: number, repeat and repeats_to_cooldown start at 1, others at 0");
+  }
+  return KEDGE_OK;
+}
+
+static int32_t time_bound(run *r, kedge_time_result *result) {
+  void *flush = NULL;
+  if (r->options->cache_flush_bytes > 0) {
+    flush = calloc(1, (size_t)r->options->cache_flush_bytes);
+    if (flush == NULL) return kedge_fail(KEDGE_E_MEMORY, "no memory for cache_flush_bytes");
+    r->flush = flush;
+    r->number = 1;
+  }
+  result->n_samples = 0;
+  result->resolution_ns = kedge_clock_resolution_ns();
+  int32_t status = take_samples(r, result);
+  free(flush);
+  return status;
+}
+
+int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                   int32_t n_rets, const kedge_time_options *options, kedge_time_result *result) {
+  kedge_clear_error();
+  if (context == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "kedge_time: context is required");
+  int32_t status = check_options(options, result);
+  if (status != KEDGE_OK) return status;
+  kedge_frame frame;
+  run r = {context, function, &frame, options, NULL, options->number};
+  kedge_arm(context);
+  status = kedge_bind(context, function, args, n_args, rets, n_rets, &frame);
+  if (status == KEDGE_OK) status = time_bound(&r, result);
+  kedge_disarm(context);
+  return status;
+}
