@@ -236,7 +236,7 @@ def _unreachable_hint(host: str, port: str) -> str:
     if loopback:
         return (
             f"{host} means the board itself there: start the tracker on an address of this machine "
-            f"(kedge tracker start --listen 0.0.0.0:{port}) and give that address, "
+            f"(kedge tracker start --host 0.0.0.0 --port {port}) and give that address, "
             f"or forward the port: ssh -N -R {port}:127.0.0.1:{port} BOARD"
         )
     return "is the tracker running there, does it listen on more than 127.0.0.1, and does a firewall let the board in?"

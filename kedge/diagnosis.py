@@ -100,10 +100,10 @@ def _compare(check: str, result: np.ndarray[Any, Any], expected: np.ndarray[Any,
 
 
 def _boards() -> Iterator[Finding]:
-    from kedge.deploy.emulated import missing_requirements
+    from kedge.deploy.emulated import EmulatedBoard
 
     for arch in ("arm64", "armhf"):
-        missing = missing_requirements(arch)
+        missing = EmulatedBoard.missing_requirements(arch)
         if missing:
             yield Finding(f"emulated {arch} board", "note", missing, "only needed for `kedge demo` and the board tests")
         else:

@@ -40,22 +40,17 @@ def deploy_board(
 
       kedge deploy board pi@192.168.1.20 --uninstall
     """
-    from kedge.deployment import deploy, remove
+    from kedge.deployment import Login, deploy, parse_labels, remove
 
+    login = Login(host, identity, known_hosts)
     with output.progress(f"deploy {host}") as report:
         if uninstall:
-            removed = remove(host, identity=identity, known_hosts=known_hosts, progress=report)
-            text = f"{host}: the agent is stopped and removed" if removed else f"{host}: there was no agent to remove"
+            report("removing the agent")
+            text = f"{host}: the agent is removed" if remove(login) else f"{host}: there was no agent to remove"
         else:
+            labels = parse_labels(label or [])
             device = deploy(
-                host,
-                require_tracker(tracker),
-                name=name,
-                labels=label or [],
-                identity=identity,
-                known_hosts=known_hosts,
-                timeout=timeout,
-                progress=report,
+                login, require_tracker(tracker), name=name, labels=labels, timeout_s=timeout, progress=report
             )
             text = f"{host}: device {device.info.name!r} is connected ({device.info.arch}, target {device.info.target})"
     output.stdout().print(text, markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,22 +118,12 @@ def _inspect_model(path: Path, shape: list[str] | None, as_json: bool) -> None:
     from kedge.compiler.frontend.onnx import coverage
 
     report = coverage(path)
-    unsupported = [entry for entry in report.operators if not entry.supported]
     if as_json:
-        output.emit_json(report.to_json())
+        output.emit_json(asdict(report) | {"supported": report.supported})
     else:
-        console = output.stdout()
-        if unsupported:
-            table = output.table("operator", "domain", ">nodes", "supported")
-            for entry in report.operators:
-                table.add_row(
-                    entry.name,
-                    entry.domain or "ai.onnx",
-                    str(entry.count),
-                    "yes" if entry.supported else "[red]no[/red]",
-                )
-            console.print(table)
-        else:
-            console.print(kedge.load(path, shapes=parse_shapes(shape)).summary(), markup=False, soft_wrap=True)
-    if unsupported:
+        output.stdout().print(str(report), markup=False, soft_wrap=True)
+        if report.supported:
+            summary = kedge.load(path, shapes=parse_shapes(shape)).summary()
+            output.stdout().print("\n" + summary, markup=False, soft_wrap=True)
+    if not report.supported:
         raise typer.Exit(1)

@@ -13,7 +13,6 @@ import typer
 import kedge
 from kedge.cli import output
 from kedge.cli.devices import require_tracker
-from kedge.rpc.errors import KedgeError
 
 DEFAULT_PORT = 9190
 
@@ -144,11 +143,3 @@ def jobs(
 
 def _outcome(job: Any) -> str:
     return job.result.outcome.kind if job.result is not None else "-"
-
-
-def wait_for_device(fleet: Any, name: str, seconds: float) -> Any:
-    """Wait until the tracker sees the device `name`; raises KedgeError after `seconds`."""
-    device = fleet.wait_for_device(name, timeout=seconds)
-    if device is None:
-        raise KedgeError(f"device {name!r} did not appear within {seconds:.0f} s", hint="look at the agent's log")
-    return device

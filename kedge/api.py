@@ -1,0 +1,101 @@
+"""The Python API's functions: thin doors to the floors below."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from kedge.artifact import Artifact
+    from kedge.compiler.graph.ir import Module
+    from kedge.compiler.pipeline import Pipeline
+    from kedge.compiler.target import Target
+    from kedge.compiler.tir.stmt import PrimFunc
+    from kedge.isolated import LocalDevice
+    from kedge.rpc.client import Fleet
+
+ModelPath: TypeAlias = "str | os.PathLike[str]"
+TargetLike: TypeAlias = "str | Target"
+Progress: TypeAlias = Callable[[str], None]
+
+
+def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | None = None) -> Module:
+    """Read an ONNX model as a module with the function "main".
+
+    Args:
+        path: the `.onnx` file.
+        shapes: input name -> shape where the model's own is to be changed; a name as a dim leaves it free.
+
+    Raises:
+        FrontendError: the file is missing, corrupt or not ONNX, or `shapes` does not fit it.
+        UnsupportedOperatorError: naming every operator of the model that kedge does not know.
+    """
+    from kedge.compiler.frontend.onnx import load_onnx
+
+    return load_onnx(Path(path), dict(shapes) if shapes else None)
+
+
+def compile(
+    model: Module | PrimFunc | ModelPath,
+    target: TargetLike | Sequence[TargetLike] = "native",
+    *,
+    shapes: Mapping[str, Sequence[int | str | None]] | None = None,
+    pipeline: Pipeline | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model, a module or one te / TensorIR function.
+
+    Args:
+        model: an `.onnx` path, a `Module`, or a `PrimFunc`.
+        target: a tag, `native`, a target string, or several of them (one variant each, sharing the weights).
+        shapes: as for `load`, where `model` is a path.
+        pipeline: the passes; `kedge.pipeline("default")` unless given.
+        name: of the artifact; the file's or function's name unless given.
+        progress: told what is being done.
+
+    Raises:
+        CompileError: with the operator of the user's model and what does not fit.
+    """
+    from kedge.artifact import Artifact
+    from kedge.compiler.pipeline import compile_module, compile_prim_func
+    from kedge.compiler.tir.stmt import PrimFunc
+
+    targets = [target] if isinstance(target, str) or not isinstance(target, Sequence) else list(target)
+    report = progress or (lambda what: None)
+    if isinstance(model, PrimFunc):
+        return Artifact.of(compile_prim_func(model, targets, name=name or model.name, progress=report))
+    if isinstance(model, (str, os.PathLike)):
+        name = name or Path(model).stem
+        model = load(model, shapes)
+    module = compile_module(model, targets, pipeline=pipeline, name=name or "model", progress=report)
+    return Artifact.of(module)
+
+
+def pipeline(name: str = "default") -> Pipeline:
+    """A named pipeline of graph passes, to be changed with `.insert_after`, `.insert_before`, `.without`."""
+    from kedge.compiler.pipeline import pipeline as named
+
+    return named(name)
+
+
+def local(threads: int = 0) -> LocalDevice:
+    """This machine as a device, isolated in a native runner; `threads` 0 means all that this process may use."""
+    from kedge.isolated import LocalDevice
+
+    return LocalDevice(threads=threads)
+
+
+def connect(tracker: str) -> Fleet:
+    """The fleet of the tracker at HOST:PORT.
+
+    Raises:
+        ConnectError: nobody answers there, or somebody who speaks another protocol version.
+    """
+    from kedge.rpc.client import connect as dial
+
+    connection: Any = dial(tracker)
+    fleet: Fleet = connection
+    return fleet

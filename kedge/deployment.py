@@ -1,0 +1,97 @@
+"""Deploying an agent: `kedge.deploy` brings it to the board, the compiler's toolchain gives the runner, the tracker
+says when it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kedge
+from kedge.rpc.errors import InputError
+
+Progress = Callable[[str], None]
+
+#: The least that a board of each architecture runs: the runner needs no more, whatever its models were compiled for.
+_BASELINE = {
+    "aarch64": "llvm -mtriple=aarch64-linux-gnu",
+    "armv7l": "llvm -mtriple=armv7-linux-gnueabihf",
+    "riscv64": "llvm -mtriple=riscv64-linux-gnu",
+    "x86_64": "x86-64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """How to log in to a board: `host` is [USER@]HOST[:PORT]; the rest defaults to what `~/.ssh` says."""
+
+    host: str
+    identity: Path | None = None
+    known_hosts: Path | None = None
+
+    def destination(self) -> Any:
+        """The login as `kedge.deploy` takes it."""
+        from kedge.deploy.ssh import resolve
+
+        return resolve(self.host, identity=self.identity, known_hosts=self.known_hosts)
+
+
+def parse_labels(texts: Sequence[str]) -> dict[str, str]:
+    """`["rack=a"]` as `{"rack": "a"}`; raises InputError on anything else."""
+    labels = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals or not value:
+            raise InputError(f"--label {text!r} is not KEY=VALUE", hint="for example --label rack=a")
+        labels[key] = value
+    return labels
+
+
+def deploy(
+    login: Login,
+    tracker: str,
+    *,
+    name: str | None = None,
+    labels: dict[str, str] | None = None,
+    timeout_s: float = 60.0,
+    progress: Progress = lambda what: None,
+) -> Any:
+    """Install and start the agent on a board, and give the device as the tracker sees it.
+
+    Raises:
+        ConnectError: no login, or no tracker.
+        DeployError: the board cannot run the agent, or the tracker did not see it in time; with the agent's log.
+    """
+    from kedge.compiler.cache import cache_dir
+    from kedge.deploy.board import deploy_board
+
+    with kedge.connect(tracker) as fleet:
+        deployed = deploy_board(
+            login.destination(),
+            tracker=tracker,
+            runner_for=lambda board: runner_for(board.arch, progress),
+            online=lambda device, seconds: fleet.wait_for_device(device, timeout=seconds) is not None,
+            cache_dir=cache_dir() / "deploy",
+            name=name,
+            labels=labels,
+            timeout_s=timeout_s,
+            progress=progress,
+        )
+        return fleet.wait_for_device(deployed.name, timeout=timeout_s)
+
+
+def remove(login: Login) -> bool:
+    """Stop the agent on a board and remove every trace of it; False where there was none."""
+    from kedge.deploy.board import uninstall
+
+    return uninstall(login.destination())
+
+
+def runner_for(arch: str, progress: Progress = lambda what: None) -> Path:
+    """The native runner for boards of `arch` (as `uname -m` says), built once and cached."""
+    from kedge.compiler.target import parse
+    from kedge.compiler.toolchain import build_runtime
+
+    progress(f"building the {arch} runner")
+    return build_runtime(parse(_BASELINE[arch])).runner
