@@ -72,8 +72,7 @@ def models(folder: Path, smoke: bool) -> list[dict[str, Any]]:
     rows = []
     for title, model, inputs in cases:
         np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
-        for threads in (1, 2):
-            rows.append({"model": title, "threads": threads, **against_ort(folder, model, threads, smoke)})
+        rows += [{"model": title, "threads": n, **against_ort(folder, model, n, smoke)} for n in (1, 2)]
     return rows
 
 
@@ -101,7 +100,7 @@ def fleet_of_one(folder: Path) -> Iterator[str]:
 
 
 def job_overhead(address: str, smoke: bool) -> dict[str, float]:
-    """Milliseconds from submit to result of a cached one-kernel artifact in a new runner; the kernel takes under 1 µs."""
+    """Milliseconds from submit to result: a cached one-kernel artifact in a new runner, its kernel under 1 µs."""
     x = te.placeholder((16,), "float32", name="x")
     y = te.compute((16,), lambda i: x[i] + 1.0, name="y")
     artifact = kedge.compile(te.create_prim_func([x, y], name="main"), target="native", name="trivial")

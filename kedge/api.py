@@ -37,7 +37,7 @@ def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | Non
     return load_onnx(Path(path), dict(shapes) if shapes else None)
 
 
-def compile(
+def compile(  # noqa: A001 - the field says compile
     model: Module | PrimFunc | ModelPath,
     target: TargetLike | Sequence[TargetLike] = "native",
     *,
