@@ -2,19 +2,21 @@
 
 Two iterations of a loop conflict if one writes an element that the other touches. Iterations are shown apart by
 looking at one group of neighbouring dims of the buffer at a time: seen as a row-major address, the accesses of a later
-iteration must all lie above (or all below) those of an earlier one. That proves what `split` and `fuse` make of
-affine accesses; anything else counts as a conflict.
+iteration must all lie above (or all below) those of an earlier one. A fused loop is also looked at digit by digit.
+That proves what `split` and `fuse` make of affine accesses; anything else counts as a conflict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
-from kedge.compiler.tir.expr import Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.expr import Binary, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Range
-from kedge.compiler.tir.visitor import free_vars, stores, substitute_expr, walk_expr
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import free_vars, map_children, stores, substitute_expr, walk_expr
 
 #: Buffers in these scopes belong to one iteration of a parallel loop.
 PRIVATE_SCOPES = frozenset({"local", "register"})
@@ -64,36 +66,119 @@ def _apart(loop: For, outer: Sequence[For], touching: Sequence[Access]) -> bool:
     """Whether different iterations touch different elements."""
     if any(isinstance(node, Load) for a in touching for index in a.indices for node in walk_expr(index)):
         return False
-    renaming, ranges = _second_iteration(loop, outer)
-    simplifier = Simplifier(ranges)
-    rank = len(touching[0].indices)
-    groups = [
-        (first, last) for size in range(1, rank + 1) for first in range(rank - size + 1) for last in [first + size]
+    inner = loops_in(loop.body)
+    ranges = loop_ranges((*outer, loop, *inner))
+    inside = {each.var: over(each.extent) for each in inner}
+    if _separates(loop.var, inside, ranges, touching):
+        return True
+    digits = _digits(loop, touching, Simplifier(ranges))
+    if digits is None:
+        return False
+    # Iterations of a fused loop differ in some digit: each digit alone must tell them apart, whatever the others are.
+    renamed = [
+        Access(a.buffer, tuple(_use_digits(i, digits) for i in a.indices), a.is_write, a.block) for a in touching
     ]
-    for first, last in groups:
-        pairs = [
-            (_address(a, first, last), substitute_expr(_address(b, first, last), renaming))
-            for a in touching
-            for b in touching
-            if a.is_write or b.is_write
-        ]
-        above = all(simplifier.prove(high > low) for low, high in pairs)
-        if pairs and (above or all(simplifier.prove(high < low) for low, high in pairs)):
-            return True
+    if any(loop.var in free_vars(index) for a in renamed for index in a.indices):
+        return False
+    limits = {digit.var: over(digit.extent) for digit in digits}
+    return all(
+        _separates(
+            digit.var,
+            {**inside, **{var: limit for var, limit in limits.items() if var is not digit.var}},
+            {**ranges, **limits},
+            renamed,
+        )
+        for digit in digits
+    )
+
+
+def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range], touching: Sequence[Access]) -> bool:
+    """Whether accesses at different values of `var` touch different elements, whatever the variables `inside` are."""
+    distance = Var("distance")
+    renaming: dict[Var, Expr] = {var: var + distance + 1}
+    known = {**ranges, distance: ranges[var]}
+    for each in inside:
+        renaming[each] = Var(each.name)
+    for each, limit in inside.items():
+        copy = renaming[each]
+        assert isinstance(copy, Var)
+        known[copy] = Range(limit.start, substitute_expr(limit.extent, renaming))
+    simplifier = Simplifier(known)
+    rank = len(touching[0].indices)
+    for size in range(1, rank + 1):
+        for first in range(rank - size + 1):
+            pairs = [
+                (_address(a, first, first + size), substitute_expr(_address(b, first, first + size), renaming))
+                for a in touching
+                for b in touching
+                if a.is_write or b.is_write
+            ]
+            if not any(var in free_vars(low) for low, _ in pairs):
+                continue
+            if all(simplifier.prove(high > low) for low, high in pairs):
+                return True
+            if all(simplifier.prove(high < low) for low, high in pairs):
+                return True
     return False
 
 
-def _second_iteration(loop: For, outer: Sequence[For]) -> tuple[dict[Var, Expr], dict[Var, Range]]:
-    """A later iteration: the renaming of everything inside the loop, and what is known of all variables."""
-    inner = loops_in(loop.body)
-    distance = Var("distance")
-    renaming: dict[Var, Expr] = {loop.var: loop.var + distance + 1}
-    ranges = {**loop_ranges(outer), **loop_ranges((loop, *inner)), distance: over(loop.extent)}
-    for each in inner:
-        copy = Var(each.var.name)
-        renaming[each.var] = copy
-        ranges[copy] = Range(const(0), substitute_expr(each.extent, renaming))
-    return renaming, ranges
+@dataclass(frozen=True, slots=True)
+class _Digit:
+    """The part `loop // weight % extent` of a fused loop's variable, as a variable of its own."""
+
+    expr: Expr
+    var: Var
+    weight: Expr
+    extent: Expr
+
+
+def _digits(loop: For, touching: Sequence[Access], simplifier: Simplifier) -> tuple[_Digit, ...] | None:
+    """The digits of the loop's variable in which the indices are written, if they determine it."""
+    found: dict[object, tuple[Expr, Expr, Expr | None]] = {}
+    for access in touching:
+        for index in access.indices:
+            for node in walk_expr(index):
+                parts = _as_digit(node, loop.var)
+                if parts is not None:
+                    found.setdefault(expr_key(node), (node, *parts))
+    # `loop // w` occurs within `loop // w % e` too; it is a digit itself only as the topmost one.
+    digits: list[_Digit] = []
+    weight: Expr = const(1)
+    while not simplifier.prove(weight >= loop.extent):
+        fitting = [d for d in found.values() if simplifier.prove_equal(d[1], weight)]
+        bounded = [d for d in fitting if d[2] is not None]
+        if not fitting:
+            return None
+        expr, _, extent = (bounded or fitting)[0]
+        last = extent is None
+        size = (loop.extent + weight - 1) // weight if extent is None else extent
+        digits.append(_Digit(expr, Var(f"digit{len(digits)}"), weight, simplifier.simplify(size)))
+        if last:
+            return tuple(digits)
+        weight = weight * size
+    return tuple(digits)
+
+
+def _as_digit(node: Expr, var: Var) -> tuple[Expr, Expr | None] | None:
+    """`(weight, extent)` of a digit of `var`; no extent where it is all that is above the weight."""
+    match node:
+        case Binary(op="floordiv", a=a, b=b) if a is var:
+            return b, None
+        case Binary(op="floormod", a=a, b=b) if a is var:
+            return const(1), b
+        case Binary(op="floormod", a=Binary(op="floordiv", a=a, b=weight), b=b) if a is var:
+            return weight, b
+    return None
+
+
+def _use_digits(index: Expr, digits: Sequence[_Digit]) -> Expr:
+    keys = {expr_key(digit.expr): digit.var for digit in digits}
+
+    def go(node: Expr) -> Expr:
+        known = keys.get(expr_key(node))
+        return map_children(node, go) if known is None else known
+
+    return go(index)
 
 
 def _address(access: Access, first: int, last: int) -> Expr:

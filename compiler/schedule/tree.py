@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from kedge.compiler.errors import ScheduleError
@@ -100,14 +100,14 @@ def remove(func: PrimFunc, stmt: Stmt) -> PrimFunc:
     return with_body(func, _swap(func.body, stmt, Seq(())))
 
 
-def unique_name(func: PrimFunc, name: str) -> str:
-    """A name for a block or a buffer that no block and no buffer of `func` has."""
-    used = {block.name for block in blocks_in(func.body)} | {b.name for b in (*func.params, *func.allocs)}
-    candidate, count = name, 0
-    while candidate in used:
-        count += 1
-        candidate = f"{name}_{count}"
-    return candidate
+def block_name(func: PrimFunc, name: str) -> str:
+    """`name`, or `name` with a number if a block of `func` has it already."""
+    return _unique(name, {block.name for block in blocks_in(func.body)})
+
+
+def buffer_name(func: PrimFunc, name: str) -> str:
+    """`name`, or `name` with a number if a buffer of `func` has it already."""
+    return _unique(name, {buffer.name for buffer in (*func.params, *func.allocs)})
 
 
 def writers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
@@ -158,6 +158,14 @@ def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Itera
             yield Access(load.buffer, tuple(substitute_expr(i, env) for i in load.indices), False, block)
     for child in stmt_children(stmt):
         yield from _accesses(child, env, block)
+
+
+def _unique(name: str, used: Container[str]) -> str:
+    candidate, count = name, 0
+    while candidate in used:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
 
 
 def _swap(stmt: Stmt, old: Stmt, new: Stmt) -> Stmt:

@@ -129,7 +129,7 @@ class Simplifier:
     def simplify(self, expr: Expr) -> Expr:
         """See the module's `simplify`."""
         if expr.dtype == INDEX_DTYPE:
-            new = self._rebuild(self.poly(expr))
+            new = self.expr_of(self.poly(expr))
             return expr if expr_key(new) == expr_key(expr) else new
         if isinstance(expr, Binary) and expr.op in COMPARISONS:
             return self._comparison(expr)
@@ -204,7 +204,7 @@ class Simplifier:
                     return x
                 if self._nonnegative(small - large):
                     return y
-        return self._atom(Binary(expr.op, self._rebuild(x), self._rebuild(y)) if isinstance(expr, Binary) else expr)
+        return self._atom(Binary(expr.op, self.expr_of(x), self.expr_of(y)) if isinstance(expr, Binary) else expr)
 
     def _select(self, expr: Select) -> Poly:
         condition = self.simplify(expr.condition)
@@ -213,7 +213,7 @@ class Simplifier:
         a, b = self.poly(expr.a), self.poly(expr.b)
         if a == b:
             return a
-        return self._atom(Select(condition, self._rebuild(a), self._rebuild(b)))
+        return self._atom(Select(condition, self.expr_of(a), self.expr_of(b)))
 
     def _var(self, var: Var) -> Poly:
         known = self.ranges.get(var)
@@ -235,9 +235,7 @@ class Simplifier:
 
     def _part(self, op: str, x: Poly, d: Poly) -> Poly:
         """The atom `x // d` or `x % d`."""
-        number = self._number(
-            Binary("floordiv" if op == "floordiv" else "floormod", self._rebuild(x), self._rebuild(d))
-        )
+        number = self._number(Binary("floordiv" if op == "floordiv" else "floormod", self.expr_of(x), self.expr_of(d)))
         self._parts[number] = (op, x, d)
         return Poly.atom(number)
 
@@ -484,10 +482,10 @@ class Simplifier:
             return const(False, "bool")
         left = Poly({mono: c for mono, c in difference.terms.items() if c > 0})
         right = Poly({mono: -c for mono, c in difference.terms.items() if c < 0})
-        new = Binary(expr.op, self._rebuild(left), self._rebuild(right))
+        new = Binary(expr.op, self.expr_of(left), self.expr_of(right))
         return expr if expr_key(new) == expr_key(expr) else new
 
-    def _rebuild(self, poly: Poly) -> Expr:
+    def expr_of(self, poly: Poly) -> Expr:
         """An expression of `poly`: positive terms first, then negative ones, the constant last."""
         poly = self._folded(poly)
         result: Expr | None = None

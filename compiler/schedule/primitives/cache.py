@@ -7,19 +7,21 @@ from dataclasses import replace
 from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
+    block_name,
     block_path,
     blocks_in,
+    buffer_name,
     loop_ranges,
     loops_on,
+    readers,
     refuse,
     swap,
-    unique_name,
     writers,
 )
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, const, logical_and
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier
-from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Scope, Stmt, Store
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Scope, Seq, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, replace_buffers, seq, substitute_expr
 
 
@@ -38,12 +40,18 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     outer, inner = loops[: position + 1], loops[position + 1 :]
     target, axes = _written(func, block, outer)
     offsets, extents = _tile(func, block, axes, inner)
-    cache = Buffer(unique_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)
+    cache = Buffer(buffer_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)
     func = replace(func, allocs=(*func.allocs, cache))
     copy = _copy_nest(func, block, target, cache, offsets, inner)
     moved = _redirected(block, target, cache, offsets)
     node = loops[position]
-    new_body = seq(map_stmt(node.body, lambda s: moved if s is block else s), copy)
+    # The copy comes right after the statement that fills the cache, before anything that reads the result.
+    filled = next(s for s in path[path.index(node) + 1 :] if not isinstance(s, Seq))
+    if any(each in blocks_in(filled) for each in readers(func, target)):
+        raise refuse(func, primitive, block, f"{target.name!r} is read inside the loops under {loop.name!r}")
+    new = map_stmt(filled, lambda s: moved if s is block else s)
+    statements = node.body.stmts if isinstance(node.body, Seq) else (node.body,)
+    new_body = seq(*(part for s in statements for part in ((new, copy) if s is filled else (s,))))
     new_loop = simplify_bindings(replace(node, body=new_body), loop_ranges(loops[:position]))
     return swap(func, node, new_loop), blocks_in(copy)[0].name
 
@@ -165,7 +173,7 @@ def _copy_nest(
     extra, bindings, position = _positions(cache, offsets)
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     copy = Block(
-        unique_name(func, f"{block.name}_{cache.scope}"),
+        block_name(func, f"{block.name}_{cache.scope}"),
         (*(it for it, _ in pairs), *extra),
         (*(b for _, b in pairs), *bindings),
         (),

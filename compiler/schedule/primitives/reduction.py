@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kedge.compiler.schedule.dependence import PRIVATE_SCOPES
 from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
+    block_name,
     block_path,
     blocks_in,
     find_loop,
@@ -14,12 +16,11 @@ from kedge.compiler.schedule.tree import (
     loops_on,
     refuse,
     swap,
-    unique_name,
 )
 from kedge.compiler.tir.expr import Var, logical_and
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.stmt import Block, For, PrimFunc, Stmt
-from kedge.compiler.tir.visitor import free_vars, seq
+from kedge.compiler.tir.visitor import free_vars, loads, seq, stores
 
 
 def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
@@ -60,16 +61,23 @@ def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
             raise refuse(func, "decompose_reduction", block, "its predicate mixes spatial and reduction loops")
         if not used & reducing:
             limits.append(conjunct)
-    kept = [loop for loop in loops if loop.var in spatial]
-    return fresh_nest(
-        Block(
-            unique_name(func, f"{block.name}_init"),
-            tuple(it for it in block.iters if it.kind == "spatial"),
-            tuple(b for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"),
-            (),
-            (),
-            block.init or block.body,
-            predicate=logical_and(*limits),
-        ),
-        kept,
+    assert block.init is not None
+    pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
+    if (
+        all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init))
+        and next(loads(block.init), None) is None
+    ):
+        # A private buffer is there in full: its parts that no instance fills may be set as well, without a test.
+        used = {v for store in stores(block.init) for index in store.indices for v in free_vars(index)}
+        pairs, limits = [(it, b) for it, b in pairs if it.var in used], []
+    kept = [loop for loop in loops if any(loop.var in free_vars(b) for _, b in pairs)]
+    init = Block(
+        block_name(func, f"{block.name}_init"),
+        tuple(it for it, _ in pairs),
+        tuple(b for _, b in pairs),
+        (),
+        (),
+        block.init,
+        predicate=logical_and(*limits),
     )
+    return fresh_nest(init, kept)

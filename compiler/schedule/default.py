@@ -1,0 +1,53 @@
+"""The schedule a function gets without tuning: the first rule that matches, with the decisions of its model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.lower.program import Kernel
+from kedge.compiler.schedule.rules.contraction import Contraction
+from kedge.compiler.schedule.rules.fallback import Fallback
+from kedge.compiler.schedule.rules.injective import Injective
+from kedge.compiler.schedule.rules.reduction import Reduction
+from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.tir.stmt import PrimFunc
+
+_log = logging.getLogger(__name__)
+
+#: All rules, the more special first. The last one matches everything.
+RULES: tuple[Rule, ...] = (Injective(), Contraction(), Reduction(), Fallback())
+
+
+def schedule_func(
+    func: PrimFunc, target: TargetModel, *, decisions: Decisions | None = None, origin: Sequence[str] = ()
+) -> Kernel:
+    """`func` scheduled for `target`: the function, the rule, its decisions and the trace that replays.
+
+    `decisions` (from a tuning record) replace those of the rule's model. There is always a rule that applies: where
+    one that matches is refused by a primitive, the next takes its place, and `decisions["refused"]` says so.
+
+    Raises:
+        ScheduleError: `decisions` were given and cannot be carried out.
+    """
+    refused: dict[str, Any] = {}
+    for rule in RULES:
+        if not rule.match(func, target):
+            continue
+        chosen = decisions if decisions is not None else rule.default(func, target)
+        sch = Schedule(func)
+        try:
+            rule.apply(sch, chosen, target)
+        except ScheduleError as error:
+            if decisions is not None:
+                raise
+            reason = error.message.splitlines()[0]
+            _log.warning("%s: rule %s does not apply: %s", func.name, rule.name, reason)
+            refused[rule.name] = reason
+            continue
+        taken = {**chosen, "refused": refused} if refused else dict(chosen)
+        return Kernel(sch.func, rule.name, taken, tuple(sch.trace), tuple(origin))
+    raise AssertionError("the last rule matches and applies to everything")

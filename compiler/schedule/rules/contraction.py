@@ -1,0 +1,84 @@
+"""Matrix products and direct convolutions: sums of products of two tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kedge.compiler.schedule.rules.analysis import (
+    attempt_inline,
+    block_named,
+    inline_producers,
+    is_reduction,
+    reductions,
+    store_of,
+)
+from kedge.compiler.schedule.rules.maps import schedule_map_by_model
+from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
+from kedge.compiler.schedule.rules.tile import Tile, schedule_tile, tile_by_model, tile_space
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.tree import blocks_in, intermediate, writers
+from kedge.compiler.tir.expr import Binary, Cast, Expr, Load
+from kedge.compiler.tir.stmt import Block, PrimFunc, Store
+from kedge.compiler.tir.visitor import loads
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """A register tile of outputs, the producers (padding) before it, the element-wise consumers in its epilogue."""
+
+    name: str = "contraction"
+
+    def match(self, func: PrimFunc, target: TargetModel) -> bool:
+        """Whether there is exactly one reduction, and it sums products of two tensors."""
+        found = reductions(func)
+        simple = all(isinstance(block.body, Store) for block in blocks_in(func.body))
+        return simple and len(found) == 1 and bool(found[0].iters) and _sums_products(found[0])
+
+    def space(self, func: PrimFunc, target: TargetModel) -> Space:
+        """The tile, and whether padding is computed inside the inner loop instead of before."""
+        return {**tile_space(reductions(func)[0], target), "inline_padding": (False, True)}
+
+    def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
+        """The tile of the model; padding in a buffer of its own, since a choice per element costs more than a copy."""
+        return {**tile_by_model(reductions(func)[0], target).decisions(), "inline_padding": False}
+
+    def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
+        """See the class."""
+        main = reductions(sch.func)[0].name
+        inline_producers(sch)
+        if decisions["inline_padding"]:
+            for name in _producers(sch.func, block_named(sch.func, main)):
+                attempt_inline(sch, name)
+        schedule_tile(sch, main, Tile.of(decisions))
+        done = {main, *(b.name for b in blocks_in(sch.func.body) if _touches_register(b))}
+        for block in blocks_in(sch.func.body):
+            if block.name not in done:
+                schedule_map_by_model(sch, block.name, target)
+
+
+def _sums_products(block: Block) -> bool:
+    value = store_of(block).value
+    if not isinstance(value, Binary) or value.op != "add":
+        return False
+    update = value.b
+    return (
+        isinstance(update, Binary)
+        and update.op == "mul"
+        and all(isinstance(_uncast(side), Load) for side in (update.a, update.b))
+    )
+
+
+def _uncast(expr: Expr) -> Expr:
+    return expr.value if isinstance(expr, Cast) else expr
+
+
+def _producers(func: PrimFunc, block: Block) -> list[str]:
+    """The element-wise blocks whose results `block` reads."""
+    sources = [load.buffer for load in loads(block.body) if intermediate(func, load.buffer)]
+    made_by = [b for source in dict.fromkeys(sources) for b in writers(func, source)]
+    return [b.name for b in made_by if b is not block and not is_reduction(b)]
+
+
+def _touches_register(block: Block) -> bool:
+    store = store_of(block)
+    return any(buffer.scope == "register" for buffer in (store.buffer, *(load.buffer for load in loads(store))))

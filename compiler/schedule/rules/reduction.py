@@ -1,0 +1,142 @@
+"""Reductions that are no contractions: pooling, sums over axes, softmax, normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.schedule.rules.analysis import (
+    PARALLEL_WORK,
+    block_named,
+    extent_of,
+    fitting_lanes,
+    inline_producers,
+    is_reduction,
+    lanes,
+    reductions,
+    spatial,
+    store_of,
+    strides,
+    work,
+)
+from kedge.compiler.schedule.rules.maps import fuse_all, schedule_map_by_model
+from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
+from kedge.compiler.schedule.rules.tile import schedule_tile, tile_by_model
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.tir.stmt import PrimFunc, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """Row by row where the elements of a row lie together (softmax), else each reduction in tiles of its own.
+
+    By rows, all that follows the first reduction happens inside the loops over its rows, so that a row stays in the
+    cache. Otherwise a reduction is vectorized along the outputs that lie together (pooling).
+    """
+
+    name: str = "reduction"
+
+    def match(self, func: PrimFunc, target: TargetModel) -> bool:
+        """Whether some block reduces."""
+        return bool(reductions(func)) and all(isinstance(b.body, Store) for b in blocks_in(func.body))
+
+    def space(self, func: PrimFunc, target: TargetModel) -> Space:
+        """Whether to go row by row."""
+        return {"by_rows": (False, True)}
+
+    def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
+        """By rows, if there are several blocks that can share rows and no vector axis for the first."""
+        sch = Schedule(func)
+        inline_producers(sch)
+        first = reductions(sch.func)[0]
+        several = len(reductions(sch.func)) > 1
+        return {"by_rows": several and tile_by_model(first, target).vector is None and _shares_rows(sch.func)}
+
+    def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
+        """See the class."""
+        inline_producers(sch)
+        if decisions["by_rows"]:
+            _by_rows(sch, target)
+            return
+        for name in [block.name for block in reductions(sch.func)]:
+            schedule_tile(sch, name, tile_by_model(block_named(sch.func, name), target))
+        for block in blocks_in(sch.func.body):
+            if _is_untouched(sch, block.name):
+                schedule_map_by_model(sch, block.name, target)
+
+
+def _is_untouched(sch: Schedule, name: str) -> bool:
+    """Whether the block is element-wise and not yet part of a tile."""
+    block = block_named(sch.func, name)
+    buffers = [region.buffer for region in (*block.reads, *block.writes)]
+    return not is_reduction(block) and all(buffer.scope == "global" for buffer in buffers) and not _is_init(sch, name)
+
+
+def _is_init(sch: Schedule, name: str) -> bool:
+    """Whether the block only prepares what a reduction then accumulates."""
+    target = store_of(block_named(sch.func, name)).buffer
+    return any(is_reduction(b) and store_of(b).buffer is target for b in blocks_in(sch.func.body))
+
+
+def _gather_rows(sch: Schedule) -> list[LoopRef]:
+    """Move every block after the first reduction into the loops over its rows; returns those loops."""
+    first = reductions(sch.func)[0]
+    ref = sch.get_block(first.name)
+    rows = list(sch.get_loops(ref)[: len(spatial(first))])
+    order = blocks_in(sch.func.body)
+    for block in order[order.index(first) + 1 :]:
+        sch.reverse_compute_at(sch.get_block(block.name), rows[-1])
+    return rows
+
+
+def _shares_rows(func: PrimFunc) -> bool:
+    """Whether the rows of the first reduction serve for all that follows."""
+    if not spatial(reductions(func)[0]):
+        return False
+    try:
+        _gather_rows(Schedule(func))
+    except ScheduleError:
+        return False
+    return True
+
+
+def _by_rows(sch: Schedule, target: TargetModel) -> None:
+    total = sum(work(block) for block in blocks_in(sch.func.body))
+    first = reductions(sch.func)[0].name
+    order = [block.name for block in blocks_in(sch.func.body)]
+    rows = _gather_rows(sch)
+    for name in order[order.index(first) :]:
+        if is_reduction(block_named(sch.func, name)):
+            _accumulate(sch, name, rows)
+        else:
+            _vectorize_inner(sch, name, len(rows), target)
+    for name in order[: order.index(first)]:
+        schedule_map_by_model(sch, name, target)
+    if target.num_cores > 1 and total >= PARALLEL_WORK:
+        sch.parallel(fuse_all(sch, rows))
+
+
+def _accumulate(sch: Schedule, name: str, rows: list[LoopRef]) -> None:
+    """Reduce in a register where what one row gives is a single element or a small fixed number of them."""
+    ref = sch.get_block(name)
+    own = sch.get_loops(ref)[len(rows) :]
+    block = block_named(sch.func, name)
+    reducing = [loop for loop, it in zip(own, block.iters[-len(own) :], strict=True) if it.kind == "reduce"]
+    if len(reducing) == len(own):
+        sch.cache_write(ref, rows[-1], "register")
+    if reducing:
+        sch.decompose_reduction(ref, reducing[0])
+
+
+def _vectorize_inner(sch: Schedule, name: str, depth: int, target: TargetModel) -> None:
+    """Vectorize the innermost loop of an element-wise block within a row, if its accesses allow."""
+    own = sch.get_loops(sch.get_block(name))[depth:]
+    block = block_named(sch.func, name)
+    if not own:
+        return
+    axis = block.iters[-1]
+    steps = strides(block, axis.var)
+    width = fitting_lanes(lanes(target, block), extent_of(axis.extent))
+    if width > 1 and steps[0] == 1 and all(step is not None for step in steps):
+        sch.vectorize(sch.split(own[-1], [None, width])[1])

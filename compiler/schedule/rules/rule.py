@@ -1,0 +1,62 @@
+"""What a schedule rule is, and what it may know of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.tir.stmt import PrimFunc
+
+#: A choice for each named decision of a rule's space. Plain JSON.
+Decisions: TypeAlias = Mapping[str, Any]
+#: The candidates of each named decision.
+Space: TypeAlias = Mapping[str, tuple[Any, ...]]
+
+
+class TargetModel(Protocol):
+    """The analytic model of a processor that rules choose by."""
+
+    @property
+    def vector_bits(self) -> int:
+        """Bits of a vector register; 0 where there are none."""
+
+    @property
+    def num_cores(self) -> int:
+        """Cores that a parallel loop may use."""
+
+    @property
+    def vector_registers(self) -> int:
+        """Vector registers that a program can name."""
+
+    @property
+    def l1_bytes(self) -> int:
+        """Bytes of the first-level data cache of a core."""
+
+    @property
+    def fma(self) -> bool:
+        """Whether multiply and add are one instruction."""
+
+
+class Rule(Protocol):
+    """A way to schedule a family of functions.
+
+    `default` picks decisions by a model of the target; tuning searches the same `space` by measuring. `apply` carries
+    out either, so that a tuned kernel and a default kernel share all their code.
+    """
+
+    @property
+    def name(self) -> str:
+        """The rule's name, as reports and tuning records give it."""
+
+    def match(self, func: PrimFunc, target: TargetModel) -> bool:
+        """Whether the rule is for functions like `func`."""
+
+    def space(self, func: PrimFunc, target: TargetModel) -> Space:
+        """The decisions to be taken and their candidates."""
+
+    def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
+        """A good choice from `space`, without measuring."""
+
+    def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
+        """Schedule `sch`, which holds a function that the rule matches."""

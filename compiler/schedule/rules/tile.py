@@ -1,0 +1,226 @@
+"""Scheduling one reduction as register tiles: a tile of outputs stays in vector registers while the loops reduce.
+
+The shape of the tile follows the model of Low et al., "Analytical Modeling Is Enough for High-Performance BLIS" (TOMS
+2016), as far as registers go: as many independent accumulators as fit, as square as possible, dividing the extents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.schedule.rules.analysis import (
+    PARALLEL_WORK,
+    block_named,
+    extent_of,
+    fitting_lanes,
+    lanes,
+    spatial,
+    store_of,
+    strides,
+    work,
+)
+from kedge.compiler.schedule.rules.maps import fuse_all
+from kedge.compiler.schedule.rules.rule import Space, TargetModel
+from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
+from kedge.compiler.schedule.tree import intermediate, readers
+from kedge.compiler.tir.stmt import Block
+from kedge.compiler.tir.visitor import loads
+
+#: Independent accumulators that hide the latency of a multiply-add (4 cycles, 2 a cycle on most cores).
+_LATENCY_TILES = 8
+#: A reduction loop this short is unrolled.
+_SHORT = 4
+_MOST_ROWS = 14
+_MOST_VECTORS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A register tile: `rows` x (`vectors` * `width`) elements, along two spatial dims given by number.
+
+    `vector` is the dim of contiguous elements, or None for scalar code; `row` another dim, or None.
+    """
+
+    vector: int | None = None
+    width: int = 1
+    vectors: int = 1
+    row: int | None = None
+    rows: int = 1
+    unroll: bool = True
+    parallel: bool = False
+
+    def decisions(self) -> Mapping[str, Any]:
+        """The tile as named decisions."""
+        return asdict(self)
+
+    @staticmethod
+    def of(decisions: Mapping[str, Any]) -> Tile:
+        """The tile that decisions describe; other decisions are left alone."""
+        return Tile(**{key: decisions[key] for key in Tile.__slots__ if key in decisions})
+
+
+def tile_by_model(block: Block, target: TargetModel) -> Tile:
+    """The tile for a reduction that the analytic model picks."""
+    parallel = target.num_cores > 1 and work(block) >= PARALLEL_WORK
+    vector = _vector_dim(block, target)
+    if vector is None:
+        return Tile(parallel=parallel)
+    extent = extent_of(spatial(block)[vector].extent)
+    width = fitting_lanes(lanes(target, block), extent)
+    row = _row_dim(block, vector)
+    rows, vectors = _tile_shape(block, vector, row, width, target)
+    return Tile(vector, width, vectors, row, rows, parallel=parallel)
+
+
+def tile_space(block: Block, target: TargetModel) -> Space:
+    """The candidates of every decision of a `Tile`."""
+    dims = range(len(spatial(block)))
+    most = lanes(target, block)
+    return {
+        "vector": (None, *dims),
+        "width": tuple(1 << i for i in range(most.bit_length())),
+        "vectors": tuple(range(1, _MOST_VECTORS + 1)),
+        "row": (None, *dims),
+        "rows": tuple(range(1, _MOST_ROWS + 1)),
+        "unroll": (False, True),
+        "parallel": (False, True),
+    }
+
+
+def schedule_tile(sch: Schedule, name: str, tile: Tile) -> None:
+    """Schedule reduction `name`, alone in its loops, and take its consumer into the copy of the tile if that goes.
+
+    Rewrite:
+        for i, j, k: block   ->   for i_0, j_0 in parallel(…):
+                                    tile = 0
+                                    for k: tile += …
+                                    y[…] = tile   (with the consumer's computation)
+    """
+    ref = sch.get_block(name)
+    outer, reducing, inner = _order(sch, ref, tile)
+    blocks = [ref]
+    if outer:
+        blocks.append(sch.cache_write(ref, outer[-1], "register"))
+        _take_consumer(sch, blocks[-1])
+    if reducing:
+        blocks.append(sch.decompose_reduction(ref, reducing[0]))
+        if tile.unroll and _is_short(sch, name):
+            sch.unroll(reducing[-1])
+    for block in blocks if inner else ():
+        own = sch.get_loops(block)[-len(inner) :]
+        for loop in own if tile.width == 1 else own[:-1]:
+            sch.unroll(loop)
+        if tile.width > 1:
+            sch.vectorize(own[-1])
+    if outer and tile.parallel:
+        sch.parallel(fuse_all(sch, outer))
+
+
+def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], list[LoopRef], list[LoopRef]]:
+    """Split and reorder the loops: those around tiles, those that reduce, those within a tile."""
+    iters = block_named(sch.func, ref.name).iters
+    loops = sch.get_loops(ref)
+    axes = [loop for loop, it in zip(loops, iters, strict=True) if it.kind == "spatial"]
+    reducing = [loop for loop, it in zip(loops, iters, strict=True) if it.kind == "reduce"]
+    inner: list[LoopRef] = []
+    if tile.row is not None and tile.rows > 1:
+        axes[tile.row], rows = sch.split(axes[tile.row], [None, tile.rows])
+        inner.append(rows)
+    if tile.vector is not None and tile.width * tile.vectors > 1:
+        factors = [f for f in (tile.vectors, tile.width) if f > 1]
+        axes[tile.vector], *steps = sch.split(axes[tile.vector], [None, *factors])
+        inner += steps
+    order = [*axes, *reducing, *inner]
+    if len(order) > 1 and order != list(loops):
+        sch.reorder(*order)
+    return axes, reducing, inner
+
+
+def _take_consumer(sch: Schedule, copy: BlockRef) -> None:
+    """Let the copy of the tile compute what follows, while there is just one element-wise consumer."""
+    while True:
+        target = store_of(block_named(sch.func, copy.name)).buffer
+        users = readers(sch.func, target)
+        if not intermediate(sch.func, target) or len(users) != 1:
+            return
+        try:
+            sch.reverse_compute_inline(sch.get_block(users[0].name))
+        except ScheduleError:
+            return  # it reads the result in another order: it stays a nest of its own
+
+
+def _is_short(sch: Schedule, name: str) -> bool:
+    reduced = [it for it in block_named(sch.func, name).iters if it.kind == "reduce"]
+    size = extent_of(reduced[-1].extent)
+    return size is not None and 1 < size <= _SHORT
+
+
+def _vector_dim(block: Block, target: TargetModel) -> int | None:
+    """The spatial dim along which vectors cost least, or None where scalars cost no more."""
+    limit = lanes(target, block)
+    n_loads = sum(1 for load in loads(block.body) if load.buffer is not store_of(block).buffer)
+    best: tuple[float, int | None] = (n_loads + 1.0, None)
+    for number, axis in reversed(list(enumerate(spatial(block)))):
+        width = fitting_lanes(limit, extent_of(axis.extent))
+        steps = strides(block, axis.var)
+        if width == 1 or any(step is None for step in steps):
+            continue
+        costs = [_load_cost(step or 0, width) for step in steps[1:]]
+        if extent_of(axis.extent) is None and any(cost > 1 for cost in costs):
+            continue  # a dim that is often 1 is no place for gathers
+        cost = (sum(costs) + 1 + (0 if steps[0] == 1 else 0.25 * width)) / width
+        if cost < best[0]:
+            best = (cost, number)
+    return best[1]
+
+
+def _load_cost(step: int, width: int) -> float:
+    """What loading a vector costs, in loads: broadcasts are free, small strides are shuffles, the rest is gathered."""
+    if step == 0:
+        return 0.0
+    return 1.0 if step == 1 else 0.75 * width if abs(step) <= 4 else 2.0 * width
+
+
+def _row_dim(block: Block, vector: int) -> int | None:
+    """The largest other dim of fixed size along which the vectors that are loaded can be used again."""
+    axes = spatial(block)
+    contiguous = [i for i, step in enumerate(strides(block, axes[vector].var)[1:]) if step]
+    best, size = None, 1
+    for number, axis in enumerate(axes):
+        extent = extent_of(axis.extent)
+        steps = strides(block, axis.var)[1:]
+        if number != vector and extent is not None and extent > size and all(steps[i] == 0 for i in contiguous):
+            best, size = number, extent
+    return best
+
+
+def _tile_shape(block: Block, vector: int, row: int | None, width: int, target: TargetModel) -> tuple[int, int]:
+    """Rows and vectors of the tile: the best ratio of arithmetic to loads among what fits the registers."""
+    axes = spatial(block)
+    extent = extent_of(axes[vector].extent)
+    chunks = None if extent is None else math.ceil(extent / width)
+    height = None if row is None else extent_of(axes[row].extent)
+    registers = max(target.vector_registers, 4)
+
+    def fit(size: int | None, step: int) -> float:
+        """The share of useful work, less a fine for a tail."""
+        if size is None:
+            return 1.0 if step == 1 else 0.8
+        return size / (math.ceil(size / step) * step) * (1.0 if size % step == 0 else 0.8)
+
+    def score(rows: int, vectors: int) -> float:
+        count = rows * vectors
+        intensity = count / (count + 0.5 * (rows + vectors))
+        return fit(height, rows) * fit(chunks, vectors) * intensity * min(1.0, (count + 1) / (_LATENCY_TILES + 1))
+
+    shapes = [
+        (rows, vectors)
+        for rows in range(1, min(_MOST_ROWS, height or 1) + 1)
+        for vectors in range(1, min(_MOST_VECTORS, chunks or _MOST_VECTORS) + 1)
+        if rows * vectors + vectors + 1 <= registers
+    ]
+    return max(shapes, key=lambda shape: (score(*shape), -shape[1]))
