@@ -37,6 +37,7 @@ def probe(
     labels: Optional[Mapping[str, str]] = None,
     root: Path = Path("/"),
     machine: Optional[str] = None,
+    pointer_bits: Optional[int] = None,
 ) -> DeviceInfo:
     """Describe the device below `root`.
 
@@ -46,9 +47,10 @@ def probe(
         labels: the owner's own; they win over those found here.
         root: where /proc, /sys and /etc are looked up.
         machine: what `uname -m` prints; None asks the kernel.
+        pointer_bits: 32 or 64, of the programs that run here; None takes this one's.
     """
     names = tuple(sorted(set(features)))
-    arch = userland_arch(machine or platform.machine(), struct.calcsize("P") * 8)
+    arch = userland_arch(machine or platform.machine(), pointer_bits or struct.calcsize("P") * 8)
     cpuinfo = _read(root / "proc/cpuinfo")
     emulated = emulation_reason(arch, root) is not None
     cpu_name = "" if emulated else cpu_of(arch, cpuinfo)

@@ -1,0 +1,121 @@
+"""`python -m kedge.device_agent`: offer this device to a tracker."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from kedge.rpc.errors import KedgeError
+
+_EXAMPLES = """\
+examples:
+  python3 -m kedge.device_agent --tracker lab:9190 --runner ./kedge-runner
+  python3 -m kedge.device_agent --tracker 10.0.0.5:9190 --runner ./kedge-runner --name rpi4-1 \\
+      --label rack=a --label camera=yes --threads 3
+
+The agent dials the tracker; nothing needs to reach this device. It runs one job at a time, each in a
+process of its own, and keeps trying when the tracker is away. SIGTERM or Ctrl-C stops it cleanly.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kedge-agent",
+        description="Offer this device to a kedge tracker: fetch artifacts, run and time them, report.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tracker", metavar="HOST:PORT", required=True, help="the tracker (port 9190 if left out)")
+    parser.add_argument("--runner", metavar="PATH", required=True, type=Path, help="the kedge-runner for this device")
+    parser.add_argument(
+        "--name", default=platform.node(), help="the device's name (default: the host name, %(default)s)"
+    )
+    parser.add_argument(
+        "--label", metavar="KEY=VALUE", action="append", default=[], help="a label for selectors; may be repeated"
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        type=Path,
+        help="for the cache, one agent per folder (default: ~/.local/state/kedge/agent/NAME)",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=int, default=0, help="that a job may use (default: 0, all cores allowed)"
+    )
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
+    )
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the agent; returns the exit status."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr
+    )
+    try:
+        return _serve(options)
+    except KedgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_status
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from kedge.rpc.transport import parse_address
+
+    tracker = parse_address(options.tracker)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
+        raise KedgeError(
+            f"{options.name!r} cannot be a device's name", hint="use letters, digits, dots, dashes and underscores"
+        )
+    labels = _labels(options.label)
+    runner = options.runner.absolute()
+    if not runner.is_file():
+        raise KedgeError(f"there is no runner at {runner}", hint="--runner names the kedge-runner for this device")
+    if not os.access(str(runner), os.X_OK):
+        raise KedgeError(f"{runner} is not executable", hint=f"chmod +x {runner}")
+    cores = len(os.sched_getaffinity(0))
+    if not 0 <= options.threads <= cores:
+        raise KedgeError(f"--threads {options.threads}: this process may use {cores} cores", hint="0 means all of them")
+    data_dir = options.data_dir or _default_data_dir() / options.name
+
+    from kedge.device_agent.agent import Agent, Settings
+    from kedge.rpc.types import DeviceInfo
+
+    def ready(device: DeviceInfo) -> None:
+        emulated = ", emulated" if device.emulated else ""
+        sys.stdout.write(
+            f"kedge agent {device.name} ready: {device.arch} {device.cpu_name}, {device.num_cores} cores{emulated},"
+            f" tracker {tracker}\n"
+        )
+        sys.stdout.flush()
+
+    return Agent(Settings(tracker, options.name, runner, data_dir, labels, options.threads), on_ready=ready).run()
+
+
+def _labels(items: List[str]) -> Dict[str, str]:
+    labels = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key) or not re.fullmatch(r"[A-Za-z0-9_.:/+@-]+", value):
+            raise KedgeError(
+                f"--label {item!r} is not a label", hint="write KEY=VALUE with letters, digits and ._- , e.g. rack=a"
+            )
+        labels[key] = value
+    return labels
+
+
+def _default_data_dir() -> Path:
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "kedge" / "agent"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""The agent's thin shell: one stream to the tracker, one thread per job, one loop that feeds the state machine.
+
+Everything that happens (a message, a lost connection, a job's progress, a signal) becomes an event in one queue.
+The main thread takes them one by one, asks `AgentCore` what to do, and does it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import os
+import queue
+import random
+import secrets
+import shutil
+import signal
+import struct
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Callable, Iterator, List, Mapping, Optional, TextIO, Union, cast
+
+from kedge.device_agent import core
+from kedge.device_agent.cache import ArtifactCache
+from kedge.device_agent.health import read_health
+from kedge.device_agent.jobs import Board, Job
+from kedge.device_agent.probe import probe
+from kedge.device_agent.runner import Hello as RunnerHello
+from kedge.device_agent.runner import Runner
+from kedge.rpc import messages as m
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import BlobStore
+from kedge.rpc.errors import ConnectError, KedgeError
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.transport import Address, open_channel
+from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease
+
+log = logging.getLogger("kedge.agent")
+
+#: How long a goodbye may take to reach the tracker, and a cancelled job to end.
+_FAREWELL_S = 3.0
+_JOB_END_S = 10.0
+
+Event = Callable[[float], List[core.Action]]
+
+
+class AgentError(KedgeError):
+    """The agent cannot start, or the tracker does not want it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an agent was started. `threads` is what jobs may use; 0 means every core this process may run on."""
+
+    tracker: Address
+    name: str
+    runner: Path
+    data_dir: Path
+    labels: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 0
+
+
+class Agent:
+    """One device's agent; `run` returns when it was stopped.
+
+    Raises:
+        AgentError: the data folder cannot be used, or belongs to an agent that runs.
+        RunnerUnavailable: the runner cannot be started here.
+    """
+
+    def __init__(self, settings: Settings, *, on_ready: Callable[[DeviceInfo], None] = lambda _: None) -> None:
+        self._settings = settings
+        self._on_ready = on_ready
+        self._announced = False
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._link: Optional[_Link] = None
+        self._job: Optional[Job] = None
+        self._job_thread: Optional[threading.Thread] = None
+        self._exit: Optional[core.Exit] = None
+        self._away = False
+        self._lock_file = _claim(settings.data_dir)
+        scratch = settings.data_dir / "jobs"
+        _clean(scratch)
+        hello = _greet_runner(settings.runner)
+        self.device = probe(
+            settings.name,
+            hello.features,
+            labels=settings.labels,
+            machine=hello.machine,
+            pointer_bits=elf_bits(settings.runner),
+        )
+        self._blobs = BlobLink(settings.tracker)
+        self._board = Board(
+            device=self.device,
+            runner=settings.runner,
+            threads=settings.threads or self.device.num_cores,
+            cache=ArtifactCache(settings.data_dir / "cache"),
+            scratch=scratch,
+            blobs=self._blobs,
+        )
+        greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
+        self._core = core.AgentCore(greeting, jitter=random.random)
+
+    def run(self) -> int:
+        """Serve until told to stop; the process's exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            self._perform(self._core.start(time.monotonic()))
+            while self._exit is None:
+                self._step()
+        finally:
+            self._shut_down()
+        if self._exit.failed:
+            raise AgentError(self._exit.reason)
+        log.info("stopped: %s", self._exit.reason)
+        return 0
+
+    def _on_signal(self, number: int, _frame: Optional[FrameType]) -> None:
+        # SimpleQueue.put may be called from a signal handler.
+        reason = signal.Signals(number).name
+        self._events.put(lambda _: self._core.stop(reason))
+
+    def _step(self) -> None:
+        alarm = self._core.alarm()
+        timeout = None if alarm is None else max(0.0, alarm - time.monotonic())
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            event = self._core.tick
+        self._perform(event(time.monotonic()))
+        # A busy queue must not hold up a heartbeat.
+        self._perform(self._core.tick(time.monotonic()))
+
+    # ---- actions -----------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: List[core.Action]) -> None:
+        for action in actions:
+            if isinstance(action, core.Send):
+                self._send(action.message)
+            elif isinstance(action, core.Open):
+                self._open()
+            elif isinstance(action, core.Close):
+                self._close()
+            elif isinstance(action, core.StartJob):
+                self._start_job(action.lease, action.spec)
+            elif isinstance(action, core.CancelJob):
+                log.info("job %s: cancelled (%s)", action.lease.job_id, action.reason)
+                if self._job is not None:
+                    self._job.cancel(action.reason)
+            else:
+                self._exit = action
+
+    def _send(self, message: m.AgentBody) -> None:
+        if isinstance(message, m.Heartbeat):
+            message = replace(message, health=read_health(self._settings.data_dir))
+        if self._link is not None:
+            self._link.send(message)
+
+    def _open(self) -> None:
+        link = _Link(self._settings.tracker)
+
+        def received(message: m.TrackerBody) -> None:
+            self._events.put(lambda now: self._on_message(link, message, now))
+
+        def closed(error: Optional[KedgeError]) -> None:
+            self._events.put(lambda now: self._on_closed(link, error, now))
+
+        self._link = link
+        link.start(received, closed)
+        self._perform(self._core.connected(time.monotonic()))
+
+    def _close(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.close(_FAREWELL_S)
+
+    def _on_message(self, link: _Link, message: m.TrackerBody, now: float) -> List[core.Action]:
+        if link is not self._link:
+            return []
+        if isinstance(message, m.Welcome):
+            self._on_welcome()
+        elif isinstance(message, m.ResultAccepted) and message.stale:
+            log.info("job %s: the tracker had given it up, its result is not used", message.job_id)
+        return self._core.received(message, now)
+
+    def _on_welcome(self) -> None:
+        if self._away:
+            log.warning("the tracker at %s is back", self._settings.tracker)
+        self._away = False
+        if not self._announced:
+            self._announced = True
+            self._on_ready(self.device)
+
+    def _on_closed(self, link: _Link, error: Optional[KedgeError], now: float) -> List[core.Action]:
+        if link is not self._link:
+            return []
+        level = logging.DEBUG if self._away else logging.WARNING
+        log.log(level, "%s; trying again until it answers", error or "the tracker closed the connection")
+        self._away = True
+        self._close()
+        return self._core.disconnected(now)
+
+    # ---- jobs --------------------------------------------------------------------------------------------------
+
+    def _start_job(self, lease: Lease, spec: JobSpec) -> None:
+        def progress(stage: Stage) -> None:
+            if stage is not Stage.TRANSFER:  # JobStarted says that
+                self._events.put(lambda _: self._core.progress(lease, stage))
+
+        job = Job(self._board, spec, progress)
+
+        def work() -> None:
+            result = _run(job, self.device.name)
+            self._events.put(lambda _: self._on_finished(lease, result))
+
+        log.info("job %s: function %s", lease.job_id, spec.function)
+        self._job = job
+        self._job_thread = threading.Thread(target=work, name="kedge-job", daemon=True)
+        self._job_thread.start()
+
+    def _on_finished(self, lease: Lease, result: JobResult) -> List[core.Action]:
+        log.info("job %s: %s", lease.job_id, result.outcome)
+        self._job = None
+        return self._core.finished(lease, result)
+
+    def _shut_down(self) -> None:
+        if self._job is not None:
+            self._job.cancel("the agent stops")
+        if self._job_thread is not None:
+            self._job_thread.join(_JOB_END_S)
+        self._close()
+        self._blobs.close()
+        self._lock_file.close()
+
+
+class _Link:
+    """One connection: messages out of a queue, messages into a callback, and one word when it ends."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._channel = open_channel(address)
+        self._out: queue.SimpleQueue[Optional[m.AgentBody]] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._call: Any = None
+
+    def start(self, received: Callable[[m.TrackerBody], None], closed: Callable[[Optional[KedgeError]], None]) -> None:
+        """Dial. Both callbacks come from the link's own thread; `closed` comes once."""
+        from kedge.protos.v1 import agent_pb2_grpc
+
+        stub: Any = cast(Any, agent_pb2_grpc.AgentsStub)(self._channel)
+        self._call = stub.Connect(self._requests())
+        threading.Thread(target=self._read, args=(received, closed), name="kedge-link", daemon=True).start()
+
+    def send(self, message: m.AgentBody) -> None:
+        """Put a message on the stream."""
+        self._out.put(message)
+
+    def close(self, farewell_s: float) -> None:
+        """End the stream once what was sent has left; no later than after `farewell_s`."""
+        self._out.put(None)
+        self._ended.wait(farewell_s)
+        self._call.cancel()
+        self._channel.close()
+
+    def _requests(self) -> Iterator[Any]:
+        from kedge.rpc import convert
+
+        for number in itertools.count(1):
+            message = self._out.get()
+            if message is None:
+                return
+            yield convert.agent_message_to_pb(message, number)
+
+    def _read(self, received: Callable[[m.TrackerBody], None], closed: Callable[[Optional[KedgeError]], None]) -> None:
+        import grpc
+        from kedge.rpc import convert
+        from kedge.rpc.status import from_rpc_error
+
+        error: Optional[KedgeError] = None
+        try:
+            for pb in self._call:
+                message = convert.tracker_message_from_pb(pb)
+                if message is None:
+                    log.info("ignored a message that only a newer tracker knows")
+                else:
+                    received(message)
+        except grpc.RpcError as failure:
+            error = from_rpc_error(failure, self._address)
+        except KedgeError as failure:
+            error = failure
+        finally:
+            self._out.put(None)
+            self._ended.set()
+            closed(error)
+
+
+class BlobLink:
+    """The tracker's blobs over a connection of their own, made when first needed, broken off by `interrupt`."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._lock = threading.Lock()
+        self._channel: Any = None
+
+    def download(self, blob: Blob, store: BlobStore) -> Path:
+        """Fetch a blob into `store`; raises as `BlobClient.download`, and ConnectError when interrupted."""
+        return cast(Path, self._do(lambda client: client.download(blob, store)))
+
+    def upload(self, blob: Blob, source: Union[bytes, memoryview]) -> None:
+        """Send a blob that the tracker may have already; raises as `BlobClient.upload`."""
+        self._do(lambda client: client.upload_missing([(blob, source)]))
+
+    def interrupt(self) -> None:
+        """Make what another thread transfers fail; the next transfer connects again."""
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def _do(self, transfer: Callable[[BlobClient], object]) -> object:
+        with self._lock:
+            if self._channel is None:
+                self._channel = open_channel(self._address)
+            channel = self._channel
+        try:
+            return transfer(BlobClient(channel, self._address))
+        except ValueError as error:
+            # What gRPC raises for a call on a channel that was closed meanwhile.
+            if channel is self._channel:
+                raise
+            raise ConnectError("the transfer was interrupted") from error
+
+
+def _run(job: Job, device: str) -> JobResult:
+    """A job's result, also where the agent itself fails: a lease must never stay open."""
+    try:
+        return job.run()
+    except BaseException as error:
+        log.exception("a job's thread failed")
+        return JobResult(Outcome(OutcomeKind.DEVICE_FAULT, message=f"the agent failed: {error!r}"), device=device)
+
+
+def _greet_runner(path: Path) -> RunnerHello:
+    with Runner(path) as runner:
+        return runner.hello
+
+
+def elf_bits(path: Path) -> int:
+    """32 or 64: what the runner is built for decides what the device runs, whatever the kernel is."""
+    with path.open("rb") as file:
+        head = file.read(5)
+    return {b"\x7fELF\x01": 32, b"\x7fELF\x02": 64}.get(head, struct.calcsize("P") * 8)
+
+
+def _claim(data_dir: Path) -> TextIO:
+    """Make the folder ours for as long as the returned file is open."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file = (data_dir / "lock").open("a")
+    except OSError as error:
+        raise AgentError(
+            f"cannot use the data folder {data_dir}: {error.strerror}", hint="name another with --data-dir"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise AgentError(
+            f"another agent uses the data folder {data_dir}", hint="stop it, or name another folder with --data-dir"
+        ) from error
+    os.set_inheritable(file.fileno(), False)
+    return file
+
+
+def _clean(scratch: Path) -> None:
+    """An empty folder for jobs: what a killed agent left there is nobody's."""
+    try:
+        if scratch.exists():
+            shutil.rmtree(str(scratch))
+        scratch.mkdir()
+    except OSError as error:
+        raise AgentError(f"cannot empty {scratch}: {error.strerror}", hint="remove it by hand") from error

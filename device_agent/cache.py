@@ -1,0 +1,225 @@
+"""What the board keeps between jobs: blobs by digest, and the members that are put together from them.
+
+    root/blobs/…                   parts as they travel (kedge.rpc.blobs)
+    root/members/abcdef…           members of several parts, put together; named by their own digest
+
+Everything is verified before it is used for the first time after a start: a disk may rot while a board is off. The
+cache is bounded; the longest unused goes first, never anything that a job holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+
+from kedge.rpc.artifact.manifest import Blob, Member
+from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, DiskFullError
+from kedge.rpc.errors import KedgeError
+
+#: Without a limit given, the share of the disk's free space (what the cache holds counted as free) it may take.
+DISK_SHARE = 0.5
+_READ_BYTES = 1 << 20
+#: An interrupted download is gone on with when the blob is wanted again so soon.
+_PARTIAL_KEPT_S = 24 * 3600
+
+#: Fetches one blob into the store.
+Fetch = Callable[[Blob, BlobStore], object]
+
+
+class CacheFullError(KedgeError):
+    """What one job needs does not fit into the cache, even when everything else goes."""
+
+
+class ArtifactCache:
+    """The cache below `root`; one process per root.
+
+    Args:
+        root: a folder, made when it does not exist.
+        limit_bytes: of all that is kept; None means half of the disk space that is free for it.
+    """
+
+    def __init__(self, root: Path, limit_bytes: Optional[int] = None) -> None:
+        self.store = BlobStore(root / "blobs")
+        self._members = root / "members"
+        self._members.mkdir(exist_ok=True)
+        old = time.time() - _PARTIAL_KEPT_S
+        for leftover in (*self._members.glob("*.new"), *(root / "blobs" / "partial").iterdir()):
+            if leftover.suffix == ".new" or leftover.stat().st_mtime < old:
+                leftover.unlink()
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._held: Dict[str, int] = {}
+        self._verified: Set[str] = set()
+
+    def hold(self) -> Hold:
+        """A job's claim on what it uses; use it as a context manager."""
+        return Hold(self)
+
+    def limit_bytes(self) -> int:
+        """How much may be kept now."""
+        if self._limit_bytes is not None:
+            return self._limit_bytes
+        return int((shutil.disk_usage(str(self._members)).free + self.used_bytes()) * DISK_SHARE)
+
+    def used_bytes(self) -> int:
+        """Bytes of everything that is kept."""
+        return sum(size for _, _, size, _ in self._entries())
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Drop the longest unused entries until `needed_bytes` more fit; raises CacheFullError when they cannot."""
+        with self._lock:
+            entries = list(self._entries())
+            limit = self.limit_bytes()
+            excess = sum(size for _, _, size, _ in entries) + needed_bytes - limit
+            free = [entry for entry in entries if entry[1] not in self._held]
+            if excess > sum(size for _, _, size, _ in free):
+                raise CacheFullError(
+                    f"this job needs {needed_bytes} more bytes on the device, whose cache may hold {limit}",
+                    hint="free space on the device's disk, or use a smaller model",
+                )
+            for _, digest, size, path in sorted(free):
+                if excess <= 0:
+                    break
+                path.unlink()
+                self._verified.discard(digest)
+                excess -= size
+
+    def _entries(self) -> Iterator[Tuple[float, str, int, Path]]:
+        """When last used, digest, size and file of everything that is kept."""
+        for blob in self.store:
+            path = self.store.path(blob.digest)
+            yield path.stat().st_mtime, blob.digest, blob.size, path
+        for path in self._members.iterdir():
+            status = path.stat()
+            yield status.st_mtime, path.name, status.st_size, path
+
+    def _claim(self, digest: str) -> None:
+        with self._lock:
+            self._held[digest] = self._held.get(digest, 0) + 1
+
+    def _release(self, digest: str) -> None:
+        with self._lock:
+            self._held[digest] -= 1
+            if not self._held[digest]:
+                del self._held[digest]
+
+    def _verify(self, digest: str, path: Path) -> None:
+        """Raise CorruptBlobError, and forget the file, unless its bytes are those of `digest`."""
+        if digest in self._verified:
+            return
+        if _hash(path) != digest:
+            path.unlink()
+            raise CorruptBlobError(f"{path} was damaged on the device's disk", hint="run the job again")
+        self._verified.add(digest)
+
+
+class Hold:
+    """What one job uses; nothing of it is dropped before the hold ends."""
+
+    def __init__(self, cache: ArtifactCache) -> None:
+        self._cache = cache
+        self._claimed: List[str] = []
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        while self._claimed:
+            self._cache._release(self._claimed.pop())
+
+    def fetch(self, blobs: Iterable[Blob], fetch: Fetch) -> None:
+        """Have these blobs in the store, calling `fetch` for each that is missing or damaged.
+
+        Raises:
+            CacheFullError: there is no room for them.
+        """
+        distinct = {blob.digest: blob for blob in blobs}
+        for digest in distinct:
+            self._claim(digest)
+        store = self._cache.store
+        for blob in distinct.values():
+            if store.has(blob):
+                self._drop_if_damaged(blob)
+        missing = store.find_missing(distinct.values())
+        if missing:
+            self._cache.make_room(sum(blob.size for blob in missing))
+        for blob in missing:
+            fetch(blob, store)
+            self._cache._verified.add(blob.digest)
+        for digest in distinct:
+            os.utime(str(store.path(digest)))
+
+    def path(self, blob: Blob) -> Path:
+        """The file of a blob that `fetch` brought."""
+        return self._cache.store.path(blob.digest)
+
+    def member(self, member: Member) -> Path:
+        """The file of a member whose parts `fetch` brought.
+
+        Raises:
+            CorruptBlobError: the parts do not make up the member that the manifest promises.
+            CacheFullError, DiskFullError: there is no room to put it together.
+        """
+        if len(member.parts) == 1 and member.parts[0].digest == member.digest:
+            return self.path(member.parts[0])
+        self._claim(member.digest)
+        path = self._cache._members / member.digest
+        if path.exists():
+            try:
+                self._cache._verify(member.digest, path)
+            except CorruptBlobError:
+                self._assemble(member, path)
+        else:
+            self._assemble(member, path)
+        os.utime(str(path))
+        return path
+
+    def _assemble(self, member: Member, path: Path) -> None:
+        self._cache.make_room(member.size)
+        scratch = path.with_name(f"{path.name}.new")
+        digest = hashlib.sha256()
+        try:
+            with scratch.open("wb") as out:
+                for part in member.parts:
+                    with self._cache.store.open(part.digest) as file:
+                        for chunk in iter(lambda: file.read(_READ_BYTES), b""):
+                            digest.update(chunk)
+                            out.write(chunk)
+            if digest.hexdigest() != member.digest:
+                raise CorruptBlobError(
+                    f"member {member.name} is corrupt: its parts do not add up to the manifest's SHA-256",
+                    hint="compile the model again",
+                )
+            scratch.replace(path)
+            self._cache._verified.add(member.digest)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else BlobError
+            raise kind(f"cannot put member {member.name} together: {error.strerror}") from error
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+    def _drop_if_damaged(self, blob: Blob) -> None:
+        try:
+            self._cache._verify(blob.digest, self._cache.store.path(blob.digest))
+        except CorruptBlobError:
+            self._cache._verified.discard(blob.digest)
+
+    def _claim(self, digest: str) -> None:
+        self._cache._claim(digest)
+        self._claimed.append(digest)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(_READ_BYTES), b""):
+            digest.update(chunk)
+    return digest.hexdigest()

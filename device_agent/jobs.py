@@ -1,0 +1,426 @@
+"""Runs one job in a runner of its own, and turns whatever happens into one typed result.
+
+    transfer   manifest, the members of the variant that fits this device, inputs
+    load       a new runner opens the variant's lib.so
+    run        one call, or a timing; then outputs that are too large to travel inline are uploaded
+
+Every stage has its deadline. The only exceptions that leave `Job.run` are those that end the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
+
+from kedge.device_agent import runner as native
+from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
+from kedge.device_agent.health import read_health
+from kedge.rpc import abi
+from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
+from kedge.rpc.artifact.package import select_variant
+from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
+from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, KedgeError
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.types import (
+    BenchTask,
+    Blob,
+    DeviceInfo,
+    JobResult,
+    JobSpec,
+    Measurement,
+    StageTime,
+    Tensor,
+    TimeOptions,
+    plan_inline,
+)
+
+log = logging.getLogger("kedge.agent")
+
+#: For a stage whose deadline a tracker left open, in milliseconds.
+DEFAULT_DEADLINES_MS: Mapping[Stage, int] = {Stage.TRANSFER: 300_000, Stage.LOAD: 60_000, Stage.RUN: 300_000}
+#: Between two attempts to reach a tracker that went away in the middle of a transfer.
+_AWAY_PAUSE_S = 0.5
+#: Files a runner may have open: its library, weights, shared tensors, and some to spare.
+_OPEN_FILES = 64
+#: What an artifact's code may take of the device's memory, so that the agent and the system survive it.
+_MEMORY_SHARE = 0.9
+
+
+class Blobs(Protocol):
+    """The tracker's blobs, as jobs need them (see `kedge.rpc.blob_client`)."""
+
+    def download(self, blob: Blob, store: BlobStore) -> Path:
+        """Fetch a blob into the store."""
+
+    def upload(self, blob: Blob, source: Union[bytes, memoryview]) -> None:
+        """Send a blob."""
+
+    def interrupt(self) -> None:
+        """Make the transfer that another thread has in flight fail; later ones work again."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """What jobs are run with: the device, its runner, and where things lie. `threads` is what the device offers."""
+
+    device: DeviceInfo
+    runner: Path
+    threads: int
+    cache: ArtifactCache
+    scratch: Path
+    blobs: Blobs
+
+
+class _Ended(Exception):
+    """The job is over, with this outcome."""
+
+    def __init__(self, kind: OutcomeKind, message: str, stage: Optional[Stage] = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.stage = stage
+
+
+@dataclass(frozen=True)
+class _Loadable:
+    """What the transfer brought."""
+
+    function: Function
+    index: int
+    lib: Path
+    weights: Optional[Path]
+    weights_offset: int
+    inputs: Tuple[native.Tensor, ...]
+
+
+class Job:
+    """One run of one spec. `run` blocks; `cancel` may come from any thread, at any time, more than once."""
+
+    def __init__(self, board: Board, spec: JobSpec, progress: Callable[[Stage], None]) -> None:
+        self._board = board
+        self._spec = spec
+        self._progress = progress
+        self._stage = Stage.TRANSFER
+        self._stage_ends = 0.0
+        self._durations: Dict[Stage, int] = {}
+        self._lock = threading.Lock()
+        self._cancelled: Optional[str] = None
+        self._runner: Optional[native.Runner] = None
+
+    def cancel(self, reason: str) -> None:
+        """End the job soon; it reports `cancelled`, unless it ended otherwise before."""
+        with self._lock:
+            if self._cancelled is not None:
+                return
+            self._cancelled = reason
+            runner = self._runner
+        if runner is not None:
+            runner.kill()
+        if self._stage is Stage.TRANSFER:
+            self._board.blobs.interrupt()
+
+    def run(self) -> JobResult:
+        """Do it all; always returns."""
+        outputs: Tuple[Tensor, ...] = ()
+        measurement: Optional[Measurement] = None
+        try:
+            outputs, measurement = self._execute()
+            outcome = Outcome(OutcomeKind.OK)
+        except Exception as error:  # noqa: BLE001 - a job must report, whatever happens to it
+            outcome = self._outcome(error)
+        times = tuple(StageTime(stage, duration) for stage, duration in self._durations.items())
+        return JobResult(outcome, outputs, measurement, times, self._board.device.name)
+
+    # ---- the stages --------------------------------------------------------------------------------------------
+
+    def _execute(self) -> Tuple[Tuple[Tensor, ...], Optional[Measurement]]:
+        scratch = Path(tempfile.mkdtemp(prefix="job-", dir=str(self._board.scratch)))
+        try:
+            with self._board.cache.hold() as hold:
+                with self._in(Stage.TRANSFER):
+                    what = self._transfer(hold)
+                with self._in(Stage.LOAD):
+                    runner = self._load(what, scratch)
+                try:
+                    with self._in(Stage.RUN):
+                        results, measurement = self._work(runner, what)
+                finally:
+                    runner.close()
+                return self._deliver(what.function, results), measurement
+        finally:
+            _remove(scratch)
+
+    def _transfer(self, hold: Hold) -> _Loadable:
+        hold.fetch([self._spec.manifest], self._download)
+        manifest = Manifest.from_json(hold.path(self._spec.manifest).read_bytes())
+        if manifest.abi != abi.ABI_VERSION:
+            raise _Ended(
+                OutcomeKind.LOAD_ERROR,
+                f"the artifact has ABI {manifest.abi}, this agent speaks {abi.ABI_VERSION}: update the older one",
+                Stage.LOAD,
+            )
+        variant = select_variant(manifest, self._board.device.arch, frozenset(self._board.device.cpu_features))
+        function, index = _find(manifest, self._spec.function)
+        self._check_threads()
+        wanted = _arrange(function, self._spec.task.inputs)
+        members = _members(manifest, variant)
+        parts = [part for member in members for part in member.parts]
+        hold.fetch([*parts, *(t.data for t in wanted if isinstance(t.data, Blob))], self._download)
+        paths = [hold.member(member) for member in members]
+        return _Loadable(
+            function,
+            index,
+            paths[0],
+            paths[1] if len(paths) > 1 else None,
+            variant.weights_offset,
+            tuple(_native(tensor, hold) for tensor in wanted),
+        )
+
+    def _check_threads(self) -> None:
+        wanted, offered = self._spec.num_threads, self._board.threads
+        if not 0 <= wanted <= offered:
+            text = f"the job wants {wanted} threads; {self._board.device.name} offers {offered}"
+            raise _Ended(OutcomeKind.BAD_REQUEST, text)
+
+    def _load(self, what: _Loadable, scratch: Path) -> native.Runner:
+        memory = self._board.device.memory_bytes
+        limits = native.Limits(memory_bytes=int(memory * _MEMORY_SHARE) or None, open_files=_OPEN_FILES)
+        threads = self._spec.num_threads or self._board.threads
+        runner = native.Runner(self._board.runner, threads, limits, cwd=str(scratch), start_deadline_s=self._left_s())
+        try:
+            _offer_to_oom_killer(runner.pid)
+            with self._lock:
+                self._runner = runner
+            self._check_cancelled()
+            module = runner.open(what.lib, what.weights, what.weights_offset, deadline_s=self._left_s())
+            names = [function.name for function in module.functions]
+            if names[what.index : what.index + 1] != [what.function.name]:
+                raise _Ended(
+                    OutcomeKind.LOAD_ERROR,
+                    f"the manifest promises {what.function.name!r} as function {what.index}; lib.so has {names}",
+                )
+        except BaseException:
+            runner.close()
+            raise
+        return runner
+
+    def _work(self, runner: native.Runner, what: _Loadable) -> Tuple[List[native.Tensor], Optional[Measurement]]:
+        task = self._spec.task
+        if not isinstance(task, BenchTask):
+            call = runner.call(what.index, what.inputs, deadline_s=self._left_s(), discard_outputs=task.discard_outputs)
+            return call, None
+        results: List[native.Tensor] = []
+        if task.return_outputs:
+            results = runner.call(what.index, what.inputs, deadline_s=self._left_s())
+        before = read_health(self._board.scratch)
+        timed = runner.time(
+            what.index, what.inputs, native.TimeOptions(**_fields(task.options)), deadline_s=self._left_s()
+        )
+        measurement = Measurement(
+            options=replace(task.options, number=timed.number),
+            samples_ns=timed.samples_ns,
+            resolution_ns=timed.resolution_ns,
+            num_threads=self._spec.num_threads or self._board.threads,
+            before=before,
+            after=read_health(self._board.scratch),
+        )
+        from kedge.rpc.measure import judge
+
+        verdict, reasons = judge(measurement, emulated=self._board.device.emulated)
+        return results, replace(measurement, verdict=verdict, reasons=tuple(reasons))
+
+    def _deliver(self, function: Function, results: Sequence[native.Tensor]) -> Tuple[Tensor, ...]:
+        """The outputs as they travel; large ones are uploaded, which counts as transfer."""
+        tensors = []
+        uploads = []
+        for port, result, inline in zip(function.outputs, results, plan_inline(r.nbytes for r in results)):
+            data: Union[bytes, Blob] = bytes(result.data) if inline else blob_of(memoryview(result.data))
+            tensors.append(Tensor(port.name, result.dtype, result.shape, data))
+            if isinstance(data, Blob):
+                uploads.append((data, memoryview(result.data)))
+        if uploads:
+            with self._in(Stage.TRANSFER, announce=False):
+                for blob, view in uploads:
+                    self._patiently(partial(self._board.blobs.upload, blob, view))
+        return tuple(tensors)
+
+    # ---- deadlines and cancelling ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _in(self, stage: Stage, announce: bool = True) -> Iterator[None]:
+        """Spend a stage's time; transfers are interrupted at its end, calls to the runner get what is left of it."""
+        limit_s = (self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage]) / 1000
+        self._stage = stage
+        began = time.monotonic()
+        self._stage_ends = began + limit_s
+        self._check_cancelled()
+        if announce:
+            self._progress(stage)
+        timer = threading.Timer(limit_s, self._board.blobs.interrupt) if stage is Stage.TRANSFER else None
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+            if stage is Stage.TRANSFER:
+                self._check_deadline()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._durations[stage] = self._durations.get(stage, 0) + int((time.monotonic() - began) * 1e9)
+
+    def _left_s(self) -> float:
+        """What is left of the stage, in seconds, and always some: the runner itself says when it is too late."""
+        return max(self._stage_ends - time.monotonic(), 0.001)
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() >= self._stage_ends:
+            took = self._spec.deadlines.of(self._stage) or DEFAULT_DEADLINES_MS[self._stage]
+            raise _Ended(OutcomeKind.TIMEOUT, f"{self._stage.value} took longer than {took} ms")
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled is not None:
+            raise _Ended(OutcomeKind.CANCELLED, self._cancelled)
+
+    def _download(self, blob: Blob, store: BlobStore) -> None:
+        self._patiently(partial(self._board.blobs.download, blob, store))
+
+    def _patiently(self, transfer: Callable[[], object]) -> None:
+        """Transfer; a tracker that went away may come back until the stage's deadline."""
+        while True:
+            try:
+                self._check_cancelled()
+                self._check_deadline()
+                transfer()
+                return
+            except ConnectError:
+                self._check_cancelled()
+                self._check_deadline()
+                time.sleep(min(_AWAY_PAUSE_S, self._left_s()))
+
+    # ---- what it was -------------------------------------------------------------------------------------------
+
+    def _outcome(self, error: Exception) -> Outcome:
+        """The typed end that an exception means."""
+        if self._cancelled is not None:
+            return Outcome(OutcomeKind.CANCELLED, self._stage, message=self._cancelled)
+        if isinstance(error, _Ended):
+            return Outcome(error.kind, error.stage or self._stage, message=error.message)
+        if isinstance(error, native.RunnerError):
+            return _runner_outcome(error)
+        if self._stage is Stage.TRANSFER and time.monotonic() >= self._stage_ends:
+            took = self._spec.deadlines.of(self._stage) or DEFAULT_DEADLINES_MS[self._stage]
+            return Outcome(OutcomeKind.TIMEOUT, self._stage, message=f"transfer took longer than {took} ms")
+        text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, IncompatibleTargetError):
+            return Outcome(OutcomeKind.LOAD_ERROR, Stage.LOAD, message=text)
+        if isinstance(error, (ArtifactError, CorruptBlobError)):
+            return Outcome(OutcomeKind.LOAD_ERROR, self._stage, message=text)
+        if isinstance(error, MissingBlobError):
+            return Outcome(OutcomeKind.BAD_REQUEST, self._stage, message=text)
+        if not isinstance(error, (CacheFullError, BlobError, OSError)):
+            log.error("a job failed in a way that has no name", exc_info=error)
+        return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
+
+
+def _runner_outcome(error: native.RunnerError) -> Outcome:
+    """A runner's failure as an outcome."""
+    stage = Stage.RUN if error.stage == "run" else Stage.LOAD
+    text = str(error)
+    if isinstance(error, native.RunnerTimeout):
+        return Outcome(OutcomeKind.TIMEOUT, stage, message=text)
+    if isinstance(error, native.RunnerCrashed):
+        return Outcome(OutcomeKind.CRASH, stage, error.signal, error.exit_status, text)
+    if isinstance(error, native.RunnerOutOfMemory):
+        return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
+    if isinstance(error, native.RunnerRefused):
+        if error.status in (abi.E_LOAD, abi.E_ABI, abi.E_FEATURE):
+            return Outcome(OutcomeKind.LOAD_ERROR, stage, message=text)
+        if error.status == abi.E_KERNEL:
+            return Outcome(OutcomeKind.CRASH, stage, message=text)
+        return Outcome(OutcomeKind.BAD_REQUEST, stage, message=text)
+    return Outcome(OutcomeKind.DEVICE_FAULT, stage, message=text)
+
+
+def _find(manifest: Manifest, name: str) -> Tuple[Function, int]:
+    names = [function.name for function in manifest.functions]
+    if name not in names:
+        known = ", ".join(names)
+        raise _Ended(OutcomeKind.BAD_REQUEST, f"artifact {manifest.name!r} has no function {name!r}; it has: {known}")
+    return manifest.functions[names.index(name)], names.index(name)
+
+
+def _members(manifest: Manifest, variant: Variant) -> List[Member]:
+    """The variant's library and, where it has any, its weights."""
+    return [manifest.member(name) for name in (variant.lib, variant.weights) if name is not None]
+
+
+def _arrange(function: Function, inputs: Sequence[Tensor]) -> List[Tensor]:
+    """The inputs in the function's order, checked against its ports."""
+    given = {tensor.name: tensor for tensor in inputs}
+    wanted = [port.name for port in function.inputs]
+    if set(given) != set(wanted) or len(given) != len(inputs):
+        raise _Ended(
+            OutcomeKind.BAD_REQUEST,
+            f"{function.name} takes the inputs {', '.join(wanted) or '(none)'};"
+            f" given: {', '.join(tensor.name for tensor in inputs) or '(none)'}",
+        )
+    for port in function.inputs:
+        _check_input(port, given[port.name])
+    return [given[name] for name in wanted]
+
+
+def _check_input(port: Port, tensor: Tensor) -> None:
+    """Refuse what the manifest rules out; symbolic dims are the runtime's to check."""
+    fits = len(tensor.shape) == len(port.shape) and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(port.shape, tensor.shape)
+    )
+    if tensor.dtype != port.dtype or not fits:
+        raise _Ended(OutcomeKind.BAD_REQUEST, f"input {port} does not take {tensor.dtype}{list(tensor.shape)}")
+    try:
+        tensor.check()
+    except ValueError as error:
+        raise _Ended(OutcomeKind.BAD_REQUEST, str(error)) from error
+
+
+def _native(tensor: Tensor, hold: Hold) -> native.Tensor:
+    """A tensor for the runner; a blob's bytes are mapped, not read."""
+    data: Union[bytes, memoryview]
+    if isinstance(tensor.data, Blob):
+        with hold.path(tensor.data).open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if tensor.data.size else b""
+    else:
+        data = tensor.data
+    return native.Tensor(tensor.dtype, tensor.shape, data)
+
+
+def _fields(options: TimeOptions) -> Dict[str, int]:
+    return {name: getattr(options, name) for name in options.__dataclass_fields__}
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(str(folder))
+    except OSError as error:
+        log.warning("cannot remove %s: %s", folder, error)
+
+
+def _offer_to_oom_killer(pid: int) -> None:
+    """When memory runs out, the kernel should end the runner first, not the agent or the system."""
+    try:
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY)
+    except OSError as error:
+        log.debug("cannot set the runner's oom_score_adj: %s", error)
+        return
+    with os.fdopen(fd, "w") as file:
+        file.write("1000")

@@ -1,0 +1,452 @@
+"""Jobs in the real runner: what works, and every way in which one can fail."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kedge.device_agent.cache import ArtifactCache
+from kedge.device_agent.jobs import Board, Job
+from kedge.device_agent.probe import probe
+from kedge.device_agent.runner import Runner
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.blobs import BlobStore, CorruptBlobError, blob_of
+from kedge.rpc.errors import ConnectError
+from kedge.rpc.outcome import OutcomeKind, Stage
+from kedge.rpc.types import (
+    BenchTask,
+    Blob,
+    Deadlines,
+    JobResult,
+    JobSpec,
+    RunTask,
+    Tensor,
+    TimeOptions,
+    Verdict,
+)
+from support.handmade import artifact, compile_module
+
+from .conftest import FUNCTIONS
+
+
+class Remote:
+    """A tracker's blobs in a folder; `gate` holds transfers up, `away` makes them fail as a lost tracker would."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = BlobStore(root)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.away = 0
+        self.fetched: list[str] = []
+        self.interrupted = threading.Event()
+        self.waiting = threading.Event()
+
+    def publish(self, made: Artifact) -> Blob:
+        for _, data in made.blobs():
+            self.store.put(data)
+        return self.store.put(made.manifest.to_json())
+
+    def download(self, blob: Blob, store: BlobStore) -> Path:
+        self._pass()
+        data = self.store.read(blob.digest)
+        self.fetched.append(blob.digest)
+        with store.begin(blob) as writer:
+            writer.append(data)
+            writer.commit()
+        return store.path(blob.digest)
+
+    def upload(self, blob: Blob, source: bytes | memoryview) -> None:
+        self._pass()
+        assert self.store.put(source) == blob
+
+    def interrupt(self) -> None:
+        self.interrupted.set()
+        self.gate.set()
+
+    def _pass(self) -> None:
+        if self.away:
+            self.away -= 1
+            raise ConnectError("the tracker went away")
+        self.waiting.set()
+        assert self.gate.wait(20)
+        if self.interrupted.is_set():
+            raise ConnectError("interrupted")
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    return Remote(tmp_path / "remote")
+
+
+@pytest.fixture
+def board(tmp_path: Path, runner: Path, remote: Remote) -> Board:
+    with Runner(runner) as started:
+        device = probe("here", started.hello.features)
+    scratch = tmp_path / "jobs"
+    scratch.mkdir()
+    return Board(device, runner, 2, ArtifactCache(tmp_path / "cache", 1 << 28), scratch, remote)
+
+
+@pytest.fixture
+def made(module: bytes) -> Artifact:
+    return artifact(module, FUNCTIONS)
+
+
+def floats(*values: float) -> Tensor:
+    return Tensor("x", "float32", (len(values),), struct.pack(f"<{len(values)}f", *values))
+
+
+def run_spec(manifest: Blob, function: str, deadlines: Deadlines | None = None) -> JobSpec:
+    return JobSpec(manifest, function, RunTask((floats(1, 2, 3),)), deadlines=deadlines or Deadlines())
+
+
+def execute(board: Board, spec: JobSpec) -> JobResult:
+    stages: list[Stage] = []
+    result = Job(board, spec, stages.append).run()
+    assert list(board.scratch.iterdir()) == [], "a job's folder is removed, whatever happened"
+    assert stages == list(Stage)[1 : 1 + len(stages)], "stages come in their order"
+    return result
+
+
+def test_a_run_returns_outputs_and_stage_times(board: Board, remote: Remote, made: Artifact) -> None:
+    result = execute(board, run_spec(remote.publish(made), "add"))
+    assert result.outcome.ok, result.outcome
+    (y,) = result.outputs
+    assert (y.name, y.dtype, y.shape) == ("y", "float32", (3,))
+    assert isinstance(y.data, bytes)
+    assert struct.unpack("<3f", y.data) == (2.0, 3.0, 4.0)
+    assert [item.stage for item in result.stage_times] == [Stage.TRANSFER, Stage.LOAD, Stage.RUN]
+    assert all(item.duration_ns > 0 for item in result.stage_times)
+    assert result.device == "here"
+
+
+def test_weights_in_parts_are_put_together_and_fetched_once(board: Board, remote: Remote, made: Artifact) -> None:
+    manifest = remote.publish(made)
+    for _ in range(2):
+        result = execute(board, run_spec(manifest, "weigh"))
+        (y,) = result.outputs
+        assert isinstance(y.data, bytes)
+        assert struct.unpack("<3f", y.data) == (11.0, 12.0, 13.0)
+    assert len(remote.fetched) == len(set(remote.fetched)) == 4
+
+
+def test_large_tensors_travel_as_blobs_both_ways(board: Board, remote: Remote, made: Artifact) -> None:
+    count = (1 << 20) // 4 + 1
+    values = struct.pack("<f", 4.0) * count
+    blob = remote.store.put(values)
+    spec = replace(run_spec(remote.publish(made), "add"), task=RunTask((Tensor("x", "float32", (count,), blob),)))
+    result = execute(board, spec)
+    assert result.outcome.ok, result.outcome
+    (y,) = result.outputs
+    assert isinstance(y.data, Blob)
+    assert remote.store.read(y.data.digest) == struct.pack("<f", 5.0) * count
+
+
+def test_outputs_can_be_discarded(board: Board, remote: Remote, made: Artifact) -> None:
+    spec = replace(run_spec(remote.publish(made), "add"), task=RunTask((floats(1),), discard_outputs=True))
+    result = execute(board, spec)
+    assert result.outcome.ok
+    assert result.outputs == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "stage", "signal", "status", "words"),
+    [
+        ("crash", OutcomeKind.CRASH, Stage.RUN, 11, 0, "SIGSEGV"),
+        ("leave", OutcomeKind.CRASH, Stage.RUN, 0, 7, "leaving for good"),
+        ("refuse", OutcomeKind.CRASH, Stage.RUN, 0, 0, "kernel"),
+        ("hog", OutcomeKind.OUT_OF_MEMORY, Stage.RUN, 0, 0, ""),
+        ("absent", OutcomeKind.BAD_REQUEST, Stage.TRANSFER, 0, 0, "it has: add, crash"),
+    ],
+)
+def test_what_goes_wrong_has_a_name(
+    board: Board, remote: Remote, made: Artifact,
+    function: str, kind: OutcomeKind, stage: Stage, signal: int, status: int, words: str,
+) -> None:  # fmt: skip
+    manifest = remote.publish(made)
+    outcome = execute(board, run_spec(manifest, function)).outcome
+    assert (outcome.kind, outcome.stage, outcome.signal, outcome.exit_status) == (kind, stage, signal, status)
+    assert words in outcome.message
+    assert execute(board, run_spec(manifest, "add")).outcome.ok, "the next job is not harmed"
+
+
+def test_a_kernel_that_never_ends_meets_the_deadline_of_its_stage(board: Board, remote: Remote, made: Artifact) -> None:
+    began = time.monotonic()
+    outcome = execute(board, run_spec(remote.publish(made), "spin", Deadlines(run_ms=300))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.RUN)
+    assert time.monotonic() - began < 5
+
+
+def test_a_transfer_that_stalls_meets_its_deadline(board: Board, remote: Remote, made: Artifact) -> None:
+    remote.gate.clear()
+    outcome = execute(board, run_spec(remote.publish(made), "add", Deadlines(transfer_ms=200))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
+    assert "200 ms" in outcome.message
+
+
+def test_a_tracker_that_comes_back_in_time_is_waited_for(board: Board, remote: Remote, made: Artifact) -> None:
+    remote.away = 2
+    assert execute(board, run_spec(remote.publish(made), "add")).outcome.ok
+
+
+def test_a_tracker_that_stays_away_is_a_transfer_timeout(board: Board, remote: Remote, made: Artifact) -> None:
+    remote.away = 1 << 30
+    outcome = execute(board, run_spec(remote.publish(made), "add", Deadlines(transfer_ms=300))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
+
+
+@pytest.mark.parametrize("function", ["spin", "add"])
+def test_cancelling(board: Board, remote: Remote, made: Artifact, function: str) -> None:
+    """In the middle of native code that does not listen, and in the middle of a transfer."""
+    manifest = remote.publish(made)
+    entered = remote.waiting
+    if function == "add":
+        remote.gate.clear()
+    else:
+        entered = threading.Event()
+    job = Job(board, run_spec(manifest, function), lambda stage: entered.set() if stage is Stage.RUN else None)
+    results: list[JobResult] = []
+    thread = threading.Thread(target=lambda: results.append(job.run()))
+    thread.start()
+    assert entered.wait(20)
+    job.cancel("enough")
+    job.cancel("again")
+    thread.join(20)
+    (result,) = results
+    assert result.outcome.kind is OutcomeKind.CANCELLED
+    assert result.outcome.message == "enough"
+    assert list(board.scratch.iterdir()) == []
+
+
+def test_cancelled_before_it_began(board: Board, remote: Remote, made: Artifact) -> None:
+    job = Job(board, run_spec(remote.publish(made), "add"), lambda _: None)
+    job.cancel("never mind")
+    assert job.run().outcome.kind is OutcomeKind.CANCELLED
+
+
+def test_what_native_code_leaves_behind_is_gone(board: Board, remote: Remote, made: Artifact) -> None:
+    result = execute(board, run_spec(remote.publish(made), "litter"))
+    assert result.outcome.ok, result.outcome
+    assert isinstance(result.outputs[0].data, bytes)
+    child = int(struct.unpack("<3f", result.outputs[0].data)[0])
+    for _ in range(100):
+        if not _runs(child):
+            break
+        time.sleep(0.02)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_another_architecture_is_refused_before_anything_is_fetched(
+    board: Board, remote: Remote, module: bytes
+) -> None:
+    made = artifact(module, FUNCTIONS, arch="aarch64" if board.device.arch != "aarch64" else "x86_64")
+    manifest = remote.publish(made)
+    outcome = execute(board, run_spec(manifest, "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.LOAD_ERROR, Stage.LOAD)
+    assert "cannot run on this" in outcome.message
+    assert remote.fetched == [manifest.digest]
+
+
+def test_a_missing_cpu_feature_is_refused(board: Board, remote: Remote, module: bytes) -> None:
+    made = artifact(module, FUNCTIONS, features=("warp-drive",))
+    outcome = execute(board, run_spec(remote.publish(made), "add")).outcome
+    assert outcome.kind is OutcomeKind.LOAD_ERROR
+    assert "warp-drive" in outcome.message
+
+
+def test_a_module_whose_manifest_hides_what_it_needs_is_refused_by_the_runtime(
+    board: Board, remote: Remote, tmp_path: Path
+) -> None:
+    source = Path(__file__).with_name("module.c")
+    lib = compile_module(source, tmp_path / "lib.so", features="warp-drive").read_bytes()
+    outcome = execute(board, run_spec(remote.publish(artifact(lib, FUNCTIONS)), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.LOAD_ERROR, Stage.LOAD)
+    assert "warp-drive" in outcome.message
+
+
+@pytest.mark.parametrize("lib", [b"not a library at all" * 100, b""])
+def test_a_library_that_is_none(board: Board, remote: Remote, lib: bytes) -> None:
+    outcome = execute(board, run_spec(remote.publish(artifact(lib, FUNCTIONS)), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.LOAD_ERROR, Stage.LOAD)
+
+
+def test_functions_in_another_order_than_promised(board: Board, remote: Remote, module: bytes) -> None:
+    made = artifact(module, tuple(reversed(FUNCTIONS)))
+    outcome = execute(board, run_spec(remote.publish(made), "weigh")).outcome
+    assert outcome.kind is OutcomeKind.LOAD_ERROR
+    assert "promises 'weigh' as function 0" in outcome.message
+
+
+def test_a_manifest_that_is_none(board: Board, remote: Remote) -> None:
+    outcome = execute(board, run_spec(remote.store.put(b"{}"), "add")).outcome
+    assert outcome.kind is OutcomeKind.LOAD_ERROR
+    assert "not a kedge manifest" in outcome.message
+
+
+def test_members_that_their_parts_do_not_make_up(board: Board, remote: Remote, made: Artifact) -> None:
+    members = list(made.manifest.members)
+    swapped = replace(members[1], parts=tuple(reversed(members[1].parts)))
+    manifest = replace(made.manifest, members=(members[0], swapped))
+    remote.publish(made)
+    outcome = execute(board, run_spec(remote.store.put(manifest.to_json()), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.LOAD_ERROR, Stage.TRANSFER)
+    assert "corrupt" in outcome.message
+
+
+def test_a_blob_that_arrives_corrupt(board: Board, remote: Remote, made: Artifact) -> None:
+    manifest = remote.publish(made)
+    lib = made.manifest.member("lib.so")
+    path = remote.store.path(lib.digest)
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+    outcome = execute(board, run_spec(manifest, "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.LOAD_ERROR, Stage.TRANSFER)
+    assert lib.digest in outcome.message
+
+
+def test_a_blob_that_rotted_on_the_devices_disk_is_fetched_again(
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path
+) -> None:
+    manifest = remote.publish(made)
+    assert execute(board, run_spec(manifest, "weigh")).outcome.ok
+    cache = tmp_path / "cache"
+    for path in (*cache.glob("blobs/objects/*/*"), *cache.glob("members/*")):
+        path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    restarted = replace(board, cache=ArtifactCache(cache, 1 << 28))
+    assert execute(restarted, run_spec(manifest, "weigh")).outcome.ok
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ((), "takes the inputs x; given: (none)"),
+        ((replace(floats(1), name="z"),), "given: z"),
+        ((floats(1), floats(1)), "given: x, x"),
+        ((Tensor("x", "float64", (1,), b"\0" * 8),), "does not take float64[1]"),
+        ((Tensor("x", "float32", (1, 1), b"\0" * 4),), "does not take float32[1, 1]"),
+        ((Tensor("x", "float32", (3,), b"\0" * 4),), "takes 12 bytes"),
+        ((Tensor("x", "float32", (0,), b""),), ""),
+    ],
+)
+def test_inputs_that_do_not_fit(
+    board: Board, remote: Remote, made: Artifact, inputs: tuple[Tensor, ...], words: str
+) -> None:
+    spec = replace(run_spec(remote.publish(made), "add"), task=RunTask(inputs))
+    outcome = execute(board, spec).outcome
+    assert outcome.kind is OutcomeKind.BAD_REQUEST, outcome
+    assert words in outcome.message
+
+
+def test_more_threads_than_the_device_offers(board: Board, remote: Remote, made: Artifact) -> None:
+    outcome = execute(board, replace(run_spec(remote.publish(made), "add"), num_threads=3)).outcome
+    assert outcome.kind is OutcomeKind.BAD_REQUEST
+    assert "wants 3 threads; here offers 2" in outcome.message
+
+
+def test_blobs_that_the_tracker_lacks(board: Board, remote: Remote) -> None:
+    outcome = execute(board, run_spec(blob_of(b"nobody has this"), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.BAD_REQUEST, Stage.TRANSFER)
+
+
+def test_a_runner_that_does_not_start_is_the_devices_fault(
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path
+) -> None:
+    broken = tmp_path / "no-runner"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    outcome = execute(replace(board, runner=broken), run_spec(remote.publish(made), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.DEVICE_FAULT, Stage.LOAD)
+
+
+def test_a_cache_without_room_is_the_devices_fault(
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path
+) -> None:
+    small = replace(board, cache=ArtifactCache(tmp_path / "small", 1000))
+    outcome = execute(small, run_spec(remote.publish(made), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.DEVICE_FAULT, Stage.TRANSFER)
+    assert "may hold 1000" in outcome.message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root to be mounted")
+def test_a_full_disk_is_the_devices_fault(
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,nr_inodes=64", "tmpfs", str(disk)], check=True)
+    request.addfinalizer(lambda: subprocess.run(["umount", str(disk)], check=True))
+    full = replace(board, cache=ArtifactCache(disk, 1 << 28))
+    outcome = execute(full, run_spec(remote.publish(made), "add")).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.DEVICE_FAULT, Stage.TRANSFER)
+    assert "space" in outcome.message
+
+
+def test_a_bench_measures_and_says_what_to_think_of_it(board: Board, remote: Remote, made: Artifact) -> None:
+    options = TimeOptions(number=2, repeat=5, warmup=1)
+    spec = replace(run_spec(remote.publish(made), "add"), num_threads=1)
+    result = execute(board, replace(spec, task=BenchTask((floats(1, 2),), options, return_outputs=True)))
+    assert result.outcome.ok, result.outcome
+    measured = result.measurement
+    assert measured is not None
+    assert len(measured.samples_ns) == 5
+    assert all(sample > 0 for sample in measured.samples_ns)
+    assert measured.options == options
+    assert measured.num_threads == 1
+    assert measured.resolution_ns > 0
+    assert measured.before is not None
+    assert measured.after is not None
+    assert measured.verdict in (Verdict.VALID, Verdict.SUSPECT)
+    (y,) = result.outputs
+    assert isinstance(y.data, bytes)
+    assert struct.unpack("<2f", y.data) == (2.0, 3.0)
+
+
+def test_a_bench_on_an_emulated_device_says_so(board: Board, remote: Remote, made: Artifact) -> None:
+    emulated = replace(board, device=replace(board.device, emulated=True))
+    spec = replace(run_spec(remote.publish(made), "add"), task=BenchTask((floats(1),), TimeOptions(repeat=3)))
+    measured = execute(emulated, spec).measurement
+    assert measured is not None
+    assert measured.verdict is Verdict.EMULATED
+
+
+def test_what_a_job_holds_is_never_dropped_and_the_longest_unused_goes_first(tmp_path: Path, remote: Remote) -> None:
+    cache = ArtifactCache(tmp_path / "cache", 1000)
+    blobs = [remote.store.put(bytes([number]) * 400) for number in range(4)]
+    with cache.hold() as first:
+        first.fetch(blobs[:1], remote.download)
+        os.utime(str(first.path(blobs[0])), (1, 1))
+        with cache.hold() as second:
+            second.fetch(blobs[1:2], remote.download)
+        with cache.hold() as third:
+            third.fetch(blobs[2:3], remote.download)
+            assert first.path(blobs[0]).exists()
+            assert not cache.store.has(blobs[1])
+    with cache.hold() as last:
+        os.utime(str(cache.store.path(blobs[0].digest)), (1, 1))
+        last.fetch(blobs[3:4], remote.download)
+    assert [cache.store.has(blob) for blob in blobs] == [False, False, True, True]
+
+
+def test_a_damaged_blob_is_never_returned(tmp_path: Path, remote: Remote) -> None:
+    blob = remote.store.put(b"x" * 100)
+    with ArtifactCache(tmp_path / "cache", 1000).hold() as hold:
+        hold.fetch([blob], remote.download)
+    (tmp_path / "cache/blobs/objects" / blob.digest[:2] / blob.digest).write_bytes(b"y" * 100)
+
+    def fail(blob: Blob, store: BlobStore) -> None:
+        raise CorruptBlobError("asked for it again")
+
+    with ArtifactCache(tmp_path / "cache", 1000).hold() as hold, pytest.raises(CorruptBlobError, match="again"):
+        hold.fetch([blob], fail)
