@@ -1,0 +1,90 @@
+"""kedge's errors across gRPC: a status code, the class's name and the hint go over; the same class comes out.
+
+The tracker calls `to_status`, clients and agents call `from_rpc_error`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping, Optional, Tuple, Type
+
+import grpc
+from kedge.rpc import blobs, errors
+from kedge.rpc.protocol import ProtocolError
+from kedge.rpc.selector import SelectorError
+from kedge.rpc.transport import Address, unreachable
+
+_CLASS_KEY = "kedge-error"
+#: Hints are text in any language: gRPC's metadata wants bytes for that.
+_HINT_KEY = "kedge-hint-bin"
+
+
+class UnknownJobError(errors.KedgeError):
+    """The tracker knows no job with this id."""
+
+
+class RemoteError(errors.KedgeError):
+    """The tracker failed in a way that has no class of its own; the message carries the status."""
+
+
+class NotReadyError(errors.KedgeError):
+    """A job names blobs that the tracker does not have."""
+
+
+_CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
+    UnknownJobError: grpc.StatusCode.NOT_FOUND,
+    NotReadyError: grpc.StatusCode.FAILED_PRECONDITION,
+    SelectorError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ArtifactError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InputError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.IncompatibleTargetError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NoDeviceError: grpc.StatusCode.FAILED_PRECONDITION,
+    ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
+    blobs.BadDigestError: grpc.StatusCode.INVALID_ARGUMENT,
+    blobs.MissingBlobError: grpc.StatusCode.NOT_FOUND,
+    blobs.CorruptBlobError: grpc.StatusCode.DATA_LOSS,
+    blobs.UploadOffsetError: grpc.StatusCode.ABORTED,
+    blobs.DiskFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    blobs.BlobError: grpc.StatusCode.INTERNAL,
+}
+_BY_NAME: Mapping[str, Type[errors.KedgeError]] = {cls.__name__: cls for cls in _CODES}
+
+#: The peer is away, or went away in mid-call; trying again can help.
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+Metadata = Tuple[Tuple[str, Any], ...]
+
+
+def to_status(error: errors.KedgeError) -> Tuple[grpc.StatusCode, str, Metadata]:
+    """The code, details and trailing metadata that say `error` to the other end."""
+    code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
+    metadata: Metadata = ((_CLASS_KEY, type(error).__name__),)
+    if error.hint:
+        metadata += ((_HINT_KEY, error.hint.encode()),)
+    return code, error.message, metadata
+
+
+def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> errors.KedgeError:
+    """The kedge error behind a failed call; ConnectError when the tracker at `address` is away."""
+    code, details = error.code(), error.details() or ""
+    trailing: Any = error.trailing_metadata() or ()
+    said: Dict[str, Any] = dict(trailing)
+    cls = _BY_NAME.get(said.get(_CLASS_KEY, ""))
+    if cls is not None:
+        hint = said.get(_HINT_KEY)
+        return cls(details, hint=hint.decode() if hint else None)
+    if code in _AWAY:
+        if address is None:
+            return errors.ConnectError(f"the tracker went away ({details})", hint="see whether it still runs")
+        return unreachable(address, _first_line(details))
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(f"the peer is not a kedge tracker, or an older one ({details})")
+    return RemoteError(f"the tracker answered {code.name}: {details}")
+
+
+def is_away(error: grpc.RpcError) -> bool:
+    """True when the tracker could not be reached or went away, so that the same call may succeed later."""
+    return error.code() in _AWAY
+
+
+def _first_line(details: str) -> str:
+    return details.strip().splitlines()[0][:200] if details.strip() else ""
