@@ -14,11 +14,11 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import paramiko
 from kedge.deploy.errors import (
@@ -29,6 +29,8 @@ from kedge.deploy.errors import (
     RemoteCommandError,
 )
 from kedge.rpc.errors import ConnectError
+from paramiko.auth_strategy import AuthStrategy
+from paramiko.pkey import UnknownKeyType
 from paramiko.ssh_exception import NoValidConnectionsError
 
 _KEEPALIVE_S = 15
@@ -122,6 +124,72 @@ class _Refuse(paramiko.MissingHostKeyPolicy):
             hint="if that is what `ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub` prints on the board, add it: "
             f"ssh-keyscan {port}-t {kind} {shlex.quote(where.host)} >> {shlex.quote(str(where.known_hosts[0]))}",
         )
+
+
+class _KeyLogin:
+    """Offers the configured keys, the SSH agent's, then the default ones, until the board accepts one.
+
+    paramiko's own order of trying hides why a login failed: this one remembers what was offered and what was not.
+    """
+
+    def __init__(self, destination: Destination) -> None:
+        self._destination = destination
+        self._offered: list[str] = []
+        self._unusable: list[str] = []
+
+    def authenticate(self, transport: paramiko.Transport) -> None:
+        """Log in, or raise `AuthenticationError`; called by paramiko once the host key is accepted."""
+        agent = paramiko.Agent()
+        try:
+            for name, key in self._keys(agent):
+                self._offered.append(name)
+                try:
+                    transport.auth_publickey(self._destination.user, key)
+                except paramiko.AuthenticationException:
+                    continue
+                return
+        finally:
+            agent.close()
+        raise self._refused()
+
+    def _keys(self, agent: paramiko.Agent) -> Iterator[tuple[str, paramiko.PKey]]:
+        where = self._destination
+        yield from self._files(where.identities)
+        if not where.only_identities:
+            for key in agent.get_keys():
+                yield f"the SSH agent's {key.get_name()} key", key
+            yield from self._files(
+                [path for path in _default_keys() if path.is_file() and path not in where.identities]
+            )
+
+    def _files(self, paths: Sequence[Path]) -> Iterator[tuple[str, paramiko.PKey]]:
+        for path in paths:
+            try:
+                key = paramiko.PKey.from_path(path)
+            except FileNotFoundError:
+                self._unusable.append(f"{path} does not exist")
+            except (paramiko.PasswordRequiredException, TypeError):
+                self._unusable.append(f"{path} has a passphrase (ssh-add it first)")
+            except (paramiko.SSHException, UnknownKeyType, OSError, ValueError) as error:
+                self._unusable.append(f"{path} cannot be read: {error}")
+            else:
+                yield str(path), key
+
+    def _refused(self) -> AuthenticationError:
+        where = self._destination
+        option = f"-p {where.port} " if where.port != 22 else ""
+        hint = f"install your key on the board: ssh-copy-id {option}{where.user}@{where.host}"
+        unusable = "".join(f"; {reason}" for reason in self._unusable)
+        if not self._offered:
+            return AuthenticationError(f"there is no key to log in to {where} with{unusable}", hint=hint)
+        return AuthenticationError(
+            f"{where} refuses every key offered: {', '.join(self._offered)}{unusable}", hint=hint
+        )
+
+
+def _default_keys() -> tuple[Path, ...]:
+    paths = (Path("~/.ssh").expanduser() / f"id_{kind}" for kind in ("ed25519", "ecdsa", "rsa"))
+    return tuple(path for path in paths if path.is_file())
 
 
 class Connection:
@@ -256,23 +324,19 @@ def connect(destination: Destination, *, timeout_s: float = 15.0) -> Connection:
         if path.is_file():
             client.load_system_host_keys(str(path))
     client.set_missing_host_key_policy(_Refuse(destination))
-    keys = [str(each) for each in destination.identities if each.is_file()]
-    if destination.only_identities and not keys:
-        named = ", ".join(map(str, destination.identities)) or "no key at all"
-        raise AuthenticationError(f"{destination} is to be reached with {named}, which does not exist")
     try:
         client.connect(
             destination.host,
             destination.port,
             destination.user,
-            # The stubs forget that a list is allowed.
-            key_filename=keys,  # type: ignore[arg-type]
-            allow_agent=not destination.only_identities,
-            look_for_keys=not destination.only_identities,
             timeout=timeout_s,
             banner_timeout=timeout_s,
             auth_timeout=timeout_s,
+            auth_strategy=cast(AuthStrategy, _KeyLogin(destination)),
         )
+    except ConnectError:
+        client.close()
+        raise
     except (paramiko.SSHException, OSError, EOFError) as error:
         client.close()
         raise _explain(error, destination, timeout_s) from error
@@ -294,16 +358,6 @@ def _explain(error: Exception, destination: Destination, timeout_s: float) -> Co
                 "Somebody may be listening, or the board was installed anew. Nothing was sent to it",
                 hint=f"only if you know why: ssh-keygen -R {shlex.quote(host if port == 22 else f'[{host}]:{port}')}, "
                 "then add the new key",
-            )
-        case paramiko.PasswordRequiredException():
-            return AuthenticationError(f"a key for {destination} is protected by a passphrase", hint="ssh-add it first")
-        case paramiko.AuthenticationException():
-            tried = ", ".join(map(str, destination.identities)) or "your default keys"
-            agent = "" if destination.only_identities else " and the SSH agent's"
-            option = f"-p {port} " if port != 22 else ""
-            return AuthenticationError(
-                f"{destination} accepts none of the keys offered ({tried}{agent})",
-                hint=f"install your key on the board: ssh-copy-id {option}{destination.user}@{host}",
             )
         case socket.gaierror():
             return ConnectError(f"the name {host} cannot be resolved: {error.strerror}")
