@@ -238,8 +238,8 @@ def _int_to_float(b: FunctionBuilder, value: Value, src: ScalarType, to: str) ->
 
 
 def _has_half(b: FunctionBuilder) -> bool:
-    needs = {"x86_64": "f16c", "aarch64": "neon", "armv7l": "fp16", "riscv64": "zfh"}[b.target.arch.name]
-    return b.target.has(needs)
+    needs = {"x86_64": "f16c", "aarch64": "neon", "armv7l": "fp16"}.get(b.target.arch.name)
+    return needs is not None and b.target.has(needs)
 
 
 def from_memory(b: FunctionBuilder, value: Value, dtype: str) -> Value:

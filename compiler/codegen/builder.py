@@ -102,7 +102,13 @@ class ModuleBuilder:
         arch = self.target.arch
         head = [f'target datalayout = "{arch.data_layout}"', f'target triple = "{arch.triple}"', ""]
         declares = [f"declare {sig.replace('@', '@' + name, 1)}" for name, sig in sorted(self._declared.items())]
-        flags = ["", self._attribute_group(), "", "!llvm.module.flags = !{!0, !1}", '!0 = !{i32 8, !"PIC Level", i32 2}']
+        flags = [
+            "",
+            self._attribute_group(),
+            "",
+            "!llvm.module.flags = !{!0, !1}",
+            '!0 = !{i32 8, !"PIC Level", i32 2}',
+        ]
         abi = f'i32 1, !"target-abi", !"{arch.abi_name}"' if arch.abi_name else 'i32 7, !"uwtable", i32 0'
         return "\n".join([*head, *self._functions, *declares, *flags, f"!1 = !{{{abi}}}", ""])
 

@@ -315,7 +315,7 @@ def _pow(b: FunctionBuilder, args: Sequence[Value]) -> Value:
 
 def _rounds_natively(b: FunctionBuilder) -> bool:
     name = b.target.arch.name
-    needs = {"x86_64": "sse4.1", "aarch64": "neon", "armv7l": "fp-armv8"}.get(name)
+    needs = {"x86_64": "sse4.1", "aarch64": "neon"}.get(name)
     return needs is not None and b.target.has(needs)
 
 

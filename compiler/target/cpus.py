@@ -41,7 +41,7 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _ARM82 = ("dotprod", "fullfp16", "rdm")
 _ARM86 = (*_ARM82, "fp16fml", "i8mm", "bf16")
 _V7 = ("neon", "vfp4", "fp16", "hwdiv", "hwdiv-arm")
-_V8_32 = (*_V7, "fp-armv8", "crc")
+_V8_32 = (*_V7, "crc")
 
 CPUS: tuple[Cpu, ...] = (
     Cpu("x86-64", X86_64),
@@ -87,8 +87,8 @@ CPUS: tuple[Cpu, ...] = (
     Cpu("cortex-a53", ARMV7, _V8_32, 32 * KIB, 128 * KIB),
     Cpu("cortex-a72", ARMV7, _V8_32, 32 * KIB, 256 * KIB),
     Cpu("generic-rv64", RISCV64),
-    Cpu("sifive-u74", RISCV64, ("zba", "zbb"), 32 * KIB, 512 * KIB),
-    Cpu("spacemit-x60", RISCV64, ("v", "zba", "zbb", "zbs"), 32 * KIB, 128 * KIB),
+    Cpu("sifive-u74", RISCV64, (), 32 * KIB, 512 * KIB),
+    Cpu("spacemit-x60", RISCV64, ("v",), 32 * KIB, 128 * KIB),
 )
 
 BOARDS: tuple[Board, ...] = (

@@ -187,9 +187,7 @@ def _change(arch: Arch, features: frozenset[str], attr: str) -> frozenset[str]:
             raise TargetError(f"-mattr: {arch.name} always has {name!r}; it cannot be switched off")
         return features
     if name not in arch.known_features:
-        raise TargetError(
-            f"-mattr: unknown feature {name!r} of {arch.name}", hint=_nearest(name, arch.known_features)
-        )
+        raise TargetError(f"-mattr: unknown feature {name!r} of {arch.name}", hint=_nearest(name, arch.known_features))
     if sign == "+":
         return features | closure(arch, frozenset((name,)))
     return features - dependents(arch, name)

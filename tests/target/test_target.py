@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,6 +111,14 @@ def test_tables_are_consistent() -> None:
     for cpu in CPUS:
         assert set(cpu.features) <= set(cpu.arch.known_features), cpu.name
         assert closure(cpu.arch, frozenset(cpu.features)) == frozenset(cpu.features), cpu.name
+
+
+def test_every_feature_that_can_be_required_is_one_that_agents_report() -> None:
+    from kedge.device_agent.runtime import SOURCE_DIR
+
+    reported = set(re.findall(r'\{"([^"]+)"', (SOURCE_DIR / "cpu.c").read_text()))
+    for arch in ARCHS:
+        assert set(arch.known_features) <= reported, arch.name
 
 
 @settings(max_examples=60, deadline=None)

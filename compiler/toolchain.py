@@ -1,0 +1,192 @@
+"""Linking compiled kernels, and building the native runtime for a target. No system toolchain is needed.
+
+The `ziglang` package carries a linker and a C compiler with headers and libraries for every target. The linker is
+called directly (10 ms); the C compiler, whose start takes longer, only for the runtime, whose products are cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kedge.compiler.errors import ToolchainError
+from kedge.compiler.target.arch import Arch
+from kedge.compiler.target.model import Target
+
+Progress = Callable[[str], None]
+_COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-Wall", "-Werror")
+_LIBRARIES = ("-lpthread", "-ldl", "-lm")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeFiles:
+    """The native runtime for one architecture: shared library, runner program, and static library with its header."""
+
+    lib: Path
+    runner: Path
+    static: Path
+
+
+# Linking --------------------------------------------------------------------------------------------------------
+
+
+def link_shared(objects: Sequence[bytes], target: Target) -> bytes:
+    """A shared object of ELF object files, which must not need anything from outside.
+
+    Raises:
+        ToolchainError: there is no linker, the objects use a symbol that none defines, or the disk is full.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="kedge-link-") as folder:
+            paths = []
+            for number, data in enumerate(objects):
+                path = Path(folder, f"{number}.o")
+                path.write_bytes(data)
+                paths.append(str(path))
+            out = Path(folder, "lib.so")
+            command = [
+                *_linker(), "-m", target.arch.lld_emulation, "-shared", "-soname", "lib.so", "--no-undefined",
+                "--hash-style=gnu", "--build-id=none", "--gc-sections", "-O1", "-z", "noexecstack", "-z", "relro",
+                "-z", "now", "-o", str(out), *paths,
+            ]  # fmt: skip
+            _run(command, "linking", dict(os.environ))
+            return out.read_bytes()
+    except OSError as error:
+        raise ToolchainError(
+            f"linking failed: {error.strerror} ({error.filename})", hint="free space in the temporary folder"
+        ) from error
+
+
+def _linker() -> list[str]:
+    zig = _zig()
+    if zig is not None:
+        return [*zig, "ld.lld"]
+    found = shutil.which("ld.lld")
+    if found is not None:
+        return [found]
+    raise ToolchainError("there is no linker", hint="pip install ziglang, or put ld.lld on the PATH")
+
+
+def _zig() -> list[str] | None:
+    """The zig program of the ziglang package, or None."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or spec.origin is None:
+        return None
+    program = Path(spec.origin).with_name("zig.exe" if sys.platform == "win32" else "zig")
+    return [str(program)] if program.exists() else [sys.executable, "-m", "ziglang"]
+
+
+def _run(command: Sequence[str], what: str, environment: dict[str, str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        full = any("No space left" in line for line in lines)
+        hint = "free space on that disk" if full else None
+        raise ToolchainError(f"{what} failed: " + "\n".join(lines[:20] or [f"exit {done.returncode}"]), hint=hint)
+
+
+# The runtime ----------------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where compiled things are kept: KEDGE_CACHE_DIR, else ~/.cache/kedge (or under XDG_CACHE_HOME)."""
+    given = os.environ.get("KEDGE_CACHE_DIR")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kedge"
+
+
+def build_runtime(target: Target, *, progress: Progress | None = None) -> RuntimeFiles:
+    """The runtime for the architecture of `target`, built on first use (seconds) and cached by content.
+
+    It is compiled for the baseline of the architecture, so one build serves every CPU of it. `progress` is called
+    with a line before something takes long. Two processes may build at once; each file appears whole.
+
+    Raises:
+        ToolchainError: ziglang is missing, a source does not compile, or the cache cannot be written.
+    """
+    from kedge.device_agent import runtime
+
+    arch = target.arch
+    folder = cache_dir() / "runtime" / f"{arch.name}-{_runtime_key(arch)}"
+    files = RuntimeFiles(folder / "libkedge_rt.so", folder / "kedge-runner", folder / "libkedge_rt.a")
+    if all(path.exists() for path in (files.lib, files.runner, files.static)):
+        return files
+    zig = _zig()
+    if zig is None:
+        raise ToolchainError("building the runtime needs ziglang", hint="pip install ziglang")
+    if progress is not None:
+        progress(f"building the runtime for {arch.name} (once)")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{arch.name}-") as scratch:
+            _build(zig, arch, runtime.SOURCE_DIR, runtime.LIBRARY_SOURCES, runtime.RUNNER_SOURCES, Path(scratch))
+            _publish(Path(scratch, "out"), folder)
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot write the cache {folder.parent}: {error.strerror}",
+            hint="set KEDGE_CACHE_DIR to a folder with room that you may write to",
+        ) from error
+    return files
+
+
+def _runtime_key(arch: Arch) -> str:
+    """Names the products by everything that goes into them."""
+    from kedge.device_agent import runtime
+
+    digest = hashlib.sha256()
+    for name in (*runtime.LIBRARY_SOURCES, *runtime.RUNNER_SOURCES, *runtime.HEADERS):
+        digest.update(name.encode() + b"\0" + (runtime.SOURCE_DIR / name).read_bytes())
+    digest.update(repr((arch.zig_target, arch.zig_cpu, _COMPILE_FLAGS, _LIBRARIES, _zig_version())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _zig_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ziglang")
+    except PackageNotFoundError:
+        return "none"
+
+
+def _build(
+    zig: list[str], arch: Arch, sources: Path, library: Sequence[str], runner: Sequence[str], scratch: Path
+) -> None:
+    out, objects = scratch / "out", scratch / "obj"
+    out.mkdir()
+    objects.mkdir()
+    environment = dict(os.environ)
+    # zig keeps the C library it has built for a target; beside ours, so that one setting moves both.
+    environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_dir() / "zig"))
+    environment["ZIG_LOCAL_CACHE_DIR"] = str(scratch / "zig")
+    cc = [*zig, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", *_COMPILE_FLAGS]
+    for name in (*library, *runner):
+        _run([*cc, "-c", str(sources / name), "-o", str(objects / f"{name}.o")], f"compiling {name}", environment)
+    lib = [str(objects / f"{name}.o") for name in library]
+    program = [str(objects / f"{name}.o") for name in runner]
+    _run([*cc, "-shared", "-s", *lib, *_LIBRARIES, "-o", str(out / "libkedge_rt.so")], "linking", environment)
+    _run([*cc, "-s", *lib, *program, *_LIBRARIES, "-o", str(out / "kedge-runner")], "linking", environment)
+    _run([*zig, "ar", "rcsD", str(out / "libkedge_rt.a"), *lib], "archiving", environment)
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Move a finished folder into place; if another process was faster, its files are as good."""
+    for path in made.iterdir():
+        path.chmod(0o755)
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        for path in made.iterdir():
+            path.replace(folder / path.name)
