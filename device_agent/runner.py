@@ -34,11 +34,11 @@ from kedge.device_agent.runtime.protocol import (
     PortInfo,
     ProtocolError,
     Tensor,
-    TimeOptions,
     TimeResult,
 )
 from kedge.rpc import abi
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.types import TimeOptions
 
 __all__ = [
     "FunctionInfo",

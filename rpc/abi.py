@@ -230,6 +230,7 @@ class OpenOptions(ctypes.Structure):
         ("lib_path", ctypes.c_char_p),
         ("weights_path", ctypes.c_char_p),
         ("weights_offset", ctypes.c_uint64),
+        ("weights_data", ctypes.c_void_p),
     ]
 
 

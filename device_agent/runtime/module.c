@@ -77,9 +77,18 @@ static int32_t check_module(const kedge_module_desc *module) {
 
 /* ---- Opening ------------------------------------------------------------------------------------------------ */
 
+static int32_t lend_weights(kedge_model *model, const void *data) {
+  if (model->module->weights_size > 0 && (data == NULL || (uintptr_t)data % KEDGE_ALIGNMENT != 0)) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "the module needs weights at a multiple of %d bytes", KEDGE_ALIGNMENT);
+  }
+  model->weights = data;
+  return KEDGE_OK;
+}
+
 static int32_t map_weights(kedge_model *model, const kedge_open_options *options) {
   uint64_t size = model->module->weights_size, offset = options->weights_offset, end;
   if (size == 0) return KEDGE_OK;
+  if (options->weights_data != NULL) return lend_weights(model, options->weights_data);
   const char *path = options->weights_path;
   if (path == NULL) return kedge_fail(KEDGE_E_LOAD, "the module needs %llu bytes of weights", (unsigned long long)size);
   if (offset % KEDGE_ALIGNMENT != 0 || __builtin_add_overflow(offset, size, &end)) {
@@ -156,15 +165,16 @@ int32_t kedge_open_linked(const kedge_module_desc *module, const void *weights, 
   *model = NULL;
   int32_t status = check_module(module);
   if (status != KEDGE_OK) return status;
-  if (module->weights_size > 0 && (weights == NULL || (uintptr_t)weights % KEDGE_ALIGNMENT != 0)) {
-    return kedge_fail(KEDGE_E_ARGUMENT, "the module needs weights at a multiple of %d bytes", KEDGE_ALIGNMENT);
-  }
   kedge_model *opened = new_model();
   if (opened == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
   opened->module = module;
-  opened->weights = weights;
-  *model = opened;
-  return KEDGE_OK;
+  status = lend_weights(opened, weights);
+  if (status == KEDGE_OK) {
+    *model = opened;
+  } else {
+    free_model(opened);
+  }
+  return status;
 }
 
 void kedge_model_retain(kedge_model *model) { atomic_fetch_add_explicit(&model->references, 1, memory_order_relaxed); }

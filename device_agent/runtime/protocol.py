@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import List, Sequence, Tuple, Union
 
 from kedge.rpc import abi
+from kedge.rpc.types import TimeOptions
 
 PROTOCOL_VERSION = 1
 MAGIC = 0x4647444B  # "KDGF"
@@ -131,27 +132,6 @@ class ModuleInfo:
     target: str
     features: Tuple[str, ...]
     functions: Tuple[FunctionInfo, ...]
-
-
-@dataclass(frozen=True)
-class TimeOptions:
-    """How to time; the names and meanings of kedge_time_options in kedge.h."""
-
-    number: int = 1
-    repeat: int = 10
-    min_repeat_ns: int = 0
-    warmup: int = 1
-    limit_zero_time_iterations: int = 100
-    cooldown_ns: int = 0
-    repeats_to_cooldown: int = 1
-    cache_flush_bytes: int = 0
-
-    def fields(self) -> Tuple[int, ...]:
-        """The values in the order of the C struct."""
-        return (
-            self.number, self.repeat, self.min_repeat_ns, self.warmup, self.limit_zero_time_iterations,
-            self.cooldown_ns, self.repeats_to_cooldown, self.cache_flush_bytes,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -281,7 +261,11 @@ def unpack_call_result(payload: Buffer, section: Union[memoryview, None]) -> Tup
 
 def pack_time(function: int, options: TimeOptions) -> bytes:
     """The start of a time's payload; tensors follow."""
-    return struct.pack("<II8q", function, 0, *options.fields())
+    o = options
+    return struct.pack(
+        "<II8q", function, 0, o.number, o.repeat, o.min_repeat_ns, o.warmup, o.limit_zero_time_iterations,
+        o.cooldown_ns, o.repeats_to_cooldown, o.cache_flush_bytes,
+    )  # fmt: skip
 
 
 def unpack_time_result(payload: Buffer) -> TimeResult:

@@ -131,8 +131,18 @@ static void choose_cpus(const char *list) {
   if (sched_setaffinity(0, sizeof set, &set) != 0) refuse(KEDGE_E_ARGUMENT, "--cpus", strerror(errno));
 }
 
+/* When memory runs out, this process should end first, not the agent or the system. A system may not allow it. */
+static void offer_to_oom_killer(void) {
+  int file = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+  if (file < 0) return;
+  ssize_t ignored = write(file, "1000", 4);
+  (void)ignored;
+  close(file);
+}
+
 static void confine(const arguments *a) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
+  offer_to_oom_killer();
   prctl(PR_SET_DUMPABLE, 0); /* no core files, no crash handlers: a crash is an outcome here */
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) refuse(KEDGE_E_ARGUMENT, "no_new_privs", strerror(errno));
   signal(SIGPIPE, SIG_IGN);

@@ -88,7 +88,7 @@ static void describe_module(bytes *to, const kedge_module_desc *module) {
 }
 
 static int32_t open_session(session *s, const char *lib, const char *weights, uint64_t offset, int32_t threads) {
-  kedge_open_options options = {sizeof options, lib, weights[0] == '\0' ? NULL : weights, offset};
+  kedge_open_options options = {sizeof options, lib, weights[0] == '\0' ? NULL : weights, offset, NULL};
   int32_t status = kedge_open(&options, &s->model);
   if (status != KEDGE_OK) return status;
   kedge_context_options context = {.struct_size = sizeof context, .num_threads = threads};

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -15,8 +17,16 @@ from kedge.rpc.errors import ArtifactError, IncompatibleTargetError
 MANIFEST_NAME = "manifest.json"
 #: Tensors of at least this many bytes travel as blobs of their own.
 LARGE_TENSOR_BYTES = 1 << 20
+#: Members begin at a multiple of this in the file, so that weights can be used where they are.
+MEMBER_ALIGNMENT = 64
+#: Members of at least this many bytes are mapped instead of read.
+MAPPED_MEMBER_BYTES = 1 << 20
 #: The zip format cannot represent an earlier moment; a fixed one makes files reproducible.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+#: A zip entry starts with 30 bytes; at 26 stand the lengths of its name and of its extra fields, which follow.
+_ZIP_ENTRY, _ZIP_LENGTHS = 30, struct.Struct("<HH")
+#: The extra field that other tools use for padding too, and the one for sizes beyond 32 bits that zipfile may add.
+_ZIP_PADDING, _ZIP64_EXTRA = 0xD935, 20
 
 Bytes = Union[bytes, memoryview]
 Self = TypeVar("Self", bound="Artifact")
@@ -95,7 +105,7 @@ class Artifact:
             with os.fdopen(fd, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest.to_json())
                 for member in self.manifest.members:
-                    with archive.open(zipfile.ZipInfo(member.name, _ZIP_EPOCH), "w") as out:
+                    with archive.open(_aligned_entry(member, file.tell()), "w") as out:
                         out.write(self._members[member.name])
             scratch.chmod(0o644)
             scratch.replace(target)
@@ -108,12 +118,15 @@ class Artifact:
 
     @classmethod
     def load(cls: Type[Self], path: Union[str, "os.PathLike[str]"]) -> Self:
-        """Read and verify a `.kdg` file; raises ArtifactError naming what is wrong with it."""
+        """Read and verify a `.kdg` file; raises ArtifactError naming what is wrong with it.
+
+        Large members are mapped, not read: the file may be replaced meanwhile, but must not be written to.
+        """
         source = Path(path)
         try:
             with zipfile.ZipFile(source) as archive:
                 manifest = Manifest.from_json(archive.read(MANIFEST_NAME))
-                members = {member.name: archive.read(member.name) for member in manifest.members}
+                members = {member.name: _read_member(archive, source, member.name) for member in manifest.members}
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{source}: no such file", hint="kedge compile MODEL.onnx -o OUT.kdg makes one"
@@ -127,6 +140,31 @@ class Artifact:
         for member in manifest.members:
             check_member(member, members[member.name], str(source))
         return cls(manifest, members)
+
+
+def _aligned_entry(member: Member, offset: int) -> zipfile.ZipInfo:
+    """A zip entry that will be written at `offset`, padded so that its data is aligned."""
+    entry = zipfile.ZipInfo(member.name, _ZIP_EPOCH)
+    entry.file_size = member.size  # zipfile decides by it whether sizes need 64 bits
+    zip64 = member.size * 1.05 > zipfile.ZIP64_LIMIT
+    start = offset + _ZIP_ENTRY + len(member.name.encode()) + 4 + (_ZIP64_EXTRA if zip64 else 0)
+    padding = -start % MEMBER_ALIGNMENT
+    entry.extra = struct.pack("<HH", _ZIP_PADDING, padding) + b"\0" * padding
+    return entry
+
+
+def _read_member(archive: zipfile.ZipFile, source: Path, name: str) -> Bytes:
+    """The bytes of a member: in memory, or as a mapping of the file where they are many and not compressed."""
+    entry = archive.getinfo(name)
+    if entry.file_size < MAPPED_MEMBER_BYTES or entry.compress_type != zipfile.ZIP_STORED:
+        return archive.read(name)
+    with source.open("rb") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    at = entry.header_offset + _ZIP_ENTRY - _ZIP_LENGTHS.size
+    if at + _ZIP_LENGTHS.size > len(view):
+        raise zipfile.BadZipFile(f"{name} begins after the end")
+    start = at + _ZIP_LENGTHS.size + sum(_ZIP_LENGTHS.unpack_from(view, at))
+    return view[start : start + entry.file_size]
 
 
 def check_member(member: Member, data: Bytes, where: str) -> None:
