@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from kedge.compiler.errors import UnsupportedOperatorError
 from kedge.compiler.frontend.onnx.functions import body_of
-from kedge.compiler.frontend.onnx.model import Model, all_nodes, dtype_name
+from kedge.compiler.frontend.onnx.model import Model, all_nodes, dtype_name, element_type_label
 from kedge.compiler.frontend.onnx.node import find_converter, label_of
 
 _SHOWN_NODES = 8
@@ -126,7 +126,7 @@ def _port(info: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
     if kind != "tensor_type":
         return info.name, kind or "unknown", ()
     tensor = info.type.tensor_type
-    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    dtype = element_type_label(tensor.elem_type).lower()
     dims = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
     return info.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), dims
 

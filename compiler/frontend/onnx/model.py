@@ -24,6 +24,7 @@ DEFAULT_DOMAINS = ("", "ai.onnx")
 DTYPES = frozenset(
     {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
 )
+_SMALL_BYTES = 1 << 12
 _MAX_CHECKED_BYTES = 1 << 30  # the checker serializes the model: protobuf ends at 2 GiB
 _EXPORT_AGAIN = "export the model again, or copy it again and compare its size and checksum with the original"
 
@@ -73,37 +74,56 @@ def read_model(source: Source) -> Model:
 def check(model: Model) -> None:
     """Run ONNX's own checker (types, attributes, order of nodes).
 
-    The checker stops at the first operator that ONNX does not know; then the import names all of those instead.
+    The checker stops at the first operator that ONNX does not know. Where there is one, the import will name all of
+    those, and only the other nodes are checked here.
 
     Raises:
         FrontendError: with the checker's own words.
     """
-    known = all(
-        _domain(node.domain) != "" or onnx.defs.has(node.op_type, max_inclusive_version=model.opset, domain="")
-        for node in all_nodes(model)
-    )
-    if not known:
-        return
     if model.proto.ByteSize() > _MAX_CHECKED_BYTES:
         return
+    nodes = all_nodes(model)
+    known = [node for node in nodes if _is_known(node, model.opset)]
+    try:
+        if len(known) == len(nodes):
+            onnx.checker.check_model(_checkable(model))
+        else:
+            _check_nodes(model, known)
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
+        raise FrontendError(f"{model.source} is not a valid ONNX model: {error}", hint=_EXPORT_AGAIN) from error
+
+
+def _is_known(node: onnx.NodeProto, opset: int) -> bool:
+    return _domain(node.domain) != "" or onnx.defs.has(node.op_type, max_inclusive_version=opset, domain="")
+
+
+def _check_nodes(model: Model, nodes: Iterable[onnx.NodeProto]) -> None:
+    context = onnx.checker.DEFAULT_CONTEXT.__class__()
+    context.ir_version = model.proto.ir_version
+    context.opset_imports = {entry.domain: entry.version for entry in model.proto.opset_import}
+    for node in nodes:
+        if not any(subgraphs(node)):
+            onnx.checker.check_node(node, context)
+
+
+def _checkable(model: Model) -> onnx.ModelProto:
+    """A copy without data, and without what the checker would stumble over although it is in order."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model.proto)
     for tensor in _tensors(bare.graph):
-        # Where the data lies is checked by `tensor_data`; the checker would look in the current directory.
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        # `tensor_data` checks the data. The checker would look for external data in the current folder, and serializing
+        # large weights for it takes longer than all the rest.
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.raw_data) > _SMALL_BYTES:
             tensor.ClearField("data_location")
             tensor.ClearField("external_data")
             tensor.raw_data = b""
             del tensor.dims[:]
             tensor.dims.append(0)
-    for info in bare.graph.input:
-        # A rank may be unknown here; `shapes=` gives it later.
+    for info in (*bare.graph.input, *bare.graph.output, *bare.graph.value_info):
+        # A rank may be unknown: `shapes=` gives those of inputs, and the import works out the others.
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.shape.SetInParent()
-    try:
-        onnx.checker.check_model(bare)
-    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        raise FrontendError(f"{model.source} is not a valid ONNX model: {error}", hint=_EXPORT_AGAIN) from error
+    return bare
 
 
 def tensor_data(model: Model, tensor: onnx.TensorProto) -> Array:
@@ -139,7 +159,7 @@ def dtype_name(model: Model, elem_type: int, what: str) -> str:
     except (KeyError, ValueError, TypeError):
         name = "unknown"
     if name not in DTYPES:
-        label = onnx.TensorProto.DataType.Name(elem_type) if _is_known(elem_type) else str(elem_type)
+        label = element_type_label(elem_type)
         raise FrontendError(
             f"{model.source}: {what} has element type {label}, which kedge cannot compute with",
             hint="use a float, integer or bool tensor",
@@ -147,8 +167,10 @@ def dtype_name(model: Model, elem_type: int, what: str) -> str:
     return name
 
 
-def _is_known(elem_type: int) -> bool:
-    return elem_type in onnx.TensorProto.DataType.values()
+def element_type_label(elem_type: int) -> str:
+    """ONNX's name of an element type, or its number where it has none."""
+    known = elem_type in onnx.TensorProto.DataType.values()
+    return str(onnx.TensorProto.DataType.Name(elem_type)) if known else f"number {elem_type}"
 
 
 def _domain(domain: str) -> str:
@@ -257,12 +279,12 @@ def subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
 
 
 def _names(proto: onnx.ModelProto) -> Iterable[str | bytes]:
-    for entry in proto.opset_import:
-        yield entry.domain
+    yield from (proto.producer_name, proto.producer_version, proto.graph.name)
+    yield from (entry.domain for entry in proto.opset_import)
     graph = proto.graph
     for named in (*graph.input, *graph.output, *graph.initializer):
         yield named.name
-    for info in graph.input:
+    for info in (*graph.input, *graph.output):
         yield from (dim.dim_param for dim in info.type.tensor_type.shape.dim)
     for node in _nodes(graph):
         yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
