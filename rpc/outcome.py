@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Optional
 
 
-class Stage(enum.Enum):
+class Word(str, enum.Enum):
+    """An enumeration whose members are, print and serialise as their words."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Stage(Word):
     """The part of a job's life that has its own deadline."""
 
     QUEUE = "queue"
@@ -17,7 +24,7 @@ class Stage(enum.Enum):
     RUN = "run"
 
 
-class OutcomeKind(enum.Enum):
+class OutcomeKind(Word):
     """Why a job ended. The value is what `JobError.outcome` and `--json` show."""
 
     OK = "ok"

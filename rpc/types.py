@@ -5,12 +5,11 @@ Units are in the field names. Enumerations that a message may leave open are `No
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
-from typing import Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 from kedge.rpc.artifact.manifest import Blob
-from kedge.rpc.outcome import Outcome, Stage
+from kedge.rpc.outcome import Outcome, Stage, Word
 
 __all__ = [
     "BenchTask",
@@ -48,6 +47,21 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 
+_STATUS_FIELDS = ("state", "last_seen_unix_ms", "running_job_id")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Word):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
 def plan_inline(sizes: Iterable[int]) -> List[bool]:
     """Which tensors of one message travel inline (True) and which as blobs, from their sizes in bytes."""
     plan, total = [], 0
@@ -58,7 +72,7 @@ def plan_inline(sizes: Iterable[int]) -> List[bool]:
     return plan
 
 
-class DeviceState(enum.Enum):
+class DeviceState(Word):
     """What a device is doing."""
 
     IDLE = "idle"
@@ -66,7 +80,7 @@ class DeviceState(enum.Enum):
     GONE = "gone"
 
 
-class JobState(enum.Enum):
+class JobState(Word):
     """Where a job is."""
 
     QUEUED = "queued"
@@ -75,7 +89,7 @@ class JobState(enum.Enum):
     DONE = "done"
 
 
-class Verdict(enum.Enum):
+class Verdict(Word):
     """Whether a measurement can be trusted."""
 
     VALID = "valid"
@@ -148,6 +162,10 @@ class DeviceStatus:
     state: DeviceState
     last_seen_unix_ms: int = 0
     running_job_id: str = ""
+
+    def to_json(self) -> Dict[str, Any]:
+        """Plain values for `--json`."""
+        return {**_plain(self.info), **{name: _plain(getattr(self, name)) for name in _STATUS_FIELDS}}
 
 
 @dataclass(frozen=True)
@@ -270,6 +288,11 @@ class Job:
     submitted_unix_ms: int = 0
     finished_unix_ms: int = 0
     detail: str = ""
+
+    def to_json(self) -> Dict[str, Any]:
+        """Plain values for `--json`, without the contents of tensors."""
+        tree: Dict[str, Any] = _plain(self)
+        return tree
 
 
 @dataclass(frozen=True)

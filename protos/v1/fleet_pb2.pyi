@@ -23,12 +23,14 @@ class HelloResponse(_message.Message):
     def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., tracker_id: _Optional[str] = ...) -> None: ...
 
 class ListDevicesRequest(_message.Message):
-    __slots__ = ("selector", "include_gone")
+    __slots__ = ("selector", "include_gone", "wait_ms")
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_GONE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     selector: str
     include_gone: bool
-    def __init__(self, selector: _Optional[str] = ..., include_gone: bool = ...) -> None: ...
+    wait_ms: int
+    def __init__(self, selector: _Optional[str] = ..., include_gone: bool = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class ListDevicesResponse(_message.Message):
     __slots__ = ("devices",)
