@@ -1,0 +1,113 @@
+"""Compiled kernels on disk, keyed by what they are made from: a second compile of a model does almost no work."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from kedge.compiler.codegen.shapes import Program
+from kedge.compiler.errors import ToolchainError
+from kedge.compiler.target.model import Target
+from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.structural import structural_hash
+from kedge.compiler.toolchain import cache_dir
+
+_MAGIC = b"kedge-kernel 1\n"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelObject:
+    """A compiled kernel: its linker symbol, object file, and the workspace it needs over its symbols."""
+
+    symbol: str
+    code: bytes
+    workspace: Program
+
+
+@functools.cache
+def compiler_version() -> str:
+    """Changes whenever the code generator, or the LLVM below it, does."""
+    digest = hashlib.sha256(version("llvmlite").encode())
+    root = Path(__file__).parent
+    for folder in ("codegen", "tir", "target"):
+        for path in sorted((root / folder).glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kernel_key(func: PrimFunc, target: Target) -> str:
+    """Names the machine code of a scheduled function: its structure, the code's target, the compiler."""
+    parts = (structural_hash(func), target.triple, target.cpu, target.features, compiler_version())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class KernelCache:
+    """A folder of kernel objects. Files appear whole; any number of processes may share it."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = cache_dir() / "kernels" if root is None else root
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, func: PrimFunc, target: Target, build: Callable[[str], KernelObject]) -> KernelObject:
+        """The object of `func`; `build(symbol)` makes it on a miss.
+
+        Raises:
+            ToolchainError: the folder cannot be written.
+        """
+        key = kernel_key(func, target)
+        path = self.root / key[:2] / key
+        found = _read(path, f"kedge_{key[:24]}")
+        if found is not None:
+            self.hits += 1
+            return found
+        self.misses += 1
+        made = build(f"kedge_{key[:24]}")
+        _write(path, made)
+        return made
+
+
+def _read(path: Path, symbol: str) -> KernelObject | None:
+    """The kernel in a file; None if there is none, or if it is not whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    magic, _, rest = data.partition(b"\n")
+    head, _, code = rest.partition(b"\n")
+    if magic + b"\n" != _MAGIC:
+        return None
+    try:
+        tree = json.loads(head)
+    except ValueError:
+        return None
+    if tree["sha256"] != hashlib.sha256(code).hexdigest():
+        return None
+    return KernelObject(symbol, code, tuple((int(op), int(value)) for op, value in tree["workspace"]))
+
+
+def _write(path: Path, kernel: KernelObject) -> None:
+    head = {"sha256": hashlib.sha256(kernel.code).hexdigest(), "workspace": kernel.workspace}
+    data = _MAGIC + json.dumps(head).encode() + b"\n" + kernel.code
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernel-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot write the cache {path.parent}: {error.strerror}",
+            hint="set KEDGE_CACHE_DIR to a folder with room that you may write to",
+        ) from error

@@ -1,0 +1,173 @@
+"""From a module to an artifact. Each line of `compile_module` is a floor of the compiler; read on from there.
+
+graph passes -> lowering and scheduling -> LLVM IR -> object files -> shared object -> artifact
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from kedge.compiler import debug
+from kedge.compiler.cache import KernelCache, KernelObject, compiler_version
+from kedge.compiler.codegen.entry import CompiledKernel, emit_module
+from kedge.compiler.codegen.kernel import emit_kernel
+from kedge.compiler.codegen.machine import emit_assembly, emit_object
+from kedge.compiler.codegen.shapes import encode
+from kedge.compiler.errors import CompileError
+from kedge.compiler.graph.ir import Module
+from kedge.compiler.graph.passes import Pass, default_passes
+from kedge.compiler.lower.lower import lower, lower_prim_func
+from kedge.compiler.lower.program import Kernel, Program
+from kedge.compiler.package import CompiledVariant, pack_weights, package
+from kedge.compiler.target import Target, parse
+from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.toolchain import link_shared
+from kedge.rpc.artifact import Artifact
+
+Progress: TypeAlias = Callable[[str], None]
+TargetLike: TypeAlias = str | Target
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The graph passes that a module goes through, in order. Every change gives a new pipeline."""
+
+    passes: tuple[Pass, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The passes' names, in order."""
+        return tuple(step.name for step in self.passes)
+
+    def insert_after(self, name: str, step: Pass) -> Pipeline:
+        """`step` right after the last pass called `name`."""
+        at = self._positions(name)[-1] + 1
+        return replace(self, passes=(*self.passes[:at], step, *self.passes[at:]))
+
+    def insert_before(self, name: str, step: Pass) -> Pipeline:
+        """`step` right before the first pass called `name`."""
+        at = self._positions(name)[0]
+        return replace(self, passes=(*self.passes[:at], step, *self.passes[at:]))
+
+    def without(self, name: str) -> Pipeline:
+        """The pipeline without any pass called `name`."""
+        gone = set(self._positions(name))
+        return replace(self, passes=tuple(step for at, step in enumerate(self.passes) if at not in gone))
+
+    def _positions(self, name: str) -> list[int]:
+        found = [at for at, step in enumerate(self.passes) if step.name == name]
+        if not found:
+            known = ", ".join(dict.fromkeys(self.names))
+            raise CompileError(f"the pipeline has no pass {name!r}", hint=f"it has: {known}")
+        return found
+
+    def run(self, module: Module) -> Module:
+        """The module after all passes."""
+        debug.show("00-input", "graph", debug.GRAPH, module.show)
+        for number, step in enumerate(self.passes, 1):
+            with debug.timed(step.name):
+                module = step(module)
+            debug.show(f"{number:02}-{step.name}", "graph", debug.GRAPH, module.show)
+        return module
+
+
+def pipeline(name: str = "default") -> Pipeline:
+    """A pipeline by name; "default" is the only one."""
+    if name != "default":
+        raise CompileError(f"there is no pipeline {name!r}", hint='use pipeline("default") and change it')
+    return Pipeline(default_passes())
+
+
+def compile_module(
+    module: Module,
+    target: TargetLike | Sequence[TargetLike],
+    *,
+    pipeline: Pipeline | None = None,
+    progress: Progress | None = None,
+    name: str = "model",
+    cache: KernelCache | None = None,
+) -> Artifact:
+    """The artifact of a module for one target, or with a variant for each of several.
+
+    `progress` is called with a line before each kernel is compiled. `cache` holds compiled kernels (default: the
+    user's cache folder).
+
+    Raises:
+        CompileError: the module or a target is refused; each reason has its own class, see `kedge.compiler.errors`.
+    """
+    steps = pipeline if pipeline is not None else Pipeline(default_passes())
+    optimized = steps.run(module)
+    return _compile_programs(lambda one: lower(optimized, one), target, name, cache, progress)
+
+
+def compile_prim_func(
+    func: PrimFunc,
+    target: TargetLike | Sequence[TargetLike],
+    *,
+    progress: Progress | None = None,
+    name: str | None = None,
+    cache: KernelCache | None = None,
+) -> Artifact:
+    """The artifact of one tensor IR function, whose inputs and outputs are named as its parameters."""
+    return _compile_programs(lambda one: lower_prim_func(func, one), target, name or func.name, cache, progress)
+
+
+def compile_program(program: Program, target: Target, *, cache: KernelCache, progress: Progress | None = None) -> bytes:
+    """The shared object of a lowered program; its weights come in the order and places of `pack_weights`."""
+    return _variant(program, target, cache, progress).lib
+
+
+def _compile_programs(
+    make: Callable[[Target], Program], target: TargetLike | Sequence[TargetLike], name: str,
+    cache: KernelCache | None, progress: Progress | None,
+) -> Artifact:  # fmt: skip
+    wanted = [target] if isinstance(target, (str, Target)) else list(target)
+    targets = list(dict.fromkeys(parse(one) for one in wanted))
+    if not targets:
+        raise CompileError("no target was given", hint="name one, for instance native")
+    kernels = KernelCache() if cache is None else cache
+    variants, reports = [], []
+    for one in targets:
+        with debug.timed(f"lower for {one.arch.name}"):
+            program = make(one)
+        variants.append(_variant(program, one, kernels, progress))
+        reports.append({"target": str(one), "kernels": [_report(kernel) for kernel in program.kernels.values()]})
+    return package(name, f"kedge {compiler_version()}", variants, {"variants": reports})
+
+
+def _report(kernel: Kernel) -> dict[str, object]:
+    return {"name": kernel.func.name, "rule": kernel.rule, "origin": list(kernel.origin)}
+
+
+def _variant(program: Program, target: Target, cache: KernelCache, progress: Progress | None) -> CompiledVariant:
+    """Kernels to objects, entries and descriptor to one more, all linked."""
+    weights = pack_weights(program.weights)
+    objects: dict[str, KernelObject] = {}
+    for number, (name, kernel) in enumerate(program.kernels.items(), 1):
+        if progress is not None:
+            progress(f"compiling {name} for {target.arch.name} ({number} of {len(program.kernels)})")
+        with debug.timed(f"kernel {name}"):
+            objects[name] = cache.get(kernel.func, target, functools.partial(_compile, kernel.func, target))
+    known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in objects.items()}
+    text = emit_module(program, target, known, weights.places, weights.data_size)
+    debug.show(f"entry-{target.arch.name}", "ll", debug.LLVM, lambda: text)
+    with debug.timed("entry"):
+        entry = emit_object(text, target, speed=1)
+    code = {made.symbol: made.code for made in objects.values()}
+    with debug.timed("link"):
+        lib = link_shared([entry, *code.values()], target)
+    return CompiledVariant(target, lib, weights, program.entries)
+
+
+def _compile(func: PrimFunc, target: Target, symbol: str) -> KernelObject:
+    """One scheduled function to machine code."""
+    stage = f"kernel-{target.arch.name}-{func.name}"
+    debug.show(stage, "tir", debug.KERNEL, func.show)
+    made = emit_kernel(func, target, symbol)
+    debug.show(stage, "ll", debug.LLVM, lambda: made.ir)
+    if debug.wanted(debug.LLVM):
+        debug.show(stage, "s", debug.LLVM, lambda: emit_assembly(made.ir, target))
+    return KernelObject(symbol, emit_object(made.ir, target), encode(made.workspace, func.symbols))
