@@ -83,6 +83,8 @@ def test_every_unsupported_operator_at_once() -> None:
         <ir_version: 9, opset_import: ["" : 20, "com.acme" : 2]>
         g (float[N, 4] x) => (float y, float z) {
             [unique] u, i, j, k = Unique (x)
+            n = Cast <to = 7> (x)
+            b = Reshape (x, n)
             r = Relu (x)
             [scan_one] c = CumSum (r, r)
             [scan_two] d = CumSum (c, r)

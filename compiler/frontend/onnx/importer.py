@@ -23,7 +23,7 @@ _SMALL = 4096
 
 
 class PoisonedError(Exception):
-    """An operand comes from an unsupported operator, which is already on the list: skip its users, and go on."""
+    """An operand comes from a node that was refused, which is on record: skip its users, and go on."""
 
 
 @dataclass(slots=True)
@@ -35,12 +35,14 @@ class Importer:
     params: dict[str, Array] = field(default_factory=dict)
     symbols: Symbols = field(default_factory=Symbols)
     unsupported: list[OperatorUse] = field(default_factory=list)
+    errors: list[FrontendError] = field(default_factory=list)
 
     def run(self, shapes: Mapping[str, ShapeSpec]) -> Module:
         """The model as a module with one function, "main".
 
         Raises:
-            UnsupportedOperatorError: naming every operator of the model that cannot be imported.
+            UnsupportedOperatorError: naming every operator of the model that cannot be imported. It goes before any
+                other error of a node.
         """
         graph = self.model.proto.graph
         scope = Scope({}, self.model.opset)
@@ -51,6 +53,8 @@ class Importer:
         self.run_nodes(graph.node, scope)
         if self.unsupported:
             raise unsupported_error(self.model.source, self.unsupported)
+        if self.errors:
+            raise self.errors[0]
         outputs: dict[str, Value] = {}
         for info in graph.output:
             value = self._output(scope, info.name)
@@ -68,6 +72,9 @@ class Importer:
                 results = self._run_node(proto, scope)
             except PoisonedError:
                 continue
+            except FrontendError as error:
+                self.errors.append(error)
+                continue
             for name, entry in zip(proto.output, results, strict=False):
                 if name and entry is not None:
                     scope.entries[name] = entry
@@ -84,7 +91,7 @@ class Importer:
         if not name:
             return None
         if name not in scope.entries:
-            if self.unsupported:
+            if self.unsupported or self.errors:
                 raise PoisonedError
             raise node.error(f"reads {name!r}, which nothing before it computes", hint="the model is corrupt")
         return scope.entries[name]
@@ -147,7 +154,7 @@ class Importer:
     def _results(self, scope: Scope, names: Sequence[str]) -> tuple[Entry | None, ...]:
         """What `names` stand for; None for a result that nobody asks for, whose name is empty."""
         missing = [name for name in names if name and name not in scope.entries]
-        if missing and self.unsupported:
+        if missing and (self.unsupported or self.errors):
             raise PoisonedError
         if missing:
             raise FrontendError(f"{self.model.source}: nothing computes {missing[0]!r}", hint="the model is corrupt")
@@ -162,11 +169,10 @@ class Importer:
         for tensor in graph.initializer:
             dtype_name(self.model, tensor.data_type, f"initializer {tensor.name!r}")
             data = tensor_data(self.model, tensor)
-            name = tensor.name
-            if name in self.params:
-                name = next(
-                    n for n in (f"{name}_{count}" for count in range(2, len(self.params) + 3)) if n not in self.params
-                )
+            name, count = tensor.name, 1
+            while name in self.params:  # a body of control flow may use a name again
+                count += 1
+                name = f"{tensor.name}_{count}"
             self.params[name] = data
             type_ = TensorType(tuple(data.shape), str(data.dtype))
             scope.entries[tensor.name] = self.builder.param(name, type_)
