@@ -615,9 +615,11 @@ class _Process:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
     def wake(self) -> None:
-        """Make a waiting `receive` raise _Cancel; from any thread."""
-        with contextlib.suppress(BlockingIOError):  # full: a wake is waiting already
-            os.write(self._wake_write, b"c")
+        """Make a waiting `receive` raise _Cancel; from any thread, and nothing once the process was reaped."""
+        with self._reap_lock:  # the descriptor's number may belong to somebody else after that
+            if self._returncode is None:
+                with contextlib.suppress(BlockingIOError):  # full: a wake is waiting already
+                    os.write(self._wake_write, b"c")
 
     def clear_wake(self) -> None:
         """Forget wakes that nobody waited for."""
