@@ -117,26 +117,29 @@ def placeholder(shape: Sequence[Dim], dtype: str, name: str) -> Tensor:
 
 
 def reduce_axis(extent: Dim, name: str = "k") -> ReduceAxis:
-    """A variable running over `[0, extent)`, for `sum`, `prod`, `max` and `min`."""
+    """A variable running over `[0, extent)`, for `sum`, `prod`, `max` and `min`.
+
+    A symbolic extent must be at least 1 when the function runs: a loop without iterations initialises nothing.
+    """
     return ReduceAxis(name, extent=extent)
 
 
-def sum(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Reduce:  # noqa: A001
+def sum(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:  # noqa: A001
     """The sum of `value` over `axis`, accumulated in the dtype of `value`; 0 where there is nothing to add."""
     return _reduce("add", value, axis)
 
 
-def prod(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Reduce:
+def prod(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:
     """The product of `value` over `axis`; 1 where there is nothing to multiply."""
     return _reduce("mul", value, axis)
 
 
-def max(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Reduce:  # noqa: A001
+def max(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:  # noqa: A001
     """The largest `value` over `axis` (NaN wins); the dtype's lowest value where there is none."""
     return _reduce("max", value, axis)
 
 
-def min(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Reduce:  # noqa: A001
+def min(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:  # noqa: A001
     """The smallest `value` over `axis` (NaN wins); the dtype's highest value where there is none."""
     return _reduce("min", value, axis)
 
@@ -214,12 +217,13 @@ class _Names:
         return candidate
 
 
-def _reduce(combiner: Combiner, value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Reduce:
+def _reduce(combiner: Combiner, value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:
     axes = (axis,) if isinstance(axis, ReduceAxis) else tuple(axis)
     if not axes:
         raise CompileError("a reduction needs at least one axis")
-    identity(combiner, value.dtype)  # refuses dtypes that have none
-    return Reduce(combiner, value, axes)
+    neutral = identity(combiner, value.dtype)
+    empty = any(isinstance(each.extent, int) and each.extent == 0 for each in axes)
+    return neutral if empty else Reduce(combiner, value, axes)
 
 
 def _axis_names(fcompute: Callable[..., ExprLike], rank: int) -> list[str]:
@@ -256,9 +260,7 @@ def _block_nest(tensor: Tensor, op: Compute, buffers: Mapping[Buffer, Buffer]) -
     loops = [(Var(axis.name), as_expr(extent)) for axis, extent in (*spatial, *reduced)]
     kinds: list[Literal["spatial", "reduce"]] = ["spatial"] * len(spatial)
     kinds += ["reduce"] * len(reduced)
-    iters = tuple(
-        IterVar(Var(f"v{var.name}"), extent, kind) for (var, extent), kind in zip(loops, kinds, strict=True)
-    )
+    iters = tuple(IterVar(Var(f"v{var.name}"), extent, kind) for (var, extent), kind in zip(loops, kinds, strict=True))
     mapping: dict[Var, Expr] = {a: it.var for (a, _), it in zip((*spatial, *reduced), iters, strict=True)}
     value = replace_buffers_expr(substitute_expr(op.value, mapping), buffers)
     target, indices = buffers[tensor], tuple(it.var for it in iters[: len(spatial)])

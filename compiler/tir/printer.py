@@ -159,7 +159,11 @@ class _Printer:
 
     def loop(self, loop: For) -> Iterator[str]:
         extent = self.expr(loop.extent)
-        kind = f"thread({extent}, {loop.thread!r})" if loop.kind == "thread" else f"{_LOOPS[loop.kind]}({extent})"
+        kind = (
+            f"thread({extent}, {loop.thread!r})"
+            if loop.kind == "thread"
+            else f"{_LOOPS.get(loop.kind, loop.kind)}({extent})"
+        )
         with self.scope((loop.var,)):
             yield f"for {self.name(loop.var)} in {kind}:{_attrs(loop.annotations)}"
             yield from self.indented(loop.body)

@@ -12,7 +12,7 @@ int64 is treated as unbounded: index arithmetic of real tensors does not overflo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -179,8 +179,10 @@ class Simplifier:
                 return self._arithmetic(op, a, b, expr)
             case Select():
                 return self._select(expr)
-            case Cast(value=Const(value=value)):
+            case Cast(value=Const(value=value)) if math.isfinite(value):
                 return Poly.of(int(value))
+            case Cast(value=value) if value.dtype == INDEX_DTYPE:
+                return self.poly(value)
         return self._atom(map_children(expr, self.simplify))
 
     def _arithmetic(self, op: str, a: Expr, b: Expr, expr: Expr) -> Poly:
@@ -430,28 +432,31 @@ class Simplifier:
         for atom in reversed(poly.atoms()):
             worst = self._worst(poly, atom)
             if worst is not None:
-                return all(self._nonnegative(self._normal(case), depth - 1) for case in worst)
+                cases, enough = worst
+                return enough(self._nonnegative(self._normal(case), depth - 1) for case in cases)
         return False
 
-    def _worst(self, poly: Poly, atom: int) -> tuple[Poly, ...] | None:
-        """Polynomials without `atom` of which the smallest bounds `poly` from below (up to a positive factor)."""
+    def _worst(self, poly: Poly, atom: int) -> tuple[tuple[Poly, ...], Callable[[Iterable[bool]], bool]] | None:
+        """Polynomials without `atom`, of which all (or any, as the second says) must be >= 0 for `poly` to be."""
         expr = self._atoms[atom]
-        if isinstance(expr, Binary) and expr.op in ("min", "max"):
-            return tuple(poly.replace(atom, self.poly(side)) for side in (expr.a, expr.b))
-        if isinstance(expr, Select) and expr.dtype == INDEX_DTYPE:
-            return tuple(poly.replace(atom, self.poly(side)) for side in (expr.a, expr.b))
         parts = poly.coefficient(atom)
-        ends = self._symbolic_ends(atom)
-        if parts is None or ends is None:
+        if parts is None:
             return None
         factor, rest = parts
         low, high = self._bounds(factor)
+        rising, falling = low is not None and low >= 0, high is not None and high <= 0
+        if isinstance(expr, (Binary, Select)) and not (isinstance(expr, Binary) and expr.op not in ("min", "max")):
+            sides = tuple(poly.replace(atom, self.poly(side)) for side in (expr.a, expr.b))
+            # A maximum is at least each of its sides: one that suffices is enough where it counts positively.
+            helps = isinstance(expr, Binary) and (rising if expr.op == "max" else falling)
+            return sides, any if helps else all
+        ends = self._symbolic_ends(atom)
+        if ends is None or not (rising or falling):
+            return None
         scale, first, last = ends
         # For integers and d > 0: p >= 0 exactly if d * (p + 1) - 1 >= 0, which leaves room for rounding.
         rest = scale * (rest + Poly.of(1)) - Poly.of(1)
-        if low is not None and low >= 0:
-            return (rest + factor * first,)
-        return (rest + factor * last,) if high is not None and high <= 0 else None
+        return (rest + factor * (first if rising else last),), all
 
     def _symbolic_ends(self, atom: int) -> tuple[Poly, Poly, Poly] | None:
         """`(s, a, b)` with `a <= s * atom <= b` and `s > 0`, for an atom of which a range is known."""

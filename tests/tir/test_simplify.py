@@ -1,0 +1,216 @@
+"""Index arithmetic: what must come out clean, what can be proved, and that nothing changes its value."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kedge.compiler.tir.expr import (
+    Binary,
+    Cast,
+    Const,
+    Expr,
+    Load,
+    Var,
+    binary,
+    call,
+    ceildiv,
+    const,
+    eq,
+    logical_and,
+    maximum,
+    minimum,
+    select,
+)  # fmt: skip
+from kedge.compiler.tir.printer import print_expr
+from kedge.compiler.tir.simplify import bounds, over, prove, prove_equal, simplify, simplify_dim, simplify_stmt
+from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Range, Seq, Store
+from kedge.compiler.tir.verify import verify
+from support.functions import evaluate
+
+P, J, K, F = Var("i"), Var("j"), Var("k"), Var("f")
+N, M = Var("n", lower=1), Var("m", lower=1)
+RANGES = {P: over(N), J: over(16), K: over(4)}
+
+
+@pytest.mark.parametrize(
+    ("expr", "text"),
+    [
+        ((P * 16 + J) // 16, "i"),
+        ((P * 16 + J) % 16, "j"),
+        ((P * 16 + J * 4 + K) // 64, "(i * 4 + j) // 16"),
+        ((K * 16 + J) // 32, "k // 2"),
+        ((F // 4) // 8, "f // 32"),
+        ((F % 64) // 16, "f // 16 % 4"),
+        ((F % 64) % 16, "f % 16"),
+        (F // 16 * 16 + F % 16, "f"),
+        (F // M * M + F % M, "f"),
+        ((F // 16) % 4 * 16 + F % 16 + F // 64 * 64, "f"),
+        (F // 16 * 16 + 3, "f // 16 * 16 + 3"),
+        ((P * M + F % M) // M, "i"),
+        ((P * M + F % M) % M, "f % m"),
+        ((P * N * 4 + K * N + J) // 4 - (P * N * 4 + K * N + J) // 4, "0"),
+        (minimum(J, 20), "j"),
+        (maximum(J, 20), "20"),
+        (minimum(16, N * 16 - P * 16), "16"),
+        (select(J < 16, P, J), "i"),
+        ((P * 16 + J) * N + F - P * N * 16, "j * n + f"),
+        (P - P, "0"),
+        (0 - P + J, "j - i"),
+        (eq(J, 16), "False"),
+        (P + 1 <= N, "True"),
+        (P * 2 < 40, "i * 2 < 40"),
+        (logical_and(J < 16, P < 3), "i < 3"),
+        (binary("or", J < 16, P < 3), "True"),
+        (call("not", J < 16), "False"),
+        (binary("truncdiv", P * 16 + J, 16), "i"),
+        (binary("truncmod", P * 16 + J, 16), "j"),
+        (Cast(Cast(P, "int64"), "float32"), "float32(i)"),
+        (Cast(const(3), "float32"), "3.0"),
+    ],
+)
+def test_comes_out_clean(expr, text):
+    assert print_expr(simplify(expr, RANGES)) == text
+
+
+def test_unchanged_is_the_same_object():
+    expr = P * 16 + J
+    assert simplify(expr) is expr
+    assert simplify(expr, RANGES) is expr
+
+
+def test_floats_keep_their_operations():
+    x = Buffer("x", (4,), "float32")
+    value = Load(x, ((P * 4 + K) // 4 * 0,)) * 1.0 + 0.0
+    assert print_expr(simplify(value, RANGES)) == "x[0] * 1.0 + 0.0"
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        P < N,
+        P * 16 + J < N * 16,
+        ceildiv(N, 16) * 16 >= N,
+        (N + 15) // 16 * 16 < N + 16,
+        ceildiv(N, 16) > P // 16,
+        P * M + F % M < N * M,
+        minimum(N, 4) <= 4,
+        maximum(N, 4) >= N,
+        select(P < 3, J, K) < 16,
+        (N * M + 1) % M < M,
+        logical_and(P >= 0, J <= 15),
+        binary("ne", J, 16),
+    ],
+)
+def test_proved(fact):
+    assert prove(fact, RANGES)
+
+
+@pytest.mark.parametrize("claim", [P < N - 1, P * 16 + J < N, eq(P, J), P < 100, F >= 0, F % N >= 1])
+def test_not_proved(claim):
+    assert not prove(claim, RANGES)
+
+
+def test_fused_loop_stays_in_its_dims():
+    ranges = {F: over(N * M)}
+    assert prove(F // M < N, ranges)
+    assert prove(F % M < M, ranges)
+
+
+def test_tail_of_a_split():
+    outer, inner = Var("outer"), Var("inner")
+    ranges = {outer: over(ceildiv(N, 16)), inner: over(16)}
+    assert prove(outer * 16 + inner < N + 15, ranges)
+    assert not prove(outer * 16 + inner < N + 14, ranges)
+
+
+def test_dims():
+    assert prove_equal((N + 15) // 16, (N - 1) // 16 + 1)
+    assert prove_equal(N * (M + 1), M * N + N)
+    assert not prove_equal(N, M)
+    assert prove_equal(3, 3)
+    assert not prove_equal(3, N)
+    assert simplify_dim((N * 4) // N) == 4
+    assert simplify_dim(7) == 7
+
+
+def test_bounds():
+    assert bounds(P * 16 + J, {P: over(4), J: over(16)}) == (0, 63)
+    assert bounds(N) == (1, None)
+    assert bounds(3 - J, RANGES) == (-12, 3)
+    assert bounds(Cast(Load(Buffer("x", (1,), "uint8"), (const(0),)), "int64")) == (0, 255)
+    assert bounds(F % 5) == (0, 4)
+
+
+def test_statements_lose_decided_branches():
+    n = Var("n", lower=1)
+    x, y = Buffer("x", (n,), "float32"), Buffer("y", (n,), "float32")
+    i = Var("i")
+
+    def branch(condition: Expr) -> PrimFunc:
+        body = If(condition, Store(y, (i,), Load(x, (i + 0,))), Store(y, (i,), const(0.0, "float32")))
+        return PrimFunc("f", (x, y), 1, For(i, n, "serial", body), symbols=(n,))
+
+    loop = simplify_stmt(verify(branch(i < n)).body)
+    assert isinstance(loop, For)
+    assert isinstance(loop.body, Store)
+    other = simplify_stmt(branch(i >= n).body)
+    assert isinstance(other, For)
+    assert isinstance(other.body, Store)
+    assert isinstance(other.body.value, Const)
+    assert simplify_stmt(If(n < 1, Seq(()))) != Seq(())
+
+
+VARS = (Var("p"), Var("q", lower=-3, upper=9), Var("r"))
+LIMITS = {VARS[0]: range(5), VARS[1]: range(-3, 10), VARS[2]: range(2, 9)}
+KNOWN = {VARS[0]: over(5), VARS[2]: Range(const(2), const(7))}
+
+
+def exprs(depth: int = 4) -> st.SearchStrategy[Expr]:
+    leaf = st.one_of(st.sampled_from(VARS), st.integers(-9, 9).map(const))
+    if depth == 0:
+        return leaf
+    sub = exprs(depth - 1)
+    ring = st.builds(Binary, st.sampled_from(["add", "sub", "mul", "min", "max"]), sub, sub)
+    divisor = st.one_of(st.integers(1, 12).map(const), st.just(VARS[2]))
+    quotient = st.builds(Binary, st.sampled_from(["floordiv", "floormod"]), sub, divisor)
+    return st.one_of(leaf, ring, quotient)
+
+
+def points() -> list[dict[Var, int]]:
+    names = list(LIMITS)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*LIMITS.values())]
+
+
+POINTS = points()
+
+
+@settings(max_examples=250, deadline=None)
+@given(exprs())
+def test_value_is_kept(expr):
+    simple = simplify(expr, KNOWN)
+    low, high = bounds(expr, KNOWN)
+    for env in POINTS[::7]:
+        value = evaluate(expr, env)
+        assert evaluate(simple, env) == value
+        assert low is None or low <= value
+        assert high is None or value <= high
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"]), exprs(3), exprs(3))
+def test_proofs_hold_everywhere(op, a, b):
+    claim = Binary(op, a, b)
+    simple = simplify(claim, KNOWN)
+    proved = prove(claim, KNOWN)
+    for env in POINTS[::5]:
+        value = evaluate(claim, env)
+        assert evaluate(simple, env) == value
+        assert value or not proved
+
+
+@settings(max_examples=100, deadline=None)
+@given(exprs(3))
+def test_simplifying_twice_changes_nothing(expr):
+    once = simplify(expr, KNOWN)
+    assert print_expr(simplify(once, KNOWN)) == print_expr(once)
