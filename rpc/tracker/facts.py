@@ -1,0 +1,108 @@
+"""What the tracker's state machine decides: facts to be stored, and messages to be sent once they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kedge.rpc.messages import TrackerBody
+from kedge.rpc.types import Job, JobResult, JobSpec
+
+#: What an artifact can run on: one (architecture, required CPU features) per variant.
+Needs = tuple[tuple[str, frozenset[str]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobAccepted:
+    """A client's job, before its reply leaves."""
+
+    job_id: str
+    seq: int
+    spec: JobSpec
+    needs: Needs
+    key: str
+    submitted_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobAssigned:
+    """The job belongs to a device now, under a new epoch."""
+
+    job_id: str
+    device: str
+    instance_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequeued:
+    """The device gave the job up before it began."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelling:
+    """Somebody wants the job stopped."""
+
+    job_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """The end of a job."""
+
+    job_id: str
+    result: JobResult
+    finished_ms: int
+
+
+Fact = JobAccepted | JobAssigned | JobRequeued | JobCancelling | JobDone
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job that is not done, as it is stored."""
+
+    accepted: JobAccepted
+    assigned: JobAssigned | None = None
+    epoch: int = 0
+    cancelling: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToAgent:
+    """A message on an agent's connection."""
+
+    connection: int
+    body: TrackerBody
+
+
+@dataclass(frozen=True, slots=True)
+class CloseAgent:
+    """End an agent's connection after what was sent on it."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobChanged:
+    """For whoever watches the job: how it is now."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesChanged:
+    """A device came, went, became busy or idle."""
+
+
+Send = ToAgent | CloseAgent | JobChanged | DevicesChanged
+
+
+@dataclass(slots=True)
+class Effects:
+    """One event's consequences: `sends` leave, in order, only when `facts` are stored."""
+
+    facts: list[Fact] = field(default_factory=list)
+    sends: list[Send] = field(default_factory=list)
