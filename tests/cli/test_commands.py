@@ -1,0 +1,205 @@
+"""Every command on the digits model, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kedge.compiler.frontend.onnx import reference_outputs
+from support.commands import Kedge
+
+from kedge.data import digits_model, digits_test
+
+
+def test_run_saves_what_the_reference_computes(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
+    images, labels = digits_test()
+    np.savez(tmp_path / "in.npz", image=images)
+    done = kedge("run", digits, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as saved:
+        probabilities = saved["probabilities"]
+    expected = reference_outputs(digits_model(), {"image": images})["probabilities"]
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-6)
+    assert (probabilities.argmax(1) == labels).mean() > 0.95
+
+
+def test_run_with_random_inputs_is_repeatable(kedge: Kedge, digits: Path) -> None:
+    first, second = (kedge("run", digits, "--shape", "image=3,1,8,8", "--json") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    facts = json.loads(first.stdout)["probabilities"]
+    assert facts["shape"] == [3, 10] and facts["mean"] == pytest.approx(0.1, rel=1e-4)
+    assert first.stdout == second.stdout
+    other = kedge("run", digits, "--shape", "image=3,1,8,8", "--seed", "1", "--json")
+    assert other.stdout != first.stdout
+
+
+def test_bench_reports_samples_with_their_protocol(kedge: Kedge, digits: Path) -> None:
+    done = kedge("bench", digits, "--repeat", "7", "--min-repeat-ms", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["samples_ns"]) == 7
+    assert all(sample > 0 for sample in report["samples_ns"])
+    assert report["verdict"] in ("valid", "suspect")
+
+
+def test_validate_compares_outputs_and_layers(kedge: Kedge, digits: Path) -> None:
+    done = kedge("validate", digits_model(), digits, "--shape", "image=5,1,8,8", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [item["name"] for item in report["outputs"]] == ["probabilities"]
+    assert 0 <= report["outputs"][0]["max_abs"] < 1e-4
+    assert len(report["layers"]) >= 3
+    assert report["worst_layer"]["name"] in {layer["name"] for layer in report["layers"]}
+
+
+def test_validate_fails_on_another_model_s_artifact(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(digits_model())
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight) * np.float32(1.5)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    done = kedge("validate", tmp_path / "other.onnx", digits)
+    assert done.returncode == 1
+    assert "differs" in done.stdout
+
+
+def test_inspect_model_and_artifact(kedge: Kedge, digits: Path) -> None:
+    model = kedge("inspect", digits_model())
+    assert model.returncode == 0, model.stderr
+    assert "Conv" in model.stdout and "every operator is supported" in model.stdout
+    artifact = kedge("inspect", digits, "--json")
+    facts = json.loads(artifact.stdout)
+    assert facts["functions"][0]["name"] == "main"
+    assert facts["functions"][0]["inputs"] == ["image: float32[N, 1, 8, 8]"]
+    assert facts["variants"][0]["arch"] == "x86_64"
+
+
+def test_doctor_finds_a_sound_installation(kedge: Kedge) -> None:
+    done = kedge("doctor", "--json")
+    assert done.returncode == 0, done.stdout
+    by_check = {finding["check"]: finding["status"] for finding in json.loads(done.stdout)}
+    assert by_check["compile and run here"] == "ok" and by_check["tracker"] == "note"
+
+
+def test_demo_without_a_board(kedge: Kedge) -> None:
+    done = kedge("demo", "--no-arm", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["ok"] and row["accuracy"] > 0.95 and row["max_error"] < 1e-4
+    assert row["timing"]["verdict"] in ("valid", "suspect")
+    assert "compiling the digits model" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "compile", "run", "bench", "validate", "inspect", "devices", "demo", "doctor"])
+def test_help_has_examples(kedge: Kedge, command: str) -> None:
+    done = kedge(*command.split(), "--help")
+    assert done.returncode == 0
+    assert "Examples:" in done.stdout or not command
+
+
+def truncated(tmp_path: Path, digits: Path) -> list[object]:
+    path = tmp_path / "cut.kdg"
+    path.write_bytes(digits.read_bytes()[:-500])
+    return ["run", path]
+
+
+def corrupt(tmp_path: Path, digits: Path) -> list[object]:
+    data = bytearray(digits.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path = tmp_path / "corrupt.kdg"
+    path.write_bytes(data)
+    return ["run", path]
+
+
+def cut_model(tmp_path: Path, digits: Path) -> list[object]:
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(digits_model().read_bytes()[:-700])
+    return ["compile", path, "-o", tmp_path / "x.kdg"]
+
+
+def wrong_name(tmp_path: Path, digits: Path) -> list[object]:
+    np.savez(tmp_path / "in.npz", imge=np.zeros((1, 1, 8, 8), np.float32))
+    return ["run", digits, "--inputs", tmp_path / "in.npz"]
+
+
+def wrong_dtype(tmp_path: Path, digits: Path) -> list[object]:
+    np.savez(tmp_path / "in.npz", image=np.zeros((1, 1, 8, 8), np.float64))
+    return ["run", digits, "--inputs", tmp_path / "in.npz"]
+
+
+def wrong_shape(tmp_path: Path, digits: Path) -> list[object]:
+    np.savez(tmp_path / "in.npz", image=np.zeros((1, 1, 8, 9), np.float32))
+    return ["run", digits, "--inputs", tmp_path / "in.npz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (truncated, 3, r"cut\.kdg.*not a whole \.kdg artifact"),
+        (corrupt, 3, r"corrupt\.kdg"),
+        (cut_model, 1, r"cut\.onnx"),
+        (wrong_name, 5, r"imge.*image"),
+        (wrong_dtype, 5, r"image.*float32.*float64|image.*float64.*float32"),
+        (wrong_shape, 5, r"image"),
+        (lambda t, d: ["run", t / "nothing.kdg"], 3, r"nothing\.kdg: no such file"),
+        (lambda t, d: ["compile", t / "nothing.onnx", "-o", t / "x.kdg"], 1, r"nothing\.onnx"),
+        (lambda t, d: ["compile", digits_model(), "-o", t / "no" / "x.kdg"], 3, r"cannot write"),
+        (
+            lambda t, d: ["compile", digits_model(), "-o", t / "x.kdg", "--target", "raspbery-pi/4b"],
+            1,
+            r"raspberry-pi/4b",
+        ),
+        (lambda t, d: ["run", d, "--shape", "image=2,1,9,9"], 5, r"image"),
+        (lambda t, d: ["run", d, "--shape", "image:2"], 5, r"--shape"),
+        (lambda t, d: ["run", d, "--function", "train"], 3, r"train.*\n?.*main"),
+        (lambda t, d: ["run", d, "--device", "x"], 6, r"--tracker"),
+        (lambda t, d: ["devices", "--tracker", "127.0.0.1:1"], 6, r"127\.0\.0\.1:1"),
+        (lambda t, d: ["devices", "--tracker", "nonsense"], 6, r"nonsense"),
+    ],
+)
+def test_bad_input_is_one_clear_error(kedge: Kedge, digits: Path, tmp_path: Path, arguments, status, says) -> None:
+    done = kedge(*arguments(tmp_path, digits))
+    assert re.search(says, done.stderr, re.DOTALL), done.stderr
+    assert done.returncode == status, done.stderr
+    assert "error: " in done.stderr and done.stderr.count("error: ") == 1
+    assert not (tmp_path / "x.kdg").exists()
+
+
+def test_an_artifact_for_another_architecture_is_refused_here(kedge: Kedge, tmp_path: Path) -> None:
+    path = tmp_path / "arm.kdg"
+    done = kedge("compile", digits_model(), "--target", "raspberry-pi/4b", "-o", path)
+    assert done.returncode == 0, done.stderr
+    refused = kedge("run", path)
+    assert refused.returncode == 4
+    assert "aarch64" in refused.stderr and "hint: " in refused.stderr
+
+
+def test_a_full_disk_leaves_nothing_half_written(kedge: Kedge, digits: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    done = kedge("run", digits, "--outputs", full)
+    assert done.returncode != 0 and "/dev/full" in done.stderr
+
+
+def test_one_artifact_for_several_machines(kedge: Kedge, tmp_path: Path) -> None:
+    path = tmp_path / "many.kdg"
+    targets = [word for target in ("x86-64", "x86-64-v3", "aws/graviton2") for word in ("--target", target)]
+    assert kedge("compile", digits_model(), *targets, "-o", path).returncode == 0
+    facts = json.loads(kedge("inspect", path, "--json").stdout)
+    assert [variant["arch"] for variant in facts["variants"]] == ["x86_64", "x86_64", "aarch64"]
+    assert sum(member["name"].endswith(".safetensors") for member in facts["members"]) == 1
+    assert kedge("run", path).returncode == 0
+
+
+def test_completion_is_offered(kedge: Kedge) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    done = kedge("--show-completion", "bash")
+    assert done.returncode == 0 and "_KEDGE_COMPLETE" in done.stdout
