@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from kedge.compiler.errors import FrontendError
 from onnx import inliner, numpy_helper, version_converter
 
@@ -197,7 +196,10 @@ def _parse(data: bytes, source: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-    except DecodeError as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # onnx lets protobuf's DecodeError through, and protobuf is not this floor's to import.
         raise FrontendError(
             f"{source} is not an ONNX model, or is truncated or corrupt ({len(data)} bytes)", hint=_EXPORT_AGAIN
         ) from error
