@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kedge.deploy import launch
 from kedge.deploy.bundle import agent_site, agent_zipapp
@@ -28,6 +29,7 @@ DIRECTORY = "~/.local/share/kedge-agent"
 """Where the agent lives on a board unless said otherwise."""
 
 _SLICE_S = 1.0
+_START_S = launch.STOP_GRACE_S + 30.0
 
 RunnerFor = Callable[[BoardInfo], Path]
 """Builds or finds the native `kedge-runner` for a board."""
@@ -82,14 +84,12 @@ def deploy_board(
         python = ".".join(map(str, board.python_version))
         progress(f"{board.hostname}: {board.arch}, glibc {board.glibc[0]}.{board.glibc[1]}, Python {python}")
         remote = _Remote(connection, board)
-        remote.check_tracker(tracker)
-        uploaded = remote.install(runner_for(board), cache_dir, progress)
+        there = remote.prepare(tracker)
+        uploaded = remote.install(there, runner_for(board), cache_dir, progress)
         name = name or board.hostname
         remote.configure(tracker, name, labels or {})
         progress(f"starting the agent {name}")
-        remote.command("stop", timeout_s=30)
-        pid = int(remote.command("start").stdout)
-        remote.wait_online(name, tracker, online, timeout_s)
+        pid = remote.start(name, tracker, online, timeout_s)
     progress(f"{name} is online")
     return Deployment(name, board, pid, uploaded)
 
@@ -134,24 +134,25 @@ class _Remote:
             raise DeployError(f"{self._connection.destination}: {name} failed (status {done.status}): {said}")
         return done
 
-    def check_tracker(self, tracker: str) -> None:
-        """Refuse early if the board cannot open a connection to the tracker."""
+    def prepare(self, tracker: str) -> dict[str, Any]:
+        """What is installed there; refuses early if the board cannot open a connection to the tracker."""
         host, _, port = tracker.rpartition(":")
         if not host or not port.isdigit():
             raise DeployError(f"{tracker!r} is no address of a tracker", hint="write HOST:PORT")
         bare = host.removeprefix("[").removesuffix("]")
-        done = self.command("reach", bare, port, ok=(0, launch.EXIT_UNREACHABLE))
+        done = self.command("prepare", bare, port, ok=(0, launch.EXIT_UNREACHABLE))
         if done.status != 0:
             raise DeployError(
                 f"{self._connection.destination} cannot reach the tracker at {tracker}: {done.stdout.strip()}",
                 hint=_unreachable_hint(bare, port),
             )
+        there: dict[str, Any] = json.loads(done.stdout)
+        return there
 
-    def install(self, runner: Path, cache_dir: Path, progress: Progress) -> tuple[str, ...]:
+    def install(self, there: dict[str, Any], runner: Path, cache_dir: Path, progress: Progress) -> tuple[str, ...]:
         """Send what the board does not have in exactly this version; returns the names of what was sent."""
         board = self._board
         site = agent_site(cache_dir, board.arch, board.glibc, board.python_version[:2], progress)
-        there = json.loads(self.command("setup").stdout)
         files: dict[str, tuple[bytes, int]] = {
             "agent.pyz": (agent_zipapp(), 0o644),
             "kedge-runner": (runner.read_bytes(), 0o755),
@@ -187,21 +188,25 @@ class _Remote:
         }
         self._connection.put(json.dumps(config, indent=1).encode(), self._path("agent.json"), mode=0o600)
 
-    def wait_online(self, name: str, tracker: str, online: Online, timeout_s: float) -> None:
-        """Wait for the tracker to see the agent, or for the agent to end, whichever comes first."""
-        # Ends when the agent ends; if this side goes away first, its standard input is closed and it ends too.
-        watch = [self._board.python, self._path("launch.py"), "wait", self._board.directory]
-        watcher = self._connection.start(watch, stdin=None)
-        deadline = time.monotonic() + timeout_s
+    def start(self, name: str, tracker: str, online: Online, timeout_s: float) -> int:
+        """Start the agent in place of one that runs; wait for the tracker to see it, or for its end."""
+        # It ends when the agent ends; if this side goes away first, its standard input is closed and it ends too.
+        words = [self._board.python, self._path("launch.py"), "launch", self._board.directory]
+        launcher = self._connection.start(words, stdin=None)
         try:
+            pid = launcher.read_line(_START_S)
+            if not pid.isdigit():
+                raise DeployError(f"the agent {name} was not started on {self._connection.destination}: {pid}")
+            deadline = time.monotonic() + timeout_s
             while (left := deadline - time.monotonic()) > 0:
                 if online(name, min(_SLICE_S, left)):
-                    return
-                ended = watcher.wait(0)
+                    return int(pid)
+                ended = launcher.wait(0)
                 if ended is not None:
-                    raise DeployError(f"the agent {name} on {self._connection.destination} ended:\n{ended.stdout}")
+                    log = ended.stdout.partition("\n")[2]
+                    raise DeployError(f"the agent {name} on {self._connection.destination} ended:\n{log}")
         finally:
-            watcher.close()
+            launcher.close()
         log = self.command("tail", ok=(0, launch.EXIT_NOT_RUNNING)).stdout
         raise DeployError(
             f"the agent {name} runs on {self._connection.destination}, but the tracker at {tracker} "

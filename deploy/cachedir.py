@@ -18,7 +18,9 @@ def silent(_line: str) -> None:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/kedge`, or `~/.cache/kedge`."""
+    """`$KEDGE_CACHE_DIR`, else `$XDG_CACHE_HOME/kedge`, else `~/.cache/kedge`."""
+    if given := os.environ.get("KEDGE_CACHE_DIR"):
+        return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "kedge"
 

@@ -75,6 +75,16 @@ def running_pid(home: str) -> int | None:
         return None
 
 
+def prepare(home: str, host: str, port: str) -> int:
+    """Check that the tracker answers from here, then `setup`; nothing is made if it does not."""
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        print(error)
+        return EXIT_UNREACHABLE
+    return setup(home)
+
+
 def setup(home: str) -> int:
     """Make the directory; print what is installed as JSON: file -> SHA-256, and the names of unpacked sites."""
     created = []
@@ -93,16 +103,6 @@ def setup(home: str) -> int:
                 digests[name] = hashlib.sha256(stream.read()).hexdigest()
     sites = [name for name in os.listdir(home) if name.startswith("site-")]
     print(json.dumps({"digests": digests, "sites": sites}))
-    return 0
-
-
-def reach(_home: str, host: str, port: str) -> int:
-    """Whether this board can open a connection to the tracker."""
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        print(error)
-        return EXIT_UNREACHABLE
     return 0
 
 
@@ -293,9 +293,17 @@ def wait(home: str) -> int:
     os._exit(0)
 
 
+def launch(home: str) -> int:
+    """Replace the agent that runs, if one does; print the new one's process id; then `wait`."""
+    failed = stop(home) or start(home)
+    sys.stdout.flush()
+    return failed or wait(home)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
+    "prepare": prepare,
     "setup": setup,
-    "reach": reach,
+    "launch": launch,
     "unpack": unpack,
     "start": start,
     "stop": stop,

@@ -279,6 +279,8 @@ class RemoteProcess:
         self._channel = channel
         self._output = bytearray()
         self._errors = bytearray()
+        self._arrived = threading.Condition()
+        self._open_streams = 2
         self._threads = [
             threading.Thread(target=self._drain, args=(channel.recv, self._output), daemon=True),
             threading.Thread(target=self._drain, args=(channel.recv_stderr, self._errors), daemon=True),
@@ -301,6 +303,15 @@ class RemoteProcess:
         # -1: the connection broke before the board told a status.
         return Completed(self._channel.recv_exit_status(), *text)
 
+    def read_line(self, timeout_s: float) -> str:
+        """The first line that the program writes, or all that it wrote if it ends or is late; stderr included then."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: b"\n" in self._output or not self._open_streams, timeout_s)
+            line, newline, _ = bytes(self._output).partition(b"\n")
+        if newline:
+            return line.decode(errors="replace")
+        return bytes(self._output + self._errors).decode(errors="replace").strip()
+
     def close(self) -> None:
         """Stop listening to the program; sshd hangs it up."""
         self._channel.close()
@@ -311,10 +322,14 @@ class RemoteProcess:
             self._channel.sendall(data)
             self._channel.shutdown_write()
 
-    @staticmethod
-    def _drain(receive: Callable[[int], bytes], into: bytearray) -> None:
+    def _drain(self, receive: Callable[[int], bytes], into: bytearray) -> None:
         while chunk := receive(65536):
-            into += chunk
+            with self._arrived:
+                into += chunk
+                self._arrived.notify_all()
+        with self._arrived:
+            self._open_streams -= 1
+            self._arrived.notify_all()
 
 
 def connect(destination: Destination, *, timeout_s: float = 15.0) -> Connection:

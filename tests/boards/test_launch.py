@@ -184,6 +184,21 @@ def test_waiting_ends_when_nobody_waits_any_more(home: Path) -> None:
     assert alive(pid)
 
 
+def test_launching_replaces_and_then_waits(home: Path) -> None:
+    install(home, OBEDIENT)
+    old = started(home)
+    (home / "launch.py").write_bytes(Path(launch.__file__).read_bytes())
+    command = [sys.executable, str(home / "launch.py"), "launch"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        new = int(launcher.stdout.readline())
+        assert new != old
+        assert not alive(old)
+        wait_for_log(home, "up")
+        os.kill(new, signal.SIGTERM)
+        assert launcher.stdout.read() == "up\n"
+
+
 def test_a_program_that_is_missing_is_told(home: Path) -> None:
     install(home, OBEDIENT)
     config = json.loads((home / "agent.json").read_text()) | {"python": "/nowhere/python"}
@@ -245,13 +260,17 @@ def test_setup_tells_true_digests(home: Path) -> None:
     assert told == {"kedge-runner": hashlib.sha256(b"abc").hexdigest()}
 
 
-def test_the_tracker_is_tried_from_the_board(home: Path) -> None:
+def test_the_tracker_is_tried_from_the_board_before_anything_is_made(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        assert call("reach", str(home), "127.0.0.1", port).returncode == 0
-    refused = call("reach", str(home), "127.0.0.1", port)
+        assert json.loads(call("prepare", str(tmp_path / "a"), "127.0.0.1", port).stdout) == {
+            "digests": {},
+            "sites": [],
+        }
+    refused = call("prepare", str(tmp_path / "b"), "127.0.0.1", port)
     assert refused.returncode == launch.EXIT_UNREACHABLE
     assert "refused" in refused.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_the_log_is_emptied_in_place_when_it_grows(home: Path) -> None:
