@@ -736,7 +736,7 @@ def _shared_file(tensors: Sequence[Tensor], offsets: Sequence[int], size: int) -
 
 
 def _map_shared(fd: int) -> memoryview:
-    """The content of a file from the runner: mapped if it can neither shrink nor change any more, else copied."""
+    """The content of a file from the runner, writable: mapped if it can neither shrink nor change, else copied."""
     size = os.fstat(fd).st_size
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(f"a result of {size} bytes is too long")
@@ -747,7 +747,7 @@ def _map_shared(fd: int) -> memoryview:
     except OSError:
         sealed = False
     if sealed:
-        return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+        return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
     copy = memoryview(bytearray(size))
     at = 0
     while at < size:

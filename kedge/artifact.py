@@ -1,0 +1,46 @@
+"""`kedge.Artifact`: a compiled model that can also be opened in this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kedge.rpc.artifact import Artifact as PlainArtifact
+
+if TYPE_CHECKING:
+    from kedge.rpc.client.inprocess import LoadedModel
+
+
+class Artifact(PlainArtifact):
+    """A compiled model: `.save(path)`, `Artifact.load(path)`, `.size`, `.digest`, `.manifest`, `.open(threads=N)`."""
+
+    @classmethod
+    def of(cls, artifact: PlainArtifact) -> Artifact:
+        """The same artifact with `open`."""
+        return cls(
+            artifact.manifest, {member.name: artifact.member(member.name) for member in artifact.manifest.members}
+        )
+
+    def open(self, threads: int = 0) -> LoadedModel:
+        """Bind the variant for this machine in this process, zero-copy; close it, or use it in a `with`.
+
+        Args:
+            threads: of the kernels; 0 means as many as this process may use.
+
+        Raises:
+            IncompatibleTargetError: no variant runs on this machine.
+            ToolchainError: the native runtime is not built yet and cannot be.
+        """
+        from kedge.compiler.target import parse
+        from kedge.compiler.toolchain import build_runtime
+        from kedge.rpc.client.inprocess import open_in_process
+
+        self.select_here()
+        return open_in_process(self, build_runtime(parse("native")).lib, threads)
+
+    def select_here(self) -> None:
+        """Raise IncompatibleTargetError where no variant is for this architecture, before anything is built for it."""
+        import platform
+
+        machine = platform.machine()
+        if not any(variant.arch == machine for variant in self.manifest.variants):
+            self.select(machine, ())

@@ -1,0 +1,221 @@
+"""`kedge.local()`: this machine as a device. Each loaded artifact runs in a native runner of its own."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from kedge.device_agent.health import read_health
+from kedge.device_agent.runner import (
+    Limits,
+    Runner,
+    RunnerCancelled,
+    RunnerCrashed,
+    RunnerError,
+    RunnerOutOfMemory,
+    RunnerRefused,
+    RunnerTimeout,
+    Tensor,
+)
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.client.inprocess import raise_status, usable_cpus
+from kedge.rpc.client.inputs import Array, arrange
+from kedge.rpc.client.timing import Timing
+from kedge.rpc.errors import JobError, KedgeError
+from kedge.rpc.measure import judge
+from kedge.rpc.types import Measurement, TimeOptions
+
+#: How long a call may take before its runner is killed, unless the caller says otherwise.
+RUN_TIMEOUT_S = 600.0
+TIME_TIMEOUT_S = 3600.0
+LOAD_TIMEOUT_S = 120.0
+
+
+class LocalDevice:
+    """This machine. A context manager: at its end every runner it started is gone."""
+
+    def __init__(self, threads: int = 0, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
+        self.threads = threads or usable_cpus()
+        self.limits = limits
+        self._models: list[LocalModel] = []
+
+    #: The target string that compiles for this device.
+    target = "native"
+
+    def __enter__(self) -> LocalDevice:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def load(self, artifact: Artifact) -> LocalModel:
+        """Start a runner and load the artifact's best variant for this machine into it.
+
+        Raises:
+            IncompatibleTargetError: no variant runs here.
+            ArtifactError: the runtime refuses what is in it.
+            JobError: loading it crashed, took too long, or needed more memory than there is.
+        """
+        from kedge.compiler.target import parse
+        from kedge.compiler.toolchain import build_runtime
+
+        model = LocalModel(artifact, build_runtime(parse("native")).runner, self.threads, self.limits)
+        self._models.append(model)
+        return model
+
+    def close(self) -> None:
+        """End every runner."""
+        while self._models:
+            self._models.pop().close()
+
+
+class LocalModel:
+    """An artifact in a runner on this machine. A crash of its code is a JobError here, and ends only the runner."""
+
+    def __init__(self, artifact: Artifact, runner: Path, threads: int, limits: Limits) -> None:
+        self.artifact = artifact
+        self.threads = threads
+        try:
+            self._runner = Runner(runner, threads, limits)
+        except RunnerError as error:
+            _raise(error)
+        try:
+            self._load()
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def __enter__(self) -> LocalModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(
+        self, inputs: Mapping[str, Any], function: str = "main", timeout_s: float = RUN_TIMEOUT_S
+    ) -> dict[str, Array]:
+        """Call a function; inputs may be numpy, torch, anything with DLPack.
+
+        Raises:
+            InputError: naming the input, what was expected and what was given.
+            JobError: with the outcome "crash", "timeout", "out_of_memory" or "cancelled".
+        """
+        index, tensors = self._arrange(function, inputs)
+        try:
+            outputs = self._runner.call(index, tensors, timeout_s)
+        except RunnerError as error:
+            _raise(error)
+        ports = self.artifact.manifest.functions[index].outputs
+        return {port.name: _array(tensor) for port, tensor in zip(ports, outputs, strict=True)}
+
+    def time(
+        self,
+        inputs: Mapping[str, Any],
+        function: str = "main",
+        *,
+        number: int = 1,
+        repeat: int = 20,
+        min_repeat_ms: float = 50,
+        warmup: int = 1,
+        cooldown_ms: float = 0,
+        repeats_to_cooldown: int = 1,
+        cache_flush_bytes: int = 0,
+        limit_zero_time_iterations: int = 100,
+        timeout_s: float = TIME_TIMEOUT_S,
+    ) -> Timing:
+        """Time a function natively in the runner; the options have the names and meanings of TVM's time_evaluator.
+
+        Raises:
+            InputError, JobError: as `run`.
+        """
+        options = TimeOptions(
+            number, repeat, int(min_repeat_ms * 1e6), warmup, limit_zero_time_iterations,
+            int(cooldown_ms * 1e6), repeats_to_cooldown, cache_flush_bytes,
+        )  # fmt: skip
+        index, tensors = self._arrange(function, inputs)
+        here = Path(tempfile.gettempdir())
+        before = read_health(here)
+        try:
+            timed = self._runner.time(index, tensors, options, timeout_s)
+        except RunnerError as error:
+            _raise(error)
+        measurement = Measurement(
+            options=replace(options, number=timed.number),
+            samples_ns=timed.samples_ns,
+            resolution_ns=timed.resolution_ns,
+            num_threads=self.threads,
+            before=before,
+            after=read_health(here),
+        )
+        verdict, reasons = judge(measurement, num_cores=usable_cpus())
+        return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))
+
+    def cancel(self) -> None:
+        """End the call that another thread has in flight; it raises JobError with the outcome "cancelled"."""
+        self._runner.cancel()
+
+    def close(self) -> None:
+        """End the runner."""
+        self._runner.close()
+
+    def _load(self) -> None:
+        hello = self._runner.hello
+        variant = self.artifact.select(hello.machine, hello.features)
+        folder = Path(tempfile.mkdtemp(prefix="kedge-"))
+        try:
+            lib = folder / variant.lib
+            lib.write_bytes(self.artifact.member(variant.lib))
+            weights = None if variant.weights is None else folder / variant.weights
+            if variant.weights is not None and weights is not None:
+                weights.write_bytes(self.artifact.member(variant.weights))
+            module = self._runner.open(lib, weights, variant.weights_offset, LOAD_TIMEOUT_S)
+        except OSError as error:
+            raise KedgeError(
+                f"cannot unpack the artifact to {folder}: {error.strerror}", hint="free space there, or set TMPDIR"
+            ) from error
+        except RunnerError as error:
+            _raise(error)
+        finally:
+            shutil.rmtree(folder)  # what is mapped stays
+        promised = [function.name for function in self.artifact.manifest.functions]
+        found = [function.name for function in module.functions]
+        if promised != found:
+            raise JobError(f"the manifest promises {promised}, the library has {found}", outcome="load_error")
+
+    def _arrange(self, name: str, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
+        function = self.artifact.manifest.function(name)
+        arrays = arrange(function, inputs)
+        tensors = [
+            Tensor(port.dtype, array.shape, memoryview(array.reshape(-1).view(np.uint8)))
+            for port, array in zip(function.inputs, arrays, strict=True)
+        ]
+        return self.artifact.manifest.functions.index(function), tensors
+
+
+def _array(tensor: Tensor) -> Array:
+    if tensor.nbytes == 0:
+        return np.empty(tensor.shape, tensor.dtype)
+    return np.frombuffer(tensor.data, tensor.dtype).reshape(tensor.shape)
+
+
+def _raise(error: RunnerError) -> NoReturn:
+    """What a runner's failure means to a user."""
+    if isinstance(error, RunnerCancelled):
+        raise JobError(error.message, outcome="cancelled") from error
+    if isinstance(error, RunnerRefused):
+        raise_status(error.status, error.message)
+    kinds = {RunnerCrashed: "crash", RunnerTimeout: "timeout", RunnerOutOfMemory: "out_of_memory"}
+    outcome = kinds.get(type(error), "device_fault")
+    hint = "load the artifact again for a new runner" if outcome != "out_of_memory" else None
+    raise JobError(error.message, outcome=outcome, hint=error.hint or hint) from error
