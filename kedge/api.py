@@ -63,15 +63,13 @@ def compile(  # noqa: A001 - the field says compile
     from kedge.compiler.pipeline import compile_module, compile_prim_func
     from kedge.compiler.tir.stmt import PrimFunc
 
-    targets = [target] if isinstance(target, str) or not isinstance(target, Sequence) else list(target)
-    report = progress or (lambda what: None)
     if isinstance(model, PrimFunc):
-        return Artifact.of(compile_prim_func(model, targets, name=name or model.name, progress=report))
+        return Artifact.of(compile_prim_func(model, target, name=name, progress=progress))
     if isinstance(model, (str, os.PathLike)):
         name = name or Path(model).stem
         model = load(model, shapes)
-    module = compile_module(model, targets, pipeline=pipeline, name=name or "model", progress=report)
-    return Artifact.of(module)
+    artifact = compile_module(model, target, pipeline=pipeline, name=name or "model", progress=progress)
+    return Artifact.of(artifact)
 
 
 def pipeline(name: str = "default") -> Pipeline:

@@ -197,7 +197,7 @@ class LocalModel:
         function = self.artifact.manifest.function(name)
         arrays = arrange(function, inputs)
         tensors = [
-            Tensor(port.dtype, array.shape, memoryview(array.reshape(-1).view(np.uint8)))
+            Tensor(port.dtype, array.shape, array.reshape(-1).view(np.uint8).data)
             for port, array in zip(function.inputs, arrays, strict=True)
         ]
         return self.artifact.manifest.functions.index(function), tensors

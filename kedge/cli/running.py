@@ -125,7 +125,7 @@ def bench(
     if as_json:
         output.emit_json(timing.to_json())
     else:
-        output.stdout().print(str(timing), markup=False)
+        output.stdout().print(str(timing), markup=False, soft_wrap=True)
     if timing.verdict == "invalid":
         raise typer.Exit(1)
 

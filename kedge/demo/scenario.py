@@ -98,7 +98,7 @@ def run_demo(say: Say, *, arm: bool = True) -> list[Row]:
 
 
 def _held_out() -> HeldOut:
-    from kedge.compiler.frontend.onnx import reference_outputs
+    from kedge.compiler.frontend.onnx.reference import reference_outputs
 
     images, labels = digits_test()
     return HeldOut(images, labels, reference_outputs(digits_model(), {"image": images})["probabilities"])

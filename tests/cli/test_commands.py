@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kedge.compiler.frontend.onnx import reference_outputs
+from kedge.compiler.frontend.onnx.reference import reference_outputs
 from support.commands import Kedge
 
 from kedge.data import digits_model, digits_test

@@ -1,0 +1,172 @@
+"""Is an artifact right? Its outputs against the ONNX reference evaluator's, and layer by layer against the graph's.
+
+The layers are the fused groups that became kernels. They are compiled once more with every group as an output, for the
+same targets, and run on the same device; what they should be is computed operator by operator in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kedge
+from kedge.compiler.graph.ir import Call, Function, Fused, Module, Value
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.errors import InputError
+
+Array = np.ndarray[Any, Any]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one array is from its reference. `max_rel` is the largest error over the reference's largest value."""
+
+    name: str
+    max_abs: float
+    max_rel: float
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The differences per output, and per layer in the order of computation where layers were asked for."""
+
+    outputs: tuple[Difference, ...]
+    layers: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output is within the tolerances."""
+        return all(output.ok for output in self.outputs)
+
+    @property
+    def worst_layer(self) -> Difference | None:
+        """The layer with the largest relative error; a NaN is worse than any number."""
+        return max(self.layers, key=lambda layer: (np.isnan(layer.max_rel), layer.max_rel), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The differences as JSON-able values."""
+        worst = self.worst_layer
+        return {
+            "ok": self.ok,
+            "outputs": [asdict(output) for output in self.outputs],
+            "layers": [asdict(layer) for layer in self.layers],
+            "worst_layer": asdict(worst) if worst else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ExposeGroups:
+    """A pass that makes every fused group an output: `f(x) -> y` becomes `f(x) -> y, group 0, group 1, …`."""
+
+    name: str = "expose-groups"
+
+    def __call__(self, module: Module) -> Module:
+        """The module with more outputs."""
+        return replace(module, functions={name: _exposed(function) for name, function in module.functions.items()})
+
+
+def _exposed(function: Function) -> Function:
+    known = {id(value) for value in function.outputs}
+    groups: list[Value] = []
+    names: list[str] = []
+    for value in function.values():
+        if isinstance(value, (Call, Fused)) and len(value.types) == 1 and id(value) not in known:
+            groups.append(value)
+            names.append(f"{len(names)}: {', '.join(value.origin) or type(value).__name__}")
+    return replace(
+        function,
+        outputs=(*function.outputs, *groups),
+        output_names=(*function.output_names, *names),
+    )
+
+
+def validate(
+    model: Path,
+    artifact: Artifact,
+    inputs: Mapping[str, Array],
+    device: Any,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+    layers: bool = True,
+    progress: Progress = lambda what: None,
+) -> Validation:
+    """Compare an artifact on a device (`kedge.local()` or a session) with its model.
+
+    Args:
+        model: the `.onnx` file that the artifact was compiled from.
+        inputs: one array per input.
+        rtol: allowed error relative to the largest value of the reference.
+        atol: allowed absolute error.
+        layers: also compile, run and compare every fused group.
+
+    Raises:
+        InputError: the artifact's outputs are not the model's.
+        FrontendError: the reference evaluator cannot run the model.
+    """
+    from kedge.compiler.frontend.onnx.reference import reference_outputs
+
+    progress("running the reference evaluator")
+    expected = reference_outputs(model, inputs)
+    progress("running the artifact")
+    actual = device.load(artifact).run(inputs)
+    if set(expected) != set(actual):
+        raise InputError(
+            f"the artifact's outputs are {', '.join(sorted(actual))}, the model's {', '.join(sorted(expected))}",
+            hint="was it compiled from this model?",
+        )
+    outputs = tuple(_difference(name, actual[name], expected[name], rtol, atol) for name in expected)
+    found = _layers(model, artifact, inputs, device, rtol, atol, progress) if layers else ()
+    return Validation(outputs, found)
+
+
+def _layers(
+    model: Path,
+    artifact: Artifact,
+    inputs: Mapping[str, Array],
+    device: Any,
+    rtol: float,
+    atol: float,
+    progress: Progress,
+) -> tuple[Difference, ...]:
+    from kedge.compiler.graph.interp import run
+
+    progress("compiling with every layer as an output")
+    ports = artifact.manifest.function("main").inputs
+    module = kedge.load(model, shapes={port.name: port.shape for port in ports})
+    pipeline = kedge.pipeline("default").insert_after("fuse", ExposeGroups())
+    targets = [variant.target for variant in artifact.manifest.variants]
+    exposed = kedge.compile(module, targets, pipeline=pipeline, name=artifact.manifest.name)
+    progress("running layer by layer")
+    expected = run(pipeline.run(module), inputs)
+    actual = device.load(exposed).run(inputs)
+    final = {port.name for port in artifact.manifest.function("main").outputs}
+    return tuple(
+        _difference(name.partition(": ")[2], actual[name], expected[name], rtol, atol)
+        for name in expected
+        if name not in final
+    )
+
+
+def _difference(name: str, actual: Array, expected: Array, rtol: float, atol: float) -> Difference:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise InputError(
+            f"{name} is {actual.dtype}{list(actual.shape)}, the reference {expected.dtype}{list(expected.shape)}",
+            hint="was the artifact compiled from this model?",
+        )
+    if expected.size == 0:
+        return Difference(name, 0.0, 0.0, True)
+    # Equal infinities and NaN in both are agreement; NaN in one is the worst disagreement.
+    wide_actual, wide_expected = actual.astype(np.float64), expected.astype(np.float64)
+    same = (wide_actual == wide_expected) | (np.isnan(wide_actual) & np.isnan(wide_expected))
+    errors = np.where(same, 0.0, np.abs(wide_actual - np.where(same, 0.0, wide_expected)))
+    finite = np.abs(wide_expected[np.isfinite(wide_expected)])
+    scale = float(finite.max()) if finite.size else 0.0
+    max_abs = float(errors.max())
+    return Difference(name, max_abs, max_abs / scale if scale else max_abs, bool(max_abs <= atol + rtol * scale))
