@@ -1,0 +1,411 @@
+"""Compiled kernels compute what the tensor IR's interpreter computes, however they are scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kedge.compiler import te
+from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen.kernel import emit_kernel
+from kedge.compiler.errors import CodegenError, ScheduleError
+from kedge.compiler.pipeline import _compile_programs
+from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
+from kedge.compiler.graph.ir import TensorType
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.target import parse
+from kedge.compiler.tir import interp
+from kedge.compiler.tir.expr import (
+    Binary, BinaryOp, Cast, Expr, Var, binary, call, const, logical_and, select,
+)  # fmt: skip
+from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Seq, Store
+from kedge.rpc.artifact import Artifact
+from support import functions
+from support.compiled import opened
+
+TARGETS = ("native", "x86-64", "x86-64-v3")
+SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def as_scheduled(func: PrimFunc, target: str, cache: KernelCache) -> Artifact:
+    """The artifact of a function exactly as it is, without any rule."""
+    split = len(func.params) - func.n_outputs
+    ports = [Port(b.name, TensorType(b.shape, b.dtype)) for b in func.params]
+    slots = [Slot("input", p.type, i) for i, p in enumerate(ports[:split])]
+    slots += [Slot("output", p.type, i) for i, p in enumerate(ports[split:])]
+    step = Step("k", tuple(slots), func.symbols)
+    entry = Entry("main", tuple(ports[:split]), tuple(ports[split:]), func.symbols, (step,), 0)
+    program = Program({"k": Kernel(func, "none", {}, ())}, (entry,))
+    return _compile_programs(lambda _: program, target, "test", cache, None)
+
+
+def check(
+    func: PrimFunc, arrays: Sequence[np.ndarray[Any, Any]], target: str, cache: KernelCache, *,
+    reference: PrimFunc | None = None, exact: bool = False, threads: int = 2,
+) -> None:  # fmt: skip
+    with np.errstate(all="ignore"):
+        expected = interp.run(reference or func, arrays)
+    artifact = as_scheduled(func, target, cache)
+    names = [port.name for port in artifact.manifest.functions[0].inputs]
+    with opened(artifact, threads) as module:
+        got = module.run(dict(zip(names, arrays, strict=True)))
+    for have, want in zip(got.values(), expected, strict=True):
+        if exact or have.dtype.kind in "iub":
+            np.testing.assert_array_equal(have, want)
+        else:
+            finite = np.abs(want[np.isfinite(want)].astype(np.float64))
+            scale = max(1.0, float(finite.max(initial=0)))
+            rough = 2e-3 if have.dtype == np.float16 else 2e-5
+            np.testing.assert_allclose(have, want, rtol=rough, atol=rough * scale, equal_nan=True)
+
+
+# Element-wise functions -----------------------------------------------------------------------------------------
+
+_FLOAT_OPS: tuple[BinaryOp, ...] = ("add", "sub", "mul", "min", "max")
+_INT_OPS: tuple[BinaryOp, ...] = ("add", "sub", "mul", "min", "max", "floordiv", "floormod", "truncdiv", "truncmod")
+_COMPARE: tuple[BinaryOp, ...] = ("eq", "ne", "lt", "le", "gt", "ge")
+_CALLS = ("exp", "tanh", "sigmoid", "abs", "floor", "ceil", "round", "erf", "sin", "cos", "sqrt", "log")
+
+
+def float_exprs(leaves: st.SearchStrategy[Expr], ints: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    def extend(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+        compare = st.builds(lambda op, a, b: Binary(op, a, b), st.sampled_from(_COMPARE), inner, inner)
+        return st.one_of(
+            st.builds(lambda op, a, b: Binary(op, a, b), st.sampled_from(_FLOAT_OPS), inner, inner),
+            st.builds(lambda c, a, b: select(c, a, b), compare, inner, inner),
+            st.builds(lambda name, a: call(name, a), st.sampled_from(_CALLS), inner),
+            st.builds(lambda a: Cast(a, "float32"), ints),
+        )
+
+    return st.recursive(leaves, extend, max_leaves=6)
+
+
+@SETTINGS
+@given(st.data(), st.sampled_from(TARGETS))
+def test_elementwise(kernels: KernelCache, data: st.DataObject, target: str) -> None:
+    m, n = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    free = data.draw(st.booleans())
+    rows = Var("M", lower=1) if free else m
+    x, b = te.placeholder((rows, n), "float32", "x"), te.placeholder((n,), "float32", "b")
+    k = te.placeholder((rows, n), "int32", "k")
+
+    def body(i: Expr, j: Expr) -> Expr:
+        ints = st.sampled_from([k[i, j], Cast(j, "int32"), Cast(i * 3 + j, "int32")])
+        leaves = st.one_of(
+            st.sampled_from([x[i, j], b[j], x[i, n - 1 - j], x[i, j // 2]]),
+            st.floats(-3, 3, width=32).map(lambda v: const(v, "float32")),
+        )
+        return data.draw(float_exprs(leaves, ints))
+
+    func = te.create_prim_func([x, b, k, te.compute((rows, n), body, name="y")], "f")
+    sch = Schedule(func)
+    _random_schedule(sch, data)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    arrays = [rng.standard_normal((m, n)).astype("f"), rng.standard_normal(n).astype("f"),
+              rng.integers(-9, 10, (m, n)).astype(np.int32)]  # fmt: skip
+    special = data.draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e30]), max_size=3))
+    for value in special:
+        arrays[0].flat[data.draw(st.integers(0, m * n - 1))] = value
+    check(sch.func, arrays, target, kernels, reference=func)
+
+
+def _random_schedule(sch: Schedule, data: st.DataObject) -> None:
+    """Some legal splits and kinds of loops; what a primitive refuses is left out."""
+    for block in ("y",):
+        loops = list(sch.get_loops(sch.get_block(block)))
+        for _ in range(data.draw(st.integers(0, 3))):
+            at = data.draw(st.integers(0, len(loops) - 1))
+            action = data.draw(st.sampled_from(["split", "vectorize", "unroll", "parallel", "fuse", "reorder"]))
+            try:
+                if action == "split":
+                    loops[at : at + 1] = sch.split(loops[at], [None, data.draw(st.sampled_from([2, 3, 4, 8, 16]))])
+                elif action == "fuse" and at + 1 < len(loops):
+                    loops[at : at + 2] = [sch.fuse(loops[at], loops[at + 1])]
+                elif action == "reorder" and at + 1 < len(loops):
+                    sch.reorder(loops[at + 1], loops[at])
+                    loops[at], loops[at + 1] = loops[at + 1], loops[at]
+                elif action in ("vectorize", "unroll", "parallel"):
+                    getattr(sch, action)(loops[at])
+            except ScheduleError:
+                continue
+
+
+@SETTINGS
+@given(st.data(), st.sampled_from(TARGETS))
+def test_integers(kernels: KernelCache, data: st.DataObject, target: str) -> None:
+    dtype = data.draw(st.sampled_from(["int8", "uint8", "int16", "int32", "uint32", "int64"]))
+    n = data.draw(st.integers(1, 35))
+    x, y = te.placeholder((n,), dtype, "x"), te.placeholder((n,), dtype, "d")
+    op = data.draw(st.sampled_from(_INT_OPS))
+    literal = data.draw(st.sampled_from([1, 2, 3, 7, 8, 16]))
+    by = data.draw(st.booleans())
+    z = te.compute((n,), lambda i: Binary(op, x[i], const(literal, dtype) if by else y[i]), name="y")
+    func = te.create_prim_func([x, y, z], "f")
+    sch = Schedule(func)
+    _random_schedule(sch, data)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    info = np.iinfo(dtype)
+    low = info.min if op not in ("truncdiv", "truncmod", "floordiv", "floormod") else info.min + 1
+    a = rng.integers(low, info.max, n, dtype=dtype, endpoint=True)
+    d = rng.integers(1, 50, n).astype(dtype)
+    if info.min < 0:
+        d *= rng.choice(np.array([-1, 1], dtype), n)
+    check(sch.func, [a, d], target, kernels, reference=func, exact=True)
+
+
+@SETTINGS
+@given(st.data(), st.sampled_from(TARGETS))
+def test_casts(kernels: KernelCache, data: st.DataObject, target: str) -> None:
+    dtypes = ["bool", "int8", "uint8", "int16", "int32", "int64", "uint32", "float16", "float32", "float64"]
+    source, to = data.draw(st.sampled_from(dtypes)), data.draw(st.sampled_from(dtypes))
+    n = data.draw(st.integers(1, 33))
+    x = te.placeholder((n,), source, "x")
+    func = te.create_prim_func([x, te.compute((n,), lambda i: Cast(x[i], to), name="y")], "f")
+    sch = Schedule(func)
+    _random_schedule(sch, data)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    # C leaves the conversion of a float outside the integer's range open.
+    low, high = (0, 100) if "u" in to and to != "uint64" else (-100, 100)
+    values = rng.uniform(low, high, n) if source.startswith("float") else rng.integers(max(low, 0) if source.startswith("u") else low, high, n)
+    check(sch.func, [values.astype(source)], target, kernels, reference=func, exact=to != "float16")
+
+
+def test_float16_is_rounded_to_nearest_even_with_every_value_kept(kernels: KernelCache) -> None:
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    x = te.placeholder((65536,), "float16", "x")
+    wide = te.create_prim_func([x, te.compute((65536,), lambda i: Cast(x[i], "float32"), name="y")], "f")
+    y = te.placeholder((65536,), "float32", "x")
+    narrow = te.create_prim_func([y, te.compute((65536,), lambda i: Cast(y[i], "float16"), name="y")], "f")
+    finite = every.astype(np.float32)
+    rng = np.random.default_rng(0)
+    between = (np.abs(rng.standard_normal(65536)) * np.exp2(rng.integers(-28, 18, 65536))).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        halves = np.where(np.isfinite(finite), finite * np.float32(1 + 2**-12), 0).astype(np.float32)
+    for target in TARGETS:
+        for func in (wide,):
+            sch = Schedule(func)
+            sch.vectorize(sch.split(sch.get_loops(sch.get_block("y"))[0], [None, 16])[1])
+            check(sch.func, [every], target, kernels, exact=True)
+        for data in (finite, between, halves):
+            check(narrow, [data], target, kernels, exact=True)
+
+
+# Reductions and tiles -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 10, 256), (250, 33, 17), (16, 64, 8), (5, 5, 5)])
+def test_dense_by_the_default_rules(kernels: KernelCache, target: str, m: int, n: int, k: int) -> None:
+    from kedge.compiler.pipeline import compile_prim_func
+
+    for rows in (m, Var("M", lower=1)):
+        func = functions.dense(rows, k, n)
+        data = functions.inputs(functions.dense(m, k, n))
+        expected = interp.run(func, data)
+        artifact = compile_prim_func(func, target, cache=kernels)
+        with opened(artifact, 2) as module:
+            got = module.run(dict(zip(("x", "w", "b"), data, strict=True)))
+        np.testing.assert_array_equal(got["z"], expected[0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "func",
+    [
+        functions.conv(2, 3, 8, 5), functions.conv(1, 4, 9, 8, kernel=5, stride=2, pad=2), functions.pool(2, 3, 8),
+        functions.mean(2, 5, 7), functions.transpose(13, 9), functions.chain(37), functions.bias_sigmoid(2, 3, 4, 5),
+        functions.softmax(4, 10), functions.softmax(3, 100),
+    ],
+    ids=lambda func: func.name,
+)  # fmt: skip
+def test_kernels_with_and_without_a_schedule(kernels: KernelCache, target: str, func: PrimFunc) -> None:
+    from kedge.compiler.schedule.default import schedule_func
+
+    data = functions.inputs(func)
+    check(func, data, target, kernels)
+    check(schedule_func(func, parse(target)).func, data, target, kernels, reference=func)
+
+
+def tiled_dense(m: int, n: int, k: int, rows: int, vectors: int, lanes: int, *, parallel: bool = False) -> PrimFunc:
+    """A register-tiled product, as a contraction rule makes it."""
+    sch = Schedule(functions.dense(m, k, n, relu=False))
+    block = sch.get_block("y")
+    i, j, axis = sch.get_loops(block)
+    i0, i1 = sch.split(i, [None, rows])
+    j0, j1, j2 = sch.split(j, [None, vectors, lanes])
+    sch.reorder(j0, i0, axis, i1, j1, j2)
+    sch.cache_write(block, i0)
+    sch.decompose_reduction(block, axis)
+    for name in ("y_init", "y", "y_register"):
+        loops = sch.get_loops(sch.get_block(name))
+        sch.vectorize(loops[-1])
+        sch.unroll(loops[-2])
+        sch.unroll(loops[-3])
+    if parallel:
+        sch.parallel(sch.get_loops(sch.get_block("y_register"))[0])
+    return sch.func
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", [(32, 64, 16), (33, 65, 17), (7, 5, 3), (250, 250, 64)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_register_tiles_with_tails(
+    kernels: KernelCache, target: str, shape: tuple[int, int, int], parallel: bool
+) -> None:
+    m, n, k = shape
+    func = tiled_dense(m, n, k, 4, 2, 8, parallel=parallel)
+    check(func, functions.inputs(func), target, kernels, reference=functions.dense(m, k, n, relu=False), exact=True)
+
+
+def test_the_inner_loop_of_a_tile_is_packed_fma_without_spills() -> None:
+    from kedge.compiler.codegen.machine import emit_assembly
+
+    target = parse("x86-64-v3")
+    func = tiled_dense(256, 256, 256, 6, 2, 8)
+    assembly = emit_assembly(emit_kernel(func, target, "k").ir, target)
+    blocks = [block.split("\n\tj")[0].splitlines() for block in assembly.split("\n.L")]
+    loop = max(blocks, key=lambda lines: sum("vfmadd" in line for line in lines))
+    fused = [line for line in loop if "vfmadd" in line]
+    assert len(fused) >= 12 and len(fused) % 12 == 0 and all("ymm" in line for line in fused)
+    # Two vectors of w are loaded per step; nothing is stored, and nothing comes from the stack.
+    moves = [line for line in loop if "vmov" in line]
+    assert len(moves) <= len(fused) // 6 and all(line.split(",")[-1].strip().startswith("%ymm") for line in moves)
+    assert not any("(%rsp" in line for line in loop)
+
+
+# What the language promises -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", ["min", "max"])
+def test_nan_wins_in_min_and_max(kernels: KernelCache, target: str, op: BinaryOp) -> None:
+    n = 24
+    x, y = te.placeholder((n,), "float32", "x"), te.placeholder((n,), "float32", "d")
+    for other in (lambda i: y[i], lambda i: const(0.5, "float32")):
+        z = te.compute((n,), lambda i, other=other: binary(op, x[i], other(i)), name="y")
+        sch = Schedule(te.create_prim_func([x, y, z], "f"))
+        sch.vectorize(sch.get_loops(sch.get_block("y"))[0])
+        a, b = np.linspace(-1, 1, n).astype("f"), np.zeros(n, "f")
+        a[3] = b[5] = a[9] = b[9] = np.nan
+        check(sch.func, [a, b], target, kernels, exact=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_guarded_load_is_never_made(kernels: KernelCache, target: str, vectorize: bool) -> None:
+    """The unguarded index is far outside the buffer: loading it would crash."""
+    n = 40
+    x = te.placeholder((n,), "float32", "x")
+    far = const(1 << 34)
+    y = te.compute((n,), lambda i: select(logical_and(i >= 3, i < 20), x[i], 1.0), name="y")
+    z = te.compute((n,), lambda i: select(i < 7, x[i], select(i >= n, x[i + far], 2.0)), name="y")
+    for tensor in (y, z):
+        sch = Schedule(te.create_prim_func([x, tensor], "f"))
+        if vectorize:
+            sch.vectorize(sch.split(sch.get_loops(sch.get_block("y"))[0], [None, 16])[1])
+        check(sch.func, [np.arange(n, dtype="f")], target, kernels, exact=True)
+
+
+@pytest.mark.parametrize("extent", [100, 1000])
+def test_a_long_vectorized_loop_is_cut_into_vectors(kernels: KernelCache, extent: int) -> None:
+    free = Var("N", lower=1)
+    for size in (extent, free):
+        x = te.placeholder((size,), "float32", "x")
+        sch = Schedule(te.create_prim_func([x, te.compute((size,), lambda i, x=x: x[i] * 2.0, name="y")], "f"))
+        (loop,) = sch.get_loops(sch.get_block("y"))
+        body = sch.func.body
+        assert isinstance(body, For)
+        # The primitive refuses symbolic extents; the back end takes them all the same.
+        func = PrimFunc("f", sch.func.params, 1, For(body.var, body.extent, "vectorized", body.body), (), sch.func.symbols)
+        check(func, [np.arange(extent, dtype="f")], "native", kernels, exact=True)
+        del loop
+
+
+def test_a_vectorized_loop_that_carries_a_value_runs_in_order(kernels: KernelCache) -> None:
+    x, y = Buffer("x", (16,), "float32"), Buffer("y", (1,), "float32")
+    i, zero = Var("i"), const(0)
+    from kedge.compiler.tir.expr import Load
+
+    total = Store(y, (zero,), binary("add", Load(y, (zero,)), Load(x, (i,))))
+    body = Seq((Store(y, (zero,), const(0.0, "float32")), For(i, const(16), "vectorized", total)))
+    check(PrimFunc("f", (x, y), 1, body), [np.arange(16, dtype="f")], "native", kernels, exact=True)
+
+
+def test_large_and_symbolic_buffers_come_from_the_workspace(kernels: KernelCache) -> None:
+    n = Var("N", lower=1)
+    for rows, count in ((300, 300), (n, 70)):
+        x = te.placeholder((rows, 100), "float32", "x")
+        t = te.compute((rows, 100), lambda i, j, x=x: x[i, j] + 1.0, name="t")
+        y = te.compute((rows, 100), lambda i, j, t=t: t[i, 99 - j] * 2.0, name="y")
+        func = te.create_prim_func([x, y], "f")
+        assert emit_kernel(func, parse("native"), "k").needs_workspace
+        data = np.arange(count * 100, dtype="f").reshape(count, 100)
+        check(func, [data], "native", kernels, exact=True)
+
+
+def test_a_buffer_inside_a_parallel_loop_is_each_threads_own(kernels: KernelCache) -> None:
+    from kedge.compiler.tir.expr import Load
+
+    rows, cols = 64, 20000
+    x, t, y = Buffer("x", (rows, cols), "float32"), Buffer("t", (cols,), "float32"), Buffer("y", (rows, cols), "float32")
+    i, j, k = Var("i"), Var("j"), Var("k")
+    fill = For(j, const(cols), "serial", Store(t, (j,), Load(x, (i, j)) + 1.0))
+    read = For(k, const(cols), "serial", Store(y, (i, k), Load(t, (const(cols - 1) - k,))))
+    func = PrimFunc("f", (x, y), 1, For(i, const(rows), "parallel", Seq((fill, read))), (t,))
+    data = np.arange(rows * cols, dtype="f").reshape(rows, cols)
+    check(func, [data], "native", kernels, exact=True)
+
+
+def test_gather_by_data(kernels: KernelCache) -> None:
+    x, k = te.placeholder((50, 8), "float32", "x"), te.placeholder((12,), "int64", "k")
+    y = te.compute((12, 8), lambda i, j: x[k[i], j], name="y")
+    z = te.compute((8, 12), lambda j, i: x[k[i], j], name="y")
+    rng = np.random.default_rng(0)
+    data = [rng.standard_normal((50, 8)).astype("f"), rng.integers(0, 50, 12)]
+    for tensor in (y, z):
+        func = te.create_prim_func([x, k, tensor], "f")
+        check(func, data, "native", kernels, exact=True)
+        sch = Schedule(func)
+        sch.vectorize(sch.get_loops(sch.get_block("y"))[1])
+        check(sch.func, data, "native", kernels, exact=True)
+
+
+def test_strided_loads_stay_inside_the_buffer(kernels: KernelCache) -> None:
+    """Every second element, up to the very last one of the buffer, which ends a page."""
+    import mmap
+
+    lanes, page = 16, mmap.PAGESIZE
+    n = page // 4
+    x = te.placeholder((n,), "float32", "x")
+    y = te.compute((n // 2,), lambda i: x[i * 2 + 1], name="y")
+    sch = Schedule(te.create_prim_func([x, y], "f"))
+    sch.vectorize(sch.split(sch.get_loops(sch.get_block("y"))[0], [None, lanes])[1])
+    check(sch.func, [np.arange(n, dtype="f")], "native", kernels, exact=True)
+    ir = emit_kernel(sch.func, parse("native"), "k").ir
+    assert "shufflevector" in ir and "insertelement" not in ir
+
+
+# Refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_bound_to_a_gpu_axis_is_refused() -> None:
+    x, y = Buffer("x", (4,), "float32"), Buffer("y", (4,), "float32")
+    i = Var("i")
+    from kedge.compiler.tir.expr import Load
+
+    func = PrimFunc("f", (x, y), 1, For(i, const(4), "thread", Store(y, (i,), Load(x, (i,))), "threadIdx.x"))
+    with pytest.raises(CodegenError, match=r"threadIdx\.x"):
+        emit_kernel(func, parse("native"), "k")
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    x, y = Buffer("x", (4,), "complex64"), Buffer("y", (4,), "complex64")
+    func = PrimFunc("f", (x, y), 1, Seq(()))
+    with pytest.raises(CodegenError, match="complex64"):
+        emit_kernel(func, parse("native"), "k")
+
+
