@@ -1,4 +1,5 @@
 /* misbehaving.c: everything that code from elsewhere may do to the process that runs it. */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include <unistd.h>
 
