@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from kedge.compiler.errors import CompileError, ShapeError
-from kedge.compiler.graph.dims import attribute_symbols, format_type, plain_shape, same_type
+from kedge.compiler.graph.dims import attribute_symbols, format_type, plain, plain_shape, same_type
 from kedge.compiler.graph.ir import Call, Constant, Function, Input, Item, Param, TensorType, Value
 from kedge.compiler.ops import registry
 from kedge.compiler.tir.expr import Dim, Expr
@@ -25,7 +25,7 @@ def make_call(op: str, inputs: Sequence[Value], attrs: Mapping[str, Any], origin
     types = tuple(value.type for value in inputs)
     try:
         complete = complete_attrs(definition, attrs)
-        _check_arity(definition, len(inputs))
+        check_arity(definition, len(inputs))
         results = definition.infer(types, complete)
     except ShapeError as error:
         where = f" (node {', '.join(origin)})" if origin else ""
@@ -60,10 +60,13 @@ def freeze(value: Any) -> Any:
         return freeze(value.tolist())
     if isinstance(value, (list, tuple)):
         return tuple(freeze(item) for item in value)
+    if isinstance(value, Expr):
+        return plain(value)
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _check_arity(definition: registry.OpDef, count: int) -> None:
+def check_arity(definition: registry.OpDef, count: int) -> None:
+    """Raise `ShapeError` unless the operator takes `count` inputs."""
     least, most = definition.arity
     if count < least or (most is not None and count > most):
         wanted = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"

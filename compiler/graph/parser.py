@@ -81,7 +81,7 @@ class _Parser:
     def _fail(self, wanted: str) -> NoReturn:
         line = self._text.count("\n", 0, self._start) + 1
         column = self._start - (self._text.rfind("\n", 0, self._start) + 1) + 1
-        shown = self._text.splitlines()[line - 1] if self._text else ""
+        shown = [*self._text.split("\n"), ""][line - 1]
         raise ParseError(f"line {line}, column {column}: wanted {wanted}, not {self._token!r}\n  {shown.strip()}")
 
     def _take(self, *tokens: str) -> bool:
@@ -206,10 +206,10 @@ class _Parser:
         while not self._take("return"):
             if self._kind != "ref" or not self._token.startswith("%"):
                 self._fail("a statement or return")
-            name = self._token[1:]
+            key = _key(self._token)
             self._advance()
             self._expect("=")
-            values[name] = self._statement(values)
+            values[key] = self._statement(values)
         outputs = [self._operand(values)]
         while self._take(","):
             outputs.append(self._operand(values))
@@ -226,6 +226,7 @@ class _Parser:
             return Constant(array)
         if self._take("fused"):
             return self._fused(values)
+        start = self._start
         op = self._name()
         self._expect("(")
         inputs = self._list(")", lambda: self._operand(values))
@@ -233,7 +234,7 @@ class _Parser:
         types = self._types()
         call = make_call(op, inputs, attrs, self._origin())
         if len(types) != len(call.types) or not all(map(same_type, types, call.types)):
-            self._start = self._text.rfind("\n", 0, self._start) + 1
+            self._start, self._token = start, ", ".join(map(format_type, types))
             self._fail(f"{op} to have the type that it gives, {', '.join(map(format_type, call.types))}")
         return Call(call.op, call.inputs, call.attrs, types, call.origin)
 
@@ -257,9 +258,8 @@ class _Parser:
     def _operand(self, values: Mapping[str, Value]) -> Value:
         if self._kind != "ref":
             self._fail("a value")
-        name = self._token[1:]
-        name = json.loads(name) if name.startswith('"') else name
-        found: Value | None = self._params.get(name) if self._token.startswith("@") else values.get(name)
+        known: Mapping[str, Value] = self._params if self._token.startswith("@") else values
+        found = known.get(_key(self._token))
         if found is None:
             self._fail("a value that is defined before")
         result = _RESULT.match(self._text, self._position)
@@ -377,6 +377,14 @@ class _Parser:
         if array.shape != shape or str(array.dtype) != type_.dtype or digest(array) != wanted.group(1):
             raise ParseError(f"the data given for {param or 'a constant'} is not what the text describes")
         return frozen(array)
+
+
+def _key(token: str) -> str:
+    """What a reference refers to: a name, or a number that no quoted name can be taken for."""
+    name = token[1:]
+    if name.startswith('"'):
+        return str(json.loads(name))
+    return f"\0{name}" if name.isdigit() else name
 
 
 def _fold(op: Any, a: Any, b: Any) -> Any:

@@ -114,9 +114,10 @@ class _Printer:
     def function(self) -> Iterator[str]:
         function = self._function
         inputs = ", ".join(f"{_name(value.name)}: {self._type(value.type)}" for value in function.inputs)
+        # Broken functions are printed too, in the verifier's refusals.
         outputs = ", ".join(
-            f"{_name(name)}: {self._type(value.type)}"
-            for name, value in zip(function.output_names, function.outputs, strict=True)
+            f"{_name(name)}: {self._output_type(value)}"
+            for name, value in zip(function.output_names, function.outputs, strict=False)
         )
         bounds = ", ".join(_bounds(var) for var in self._symbols.values() if isinstance(var, Var))
         where = f" where {bounds}" if bounds else ""
@@ -190,6 +191,10 @@ class _Printer:
         shape = tuple(substitute_expr(dim, self._symbols) if isinstance(dim, Expr) else dim for dim in type_.shape)
         return format_type(TensorType(shape, type_.dtype, type_.space))
 
+    def _output_type(self, value: Value) -> str:
+        missing = isinstance(value, Item) and value.index >= len(value.source.types)
+        return "?" if missing else self._type(value.type)
+
     def _types(self, types: tuple[TensorType, ...]) -> str:
         return self._type(types[0]) if len(types) == 1 else f"({', '.join(map(self._type, types))})"
 
@@ -217,6 +222,8 @@ def _same(a: Any, b: Any) -> bool:
 def _symbols_of(function: Function) -> Iterable[Var]:
     yield from function.symbols
     for value in (*function.inputs, *function.values()):
+        if isinstance(value, Item):
+            continue  # its source is among the values
         for type_ in value.types if isinstance(value, (Call, Fused)) else (value.type,):
             yield from attribute_symbols(type_.shape)
         if isinstance(value, Call):

@@ -29,7 +29,7 @@ def _lines(module: Module) -> Iterator[str]:
     for function in module.functions.values():
         yield from _function(function)
         yield ""
-    yield f"parameters  {_amount(count)} in {len(types)} tensors, {_amount(size)}B"
+    yield f"parameters  {_amount(count)} in {len(types)} tensors, {_amount(size, 'B')}"
     if unbound:
         yield f"            not bound: {', '.join(unbound)}"
 
@@ -44,18 +44,18 @@ def _function(function: Function) -> Iterator[str]:
     counts = Counter(_kind(value) for value in calls)
     yield f"  operators {len(calls)}: " + ", ".join(f"{op} {n}" for op, n in sorted(counts.items()))
     yield f"  FLOPs     {_amount(total(map(flops, calls)))}"
-    yield f"  traffic   {_amount(total(map(traffic, calls)))}B"
+    yield f"  traffic   {_amount(total(map(traffic, calls)), 'B')}"
 
 
 def _kind(value: Call | Fused) -> str:
     return value.op if isinstance(value, Call) else value.body.name
 
 
-def _amount(value: Dim) -> str:
-    """A count with a decimal prefix, or a formula."""
+def _amount(value: Dim, unit: str = "") -> str:
+    """A count with a decimal prefix and its unit, or a formula."""
     if not isinstance(value, int):
-        return f"{format_dim(value)} "
+        return f"{format_dim(value)} {unit}".rstrip()
     if value < 10_000:
-        return f"{value} "
+        return f"{value} {unit}".rstrip()
     power = min(int(np.log10(value)) // 3, 4)
-    return f"{value / 1000**power:.2f} {'kMGT'[power - 1]}"
+    return f"{value / 1000**power:.2f} {'kMGT'[power - 1]}{unit}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from kedge.compiler.errors import ShapeError, VerifyError
+from kedge.compiler.graph.builder import check_arity
 from kedge.compiler.graph.dims import attribute_symbols, format_type, same_type
 from kedge.compiler.graph.ir import (
     Call,
@@ -97,6 +98,7 @@ class _Verifier:
         definition = registry.get(call.op)
         self._require(set(call.attrs) == set(definition.attrs), f"{call.op} has attributes {sorted(call.attrs)}")
         try:
+            check_arity(definition, len(call.inputs))
             types = definition.infer([operand.type for operand in call.inputs], call.attrs)
         except ShapeError as error:
             raise VerifyError(

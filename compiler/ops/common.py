@@ -111,7 +111,7 @@ def elementwise(out: TensorType, name: str, body: Callable[..., Expr]) -> te.Ten
 def reduction(
     out: TensorType,
     name: str,
-    combine: Callable[..., te.Reduce],
+    combine: Callable[..., Expr],
     body: Callable[..., Expr],
     axes: Sequence[te.ReduceAxis],
 ) -> te.Tensor:

@@ -60,7 +60,7 @@ def _lower(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...
     channel, taps = te.reduce_axis(per_group, "c"), window.axes()
     axes = taps if per_group == 1 else [channel, *taps]  # no loop over one channel
 
-    def body(n: Expr, o: Expr, *out: Expr) -> te.Reduce:
+    def body(n: Expr, o: Expr, *out: Expr) -> Expr:
         within: Expr | int = 0 if per_group == 1 else channel
         at = [unpadded.position(axis, index, tap) for axis, (index, tap) in enumerate(zip(out, taps, strict=True))]
         group = _group(o, filters // attrs["groups"], attrs["groups"])

@@ -42,7 +42,7 @@ def _lower(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...
     k = te.reduce_axis(a.shape[-1], "k")
     n_batch = len(out.shape) - (a_rank > 1) - (b_rank > 1)
 
-    def body(*indices: Expr) -> te.Reduce:
+    def body(*indices: Expr) -> Expr:
         batch = indices[:n_batch]
         row = indices[n_batch : n_batch + 1] if a_rank > 1 else ()
         column = indices[-1:] if b_rank > 1 else ()

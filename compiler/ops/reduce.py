@@ -15,7 +15,7 @@ from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Binary, Dim, Expr, as_expr, call, const, eq, select
 
-Combine: TypeAlias = Callable[[Expr, Sequence[te.ReduceAxis]], te.Reduce]
+Combine: TypeAlias = Callable[[Expr, Sequence[te.ReduceAxis]], Expr]
 
 
 def reduced_shape(shape: Sequence[Dim], axes: Sequence[int], keepdims: bool) -> tuple[Dim, ...]:
@@ -107,7 +107,7 @@ def _declare_position(name: str, function: Callable[..., Array], combine: Combin
 
         extreme = te.compute(types[0].shape, lambda *i: combine(element(i, extreme_axis), [extreme_axis]), name="best")
 
-        def candidate(*indices: Expr) -> te.Reduce:
+        def candidate(*indices: Expr) -> Expr:
             value, best = element(indices, position), extreme.at(indices)
             hit = eq(value, best)
             if x.dtype in FLOATS:  # the first NaN wins, as in numpy
