@@ -1,0 +1,137 @@
+"""The Python API of the architecture page, as a user's script would use it."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kedge.compiler.frontend.onnx.reference import reference_outputs
+from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError
+
+import kedge
+from kedge import nn, te
+from kedge.data import digits_model, digits_test
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TwoFunctions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def hidden(self, x: nn.Tensor) -> nn.Tensor:
+        return self.fc(x)
+
+    def classify(self, x: nn.Tensor) -> nn.Tensor:
+        return nn.op.softmax(self.fc(x), axis=-1)
+
+
+def exported() -> tuple[kedge.Module, dict[str, np.ndarray]]:
+    x = nn.spec.Tensor(("n", 6), "float32")
+    module, params = TwoFunctions().export(spec={"hidden": {"x": x}, "classify": {"x": x}})
+    rng = np.random.default_rng(0)
+    return module, {name: rng.standard_normal(type_.shape).astype(type_.dtype) for name, type_ in params.items()}
+
+
+def test_importing_kedge_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, kedge\n"
+        "heavy = {'numpy', 'llvmlite', 'onnx', 'grpc', 'paramiko', 'sqlalchemy', 'typer', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert set(kedge.__all__) <= set(dir(kedge))\n"
+        "for name in kedge.__all__: getattr(kedge, name)\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_one_artifact_at_any_batch_size() -> None:
+    images, _ = digits_test()
+    artifact = kedge.compile(kedge.load(digits_model()), target="native")
+    with artifact.open(threads=1) as m:
+        for batch in (1, 2, 17, 360):
+            expected = reference_outputs(digits_model(), {"image": images[:batch]})["probabilities"]
+            out = m.run({"image": images[:batch]})["probabilities"]
+            np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_save_load_and_a_second_process(tmp_path: Path) -> None:
+    images, _ = digits_test()
+    artifact = kedge.compile(digits_model(), target="native")
+    artifact.save(tmp_path / "m.kdg")
+    again = kedge.Artifact.load(tmp_path / "m.kdg")
+    assert again.digest == artifact.digest and again.size == artifact.size
+    with artifact.open(threads=1) as m:
+        expected = m.run({"image": images[:4]})["probabilities"]
+    with kedge.local(threads=1) as device:
+        out = device.load(again).run({"image": images[:4]})["probabilities"]
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_functions_share_weights_and_are_called_by_name() -> None:
+    module, weights = exported()
+    artifact = kedge.compile(module.bind(weights), target="native")
+    x = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+    hidden = x @ weights["fc.weight"].T + weights["fc.bias"]
+    exponent = np.exp(hidden - hidden.max(axis=1, keepdims=True))
+    with artifact.open(threads=2) as m:
+        np.testing.assert_allclose(m["hidden"]({"x": x})["output"], hidden, rtol=1e-5, atol=1e-6)
+        out = m.run({"x": x}, function="classify")["output"]
+        np.testing.assert_allclose(out, exponent / exponent.sum(axis=1, keepdims=True), rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_can_stay_inputs() -> None:
+    module, weights = exported()
+    artifact = kedge.compile(module, target="native")
+    assert [port.name for port in artifact.manifest.function("hidden").inputs] == ["x", "fc.weight", "fc.bias"]
+    x = np.ones((2, 6), np.float32)
+    with artifact.open(threads=1) as m:
+        out = m.run({"x": x, **weights}, function="hidden")["output"]
+    np.testing.assert_allclose(out, x @ weights["fc.weight"].T + weights["fc.bias"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_te_function_goes_through_the_same_door() -> None:
+    n = 37
+    a, b = (te.placeholder((n, n), "float32", name=name) for name in "ab")
+    k = te.reduce_axis(n, "k")
+    c = te.compute((n, n), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")
+    artifact = kedge.compile(te.create_prim_func([a, b, c], name="main"), target="native")
+    rng = np.random.default_rng(2)
+    left, right = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
+    with artifact.open(threads=1) as m:
+        np.testing.assert_allclose(m.run({"a": left, "b": right})["c"], left @ right, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_that_do_not_fit_are_named() -> None:
+    artifact = kedge.compile(digits_model(), target="native")
+    good = np.zeros((1, 1, 8, 8), np.float32)
+    with artifact.open(threads=1) as m, kedge.local(threads=1) as device:
+        for place in (m, device.load(artifact)):
+            with pytest.raises(InputError, match="image"):
+                place.run({"imag": good})
+            with pytest.raises(InputError, match="float32"):
+                place.run({"image": good.astype(np.float64)})
+            with pytest.raises(InputError, match="image"):
+                place.run({"image": good[0]})
+            with pytest.raises(ArtifactError, match="backward"):
+                place.run({"image": good}, function="backward")
+
+
+def test_another_architecture_is_refused() -> None:
+    artifact = kedge.compile(digits_model(), target="raspberry-pi/4b")
+    with pytest.raises(IncompatibleTargetError, match="aarch64"):
+        artifact.open()
+    with kedge.local() as device, pytest.raises(IncompatibleTargetError, match="aarch64"):
+        device.load(artifact)
+
+
+def test_the_quick_start_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "quick_start.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "func forward(x: float32[n, 784])" in printed
+    difference = float(printed.split("largest difference from numpy: ")[1].split()[0])
+    assert difference < 1e-4
