@@ -30,6 +30,7 @@ from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Varian
 from kedge.rpc.artifact.package import select_variant
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
 from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, KedgeError
+from kedge.rpc.measure import judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
     BenchTask,
@@ -41,6 +42,7 @@ from kedge.rpc.types import (
     StageTime,
     Tensor,
     TimeOptions,
+    Verdict,
     plan_inline,
 )
 
@@ -135,7 +137,7 @@ class Job:
         measurement: Optional[Measurement] = None
         try:
             outputs, measurement = self._execute()
-            outcome = Outcome(OutcomeKind.OK)
+            outcome = _measured(measurement)
         except Exception as error:  # noqa: BLE001 - a job must report, whatever happens to it
             outcome = self._outcome(error)
         times = tuple(StageTime(stage, duration) for stage, duration in self._durations.items())
@@ -234,9 +236,8 @@ class Job:
             before=before,
             after=read_health(self._board.scratch),
         )
-        from kedge.rpc.measure import judge
-
-        verdict, reasons = judge(measurement, emulated=self._board.device.emulated)
+        device = self._board.device
+        verdict, reasons = judge(measurement, device.emulated, device.num_cores)
         return results, replace(measurement, verdict=verdict, reasons=tuple(reasons))
 
     def _deliver(self, function: Function, results: Sequence[native.Tensor]) -> Tuple[Tensor, ...]:
@@ -331,6 +332,13 @@ class Job:
         if not isinstance(error, (CacheFullError, BlobError, OSError)):
             log.error("a job failed in a way that has no name", exc_info=error)
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
+
+
+def _measured(measurement: Optional[Measurement]) -> Outcome:
+    """A job that went well is ok, unless what it measured says nothing."""
+    if measurement is not None and measurement.verdict is Verdict.INVALID:
+        return Outcome(OutcomeKind.INVALID_MEASUREMENT, Stage.RUN, message="; ".join(measurement.reasons))
+    return Outcome(OutcomeKind.OK)
 
 
 def _runner_outcome(error: native.RunnerError) -> Outcome:

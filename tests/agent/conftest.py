@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from kedge.compiler.target import parse
+from kedge.compiler.toolchain import build_runtime
 from support import handmade
 from support.python39 import python39
 
@@ -18,13 +17,9 @@ FUNCTIONS = ("add", "crash", "leave", "spin", "refuse", "hog", "litter", "weigh"
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runner() -> Path:
     """kedge-runner for this machine."""
-    out = tmp_path_factory.mktemp("runner") / "kedge-runner"
-    sources = sorted(str(path) for path in (handmade.ROOT / "device_agent" / "runtime").glob("*.c"))
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", handmade.zig_target(platform.machine())]
-    subprocess.run([*command, "-std=c11", "-O1", *sources, "-o", str(out), "-lpthread", "-ldl"], check=True)
-    return out
+    return build_runtime(parse("native")).runner
 
 
 @pytest.fixture(scope="session")

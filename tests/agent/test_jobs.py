@@ -98,6 +98,10 @@ def made(module: bytes) -> Artifact:
     return artifact(module, FUNCTIONS)
 
 
+#: A few nanoseconds of work, repeated until the clock can see it.
+LONG = TimeOptions(repeat=5, min_repeat_ns=200_000)
+
+
 def floats(*values: float) -> Tensor:
     return Tensor("x", "float32", (len(values),), struct.pack(f"<{len(values)}f", *values))
 
@@ -394,7 +398,7 @@ def test_a_full_disk_is_the_devices_fault(
 
 
 def test_a_bench_measures_and_says_what_to_think_of_it(board: Board, remote: Remote, made: Artifact) -> None:
-    options = TimeOptions(number=2, repeat=5, warmup=1)
+    options = replace(LONG, number=2)
     spec = replace(run_spec(remote.publish(made), "add"), num_threads=1)
     result = execute(board, replace(spec, task=BenchTask((floats(1, 2),), options, return_outputs=True)))
     assert result.outcome.ok, result.outcome
@@ -402,7 +406,8 @@ def test_a_bench_measures_and_says_what_to_think_of_it(board: Board, remote: Rem
     assert measured is not None
     assert len(measured.samples_ns) == 5
     assert all(sample > 0 for sample in measured.samples_ns)
-    assert measured.options == options
+    assert measured.options.number > 2, "it grew until a repeat lasted long enough"
+    assert replace(measured.options, number=2) == options
     assert measured.num_threads == 1
     assert measured.resolution_ns > 0
     assert measured.before is not None
@@ -413,9 +418,18 @@ def test_a_bench_measures_and_says_what_to_think_of_it(board: Board, remote: Rem
     assert struct.unpack("<2f", y.data) == (2.0, 3.0)
 
 
+def test_a_measurement_that_says_nothing_is_no_success(board: Board, remote: Remote, made: Artifact) -> None:
+    task = BenchTask((floats(1),), TimeOptions(number=1, repeat=3))
+    result = execute(board, replace(run_spec(remote.publish(made), "add"), task=task))
+    assert result.outcome.kind is OutcomeKind.INVALID_MEASUREMENT, result
+    assert "too short for a clock" in result.outcome.message
+    assert result.measurement is not None
+    assert len(result.measurement.samples_ns) == 3
+
+
 def test_a_bench_on_an_emulated_device_says_so(board: Board, remote: Remote, made: Artifact) -> None:
     emulated = replace(board, device=replace(board.device, emulated=True))
-    spec = replace(run_spec(remote.publish(made), "add"), task=BenchTask((floats(1),), TimeOptions(repeat=3)))
+    spec = replace(run_spec(remote.publish(made), "add"), task=BenchTask((floats(1),), LONG))
     measured = execute(emulated, spec).measurement
     assert measured is not None
     assert measured.verdict is Verdict.EMULATED

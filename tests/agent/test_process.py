@@ -232,7 +232,7 @@ def test_stopped_in_the_middle_of_a_job_it_leaves_nothing(
     script.hear(m.JobProgress)
     below = descendants(agent.process.pid)
     assert below
-    assert agent.stop(number) == 0
+    assert agent.stop(number) == 0, agent.log
     assert script.hear(m.Goodbye) == m.Goodbye(number.name)
     assert not any(runs(pid) for pid in below)
     assert list((agent.data_dir / "jobs").iterdir()) == []
