@@ -68,9 +68,8 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
     code, details = error.code(), error.details() or ""
     trailing: Any = error.trailing_metadata() or ()
     said: Dict[str, Any] = dict(trailing)
-    cls = _BY_NAME.get(said.get(_CLASS_KEY, ""))
-    if cls is not None:
-        hint = said.get(_HINT_KEY)
+    if _CLASS_KEY in said:
+        cls, hint = _BY_NAME.get(said[_CLASS_KEY], RemoteError), said.get(_HINT_KEY)
         return cls(details, hint=hint.decode() if hint else None)
     if code in _AWAY:
         if address is None:

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class FleetStub(object):
-    """What clients ask of the tracker.
+    """What clients ask of the tracker. Only GetJob returns the tensors of a job's inputs.
     """
 
     def __init__(self, channel):
@@ -74,7 +74,7 @@ class FleetStub(object):
 
 
 class FleetServicer(object):
-    """What clients ask of the tracker.
+    """What clients ask of the tracker. Only GetJob returns the tensors of a job's inputs.
     """
 
     def Hello(self, request, context):
@@ -168,7 +168,7 @@ def add_FleetServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Fleet(object):
-    """What clients ask of the tracker.
+    """What clients ask of the tracker. Only GetJob returns the tensors of a job's inputs.
     """
 
     @staticmethod

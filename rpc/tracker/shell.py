@@ -1,0 +1,259 @@
+"""Between the state machine and the world: one event loop that feeds events in, stores facts, lets messages out.
+
+Effects leave in the order in which they were decided, each only when its facts are durable. Nothing here polls: one
+timer is armed for the state's next alarm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kedge.rpc.messages import AgentBody, Hello, TrackerBody
+from kedge.rpc.status import UnknownJobError
+from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
+from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.store import Store, StoreError
+from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState
+
+#: A client is not kept waiting for a disk that does not take its job.
+_STORE_PATIENCE_S = 5.0
+
+
+class Clock:
+    """Unix milliseconds that never go back: the wall clock of the start, advanced by the steady one."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def __call__(self) -> int:
+        """Now."""
+        return int((time.monotonic() + self._offset) * 1000)
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """Effects on their way out."""
+
+    effects: Effects
+    durable: bool
+    released: asyncio.Future[None]
+
+
+#: Takes a message for one agent; None ends its connection.
+ToOneAgent = Callable[[TrackerBody | None], None]
+
+
+class Shell:
+    """The running mind of a tracker. All methods belong to the event loop's thread."""
+
+    def __init__(self, store: Store, settings: Settings | None = None, clock: Callable[[], int] | None = None) -> None:
+        self.tracker_id = store.found.tracker_id
+        self.state = TrackerState(self.tracker_id, settings)
+        self._store = store
+        self._now = clock or Clock()
+        self._loop = asyncio.get_running_loop()
+        self._pending: deque[_Outbox] = deque()
+        self._agents: dict[int, ToOneAgent] = {}
+        self._next_connection = 0
+        self._watchers: dict[str, list[asyncio.Queue[Job | None]]] = defaultdict(list)
+        self._device_waiters: set[asyncio.Future[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
+        self.state.restore(store.found.records, store.found.ended, store.found.keys, self._now())
+        self._arm()
+
+    def close(self) -> None:
+        """Stop the timer, and end what every agent and every watcher waits on."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for queues in self._watchers.values():
+            for changes in queues:
+                changes.put_nowait(None)
+        self._wake_device_waiters()
+        for send in self._agents.values():
+            send(None)
+
+    # ---- Agents ----
+
+    def agent_connected(self, hello: Hello, send: ToOneAgent) -> int:
+        """A new agent; returns the number of its connection."""
+        self._next_connection += 1
+        number = self._next_connection
+        self._agents[number] = send
+        self._apply(self.state.connect(number, hello, self._now()))
+        return number
+
+    def agent_said(self, connection: int, body: AgentBody) -> None:
+        """A message of a connected agent."""
+        self._apply(self.state.receive(connection, body, self._now()))
+
+    def agent_left(self, connection: int) -> None:
+        """An agent's connection ended."""
+        self._agents.pop(connection, None)
+        self._apply(self.state.disconnect(connection, self._now()))
+
+    # ---- Clients ----
+
+    async def submit(self, spec: JobSpec, needs: Needs, key: str) -> tuple[str, bool]:
+        """Accept a job, durably; returns its id and whether the idempotency key was known already.
+
+        Raises:
+            StoreError: jobs cannot be stored at the moment; with the same key it may be tried again.
+        """
+        known = self.state.job_of_key(key) if key else None
+        if known is not None:
+            await self._barrier()
+            return known, True
+        self._check_store()
+        job_id = secrets.token_hex(6)
+        stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now()))
+        while not stored.done():
+            await asyncio.wait([stored], timeout=_STORE_PATIENCE_S)
+            if not stored.done():
+                self._check_store()
+        return job_id, False
+
+    def _check_store(self) -> None:
+        if self._store.problem is not None:
+            raise StoreError(
+                f"the tracker cannot store jobs now: {self._store.problem}", hint="free space on the tracker's disk"
+            )
+
+    async def cancel(self, job_id: str, reason: str) -> Job:
+        """Stop a job; returns it as it is then. Raises UnknownJobError."""
+        await self._apply(self.state.cancel(job_id, reason, self._now()))
+        return await self.job(job_id)
+
+    async def job(self, job_id: str) -> Job:
+        """A job as it is now; raises UnknownJobError."""
+        job = self.state.job(job_id)
+        if job is None:
+            job = await asyncio.wrap_future(self._store.job(job_id))
+        if job is None:
+            raise UnknownJobError(f"the tracker knows no job {job_id!r}", hint="kedge jobs lists them")
+        return job
+
+    async def jobs(self, limit: int, states: tuple[JobState, ...]) -> list[Job]:
+        """The newest jobs without their tensors, newest first."""
+        stored = await asyncio.wrap_future(self._store.jobs(limit, states))
+        found = [self.state.job(job.id) or job for job in stored]
+        return [_without_tensors(job) for job in found if not states or job.state in states]
+
+    def watch(self, job_id: str) -> asyncio.Queue[Job | None]:
+        """A queue of the job's changes from now on, None when the tracker stops; give it back with `unwatch`."""
+        changes: asyncio.Queue[Job | None] = asyncio.Queue()
+        self._watchers[job_id].append(changes)
+        return changes
+
+    def unwatch(self, job_id: str, changes: asyncio.Queue[Job | None]) -> None:
+        """Nobody reads the queue any more."""
+        self._watchers[job_id].remove(changes)
+        if not self._watchers[job_id]:
+            del self._watchers[job_id]
+
+    async def devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
+        """Devices that match; waits up to `wait_s` for the first. Raises SelectorError."""
+        deadline = self._loop.time() + wait_s
+        while True:
+            found = self.state.devices(selector, include_gone=include_gone)
+            left = deadline - self._loop.time()
+            if found or left <= 0 or self._closing:
+                return found
+            changed: asyncio.Future[None] = self._loop.create_future()
+            self._device_waiters.add(changed)
+            try:
+                await asyncio.wait([changed], timeout=left)
+            finally:
+                self._device_waiters.discard(changed)
+
+    # ---- Effects ----
+
+    def _apply(self, effects: Effects) -> asyncio.Future[None]:
+        """Store facts, then send; the future is done when both are."""
+        released: asyncio.Future[None] = self._loop.create_future()
+        outbox = _Outbox(effects, not effects.facts, released)
+        self._pending.append(outbox)
+        if effects.facts:
+            self._store.append(effects.facts, functools.partial(self._tell_stored, outbox))
+        self._release()
+        self._arm()
+        return released
+
+    def _barrier(self) -> asyncio.Future[None]:
+        """Done when everything decided so far is durable."""
+        return self._apply(Effects())
+
+    def _tell_stored(self, outbox: _Outbox) -> None:
+        """From the store's thread."""
+        self._loop.call_soon_threadsafe(self._stored, outbox)
+
+    def _stored(self, outbox: _Outbox) -> None:
+        outbox.durable = True
+        self._release()
+
+    def _release(self) -> None:
+        while self._pending and self._pending[0].durable:
+            outbox = self._pending.popleft()
+            for send in outbox.effects.sends:
+                if isinstance(send, ToAgent):
+                    self._tell(send.connection, send.body)
+                elif isinstance(send, CloseAgent):
+                    self._tell(send.connection, None)
+                elif isinstance(send, JobChanged):
+                    self._publish(send.job)
+            if any(isinstance(send, DevicesChanged) for send in outbox.effects.sends):
+                self._devices_changed()
+            if not outbox.released.done():
+                outbox.released.set_result(None)
+
+    def _tell(self, connection: int, body: TrackerBody | None) -> None:
+        send = self._agents.get(connection)
+        if send is not None:
+            send(body)
+
+    def _publish(self, job: Job) -> None:
+        for changes in self._watchers.get(job.id, ()):
+            changes.put_nowait(job)
+
+    def _devices_changed(self) -> None:
+        """Why a job waits depends on the devices: those who watch it are told."""
+        for job_id in self._watchers:
+            job = self.state.job(job_id)
+            if job is not None and job.state is JobState.QUEUED:
+                self._publish(job)
+        self._wake_device_waiters()
+
+    def _wake_device_waiters(self) -> None:
+        for waiter in self._device_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _arm(self) -> None:
+        """Wake up for the state's next alarm."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        alarm = self.state.next_alarm()
+        if alarm is not None and not self._closing:
+            self._timer = self._loop.call_later(max(0.0, (alarm - self._now()) / 1000), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._apply(self.state.tick(self._now()))
+
+
+def without_inputs(job: Job) -> Job:
+    """The job without the tensors that its client sent."""
+    return replace(job, spec=replace(job.spec, task=replace(job.spec.task, inputs=())))
+
+
+def _without_tensors(job: Job) -> Job:
+    result = None if job.result is None else replace(job.result, outputs=())
+    return replace(without_inputs(job), result=result)

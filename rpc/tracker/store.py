@@ -1,0 +1,372 @@
+"""What outlives the tracker: jobs, results, idempotency keys, in SQLite through SQLAlchemy Core.
+
+One thread owns the connection. Facts are queued to it and committed in groups: whatever has gathered while the last
+commit was under way goes into the next, so that no fact waits for a timer and many share one fsync. Reading goes
+through the same queue and therefore sees everything that was queued before.
+
+The database is opened exclusively: a second tracker on the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from kedge.rpc import convert
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.facts import (
+    Fact,
+    JobAccepted,
+    JobAssigned,
+    JobCancelling,
+    JobRecord,
+    JobRequeued,
+    Needs,
+)
+from kedge.rpc.types import Job, JobState
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+log = logging.getLogger("kedge.tracker")
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+#: Pause before a commit that failed (a full disk) is tried again.
+_RETRY_S = 1.0
+
+_metadata = sa.MetaData()
+_meta = sa.Table(
+    "meta",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),
+)
+_jobs = sa.Table(
+    "jobs",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("spec", sa.LargeBinary, nullable=False),
+    sa.Column("needs", sa.String, nullable=False),
+    sa.Column("submitted_ms", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.String, nullable=False, index=True),
+    sa.Column("device", sa.String, nullable=False, default=""),
+    sa.Column("instance_id", sa.String, nullable=False, default=""),
+    sa.Column("epoch", sa.BigInteger, nullable=False, default=0),
+    sa.Column("cancelling", sa.String),
+)
+_results = sa.Table(
+    "results",
+    _metadata,
+    sa.Column("job_id", sa.String, primary_key=True),
+    sa.Column("outcome", sa.String, nullable=False),
+    sa.Column("result", sa.LargeBinary, nullable=False),
+    sa.Column("finished_ms", sa.BigInteger, nullable=False),
+)
+_keys = sa.Table(
+    "idempotency_keys",
+    _metadata,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("job_id", sa.String, nullable=False),
+)
+
+
+class StoreError(KedgeError):
+    """The tracker's data folder cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a tracker finds when it starts; `ended` and `keys` oldest first."""
+
+    tracker_id: str
+    records: tuple[JobRecord, ...]
+    ended: tuple[tuple[str, int], ...]
+    keys: tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True)
+class _Append:
+    facts: Sequence[Fact]
+    done: Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Read:
+    query: Callable[[sa.Connection], Any]
+    future: Future[Any]
+
+
+@dataclass(slots=True)
+class _Idle:
+    """Nothing to do."""
+
+
+#: None ends the thread.
+_Item = _Append | _Read | _Idle | None
+
+
+class Store:
+    """The database in `folder`; it is made when it does not exist.
+
+    Raises:
+        StoreError: the folder cannot be used, belongs to a running tracker, or was written by a newer kedge.
+    """
+
+    def __init__(self, folder: Path, *, remembered: int = 100_000) -> None:
+        self._path = folder / "tracker.db"
+        self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        #: Why the last commit failed, while it is tried again; None when all is well.
+        self.problem: str | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"cannot make the data folder {folder}: {error.strerror}", hint="name another with --data-dir"
+            ) from error
+        opened: Future[Stored] = Future()
+        self._thread = threading.Thread(target=self._run, args=(opened, remembered), name="kedge-store", daemon=True)
+        self._thread.start()
+        self.found = opened.result()
+
+    def append(self, facts: Sequence[Fact], done: Callable[[], None]) -> None:
+        """Store facts; `done` is called from the store's thread once they are durable. Keeps the order of calls."""
+        self._work.put(_Append(facts, done))
+
+    def job(self, job_id: str) -> Future[Job | None]:
+        """A stored job with its result."""
+        return self._read(lambda connection: _load_job(connection, job_id))
+
+    def jobs(self, limit: int, states: Sequence[JobState]) -> Future[list[Job]]:
+        """The newest jobs, newest first, as stored; tensors are left out of specs and results."""
+        return self._read(lambda connection: _list_jobs(connection, limit, states))
+
+    def close(self) -> None:
+        """Store what was queued and close the database."""
+        self._stopping.set()
+        self._work.put(None)
+        self._thread.join()
+
+    def _read(self, query: Callable[[sa.Connection], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._work.put(_Read(query, future))
+        return future
+
+    # ---- The thread ------------------------------------------------------------------------------------------------
+
+    def _run(self, opened: Future[Stored], remembered: int) -> None:
+        engine = _engine(self._path)
+        try:
+            with engine.connect() as connection:
+                try:
+                    found = _open(connection, self._path, remembered)
+                except (SQLAlchemyError, KedgeError) as error:
+                    opened.set_exception(_explain(error, self._path))
+                    return
+                opened.set_result(found)
+                self._serve(connection)
+        except SQLAlchemyError as error:
+            if opened.done():
+                raise
+            opened.set_exception(_explain(error, self._path))
+        finally:
+            engine.dispose()
+
+    def _serve(self, connection: sa.Connection) -> None:
+        while True:
+            item = self._work.get()
+            group: list[_Append] = []
+            while isinstance(item, _Append):
+                group.append(item)
+                item = self._poll()
+            if group and not self._commit(connection, group):
+                return
+            for append in group:
+                append.done()
+            if isinstance(item, _Read):
+                self._answer(connection, item)
+            elif item is None:
+                return
+
+    def _poll(self) -> _Item:
+        """The next piece of work, or _Idle where there is none yet."""
+        try:
+            return self._work.get_nowait()
+        except queue.Empty:
+            return _Idle()
+
+    def _commit(self, connection: sa.Connection, group: list[_Append]) -> bool:
+        """Make a group durable, however often it takes; False when the tracker stops before that."""
+        while True:
+            try:
+                with connection.begin():
+                    for append in group:
+                        for fact in append.facts:
+                            _write(connection, fact)
+            except OperationalError as error:
+                self.problem = str(error.orig)
+                log.error("cannot store jobs in %s: %s; trying again", self._path, self.problem)
+                if self._stopping.wait(_RETRY_S):
+                    return False
+            else:
+                self.problem = None
+                return True
+
+    def _answer(self, connection: sa.Connection, item: _Read) -> None:
+        try:
+            with connection.begin():
+                item.future.set_result(item.query(connection))
+        except SQLAlchemyError as error:
+            item.future.set_exception(_explain(error, self._path))
+
+
+# ---- Opening -------------------------------------------------------------------------------------------------------
+
+
+def _engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 0.5}, poolclass=sa.StaticPool
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    return engine
+
+
+def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
+    with connection.begin():
+        _metadata.create_all(connection)
+        meta: dict[str, str] = {row.name: row.value for row in connection.execute(sa.select(_meta))}
+        if not meta:
+            meta = {"schema": str(SCHEMA_VERSION), "tracker_id": secrets.token_hex(8)}
+            connection.execute(sa.insert(_meta), [{"name": name, "value": value} for name, value in meta.items()])
+        if int(meta["schema"]) > SCHEMA_VERSION:
+            raise StoreError(
+                f"{path} was written by a newer kedge (schema {meta['schema']}, this one knows {SCHEMA_VERSION})",
+                hint="use that kedge, or another --data-dir",
+            )
+        live = sa.select(_jobs, _keys.c.key).outerjoin(_keys, _keys.c.job_id == _jobs.c.id)
+        records = [_record(row) for row in connection.execute(live.where(_jobs.c.state != JobState.DONE.value))]
+        newest = sa.select(_jobs.c.id, _jobs.c.epoch, _jobs.c.state, _keys.c.key)
+        newest = newest.outerjoin(_keys, _keys.c.job_id == _jobs.c.id).order_by(_jobs.c.seq.desc()).limit(remembered)
+        rows = connection.execute(newest).all()[::-1]
+    ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
+    keys = tuple((row.key, row.id) for row in rows if row.key)
+    return Stored(meta["tracker_id"], tuple(records), ended, keys)
+
+
+def _explain(error: Exception, path: Path) -> KedgeError:
+    if isinstance(error, KedgeError):
+        return error
+    text = str(getattr(error, "orig", None) or error)
+    if "locked" in text:
+        return StoreError(
+            f"another tracker uses the data folder {path.parent}",
+            hint="stop it, or name another folder with --data-dir",
+        )
+    if "full" in text:
+        return StoreError(f"no space is left for {path} ({text})", hint="free space on that disk")
+    return StoreError(f"cannot use {path}: {text}", hint="name another folder with --data-dir")
+
+
+# ---- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def _write(connection: sa.Connection, fact: Fact) -> None:
+    if isinstance(fact, JobAccepted):
+        connection.execute(
+            sa.insert(_jobs).values(
+                id=fact.job_id,
+                seq=fact.seq,
+                spec=convert.job_spec_to_bytes(fact.spec),
+                needs=_needs_to_text(fact.needs),
+                submitted_ms=fact.submitted_ms,
+                state=JobState.QUEUED.value,
+            )
+        )
+        if fact.key:
+            connection.execute(sa.insert(_keys).values(key=fact.key, job_id=fact.job_id))
+        return
+    values: dict[str, Any]
+    if isinstance(fact, JobAssigned):
+        values = {
+            "state": JobState.ASSIGNED.value,
+            "device": fact.device,
+            "instance_id": fact.instance_id,
+            "epoch": fact.epoch,
+        }
+    elif isinstance(fact, JobRequeued):
+        values = {"state": JobState.QUEUED.value, "device": "", "instance_id": ""}
+    elif isinstance(fact, JobCancelling):
+        values = {"cancelling": fact.reason}
+    else:
+        values = {"state": JobState.DONE.value, "device": fact.result.device}
+        result = sa.insert(_results).values(
+            job_id=fact.job_id,
+            outcome=fact.result.outcome.kind.value,
+            result=convert.job_result_to_bytes(fact.result),
+            finished_ms=fact.finished_ms,
+        )
+        connection.execute(result)
+    connection.execute(sa.update(_jobs).where(_jobs.c.id == fact.job_id).values(**values))
+
+
+def _record(row: Any) -> JobRecord:
+    spec = convert.job_spec_from_bytes(row.spec)
+    accepted = JobAccepted(row.id, row.seq, spec, _needs_from_text(row.needs), row.key or "", row.submitted_ms)
+    assigned = None
+    if row.state == JobState.ASSIGNED.value:
+        assigned = JobAssigned(row.id, row.device, row.instance_id, row.epoch)
+    return JobRecord(accepted, assigned, row.epoch, row.cancelling)
+
+
+_FULL_JOB = (
+    sa.select(_jobs, _results.c.result, _results.c.finished_ms)
+    .outerjoin(_results, _results.c.job_id == _jobs.c.id)
+)  # fmt: skip
+
+
+def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
+    row = connection.execute(_FULL_JOB.where(_jobs.c.id == job_id)).one_or_none()
+    return None if row is None else _job(row)
+
+
+def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState]) -> list[Job]:
+    query = _FULL_JOB.order_by(_jobs.c.seq.desc()).limit(limit)
+    if states:
+        # The database does not know who has started: that is asked of the living.
+        wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states}
+        query = query.where(_jobs.c.state.in_([state.value for state in wanted]))
+    return [_job(row) for row in connection.execute(query)]
+
+
+def _job(row: Any) -> Job:
+    return Job(
+        id=row.id,
+        spec=convert.job_spec_from_bytes(row.spec),
+        state=JobState(row.state),
+        device=row.device,
+        result=convert.job_result_from_bytes(row.result) if row.result is not None else None,
+        submitted_unix_ms=row.submitted_ms,
+        finished_unix_ms=row.finished_ms or 0,
+    )
+
+
+def _needs_to_text(needs: Needs) -> str:
+    return json.dumps([[arch, sorted(features)] for arch, features in needs])
+
+
+def _needs_from_text(text: str) -> Needs:
+    return tuple((str(arch), frozenset(features)) for arch, features in json.loads(text))
