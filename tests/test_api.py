@@ -28,7 +28,7 @@ class TwoFunctions(nn.Module):
         return self.fc(x)
 
     def classify(self, x: nn.Tensor) -> nn.Tensor:
-        return nn.op.softmax(self.fc(x), axis=-1)
+        return nn.op.softmax(self.fc(x), dim=-1)
 
 
 def exported() -> tuple[kedge.Module, dict[str, np.ndarray]]:
