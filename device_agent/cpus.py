@@ -78,7 +78,7 @@ _VNNI = _V4 | {"avx512vnni"}
 _ARM82 = frozenset({"dotprod", "fullfp16", "rdm"})
 _ARM86 = _ARM82 | {"fp16fml", "i8mm", "bf16"}
 _V7 = frozenset({"neon", "vfp4", "fp16", "hwdiv", "hwdiv-arm"})
-_V8_32 = _V7 | {"fp-armv8", "crc"}
+_V8_32 = _V7 | {"crc"}
 _NONE: FrozenSet[str] = frozenset()
 
 #: x86-64 levels of the psABI, lowest first, with all that each promises.
@@ -129,6 +129,6 @@ OPTIONAL: Dict[str, Tuple[str, ...]] = {
         *sorted(_V4), "avx512vnni", "avx512bf16", "avx512fp16", "avxvnni", "amx-tile", "amx-int8", "amx-bf16",
     ),
     "aarch64": ("crc", "lse", "rdm", "fullfp16", "fp16fml", "dotprod", "i8mm", "bf16", "sve", "sve2"),
-    "armv7l": ("neon", "fp16", "vfp4", "hwdiv", "hwdiv-arm", "crc", "fp-armv8", "dotprod", "fullfp16"),
-    "riscv64": ("v", "zba", "zbb", "zbs", "zfh", "zvfh"),
+    "armv7l": ("neon", "fp16", "vfp4", "hwdiv", "hwdiv-arm", "crc", "dotprod"),
+    "riscv64": ("v",),
 }  # fmt: skip
