@@ -16,10 +16,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import kedge.compiler.frontend.nn as nn
     from kedge.api import compile, connect, load, local, pipeline  # noqa: A004 - the field says compile
     from kedge.artifact import Artifact
     from kedge.compiler import te
-    from kedge.compiler.frontend import nn
     from kedge.compiler.graph.ir import Module
     from kedge.rpc.client import aio
     from kedge.rpc.errors import KedgeError

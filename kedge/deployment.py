@@ -63,7 +63,7 @@ def deploy(
         ConnectError: no login, or no tracker.
         DeployError: the board cannot run the agent, or the tracker did not see it in time; with the agent's log.
     """
-    from kedge.compiler.cache import cache_dir
+    from kedge.compiler.toolchain import cache_dir
     from kedge.deploy.board import deploy_board
 
     with kedge.connect(tracker) as fleet:

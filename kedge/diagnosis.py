@@ -66,7 +66,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from kedge.compiler.cache import cache_dir
+    from kedge.compiler.toolchain import cache_dir
 
     folder = cache_dir()
     free = shutil.disk_usage(folder).free

@@ -96,7 +96,7 @@ def missing_for_board(arch: str) -> str | None:
 @contextlib.contextmanager
 def board(arch: str, address: str, name: str, say: Callable[[str], None]) -> Iterator[Any]:
     """An emulated board with the agent deployed to it over SSH; gives the device as the tracker sees it."""
-    from kedge.compiler.cache import cache_dir
+    from kedge.compiler.toolchain import cache_dir
     from kedge.deploy.emulated import EmulatedBoard
     from kedge.deployment import Login, deploy
 
