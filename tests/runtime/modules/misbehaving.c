@@ -76,8 +76,9 @@ FUNCTION(copy, .entry = run_copy, .inputs = x_port, .outputs = y_port, .symbols 
 
 static int32_t run_grow(kedge_frame *f) { /* as code that allocates would */
   (void)f;
-  volatile char *memory = malloc(1ull << 33);
-  return memory == 0 ? KEDGE_E_MEMORY : KEDGE_OK;
+  static void *volatile kept; /* or a compiler may leave the allocation out */
+  kept = malloc((size_t)3 << 30);
+  return kept == 0 ? KEDGE_E_MEMORY : KEDGE_OK;
 }
 FUNCTION(grow, .entry = run_grow, .arena_size = EXPR(CONST(0)));
 

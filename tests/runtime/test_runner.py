@@ -1,0 +1,490 @@
+"""The runner as agents use it: real processes, hand-written modules, every way to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kedge.compiler.toolchain import RuntimeFiles
+from kedge.device_agent.runner import (
+    SHARED_MEMORY_BYTES,
+    Limits,
+    ModuleInfo,
+    PortInfo,
+    Runner,
+    RunnerCancelled,
+    RunnerCrashed,
+    RunnerError,
+    RunnerOutOfMemory,
+    RunnerRefused,
+    RunnerTimeout,
+    RunnerUnavailable,
+    Tensor,
+)
+from kedge.rpc import abi
+from kedge.rpc.types import TimeOptions
+from support import native
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+NO_LIMITS = Limits()
+#: The functions of misbehaving.c, in order.
+MISDEEDS = ("segfault", "forever", "slow", "big_arena", "quit", "chatter", "orphan", "scribble", "copy", "grow")
+
+
+def floats(*values: float, shape: tuple[int, ...] | None = None) -> Tensor:
+    return Tensor("float32", shape or (len(values),), struct.pack(f"<{len(values)}f", *values))
+
+
+def ones(rows: int) -> Tensor:
+    return floats(*[1.0] * 8 * rows, shape=(rows, 8))
+
+
+@pytest.fixture
+def misbehave(runtime: RuntimeFiles, misbehaving: Path) -> Any:
+    """`misbehave(name, limits=..., inputs=..., deadline_s=...)` runs one misdeed in a runner of its own."""
+    started: list[Runner] = []
+
+    def run(
+        name: str, limits: Limits = NO_LIMITS, inputs: Any = (), deadline_s: float = 30, grace_s: float = 0.5
+    ) -> Any:
+        runner = Runner(runtime.runner, threads=1, limits=limits, grace_s=grace_s)
+        started.append(runner)
+        runner.open(misbehaving)
+        try:
+            return runner.call(MISDEEDS.index(name), inputs, deadline_s)
+        except RunnerError as error:
+            return error
+
+    yield run
+    for runner in started:
+        runner.close()
+
+
+# ---- what works ----------------------------------------------------------------------------------------------------
+
+
+def test_hello(runtime: RuntimeFiles) -> None:
+    with Runner(runtime.runner) as runner:
+        hello = runner.hello
+        assert hello.abi_version == abi.ABI_VERSION
+        assert hello.pid == runner.pid
+        assert hello.machine == os.uname().machine
+        assert hello.page_size == os.sysconf("SC_PAGESIZE")
+        assert hello.num_cpus == len(os.sched_getaffinity(0))
+        assert hello.shared_memory
+        assert list(hello.features) == sorted(hello.features)
+        assert runner.alive
+    assert not runner.alive
+
+
+def test_open_describes_the_module(runtime: RuntimeFiles, arithmetic: Path, weights: Path) -> None:
+    with Runner(runtime.runner) as runner:
+        info = runner.open(arithmetic, weights, 64)
+    assert isinstance(info, ModuleInfo)
+    assert info.target == "c"
+    assert [function.name for function in info.functions] == ["main", "join", "ramp", "fail", "huge"]
+    assert info.functions[1].inputs == (PortInfo("a", "float32", 1), PortInfo("b", "float32", 2))
+    assert info.functions[1].outputs == (PortInfo("c", "int64", 2),)
+
+
+def test_call_with_weights(loaded: Runner) -> None:
+    (result,) = loaded.call(0, [ones(2)])
+    assert (result.dtype, result.shape) == ("float32", (2, 4))
+    assert struct.unpack("<8f", result.data) == (56.0, 64.0) * 4
+    assert loaded.last_call_ns > 0
+
+
+def test_symbols_and_arena(loaded: Runner) -> None:
+    for n, m in ((3, 2), (50, 70), (1, 1)):  # the arena grows, then stays
+        (result,) = loaded.call(1, [floats(*[0.0] * n), floats(*[0.0] * m * 2 * n, shape=(m, 2 * n))])
+        assert result.shape == (n + m, 2 * n)
+        assert set(struct.unpack(f"<{(n + m) * 2 * n}q", result.data)) == {n * 100 + m}
+
+
+def test_a_free_dim_may_be_zero(loaded: Runner) -> None:
+    (result,) = loaded.call(1, [Tensor("float32", (0,), b""), Tensor("float32", (3, 0), b"")])
+    assert (result.shape, bytes(result.data)) == ((3, 0), b"")
+
+
+def test_large_tensors_go_through_shared_memory(loaded: Runner) -> None:
+    rows = SHARED_MEMORY_BYTES // 8
+    data = struct.pack("<8f", *range(8)) * rows
+    (result,) = loaded.call(0, [Tensor("float32", (rows, 8), memoryview(data))])
+    view = memoryview(result.data)
+    assert not view.readonly
+    assert struct.unpack("<4f", view[-16:]) == (280.0, 308.0) * 2
+    view[0:4] = b"\0\0\0\0"  # the caller's own from here on
+
+
+def test_outputs_go_inline_when_files_are_limited(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    values = [float(i) for i in range(1000)]
+    with Runner(runtime.runner, limits=Limits(file_size_bytes=0)) as runner:
+        runner.open(misbehaving)
+        (result,) = runner.call(MISDEEDS.index("copy"), [floats(*values)])
+    assert list(struct.unpack("<1000f", result.data)) == values
+
+
+def test_discarded_outputs(loaded: Runner) -> None:
+    assert loaded.call(0, [ones(1)], discard_outputs=True) == []
+
+
+def test_time(loaded: Runner) -> None:
+    result = loaded.time(0, [ones(1)], TimeOptions(repeat=7, min_repeat_ns=100_000))
+    assert len(result.samples_ns) == 7
+    assert result.number > 1
+    assert result.samples_ns[-1] * result.number >= 100_000
+    assert result.resolution_ns > 0
+
+
+def test_affinity(runtime: RuntimeFiles) -> None:
+    cpu = max(os.sched_getaffinity(0))
+    with Runner(runtime.runner, cpus=[cpu]) as runner:
+        assert runner.hello.num_cpus == 1
+        assert os.sched_getaffinity(runner.pid) == {cpu}
+
+
+def test_limits_are_set_before_hello(runtime: RuntimeFiles) -> None:
+    limits = Limits(memory_bytes=1 << 31, cpu_s=100, open_files=20, file_size_bytes=1 << 20)
+    with Runner(runtime.runner, limits=limits) as runner:
+        text = Path(f"/proc/{runner.pid}/limits").read_text()
+        status = Path(f"/proc/{runner.pid}/status").read_text()
+    found = {line[:26].strip(): line[26:].split()[:2] for line in text.splitlines()[1:]}
+    assert found["Max address space"] == [str(1 << 31)] * 2
+    assert found["Max cpu time"] == ["100", "101"]
+    assert found["Max open files"] == ["20", "20"]
+    assert found["Max file size"] == [str(1 << 20)] * 2
+    assert found["Max core file size"] == ["0", "0"]
+    assert "NoNewPrivs:\t1" in status
+
+
+# ---- refusals: the runner lives on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "status", "text"),
+    [
+        (0, [floats(*[0.0] * 18, shape=(2, 9))], abi.E_INPUT, r"input x has shape \[2, 9\], expected \[N, 8\]"),
+        (0, [floats(*[0.0] * 8)], abi.E_INPUT, r"input x has shape \[8\], expected \[N, 8\]"),
+        (0, [Tensor("float64", (1, 8), bytes(64))], abi.E_INPUT, "input x has dtype float64, expected float32"),
+        (0, [Tensor("float32", (0, 8), b"")], abi.E_INPUT, r"dim 0 of input x \(N\) is 0, expected at least 1 and at"),
+        (0, [], abi.E_ARGUMENT, "main takes 1 inputs, but 0 came"),
+        (9, [], abi.E_ARGUMENT, "there is no function 9"),
+        (1, [floats(0, 0), floats(0, 0, 0, shape=(1, 3))], abi.E_INPUT, r"expected \[M, N\*2\], which is 4 in dim 1"),
+        (3, [], abi.E_KERNEL, "a parallel loop failed with 17"),
+    ],
+)
+def test_refusals(loaded: Runner, function: int, inputs: list[Tensor], status: int, text: str) -> None:
+    with pytest.raises(RunnerRefused, match=text) as caught:
+        loaded.call(function, inputs)
+    assert caught.value.status == status
+    assert loaded.call(0, [ones(1)])[0].shape == (1, 4)
+
+
+def test_a_size_that_overflows_is_out_of_memory(loaded: Runner) -> None:
+    with pytest.raises(RunnerOutOfMemory, match="overflow"):
+        loaded.call(4, [floats(*[0.0] * 4)])
+    assert loaded.alive
+
+
+def test_nothing_open(runtime: RuntimeFiles) -> None:
+    with Runner(runtime.runner) as runner, pytest.raises(RunnerRefused, match="no module is open"):
+        runner.call(0, [])
+
+
+def test_one_module_per_runner(loaded: Runner, misbehaving: Path) -> None:
+    with pytest.raises(RunnerRefused, match="one runner holds one"):
+        loaded.open(misbehaving)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "text"),
+    [
+        (["-DABI=99"], abi.E_ABI, "speaks ABI 99, this runtime speaks 1"),
+        (["-DMAGIC=1"], abi.E_LOAD, "not a module that kedge compiled"),
+        (['-DFEATURES="warp-drive,sse2,time-travel"'], abi.E_FEATURE, "lacks: warp-drive, .*time-travel"),
+        (["-DWEIGHTS_SIZE=64"], abi.E_LOAD, "needs 64 bytes of weights"),
+    ],
+)
+def test_modules_that_are_refused(runtime: RuntimeFiles, flags: list[str], status: int, text: str) -> None:
+    lib = native.module("minimal", *flags)
+    with Runner(runtime.runner) as runner:
+        with pytest.raises(RunnerRefused, match=text) as caught:
+            runner.open(lib)
+        assert caught.value.status == status
+        assert caught.value.stage == "load"
+        runner.open(native.module("minimal"))
+        assert runner.call(0, []) == []
+
+
+def test_files_that_are_refused(runtime: RuntimeFiles, arithmetic: Path, weights: Path, tmp_path: Path) -> None:
+    garbage = tmp_path / "lib.so"
+    garbage.write_bytes(b"not an ELF file")
+    with Runner(runtime.runner) as runner:
+        for lib, data, offset, text in (
+            (garbage, None, 0, "cannot load .*lib.so"),
+            (tmp_path / "absent.so", None, 0, "cannot load .*No such file"),
+            (runtime.lib, None, 0, "exports no kedge_module"),
+            (arithmetic, None, 0, "needs 64 bytes of weights"),
+            (arithmetic, tmp_path / "absent.bin", 0, "absent.bin: No such file"),
+            (arithmetic, weights, 128, "end before byte 192"),
+            (arithmetic, weights, 3, "weights_offset 3 is not a multiple of 64"),
+        ):
+            with pytest.raises(RunnerRefused, match=text):
+                runner.open(lib, data, offset)
+        assert len(runner.open(arithmetic, weights, 64).functions) == 5
+
+
+def test_bad_time_options(loaded: Runner) -> None:
+    for options in (TimeOptions(repeat=0), TimeOptions(number=0), TimeOptions(repeat=1 << 62)):
+        with pytest.raises(RunnerError):
+            loaded.time(0, [ones(1)], options)
+    assert loaded.alive
+
+
+# ---- ends ----------------------------------------------------------------------------------------------------------
+
+
+def test_segfault(misbehave: Any) -> None:
+    error = misbehave("segfault")
+    assert isinstance(error, RunnerCrashed)
+    assert (error.signal, error.exit_status, error.stage) == (signal.SIGSEGV, 0, "run")
+
+
+def test_exit_carries_the_last_words(misbehave: Any) -> None:
+    error = misbehave("quit")
+    assert isinstance(error, RunnerCrashed)
+    assert (error.signal, error.exit_status, error.stderr) == (0, 7, "a last word\n")
+
+
+def test_writing_to_a_shared_input_crashes(misbehave: Any) -> None:
+    error = misbehave("scribble", inputs=[Tensor("float32", (1 << 18,), bytes(1 << 20))])
+    assert isinstance(error, RunnerCrashed)
+    assert error.signal == signal.SIGSEGV
+
+
+def test_an_endless_loop_is_killed(misbehave: Any) -> None:
+    start = time.monotonic()
+    error = misbehave("forever", deadline_s=0.1, grace_s=0.1)
+    assert isinstance(error, RunnerTimeout)
+    assert (error.stage, error.alive) == ("run", False)
+    assert time.monotonic() - start < 10
+
+
+def test_code_that_heeds_a_cancel_keeps_its_runner(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    with Runner(runtime.runner, grace_s=10) as runner:
+        runner.open(misbehaving)
+        with pytest.raises(RunnerTimeout) as caught:
+            runner.call(MISDEEDS.index("slow"), [], deadline_s=0.05)
+        assert caught.value.alive
+        assert runner.call(MISDEEDS.index("copy"), [floats(1)])[0].data == floats(1).data
+
+
+def test_cpu_seconds(misbehave: Any) -> None:
+    error = misbehave("forever", limits=Limits(cpu_s=1), deadline_s=60)
+    assert isinstance(error, RunnerTimeout)
+    assert "1 CPU seconds" in str(error)
+
+
+@pytest.mark.parametrize("name", ["big_arena", "grow"])
+def test_out_of_memory(misbehave: Any, name: str) -> None:
+    error = misbehave(name, limits=Limits(memory_bytes=1 << 30))
+    assert isinstance(error, RunnerOutOfMemory)
+
+
+def test_too_many_threads_for_the_limit(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    runner = Runner(runtime.runner, threads=64, limits=Limits(memory_bytes=64 << 20))
+    with runner, pytest.raises(RunnerOutOfMemory, match="cannot start thread"):
+        runner.open(misbehaving)
+
+
+def test_chatter_disturbs_nobody(misbehave: Any) -> None:
+    assert misbehave("chatter") == []
+
+
+def test_an_orphan_is_killed_too(misbehave: Any) -> None:
+    """A child that the code forked holds every descriptor: the crash is seen nevertheless, and the child ends."""
+    error = misbehave("orphan", grace_s=0.05)
+    assert isinstance(error, RunnerCrashed)
+    assert error.signal == signal.SIGSEGV
+
+
+def test_a_dead_runner_says_so(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    with Runner(runtime.runner) as runner:
+        runner.open(misbehaving)
+        os.kill(runner.pid, signal.SIGKILL)
+        with pytest.raises(RunnerCrashed) as caught:
+            runner.call(8, [floats(1)])
+        assert caught.value.signal == signal.SIGKILL
+        assert not runner.alive
+        with pytest.raises(RunnerUnavailable, match="start a new one"):
+            runner.call(8, [floats(1)])
+
+
+def test_a_stopped_runner_is_killed_at_its_deadline(loaded: Runner) -> None:
+    os.kill(loaded.pid, signal.SIGSTOP)
+    with pytest.raises(RunnerTimeout) as caught:
+        loaded.call(0, [ones(1 << 16)], deadline_s=0.1)  # larger than the socket's buffer as well
+    assert not caught.value.alive
+
+
+# ---- cancelling and closing from another thread --------------------------------------------------------------------
+
+
+def in_thread(run: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+
+    def catch() -> None:
+        try:
+            results.append(run())
+        except RunnerError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=catch)
+    thread.start()
+    return thread, results
+
+
+def wait_until_busy(runner: Runner) -> None:
+    """Until native code runs: its main thread is no longer at rest in the queue of requests."""
+    stat = Path(f"/proc/{runner.pid}/stat")
+    deadline = time.monotonic() + 10
+    start = int(stat.read_text().rsplit(")")[-1].split()[11])
+    while int(stat.read_text().rsplit(")")[-1].split()[11]) == start:
+        assert time.monotonic() < deadline
+
+
+def test_cancel(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    with Runner(runtime.runner, grace_s=10) as runner:
+        runner.open(misbehaving)
+        for _ in range(50):  # a cancel right behind the call finds it, however early
+            thread, results = in_thread(lambda: runner.call(MISDEEDS.index("slow"), []))
+            while not runner._in_flight:
+                pass
+            runner.cancel()
+            thread.join(10)
+            assert isinstance(results[0], RunnerCancelled)
+            assert results[0].alive
+        runner.cancel()  # nothing in flight: nothing happens
+        assert runner.call(MISDEEDS.index("copy"), [floats(1)])[0].shape == (1,)
+
+
+def test_cancel_of_code_that_does_not_listen(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    with Runner(runtime.runner, grace_s=0.05) as runner:
+        runner.open(misbehaving)
+        thread, results = in_thread(lambda: runner.call(MISDEEDS.index("forever"), []))
+        wait_until_busy(runner)
+        runner.cancel()
+        thread.join(10)
+        assert isinstance(results[0], RunnerCancelled)
+        assert not results[0].alive
+
+
+def test_cancel_of_timing(loaded: Runner) -> None:
+    options = TimeOptions(repeat=2, cooldown_ns=3600 * 10**9)
+    thread, results = in_thread(lambda: loaded.time(0, [ones(1)], options))
+    while not loaded._in_flight:
+        pass
+    loaded.cancel()
+    thread.join(10)
+    assert isinstance(results[0], RunnerCancelled)
+    assert results[0].alive
+
+
+@pytest.mark.parametrize("end", [Runner.close, Runner.kill])
+def test_ending_it_during_a_call(runtime: RuntimeFiles, misbehaving: Path, end: Callable[[Runner], None]) -> None:
+    with Runner(runtime.runner) as runner:
+        runner.open(misbehaving)
+        thread, results = in_thread(lambda: runner.call(MISDEEDS.index("forever"), []))
+        wait_until_busy(runner)
+        end(runner)
+        thread.join(10)
+        assert isinstance(results[0], RunnerCrashed)
+        assert results[0].signal == signal.SIGKILL
+
+
+def test_a_forgotten_runner_is_killed(runtime: RuntimeFiles) -> None:
+    runner = Runner(runtime.runner)
+    pid = runner.pid
+    del runner
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_started_from_a_thread_that_ends(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    made: list[Runner] = []
+    thread = threading.Thread(target=lambda: made.append(Runner(runtime.runner)))
+    thread.start()
+    thread.join()
+    with made[0] as runner:
+        runner.open(misbehaving)
+        assert runner.call(8, [floats(1)])[0].shape == (1,)
+
+
+def test_it_dies_with_its_parent(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    """The parent is killed in the middle of a call that never ends."""
+    code = (
+        "import sys, threading\n"
+        "from kedge.device_agent.runner import Runner\n"
+        "r = Runner(sys.argv[1]); r.open(sys.argv[2]); print(r.pid, flush=True); r.call(1, [], 600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(runtime.runner), str(misbehaving)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while _alive(pid):
+        assert time.monotonic() < deadline
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+# ---- programs that are no runner -----------------------------------------------------------------------------------
+
+
+def test_no_such_program(tmp_path: Path) -> None:
+    with pytest.raises(RunnerUnavailable, match="No such file") as caught:
+        Runner(tmp_path / "absent")
+    assert caught.value.stage == "start"
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("exit 5", r"ended before it said hello \(exit status 5\)"),
+        ("echo broken >&2; exit 1", "broken"),
+        ("exec sleep 1000", "said nothing for 0.3 s"),
+        (
+            'eval "exec 9>&$(echo $* | sed s/.*--fd.//)"; echo a line that is long enough to be a header >&9',
+            "instead of",
+        ),
+    ],
+)
+def test_programs_that_are_no_runner(tmp_path: Path, script: str, text: str) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+    with pytest.raises(RunnerUnavailable, match=text):
+        Runner(program, start_deadline_s=0.3 if "sleep" in script else 10)
+
+
+def test_a_cpu_that_does_not_exist(runtime: RuntimeFiles) -> None:
+    with pytest.raises(RunnerUnavailable, match="--cpus: Invalid argument"):
+        Runner(runtime.runner, cpus=[1000])
