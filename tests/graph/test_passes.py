@@ -122,6 +122,10 @@ def test_what_grows_too_much_or_is_not_bound_is_left():
     module = net.module(net.add(net.input("x", 1024, 1024), zeros))
     assert FoldConstants()(module) is module
     assert ops(FoldConstants(growth=1 << 23)(module)) == ["add"]
+    huge = Net()  # refused before it is computed
+    zeros = huge.broadcast_to(huge.b.constant(0.0, F32), shape=(1 << 40,))
+    module = huge.module(huge.add(huge.input("x", 1 << 40), zeros))
+    assert FoldConstants()(module) is module
     b = Builder("main")
     unbound = Module({"main": b.finish({"y": b.call("neg", b.param("w", TensorType((4,), F32)))})})
     assert FoldConstants()(unbound) is unbound
@@ -176,6 +180,19 @@ def test_two_norms_share_one_weight():
     module = net.module(norm(net, net.conv(x, w), 6, "bn1"), norm(net, net.conv(x, w, pads=[1] * 4), 6, "bn2"))
     after = check(FoldBatchNorm(), module, ["conv", "conv"])
     assert {"w.folded", "w.folded1"} < set(after.params)
+
+
+def test_functions_share_folded_weights():
+    functions, names = {}, ("scale", "bias", "mean", "var")
+    for name in ("prefill", "decode"):
+        b = Builder(name)
+        x = b.input("x", TensorType((N, 4), F32))
+        y = b.call("gemm", x, b.param("w", TensorType((4, 4), F32)))
+        parts = [b.param(part, TensorType((4,), F32)) for part in names]
+        functions[name] = b.finish({"y": b.call("batch_norm", y, *parts)})
+    data = {name: np.ones(4, F32) for name in names}
+    after = FoldBatchNorm()(Module(functions).bind({"w": np.eye(4, dtype=F32), **data}))
+    assert sorted(after.params) == ["bias.folded", "w.folded"]
 
 
 # -- legalize --

@@ -15,6 +15,7 @@ from kedge.compiler.graph.ir import (
     Constant,
     Function,
     Fused,
+    Input,
     Item,
     Module,
     Param,
@@ -88,6 +89,18 @@ class Context:
         if key:
             self._folded[key] = param
         return param
+
+
+def value_key(value: Value) -> object:
+    """What a constant, parameter or input is, whichever node stands for it; of other values the node itself."""
+    match value:
+        case Constant(data=data):
+            return "constant", data.tobytes(), str(data.dtype), data.shape
+        case Param(name=name):
+            return "param", name
+        case Input(name=name):
+            return "input", name
+    return id(value)
 
 
 #: Given the context, a value as it was and the same value over rewritten operands: its replacement, or None.

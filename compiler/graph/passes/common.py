@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kedge.compiler.graph.ir import Call, Constant, Function, Input, Item, Module, Param, Value
-from kedge.compiler.graph.passes.base import rewrite_function, with_functions
+from kedge.compiler.graph.ir import Call, Function, Item, Module, Value
+from kedge.compiler.graph.passes.base import rewrite_function, value_key, with_functions
 from kedge.compiler.tir.expr import Expr
 from kedge.compiler.tir.structural import expr_key
 
@@ -39,18 +39,10 @@ def _key(value: Value) -> object:
     match value:
         case Call():
             attrs = tuple((name, _frozen(attribute)) for name, attribute in sorted(value.attrs.items()))
-            return value.op, attrs, tuple(map(_operand, value.inputs))
+            return value.op, attrs, tuple(map(value_key, value.inputs))
         case Item(source=source, index=index):
             return "item", id(source), index
     return id(value)
-
-
-def _operand(value: Value) -> object:
-    if isinstance(value, Param):
-        return "param", value.name
-    if isinstance(value, Constant):
-        return value.data.tobytes(), str(value.data.dtype), value.data.shape
-    return ("input", value.name) if isinstance(value, Input) else id(value)
 
 
 def _frozen(attribute: Any) -> object:

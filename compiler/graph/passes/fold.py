@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kedge.compiler.graph.bind import frozen
+from kedge.compiler.graph.cost import nbytes
 from kedge.compiler.graph.dims import attribute_symbols
 from kedge.compiler.graph.interp import Array, apply
 from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
-from kedge.compiler.graph.passes.base import Context, rewrite
+from kedge.compiler.graph.passes.base import Context, rewrite, value_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,11 @@ class FoldConstants:
             return None
         if any(True for value in new.attrs.values() for _ in attribute_symbols(value)):
             return None
-        (result,) = apply(new.op, known, new.attrs, {})
-        if result.nbytes > sum(array.nbytes for array in known) + self.growth:
+        size = nbytes(new.type)
+        assert isinstance(size, int)  # of a static type
+        if size > sum(array.nbytes for array in known) + self.growth:
             return None
+        (result,) = apply(new.op, known, new.attrs, {})
         return self._value(context, new, result)
 
     def _value(self, context: Context, call: Call, result: Array) -> Value:
@@ -47,17 +50,14 @@ class FoldConstants:
             return Constant(frozen(result))
         largest = max(params, key=lambda param: _size(context, param))
         # Functions that share a parameter share what is folded of it.
-        key = (call.op, tuple(_key(operand) for operand in call.inputs), tuple(sorted(map(repr, call.attrs.items()))))
+        key = (
+            call.op,
+            tuple(value_key(operand) for operand in call.inputs),
+            tuple(sorted(map(repr, call.attrs.items()))),
+        )
         return context.new_param(result, largest.name, key=key)
 
 
 def _size(context: Context, param: Param) -> int:
     data = context.known(param)
     return 0 if data is None else data.nbytes
-
-
-def _key(value: Value) -> object:
-    if isinstance(value, Constant):
-        return value.data.tobytes(), str(value.data.dtype), value.data.shape
-    assert isinstance(value, Param)  # nothing else is known
-    return value.name

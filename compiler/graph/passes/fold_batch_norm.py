@@ -8,7 +8,7 @@ import numpy as np
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.interp import Array
 from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
-from kedge.compiler.graph.passes.base import Context, rewrite
+from kedge.compiler.graph.passes.base import Context, rewrite, value_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,9 @@ class _Folder:
             return None
         attrs = dict(call.attrs) if call.op == "conv" else {**call.attrs, "beta": beta}
         bias = addend.reshape(-1).astype(np.float64) * self._factor + self._shift / beta
-        new_weight = self._param(self._scaled(weight, axis), call.inputs[1], weight, "weight")
-        new_bias = self._param(bias, call.inputs[2] if len(call.inputs) == 3 else None, weight, "bias")
+        was = call.inputs[2] if len(call.inputs) == 3 else None
+        new_weight = self._param(self._scaled(weight, axis), call.inputs[1], weight, ("weight", axis))
+        new_bias = self._param(bias, was, weight, ("bias", beta))
         return make_call(call.op, (call.inputs[0], new_weight, new_bias), attrs, (*call.origin, *self._norm.origin))
 
     def into_matmul(self, call: Call, addend: Value | None) -> Value | None:
@@ -93,21 +94,20 @@ class _Folder:
         if known.ndim == 2 and known.shape[0] != 1:
             return None
         origin = (*call.origin, *self._norm.origin)
-        new_weight = self._param(self._scaled(weight, 1), call.inputs[1], weight, "weight")
+        new_weight = self._param(self._scaled(weight, 1), call.inputs[1], weight, ("weight", 1))
         bias = known.reshape(-1).astype(np.float64) * self._factor + self._shift
         product = make_call("matmul", (call.inputs[0], new_weight), {}, origin)
-        return make_call("add", (product, self._param(bias, addend, weight, "bias")), {}, origin)
+        return make_call("add", (product, self._param(bias, addend, weight, ("bias", 1.0))), {}, origin)
 
     def _scaled(self, weight: Array, axis: int) -> Array:
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         return np.asarray(weight.astype(np.float64) * self._factor.reshape(shape))
 
-    def _param(self, data: Array, was: Value | None, weight: Array, what: str) -> Value:
+    def _param(self, data: Array, was: Value | None, weight: Array, what: tuple[str, float]) -> Value:
         data = data.astype(weight.dtype)
-        if isinstance(was, Param):
-            return self._context.new_param(data, was.name)
-        if was is None:
-            for value in self._norm.inputs[2:3]:
-                if isinstance(value, Param):  # the norm's own bias lends its name
-                    return self._context.new_param(data, value.name)
-        return Constant(data, what)
+        like = was if was is not None else self._norm.inputs[2]  # the norm's own bias lends its name
+        if not isinstance(like, Param):
+            return Constant(data)
+        # Functions that share parameters share what becomes of them.
+        key = (what, was is None, self._norm.attrs["epsilon"], value_key(like), *map(value_key, self._norm.inputs[1:]))
+        return self._context.new_param(data, like.name, key=key)
