@@ -1,0 +1,118 @@
+/* pool_stress.c: parallel loops from several threads at once, each element of each loop counted.
+ *
+ * Arguments: callers, threads of each team, loops of each caller. Prints "ok".
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+enum { MAX_EXTENT = 200, INNER = 7 };
+static int team_threads, n_loops;
+
+#define CHECK(condition)                                                 \
+  do {                                                                   \
+    if (!(condition)) {                                                  \
+      fprintf(stderr, "line %d: %s\n", __LINE__, #condition);            \
+      _exit(1);                                                          \
+    }                                                                    \
+  } while (0)
+
+typedef struct {
+  kedge_frame *frame;
+  int32_t counts[MAX_EXTENT * INNER]; /* not atomic: every element belongs to one chunk */
+  int64_t fail_at;
+} work;
+
+static int32_t count_inner(void *closure, int64_t begin, int64_t end) {
+  int32_t *counts = closure;
+  for (int64_t i = begin; i < end; i++) counts[i]++;
+  return 0;
+}
+
+static int32_t count_outer(void *closure, int64_t begin, int64_t end) {
+  work *w = closure;
+  if (begin >= end) return 99;
+  for (int64_t i = begin; i < end; i++) {
+    int32_t status = w->frame->api->parallel_for(w->frame, count_inner, &w->counts[i * INNER], INNER);
+    if (status != 0) return status;
+    if (i == w->fail_at) return 55;
+  }
+  return 0;
+}
+
+static void run_loop(work *w, int64_t extent, int64_t fail_at) {
+  memset(w->counts, 0, sizeof w->counts);
+  w->fail_at = fail_at;
+  int32_t status = w->frame->api->parallel_for(w->frame, count_outer, w, extent);
+  CHECK(status == (fail_at < extent ? KEDGE_E_KERNEL : KEDGE_OK));
+  if (status != KEDGE_OK) {
+    CHECK(strcmp(kedge_last_error(), "a parallel loop failed with 55") == 0);
+    return;
+  }
+  for (int64_t i = 0; i < MAX_EXTENT * INNER; i++) CHECK(w->counts[i] == (i < extent * INNER));
+}
+
+static void *call_loops(void *seed_pointer) {
+  unsigned seed = (unsigned)(uintptr_t)seed_pointer;
+  kedge_team team;
+  CHECK(kedge_team_init(&team, team_threads) == KEDGE_OK);
+  kedge_frame frame = {.struct_size = sizeof frame, .api = &kedge_api, .pool = &team};
+  work *w = calloc(1, sizeof *w);
+  w->frame = &frame;
+  for (int i = 0; i < n_loops; i++) {
+    int64_t extent = rand_r(&seed) % (MAX_EXTENT + 1);
+    run_loop(w, extent, rand_r(&seed) % 20 == 0 ? rand_r(&seed) % MAX_EXTENT : MAX_EXTENT);
+    if (rand_r(&seed) % 50 == 0) usleep(300); /* long enough for the workers to fall asleep */
+  }
+  free(w);
+  return NULL;
+}
+
+static int count_workers(void) {
+  DIR *tasks = opendir("/proc/self/task");
+  int count = 0;
+  for (struct dirent *entry; (entry = readdir(tasks)) != NULL;) {
+    char path[300], name[32] = "";
+    snprintf(path, sizeof path, "/proc/self/task/%s/comm", entry->d_name);
+    FILE *file = entry->d_name[0] == '.' ? NULL : fopen(path, "r");
+    if (file == NULL) continue;
+    count += fgets(name, sizeof name, file) != NULL && strcmp(name, "kedge-worker\n") == 0;
+    fclose(file);
+  }
+  closedir(tasks);
+  return count;
+}
+
+int main(int argc, char **argv) {
+  if (argc != 4) return 2;
+  int callers = atoi(argv[1]);
+  team_threads = 1;
+  n_loops = 20;
+  call_loops((void *)1);
+  CHECK(count_workers() == 0); /* one thread needs no other */
+  team_threads = atoi(argv[2]);
+  n_loops = atoi(argv[3]);
+  pthread_t threads[64];
+  for (int i = 0; i < callers; i++) CHECK(pthread_create(&threads[i], NULL, call_loops, (void *)(uintptr_t)(i + 1)) == 0);
+  for (int i = 0; i < callers; i++) pthread_join(threads[i], NULL);
+  for (int i = 0; i < 5000 && count_workers() < team_threads - 1; i++) usleep(1000); /* they name themselves */
+  CHECK(count_workers() == team_threads - 1); /* one pool, whatever the number of callers */
+
+  pid_t child = fork(); /* a child has none of the workers, must not wait for them, and gets its own */
+  if (child == 0) {
+    n_loops = 20;
+    call_loops((void *)3);
+    _exit(0);
+  }
+  int status;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  printf("ok\n");
+  return 0;
+}

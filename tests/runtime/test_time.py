@@ -1,0 +1,114 @@
+"""kedge_time under a clock that only the kernel moves: the meaning of every option."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kedge.rpc import abi
+from support import native
+
+PROGRAM = Path(__file__).with_name("programs") / "time_semantics.c"
+MS = 1_000_000
+
+
+def run(
+    number: int = 1,
+    repeat: int = 1,
+    min_repeat_ns: int = 0,
+    warmup: int = 0,
+    limit_zero: int = 100,
+    cooldown_ns: int = 0,
+    repeats_to_cooldown: int = 1,
+    cache_flush_bytes: int = 0,
+    kernel_ns: int = 100,
+    cancel_at_call: int = 0,
+    cancel_at_sleep: int = 0,
+) -> Any:
+    arguments = list(map(str, locals().values()))
+    program = native.compile_c([PROGRAM, *native.library_sources("clock.c")], f"-I{native.MODULES}")
+    output = subprocess.run([program, *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+    return json.loads(output)
+
+
+def test_number_and_repeat() -> None:
+    result = run(number=5, repeat=3, warmup=2)
+    assert result["calls"] == 2 + 5 * 3
+    assert result["samples"] == [100.0] * 3  # of one call
+    assert (result["number"], result["resolution"], result["status"]) == (5, 10, abi.OK)
+
+
+def test_number_grows_to_the_least_time_of_a_repeat() -> None:
+    result = run(repeat=4, min_repeat_ns=10_000, kernel_ns=100)
+    # 1 call lasts 100 ns, so 101 are tried; all later repeats use them at once.
+    assert result["number"] == 101
+    assert result["calls"] == 1 + 4 * 101
+    assert result["samples"] == [100.0] * 4
+
+
+def test_number_grows_at_least_by_a_factor() -> None:
+    """Where the estimate falls short by a hair, growth by a few calls would go on for ever."""
+    result = run(number=99, repeat=1, min_repeat_ns=10_000, kernel_ns=100)
+    assert result["number"] == int(99 * 1.618 + 1)
+
+
+def test_a_number_that_suffices_stays() -> None:
+    assert run(number=7, repeat=2, min_repeat_ns=700)["calls"] == 14
+
+
+def test_a_kernel_that_takes_no_time() -> None:
+    result = run(repeat=2, min_repeat_ns=1000, limit_zero=3, kernel_ns=0)
+    assert result["status"] == abi.OK
+    assert result["samples"] == [0.0, 0.0]
+    # Three attempts for each sample, growing between them: 1, 2, 4; then 4, 7, 12.
+    assert result["calls"] == (1 + 2 + 4) + (4 + 7 + 12)
+
+
+def test_cooldown_between_groups_but_never_after_the_warmup() -> None:
+    result = run(number=10, repeat=5, warmup=3, cooldown_ns=MS, repeats_to_cooldown=2)
+    assert result["calls_at_sleep"] == [3 + 20, 3 + 40]  # after repeats 2 and 4, not at the end
+    assert result["slept"] == 2 * MS
+
+
+def test_a_long_cooldown_is_slept_in_slices() -> None:
+    result = run(repeat=2, cooldown_ns=23 * MS)
+    assert result["slept"] == 23 * MS
+    assert len(result["calls_at_sleep"]) == 5
+
+
+def test_flushing_the_cache_implies_single_calls() -> None:
+    result = run(number=50, repeat=3, min_repeat_ns=MS, cache_flush_bytes=1 << 16)
+    assert (result["number"], result["calls"]) == (1, 3)
+
+
+def test_cancel_between_calls() -> None:
+    result = run(number=10, repeat=10, cancel_at_call=15)
+    assert result["status"] == abi.E_CANCELLED
+    assert result["calls"] == 15
+    assert result["samples"] == [100.0]  # what was whole
+
+
+def test_cancel_in_the_warmup() -> None:
+    result = run(warmup=100, cancel_at_call=5)
+    assert (result["status"], result["calls"], result["samples"]) == (abi.E_CANCELLED, 5, [])
+
+
+def test_cancel_while_cooling_down() -> None:
+    result = run(repeat=2, cooldown_ns=3600 * 1000 * MS, cancel_at_sleep=2)
+    assert result["status"] == abi.E_CANCELLED
+    assert len(result["calls_at_sleep"]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"number": 0}, {"repeat": 0}, {"min_repeat_ns": -1}, {"warmup": -1}, {"limit_zero": -1},
+        {"cooldown_ns": -1}, {"repeats_to_cooldown": 0}, {"cache_flush_bytes": -1},
+    ],
+)  # fmt: skip
+def test_options_out_of_range(options: dict[str, int]) -> None:
+    result = run(**options)
+    assert (result["status"], result["calls"]) == (abi.E_ARGUMENT, 0)
