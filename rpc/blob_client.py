@@ -138,7 +138,7 @@ class BlobClient:
             self._retry(once, state)
         return store.path(blob.digest)
 
-    def read(self, blob: Blob) -> bytes:
+    def read(self, blob: Blob) -> bytearray:
         """A blob's bytes, verified; raises MissingBlobError, CorruptBlobError or ConnectError."""
         data = bytearray()
         state = _Attempt()
@@ -149,10 +149,9 @@ class BlobClient:
                 state.reached(len(data))
 
         self._retry(once, state)
-        whole = bytes(data)
-        if blob_of(whole) != blob:
+        if blob_of(memoryview(data)) != blob:
             raise CorruptBlobError(f"blob {blob.digest} arrived corrupt", hint="try again")
-        return whole
+        return data
 
     def _stream(self, blob: Blob, offset: int) -> Iterator[bytes]:
         request = blobs_pb2.DownloadRequest(blob=convert.blob_to_pb(blob), offset_bytes=offset)

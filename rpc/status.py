@@ -74,7 +74,7 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
     if code in _AWAY:
         if address is None:
             return errors.ConnectError(f"the tracker went away ({details})", hint="see whether it still runs")
-        return unreachable(address, _first_line(details))
+        return unreachable(address, _reason(details))
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"the peer is not a kedge tracker, or an older one ({details})")
     return RemoteError(f"the tracker answered {code.name}: {details}")
@@ -85,5 +85,9 @@ def is_away(error: grpc.RpcError) -> bool:
     return error.code() in _AWAY
 
 
-def _first_line(details: str) -> str:
-    return details.strip().splitlines()[0][:200] if details.strip() else ""
+def _reason(details: str) -> str:
+    """gRPC's words for a failed connection, without what only its authors understand."""
+    line = details.strip().splitlines()[0] if details.strip() else ""
+    if line.startswith("failed to connect to all addresses"):
+        return line.rsplit(": ", 1)[-1].rstrip(")")
+    return line[:200]

@@ -1,1 +1,27 @@
-"""Clients of the tracker and of runners: numpy in, numpy out."""
+"""Clients of a tracker: synchronous here, asyncio in `kedge.rpc.client.aio`. Nothing is imported before its use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kedge.rpc.client.fleet import Fleet, Job, LoadedModel, Session, connect
+    from kedge.rpc.client.plan import Result, WaitTimeoutError
+    from kedge.rpc.client.timing import Timing
+
+__all__ = ["Fleet", "Job", "LoadedModel", "Result", "Session", "Timing", "WaitTimeoutError", "connect"]
+
+_WHERE = {
+    "Result": "kedge.rpc.client.plan",
+    "WaitTimeoutError": "kedge.rpc.client.plan",
+    "Timing": "kedge.rpc.client.timing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_WHERE.get(name, "kedge.rpc.client.fleet")), name)
+    globals()[name] = value
+    return value

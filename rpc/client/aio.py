@@ -1,0 +1,369 @@
+"""The asyncio client: what `kedge.rpc.client.fleet` offers, awaited.
+
+    async with await connect("tracker:9190") as fleet:
+        job = await fleet.run(artifact, {"x": x}, device="arch=aarch64")
+        print((await job.wait())["y"])
+
+Calls and watches are asyncio throughout. Bulk transfers go over a second connection in worker threads, which keeps
+hashing and large copies out of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Self, TypeVar, cast
+
+import grpc
+from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
+from kedge.rpc import convert
+from kedge.rpc.artifact import select_variant
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import blob_of
+from kedge.rpc.client import plan
+from kedge.rpc.client.fleet import CONNECT_S, RECONNECT_S
+from kedge.rpc.client.inputs import Array
+from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
+from kedge.rpc.client.timing import Timing
+from kedge.rpc.errors import KedgeError, NoDeviceError
+from kedge.rpc.protocol import check_peer, local_protocol
+from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
+from kedge.rpc.transport import CHANNEL_OPTIONS, Address, open_channel, parse_address
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState
+from kedge.rpc.types import Job as JobInfo
+
+T = TypeVar("T")
+Progress = Callable[[JobInfo], None]
+
+_CALL_S = 60.0
+_LONG_POLL_S = 30.0
+
+
+async def connect(address: str | Address) -> Fleet:
+    """The fleet of the tracker at HOST:PORT; raises ConnectError as the synchronous `connect` does."""
+    fleet = Fleet(address if isinstance(address, Address) else parse_address(address))
+    try:
+        await fleet.hello()
+    except BaseException:
+        await fleet.close()
+        raise
+    return fleet
+
+
+class Fleet:
+    """A connection to a tracker, of one event loop; an async context manager that closes it."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(str(address), options=CHANNEL_OPTIONS)
+        self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
+        self._bulk = open_channel(address)
+        self._blobs = BlobClient(self._bulk, address)
+        self._uploaded: set[str] = set()
+        self._fitting: set[tuple[str, str]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Disconnect. Jobs go on."""
+        await self._channel.close()
+        await asyncio.to_thread(self._bulk.close)
+
+    async def hello(self) -> None:
+        """Exchange protocol versions with the tracker; raises ConnectError."""
+        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        try:
+            answer = await self._stub.Hello(request, timeout=CONNECT_S)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+        check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
+
+    # ---- Devices ----
+
+    async def devices(self, selector: str = "", *, include_gone: bool = False) -> list[DeviceStatus]:
+        """Connected devices that match, by name; raises SelectorError."""
+        return await self._devices(selector, include_gone, 0)
+
+    async def wait_for_device(self, selector: str = "", *, timeout: float = 60.0) -> DeviceStatus:
+        """The first connected device that matches, waiting up to `timeout` seconds for one; raises NoDeviceError."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            left = deadline - loop.time()
+            found = await self._devices(selector, False, max(0.0, min(left, _LONG_POLL_S)))
+            if found:
+                return found[0]
+            if left <= 0:
+                raise NoDeviceError(
+                    f"no device that matches {selector!r} connected within {timeout:g} s",
+                    hint="see whether its agent runs, and reaches the tracker",
+                )
+
+    # ---- Jobs ----
+
+    async def run(
+        self,
+        artifact: ArtifactOrPath,
+        inputs: Mapping[str, Any],
+        *,
+        device: str = "",
+        function: str = "main",
+        threads: int = 0,
+        priority: int = 0,
+        deadlines: Deadlines | None = None,
+    ) -> Job:
+        """Call a function once on a device that matches; arguments and errors as the synchronous `Fleet.run`."""
+        packed = plan.pack(artifact)
+        request = plan.run_request(
+            packed,
+            inputs,
+            function=function,
+            device=device,
+            threads=threads,
+            priority=priority,
+            deadlines=deadlines,
+        )
+        return await self._submit(packed, request)
+
+    async def bench(
+        self,
+        artifact: ArtifactOrPath,
+        inputs: Mapping[str, Any],
+        *,
+        device: str = "",
+        function: str = "main",
+        threads: int = 0,
+        priority: int = 0,
+        deadlines: Deadlines | None = None,
+        return_outputs: bool = False,
+        **options: Any,
+    ) -> Job:
+        """Time a function natively; arguments and errors as the synchronous `Fleet.bench`."""
+        packed = plan.pack(artifact)
+        request = plan.bench_request(
+            packed,
+            inputs,
+            function=function,
+            device=device,
+            threads=threads,
+            priority=priority,
+            deadlines=deadlines,
+            options=plan.time_options(**options),
+            return_outputs=return_outputs,
+        )
+        return await self._submit(packed, request)
+
+    async def job(self, job_id: str) -> Job:
+        """A job that was submitted before, here or elsewhere; raises UnknownJobError."""
+        job = Job(self, job_id)
+        await job.status()
+        return job
+
+    async def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = ()) -> list[JobInfo]:
+        """The newest jobs, newest first, without their tensors."""
+        numbers = [convert.job_state_to_pb(state) for state in states]
+        request = fleet_pb2.ListJobsRequest(limit=limit, states=numbers)
+        answer = await self._persist(lambda wait: self._stub.ListJobs(request, **wait))
+        return [convert.job_from_pb(pb) for pb in answer.jobs]
+
+    @asynccontextmanager
+    async def session(self, selector: str = "", *, threads: int = 0) -> AsyncIterator[Session]:
+        """One device, chosen now, for several calls in turn; see the synchronous `Fleet.session`."""
+        everyone = await self.devices()
+        matching = await self.devices(selector) if selector else everyone
+        yield Session(self, plan.choose(selector, matching, everyone).info, threads)
+
+    # ---- Blobs ----
+
+    async def upload(self, data: bytes | memoryview) -> Blob:
+        """Put bytes on the tracker, unless it has them; returns their name."""
+        blob = await asyncio.to_thread(blob_of, data)
+        await asyncio.to_thread(self._blobs.upload_missing, [(blob, data)])
+        return blob
+
+    # ---- Internals, shared with Job and Session ----
+
+    async def _devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
+        request = fleet_pb2.ListDevicesRequest(
+            selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000)
+        )
+        answer = await self._persist(lambda wait: self._stub.ListDevices(request, **wait))
+        return [convert.device_status_from_pb(pb) for pb in answer.devices]
+
+    async def _submit(self, packed: Packed, request: Request) -> Job:
+        spec = request.spec
+        if (packed.blob.digest, spec.selector) not in self._fitting:
+            devices = await self.devices(spec.selector)
+            plan.check_devices(packed, spec.selector, devices)
+            if devices:
+                self._fitting.add((packed.blob.digest, spec.selector))
+        await self._ensure_uploaded(packed)
+        if request.uploads:
+            await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
+        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        try:
+            answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+        except NotReadyError:
+            # Another tracker, or another data folder, has taken this one's place: it needs everything again.
+            self._uploaded.clear()
+            await self._ensure_uploaded(packed)
+            await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
+            answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+        return Job(self, answer.job.id)
+
+    async def _ensure_uploaded(self, packed: Packed) -> None:
+        if packed.blob.digest not in self._uploaded:
+            await asyncio.to_thread(self._blobs.upload_missing, packed.blobs())
+            self._uploaded.add(packed.blob.digest)
+
+    async def _result(self, job: JobInfo) -> Result:
+        assert job.result is not None
+        fetched = {b.digest: await asyncio.to_thread(self._blobs.read, b) for b in plan.blobs_of(job.result)}
+        return plan.read_result(job, fetched)
+
+    async def _persist(self, call: Callable[[dict[str, Any]], Awaitable[T]]) -> T:
+        """A call that may be made twice; a tracker that went away is waited for."""
+        try:
+            return await call({"timeout": _CALL_S})
+        except grpc.RpcError as error:
+            if not is_away(error):
+                raise from_rpc_error(error, self.address) from error
+        try:
+            return await call({"timeout": RECONNECT_S, "wait_for_ready": True})
+        except grpc.RpcError as error:
+            raise plan.gone(error, self.address, RECONNECT_S) from error
+
+
+class Job:
+    """A job on the tracker; it goes on whether or not anybody holds this."""
+
+    def __init__(self, fleet: Fleet, job_id: str) -> None:
+        self.id = job_id
+        self._fleet = fleet
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} at {self._fleet.address}>"
+
+    async def status(self) -> JobInfo:
+        """The job now; its `detail` says why it waits."""
+        request = fleet_pb2.GetJobRequest(job_id=self.id)
+        pb = await self._fleet._persist(lambda wait: self._fleet._stub.GetJob(request, **wait))
+        return convert.job_from_pb(pb)
+
+    async def cancel(self) -> JobInfo:
+        """Stop it: at once while it waits, otherwise the device is asked to. A job that is done stays so."""
+        request = fleet_pb2.CancelJobRequest(job_id=self.id)
+        pb = await self._fleet._persist(lambda wait: self._fleet._stub.CancelJob(request, **wait))
+        return convert.job_from_pb(pb)
+
+    async def wait(
+        self, timeout: float | None = None, progress: Progress | None = None, *, check: bool = True
+    ) -> Result:
+        """Wait until it is done; arguments and errors as the synchronous `Job.wait`."""
+        try:
+            async with asyncio.timeout(timeout):
+                job = await self._watch_through_restarts(progress)
+        except TimeoutError:
+            raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s") from None
+        result = await self._fleet._result(job)
+        if check:
+            plan.raise_unless_ok(result)
+        return result
+
+    async def _watch_through_restarts(self, progress: Progress | None) -> JobInfo:
+        while True:
+            try:
+                return await self._watch(progress)
+            except grpc.RpcError as error:
+                if not is_away(error):
+                    raise from_rpc_error(error, self._fleet.address) from error
+            await self._await_tracker()
+
+    async def _watch(self, progress: Progress | None) -> JobInfo:
+        call = self._fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=self.id))
+        try:
+            async for pb in call:
+                if progress is not None or pb.state == types_pb2.JOB_STATE_DONE:
+                    job = convert.job_from_pb(pb)
+                    if progress is not None:
+                        progress(job)
+                    if job.state is JobState.DONE:
+                        return job
+        finally:
+            call.cancel()
+        raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
+
+    async def _await_tracker(self) -> None:
+        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        try:
+            await self._fleet._stub.Hello(request, timeout=RECONNECT_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise plan.gone(error, self._fleet.address, RECONNECT_S) from error
+
+
+class Session:
+    """One device for several calls in turn. `target` is what the agent says compiles for it."""
+
+    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int) -> None:
+        self.info = info
+        self._fleet = fleet
+        self._threads = threads
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.info.name
+
+    @property
+    def target(self) -> str:
+        """The target string that compiles for this device."""
+        return self.info.target
+
+    async def load(self, artifact: ArtifactOrPath) -> LoadedModel:
+        """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
+        packed = plan.pack(artifact)
+        select_variant(packed.manifest, self.info.arch, frozenset(self.info.cpu_features))
+        await self._fleet._ensure_uploaded(packed)
+        return LoadedModel(self, packed)
+
+
+class LoadedModel:
+    """An artifact on a session's device; every call is a job of its own."""
+
+    def __init__(self, session: Session, packed: Packed) -> None:
+        self._session = session
+        self._packed = packed
+
+    async def run(self, inputs: Mapping[str, Any], function: str = "main") -> dict[str, Array]:
+        """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
+        session = self._session
+        job = await session._fleet.run(
+            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads
+        )
+        return dict((await _finish(job)).outputs)
+
+    async def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
+        """Time a function natively; `options` as for `Fleet.bench`. Raises InputError, JobError, ConnectError."""
+        session = self._session
+        job = await session._fleet.bench(
+            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads, **options
+        )
+        timing = (await _finish(job)).timing
+        if timing is None:
+            raise KedgeError(f"job {job.id} came back without a measurement", hint="update the agent on the device")
+        return timing
+
+
+async def _finish(job: Job) -> Result:
+    """The result of a job that nobody else has a handle to: when the wait is cancelled, so is the job."""
+    try:
+        return await job.wait()
+    except asyncio.CancelledError:
+        await asyncio.shield(job.cancel())
+        raise

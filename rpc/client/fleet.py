@@ -1,0 +1,415 @@
+"""The synchronous client: a tracker's devices and jobs.
+
+    with connect("tracker:9190") as fleet:
+        print(fleet.run(artifact, {"x": x}, device="arch=aarch64").wait()["y"])
+        with fleet.session("rpi4") as device:
+            m = device.load(artifact)
+            print(m.time({"x": x}))
+
+A tracker that restarts is waited for; jobs survive that. Ctrl-C in `wait` leaves the job alone; in a session's `run`
+and `time` it cancels the job.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar, cast
+
+import grpc
+from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
+from kedge.rpc import convert
+from kedge.rpc.artifact import select_variant
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import blob_of
+from kedge.rpc.client import plan
+from kedge.rpc.client.inputs import Array
+from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
+from kedge.rpc.client.timing import Timing
+from kedge.rpc.errors import KedgeError, NoDeviceError
+from kedge.rpc.protocol import check_peer, local_protocol
+from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
+from kedge.rpc.transport import Address, open_channel, parse_address
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState
+from kedge.rpc.types import Job as JobInfo
+
+T = TypeVar("T")
+Progress = Callable[[JobInfo], None]
+
+#: How long to wait for the first answer, and for a tracker that went away to come back.
+CONNECT_S = 10.0
+RECONNECT_S = 60.0
+_CALL_S = 60.0
+#: One question about devices is left open for so long.
+_LONG_POLL_S = 30.0
+
+
+def connect(address: str | Address) -> Fleet:
+    """The fleet of the tracker at HOST:PORT.
+
+    Raises:
+        ConnectError: the address is malformed, nobody answers there, or it speaks another protocol version.
+    """
+    fleet = Fleet(address if isinstance(address, Address) else parse_address(address))
+    try:
+        fleet.hello()
+    except BaseException:
+        fleet.close()
+        raise
+    return fleet
+
+
+class Fleet:
+    """A connection to a tracker. Safe from several threads; a context manager that closes it."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._channel = open_channel(address)
+        self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
+        self._blobs = BlobClient(self._channel, address)
+        #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
+        self._uploaded: set[str] = set()
+        self._fitting: set[tuple[str, str]] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect. Jobs go on."""
+        self._channel.close()
+
+    def hello(self) -> None:
+        """Exchange protocol versions with the tracker; raises ConnectError."""
+        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        with self._explained():
+            answer = self._stub.Hello(request, timeout=CONNECT_S)
+        check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
+
+    # ---- Devices ----
+
+    def devices(self, selector: str = "", *, include_gone: bool = False) -> list[DeviceStatus]:
+        """Connected devices that match, by name; raises SelectorError."""
+        return self._devices(selector, include_gone, 0)
+
+    def wait_for_device(self, selector: str = "", *, timeout: float = 60.0) -> DeviceStatus:
+        """The first connected device that matches, waiting up to `timeout` seconds for one; raises NoDeviceError."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            found = self._devices(selector, False, max(0.0, min(left, _LONG_POLL_S)))
+            if found:
+                return found[0]
+            if left <= 0:
+                raise NoDeviceError(
+                    f"no device that matches {selector!r} connected within {timeout:g} s",
+                    hint="see whether its agent runs, and reaches the tracker",
+                )
+
+    # ---- Jobs ----
+
+    def run(
+        self,
+        artifact: ArtifactOrPath,
+        inputs: Mapping[str, Any],
+        *,
+        device: str = "",
+        function: str = "main",
+        threads: int = 0,
+        priority: int = 0,
+        deadlines: Deadlines | None = None,
+    ) -> Job:
+        """Call a function once on a device that matches the selector `device`.
+
+        `inputs` are arrays by name: numpy, torch, anything with DLPack or the array interface. `threads` 0 means
+        all that the device offers.
+
+        Raises:
+            InputError: an input does not fit the function; nothing was uploaded.
+            IncompatibleTargetError: no connected device that matches can run the artifact.
+            ConnectError: the tracker is away.
+        """
+        packed = plan.pack(artifact)
+        request = plan.run_request(
+            packed,
+            inputs,
+            function=function,
+            device=device,
+            threads=threads,
+            priority=priority,
+            deadlines=deadlines,
+        )
+        return self._submit(packed, request)
+
+    def bench(
+        self,
+        artifact: ArtifactOrPath,
+        inputs: Mapping[str, Any],
+        *,
+        device: str = "",
+        function: str = "main",
+        threads: int = 0,
+        priority: int = 0,
+        deadlines: Deadlines | None = None,
+        return_outputs: bool = False,
+        **options: Any,
+    ) -> Job:
+        """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
+
+        Raises: as `run`.
+        """
+        packed = plan.pack(artifact)
+        request = plan.bench_request(
+            packed,
+            inputs,
+            function=function,
+            device=device,
+            threads=threads,
+            priority=priority,
+            deadlines=deadlines,
+            options=plan.time_options(**options),
+            return_outputs=return_outputs,
+        )
+        return self._submit(packed, request)
+
+    def job(self, job_id: str) -> Job:
+        """A job that was submitted before, here or elsewhere; raises UnknownJobError."""
+        job = Job(self, job_id)
+        job.status()
+        return job
+
+    def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = ()) -> list[JobInfo]:
+        """The newest jobs, newest first, without their tensors."""
+        numbers = [convert.job_state_to_pb(state) for state in states]
+        request = fleet_pb2.ListJobsRequest(limit=limit, states=numbers)
+        answer = self._persist(lambda wait: self._stub.ListJobs(request, **wait))
+        return [convert.job_from_pb(pb) for pb in answer.jobs]
+
+    @contextmanager
+    def session(self, selector: str = "", *, threads: int = 0) -> Iterator[Session]:
+        """One device, chosen now, for several calls in turn.
+
+        Each call is a job pinned to the device, in a fresh runner; jobs of others may come in between.
+
+        Raises:
+            NoDeviceError: none that is connected matches.
+        """
+        everyone = self.devices()
+        matching = self.devices(selector) if selector else everyone
+        yield Session(self, plan.choose(selector, matching, everyone).info, threads)
+
+    # ---- Blobs ----
+
+    def upload(self, data: bytes | memoryview) -> Blob:
+        """Put bytes on the tracker, unless it has them; returns their name."""
+        blob = blob_of(data)
+        self._blobs.upload_missing([(blob, data)])
+        return blob
+
+    # ---- Internals, shared with Job and Session ----
+
+    def _devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
+        request = fleet_pb2.ListDevicesRequest(
+            selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000)
+        )
+        answer = self._persist(lambda wait: self._stub.ListDevices(request, **wait))
+        return [convert.device_status_from_pb(pb) for pb in answer.devices]
+
+    def _submit(self, packed: Packed, request: Request) -> Job:
+        spec = request.spec
+        if (packed.blob.digest, spec.selector) not in self._fitting:
+            devices = self.devices(spec.selector)
+            plan.check_devices(packed, spec.selector, devices)
+            if devices:
+                self._fitting.add((packed.blob.digest, spec.selector))
+        self._ensure_uploaded(packed)
+        if request.uploads:
+            self._blobs.upload_missing(request.uploads)
+        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        try:
+            answer = self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+        except NotReadyError:
+            # Another tracker, or another data folder, has taken this one's place: it needs everything again.
+            self._uploaded.clear()
+            self._ensure_uploaded(packed)
+            self._blobs.upload_missing(request.uploads)
+            answer = self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+        return Job(self, answer.job.id)
+
+    def _ensure_uploaded(self, packed: Packed) -> None:
+        if packed.blob.digest not in self._uploaded:
+            self._blobs.upload_missing(packed.blobs())
+            self._uploaded.add(packed.blob.digest)
+
+    def _result(self, job: JobInfo) -> Result:
+        assert job.result is not None
+        fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
+        return plan.read_result(job, fetched)
+
+    def _persist(self, call: Callable[[dict[str, Any]], T]) -> T:
+        """A call that may be made twice; a tracker that went away is waited for."""
+        with self._explained():
+            try:
+                return call({"timeout": _CALL_S})
+            except grpc.RpcError as error:
+                if not is_away(error):
+                    raise
+            try:
+                return call({"timeout": RECONNECT_S, "wait_for_ready": True})
+            except grpc.RpcError as error:
+                raise plan.gone(error, self.address, RECONNECT_S) from error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+
+
+class Job:
+    """A job on the tracker; it goes on whether or not anybody holds this."""
+
+    def __init__(self, fleet: Fleet, job_id: str) -> None:
+        self.id = job_id
+        self._fleet = fleet
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} at {self._fleet.address}>"
+
+    def status(self) -> JobInfo:
+        """The job now; its `detail` says why it waits."""
+        request = fleet_pb2.GetJobRequest(job_id=self.id)
+        return convert.job_from_pb(self._fleet._persist(lambda wait: self._fleet._stub.GetJob(request, **wait)))
+
+    def cancel(self) -> JobInfo:
+        """Stop it: at once while it waits, otherwise the device is asked to. A job that is done stays so."""
+        request = fleet_pb2.CancelJobRequest(job_id=self.id)
+        return convert.job_from_pb(self._fleet._persist(lambda wait: self._fleet._stub.CancelJob(request, **wait)))
+
+    def wait(self, timeout: float | None = None, progress: Progress | None = None, *, check: bool = True) -> Result:
+        """Wait until it is done.
+
+        `progress` is called with the job on every change. A restart of the tracker is waited for.
+
+        Raises:
+            JobError: it ended with an outcome other than ok; not with `check=False`.
+            WaitTimeoutError: it is not done after `timeout` seconds; it goes on.
+            ConnectError: the tracker went away and did not come back.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                job = self._watch(deadline, progress)
+                break
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
+                    raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s") from None
+                if not is_away(error):
+                    raise from_rpc_error(error, self._fleet.address) from error
+                self._await_tracker(deadline)
+        result = self._fleet._result(job)
+        if check:
+            plan.raise_unless_ok(result)
+        return result
+
+    def _watch(self, deadline: float | None, progress: Progress | None) -> JobInfo:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        call = self._fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=self.id), timeout=left)
+        try:
+            for pb in call:
+                if progress is not None or pb.state == types_pb2.JOB_STATE_DONE:
+                    job = convert.job_from_pb(pb)
+                    if progress is not None:
+                        progress(job)
+                    if job.state is JobState.DONE:
+                        return job
+        finally:
+            call.cancel()
+        raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
+
+    def _await_tracker(self, deadline: float | None) -> None:
+        """Return once the tracker answers again; raises grpc.RpcError or ConnectError when it does not."""
+        left = RECONNECT_S if deadline is None else min(RECONNECT_S, max(0.0, deadline - time.monotonic()))
+        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        try:
+            self._fleet._stub.Hello(request, timeout=left, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise plan.gone(error, self._fleet.address, RECONNECT_S) from error
+
+
+class Session:
+    """One device for several calls in turn. `target` is what the agent says compiles for it."""
+
+    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int) -> None:
+        self.info = info
+        self._fleet = fleet
+        self._threads = threads
+
+    def __repr__(self) -> str:
+        return f"<Session on {self.info.name} at {self._fleet.address}>"
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.info.name
+
+    @property
+    def target(self) -> str:
+        """The target string that compiles for this device."""
+        return self.info.target
+
+    def load(self, artifact: ArtifactOrPath) -> LoadedModel:
+        """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
+        packed = plan.pack(artifact)
+        select_variant(packed.manifest, self.info.arch, frozenset(self.info.cpu_features))
+        self._fleet._ensure_uploaded(packed)
+        return LoadedModel(self, packed)
+
+
+class LoadedModel:
+    """An artifact on a session's device; every call is a job of its own."""
+
+    def __init__(self, session: Session, packed: Packed) -> None:
+        self._session = session
+        self._packed = packed
+
+    def __getitem__(self, function: str) -> Callable[[Mapping[str, Any]], Mapping[str, Array]]:
+        """A function of the artifact, to be called with its inputs; raises ArtifactError."""
+        self._packed.manifest.function(function)
+        return lambda inputs: self.run(inputs, function=function)
+
+    def run(self, inputs: Mapping[str, Any], function: str = "main") -> dict[str, Array]:
+        """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
+        session = self._session
+        job = session._fleet.run(
+            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads
+        )
+        return dict(_finish(job).outputs)
+
+    def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
+        """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
+
+        Raises InputError, JobError, ConnectError.
+        """
+        session = self._session
+        job = session._fleet.bench(
+            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads, **options
+        )
+        timing = _finish(job).timing
+        if timing is None:
+            raise KedgeError(f"job {job.id} came back without a measurement", hint="update the agent on the device")
+        return timing
+
+
+def _finish(job: Job) -> Result:
+    """The result of a job that nobody else has a handle to: when the wait is broken off, it is cancelled."""
+    try:
+        return job.wait()
+    except KeyboardInterrupt:
+        job.cancel()
+        raise

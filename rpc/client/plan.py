@@ -1,0 +1,259 @@
+"""What both clients decide without talking to anyone: requests out of arguments, results out of messages."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from kedge.rpc.artifact import Artifact, Manifest, select_variant
+from kedge.rpc.blobs import blob_of
+from kedge.rpc.client.inputs import Array, arrange
+from kedge.rpc.client.timing import Timing
+from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
+from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.status import from_rpc_error, is_away
+from kedge.rpc.transport import Address, unreachable
+from kedge.rpc.types import (
+    BenchTask,
+    Blob,
+    Deadlines,
+    DeviceState,
+    DeviceStatus,
+    JobResult,
+    JobSpec,
+    RunTask,
+    StageTime,
+    Tensor,
+    TimeOptions,
+    plan_inline,
+)
+from kedge.rpc.types import Job as JobInfo
+
+ArtifactOrPath = Artifact | str | os.PathLike[str]
+
+
+class WaitTimeoutError(KedgeError):
+    """The time given to `wait` is over; the job goes on."""
+
+    exit_status = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a job: outputs by name, the timing of a bench, where and how it ended."""
+
+    job_id: str
+    device: str
+    outcome: Outcome
+    outputs: Mapping[str, Array] = field(default_factory=dict)
+    timing: Timing | None = None
+    stage_times: tuple[StageTime, ...] = ()
+
+    def __getitem__(self, name: str) -> Array:
+        """An output by its name."""
+        return self.outputs[name]
+
+    def __str__(self) -> str:
+        return str(self.timing) if self.timing is not None else f"job {self.job_id} on {self.device}: {self.outcome}"
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An artifact as the wire knows it: `blob` is its manifest's."""
+
+    artifact: Artifact
+    blob: Blob
+    json: bytes
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is inside."""
+        return self.artifact.manifest
+
+    def blobs(self) -> Iterator[tuple[Blob, memoryview]]:
+        """Everything to be uploaded."""
+        yield self.blob, memoryview(self.json)
+        for part, data in self.artifact.blobs():
+            yield part, data
+
+
+_manifests: weakref.WeakKeyDictionary[Artifact, tuple[Blob, bytes]] = weakref.WeakKeyDictionary()
+
+
+def pack(artifact: ArtifactOrPath) -> Packed:
+    """The packed form of an artifact or of a `.kdg` file. Raises ArtifactError."""
+    if not isinstance(artifact, Artifact):
+        artifact = Artifact.load(Path(artifact))
+    if artifact not in _manifests:
+        text = artifact.manifest.to_json()
+        _manifests[artifact] = blob_of(text), text
+    return Packed(artifact, *_manifests[artifact])
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A job to submit, and the blobs that have to be uploaded before."""
+
+    spec: JobSpec
+    uploads: tuple[tuple[Blob, memoryview], ...]
+
+
+def run_request(
+    packed: Packed,
+    inputs: Mapping[str, Any],
+    *,
+    function: str,
+    device: str,
+    threads: int,
+    priority: int,
+    deadlines: Deadlines | None,
+) -> Request:
+    """A job that calls a function once; raises InputError, ArtifactError."""
+    tensors, uploads = _tensors(packed, function, inputs)
+    spec = JobSpec(packed.blob, function, RunTask(tensors), device, deadlines or Deadlines(), priority, threads)
+    return Request(spec, uploads)
+
+
+def bench_request(
+    packed: Packed,
+    inputs: Mapping[str, Any],
+    *,
+    function: str,
+    device: str,
+    threads: int,
+    priority: int,
+    deadlines: Deadlines | None,
+    options: TimeOptions,
+    return_outputs: bool,
+) -> Request:
+    """A job that times a function; raises InputError, ArtifactError."""
+    tensors, uploads = _tensors(packed, function, inputs)
+    task = BenchTask(tensors, options, return_outputs)
+    spec = JobSpec(packed.blob, function, task, device, deadlines or Deadlines(), priority, threads)
+    return Request(spec, uploads)
+
+
+def time_options(
+    *,
+    number: int = 1,
+    repeat: int = 20,
+    min_repeat_ms: float = 50,
+    warmup: int = 1,
+    cooldown_ms: float = 0,
+    repeats_to_cooldown: int = 1,
+    cache_flush_bytes: int = 0,
+    limit_zero_time_iterations: int = 100,
+) -> TimeOptions:
+    """How to time; names and meanings of TVM's time_evaluator."""
+    return TimeOptions(
+        number=number,
+        repeat=repeat,
+        min_repeat_ns=round(min_repeat_ms * 1e6),
+        warmup=warmup,
+        limit_zero_time_iterations=limit_zero_time_iterations,
+        cooldown_ns=round(cooldown_ms * 1e6),
+        repeats_to_cooldown=repeats_to_cooldown,
+        cache_flush_bytes=cache_flush_bytes,
+    )
+
+
+def _tensors(
+    packed: Packed, function: str, inputs: Mapping[str, Any]
+) -> tuple[tuple[Tensor, ...], tuple[tuple[Blob, memoryview], ...]]:
+    """The inputs as tensors: small ones inline, large ones as blobs to be uploaded."""
+    declared = packed.manifest.function(function)
+    arrays = arrange(declared, inputs)
+    tensors: list[Tensor] = []
+    uploads: list[tuple[Blob, memoryview]] = []
+    inline = plan_inline(array.nbytes for array in arrays)
+    for port, array, fits in zip(declared.inputs, arrays, inline, strict=True):
+        data: bytes | Blob
+        if fits:
+            data = array.tobytes()
+        else:
+            view = array.reshape(-1).view(np.uint8).data
+            data = blob_of(view)
+            uploads.append((data, view))
+        tensors.append(Tensor(port.name, port.dtype, array.shape, data))
+    return tuple(tensors), tuple(uploads)
+
+
+# ---- Devices -------------------------------------------------------------------------------------------------------
+
+
+def check_devices(packed: Packed, selector: str, devices: Sequence[DeviceStatus]) -> None:
+    """Raise IncompatibleTargetError when devices match the selector, but none can run the artifact."""
+    refusal: IncompatibleTargetError | None = None
+    for device in devices:
+        try:
+            select_variant(packed.manifest, device.info.arch, frozenset(device.info.cpu_features))
+        except IncompatibleTargetError as error:
+            refusal = refusal or error
+        else:
+            return
+    if refusal is not None:
+        where = f"device {devices[0].info.name}" if len(devices) == 1 else f"all {len(devices)} devices that match"
+        about = f" {selector!r}" if selector and len(devices) > 1 else ""
+        raise IncompatibleTargetError(f"{where}{about}: {refusal.message}", hint=refusal.hint) from refusal
+
+
+def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[DeviceStatus]) -> DeviceStatus:
+    """One device that matches, an idle one if there is any; raises NoDeviceError naming those that there are."""
+    if devices:
+        return min(devices, key=lambda device: device.state is not DeviceState.IDLE)
+    if not everyone:
+        raise NoDeviceError("no device is connected", hint="start one with 'kedge agent start --tracker HOST:PORT'")
+    names = ", ".join(f"{d.info.name} ({d.info.arch})" for d in everyone[:10])
+    raise NoDeviceError(f"no connected device matches {selector!r}", hint=f"connected: {names}")
+
+
+def gone(error: grpc.RpcError, address: Address, waited_s: float) -> KedgeError:
+    """The error for a tracker that went away and did not come back."""
+    if is_away(error) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return unreachable(address, f"it went away, and did not come back within {waited_s:g} s")
+    return from_rpc_error(error, address)
+
+
+# ---- Results -------------------------------------------------------------------------------------------------------
+
+
+def blobs_of(result: JobResult) -> list[Blob]:
+    """What has to be fetched before the outputs are whole."""
+    return [tensor.data for tensor in result.outputs if isinstance(tensor.data, Blob)]
+
+
+def read_result(job: JobInfo, fetched: Mapping[str, bytearray]) -> Result:
+    """A finished job's result; `fetched` holds the bytes of its blobs by digest."""
+    result = job.result
+    assert result is not None
+    outputs = {tensor.name: _array(tensor, fetched) for tensor in result.outputs}
+    timing = None if result.measurement is None else Timing(result.measurement)
+    return Result(job.id, result.device, result.outcome, outputs, timing, result.stage_times)
+
+
+def raise_unless_ok(result: Result) -> None:
+    """Raise JobError for an outcome other than ok."""
+    if not result.outcome.ok:
+        where = f" on {result.device}" if result.device else ""
+        kind = result.outcome.kind
+        raise JobError(f"job {result.job_id}{where}: {result.outcome}", outcome=kind.value, hint=_HINTS.get(kind))
+
+
+_HINTS: Mapping[OutcomeKind, str] = {
+    OutcomeKind.DEVICE_LOST: "see whether the device still runs (kedge devices --gone), then submit the job again",
+    OutcomeKind.OUT_OF_MEMORY: "use a smaller batch, or a device with more memory (mem_mb>=...)",
+    OutcomeKind.TIMEOUT: "give that stage more time with deadlines=",
+    OutcomeKind.DEVICE_FAULT: "the agent's log on the device says more",
+}
+
+
+def _array(tensor: Tensor, fetched: Mapping[str, bytearray]) -> Array:
+    tensor.check()
+    data = fetched[tensor.data.digest] if isinstance(tensor.data, Blob) else bytearray(tensor.data)
+    return np.frombuffer(data, np.dtype(tensor.dtype)).reshape(tensor.shape)
