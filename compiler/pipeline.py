@@ -21,7 +21,7 @@ from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Pass, default_passes
 from kedge.compiler.lower.lower import lower, lower_prim_func
 from kedge.compiler.lower.program import Kernel, Program
-from kedge.compiler.package import CompiledVariant, pack_weights, package
+from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
 from kedge.compiler.target import Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
@@ -100,7 +100,7 @@ def compile_module(
     """
     steps = pipeline if pipeline is not None else Pipeline(default_passes())
     optimized = steps.run(module)
-    return _compile_programs(lambda one: lower(optimized, one), target, name, cache, progress)
+    return compile_programs(lambda one: lower(optimized, one), target, name, cache, progress)
 
 
 def compile_prim_func(
@@ -112,18 +112,17 @@ def compile_prim_func(
     cache: KernelCache | None = None,
 ) -> Artifact:
     """The artifact of one tensor IR function, whose inputs and outputs are named as its parameters."""
-    return _compile_programs(lambda one: lower_prim_func(func, one), target, name or func.name, cache, progress)
+    return compile_programs(lambda one: lower_prim_func(func, one), target, name or func.name, cache, progress)
 
 
-def compile_program(program: Program, target: Target, *, cache: KernelCache, progress: Progress | None = None) -> bytes:
-    """The shared object of a lowered program; its weights come in the order and places of `pack_weights`."""
-    return _variant(program, target, cache, progress).lib
-
-
-def _compile_programs(
-    make: Callable[[Target], Program], target: TargetLike | Sequence[TargetLike], name: str,
-    cache: KernelCache | None, progress: Progress | None,
-) -> Artifact:  # fmt: skip
+def compile_programs(
+    make: Callable[[Target], Program],
+    target: TargetLike | Sequence[TargetLike],
+    name: str,
+    cache: KernelCache | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """The artifact of lowered programs: `make(target)` gives the one for each target."""
     wanted = [target] if isinstance(target, (str, Target)) else list(target)
     targets = list(dict.fromkeys(parse(one) for one in wanted))
     if not targets:
@@ -133,7 +132,11 @@ def _compile_programs(
     for one in targets:
         with debug.timed(f"lower for {one.arch.name}"):
             program = make(one)
-        variants.append(_variant(program, one, kernels, progress))
+        weights = pack_weights(program.weights)
+        objects = compile_objects(program, one, weights, kernels, progress)
+        with debug.timed("link"):
+            lib = link_shared(objects, one)
+        variants.append(CompiledVariant(one, lib, weights, program.entries))
         reports.append({"target": str(one), "kernels": [_report(kernel) for kernel in program.kernels.values()]})
     return package(name, f"kedge {compiler_version()}", variants, {"variants": reports})
 
@@ -142,24 +145,23 @@ def _report(kernel: Kernel) -> dict[str, object]:
     return {"name": kernel.func.name, "rule": kernel.rule, "origin": list(kernel.origin)}
 
 
-def _variant(program: Program, target: Target, cache: KernelCache, progress: Progress | None) -> CompiledVariant:
-    """Kernels to objects, entries and descriptor to one more, all linked."""
-    weights = pack_weights(program.weights)
-    objects: dict[str, KernelObject] = {}
+def compile_objects(
+    program: Program, target: Target, weights: Weights, cache: KernelCache, progress: Progress | None = None
+) -> tuple[bytes, ...]:
+    """ELF object files of a program: its entries and descriptor first, then its kernels, each once."""
+    kernels: dict[str, KernelObject] = {}
     for number, (name, kernel) in enumerate(program.kernels.items(), 1):
         if progress is not None:
             progress(f"compiling {name} for {target.arch.name} ({number} of {len(program.kernels)})")
         with debug.timed(f"kernel {name}"):
-            objects[name] = cache.get(kernel.func, target, functools.partial(_compile, kernel.func, target))
-    known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in objects.items()}
+            kernels[name] = cache.get(kernel.func, target, functools.partial(_compile, kernel.func, target))
+    known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in kernels.items()}
     text = emit_module(program, target, known, weights.places, weights.data_size)
     debug.show(f"entry-{target.arch.name}", "ll", debug.LLVM, lambda: text)
     with debug.timed("entry"):
         entry = emit_object(text, target, speed=1)
-    code = {made.symbol: made.code for made in objects.values()}
-    with debug.timed("link"):
-        lib = link_shared([entry, *code.values()], target)
-    return CompiledVariant(target, lib, weights, program.entries)
+    code = {made.symbol: made.code for made in kernels.values()}
+    return (entry, *code.values())
 
 
 def _compile(func: PrimFunc, target: Target, symbol: str) -> KernelObject:
