@@ -33,6 +33,7 @@ from kedge.compiler.tir.expr import (
     const,
 )  # fmt: skip
 from kedge.compiler.tir.regions import access_regions
+from kedge.compiler.tir.simplify import over, simplify
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import children, free_vars, loads, replace_buffers_expr, seq, substitute_expr
 
@@ -263,6 +264,7 @@ def _block_nest(tensor: Tensor, op: Compute, buffers: Mapping[Buffer, Buffer]) -
     iters = tuple(IterVar(Var(f"v{var.name}"), extent, kind) for (var, extent), kind in zip(loops, kinds, strict=True))
     mapping: dict[Var, Expr] = {a: it.var for (a, _), it in zip((*spatial, *reduced), iters, strict=True)}
     value = replace_buffers_expr(substitute_expr(op.value, mapping), buffers)
+    value = simplify(value, {it.var: over(it.extent) for it in iters})
     target, indices = buffers[tensor], tuple(it.var for it in iters[: len(spatial)])
     init: Stmt | None = None
     if isinstance(op.body, Reduce):

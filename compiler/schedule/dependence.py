@@ -47,6 +47,11 @@ def is_private(func: PrimFunc, loop: For, buffer: Buffer) -> bool:
     return all(id(block) in inside for block in users)
 
 
+def tied_to(block: Block) -> Buffer | None:
+    """A private buffer that ties the block to the loops around it: it holds only what this iteration needs."""
+    return next((a.buffer for a in accesses(block) if a.buffer.scope in PRIVATE_SCOPES), None)
+
+
 def reduces_over(loop: For) -> Block | None:
     """A block under `loop` whose reduction variables depend on the loop, or None."""
     for block in blocks_in(loop):

@@ -26,6 +26,22 @@ def conjuncts(condition: Expr) -> tuple[Expr, ...]:
     return (condition,)
 
 
+def spatial_conjuncts(block: Block) -> tuple[Expr, ...] | None:
+    """The conditions of the block's predicate that are about its output alone.
+
+    None if one is about the output and the reduction at once, so that they cannot be told apart.
+    """
+    spatial, reducing = loop_vars(block, "spatial"), loop_vars(block, "reduce")
+    found = []
+    for conjunct in conjuncts(block.predicate):
+        used = set(free_vars(conjunct))
+        if used & reducing and used & spatial:
+            return None
+        if not used & reducing:
+            found.append(conjunct)
+    return tuple(found)
+
+
 def fresh_nest(block: Block, loops: Sequence[For]) -> Stmt:
     """`block` under copies of `loops` (outermost first), every variable new, its regions worked out."""
     renamed: dict[Var, Expr] = {loop.var: Var(loop.var.name) for loop in loops}

@@ -485,6 +485,7 @@ class Simplifier:
             return const(True, "bool")
         if isinstance(negated, Binary) and self._prove_comparison(negated.op, difference):
             return const(False, "bool")
+        difference = self._folded(difference)
         left = Poly({mono: c for mono, c in difference.terms.items() if c > 0})
         right = Poly({mono: -c for mono, c in difference.terms.items() if c < 0})
         new = Binary(expr.op, self.expr_of(left), self.expr_of(right))

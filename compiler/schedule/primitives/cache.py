@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars
+from kedge.compiler.schedule.nest import fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
     block_name,
@@ -168,8 +168,9 @@ def _copy_nest(
     """The loops that copy the cache out, and their block."""
     body = block.body
     assert isinstance(body, Store)
-    spatial, reducing = loop_vars(block, "spatial"), loop_vars(block, "reduce")
-    limits = [c for c in conjuncts(block.predicate) if not set(free_vars(c)) & reducing]
+    spatial, limits = loop_vars(block, "spatial"), spatial_conjuncts(block)
+    if limits is None:
+        raise refuse(func, "cache_write", block, "its predicate mixes spatial and reduction loops")
     extra, bindings, position = _positions(cache, offsets)
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     copy = Block(
@@ -181,4 +182,5 @@ def _copy_nest(
         Store(target, body.indices, Load(cache, position)),
         predicate=logical_and(*limits),
     )
-    return fresh_nest(copy, [loop for loop in inner if loop.var in spatial])
+    needed = spatial | {v for limit in limits for v in free_vars(limit)}
+    return fresh_nest(copy, [loop for loop in inner if loop.var in needed])

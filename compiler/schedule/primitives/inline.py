@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kedge.compiler.schedule.dependence import tied_to
 from kedge.compiler.schedule.tree import (
     blocks_in,
     intermediate,
@@ -42,6 +43,7 @@ def reverse_compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     made = producer.body
     assert isinstance(made, Store)
     reads = [load for load in loads(store.value) if load.buffer is source]
+    _check_early(func, block, producer, source)
     axes = _axes(func, primitive, block, reads[0].indices, f"reads {source.name!r}")
     for load in reads[1:]:
         if _axes(func, primitive, block, load.indices, f"reads {source.name!r}") != axes:
@@ -76,6 +78,9 @@ def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Sto
         raise refuse(func, primitive, block, "its body is more than one store")
     if any(load.buffer is block.body.buffer for load in loads(block.body)):
         raise refuse(func, primitive, block, "it updates a buffer in place")
+    tied = tied_to(block)
+    if tied is not None:
+        raise refuse(func, primitive, block, f"{tied.name!r} in {tied.scope} scope ties it to the loops around it")
     return block, block.body
 
 
@@ -123,6 +128,16 @@ def _only_producer(func: PrimFunc, block: Block) -> tuple[Block, Buffer]:
         else:
             return producer, buffer
     raise refuse(func, primitive, block, reason, hint="cache_write the reduction, then inline into the copy")
+
+
+def _check_early(func: PrimFunc, block: Block, producer: Block, source: Buffer) -> None:
+    """Refuse if something else that `block` reads is not computed yet where its producer runs."""
+    order = blocks_in(func.body)
+    for buffer in dict.fromkeys(load.buffer for load in loads(block.body) if load.buffer is not source):
+        for writer in writers(func, buffer):
+            if order.index(writer) >= order.index(producer):
+                reason = f"it reads {buffer.name!r}, which block {writer.name!r} computes after {producer.name!r}"
+                raise refuse(func, "reverse_compute_inline", block, reason)
 
 
 def _inlined_into(consumer: Block, buffer: Buffer, axes: tuple[Var | None, ...], value: Expr) -> Block:

@@ -9,8 +9,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from kedge.compiler.schedule.dependence import conflict, reduces_over, updates_in_place
+from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict, is_private, reduces_over, updates_in_place
+from kedge.compiler.schedule.nest import loop_vars
 from kedge.compiler.schedule.tree import (
+    accesses,
     block_path,
     blocks_in,
     find_loop,
@@ -23,8 +25,8 @@ from kedge.compiler.schedule.tree import (
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
-from kedge.compiler.tir.stmt import Block, For, LoopKind, PrimFunc, Range, Stmt
-from kedge.compiler.tir.visitor import free_vars, map_stmt, substitute
+from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, PrimFunc, Range, Stmt
+from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
 
 #: Axes of a grid of threads.
 THREAD_AXES = frozenset(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx", "vthread") for axis in "xyz")
@@ -110,6 +112,9 @@ def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: 
         nested = around or (next((each for each in outer if each.kind == "parallel"), None))
         if nested is not None:
             raise refuse(func, primitive, loop, f"it stands inside {nested.kind} loop {nested.var.name!r}")
+    within = next((each for each in loops_in(node.body) if each.kind == "parallel"), None)
+    if within is not None:
+        raise refuse(func, primitive, loop, f"parallel loop {within.var.name!r} is inside; it must stay outside")
     if kind in ("vectorized", "unrolled") and not isinstance(node.extent, Const):
         raise refuse(func, primitive, loop, "its extent is not constant", at=node, hint="split it by a constant first")
     if kind == "vectorized":
@@ -213,10 +218,16 @@ def _chain(func: PrimFunc, loops: Sequence[Var]) -> list[For]:
 def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> None:
     """Refuse if two loops change places across which a dependence runs."""
     blocks = blocks_in(chain[-1])
-    if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
-        return  # instances of one block run in any order: its reduction's first value still comes first
     old = [loop.var for loop in chain]
     moved = [var for var, other in zip(old, order, strict=True) if var is not other]
+    for block in blocks:
+        both = loop_vars(block, "spatial") & loop_vars(block, "reduce") if block.init is not None else frozenset()
+        mixed = next((var for var in old if var in both), None)
+        if mixed is not None:
+            reason = f"block {block.name!r} takes both its output and its reduction from it: what is first may change"
+            raise refuse(func, "reorder", mixed, reason, at=chain[0])
+    if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
+        return  # instances of one block run in any order: its reduction's first value still comes first
     outer = loops_on(loop_path(func, chain[0].var)[:-1])
     for position, loop in enumerate(chain):
         if loop.var not in moved:
@@ -225,6 +236,10 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
         if buffer is not None:
             reason = f"its iterations depend on one another through buffer {buffer.name!r}"
             raise refuse(func, "reorder", loop.var, reason, at=chain[0])
+
+
+def _private(loop: For) -> tuple[Buffer, ...]:
+    return tuple(dict.fromkeys(a.buffer for a in accesses(loop.body) if a.buffer.scope in PRIVATE_SCOPES))
 
 
 def _is_reduction(block: Block) -> bool:
@@ -236,7 +251,14 @@ def _check_parallel(func: PrimFunc, primitive: str, node: For, outer: Sequence[F
     if block is not None:
         reason = f"block {block.name!r} reduces over it"
         raise refuse(func, primitive, node.var, reason, at=node)
-    buffer = conflict(func, node, outer)
+    # Lanes of a vector share even private buffers, so these too must have a part for each.
+    asked = [store.buffer for store in stores(node)] if primitive == "vectorize" else None
+    buffer = conflict(func, node, outer, asked)
     if buffer is not None:
         reason = f"its iterations depend on one another through buffer {buffer.name!r}"
         raise refuse(func, primitive, node.var, reason, at=node)
+    shared = next((b for b in _private(node) if not is_private(func, node, b)), None)
+    if primitive != "vectorize" and shared is not None:
+        raise refuse(
+            func, primitive, node.var, f"its iterations share {shared.name!r} in {shared.scope} scope", at=node
+        )

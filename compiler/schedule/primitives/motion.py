@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kedge.compiler.schedule.dependence import conflict, reduces_over
+from kedge.compiler.schedule.dependence import conflict, reduces_over, tied_to
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -111,6 +111,9 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
         raise refuse(func, primitive, block, "its body is more than one store")
     if block.init is None and any(load.buffer is block.body.buffer for load in loads(block.body)):
         raise refuse(func, primitive, block, "it updates a buffer in place", hint="move it before decompose_reduction")
+    tied = tied_to(block)
+    if tied is not None:
+        raise refuse(func, primitive, block, f"{tied.name!r} in {tied.scope} scope ties it to the loops around it")
     node = find_loop(func, loop)
     if node is not None and node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")

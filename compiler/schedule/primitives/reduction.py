@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES
-from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars
+from kedge.compiler.schedule.nest import fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
     block_name,
@@ -53,14 +53,9 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
 
 def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
     """The loops that the output depends on, with fresh variables, around a block that only initialises."""
-    spatial, reducing = loop_vars(block, "spatial"), loop_vars(block, "reduce")
-    limits = []
-    for conjunct in conjuncts(block.predicate):
-        used = set(free_vars(conjunct))
-        if used & reducing and used & spatial:
-            raise refuse(func, "decompose_reduction", block, "its predicate mixes spatial and reduction loops")
-        if not used & reducing:
-            limits.append(conjunct)
+    spatial, limits = loop_vars(block, "spatial"), spatial_conjuncts(block)
+    if limits is None:
+        raise refuse(func, "decompose_reduction", block, "its predicate mixes spatial and reduction loops")
     assert block.init is not None
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     if (
@@ -69,8 +64,13 @@ def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
     ):
         # A private buffer is there in full: its parts that no instance fills may be set as well, without a test.
         used = {v for store in stores(block.init) for index in store.indices for v in free_vars(index)}
-        pairs, limits = [(it, b) for it, b in pairs if it.var in used], []
-    kept = [loop for loop in loops if any(loop.var in free_vars(b) for _, b in pairs)]
+        reused = spatial - {v for it, b in pairs if it.var in used for v in free_vars(b)}
+        again = next((loop.var.name for loop in loops if loop.var in reused), None)
+        if again is not None:
+            reason = f"each iteration of loop {again!r} uses the accumulator afresh"
+            raise refuse(func, "decompose_reduction", block, reason, hint="take a loop further in")
+        pairs, limits = [(it, b) for it, b in pairs if it.var in used], ()
+    needed = {v for e in (*(b for _, b in pairs), *limits) for v in free_vars(e)}
     init = Block(
         block_name(func, f"{block.name}_init"),
         tuple(it for it, _ in pairs),
@@ -80,4 +80,4 @@ def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
         block.init,
         predicate=logical_and(*limits),
     )
-    return fresh_nest(init, kept)
+    return fresh_nest(init, [loop for loop in loops if loop.var in needed])

@@ -101,6 +101,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile) -> None:
                                     y[…] = tile   (with the consumer's computation)
     """
     ref = sch.get_block(name)
+    _check(sch, ref, tile)
     outer, reducing, inner = _order(sch, ref, tile)
     blocks = [ref]
     if outer:
@@ -118,6 +119,17 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile) -> None:
             sch.vectorize(own[-1])
     if outer and tile.parallel:
         sch.parallel(fuse_all(sch, outer))
+
+
+def _check(sch: Schedule, ref: BlockRef, tile: Tile) -> None:
+    """Refuse a tile that no block of this rank can have."""
+    rank = len(spatial(block_named(sch.func, ref.name)))
+    dims = [dim for dim in (tile.vector, tile.row) if dim is not None]
+    sizes = (tile.width, tile.vectors, tile.rows)
+    if any(not 0 <= dim < rank for dim in dims) or len(set(dims)) < len(dims):
+        raise ScheduleError(f"tile of block {ref.name!r}: {tile} names a dim twice, or one beyond its rank {rank}")
+    if any(size < 1 for size in sizes) or tile.width & (tile.width - 1):
+        raise ScheduleError(f"tile of block {ref.name!r}: {tile} has a size below 1 or a width that is no power of two")
 
 
 def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], list[LoopRef], list[LoopRef]]:

@@ -1,0 +1,275 @@
+"""Every function gets a schedule that is right, replays, and keeps what code generation relies on."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+from kedge.compiler import te
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.schedule.default import RULES, schedule_func
+from kedge.compiler.schedule.rules.analysis import fitting_lanes
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.tree import accesses, block_path, loops_in, loops_on
+from kedge.compiler.tir.expr import Binary, Cast, Const, Var, call, select
+from kedge.compiler.tir.stmt import Block, PrimFunc, Store
+from kedge.compiler.tir.structural import equal
+from kedge.compiler.tir.visitor import free_vars, map_stmt, walk_stmt
+from support.functions import assert_same, bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
+
+N, M = Var("n", lower=1), Var("m", lower=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A processor."""
+
+    vector_bits: int = 256
+    num_cores: int = 4
+    vector_registers: int = 16
+    l1_bytes: int = 32 * 1024
+    fma: bool = True
+
+
+AVX2, AVX512 = Model(), Model(vector_bits=512, vector_registers=32)
+NEON, SCALAR = Model(vector_bits=128, vector_registers=32), Model(vector_bits=0, num_cores=1)
+TARGETS = {"avx2": AVX2, "avx512": AVX512, "neon": NEON, "scalar": SCALAR}
+
+
+def gather() -> PrimFunc:
+    x, index = te.placeholder((4, 6), "float32", "x"), te.placeholder((3,), "int64", "index")
+    # Negative indices count from the end.
+    y = te.compute((3, 6), lambda i, j: x[select(index[i] < 0, index[i] + 4, index[i]), j], name="y")
+    return te.create_prim_func([x, index, y], "gather")
+
+
+def two_outputs() -> PrimFunc:
+    x = te.placeholder((3, 40), "float32", "x")
+    a = te.compute((3, 40), lambda i, j: x[i, j] + 1.0, name="a")
+    b = te.compute((3, 40), lambda i, j: a[i, j] * 2.0, name="b")
+    return te.create_prim_func([x, a, b], "two_outputs")
+
+
+def scalar_sum() -> PrimFunc:
+    x, k = te.placeholder((50,), "float32", "x"), te.reduce_axis(50, "k")
+    return te.create_prim_func([x, te.compute((), lambda: te.sum(x[k], k), name="y")], "scalar_sum")
+
+
+def scalar_add() -> PrimFunc:
+    x = te.placeholder((), "float32", "x")
+    return te.create_prim_func([x, te.compute((), lambda: x.at(()) + 1.0, name="y")], "scalar_add")
+
+
+def cast_sum() -> PrimFunc:
+    x, k = te.placeholder((N, 20), "int8", "x"), te.reduce_axis(20, "k")
+    y = te.compute((N,), lambda i: te.sum(Cast(x[i, k], "int32"), k), name="y")
+    return te.create_prim_func([x, y], "cast_sum")
+
+
+def depthwise() -> PrimFunc:
+    x, w = te.placeholder((N, 4, 10, 10), "float32", "x"), te.placeholder((4, 3, 3), "float32", "w")
+    r, s = te.reduce_axis(3, "r"), te.reduce_axis(3, "s")
+    y = te.compute((N, 4, 8, 8), lambda b, c, h, v: te.sum(x[b, c, h + r, v + s] * w[c, r, s], (r, s)), name="y")
+    return te.create_prim_func([x, w, y], "depthwise")
+
+
+def batched() -> PrimFunc:
+    x, y = te.placeholder((2, N, 6), "float32", "x"), te.placeholder((2, 6, M), "float32", "y")
+    k = te.reduce_axis(6, "k")
+    z = te.compute((2, N, M), lambda b, i, j: te.sum(x[b, i, k] * y[b, k, j], k), name="z")
+    return te.create_prim_func([x, y, z], "batched")
+
+
+def transposed_epilogue() -> PrimFunc:
+    x, w, k = te.placeholder((6, 8), "float32", "x"), te.placeholder((8, 16), "float32", "w"), te.reduce_axis(8, "k")
+    y = te.compute((6, 16), lambda i, j: te.sum(x[i, k] * w[k, j], k), name="y")
+    return te.create_prim_func([x, w, te.compute((16, 6), lambda i, j: y[j, i] + 1.0, name="z")], "transposed")
+
+
+def reshaped_epilogue() -> PrimFunc:
+    x, w, k = te.placeholder((6, 8), "float32", "x"), te.placeholder((8, 16), "float32", "w"), te.reduce_axis(8, "k")
+    y = te.compute((6, 16), lambda i, j: te.sum(x[i, k] * w[k, j], k), name="y")
+    return te.create_prim_func([x, w, te.compute((96,), lambda i: y[i // 16, i % 16] + 1.0, name="z")], "reshaped")
+
+
+def contraction_with_two_outputs() -> PrimFunc:
+    x, w, k = te.placeholder((6, 8), "float32", "x"), te.placeholder((8, 16), "float32", "w"), te.reduce_axis(8, "k")
+    y = te.compute((6, 16), lambda i, j: te.sum(x[i, k] * w[k, j], k), name="y")
+    z = te.compute((6, 16), lambda i, j: y[i, j] * 2.0, name="z")
+    return te.create_prim_func([x, w, y, z], "both")
+
+
+def no_elements() -> PrimFunc:
+    x = te.placeholder((0, 4), "float32", "x")
+    return te.create_prim_func([x, te.compute((0, 4), lambda i, j: x[i, j] + 1.0, name="y")], "no_elements")
+
+
+def channel_softmax() -> PrimFunc:
+    x = te.placeholder((2, 3, 8), "float32", "x")
+    c, d = te.reduce_axis(3, "c"), te.reduce_axis(3, "d")
+    top = te.compute((2, 8), lambda n, w: te.max(x[n, c, w], c), name="top")
+    e = te.compute((2, 3, 8), lambda n, f, w: x[n, f, w] - top[n, w], name="e")
+    total = te.compute((2, 8), lambda n, w: te.sum(e[n, d, w], d), name="total")
+    return te.create_prim_func([x, te.compute((2, 3, 8), lambda n, f, w: e[n, f, w] - total[n, w], name="y")], "cs")
+
+
+CASES = {
+    "dense": (dense(N, 20, 12), {"n": 3}, "contraction"),
+    "dense_odd": (dense(5, 7, 9), {}, "contraction"),
+    "dense_tall": (dense(24, 4, 16), {}, "contraction"),
+    "dense_big": (dense(N, 64, 1040), {"n": 1}, "contraction"),
+    "vector_matrix": (dense(1, 30, 10, relu=False), {}, "contraction"),
+    "conv": (conv(N, 2, 8, 2), {"n": 1}, "contraction"),
+    "conv_14": (conv(1, 1, 14, 3), {}, "contraction"),
+    "conv_stride": (conv(N, 2, 7, 3, stride=2), {"n": 1}, "contraction"),
+    "conv_1x1": (conv(1, 4, 4, 6, kernel=1, pad=0), {}, "contraction"),
+    "depthwise": (depthwise(), {"n": 1}, "contraction"),
+    "batched": (batched(), {"n": 3, "m": 11}, "contraction"),
+    "transposed_epilogue": (transposed_epilogue(), {}, "contraction"),
+    "reshaped_epilogue": (reshaped_epilogue(), {}, "contraction"),
+    "contraction_with_two_outputs": (contraction_with_two_outputs(), {}, "contraction"),
+    "pool": (pool(N, 2, 8), {"n": 2}, "reduction"),
+    "mean": (mean(N, 5, 4), {"n": 2}, "reduction"),
+    "softmax": (softmax(N, 10), {"n": 3}, "reduction"),
+    "softmax_free": (softmax(N, M), {"n": 3, "m": 11}, "reduction"),
+    "channel_softmax": (channel_softmax(), {}, "reduction"),
+    "scalar_sum": (scalar_sum(), {}, "reduction"),
+    "cast_sum": (cast_sum(), {"n": 5}, "reduction"),
+    "chain": (chain(N), {"n": 19}, "injective"),
+    "chain_long": (chain(100_000), {}, "injective"),
+    "bias": (bias_sigmoid(N, 2, 4, 8), {"n": 2}, "injective"),
+    "bias_odd": (bias_sigmoid(2, 3, 5, 7), {}, "injective"),
+    "bias_free": (bias_sigmoid(N, 3, 5, 1), {"n": 4}, "injective"),
+    "transpose": (transpose(7, 9), {}, "injective"),
+    "transpose_free": (transpose(N, M), {"n": 3, "m": 10}, "injective"),
+    "gather": (gather(), {}, "injective"),
+    "two_outputs": (two_outputs(), {}, "injective"),
+    "scalar_add": (scalar_add(), {}, "injective"),
+    "no_elements": (no_elements(), {}, "injective"),
+}
+BIG = {"chain_long", "dense_big"}
+
+
+def assert_contract(func: PrimFunc) -> None:
+    """What code generation relies on."""
+    for loop in loops_in(func.body):
+        if loop.kind in ("vectorized", "unrolled"):
+            assert isinstance(loop.extent, Const)
+        if loop.kind == "vectorized":
+            assert loop.extent.value & (loop.extent.value - 1) == 0
+            assert not loops_in(loop.body)
+        if loop.kind == "parallel":
+            path = loops_on(block_path(func, next(b.name for b in walk_stmt(loop) if isinstance(b, Block))))
+            assert all(outer.kind == "serial" for outer in path[: path.index(loop)])
+    fixed = {loop.var for loop in loops_in(func.body) if loop.kind in ("vectorized", "unrolled")}
+    for access in accesses(func.body):
+        if access.buffer.scope == "register":
+            assert all(var in fixed for index in access.indices for var in free_vars(index)), func.show()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in BIG])
+def test_right_on_every_target(name, target):
+    func, symbols, rule = CASES[name]
+    kernel = schedule_func(func, TARGETS[target], origin=("node",))
+    assert kernel.rule == rule
+    assert "refused" not in kernel.decisions
+    assert kernel.origin == ("node",)
+    assert_contract(kernel.func)
+    assert_same(func, kernel.func, symbols)
+    again = Schedule.replay(func, json.loads(json.dumps(kernel.trace)))
+    assert equal(again.func, kernel.func)
+    assert json.loads(json.dumps(kernel.decisions)) == kernel.decisions
+
+
+@pytest.mark.parametrize("name", ["dense_big", "chain_long", "conv", "softmax", "pool", "bias"])
+def test_golden(name, golden):
+    golden(f"rule_{name}.txt", schedule_func(CASES[name][0], AVX2).func.show())
+
+
+@pytest.mark.parametrize("name", sorted(BIG))
+def test_big_ones_are_parallel(name):
+    kinds = {loop.kind for loop in loops_in(schedule_func(CASES[name][0], AVX2).func.body)}
+    assert "parallel" in kinds
+    kinds = {loop.kind for loop in loops_in(schedule_func(CASES[name][0], SCALAR).func.body)}
+    assert "parallel" not in kinds
+
+
+def test_contractions_accumulate_in_registers():
+    for name in ("dense", "conv", "depthwise", "batched"):
+        func = schedule_func(CASES[name][0], AVX2).func
+        update = next(b for b in walk_stmt(func.body) if isinstance(b, Block) and b.name in ("y", "conv", "z"))
+        assert isinstance(update.body, Store)
+        assert update.body.buffer.scope == "register"
+        assert any(loop.kind == "vectorized" for loop in loops_on(block_path(func, update.name)))
+
+
+def test_given_decisions_are_carried_out_or_refused():
+    func = dense(8, 12, 16)
+    (rule,) = [rule for rule in RULES if rule.name == "contraction"]
+    default = dict(rule.default(func, AVX2))
+    for rows in (1, 2, 3, 8):
+        kernel = schedule_func(func, AVX2, decisions={**default, "row": 0, "rows": rows})
+        assert kernel.decisions["rows"] == rows
+        assert_same(func, kernel.func)
+    for wrong in ({"rows": 0}, {"row": 1}, {"row": 7}, {"vector": 2}, {"width": 3}):
+        with pytest.raises(ScheduleError, match="tile"):
+            schedule_func(func, AVX2, decisions={**default, **wrong})
+
+
+def test_defaults_come_from_the_space():
+    for func, _, name in CASES.values():
+        (rule,) = [rule for rule in RULES if rule.name == name]
+        space, chosen = rule.space(func, AVX2), rule.default(func, AVX2)
+        assert set(chosen) == set(space)
+        for key, value in chosen.items():
+            assert value in space[key], (func.name, key, value)
+
+
+def test_a_body_of_two_stores_falls_back():
+    func = chain(8)
+    block = next(b for b in walk_stmt(func.body) if isinstance(b, Block) and b.name == "c")
+    assert isinstance(block.body, Store)
+    body = te.seq(block.body, block.body)
+    twice = replace(func, body=map_stmt(func.body, lambda s: replace(s, body=body) if s is block else s))
+    kernel = schedule_func(twice, AVX2)
+    assert kernel.rule == "fallback"
+    assert_same(twice, kernel.func)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("int8", 16), ("uint8", 16), ("float64", 4)])
+def test_vectors_are_as_wide_as_the_dtype_allows(dtype, width):
+    x, r = te.placeholder((1, 2, 8, 16), dtype, "x"), te.reduce_axis(2, "r")
+    y = te.compute((1, 2, 4, 16), lambda n, c, h, w: te.max(x[n, c, h * 2 + r, w], r), name="y")
+    kernel = schedule_func(te.create_prim_func([x, y], "f"), AVX2)
+    widths = [loop.extent.value for loop in loops_in(kernel.func.body) if loop.kind == "vectorized"]
+    assert set(widths) == {width}
+
+
+@pytest.mark.parametrize(
+    ("limit", "extent", "width"),
+    [
+        (8, None, 8),
+        (8, 64, 8),
+        (8, 8, 8),
+        (8, 7, 4),
+        (8, 10, 8),
+        (8, 4, 4),
+        (8, 3, 2),
+        (8, 1, 1),
+        (16, 28, 16),
+        (1, 9, 1),
+    ],
+)
+def test_vector_lengths(limit, extent, width):
+    assert fitting_lanes(limit, extent) == width
+
+
+def test_costly_producers_are_not_computed_again():
+    x = te.placeholder((8,), "float32", "x")
+    e = te.compute((8,), lambda i: call("exp", x[i]), name="e")
+    func = te.create_prim_func([x, te.compute((32, 8), lambda i, j: e[j] * 2.0, name="y")], "f")
+    kernel = schedule_func(func, AVX2)
+    assert [b.name for b in walk_stmt(kernel.func.body) if isinstance(b, Block)] == ["e", "y"]
+    one = te.create_prim_func([x, te.compute((8,), lambda i: Binary("mul", e[i], x[i]), name="y")], "f")
+    kernel = schedule_func(one, AVX2)
+    assert [b.name for b in walk_stmt(kernel.func.body) if isinstance(b, Block)] == ["y"]
