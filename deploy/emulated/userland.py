@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ PACKAGES = (
 )
 """What a small board's system has, a C++ runtime for grpcio, and an SSH server."""
 
-_RECIPE = 2
+_RECIPE = 3
 """Part of the name of a cached user land: raise it when what is built below changes."""
 
 _NEVER_READ = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/i18n", "var/cache")
@@ -93,34 +94,41 @@ class _Apt:
         return done.stdout
 
 
-def userland_path(cache_dir: Path, arch: str, distribution: Distribution) -> Path:
+def userland_path(cache_dir: Path, arch: str, distribution: Distribution, packages: Sequence[str] = PACKAGES) -> Path:
     """Where the user land for `arch` lies, or will lie. Names its inputs: another recipe is another folder."""
-    recipe = json.dumps([_RECIPE, PACKAGES, asdict(distribution)], default=str)
+    recipe = json.dumps([_RECIPE, list(packages), asdict(distribution)], default=str)
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:10]
     return cache_dir / "userland" / f"{distribution.codename}-{arch}-{digest}"
 
 
-def fetch_userland(cache_dir: Path, arch: str, distribution: Distribution, progress: Progress = silent) -> Path:
+def fetch_userland(
+    cache_dir: Path,
+    arch: str,
+    distribution: Distribution,
+    progress: Progress = silent,
+    *,
+    packages: Sequence[str] = PACKAGES,
+) -> Path:
     """The unpacked user land for Debian architecture `arch`; fetched on the first call, no network afterwards.
 
-    apt checks the signatures of the indices and the hashes of the packages. Maintainer scripts are not run.
-    Raises `FetchError`.
+    It is made of `packages` and what they depend on. apt checks the signatures of the indices and the hashes of the
+    packages. Maintainer scripts are not run. Raises `FetchError`.
     """
-    final = userland_path(cache_dir, arch, distribution)
+    final = userland_path(cache_dir, arch, distribution, packages)
 
     def build(folder: Path) -> None:
         apt = _Apt(folder / ".apt", arch, distribution)
         apt.prepare()
         progress(f"reading the package index of {distribution.name} {distribution.codename} for {arch}")
         apt.run("update")
-        progress(f"fetching an {arch} system: {len(PACKAGES)} packages and what they need")
-        apt.run("install", "--download-only", *PACKAGES)
+        progress(f"fetching an {arch} system: {len(packages)} packages and what they need")
+        apt.run("install", "--download-only", *packages)
         archives = sorted((apt.root / "archives").glob("*.deb"))
         size_mb = sum(archive.stat().st_size for archive in archives) / 1e6
         progress(f"unpacking {len(archives)} packages, {size_mb:.0f} MB")
         unpack(archives, folder)
         precompile(folder, progress)
-        (folder / "etc" / "kedge-userland.txt").write_text("".join(f"{archive.name}\n" for archive in archives))
+        (folder / "packages.txt").write_text("".join(f"{archive.name}\n" for archive in archives))
         shutil.rmtree(apt.root)
 
     return build_once(final, build, progress)
