@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import kedge
-from kedge.rpc.errors import InputError
+from kedge.rpc.errors import InputError, NoDeviceError
 
 Progress = Callable[[str], None]
 
@@ -71,7 +71,7 @@ def deploy(
             login.destination(),
             tracker=tracker,
             runner_for=lambda board: runner_for(board.arch, progress),
-            online=lambda device, seconds: fleet.wait_for_device(device, timeout=seconds) is not None,
+            online=lambda device, seconds: _sees(fleet, device, seconds),
             cache_dir=cache_dir() / "deploy",
             name=name,
             labels=labels,
@@ -79,6 +79,14 @@ def deploy(
             progress=progress,
         )
         return fleet.wait_for_device(deployed.name, timeout=timeout_s)
+
+
+def _sees(fleet: Any, device: str, seconds: float) -> bool:
+    try:
+        fleet.wait_for_device(device, timeout=seconds)
+    except NoDeviceError:
+        return False
+    return True
 
 
 def remove(login: Login) -> bool:

@@ -34,9 +34,13 @@ ShapeOption = Annotated[
 ]
 
 
+#: Wide enough that no table wraps.
+UNWRAPPED_COLUMNS = 400
+
+
 def stdout() -> Console:
-    """The console for results."""
-    return Console(highlight=False)
+    """The console for results. What goes to a file or a pipe is not wrapped."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else UNWRAPPED_COLUMNS)
 
 
 def stderr() -> Console:
