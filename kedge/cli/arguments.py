@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,17 @@ def load_inputs(path: Path) -> Arrays:
 
 
 def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write arrays to an `.npz` file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
+    """Write arrays to an `.npz` file, whole or not at all; a pipe or device is written to as it is."""
+    special = path.exists() and not path.is_file()
+    scratch = path if special else path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with scratch.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        scratch.replace(path)
+        try:
+            with scratch.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            if not special:
+                scratch.replace(path)
+        finally:
+            if not special:
+                scratch.unlink(missing_ok=True)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error

@@ -93,9 +93,12 @@ class Artifact:
         """Write a `.kdg` file; the file appears whole or not at all.
 
         Raises:
-            ArtifactError: the folder is missing or not writable, or the disk is full.
+            ArtifactError: the folder is missing or not writable, the disk is full, or `path` is no regular file.
         """
         target = Path(path)
+        if target.exists() and not target.is_file():
+            # Renaming over a device or a folder would replace it.
+            raise ArtifactError(f"cannot write {target}: it is no regular file", hint="name a file to write")
         try:
             fd, name = tempfile.mkstemp(dir=str(target.parent), prefix=f".{target.name}.")
         except OSError as error:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from kedge.compiler.frontend.onnx.reference import reference_outputs
-from support.commands import Kedge
+from support.commands import Kedge, kedge_command
 
 from kedge.data import digits_model, digits_test
 
@@ -155,6 +157,7 @@ def wrong_shape(tmp_path: Path, digits: Path) -> list[object]:
             1,
             r"raspberry-pi/4b",
         ),
+        (lambda t, d: ["compile", digits_model(), "-o", t], 3, r"no regular file"),
         (lambda t, d: ["run", d, "--shape", "image=2,1,9,9"], 5, r"image"),
         (lambda t, d: ["run", d, "--shape", "image:2"], 5, r"--shape"),
         (lambda t, d: ["run", d, "--function", "train"], 3, r"train.*\n?.*main"),
@@ -180,12 +183,39 @@ def test_an_artifact_for_another_architecture_is_refused_here(kedge: Kedge, tmp_
     assert "aarch64" in refused.stderr and "hint: " in refused.stderr
 
 
-def test_a_full_disk_leaves_nothing_half_written(kedge: Kedge, digits: Path) -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("no /dev/full on this system")
-    done = kedge("run", digits, "--outputs", full)
+FULL_DISK = """
+mount -t tmpfs -o size=24k kedge-full "$1" || exit 99
+folder=$1; shift
+"$@" 2>&1; echo "status $?"
+echo "left: $(ls -A "$folder")"
+"""
+
+
+@pytest.mark.parametrize("command", ["compile", "run"])
+def test_a_full_disk_leaves_nothing_half_written(digits: Path, tmp_path: Path, command: str) -> None:
+    """On a real file system without room, mounted where only this test sees it."""
+    disk, inputs = tmp_path / "disk", tmp_path / "in.npz"
+    disk.mkdir()
+    np.savez(inputs, image=np.zeros((2000, 1, 8, 8), np.float32))
+    arguments = {
+        "compile": ["compile", digits_model(), "-o", disk / "x.kdg"],
+        "run": ["run", digits, "--inputs", inputs, "--outputs", disk / "out.npz"],
+    }[command]
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", str(disk)]
+    done = subprocess.run([*unshare, *kedge_command(*arguments)], capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "status" not in done.stdout:
+        assert not os.environ.get("CI"), done.stderr
+        pytest.skip(f"no mount in a user namespace here: {done.stderr.strip()}")
+    assert "Traceback" not in done.stdout
+    assert re.search(r"error: cannot write .*(x\.kdg|out\.npz): No space left on device", done.stdout), done.stdout
+    assert re.search(r"^status [1-9]", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.endswith("left: \n"), done.stdout
+
+
+def test_outputs_can_go_to_a_pipe_or_device(kedge: Kedge, digits: Path) -> None:
+    done = kedge("run", digits, "--outputs", "/dev/full")
     assert done.returncode != 0 and "/dev/full" in done.stderr
+    assert Path("/dev/full").is_char_device()
 
 
 def test_one_artifact_for_several_machines(kedge: Kedge, tmp_path: Path) -> None:
@@ -199,7 +229,9 @@ def test_one_artifact_for_several_machines(kedge: Kedge, tmp_path: Path) -> None
 
 
 def test_completion_is_offered(kedge: Kedge) -> None:
-    if shutil.which("bash") is None:
-        pytest.skip("no bash")
-    done = kedge("--show-completion", "bash")
-    assert done.returncode == 0 and "_KEDGE_COMPLETE" in done.stdout
+    program = Path(sys.executable).parent / "kedge"
+    done = subprocess.run([program, "--show-completion", "bash"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "_KEDGE_COMPLETE=complete_bash" in done.stdout
+    environment = {**os.environ, "_KEDGE_COMPLETE": "complete_bash", "COMP_WORDS": "kedge dep", "COMP_CWORD": "1"}
+    offered = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+    assert offered.stdout.split() == ["deploy"], offered.stderr
