@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the agent; returns the exit status."""
     options = _parser().parse_args(argv)
+    # Runners are forked and executed at once. Before Python 3.10 that runs gRPC's fork handlers, which revive its
+    # poller in the child and can end it before it executes. Read when grpc is imported, so not later than here.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr
     )
@@ -71,7 +74,7 @@ def _serve(options: argparse.Namespace) -> int:
     from kedge.rpc.transport import parse_address
 
     tracker = parse_address(options.tracker)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", options.name):
         raise KedgeError(
             f"{options.name!r} cannot be a device's name", hint="use letters, digits, dots, dashes and underscores"
         )

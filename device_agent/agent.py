@@ -184,13 +184,15 @@ class Agent:
             return []
         if isinstance(message, m.Welcome):
             self._on_welcome()
+        elif isinstance(message, m.Refused) and message.retry:
+            self._warn_away(f"the tracker refused this agent: {message.reason}")
         elif isinstance(message, m.ResultAccepted) and message.stale:
             log.info("job %s: the tracker had given it up, its result is not used", message.job_id)
         return self._core.received(message, now)
 
     def _on_welcome(self) -> None:
         if self._away:
-            log.warning("the tracker at %s is back", self._settings.tracker)
+            log.warning("connected to the tracker at %s again", self._settings.tracker)
         self._away = False
         if not self._announced:
             self._announced = True
@@ -199,11 +201,15 @@ class Agent:
     def _on_closed(self, link: _Link, error: Optional[KedgeError], now: float) -> List[core.Action]:
         if link is not self._link:
             return []
-        level = logging.DEBUG if self._away else logging.WARNING
-        log.log(level, "%s; trying again until it answers", error or "the tracker closed the connection")
-        self._away = True
+        self._warn_away(str(error or "the tracker closed the connection"))
         self._close()
         return self._core.disconnected(now)
+
+    def _warn_away(self, why: str) -> None:
+        """Say it once for every absence; the attempts in between are for those who look for them."""
+        level = logging.DEBUG if self._away else logging.WARNING
+        log.log(level, "%s\n  trying again until the tracker takes this agent", why)
+        self._away = True
 
     # ---- jobs --------------------------------------------------------------------------------------------------
 

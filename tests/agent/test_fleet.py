@@ -1,0 +1,308 @@
+"""The agent and the real tracker, both as processes: jobs, cancelling, and either of them dying."""
+
+from __future__ import annotations
+
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
+from kedge.rpc import convert
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import blob_of
+from kedge.rpc.outcome import OutcomeKind, Stage
+from kedge.rpc.transport import open_channel, parse_address
+from kedge.rpc.types import (
+    BenchTask,
+    Blob,
+    Deadlines,
+    DeviceState,
+    DeviceStatus,
+    Job,
+    JobSpec,
+    JobState,
+    RunTask,
+    Tensor,
+    TimeOptions,
+    Verdict,
+)
+from support.agents import AgentProcess, descendants, runs, wait_for
+from support.handmade import artifact
+from support.python39 import Python39
+
+from .conftest import FUNCTIONS
+
+#: A tracker whose patience is shorter than a test's.
+TRACKER = """
+import asyncio, pathlib, signal, sys
+from kedge.rpc.tracker.server import serve
+from kedge.rpc.tracker.state import Settings
+
+async def main():
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    settings = Settings(heartbeat_interval_ms=200, silence_ms=2_000, lease_ms=2_000, cancel_grace_ms=5_000)
+    async with serve("127.0.0.1", int(sys.argv[1]), pathlib.Path(sys.argv[2]), settings) as address:
+        print(address.port, flush=True)
+        await stopped.wait()
+
+asyncio.run(main())
+"""
+
+
+class Fleet:
+    """A tracker that can be killed and started again on its port, and a client of it."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._keys = 0
+        self.port = 0
+        self.start()
+        self.channel = open_channel(parse_address(self.address))
+        self._stub: Any = cast(Any, fleet_pb2_grpc).FleetStub(self.channel)
+        self.blobs = BlobClient(self.channel)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-c", TRACKER, str(self.port), str(self._data_dir)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+        self.process.wait(15)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.process.poll() is None:
+            self.stop()
+
+    def publish(self, module: bytes) -> Blob:
+        made = artifact(module, FUNCTIONS)
+        manifest = made.manifest.to_json()
+        self.blobs.upload_missing([*made.blobs(), (blob_of(manifest), manifest)])
+        return blob_of(manifest)
+
+    def submit(self, spec: JobSpec) -> str:
+        self._keys += 1
+        request = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=f"key-{self._keys}")
+        return str(self._stub.SubmitJob(request, wait_for_ready=True).job.id)
+
+    def job(self, job_id: str) -> Job:
+        return convert.job_from_pb(self._stub.GetJob(fleet_pb2.GetJobRequest(job_id=job_id), wait_for_ready=True))
+
+    def wait(self, job_id: str, timeout_s: float = 30.0) -> Job:
+        wait_for(lambda: self.job(job_id).state is JobState.DONE, f"job {job_id} to be done", timeout_s)
+        return self.job(job_id)
+
+    def wait_stage(self, job_id: str, stage: Stage) -> None:
+        wait_for(lambda: self.job(job_id).stage is stage, f"job {job_id} to be in stage {stage.value}")
+
+    def cancel(self, job_id: str) -> None:
+        self._stub.CancelJob(fleet_pb2.CancelJobRequest(job_id=job_id))
+
+    def devices(self) -> list[DeviceStatus]:
+        found = self._stub.ListDevices(fleet_pb2.ListDevicesRequest(include_gone=True), wait_for_ready=True)
+        return [convert.device_status_from_pb(pb) for pb in found.devices]
+
+    def state(self) -> DeviceState | None:
+        return next((device.state for device in self.devices()), None)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    made = Fleet(tmp_path / "tracker")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def agent(fleet: Fleet, runner: Path, tmp_path: Path) -> Iterator[AgentProcess]:
+    with AgentProcess(fleet.address, runner, tmp_path / "agent") as started:
+        started.wait_ready()
+        yield started
+
+
+def spec(manifest: Blob, function: str, run_ms: int = 0, count: int = 3) -> JobSpec:
+    data = struct.pack(f"<{count}f", *range(count))
+    task = RunTask((Tensor("x", "float32", (count,), data),))
+    return JobSpec(manifest, function, task, "rack!=b", Deadlines(run_ms=run_ms))
+
+
+def outputs(job: Job) -> tuple[float, ...]:
+    assert job.result is not None
+    assert job.result.outcome.ok, job.result.outcome
+    (y,) = job.result.outputs
+    assert isinstance(y.data, bytes)
+    return struct.unpack(f"<{len(y.data) // 4}f", y.data)
+
+
+def kind(job: Job) -> OutcomeKind:
+    assert job.result is not None
+    return job.result.outcome.kind
+
+
+def test_run_and_bench(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    manifest = fleet.publish(module)
+    assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+    assert outputs(fleet.wait(fleet.submit(spec(manifest, "weigh")))) == (10.0, 11.0, 12.0)
+    x = spec(manifest, "add").task.inputs
+    task = BenchTask(x, TimeOptions(repeat=5, min_repeat_ns=100_000), return_outputs=True)
+    job = fleet.wait(fleet.submit(JobSpec(manifest, "add", task)))
+    assert outputs(job) == (1.0, 2.0, 3.0)
+    assert job.result is not None
+    measured = job.result.measurement
+    assert measured is not None
+    assert len(measured.samples_ns) == 5
+    assert measured.verdict in (Verdict.VALID, Verdict.SUSPECT)
+
+
+def test_large_outputs_come_back_as_blobs(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    count = (1 << 20) // 4 + 1
+    data = struct.pack("<f", 1.5) * count
+    blob = blob_of(data)
+    fleet.blobs.upload(blob, data)
+    task = RunTask((Tensor("x", "float32", (count,), blob),))
+    job = fleet.wait(fleet.submit(JobSpec(fleet.publish(module), "add", task)))
+    assert job.result is not None
+    assert job.result.outcome.ok, job.result.outcome
+    (y,) = job.result.outputs
+    assert isinstance(y.data, Blob)
+    assert fleet.blobs.read(y.data) == struct.pack("<f", 2.5) * count
+
+
+def test_a_crash_and_a_timeout_do_not_harm_the_next_job(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    manifest = fleet.publish(module)
+    ids = [fleet.submit(spec(manifest, name, run_ms=500)) for name in ("crash", "spin", "hog", "add")]
+    jobs = [fleet.wait(job_id) for job_id in ids]
+    assert [kind(job) for job in jobs] == [
+        OutcomeKind.CRASH,
+        OutcomeKind.TIMEOUT,
+        OutcomeKind.OUT_OF_MEMORY,
+        OutcomeKind.OK,
+    ]
+    assert jobs[0].result is not None
+    assert jobs[0].result.outcome.signal == signal.SIGSEGV
+    assert jobs[1].result is not None
+    assert jobs[1].result.outcome.stage is Stage.RUN
+
+
+def test_cancelling_a_running_job_frees_the_device(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    manifest = fleet.publish(module)
+    spinning = fleet.submit(spec(manifest, "spin"))
+    fleet.wait_stage(spinning, Stage.RUN)
+    fleet.cancel(spinning)
+    assert kind(fleet.wait(spinning)) is OutcomeKind.CANCELLED
+    assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+    assert descendants(agent.process.pid) == []
+
+
+def test_a_killed_agent_is_a_lost_device(agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path) -> None:
+    manifest = fleet.publish(module)
+    spinning = fleet.submit(spec(manifest, "spin"))
+    fleet.wait_stage(spinning, Stage.RUN)
+    below = descendants(agent.process.pid)
+    agent.stop(signal.SIGKILL)
+    assert kind(fleet.wait(spinning)) is OutcomeKind.DEVICE_LOST
+    wait_for(lambda: not any(runs(pid) for pid in below), "the runner to end with its agent")
+    with AgentProcess(fleet.address, runner, agent.data_dir) as successor:
+        successor.wait_ready()
+        assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+
+
+def test_work_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    """Before and after the restart it is the same runner, and what it ends with is what the job ends with."""
+    spinning = fleet.submit(spec(fleet.publish(module), "spin", run_ms=4_000))
+    fleet.wait_stage(spinning, Stage.RUN)
+    below = descendants(agent.process.pid)
+    fleet.stop(signal.SIGKILL)
+    fleet.start()
+    wait_for(lambda: fleet.state() is DeviceState.BUSY, "the agent to come back with its job")
+    assert descendants(agent.process.pid) == below
+    job = fleet.wait(spinning)
+    assert job.result is not None
+    assert job.result.outcome.kind is OutcomeKind.TIMEOUT, job.result.outcome
+    assert job.result.device == "here"
+    wait_for(lambda: fleet.state() is DeviceState.IDLE, "the device to be idle")
+
+
+def test_a_result_made_while_the_tracker_was_away_arrives(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    spinning = fleet.submit(spec(fleet.publish(module), "spin", run_ms=700))
+    fleet.wait_stage(spinning, Stage.RUN)
+    fleet.stop(signal.SIGKILL)
+    agent.wait_log(r"job \S+: timeout in stage run")
+    fleet.start()
+    assert kind(fleet.wait(spinning)) is OutcomeKind.TIMEOUT
+
+
+def test_a_transfer_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
+    """48 MB of input, the tracker killed while they are on their way."""
+    count = 12 << 20
+    data = struct.pack("<f", 0.5) * count
+    blob = blob_of(data)
+    fleet.blobs.upload(blob, data)
+    task = RunTask((Tensor("x", "float32", (count,), blob),), discard_outputs=True)
+    partial = agent.data_dir / "cache" / "blobs" / "partial" / blob.digest
+    job_id = ""
+
+    def submit() -> None:
+        nonlocal job_id
+        job_id = fleet.submit(JobSpec(fleet.publish(module), "add", task))
+
+    submitter = threading.Thread(target=submit)
+    submitter.start()
+    wait_for(partial.exists, "the transfer to begin")
+    submitter.join()
+    fleet.stop(signal.SIGKILL)
+    fleet.start()
+    job = fleet.wait(job_id)
+    assert job.result is not None
+    assert job.result.outcome.ok, job.result.outcome
+
+
+def test_an_agent_that_leaves_is_gone_at_once(agent: AgentProcess, fleet: Fleet) -> None:
+    assert fleet.state() is DeviceState.IDLE
+    assert agent.stop() == 0
+    assert fleet.state() is DeviceState.GONE
+    assert sorted(path.name for path in agent.data_dir.iterdir()) == ["cache", "jobs", "lock"]
+    assert list((agent.data_dir / "jobs").iterdir()) == []
+
+
+def test_a_second_agent_of_the_same_name_is_told(agent: AgentProcess, fleet: Fleet, runner: Path) -> None:
+    with AgentProcess(fleet.address, runner, agent.data_dir.parent / "other") as second:
+        second.wait_log("refused this agent: another device is connected as 'here'")
+        agent.stop()
+        second.wait_ready()
+        assert fleet.state() is DeviceState.IDLE
+
+
+@pytest.mark.board
+def test_an_agent_on_python_3_9(fleet: Fleet, runner: Path, tmp_path: Path, module: bytes, python39: Python39) -> None:
+    package = tmp_path / "tree" / "kedge"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    root = Path(__file__).resolve().parent.parent.parent
+    for floor in ("protos", "rpc", "device_agent"):
+        (package / floor).symlink_to(root / floor)
+    environment = python39.environment(package.parent)
+    with AgentProcess(
+        fleet.address, runner, tmp_path / "agent", name="old", command=python39.command, env=environment
+    ) as agent:
+        agent.wait_ready()
+        manifest = fleet.publish(module)
+        assert outputs(fleet.wait(fleet.submit(spec(manifest, "weigh")))) == (10.0, 11.0, 12.0)
+        assert kind(fleet.wait(fleet.submit(spec(manifest, "crash")))) is OutcomeKind.CRASH
+        assert agent.stop() == 0
+        assert "Traceback" not in agent.log
