@@ -197,7 +197,7 @@ class LoadedFunction:
             plan.point(arrays, outputs)
             status = context.call(*plan.arguments)
         if status:
-            _refuse(self._model._lib, status)
+            context.refuse(status)
         return dict(zip(plan.names, outputs))
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> BoundCall:
@@ -237,7 +237,7 @@ class LoadedFunction:
             plan.point(arrays, outputs)
             status = self._model._lib.kedge_time(*plan.arguments, time_options(options), result)
         if status:
-            _refuse(self._model._lib, status)
+            context.refuse(status)
         used = TimeOptions(result.number, *time_fields(options)[1:])
         measurement = Measurement(
             used, tuple(samples[: result.n_samples]), result.resolution_ns, self._model.threads
@@ -288,11 +288,9 @@ class BoundCall:
     def __call__(self) -> Outputs:
         """Call; returns `outputs`."""
         with self._lock:
-            if self._context.closed:
-                raise KedgeError("the model of this bound call is closed", hint="open the artifact again")
             status = self._call(*self._arguments)
         if status:
-            _refuse(self._context.lib, status)
+            self._context.refuse(status)
         return self.outputs
 
 
@@ -327,8 +325,13 @@ class _Context:
         with self.lock, self._gate:
             self.closed = True
             self._finalizer()
-            self.plans.clear()
-            self.call = _closed_call
+            self.handle.value = None  # plans share it: whoever still holds one is refused by the runtime
+
+    def refuse(self, status: int) -> NoReturn:
+        """Raise what a status means."""
+        if self.closed:
+            raise KedgeError("the model is closed", hint="open the artifact again")
+        _refuse(self.lib, status)
 
 
 class _Plan:
@@ -338,19 +341,19 @@ class _Plan:
         self._ports = function.outputs
         self.names = tuple(port.name for port in function.outputs)
         n_args, n_rets = len(arrays), len(function.outputs)
-        self._args, self._rets = (abi.DLTensor * max(n_args, 1))(), (abi.DLTensor * max(n_rets, 1))()
-        for port, tensor, array in zip(function.inputs, self._args, arrays):
+        args, rets = (abi.DLTensor * max(n_args, 1))(), (abi.DLTensor * max(n_rets, 1))()
+        # Indexing a ctypes array makes a new object each time; these stay.
+        self._args, self._rets = tuple(args)[:n_args], tuple(rets)[:n_rets]
+        for port, tensor, array in zip(function.inputs, self._args, arrays, strict=True):
             _describe(tensor, port.dtype, array.shape)
         for tensor in self._rets:
             _describe(tensor, "float32", (0,) * abi.MAX_NDIM)
         integer = ctypes.c_int32
-        self.arguments = (
-            context.handle, integer(index), self._args, integer(n_args), self._rets, integer(n_rets),
-        )  # fmt: skip
+        self.arguments = (context.handle, integer(index), args, integer(n_args), rets, integer(n_rets))
         status = lib.kedge_infer(*self.arguments)
         if status != abi.OK:
-            _refuse(lib, status)
-        shapes = [tuple(tensor.shape[: tensor.ndim]) for tensor in self._rets[:n_rets]]
+            context.refuse(status)
+        shapes = [tuple(tensor.shape[: tensor.ndim]) for tensor in self._rets]
         self._outputs = [(s, np.dtype(p.dtype)) for s, p in zip(shapes, function.outputs, strict=True)]
 
     def new_outputs(self) -> list[Array]:
@@ -391,10 +394,6 @@ def _describe(tensor: abi.DLTensor, dtype: str, shape: Sequence[int]) -> None:
     tensor.dtype = abi.DLDataType(code, bits, 1)
     tensor.ndim = len(shape)
     tensor.shape = (ctypes.c_int64 * max(len(shape), 1))(*shape)
-
-
-def _closed_call(*_: object) -> NoReturn:
-    raise KedgeError("the model is closed", hint="open the artifact again")
 
 
 def time_options(options: TimeOptions) -> abi.TimeOptions:

@@ -11,7 +11,17 @@ import pytest
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import RuntimeFiles, build_runtime
 from kedge.device_agent.runner import Runner
+from kedge.rpc import abi
+from kedge.rpc.artifact import Function, Manifest, Port, Symbol, Variant, make_member
 from support import native
+
+from kedge.artifact import Artifact
+
+
+@pytest.fixture(autouse=True)
+def _slow_by_hand(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("slow: run by hand with -m slow")
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +76,51 @@ def nothing_left() -> Iterator[None]:
     assert children() <= processes
     left = {fd: what for fd, what in descriptors().items() if fd not in fds}
     assert not left
+
+
+N = Symbol("N", 1, 1 << 20)
+ANY_N, ANY_M = Symbol("N"), Symbol("M")
+ARITHMETIC = (
+    Function("main", (Port("x", "float32", ("N", 8)),), (Port("y", "float32", ("N", 4)),), (N,)),
+    Function(
+        "join",
+        (Port("a", "float32", ("N",)), Port("b", "float32", ("M", "N*2"))),
+        (Port("c", "int64", ("N + M", "2*N")),),
+        (ANY_N, ANY_M),
+    ),
+    Function("ramp", (Port("a", "float32", ("N",)),), (Port("out", "float32", ("N", 64)),), (N,)),
+    Function("fail", (), ()),
+    Function("huge", (Port("a", "float32", ("N",)),), (Port("out", "float32", ("N*4611686018427387903", 4)),), (N,)),
+)
+MISBEHAVING = (
+    *(Function(name, (), ()) for name in ("segfault", "forever", "slow", "big_arena", "quit", "chatter", "orphan")),
+    Function("scribble", (Port("x", "float32", ("N",)),), (), (ANY_N,)),
+    Function("copy", (Port("x", "float32", ("N",)),), (Port("y", "float32", ("N",)),), (ANY_N,)),
+    Function("grow", (), ()),
+)
+
+
+def artifact_of(
+    lib: bytes,
+    functions: tuple[Function, ...],
+    weights: bytes | None = None,
+    weights_offset: int = 0,
+    features: tuple[str, ...] = (),
+    arch: str = os.uname().machine,
+) -> Artifact:
+    """An artifact around a hand-written module."""
+    members = {"lib.so": lib} | ({} if weights is None else {"weights.bin": weights})
+    name = None if weights is None else "weights.bin"
+    variant = Variant("c", arch, f"{arch}-linux-gnu", features, "lib.so", name, weights_offset)
+    entries = tuple(make_member(name, data) for name, data in members.items())
+    return Artifact(Manifest("handmade", abi.ABI_VERSION, "by hand", functions, (variant,), entries), members)
+
+
+@pytest.fixture(scope="session")
+def arithmetic_artifact(arithmetic: Path, weights: Path) -> Artifact:
+    return artifact_of(arithmetic.read_bytes(), ARITHMETIC, weights.read_bytes(), 64)
+
+
+@pytest.fixture(scope="session")
+def misbehaving_artifact(misbehaving: Path) -> Artifact:
+    return artifact_of(misbehaving.read_bytes(), MISBEHAVING)
