@@ -24,6 +24,7 @@ from kedge.deploy.cachedir import Progress, silent
 from kedge.deploy.errors import DeployError
 from kedge.deploy.probe import BoardInfo, probe
 from kedge.deploy.ssh import Completed, Connection, Destination, connect
+from kedge.rpc.errors import NoDeviceError
 
 DIRECTORY = "~/.local/share/kedge-agent"
 """Where the agent lives on a board unless said otherwise."""
@@ -35,7 +36,8 @@ RunnerFor = Callable[[BoardInfo], Path]
 """Builds or finds the native `kedge-runner` for a board."""
 
 Online = Callable[[str, float], bool]
-"""`online(name, timeout_s)` waits until the tracker sees the agent of that name; False when the time is up."""
+"""`online(name, timeout_s)` waits until the tracker sees the agent of that name; when the time is up it returns False
+or raises `NoDeviceError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ class _Remote:
                 raise DeployError(f"the agent {name} was not started on {self._connection.destination}: {pid}")
             deadline = time.monotonic() + timeout_s
             while (left := deadline - time.monotonic()) > 0:
-                if online(name, min(_SLICE_S, left)):
+                if _seen(online, name, min(_SLICE_S, left)):
                     return int(pid)
                 ended = launcher.wait(0)
                 if ended is not None:
@@ -231,6 +233,13 @@ class _Percent:
         if percent >= self._next:
             self._progress(f"{self._what}: {percent} % of {total / 1e6:.1f} MB")
             self._next = percent - percent % 25 + 25
+
+
+def _seen(online: Online, name: str, timeout_s: float) -> bool:
+    try:
+        return online(name, timeout_s)
+    except NoDeviceError:
+        return False
 
 
 def _unreachable_hint(host: str, port: str) -> str:

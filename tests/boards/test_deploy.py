@@ -1,0 +1,209 @@
+"""The whole road: the agent deployed to an ARM board over SSH, seen by a real tracker, running a real model there."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+from kedge.compiler.target import parse
+from kedge.compiler.toolchain import build_runtime
+from kedge.deploy import ssh
+from kedge.deploy.board import Deployment, deploy_board, log_tail, status, uninstall
+from kedge.deploy.emulated import EmulatedBoard
+from kedge.deploy.errors import BoardUnsuitableError, DeployError
+from kedge.deploy.probe import BoardInfo
+from kedge.rpc.client import Fleet
+from kedge.rpc.tracker import server
+from support.boards import CACHE, ROOT, destination, require
+
+import kedge
+
+pytestmark = pytest.mark.board
+
+TRIPLES = {"aarch64": "aarch64-linux-gnu", "armv7l": "armv7-linux-gnueabihf"}
+HOME = "/home/board/.local/share/kedge-agent"
+MODEL = ROOT / "kedge" / "data" / "digits.onnx"
+
+
+def runner_for(info: BoardInfo) -> Path:
+    return build_runtime(parse(f"llvm -mtriple={TRIPLES[info.arch]}")).runner
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with server.start(port=0, data_dir=tmp_path_factory.mktemp("tracker")) as running:
+        yield str(running.address)
+
+
+@pytest.fixture(scope="module")
+def fleet(tracker: str) -> Iterator[Fleet]:
+    with kedge.connect(tracker) as connection:
+        yield connection
+
+
+Deploy = Callable[..., Deployment]
+
+
+@pytest.fixture(scope="module")
+def deploy(fleet: Fleet, tracker: str) -> Deploy:
+    def call(board: EmulatedBoard, **changes: object) -> Deployment:
+        settings: dict[str, object] = {
+            "tracker": tracker,
+            "runner_for": runner_for,
+            "online": lambda name, timeout_s: bool(fleet.wait_for_device(name, timeout=timeout_s)),
+            "cache_dir": CACHE,
+            "labels": board.labels,
+        }
+        return deploy_board(destination(board), **(settings | changes))  # type: ignore[arg-type]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def deployed(board: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> Iterator[Deployment]:
+    """The board with its agent, for the tests of a module; afterwards no trace of it may be left."""
+    before = listing(board)
+    done = deploy(board, labels={**board.labels, "rack": "a-1"})
+    yield done
+    assert uninstall(destination(board))
+    assert listing(board) == before
+    assert not [line for line in board.processes() if "agent" in line or "kedge" in line]
+    assert fleet.devices(done.name) == []
+    assert not uninstall(destination(board))
+
+
+def listing(board: EmulatedBoard) -> list[str]:
+    """Every file of the board's user, and what lies in the folders that everybody may write to."""
+    with ssh.connect(destination(board)) as connection:
+        return connection.run(["find", "/home/board", "/tmp", "/dev/shm"]).stdout.splitlines()
+
+
+def test_the_tracker_sees_the_board_as_it_is(board: EmulatedBoard, deployed: Deployment, fleet: Fleet) -> None:
+    (device,) = fleet.devices(f"arch={board.machine},rack=a-1")
+    assert device.info.name == deployed.name == board.alias
+    assert device.info.arch == board.machine == deployed.board.arch
+    assert device.info.emulated
+    assert device.info.labels["emulated"] == "true"
+    assert set(deployed.uploaded) == {"agent.pyz", "kedge-runner", "launch.py", "site"}
+
+
+def test_nothing_runs_or_lies_where_it_need_not(board: EmulatedBoard, deployed: Deployment) -> None:
+    agents = [line for line in board.processes() if "agent.pyz" in line]
+    assert len(agents) == 1
+    assert not [line for line in board.processes() if "launch.py" in line]
+    assert not [path for path in listing(board) if path.endswith((".part", "site.tar.gz", ".unpacking"))]
+    with ssh.connect(destination(board)) as connection:
+        assert connection.run(["stat", "-c", "%a", HOME]).stdout == "700\n"
+    told = status(destination(board))
+    assert (told.installed, told.pid, told.name) == (True, deployed.pid, board.alias)
+
+
+def test_a_model_runs_there(board: EmulatedBoard, deployed: Deployment, fleet: Fleet) -> None:
+    """No SSH connection is open any more: the agent outlived the one that started it."""
+    with np.load(ROOT / "kedge" / "data" / "digits_test.npz") as data:
+        images = np.asarray(data["images"])[:16]
+    (expected,) = onnx.reference.ReferenceEvaluator(onnx.load(MODEL)).run(None, {"image": images})
+    (device,) = fleet.devices(deployed.name)
+    artifact = kedge.compile(kedge.load(MODEL), target=device.info.target)
+    result = fleet.run(artifact, {"image": images}, device=f"arch={board.machine}").wait(timeout=120)
+    assert result.device == deployed.name
+    np.testing.assert_allclose(result["probabilities"], expected, rtol=1e-4, atol=1e-6)
+    timed = fleet.bench(artifact, {"image": images[:1]}, device=deployed.name, repeat=3).wait(timeout=120)
+    assert timed.timing is not None
+    assert timed.timing.verdict == "emulated"
+
+
+def test_deploying_again_sends_nothing_and_replaces_the_agent(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet
+) -> None:
+    before = status(destination(board)).pid
+    again = deploy(board, labels={**board.labels, "rack": "b"})
+    assert again.uploaded == ()
+    assert again.pid != before
+    assert status(destination(board)).pid == again.pid
+    assert len([line for line in board.processes() if "agent.pyz" in line]) == 1
+    (device,) = fleet.devices(deployed.name)
+    assert device.info.labels["rack"] == "b"
+
+
+def test_only_what_changed_is_sent(board: EmulatedBoard, deployed: Deployment, deploy: Deploy, tmp_path: Path) -> None:
+    newer = tmp_path / "kedge-runner"
+    newer.write_bytes(runner_for(deployed.board).read_bytes() + b"\0")
+    assert deploy(board, runner_for=lambda _info: newer).uploaded == ("kedge-runner",)
+
+
+class TestRefusals:
+    """What goes wrong leaves the board as it was, and says what to do."""
+
+    @pytest.fixture
+    def fresh(self) -> Iterator[EmulatedBoard]:
+        require("arm64")
+        with EmulatedBoard("arm64", CACHE) as board:
+            yield board
+
+    def test_a_tracker_that_the_board_cannot_reach(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        before = listing(fresh)
+        with pytest.raises(DeployError, match=f"cannot reach the tracker at 127.0.0.1:{port}: .*refused") as refused:
+            deploy(fresh, tracker=f"127.0.0.1:{port}")
+        assert "means the board itself" in str(refused.value.hint)
+        assert f"-R {port}:127.0.0.1:{port}" in str(refused.value.hint)
+        assert listing(fresh) == before
+
+    def test_an_address_that_is_none(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        with pytest.raises(DeployError, match="no address of a tracker"):
+            deploy(fresh, tracker="somewhere")
+
+    def test_an_agent_that_ends_shows_its_log(self, fresh: EmulatedBoard, deploy: Deploy, tmp_path: Path) -> None:
+        broken = tmp_path / "runner"
+        broken.write_text("#!/bin/sh\necho this is no runner >&2\nexit 1\n")
+        with pytest.raises(DeployError, match=f"the agent {fresh.alias} on .* ended:\n.*runner"):
+            deploy(fresh, runner_for=lambda _info: broken)
+        told = status(destination(fresh))
+        assert (told.installed, told.pid) == (True, None)
+        assert log_tail(destination(fresh))
+        assert uninstall(destination(fresh))
+
+    def test_a_tracker_that_never_sees_it(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        """Something listens, but it is no tracker; the agent's log goes with the refusal."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+            with pytest.raises(
+                DeployError, match="did not see it within 8 s. Its log ends with:\n.*no tracker answers"
+            ):
+                deploy(fresh, tracker=address, timeout_s=8)
+            assert uninstall(destination(fresh))
+        assert not [line for line in fresh.processes() if "agent" in line]
+
+    def test_a_board_without_room(self, deploy: Deploy) -> None:
+        require("arm64")
+        with (
+            EmulatedBoard("arm64", CACHE, disk_mb=64) as small,
+            pytest.raises(BoardUnsuitableError, match="the agent needs 120 MB"),
+        ):
+            deploy(small)
+
+    def test_another_directory(self, fresh: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> None:
+        before = listing(fresh)
+        done = deploy(fresh, directory="~/a b/$x", name="odd-place")
+        assert fleet.devices("odd-place")[0].info.name == done.name == "odd-place"
+        assert any(path.startswith("/home/board/a b/$x/agent.pyz") for path in listing(fresh))
+        assert uninstall(destination(fresh), directory="~/a b/$x")
+        assert listing(fresh) == before
+
+
+def test_ssh_itself_sees_the_same_board(arm64: EmulatedBoard) -> None:
+    """The configuration that a board writes is good for OpenSSH's own client too."""
+    import subprocess
+
+    if shutil.which("ssh") is None:
+        pytest.skip("no OpenSSH client here")
+    command = ["ssh", "-F", str(arm64.ssh_config_path), arm64.alias, "uname -m"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "aarch64\n"
