@@ -23,7 +23,11 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Buffer:
-    """A dense row-major array. Two buffers are the same only if they are the same object."""
+    """A dense row-major array. Two buffers are the same only if they are the same object.
+
+    A buffer in scope "local" or "register" that is used only inside a parallel (or thread) loop is private: each
+    iteration has its own, and nothing of it lasts beyond the iteration.
+    """
 
     name: str
     shape: tuple[Dim, ...]
