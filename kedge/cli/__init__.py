@@ -16,9 +16,6 @@ def main() -> int:
         status = app(standalone_mode=False)
     except KedgeError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left, as `kedge … | head` does; there is nobody to tell.
         sys.stderr.close()
@@ -29,6 +26,8 @@ def main() -> int:
             raise
         shown()
         return int(getattr(error, "exit_code", 2))
+    if status == EXIT_INTERRUPTED:  # how typer hands Ctrl-C over
+        sys.stderr.write("interrupted\n")
     return status if isinstance(status, int) else 0
 
 

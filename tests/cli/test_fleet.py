@@ -1,0 +1,133 @@
+"""The fleet from the command line: real trackers and agents in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.commands import Kedge, kedge_command
+
+from kedge.data import digits_model, digits_test
+from kedge.demo import processes
+from kedge.diagnosis import diagnose
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a tracker with one agent of this machine."""
+    folder = tmp_path_factory.mktemp("fleet")
+    with (
+        processes.tracker(folder / "tracker") as address,
+        processes.agent(address, "bench-1", folder / "agent"),
+    ):
+        yield address
+
+
+def test_devices_lists_what_the_agent_reports(kedge: Kedge, fleet: str) -> None:
+    done = kedge("devices", "bench-1", "--tracker", fleet, "--json")
+    assert done.returncode == 0, done.stderr
+    (device,) = json.loads(done.stdout)
+    assert device["name"] == "bench-1" and device["arch"] == os.uname().machine
+    table = kedge("devices", "--tracker", fleet)
+    assert "bench-1" in table.stdout and "idle" in table.stdout
+    nobody = kedge("devices", "arch=sparc", "--tracker", fleet)
+    assert nobody.returncode == 1
+
+
+def test_run_bench_validate_and_jobs_on_a_device(kedge: Kedge, fleet: str, digits: Path, tmp_path: Path) -> None:
+    images, labels = digits_test()
+    np.savez(tmp_path / "in.npz", image=images)
+    there = ("--device", f"arch={os.uname().machine}", "--tracker", fleet)
+    run = kedge("run", digits, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz", *there)
+    assert run.returncode == 0, run.stderr
+    with np.load(tmp_path / "out.npz") as saved:
+        assert (saved["probabilities"].argmax(1) == labels).mean() > 0.95
+    bench = kedge("bench", digits, "--repeat", "5", "--min-repeat-ms", "1", "--json", *there)
+    assert bench.returncode == 0, bench.stderr
+    assert len(json.loads(bench.stdout)["samples_ns"]) == 5
+    validated = kedge("validate", digits_model(), digits, "--json", *there)
+    assert validated.returncode == 0, validated.stderr
+    assert json.loads(validated.stdout)["ok"]
+    jobs = json.loads(kedge("jobs", "--tracker", fleet, "--json").stdout)
+    assert len(jobs) >= 4
+    assert all(job["result"]["outcome"]["kind"] == "ok" for job in jobs)
+
+
+def test_an_artifact_for_another_device_is_refused_before_it_is_sent(kedge: Kedge, fleet: str, tmp_path: Path) -> None:
+    path = tmp_path / "arm.kdg"
+    assert kedge("compile", digits_model(), "--target", "raspberry-pi/4b", "-o", path).returncode == 0
+    done = kedge("run", path, "--device", "bench-1", "--tracker", fleet)
+    assert done.returncode == 4 and "aarch64" in done.stderr
+
+
+def test_no_device_matches(kedge: Kedge, fleet: str, digits: Path) -> None:
+    done = kedge("run", digits, "--device", "key=rpi4", "--tracker", fleet)
+    assert done.returncode == 7 and "key=rpi4" in done.stderr
+
+
+def test_doctor_tests_every_hop(kedge: Kedge, fleet: str) -> None:
+    done = kedge("doctor", "--tracker", fleet, "--device", "bench-1", "--json")
+    assert done.returncode == 0, done.stdout
+    by_check = {finding["check"]: finding["status"] for finding in json.loads(done.stdout)}
+    assert by_check["a job on the device"] == "ok"
+
+
+def test_doctor_names_a_tracker_that_is_not_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (finding,) = [finding for finding in diagnose(address, None) if finding.check == "tracker"]
+    assert finding.status == "broken" and address in finding.found and finding.remedy
+
+
+def test_a_port_in_use_is_named(kedge: Kedge, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = kedge("tracker", "start", "--port", str(port), "--data-dir", tmp_path)
+    assert done.returncode == 6 and str(port) in done.stderr and "hint: " in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_tracker_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    command = kedge_command("tracker", "start", "--port", "0", "--data-dir", tmp_path / "data")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("kedge tracker ready at 127.0.0.1:")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+
+
+def test_an_agent_without_a_good_address_says_so(kedge: Kedge, tmp_path: Path) -> None:
+    done = kedge("agent", "start", "--tracker", "host:no-port", "--data-dir", tmp_path)
+    assert done.returncode != 0 and "no-port" in done.stderr
+    unnamed = kedge("agent", "start", env={k: v for k, v in os.environ.items() if k != "KEDGE_TRACKER"})
+    assert unnamed.returncode == 6 and "--tracker" in unnamed.stderr
+
+
+def test_ctrl_c_stops_the_demo_and_everything_it_started(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        kedge_command("demo", "--no-arm"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "compiling the digits model" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
+    assert list(tmp_path.iterdir()) == []
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
