@@ -48,7 +48,7 @@ def compile_(
         return
     output.stdout().print(
         f"{out}: {output.size_text(out.stat().st_size)} for"
-        f" {', '.join(variant.target for variant in artifact.manifest.variants)}, in {seconds:.2f} s",
+        f" {'; '.join(output.target_text(variant.target) for variant in artifact.manifest.variants)}, in {seconds:.2f} s",
         markup=False,
         soft_wrap=True,
     )
@@ -105,7 +105,9 @@ def _show_manifest(path: Path, manifest: Manifest) -> None:
     console.print()
     variants = output.table("variant", "arch", "required CPU features", "code")
     for variant in manifest.variants:
-        variants.add_row(variant.target, variant.arch, ", ".join(variant.features) or "baseline", variant.lib)
+        variants.add_row(
+            output.target_text(variant.target), variant.arch, ", ".join(variant.features) or "baseline", variant.lib
+        )
     console.print(variants)
     console.print()
     members = output.table("member", ">size", "sha256")

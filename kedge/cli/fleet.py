@@ -109,7 +109,14 @@ def devices(
             labels = ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
             memory = output.size_text(info.memory_bytes)
             table.add_row(
-                info.name, device.state, info.arch, info.cpu_name, str(info.num_cores), memory, info.target, labels
+                info.name,
+                device.state,
+                info.arch,
+                info.cpu_name,
+                str(info.num_cores),
+                memory,
+                output.target_text(info.target),
+                labels,
             )
         output.stdout().print(table)
     if not found:

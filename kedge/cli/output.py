@@ -71,6 +71,12 @@ def size_text(n_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def target_text(target: str) -> str:
+    """A target string without the options that follow from its CPU, for tables."""
+    details = ("-mattr=", "-l1=", "-l2=")
+    return " ".join(word for word in target.split() if not word.startswith(details))
+
+
 class Report(Protocol):
     """A progress callback: what is being done, and how far of how much (0 of 0: unknown)."""
 
