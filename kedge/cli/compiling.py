@@ -46,9 +46,9 @@ def compile_(
     if as_json:
         output.emit_json({"artifact": str(out), "seconds": seconds, **manifest_facts(artifact.manifest)})
         return
+    targets = "; ".join(output.target_text(variant.target) for variant in artifact.manifest.variants)
     output.stdout().print(
-        f"{out}: {output.size_text(out.stat().st_size)} for"
-        f" {'; '.join(output.target_text(variant.target) for variant in artifact.manifest.variants)}, in {seconds:.2f} s",
+        f"{out}: {output.size_text(out.stat().st_size)} for {targets}, in {seconds:.2f} s",
         markup=False,
         soft_wrap=True,
     )

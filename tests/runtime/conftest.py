@@ -18,12 +18,6 @@ from support import native
 from kedge.artifact import Artifact
 
 
-@pytest.fixture(autouse=True)
-def _slow_by_hand(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
-        pytest.skip("slow: run by hand with -m slow")
-
-
 @pytest.fixture(scope="session")
 def runtime() -> RuntimeFiles:
     return build_runtime(parse("native"))
