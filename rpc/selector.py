@@ -20,7 +20,8 @@ from typing import Callable, Dict, Mapping, Tuple
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.types import DeviceInfo
 
-_TOKEN = re.compile(r"\s*(?:(?P<op>[<>!]=|[<>=(),])|\"(?P<quoted>[^\"]*)\"|(?P<word>[A-Za-z0-9_.:/+@-]+))")
+_WORD = r"[A-Za-z0-9_.:/+@-]+"
+_TOKEN = re.compile(rf'\s*(?:(?P<op>[<>!]=|[<>=(),])|"(?P<quoted>[^"]*)"|(?P<word>{_WORD}))')
 _ORDER: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -56,7 +57,7 @@ class Term:
             return False
 
     def __str__(self) -> str:
-        values = [value if _TOKEN.fullmatch(value) else f'"{value}"' for value in self.values]
+        values = [value if re.fullmatch(_WORD, value) else f'"{value}"' for value in self.values]
         return f"{self.key} {self.op} ({','.join(values)})" if "in" in self.op else f"{self.key}{self.op}{values[0]}"
 
 

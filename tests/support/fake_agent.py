@@ -1,0 +1,180 @@
+"""An agent in Python that speaks the real protocol and computes nothing: every output is the input of its place.
+
+Tests decide when it does what. For tests of the tracker and of clients; the real agent has tests of its own.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Self, TypeVar, cast
+
+import grpc
+
+from kedge.protos.v1 import agent_pb2, agent_pb2_grpc
+from kedge.rpc import convert
+from kedge.rpc import messages as m
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import blob_of
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.transport import Address, open_channel
+from kedge.rpc.types import (
+    BenchTask,
+    Blob,
+    DeviceInfo,
+    JobResult,
+    JobSpec,
+    Lease,
+    Measurement,
+    StageTime,
+    Tensor,
+    Verdict,
+    plan_inline,
+)
+
+B = TypeVar("B", bound=m.TrackerBody)
+PATIENCE_S = 10.0
+
+
+class FakeAgent:
+    """One connection at a time. `work` answers each assignment; without it the test does, with `expect` and `say`."""
+
+    def __init__(
+        self,
+        address: Address,
+        info: DeviceInfo,
+        *,
+        work: Callable[[FakeAgent, m.AssignJob], None] | None = None,
+        instance_id: str | None = None,
+    ) -> None:
+        self.address = address
+        self.info = info
+        self.instance_id = instance_id or secrets.token_hex(4)
+        self._work = work
+        self._inbox: queue.Queue[m.TrackerBody | None] = queue.Queue()
+        self._outbox: queue.SimpleQueue[agent_pb2.AgentMessage | None] = queue.SimpleQueue()
+        self._channel: Any = None
+        self._call: Any = None
+        self._reader: threading.Thread | None = None
+        self._number = 0
+        self.status: Any = None
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.drop()
+
+    # ---- The connection ----
+
+    def connect(self, *running: Lease, hello: m.Hello | None = None) -> m.TrackerBody | None:
+        """Dial and say hello; returns the tracker's answer."""
+        self._channel = open_channel(self.address)
+        self._outbox = queue.SimpleQueue()
+        self._inbox = queue.Queue()
+        self._number = 0
+        stub: Any = cast(Any, agent_pb2_grpc.AgentsStub)(self._channel)
+        self._call = stub.Connect(self._requests(self._outbox))
+        self.say(hello or m.Hello(local_protocol(), self.info, self.instance_id, running))
+        answer: queue.Queue[m.TrackerBody | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, args=(self._call, answer, self._inbox), daemon=True)
+        self._reader.start()
+        return answer.get(timeout=PATIENCE_S)
+
+    def drop(self) -> None:
+        """Break the connection without a word."""
+        self._call.cancel()
+        self._outbox.put(None)
+        assert self._reader is not None
+        self._reader.join(PATIENCE_S)
+        self._channel.close()
+
+    def ended(self) -> None:
+        """Wait until the tracker ends the stream."""
+        assert self._reader is not None
+        self._reader.join(PATIENCE_S)
+        assert not self._reader.is_alive(), "the tracker has not ended the stream"
+
+    def say(self, body: m.AgentBody) -> None:
+        """Send a message."""
+        self._number += 1
+        self._outbox.put(convert.agent_message_to_pb(body, self._number))
+
+    def expect(self, kind: type[B]) -> B:
+        """The next message, which is of this kind."""
+        body = self._inbox.get(timeout=PATIENCE_S)
+        assert isinstance(body, kind), f"expected {kind.__name__}, got {body}"
+        return body
+
+    def heard_nothing(self) -> bool:
+        """True when no message is waiting."""
+        return self._inbox.empty()
+
+    # ---- Work ----
+
+    def blobs(self) -> BlobClient:
+        """The tracker's blobs."""
+        return BlobClient(self._channel, self.address)
+
+    def result(self, spec: JobSpec) -> JobResult:
+        """What echoing the inputs gives; outputs are named after the artifact's."""
+        client = self.blobs()
+        datas = [client.read(t.data) if isinstance(t.data, Blob) else t.data for t in spec.task.inputs]
+        measurement = None
+        if isinstance(spec.task, BenchTask):
+            options = replace(spec.task.options, number=7)
+            samples = tuple(1000.0 + i for i in range(options.repeat))
+            measurement = Measurement(options, samples, 20, 1, verdict=Verdict.VALID)
+            if not spec.task.return_outputs:
+                datas = []
+        outputs = []
+        for tensor, data, inline in zip(spec.task.inputs, datas, plan_inline(map(len, datas)), strict=False):
+            held: bytes | Blob = bytes(data)
+            if not inline:
+                held = blob_of(bytes(data))
+                client.upload_missing([(held, bytes(data))])
+            outputs.append(Tensor(f"{tensor.name}_out", tensor.dtype, tensor.shape, held))
+        times = (StageTime(Stage.TRANSFER, 10), StageTime(Stage.RUN, 20))
+        return JobResult(Outcome(OutcomeKind.OK), tuple(outputs), measurement, times, self.info.name)
+
+    def finish(self, assigned: m.AssignJob) -> None:
+        """Do a job from its start to its end."""
+        self.say(m.JobStarted(assigned.lease))
+        self.say(m.JobProgress(assigned.lease, Stage.RUN))
+        self.say(m.JobFinished(assigned.lease, self.result(assigned.spec)))
+
+    # ---- Threads ----
+
+    def _requests(self, outbox: queue.SimpleQueue[agent_pb2.AgentMessage | None]) -> Iterator[agent_pb2.AgentMessage]:
+        while (message := outbox.get()) is not None:
+            yield message
+
+    def _read(
+        self, call: Any, answer: queue.Queue[m.TrackerBody | None], inbox: queue.Queue[m.TrackerBody | None]
+    ) -> None:
+        first = True
+        try:
+            for pb in call:
+                body = convert.tracker_message_from_pb(pb)
+                if first:
+                    first = False
+                    answer.put(body)
+                elif isinstance(body, m.AssignJob) and self._work is not None:
+                    self._work(self, body)
+                else:
+                    inbox.put(body)
+        except grpc.RpcError as error:
+            self.status = error
+        finally:
+            if first:
+                answer.put(None)
+
+
+def echo(agent: FakeAgent, assigned: m.AssignJob) -> None:
+    """`work` that does every job at once."""
+    agent.finish(assigned)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kedge.rpc.selector import Selector, SelectorError, Term, labels_of, parse
+from kedge.rpc.types import DeviceInfo
+
+PI = {"name": "pi", "arch": "aarch64", "soc": "bcm2711", "mem_mb": "4096", "emulated": "false", "key": "rpi4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        ("", True),
+        ("  ", True),
+        ("arch=aarch64", True),
+        ("arch = aarch64 , soc in ( bcm2711 , bcm2712 ), mem_mb>=2048, emulated!=true", True),
+        ("arch=x86_64", False),
+        ("arch=aarch64,soc=other", False),
+        ("soc not in (bcm2711)", False),
+        ("soc not in (a, b)", True),
+        ("rack!=a", True),
+        ("rack=a", False),
+        ("rack not in (a)", True),
+        ("rack in (a)", False),
+        ("mem_mb>4096", False),
+        ("mem_mb<=4096,mem_mb<4097", True),
+        ("rack>=1", False),
+        ("soc>1", False),
+        ("key=rpi4", True),
+        ("pi", True),
+        ("pi,arch=aarch64", True),
+        ("other", False),
+        ('key="rpi4"', True),
+        ("in=1", False),
+    ],
+)
+def test_what_matches(text: str, matches: bool) -> None:
+    assert parse(text).matches(PI) is matches
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "why"),
+    [
+        ("arch=", 6, "expected a value after '='"),
+        ("a,,b", 3, "expected a label or a device name"),
+        ("a=b c=d", 5, "expected ','"),
+        ("a b", 3, "expected an operator after 'a'"),
+        ("soc in a", 8, "expected '('"),
+        ("soc in (a", 10, "expected ')'"),
+        ("soc in ()", 9, "expected a value"),
+        ("soc not (a)", 9, "expected 'in'"),
+        ("mem_mb>=lots", 9, "'lots' is not a number"),
+        ("a=b,", 5, "expected a label or a device name"),
+        ("a=%", 3, "unexpected character"),
+        ("a(b", 2, "expected an operator after 'a'"),
+    ],
+)
+def test_errors_point_at_the_place(text: str, column: int, why: str) -> None:
+    with pytest.raises(SelectorError) as caught:
+        parse(text)
+    first, shown, pointer = caught.value.message.splitlines()
+    assert first == f"selector, column {column}: {why}"
+    assert shown[4:] == text and pointer == " " * (4 + column - 1) + "^"
+    assert caught.value.hint
+
+
+words = st.text("abcXYZ019_.:/+@-", min_size=1, max_size=8)
+values = st.one_of(words, st.text("ab ,=()", max_size=6))
+terms = st.one_of(
+    st.builds(Term, words, st.sampled_from(["=", "!="]), st.tuples(values)),
+    st.builds(Term, words, st.sampled_from(["<", "<=", ">", ">="]), st.tuples(st.integers(0, 99).map(str))),
+    st.builds(Term, words, st.sampled_from(["in", "not in"]), st.lists(values, min_size=1, max_size=3).map(tuple)),
+)
+
+
+@given(st.lists(terms, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_what_is_printed_reads_back(found: list[Term]) -> None:
+    selector = Selector(tuple(found))
+    assert parse(str(selector)) == selector
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_a_selector_or_an_error(text: str) -> None:
+    try:
+        parse(text)
+    except SelectorError as error:
+        assert text in error.message or "\n" in text
+
+
+def test_facts_win_over_labels() -> None:
+    info = DeviceInfo("pi", "aarch64", {"arch": "lie", "rack": "a"}, memory_bytes=1 << 30, num_cores=4, emulated=True)
+    labels = labels_of(info)
+    assert (labels["arch"], labels["rack"], labels["mem_mb"], labels["cores"]) == ("aarch64", "a", "1024", "4")
+    assert labels["emulated"] == "true" and labels["name"] == "pi"

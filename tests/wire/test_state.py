@@ -1,0 +1,374 @@
+"""The tracker's rules, one by one, with a clock in hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from kedge.rpc import messages as m
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.selector import SelectorError
+from kedge.rpc.tracker.facts import (
+    CloseAgent,
+    Effects,
+    JobAssigned,
+    JobChanged,
+    JobDone,
+    JobRecord,
+    JobRequeued,
+    ToAgent,
+)
+from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, RunTask
+from support.toys import device_info
+
+S = Settings(
+    heartbeat_interval_ms=100,
+    silence_ms=1_000,
+    lease_ms=5_000,
+    cancel_grace_ms=2_000,
+    deadline_slack_ms=500,
+    deadlines=Deadlines(queue_ms=60_000, transfer_ms=7_000, load_ms=8_000, run_ms=9_000),
+)
+NEEDS = (("x86_64", frozenset({"avx2"})),)
+OK = JobResult(Outcome(OutcomeKind.OK))
+
+
+def spec(selector: str = "", priority: int = 0, **deadlines: int) -> JobSpec:
+    return JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector, Deadlines(**deadlines), priority)
+
+
+def hello(name: str = "a", instance: str = "1", *running: Lease, arch: str = "x86_64", version: int = 1) -> m.Hello:
+    protocol = replace(local_protocol(), version=version)
+    return m.Hello(protocol, device_info(name, arch), instance, running)
+
+
+def bodies(effects: Effects, kind: type[m.TrackerBody]) -> list[m.TrackerBody]:
+    return [s.body for s in effects.sends if isinstance(s, ToAgent) and isinstance(s.body, kind)]
+
+
+def ends(effects: Effects) -> dict[str, tuple[OutcomeKind, Stage | None]]:
+    return {f.job_id: (f.result.outcome.kind, f.result.outcome.stage) for f in effects.facts if isinstance(f, JobDone)}
+
+
+class Bench:
+    """A state with one connected device `a` and, on demand, a job that it has."""
+
+    def __init__(self) -> None:
+        self.state = TrackerState("t", S)
+        self.state.connect(1, hello(), 0)
+
+    def assigned(self, job_id: str = "j", now: int = 0, **deadlines: int) -> Lease:
+        effects = self.state.submit(job_id, spec(**deadlines), NEEDS, "", now)
+        (assign,) = bodies(effects, m.AssignJob)
+        return assign.lease
+
+    def started(self, now: int = 0, **deadlines: int) -> Lease:
+        lease = self.assigned(now=now, **deadlines)
+        self.state.receive(1, m.JobStarted(lease), now)
+        return lease
+
+    def device(self) -> DeviceState:
+        return next(d.state for d in self.state.devices(include_gone=True) if d.info.name == "a")
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_job_goes_through_its_stages(bench: Bench) -> None:
+    lease = bench.assigned()
+    assert (lease.epoch, lease.duration_ms) == (1, S.lease_ms)
+    assert bench.state.job("j").state is JobState.ASSIGNED
+    assert bench.device() is DeviceState.BUSY
+    effects = bench.state.receive(1, m.JobStarted(lease), 1)
+    assert [(s.job.state, s.job.stage) for s in effects.sends if isinstance(s, JobChanged)] == [
+        (JobState.RUNNING, Stage.TRANSFER)
+    ]
+    bench.state.receive(1, m.JobProgress(lease, Stage.RUN), 2)
+    assert bench.state.job("j").stage is Stage.RUN
+    effects = bench.state.receive(1, m.JobFinished(lease, OK), 3)
+    (done,) = effects.facts
+    assert (done.result.device, done.finished_ms) == ("a", 3)
+    assert bodies(effects, m.ResultAccepted) == [m.ResultAccepted("j", stale=False)]
+    assert bench.state.job("j") is None and bench.device() is DeviceState.IDLE
+
+
+def test_the_reply_and_the_assignment_share_one_batch_of_facts(bench: Bench) -> None:
+    effects = bench.state.submit("j", spec(), NEEDS, "", 0)
+    assert [type(f).__name__ for f in effects.facts] == ["JobAccepted", "JobAssigned"]
+
+
+def test_open_deadlines_are_filled_in(bench: Bench) -> None:
+    bench.assigned(run_ms=1)
+    assert bench.state.job("j").spec.deadlines == Deadlines(60_000, 7_000, 8_000, 1)
+
+
+def test_a_result_is_taken_once_and_a_repeat_is_acknowledged(bench: Bench) -> None:
+    lease = bench.started()
+    bench.state.receive(1, m.JobFinished(lease, OK), 1)
+    again = bench.state.receive(1, m.JobFinished(lease, OK), 2)
+    assert again.facts == [] and bodies(again, m.ResultAccepted) == [m.ResultAccepted("j", stale=False)]
+    other = bench.state.receive(1, m.JobFinished(Lease("j", 7), OK), 2)
+    assert other.facts == [] and bodies(other, m.ResultAccepted) == [m.ResultAccepted("j", stale=True)]
+
+
+def test_a_result_of_another_device_is_stale(bench: Bench) -> None:
+    lease = bench.started()
+    bench.state.connect(2, hello("b"), 0)
+    effects = bench.state.receive(2, m.JobFinished(lease, OK), 1)
+    assert effects.facts == [] and bodies(effects, m.ResultAccepted) == [m.ResultAccepted("j", stale=True)]
+    assert bench.state.job("j").state is JobState.RUNNING
+
+
+def test_a_lost_connection_is_forgiven_while_the_lease_lasts(bench: Bench) -> None:
+    lease = bench.started()
+    bench.state.disconnect(1, 100)
+    assert bench.device() is DeviceState.GONE
+    effects = bench.state.connect(2, hello("a", "1", lease), 4_000)
+    assert bodies(effects, m.AbortJob) == [] and bench.state.job("j").state is JobState.RUNNING
+    assert ends(bench.state.tick(4_900)) == {}
+    bench.state.receive(2, m.Heartbeat(), 4_950)
+    assert ends(bench.state.tick(5_500)) == {}, "the hello has renewed the lease"
+    assert ends(bench.state.receive(2, m.JobFinished(lease, OK), 5_600)) == {"j": (OutcomeKind.OK, None)}
+
+
+def test_a_job_that_ran_is_lost_when_its_lease_runs_out(bench: Bench) -> None:
+    bench.started()
+    bench.state.disconnect(1, 100)
+    assert ends(bench.state.tick(4_999)) == {}
+    assert ends(bench.state.tick(5_000)) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
+
+
+def test_a_job_that_never_began_is_queued_again_and_the_old_epoch_is_worth_nothing(bench: Bench) -> None:
+    old = bench.assigned()
+    bench.state.disconnect(1, 100)
+    assert [type(f) for f in bench.state.tick(5_000).facts] == [JobRequeued]
+    effects = bench.state.connect(2, hello("a", "1", old), 5_100)
+    assert [abort.lease.epoch for abort in bodies(effects, m.AbortJob)] == [1]
+    assert bodies(effects, m.AssignJob) == [], "the device still holds the old lease"
+    stale = bench.state.receive(2, m.JobFinished(old, OK), 5_200)
+    assert bodies(stale, m.ResultAccepted) == [m.ResultAccepted("j", stale=True)]
+    (again,) = bodies(stale, m.AssignJob)
+    assert again.lease.epoch == 2
+
+
+def test_a_job_is_queued_again_only_so_often(bench: Bench) -> None:
+    bench.assigned()
+    for connection in range(1, 1 + S.max_requeues):
+        bench.state.disconnect(connection, 5)
+        effects = bench.state.connect(connection + 1, hello("a", str(connection + 1)), 10)
+        assert [type(f) for f in effects.facts] == [JobRequeued, JobAssigned]
+    bench.state.disconnect(1 + S.max_requeues, 20)
+    effects = bench.state.connect(9, hello("a", "9"), 30)
+    assert ends(effects) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
+
+
+def test_a_restarted_agent_has_lost_what_ran(bench: Bench) -> None:
+    bench.started()
+    bench.state.disconnect(1, 5)
+    effects = bench.state.connect(2, hello("a", "2"), 10)
+    assert ends(effects) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
+
+
+def test_goodbye_gives_everything_up_at_once(bench: Bench) -> None:
+    bench.started()
+    effects = bench.state.receive(1, m.Goodbye("SIGTERM"), 10)
+    assert ends(effects) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
+    assert "SIGTERM" in effects.facts[0].result.outcome.message
+    assert bench.device() is DeviceState.GONE
+
+
+def test_heartbeats_renew_the_leases_they_name(bench: Bench) -> None:
+    lease = bench.started(run_ms=100_000, transfer_ms=100_000)
+    for now in range(900, 20_000, 900):
+        bench.state.receive(1, m.Heartbeat(running=(lease,)), now)
+        assert ends(bench.state.tick(now)) == {}
+    assert bench.state.job("j") is not None
+
+
+def test_a_heartbeat_that_crossed_an_assignment_does_not_free_the_device(bench: Bench) -> None:
+    bench.assigned()
+    bench.state.receive(1, m.Heartbeat(), 10)
+    assert bench.device() is DeviceState.BUSY
+    assert bench.state.submit("k", spec(), NEEDS, "", 11).facts[1:] == []
+
+
+def test_an_assignment_that_got_lost_is_made_again_under_a_new_epoch(bench: Bench) -> None:
+    old = bench.assigned()
+    for now in range(900, 5_000, 900):
+        bench.state.receive(1, m.Heartbeat(), now)
+        assert bench.state.tick(now).facts == []
+    effects = bench.state.tick(5_000)
+    assert [type(f) for f in effects.facts] == [JobRequeued, JobAssigned]
+    stale = bench.state.receive(1, m.JobFinished(old, OK), 5_100)
+    assert stale.facts == [] and bodies(stale, m.ResultAccepted) == [m.ResultAccepted("j", stale=True)]
+    assert ends(bench.state.receive(1, m.JobFinished(Lease("j", 2), OK), 5_200)) == {"j": (OutcomeKind.OK, None)}
+
+
+def test_a_settled_lease_in_a_late_heartbeat_does_not_occupy_the_device(bench: Bench) -> None:
+    lease = bench.started()
+    bench.state.receive(1, m.JobFinished(lease, OK), 1)
+    effects = bench.state.receive(1, m.Heartbeat(running=(lease,)), 2)
+    assert effects.sends == [] and bench.device() is DeviceState.IDLE
+
+
+def test_a_lease_nobody_knows_is_aborted_and_keeps_the_device_busy(bench: Bench) -> None:
+    effects = bench.state.receive(1, m.Heartbeat(running=(Lease("ghost", 3),)), 1)
+    assert [abort.lease for abort in bodies(effects, m.AbortJob)] == [Lease("ghost", 3)]
+    assert bench.device() is DeviceState.BUSY
+    bench.state.receive(1, m.Heartbeat(), 2)
+    assert bench.device() is DeviceState.IDLE
+
+
+def test_a_silent_connection_is_closed(bench: Bench) -> None:
+    assert bench.state.tick(999).sends == []
+    assert CloseAgent(1) in bench.state.tick(1_000).sends
+    assert bench.device() is DeviceState.GONE
+    assert bench.state.receive(1, m.Heartbeat(), 1_001).sends == []
+
+
+def test_the_queue_deadline_names_what_was_waited_for() -> None:
+    state = TrackerState("t", S)
+    state.submit("j", spec("arch=riscv64", queue_ms=2_000), NEEDS, "", 0)
+    assert state.job("j").detail == "no device is connected"
+    state.connect(1, hello(), 100)
+    assert state.job("j").detail == "no connected device matches 'arch=riscv64'"
+    state.receive(1, m.Heartbeat(), 1_050)
+    effects = state.tick(2_000)
+    assert ends(effects) == {"j": (OutcomeKind.TIMEOUT, Stage.QUEUE)}
+    assert "arch=riscv64" in effects.facts[0].result.outcome.message
+
+
+def test_detail_says_what_keeps_a_job_waiting(bench: Bench) -> None:
+    bench.assigned("first")
+    bench.state.submit("j", spec("a"), NEEDS, "", 0)
+    assert bench.state.job("j").detail == "1 matching device is busy"
+    bench.state.connect(2, hello("arm", arch="aarch64"), 0)
+    bench.state.submit("k", spec("arm"), NEEDS, "", 0)
+    assert bench.state.job("k").detail == ("no matching device can run the artifact (it is for x86_64; arm is aarch64)")
+    bench.state.disconnect(2, 1)
+    assert bench.state.job("k").detail == "no connected device matches 'arm' (1 that left would)"
+
+
+@pytest.mark.parametrize(("stage", "due"), [(Stage.TRANSFER, 7_000), (Stage.LOAD, 8_000), (Stage.RUN, 9_000)])
+def test_a_stage_that_the_agent_does_not_end_is_ended_by_the_tracker(bench: Bench, stage: Stage, due: int) -> None:
+    lease = bench.started()
+    if stage is not Stage.TRANSFER:
+        bench.state.receive(1, m.JobProgress(lease, stage), 0)
+    end = due + S.deadline_slack_ms
+    for now in range(900, end, 900):
+        bench.state.receive(1, m.Heartbeat(running=(lease,)), now)
+        assert ends(bench.state.tick(now)) == {}
+    bench.state.receive(1, m.Heartbeat(running=(lease,)), end - 1)
+    assert ends(bench.state.tick(end - 1)) == {}
+    effects = bench.state.tick(end)
+    assert ends(effects) == {"j": (OutcomeKind.TIMEOUT, stage)}
+    assert [abort.lease.job_id for abort in bodies(effects, m.AbortJob)] == ["j"]
+    assert bench.device() is DeviceState.BUSY, "the device still does what it should not"
+
+
+def test_cancelling_a_waiting_job_is_immediate() -> None:
+    state = TrackerState("t", S)
+    state.submit("j", spec(), NEEDS, "", 0)
+    assert ends(state.cancel("j", "enough", 1)) == {"j": (OutcomeKind.CANCELLED, Stage.QUEUE)}
+    assert state.cancel("j", "enough", 1).facts == []
+    effects = state.connect(1, hello(), 2)
+    assert bodies(effects, m.AssignJob) == []
+
+
+def test_cancelling_a_running_job_asks_the_device_and_then_stops_waiting(bench: Bench) -> None:
+    lease = bench.started()
+    effects = bench.state.cancel("j", "enough", 10)
+    assert [abort.reason for abort in bodies(effects, m.AbortJob)] == ["enough"]
+    assert ends(effects) == {}
+    bench.state.receive(1, m.Heartbeat(running=(lease,)), 900)
+    bench.state.receive(1, m.Heartbeat(running=(lease,)), 1_800)
+    assert ends(bench.state.tick(2_010)) == {"j": (OutcomeKind.CANCELLED, Stage.TRANSFER)}
+    late = bench.state.receive(1, m.JobFinished(lease, OK), 2_020)
+    assert bodies(late, m.ResultAccepted) == [m.ResultAccepted("j", stale=True)]
+    assert bench.device() is DeviceState.IDLE
+
+
+def test_a_result_that_beats_the_cancellation_counts(bench: Bench) -> None:
+    lease = bench.started()
+    bench.state.cancel("j", "enough", 10)
+    assert ends(bench.state.receive(1, m.JobFinished(lease, OK), 11)) == {"j": (OutcomeKind.OK, None)}
+
+
+def test_two_agents_of_one_name_do_not_share_it(bench: Bench) -> None:
+    effects = bench.state.connect(2, hello("a", "other"), 0)
+    (refused,) = bodies(effects, m.Refused)
+    assert refused.retry and "another device is connected as 'a'" in refused.reason
+    bench.state.disconnect(2, 1)
+    assert bench.device() is DeviceState.IDLE
+
+
+def test_the_same_agent_may_come_back_before_its_old_connection_is_found_dead(bench: Bench) -> None:
+    lease = bench.started()
+    effects = bench.state.connect(2, hello("a", "1", lease), 10)
+    assert CloseAgent(1) in effects.sends and len(bodies(effects, m.Welcome)) == 1
+    bench.state.disconnect(1, 11)
+    assert bench.device() is DeviceState.BUSY
+
+
+@pytest.mark.parametrize(("version", "welcome"), [(0, False), (1, True), (2, True), (3, False)])
+def test_neighbouring_protocol_versions_are_accepted(version: int, welcome: bool) -> None:
+    effects = TrackerState("t", S).connect(1, hello(version=version), 0)
+    assert len(bodies(effects, m.Welcome if welcome else m.Refused)) == 1
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a,b", "x" * 101, "a=b"])
+def test_a_name_that_no_selector_could_say_is_refused(name: str) -> None:
+    effects = TrackerState("t", S).connect(1, hello(name), 0)
+    (refused,) = bodies(effects, m.Refused)
+    assert not refused.retry
+
+
+def test_after_a_restart_jobs_keep_their_place_and_their_leases(bench: Bench) -> None:
+    first = bench.state.submit("first", spec(), NEEDS, "k1", 0).facts
+    second = bench.state.submit("second", spec(), NEEDS, "k2", 1).facts
+    records = [JobRecord(first[0], first[1], 1), JobRecord(second[0])]
+    reborn = TrackerState("t", S)
+    reborn.restore(records, [("old", 4)], [("k0", "old"), ("k1", "first"), ("k2", "second")], 100)
+    assert reborn.job_of_key("k0") == "old" and reborn.job_of_key("k2") == "second"
+    assert [job.id for job in reborn.live_jobs()] == ["first", "second"]
+    effects = reborn.connect(1, hello("a", "1", Lease("first", 1)), 200)
+    assert bodies(effects, m.AssignJob) == [] == bodies(effects, m.AbortJob)
+    effects = reborn.receive(1, m.JobFinished(Lease("first", 1), OK), 300)
+    assert ends(effects) == {"first": (OutcomeKind.OK, None)}
+    assert [assign.lease.job_id for assign in bodies(effects, m.AssignJob)] == ["second"]
+    old = reborn.receive(1, m.JobFinished(Lease("old", 4), OK), 301)
+    assert bodies(old, m.ResultAccepted) == [m.ResultAccepted("old", stale=False)]
+    assert reborn.submit("third", spec(), NEEDS, "", 400).facts[0].seq > second[0].seq
+
+
+@pytest.mark.parametrize(("instance", "lost"), [("1", False), ("2", True)])
+def test_after_a_restart_an_assignment_that_no_agent_knows(bench: Bench, instance: str, lost: bool) -> None:
+    """The same agent never received it: it is made again. Another one may have died of it: it is lost."""
+    facts = bench.state.submit("j", spec(), NEEDS, "", 0).facts
+    reborn = TrackerState("t", S)
+    reborn.restore([JobRecord(facts[0], facts[1], 1)], [], [], 100)
+    effects = reborn.connect(1, hello("a", instance), 200)
+    assert ends(effects) == ({"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)} if lost else {})
+    assert [assign.lease.epoch for assign in bodies(effects, m.AssignJob)] == ([] if lost else [2])
+
+
+def test_after_a_restart_an_agent_that_stays_away_has_lost_its_job(bench: Bench) -> None:
+    facts = bench.state.submit("j", spec(), NEEDS, "", 0).facts
+    reborn = TrackerState("t", S)
+    reborn.restore([JobRecord(facts[0], facts[1], 1)], [], [], 100)
+    assert ends(reborn.tick(5_099)) == {}
+    assert ends(reborn.tick(5_100)) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
+
+
+def test_devices_are_listed_by_selector(bench: Bench) -> None:
+    bench.state.connect(2, hello("b", arch="aarch64"), 0)
+    bench.state.disconnect(1, 5)
+    assert [d.info.name for d in bench.state.devices()] == ["b"]
+    assert [d.info.name for d in bench.state.devices(include_gone=True)] == ["a", "b"]
+    assert bench.state.devices("arch=x86_64") == []
+    with pytest.raises(SelectorError):
+        bench.state.devices("arch=")

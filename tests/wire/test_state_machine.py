@@ -1,0 +1,363 @@
+"""The tracker's state machine under every order of events that hypothesis finds, with agents that keep the rules."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from kedge.rpc import messages as m
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.selector import labels_of, parse
+from kedge.rpc.tracker.facts import (
+    CloseAgent,
+    Effects,
+    JobAccepted,
+    JobAssigned,
+    JobCancelling,
+    JobChanged,
+    JobDone,
+    JobRecord,
+    JobRequeued,
+    ToAgent,
+)
+from kedge.rpc.tracker.state import Settings, TrackerState, can_run
+from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, RunTask
+from support.toys import device_info
+
+SETTINGS = Settings(
+    heartbeat_interval_ms=1_000,
+    silence_ms=3_000,
+    lease_ms=5_000,
+    cancel_grace_ms=2_000,
+    deadline_slack_ms=500,
+    deadlines=Deadlines(queue_ms=60_000, transfer_ms=8_000, load_ms=8_000, run_ms=8_000),
+    max_requeues=2,
+)
+DEVICES = {
+    "a": device_info("a", "x86_64", soc="one"),
+    "b": device_info("b", "x86_64", soc="two"),
+    "c": device_info("c", "aarch64", soc="one"),
+}
+NEEDS = {
+    "x86": (("x86_64", frozenset({"avx2"})),),
+    "arm": (("aarch64", frozenset()),),
+    "any": (("x86_64", frozenset()), ("aarch64", frozenset())),
+}
+OK = JobResult(Outcome(OutcomeKind.OK))
+
+
+@dataclass
+class Agent:
+    """What an agent keeps: a connection, and the leases it holds with what it did about them."""
+
+    name: str
+    instance: int = 0
+    connection: int | None = None
+    held: dict[tuple[str, int], str] = field(default_factory=dict)
+    aborted: set[tuple[str, int]] = field(default_factory=set)
+
+
+class Store:
+    """The facts as a database would keep them."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, JobRecord] = {}
+        self.done: dict[str, tuple[JobDone, int]] = {}
+        self.keys: dict[str, str] = {}
+
+    def apply(self, effects: Effects) -> None:
+        for fact in effects.facts:
+            if isinstance(fact, JobAccepted):
+                assert fact.job_id not in self.records and fact.job_id not in self.done
+                assert fact.key not in self.keys
+                self.keys[fact.key] = fact.job_id
+                self.records[fact.job_id] = JobRecord(fact)
+                continue
+            assert fact.job_id in self.records, f"{fact} about a job that is not alive"
+            record = self.records[fact.job_id]
+            if isinstance(fact, JobAssigned):
+                assert record.assigned is None, "assigned twice"
+                assert fact.epoch == record.epoch + 1, "epochs grow by one"
+                self.records[fact.job_id] = replace(record, assigned=fact, epoch=fact.epoch)
+            elif isinstance(fact, JobRequeued):
+                assert record.assigned is not None
+                self.records[fact.job_id] = replace(record, assigned=None)
+            elif isinstance(fact, JobCancelling):
+                self.records[fact.job_id] = replace(record, cancelling=fact.reason)
+            else:
+                del self.records[fact.job_id]
+                self.done[fact.job_id] = (fact, record.epoch)
+
+
+class TrackerMachine(RuleBasedStateMachine):
+    jobs = Bundle("jobs")
+
+    @initialize()
+    def begin(self) -> None:
+        self.now = 1_000_000
+        self.store = Store()
+        self.numbers = itertools.count(1)
+        self.agents = {name: Agent(name) for name in DEVICES}
+        self.accepted: dict[str, JobSpec] = {}
+        self.needs_of: dict[str, str] = {}
+        self.finished_at_agent: dict[str, int] = {}
+        self.state = TrackerState("t", SETTINGS)
+
+    # ---- What happens ----
+
+    @rule(
+        target=jobs,
+        selector=st.sampled_from(["", "a", "soc=one", "arch=x86_64,soc!=two", "arch=riscv64"]),
+        needs=st.sampled_from(sorted(NEEDS)),
+        priority=st.integers(0, 2),
+        repeat=st.booleans(),
+    )
+    def submit(self, selector: str, needs: str, priority: int, repeat: bool) -> str:
+        job_id = f"j{next(self.numbers)}"
+        spec = JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector, Deadlines(run_ms=4_000), priority)
+        assert self.state.job_of_key(f"key-{job_id}") is None
+        self.accepted[job_id], self.needs_of[job_id] = spec, needs
+        self.perform(self.state.submit(job_id, spec, NEEDS[needs], f"key-{job_id}", self.now))
+        if repeat:
+            assert self.state.job_of_key(f"key-{job_id}") == job_id
+        return job_id
+
+    @rule(name=st.sampled_from(sorted(DEVICES)), restarted=st.booleans())
+    def connect(self, name: str, restarted: bool) -> None:
+        agent = self.agents[name]
+        if restarted and agent.connection is None:
+            agent.instance += 1
+            agent.held.clear()
+            agent.aborted.clear()
+        connection = next(self.numbers)
+        self.pending_connection = connection
+        agent.connection = connection
+        leases = tuple(Lease(job_id, epoch) for job_id, epoch in agent.held)
+        hello = m.Hello(local_protocol(), DEVICES[name], f"{name}{agent.instance}", leases)
+        self.perform(self.state.connect(connection, hello, self.now))
+        if agent.connection == connection:
+            for key, what in list(agent.held.items()):
+                if what == "finished":
+                    self.say(agent, m.JobFinished(Lease(*key), OK))
+                elif what != "assigned":
+                    self.say(agent, m.JobStarted(Lease(*key)))
+
+    @rule(name=st.sampled_from(sorted(DEVICES)))
+    def impostor(self, name: str) -> None:
+        """Another process under the name of a connected device."""
+        agent = self.agents[name]
+        if agent.connection is None:
+            return
+        hello = m.Hello(local_protocol(), DEVICES[name], "impostor")
+        effects = self.state.connect(next(self.numbers), hello, self.now)
+        assert [type(getattr(send, "body", send)) for send in effects.sends] == [m.Refused, CloseAgent]
+        assert not effects.facts
+
+    @rule(name=st.sampled_from(sorted(DEVICES)), noticed=st.booleans())
+    def lose_connection(self, name: str, noticed: bool) -> None:
+        agent = self.agents[name]
+        if agent.connection is not None:
+            connection, agent.connection = agent.connection, None
+            if noticed:
+                self.perform(self.state.disconnect(connection, self.now))
+
+    @rule(name=st.sampled_from(sorted(DEVICES)))
+    def goodbye(self, name: str) -> None:
+        agent = self.agents[name]
+        if agent.connection is not None:
+            connection = agent.connection
+            self.say(agent, m.Goodbye("test"))
+            agent.connection = None
+            agent.held.clear()
+            agent.instance += 1
+            self.perform(self.state.disconnect(connection, self.now))
+
+    @rule(name=st.sampled_from(sorted(DEVICES)))
+    def heartbeat(self, name: str) -> None:
+        agent = self.agents[name]
+        if agent.connection is not None:
+            self.say(agent, m.Heartbeat(running=tuple(Lease(*key) for key in agent.held)))
+
+    @rule(name=st.sampled_from(sorted(DEVICES)), steps=st.integers(1, 4))
+    def work(self, name: str, steps: int) -> None:
+        """The agent goes on with what it holds: start, load, run, finish; an aborted job ends at once."""
+        agent = self.agents[name]
+        order = ["assigned", "started", "load", "run", "finished"]
+        for key, what in list(agent.held.items())[:1]:
+            for _ in range(steps):
+                if what == "finished":
+                    break
+                what = "finished" if key in agent.aborted else order[order.index(what) + 1]
+                agent.held[key] = what
+                lease = Lease(*key)
+                if what == "started":
+                    self.say(agent, m.JobStarted(lease))
+                elif what == "finished":
+                    self.say(agent, m.JobFinished(lease, OK))
+                else:
+                    self.say(agent, m.JobProgress(lease, Stage(what)))
+
+    @rule(job=jobs, name=st.sampled_from(sorted(DEVICES)), own=st.booleans(), back=st.integers(0, 2))
+    def stray_finish(self, job: str, name: str, own: bool, back: int) -> None:
+        """A result under an epoch that may be old, from a device that may not own the job."""
+        record = self.store.records.get(job)
+        if own and record is not None and record.assigned is not None:
+            name = record.assigned.device
+        agent = self.agents[name]
+        epoch = (record.epoch if record else self.store.done[job][1]) - back
+        if agent.connection is not None and epoch > 0 and (job, epoch) not in agent.held:
+            self.say(agent, m.JobFinished(Lease(job, epoch), OK))
+
+    @rule(job=jobs)
+    def cancel(self, job: str) -> None:
+        self.perform(self.state.cancel(job, "test", self.now))
+        record = self.store.records.get(job)
+        assert record is None or record.cancelling is not None
+
+    @rule(step=st.sampled_from([100, 1_000, 3_000, 6_000, 61_000]))
+    def time_passes(self, step: int) -> None:
+        target = self.now + step
+        while (alarm := self.state.next_alarm()) is not None and alarm <= target:
+            self.now = max(self.now, alarm)
+            self.perform(self.state.tick(self.now))
+        self.now = target
+
+    @rule()
+    def restart(self) -> None:
+        self.reborn()
+
+    @precondition(lambda self: self.accepted)
+    @rule(selector=st.sampled_from(["", "a"]))
+    def killed_before_it_could_send(self, selector: str) -> None:
+        """A job is accepted and assigned, and the tracker dies between the commit and the message."""
+        job_id = f"j{next(self.numbers)}"
+        spec = JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector)
+        self.accepted[job_id], self.needs_of[job_id] = spec, "any"
+        self.store.apply(self.state.submit(job_id, spec, NEEDS["any"], f"key-{job_id}", self.now))
+        self.reborn()
+        assert self.state.job(job_id) is not None
+
+    # ---- What follows ----
+
+    def say(self, agent: Agent, body: m.AgentBody) -> None:
+        if agent.connection is None:
+            return
+        effects = self.state.receive(agent.connection, body, self.now)
+        if isinstance(body, m.JobFinished):
+            self.check_finish(agent, body.lease, effects)
+        self.perform(effects)
+
+    def check_finish(self, agent: Agent, lease: Lease, effects: Effects) -> None:
+        """A result counts when the device holds the job under the current epoch, and never otherwise."""
+        record = self.store.records.get(lease.job_id)
+        owner = record.assigned if record else None
+        current = owner is not None and (owner.device, owner.epoch) == (agent.name, lease.epoch)
+        taken = [f for f in effects.facts if isinstance(f, JobDone) and f.job_id == lease.job_id]
+        assert bool(taken) == current
+        answers = [s.body for s in effects.sends if isinstance(s, ToAgent) and isinstance(s.body, m.ResultAccepted)]
+        assert [answer.job_id for answer in answers] == [lease.job_id]
+        assert not (current and answers[0].stale)
+
+    def perform(self, effects: Effects) -> None:
+        self.store.apply(effects)
+        for send in effects.sends:
+            if isinstance(send, ToAgent):
+                self.deliver(send)
+            elif isinstance(send, CloseAgent):
+                for agent in self.agents.values():
+                    if agent.connection == send.connection:
+                        agent.connection = None
+            elif isinstance(send, JobChanged) and send.job.state is JobState.DONE:
+                assert send.job.id in self.store.done
+
+    def deliver(self, send: ToAgent) -> None:
+        agent = next((a for a in self.agents.values() if a.connection == send.connection), None)
+        if agent is None:
+            return
+        body = send.body
+        if isinstance(body, m.AssignJob):
+            key = (body.lease.job_id, body.lease.epoch)
+            want = self.accepted[key[0]]
+            assert parse(want.selector).matches(labels_of(DEVICES[agent.name]))
+            assert can_run(NEEDS[self.needs_of[key[0]]], DEVICES[agent.name])
+            assert min(body.spec.deadlines.queue_ms, body.spec.deadlines.load_ms, body.spec.deadlines.run_ms) > 0
+            agent.held = {k: v for k, v in agent.held.items() if k[0] != key[0]}
+            agent.held[key] = "assigned"
+        elif isinstance(body, m.AbortJob):
+            agent.aborted.add((body.lease.job_id, body.lease.epoch))
+        elif isinstance(body, m.ResultAccepted):
+            for key in [key for key in agent.held if key[0] == body.job_id]:
+                if agent.held[key] == "finished":
+                    del agent.held[key]
+        elif isinstance(body, m.Refused):
+            agent.connection = None
+
+    def reborn(self) -> None:
+        ended = [(job_id, epoch) for job_id, (_, epoch) in self.store.done.items()]
+        self.state = TrackerState("t", SETTINGS)
+        self.state.restore(self.store.records.values(), ended, list(self.store.keys.items()), self.now)
+        for agent in self.agents.values():
+            agent.connection = None
+
+    # ---- What always holds ----
+
+    @invariant()
+    def every_accepted_job_is_alive_or_done(self) -> None:
+        if not hasattr(self, "accepted"):
+            return
+        assert set(self.accepted) == set(self.store.records) | set(self.store.done)
+        assert {job.id for job in self.state.live_jobs()} == set(self.store.records)
+        for job in self.state.live_jobs():
+            record = self.store.records[job.id]
+            assert (record.assigned is None) == (job.state is JobState.QUEUED)
+            assert job.device == (record.assigned.device if record.assigned else "")
+            assert bool(job.detail) == (job.state is JobState.QUEUED)
+
+    @invariant()
+    def a_device_has_one_job_and_none_idles_beside_one_that_waits_for_it(self) -> None:
+        if not hasattr(self, "accepted"):
+            return
+        devices = [r.assigned.device for r in self.store.records.values() if r.assigned and not r.cancelling]
+        connected = [status.info.name for status in self.state.devices()]
+        assert all(devices.count(name) <= 1 for name in connected)
+        idle = [status.info for status in self.state.devices() if status.state is DeviceState.IDLE]
+        for job in self.state.live_jobs():
+            if job.state is JobState.QUEUED:
+                wanted = parse(job.spec.selector)
+                needs = NEEDS[self.needs_of[job.id]]
+                assert not [d.name for d in idle if wanted.matches(labels_of(d)) and can_run(needs, d)]
+
+    @invariant()
+    def something_is_going_to_happen_to_every_job(self) -> None:
+        if hasattr(self, "accepted") and self.store.records:
+            assert self.state.next_alarm() is not None
+
+    def teardown(self) -> None:
+        """When all agents are gone, every job comes to an end."""
+        if not hasattr(self, "accepted"):
+            return
+        for name in DEVICES:
+            self.lose_connection(name, True)
+        for _ in range(10_000):
+            alarm = self.state.next_alarm()
+            if alarm is None:
+                break
+            self.now = max(self.now, alarm)
+            self.perform(self.state.tick(self.now))
+        assert not self.store.records
+        assert set(self.store.done) == set(self.accepted)
+
+
+TestTracker = TrackerMachine.TestCase
+TestTracker.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
