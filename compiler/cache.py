@@ -80,22 +80,16 @@ def _read(path: Path, symbol: str) -> KernelObject | None:
         data = path.read_bytes()
     except OSError:
         return None
-    magic, _, rest = data.partition(b"\n")
-    head, _, code = rest.partition(b"\n")
-    if magic + b"\n" != _MAGIC:
+    digest, body = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
+    if not data.startswith(_MAGIC) or digest != hashlib.sha256(body).digest():
         return None
-    try:
-        tree = json.loads(head)
-    except ValueError:
-        return None
-    if tree["sha256"] != hashlib.sha256(code).hexdigest():
-        return None
-    return KernelObject(symbol, code, tuple((int(op), int(value)) for op, value in tree["workspace"]))
+    head, _, code = body.partition(b"\n")
+    return KernelObject(symbol, code, tuple((int(op), int(value)) for op, value in json.loads(head)))
 
 
 def _write(path: Path, kernel: KernelObject) -> None:
-    head = {"sha256": hashlib.sha256(kernel.code).hexdigest(), "workspace": kernel.workspace}
-    data = _MAGIC + json.dumps(head).encode() + b"\n" + kernel.code
+    body = json.dumps(kernel.workspace).encode() + b"\n" + kernel.code
+    data = _MAGIC + hashlib.sha256(body).digest() + body
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernel-")

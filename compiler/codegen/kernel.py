@@ -357,9 +357,27 @@ class KernelEmitter(ExprEmitter):
         struct = f"{{ {', '.join(f.type for f in fields)} }}"
         name = f"{self.symbol}.loop{self.b.fresh('')}"
         self._outline(name, struct, loop, extent, buffers, captured, fields)
-        self._call_pool(name, struct, fields, extent)
+        count = self._widen(self.materialize(extent))
+        grain = loop.annotations.get("grain")
+        if grain is None:
+            self._call_pool(name, struct, fields, count)
+        else:
+            self._call_from(grain, name, struct, fields, count)
 
-    def _call_pool(self, name: str, struct: str, fields: list[Value], extent: Linear) -> None:
+    def _call_from(self, grain: int, name: str, struct: str, fields: list[Value], count: Value) -> None:
+        """The pool where there are `grain` iterations or more, else the body itself on this thread."""
+        b = self.b
+        few, many, done = b.fresh("few"), b.fresh("many"), b.fresh("done")
+        b.branch(b.compare("icmp slt", count, b.const(grain, "i64")), few, many)
+        b.label(few)
+        b.call(f"{name}.body", Value("", "i32"), [*fields, b.const(0, "i64"), count])
+        b.jump(done)
+        b.label(many)
+        self._call_pool(name, struct, fields, count)
+        b.jump(done)
+        b.label(done)
+
+    def _call_pool(self, name: str, struct: str, fields: list[Value], count: Value) -> None:
         b = self.b
         closure = f"%{b.fresh('closure')}"
         b.emit_entry(f"{closure} = alloca {struct}, align 8")
@@ -370,7 +388,6 @@ class KernelEmitter(ExprEmitter):
         api = b.result(f"load ptr, ptr {api_slot.ref}", "ptr")
         call_slot = b.result(f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 1", "ptr")
         function = b.result(f"load ptr, ptr {call_slot.ref}", "ptr")
-        count = self._widen(self.materialize(extent))
         args = f"ptr {self.frame}, ptr @{name}, ptr {closure}, {count.typed}"
         status = b.result(f"call i32 {function.ref}({args})", "i32")
         failed, go_on = b.fresh("failed"), b.fresh("ok")

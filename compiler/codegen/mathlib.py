@@ -223,7 +223,7 @@ def _tanh(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     one = b.const(1.0, x)
     far = b.op("fsub", one, b.op("fdiv", b.const(2.0, x), b.op("fadd", power, one)))
     small = b.compare("fcmp olt", a, b.const(0.625 if single else 0.3, x))
-    return b.select(small, near, b.intrinsic("llvm.copysign", far, x))
+    return b.intrinsic("llvm.copysign", b.select(small, near, far), x)  # also of zeros
 
 
 def _sigmoid(b: FunctionBuilder, args: Sequence[Value]) -> Value:

@@ -1,0 +1,180 @@
+"""From a module to an artifact: pipelines, variants, the kernel cache, what a user can look at on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kedge.compiler.cache import KernelCache, kernel_key
+from kedge.compiler.errors import CodegenError, CompileError, ToolchainError
+from kedge.compiler.frontend import nn
+from kedge.compiler.graph.ir import Module
+from kedge.compiler.pipeline import compile_module, compile_prim_func, pipeline
+from kedge.compiler.target import parse
+from kedge.compiler.tir.expr import Var
+from support import functions
+from support.compiled import NativeError, opened
+
+
+class Net(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(12, 16), nn.Linear(16, 5)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        return self.fc2(self.relu(self.fc1(x)))
+
+
+@pytest.fixture(scope="module")
+def net() -> tuple[Module, dict[str, np.ndarray]]:  # type: ignore[type-arg]
+    rng = np.random.default_rng(0)
+    module, _ = Net().export(spec={"forward": {"x": nn.spec.Tensor(("N", 12), "float32")}})
+    params = {
+        "fc1.weight": rng.standard_normal((16, 12)), "fc1.bias": rng.standard_normal(16),
+        "fc2.weight": rng.standard_normal((5, 16)), "fc2.bias": rng.standard_normal(5),
+    }  # fmt: skip
+    single = {name: data.astype(np.float32) for name, data in params.items()}
+    return module.bind(single), single
+
+
+def reference(params: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    hidden = np.maximum(x @ params["fc1.weight"].T + params["fc1.bias"], 0)
+    result: np.ndarray = hidden @ params["fc2.weight"].T + params["fc2.bias"]  # type: ignore[type-arg]
+    return result
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> KernelCache:
+    return KernelCache(tmp_path / "kernels")
+
+
+def test_a_module_runs_at_any_batch_size(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    module, params = net
+    artifact = compile_module(module, "native", cache=cache, name="net")
+    assert artifact.manifest.name == "net"
+    (function,) = artifact.manifest.functions
+    assert str(function.inputs[0]) == "x: float32[N, 12]"
+    with opened(artifact, threads=2) as opened_net:
+        for batch in (1, 3, 64):
+            x = np.random.default_rng(batch).standard_normal((batch, 12)).astype(np.float32)
+            (got,) = opened_net.run({"x": x}).values()
+            np.testing.assert_allclose(got, reference(params, x), rtol=1e-4, atol=1e-5)
+
+
+def test_variants_share_their_weights(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    module, _ = net
+    artifact = compile_module(module, ["x86-64", "x86-64-v3", "raspberry-pi/4b", "x86-64"], cache=cache)
+    variants = artifact.manifest.variants
+    assert [v.arch for v in variants] == ["x86_64", "x86_64", "aarch64"]
+    assert len({v.weights for v in variants}) == 1 and len({v.lib for v in variants}) == 3
+    assert artifact.select("x86_64", parse("x86-64-v4").features).features == parse("x86-64-v3").features
+
+
+def test_a_second_compile_takes_every_kernel_from_the_cache(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    module, _ = net
+    first = compile_module(module, "native", cache=cache)
+    made = cache.misses
+    assert made > 0 and cache.hits == 0
+    again = KernelCache(cache.root)
+    assert compile_module(module, "native", cache=again).digest == first.digest
+    assert again.misses == 0 and again.hits >= made
+
+
+def test_the_key_tells_targets_and_functions_apart_but_not_names() -> None:
+    func = functions.dense(4, 4, 4)
+    native, plain = parse("x86-64-v3"), parse("x86-64")
+    assert kernel_key(func, native) == kernel_key(functions.dense(4, 4, 4), native)
+    assert kernel_key(func, native) != kernel_key(func, plain)
+    assert kernel_key(func, native) != kernel_key(functions.dense(4, 4, 5), native)
+    # The number of cores is for schedules; it changes no instruction of a given schedule.
+    assert kernel_key(func, native) == kernel_key(func, parse("x86-64-v3 -num-cores=2"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"kedge-kernel 1\n{}", None])
+def test_a_damaged_cache_entry_is_made_again(cache: KernelCache, damage: bytes | None) -> None:
+    func = functions.chain(8)
+    good = compile_prim_func(func, "native", cache=cache)
+    (entry,) = [path for path in cache.root.rglob("*") if path.is_file()]
+    data = entry.read_bytes()
+    entry.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage is None else damage)
+    again = KernelCache(cache.root)
+    assert compile_prim_func(func, "native", cache=again).digest == good.digest
+    assert again.misses == 1 and entry.read_bytes() == data
+
+
+def test_an_unwritable_kernel_cache_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ToolchainError, match="KEDGE_CACHE_DIR"):
+        compile_prim_func(functions.chain(8), "native", cache=KernelCache(tmp_path / "file"))
+
+
+@dataclass(frozen=True)
+class Witness:
+    name: str = "witness"
+
+    def __call__(self, module: Module) -> Module:
+        SEEN.append(module)
+        return module
+
+
+SEEN: list[Module] = []
+
+
+def test_pipelines_can_be_changed(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    default = pipeline("default")
+    assert default.insert_after("fuse", Witness()).names == (*default.names, "witness")
+    assert default.insert_before(default.names[0], Witness()).names[0] == "witness"
+    assert "fuse" not in default.without("fuse").names and "fuse" in default.names
+    SEEN.clear()
+    compile_module(net[0], "native", pipeline=default.insert_after("fuse", Witness()), cache=cache)
+    assert len(SEEN) == 1 and SEEN[0] is not net[0]
+    with pytest.raises(CompileError, match="has no pass 'fuze'") as caught:
+        default.insert_after("fuze", Witness())
+    assert "fuse" in str(caught.value)
+    with pytest.raises(CompileError, match="no pipeline 'fast'"):
+        pipeline("fast")
+
+
+def test_no_target_is_refused(net) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(CompileError, match="no target"):
+        compile_module(net[0], [])
+
+
+def test_progress_names_each_kernel(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    said: list[str] = []
+    compile_module(net[0], "native", cache=cache, progress=said.append)
+    assert said and all("compiling" in line and "x86_64" in line for line in said)
+
+
+def test_every_stage_can_be_seen(  # type: ignore[no-untyped-def]
+    net, cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KEDGE_DUMP_DIR", str(tmp_path / "dump"))
+    monkeypatch.setenv("KEDGE_DEBUG", "1")
+    compile_module(net[0], "native", cache=cache)
+    suffixes = {path.suffix for path in (tmp_path / "dump").iterdir()}
+    assert suffixes == {".graph", ".tir", ".ll", ".s"}
+    assert "kedge: link: " in capsys.readouterr().err
+    monkeypatch.setenv("KEDGE_DEBUG", "3")
+    compile_module(net[0], "x86-64", cache=cache)
+    printed = capsys.readouterr().err
+    assert "func " in printed and "define hidden i32" not in printed
+
+
+def test_a_symbol_that_no_input_has_as_a_dim_is_refused(cache: KernelCache) -> None:
+    n = Var("N", lower=1)
+    func = functions.transpose(n * 2, 3)
+    with pytest.raises((CodegenError, CompileError), match="N"):
+        compile_prim_func(func, "native", cache=cache)
+
+
+def test_the_descriptor_says_what_the_runtime_checks(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    artifact = compile_module(net[0], "native", cache=cache)
+    with opened(artifact) as opened_net:
+        with pytest.raises(NativeError, match="input"):
+            opened_net.run({"x": np.zeros((2, 13), np.float32)})
+        with pytest.raises(NativeError, match="input"):
+            opened_net.run({"x": np.zeros((2, 12), np.float64)})
