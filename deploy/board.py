@@ -30,6 +30,7 @@ DIRECTORY = "~/.local/share/kedge-agent"
 """Where the agent lives on a board unless said otherwise."""
 
 _SLICE_S = 1.0
+_FINISH_S = 10.0
 _START_S = launch.STOP_GRACE_S + 30.0
 
 RunnerFor = Callable[[BoardInfo], Path]
@@ -208,7 +209,7 @@ class _Remote:
                     log = ended.stdout.partition("\n")[2]
                     raise DeployError(f"the agent {name} on {self._connection.destination} ended:\n{log}")
         finally:
-            launcher.close()
+            launcher.finish(_FINISH_S)
         log = self.command("tail", ok=(0, launch.EXIT_NOT_RUNNING)).stdout
         raise DeployError(
             f"the agent {name} runs on {self._connection.destination}, but the tracker at {tracker} "

@@ -312,6 +312,13 @@ class RemoteProcess:
             return line.decode(errors="replace")
         return bytes(self._output + self._errors).decode(errors="replace").strip()
 
+    def finish(self, timeout_s: float) -> None:
+        """Close the program's standard input, which tells it to end, and wait until it has; then `close`."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown_write()
+        self.wait(timeout_s)
+        self.close()
+
     def close(self) -> None:
         """Stop listening to the program; sshd hangs it up."""
         self._channel.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from kedge.deploy import ssh
-from kedge.deploy.board import Deployment, deploy_board, log_tail, status, uninstall
+from kedge.deploy.board import DIRECTORY, Deployment, deploy_board, status, uninstall
 from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.errors import BoardUnsuitableError, DeployError
 from kedge.deploy.probe import BoardInfo
@@ -27,7 +28,8 @@ import kedge
 pytestmark = pytest.mark.board
 
 TRIPLES = {"aarch64": "aarch64-linux-gnu", "armv7l": "armv7-linux-gnueabihf"}
-HOME = "/home/board/.local/share/kedge-agent"
+# One of them in a place that no shell would take unquoted.
+PLACES = {"arm64": DIRECTORY, "armhf": "~/a b/$x;'"}
 MODEL = ROOT / "kedge" / "data" / "digits.onnx"
 
 
@@ -69,13 +71,13 @@ def deploy(fleet: Fleet, tracker: str) -> Deploy:
 def deployed(board: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> Iterator[Deployment]:
     """The board with its agent, for the tests of a module; afterwards no trace of it may be left."""
     before = listing(board)
-    done = deploy(board, labels={**board.labels, "rack": "a-1"})
+    done = deploy(board, labels={**board.labels, "rack": "a-1"}, name=f"the-{board.arch}", directory=PLACES[board.arch])
     yield done
-    assert uninstall(destination(board))
+    assert uninstall(destination(board), directory=PLACES[board.arch])
     assert listing(board) == before
     assert not [line for line in board.processes() if "agent" in line or "kedge" in line]
     assert fleet.devices(done.name) == []
-    assert not uninstall(destination(board))
+    assert not uninstall(destination(board), directory=PLACES[board.arch])
 
 
 def listing(board: EmulatedBoard) -> list[str]:
@@ -86,7 +88,7 @@ def listing(board: EmulatedBoard) -> list[str]:
 
 def test_the_tracker_sees_the_board_as_it_is(board: EmulatedBoard, deployed: Deployment, fleet: Fleet) -> None:
     (device,) = fleet.devices(f"arch={board.machine},rack=a-1")
-    assert device.info.name == deployed.name == board.alias
+    assert device.info.name == deployed.name
     assert device.info.arch == board.machine == deployed.board.arch
     assert device.info.emulated
     assert device.info.labels["emulated"] == "true"
@@ -98,10 +100,11 @@ def test_nothing_runs_or_lies_where_it_need_not(board: EmulatedBoard, deployed: 
     assert len(agents) == 1
     assert not [line for line in board.processes() if "launch.py" in line]
     assert not [path for path in listing(board) if path.endswith((".part", "site.tar.gz", ".unpacking"))]
+    home = PLACES[board.arch].replace("~", "/home/board")
     with ssh.connect(destination(board)) as connection:
-        assert connection.run(["stat", "-c", "%a", HOME]).stdout == "700\n"
-    told = status(destination(board))
-    assert (told.installed, told.pid, told.name) == (True, deployed.pid, board.alias)
+        assert connection.run(["stat", "-c", "%a", home]).stdout == "700\n"
+    told = status(destination(board), directory=PLACES[board.arch])
+    assert (told.installed, told.pid, told.name) == (True, deployed.pid, deployed.name)
 
 
 def test_a_model_runs_there(board: EmulatedBoard, deployed: Deployment, fleet: Fleet) -> None:
@@ -119,23 +122,20 @@ def test_a_model_runs_there(board: EmulatedBoard, deployed: Deployment, fleet: F
     assert timed.timing.verdict == "emulated"
 
 
-def test_deploying_again_sends_nothing_and_replaces_the_agent(
-    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet
+@pytest.mark.parametrize("board", ["arm64"], indirect=True)
+def test_deploying_again_sends_what_changed_and_replaces_the_agent(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet, tmp_path: Path
 ) -> None:
-    before = status(destination(board)).pid
-    again = deploy(board, labels={**board.labels, "rack": "b"})
+    again = deploy(board, name=deployed.name, labels={**board.labels, "rack": "b"})
     assert again.uploaded == ()
-    assert again.pid != before
+    assert again.pid != deployed.pid
     assert status(destination(board)).pid == again.pid
-    assert len([line for line in board.processes() if "agent.pyz" in line]) == 1
     (device,) = fleet.devices(deployed.name)
     assert device.info.labels["rack"] == "b"
-
-
-def test_only_what_changed_is_sent(board: EmulatedBoard, deployed: Deployment, deploy: Deploy, tmp_path: Path) -> None:
     newer = tmp_path / "kedge-runner"
     newer.write_bytes(runner_for(deployed.board).read_bytes() + b"\0")
-    assert deploy(board, runner_for=lambda _info: newer).uploaded == ("kedge-runner",)
+    assert deploy(board, name=deployed.name, runner_for=lambda _info: newer).uploaded == ("kedge-runner",)
+    assert len([line for line in board.processes() if "agent.pyz" in line]) == 1
 
 
 class TestRefusals:
@@ -168,17 +168,14 @@ class TestRefusals:
             deploy(fresh, runner_for=lambda _info: broken)
         told = status(destination(fresh))
         assert (told.installed, told.pid) == (True, None)
-        assert log_tail(destination(fresh))
-        assert uninstall(destination(fresh))
 
     def test_a_tracker_that_never_sees_it(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
-        """Something listens, but it is no tracker; the agent's log goes with the refusal."""
+        """Something listens, but it is no tracker."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
-            with pytest.raises(
-                DeployError, match="did not see it within 8 s. Its log ends with:\n.*no tracker answers"
-            ):
-                deploy(fresh, tracker=address, timeout_s=8)
+            with pytest.raises(DeployError, match=f"the tracker at {address} did not see it within 1 s") as refused:
+                deploy(fresh, tracker=address, timeout_s=1)
+            assert "Its log ends with:" in refused.value.message
             assert uninstall(destination(fresh))
         assert not [line for line in fresh.processes() if "agent" in line]
 
@@ -190,19 +187,9 @@ class TestRefusals:
         ):
             deploy(small)
 
-    def test_another_directory(self, fresh: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> None:
-        before = listing(fresh)
-        done = deploy(fresh, directory="~/a b/$x", name="odd-place")
-        assert fleet.devices("odd-place")[0].info.name == done.name == "odd-place"
-        assert any(path.startswith("/home/board/a b/$x/agent.pyz") for path in listing(fresh))
-        assert uninstall(destination(fresh), directory="~/a b/$x")
-        assert listing(fresh) == before
-
 
 def test_ssh_itself_sees_the_same_board(arm64: EmulatedBoard) -> None:
     """The configuration that a board writes is good for OpenSSH's own client too."""
-    import subprocess
-
     if shutil.which("ssh") is None:
         pytest.skip("no OpenSSH client here")
     command = ["ssh", "-F", str(arm64.ssh_config_path), arm64.alias, "uname -m"]
