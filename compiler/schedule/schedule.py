@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.primitives import cache, inline, loops, motion, reduction
-from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on, refuse
-from kedge.compiler.tir.expr import Var
+from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_in, loops_on, refuse
+from kedge.compiler.tir.expr import Expr, Var
 from kedge.compiler.tir.stmt import PrimFunc, Scope
 
 #: One step of a trace: the primitive, its arguments and the ids of the handles it made. Plain JSON.
@@ -183,6 +183,12 @@ class Schedule:
         loop_or_block = self._loop("annotate", ref) if isinstance(ref, LoopRef) else self._block("annotate", ref)
         func = loops.annotate(self._func, loop_or_block, key, value)
         self._commit(func, "annotate", {"ref": ref.id, "key": key, "value": value})
+
+    def extent(self, loop: LoopRef) -> Expr:
+        """The number of iterations of a loop."""
+        found = find_loop(self._func, self._loop("extent", loop))
+        assert found is not None, "a live handle names a loop of the function"
+        return found.extent
 
     # Blocks -----------------------------------------------------------------------------------------------------
 

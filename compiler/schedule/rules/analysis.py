@@ -15,8 +15,6 @@ from kedge.compiler.tir.simplify import Ranges, Simplifier, over
 from kedge.compiler.tir.stmt import Block, IterVar, PrimFunc, Store
 from kedge.compiler.tir.visitor import free_vars, loads, walk_expr
 
-#: Scalar operations of a kernel from which spreading it over threads pays: some 10 us on one core.
-PARALLEL_WORK = 1 << 16
 #: Scalar operations that an intrinsic counts for.
 _CALL_COST = 12
 

@@ -49,7 +49,7 @@ class Contraction:
         if decisions["inline_padding"]:
             for name in _producers(sch.func, block_named(sch.func, main)):
                 attempt_inline(sch, name)
-        schedule_tile(sch, main, Tile.of(decisions))
+        schedule_tile(sch, main, Tile.of(decisions), target)
         done = {main, *(b.name for b in blocks_in(sch.func.body) if _touches_register(b))}
         for block in blocks_in(sch.func.body):
             if block.name not in done:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kedge.compiler.schedule.rules.analysis import (
-    PARALLEL_WORK,
     block_named,
     extent_of,
     fitting_lanes,
@@ -11,9 +10,9 @@ from kedge.compiler.schedule.rules.analysis import (
     spatial,
     store_of,
     stride,
-    work,
 )
 from kedge.compiler.schedule.rules.rule import TargetModel
+from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, const
 from kedge.compiler.tir.simplify import over, simplify
@@ -37,17 +36,13 @@ def fused_dims(block: Block, target: TargetModel) -> int:
     return 0
 
 
-def is_worth_threads(block: Block, target: TargetModel) -> bool:
-    """Whether the block is big enough to be spread over the target's cores."""
-    return target.num_cores > 1 and work(block) >= PARALLEL_WORK
-
-
 def schedule_map(sch: Schedule, name: str, target: TargetModel, *, fused: int, width: int, parallel: bool) -> None:
     """Schedule block `name`, alone in its loops: the `fused` innermost dims vectorized by `width`, the rest outside.
 
     Rewrite:
         for i, j: block   ->   for outer in parallel(…): for lane in vectorized(width): block
     """
+    total = cycles(block_named(sch.func, name), target)
     loops = list(sch.get_loops(sch.get_block(name)))
     inner = fuse_all(sch, loops[len(loops) - fused :]) if fused else None
     outer = loops[: len(loops) - fused]
@@ -58,7 +53,7 @@ def schedule_map(sch: Schedule, name: str, target: TargetModel, *, fused: int, w
     elif inner is not None:
         outer.append(inner)
     if parallel and outer:
-        sch.parallel(fuse_all(sch, outer))
+        parallelize(sch, outer, total)
 
 
 def map_width(block: Block, target: TargetModel, fused: int) -> int:
@@ -71,7 +66,7 @@ def schedule_map_by_model(sch: Schedule, name: str, target: TargetModel) -> None
     block = block_named(sch.func, name)
     fused = fused_dims(block, target)
     width = map_width(block, target, fused)
-    schedule_map(sch, name, target, fused=fused, width=width, parallel=is_worth_threads(block, target))
+    schedule_map(sch, name, target, fused=fused, width=width, parallel=is_worth_threads([block], target))
 
 
 def fuse_all(sch: Schedule, loops: list[LoopRef]) -> LoopRef:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.rules.analysis import (
-    PARALLEL_WORK,
     block_named,
     extent_of,
     fitting_lanes,
@@ -17,10 +16,10 @@ from kedge.compiler.schedule.rules.analysis import (
     spatial,
     store_of,
     strides,
-    work,
 )
-from kedge.compiler.schedule.rules.maps import fuse_all, schedule_map_by_model
+from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
+from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import schedule_tile, tile_by_model
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
@@ -60,7 +59,7 @@ class Reduction:
             _by_rows(sch, target)
             return
         for name in [block.name for block in reductions(sch.func)]:
-            schedule_tile(sch, name, tile_by_model(block_named(sch.func, name), target))
+            schedule_tile(sch, name, tile_by_model(block_named(sch.func, name), target), target)
         for block in blocks_in(sch.func.body):
             if _is_untouched(sch, block.name):
                 schedule_map_by_model(sch, block.name, target)
@@ -102,7 +101,9 @@ def _shares_rows(func: PrimFunc) -> bool:
 
 
 def _by_rows(sch: Schedule, target: TargetModel) -> None:
-    total = sum(work(block) for block in blocks_in(sch.func.body))
+    blocks = blocks_in(sch.func.body)
+    threads = is_worth_threads(blocks, target)
+    total = sum(cycles(block, target) for block in blocks)
     first = reductions(sch.func)[0].name
     order = [block.name for block in blocks_in(sch.func.body)]
     rows = _gather_rows(sch)
@@ -113,8 +114,8 @@ def _by_rows(sch: Schedule, target: TargetModel) -> None:
             _vectorize_inner(sch, name, len(rows), target)
     for name in order[: order.index(first)]:
         schedule_map_by_model(sch, name, target)
-    if target.num_cores > 1 and total >= PARALLEL_WORK:
-        sch.parallel(fuse_all(sch, rows))
+    if threads:
+        parallelize(sch, rows, total)
 
 
 def _accumulate(sch: Schedule, name: str, rows: list[LoopRef]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.rules.analysis import (
-    PARALLEL_WORK,
     block_named,
     extent_of,
     fitting_lanes,
@@ -21,10 +20,9 @@ from kedge.compiler.schedule.rules.analysis import (
     spatial,
     store_of,
     strides,
-    work,
 )
-from kedge.compiler.schedule.rules.maps import fuse_all
 from kedge.compiler.schedule.rules.rule import Space, TargetModel
+from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import intermediate, readers
 from kedge.compiler.tir.stmt import Block
@@ -65,7 +63,7 @@ class Tile:
 
 def tile_by_model(block: Block, target: TargetModel) -> Tile:
     """The tile for a reduction that the analytic model picks."""
-    parallel = target.num_cores > 1 and work(block) >= PARALLEL_WORK
+    parallel = is_worth_threads([block], target)
     vector = _vector_dim(block, target)
     if vector is None:
         return Tile(parallel=parallel)
@@ -91,7 +89,7 @@ def tile_space(block: Block, target: TargetModel) -> Space:
     }
 
 
-def schedule_tile(sch: Schedule, name: str, tile: Tile) -> None:
+def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> None:
     """Schedule reduction `name`, alone in its loops, and take its consumer into the copy of the tile if that goes.
 
     Rewrite:
@@ -102,6 +100,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile) -> None:
     """
     ref = sch.get_block(name)
     _check(sch, ref, tile)
+    total = cycles(block_named(sch.func, name), target)
     outer, reducing, inner = _order(sch, ref, tile)
     blocks = [ref]
     if outer:
@@ -118,7 +117,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile) -> None:
         if tile.width > 1:
             sch.vectorize(own[-1])
     if outer and tile.parallel:
-        sch.parallel(fuse_all(sch, outer))
+        parallelize(sch, outer, total)
 
 
 def _check(sch: Schedule, ref: BlockRef, tile: Tile) -> None:

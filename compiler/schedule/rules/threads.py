@@ -1,0 +1,55 @@
+"""Spreading loops over cores: whether it pays, and from how many iterations on where that is known only at run time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from kedge.compiler.schedule.rules.analysis import at_least, lanes, work
+from kedge.compiler.schedule.rules.rule import TargetModel
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.tir.expr import Const
+from kedge.compiler.tir.simplify import Simplifier
+from kedge.compiler.tir.stmt import Block
+
+#: Cycles of one core from which spreading a loop over threads pays: about 10 us, since waking a thread takes some 5 us.
+PARALLEL_CYCLES = 1 << 15
+#: Vector operations in a cycle of well scheduled code.
+_PER_CYCLE = 2
+
+
+def cycles(block: Block, target: TargetModel) -> float:
+    """Cycles of the block on one core, at the least size of its symbolic dims."""
+    return work(block) / (lanes(target, block) * _PER_CYCLE)
+
+
+def is_worth_threads(blocks: Iterable[Block], target: TargetModel) -> bool:
+    """Whether the blocks, taken together, are big enough for the target's cores, or may be at run time."""
+    if target.num_cores < 2:
+        return False
+    listed = tuple(blocks)
+    if any(_is_open(block) for block in listed):
+        return True
+    return sum(cycles(block, target) for block in listed) >= PARALLEL_CYCLES
+
+
+def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float) -> None:
+    """Spread perfectly nested `loops` over threads; `total_cycles` is what they cost at their least size.
+
+    Where the number of iterations is known only at run time, the loop carries the `grain` below which it is not worth
+    the threads and runs on the calling one.
+
+    Rewrite:
+        for i: for j: …   ->   for i_j in parallel(…):  # grain=n
+    """
+    loop = sch.fuse(*loops) if len(loops) > 1 else loops[0]
+    sch.parallel(loop)
+    extent = sch.extent(loop)
+    if not isinstance(extent, Const):
+        per_iteration = max(1.0, total_cycles / at_least(extent))
+        sch.annotate(loop, "grain", math.ceil(PARALLEL_CYCLES / per_iteration))
+
+
+def _is_open(block: Block) -> bool:
+    """Whether an extent has no known upper bound."""
+    return any(Simplifier().bounds(it.extent)[1] is None for it in block.iters if it.kind == "spatial")
