@@ -184,7 +184,7 @@ class Catalog:
         if missing:
             names = ", ".join(blob.digest for blob in missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise NotReadyError(
-                f"{what}: {len(missing)} of {len(blobs)} blobs are missing on the tracker: {names}",
+                f"{what}: {len(missing)} of {len(set(blobs))} blobs are missing on the tracker: {names}",
                 hint="upload them before the job",
             )
 

@@ -127,6 +127,8 @@ class Store:
         self._stopping = threading.Event()
         #: Why the last commit failed, while it is tried again; None when all is well.
         self.problem: str | None = None
+        #: Set as long as there is a problem.
+        self.troubled = threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -214,11 +216,13 @@ class Store:
                             _write(connection, fact)
             except OperationalError as error:
                 self.problem = str(error.orig)
+                self.troubled.set()
                 log.error("cannot store jobs in %s: %s; trying again", self._path, self.problem)
                 if self._stopping.wait(_RETRY_S):
                     return False
             else:
                 self.problem = None
+                self.troubled.clear()
                 return True
 
     def _answer(self, connection: sa.Connection, item: _Read) -> None:

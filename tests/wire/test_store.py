@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.tracker.facts import (
+    Fact,
+    JobAccepted,
+    JobAssigned,
+    JobCancelling,
+    JobDone,
+    JobRecord,
+    JobRequeued,
+)
+from kedge.rpc.tracker.store import Store, StoreError
+from kedge.rpc.types import Blob, JobResult, JobSpec, JobState, RunTask, Tensor
+
+NEEDS = (("x86_64", frozenset({"avx2", "fma"})), ("aarch64", frozenset[str]()))
+SPEC = JobSpec(Blob("0" * 64, 9), "main", RunTask((Tensor("x", "int8", (3,), b"abc"),)), "arch=x86_64", priority=3)
+RESULT = JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "int8", (1,), b"z"),), device="a")
+
+
+def accepted(job_id: str, seq: int, key: str = "") -> JobAccepted:
+    return JobAccepted(job_id, seq, SPEC, NEEDS, key, 100 + seq)
+
+
+def write(store: Store, *facts: Fact) -> None:
+    durable = threading.Event()
+    store.append(facts, durable.set)
+    assert durable.wait(10)
+
+
+def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tracker_id = store.found.tracker_id
+    waiting, running = accepted("w", 1, "kw"), accepted("r", 2)
+    assigned = JobAssigned("r", "a", "instance", 1)
+    write(store, waiting, running, accepted("d", 3, "kd"), accepted("q", 4), assigned)
+    write(store, JobAssigned("d", "a", "i", 1), JobDone("d", RESULT, 500))
+    write(store, JobAssigned("q", "a", "i", 1), JobRequeued("q"), JobCancelling("r", "enough"))
+    store.close()
+    again = Store(tmp_path)
+    assert again.found.tracker_id == tracker_id
+    assert again.found.records == (
+        JobRecord(waiting),
+        JobRecord(running, assigned, 1, "enough"),
+        JobRecord(accepted("q", 4), None, 1),
+    )
+    assert again.found.ended == (("d", 1),)
+    assert again.found.keys == (("kw", "w"), ("kd", "d"))
+    job = again.job("d").result(10)
+    assert job is not None
+    assert (job.state, job.result, job.spec, job.device) == (JobState.DONE, RESULT, SPEC, "a")
+    assert (job.submitted_unix_ms, job.finished_unix_ms) == (103, 500)
+    assert again.job("unknown").result(10) is None
+    assert [job.id for job in again.jobs(2, ()).result(10)] == ["q", "d"]
+    assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(10)] == ["q", "w"]
+    assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(10)] == ["r"]
+    again.close()
+
+
+def test_facts_are_durable_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    store, order, all_done = Store(tmp_path), [], threading.Event()
+    for number in range(200):
+
+        def done(number: int = number) -> None:
+            order.append(number)
+            if number == 199:
+                all_done.set()
+
+        store.append([accepted(f"j{number}", number)], done)
+    assert all_done.wait(20)
+    assert order == list(range(200))
+    assert len(store.jobs(1000, ()).result(10)) == 200
+    store.close()
+
+
+def test_reading_sees_what_was_queued_before(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append([accepted("j", 1)], lambda: None)
+    job = store.job("j").result(10)
+    assert job is not None and job.id == "j"
+    store.close()
+
+
+def test_closing_stores_what_was_queued(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(50):
+        store.append([accepted(f"j{number}", number)], lambda: None)
+    store.close()
+    again = Store(tmp_path)
+    assert len(again.found.records) == 50
+    again.close()
+
+
+def test_a_second_tracker_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(StoreError, match="another tracker uses the data folder") as caught:
+        Store(tmp_path)
+    assert "--data-dir" in str(caught.value)
+    store.close()
+    Store(tmp_path).close()
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "tracker.db") as connection:
+        connection.execute("UPDATE meta SET value = '99' WHERE name = 'schema'")
+    connection.close()
+    with pytest.raises(StoreError, match="newer kedge"):
+        Store(tmp_path)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tracker.db").write_text("this is not a database, whatever its name says" * 100)
+    with pytest.raises(StoreError, match="cannot use"):
+        Store(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot make the data folder"):
+        Store(tmp_path / "file" / "data")
+
+
+FULL = """
+import resource, sys, threading
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from wire.test_store import accepted
+from kedge.rpc.tracker.store import Store
+store = Store(Path(sys.argv[1]))
+infinity = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, infinity))
+durable = threading.Event()
+store.append([accepted(f"j{n}", n) for n in range(500)], durable.set)
+print(store.troubled.wait(20), bool(store.problem), durable.is_set())
+resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
+print(durable.wait(20), store.problem, len(store.jobs(1000, ()).result(10)))
+store.close()
+"""
+
+
+def test_a_full_disk_keeps_facts_until_there_is_room(tmp_path: Path) -> None:
+    """The kernel refuses to let the files grow; when they may again, nothing has been lost."""
+    tests = Path(__file__).parents[1]
+    script = [sys.executable, "-c", FULL, str(tmp_path), str(tests)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["True True False", "True None 500"], done.stderr
+    assert "cannot store jobs" in done.stderr

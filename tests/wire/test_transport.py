@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+from kedge.rpc.errors import ConnectError
+from kedge.rpc.protocol import ProtocolError, accepts, check_peer, local_protocol
+from kedge.rpc.transport import Address, parse_address
+from kedge.rpc.types import Protocol
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "shown"),
+    [
+        ("lab:9000", Address("lab", 9000), "lab:9000"),
+        ("lab", Address("lab", 9190), "lab:9190"),
+        (" 10.0.0.7:80 ", Address("10.0.0.7", 80), "10.0.0.7:80"),
+        ("[::1]:9190", Address("::1", 9190), "[::1]:9190"),
+        ("[fe80::1]", Address("fe80::1", 9190), "[fe80::1]:9190"),
+    ],
+)
+def test_addresses(text: str, address: Address, shown: str) -> None:
+    assert parse_address(text) == address and str(address) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no host"),
+        (":9190", "no host"),
+        ("http://lab:9190", "scheme"),
+        ("lab:", "port ''"),
+        ("lab:http", "port 'http'"),
+        ("lab:0", "from 1 to 65535"),
+        ("lab:65536", "from 1 to 65535"),
+        ("::1:9190", "brackets"),
+        ("my lab:9190", "not a host name"),
+        ("[::1]9190", "brackets"),
+    ],
+)
+def test_bad_addresses_say_what_is_wrong(text: str, why: str) -> None:
+    with pytest.raises(ConnectError, match=r"is not a tracker's address") as caught:
+        parse_address(text)
+    assert why in caught.value.message and "HOST:PORT" in str(caught.value.hint)
+
+
+def test_loopback() -> None:
+    assert all(Address(host, 1).is_loopback for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"))
+    assert not any(Address(host, 1).is_loopback for host in ("0.0.0.0", "lab", "10.0.0.1", "::"))
+
+
+def test_versions_may_differ_by_one() -> None:
+    ours = local_protocol().version
+    assert [accepts(v) for v in (ours - 1, ours, ours + 1, ours + 2)] == [ours > 1, True, True, False]
+    check_peer(Protocol(ours + 1), "the tracker")
+    with pytest.raises(ProtocolError, match=f"the tracker speaks protocol {ours + 2}") as caught:
+        check_peer(Protocol(ours + 2, (), "kedge 9"), "the tracker")
+    assert "update kedge here" in str(caught.value)
