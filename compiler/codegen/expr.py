@@ -68,13 +68,18 @@ class ExprEmitter:
     # Scopes -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Values computed inside do not dominate what comes after."""
+    def scope(self, *, straight: bool = False) -> Iterator[None]:
+        """Values computed inside do not dominate what comes after, unless the code runs `straight` through."""
         self._caches.append({})
         try:
             yield
+        except NotVectorizable:
+            straight = False  # what was emitted is taken back
+            raise
         finally:
-            self._caches.pop()
+            inner = self._caches.pop()
+            if straight:
+                self._caches[-1].update(inner)
 
     def _cached(self, key: object) -> Any:
         for cache in reversed(self._caches):
@@ -462,8 +467,12 @@ class ExprEmitter:
         decided = _decide(expr.op, (x - y).bounds(self.known))
         if decided is not None:
             return Value("true" if decided else "false", "i1")
+        key = (expr.op, self.lanes, frozenset(x.terms.items()), frozenset(y.terms.items()))
+        known: Value | None = self._cached(key)
+        if known is not None:
+            return known
         dtype = f"int{self.b.target.arch.pointer_bits}"
-        return arith.binary(self.b, expr.op, dtype, self.materialize(x), self.materialize(y))
+        return self._remember(key, arith.binary(self.b, expr.op, dtype, self.materialize(x), self.materialize(y)))
 
     def _multiply_add(self, expr: Binary) -> Value | None:
         """`a * b ± c` with one rounding, where the machine has an instruction for it."""
@@ -533,7 +542,7 @@ class ExprEmitter:
         outer = self.mask
         self.mask = mask if outer is None else self.b.op("and", outer, mask)
         try:
-            with self.scope():
+            with self.scope(straight=True):
                 yield
         finally:
             self.mask = outer

@@ -294,7 +294,7 @@ class KernelEmitter(ExprEmitter):
         self.known[LANE] = (0, lanes - 1)
         self.lanes = lanes
         try:
-            with self.scope():
+            with self.scope(straight=True):
                 self.stmt(loop.body)
         except NotVectorizable:
             del b.lines[kept[0] :]
