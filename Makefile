@@ -18,7 +18,7 @@ demo: .venv/.installed ## The main job: compile, dispatch, run, check and time a
 	@$(BIN)/kedge demo
 
 test: .venv/.dev lint ## Lint, type check, then all tests
-	@$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/.dev ## Ruff, mypy strict, the floors, the generated modules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
