@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from kedge.rpc.errors import ArtifactError
 
@@ -120,7 +120,7 @@ class Manifest:
         try:
             tree = json.loads(data)
             version = tree["format"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ArtifactError("manifest.json is not a kedge manifest", hint="compile the model again") from error
         if version != FORMAT_VERSION:
             raise ArtifactError(
@@ -149,25 +149,6 @@ def _encode(manifest: Manifest) -> Dict[str, Any]:
 
 
 def _decode(tree: Dict[str, Any]) -> Manifest:
-    def ports(items: List[Dict[str, Any]]) -> Tuple[Port, ...]:
-        return tuple(Port(str(p["name"]), str(p["dtype"]), tuple(_dim(d) for d in p["shape"])) for p in items)
-
-    functions = tuple(
-        Function(
-            str(f["name"]),
-            ports(f["inputs"]),
-            ports(f["outputs"]),
-            tuple(Symbol(str(s["name"]), int(s["lower"]), _optional_int(s["upper"])) for s in f["symbols"]),
-        )
-        for f in tree["functions"]
-    )
-    variants = tuple(
-        Variant(
-            str(v["target"]), str(v["arch"]), str(v["triple"]), tuple(str(x) for x in v["features"]), str(v["lib"]),
-            None if v["weights"] is None else str(v["weights"]), int(v["weights_offset"]),
-        )
-        for v in tree["variants"]
-    )  # fmt: skip
     members = tuple(
         Member(
             _member_name(m["name"]), _digest(m["digest"]), _size(m["size"]),
@@ -178,26 +159,62 @@ def _decode(tree: Dict[str, Any]) -> Manifest:
     for member in members:
         if sum(part.size for part in member.parts) != member.size:
             raise ValueError(f"the parts of {member.name} do not add up to its size")
+    _check_distinct("member", members)
+    functions = tuple(_decode_function(f) for f in tree["functions"])
+    _check_distinct("function", functions)
+    variants = tuple(_decode_variant(v, {member.name: member.size for member in members}) for v in tree["variants"])
     return Manifest(
-        str(tree["name"]), int(tree["abi"]), str(tree["compiler"]), functions, variants, members, dict(tree["info"])
+        _text(tree["name"]), _size(tree["abi"]), _text(tree["compiler"]), functions, variants, members,
+        dict(tree["info"]),
+    )  # fmt: skip
+
+
+def _decode_function(f: Dict[str, Any]) -> Function:
+    def ports(items: List[Dict[str, Any]]) -> Tuple[Port, ...]:
+        return tuple(Port(_text(p["name"]), _text(p["dtype"]), tuple(_dim(d) for d in p["shape"])) for p in items)
+
+    symbols = tuple(
+        Symbol(_text(s["name"]), _size(s["lower"]), None if s["upper"] is None else _size(s["upper"]))
+        for s in f["symbols"]
     )
+    function = Function(_text(f["name"]), ports(f["inputs"]), ports(f["outputs"]), symbols)
+    _check_distinct(f"input of {function.name}", function.inputs)
+    _check_distinct(f"output of {function.name}", function.outputs)
+    return function
 
 
-def _dim(value: Any) -> ManifestDim:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{value!r} is not a dim")
+def _decode_variant(v: Dict[str, Any], members: Mapping[str, int]) -> Variant:
+    """`members`: the size of each."""
+    lib, weights, offset = _text(v["lib"]), v["weights"], _size(v["weights_offset"])
+    for name in (lib,) if weights is None else (lib, _text(weights)):
+        if name not in members:
+            raise ValueError(f"{name!r} of a variant is no member")
+    if weights is not None and offset > members[weights]:
+        raise ValueError(f"the data of {weights} begins at byte {offset}, after its end")
+    features = tuple(_text(feature) for feature in v["features"])
+    return Variant(_text(v["target"]), _text(v["arch"]), _text(v["triple"]), features, lib, weights, offset)
+
+
+def _check_distinct(what: str, named: Sequence[Union[Function, Member, Port]]) -> None:
+    names = [one.name for one in named]
+    if len(set(names)) < len(names):
+        raise ValueError(f"there is more than one {what} of the same name")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
     return value
 
 
-def _optional_int(value: Any) -> Optional[int]:
-    return None if value is None else int(value)
-
-
 def _size(value: Any) -> int:
-    size = int(value)
-    if size < 0:
-        raise ValueError(f"negative size {size}")
-    return size
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _dim(value: Any) -> ManifestDim:
+    return value if isinstance(value, str) else _size(value)
 
 
 def _digest(value: Any) -> str:

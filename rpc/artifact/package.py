@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import stat
 import struct
 import tempfile
 import zipfile
@@ -40,7 +41,7 @@ def sha256(data: Bytes) -> str:
 def make_member(name: str, data: Bytes, cuts: Sequence[int] = ()) -> Member:
     """The manifest entry of a member; `cuts` are the byte offsets at which it is cut into parts."""
     view = memoryview(data)
-    edges = [0, *sorted(set(cuts) - {0, len(view)}), len(view)]
+    edges = [0, *sorted({cut for cut in cuts if 0 < cut < len(view)}), len(view)]
     parts = tuple(Blob(sha256(view[a:b]), b - a) for a, b in zip(edges, edges[1:]) if b > a)
     return Member(name, sha256(view), len(view), parts)
 
@@ -127,8 +128,10 @@ class Artifact:
         """
         source = Path(path)
         try:
+            if not stat.S_ISREG(source.stat().st_mode):
+                raise ArtifactError(f"{source} is no regular file", hint="name a .kdg file")
             with zipfile.ZipFile(source) as archive:
-                manifest = Manifest.from_json(archive.read(MANIFEST_NAME))
+                manifest = Manifest.from_json(archive.read(_stored(archive, MANIFEST_NAME)))
                 members = {member.name: _read_member(archive, source, member.name) for member in manifest.members}
         except FileNotFoundError as error:
             raise ArtifactError(
@@ -156,11 +159,19 @@ def _aligned_entry(member: Member, offset: int) -> zipfile.ZipInfo:
     return entry
 
 
-def _read_member(archive: zipfile.ZipFile, source: Path, name: str) -> Bytes:
-    """The bytes of a member: in memory, or as a mapping of the file where they are many and not compressed."""
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """The entry `name`, which is not compressed: a small file could unpack to more than there is memory."""
     entry = archive.getinfo(name)
-    if entry.file_size < MAPPED_MEMBER_BYTES or entry.compress_type != zipfile.ZIP_STORED:
-        return archive.read(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{name} is compressed")
+    return entry
+
+
+def _read_member(archive: zipfile.ZipFile, source: Path, name: str) -> Bytes:
+    """The bytes of a member: in memory, or as a mapping of the file where they are many."""
+    entry = _stored(archive, name)
+    if entry.file_size < MAPPED_MEMBER_BYTES:
+        return archive.read(entry)
     with source.open("rb") as file:
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     at = entry.header_offset + _ZIP_ENTRY - _ZIP_LENGTHS.size
