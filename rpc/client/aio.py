@@ -23,7 +23,7 @@ from kedge.rpc.artifact import select_variant
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import plan
-from kedge.rpc.client.fleet import CONNECT_S, RECONNECT_S
+from kedge.rpc.client.fleet import CONNECT_S
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
 from kedge.rpc.client.timing import Timing
@@ -121,13 +121,7 @@ class Fleet:
         """Call a function once on a device that matches; arguments and errors as the synchronous `Fleet.run`."""
         packed = plan.pack(artifact)
         request = plan.run_request(
-            packed,
-            inputs,
-            function=function,
-            device=device,
-            threads=threads,
-            priority=priority,
-            deadlines=deadlines,
+            packed, inputs, plan.Terms(function, device, threads, priority, deadlines or Deadlines())
         )
         return await self._submit(packed, request)
 
@@ -146,17 +140,8 @@ class Fleet:
     ) -> Job:
         """Time a function natively; arguments and errors as the synchronous `Fleet.bench`."""
         packed = plan.pack(artifact)
-        request = plan.bench_request(
-            packed,
-            inputs,
-            function=function,
-            device=device,
-            threads=threads,
-            priority=priority,
-            deadlines=deadlines,
-            options=plan.time_options(**options),
-            return_outputs=return_outputs,
-        )
+        terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines())
+        request = plan.bench_request(packed, inputs, terms, plan.time_options(**options), return_outputs)
         return await self._submit(packed, request)
 
     async def job(self, job_id: str) -> Job:
@@ -197,6 +182,24 @@ class Fleet:
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
     async def _submit(self, packed: Packed, request: Request) -> Job:
+        return await self._send(packed, request, await self._prepare(packed, request))
+
+    async def _call(self, packed: Packed, request: Request) -> Result:
+        """Submit and wait; when that is cancelled, nobody has a handle to the job, and so is the job."""
+        message = await self._prepare(packed, request)
+        try:
+            return await (await self._send(packed, request, message)).wait()
+        except asyncio.CancelledError:
+            await asyncio.shield(self._withdraw(message))
+            raise
+
+    async def _withdraw(self, message: fleet_pb2.SubmitJobRequest) -> None:
+        """Cancel a job that may have been accepted although its answer never came: the key says which it is."""
+        answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+        await Job(self, answer.job.id).cancel()
+
+    async def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
+        """Check the artifact against the devices, and put everything on the tracker that the job needs."""
         spec = request.spec
         if (packed.blob.digest, spec.selector) not in self._fitting:
             devices = await self.devices(spec.selector)
@@ -206,7 +209,9 @@ class Fleet:
         await self._ensure_uploaded(packed)
         if request.uploads:
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
-        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        return fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+
+    async def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
             answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
         except NotReadyError:
@@ -229,15 +234,14 @@ class Fleet:
 
     async def _persist(self, call: Callable[[dict[str, Any]], Awaitable[T]]) -> T:
         """A call that may be made twice; a tracker that went away is waited for."""
-        try:
-            return await call({"timeout": _CALL_S})
-        except grpc.RpcError as error:
-            if not is_away(error):
-                raise from_rpc_error(error, self.address) from error
-        try:
-            return await call({"timeout": RECONNECT_S, "wait_for_ready": True})
-        except grpc.RpcError as error:
-            raise plan.gone(error, self.address, RECONNECT_S) from error
+        patience = plan.Patience(self.address, plan.RECONNECT_S)
+        options: dict[str, Any] = {"timeout": _CALL_S}
+        while True:
+            try:
+                return await call(options)
+            except grpc.RpcError as error:
+                pause, options = patience.after(error, asyncio.get_running_loop().time())
+            await asyncio.sleep(pause)
 
 
 class Job:
@@ -283,7 +287,8 @@ class Job:
             except grpc.RpcError as error:
                 if not is_away(error):
                     raise from_rpc_error(error, self._fleet.address) from error
-            await self._await_tracker()
+            request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+            await self._fleet._persist(lambda wait: self._fleet._stub.Hello(request, **wait))  # noqa: B023
 
     async def _watch(self, progress: Progress | None) -> JobInfo:
         call = self._fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=self.id))
@@ -298,13 +303,6 @@ class Job:
         finally:
             call.cancel()
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
-
-    async def _await_tracker(self) -> None:
-        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
-        try:
-            await self._fleet._stub.Hello(request, timeout=RECONNECT_S, wait_for_ready=True)
-        except grpc.RpcError as error:
-            raise plan.gone(error, self._fleet.address, RECONNECT_S) from error
 
 
 class Session:
@@ -325,6 +323,9 @@ class Session:
         """The target string that compiles for this device."""
         return self.info.target
 
+    def _terms(self, function: str) -> plan.Terms:
+        return plan.Terms(function, self.name, self._threads)
+
     async def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
@@ -342,28 +343,11 @@ class LoadedModel:
 
     async def run(self, inputs: Mapping[str, Any], function: str = "main") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
-        session = self._session
-        job = await session._fleet.run(
-            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads
-        )
-        return dict((await _finish(job)).outputs)
+        request = plan.run_request(self._packed, inputs, self._session._terms(function))
+        return dict((await self._session._fleet._call(self._packed, request)).outputs)
 
     async def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
         """Time a function natively; `options` as for `Fleet.bench`. Raises InputError, JobError, ConnectError."""
-        session = self._session
-        job = await session._fleet.bench(
-            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads, **options
-        )
-        timing = (await _finish(job)).timing
-        if timing is None:
-            raise KedgeError(f"job {job.id} came back without a measurement", hint="update the agent on the device")
-        return timing
-
-
-async def _finish(job: Job) -> Result:
-    """The result of a job that nobody else has a handle to: when the wait is cancelled, so is the job."""
-    try:
-        return await job.wait()
-    except asyncio.CancelledError:
-        await asyncio.shield(job.cancel())
-        raise
+        terms, how = self._session._terms(function), plan.time_options(**options)
+        request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
+        return plan.timing_of(await self._session._fleet._call(self._packed, request))

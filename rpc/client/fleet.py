@@ -28,7 +28,7 @@ from kedge.rpc.client import plan
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
 from kedge.rpc.client.timing import Timing
-from kedge.rpc.errors import KedgeError, NoDeviceError
+from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, open_channel, parse_address
@@ -38,9 +38,8 @@ from kedge.rpc.types import Job as JobInfo
 T = TypeVar("T")
 Progress = Callable[[JobInfo], None]
 
-#: How long to wait for the first answer, and for a tracker that went away to come back.
+#: How long to wait for the first answer.
 CONNECT_S = 10.0
-RECONNECT_S = 60.0
 _CALL_S = 60.0
 #: One question about devices is left open for so long.
 _LONG_POLL_S = 30.0
@@ -86,8 +85,10 @@ class Fleet:
     def hello(self) -> None:
         """Exchange protocol versions with the tracker; raises ConnectError."""
         request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
-        with self._explained():
+        try:
             answer = self._stub.Hello(request, timeout=CONNECT_S)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
         check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
 
     # ---- Devices ----
@@ -135,13 +136,7 @@ class Fleet:
         """
         packed = plan.pack(artifact)
         request = plan.run_request(
-            packed,
-            inputs,
-            function=function,
-            device=device,
-            threads=threads,
-            priority=priority,
-            deadlines=deadlines,
+            packed, inputs, plan.Terms(function, device, threads, priority, deadlines or Deadlines())
         )
         return self._submit(packed, request)
 
@@ -163,17 +158,8 @@ class Fleet:
         Raises: as `run`.
         """
         packed = plan.pack(artifact)
-        request = plan.bench_request(
-            packed,
-            inputs,
-            function=function,
-            device=device,
-            threads=threads,
-            priority=priority,
-            deadlines=deadlines,
-            options=plan.time_options(**options),
-            return_outputs=return_outputs,
-        )
+        terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines())
+        request = plan.bench_request(packed, inputs, terms, plan.time_options(**options), return_outputs)
         return self._submit(packed, request)
 
     def job(self, job_id: str) -> Job:
@@ -220,6 +206,20 @@ class Fleet:
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
     def _submit(self, packed: Packed, request: Request) -> Job:
+        return self._send(packed, request, self._prepare(packed, request))
+
+    def _call(self, packed: Packed, request: Request) -> Result:
+        """Submit and wait; when that is broken off, nobody has a handle to the job, and it is cancelled."""
+        message = self._prepare(packed, request)
+        try:
+            return self._send(packed, request, message).wait()
+        except KeyboardInterrupt:
+            # The tracker may have accepted it although its answer never came: the key says which job it is.
+            Job(self, self._persist(lambda wait: self._stub.SubmitJob(message, **wait)).job.id).cancel()
+            raise
+
+    def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
+        """Check the artifact against the devices, and put everything on the tracker that the job needs."""
         spec = request.spec
         if (packed.blob.digest, spec.selector) not in self._fitting:
             devices = self.devices(spec.selector)
@@ -229,7 +229,9 @@ class Fleet:
         self._ensure_uploaded(packed)
         if request.uploads:
             self._blobs.upload_missing(request.uploads)
-        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        return fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+
+    def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
             answer = self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
         except NotReadyError:
@@ -250,25 +252,16 @@ class Fleet:
         fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
         return plan.read_result(job, fetched)
 
-    def _persist(self, call: Callable[[dict[str, Any]], T]) -> T:
+    def _persist(self, call: Callable[[dict[str, Any]], T], patience_s: float = plan.RECONNECT_S) -> T:
         """A call that may be made twice; a tracker that went away is waited for."""
-        with self._explained():
+        patience = plan.Patience(self.address, patience_s)
+        options: dict[str, Any] = {"timeout": min(_CALL_S, patience_s)}
+        while True:
             try:
-                return call({"timeout": _CALL_S})
+                return call(options)
             except grpc.RpcError as error:
-                if not is_away(error):
-                    raise
-            try:
-                return call({"timeout": RECONNECT_S, "wait_for_ready": True})
-            except grpc.RpcError as error:
-                raise plan.gone(error, self.address, RECONNECT_S) from error
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+                pause, options = patience.after(error, time.monotonic())
+                time.sleep(pause)
 
 
 class Job:
@@ -303,15 +296,16 @@ class Job:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s")
             try:
                 job = self._watch(deadline, progress)
                 break
             except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
-                    raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s") from None
-                if not is_away(error):
+                if is_away(error):
+                    self._await_tracker(deadline)
+                elif error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or deadline is None:
                     raise from_rpc_error(error, self._fleet.address) from error
-                self._await_tracker(deadline)
         result = self._fleet._result(job)
         if check:
             plan.raise_unless_ok(result)
@@ -333,13 +327,14 @@ class Job:
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
 
     def _await_tracker(self, deadline: float | None) -> None:
-        """Return once the tracker answers again; raises grpc.RpcError or ConnectError when it does not."""
-        left = RECONNECT_S if deadline is None else min(RECONNECT_S, max(0.0, deadline - time.monotonic()))
+        """Return once the tracker answers again, or the deadline has passed; raises ConnectError."""
+        left = plan.RECONNECT_S if deadline is None else max(0.0, deadline - time.monotonic())
         request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
         try:
-            self._fleet._stub.Hello(request, timeout=left, wait_for_ready=True)
-        except grpc.RpcError as error:
-            raise plan.gone(error, self._fleet.address, RECONNECT_S) from error
+            self._fleet._persist(lambda wait: self._fleet._stub.Hello(request, **wait), min(left, plan.RECONNECT_S))
+        except ConnectError:
+            if deadline is None or time.monotonic() < deadline:
+                raise
 
 
 class Session:
@@ -363,6 +358,9 @@ class Session:
         """The target string that compiles for this device."""
         return self.info.target
 
+    def _terms(self, function: str) -> plan.Terms:
+        return plan.Terms(function, self.name, self._threads)
+
     def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
@@ -385,31 +383,14 @@ class LoadedModel:
 
     def run(self, inputs: Mapping[str, Any], function: str = "main") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
-        session = self._session
-        job = session._fleet.run(
-            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads
-        )
-        return dict(_finish(job).outputs)
+        request = plan.run_request(self._packed, inputs, self._session._terms(function))
+        return dict(self._session._fleet._call(self._packed, request).outputs)
 
     def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
         """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
 
         Raises InputError, JobError, ConnectError.
         """
-        session = self._session
-        job = session._fleet.bench(
-            self._packed.artifact, inputs, device=session.name, function=function, threads=session._threads, **options
-        )
-        timing = _finish(job).timing
-        if timing is None:
-            raise KedgeError(f"job {job.id} came back without a measurement", hint="update the agent on the device")
-        return timing
-
-
-def _finish(job: Job) -> Result:
-    """The result of a job that nobody else has a handle to: when the wait is broken off, it is cancelled."""
-    try:
-        return job.wait()
-    except KeyboardInterrupt:
-        job.cancel()
-        raise
+        terms, how = self._session._terms(function), plan.time_options(**options)
+        request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
+        return plan.timing_of(self._session._fleet._call(self._packed, request))

@@ -29,6 +29,7 @@ from kedge.rpc.types import (
     JobSpec,
     RunTask,
     StageTime,
+    Task,
     Tensor,
     TimeOptions,
     plan_inline,
@@ -104,39 +105,33 @@ class Request:
     uploads: tuple[tuple[Blob, memoryview], ...]
 
 
-def run_request(
-    packed: Packed,
-    inputs: Mapping[str, Any],
-    *,
-    function: str,
-    device: str,
-    threads: int,
-    priority: int,
-    deadlines: Deadlines | None,
-) -> Request:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What every job says beside its task."""
+
+    function: str
+    device: str
+    threads: int = 0
+    priority: int = 0
+    deadlines: Deadlines = Deadlines()  # noqa: RUF009 - frozen
+
+
+def run_request(packed: Packed, inputs: Mapping[str, Any], terms: Terms) -> Request:
     """A job that calls a function once; raises InputError, ArtifactError."""
-    tensors, uploads = _tensors(packed, function, inputs)
-    spec = JobSpec(packed.blob, function, RunTask(tensors), device, deadlines or Deadlines(), priority, threads)
-    return Request(spec, uploads)
+    tensors, uploads = _tensors(packed, terms.function, inputs)
+    return Request(_spec(packed, terms, RunTask(tensors)), uploads)
 
 
 def bench_request(
-    packed: Packed,
-    inputs: Mapping[str, Any],
-    *,
-    function: str,
-    device: str,
-    threads: int,
-    priority: int,
-    deadlines: Deadlines | None,
-    options: TimeOptions,
-    return_outputs: bool,
+    packed: Packed, inputs: Mapping[str, Any], terms: Terms, options: TimeOptions, return_outputs: bool
 ) -> Request:
     """A job that times a function; raises InputError, ArtifactError."""
-    tensors, uploads = _tensors(packed, function, inputs)
-    task = BenchTask(tensors, options, return_outputs)
-    spec = JobSpec(packed.blob, function, task, device, deadlines or Deadlines(), priority, threads)
-    return Request(spec, uploads)
+    tensors, uploads = _tensors(packed, terms.function, inputs)
+    return Request(_spec(packed, terms, BenchTask(tensors, options, return_outputs)), uploads)
+
+
+def _spec(packed: Packed, terms: Terms, task: Task) -> JobSpec:
+    return JobSpec(packed.blob, terms.function, task, terms.device, terms.deadlines, terms.priority, terms.threads)
 
 
 def time_options(
@@ -213,11 +208,35 @@ def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[De
     raise NoDeviceError(f"no connected device matches {selector!r}", hint=f"connected: {names}")
 
 
-def gone(error: grpc.RpcError, address: Address, waited_s: float) -> KedgeError:
-    """The error for a tracker that went away and did not come back."""
-    if is_away(error) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return unreachable(address, f"it went away, and did not come back within {waited_s:g} s")
-    return from_rpc_error(error, address)
+#: How long a tracker that went away is waited for.
+RECONNECT_S = 60.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.5
+
+
+class Patience:
+    """With a tracker that went away: how often to try a call again, from its first failure on.
+
+    A new connection is awaited by gRPC itself; the pauses are for calls that still fall on the dying one.
+    """
+
+    def __init__(self, address: Address, total_s: float) -> None:
+        self._address = address
+        self._total_s = total_s
+        self._began: float | None = None
+        self._pause_s = _FIRST_PAUSE_S
+
+    def after(self, error: grpc.RpcError, now: float) -> tuple[float, dict[str, Any]]:
+        """The pause before the next attempt, and how to make it; raises when there should be none."""
+        again = self._began is not None
+        self._began = now if self._began is None else self._began
+        left = self._began + self._total_s - now
+        if is_away(error) and left > 0:
+            pause, self._pause_s = self._pause_s, min(2 * self._pause_s, _LAST_PAUSE_S)
+            return pause, {"timeout": left, "wait_for_ready": True}
+        if is_away(error) or (again and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED):
+            why = f"it went away, and did not come back within {self._total_s:g} s"
+            raise unreachable(self._address, why) from error
+        raise from_rpc_error(error, self._address) from error
 
 
 # ---- Results -------------------------------------------------------------------------------------------------------
@@ -235,6 +254,14 @@ def read_result(job: JobInfo, fetched: Mapping[str, bytearray]) -> Result:
     outputs = {tensor.name: _array(tensor, fetched) for tensor in result.outputs}
     timing = None if result.measurement is None else Timing(result.measurement)
     return Result(job.id, result.device, result.outcome, outputs, timing, result.stage_times)
+
+
+def timing_of(result: Result) -> Timing:
+    """The timing that a bench came back with."""
+    if result.timing is None:
+        where = f"job {result.job_id} on {result.device}"
+        raise KedgeError(f"{where} came back without a measurement", hint="update the agent on the device")
+    return result.timing
 
 
 def raise_unless_ok(result: Result) -> None:

@@ -26,7 +26,7 @@ from kedge.rpc.blobs import (
     blob_of,
 )
 from kedge.rpc.client import Fleet, Job, connect
-from kedge.rpc.client.plan import pack, run_request
+from kedge.rpc.client.plan import Terms, pack, run_request
 from kedge.rpc.errors import ArtifactError, ConnectError, InputError, JobError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.selector import SelectorError
@@ -47,9 +47,8 @@ def agent(tracker: RunningTracker) -> Iterator[FakeAgent]:
         yield agent
 
 
-def spec_message(artifact: Artifact, **changes: Any) -> Any:
-    arguments: dict[str, Any] = {"function": "main", "device": "", "threads": 0, "priority": 0, "deadlines": None}
-    request = run_request(pack(artifact), {"x": X}, **{**arguments, **changes})
+def spec_message(artifact: Artifact) -> Any:
+    request = run_request(pack(artifact), {"x": X}, Terms("main", ""))
     return convert.job_spec_to_pb(request.spec)
 
 

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kedge.rpc import messages as m
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect
+from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
+from kedge.rpc.outcome import OutcomeKind
+from kedge.rpc.tracker.server import RunningTracker, start
+from kedge.rpc.types import JobState
+from support.fake_agent import FakeAgent, echo
+from support.toys import QUICK, device_info, make_artifact
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+BIG = np.arange(3 << 19, dtype=np.float32)
+
+
+@pytest.fixture
+def worker(tracker: RunningTracker) -> Iterator[FakeAgent]:
+    with FakeAgent(tracker.address, device_info(), work=echo) as agent:
+        yield agent
+
+
+class OnlyDlpack:
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("value", [X, OnlyDlpack(X), np.asfortranarray(X), X.tolist()], ids=type)
+def test_inputs_are_anything_that_is_an_array(fleet: Fleet, worker: FakeAgent, artifact: Artifact, value: Any) -> None:
+    if isinstance(value, list):
+        with pytest.raises(InputError, match="dtype float64"):
+            fleet.run(artifact, {"x": value})
+    else:
+        np.testing.assert_array_equal(fleet.run(artifact, {"x": value}).wait()["x_out"], X)
+
+
+def test_large_tensors_travel_as_blobs(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    result = fleet.run(artifact, {"x": BIG}, function="big").wait()
+    np.testing.assert_array_equal(result["x_out"], BIG)
+    result["x_out"][0] = 1  # what the user gets is the user's
+    assert fleet.jobs()[0].state is JobState.DONE
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"z": X}, ["has no input 'z'", "x: float32[N, 4]"]),
+        ({"xx": X}, ["did you mean 'x'"]),
+        ({}, ["lacks input 'x'"]),
+        ({"x": X.astype(np.float64)}, ["float64", "expected x: float32[N, 4]"]),
+        ({"x": X.reshape(4, 2)}, ["shape [4, 2]", "expected x: float32[N, 4]"]),
+    ],
+)
+def test_bad_inputs_are_refused_before_anything_is_sent(
+    fleet: Fleet, artifact: Artifact, inputs: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        fleet.run(artifact, inputs)
+    assert all(word in str(caught.value) for word in words)
+    assert fleet.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("artifact", "why"),
+    [(make_artifact("aarch64"), "is for aarch64"), (make_artifact(features=("avx512f",)), "lacks: avx512f")],
+)
+def test_an_artifact_for_another_machine_is_refused_before_it_is_sent(
+    fleet: Fleet, worker: FakeAgent, artifact: Artifact, why: str
+) -> None:
+    with pytest.raises(IncompatibleTargetError, match=f"device bench-1: .*{why}"):
+        fleet.run(artifact, {"x": X})
+    with fleet.session() as device, pytest.raises(IncompatibleTargetError, match=why):
+        device.load(artifact)
+    assert fleet.jobs() == []
+
+
+def test_a_bench_gives_a_timing(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    job = fleet.bench(artifact, {"x": X}, repeat=5, number=3, min_repeat_ms=1.5, warmup=2, threads=1)
+    options = job.status().spec.task.options
+    assert (options.repeat, options.number, options.min_repeat_ns, options.warmup) == (5, 3, 1_500_000, 2)
+    result = job.wait()
+    assert isinstance(result.timing, Timing) and len(result.timing.samples_ns) == 5
+    assert str(result) == str(result.timing) and result.outputs == {}
+    with_outputs = fleet.bench(artifact, {"x": X}, return_outputs=True).wait()
+    np.testing.assert_array_equal(with_outputs["x_out"], X)
+
+
+def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:
+    with (
+        FakeAgent(tracker.address, device_info("one", rack="a"), work=echo),
+        FakeAgent(tracker.address, device_info("two", rack="b"), work=echo),
+        fleet.session("rack=b", threads=3) as device,
+    ):
+        assert (device.name, device.target) == ("two", "llvm -mtriple=x86_64-linux-gnu")
+        model = device.load(artifact)
+        np.testing.assert_array_equal(model.run({"x": X})["x_out"], X)
+        np.testing.assert_array_equal(model["big"]({"x": BIG[:7]})["x_out"], BIG[:7])
+        assert model.time({"x": X}, repeat=4).repeat == 4
+        assert {(job.device, job.spec.num_threads) for job in fleet.jobs()} == {("two", 3)}
+
+
+def test_a_session_without_a_device_names_those_there_are(fleet: Fleet, worker: FakeAgent) -> None:
+    with pytest.raises(NoDeviceError, match="no connected device matches 'rack=z'") as caught, fleet.session("rack=z"):
+        pass
+    assert "bench-1 (x86_64)" in str(caught.value.hint)
+
+
+def test_devices_are_waited_for(tracker: RunningTracker, fleet: Fleet) -> None:
+    with pytest.raises(NoDeviceError, match=r"within 0\.05 s"):
+        fleet.wait_for_device("late", timeout=0.05)
+    found: list[str] = []
+    waiter = threading.Thread(target=lambda: found.append(fleet.wait_for_device("late", timeout=20).info.name))
+    waiter.start()
+    with FakeAgent(tracker.address, device_info("early")), FakeAgent(tracker.address, device_info("late")):
+        waiter.join(20)
+    assert found == ["late"]
+
+
+def test_waiting_has_an_end_and_the_job_goes_on(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:
+    job = fleet.run(artifact, {"x": X})
+    with pytest.raises(WaitTimeoutError, match=f"job {job.id} is not done after 0.05 s"):
+        job.wait(timeout=0.05)
+    with FakeAgent(tracker.address, device_info(), work=echo):
+        assert fleet.job(job.id).wait(timeout=20).outcome.ok
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with start(port=0, data_dir=tmp_path) as tracker:
+        address = tracker.address
+    with pytest.raises(ConnectError, match=f"no tracker answers at {address} .*Connection refused") as caught:
+        connect(str(address))
+    assert "kedge tracker start" in str(caught.value.hint)
+    with pytest.raises(ConnectError, match="not a tracker's address"):
+        connect("http://x")
+
+
+def test_another_tracker_in_its_place_gets_everything_again(tmp_path: Path, artifact: Artifact) -> None:
+    with start(port=0, data_dir=tmp_path / "one", settings=QUICK) as first:
+        fleet = connect(first.address)
+        fleet.run(artifact, {"x": BIG}, function="big").cancel()
+    with (
+        fleet,
+        start(port=first.port, data_dir=tmp_path / "two", settings=QUICK) as second,
+        FakeAgent(second.address, device_info(), work=echo),
+    ):
+        result = fleet.run(artifact, {"x": BIG}, function="big").wait(timeout=20)
+        np.testing.assert_array_equal(result["x_out"], BIG)
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+from kedge.rpc.client import connect
+from support.toys import make_artifact
+x = {"x": np.zeros((1, 4), np.float32)}
+with connect(sys.argv[1]) as fleet:
+    try:
+        if sys.argv[3] == "wait":
+            fleet.run(make_artifact(), x, device="bench-1").wait(progress=lambda job: print(job.state, flush=True))
+        else:
+            with fleet.session("bench-1") as device:
+                device.load(make_artifact()).run(x)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(("how", "cancelled"), [("wait", False), ("session", True)])
+def test_ctrl_c_is_clean(tracker: RunningTracker, fleet: Fleet, how: str, cancelled: bool) -> None:
+    with FakeAgent(tracker.address, device_info()) as agent:
+        arguments = [str(tracker.address), str(Path(__file__).parents[1]), how]
+        process = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        lease = agent.expect(m.AssignJob).lease
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors, output.splitlines()[-1]) == (0, "", "interrupted")
+        if cancelled:
+            assert agent.expect(m.AbortJob).lease.job_id == lease.job_id
+        else:
+            assert agent.heard_nothing() and fleet.job(lease.job_id).status().state is JobState.ASSIGNED
+
+
+# ---- asyncio -------------------------------------------------------------------------------------------------------
+
+
+def test_the_asyncio_twin(tracker: RunningTracker, artifact: Artifact) -> None:
+    async def main() -> None:
+        async with await aio.connect(str(tracker.address)) as fleet:
+            assert (await fleet.wait_for_device(timeout=10)).info.name == "bench-1"
+            jobs = [await fleet.run(artifact, {"x": X + number}) for number in range(5)]
+            results = await asyncio.gather(*(job.wait(timeout=20) for job in jobs))
+            for number, result in enumerate(results):
+                np.testing.assert_array_equal(result["x_out"], X + number)
+            async with fleet.session("bench-1") as device:
+                model = await device.load(artifact)
+                np.testing.assert_array_equal((await model.run({"x": BIG}, function="big"))["x_out"], BIG)
+                assert (await model.time({"x": X}, repeat=3)).repeat == 3
+            assert {job.state for job in await fleet.jobs()} == {JobState.DONE}
+            assert (await (await fleet.job(jobs[0].id)).status()).id == jobs[0].id
+            blob = await fleet.upload(b"bytes")
+            assert blob.size == 5
+            with pytest.raises(InputError):
+                await fleet.run(artifact, {"y": X})
+            with pytest.raises(NoDeviceError):
+                await fleet.wait_for_device("other", timeout=0.05)
+
+    with FakeAgent(tracker.address, device_info(), work=echo):
+        asyncio.run(main())
+
+
+def test_the_asyncio_twin_waits_and_gives_up_as_it_should(tracker: RunningTracker, artifact: Artifact) -> None:
+    async def main(agent: FakeAgent) -> None:
+        async with await aio.connect(tracker.address) as fleet:
+            job = await fleet.run(artifact, {"x": X})
+            with pytest.raises(WaitTimeoutError):
+                await job.wait(timeout=0.05)
+            await job.cancel()
+            assigned = await asyncio.to_thread(agent.expect, m.AssignJob)
+            await asyncio.to_thread(agent.expect, m.AbortJob)
+            await asyncio.to_thread(agent.finish, assigned)
+            assert (await job.wait()).outcome.kind is OutcomeKind.OK, "it had finished before it was stopped"
+            waiting = await fleet.run(artifact, {"x": X}, device="nowhere")
+            await waiting.cancel()
+            with pytest.raises(JobError, match="cancelled"):
+                await waiting.wait()
+            async with fleet.session("bench-1") as device:
+                call = asyncio.create_task((await device.load(artifact)).run({"x": X}))
+                await asyncio.to_thread(agent.expect, m.ResultAccepted)
+                await asyncio.to_thread(agent.expect, m.AssignJob)
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+                await asyncio.to_thread(agent.expect, m.AbortJob)
+
+    with FakeAgent(tracker.address, device_info()) as agent:
+        asyncio.run(main(agent))
+
+
+def test_the_asyncio_twin_survives_a_restart(tmp_path: Path, artifact: Artifact) -> None:
+    async def main(tracker: RunningTracker) -> None:
+        async with await aio.connect(tracker.address) as fleet:
+            job = await fleet.run(artifact, {"x": X})
+            watching = asyncio.Event()
+            waiting = asyncio.create_task(job.wait(progress=lambda _: watching.set()))
+            await watching.wait()
+            await asyncio.to_thread(tracker.stop)
+            again = await asyncio.to_thread(start, port=tracker.port, data_dir=tmp_path, settings=QUICK)
+            agent = FakeAgent(again.address, device_info(), work=echo)
+            await asyncio.to_thread(agent.connect)
+            assert (await asyncio.wait_for(waiting, 20)).outcome.ok
+            await asyncio.to_thread(agent.drop)
+            await asyncio.to_thread(again.stop)
+
+    asyncio.run(main(start(port=0, data_dir=tmp_path, settings=QUICK)))
+    with pytest.raises(ConnectError, match="no tracker answers"):
+        asyncio.run(aio.connect("127.0.0.1:1"))  # type: ignore[arg-type]

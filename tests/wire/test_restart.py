@@ -1,0 +1,141 @@
+"""The tracker as a process that is killed: what it accepted, and what was reported to it, is still there."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kedge.rpc import messages as m
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.client import connect
+from kedge.rpc.transport import Address, parse_address
+from kedge.rpc.types import JobState
+from support.fake_agent import FakeAgent, echo
+from support.toys import device_info
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+MAIN = "import sys; from pathlib import Path; from kedge.rpc.tracker.main import run; "
+MAIN += "sys.exit(run('127.0.0.1', int(sys.argv[1]), Path(sys.argv[2])))"
+
+
+class Process:
+    """A tracker in a process of its own."""
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", MAIN, str(port), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.popen.stdout is not None
+        self.ready = self.popen.stdout.readline()
+        assert self.ready, self.popen.communicate()[1]
+        self.address: Address = parse_address(self.ready.split()[-1])
+
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        self.popen.send_signal(number)
+        _, errors = self.popen.communicate(timeout=20)
+        return self.popen.returncode, errors
+
+
+@contextmanager
+def tracker(folder: Path, port: int = 0) -> Iterator[Process]:
+    process = Process(folder, port)
+    try:
+        yield process
+    finally:
+        process.popen.kill()
+        process.popen.communicate()
+
+
+def test_ready_line_and_a_graceful_end(tmp_path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with tracker(tmp_path) as process:
+            assert process.ready == f"kedge tracker ready at {process.address}\n"
+            with FakeAgent(process.address, device_info()) as agent:
+                status, errors = process.end(number)
+                agent.ended()
+            assert status == 0 and f"stopping: {number.name}" in errors and "Traceback" not in errors
+
+
+def test_a_killed_tracker_has_lost_nothing(tmp_path: Path, artifact: Artifact) -> None:
+    agent_args: dict[str, Any] = {"instance_id": "same"}
+    with tracker(tmp_path) as process, connect(process.address) as fleet:
+        agent = FakeAgent(process.address, device_info(), **agent_args)
+        agent.connect()
+        done = fleet.run(artifact, {"x": X}, device="bench-1")
+        agent.finish(agent.expect(m.AssignJob))
+        first = done.wait()
+        running = fleet.run(artifact, {"x": X + 1}, device="bench-1")
+        assert agent.expect(m.ResultAccepted).job_id == done.id
+        held = agent.expect(m.AssignJob)
+        agent.say(m.JobStarted(held.lease))
+        waiting = fleet.run(artifact, {"x": X + 2}, device="bench-1")
+        results: dict[str, Any] = {}
+        waiters = [
+            threading.Thread(target=lambda j=job: results.update({j.id: j.wait()})) for job in (running, waiting)
+        ]
+        for waiter in waiters:
+            waiter.start()
+        process.end(signal.SIGKILL)
+        agent.ended()
+        agent.drop()
+        with tracker(tmp_path, process.address.port) as again:
+            assert again.address == process.address
+            with connect(again.address) as other:
+                states = {job.id: job.state for job in other.jobs()}
+                assert states[done.id] is JobState.DONE
+                assert states[waiting.id] is JobState.QUEUED
+                np.testing.assert_array_equal(other.job(done.id).wait()["x_out"], first["x_out"])
+                agent = FakeAgent(again.address, device_info(), **agent_args)
+                agent.connect(held.lease)
+                agent.finish(held)
+                assert agent.expect(m.ResultAccepted) == m.ResultAccepted(running.id, stale=False)
+                agent.finish(agent.expect(m.AssignJob))
+                for waiter in waiters:
+                    waiter.join(20)
+                agent.drop()
+        np.testing.assert_array_equal(results[running.id]["x_out"], X + 1)
+        np.testing.assert_array_equal(results[waiting.id]["x_out"], X + 2)
+
+
+def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Artifact) -> None:
+    """A client submits in a row while the tracker is killed under it; every job that it was promised ends well."""
+    port, jobs = 0, []
+    for round_ in range(3):
+        with tracker(tmp_path, port) as process:
+            port = process.address.port
+            with connect(process.address) as fleet, FakeAgent(process.address, device_info(), work=echo):
+                enough = threading.Event()
+
+                def submit(fleet: Any = fleet, enough: threading.Event = enough, round_: int = round_) -> None:
+                    for number in range(12):
+                        jobs.append(fleet.run(artifact, {"x": X + len(jobs)}, device="bench-1").id)
+                        if number == 2 + 3 * round_:
+                            enough.set()
+
+                submitter = threading.Thread(target=submit)
+                submitter.start()
+                assert enough.wait(20)
+                process.end(signal.SIGKILL)
+                with tracker(tmp_path, port) as again, FakeAgent(again.address, device_info(), work=echo):
+                    submitter.join(30)
+                    assert not submitter.is_alive()
+    with tracker(tmp_path, port) as process, connect(process.address) as fleet:
+        agent = FakeAgent(process.address, device_info(), work=echo)
+        with agent:
+            ends = [fleet.job(job_id).wait(timeout=30, check=False) for job_id in jobs]
+    kinds = [end.outcome.kind.value for end in ends]
+    # What ran while the fake agent was cut off, and forgot it, may be called lost; nothing may vanish.
+    assert len(kinds) == 36 and set(kinds) <= {"ok", "device_lost"} and kinds.count("ok") >= 30
+    for number, end in enumerate(ends):
+        if end.outcome.ok:
+            np.testing.assert_array_equal(end["x_out"], X + number)
