@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,12 +24,12 @@ from kedge.device_agent.runner import (
     Tensor,
 )
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.client.inprocess import raise_status, usable_cpus
+from kedge.rpc.client.inprocess import check_interface, interface, raise_status, scratch_folder, usable_cpus
 from kedge.rpc.client.inputs import Array, arrange
-from kedge.rpc.client.timing import Timing
-from kedge.rpc.errors import JobError, KedgeError
+from kedge.rpc.client.timing import Timing, timing_options
+from kedge.rpc.errors import JobError
 from kedge.rpc.measure import judge
-from kedge.rpc.types import Measurement, TimeOptions
+from kedge.rpc.types import Measurement
 
 #: How long a call may take before its runner is killed, unless the caller says otherwise.
 RUN_TIMEOUT_S = 600.0
@@ -139,9 +138,10 @@ class LocalModel:
         Raises:
             InputError, JobError: as `run`.
         """
-        options = TimeOptions(
-            number, repeat, int(min_repeat_ms * 1e6), warmup, limit_zero_time_iterations,
-            int(cooldown_ms * 1e6), repeats_to_cooldown, cache_flush_bytes,
+        options = timing_options(
+            number=number, repeat=repeat, min_repeat_ms=min_repeat_ms, warmup=warmup, cooldown_ms=cooldown_ms,
+            repeats_to_cooldown=repeats_to_cooldown, cache_flush_bytes=cache_flush_bytes,
+            limit_zero_time_iterations=limit_zero_time_iterations,
         )  # fmt: skip
         index, tensors = self._arrange(function, inputs)
         here = Path(tempfile.gettempdir())
@@ -172,26 +172,21 @@ class LocalModel:
     def _load(self) -> None:
         hello = self._runner.hello
         variant = self.artifact.select(hello.machine, hello.features)
-        folder = Path(tempfile.mkdtemp(prefix="kedge-"))
-        try:
+        with scratch_folder() as folder:
             lib = folder / variant.lib
             lib.write_bytes(self.artifact.member(variant.lib))
             weights = None if variant.weights is None else folder / variant.weights
             if variant.weights is not None and weights is not None:
                 weights.write_bytes(self.artifact.member(variant.weights))
-            module = self._runner.open(lib, weights, variant.weights_offset, LOAD_TIMEOUT_S)
-        except OSError as error:
-            raise KedgeError(
-                f"cannot unpack the artifact to {folder}: {error.strerror}", hint="free space there, or set TMPDIR"
-            ) from error
-        except RunnerError as error:
-            _raise(error)
-        finally:
-            shutil.rmtree(folder)  # what is mapped stays
-        promised = [function.name for function in self.artifact.manifest.functions]
-        found = [function.name for function in module.functions]
-        if promised != found:
-            raise JobError(f"the manifest promises {promised}, the library has {found}", outcome="load_error")
+            try:
+                module = self._runner.open(lib, weights, variant.weights_offset, LOAD_TIMEOUT_S)
+            except RunnerError as error:
+                _raise(error)
+        found = [
+            interface(f.name, *([(p.name, p.dtype, p.ndim) for p in ports] for ports in (f.inputs, f.outputs)))
+            for f in module.functions
+        ]
+        check_interface(self.artifact.manifest, found)
 
     def _arrange(self, name: str, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
         function = self.artifact.manifest.function(name)

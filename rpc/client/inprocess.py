@@ -15,16 +15,18 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from kedge.rpc import abi
-from kedge.rpc.artifact import Artifact, Function
+from kedge.rpc.artifact import Artifact, Function, Manifest
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output
-from kedge.rpc.client.timing import Timing
+from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from kedge.rpc.measure import judge
 from kedge.rpc.types import Measurement, TimeOptions
@@ -71,7 +73,7 @@ class LoadedModel:
         self._closed = False
         self._finalizer = weakref.finalize(self, self._lib.kedge_close, self._model)
         self._finalizer.atexit = False  # a daemon thread may still be in native code then
-        self._check_functions()
+        self._check_library()
         functions = artifact.manifest.functions
         self.functions = {f.name: LoadedFunction(self, i, f) for i, f in enumerate(functions)}
 
@@ -131,29 +133,31 @@ class LoadedModel:
         self._weights = None
 
     def _open(self) -> ctypes.c_void_p:
-        folder = Path(tempfile.mkdtemp(prefix="kedge-"))
-        try:
+        with scratch_folder() as folder:
             lib = folder / "lib.so"
             lib.write_bytes(self.artifact.member(self.variant.lib))
-            options = abi.OpenOptions(struct_size=ctypes.sizeof(abi.OpenOptions), lib_path=str(lib).encode())
+            options = abi.OpenOptions(struct_size=ctypes.sizeof(abi.OpenOptions), lib_path=os.fsencode(lib))
             if self._weights is not None:
                 options.weights_data = self._weights.ctypes.data
             model = ctypes.c_void_p()
             status = self._lib.kedge_open(options, model)
-        finally:
-            shutil.rmtree(folder)  # the mapping of the library stays
         if status != abi.OK:
             _refuse(self._lib, status)
         return model
 
-    def _check_functions(self) -> None:
-        """The manifest's functions must be the library's, in its order: calls go by index."""
+    def _check_library(self) -> None:
+        """What the manifest says must hold for the library: nothing else guards the memory of this process."""
         module = self._lib.kedge_describe(self._model).contents
-        found = [module.functions[i].contents.name.decode() for i in range(module.n_functions)]
-        promised = [function.name for function in self.artifact.manifest.functions]
-        if found != promised:
+        functions = [module.functions[i].contents for i in range(module.n_functions)]
+        check_interface(
+            self.artifact.manifest,
+            [interface(_name(f.name), _ports(f.inputs, f.n_inputs), _ports(f.outputs, f.n_outputs)) for f in functions],
+        )
+        size = 0 if self._weights is None else self._weights.nbytes
+        if size < module.weights_size:
             raise ArtifactError(
-                f"artifact {self.artifact.manifest.name!r}: its manifest promises {promised}, its library has {found}",
+                f"artifact {self.artifact.manifest.name!r} has {size} bytes of weights, "
+                f"its library needs {module.weights_size}",
                 hint="compile the model again",
             )
 
@@ -193,7 +197,7 @@ class LoadedFunction:
         context = self._model._context()
         with context.lock:
             plan = context.plans.get((self._index, shapes)) or self._plan(context, arrays, shapes)
-            outputs = plan.new_outputs() if out is None else plan.given_outputs(out)
+            outputs = plan.new_outputs() if out is None else plan.given_outputs(out, arrays)
             plan.point(arrays, outputs)
             status = context.call(*plan.arguments)
         if status:
@@ -205,7 +209,7 @@ class LoadedFunction:
         arrays, shapes = self._slow(inputs)
         context = self._model._new_context()
         plan = self._plan(context, arrays, shapes)
-        outputs = plan.new_outputs() if out is None else plan.given_outputs(out)
+        outputs = plan.new_outputs() if out is None else plan.given_outputs(out, arrays)
         plan.point(arrays, outputs)
         return BoundCall(self._model, context, plan, arrays, dict(zip(plan.names, outputs, strict=True)))
 
@@ -223,13 +227,14 @@ class LoadedFunction:
         limit_zero_time_iterations: int = 100,
     ) -> Timing:
         """Time the native code in this process; the options have the names and meanings of TVM's time_evaluator."""
-        options = TimeOptions(
-            number, repeat, int(min_repeat_ms * 1e6), warmup, limit_zero_time_iterations,
-            int(cooldown_ms * 1e6), repeats_to_cooldown, cache_flush_bytes,
+        options = timing_options(
+            number=number, repeat=repeat, min_repeat_ms=min_repeat_ms, warmup=warmup, cooldown_ms=cooldown_ms,
+            repeats_to_cooldown=repeats_to_cooldown, cache_flush_bytes=cache_flush_bytes,
+            limit_zero_time_iterations=limit_zero_time_iterations,
         )  # fmt: skip
         arrays, shapes = self._slow(inputs)
         context = self._model._context()
-        samples = (ctypes.c_double * max(repeat, 1))()
+        samples = (ctypes.c_double * repeat)()
         result = abi.TimeResult(struct_size=ctypes.sizeof(abi.TimeResult), samples_ns=samples)
         with context.lock:
             plan = self._plan(context, arrays, shapes)
@@ -247,7 +252,7 @@ class LoadedFunction:
 
     def _fast(self, inputs: Mapping[str, Any]) -> tuple[list[Array], tuple[Any, ...]] | None:
         """The arrays in order when all of them are as they should be, at the least cost; None when in doubt."""
-        if len(inputs) != len(self._inputs):
+        if type(inputs) is not dict or len(inputs) != len(self._inputs):
             return None
         arrays, shapes = [], []
         for name, dtype in self._inputs:
@@ -360,16 +365,20 @@ class _Plan:
         """Fresh arrays for the outputs."""
         return [np.empty(shape, dtype) for shape, dtype in self._outputs]
 
-    def given_outputs(self, out: Mapping[str, Array]) -> list[Array]:
-        """The user's arrays for the outputs, and fresh ones for those not given."""
+    def given_outputs(self, out: Mapping[str, Array], inputs: Sequence[Array]) -> list[Array]:
+        """The user's arrays for the outputs, and fresh ones for those not given; none may lie on another array."""
         unknown = set(out) - set(self.names)
         if unknown:
             raise InputError(f"there is no output {', '.join(sorted(map(repr, unknown)))}", hint=f"{self.names}")
-        arrays = []
+        arrays: list[Array] = []
         for port, (shape, dtype) in zip(self._ports, self._outputs, strict=True):
             array = check_output(port, out[port.name]) if port.name in out else np.empty(shape, dtype)
             if array.shape != shape:
                 raise InputError(f"out {port.name!r} has shape {list(array.shape)}, expected {list(shape)}")
+            if port.name in out and any(np.may_share_memory(array, other) for other in (*inputs, *arrays)):
+                raise InputError(  # kernels are compiled on the promise that it does not
+                    f"out {port.name!r} overlaps an input or another output", hint="give it memory of its own"
+                )
             arrays.append(array)
         return arrays
 
@@ -394,6 +403,70 @@ def _describe(tensor: abi.DLTensor, dtype: str, shape: Sequence[int]) -> None:
     tensor.dtype = abi.DLDataType(code, bits, 1)
     tensor.ndim = len(shape)
     tensor.shape = (ctypes.c_int64 * max(len(shape), 1))(*shape)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder to unpack an artifact to; what is mapped from it outlives it.
+
+    Raises:
+        KedgeError: it cannot be made, is full, or its disk allows no programs.
+    """
+    hint = "free space there, or set TMPDIR to another folder"
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="kedge-"))
+    except OSError as error:
+        raise KedgeError(f"cannot make a temporary folder in {error.filename}: {error.strerror}", hint=hint) from error
+    try:
+        if hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise KedgeError(
+                f"{folder.parent} lies on a disk that allows no programs (noexec)", hint="set TMPDIR to another folder"
+            )
+        yield folder
+    except OSError as error:
+        raise KedgeError(f"cannot unpack the artifact to {folder}: {error.strerror}", hint=hint) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def interface(name: str, inputs: Sequence[tuple[str, str, int]], outputs: Sequence[tuple[str, str, int]]) -> str:
+    """A function as text, from name, dtype and number of dims of its ports: equal texts, equal calls."""
+    taken, given = (", ".join(f"{n}: {dtype}[{ndim} dims]" for n, dtype, ndim in ports) for ports in (inputs, outputs))
+    return f"{name}({taken}) -> ({given})"
+
+
+def check_interface(manifest: Manifest, found: Sequence[str]) -> None:
+    """Raise ArtifactError unless `found` (see `interface`) are the manifest's functions: calls go by index."""
+    promised = [
+        interface(f.name, *([(p.name, p.dtype, len(p.shape)) for p in ports] for ports in (f.inputs, f.outputs)))
+        for f in manifest.functions
+    ]
+    if list(found) == promised:
+        return
+    for index, (wanted, there) in enumerate(zip_longest(promised, found, fillvalue="nothing")):
+        if wanted != there:
+            raise ArtifactError(
+                f"artifact {manifest.name!r}: its manifest promises {wanted} as function {index}, "
+                f"its library has {there}",
+                hint="compile the model again",
+            )
+
+
+def _name(text: bytes) -> str:
+    return text.decode("utf-8", "replace")
+
+
+def _ports(ports: Any, count: int) -> list[tuple[str, str, int]]:
+    """Of a library: name, dtype, number of dims."""
+    found = []
+    for port in ports[:count] if count else ():
+        code, bits, lanes = port.dtype.code, port.dtype.bits, port.dtype.lanes
+        try:
+            dtype = abi.dtype_name(code, bits, lanes)
+        except ValueError:
+            dtype = f"dtype({code}, {bits}, {lanes})"
+        found.append((_name(port.name), dtype, port.ndim))
+    return found
 
 
 def time_options(options: TimeOptions) -> abi.TimeOptions:
@@ -431,7 +504,7 @@ def _aligned_weights(artifact: Artifact, member: str | None, offset: int) -> Arr
     """The weights as memory at the ABI's alignment: the artifact's own, or a copy where they lie badly."""
     if member is None:
         return None
-    data = np.frombuffer(artifact.member(member), np.uint8)[offset:]
+    data = np.frombuffer(artifact.member(member), np.uint8)[max(offset, 0) :]
     if data.ctypes.data % abi.ALIGNMENT == 0:
         return data
     room = np.empty(len(data) + abi.ALIGNMENT, np.uint8)

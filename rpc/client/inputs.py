@@ -74,6 +74,11 @@ def check_output(port: Port, array: Any) -> Array:
 def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
     names = [port.name for port in function.inputs]
     known = f"its inputs: {', '.join(str(port) for port in function.inputs) or 'none'}"
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            f"function {function.name!r} takes its inputs by name, not as {type(inputs).__name__}",
+            hint=f"pass a dict of name -> array; {known}",
+        )
     for name in inputs:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, 1)

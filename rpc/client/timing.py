@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kedge.rpc.errors import InputError
 from kedge.rpc.measure import mad, median_interval
 from kedge.rpc.types import Measurement, TimeOptions
 
 #: The largest unit in which a time is at least one.
 _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns"))
+#: The wire and the ABI count in 64 bits.
+_LARGEST = 2**63 - 1
+
+
+def timing_options(
+    *,
+    number: int = 1,
+    repeat: int = 20,
+    min_repeat_ms: float = 50,
+    warmup: int = 1,
+    cooldown_ms: float = 0,
+    repeats_to_cooldown: int = 1,
+    cache_flush_bytes: int = 0,
+    limit_zero_time_iterations: int = 100,
+) -> TimeOptions:
+    """How to time, from what a user said; names and meanings of TVM's time_evaluator.
+
+    Raises:
+        InputError: naming the option that is no whole number, negative, or zero where one is the least.
+    """
+    return TimeOptions(
+        number=_count("number", number, 1),
+        repeat=_count("repeat", repeat, 1),
+        min_repeat_ns=_nanoseconds("min_repeat_ms", min_repeat_ms),
+        warmup=_count("warmup", warmup, 0),
+        limit_zero_time_iterations=_count("limit_zero_time_iterations", limit_zero_time_iterations, 0),
+        cooldown_ns=_nanoseconds("cooldown_ms", cooldown_ms),
+        repeats_to_cooldown=_count("repeats_to_cooldown", repeats_to_cooldown, 1),
+        cache_flush_bytes=_count("cache_flush_bytes", cache_flush_bytes, 0),
+    )
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return value
+
+
+def _nanoseconds(name: str, milliseconds: float) -> int:
+    number = isinstance(milliseconds, (int, float)) and math.isfinite(milliseconds)
+    if not number or not 0 <= milliseconds * 1e6 <= _LARGEST:
+        raise InputError(f"{name} is {milliseconds!r}, expected milliseconds, at least 0")
+    return round(milliseconds * 1e6)
 
 
 @dataclass(frozen=True, slots=True)

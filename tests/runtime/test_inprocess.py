@@ -6,18 +6,21 @@ import gc
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 from kedge.compiler.toolchain import RuntimeFiles
-from kedge.rpc.artifact import Function
+from kedge.rpc.artifact import Function, Port
 from kedge.rpc.client.inprocess import MAX_PLANS, LoadedModel, open_in_process
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from support import native
 
 from kedge.artifact import Artifact
+from kedge.isolated import LocalDevice
 
 from .conftest import ARITHMETIC, artifact_of
 
@@ -186,6 +189,32 @@ def test_wrong_outputs(model: LoadedModel, out: Any, text: str) -> None:
         model.run({"x": data(1)}, out=out)
 
 
+@pytest.mark.parametrize("overlap", ["x", "part"])
+def test_outputs_that_lie_on_inputs(model: LoadedModel, overlap: str) -> None:
+    memory = np.ones(20, np.float32)
+    x, y = memory[:16].reshape(2, 8), memory[: 8 if overlap == "x" else None][-8:].reshape(2, 4)
+    for call in (model.run, model.bind):
+        with pytest.raises(InputError, match="out 'y' overlaps an input"):
+            call({"x": x}, out={"y": y})
+
+
+def test_inputs_without_names(model: LoadedModel) -> None:
+    for inputs in ([data(1)], data(1), None):
+        with pytest.raises(InputError, match=r"takes its inputs by name, not as .*\n.*x: float32\[N, 8\]"):
+            model.run(inputs)  # type: ignore[arg-type]
+    assert model.run(MappingProxyType({"x": data(1)}))["y"].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"repeat": 0}, {"repeat": 2.5}, {"number": "a"}, {"warmup": -1}, {"number": 1 << 64}, {"repeat": True},
+     {"min_repeat_ms": float("nan")}, {"min_repeat_ms": -1}, {"min_repeat_ms": 1e300}, {"cooldown_ms": "1"}],
+)  # fmt: skip
+def test_wrong_options_of_timing(model: LoadedModel, option: Any) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(option))} is .*expected .* at least"):
+        model.time({"x": data(1)}, **option)
+
+
 def test_failures_of_the_call(model: LoadedModel) -> None:
     with pytest.raises(JobError, match="a parallel loop failed with 17") as caught:
         model["fail"]({})
@@ -204,6 +233,40 @@ def test_another_architecture(runtime: RuntimeFiles) -> None:
         open_in_process(artifact, runtime.lib)
     with pytest.raises(IncompatibleTargetError, match="'c' is for sparc64"):
         artifact.open()
+
+
+def test_a_manifest_that_lies_about_an_output(arithmetic: Path, weights: Path, runtime: RuntimeFiles) -> None:
+    """An int8 array where the library writes int64 would be overrun."""
+    join = replace(ARITHMETIC[1], outputs=(Port("c", "int8", ("N + M", "2*N")),))
+    flat = replace(ARITHMETIC[1], outputs=(Port("c", "int64", ("N + M",)),))
+    for lie, text in (
+        (join, r"promises join\(.*int8\[2 dims\]\) as function 1, its library has .*int64"),
+        (flat, "1 dims"),
+    ):
+        artifact = artifact_of(arithmetic.read_bytes(), (ARITHMETIC[0], lie, *ARITHMETIC[2:]), weights.read_bytes(), 64)
+        with pytest.raises(ArtifactError, match=text):
+            open_in_process(artifact, runtime.lib)
+        with LocalDevice(threads=1) as device, pytest.raises(ArtifactError, match=text):
+            device.load(artifact)
+
+
+@pytest.mark.parametrize(("size", "offset"), [(100, 64), (128, 128), (128, 1024), (63, 0), (0, 0)])
+def test_weights_that_end_too_early(arithmetic: Path, runtime: RuntimeFiles, size: int, offset: int) -> None:
+    """Kernels would read what lies behind them."""
+    artifact = artifact_of(arithmetic.read_bytes(), ARITHMETIC, bytes(size), offset)
+    with pytest.raises(ArtifactError, match="bytes of weights, its library needs 64"):
+        open_in_process(artifact, runtime.lib)
+    with LocalDevice(threads=1) as device, pytest.raises(ArtifactError, match="end before byte"):
+        device.load(artifact)
+
+
+def test_no_room_to_unpack(arithmetic_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", Path("/proc")):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with pytest.raises(KedgeError, match=r"cannot make a temporary folder .*\n.*TMPDIR"):
+            arithmetic_artifact.open()
+        with LocalDevice(threads=1) as device, pytest.raises(KedgeError, match="cannot make a temporary folder"):
+            device.load(arithmetic_artifact)
 
 
 def test_features_are_checked_twice(runtime: RuntimeFiles) -> None:
