@@ -56,7 +56,9 @@ def _float(b: FunctionBuilder, op: str, x: Value, y: Value) -> Value:
 def _float_extreme(b: FunctionBuilder, op: str, x: Value, y: Value) -> Value:
     """min or max in which NaN wins, as ONNX and numpy have it."""
     order = "fcmp ogt" if op == "max" else "fcmp olt"
-    if b.target.arch.name != "x86_64":
+    # LLVM 22 aborts on these intrinsics for doubles of 32-bit ARM.
+    spelled_out = b.target.arch.name == "x86_64" or (b.target.arch.name == "armv7l" and x.type == "double")
+    if not spelled_out:
         return b.intrinsic("llvm.maximum" if op == "max" else "llvm.minimum", x, y)
     # x86's own max(p, q) is `p > q ? p : q`: with a constant first, NaN in the other comes through by itself.
     for p, q in ((x, y), (y, x)):

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kedge.compiler.codegen.address import NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import LANE, Linear
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
-from kedge.compiler.codegen.expr import ExprEmitter, NotVectorizable, Pointer
+from kedge.compiler.codegen.expr import ExprEmitter
 from kedge.compiler.codegen.prepare import Alloc, prepare, statements_of
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.errors import CodegenError
@@ -74,7 +75,10 @@ def emit_kernel(func: PrimFunc, target: Target, symbol: str) -> KernelCode:
     emitter.b.emit("ret i32 0")
     head = f"define hidden i32 @{symbol}({', '.join(params)}) {module.attributes}"
     module.add(emitter.b.finish(head))
-    return KernelCode(symbol, module.text(), simplify_dim(emitter.workspace))
+    workspace = simplify_dim(emitter.workspace)
+    if needs and isinstance(workspace, int):
+        workspace = max(workspace, 64)  # the pointer is a parameter now, and that is told by the size alone
+    return KernelCode(symbol, module.text(), workspace)
 
 
 def _workspace_buffers(stmt: Stmt) -> bool:

@@ -157,6 +157,28 @@ def test_every_operation_means_the_same_everywhere(text: str, kernels: KernelCac
 
 
 @pytest.mark.parametrize("text", KINDS)
+def test_nan_wins_in_min_and_max_everywhere(text: str, kernels: KernelCache, tmp_path: Path) -> None:
+    target = emulated(text)
+    for dtype in ("float32", "float64"):
+        x, y = te.placeholder((8, 8), dtype, "x"), te.placeholder((8, 8), dtype, "y")
+        zero = const(0.0, dtype)
+        outputs = [
+            te.compute((8, 8), lambda i, j, x=x, y=y: maximum(x[i, j], y[i, j]), name="a"),
+            te.compute((8, 8), lambda i, j, x=x, y=y: minimum(x[i, j], y[i, j]), name="b"),
+            te.compute((8, 8), lambda i, j, x=x, zero=zero: maximum(x[i, j], zero), name="c"),
+            te.compute((8, 8), lambda i, j, x=x, zero=zero: minimum(zero, x[i, j]), name="d"),
+        ]
+        func = te.create_prim_func([x, y, *outputs], "extremes")
+        values = np.array([np.nan, np.inf, -np.inf, 0.0, 1.0, -1.0, 2.5, -3.0], dtype)
+        data = [np.ascontiguousarray(part) for part in np.meshgrid(values, values)]
+        folder = tmp_path / dtype
+        folder.mkdir()
+        got = run_program(lower_prim_func(func, target), target, data, folder, kernels)
+        for have, want in zip(got, interp.run(func, data), strict=True):
+            np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize("text", KINDS)
 def test_scheduled_kernels_run_everywhere(text: str, kernels: KernelCache, tmp_path: Path) -> None:
     target = emulated(text)
     for func in (functions.conv(2, 3, 8, 5), functions.dense(Var("M", lower=1), 20, 10), functions.softmax(4, 10)):
