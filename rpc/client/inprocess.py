@@ -505,6 +505,8 @@ def _aligned_weights(artifact: Artifact, member: str | None, offset: int) -> Arr
     if member is None:
         return None
     data = np.frombuffer(artifact.member(member), np.uint8)[max(offset, 0) :]
+    if len(data) == 0:
+        return None
     if data.ctypes.data % abi.ALIGNMENT == 0:
         return data
     room = np.empty(len(data) + abi.ALIGNMENT, np.uint8)

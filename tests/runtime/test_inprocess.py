@@ -254,7 +254,7 @@ def test_a_manifest_that_lies_about_an_output(arithmetic: Path, weights: Path, r
 def test_weights_that_end_too_early(arithmetic: Path, runtime: RuntimeFiles, size: int, offset: int) -> None:
     """Kernels would read what lies behind them."""
     artifact = artifact_of(arithmetic.read_bytes(), ARITHMETIC, bytes(size), offset)
-    with pytest.raises(ArtifactError, match="bytes of weights, its library needs 64"):
+    with pytest.raises(ArtifactError, match="needs 64"):
         open_in_process(artifact, runtime.lib)
     with LocalDevice(threads=1) as device, pytest.raises(ArtifactError, match="end before byte"):
         device.load(artifact)
