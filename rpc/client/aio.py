@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import grpc
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
@@ -34,7 +34,6 @@ from kedge.rpc.transport import CHANNEL_OPTIONS, Address, open_channel, parse_ad
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState
 from kedge.rpc.types import Job as JobInfo
 
-T = TypeVar("T")
 Progress = Callable[[JobInfo], None]
 
 _CALL_S = 60.0
@@ -154,7 +153,7 @@ class Fleet:
         """The newest jobs, newest first, without their tensors."""
         numbers = [convert.job_state_to_pb(state) for state in states]
         request = fleet_pb2.ListJobsRequest(limit=limit, states=numbers)
-        answer = await self._persist(lambda wait: self._stub.ListJobs(request, **wait))
+        answer = await self._persist(self._stub.ListJobs, request)
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 
     @asynccontextmanager
@@ -178,7 +177,7 @@ class Fleet:
         request = fleet_pb2.ListDevicesRequest(
             selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000)
         )
-        answer = await self._persist(lambda wait: self._stub.ListDevices(request, **wait))
+        answer = await self._persist(self._stub.ListDevices, request)
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
     async def _submit(self, packed: Packed, request: Request) -> Job:
@@ -195,7 +194,7 @@ class Fleet:
 
     async def _withdraw(self, message: fleet_pb2.SubmitJobRequest) -> None:
         """Cancel a job that may have been accepted although its answer never came: the key says which it is."""
-        answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+        answer = await self._persist(self._stub.SubmitJob, message)
         await Job(self, answer.job.id).cancel()
 
     async def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
@@ -213,13 +212,13 @@ class Fleet:
 
     async def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
-            answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+            answer = await self._persist(self._stub.SubmitJob, message)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             await self._ensure_uploaded(packed)
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
-            answer = await self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+            answer = await self._persist(self._stub.SubmitJob, message)
         return Job(self, answer.job.id)
 
     async def _ensure_uploaded(self, packed: Packed) -> None:
@@ -232,13 +231,13 @@ class Fleet:
         fetched = {b.digest: await asyncio.to_thread(self._blobs.read, b) for b in plan.blobs_of(job.result)}
         return plan.read_result(job, fetched)
 
-    async def _persist(self, call: Callable[[dict[str, Any]], Awaitable[T]]) -> T:
+    async def _persist(self, method: Any, request: Any) -> Any:
         """A call that may be made twice; a tracker that went away is waited for."""
         patience = plan.Patience(self.address, plan.RECONNECT_S)
         options: dict[str, Any] = {"timeout": _CALL_S}
         while True:
             try:
-                return await call(options)
+                return await method(request, **options)
             except grpc.RpcError as error:
                 pause, options = patience.after(error, asyncio.get_running_loop().time())
             await asyncio.sleep(pause)
@@ -257,13 +256,13 @@ class Job:
     async def status(self) -> JobInfo:
         """The job now; its `detail` says why it waits."""
         request = fleet_pb2.GetJobRequest(job_id=self.id)
-        pb = await self._fleet._persist(lambda wait: self._fleet._stub.GetJob(request, **wait))
+        pb = await self._fleet._persist(self._fleet._stub.GetJob, request)
         return convert.job_from_pb(pb)
 
     async def cancel(self) -> JobInfo:
         """Stop it: at once while it waits, otherwise the device is asked to. A job that is done stays so."""
         request = fleet_pb2.CancelJobRequest(job_id=self.id)
-        pb = await self._fleet._persist(lambda wait: self._fleet._stub.CancelJob(request, **wait))
+        pb = await self._fleet._persist(self._fleet._stub.CancelJob, request)
         return convert.job_from_pb(pb)
 
     async def wait(
@@ -288,7 +287,7 @@ class Job:
                 if not is_away(error):
                     raise from_rpc_error(error, self._fleet.address) from error
             request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
-            await self._fleet._persist(lambda wait: self._fleet._stub.Hello(request, **wait))  # noqa: B023
+            await self._fleet._persist(self._fleet._stub.Hello, request)
 
     async def _watch(self, progress: Progress | None) -> JobInfo:
         call = self._fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=self.id))

@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import grpc
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
@@ -24,7 +24,7 @@ from kedge.rpc import convert
 from kedge.rpc.artifact import select_variant
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
-from kedge.rpc.client import plan
+from kedge.rpc.client import interrupts, plan
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
 from kedge.rpc.client.timing import Timing
@@ -35,7 +35,6 @@ from kedge.rpc.transport import Address, open_channel, parse_address
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState
 from kedge.rpc.types import Job as JobInfo
 
-T = TypeVar("T")
 Progress = Callable[[JobInfo], None]
 
 #: How long to wait for the first answer.
@@ -86,7 +85,7 @@ class Fleet:
         """Exchange protocol versions with the tracker; raises ConnectError."""
         request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
         try:
-            answer = self._stub.Hello(request, timeout=CONNECT_S)
+            answer = _call(self._stub.Hello, request, {"timeout": CONNECT_S})
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from error
         check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
@@ -172,7 +171,7 @@ class Fleet:
         """The newest jobs, newest first, without their tensors."""
         numbers = [convert.job_state_to_pb(state) for state in states]
         request = fleet_pb2.ListJobsRequest(limit=limit, states=numbers)
-        answer = self._persist(lambda wait: self._stub.ListJobs(request, **wait))
+        answer = self._persist(self._stub.ListJobs, request)
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 
     @contextmanager
@@ -202,7 +201,7 @@ class Fleet:
         request = fleet_pb2.ListDevicesRequest(
             selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000)
         )
-        answer = self._persist(lambda wait: self._stub.ListDevices(request, **wait))
+        answer = self._persist(self._stub.ListDevices, request)
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
     def _submit(self, packed: Packed, request: Request) -> Job:
@@ -215,7 +214,7 @@ class Fleet:
             return self._send(packed, request, message).wait()
         except KeyboardInterrupt:
             # The tracker may have accepted it although its answer never came: the key says which job it is.
-            Job(self, self._persist(lambda wait: self._stub.SubmitJob(message, **wait)).job.id).cancel()
+            Job(self, self._persist(self._stub.SubmitJob, message).job.id).cancel()
             raise
 
     def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
@@ -233,13 +232,13 @@ class Fleet:
 
     def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
-            answer = self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+            answer = self._persist(self._stub.SubmitJob, message)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             self._ensure_uploaded(packed)
             self._blobs.upload_missing(request.uploads)
-            answer = self._persist(lambda wait: self._stub.SubmitJob(message, **wait))
+            answer = self._persist(self._stub.SubmitJob, message)
         return Job(self, answer.job.id)
 
     def _ensure_uploaded(self, packed: Packed) -> None:
@@ -252,16 +251,27 @@ class Fleet:
         fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
         return plan.read_result(job, fetched)
 
-    def _persist(self, call: Callable[[dict[str, Any]], T], patience_s: float = plan.RECONNECT_S) -> T:
+    def _persist(self, method: Any, request: Any, patience_s: float = plan.RECONNECT_S) -> Any:
         """A call that may be made twice; a tracker that went away is waited for."""
         patience = plan.Patience(self.address, patience_s)
         options: dict[str, Any] = {"timeout": min(_CALL_S, patience_s)}
         while True:
             try:
-                return call(options)
+                return _call(method, request, options)
             except grpc.RpcError as error:
                 pause, options = patience.after(error, time.monotonic())
                 time.sleep(pause)
+
+
+def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:
+    """One unary call, which Ctrl-C breaks off."""
+    with interrupts.deferred():
+        call = method.future(request, **options)
+    try:
+        return call.result()
+    finally:
+        with interrupts.deferred():
+            call.cancel()
 
 
 class Job:
@@ -277,12 +287,12 @@ class Job:
     def status(self) -> JobInfo:
         """The job now; its `detail` says why it waits."""
         request = fleet_pb2.GetJobRequest(job_id=self.id)
-        return convert.job_from_pb(self._fleet._persist(lambda wait: self._fleet._stub.GetJob(request, **wait)))
+        return convert.job_from_pb(self._fleet._persist(self._fleet._stub.GetJob, request))
 
     def cancel(self) -> JobInfo:
         """Stop it: at once while it waits, otherwise the device is asked to. A job that is done stays so."""
         request = fleet_pb2.CancelJobRequest(job_id=self.id)
-        return convert.job_from_pb(self._fleet._persist(lambda wait: self._fleet._stub.CancelJob(request, **wait)))
+        return convert.job_from_pb(self._fleet._persist(self._fleet._stub.CancelJob, request))
 
     def wait(self, timeout: float | None = None, progress: Progress | None = None, *, check: bool = True) -> Result:
         """Wait until it is done.
@@ -313,7 +323,9 @@ class Job:
 
     def _watch(self, deadline: float | None, progress: Progress | None) -> JobInfo:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        call = self._fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=self.id), timeout=left)
+        request = fleet_pb2.WatchJobRequest(job_id=self.id)
+        with interrupts.deferred():
+            call = self._fleet._stub.WatchJob(request, timeout=left)
         try:
             for pb in call:
                 if progress is not None or pb.state == types_pb2.JOB_STATE_DONE:
@@ -323,7 +335,8 @@ class Job:
                     if job.state is JobState.DONE:
                         return job
         finally:
-            call.cancel()
+            with interrupts.deferred():
+                call.cancel()
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
 
     def _await_tracker(self, deadline: float | None) -> None:
@@ -331,7 +344,7 @@ class Job:
         left = plan.RECONNECT_S if deadline is None else max(0.0, deadline - time.monotonic())
         request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
         try:
-            self._fleet._persist(lambda wait: self._fleet._stub.Hello(request, **wait), min(left, plan.RECONNECT_S))
+            self._fleet._persist(self._fleet._stub.Hello, request, min(left, plan.RECONNECT_S))
         except ConnectError:
             if deadline is None or time.monotonic() < deadline:
                 raise

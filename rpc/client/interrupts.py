@@ -1,0 +1,38 @@
+"""Ctrl-C at a moment when it does no harm.
+
+gRPC's synchronous calls lose a KeyboardInterrupt that is raised while they are being set up or torn down: it ends in
+a destructor or a callback, where Python can only report and forget it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """An interrupt that comes inside takes effect at the end. For sections that do not block.
+
+    Only the main thread is interrupted at all; a handler that is not Python's (or the user's) is left alone.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            signal.raise_signal(signal.SIGINT)
