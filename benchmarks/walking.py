@@ -25,10 +25,10 @@ import grpc
 import harness
 import numpy as np
 import onnx
-from kedge.compiler import te
 from onnx import TensorProto, helper, numpy_helper
 
 import kedge
+from kedge.compiler import te
 from kedge.data import digits_model, digits_test
 from kedge.demo import processes
 

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.errors import CompileError
 from kedge.compiler.tir.expr import (
     INDEX_DTYPE,

@@ -21,6 +21,10 @@ from types import TracebackType
 from typing import Self, cast
 
 import paramiko
+from paramiko.auth_strategy import AuthStrategy
+from paramiko.pkey import UnknownKeyType
+from paramiko.ssh_exception import NoValidConnectionsError
+
 from kedge.deploy.errors import (
     AuthenticationError,
     DeployError,
@@ -29,9 +33,6 @@ from kedge.deploy.errors import (
     RemoteCommandError,
 )
 from kedge.rpc.errors import ConnectError
-from paramiko.auth_strategy import AuthStrategy
-from paramiko.pkey import UnknownKeyType
-from paramiko.ssh_exception import NoValidConnectionsError
 
 _KEEPALIVE_S = 15
 _DEFAULT_CONFIG = Path("~/.ssh/config")

@@ -284,6 +284,7 @@ class _Link:
 
     def _read(self, received: Callable[[m.TrackerBody], None], closed: Callable[[Optional[KedgeError]], None]) -> None:
         import grpc
+
         from kedge.rpc import convert
         from kedge.rpc.status import from_rpc_error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar, Union, cast
 
 import grpc
+
 from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc
 from kedge.rpc import convert
 from kedge.rpc.blobs import BlobStore, CorruptBlobError, UploadOffsetError, blob_of

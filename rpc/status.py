@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Dict, Mapping, Optional, Tuple, Type
 
 import grpc
+
 from kedge.rpc import blobs, errors
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.selector import SelectorError

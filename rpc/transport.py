@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Tuple, Union
 
 import grpc
+
 from kedge.rpc.errors import ConnectError
 
 DEFAULT_PORT = 9190

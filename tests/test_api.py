@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kedge.compiler.frontend.onnx.reference import reference_outputs
-from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError
 
 import kedge
 from kedge import nn, te
+from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
+from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
+
 from kedge.compiler.codegen import arith, mathlib
 from kedge.compiler.codegen.address import AddressEmitter, NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import Interval, Linear

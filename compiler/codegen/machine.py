@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import llvmlite.binding as llvm
+
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.target.model import Target
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.graph.dims import format_type
 from kedge.compiler.graph.ir import Module, Param, TensorType
 from kedge.rpc.errors import InputError

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.errors import CompileError, ShapeError
 from kedge.compiler.graph.dims import attribute_symbols, format_type, plain, plain_shape, same_type
 from kedge.compiler.graph.ir import Call, Constant, Function, Input, Item, Param, TensorType, Value

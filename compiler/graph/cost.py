@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from kedge.compiler.graph.dims import product, total
 from kedge.compiler.graph.ir import Call, Constant, Fused, TensorType, Value
 from kedge.compiler.ops import registry

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.graph.dims import concrete, evaluate_shape, format_type
 from kedge.compiler.graph.ir import (

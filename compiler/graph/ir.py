@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.tir.expr import Dim, Expr, Var
 
 Attrs: TypeAlias = Mapping[str, Any]

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.builder import make_call

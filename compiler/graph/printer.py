@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.graph.dims import attribute_symbols, format_dim, format_type
 from kedge.compiler.graph.ir import (
     Call,

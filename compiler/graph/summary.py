@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+
 from kedge.compiler.graph.bind import parameters
 from kedge.compiler.graph.cost import flops, nbytes, traffic
 from kedge.compiler.graph.dims import format_dim, format_type, product, total

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.errors import ShapeError, VerifyError
 from kedge.compiler.graph.builder import check_arity
 from kedge.compiler.graph.dims import attribute_symbols, format_type, same_type

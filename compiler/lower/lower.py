@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.cost import nbytes

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+
 from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.tir.expr import Dim, Expr, Var
 from kedge.compiler.tir.stmt import PrimFunc

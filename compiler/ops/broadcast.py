@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.graph.dims import broadcast_shape, evaluate_shape, format_dim, plain_shape, same_shape
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry

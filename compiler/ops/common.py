@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from kedge.compiler import te
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.tir.expr import (

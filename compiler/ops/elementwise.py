@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import ANY, FLOATS, INTEGERS, NUMBERS, SIGNED

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
+
 from kedge.compiler import te
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry, windows

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+
 from kedge.compiler import te
 from kedge.compiler.graph.dims import product
 from kedge.compiler.graph.ir import Attrs, TensorType

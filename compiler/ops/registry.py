@@ -8,6 +8,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.ir import EMPTY, Attrs, TensorType
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler import te
 from kedge.compiler.graph.dims import plain
 from kedge.compiler.graph.ir import Attrs

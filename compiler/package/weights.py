@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+
 from kedge.compiler.codegen.entry import WeightPlace
 from kedge.compiler.errors import CompileError
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var, as_expr
 from kedge.compiler.tir.printer import print_expr, print_shape

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.tir.expr import (
     COMPARISONS,
     INDEX_DTYPE,

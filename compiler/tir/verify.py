@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import numpy as np
+
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import (
     BINARY_OPS,

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 import paramiko
+
 from kedge.deploy.cachedir import Progress, default_cache_dir, silent
 from kedge.deploy.emulated import init
 from kedge.deploy.emulated.sources import Distribution, host_distribution

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import grpc
+
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.artifact import select_variant

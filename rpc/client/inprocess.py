@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+
 from kedge.rpc import abi
 from kedge.rpc.artifact import Artifact, Function, Manifest
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output

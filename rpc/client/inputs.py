@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from kedge.rpc.artifact import Function, Port
 from kedge.rpc.errors import InputError
 

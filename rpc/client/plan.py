@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+
 from kedge.rpc.artifact import Artifact, Manifest, select_variant
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client.inputs import Array, arrange

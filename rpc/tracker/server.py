@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import grpc
+
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, fleet_pb2_grpc
 from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ConnectError

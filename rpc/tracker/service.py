@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
+
 from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.artifact import Manifest

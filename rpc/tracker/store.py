@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
 from kedge.rpc import convert
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker.facts import (
@@ -33,7 +35,6 @@ from kedge.rpc.tracker.facts import (
     Needs,
 )
 from kedge.rpc.types import Job, JobState
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")

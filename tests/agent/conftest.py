@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from support import handmade

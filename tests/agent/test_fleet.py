@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc import convert
 from kedge.rpc.blob_client import BlobClient

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.python39 import Python39
 
 ROOT = Path(__file__).resolve().parent.parent.parent

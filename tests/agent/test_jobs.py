@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from kedge.device_agent.cache import ArtifactCache
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe

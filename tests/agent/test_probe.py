@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.target.arch import ARCHS, Arch, closure
 from kedge.compiler.target.cpus import CPUS
 from kedge.compiler.target.parse import parse

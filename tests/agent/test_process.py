@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2, blobs_pb2_grpc
 from kedge.rpc import convert
 from kedge.rpc import messages as m

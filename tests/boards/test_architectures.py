@@ -20,6 +20,8 @@ import numpy as np
 import onnx
 import onnx.reference
 import pytest
+
+import kedge
 from kedge.compiler import pipeline
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime, cache_dir
@@ -29,8 +31,6 @@ from kedge.device_agent import runtime
 from kedge.device_agent.runner import Runner, Tensor
 from kedge.rpc.artifact import Artifact
 from support.boards import CACHE, ROOT
-
-import kedge
 
 pytestmark = pytest.mark.board
 

@@ -12,11 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from kedge.deploy import bundle
-from kedge.deploy.errors import FetchError
 from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
+
+from kedge.deploy import bundle
+from kedge.deploy.errors import FetchError
 from support.boards import CACHE, ROOT
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import onnx.reference
 import pytest
+
+import kedge
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from kedge.deploy import ssh
@@ -22,8 +24,6 @@ from kedge.deploy.probe import BoardInfo
 from kedge.rpc.client import Fleet
 from kedge.rpc.tracker import server
 from support.boards import CACHE, ROOT, destination, require
-
-import kedge
 
 pytestmark = pytest.mark.board
 

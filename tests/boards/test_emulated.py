@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kedge.deploy import ssh
 from kedge.deploy.emulated import EmulatedBoard, init
 from kedge.deploy.emulated import board as module

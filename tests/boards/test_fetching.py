@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kedge.deploy.cachedir import build_once
 from kedge.deploy.emulated.sources import Distribution, host_distribution
 from kedge.deploy.emulated.userland import fetch_userland, unpack, userland_path

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import paramiko
 import pytest
+
 from kedge.deploy import ssh
 from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.errors import (

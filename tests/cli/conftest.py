@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.commands import Kedge, kedge_command
 
 from kedge.data import digits_model
+from support.commands import Kedge, kedge_command
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kedge.compiler.frontend.onnx.reference import reference_outputs
-from support.commands import Kedge, kedge_command
 
+from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
+from support.commands import Kedge, kedge_command
 
 
 def test_run_saves_what_the_reference_computes(kedge: Kedge, digits: Path, tmp_path: Path) -> None:

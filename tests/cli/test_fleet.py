@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import Kedge, kedge_command
 
 from kedge.data import digits_model, digits_test
 from kedge.demo import processes
 from kedge.diagnosis import diagnose
+from support.commands import Kedge, kedge_command
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.codegen.affine import LANE, Linear
 from kedge.compiler.codegen.builder import Value
 

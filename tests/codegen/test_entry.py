@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.codegen import shapes

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from kedge.compiler.codegen import mathlib
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder
 from kedge.compiler.codegen.machine import emit_object

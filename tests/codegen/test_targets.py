@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.codegen.kernel import emit_kernel

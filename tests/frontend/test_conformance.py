@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from kedge.compiler.errors import FrontendError, UnsupportedOperatorError
-from kedge.compiler.frontend.onnx import converted_ops, coverage, load_onnx
-from kedge.compiler.graph import interp
 from onnx import numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 from onnx.backend.test.loader import load_model_tests
+
+from kedge.compiler.errors import FrontendError, UnsupportedOperatorError
+from kedge.compiler.frontend.onnx import converted_ops, coverage, load_onnx
+from kedge.compiler.graph import interp
 
 DataSet = tuple[Sequence[Any], Sequence[Any]]
 

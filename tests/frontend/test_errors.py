@@ -9,12 +9,12 @@ import onnx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kedge.compiler.errors import FrontendError, UnsupportedOperatorError
-from kedge.compiler.frontend.onnx import NEWEST_OPSET, coverage, load_onnx
-from kedge.rpc.errors import KedgeError
 from onnx import helper, numpy_helper
 
+from kedge.compiler.errors import FrontendError, UnsupportedOperatorError
+from kedge.compiler.frontend.onnx import NEWEST_OPSET, coverage, load_onnx
 from kedge.data import digits_model
+from kedge.rpc.errors import KedgeError
 
 DIGITS = digits_model().read_bytes()
 

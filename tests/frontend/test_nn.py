@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from kedge.compiler.errors import FrontendError, ShapeError
 from kedge.compiler.frontend import nn
 from kedge.compiler.frontend.onnx import load_onnx
@@ -13,9 +14,8 @@ from kedge.compiler.graph import interp
 from kedge.compiler.graph.ir import Constant
 from kedge.compiler.graph.verify import verify
 from kedge.compiler.tir.expr import Var
-from kedge.rpc.errors import InputError
-
 from kedge.data import digits_model, digits_test
+from kedge.rpc.errors import InputError
 
 RNG = np.random.default_rng(0)
 

@@ -10,15 +10,15 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx import coverage, load_onnx
 from kedge.compiler.graph import interp
 from kedge.compiler.graph.ir import Call, Module, Param
 from kedge.compiler.graph.verify import verify
 from kedge.compiler.tir.expr import Var
-from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-
 from kedge.data import digits_model, digits_report, digits_test
 
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from kedge.compiler.frontend.onnx import load_onnx
 from kedge.compiler.graph import interp
-
 from kedge.data import digits_report, digits_test
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_digits.py"

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+
 from kedge.compiler.errors import CompileError, ShapeError, VerifyError
 from kedge.compiler.graph import interp
 from kedge.compiler.graph.builder import Builder

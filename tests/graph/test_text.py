@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.graph import parser, structural
 from kedge.compiler.graph.builder import Builder

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler import te
 from kedge.compiler.errors import CompileError, VerifyError
 from kedge.compiler.graph import interp

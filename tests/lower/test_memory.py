@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.graph.dims import evaluate, product, total
 from kedge.compiler.lower.memory import Tenant, pack, plan_memory
 from kedge.compiler.tir.expr import Dim, Var

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.ir import TensorType

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.ir import TensorType

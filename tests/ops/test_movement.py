@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.dims import format_type

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.dims import format_type
 from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.tir.expr import Var
-from onnx import TensorProto, helper
-from onnx.reference import ReferenceEvaluator
 from support.graphs import check_op
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from kedge.compiler.cache import KernelCache, kernel_key
 from kedge.compiler.errors import CodegenError, CompileError, ToolchainError
 from kedge.compiler.frontend import nn

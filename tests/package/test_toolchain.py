@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kedge.compiler import toolchain
 from kedge.compiler.codegen.machine import emit_object
 from kedge.compiler.errors import ToolchainError

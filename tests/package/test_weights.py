@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load
+
 from kedge.compiler.errors import CompileError
 from kedge.compiler.package import pack_weights
 from kedge.compiler.package.weights import ALIGNMENT, LARGE_BYTES
-from safetensors.numpy import load
 
 DTYPES = ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint32", "bool"]
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from kedge.artifact import Artifact
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import RuntimeFiles, build_runtime
 from kedge.device_agent.runner import Runner
 from kedge.rpc import abi
 from kedge.rpc.artifact import Function, Manifest, Port, Symbol, Variant, make_member
 from support import native
-
-from kedge.artifact import Artifact
 
 
 @pytest.fixture(scope="session")

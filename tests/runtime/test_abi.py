@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent import runtime as sources
 from kedge.rpc import abi

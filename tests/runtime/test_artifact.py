@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kedge.rpc.artifact import Artifact, Function, Manifest, Port, Symbol, Variant, make_member
 from kedge.rpc.errors import ArtifactError
 

@@ -8,6 +8,7 @@ import subprocess
 
 import llvmlite.binding as llvm
 import pytest
+
 from kedge.compiler.target import ARCHS, parse
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.rpc import abi

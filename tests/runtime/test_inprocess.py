@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from kedge.artifact import Artifact
 from kedge.compiler.toolchain import RuntimeFiles
+from kedge.isolated import LocalDevice
 from kedge.rpc.artifact import Function, Port
 from kedge.rpc.client.inprocess import MAX_PLANS, LoadedModel, open_in_process
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from support import native
-
-from kedge.artifact import Artifact
-from kedge.isolated import LocalDevice
 
 from .conftest import ARITHMETIC, artifact_of
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kedge.rpc.errors import ArtifactError, InputError, JobError
 
 from kedge.artifact import Artifact
 from kedge.isolated import LocalDevice
+from kedge.rpc.errors import ArtifactError, InputError, JobError
 
 from .conftest import ARITHMETIC, artifact_of
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.measure import judge, mad, median_interval
 from kedge.rpc.types import Health, Measurement, TimeOptions, Verdict

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from support import native
 
 STRESS = Path(__file__).with_name("programs") / "pool_stress.c"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent.runtime import protocol
 from kedge.device_agent.runtime.protocol import Header, Tensor

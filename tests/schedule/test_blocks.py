@@ -1,6 +1,7 @@
 """Primitives on blocks: inlining, moving, decomposing, caching."""
 
 import pytest
+
 from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule

@@ -1,6 +1,7 @@
 """split, fuse, reorder and the kinds of loops: what they make, what they refuse, that the meaning stays."""
 
 import pytest
+
 from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import blocks_in

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 
 import pytest
+
 from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.default import RULES, schedule_func

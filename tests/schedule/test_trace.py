@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Var

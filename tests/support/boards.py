@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.ssh import Destination, resolve
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from kedge.rpc import abi

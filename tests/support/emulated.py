@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.lower.program import Entry, Program
 from kedge.compiler.package import pack_weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+
 from kedge.compiler import te
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, call, logical_and, maximum, select
 from kedge.compiler.tir.interp import Array, run

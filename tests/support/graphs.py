@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from kedge.compiler.graph import interp, parser, structural
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.builder import Builder

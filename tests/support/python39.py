@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from kedge.deploy.bundle import agent_site
 from kedge.deploy.cachedir import build_once
 from kedge.deploy.emulated.sources import debian_release

@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler.errors import TargetError
 from kedge.compiler.target import ARCHS, Target, known_tags, parse
 from kedge.compiler.target.arch import closure

@@ -4,13 +4,14 @@ import time
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+
 from kedge.compiler import te
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import Binary, Cast, Var, binary, call, const, logical_and, select
 from kedge.compiler.tir.interp import run
 from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Store
 from kedge.rpc.errors import InputError
-from numpy.lib.stride_tricks import sliding_window_view
 from support.functions import conv, dense, inputs, mean, pool, softmax
 
 N = Var("n", lower=1)

@@ -3,6 +3,7 @@
 from types import MappingProxyType
 
 import pytest
+
 from kedge.compiler.tir.expr import Cast, Load, Var, binary, call, const, eq, logical_and, minimum, select
 from kedge.compiler.tir.printer import print_expr, print_func
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Region, Seq, Store

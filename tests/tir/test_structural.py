@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+
 from kedge.compiler import te
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Var, const

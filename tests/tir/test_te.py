@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from kedge.compiler import te
 from kedge.compiler.errors import CompileError
 from kedge.compiler.tir.expr import Cast, Load, Var, call, eq, maximum, select

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Expr, Load, Select, Var, const
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterVar, PrimFunc, Range, Region, Seq, Store

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet, connect
 from kedge.rpc.tracker.server import RunningTracker, start

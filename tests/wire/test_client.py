@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect

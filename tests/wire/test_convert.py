@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.protos.v1 import agent_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc import messages as m

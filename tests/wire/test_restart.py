@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import connect

@@ -4,6 +4,7 @@ import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.rpc.tracker.scheduler import Queue, Want
 
 NEEDS = (("x86_64", frozenset[str]()),)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kedge.rpc.selector import Selector, SelectorError, Term, labels_of, parse
 from kedge.rpc.types import DeviceInfo
 

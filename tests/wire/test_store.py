@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.tracker.facts import (
     Fact,

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 from kedge.rpc import convert
 from kedge.rpc import messages as m

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.protocol import ProtocolError, accepts, check_peer, local_protocol
 from kedge.rpc.transport import Address, parse_address

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.nn import spec as specs
 from kedge.compiler.graph.builder import Builder, call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+
 from kedge.compiler.frontend.onnx.model import dtype_name, tensor_data
 from kedge.compiler.frontend.onnx.node import Entry, Node, converter
 from kedge.compiler.graph.ir import Constant, Value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+
 from kedge.compiler.errors import UnsupportedOperatorError
 from kedge.compiler.frontend.onnx.functions import body_of
 from kedge.compiler.frontend.onnx.model import Model, all_nodes, dtype_name, element_type_label

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import reduce
 
 import numpy as np
+
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Converter, Node, converter
 from kedge.compiler.graph.ir import Value

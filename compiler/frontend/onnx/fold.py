@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+from onnx.reference import ReferenceEvaluator
+
 from kedge.compiler.frontend.onnx.functions import schema_of
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Array, Entry, Node
 from kedge.compiler.frontend.onnx.symbolic import FOLDERS, Dims, UndecidableError
 from kedge.compiler.graph.ir import Constant
 from kedge.compiler.tir.expr import Expr
-from onnx.reference import ReferenceEvaluator
 
 #: Larger constants stay operators: they are not shape arithmetic, and the graph's own folding sees them later.
 _LARGEST = 1 << 16

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
+
 from kedge.compiler.errors import FrontendError, ShapeError
 from kedge.compiler.frontend.onnx.coverage import OperatorUse, decomposes, unsupported_error
 from kedge.compiler.frontend.onnx.fold import fold

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import onnx
+
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx.model import Model, dtype_name
 from kedge.compiler.graph.ir import TensorType

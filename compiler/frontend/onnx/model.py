@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-from kedge.compiler.errors import FrontendError
 from onnx import inliner, numpy_helper, version_converter
+
+from kedge.compiler.errors import FrontendError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
+
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx.symbolic import Dims
 from kedge.compiler.graph.builder import call, make_call

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kedge.compiler.errors import FrontendError
 from onnx.reference import ReferenceEvaluator
+
+from kedge.compiler.errors import FrontendError
 
 Array = np.ndarray[Any, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from kedge.compiler.frontend.onnx.fold import literal
 from kedge.compiler.frontend.onnx.node import Entry, Node, converter
 from kedge.compiler.frontend.onnx.symbolic import as_items

@@ -13,6 +13,7 @@ from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.graph.dims import divide, plain, product
 from kedge.compiler.graph.ir import same_dim
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, maximum, minimum

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+
 from kedge.compiler.graph.bind import frozen, parameters
 from kedge.compiler.graph.ir import (
     Call,

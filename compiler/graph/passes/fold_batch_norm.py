@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.interp import Array
 from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value

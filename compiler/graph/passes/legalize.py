@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
 from kedge.compiler.graph.builder import call
 from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.ir import Call, Constant, Item, Module, Value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
 from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import same_shape, same_type
 from kedge.compiler.graph.interp import Array
