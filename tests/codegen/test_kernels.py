@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.codegen.kernel import emit_kernel
+from kedge.compiler.codegen.machine import emit_object
 from kedge.compiler.errors import CodegenError, ScheduleError
 from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
@@ -33,11 +35,16 @@ from kedge.compiler.tir.expr import (
     select,
 )  # fmt: skip
 from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Seq, Store
+from kedge.compiler.toolchain import link_shared
 from kedge.rpc.artifact import Artifact
 from support import functions
 from support.compiled import opened
 
 TARGETS = ("native", "x86-64", "x86-64-v3")
+ELSEWHERE = (
+    "raspberry-pi/4b", "raspberry-pi/2b", "beaglebone/black", "llvm -mtriple=armv7-linux-gnueabihf", "visionfive/2",
+    "bananapi/f3", "aws/graviton3",
+)  # fmt: skip
 SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
@@ -73,6 +80,13 @@ def check(
             scale = max(1.0, float(finite.max(initial=0)))
             rough = 2e-3 if have.dtype == np.float16 else 2e-5
             np.testing.assert_allclose(have, want, rtol=rough, atol=rough * scale, equal_nan=True)
+
+
+def compile_elsewhere(func: PrimFunc, data: st.DataObject) -> None:
+    """Some other target's back end takes the function, too, and needs no library for it."""
+    target = parse(data.draw(st.sampled_from(ELSEWHERE)))
+    visible = emit_kernel(func, target, "k").ir.replace("define hidden", "define")  # else the linker drops it unseen
+    link_shared([emit_object(visible, target)], target)
 
 
 # Element-wise functions -----------------------------------------------------------------------------------------
@@ -123,6 +137,7 @@ def test_elementwise(kernels: KernelCache, data: st.DataObject, target: str) -> 
     for value in special:
         arrays[0].flat[data.draw(st.integers(0, m * n - 1))] = value
     check(sch.func, arrays, target, kernels, reference=func)
+    compile_elsewhere(sch.func, data)
 
 
 def _random_schedule(sch: Schedule, data: st.DataObject) -> None:
@@ -167,6 +182,7 @@ def test_integers(kernels: KernelCache, data: st.DataObject, target: str) -> Non
     if info.min < 0:
         d *= rng.choice(np.array([-1, 1], dtype), n)
     check(sch.func, [a, d], target, kernels, reference=func, exact=True)
+    compile_elsewhere(sch.func, data)
 
 
 @SETTINGS
@@ -184,6 +200,7 @@ def test_casts(kernels: KernelCache, data: st.DataObject, target: str) -> None:
     low, high = (0, 100) if to.startswith("u") or source.startswith("u") else (-100, 100)
     values = rng.uniform(low, high, n) if source.startswith("float") else rng.integers(low, high, n)
     check(sch.func, [values.astype(source)], target, kernels, reference=func, exact=to != "float16")
+    compile_elsewhere(sch.func, data)
 
 
 def test_float16_is_rounded_to_nearest_even_with_every_value_kept(kernels: KernelCache) -> None:
