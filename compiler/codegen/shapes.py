@@ -14,7 +14,7 @@ CONST: Final = 0
 SYMBOL: Final = 1
 _OPCODES: Final[Mapping[str, int]] = {"add": 2, "sub": 3, "mul": 4, "floordiv": 5, "floormod": 6, "min": 7, "max": 8}
 _NAMES: Final[Mapping[int, BinaryOp]] = {code: name for name, code in _OPCODES.items()}  # type: ignore[misc]
-MAX_OPS: Final = 64
+MAX_OPS: Final = 4096
 MAX_DEPTH: Final = 32
 
 
@@ -28,7 +28,10 @@ def encode(dim: Dim, symbols: Sequence[Var]) -> Program:
     ops: list[tuple[int, int]] = []
     deepest = _encode(as_expr(dim), numbers, ops)
     if len(ops) > MAX_OPS or deepest > MAX_DEPTH:
-        raise CodegenError(f"a size expression has {len(ops)} operations; the ABI allows {MAX_OPS}")
+        raise CodegenError(
+            f"a size expression over free dims has {len(ops)} operations; the ABI allows {MAX_OPS}",
+            hint="fix some dims of the inputs: shapes={...} or --shape NAME=1,3,224,224",
+        )
     return tuple(ops)
 
 

@@ -99,16 +99,15 @@ def _apart(loop: For, outer: Sequence[For], touching: Sequence[Access]) -> bool:
 
 def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range], touching: Sequence[Access]) -> bool:
     """Whether accesses at different values of `var` touch different elements, whatever the variables `inside` are."""
-    distance = Var("distance")
-    renaming: dict[Var, Expr] = {var: var + distance + 1}
-    known = {**ranges, distance: ranges[var]}
-    for each in inside:
-        renaming[each] = Var(each.name)
+    later, distance = Var(f"later_{var.name}"), Var("distance")
+    renaming: dict[Var, Expr] = {each: Var(each.name) for each in inside}
+    known = {**ranges, later: ranges[var], distance: ranges[var]}
     for each, limit in inside.items():
         copy = renaming[each]
         assert isinstance(copy, Var)
-        known[copy] = Range(limit.start, substitute_expr(limit.extent, renaming))
+        known[copy] = Range(limit.start, substitute_expr(limit.extent, {**renaming, var: later}))
     simplifier = Simplifier(known)
+    renaming[var] = later
     rank = len(touching[0].indices)
     for size in range(1, rank + 1):
         for first in range(rank - size + 1):
@@ -120,9 +119,12 @@ def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range
             ]
             if not any(var in free_vars(low) for low, _ in pairs):
                 continue
-            if all(simplifier.prove(high > low) for low, high in pairs):
+            # Quotients and remainders are worked out while `later` is known to be in range like any other iteration.
+            gaps = [simplifier.poly(high) - simplifier.poly(low) for low, high in pairs]
+            after = {later: var + distance + 1}
+            if all(simplifier.prove_positive(gap, after) for gap in gaps):
                 return True
-            if all(simplifier.prove(high < low) for low, high in pairs):
+            if all(simplifier.prove_positive(gap.scaled(-1), after) for gap in gaps):
                 return True
     return False
 

@@ -34,7 +34,7 @@ from kedge.compiler.tir.expr import (
 from kedge.compiler.tir.poly import Poly, divide_term
 from kedge.compiler.tir.stmt import Block, For, If, Range, Seq, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
-from kedge.compiler.tir.visitor import map_children, map_stmt_children, map_stmt_exprs
+from kedge.compiler.tir.visitor import free_vars, map_children, map_stmt_children, map_stmt_exprs
 
 #: What is known of variables: each lies in its range. Variables not named here have their own `lower` and `upper`.
 Ranges: TypeAlias = Mapping[Var, Range]
@@ -124,6 +124,7 @@ class Simplifier:
         self._atoms: list[Expr] = []
         self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
         self._intervals: dict[int, Interval] = {}
+        self._sizes: dict[int, bool] = {}
 
     # Public questions -------------------------------------------------------------------------------------------
 
@@ -162,6 +163,16 @@ class Simplifier:
     def prove_equal(self, a: Expr, b: Expr) -> bool:
         """Whether two int64 expressions are provably equal."""
         return self._prove_comparison("eq", self.poly(a) - self.poly(b))
+
+    def prove_positive(self, difference: Poly, given: Mapping[Var, Expr]) -> bool:
+        """Whether a normal form is above 0 provably, where the variables in `given` have those values.
+
+        Only their occurrences in the sum itself are replaced: in what could not be taken apart they stay variables of
+        their ranges, which the values must lie in.
+        """
+        for var, value in given.items():
+            difference = difference.replace(self._number(var), self.poly(value))
+        return self._nonnegative(self._normal(difference) - Poly.of(1))
 
     def bounds(self, expr: Expr) -> Interval:
         """See the module's `bounds`."""
@@ -246,7 +257,7 @@ class Simplifier:
         """`poly` with every `c * (x // d)`, `d | c`, as `c/d * (x - x % d)`, and its like for `(x // a) % b`."""
         for mono, c in poly.terms.items():
             for atom in mono:
-                if atom not in self._parts:
+                if atom not in self._parts or self._is_size(atom):
                     continue
                 rest = list(mono)
                 rest.remove(atom)
@@ -254,6 +265,17 @@ class Simplifier:
                 if expanded is not None:
                     return self._normal(poly - Poly({mono: c}) + expanded)
         return poly
+
+    def _is_size(self, atom: int) -> bool:
+        """Whether an atom is made of symbolic dims alone: variables with a least value, and not those of loops.
+
+        Such quotients stay whole: there are no iterations to tell apart, and of a product of two of them (`8 * H * W`)
+        either could be expanded, so that equal products would have different normal forms.
+        """
+        if atom not in self._sizes:
+            own = free_vars(self._atoms[atom])
+            self._sizes[atom] = all(var not in self.ranges and var.lower is not None for var in own)
+        return self._sizes[atom]
 
     def _expanded(self, atom: int, rest: tuple[int, ...], c: int) -> Poly | None:
         """`c * rest * atom` without that quotient, where `c * rest` is a multiple of its divisor."""

@@ -1,7 +1,7 @@
 /* expr.c: postfix size expressions over int64, with every overflow noticed. */
 #include "internal.h"
 
-enum { MAX_OPS = 64, MAX_DEPTH = 32 };
+enum { MAX_OPS = 4096, MAX_DEPTH = 32 };
 
 const char *kedge_expr_check(const kedge_expr *expr, int32_t n_symbols) {
   if (expr->n_ops < 1 || expr->n_ops > MAX_OPS || expr->ops == NULL) return "has no operations, or too many";

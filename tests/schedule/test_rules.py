@@ -274,3 +274,34 @@ def test_costly_producers_are_not_computed_again():
     one = te.create_prim_func([x, te.compute((8,), lambda i: Binary("mul", e[i], x[i]), name="y")], "f")
     kernel = schedule_func(one, AVX2)
     assert [b.name for b in walk_stmt(kernel.func.body) if isinstance(b, Block)] == ["y"]
+
+
+def pad_rows() -> PrimFunc:
+    """Rows of 15 elements, so that vectors of 16 run across the ends of rows."""
+    x = te.placeholder((N, 3, 14, 15), "float32", "x")
+    y = te.compute(
+        (N, 3, 16, 15),
+        lambda n, c, i, j: select(Binary("and", i >= 1, i < 15), x[n, c, i - 1, j], 0.0),
+        name="y",
+    )
+    return te.create_prim_func([x, y], "pad_rows")
+
+
+def conv_of_rounded_dims() -> PrimFunc:
+    """Over dims like those behind three layers of stride 2: (h + 7) // 8."""
+    height, width = ((N + 7) // 8, (M + 7) // 8)
+    x, w = te.placeholder((4, 3, height, width), "float32", "x"), te.placeholder((16, 3), "float32", "w")
+    rows, columns = te.placeholder((N, M), "float32", "size"), te.reduce_axis(3, "c")
+    y = te.compute(
+        (4, 16, height, width), lambda n, o, i, j: te.sum(x[n, columns, i, j] * w[o, columns], columns), name="y"
+    )
+    return te.create_prim_func([rows, x, w, y], "conv_of_rounded_dims")
+
+
+@pytest.mark.parametrize("make", [pad_rows, conv_of_rounded_dims])
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_rule_is_refused(make, target):
+    func = make()
+    kernel = schedule_func(func, TARGETS[target])
+    assert "refused" not in kernel.decisions
+    assert_same(func, kernel.func, {"n": 5, "m": 9} if len(func.symbols) == 2 else {"n": 2})

@@ -219,3 +219,12 @@ def test_simplifying_twice_only_reorders(expr):
     twice = simplify(once, KNOWN)
     assert prove_equal(once, twice, KNOWN)
     assert len(list(walk_expr(twice))) <= len(list(walk_expr(once)))
+
+
+def test_products_of_sizes_have_one_form():
+    height, width = (Var("h", lower=1) + 7) // 8, (Var("w", lower=1) + 7) // 8
+    for product in (height * width * 16, height * 16 * width, width * 16 * height):
+        simple = simplify(product)
+        assert print_expr(simple).count("//") == 2
+        assert prove_equal(simple, width * height * 16)
+        assert not prove_equal(simple, width * height * 8)
