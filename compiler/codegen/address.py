@@ -1,0 +1,274 @@
+"""Addresses: index arithmetic as linear forms, made into LLVM values as late as possible.
+
+Sums are built from the values that were defined first, and remembered, so that what is the same in a loop is computed
+outside it and what unrolled code shares is computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+from kedge.compiler.codegen import arith
+from kedge.compiler.codegen.affine import LANE, Interval, Linear, Product
+from kedge.compiler.codegen.builder import FunctionBuilder, Value
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr
+from kedge.compiler.tir.stmt import Buffer
+from kedge.compiler.tir.visitor import loads
+
+_T = TypeVar("_T")
+
+
+class NotVectorizable(Exception):
+    """This loop cannot run all lanes at once; it runs one iteration after the other instead."""
+
+
+class Pointer(NamedTuple):
+    """Where a buffer's first element is: an LLVM pointer, its known alignment in bytes, and whether it is ours.
+
+    A private buffer may be written beyond the elements that a mask selects: nobody reads those.
+    """
+
+    ref: str
+    align: int
+    private: bool = False
+
+
+class AddressEmitter:
+    """Emits index arithmetic into a function. `env` holds the loop variables and symbols that are in scope."""
+
+    def __init__(self, builder: FunctionBuilder) -> None:
+        self.b = builder
+        self.env: dict[Var, Linear] = {}
+        self.known: dict[Value, Interval] = {}
+        self.pointers: dict[Buffer, Pointer] = {}
+        self.lanes = 1
+        self.mask: Value | None = None
+        self._caches: list[dict[object, Any]] = [{}]
+
+    # Scopes -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self, *, straight: bool = False) -> Iterator[None]:
+        """Values computed inside do not dominate what comes after, unless the code runs `straight` through."""
+        self._caches.append({})
+        try:
+            yield
+        except NotVectorizable:
+            straight = False  # what was emitted is taken back
+            raise
+        finally:
+            inner = self._caches.pop()
+            if straight:
+                self._caches[-1].update(inner)
+
+    def _cached(self, key: object) -> Any:
+        for cache in reversed(self._caches):
+            if key in cache:
+                return cache[key]
+        return None
+
+    def _remember(self, key: object, value: _T) -> _T:
+        self._caches[-1][key] = value
+        return value
+
+    # Addresses --------------------------------------------------------------------------------------------------
+
+    def index(self, expr: Expr) -> Linear:
+        """An int64 expression as a linear form."""
+        match expr:
+            case Const(value=value):
+                return Linear.of(int(value))
+            case Var():
+                try:
+                    return self.env[expr]
+                except KeyError:
+                    raise CodegenError(f"variable {expr.name!r} is used outside its loop") from None
+            case Binary(op="add", a=a, b=b):
+                return self.index(a) + self.index(b)
+            case Binary(op="sub", a=a, b=b):
+                return self.index(a) - self.index(b)
+            case Binary(op="mul", a=a, b=b):
+                return self._product(self.index(a), self.index(b))
+            case Binary(op="floordiv" | "floormod", a=a, b=b):
+                return self._divide(expr.op, self.index(a), self.index(b))
+            case Binary(op="min" | "max", a=a, b=b):
+                return self._extreme(expr.op, self.index(a), self.index(b))
+        return Linear.atom(self.b.convert("trunc", self.value(expr), self.b.index_type))
+
+    def _product(self, x: Linear, y: Linear) -> Linear:
+        if x.value is not None or y.value is not None or (x.is_uniform and y.is_uniform):
+            return x * y
+        return Linear.atom(self.b.op("mul", self.materialize(x), self.materialize(y)))
+
+    def _divide(self, op: str, x: Linear, d: Linear) -> Linear:
+        divisor = d.value
+        if divisor is None or divisor <= 0:
+            dtype = f"int{self.b.target.arch.pointer_bits}"
+            whole = arith.binary(self.b, op, dtype, self.materialize(x), self.materialize(d))
+            return self._opaque(whole, (None, None))
+        quotient, rest = x.divide(divisor)
+        low, high = rest.bounds(self.known)
+        if low is not None and high is not None and low // divisor == high // divisor:
+            whole_part = low // divisor
+            if op == "floordiv":
+                return quotient + Linear.of(whole_part)
+            return rest - Linear.of(whole_part * divisor)
+        value = self.materialize(rest)
+        by = self.b.index(divisor)
+        if low is not None and low >= 0:
+            result = self.b.op("udiv" if op == "floordiv" else "urem", value, by)
+        else:
+            result = self._floor_divide(op, value, by)
+        if op == "floormod":
+            return self._opaque(result, (0, divisor - 1))
+        bounds = (None if low is None else low // divisor, None if high is None else high // divisor)
+        return quotient + self._opaque(result, bounds)
+
+    def _floor_divide(self, op: str, value: Value, by: Value) -> Value:
+        b = self.b
+        rest = b.op("srem", value, by)
+        negative = b.compare("icmp slt", rest, b.index(0))
+        if op == "floormod":
+            return b.op("add", rest, b.select(negative, by, b.index(0)))
+        return b.op("sub", b.op("sdiv", value, by), b.select(negative, b.index(1), b.index(0)))
+
+    def _extreme(self, op: str, x: Linear, y: Linear) -> Linear:
+        low, high = (x - y).bounds(self.known)
+        if low is not None and low >= 0:
+            return x if op == "max" else y
+        if high is not None and high <= 0:
+            return y if op == "max" else x
+        p, q = self.materialize(x), self.materialize(y)
+        greater = self.b.compare("icmp sgt", p, q)
+        value = self.b.select(greater, p, q) if op == "max" else self.b.select(greater, q, p)
+        return self._opaque(value, _extreme_bounds(op, x.bounds(self.known), y.bounds(self.known)))
+
+    def _opaque(self, value: Value, bounds: Interval) -> Linear:
+        self.known[value] = bounds
+        return Linear.atom(value)
+
+    def materialize(self, linear: Linear) -> Value:
+        """The value of a linear form, of the index type."""
+        if linear.is_uniform:
+            return self._uniform_sum(linear)
+        split = linear.split_lane()
+        if split is not None:
+            base, stride = split
+            steps = self._lane_numbers(stride)
+            return self.b.op("add", self._uniform_sum(base), steps) if base.terms else steps
+        total = self.b.index(linear.constant)
+        for term, c in linear.terms.items():
+            if term:
+                total = self.b.op("add", total, self._term(term, c))
+        return total
+
+    def _lane_numbers(self, stride: int) -> Value:
+        numbers = ", ".join(f"{self.b.index_type} {lane * stride}" for lane in range(self.lanes))
+        return Value(f"<{numbers}>", self.b.index_type, self.lanes)
+
+    def _term(self, term: Product, c: int) -> Value:
+        parts = [self._lane_numbers(1) if value == LANE else value for value in term]
+        result = parts[0]
+        for part in parts[1:]:
+            result = self.b.op("mul", result, part)
+        return result if c == 1 else self.b.op("mul", result, self.b.index(c))
+
+    def _uniform_sum(self, linear: Linear) -> Value:
+        """Values that were defined first are added first, so that what is the same in a loop is computed outside."""
+        if linear.value is not None:
+            return self.b.index(linear.value)
+        rest, constant = linear.split_constant()
+        total: Value | None = None
+        prefix: tuple[object, ...] = ()
+        for term, c in sorted(rest.terms.items(), key=_definition_order):
+            prefix = (*prefix, term, c)
+            known = self._cached(prefix)
+            if known is None:
+                product = self._scaled_term(term, c)
+                known = product if total is None else self.b.op("add nsw", total, product)
+                self._remember(prefix, known)
+            total = known
+        assert total is not None
+        return self.b.op("add nsw", total, self.b.index(constant)) if constant else total
+
+    def _scaled_term(self, term: Product, c: int) -> Value:
+        result = term[0]
+        for value in term[1:]:
+            result = self.b.op("mul nsw", result, value)
+        return result if c == 1 else self.b.op("mul nsw", result, self.b.index(c))
+
+    def strides(self, buffer: Buffer) -> tuple[Linear, ...]:
+        """Elements between neighbours along each dim."""
+        known: tuple[Linear, ...] | None = self._cached(buffer)
+        if known is not None:
+            return known
+        steps, step = [], Linear.of(1)
+        for dim in reversed(buffer.shape):
+            steps.append(step)
+            step = self._product(step, self.index(as_expr(dim)))
+        return self._remember(buffer, tuple(reversed(steps)))
+
+    def offset(self, buffer: Buffer, indices: Sequence[Expr]) -> Linear:
+        """The position of an element, in elements from the start of `buffer`."""
+        total = Linear()
+        for index, stride in zip(indices, self.strides(buffer), strict=True):
+            total = total + self._product(self.index(index), stride)
+        return total
+
+    def _address(self, pointer: Pointer, memory: str, position: Linear) -> str:
+        rest, constant = position.split_constant()
+        ref = pointer.ref
+        if rest.terms:
+            key = (ref, memory, tuple(sorted(rest.terms.items(), key=_definition_order)))
+            known = self._cached(key)
+            if known is None:
+                at = self._uniform_sum(rest)
+                known = self.b.result(f"getelementptr inbounds {memory}, ptr {ref}, {at.typed}", "ptr")
+                self._remember(key, known)
+            ref = known.ref
+        if constant:
+            ref = self.b.result(
+                f"getelementptr inbounds {memory}, ptr {ref}, {self.b.index_type} {constant}", "ptr"
+            ).ref
+        return ref
+
+    def _alignment(self, pointer: Pointer, position: Linear, size: int) -> int:
+        steps = [abs(c) * size for c in position.terms.values()]
+        return max(size, math.gcd(pointer.align, *steps))
+
+    def _in_bounds(self, load: Load) -> bool:
+        """Whether every lane surely reads inside the buffer, whatever guards the load."""
+        for index, dim in zip(load.indices, load.buffer.shape, strict=True):
+            if not isinstance(dim, int) or any(True for _ in loads(index)):
+                return False
+            low, high = self.index(index).bounds(self.known)
+            if low is None or high is None or low < 0 or high >= dim:
+                return False
+        return True
+
+    def value(self, expr: Expr) -> Value:
+        """The value of any expression; what an index may need of data."""
+        raise NotImplementedError
+
+
+def _definition_order(item: tuple[Product, int]) -> tuple[int, ...]:
+    """Names end in a number that grows as values are defined; parameters come first."""
+    return tuple(_number(value) for value in item[0])
+
+
+def _number(value: Value) -> int:
+    digits = value.ref[len(value.ref.rstrip("0123456789")) :]
+    return int(digits) if digits and not value.ref.startswith("%arg") else -1
+
+
+def _extreme_bounds(op: str, x: Interval, y: Interval) -> Interval:
+    lows, highs = (x[0], y[0]), (x[1], y[1])
+    if op == "max":
+        low = max((v for v in lows if v is not None), default=None)
+        return low, None if None in highs else max(v for v in highs if v is not None)
+    high = min((v for v in highs if v is not None), default=None)
+    return None if None in lows else min(v for v in lows if v is not None), high
