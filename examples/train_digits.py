@@ -165,9 +165,7 @@ class Adam:
     def __init__(self, layers: list[Layer], beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> None:
         self.layers, self.beta1, self.beta2, self.epsilon = layers, beta1, beta2, epsilon
         self.steps = 0
-        self.moments = [
-            {k: (np.zeros_like(w), np.zeros_like(w)) for k, w in layer.weights.items()} for layer in layers
-        ]
+        self.moments = [{k: (np.zeros_like(w), np.zeros_like(w)) for k, w in layer.weights.items()} for layer in layers]
 
     def step(self, rate: float) -> None:
         self.steps += 1
