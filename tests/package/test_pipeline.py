@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,3 +182,17 @@ def test_the_descriptor_says_what_the_runtime_checks(net, cache: KernelCache) ->
             opened_net.run({"x": np.zeros((2, 13), np.float32)})
         with pytest.raises(NativeError, match="input"):
             opened_net.run({"x": np.zeros((2, 12), np.float64)})
+
+
+def test_the_same_input_gives_the_same_bytes_in_any_process(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from support import functions; from kedge.compiler.cache import KernelCache\n"
+        "from kedge.compiler.pipeline import compile_prim_func\n"
+        "print(compile_prim_func(functions.conv(2, 3, 8, 5), 'x86-64-v3', cache=KernelCache(Path('{}'))).digest)"
+    )
+    digests = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        command = [sys.executable, "-c", code.format(tmp_path / seed)]
+        digests.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(digests) == 1
