@@ -10,18 +10,20 @@ Standard library only, Python 3.9, Linux.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import select
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple, TypeVar, Union
@@ -379,6 +381,9 @@ class Runner:
         whole = False
         try:
             buffers, fd = self._frame(kind, head, tensors)
+        except OSError as error:  # nothing was sent: the runner has no part in it
+            raise self._cannot("hand over the inputs", stage, error) from error
+        try:
             try:
                 self._process.send(buffers, fd, limit)
             finally:
@@ -395,8 +400,13 @@ class Runner:
             if not alive:
                 self._process.kill()
             raise RunnerTimeout(f"{stage} took longer than {deadline_s:g} s", stage=stage, alive=alive) from None
+        except _NoRoom as error:
+            raise self._cannot("take over the results", stage, error.reason) from error
         except (_Closed, OSError) as error:
             raise self._ended(stage) from error
+
+    def _cannot(self, what: str, stage: str, reason: OSError) -> RunnerUnavailable:
+        return RunnerUnavailable(f"cannot {what}: {reason.strerror}", stage=stage, hint="this device lacks resources")
 
     def _frame(self, kind: int, head: bytes, tensors: Sequence[Tensor]) -> Tuple[List[protocol.Buffer], Optional[int]]:
         """The buffers of a request, and the file that holds its tensors where they are large."""
@@ -451,7 +461,7 @@ class Runner:
                 with contextlib.suppress(_Cancel):
                     header, _, _ = self._process.receive(limit)
                     return header.request == self._request_id
-        except (_Expired, _Closed, OSError, ProtocolError):
+        except (_Expired, _Closed, _NoRoom, OSError, ProtocolError):
             return False
 
     def _after_cancel(self, stage: str, whole: bool) -> RunnerCancelled:
@@ -497,27 +507,44 @@ class _Cancel(Exception):
     """`Runner.cancel` was called while a reply was awaited."""
 
 
+class _NoRoom(Exception):
+    """A reply came whole, but this process cannot map its file."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class _Process:
-    """The process, its socket and its standard error; knows frames, but not what they mean."""
+    """The process, its socket and its standard error; knows frames, but not what they mean.
+
+    It belongs to the process that made it: in the child of a fork it counts as ended, and nothing touches it.
+    """
 
     def __init__(self, arguments: Sequence[str], path: Path, cwd: Optional[Union[str, Path]]) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._tail = b""
         self._reap_lock = threading.Lock()
         self._returncode: Optional[int] = None
-        command = [*arguments, "--fd", str(theirs.fileno())]
-        try:
-            self._popen = _spawn(command, theirs.fileno(), cwd)
-        except OSError as error:
-            self._socket.close()
-            raise RunnerUnavailable(
-                f"cannot start {path}: {error.strerror}", stage="start", hint="is it built for this machine?"
-            ) from error
-        finally:
-            theirs.close()
+        self._owner = os.getpid()
+        with contextlib.ExitStack() as opened:  # closes all of them again where one fails
+            try:
+                self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                opened.callback(os.close, self._wake_read)
+                opened.callback(os.close, self._wake_write)
+                self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                opened.callback(self._socket.close)
+                with theirs:
+                    self._popen = _spawn([*arguments, "--fd", str(theirs.fileno())], theirs.fileno(), cwd)
+            except OSError as error:
+                built = error.errno in (errno.ENOENT, errno.ENOEXEC, errno.EACCES)
+                raise RunnerUnavailable(
+                    f"cannot start {path}: {error.strerror}",
+                    stage="start",
+                    hint="is it built for this machine?" if built else "this device lacks resources",
+                ) from error
+            opened.pop_all()
         assert self._popen.stderr is not None
         self._stderr = self._popen.stderr
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._socket.setblocking(False)
         os.set_blocking(self._stderr.fileno(), False)
         self.pid = self._popen.pid
@@ -525,7 +552,7 @@ class _Process:
     @property
     def ended(self) -> bool:
         """Whether it was seen to end; then everything it held is released."""
-        return self._returncode is not None
+        return self._returncode is not None or os.getpid() != self._owner
 
     def send(self, buffers: Sequence[protocol.Buffer], fd: Optional[int], limit: _Limit) -> None:
         """Write all buffers, the descriptor with the first byte. Cancels wait until the frame is whole."""
@@ -644,7 +671,7 @@ class _Process:
     def signal_group(self) -> None:
         """SIGKILL to the process and all it started; safe at any time, since it is not reaped before."""
         with self._reap_lock:
-            if self._returncode is None:
+            if not self.ended:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
 
@@ -660,6 +687,8 @@ class _Process:
 
     def kill(self) -> int:
         """Kill the process group, reap, release; the exit status, or minus the signal. Again: the same answer."""
+        if os.getpid() != self._owner:
+            return 0
         self.signal_group()
         with self._reap_lock:
             if self._returncode is None:
@@ -698,19 +727,37 @@ def _spawn(command: List[str], fd: int, cwd: Optional[Union[str, Path]]) -> subp
             _spawner = (os.getpid(), ThreadPoolExecutor(1, "kedge-runner-spawner"))
         executor = _spawner[1]
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            cwd=cwd,
-            pass_fds=(fd,),
-            start_new_session=True,
-        )
+    process: Future[subprocess.Popen[bytes]] = Future()
 
-    return executor.submit(start).result()
+    def start() -> None:
+        try:
+            started = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=cwd,
+                pass_fds=(fd,),
+                start_new_session=True,
+            )
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            process.set_exception(error)
+        else:
+            process.set_result(started)
+
+    try:
+        executor.submit(start)
+        return process.result()
+    except BaseException:  # an interrupt, perhaps: what is being started would belong to nobody
+        process.add_done_callback(_discard)
+        raise
+
+
+def _discard(process: Future[subprocess.Popen[bytes]]) -> None:
+    if process.exception() is None:
+        with process.result() as started:
+            started.kill()
 
 
 # ---- shared memory ------------------------------------------------------------------------------------------------
@@ -736,22 +783,41 @@ def _shared_file(tensors: Sequence[Tensor], offsets: Sequence[int], size: int) -
 
 
 def _map_shared(fd: int) -> memoryview:
-    """The content of a file from the runner, writable: mapped if it can neither shrink nor change, else copied."""
-    size = os.fstat(fd).st_size
-    if size > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a result of {size} bytes is too long")
-    if size == 0:
+    """The content of a file from the runner, writable: mapped if it can neither shrink nor change, else copied.
+
+    Raises:
+        ProtocolError: it is no file with results.
+        _NoRoom: this process cannot map it.
+    """
+    state = os.fstat(fd)
+    if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a result of mode {state.st_mode:#o} and {state.st_size} bytes")
+    if state.st_size == 0:
         return memoryview(b"")
     try:
         sealed = fcntl.fcntl(fd, _F_GET_SEALS) & _SEALED == _SEALED
     except OSError:
         sealed = False
-    if sealed:
-        return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
-    copy = memoryview(bytearray(size))
+    if not sealed:
+        return _copy_file(fd, state.st_size)
+    try:
+        mapped = mmap.mmap(fd, state.st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        raise _NoRoom(error) from error
+    return memoryview(mapped)
+
+
+def _copy_file(fd: int, size: int) -> memoryview:
+    try:
+        copy = memoryview(bytearray(size))
+    except MemoryError:
+        raise _NoRoom(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))) from None
     at = 0
     while at < size:
-        got = os.preadv(fd, [copy[at : at + (1 << 30)]], at)
+        try:
+            got = os.preadv(fd, [copy[at : at + (1 << 30)]], at)
+        except OSError as error:
+            raise ProtocolError(f"the file with the results cannot be read: {error.strerror}") from error
         if got == 0:
             raise ProtocolError("the file with the results shrank")
         at += got

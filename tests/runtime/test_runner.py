@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent.runner import (
     SHARED_MEMORY_BYTES,
@@ -33,6 +37,8 @@ from kedge.device_agent.runner import (
 from kedge.rpc import abi
 from kedge.rpc.types import TimeOptions
 from support import native
+
+from .conftest import children
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -488,3 +494,112 @@ def test_programs_that_are_no_runner(tmp_path: Path, script: str, text: str) -> 
 def test_a_cpu_that_does_not_exist(runtime: RuntimeFiles) -> None:
     with pytest.raises(RunnerUnavailable, match="--cpus: Invalid argument"):
         Runner(runtime.runner, cpus=[1000])
+
+
+# ---- when this process itself is short of something ----------------------------------------------------------------
+
+
+@contextmanager
+def limited(resource_: int, value: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource_)
+    resource.setrlimit(resource_, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource_, (soft, hard))
+
+
+def lowest_free_descriptor() -> int:
+    fd = os.dup(0)
+    os.close(fd)
+    return fd
+
+
+def test_no_descriptors_to_start_with(runtime: RuntimeFiles) -> None:
+    """However few there are left, it starts or says why not, and nothing is leaked (`nothing_left`)."""
+    with Runner(runtime.runner):
+        pass  # what is opened once for all is open
+    refused = 0
+    for more in range(14):
+        with limited(resource.RLIMIT_NOFILE, lowest_free_descriptor() + more):
+            try:
+                Runner(runtime.runner).close()
+            except RunnerUnavailable as error:
+                assert "Too many open files" in str(error)
+                refused += 1
+    assert 3 <= refused < 14
+
+
+def test_no_descriptor_for_the_inputs(loaded: Runner) -> None:
+    """That is the device's fault: the artifact did not crash, and its runner lives on."""
+    inputs = [Tensor("float32", (1 << 16, 8), bytes(1 << 21))]
+    with limited(resource.RLIMIT_NOFILE, 3), pytest.raises(RunnerUnavailable, match="hand over the inputs: Too many"):
+        loaded.call(0, inputs)
+    assert loaded.call(0, inputs)[0].shape == (1 << 16, 4)
+
+
+def test_no_memory_for_the_results(loaded: Runner) -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+    inputs = [Tensor("float32", (1 << 20,), bytes(4 << 20))]
+    with (
+        limited(resource.RLIMIT_AS, size + (64 << 20)),
+        pytest.raises(RunnerUnavailable, match="take over the results"),
+    ):
+        loaded.call(2, inputs)  # 256 MiB come back
+    assert loaded.call(0, [ones(1)])[0].shape == (1, 4)
+
+
+def test_a_fork_leaves_the_runner_to_its_owner(loaded: Runner) -> None:
+    """A child that tidies up what it inherited must not end its parent's runner."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that other threads run; the child needs none of them
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            loaded.kill()
+            loaded.close()
+            loaded._finalizer()
+            try:
+                loaded.call(0, [ones(1)])
+            except RunnerUnavailable:
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert loaded.call(0, [ones(1)])[0].shape == (1, 4)
+
+
+def test_an_interrupt_while_it_starts(runtime: RuntimeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being started then belongs to nobody: it must end, and be reaped."""
+    with Runner(runtime.runner):
+        pass
+    interrupted, started = threading.Event(), threading.Event()
+    main, popen, raised = threading.get_ident(), subprocess.Popen, []
+
+    def handler(*_: object) -> None:
+        if not raised:
+            raised.append(1)
+            raise KeyboardInterrupt
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        while not interrupted.wait(0.01):  # one that comes right before the main thread waits does not wake it
+            signal.pthread_kill(main, signal.SIGINT)
+        try:
+            return popen(*arguments, **options)
+        finally:
+            started.set()
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Runner(runtime.runner)
+        interrupted.set()
+        assert started.wait(30)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    with Runner(runtime.runner) as runner:  # by the same thread: what it had to do before is done
+        assert children() >= {runner.pid}
+    assert runner.pid not in children()
