@@ -25,6 +25,7 @@ Bytes = Union[bytes, memoryview]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 1 << 20
+_WRITE_BEHIND_BYTES = 8 << 20
 _KEEP_PARTIAL_S = 7 * 86400
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -67,10 +68,16 @@ def blob_of(data: Bytes) -> Blob:
 
 
 class BlobStore:
-    """A folder of blobs; it is made when it does not exist."""
+    """A folder of blobs; it is made when it does not exist.
 
-    def __init__(self, root: Union[str, "os.PathLike[str]"]) -> None:
+    With `write_behind`, large uploads go to the disk while they come in and leave the page cache behind them: filling
+    fresh pages of the cache can cost a host more than the whole transfer, and the commit has little left to wait for.
+    For stores that take in more than they hand out at once.
+    """
+
+    def __init__(self, root: Union[str, "os.PathLike[str]"], *, write_behind: bool = False) -> None:
         self.root = Path(root)
+        self.write_behind = write_behind and hasattr(os, "posix_fadvise")
         self._objects = self.root / "objects"
         self._partial = self.root / "partial"
         self._lock = threading.Lock()
@@ -226,6 +233,7 @@ class BlobWriter:
         self._store = store
         self._hash = hashlib.sha256()
         self._fd = -1
+        self._on_disk = 0
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -244,6 +252,10 @@ class BlobWriter:
                 written = os.write(self._fd, view)
                 self.size += written
                 view = view[written:]
+            if self._store.write_behind and self.size - self._on_disk >= _WRITE_BEHIND_BYTES:
+                os.fdatasync(self._fd)
+                os.posix_fadvise(self._fd, 0, self.size, os.POSIX_FADV_DONTNEED)
+                self._on_disk = self.size
         except OSError as error:
             raise _explain(error, self._store.root) from error
 

@@ -41,7 +41,7 @@ async def serve(host: str, port: int, data_dir: Path, settings: Settings | None 
     _check_free(host, port)
     store = Store(data_dir)
     try:
-        blobs = BlobStore(data_dir / "blobs")
+        blobs = BlobStore(data_dir / "blobs", write_behind=True)
         shell = Shell(store, settings)
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
             server = grpc.aio.server(options=SERVER_OPTIONS)

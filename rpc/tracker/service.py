@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import grpc
 from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.artifact import Manifest
-from kedge.rpc.blobs import BlobError, BlobStore, MissingBlobError
+from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, MissingBlobError
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError
 from kedge.rpc.messages import Hello, TrackerBody
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
@@ -33,6 +33,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 #: An agent has so long to say hello.
 _HELLO_S = 10.0
+#: Chunks of one upload that may wait in memory for the disk.
+_GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
 _MAX_LIST = 10_000
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -273,27 +275,27 @@ class BlobsService:
     async def Upload(
         self, requests: AsyncIterator[blobs_pb2.UploadRequest], _context: Context
     ) -> blobs_pb2.UploadResponse:
-        """One blob; while a chunk is hashed and written, the next one arrives."""
+        """One blob; while some chunks are hashed and written, the next ones gather."""
         try:
             first = await anext(requests)
         except StopAsyncIteration:
             raise BlobError("an upload without a message") from None
         blob = convert.blob_from_pb(first.blob)
         writer = await self._in_thread(self._blobs.begin, blob, first.offset_bytes)
-        writing: asyncio.Future[None] | None = None
+        gathered = [first.data] if first.data else []
+        writing: asyncio.Future[None] = self._start(_append, writer, ())
         try:
-            if first.data:
-                writing = self._start(writer.append, first.data)
             async for request in requests:
-                if writing is not None:
+                gathered.append(request.data)
+                if writing.done() or len(gathered) >= _GATHERED_CHUNKS:
                     await writing
-                writing = self._start(writer.append, request.data)
-            if writing is not None:
-                await writing
+                    writing = self._start(_append, writer, gathered)
+                    gathered = []
+            await writing
+            await self._in_thread(_append, writer, gathered)
             await self._in_thread(writer.commit)
         finally:
-            if writing is not None:
-                await asyncio.wait([writing])
+            await asyncio.wait([writing])
             await self._in_thread(writer.close)
         return blobs_pb2.UploadResponse(committed_bytes=writer.size)
 
@@ -320,3 +322,8 @@ class BlobsService:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await self._start(work, *arguments)
+
+
+def _append(writer: BlobWriter, chunks: Sequence[bytes]) -> None:
+    for chunk in chunks:
+        writer.append(chunk)
