@@ -10,11 +10,11 @@ from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.default import RULES, schedule_func
 from kedge.compiler.schedule.rules.analysis import fitting_lanes
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.schedule.tree import accesses, block_path, loops_in, loops_on
+from kedge.compiler.schedule.tree import accesses, block_path, blocks_in, loops_in, loops_on
 from kedge.compiler.tir.expr import Binary, Cast, Const, Var, call, select
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.structural import equal
-from kedge.compiler.tir.visitor import free_vars, map_stmt, walk_stmt
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, walk_stmt
 from support.functions import assert_same, bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
 
 N, M = Var("n", lower=1), Var("m", lower=1)
@@ -305,3 +305,15 @@ def test_no_rule_is_refused(make, target):
     kernel = schedule_func(func, TARGETS[target])
     assert "refused" not in kernel.decisions
     assert_same(func, kernel.func, {"n": 5, "m": 9} if len(func.symbols) == 2 else {"n": 2})
+
+
+def test_reading_twice_does_not_double_without_end():
+    tensors = [te.placeholder((N,), "float32", "x")]
+    for link in range(40):
+        before = tensors[-1]
+        tensors.append(te.compute((N,), lambda i, t=before: t[i] + t[i] * 0.5, name=f"y{link}"))
+    func = te.create_prim_func([tensors[0], tensors[-1]], "links")
+    kernel = schedule_func(func, AVX2)
+    assert max(sum(1 for _ in loads(block.body)) for block in blocks_in(kernel.func.body)) <= 64
+    assert len(blocks_in(kernel.func.body)) <= 20
+    assert_same(func, kernel.func, {"n": 3})

@@ -18,6 +18,8 @@ from kedge.compiler.tir.visitor import free_vars, loads, walk_expr
 
 #: Scalar operations that an intrinsic counts for.
 _CALL_COST = 12
+#: Scalar operations of a cheap producer that its readers may compute again.
+_MOST_REPEATED = 64
 
 
 def is_reduction(block: Block) -> bool:
@@ -134,12 +136,25 @@ def inline_producers(sch: Schedule, keep: Iterable[str] = ()) -> None:
     Blocks whose names are in `keep` stay.
     """
     kept = set(keep)
-    for block in blocks_in(sch.func.body):
+    for name in [block.name for block in blocks_in(sch.func.body)]:
+        block = block_named(sch.func, name)  # with what was inlined into it
         if block.name in kept or is_reduction(block) or not isinstance(block.body, Store):
             continue
         buffer = block.body.buffer
-        if intermediate(sch.func, buffer) and (is_cheap(block) or _used_once(sch.func, block)):
+        if intermediate(sch.func, buffer) and (_is_cheap_for_all(sch.func, block) or _used_once(sch.func, block)):
             attempt_inline(sch, block.name)
+
+
+def _is_cheap_for_all(func: PrimFunc, block: Block) -> bool:
+    """Whether the block is cheap, and what its readers compute again of it stays small.
+
+    Without the limit a chain of `y = x + x` would double with every link.
+    """
+    if not is_cheap(block):
+        return False
+    buffer = store_of(block).buffer
+    uses = sum(1 for user in readers(func, buffer) for load in loads(user.body) if load.buffer is buffer)
+    return (uses - 1) * operations(store_of(block).value) <= _MOST_REPEATED
 
 
 def attempt_inline(sch: Schedule, name: str) -> bool:
