@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TypeAlias
 
 from kedge.compiler import debug
@@ -138,7 +139,7 @@ def compile_programs(
             lib = link_shared(objects, one)
         variants.append(CompiledVariant(one, lib, weights, program.entries))
         reports.append({"target": str(one), "kernels": [_report(kernel) for kernel in program.kernels.values()]})
-    return package(name, f"kedge {compiler_version()}", variants, {"variants": reports})
+    return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
 
 
 def _report(kernel: Kernel) -> dict[str, object]:

@@ -1,0 +1,20 @@
+"""The benchmarks still run and still check their outputs; figures are judged by people, on a quiet machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_walking_benchmark_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "walking.py"), "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"kedge +[0-9.]+ µs, ONNX Runtime +[0-9.]+ µs", done.stdout)) == 6
+    for figure in ("overhead of a job", "idle agent", "upload", "digits compile"):
+        assert f"{figure}: " in done.stdout or f"{figure}, " in done.stdout, done.stdout
+    assert "written to" not in done.stdout
