@@ -317,3 +317,15 @@ def test_reading_twice_does_not_double_without_end():
     assert max(sum(1 for _ in loads(block.body)) for block in blocks_in(kernel.func.body)) <= 64
     assert len(blocks_in(kernel.func.body)) <= 20
     assert_same(func, kernel.func, {"n": 3})
+
+
+@pytest.mark.parametrize("target", [AVX2, AVX512, NEON, Model(vector_bits=128, vector_registers=8)])
+def test_a_free_batch_shares_what_is_loaded_of_the_weights(target):
+    """Several rows in a tile, and vectors enough that one row alone keeps the processor busy."""
+    func = dense(N, 24, 128)
+    kernel = schedule_func(func, target)
+    assert kernel.decisions["row"] == 0
+    assert kernel.decisions["rows"] >= (2 if target.vector_registers > 8 else 1)
+    assert kernel.decisions["vectors"] >= (4 if target.vector_registers > 8 else 3)
+    for n in (1, 2, 3, 4, 9):
+        assert_same(func, kernel.func, {"n": n})

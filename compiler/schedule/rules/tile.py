@@ -34,6 +34,10 @@ _LATENCY_TILES = 8
 _SHORT = 4
 _MOST_ROWS = 14
 _MOST_VECTORS = 6
+#: Rows along a dim of unknown size, such as a batch: rows that do not fill a tile cost the most where there is one.
+_OPEN_ROWS = 4
+#: Vectors that such a tile has at least, so that one row alone has accumulators enough to keep the processor busy.
+_OPEN_VECTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +201,15 @@ def _load_cost(step: int, width: int) -> float:
 
 
 def _row_dim(block: Block, vector: int) -> int | None:
-    """The largest other dim of fixed size along which the vectors that are loaded can be used again."""
+    """The largest other dim along which the vectors that are loaded can be used again; free dims count as small."""
     axes = spatial(block)
     contiguous = [i for i, step in enumerate(strides(block, axes[vector].var)[1:]) if step]
     best, size = None, 1
     for number, axis in enumerate(axes):
-        extent = extent_of(axis.extent)
+        known = extent_of(axis.extent)
+        extent = _OPEN_ROWS if known is None else known
         steps = strides(block, axis.var)[1:]
-        if number != vector and extent is not None and extent > size and all(steps[i] == 0 for i in contiguous):
+        if number != vector and extent > size and all(steps[i] == 0 for i in contiguous):
             best, size = number, extent
     return best
 
@@ -214,8 +219,11 @@ def _tile_shape(block: Block, vector: int, row: int | None, width: int, target: 
     axes = spatial(block)
     extent = extent_of(axes[vector].extent)
     chunks = None if extent is None else math.ceil(extent / width)
-    height = None if row is None else extent_of(axes[row].extent)
+    height = 1 if row is None else extent_of(axes[row].extent)
+    most_rows = _OPEN_ROWS if height is None else min(_MOST_ROWS, height)
+    most_vectors = min(_MOST_VECTORS, chunks or _MOST_VECTORS)
     registers = max(target.vector_registers, 4)
+    least_vectors = min(_OPEN_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
 
     def fit(size: int | None, step: int) -> float:
         """The share of useful work, less a fine for a tail."""
@@ -230,8 +238,8 @@ def _tile_shape(block: Block, vector: int, row: int | None, width: int, target: 
 
     shapes = [
         (rows, vectors)
-        for rows in range(1, min(_MOST_ROWS, height or 1) + 1)
-        for vectors in range(1, min(_MOST_VECTORS, chunks or _MOST_VECTORS) + 1)
+        for rows in range(1, most_rows + 1)
+        for vectors in range(least_vectors, most_vectors + 1)
         if rows * vectors + vectors + 1 <= registers
     ]
     return max(shapes, key=lambda shape: (score(*shape), -shape[1]))
