@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from kedge.deploy.cachedir import build_once
 from kedge.deploy.emulated.sources import Distribution, host_distribution
 from kedge.deploy.emulated.userland import fetch_userland, unpack, userland_path
 from kedge.deploy.errors import EmulationError, FetchError
+from support.agents import wait_for
 
 BOOKWORM = {"ID": "debian", "VERSION_CODENAME": "bookworm", "VERSION_ID": "12"}
 
@@ -107,29 +107,37 @@ def test_bin_and_lib_stay_merged(tmp_path: Path) -> None:
     assert (root / "usr" / "bin" / "tool").stat().st_mode & 0o7777 == 0o755
 
 
-def slow_build(final: Path, log: Path, gate: Path) -> None:
-    def build(folder: Path) -> None:
-        with log.open("a") as stream:
-            stream.write("built\n")
-        # Blocks until the test opens the other end: the others must find the lock taken.
-        gate.read_bytes()
-        (folder / "done").touch()
+SLOW_BUILD = """
+import sys
+from pathlib import Path
+from kedge.deploy.cachedir import build_once
 
-    build_once(final, build)
-    assert (final / "done").exists()
+final, log, gate = map(Path, sys.argv[1:])
+
+def build(folder):
+    with log.open("a") as stream:
+        stream.write("built\\n")
+    # Blocks until the test opens the other end: the others must find the lock taken.
+    gate.read_bytes()
+    (folder / "done").touch()
+
+build_once(final, build)
+assert (final / "done").exists()
+"""
 
 
 def test_processes_that_want_the_same_wait_for_one(tmp_path: Path) -> None:
     gate, log, final = tmp_path / "gate", tmp_path / "log", tmp_path / "final"
     os.mkfifo(gate)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=slow_build, args=(final, log, gate)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    gate.write_bytes(b"go")
-    for worker in workers:
-        worker.join(30)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    command = [sys.executable, "-c", SLOW_BUILD, final, log, gate]
+    workers = [subprocess.Popen(command) for _ in range(3)]
+    try:
+        wait_for(log.exists, "a worker to start building")
+        gate.write_bytes(b"go")
+        assert [worker.wait(30) for worker in workers] == [0, 0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert log.read_text() == "built\n"
 
 
