@@ -238,6 +238,9 @@ int32_t kedge_infer(kedge_context *context, int32_t index, const DLTensor *args,
   int32_t status = check_arguments(context, index, args, n_args, rets, n_rets, &function);
   for (int32_t i = 0; i < n_rets && status == KEDGE_OK; i++) {
     const kedge_port *port = &function->outputs[i];
+    if (port->ndim > 0 && rets[i].shape == NULL) {
+      return kedge_fail(KEDGE_E_ARGUMENT, "output %s has no room for its shape", port->name);
+    }
     rets[i].ndim = port->ndim;
     rets[i].dtype = port->dtype;
     for (int32_t d = 0; d < port->ndim && status == KEDGE_OK; d++) {

@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -20,7 +22,8 @@ static int32_t check_ports(const kedge_function_desc *function, const char *kind
   }
   for (int32_t i = 0; i < n_ports; i++) {
     const kedge_port *port = &ports[i];
-    if (port->name == NULL || port->ndim < 0 || port->ndim > KEDGE_MAX_NDIM || (port->ndim > 0 && port->shape == NULL)) {
+    if (port->name == NULL || port->ndim < 0 || port->ndim > KEDGE_MAX_NDIM || (port->ndim > 0 && port->shape == NULL) ||
+        port->dtype.bits == 0 || port->dtype.lanes == 0) {
       return kedge_fail(KEDGE_E_LOAD, "function %s: %s %d is malformed", function->name, kind, i);
     }
     for (int32_t d = 0; d < port->ndim; d++) {
@@ -118,8 +121,16 @@ static int32_t map_weights(kedge_model *model, const kedge_open_options *options
   return KEDGE_OK;
 }
 
+/* To dlopen a name without a slash is no path: it would look in the system's folders instead of this one. */
+static void *open_library(const char *path) {
+  if (strchr(path, '/') != NULL) return dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  char here[NAME_MAX + 3];
+  snprintf(here, sizeof here, "./%s", path);
+  return dlopen(here, RTLD_NOW | RTLD_LOCAL);
+}
+
 static int32_t load(kedge_model *model, const kedge_open_options *options) {
-  model->library = dlopen(options->lib_path, RTLD_NOW | RTLD_LOCAL);
+  model->library = open_library(options->lib_path);
   if (model->library == NULL) return kedge_fail(KEDGE_E_LOAD, "cannot load %s: %s", options->lib_path, dlerror());
   model->module = dlsym(model->library, KEDGE_MODULE_SYMBOL);
   if (model->module == NULL) {

@@ -48,6 +48,7 @@ static worker workers[MAX_WORKERS];
 static _Atomic int32_t n_workers;
 static _Atomic int64_t spin_ns; /* 0 when there are more threads than CPUs: who spins then keeps another from working */
 static pthread_mutex_t grow_lock = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic bool forked; /* contexts from before the fork expect workers that are not there yet */
 static _Thread_local bool inside_loop;
 
 static uint32_t with_state(uint32_t mailbox, uint32_t state) { return (mailbox & ~(uint32_t)STATE_MASK) | state; }
@@ -100,20 +101,23 @@ static void *worker_main(void *argument) {
 }
 
 static void forget_workers(void) { /* in the child of a fork, which has none of them */
-  int32_t count = atomic_exchange(&n_workers, 0);
-  for (int32_t i = 0; i < count; i++) atomic_store(&workers[i].mailbox, EMPTY);
+  atomic_store(&n_workers, 0);
+  for (int32_t i = 0; i < MAX_WORKERS; i++) atomic_store(&workers[i].mailbox, EMPTY);
   pthread_mutex_init(&grow_lock, NULL);
   inside_loop = false;
+  atomic_store(&forked, true);
 }
 
 static bool start_worker(worker *w) {
+  static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS};
   pthread_t thread;
   pthread_attr_t attributes;
   sigset_t all, before;
   pthread_attr_init(&attributes);
   pthread_attr_setstacksize(&attributes, STACK_BYTES);
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-  sigfillset(&all); /* signals belong to the application's threads */
+  sigfillset(&all); /* signals belong to the application's threads, but for a worker's own faults: their handlers see */
+  for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&all, faults[i]);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   bool started = pthread_create(&thread, &attributes, worker_main, w) == 0;
   pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -128,27 +132,28 @@ int32_t kedge_usable_cpus(void) {
   return count > 0 ? count : 1;
 }
 
-int32_t kedge_team_init(kedge_team *team, int32_t num_threads) {
-  if (num_threads < 0) return kedge_fail(KEDGE_E_ARGUMENT, "num_threads is %d", num_threads);
+/* Starts what lacks for `wanted` threads, the caller's included; returns how many there are. */
+static int32_t grow(int32_t wanted) {
+  static bool watches_forks = false;
   int32_t cpus = kedge_usable_cpus();
-  int32_t wanted = num_threads == 0 ? cpus : num_threads;
-  if (wanted > MAX_WORKERS + 1) wanted = MAX_WORKERS + 1;
-  team->num_threads = wanted;
-  int32_t status = KEDGE_OK;
   pthread_mutex_lock(&grow_lock);
   int32_t count = atomic_load(&n_workers);
-  static bool watches_forks = false;
   if (!watches_forks && wanted > 1) watches_forks = pthread_atfork(NULL, NULL, forget_workers) == 0;
-  while (count < wanted - 1 && status == KEDGE_OK) {
-    if (start_worker(&workers[count])) {
-      atomic_store(&n_workers, ++count);
-    } else {
-      status = kedge_fail(KEDGE_E_MEMORY, "cannot start thread %d of %d", count + 2, wanted);
-    }
-  }
+  while (count < wanted - 1 && start_worker(&workers[count])) atomic_store(&n_workers, ++count);
   atomic_store(&spin_ns, count + 1 > cpus ? 0 : SPIN_NS);
   pthread_mutex_unlock(&grow_lock);
-  return status;
+  return count + 1;
+}
+
+int32_t kedge_team_init(kedge_team *team, int32_t num_threads) {
+  if (num_threads < 0 || num_threads > MAX_WORKERS + 1) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "num_threads is %d, expected 0 to %d", num_threads, MAX_WORKERS + 1);
+  }
+  int32_t cpus = kedge_usable_cpus();
+  team->num_threads = num_threads > 0 ? num_threads : cpus < MAX_WORKERS + 1 ? cpus : MAX_WORKERS + 1;
+  int32_t started = grow(team->num_threads);
+  if (started >= team->num_threads) return KEDGE_OK;
+  return kedge_fail(KEDGE_E_MEMORY, "cannot start thread %d of %d", started + 1, team->num_threads);
 }
 
 /* ---- Callers ------------------------------------------------------------------------------------------------ */
@@ -210,6 +215,7 @@ static int32_t parallel_for(kedge_frame *frame, kedge_loop_body body, void *clos
   loop l = {.body = body, .closure = closure};
   letter letters[MAX_WORKERS];
   int32_t available = atomic_load_explicit(&n_workers, memory_order_acquire), posted = 0;
+  if (available == 0 && atomic_exchange(&forked, false)) available = grow(team->num_threads) - 1;
   int64_t size = extent / threads, larger = extent % threads; /* the first `larger` chunks take one more */
   int64_t end = extent;
   for (int64_t chunk = threads - 1; chunk > 0 && end > 0; chunk--) {

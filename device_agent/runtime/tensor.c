@@ -38,7 +38,7 @@ bool kedge_tensor_is_dense(const DLTensor *tensor) {
   }
   for (int32_t i = tensor->ndim - 1; i >= 0; i--) {
     if (tensor->shape[i] != 1 && tensor->strides[i] != expected) return false; /* the stride of a 1 says nothing */
-    expected *= tensor->shape[i];
+    if (__builtin_mul_overflow(expected, tensor->shape[i], &expected)) return false;
   }
   return true;
 }

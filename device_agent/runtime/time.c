@@ -83,12 +83,12 @@ static int32_t check_options(const kedge_time_options *o, const kedge_time_resul
 static int32_t time_bound(run *r, kedge_time_result *result) {
   void *flush = NULL;
   if (r->options->cache_flush_bytes > 0) {
-    flush = calloc(1, (size_t)r->options->cache_flush_bytes);
+    /* More than a 32-bit machine can count would be cut to fit by the cast, and overrun. */
+    if (r->options->cache_flush_bytes <= PTRDIFF_MAX) flush = calloc(1, (size_t)r->options->cache_flush_bytes);
     if (flush == NULL) return kedge_fail(KEDGE_E_MEMORY, "no memory for cache_flush_bytes");
     r->flush = flush;
     r->number = 1;
   }
-  result->n_samples = 0;
   result->resolution_ns = kedge_clock_resolution_ns();
   int32_t status = take_samples(r, result);
   free(flush);
@@ -101,6 +101,7 @@ int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *arg
   if (context == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "kedge_time: context is required");
   int32_t status = check_options(options, result);
   if (status != KEDGE_OK) return status;
+  result->n_samples = 0;
   kedge_frame frame;
   run r = {context, function, &frame, options, NULL, options->number};
   kedge_arm(context);

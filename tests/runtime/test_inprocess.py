@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import tempfile
 import threading
@@ -17,6 +18,7 @@ import pytest
 from kedge.artifact import Artifact
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.isolated import LocalDevice
+from kedge.rpc import abi
 from kedge.rpc.artifact import Function, Port
 from kedge.rpc.client.inprocess import MAX_PLANS, LoadedModel, open_in_process
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
@@ -367,3 +369,38 @@ def test_cancel(misbehaving_artifact: Artifact, runtime: RuntimeFiles) -> None:
             model.cancel()
             thread.join(0.001)
         assert outcomes == ["cancelled"]
+
+
+# ---- the ABI itself ------------------------------------------------------------------------------------------------
+
+
+def test_a_library_by_its_bare_name(runtime: RuntimeFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """dlopen would look for it in the system's folders."""
+    (tmp_path / "model.so").write_bytes(native.module("minimal").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    lib, model = abi.load_runtime(str(runtime.lib)), ctypes.c_void_p()
+    options = abi.OpenOptions(struct_size=ctypes.sizeof(abi.OpenOptions), lib_path=b"model.so")
+    assert lib.kedge_open(options, model) == abi.OK, lib.kedge_last_error()
+    lib.kedge_close(model)
+    options.lib_path = b"absent.so"
+    assert lib.kedge_open(options, model) == abi.E_LOAD
+    assert b"cannot load absent.so" in lib.kedge_last_error()
+
+
+def test_no_room_for_a_shape(model: LoadedModel) -> None:
+    x, lib = data(2), model._lib
+    args, rets = (abi.DLTensor * 1)(), (abi.DLTensor * 1)()
+    args[0].data, args[0].ndim, args[0].device.device_type = x.ctypes.data, 2, abi.DEVICE_CPU
+    args[0].dtype, args[0].shape = abi.DLDataType(abi.CODE_FLOAT, 32, 1), (ctypes.c_int64 * 2)(2, 8)
+    context = model._context().handle
+    assert lib.kedge_infer(context, 0, args, 1, rets, 1) == abi.E_ARGUMENT
+    assert lib.kedge_last_error() == b"output y has no room for its shape"
+    rets[0].shape = (ctypes.c_int64 * abi.MAX_NDIM)()
+    assert lib.kedge_infer(context, 0, args, 1, rets, 1) == abi.OK
+    assert (rets[0].ndim, rets[0].shape[:2]) == (2, [2, 4])
+
+
+def test_threads_out_of_range(arithmetic_artifact: Artifact) -> None:
+    for threads in (-1, 257):
+        with arithmetic_artifact.open(threads) as model, pytest.raises(InputError, match=f"num_threads is {threads}"):
+            model.run({"x": data(1)})

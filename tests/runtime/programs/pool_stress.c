@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,7 @@
 
 enum { MAX_EXTENT = 200, INNER = 7 };
 static int team_threads, n_loops;
+static pthread_t main_thread;
 
 #define CHECK(condition)                                                 \
   do {                                                                   \
@@ -90,6 +92,30 @@ static int count_workers(void) {
   return count;
 }
 
+static void wait_for_workers(void) {
+  for (int i = 0; i < 5000 && count_workers() < team_threads - 1; i++) usleep(1000); /* they name themselves */
+  CHECK(count_workers() == team_threads - 1);
+}
+
+/* A worker that faults must find the application's handler, and get no other signal. */
+static int32_t look_at_mask(void *closure, int64_t begin, int64_t end) {
+  sigset_t mask;
+  if (pthread_equal(pthread_self(), main_thread) || begin == end || pthread_sigmask(SIG_SETMASK, NULL, &mask) != 0) return 0;
+  bool right = !sigismember(&mask, SIGSEGV) && !sigismember(&mask, SIGABRT) && sigismember(&mask, SIGINT);
+  *(_Atomic int *)closure = right ? 1 : 2;
+  return 0;
+}
+
+static void faults_are_seen(void) {
+  kedge_team team;
+  CHECK(kedge_team_init(&team, team_threads) == KEDGE_OK);
+  kedge_frame frame = {.struct_size = sizeof frame, .api = &kedge_api, .pool = &team};
+  _Atomic int seen = 0;
+  main_thread = pthread_self();
+  for (int i = 0; i < 1000000 && seen == 0; i++) frame.api->parallel_for(&frame, look_at_mask, &seen, 2);
+  CHECK(seen == 1);
+}
+
 int main(int argc, char **argv) {
   if (argc != 4) return 2;
   int callers = atoi(argv[1]);
@@ -102,11 +128,18 @@ int main(int argc, char **argv) {
   pthread_t threads[64];
   for (int i = 0; i < callers; i++) CHECK(pthread_create(&threads[i], NULL, call_loops, (void *)(uintptr_t)(i + 1)) == 0);
   for (int i = 0; i < callers; i++) pthread_join(threads[i], NULL);
-  for (int i = 0; i < 5000 && count_workers() < team_threads - 1; i++) usleep(1000); /* they name themselves */
-  CHECK(count_workers() == team_threads - 1); /* one pool, whatever the number of callers */
+  wait_for_workers(); /* one pool, whatever the number of callers */
+  faults_are_seen();
 
+  kedge_team before;
+  CHECK(kedge_team_init(&before, team_threads) == KEDGE_OK);
   pid_t child = fork(); /* a child has none of the workers, must not wait for them, and gets its own */
   if (child == 0) {
+    kedge_frame frame = {.struct_size = sizeof frame, .api = &kedge_api, .pool = &before};
+    work *w = calloc(1, sizeof *w);
+    w->frame = &frame;
+    run_loop(w, MAX_EXTENT, MAX_EXTENT); /* by a context from before the fork */
+    wait_for_workers();
     n_loops = 20;
     call_loops((void *)3);
     _exit(0);
