@@ -76,6 +76,11 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
         if address is None:
             return errors.ConnectError(f"the tracker went away ({details})", hint="see whether it still runs")
         return unreachable(address, _reason(details))
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        who = "the tracker" if address is None else f"the tracker at {address}"
+        return errors.ConnectError(
+            f"{who} did not answer in time", hint="its log, or that of what lies between, says why"
+        )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"the peer is not a kedge tracker, or an older one ({details})")
     return RemoteError(f"the tracker answered {code.name}: {details}")

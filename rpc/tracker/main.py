@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from kedge.rpc.tracker.server import serve
+from kedge.rpc.tracker.server import serve, stop
 from kedge.rpc.transport import Address
 
 log = logging.getLogger("kedge.tracker")
@@ -21,18 +21,17 @@ def run(host: str, port: int, data_dir: Path) -> int:
 
     Raises:
         ConnectError: the address cannot be listened on.
-        StoreError, BlobError: the data folder cannot be used, or another tracker uses it.
+        StoreError, BlobError: the data folder cannot be used, another tracker uses it, or it failed meanwhile.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     return asyncio.run(_run(host, port, data_dir))
 
 
 async def _run(host: str, port: int, data_dir: Path) -> int:
-    stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    _on_signals(stopped)
     if not Address(host, port).is_loopback:
         log.warning("listening on %s without encryption or authentication: only for networks you trust", host)
-    async with serve(host, port, data_dir) as address:
+    async with serve(host, port, data_dir) as (address, stopped):
+        _on_signals(stopped)
         sys.stdout.write(f"kedge tracker ready at {address}\n")
         sys.stdout.flush()
         log.info("stopping: %s", await stopped)
@@ -41,13 +40,9 @@ async def _run(host: str, port: int, data_dir: Path) -> int:
 
 def _on_signals(stopped: asyncio.Future[str]) -> None:
     loop = asyncio.get_running_loop()
-
-    def stop(name: str) -> None:
-        if not stopped.done():
-            stopped.set_result(name)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         if sys.platform == "win32":
-            signal.signal(number, lambda got, _: loop.call_soon_threadsafe(stop, signal.Signals(got).name))
+            name = number.name
+            signal.signal(number, lambda _got, _frame, name=name: loop.call_soon_threadsafe(stop, stopped, name))
         else:
-            loop.add_signal_handler(number, stop, number.name)
+            loop.add_signal_handler(number, stop, stopped, number.name)

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -21,7 +21,7 @@ from kedge.rpc.errors import ConnectError
 from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.state import Settings
-from kedge.rpc.tracker.store import Store
+from kedge.rpc.tracker.store import Store, StoreError
 from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address
 
 LOOPBACK = "127.0.0.1"
@@ -31,15 +31,30 @@ _BLOB_THREADS = 8
 
 
 @asynccontextmanager
-async def serve(host: str, port: int, data_dir: Path, settings: Settings | None = None) -> AsyncIterator[Address]:
-    """A tracker in this event loop while the context lasts; gives the address it is bound to.
+async def serve(
+    host: str, port: int, data_dir: Path, settings: Settings | None = None
+) -> AsyncIterator[tuple[Address, asyncio.Future[str]]]:
+    """A tracker in this event loop while the context lasts.
+
+    Gives the address it is bound to, and a future for whoever stops it: a reason to stop in order. If the store
+    fails, that future carries the error, and the tracker has to be stopped.
 
     Raises:
         ConnectError: the address cannot be listened on.
         StoreError, BlobError: the data folder cannot be used.
     """
     _check_free(host, port)
-    store = Store(data_dir)
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[str] = loop.create_future()
+
+    def fail(error: BaseException) -> None:
+        if not stopped.done():
+            stopped.set_exception(StoreError(f"the tracker's store in {data_dir} failed: {error!r}"))
+
+    def on_failure(error: BaseException) -> None:
+        loop.call_soon_threadsafe(fail, error)
+
+    store = Store(data_dir, on_failure=on_failure)
     try:
         blobs = BlobStore(data_dir / "blobs", write_behind=True)
         shell = Shell(store, settings)
@@ -54,13 +69,13 @@ async def serve(host: str, port: int, data_dir: Path, settings: Settings | None 
                 raise ConnectError(f"cannot listen on {Address(host, port)}: {error}") from error
             try:
                 await server.start()
-                yield Address(host, bound)
+                yield Address(host, bound), stopped
             finally:
                 shell.close()
                 await server.stop(_GRACE_S)
     finally:
         # The store's thread may still call into this loop: it must not stand still meanwhile.
-        await asyncio.get_running_loop().run_in_executor(None, store.close)
+        await loop.run_in_executor(None, store.close)
 
 
 def _check_free(host: str, port: int) -> None:
@@ -94,7 +109,7 @@ class RunningTracker:
     address: Address
     data_dir: Path
     _loop: asyncio.AbstractEventLoop
-    _stop: asyncio.Event
+    _stopped: asyncio.Future[str]
     _thread: threading.Thread
 
     @property
@@ -105,7 +120,8 @@ class RunningTracker:
     def stop(self) -> None:
         """Stop it in order; jobs and results stay in the data folder. May be called again."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            with suppress(RuntimeError):  # its loop ended just now
+                self._loop.call_soon_threadsafe(stop, self._stopped, "asked to")
             self._thread.join()
 
     def __enter__(self) -> Self:
@@ -127,14 +143,13 @@ def start(
         ConnectError: the address cannot be listened on.
         StoreError, BlobError: the data folder cannot be used, or another tracker uses it.
     """
-    ready: Future[tuple[Address, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+    ready: Future[tuple[Address, asyncio.AbstractEventLoop, asyncio.Future[str]]] = Future()
     folder = Path(data_dir)
 
     async def main() -> None:
-        stop = asyncio.Event()
-        async with serve(host, port, folder, settings) as address:
-            ready.set_result((address, asyncio.get_running_loop(), stop))
-            await stop.wait()
+        async with serve(host, port, folder, settings) as (address, stopped):
+            ready.set_result((address, asyncio.get_running_loop(), stopped))
+            await stopped
 
     def body() -> None:
         try:
@@ -146,5 +161,11 @@ def start(
 
     thread = threading.Thread(target=body, name="kedge-tracker", daemon=True)
     thread.start()
-    address, loop, stop = ready.result()
-    return RunningTracker(address, folder, loop, stop, thread)
+    address, loop, stopped = ready.result()
+    return RunningTracker(address, folder, loop, stopped, thread)
+
+
+def stop(stopped: asyncio.Future[str], reason: str) -> None:
+    """Tell whoever waits for it to stop the tracker; only the first reason counts."""
+    if not stopped.done():
+        stopped.set_result(reason)

@@ -30,6 +30,7 @@ from kedge.rpc.tracker.facts import (
     JobAccepted,
     JobAssigned,
     JobCancelling,
+    JobDone,
     JobRecord,
     JobRequeued,
     Needs,
@@ -118,12 +119,22 @@ _Item = _Append | _Read | _Idle | None
 class Store:
     """The database in `folder`; it is made when it does not exist.
 
+    `on_failure` is called from the store's thread if that ends unexpectedly: nothing is stored any more, and whoever
+    uses the store has to stop too.
+
     Raises:
         StoreError: the folder cannot be used, belongs to a running tracker, or was written by a newer kedge.
     """
 
-    def __init__(self, folder: Path, *, remembered: int = 100_000) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        remembered: int = 100_000,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
         self._path = folder / "tracker.db"
+        self._on_failure = on_failure
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stopping = threading.Event()
         #: Why the last commit failed, while it is tried again; None when all is well.
@@ -177,10 +188,12 @@ class Store:
                     return
                 opened.set_result(found)
                 self._serve(connection)
-        except SQLAlchemyError as error:
+        except Exception as error:
             if opened.done():
-                raise
-            opened.set_exception(_explain(error, self._path))
+                log.critical("the store %s failed", self._path, exc_info=error)
+                self._on_failure(error)
+            else:
+                opened.set_exception(_explain(error, self._path))
         finally:
             engine.dispose()
 
@@ -289,43 +302,48 @@ def _explain(error: Exception, path: Path) -> KedgeError:
 # ---- Rows ----------------------------------------------------------------------------------------------------------
 
 
+# Made once: what SQLAlchemy does per statement is more than what SQLite does.
+_INSERT_JOB = sa.insert(_jobs)
+_INSERT_KEY = sa.insert(_keys)
+_INSERT_RESULT = sa.insert(_results)
+_UPDATE_JOB = sa.update(_jobs).where(_jobs.c.id == sa.bindparam("job"))
+
+
 def _write(connection: sa.Connection, fact: Fact) -> None:
     if isinstance(fact, JobAccepted):
-        connection.execute(
-            sa.insert(_jobs).values(
-                id=fact.job_id,
-                seq=fact.seq,
-                spec=convert.job_spec_to_bytes(fact.spec),
-                needs=_needs_to_text(fact.needs),
-                submitted_ms=fact.submitted_ms,
-                state=JobState.QUEUED.value,
-            )
-        )
-        if fact.key:
-            connection.execute(sa.insert(_keys).values(key=fact.key, job_id=fact.job_id))
-        return
-    values: dict[str, Any]
-    if isinstance(fact, JobAssigned):
-        values = {
-            "state": JobState.ASSIGNED.value,
-            "device": fact.device,
-            "instance_id": fact.instance_id,
-            "epoch": fact.epoch,
+        row = {
+            "id": fact.job_id,
+            "seq": fact.seq,
+            "spec": convert.job_spec_to_bytes(fact.spec),
+            "needs": _needs_to_text(fact.needs),
+            "submitted_ms": fact.submitted_ms,
+            "state": JobState.QUEUED.value,
         }
-    elif isinstance(fact, JobRequeued):
-        values = {"state": JobState.QUEUED.value, "device": "", "instance_id": ""}
-    elif isinstance(fact, JobCancelling):
-        values = {"cancelling": fact.reason}
-    else:
-        values = {"state": JobState.DONE.value, "device": fact.result.device}
-        result = sa.insert(_results).values(
-            job_id=fact.job_id,
-            outcome=fact.result.outcome.kind.value,
-            result=convert.job_result_to_bytes(fact.result),
-            finished_ms=fact.finished_ms,
-        )
-        connection.execute(result)
-    connection.execute(sa.update(_jobs).where(_jobs.c.id == fact.job_id).values(**values))
+        connection.execute(_INSERT_JOB, row)
+        if fact.key:
+            connection.execute(_INSERT_KEY, {"key": fact.key, "job_id": fact.job_id})
+        return
+    if isinstance(fact, JobDone):
+        row = {
+            "job_id": fact.job_id,
+            "outcome": fact.result.outcome.kind.value,
+            "result": convert.job_result_to_bytes(fact.result),
+            "finished_ms": fact.finished_ms,
+        }
+        connection.execute(_INSERT_RESULT, row)
+    connection.execute(_UPDATE_JOB, {"job": fact.job_id, **_changes(fact)})
+
+
+def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[str, Any]:
+    """The columns of a job that a fact changes."""
+    if isinstance(fact, JobAssigned):
+        place = {"device": fact.device, "instance_id": fact.instance_id, "epoch": fact.epoch}
+        return {"state": JobState.ASSIGNED.value, **place}
+    if isinstance(fact, JobRequeued):
+        return {"state": JobState.QUEUED.value, "device": "", "instance_id": ""}
+    if isinstance(fact, JobCancelling):
+        return {"cancelling": fact.reason}
+    return {"state": JobState.DONE.value, "device": fact.result.device}
 
 
 def _record(row: Any) -> JobRecord:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from kedge.protos.v1 import types_pb2
+from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact, Function, Manifest, Port, Symbol, Variant, make_member
+from kedge.rpc.client.plan import Terms, pack, run_request
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.types import DeviceInfo
 
@@ -39,3 +44,9 @@ def device_info(name: str = "bench-1", arch: str = "x86_64", **labels: str) -> D
         target=f"llvm -mtriple={arch}-linux-gnu",
         abi_version=1,
     )
+
+
+def spec_message(artifact: Artifact) -> types_pb2.JobSpec:
+    """What a client would submit to run `main` once on [[0..3], [4..7]]."""
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    return convert.job_spec_to_pb(run_request(pack(artifact), {"x": x}, Terms("main", "")).spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,15 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
+import pytest
 
+from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import connect
-from kedge.rpc.transport import Address, parse_address
+from kedge.rpc.client.plan import pack
+from kedge.rpc.transport import Address, open_channel, parse_address
 from kedge.rpc.types import JobState
 from support.fake_agent import FakeAgent, echo
-from support.toys import device_info
+from support.toys import device_info, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 MAIN = "import sys; from pathlib import Path; from kedge.rpc.tracker.main import run; "
@@ -65,6 +70,23 @@ def test_ready_line_and_a_graceful_end(tmp_path: Path) -> None:
                 status, errors = process.end(number)
                 agent.ended()
             assert status == 0 and f"stopping: {number.name}" in errors and "Traceback" not in errors
+
+
+def test_a_tracker_whose_store_fails_stops(tmp_path: Path, artifact: Artifact) -> None:
+    """A tracker that cannot keep its promises must not go on making them."""
+    with tracker(tmp_path) as process, connect(process.address) as fleet:
+        for _, data in pack(artifact).blobs():
+            fleet.upload(data)
+        process.end(signal.SIGTERM)
+    with sqlite3.connect(tmp_path / "tracker.db") as database:
+        database.execute("CREATE TRIGGER t BEFORE INSERT ON jobs BEGIN SELECT RAISE(ABORT, 'broken'); END")
+    database.close()
+    with tracker(tmp_path) as process, open_channel(process.address) as channel:
+        stub: Any = fleet_pb2_grpc.FleetStub(channel)
+        with pytest.raises(grpc.RpcError):
+            stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=20)
+        _, errors = process.popen.communicate(timeout=20)
+        assert process.popen.returncode == 1 and "StoreError" in errors and "broken" in errors
 
 
 def test_a_killed_tracker_has_lost_nothing(tmp_path: Path, artifact: Artifact) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import queue
 import sqlite3
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot make the data folder"):
         Store(tmp_path / "file" / "data")
+
+
+def test_a_failure_of_the_store_does_not_go_unnoticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+    store = Store(tmp_path, on_failure=failures.put)
+    write(store, accepted("j", 1))
+    durable = threading.Event()
+    store.append([accepted("j", 2)], durable.set)
+    assert "UNIQUE" in str(failures.get(timeout=10))
+    assert not durable.is_set() and "failed" in caplog.text
+    store.close()
+    again = Store(tmp_path)
+    assert [record.accepted.seq for record in again.found.records] == [1]
+    again.close()
 
 
 FULL = """

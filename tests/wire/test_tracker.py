@@ -27,7 +27,7 @@ from kedge.rpc.blobs import (
     blob_of,
 )
 from kedge.rpc.client import Fleet, Job, connect
-from kedge.rpc.client.plan import Terms, pack, run_request
+from kedge.rpc.client.plan import pack
 from kedge.rpc.errors import ArtifactError, ConnectError, InputError, JobError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.selector import SelectorError
@@ -37,7 +37,7 @@ from kedge.rpc.tracker.store import StoreError
 from kedge.rpc.transport import CHUNK_BYTES, open_channel
 from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobState, Lease
 from support.fake_agent import FakeAgent, echo
-from support.toys import QUICK, device_info, make_artifact
+from support.toys import QUICK, device_info, make_artifact, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -46,11 +46,6 @@ X = np.arange(8, dtype=np.float32).reshape(2, 4)
 def agent(tracker: RunningTracker) -> Iterator[FakeAgent]:
     with FakeAgent(tracker.address, device_info()) as agent:
         yield agent
-
-
-def spec_message(artifact: Artifact) -> Any:
-    request = run_request(pack(artifact), {"x": X}, Terms("main", ""))
-    return convert.job_spec_to_pb(request.spec)
 
 
 class Seen(Exception):
