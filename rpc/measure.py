@@ -20,7 +20,7 @@ MAX_DRIFT = 0.05
 #: Fewer samples show no spread.
 MIN_SAMPLES = 3
 MAX_CELSIUS = 85.0
-#: Running processes per core before the measurement began.
+#: Running processes before the measurement began: per core, and beyond those that its threads leave free.
 MAX_LOAD_PER_CORE = 0.5
 MIN_FREQUENCY_RATIO = 0.9
 
@@ -106,10 +106,12 @@ def _sample_reasons(m: Measurement) -> List[str]:
 def _health_reasons(m: Measurement, num_cores: int) -> List[str]:
     reasons = []
     before, after = m.before, m.after
-    limit = MAX_LOAD_PER_CORE * max(num_cores, 1)
+    cores = max(num_cores, 1)
+    # Whoever leaves a core to each of the measurement's threads does not disturb it (0 threads: all cores).
+    limit = max(MAX_LOAD_PER_CORE * cores, cores - (m.num_threads or cores) + MAX_LOAD_PER_CORE)
     # Only before: afterwards the load is the measurement's own.
     if before is not None and before.load_1min is not None and before.load_1min > limit:
-        reasons.append(f"the machine was busy before (load {before.load_1min:.2f} on {max(num_cores, 1)} cores)")
+        reasons.append(f"the machine was busy before (load {before.load_1min:.2f} on {cores} cores)")
     if after is not None and after.temperature_celsius is not None and after.temperature_celsius > MAX_CELSIUS:
         reasons.append(f"the device was hot ({after.temperature_celsius:.0f} °C)")
     clocks = [health.frequency_mhz or 0.0 for health in (before, after) if health is not None]

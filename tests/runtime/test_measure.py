@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,8 +71,24 @@ def test_suspect(measurement: Measurement, reason: str) -> None:
     assert (verdict, reasons[1:]) == (Verdict.EMULATED, [reason])
 
 
-def test_a_load_that_many_cores_bear() -> None:
-    assert judge(measured(before=Health(load_1min=0.9)), num_cores=4)[0] is Verdict.VALID
+@pytest.mark.parametrize(
+    ("cores", "threads", "load", "verdict"),
+    [
+        (4, 1, 0.9, Verdict.VALID),
+        (2, 1, 1.4, Verdict.VALID),  # one core is taken, and the other is enough
+        (2, 1, 1.6, Verdict.SUSPECT),
+        (2, 2, 0.9, Verdict.VALID),
+        (2, 2, 1.1, Verdict.SUSPECT),
+        (64, 1, 60.0, Verdict.VALID),
+        (64, 64, 60.0, Verdict.SUSPECT),
+        (2, 0, 1.1, Verdict.SUSPECT),  # as many threads as cores
+        (2, 8, 0.9, Verdict.VALID),
+        (0, 1, 0.6, Verdict.SUSPECT),
+    ],
+)
+def test_a_load_that_leaves_cores_for_the_threads(cores: int, threads: int, load: float, verdict: Verdict) -> None:
+    measurement = replace(measured(before=Health(load_1min=load)), num_threads=threads)
+    assert judge(measurement, num_cores=cores)[0] is verdict
 
 
 def test_a_clock_that_rises_or_is_unknown_is_no_reason() -> None:
