@@ -15,6 +15,7 @@ from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.cost import nbytes
 from kedge.compiler.graph.ir import Call, Constant, Function, Fused, Input, Item, Module, Param, TensorType, Value
 from kedge.compiler.graph.passes.fuse import VIEWS, make_group
+from kedge.compiler.lower.limits import least_sizes, with_symbols
 from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
 from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
@@ -165,7 +166,8 @@ class _EntryLowering:
             Port(name, value.type) for name, value in zip(function.output_names, function.outputs, strict=True)
         )
         steps = tuple(self._step(job) for job in self._jobs)
-        return Entry(function.name, tuple(self._ports.values()), outputs, function.symbols, steps, arena)
+        entry = Entry(function.name, tuple(self._ports.values()), outputs, function.symbols, steps, arena)
+        return with_symbols(entry, least_sizes(function))
 
     def _collect(self) -> None:
         for value in self._function.values():

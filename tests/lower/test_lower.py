@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kedge.compiler import te
 from kedge.compiler.errors import CompileError, VerifyError
 from kedge.compiler.graph import interp
-from kedge.compiler.graph.builder import Builder
+from kedge.compiler.graph.builder import Builder, call
 from kedge.compiler.graph.dims import format_dim
 from kedge.compiler.graph.ir import Module, TensorType
 from kedge.compiler.graph.passes import default_passes, run_passes
@@ -258,3 +258,29 @@ def test_random_networks_lower_to_what_they_mean(data):
     program = lowered(module)
     x = rng.standard_normal((data.draw(st.integers(1, 3)), 4, 4)).astype(F32)
     compare(run_program(program, {"x": x}), interp.run(module, {"x": x}), rtol=1e-4, atol=1e-5)
+
+
+def test_entries_say_how_large_free_dims_must_be():
+    """Windows of 5 and then of 3 take 7 elements or more; smaller inputs are refused by name."""
+    builder, h = Builder("main"), Var("h", lower=1)
+    x = builder.input("x", TensorType((N, 2, h, 8), F32))
+    wide = call("max_pool", x, kernel=(5, 1))
+    last = call("max_pool", wide, kernel=(3, 1), strides=(2, 1))
+    one = builder.finish({"y": call("reduce_max", last, axes=(2, 3))})
+    program = lowered(Module({"main": one}))
+    (entry,) = program.entries
+    assert [(symbol.name, symbol.lower) for symbol in entry.symbols] == [("n", 1), ("h", 7)]
+    assert entry.symbols[1] is entry.inputs[0].type.shape[2]
+    small, enough = np.ones((1, 2, 6, 8), F32), np.ones((1, 2, 7, 8), F32)
+    with pytest.raises(InputError, match="dim h is 6; it must be at least 7"):
+        run_program(program, {"x": small})
+    assert run_program(program, {"x": enough})["y"].tolist() == [[1.0, 1.0]]
+
+
+def test_a_slice_that_may_be_empty_asks_for_nothing():
+    builder = Builder("main")
+    x = builder.input("x", TensorType((N, 3), F32))
+    one = builder.finish({"y": call("relu", call("slice", x, starts=(2,), ends=(9,), axes=(0,)))})
+    program = lowered(Module({"main": one}))
+    assert [symbol.lower for symbol in program.entries[0].symbols] == [1]
+    assert run_program(program, {"x": np.ones((1, 3), F32)})["y"].shape == (0, 3)

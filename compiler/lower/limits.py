@@ -1,0 +1,97 @@
+"""How large symbolic dims must be so that no tensor of a function has fewer than one element where it needs one.
+
+A convolution of 5 x 5 without padding takes images of 5 x 5 or more: over free spatial dims it is the caller's shapes
+that decide. Entries state such least sizes, so that smaller inputs are refused by name before anything runs. Without
+them intermediate sizes would be negative, and the arena smaller than what lives in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from kedge.compiler.graph.ir import Function, Fused, TensorType, Value
+from kedge.compiler.lower.program import Entry, Port, Slot, Step
+from kedge.compiler.tir.expr import Dim, Expr, Var
+from kedge.compiler.tir.simplify import prove, simplify_dim
+from kedge.compiler.tir.visitor import free_vars, substitute_expr
+
+#: Larger least sizes are not looked for.
+_LARGEST = 1 << 20
+
+
+def least_sizes(function: Function) -> Mapping[Var, Var]:
+    """For symbols that must be larger than they say: the same symbol with that lower bound.
+
+    Looks at every dim of one symbol that its declared bounds do not keep from being negative, and asks for at least 1
+    there. Dims that no size makes positive, or that combine several symbols, are left alone.
+    """
+    found: dict[Var, Var] = {}
+    for dim in _dims(function):
+        used = tuple(dict.fromkeys(free_vars(dim)))
+        if len(used) != 1:
+            continue
+        (symbol,) = used
+        if prove(dim >= 0):
+            continue  # a slice, say, which may well be empty
+        current = found.get(symbol, symbol)
+        least = _least(dim, symbol, current.lower or 0)
+        if least is not None:
+            found[symbol] = replace(symbol, lower=least)
+    return found
+
+
+def with_symbols(entry: Entry, mapping: Mapping[Var, Var]) -> Entry:
+    """`entry` in terms of other symbols."""
+    if not mapping:
+        return entry
+
+    def dim(old: Dim) -> Dim:
+        return simplify_dim(substitute_expr(old, mapping)) if isinstance(old, Expr) else old
+
+    def type_(old: TensorType) -> TensorType:
+        return replace(old, shape=tuple(map(dim, old.shape)))
+
+    def port(old: Port) -> Port:
+        return replace(old, type=type_(old.type))
+
+    def slot(old: Slot) -> Slot:
+        return replace(old, type=type_(old.type), offset=dim(old.offset))
+
+    def step(old: Step) -> Step:
+        symbols = tuple(substitute_expr(symbol, mapping) for symbol in old.symbols)
+        return replace(old, args=tuple(map(slot, old.args)), symbols=symbols)
+
+    return replace(
+        entry,
+        inputs=tuple(map(port, entry.inputs)),
+        outputs=tuple(map(port, entry.outputs)),
+        symbols=tuple(mapping.get(symbol, symbol) for symbol in entry.symbols),
+        steps=tuple(map(step, entry.steps)),
+        arena_size=dim(entry.arena_size),
+    )
+
+
+def _least(dim: Expr, symbol: Var, low: int) -> int | None:
+    """The least size of `symbol` from which on `dim` is provably at least 1."""
+
+    def enough(size: int) -> bool:
+        return prove(substitute_expr(dim, {symbol: replace(symbol, lower=size)}) >= 1)
+
+    high = max(low, 1)
+    while not enough(high):
+        if high > _LARGEST:
+            return None
+        high *= 2
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return high
+
+
+def _dims(function: Function) -> Iterator[Expr]:
+    """The symbolic dims of all values, operands first, those inside of groups included."""
+    for value in function.values():
+        inner: Iterator[Value] = value.body.values() if isinstance(value, Fused) else iter(())
+        for each in (*inner, value):
+            yield from (dim for dim in each.type.shape if isinstance(dim, Expr))
