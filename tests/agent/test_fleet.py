@@ -46,12 +46,11 @@ from kedge.rpc.tracker.server import serve
 from kedge.rpc.tracker.state import Settings
 
 async def main():
-    stopped = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     settings = Settings(heartbeat_interval_ms=200, lease_ms=int(sys.argv[3]))
-    async with serve("127.0.0.1", int(sys.argv[1]), pathlib.Path(sys.argv[2]), settings) as address:
+    async with serve("127.0.0.1", int(sys.argv[1]), pathlib.Path(sys.argv[2]), settings) as (address, stopped):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set_result, "SIGTERM")
         print(address.port, flush=True)
-        await stopped.wait()
+        await stopped
 
 asyncio.run(main())
 """
