@@ -101,5 +101,4 @@ def runner_for(arch: str, progress: Progress = lambda what: None) -> Path:
     from kedge.compiler.target import parse
     from kedge.compiler.toolchain import build_runtime
 
-    progress(f"building the {arch} runner")
-    return build_runtime(parse(_BASELINE[arch])).runner
+    return build_runtime(parse(_BASELINE[arch]), progress=progress).runner

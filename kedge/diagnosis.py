@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,13 +18,16 @@ from kedge.rpc.errors import KedgeError
 PACKAGES = ("numpy", "llvmlite", "onnx", "ziglang", "grpcio", "protobuf", "sqlalchemy", "paramiko")
 MIN_FREE_BYTES = 500 << 20
 
+Progress = Callable[[str], None]
+Status = Literal["ok", "note", "broken"]
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What a check found: "ok", "note" (works without) or "broken" with what to do about it."""
 
     check: str
-    status: Literal["ok", "note", "broken"]
+    status: Status
     found: str
     remedy: str = ""
 
@@ -32,15 +36,13 @@ class Finding:
         return asdict(self)
 
 
-def diagnose(
-    tracker: str | None, device: str | None, progress: Callable[[str], None] = lambda what: None
-) -> list[Finding]:
+def diagnose(tracker: str | None, device: str | None, progress: Progress = lambda what: None) -> list[Finding]:
     """Run every check that applies; a failing check is a finding, never an exception."""
     findings: list[Finding] = []
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("packages", _packages),
         ("cache", _cache),
-        ("compile and run", _compile_and_run),
+        ("compile and run here", lambda: _compile_and_run(progress)),
         ("emulated boards", _boards),
     ]
     if tracker:
@@ -51,8 +53,11 @@ def diagnose(
             findings.extend(check())
         except KedgeError as error:
             findings.append(Finding(name, "broken", error.message, error.hint or ""))
+        except ImportError as error:
+            findings.append(Finding(name, "broken", str(error), "pip install --force-reinstall kedge"))
     if not tracker:
-        findings.append(Finding("tracker", "note", "none was named", "add --tracker HOST:PORT to test the fleet"))
+        status: Status = "broken" if device else "note"
+        findings.append(Finding("tracker", status, "none was named", "add --tracker HOST:PORT to test the fleet"))
     return findings
 
 
@@ -69,13 +74,24 @@ def _cache() -> Iterator[Finding]:
     from kedge.compiler.toolchain import cache_dir
 
     folder = cache_dir()
-    free = shutil.disk_usage(folder).free
-    status: Literal["ok", "broken"] = "ok" if free >= MIN_FREE_BYTES else "broken"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        remedy = "set KEDGE_CACHE_DIR to a folder that you may write to"
+        yield Finding("cache", "broken", f"cannot write to {folder}: {error.strerror}", remedy)
+        return
+    status: Status = "ok" if free >= MIN_FREE_BYTES else "broken"
     remedy = "" if status == "ok" else f"free some space, or set KEDGE_CACHE_DIR (at least {MIN_FREE_BYTES >> 20} MiB)"
-    yield Finding("cache", status, f"{folder}, {free >> 30} GiB free", remedy)
+    yield Finding("cache", status, f"{folder}, {free / (1 << 30):.1f} GiB free", remedy)
 
 
-def _compile_and_run() -> Iterator[Finding]:
+def _compile_and_run(progress: Progress) -> Iterator[Finding]:
+    from kedge.compiler.target import parse
+    from kedge.compiler.toolchain import build_runtime
+
+    build_runtime(parse("native"), progress=progress)
     artifact, inputs, expected = _trivial_job("native")
     with kedge.local(threads=1) as device:
         result = device.load(artifact).run(inputs)["y"]
@@ -115,8 +131,7 @@ def _tracker(tracker: str, selector: str | None) -> Iterator[Finding]:
         yield Finding("tracker", "ok", f"{tracker} answers")
         devices = fleet.devices(selector or "")
         if not devices:
-            text = f"no device matches {selector!r}" if selector else "no device is connected"
-            yield Finding("devices", "broken", text, f"on the device: kedge agent start --tracker {tracker}")
+            yield _no_device(fleet, tracker, selector)
             return
         yield Finding("devices", "ok", ", ".join(f"{d.info.name} ({d.state})" for d in devices))
         if selector:
@@ -124,3 +139,11 @@ def _tracker(tracker: str, selector: str | None) -> Iterator[Finding]:
             artifact, inputs, expected = _trivial_job(target)
             with fleet.session(devices[0].info.name) as device:
                 yield _compare("a job on the device", device.load(artifact).run(inputs)["y"], expected, target)
+
+
+def _no_device(fleet: Any, tracker: str, selector: str | None) -> Finding:
+    start = f"on the device: kedge agent start --tracker {tracker}"
+    connected = ", ".join(device.info.name for device in fleet.devices()) if selector else ""
+    if connected:
+        return Finding("devices", "broken", f"no device matches {selector!r}", f"choose one of {connected}, or {start}")
+    return Finding("devices", "broken", "no device is connected", start)

@@ -53,4 +53,4 @@ def deploy_board(
                 login, require_tracker(tracker), name=name, labels=labels, timeout_s=timeout, progress=report
             )
             text = f"{host}: device {device.info.name!r} is connected ({device.info.arch}, target {device.info.target})"
-    output.stdout().print(text, markup=False, soft_wrap=True)
+    output.stdout().print(text, soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 
 import kedge
 from kedge.cli import output
-from kedge.cli.arguments import parse_shapes
+from kedge.cli.arguments import check_output, load_artifact, parse_shapes
 from kedge.rpc.artifact import Manifest
 from kedge.rpc.errors import InputError
 
@@ -21,7 +21,11 @@ def compile_(
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.kdg", help="Where to write the artifact.")],
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", help="A tag, 'native' or 'llvm -mtriple=… -mcpu=…'; repeat it for several variants."),
+        typer.Option(
+            "--target",
+            help="A tag, 'native' or 'llvm -mtriple=… -mcpu=…'; repeat it for several variants.",
+            show_default="native",
+        ),
     ] = None,
     shape: output.ShapeOption = None,
     as_json: output.JsonFlag = False,
@@ -36,6 +40,7 @@ def compile_(
 
       kedge compile digits.onnx --target x86-64 --target x86-64-v3 --target aws/graviton2 -o digits.kdg
     """
+    check_output(out, model)
     started = time.perf_counter()
     with output.progress("compile") as report:
         report(f"reading {model.name}")
@@ -49,7 +54,6 @@ def compile_(
     targets = "; ".join(output.target_text(variant.target) for variant in artifact.manifest.variants)
     output.stdout().print(
         f"{out}: {output.size_text(out.stat().st_size)} for {targets}, in {seconds:.2f} s",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -70,7 +74,7 @@ def inspect(
       kedge inspect digits.kdg --json
     """
     if path.suffix == ".kdg":
-        manifest = kedge.Artifact.load(path).manifest
+        manifest = load_artifact(path).manifest
         if as_json:
             output.emit_json(manifest_facts(manifest))
         else:
@@ -98,22 +102,22 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
 
 def _show_manifest(path: Path, manifest: Manifest) -> None:
     console = output.stdout()
-    console.print(f"{path}: artifact {manifest.name!r}, ABI {manifest.abi}, {manifest.compiler}", markup=False)
+    console.print(f"{path}: artifact {manifest.name!r}, ABI {manifest.abi}, {manifest.compiler}", soft_wrap=True)
     for function in manifest.functions:
         inputs, outputs = (", ".join(map(str, ports)) for ports in (function.inputs, function.outputs))
-        console.print(f"\n{function.name}({inputs})\n  -> {outputs}", markup=False)
+        console.print(f"\n{function.name}({inputs})\n  -> {outputs}", soft_wrap=True)
     console.print()
     variants = output.table("variant", "arch", "required CPU features", "code")
     for variant in manifest.variants:
         variants.add_row(
             output.target_text(variant.target), variant.arch, ", ".join(variant.features) or "baseline", variant.lib
         )
-    console.print(variants)
+    output.show(variants)
     console.print()
     members = output.table("member", ">size", "sha256")
     for member in manifest.members:
         members.add_row(member.name, output.size_text(member.size), member.digest[:16])
-    console.print(members)
+    output.show(members)
 
 
 def _inspect_model(path: Path, shape: list[str] | None, as_json: bool) -> None:
@@ -123,9 +127,9 @@ def _inspect_model(path: Path, shape: list[str] | None, as_json: bool) -> None:
     if as_json:
         output.emit_json(asdict(report) | {"supported": report.supported})
     else:
-        output.stdout().print(str(report), markup=False, soft_wrap=True)
+        output.stdout().print(str(report), soft_wrap=True)
         if report.supported:
             summary = kedge.load(path, shapes=parse_shapes(shape)).summary()
-            output.stdout().print("\n" + summary, markup=False, soft_wrap=True)
+            output.stdout().print("\n" + summary, soft_wrap=True)
     if not report.supported:
         raise typer.Exit(1)

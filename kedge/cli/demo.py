@@ -7,6 +7,7 @@ import time
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from kedge.cli import output
 
@@ -54,15 +55,15 @@ def demo(
             table.add_row(
                 row.device,
                 row.arch,
-                output.size_text(row.artifact_bytes),
+                output.size_text(row.artifact_bytes) if row.artifact_bytes else "-",
                 "-" if row.accuracy is None else f"{row.accuracy:.2%}",
                 "-" if row.max_error is None else f"{row.max_error:.1e}",
                 "-" if timing is None else f"{timing.median_ms * 1e3:.1f} µs",
                 "-" if timing is None else _interval(timing.interval_ms()),
                 "-" if timing is None else timing.verdict,
-                "[green]ok[/green]" if row.ok else f"[red]{row.problem}[/red]",
+                Text("ok", style="green") if row.ok else Text(f"{row.problem}", style="red"),
             )
-        output.stdout().print(table)
+        output.show(table)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)
 

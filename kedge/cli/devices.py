@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import typer
+
 import kedge
-from kedge.rpc.errors import ConnectError
+from kedge.cli import output
+from kedge.rpc.errors import ConnectError, InputError
 
 
 def require_tracker(tracker: str | None) -> str:
@@ -17,12 +21,37 @@ def require_tracker(tracker: str | None) -> str:
     return tracker
 
 
+def require_device(context: typer.Context, selector: str | None) -> None:
+    """Raise InputError where a tracker was typed but no device: whoever names a tracker does not mean this machine.
+
+    A tracker from the environment says nothing of the kind.
+    """
+    source = context.get_parameter_source("tracker")
+    if selector is None and source is not None and source.name == "COMMANDLINE":
+        raise InputError(
+            "--tracker without --device: which device is meant?",
+            hint="add --device SELECTOR ('kedge devices' lists them); without --tracker it runs on this machine",
+        )
+
+
 @contextmanager
-def open_device(selector: str | None, tracker: str | None, threads: int) -> Iterator[Any]:
+def open_device(selector: str | None, tracker: str | None, threads: int, report: output.Report) -> Iterator[Any]:
     """A session on the device that `selector` chooses, or on this machine where there is no selector."""
     if selector is None:
+        build_runner(report)
         with kedge.local(threads=threads) as device:
             yield device
         return
-    with kedge.connect(require_tracker(tracker)) as fleet, fleet.session(selector, threads=threads) as device:
+    address = require_tracker(tracker)
+    report(f"asking {address} for {selector}")
+    with kedge.connect(address) as fleet, fleet.session(selector, threads=threads) as device:
+        report(f"sending the job to {device.name}")
         yield device
+
+
+def build_runner(report: output.Report) -> Path:
+    """The native runner of this machine; its first build takes seconds, and says so."""
+    from kedge.compiler.target import parse
+    from kedge.compiler.toolchain import build_runtime
+
+    return build_runtime(parse("native"), progress=report).runner

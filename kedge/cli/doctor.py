@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+from rich.text import Text
 
 from kedge.cli import output
 
@@ -27,10 +28,12 @@ def doctor(
     if as_json:
         output.emit_json([finding.to_json() for finding in findings])
     else:
-        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "broken": "[red]broken[/red]"}
+        colours = {"ok": "green", "note": "yellow", "broken": "red"}
         table = output.table("", "check", "found", "what to do")
         for finding in findings:
-            table.add_row(marks[finding.status], finding.check, finding.found, finding.remedy)
-        output.stdout().print(table)
+            table.add_row(
+                Text(finding.status, style=colours[finding.status]), finding.check, finding.found, finding.remedy
+            )
+        output.show(table)
     if any(finding.status == "broken" for finding in findings):
         raise typer.Exit(1)

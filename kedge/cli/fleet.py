@@ -12,7 +12,7 @@ import typer
 
 import kedge
 from kedge.cli import output
-from kedge.cli.devices import require_tracker
+from kedge.cli.devices import build_runner, require_tracker
 
 DEFAULT_PORT = 9190
 
@@ -68,13 +68,13 @@ def agent_start(
 
       kedge agent start --tracker tracker:9190 --name bench-1 --label rack=a --threads 2
     """
-    address = require_tracker(tracker)
-    if runner is None:
-        from kedge.compiler.target import parse
-        from kedge.compiler.toolchain import build_runtime
+    from kedge.deployment import parse_labels
 
+    address = require_tracker(tracker)
+    parse_labels(label or [])
+    if runner is None:
         with output.progress("agent") as report:
-            runner = build_runtime(parse("native"), progress=report).runner
+            runner = build_runner(report)
     arguments = ["--tracker", address, "--runner", str(runner), "--threads", str(threads)]
     arguments += ["--data-dir", str(data_dir or state_dir() / "agent")]
     arguments += ["--name", name] if name else []
@@ -102,7 +102,7 @@ def devices(
         found = fleet.devices(selector, include_gone=gone)
     if as_json:
         output.emit_json([device.to_json() for device in found])
-    else:
+    elif found:
         table = output.table("device", "state", "arch", "CPU", ">cores", ">memory", "target", "labels")
         for device in found:
             info = device.info
@@ -118,8 +118,11 @@ def devices(
                 output.target_text(info.target),
                 labels,
             )
-        output.stdout().print(table)
+        output.show(table)
     if not found:
+        asked = f"no device matches {selector!r}" if selector else "no device is connected"
+        hint = f"on a device: kedge agent start --tracker {tracker}; --gone lists those that left"
+        output.stderr().print(f"{asked}\nhint: {hint}", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -141,12 +144,28 @@ def jobs(
     if as_json:
         output.emit_json([job.to_json() for job in found])
         return
-    table = output.table("job", "state", "outcome", "device", ">age", "detail")
+    if not found:
+        output.stderr().print(f"no job was submitted to {tracker} yet", soft_wrap=True)
+        return
+    table = output.table("job", "task", "state", "outcome", "device", ">age", "detail")
     for job in found:
-        age = f"{max(0.0, time.time() - job.submitted_unix_ms / 1000):.0f} s"
-        table.add_row(job.id, job.state, _outcome(job), job.device or "-", age, job.detail)
-    output.stdout().print(table)
+        age = output.age_text(time.time() - job.submitted_unix_ms / 1000)
+        table.add_row(job.id, _task(job), job.state, _outcome(job), job.device or "-", age, _detail(job))
+    output.show(table)
 
 
 def _outcome(job: Any) -> str:
     return job.result.outcome.kind if job.result is not None else "-"
+
+
+def _task(job: Any) -> str:
+    from kedge.rpc.types import BenchTask
+
+    kind = "bench" if isinstance(job.spec.task, BenchTask) else "run"
+    return f"{kind} {job.spec.function}"
+
+
+def _detail(job: Any) -> str:
+    """Why it waits, or the first line of why it failed."""
+    said: str = job.detail or (job.result.outcome.message if job.result is not None else "")
+    return said.partition("\n")[0]

@@ -39,13 +39,22 @@ UNWRAPPED_COLUMNS = 400
 
 
 def stdout() -> Console:
-    """The console for results. What goes to a file or a pipe is not wrapped."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else UNWRAPPED_COLUMNS)
+    """The console for results, which takes text as it is. What goes to a file or a pipe is not wrapped."""
+    width = None if sys.stdout.isatty() else UNWRAPPED_COLUMNS
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def stderr() -> Console:
     """The console for progress and errors."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def show(table: Table) -> None:
+    """Print a table on stdout, without the spaces that fill up its last column."""
+    console = stdout()
+    with console.capture() as captured:
+        console.print(table)
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
 def emit_json(value: Any) -> None:
@@ -77,6 +86,15 @@ def target_text(target: str) -> str:
     return " ".join(word for word in target.split() if not word.startswith(details))
 
 
+def age_text(seconds: float) -> str:
+    """How long ago something was, for people: "12 s", "5 min", "3 h", "2 d"."""
+    for unit, length in (("s", 60), ("min", 60), ("h", 24)):
+        if seconds < length:
+            return f"{max(0.0, seconds):.0f} {unit}"
+        seconds /= length
+    return f"{seconds:.0f} d"
+
+
 class Report(Protocol):
     """A progress callback: what is being done, and how far of how much (0 of 0: unknown)."""
 
@@ -93,7 +111,7 @@ def progress(title: str) -> Iterator[Report]:
         return
     with Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TimeElapsedColumn(),
         console=console,

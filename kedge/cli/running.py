@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.text import Text
 
-import kedge
 from kedge.cli import output
-from kedge.cli.arguments import Arrays, load_inputs, parse_shapes, save_outputs
-from kedge.cli.devices import open_device
+from kedge.cli.arguments import Arrays, load_artifact, load_inputs, parse_shapes, save_outputs
+from kedge.cli.devices import open_device, require_device
 from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function
+from kedge.rpc.errors import InputError
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT.kdg", help="A compiled artifact.", show_default=False)]
 InputsOption = Annotated[
@@ -23,14 +24,19 @@ InputsOption = Annotated[
     ),
 ]
 FunctionOption = Annotated[str, typer.Option("--function", help="The function of the artifact to call.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="The seed of random inputs.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of random inputs.")]
 
 
 def _inputs(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
+    if path and shapes:
+        raise InputError(
+            "--shape says nothing beside --inputs", hint="the arrays of the file have their shapes; drop one"
+        )
     return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
 
 
 def run(
+    context: typer.Context,
     artifact: ArtifactArgument,
     inputs: InputsOption = None,
     outputs: Annotated[
@@ -54,10 +60,10 @@ def run(
 
       kedge run digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
     """
-    loaded = kedge.Artifact.load(artifact)
+    require_device(context, device)
+    loaded = load_artifact(artifact)
     data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
-    with output.progress("run") as report, open_device(device, tracker, threads) as place:
-        report("loading")
+    with output.progress("run") as report, open_device(device, tracker, threads, report) as place:
         results = place.load(loaded).run(data, function=function)
     if outputs:
         save_outputs(outputs, results)
@@ -70,9 +76,9 @@ def run(
         shown = [str(facts[key]) if facts[key] is None else f"{facts[key]:.4g}" for key in ("min", "max", "mean")]
         first = ", ".join(f"{value:.4g}" for value in array.reshape(-1)[:4])
         table.add_row(name, facts["dtype"], str(tuple(array.shape)), *shown, first)
-    output.stdout().print(table)
+    output.show(table)
     if outputs:
-        output.stdout().print(f"saved to {outputs}")
+        output.stdout().print(f"saved to {outputs}", soft_wrap=True)
 
 
 def _facts(array: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -87,6 +93,7 @@ def _facts(array: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def bench(
+    context: typer.Context,
     artifact: ArtifactArgument,
     inputs: InputsOption = None,
     function: FunctionOption = "main",
@@ -113,10 +120,10 @@ def bench(
 
       kedge bench digits-arm.kdg --device key=rpi4 --tracker tracker:9190 --json
     """
-    loaded = kedge.Artifact.load(artifact)
+    require_device(context, device)
+    loaded = load_artifact(artifact)
     data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
-    with output.progress("bench") as report, open_device(device, tracker, threads) as place:
-        report("loading")
+    with output.progress("bench") as report, open_device(device, tracker, threads, report) as place:
         module = place.load(loaded)
         report(f"timing {repeat} samples")
         timing = module.time(
@@ -125,12 +132,13 @@ def bench(
     if as_json:
         output.emit_json(timing.to_json())
     else:
-        output.stdout().print(str(timing), markup=False, soft_wrap=True)
+        output.stdout().print(str(timing), soft_wrap=True)
     if timing.verdict == "invalid":
         raise typer.Exit(1)
 
 
 def validate(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL.onnx", help="The model it was compiled from.", show_default=False)
     ],
@@ -158,9 +166,10 @@ def validate(
     """
     from kedge.validation import validate as compare
 
-    loaded = kedge.Artifact.load(artifact)
+    require_device(context, device)
+    loaded = load_artifact(artifact)
     data = _inputs(loaded.manifest.function("main"), inputs, shape, seed)
-    with output.progress("validate") as report, open_device(device, tracker, threads) as place:
+    with output.progress("validate") as report, open_device(device, tracker, threads, report) as place:
         result = compare(model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, progress=report)
     if as_json:
         output.emit_json(result.to_json())
@@ -174,12 +183,14 @@ def _show_validation(result: Any) -> None:
     table = output.table("output", ">max |error|", ">max |error| / max |reference|", "verdict")
     for item in result.outputs:
         table.add_row(
-            item.name, f"{item.max_abs:.3g}", f"{item.max_rel:.3g}", "ok" if item.ok else "[red]differs[/red]"
+            item.name,
+            f"{item.max_abs:.3g}",
+            f"{item.max_rel:.3g}",
+            Text("ok") if item.ok else Text("differs", style="red"),
         )
-    console = output.stdout()
-    console.print(table)
+    output.show(table)
     if result.worst_layer is not None:
         worst = result.worst_layer
-        console.print(
-            f"worst layer of {len(result.layers)}: {worst.name}, max |error| {worst.max_abs:.3g}", markup=False
+        output.stdout().print(
+            f"worst layer of {len(result.layers)}: {worst.name}, max |error| {worst.max_abs:.3g}", soft_wrap=True
         )

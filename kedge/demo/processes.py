@@ -72,14 +72,14 @@ def tracker(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def agent(address: str, name: str, folder: Path) -> Iterator[None]:
-    """An agent on this machine, connected to the tracker at `address`."""
+def agent(address: str, name: str, folder: Path, say: Callable[[str], None] = lambda what: None) -> Iterator[None]:
+    """An agent on this machine, connected to the tracker at `address`; `say` is told what takes long."""
     from kedge.compiler.target import parse
     from kedge.compiler.toolchain import build_runtime
 
     folder.mkdir(parents=True)
     log = folder / "log"
-    runner = build_runtime(parse("native")).runner
+    runner = build_runtime(parse("native"), progress=say).runner
     arguments = [f"--tracker={address}", f"--name={name}", f"--runner={runner}", f"--data-dir={folder / 'data'}"]
     with service("agent", "kedge.device_agent", *arguments, log=log) as process:
         ready_line("agent", process, log)

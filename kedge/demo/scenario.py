@@ -106,7 +106,7 @@ def _held_out() -> HeldOut:
 
 def _start_agent(stack: contextlib.ExitStack, address: str, folder: Path, say: Say) -> None:
     say("starting an agent on this machine")
-    stack.enter_context(processes.agent(address, "this-machine", folder / "agent"))
+    stack.enter_context(processes.agent(address, "this-machine", folder / "agent", say))
 
 
 def _start_board(stack: contextlib.ExitStack, address: str, say: Say) -> None:

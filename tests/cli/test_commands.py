@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kedge.cli import EXIT_BUG, main, output
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
+from kedge.diagnosis import diagnose
 from support.commands import Kedge, kedge_command
 
 
@@ -89,6 +91,29 @@ def test_doctor_finds_a_sound_installation(kedge: Kedge) -> None:
     assert by_check["compile and run here"] == "ok" and by_check["tracker"] == "note"
 
 
+def test_doctor_on_a_machine_that_never_ran_kedge(kedge: Kedge, tmp_path: Path) -> None:
+    fresh = tmp_path / "never" / "made"
+    (finding,) = _cache_findings(kedge("doctor", "--json", env={**os.environ, "KEDGE_CACHE_DIR": str(fresh)}))
+    assert finding["status"] == "ok" and str(fresh) in finding["found"]
+
+
+def test_doctor_names_a_cache_that_cannot_be_written(kedge: Kedge, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = kedge("doctor", "--json", env={**os.environ, "KEDGE_CACHE_DIR": str(tmp_path / "file")})
+    (finding,) = _cache_findings(done)
+    assert done.returncode == 1
+    assert finding["status"] == "broken" and "KEDGE_CACHE_DIR" in finding["remedy"]
+
+
+def _cache_findings(done: subprocess.CompletedProcess[str]) -> list[dict[str, str]]:
+    return [finding for finding in json.loads(done.stdout) if finding["check"] == "cache"]
+
+
+def test_doctor_cannot_test_a_device_without_a_tracker() -> None:
+    (finding,) = [finding for finding in diagnose(None, "arch=aarch64") if finding.check == "tracker"]
+    assert finding.status == "broken" and "--tracker" in finding.remedy
+
+
 def test_demo_without_a_board(kedge: Kedge) -> None:
     done = kedge("demo", "--no-arm", "--json")
     assert done.returncode == 0, done.stderr
@@ -140,6 +165,22 @@ def wrong_shape(tmp_path: Path, digits: Path) -> list[object]:
     return ["run", digits, "--inputs", tmp_path / "in.npz"]
 
 
+def one_array(tmp_path: Path, digits: Path) -> list[object]:
+    np.save(tmp_path / "in.npy", np.zeros((1, 1, 8, 8), np.float32))
+    return ["run", digits, "--inputs", tmp_path / "in.npy"]
+
+
+def cut_inputs(tmp_path: Path, digits: Path) -> list[object]:
+    np.savez(tmp_path / "in.npz", image=np.zeros((1, 1, 8, 8), np.float32))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "in.npz").read_bytes()[:-30])
+    return ["run", digits, "--inputs", tmp_path / "cut.npz"]
+
+
+def shape_beside_inputs(tmp_path: Path, digits: Path) -> list[object]:
+    np.savez(tmp_path / "in.npz", image=np.zeros((1, 1, 8, 8), np.float32))
+    return ["run", digits, "--inputs", tmp_path / "in.npz", "--shape", "image=2,1,8,8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -151,7 +192,15 @@ def wrong_shape(tmp_path: Path, digits: Path) -> list[object]:
         (wrong_shape, 5, r"image"),
         (lambda t, d: ["run", t / "nothing.kdg"], 3, r"nothing\.kdg: no such file"),
         (lambda t, d: ["compile", t / "nothing.onnx", "-o", t / "x.kdg"], 1, r"nothing\.onnx"),
-        (lambda t, d: ["compile", digits_model(), "-o", t / "no" / "x.kdg"], 3, r"cannot write"),
+        (one_array, 5, r"in\.npy.*savez"),
+        (cut_inputs, 5, r"cut\.npz is not an \.npz"),
+        (shape_beside_inputs, 5, r"--shape.*--inputs"),
+        (lambda t, d: ["run", digits_model()], 3, r"is a model.*kedge compile .*digits\.onnx -o digits\.kdg"),
+        (lambda t, d: ["run", d, "--shape", f"image={1 << 42},1,8,8"], 1, r"not enough memory.*hint: "),
+        (lambda t, d: ["run", d, "--tracker", "127.0.0.1:1"], 5, r"--tracker without --device"),
+        (lambda t, d: ["agent", "start", "--tracker", "127.0.0.1:1", "--label", "rack"], 5, r"KEY=VALUE"),
+        (lambda t, d: ["compile", digits_model(), "-o", t / "no" / "x.kdg"], 3, r"cannot write.*mkdir -p"),
+        (lambda t, d: ["compile", d, "-o", d], 3, r"is the model itself"),
         (
             lambda t, d: ["compile", digits_model(), "-o", t / "x.kdg", "--target", "raspbery-pi/4b"],
             1,
@@ -181,6 +230,56 @@ def test_an_artifact_for_another_architecture_is_refused_here(kedge: Kedge, tmp_
     refused = kedge("run", path)
     assert refused.returncode == 4
     assert "aarch64" in refused.stderr and "hint: " in refused.stderr
+
+
+def test_a_tracker_in_the_environment_does_not_choose_the_device(kedge: Kedge, digits: Path) -> None:
+    done = kedge("run", digits, env={**os.environ, "KEDGE_TRACKER": "127.0.0.1:1"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_take_text_as_it_is_and_end_where_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    table = output.table("name", "detail")
+    table.add_row("x", "a[b] [red]c[/red] :smile:")
+    table.add_row("longer", "")
+    output.show(table)
+    assert capsys.readouterr().out == "name    detail\nx       a[b] [red]c[/red] :smile:\nlonger\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (60, "1 min"), (3600, "1 h"), (48 * 3600, "2 d")]
+)
+def test_ages_are_for_people(seconds: float, text: str) -> None:
+    assert output.age_text(seconds) == text
+
+
+BROKEN_OFF = """
+import sys
+from kedge.cli import main
+
+class Planted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kedge.cli.app":
+            raise {error}
+
+sys.meta_path.insert(0, Planted())
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_loading() -> None:
+    program = BROKEN_OFF.format(error="KeyboardInterrupt")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_bug_of_ours_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(**options: object) -> int:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr("kedge.cli.app.app", broken)
+    assert main() == EXIT_BUG
+    errors = capsys.readouterr().err
+    assert "ZeroDivisionError: planted" in errors and errors.endswith("kedge doctor --json\n")
 
 
 FULL_DISK = """

@@ -38,7 +38,7 @@ def test_devices_lists_what_the_agent_reports(kedge: Kedge, fleet: str) -> None:
     table = kedge("devices", "--tracker", fleet)
     assert "bench-1" in table.stdout and "idle" in table.stdout
     nobody = kedge("devices", "arch=sparc", "--tracker", fleet)
-    assert nobody.returncode == 1
+    assert nobody.returncode == 1 and "arch=sparc" in nobody.stderr and "hint: " in nobody.stderr
 
 
 def test_run_bench_validate_and_jobs_on_a_device(kedge: Kedge, fleet: str, digits: Path, tmp_path: Path) -> None:
