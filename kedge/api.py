@@ -58,16 +58,25 @@ def compile(  # noqa: A001 - the field says compile
 
     Raises:
         CompileError: with the operator of the user's model and what does not fit.
+        TypeError: `model` is none of these, or an argument says nothing about this kind of model.
     """
     from kedge.artifact import Artifact
+    from kedge.compiler.graph.ir import Module
     from kedge.compiler.pipeline import compile_module, compile_prim_func
     from kedge.compiler.tir.stmt import PrimFunc
 
-    if isinstance(model, PrimFunc):
-        return Artifact.of(compile_prim_func(model, target, name=name, progress=progress))
     if isinstance(model, (str, os.PathLike)):
         name = name or Path(model).stem
         model = load(model, shapes)
+    elif shapes is not None:
+        raise TypeError("shapes= is for a path; a module is given its shapes by kedge.load(path, shapes=…)")
+    if isinstance(model, PrimFunc):
+        if pipeline is not None:
+            raise TypeError("pipeline= holds passes over graphs; a PrimFunc has none")
+        return Artifact.of(compile_prim_func(model, target, name=name, progress=progress))
+    if not isinstance(model, Module):
+        given = type(model).__name__
+        raise TypeError(f"cannot compile a value of type {given}: give an .onnx path, a kedge.Module or a PrimFunc")
     artifact = compile_module(model, target, pipeline=pipeline, name=name or "model", progress=progress)
     return Artifact.of(artifact)
 
@@ -80,9 +89,16 @@ def pipeline(name: str = "default") -> Pipeline:
 
 
 def local(threads: int = 0) -> LocalDevice:
-    """This machine as a device, isolated in a native runner; `threads` 0 means all that this process may use."""
-    from kedge.isolated import LocalDevice
+    """This machine as a device, isolated in a native runner; `threads` 0 means all that this process may use.
 
+    Raises:
+        InputError: `threads` is negative.
+    """
+    from kedge.isolated import LocalDevice
+    from kedge.rpc.errors import InputError
+
+    if threads < 0:
+        raise InputError(f"threads is {threads}", hint="give a number of threads, or 0 for all that may be used")
     return LocalDevice(threads=threads)
 
 

@@ -108,10 +108,12 @@ def validate(
 
     Raises:
         InputError: the artifact's outputs are not the model's.
-        FrontendError: the reference evaluator cannot run the model.
+        FrontendError: the model cannot be read, or the reference evaluator cannot run it.
     """
     from kedge.compiler.frontend.onnx.reference import reference_outputs
 
+    progress(f"reading {model.name}")
+    kedge.load(model)  # says what is wrong with the file; the reference evaluator does not
     progress("running the reference evaluator")
     expected = reference_outputs(model, inputs)
     progress("running the artifact")

@@ -129,6 +129,20 @@ def test_another_architecture_is_refused() -> None:
         device.load(artifact)
 
 
+def test_arguments_that_say_nothing_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"type int: give an \.onnx path"):
+        kedge.compile(3)
+    module = kedge.load(digits_model())
+    with pytest.raises(TypeError, match=r"kedge\.load"):
+        kedge.compile(module, shapes={"image": (1, 1, 8, 8)})
+    x = te.placeholder((4,), "float32", name="x")
+    func = te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1.0, name="y")], name="main")
+    with pytest.raises(TypeError, match="PrimFunc"):
+        kedge.compile(func, pipeline=kedge.pipeline())
+    with pytest.raises(InputError, match="-1"):
+        kedge.local(threads=-1)
+
+
 def test_the_quick_start_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "quick_start.py"), run_name="__main__")
     printed = capsys.readouterr().out

@@ -187,6 +187,7 @@ def shape_beside_inputs(tmp_path: Path, digits: Path) -> list[object]:
         (truncated, 3, r"cut\.kdg.*not a whole \.kdg artifact"),
         (corrupt, 3, r"corrupt\.kdg"),
         (cut_model, 1, r"cut\.onnx"),
+        (lambda t, d: ["validate", t / "no.onnx", d], 1, r"there is no file .*no\.onnx"),
         (wrong_name, 5, r"imge.*image"),
         (wrong_dtype, 5, r"image.*float32.*float64|image.*float64.*float32"),
         (wrong_shape, 5, r"image"),
