@@ -16,6 +16,13 @@ from kedge.rpc.artifact import Manifest
 from kedge.rpc.errors import InputError
 
 
+def _targets(incomplete: str) -> list[str]:
+    """The tags that complete what was typed."""
+    from kedge.compiler.target import known_tags
+
+    return [tag for tag in known_tags() if tag.startswith(incomplete)]
+
+
 def compile_(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model.", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.kdg", help="Where to write the artifact.")],
@@ -25,6 +32,7 @@ def compile_(
             "--target",
             help="A tag, 'native' or 'llvm -mtriple=… -mcpu=…'; repeat it for several variants.",
             show_default="native",
+            autocompletion=_targets,
         ),
     ] = None,
     shape: output.ShapeOption = None,

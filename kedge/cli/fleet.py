@@ -85,7 +85,9 @@ def agent_start(
 
 
 def devices(
-    selector: Annotated[str, typer.Argument(help="Only devices that match, e.g. 'arch=aarch64'.")] = "",
+    selector: Annotated[
+        str, typer.Argument(metavar="SELECTOR", help="Only devices that match, e.g. 'arch=aarch64'.")
+    ] = "",
     gone: Annotated[bool, typer.Option("--gone", help="Also those that are no longer connected.")] = False,
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
@@ -104,10 +104,11 @@ class Report(Protocol):
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """Show progress on stderr: a live line in a terminal, elsewhere one line for each new stage."""
+    """Show progress on stderr: a live line in a terminal, elsewhere a line per stage once a second has passed."""
     console = stderr()
     if not console.is_terminal:
-        yield _plain_lines(title)
+        with _plain_lines(title) as lines:
+            yield lines
         return
     with Progress(
         SpinnerColumn(),
@@ -125,16 +126,37 @@ def progress(title: str) -> Iterator[Report]:
         yield report
 
 
-def _plain_lines(title: str) -> Report:
-    started = time.monotonic()
-    last = ""
+@contextmanager
+def _plain_lines(title: str, patience_s: float = 1.0) -> Iterator[Report]:
+    """A log needs one line per stage, and none for what is over at once."""
+    lock = threading.Lock()
+    patient, current, written = True, "", ""
 
-    def report(what: str, done: int = 0, total: int = 0) -> None:
-        nonlocal last
-        # A log needs one line per stage, and none for what is over at once.
-        if what != last and time.monotonic() - started > 1:
-            last = what
-            sys.stderr.write(f"{title}: {what}\n")
+    def write() -> None:
+        nonlocal written
+        if current != written:
+            written = current
+            sys.stderr.write(f"{title}: {current}\n")
             sys.stderr.flush()
 
-    return report
+    def lose_patience() -> None:
+        nonlocal patient
+        with lock:
+            patient = False
+            write()
+
+    def report(what: str, done: int = 0, total: int = 0) -> None:
+        nonlocal current
+        with lock:
+            current = what
+            if not patient:
+                write()
+
+    timer = threading.Timer(patience_s, lose_patience)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield report
+    finally:
+        timer.cancel()
+        timer.join()

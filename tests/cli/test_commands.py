@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,23 @@ def test_tables_take_text_as_it_is_and_end_where_it_ends(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "name    detail\nx       a[b] [red]c[/red] :smile:\nlonger\n"
 
 
+def test_a_log_gets_a_line_for_each_stage_that_someone_waits_for(capfd: pytest.CaptureFixture[str]) -> None:
+    with output._plain_lines("quick", patience_s=60) as report:
+        report("over at once")
+    with output._plain_lines("slow", patience_s=0) as report:
+        report("first")
+        wait_until(lambda: "first" in capfd.readouterr().err)
+        report("second")
+        report("second")
+    assert capfd.readouterr().err == "slow: second\n"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (60, "1 min"), (3600, "1 h"), (48 * 3600, "2 d")]
 )
@@ -335,3 +354,6 @@ def test_completion_is_offered(kedge: Kedge) -> None:
     environment = {**os.environ, "_KEDGE_COMPLETE": "complete_bash", "COMP_WORDS": "kedge dep", "COMP_CWORD": "1"}
     offered = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
     assert offered.stdout.split() == ["deploy"], offered.stderr
+    environment |= {"COMP_WORDS": "kedge compile --target raspberry-pi/4", "COMP_CWORD": "3"}
+    offered = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+    assert offered.stdout.split() == ["raspberry-pi/4b", "raspberry-pi/4b-32"], offered.stderr
