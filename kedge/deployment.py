@@ -69,7 +69,7 @@ def deploy(
     with kedge.connect(tracker) as fleet:
         deployed = deploy_board(
             login.destination(),
-            tracker=tracker,
+            tracker=str(fleet.address),  # with the port, where only a host was named
             runner_for=lambda board: runner_for(board.arch, progress),
             online=lambda device, seconds: _sees(fleet, device, seconds),
             cache_dir=cache_dir() / "deploy",
