@@ -112,13 +112,6 @@ def status(destination: Destination, *, directory: str = DIRECTORY) -> AgentStat
         return AgentStatus(found["installed"], found["pid"], found["name"], found["tracker"])
 
 
-def log_tail(destination: Destination, *, directory: str = DIRECTORY) -> str:
-    """The end of the agent's log; empty where there is none."""
-    with connect(destination) as connection:
-        remote = _Remote(connection, probe(connection, directory))
-        return remote.command("tail", ok=(0, launch.EXIT_NOT_RUNNING)).stdout
-
-
 class _Remote:
     """One board's installation directory, worked on through `launch.py`."""
 

@@ -82,9 +82,3 @@ def emit_assembly(text: str, target: Target, *, speed: int = 2) -> str:
     with _LOCK:
         module, machine = _optimized(text, target, speed=speed)
         return str(machine.emit_assembly(module))
-
-
-def optimized_ir(text: str, target: Target, *, speed: int = 2) -> str:
-    """LLVM IR `text` after LLVM's own passes."""
-    with _LOCK:
-        return str(_optimized(text, target, speed=speed)[0])

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from kedge.compiler.tir.expr import Dim, Expr, Var
+from kedge.compiler.tir.expr import Dim, Var
 
 Attrs: TypeAlias = Mapping[str, Any]
 EMPTY: Attrs = MappingProxyType({})
@@ -208,8 +208,3 @@ def same_dim(a: Dim, b: Dim) -> bool:
     from kedge.compiler.tir.simplify import prove_equal
 
     return prove_equal(a, b)
-
-
-def dims_of(shape: tuple[Dim, ...]) -> tuple[Expr, ...]:
-    """The symbolic dims of a shape."""
-    return tuple(dim for dim in shape if isinstance(dim, Expr))

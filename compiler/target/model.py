@@ -76,8 +76,3 @@ class Target:
         """Whether one instruction multiplies and adds with one rounding."""
         needs = {"x86_64": "fma", "armv7l": "vfp4"}.get(self.arch.name)
         return needs is None or self.has(needs)
-
-    @property
-    def has_simd(self) -> bool:
-        """Whether the machine really has vector registers."""
-        return self.has({"x86_64": "sse2", "aarch64": "neon", "armv7l": "neon", "riscv64": "v"}[self.arch.name])

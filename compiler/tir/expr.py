@@ -6,7 +6,6 @@ nodes (`i * 16 + j`), `==` stays identity: write `eq(a, b)` for the comparison n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
@@ -257,8 +256,3 @@ def call(name: str, *args: Expr, dtype: str | None = None) -> Expr:
 def ceildiv(a: ExprLike, b: int) -> Expr:
     """`a / b` rounded up, for a positive `b`."""
     return (as_expr(a) + (b - 1)) // b
-
-
-def shape_exprs(shape: Sequence[Dim]) -> tuple[Expr, ...]:
-    """A shape's dims as expressions."""
-    return tuple(as_expr(dim) for dim in shape)
