@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from typing import Annotated
@@ -35,6 +36,8 @@ def demo(
         sys.stderr.write(f"[{time.monotonic() - started:5.1f} s] {line}\n")
         sys.stderr.flush()
 
+    # Being asked to end must end what was started, too: SIGTERM takes the road of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows = run_demo(say, arm=arm)
     if as_json:
         output.emit_json([row.to_json() for row in rows])

@@ -119,7 +119,7 @@ def _row(fleet: Any, name: str, joined: Future[Any], held_out: HeldOut, say: Say
     try:
         joined.result()
         device = fleet.wait_for_device(name, timeout=DEVICE_TIMEOUT_S)
-    except KedgeError as error:
+    except (KedgeError, OSError) as error:
         return Row(name, "-", "-", problem=str(error))
     info = device.info
     try:

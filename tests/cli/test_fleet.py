@@ -115,7 +115,8 @@ def test_an_agent_without_a_good_address_says_so(kedge: Kedge, tmp_path: Path) -
     assert unnamed.returncode == 6 and "--tracker" in unnamed.stderr
 
 
-def test_ctrl_c_stops_the_demo_and_everything_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_demo_stops_everything_it_started(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         kedge_command("demo", "--no-arm"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -125,7 +126,7 @@ def test_ctrl_c_stops_the_demo_and_everything_it_started(tmp_path: Path) -> None
     for line in process.stderr:
         if "compiling the digits model" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,11 +17,15 @@ from onnx import numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 from onnx.backend.test.loader import load_model_tests
 
+import kedge
 from kedge.compiler.errors import FrontendError, UnsupportedOperatorError
 from kedge.compiler.frontend.onnx import converted_ops, coverage, load_onnx
 from kedge.compiler.graph import interp
+from kedge.compiler.graph.ir import Module
+from kedge.rpc.errors import KedgeError
 
 DataSet = tuple[Sequence[Any], Sequence[Any]]
+Evaluate = Callable[[Module, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass
@@ -71,7 +75,16 @@ def with_constants(model: onnx.ModelProto, inputs: Sequence[Any]) -> onnx.ModelP
     return result
 
 
-def check(case: TestCase, model: onnx.ModelProto) -> None:
+def interpreted(module: Module, feeds: dict[str, Any]) -> dict[str, Any]:
+    return interp.run(module, feeds)
+
+
+def compiled(module: Module, feeds: dict[str, Any]) -> dict[str, Any]:
+    with kedge.compile(module, target="native").open(threads=1) as loaded:
+        return dict(loaded.run(feeds))
+
+
+def check(case: TestCase, model: onnx.ModelProto, evaluate: Evaluate = interpreted) -> None:
     sets = list(data_sets(case, model))
     assert sets, "no data"
     for inputs, expected in sets:
@@ -89,7 +102,7 @@ def check(case: TestCase, model: onnx.ModelProto) -> None:
         names = [info.name for info in free.graph.input]
         feeds = {name: value for name, value in zip(names, inputs, strict=False) if name not in bound}
         with np.errstate(all="ignore"):  # some cases are about infinities and NaNs
-            results = interp.run(module, feeds)
+            results = evaluate(module, feeds)
         for name, want in zip(module.functions["main"].output_names, expected, strict=True):
             got = results[name]
             assert (str(got.dtype), got.shape) == (str(want.dtype), want.shape), name
@@ -140,6 +153,37 @@ def assert_conforms(outcome: Outcome, excluded: dict[str, str], at_least: int) -
 def test_node_conformance() -> None:
     excluded = exclusions("node")
     assert_conforms(run(load("node"), excluded), excluded, at_least=1000)
+
+
+#: The operators of image classifiers and MLPs: their cases also go through machine code.
+COMPILED = (
+    "test_add*", "test_averagepool_2d_*", "test_basic_conv_*", "test_batchnorm_e*", "test_cast_FLOAT_to_DOUBLE",
+    "test_clip*", "test_concat_*", "test_conv_*", "test_div*", "test_dropout_default", "test_flatten_*", "test_gemm_*",
+    "test_globalaveragepool*", "test_identity", "test_matmul_*", "test_maxpool_2d_*", "test_mul*", "test_*_pad",
+    "test_reduce_max_*", "test_reduce_mean_*", "test_reduce_sum_*", "test_relu", "test_reshape_*", "test_sigmoid*",
+    "test_slice*", "test_softmax_*", "test_squeeze*", "test_sub*", "test_tanh*", "test_transpose_*", "test_unsqueeze_*",
+)  # fmt: skip
+
+
+def test_node_conformance_of_compiled_code() -> None:
+    """Cases that pass in the interpreter pass as machine code; which those are, the test above says."""
+    failed, passed = [], 0
+    for case in load("node"):
+        if not any(fnmatch(case.name, pattern) for pattern in COMPILED):
+            continue
+        model = case.model or onnx.load(str(Path(case.model_dir) / "model.onnx"))
+        try:
+            check(case, model)
+        except (AssertionError, FrontendError, ValueError):
+            continue
+        try:
+            check(case, model, compiled)
+        except (AssertionError, KedgeError) as error:
+            failed.append(f"{case.name}: {' '.join(str(error).split())[:300]}")
+        else:
+            passed += 1
+    assert not failed, "\n".join(failed)
+    assert passed >= 150
 
 
 def test_models_exported_from_pytorch() -> None:
