@@ -168,7 +168,7 @@ def raw_stream(address: str, data: bytes) -> float:
 
 
 def agent_memory_mb() -> float:
-    """PSS of the idle agent's process tree, in MB."""
+    """PSS of the idle agent, in MB: one process, since runners live only as long as their jobs."""
     total = 0
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -181,6 +181,8 @@ def agent_memory_mb() -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    if not total:
+        raise RuntimeError("no process of the agent was found")
     return total * 1024 / 1e6
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from kedge.rpc.errors import InputError
+
 if TYPE_CHECKING:
     from kedge.artifact import Artifact
     from kedge.compiler.graph.ir import Module
@@ -22,10 +24,10 @@ Progress: TypeAlias = Callable[[str], None]
 
 
 def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | None = None) -> Module:
-    """Read an ONNX model as a module with the function "main".
+    """Read an ONNX model as a module with the function "main", or a module that `Module.save` wrote.
 
     Args:
-        path: the `.onnx` file.
+        path: the `.onnx` file, or the `.kmod` file of a saved module.
         shapes: input name -> shape where the model's own is to be changed; a name as a dim leaves it free.
 
     Raises:
@@ -33,7 +35,12 @@ def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | Non
         UnsupportedOperatorError: naming every operator of the model that kedge does not know.
     """
     from kedge.compiler.frontend.onnx import load_onnx
+    from kedge.compiler.graph.store import SUFFIX, load_module
 
+    if Path(path).suffix == SUFFIX:
+        if shapes:
+            raise InputError("a saved module keeps its shapes", hint="give `shapes` when the ONNX model is loaded")
+        return load_module(path)
     return load_onnx(Path(path), dict(shapes) if shapes else None)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -56,8 +57,8 @@ class LocalDevice:
     ) -> None:
         self.close()
 
-    def load(self, artifact: Artifact) -> LocalModel:
-        """Start a runner and load the artifact's best variant for this machine into it.
+    def load(self, artifact: Artifact | str | os.PathLike[str]) -> LocalModel:
+        """Start a runner and load the best variant of an artifact, or of a `.kdg` file, for this machine into it.
 
         Raises:
             IncompatibleTargetError: no variant runs here.
@@ -67,6 +68,7 @@ class LocalDevice:
         from kedge.compiler.target import parse
         from kedge.compiler.toolchain import build_runtime
 
+        artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
         model = LocalModel(artifact, build_runtime(parse("native")).runner, self.threads, self.limits)
         self._models.append(model)
         return model
@@ -100,6 +102,11 @@ class LocalModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __getitem__(self, function: str) -> Callable[[Mapping[str, Any]], dict[str, Array]]:
+        """A function of the artifact, to be called with its inputs; raises ArtifactError."""
+        self.artifact.manifest.function(function)
+        return lambda inputs: self.run(inputs, function=function)
 
     def run(
         self, inputs: Mapping[str, Any], function: str = "main", timeout_s: float = RUN_TIMEOUT_S

@@ -12,7 +12,9 @@ import pytest
 
 import kedge
 from kedge import nn, te
+from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx.reference import reference_outputs
+from kedge.compiler.graph import interp
 from kedge.data import digits_model, digits_test
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError
 
@@ -104,6 +106,35 @@ def test_a_te_function_goes_through_the_same_door() -> None:
     left, right = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
     with artifact.open(threads=1) as m:
         np.testing.assert_allclose(m.run({"a": left, "b": right})["c"], left @ right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_is_saved_and_loaded(tmp_path: Path) -> None:
+    images, _ = digits_test()
+    loaded = kedge.load(digits_model())
+    optimized = kedge.pipeline("default").run(loaded)  # literals and fused groups too
+    for module in (loaded, optimized):
+        module.save(tmp_path / "digits.kmod")
+        again = kedge.load(tmp_path / "digits.kmod")
+        assert again.show() == module.show()
+        expected = interp.run(module, {"image": images[:2]})["probabilities"]
+        np.testing.assert_array_equal(interp.run(again, {"image": images[:2]})["probabilities"], expected)
+    (tmp_path / "cut.kmod").write_bytes((tmp_path / "digits.kmod").read_bytes()[:-100])
+    with pytest.raises(FrontendError, match=r"cut\.kmod"):
+        kedge.load(tmp_path / "cut.kmod")
+    with pytest.raises(FrontendError, match="cannot write"):
+        loaded.save(tmp_path / "no" / "x.kmod")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.kmod", "digits.kmod"]
+
+
+def test_a_local_device_loads_files_and_gives_functions(tmp_path: Path) -> None:
+    images, _ = digits_test()
+    kedge.compile(digits_model()).save(tmp_path / "m.kdg")
+    with kedge.local(threads=1) as device:
+        module = device.load(tmp_path / "m.kdg")
+        one, other = module["main"]({"image": images[:1]}), module.run({"image": images[:1]})
+        np.testing.assert_array_equal(one["probabilities"], other["probabilities"])
+        with pytest.raises(ArtifactError, match="backward"):
+            module["backward"]
 
 
 def test_inputs_that_do_not_fit_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -98,6 +99,28 @@ def test_the_installed_wheel_compiles_and_runs(installed: Path, tmp_path: Path) 
     result = run_installed(installed, "-c", program)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 0.95
+
+
+WITHOUT_SKLEARN = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("sklearn", "onnxruntime"):
+            raise ImportError(f"{name} is not there for users")
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["kedge", "demo", "--no-arm", "--json"]
+from kedge.cli import main
+sys.exit(main())
+"""
+
+
+def test_the_demo_runs_from_the_installed_wheel(installed: Path) -> None:
+    result = run_installed(installed, "-c", WITHOUT_SKLEARN)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)
+    assert row["ok"] and row["accuracy"] > 0.95
 
 
 def test_a_users_own_rpc_module_does_not_shadow_ours(installed: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from its outputs; nothing is ordered but by data flow. Nodes are immutable and c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -168,6 +169,12 @@ class Module:
         from kedge.compiler.graph.printer import print_module
 
         return print_module(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module with its parameters to a `.kmod` file, which `kedge.load` reads back."""
+        from kedge.compiler.graph.store import save_module
+
+        save_module(self, path)
 
     def summary(self) -> str:
         """A table of inputs, outputs, operators, parameters and sizes."""

@@ -50,7 +50,8 @@ def test_an_unknown_host_key_is_refused(arm64: EmulatedBoard, tmp_path: Path) ->
     empty = tmp_path / "known_hosts"
     empty.touch()
     login = [f"{arm64.user}@{arm64.host}:{arm64.port}", "-i", arm64.key_path, "--known-hosts", empty]
-    done = kedge("deploy", "board", *login, "--tracker", "127.0.0.1:9190")
+    with processes.tracker(tmp_path / "tracker") as address:
+        done = kedge("deploy", "board", *login, "--tracker", address)
     assert done.returncode != 0 and "ssh-keyscan" in done.stderr
 
 
