@@ -71,6 +71,20 @@ class JobRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """What a tracker finds when it starts; `ended` (job, epoch) and `keys` (key, job) oldest first.
+
+    `last_seq` is the highest sequence number ever given to a job, whether it still lives or not.
+    """
+
+    tracker_id: str
+    records: tuple[JobRecord, ...] = ()
+    ended: tuple[tuple[str, int], ...] = ()
+    keys: tuple[tuple[str, str], ...] = ()
+    last_seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ToAgent:
     """A message on an agent's connection."""
 

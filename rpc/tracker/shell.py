@@ -65,7 +65,7 @@ class Shell:
         self._device_waiters: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
-        self.state.restore(store.found.records, store.found.ended, store.found.keys, self._now())
+        self.state.restore(store.found, self._now())
         self._arm()
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import heapq
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
@@ -32,9 +31,9 @@ from kedge.rpc.tracker.facts import (
     JobCancelling,
     JobChanged,
     JobDone,
-    JobRecord,
     JobRequeued,
     Needs,
+    Stored,
     ToAgent,
 )
 from kedge.rpc.tracker.scheduler import Queue, Want
@@ -284,14 +283,13 @@ class TrackerState:
 
     # ---- Restart ---------------------------------------------------------------------------------------------------
 
-    def restore(
-        self, records: Iterable[JobRecord], ended: Iterable[tuple[str, int]], keys: Iterable[tuple[str, str]], now: int
-    ) -> None:
+    def restore(self, stored: Stored, now: int) -> None:
         """Take over what an earlier tracker stored: jobs that are not done, ended ones, idempotency keys.
 
         Assigned jobs keep their lease for `lease_ms` from now: their agents reconnect and name it.
         """
-        for record in sorted(records, key=lambda record: record.accepted.seq):
+        self._seq = stored.last_seq
+        for record in sorted(stored.records, key=lambda record: record.accepted.seq):
             accepted = record.accepted
             job = self._admit(accepted, now, queued=record.assigned is None)
             job.queued_ms = accepted.submitted_ms
@@ -300,11 +298,10 @@ class TrackerState:
                 job.started, job.stage, job.stage_ms = None, Stage.TRANSFER, now
                 job.lease_ms = now + self.settings.lease_ms
                 job.cancel_ms = now
-            self._seq = max(self._seq, accepted.seq)
             self._watch_job(job)
-        for job_id, epoch in ended:
+        for job_id, epoch in stored.ended:
             self._remember_end(job_id, epoch)
-        for key, job_id in keys:
+        for key, job_id in stored.keys:
             self._remember_key(key, job_id)
 
     # ---- Devices ---------------------------------------------------------------------------------------------------

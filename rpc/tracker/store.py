@@ -34,6 +34,7 @@ from kedge.rpc.tracker.facts import (
     JobRecord,
     JobRequeued,
     Needs,
+    Stored,
 )
 from kedge.rpc.types import Job, JobState
 
@@ -83,16 +84,6 @@ _keys = sa.Table(
 
 class StoreError(KedgeError):
     """The tracker's data folder cannot be used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What a tracker finds when it starts; `ended` and `keys` oldest first."""
-
-    tracker_id: str
-    records: tuple[JobRecord, ...]
-    ended: tuple[tuple[str, int], ...]
-    keys: tuple[tuple[str, str], ...]
 
 
 @dataclass(slots=True)
@@ -280,9 +271,10 @@ def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
         newest = sa.select(_jobs.c.id, _jobs.c.epoch, _jobs.c.state, _keys.c.key)
         newest = newest.outerjoin(_keys, _keys.c.job_id == _jobs.c.id).order_by(_jobs.c.seq.desc()).limit(remembered)
         rows = connection.execute(newest).all()[::-1]
+        last_seq = connection.execute(sa.select(sa.func.max(_jobs.c.seq))).scalar() or 0
     ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
     keys = tuple((row.key, row.id) for row in rows if row.key)
-    return Stored(meta["tracker_id"], tuple(records), ended, keys)
+    return Stored(meta["tracker_id"], tuple(records), ended, keys, last_seq)
 
 
 def _explain(error: Exception, path: Path) -> KedgeError:

@@ -130,6 +130,19 @@ def test_a_killed_tracker_has_lost_nothing(tmp_path: Path, artifact: Artifact) -
         np.testing.assert_array_equal(results[waiting.id]["x_out"], X + 2)
 
 
+def test_jobs_go_on_after_a_restart_with_nothing_left_to_do(tmp_path: Path, artifact: Artifact) -> None:
+    """However it ended: what is done is not live, and still counts."""
+    port, done = 0, []
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        with tracker(tmp_path, port) as process:
+            port = process.address.port
+            with connect(process.address) as fleet, FakeAgent(process.address, device_info(), work=echo):
+                done.append(fleet.run(artifact, {"x": X}, device="bench-1"))
+                np.testing.assert_array_equal(done[-1].wait(timeout=30)["x_out"], X)
+                assert [job.id for job in fleet.jobs()] == [job.id for job in reversed(done)]
+            process.end(end)
+
+
 def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Artifact) -> None:
     """A client submits in a row while the tracker is killed under it; every job that it was promised ends well."""
     port, jobs = 0, []

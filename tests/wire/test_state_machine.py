@@ -30,6 +30,7 @@ from kedge.rpc.tracker.facts import (
     JobDone,
     JobRecord,
     JobRequeued,
+    Stored,
     ToAgent,
 )
 from kedge.rpc.tracker.state import Settings, TrackerState, can_run
@@ -76,12 +77,15 @@ class Store:
         self.records: dict[str, JobRecord] = {}
         self.done: dict[str, tuple[JobDone, int]] = {}
         self.keys: dict[str, str] = {}
+        self.last_seq = 0
 
     def apply(self, effects: Effects) -> None:
         for fact in effects.facts:
             if isinstance(fact, JobAccepted):
                 assert fact.job_id not in self.records and fact.job_id not in self.done
                 assert fact.key not in self.keys
+                assert fact.seq > self.last_seq, "every job comes after all that were ever accepted"
+                self.last_seq = fact.seq
                 self.keys[fact.key] = fact.job_id
                 self.records[fact.job_id] = JobRecord(fact)
                 continue
@@ -99,6 +103,11 @@ class Store:
             else:
                 del self.records[fact.job_id]
                 self.done[fact.job_id] = (fact, record.epoch)
+
+    def found(self) -> Stored:
+        """What a tracker reads when it starts."""
+        ended = tuple((job_id, epoch) for job_id, (_, epoch) in self.done.items())
+        return Stored("t", tuple(self.records.values()), ended, tuple(self.keys.items()), self.last_seq)
 
 
 class TrackerMachine(RuleBasedStateMachine):
@@ -305,9 +314,8 @@ class TrackerMachine(RuleBasedStateMachine):
             agent.connection = None
 
     def reborn(self) -> None:
-        ended = [(job_id, epoch) for job_id, (_, epoch) in self.store.done.items()]
         self.state = TrackerState("t", SETTINGS)
-        self.state.restore(self.store.records.values(), ended, list(self.store.keys.items()), self.now)
+        self.state.restore(self.store.found(), self.now)
         for agent in self.agents.values():
             agent.connection = None
 

@@ -55,6 +55,7 @@ def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     )
     assert again.found.ended == (("d", 1),)
     assert again.found.keys == (("kw", "w"), ("kd", "d"))
+    assert again.found.last_seq == 4
     job = again.job("d").result(10)
     assert job is not None
     assert (job.state, job.result, job.spec, job.device) == (JobState.DONE, RESULT, SPEC, "a")
@@ -63,6 +64,16 @@ def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     assert [job.id for job in again.jobs(2, ()).result(10)] == ["q", "d"]
     assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(10)] == ["q", "w"]
     assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(10)] == ["r"]
+    again.close()
+
+
+def test_sequence_numbers_are_remembered_when_every_job_is_done(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.found.last_seq == 0
+    write(store, accepted("d", 7), JobAssigned("d", "a", "i", 1), JobDone("d", RESULT, 500))
+    store.close()
+    again = Store(tmp_path)
+    assert (again.found.records, again.found.last_seq) == ((), 7)
     again.close()
 
 
