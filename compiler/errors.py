@@ -21,6 +21,10 @@ class ShapeError(CompileError):
     """Shapes, dtypes or attributes of an operator do not fit together."""
 
 
+class ParseError(CompileError):
+    """The text of a module or a function is malformed; says where."""
+
+
 class VerifyError(CompileError):
     """An IR invariant does not hold; carries the printed IR."""
 

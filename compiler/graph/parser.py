@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from kedge.compiler.errors import CompileError
+from kedge.compiler.errors import ParseError
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.dims import format_type, plain, same_type
@@ -30,10 +30,6 @@ _TOKEN = re.compile(
 _RESULT = re.compile(r"#(\d+)")
 _LITERALS = {"true": True, "false": False, "none": None, "nan": float("nan"), "inf": float("inf")}
 T = TypeVar("T")
-
-
-class ParseError(CompileError):
-    """The text of a module is malformed; says where."""
 
 
 def parse(text: str, data: Mapping[str, np.ndarray[Any, Any]] | None = None) -> Module:

@@ -10,11 +10,15 @@
             writes y[vi, vj]
             y[vi, vj] = max(x[vi, vj], 0.0)
 
-Two things of one name in one scope are told apart by a suffix (`i`, `i_1`).
+Two things of one name in one scope are told apart by a suffix (`i`, `i_1`); a name that is no plain word stands in
+quotes. `parser` reads the text back. A function's `attrs`, which say where it came from, are left out.
 """
 
 from __future__ import annotations
 
+import json
+import keyword
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,14 +26,27 @@ from typing import Any
 from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Region, Seq, Stmt, Store
 
-_INFIX = {
+#: The operations that have a sign: that, and how tightly it binds.
+INFIX: Mapping[str, tuple[str, int]] = {
     "or": ("or", 1), "and": ("and", 2),
     "eq": ("==", 3), "ne": ("!=", 3), "lt": ("<", 3), "le": ("<=", 3), "gt": (">", 3), "ge": (">=", 3),
     "add": ("+", 4), "sub": ("-", 4),
     "mul": ("*", 5), "div": ("/", 5), "floordiv": ("//", 5), "floormod": ("%", 5),
 }  # fmt: skip
-_LOOPS = {"serial": "range", "parallel": "parallel", "vectorized": "vectorized", "unrolled": "unrolled"}
+#: The word for each kind of loop; "thread" names its axis too.
+LOOPS: Mapping[str, str] = {
+    "serial": "range",
+    "parallel": "parallel",
+    "vectorized": "vectorized",
+    "unrolled": "unrolled",
+}
 _COMPARISON = 3  # does not chain
+_PLAIN = re.compile(r"[A-Za-z_]\w*\Z")
+#: Words with a meaning of their own.
+_RESERVED = frozenset(
+    {"func", "alloc", "block", "for", "if", "else", "pass", "where", "reads", "writes", "init", "in", "and", "or",
+     "True", "False", "inf", "nan"}
+)  # fmt: skip
 
 
 def print_func(func: PrimFunc) -> str:
@@ -74,7 +91,7 @@ class _Printer:
                 name = f"{item.name}_{count}"
             self._names[item] = name
             self._used.add(name)
-        return self._names[item]
+        return _word(self._names[item])
 
     @contextmanager
     def scope(self, declared: Iterable[Var]) -> Iterator[None]:
@@ -96,20 +113,22 @@ class _Printer:
                 return self.name(expr)
             case Load(buffer=buffer, indices=indices):
                 return f"{self.name(buffer)}[{self.args(indices)}]"
+            case Cast(value=Const() as value, dtype=dtype):
+                return f"{dtype}({value.dtype}({value.value!r}))"  # `dtype(3)` is a literal of that dtype
             case Cast(value=value, dtype=dtype):
                 return f"{dtype}({self.expr(value)})"
             case Select(condition=condition, a=a, b=b):
                 return f"select({self.args((condition, a, b))})"
             case Call(name=name, args=args):
                 return f"{name}({self.args(args)})"
-            case Binary(op=op) if op in _INFIX:
+            case Binary(op=op) if op in INFIX:
                 return self.infix(expr, level)
             case Binary(op=op, a=a, b=b):
                 return f"{op}({self.args((a, b))})"
         return f"<{type(expr).__name__}>"
 
     def infix(self, expr: Binary, level: int) -> str:
-        sign, own = _INFIX[expr.op]
+        sign, own = INFIX[expr.op]
         left_level = own + 1 if own == _COMPARISON else own
         text = f"{self.expr(expr.a, left_level)} {sign} {self.expr(expr.b, own + 1)}"
         return f"({text})" if own < level else text
@@ -162,14 +181,14 @@ class _Printer:
         kind = (
             f"thread({extent}, {loop.thread!r})"
             if loop.kind == "thread"
-            else f"{_LOOPS.get(loop.kind, loop.kind)}({extent})"
+            else f"{LOOPS.get(loop.kind, loop.kind)}({extent})"
         )
         with self.scope((loop.var,)):
             yield f"for {self.name(loop.var)} in {kind}:{_attrs(loop.annotations)}"
             yield from self.indented(loop.body)
 
     def block(self, block: Block) -> Iterator[str]:
-        yield f"block {block.name}:{_attrs(block.annotations)}"
+        yield f"block {_word(block.name)}:{_attrs(block.annotations)}"
         bindings = [self.expr(b) for b in block.bindings]
         extents = [self.expr(it.extent) for it in block.iters]
         predicate = self.expr(block.predicate)
@@ -189,9 +208,8 @@ class _Printer:
     def func(self, func: PrimFunc) -> Iterator[str]:
         cut = len(func.params) - func.n_outputs
         inputs, outputs = (", ".join(map(self.declare, part)) for part in (func.params[:cut], func.params[cut:]))
-        limits = [text for var in func.symbols if (text := self.limits(var))]
-        where = f" where {', '.join(limits)}" if limits else ""
-        yield f"func {func.name}({inputs}) -> ({outputs}){where}:"
+        where = f" where {', '.join(map(self.limits, func.symbols))}" if func.symbols else ""
+        yield f"func {_word(func.name)}({inputs}) -> ({outputs}){where}:"
         for buffer in func.allocs:
             yield f"  alloc {self.declare(buffer)}"
         yield from self.indented(func.body)
@@ -204,7 +222,7 @@ class _Printer:
         low = f" >= {var.lower}" if var.lower is not None else ""
         high = f" <= {var.upper}" if var.upper is not None else ""
         name = self.name(var)
-        return " and ".join(name + part for part in (low, high) if part)
+        return " and ".join(name + part for part in (low, high) if part) or name
 
 
 def _literal(expr: Const) -> str:
@@ -213,5 +231,13 @@ def _literal(expr: Const) -> str:
     return f"{expr.dtype}({expr.value!r})"
 
 
+def _word(name: str) -> str:
+    return name if _PLAIN.match(name) and name not in _RESERVED else json.dumps(name)
+
+
 def _attrs(attrs: Mapping[str, Any]) -> str:
-    return f"  # {', '.join(f'{key}={value!r}' for key, value in sorted(attrs.items()))}" if attrs else ""
+    if not attrs:
+        return ""
+    if all(_PLAIN.match(key) and not keyword.iskeyword(key) for key in attrs):
+        return f"  # {', '.join(f'{key}={value!r}' for key, value in sorted(attrs.items()))}"
+    return f"  # {dict(sorted(attrs.items()))!r}"

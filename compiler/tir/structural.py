@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Expr, Load, Select, Var
+from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Region, Seq, Stmt, Store
 
 #: A hashable value that two expressions share exactly if they are built alike from the same variables and buffers.
@@ -86,8 +86,13 @@ class _Canonical:
         if buffer in self.buffers:
             return self.buffers[buffer]
         self.buffers[buffer] = name = f"b{len(self.buffers)}"
-        shape = ",".join(str(d) if isinstance(d, int) else self.expr(d) for d in buffer.shape)
+        shape = ",".join(map(self.dim, buffer.shape))
         return f"{name}:{buffer.dtype}({shape}){buffer.scope}"
+
+    def dim(self, dim: Dim) -> str:
+        if isinstance(dim, Const):
+            return str(dim.value)
+        return self.expr(dim) if isinstance(dim, Expr) else str(dim)
 
     def expr(self, expr: Expr) -> str:
         return str(_expr_form(expr, self.var, self.buffer))

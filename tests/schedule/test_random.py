@@ -8,6 +8,7 @@ from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.structural import equal
 from support.functions import assert_same, bias_sigmoid, chain, conv, dense, pool
 
@@ -34,9 +35,7 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
         return
     elsewhere = sch.get_loops(sch.get_block(rng.choice(blocks_in(sch.func.body)).name))
     loop = rng.choice([*own, *elsewhere])
-    match rng.choice(
-        ["split", "split", "fuse", "reorder", "reorder", "kind", "kind", "inline", "move", "move", "decompose", "cache"]
-    ):
+    match rng.choice(STEPS):
         case "split":
             sch.split(loop, rng.choice([[None, 2], [None, 3], [2, None], [None, 2, 2]]))
         case "fuse":
@@ -71,4 +70,5 @@ def test_random_schedules(name):
                 continue
         assert_same(func, sch.func, symbols)
         assert equal(Schedule.replay(func, sch.trace).func, sch.func)
+        assert equal(parse_func(sch.show()), sch.func)
     assert applied > 50

@@ -1,7 +1,7 @@
 """Every function gets a schedule that is right, replays, and keeps what code generation relies on."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -16,24 +16,9 @@ from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.structural import equal
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, walk_stmt
 from support.functions import assert_same, bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
+from support.targets import AVX2, AVX512, NEON, SCALAR, TARGETS, Model
 
 N, M = Var("n", lower=1), Var("m", lower=1)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A processor."""
-
-    vector_bits: int = 256
-    num_cores: int = 4
-    vector_registers: int = 16
-    l1_bytes: int = 32 * 1024
-    fma: bool = True
-
-
-AVX2, AVX512 = Model(), Model(vector_bits=512, vector_registers=32)
-NEON, SCALAR = Model(vector_bits=128, vector_registers=32), Model(vector_bits=0, num_cores=1)
-TARGETS = {"avx2": AVX2, "avx512": AVX512, "neon": NEON, "scalar": SCALAR}
 
 
 def gather() -> PrimFunc:

@@ -1,0 +1,21 @@
+"""Processors as schedule rules see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Model:
+    """A processor."""
+
+    vector_bits: int = 256
+    num_cores: int = 4
+    vector_registers: int = 16
+    l1_bytes: int = 32 * 1024
+    fma: bool = True
+
+
+AVX2, AVX512 = Model(), Model(vector_bits=512, vector_registers=32)
+NEON, SCALAR = Model(vector_bits=128, vector_registers=32), Model(vector_bits=0, num_cores=1)
+TARGETS = {"avx2": AVX2, "avx512": AVX512, "neon": NEON, "scalar": SCALAR}
