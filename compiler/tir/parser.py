@@ -7,13 +7,12 @@ declare; each declaration makes a new variable or buffer.
 from __future__ import annotations
 
 import ast
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -51,6 +50,7 @@ from kedge.compiler.tir.stmt import (
     Stmt,
     Store,
 )
+from kedge.compiler.tir.tokens import Tokens
 from kedge.compiler.tir.verify import verify
 from kedge.compiler.tir.visitor import free_vars, seq
 
@@ -70,7 +70,6 @@ _KINDS: Mapping[str, LoopKind] = {word: cast(LoopKind, kind) for kind, word in L
 _SCOPES = ("global", "shared", "local", "register")
 _FLOAT_WORDS = {"inf": float("inf"), "nan": float("nan")}
 _TIGHTEST = max(level for _, level in _LEVELS.values()) + 1
-T = TypeVar("T")
 
 
 def parse_func(text: str) -> PrimFunc:
@@ -103,70 +102,14 @@ class _Line:
     text: str
 
 
-class _Cursor:
+class _Cursor(Tokens):
     """The tokens of one line."""
 
+    ending = "the end of the line"
+
     def __init__(self, line: _Line) -> None:
-        self.line = line
-        self._position = line.indent
-        self.start = 0
-        self.kind = ""
-        self.token = ""
-        self.advance()
-
-    def advance(self) -> None:
-        text = self.line.text
-        while True:
-            self.start = self._position
-            if self._position >= len(text):
-                self.kind, self.token = "end", "the end of the line"
-                return
-            match = _TOKEN.match(text, self._position)
-            if match is None:
-                self.kind, self.token = "sign", text[self._position]
-                self.fail("a token")
-            self._position = match.end()
-            if match.lastgroup != "space":
-                self.kind, self.token = match.lastgroup or "", match.group()
-                return
-
-    def fail(self, wanted: str) -> NoReturn:
-        where = f"line {self.line.number}, column {self.start + 1}"
-        raise ParseError(f"{where}: wanted {wanted}, not {self.token!r}\n  {self.line.text.strip()}")
-
-    def take(self, *tokens: str) -> bool:
-        if self.kind in ("sign", "name") and self.token in tokens:
-            self.advance()
-            return True
-        return False
-
-    def expect(self, token: str) -> None:
-        if not self.take(token):
-            self.fail(repr(token))
-
-    def name(self) -> str:
-        quoted = self.kind == "string" and self.token.startswith('"')
-        if self.kind != "name" and not quoted:
-            self.fail("a name")
-        name = str(json.loads(self.token)) if quoted else self.token
-        self.advance()
-        return name
-
-    def integer(self) -> int:
-        negative = self.take("-")
-        if self.kind != "number" or not self.token.isdigit():
-            self.fail("an integer")
-        value = int(self.token)
-        self.advance()
-        return -value if negative else value
-
-    def items(self, close: str, item: Callable[[], T]) -> list[T]:
-        found: list[T] = []
-        while not self.take(close):
-            if found:
-                self.expect(",")
-            found.append(item())
-        return found
+        self.indent = line.indent
+        super().__init__(line.text, _TOKEN, position=line.indent, first_line=line.number)
 
     def attrs(self) -> Mapping[str, Any]:
         """What a `# key=value, …` at the end of the line says."""
@@ -179,10 +122,6 @@ class _Cursor:
             self.fail("annotations: key=value, …")
         self.advance()
         return MappingProxyType(found)
-
-    def end(self) -> None:
-        if self.kind != "end":
-            self.fail("the end of the line")
 
 
 def _keywords(text: str) -> dict[str, Any]:
@@ -233,9 +172,9 @@ class _Parser:
         if not self._lines:
             self._at.fail("func")
         at = self._take_line()
-        indent = at.line.indent
+        indent = at.indent
         at.expect("func")
-        self._symbols_ahead(at.line)
+        self._symbols_ahead(self._lines[0])
         name = at.name()
         at.expect("(")
         inputs = at.items(")", self._declaration)
@@ -363,7 +302,7 @@ class _Parser:
         condition = self._expr()
         at.expect(":")
         at.end()
-        indent = at.line.indent
+        indent = at.indent
         then = self._suite(indent)
         if self._word(indent) != "else":
             return If(condition, then)
@@ -394,14 +333,14 @@ class _Parser:
         at.end()
         with self._scope():
             var = self._vars[name] = Var(name)
-            return For(var, extent, kind, self._suite(at.line.indent), thread, annotations)
+            return For(var, extent, kind, self._suite(at.indent), thread, annotations)
 
     def _block(self, at: _Cursor) -> Block:
         name = at.name()
         at.expect(":")
         annotations = at.attrs()
         at.end()
-        indent = at.line.indent
+        indent = at.indent
         inner = self._inner(indent)
         iters: list[IterVar] = []
         bindings: list[Expr] = []
