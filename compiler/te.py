@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from kedge.compiler.errors import CompileError
 from kedge.compiler.tir.expr import (
     INDEX_DTYPE,
     BinaryOp,
-    Const,
+    Combiner,
     Dim,
     Expr,
     ExprLike,
@@ -31,14 +29,13 @@ from kedge.compiler.tir.expr import (
     Var,
     as_expr,
     binary,
-    const,
+    identity,
 )  # fmt: skip
 from kedge.compiler.tir.regions import access_regions
 from kedge.compiler.tir.simplify import over, simplify
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import children, free_vars, loads, replace_buffers_expr, seq, substitute_expr
 
-Combiner = Literal["add", "mul", "max", "min"]
 Indices: TypeAlias = "ExprLike | tuple[ExprLike, ...]"
 
 
@@ -144,18 +141,6 @@ def max(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:  # noqa: 
 def min(value: Expr, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:  # noqa: A001
     """The smallest `value` over `axis` (NaN wins); the dtype's highest value where there is none."""
     return _reduce("min", value, axis)
-
-
-def identity(combiner: Combiner, dtype: str) -> Const:
-    """The value that `combiner` leaves alone."""
-    if dtype == "bool":
-        raise TypeError("a reduction over bool is not defined; cast to int64 first")
-    if combiner in ("add", "mul"):
-        return const(0 if combiner == "add" else 1, dtype)
-    if np.issubdtype(np.dtype(dtype), np.floating):
-        return const(float("-inf") if combiner == "max" else float("inf"), dtype)
-    info = np.iinfo(dtype)
-    return const(info.min if combiner == "max" else info.max, dtype)
 
 
 def compute(shape: Sequence[Dim], fcompute: Callable[..., ExprLike], *, name: str = "compute") -> Tensor:

@@ -17,6 +17,7 @@ from kedge.compiler.tir.expr import (
     Expr,
     as_expr,
     const,
+    identity,
     logical_and,
 )  # fmt: skip
 
@@ -130,4 +131,4 @@ def inside(index: Expr, size: Dim) -> Expr:
 
 def lowest(dtype: str) -> Any:
     """The smallest value of a dtype: -inf of floats."""
-    return te.identity("max", dtype).value
+    return identity("max", dtype).value

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
 from kedge.compiler.tir.expr import Binary, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, over
-from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Range
+from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Range, Stmt
 from kedge.compiler.tir.structural import expr_key
-from kedge.compiler.tir.visitor import free_vars, map_children, stores, substitute_expr, walk_expr
+from kedge.compiler.tir.visitor import free_vars, map_children, stmt_children, stores, substitute_expr, walk_expr
 
 #: Buffers in these scopes belong to one iteration of a parallel loop.
 PRIVATE_SCOPES = frozenset({"local", "register"})
@@ -38,13 +38,43 @@ def conflict(func: PrimFunc, loop: For, outer: Sequence[For], buffers: Iterable[
     return None
 
 
+def own_per_iteration(loop: For, buffer: Buffer) -> bool:
+    """Whether the buffer's scope gives each iteration of such a loop one of its own."""
+    blocks = loop.kind == "thread" and (loop.thread or "").startswith("blockIdx.")
+    return buffer.scope in PRIVATE_SCOPES or (buffer.scope == "shared" and blocks)
+
+
 def is_private(func: PrimFunc, loop: For, buffer: Buffer) -> bool:
-    """Whether every iteration of `loop` has a `buffer` of its own: a local one that is used only inside it."""
-    if buffer.scope not in PRIVATE_SCOPES:
+    """Whether every iteration of `loop` has a `buffer` of its own, which is used only inside it."""
+    if not own_per_iteration(loop, buffer):
         return False
     inside = {id(block) for block in blocks_in(loop)}
     users = [b for b in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(b))]
     return all(id(block) in inside for block in users)
+
+
+def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
+    """A loop that runs its iterations at once, and that `buffer` does not fit; None where all is well.
+
+    Either the buffer is private to an iteration although it is used outside of the loop, too, or the iterations share
+    it and one writes what another touches.
+    """
+    path: list[For] = []
+
+    def visit(stmt: Stmt) -> For | None:
+        if isinstance(stmt, For):
+            if stmt.kind in ("parallel", "thread") and any(a.buffer is buffer for a in accesses(stmt.body)):
+                own = own_per_iteration(stmt, buffer)
+                wrong = not is_private(func, stmt, buffer) if own else conflict(func, stmt, path, [buffer]) is not None
+                if wrong:
+                    return stmt
+            path.append(stmt)
+            found = visit(stmt.body)
+            path.pop()
+            return found
+        return next((loop for child in stmt_children(stmt) if (loop := visit(child)) is not None), None)
+
+    return visit(func.body)
 
 
 def tied_to(block: Block) -> Buffer | None:

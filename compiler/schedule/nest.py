@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kedge.compiler.tir.expr import Binary, Const, Expr, Var
+from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const
 from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import Ranges, Simplifier
 from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, Stmt
 from kedge.compiler.tir.visitor import free_vars, substitute, substitute_expr
 
@@ -54,6 +55,7 @@ def fresh_nest(block: Block, loops: Sequence[For]) -> Stmt:
             bindings=tuple(substitute_expr(b, renamed) for b in block.bindings),
             predicate=substitute_expr(block.predicate, renamed),
             body=substitute(block.body, inside),
+            init=None if block.init is None else substitute(block.init, inside),
         )
     )
     for loop in reversed(loops):
@@ -61,3 +63,22 @@ def fresh_nest(block: Block, loops: Sequence[For]) -> Stmt:
         assert isinstance(var, Var)
         stmt = replace(loop, var=var, extent=substitute_expr(loop.extent, renamed), body=stmt)
     return stmt
+
+
+def index_ends(index: Expr, inner: Sequence[For], ranges: Ranges) -> tuple[Expr, Expr] | None:
+    """The smallest and largest value of `index` over the `inner` loops, if it rises or falls with each of them."""
+    simplifier = Simplifier(ranges)
+    low = high = index
+    for loop in reversed(inner):
+        if loop.var not in free_vars(low) and loop.var not in free_vars(high):
+            continue
+        step = substitute_expr(index, {loop.var: loop.var + 1}) - index
+        first: dict[Var, Expr] = {loop.var: const(0)}
+        last: dict[Var, Expr] = {loop.var: loop.extent - 1}
+        if simplifier.prove(step >= 0):
+            low, high = substitute_expr(low, first), substitute_expr(high, last)
+        elif simplifier.prove(step <= 0):
+            low, high = substitute_expr(low, last), substitute_expr(high, first)
+        else:
+            return None
+    return simplifier.simplify(low), simplifier.simplify(high)

@@ -16,14 +16,16 @@ The rewriting itself is in `primitives/`, as pure functions on a `PrimFunc`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from kedge.compiler.errors import ScheduleError
-from kedge.compiler.schedule.primitives import cache, inline, loops, motion, reduction
+from kedge.compiler.errors import ParseError, ScheduleError
+from kedge.compiler.schedule.primitives import cache, inline, loops, motion, reduction, storage
+from kedge.compiler.schedule.primitives.cache_read import cache_read
+from kedge.compiler.schedule.primitives.storage import IndexMap
 from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_in, loops_on, refuse
-from kedge.compiler.tir.expr import Expr, Var
+from kedge.compiler.tir.expr import Expr, ExprLike, Var
 from kedge.compiler.tir.stmt import PrimFunc, Scope
 
 #: One step of a trace: the primitive, its arguments and the ids of the handles it made. Plain JSON.
@@ -227,6 +229,24 @@ class Schedule:
         self._commit(func, "decompose_reduction", {"block": block.id, "loop": loop.id}, [ref])
         return ref
 
+    def rfactor(self, block: BlockRef, loop: LoopRef) -> BlockRef:
+        """The reduction in two steps: one partial result per iteration of `loop`, then these combined.
+
+        The block keeps its handle and does the second step, in loops after the first; the block that is returned
+        does the first, over which `loop` may run in parallel.
+
+        Rewrite:
+            for i:                             for i:
+              for k0, k1:                 ->     for k0:
+                block y: y[vi] += x[…]             for k1: block y_rf: y_rf[vi, vk0] += x[…]
+                                                 for k0: block y: y[vi] += y_rf[vi, vk0]
+        """
+        name = self._block("rfactor", block)
+        func, partial = reduction.rfactor(self._func, name, self._loop("rfactor", loop))
+        ref = self._block_ref(partial)
+        self._commit(func, "rfactor", {"block": block.id, "loop": loop.id}, [ref])
+        return ref
+
     def compute_at(self, block: BlockRef, loop: LoopRef) -> None:
         """The block at the start of the body of `loop`, around all its consumers, computing what they read there.
 
@@ -266,6 +286,63 @@ class Schedule:
         self._commit(func, "cache_write", {"block": block.id, "loop": loop.id, "scope": scope}, [ref])
         return ref
 
+    def cache_read(self, block: BlockRef, buffer: str, loop: LoopRef, scope: Scope = "local") -> BlockRef:
+        """The block reads a copy of what it needs of `buffer` in one iteration of `loop`; returns the copying block.
+
+        The copy is made at the start of the loop's body, in loops of its own, and holds only that part. Its layout
+        can be changed (`transform_layout`): that packs.
+
+        Rewrite:
+            for i:                             for i:
+              for j:                      ->     for p in range(4): block x_local: x_local[p] = x[i * 4 + p]
+                block y: … x[i * 4 + j] …        for j: block y: … x_local[j] …
+        """
+        name = self._block("cache_read", block)
+        func, copy = cache_read(self._func, name, buffer, self._loop("cache_read", loop), scope)
+        ref = self._block_ref(copy)
+        args = {"block": block.id, "buffer": buffer, "loop": loop.id, "scope": scope}
+        self._commit(func, "cache_read", args, [ref])
+        return ref
+
+    # Storage ----------------------------------------------------------------------------------------------------
+
+    def set_scope(self, block: BlockRef, scope: Scope) -> None:
+        """The intermediate buffer that the block writes in another scope: "global", "shared", "local", "register".
+
+        "local" and "register" give each iteration of a parallel or thread loop a buffer of its own, "shared" each
+        iteration of a loop over blockIdx. Refused where iterations would lose what they share.
+
+        Rewrite:
+            alloc a: float32[16]          ->   alloc a: float32[16] in local
+        """
+        func = storage.set_scope(self._func, self._block("set_scope", block), scope)
+        self._commit(func, "set_scope", {"block": block.id, "scope": scope})
+
+    def storage_align(self, block: BlockRef, axis: int, factor: int, offset: int = 0) -> None:
+        """Rows of the buffer that the block writes so long that dim `axis` has a stride of `offset` modulo `factor`.
+
+        In elements. It keeps rows on vector boundaries (offset 0), or off the same banks of a memory (offset 1).
+
+        Rewrite (axis 0, factor 8):
+            alloc a: float32[4, 13]       ->   alloc a: float32[4, 16]
+        """
+        func = storage.storage_align(self._func, self._block("storage_align", block), axis, factor, offset)
+        self._commit(func, "storage_align", {"block": block.id, "axis": axis, "factor": factor, "offset": offset})
+
+    def transform_layout(self, block: BlockRef, index_map: Callable[..., Sequence[ExprLike]] | IndexMap) -> None:
+        """The elements of the intermediate buffer that the block writes at other indices, wherever they are used.
+
+        `index_map` takes the indices and returns the new ones, different ones for different elements.
+
+        Rewrite (lambda i, j: (j // 16, i, j % 16)):
+            alloc a: float32[n, 32]       ->   alloc a: float32[2, n, 16]
+            … a[vi, vj] …                      … a[vj // 16, vi, vj % 16] …
+        """
+        name = self._block("transform_layout", block)
+        known = index_map if isinstance(index_map, IndexMap) else storage.index_map(self._func, name, index_map)
+        func = storage.transform_layout(self._func, name, known)
+        self._commit(func, "transform_layout", {"block": block.id, "index_map": known.to_json()})
+
     # Traces -----------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -283,7 +360,7 @@ class Schedule:
                 result = _REPLAY[step["primitive"]](sch, args)
                 refs = () if result is None else result if isinstance(result, tuple) else (result,)
                 made.update(zip(step.get("result", ()), refs, strict=True))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, ParseError) as error:
                 raise ScheduleError(f"replay: step {number} is malformed ({error}): {dict(step)!r}") from error
         return sch
 
@@ -375,5 +452,10 @@ _REPLAY = {
     "decompose_reduction": lambda s, a: s.decompose_reduction(a["block"], a["loop"]),
     "compute_at": lambda s, a: s.compute_at(a["block"], a["loop"]),
     "reverse_compute_at": lambda s, a: s.reverse_compute_at(a["block"], a["loop"]),
+    "cache_read": lambda s, a: s.cache_read(a["block"], a["buffer"], a["loop"], a["scope"]),
+    "rfactor": lambda s, a: s.rfactor(a["block"], a["loop"]),
+    "set_scope": lambda s, a: s.set_scope(a["block"], a["scope"]),
+    "storage_align": lambda s, a: s.storage_align(a["block"], a["axis"], a["factor"], a["offset"]),
+    "transform_layout": lambda s, a: s.transform_layout(a["block"], IndexMap.from_json(a["index_map"])),
     "cache_write": lambda s, a: s.cache_write(a["block"], a["loop"], a["scope"]),
 }

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
+import numpy as np
+
 if TYPE_CHECKING:
     from kedge.compiler.tir.stmt import Buffer
 
@@ -16,6 +18,8 @@ BinaryOp = Literal[
     "add", "sub", "mul", "div", "floordiv", "floormod", "truncdiv", "truncmod", "min", "max",
     "and", "or", "eq", "ne", "lt", "le", "gt", "ge",
 ]  # fmt: skip
+#: The operations that reductions combine values with.
+Combiner = Literal["add", "mul", "max", "min"]
 COMPARISONS: frozenset[str] = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 LOGICAL: frozenset[str] = frozenset({"and", "or"})
 BINARY_OPS: frozenset[str] = frozenset(get_args(BinaryOp))
@@ -186,6 +190,18 @@ def const(value: int | float | bool, dtype: str = INDEX_DTYPE) -> Const:
     if dtype == "bool":
         return Const(bool(value), dtype)
     return Const(float(value) if dtype.startswith(("float", "bfloat")) else int(value), dtype)
+
+
+def identity(combiner: Combiner, dtype: str) -> Const:
+    """The value that `combiner` leaves alone."""
+    if dtype == "bool":
+        raise TypeError("a reduction over bool is not defined; cast to int64 first")
+    if combiner in ("add", "mul"):
+        return const(0 if combiner == "add" else 1, dtype)
+    if np.issubdtype(np.dtype(dtype), np.floating):
+        return const(float("-inf") if combiner == "max" else float("inf"), dtype)
+    info = np.iinfo(dtype)
+    return const(info.min if combiner == "max" else info.max, dtype)
 
 
 def as_expr(value: ExprLike, dtype: str | None = None) -> Expr:

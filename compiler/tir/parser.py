@@ -95,6 +95,11 @@ def read_func(text: str) -> PrimFunc:
     return func
 
 
+def parse_expr(text: str, variables: Mapping[str, Var]) -> Expr:
+    """The expression of some variables that `text` describes; raises ParseError."""
+    return _Parser([_Line(1, 0, text)], variables).expr()
+
+
 @dataclass(frozen=True, slots=True)
 class _Line:
     number: int
@@ -132,10 +137,10 @@ def _keywords(text: str) -> dict[str, Any]:
 
 
 class _Parser:
-    def __init__(self, lines: list[_Line]) -> None:
+    def __init__(self, lines: list[_Line], variables: Mapping[str, Var] = MappingProxyType({})) -> None:
         self._lines = lines
         self._next = 0
-        self._vars: dict[str, Var] = {}
+        self._vars = dict(variables)
         self._buffers: dict[str, Buffer] = {}
         self._at = _Cursor(lines[0] if lines else _Line(1, 0, ""))
 
@@ -165,6 +170,12 @@ class _Parser:
         saved = dict(self._vars)
         yield
         self._vars = saved
+
+    def expr(self) -> Expr:
+        """The first line as an expression."""
+        value = self._expr()
+        self._at.end()
+        return value
 
     # Functions --------------------------------------------------------------------------------------------------
 

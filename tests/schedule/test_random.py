@@ -5,10 +5,11 @@ import random
 import pytest
 
 from kedge.compiler.errors import ScheduleError
-from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.schedule import BlockRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.tir.expr import Var
 from kedge.compiler.tir.parser import parse_func
+from kedge.compiler.tir.stmt import Block
 from kedge.compiler.tir.structural import equal
 from support.functions import assert_same, bias_sigmoid, chain, conv, dense, pool
 
@@ -24,7 +25,12 @@ FUNCTIONS = {
 }
 
 #: What a step may be; the more fruitful ones stand there twice.
-STEPS = "split split fuse reorder reorder kind kind inline move move decompose cache".split()  # noqa: SIM905
+STEPS = "split split fuse reorder reorder kind kind inline move move decompose cache fetch rfactor scope layout".split()  # noqa: SIM905
+
+
+def block_of(sch: Schedule, ref: BlockRef) -> Block:
+    """What the handle stands for now."""
+    return next(block for block in blocks_in(sch.func.body) if block.name == ref.name)
 
 
 def random_step(sch: Schedule, rng: random.Random) -> None:
@@ -53,6 +59,28 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
             sch.decompose_reduction(block, rng.choice(own))
         case "cache":
             sch.cache_write(block, rng.choice(own), rng.choice(["local", "register"]))
+        case "fetch":
+            sch.cache_read(
+                block,
+                rng.choice(block_of(sch, block).reads).buffer.name,
+                rng.choice(own),
+                rng.choice(["global", "local"]),
+            )
+        case "rfactor":
+            sch.rfactor(block, rng.choice(own))
+        case "scope":
+            sch.set_scope(block, rng.choice(["global", "shared", "local", "register"]))
+        case "layout":
+            rank = len(block_of(sch, block).writes[0].ranges)
+            order = rng.sample(range(rank), rank)
+            if rng.random() < 0.5:
+                sch.transform_layout(block, lambda *i: [i[axis] for axis in order])
+            elif rng.random() < 0.5:
+                sch.transform_layout(
+                    block, lambda *i: (*(i[axis] for axis in order[:-1]), i[order[-1]] // 2, i[order[-1]] % 2)
+                )
+            else:
+                sch.storage_align(block, rng.randrange(rank), rng.choice([2, 4]), rng.choice([0, 1]))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict, is_private, reduces_over, updates_in_place
+from kedge.compiler.schedule.dependence import conflict, is_private, own_per_iteration, reduces_over, updates_in_place
 from kedge.compiler.schedule.nest import loop_vars
 from kedge.compiler.schedule.tree import (
     accesses,
@@ -25,7 +25,7 @@ from kedge.compiler.schedule.tree import (
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
-from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, PrimFunc, Range, Stmt
+from kedge.compiler.tir.stmt import Block, For, LoopKind, PrimFunc, Range, Stmt
 from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
 
 #: Axes of a grid of threads.
@@ -122,9 +122,10 @@ def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: 
         if inner:
             reason = f"it is not innermost: loop {inner[0].var.name!r} is inside"
             raise refuse(func, primitive, loop, reason, hint="reorder it inwards first")
+    new = replace(node, kind=kind, thread=thread)
     if kind != "unrolled":
-        _check_parallel(func, primitive, node, outer)
-    return swap(func, node, replace(node, kind=kind, thread=thread))
+        _check_parallel(func, primitive, node, new, outer)
+    return swap(func, node, new)
 
 
 def bind(func: PrimFunc, loop: Var, thread: str) -> PrimFunc:
@@ -238,26 +239,24 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
             raise refuse(func, "reorder", loop.var, reason, at=chain[0])
 
 
-def _private(loop: For) -> tuple[Buffer, ...]:
-    return tuple(dict.fromkeys(a.buffer for a in accesses(loop.body) if a.buffer.scope in PRIVATE_SCOPES))
-
-
 def _is_reduction(block: Block) -> bool:
     return any(it.kind == "reduce" for it in block.iters)
 
 
-def _check_parallel(func: PrimFunc, primitive: str, node: For, outer: Sequence[For]) -> None:
+def _check_parallel(func: PrimFunc, primitive: str, node: For, new: For, outer: Sequence[For]) -> None:
+    """Refuse if iterations of `node` need one another when they run as those of `new`."""
     block = reduces_over(node)
     if block is not None:
         reason = f"block {block.name!r} reduces over it"
         raise refuse(func, primitive, node.var, reason, at=node)
     # Lanes of a vector share even private buffers, so these too must have a part for each.
     asked = [store.buffer for store in stores(node)] if primitive == "vectorize" else None
-    buffer = conflict(func, node, outer, asked)
+    buffer = conflict(func, new, outer, asked)
     if buffer is not None:
         reason = f"its iterations depend on one another through buffer {buffer.name!r}"
         raise refuse(func, primitive, node.var, reason, at=node)
-    shared = next((b for b in _private(node) if not is_private(func, node, b)), None)
+    used = dict.fromkeys(a.buffer for a in accesses(node.body))
+    shared = next((b for b in used if own_per_iteration(new, b) and not is_private(func, new, b)), None)
     if primitive != "vectorize" and shared is not None:
         raise refuse(
             func, primitive, node.var, f"its iterations share {shared.name!r} in {shared.scope} scope", at=node

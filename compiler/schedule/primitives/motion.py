@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kedge.compiler.schedule.dependence import conflict, reduces_over, tied_to
+from kedge.compiler.schedule.nest import index_ends
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -25,7 +26,7 @@ from kedge.compiler.schedule.tree import (
 from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and, maximum, minimum
 from kedge.compiler.tir.simplify import Ranges, Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
-from kedge.compiler.tir.visitor import free_vars, loads, seq, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, loads, seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ def _span(
     inner = loops_in(node.body)
     around = Simplifier(loop_ranges(outer))
     everything = loop_ranges((*outer, *inner))
-    ends = [_ends(index, inner, everything) for index in indices]
+    ends = [index_ends(index, inner, everything) for index in indices]
     if any(end is None for end in ends):
         raise refuse(func, primitive, block, "the part that is needed is not an interval of its indices", at=node)
     known = [end for end in ends if end is not None]
@@ -230,25 +231,6 @@ def _span(
     for other_low, other_high in known[1:]:
         low, high = minimum(low, other_low), maximum(high, other_high)
     return Span(around.simplify(low), around.simplify(high - low + 1))
-
-
-def _ends(index: Expr, inner: Sequence[For], ranges: Ranges) -> tuple[Expr, Expr] | None:
-    """The smallest and largest value of `index` over the `inner` loops, if it rises or falls with each of them."""
-    simplifier = Simplifier(ranges)
-    low = high = index
-    for loop in reversed(inner):
-        if loop.var not in free_vars(low) and loop.var not in free_vars(high):
-            continue
-        step = substitute_expr(index, {loop.var: loop.var + 1}) - index
-        first: dict[Var, Expr] = {loop.var: const(0)}
-        last: dict[Var, Expr] = {loop.var: loop.extent - 1}
-        if simplifier.prove(step >= 0):
-            low, high = substitute_expr(low, first), substitute_expr(high, last)
-        elif simplifier.prove(step <= 0):
-            low, high = substitute_expr(low, last), substitute_expr(high, first)
-        else:
-            return None
-    return simplifier.simplify(low), simplifier.simplify(high)
 
 
 def _nest_over(block: Block, spans: dict[Var, Span], ranges: Ranges) -> Stmt:

@@ -1,26 +1,31 @@
-"""Taking the initialisation out of a reduction."""
+"""Taking a reduction apart: its initialisation, and partial results that are combined afterwards."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast, get_args
 
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES
-from kedge.compiler.schedule.nest import fresh_nest, loop_vars, spatial_conjuncts
+from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
     block_name,
     block_path,
     blocks_in,
+    buffer_name,
     find_loop,
     loop_ranges,
     loops_on,
     refuse,
     swap,
 )
-from kedge.compiler.tir.expr import Var, logical_and
+from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, identity, logical_and
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.stmt import Block, For, PrimFunc, Stmt
-from kedge.compiler.tir.visitor import free_vars, loads, seq, stores
+from kedge.compiler.tir.simplify import simplify_dim
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, stores, substitute_expr
 
 
 def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
@@ -49,6 +54,115 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     assert node is not None
     init = simplify_bindings(init, loop_ranges(loops[:position]))
     return swap(func, node, seq(init, node)), blocks_in(init)[0].name
+
+
+def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
+    """`func` with reduction `name` in two steps: partial results per iteration of `loop`, then these combined.
+
+    The block `name` does the second; returns the name of the one that does the first (Suriana et al., "Parallel
+    Associative Reductions in Halide", CGO 2017).
+    """
+    primitive = "rfactor"
+    path = block_path(func, name)
+    block, loops = path[-1], loops_on(path)
+    assert isinstance(block, Block)
+    op = combiner_of(block)
+    if op is None:
+        raise refuse(func, primitive, block, "it is no sum, product, largest or smallest of values that start at none")
+    reducing = loop_vars(block, "reduce")
+    node = next((each for each in loops if each.var is loop), None)
+    if node is None:
+        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    if loop not in reducing or loop in loop_vars(block, "spatial"):
+        raise refuse(func, primitive, loop, f"block {name!r} does not just reduce over it")
+    top = next(position for position, each in enumerate(loops) if each.var in reducing)
+    for outer, inner in zip(loops[top:], (*loops[top + 1 :], block), strict=True):
+        if outer.body is not inner:
+            raise refuse(func, primitive, block, f"it is not all that is in loop {outer.var.name!r}")
+    store, limits = block.body, spatial_conjuncts(block)
+    assert isinstance(store, Store)
+    if limits is None:
+        raise refuse(func, primitive, block, "its predicate mixes spatial and reduction loops")
+    if any(var not in func.symbols for var in free_vars(node.extent)):
+        raise refuse(func, primitive, loop, "its extent depends on other loops")
+    scope = store.buffer.scope if store.buffer.scope in PRIVATE_SCOPES else "global"
+    shape = (*store.buffer.shape, simplify_dim(node.extent))
+    partial = Buffer(buffer_name(func, f"{store.buffer.name}_rf"), shape, store.buffer.dtype, scope)
+    first = _partial_block(func, block, partial, loops, loop)
+    nest: Stmt = first
+    for each in reversed(loops[top:]):
+        nest = replace(each, body=nest)
+    if len(limits) < len(conjuncts(block.predicate)):
+        # A partial result may have no valid instance at all, and must be there nevertheless.
+        init = _init_nest(func, replace(first, predicate=logical_and(*limits)), loops[top:])
+        nest = seq(init, map_stmt(nest, lambda s: with_regions(replace(first, init=None)) if s is first else s))
+    second = _combining_nest(block, partial, op, node, [each for each in loops[top:] if each.var not in reducing])
+    both = simplify_bindings(seq(nest, second), loop_ranges(loops[:top]))
+    func = replace(func, allocs=(*func.allocs, partial))
+    return swap(func, loops[top], both), first.name
+
+
+def combiner_of(block: Block) -> Combiner | None:
+    """How a reduction combines its values: into one element, from the combiner's identity on; None for any other."""
+    body, init = block.body, block.init
+    if not (isinstance(body, Store) and isinstance(init, Store) and isinstance(body.value, Binary)):
+        return None
+    op, into, value = body.value.op, body.value.a, body.value.b
+    same = isinstance(into, Load) and into.buffer is body.buffer is init.buffer
+    if op not in get_args(Combiner) or not same or not isinstance(init.value, Const):
+        return None
+    assert isinstance(into, Load)
+    places = (into.indices, body.indices, init.indices)
+    if len({tuple(map(expr_key, indices)) for indices in places}) > 1:
+        return None
+    combiner = cast(Combiner, op)
+    neutral = expr_key(identity(combiner, body.buffer.dtype)) == expr_key(init.value)
+    itself = any(load.buffer is body.buffer for load in loads(value))
+    return combiner if neutral and not itself else None
+
+
+def _partial_block(func: PrimFunc, block: Block, partial: Buffer, loops: Sequence[For], loop: Var) -> Block:
+    """`block` storing one element more per iteration of `loop`, over iteration variables of the reduction's loops."""
+    body, init = block.body, block.init
+    assert isinstance(body, Store) and isinstance(init, Store) and isinstance(body.value, Binary)
+    reducing = loop_vars(block, "reduce")
+    own = {
+        each.var: IterVar(Var(f"v{each.var.name}"), each.extent, "spatial" if each.var is loop else "reduce")
+        for each in loops
+        if each.var in reducing
+    }
+    pairs = list(zip(block.iters, block.bindings, strict=True))
+    loop_to_iter: dict[Var, Expr] = {var: it.var for var, it in own.items()}
+    values = {it.var: substitute_expr(b, loop_to_iter) for it, b in pairs if it.kind == "reduce"}
+    place = (*body.indices, own[loop].var)
+    value = Binary(body.value.op, Load(partial, place), substitute_expr(body.value.b, values))
+    return with_regions(
+        replace(
+            block,
+            name=block_name(func, f"{block.name}_rf"),
+            iters=(*(it for it, _ in pairs if it.kind == "spatial"), *own.values()),
+            bindings=(*(b for it, b in pairs if it.kind == "spatial"), *own),
+            body=Store(partial, place, value),
+            init=Store(partial, place, init.value),
+        )
+    )
+
+
+def _combining_nest(block: Block, partial: Buffer, op: Combiner, node: For, spatial: Sequence[For]) -> Stmt:
+    """Loops over the outputs and over the partial results of each, around what combines these."""
+    body, limits = block.body, spatial_conjuncts(block)
+    assert isinstance(body, Store) and limits is not None
+    each = IterVar(Var(f"v{node.var.name}"), node.extent, "reduce")
+    pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
+    value = Binary(op, Load(body.buffer, body.indices), Load(partial, (*body.indices, each.var)))
+    combining = replace(
+        block,
+        iters=(*(it for it, _ in pairs), each),
+        bindings=(*(b for _, b in pairs), node.var),
+        body=Store(body.buffer, body.indices, value),
+        predicate=logical_and(*limits),
+    )
+    return fresh_nest(combining, [replace(loop, kind="serial", thread=None) for loop in (*spatial, node)])
 
 
 def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:

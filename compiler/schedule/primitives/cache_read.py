@@ -1,0 +1,181 @@
+"""Reading from a small buffer near the core, filled where a loop's iteration begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
+
+from kedge.compiler.schedule.dependence import crossing
+from kedge.compiler.schedule.nest import index_ends, loop_vars
+from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.tree import (
+    accesses,
+    block_name,
+    block_path,
+    blocks_in,
+    buffer_name,
+    loop_ranges,
+    loops_on,
+    refuse,
+    swap,
+    writers,
+)
+from kedge.compiler.tir.expr import Const, Dim, Expr, Load, Var, as_expr, const, logical_and, maximum, minimum
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import Simplifier, simplify_dim
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Scope, Seq, Stmt, Store
+from kedge.compiler.tir.structural import Key, expr_key
+from kedge.compiler.tir.visitor import free_vars, loads, map_expr, map_stmt, map_stmt_exprs, seq, substitute_expr
+
+
+def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Scope) -> tuple[PrimFunc, str]:
+    """`func` with block `name` reading a copy of a part of a buffer, made at the start of the body of `loop`.
+
+    The copy holds what the block reads in one iteration of `loop`. Returns the name of the block that copies.
+    """
+    primitive = "cache_read"
+    path = block_path(func, name)
+    block, loops = path[-1], loops_on(path)
+    assert isinstance(block, Block)
+    if scope not in get_args(Scope):
+        raise refuse(func, primitive, block, f"{scope!r} is no scope", hint=f"known: {', '.join(get_args(Scope))}")
+    position = next((i for i, each in enumerate(loops) if each.var is loop), None)
+    if position is None:
+        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    node, outer, inner = loops[position], loops[: position + 1], loops[position + 1 :]
+    if node.kind in ("vectorized", "unrolled"):
+        raise refuse(func, primitive, loop, f"it is {node.kind}", hint="cache before setting the kinds of loops")
+    source = _source(func, block, source_name, node)
+    starts, shape = _part_read(func, block, source, outer, inner)
+    copy = Buffer(buffer_name(func, f"{source.name}_{scope}"), shape, source.dtype, scope)
+    nest = _fill_nest(func, source, copy, starts)
+    redirected = _reading(func, block, source, copy, starts, outer, inner)
+    below = map_stmt(node.body, lambda s: redirected if s is block else s)
+    new_loop = simplify_bindings(replace(node, body=seq(nest, below)), loop_ranges(outer[:-1]))
+    new = swap(replace(func, allocs=(*func.allocs, copy)), node, new_loop)
+    shared = crossing(new, copy)
+    if shared is not None:
+        reason = f"iterations of {shared.kind} loop {shared.var.name!r} would share a copy in {scope} scope"
+        raise refuse(func, primitive, block, reason, hint="give each its own with scope 'local'")
+    return new, blocks_in(nest)[0].name
+
+
+def _source(func: PrimFunc, block: Block, name: str, node: For) -> Buffer:
+    """The buffer called `name`, which `block` reads and nothing under the loop writes."""
+    read = tuple(dict.fromkeys(load.buffer for load in loads(block)))
+    source = next((buffer for buffer in read if buffer.name == name), None)
+    if source is None:
+        hint = f"it reads {', '.join(buffer.name for buffer in read) or 'nothing'}"
+        raise refuse(func, "cache_read", block, f"it does not read {name!r}", hint=hint)
+    writer = next((each for each in writers(func, source) if each in blocks_in(node)), None)
+    if writer is not None:
+        reason = f"block {writer.name!r} under loop {node.var.name!r} writes {name!r}: the copy would be too old"
+        raise refuse(func, "cache_read", block, reason)
+    return source
+
+
+def _part_read(
+    func: PrimFunc, block: Block, source: Buffer, outer: Sequence[For], inner: Sequence[For]
+) -> tuple[tuple[Expr, ...], tuple[Dim, ...]]:
+    """Where the part begins that is read while the `inner` loops run, and its size, per dim."""
+    wanted = [access.indices for access in accesses(block) if access.buffer is source]
+    ranges = loop_ranges((*outer, *inner))
+    simplifier = Simplifier(loop_ranges(outer))
+    starts: list[Expr] = []
+    shape: list[Dim] = []
+    for dim in range(len(source.shape)):
+        distinct = {expr_key(indices[dim]): indices[dim] for indices in wanted}.values()
+        ends = [None if _is_loaded(index) else index_ends(index, inner, ranges) for index in distinct]
+        known = [end for end in ends if end is not None]
+        if len(known) < len(ends):
+            raise refuse(func, "cache_read", block, f"what it reads of dim {dim} of {source.name!r} is no interval")
+        low, high = known[0]
+        for other_low, other_high in known[1:]:
+            low, high = minimum(low, other_low), maximum(high, other_high)
+        extent = simplifier.simplify(high - low + 1)
+        loop = next((each.var for each in outer if each.var in free_vars(extent)), None)
+        if loop is not None:
+            reason = f"how much it reads of dim {dim} of {source.name!r} depends on loop {loop.name!r}"
+            raise refuse(func, "cache_read", block, reason, hint="split by a constant what varies")
+        starts.append(simplifier.simplify(low))
+        shape.append(simplify_dim(extent))
+    return tuple(starts), tuple(shape)
+
+
+def _is_loaded(index: Expr) -> bool:
+    return next(loads(index), None) is not None
+
+
+def _fill_nest(func: PrimFunc, source: Buffer, copy: Buffer, starts: Sequence[Expr]) -> Stmt:
+    """Loops that copy the part of `source` from `starts` on, as far as there is one, and their block."""
+    loops = [For(Var(f"c{dim}"), as_expr(extent), "serial", Seq(())) for dim, extent in enumerate(copy.shape)]
+    own = [IterVar(Var(f"v{dim}"), as_expr(extent), "spatial") for dim, extent in enumerate(source.shape)]
+    places = [IterVar(Var(f"r{dim}"), as_expr(extent), "spatial") for dim, extent in enumerate(copy.shape)]
+    steps = [const(0) if extent == 1 else loop.var for loop, extent in zip(loops, copy.shape, strict=True)]
+    bindings = [start + step for start, step in zip(starts, steps, strict=True)]
+    limits = [c for b, dim in zip(bindings, source.shape, strict=True) for c in (b >= 0, b < as_expr(dim))]
+    stmt: Stmt = with_regions(
+        Block(
+            block_name(func, copy.name),
+            (*own, *places),
+            (*bindings, *steps),
+            (),
+            (),
+            Store(copy, tuple(it.var for it in places), Load(source, tuple(it.var for it in own))),
+            predicate=logical_and(*limits),
+        )
+    )
+    for loop in reversed([loop for loop in loops if loop.var in steps]):
+        stmt = replace(loop, body=stmt)
+    return stmt
+
+
+def _reading(
+    func: PrimFunc,
+    block: Block,
+    source: Buffer,
+    copy: Buffer,
+    starts: Sequence[Expr],
+    outer: Sequence[For],
+    inner: Sequence[For],
+) -> Block:
+    """`block` reading the copy, at positions given by iteration variables of their own."""
+    bindings = dict(zip((it.var for it in block.iters), block.bindings, strict=True))
+    reducing = loop_vars(block, "reduce")
+    simplifier = Simplifier(loop_ranges((*outer, *inner)))
+    added: dict[Key, tuple[IterVar, Expr]] = {}
+
+    def part(dim: int, value: Expr, kind: IterKind) -> Expr:
+        if isinstance(value, Const) and value.value == 0:
+            return const(0)
+        key = (dim, kind, expr_key(value))
+        if key not in added:
+            added[key] = IterVar(Var(f"{source.name}_{dim}"), as_expr(copy.shape[dim]), kind), value
+        return added[key][0].var
+
+    def position(dim: int, index: Expr) -> Expr:
+        """What the index is within the copy: a part that reductions have no influence on, and the rest."""
+        offset = simplifier.simplify(substitute_expr(index, bindings) - starts[dim])
+        spatial = simplifier.simplify(substitute_expr(offset, {var: const(0) for var in reducing}))
+        rest = simplifier.simplify(offset - spatial)
+        mixed = next((var.name for var in free_vars(rest) if var not in reducing), None)
+        if mixed is not None:
+            reason = f"dim {dim} of {source.name!r} is no sum of a part by {mixed!r} and a part by its reduction"
+            raise refuse(func, "cache_read", block, reason)
+        return simplifier.simplify(part(dim, spatial, "spatial") + part(dim, rest, "reduce"))
+
+    def redirect(expr: Expr) -> Expr:
+        if not (isinstance(expr, Load) and expr.buffer is source):
+            return expr
+        return Load(copy, tuple(position(dim, index) for dim, index in enumerate(expr.indices)))
+
+    def visit(stmt: Stmt) -> Stmt:
+        return map_stmt_exprs(stmt, lambda e: map_expr(e, redirect))
+
+    body = map_stmt(block.body, visit)
+    init = None if block.init is None else map_stmt(block.init, visit)
+    iters = tuple(it for it, _ in added.values())
+    values = tuple(value for _, value in added.values())
+    new = replace(block, iters=(*block.iters, *iters), bindings=(*block.bindings, *values), body=body, init=init)
+    return with_regions(new)

@@ -1,0 +1,204 @@
+"""Primitives that change where an intermediate buffer lives and how it is laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from kedge.compiler.schedule.dependence import conflict, crossing
+from kedge.compiler.schedule.nest import index_ends
+from kedge.compiler.schedule.tree import block_path, intermediate, refuse
+from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Dim, Expr, ExprLike, Load, Var, as_expr, const
+from kedge.compiler.tir.parser import parse_expr
+from kedge.compiler.tir.printer import print_expr
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import Simplifier, over
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Scope, Stmt, Store
+from kedge.compiler.tir.visitor import (
+    free_vars,
+    map_expr,
+    map_stmt,
+    map_stmt_exprs,
+    replace_buffers,
+    stores,
+    substitute_expr,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexMap:
+    """Where an element goes: the new indices as expressions of the old ones."""
+
+    axes: tuple[Var, ...]
+    indices: tuple[Expr, ...]
+
+    @staticmethod
+    def from_json(form: Mapping[str, Any]) -> IndexMap:
+        """What `to_json` gave; raises ParseError."""
+        axes = {name: Var(name) for name in form["axes"]}
+        return IndexMap(tuple(axes.values()), tuple(parse_expr(text, axes) for text in form["indices"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The map as names of indices and texts of expressions."""
+        return {"axes": [axis.name for axis in self.axes], "indices": [print_expr(index) for index in self.indices]}
+
+    def at(self, indices: Sequence[Expr]) -> tuple[Expr, ...]:
+        """The new indices of the element at `indices`."""
+        mapping = dict(zip(self.axes, indices, strict=True))
+        return tuple(substitute_expr(index, mapping) for index in self.indices)
+
+
+def index_map(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]]) -> IndexMap:
+    """The map of a Python function on the indices of the buffer that block `name` writes."""
+    block, buffer = _own_buffer(func, "transform_layout", name)
+    axes = tuple(Var(f"i{dim}") for dim in range(len(buffer.shape)))
+    try:
+        return IndexMap(axes, tuple(as_expr(index) for index in function(*axes)))
+    except TypeError as error:
+        raise refuse(func, "transform_layout", block, f"the map does not take {len(axes)} indices: {error}") from error
+
+
+def set_scope(func: PrimFunc, name: str, scope: Scope) -> PrimFunc:
+    """The buffer that block `name` writes in another scope."""
+    block, buffer = _own_buffer(func, "set_scope", name)
+    if scope not in get_args(Scope):
+        raise refuse(func, "set_scope", block, f"{scope!r} is no scope", hint=f"known: {', '.join(get_args(Scope))}")
+    free = next((d for d in buffer.shape if not isinstance(d, int)), None)
+    if scope == "register" and free is not None:
+        raise refuse(
+            func, "set_scope", block, f"{buffer.name!r} has a free dim, and registers are counted", hint="local"
+        )
+    moved = with_buffer(func, buffer, replace(buffer, scope=scope))
+    loop = crossing(moved, next(new for new, old in zip(moved.allocs, func.allocs, strict=True) if old is buffer))
+    if loop is not None:
+        reason = f"iterations of {loop.kind} loop {loop.var.name!r} would not share {buffer.name!r} as they do now"
+        raise refuse(func, "set_scope", block, reason)
+    return moved
+
+
+def storage_align(func: PrimFunc, name: str, axis: int, factor: int, offset: int) -> PrimFunc:
+    """The buffer that block `name` writes with a stride of dim `axis` that is `offset` modulo `factor`, in elements."""
+    primitive = "storage_align"
+    block, buffer = _own_buffer(func, primitive, name)
+    rank = len(buffer.shape)
+    if not -rank <= axis < rank:
+        raise refuse(func, primitive, block, f"axis {axis}: {buffer.name!r} has {rank} dims")
+    axis %= rank
+    if axis == rank - 1:
+        raise refuse(func, primitive, block, f"axis {axis} is the last: its elements lie side by side", hint="axis -2")
+    if factor < 1 or not 0 <= offset < factor:
+        raise refuse(func, primitive, block, f"factor {factor}, offset {offset}: it takes 0 <= offset < factor")
+    inner = buffer.shape[axis + 1 :]
+    if not all(isinstance(dim, int) for dim in inner):
+        raise refuse(func, primitive, block, f"the dims of {buffer.name!r} after axis {axis} are not all constant")
+    row = math.prod(dim for dim in inner[1:] if isinstance(dim, int))
+    first = inner[0]
+    assert isinstance(first, int)
+    fitting = (size for size in range(first, first + factor) if size * row % factor == offset)
+    size = next(fitting, None)
+    if size is None:
+        reason = f"rows of {row} elements can have no stride of {offset} modulo {factor}"
+        raise refuse(func, primitive, block, reason)
+    shape = (*buffer.shape[: axis + 1], size, *inner[1:])
+    return func if size == first else with_buffer(func, buffer, replace(buffer, shape=shape))
+
+
+def transform_layout(func: PrimFunc, name: str, index_map: IndexMap) -> PrimFunc:
+    """The buffer that block `name` writes with its elements at other indices, everywhere."""
+    primitive = "transform_layout"
+    block, buffer = _own_buffer(func, primitive, name)
+    if len(index_map.axes) != len(buffer.shape):
+        reason = f"the map takes {len(index_map.axes)} indices, {buffer.name!r} has {len(buffer.shape)} dims"
+        raise refuse(func, primitive, block, reason)
+    wrong = next((index for index in index_map.indices if index.dtype != INDEX_DTYPE), None)
+    if wrong is not None:
+        raise refuse(func, primitive, block, f"an index of the map is {wrong.dtype}, not {INDEX_DTYPE}")
+    new = Buffer(buffer.name, _mapped_shape(func, block, buffer, index_map), buffer.dtype, buffer.scope)
+    _check_injective(func, block, buffer, new, index_map)
+    return with_buffer(func, buffer, new, index_map)
+
+
+def with_buffer(func: PrimFunc, old: Buffer, new: Buffer, index_map: IndexMap | None = None) -> PrimFunc:
+    """`func` with the allocation `old` replaced by `new`, its elements at the places that the map says."""
+    allocs = tuple(new if buffer is old else buffer for buffer in func.allocs)
+    if index_map is None:
+        return replace(func, body=replace_buffers(func.body, {old: new}), allocs=allocs)
+    mapping = index_map
+
+    def visit(stmt: Stmt) -> Stmt:
+        if not isinstance(stmt, Block):
+            return stmt
+        simplifier = Simplifier({it.var: over(it.extent) for it in stmt.iters})
+
+        def place(indices: Sequence[Expr]) -> tuple[Expr, ...]:
+            return tuple(simplifier.simplify(index) for index in mapping.at(indices))
+
+        def load(expr: Expr) -> Expr:
+            return Load(new, place(expr.indices)) if isinstance(expr, Load) and expr.buffer is old else expr
+
+        def inside(part: Stmt) -> Stmt:
+            if isinstance(part, Block):
+                return part
+            part = map_stmt_exprs(part, lambda e: map_expr(e, load))
+            moved = isinstance(part, Store) and part.buffer is old
+            return Store(new, place(part.indices), part.value) if moved and isinstance(part, Store) else part
+
+        init = None if stmt.init is None else map_stmt(stmt.init, inside)
+        return with_regions(replace(stmt, body=map_stmt(stmt.body, inside), init=init))
+
+    return replace(func, body=map_stmt(func.body, visit), allocs=allocs)
+
+
+def _own_buffer(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Buffer]:
+    """The block and the intermediate buffer that it writes."""
+    block = block_path(func, name)[-1]
+    assert isinstance(block, Block)
+    written = tuple(dict.fromkeys(store.buffer for store in stores(block)))
+    if len(written) != 1:
+        raise refuse(func, primitive, block, f"it writes {len(written)} buffers, not one")
+    if not intermediate(func, written[0]):
+        reason = f"{written[0].name!r} is an argument of the function: its place and layout belong to the caller"
+        raise refuse(func, primitive, block, reason, hint="cache_write it, and change the copy")
+    return block, written[0]
+
+
+def _mapped_shape(func: PrimFunc, block: Block, buffer: Buffer, index_map: IndexMap) -> tuple[Dim, ...]:
+    """The smallest shape that holds every mapped element."""
+    loops = [
+        For(var, as_expr(dim), "serial", Store(buffer, (), const(0)))
+        for var, dim in zip(index_map.axes, buffer.shape, strict=True)
+    ]
+    ranges = {loop.var: over(loop.extent) for loop in loops}
+    simplifier = Simplifier(ranges)
+    shape: list[Dim] = []
+    for number, index in enumerate(index_map.indices):
+        low, high = simplifier.bounds(index)
+        if low is None or low < 0:
+            raise refuse(func, "transform_layout", block, f"index {number} of the map can be below 0")
+        last: Expr | None = const(high) if high is not None else None
+        if last is None:
+            ends = index_ends(index, loops, ranges)
+            last = None if ends is None else ends[1]
+        if last is None or any(var in ranges for var in free_vars(last)):
+            raise refuse(func, "transform_layout", block, f"index {number} of the map has no known largest value")
+        size = simplifier.simplify(last + 1)
+        shape.append(int(size.value) if isinstance(size, Const) else size)
+    return tuple(shape)
+
+
+def _check_injective(func: PrimFunc, block: Block, buffer: Buffer, new: Buffer, index_map: IndexMap) -> None:
+    """Refuse unless different elements provably go to different places: as if loops stored one after the other."""
+    iters = tuple(IterVar(var, as_expr(dim), "spatial") for var, dim in zip(index_map.axes, buffer.shape, strict=True))
+    variables = tuple(Var(var.name) for var in index_map.axes)
+    store = Store(new, index_map.indices, const(0, buffer.dtype))
+    nest: Stmt = Block("map", iters, variables, (), (), store)
+    loops: list[For] = []
+    for var, it in zip(reversed(variables), reversed(iters), strict=True):
+        nest = For(var, it.extent, "serial", nest)
+        loops.insert(0, nest)
+    for position, loop in enumerate(loops):
+        if conflict(func, loop, loops[:position], [new]) is not None:
+            reason = f"elements that differ in dim {position} may get the same place"
+            raise refuse(func, "transform_layout", block, reason, hint="a map must give each element one of its own")
