@@ -77,9 +77,27 @@ def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
     return visit(func.body)
 
 
-def tied_to(block: Block) -> Buffer | None:
-    """A private buffer that ties the block to the loops around it: it holds only what this iteration needs."""
-    return next((a.buffer for a in accesses(block) if a.buffer.scope in PRIVATE_SCOPES), None)
+def tied_to(func: PrimFunc, block: Block) -> Buffer | None:
+    """A buffer that ties the block to the loops around it: it holds only what the present iteration needs."""
+    used = dict.fromkeys(a.buffer for a in accesses(block))
+    return next((b for b in used if b.scope in PRIVATE_SCOPES or is_reused(func, b)), None)
+
+
+def is_reused(func: PrimFunc, buffer: Buffer) -> bool:
+    """Whether elements of `buffer` change their meaning while the function runs, as those of a tile do.
+
+    A block that computes over loops which do not all tell where it writes puts one value after the other there.
+    """
+    for block in blocks_in(func.body):
+        for store in stores(block.body):
+            if store.buffer is not buffer:
+                continue
+            used = {var for index in store.indices for var in free_vars(index)}
+            pairs = list(zip(block.iters, block.bindings, strict=True))
+            placed = {var for it, binding in pairs if it.var in used for var in free_vars(binding)}
+            if any(it.kind == "spatial" and not placed.issuperset(free_vars(binding)) for it, binding in pairs):
+                return True
+    return False
 
 
 def reduces_over(loop: For) -> Block | None:

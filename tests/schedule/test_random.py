@@ -58,14 +58,10 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
         case "decompose":
             sch.decompose_reduction(block, rng.choice(own))
         case "cache":
-            sch.cache_write(block, rng.choice(own), rng.choice(["local", "register"]))
+            sch.cache_write(block, rng.choice(own), rng.choice(["global", "shared", "local", "register"]))
         case "fetch":
-            sch.cache_read(
-                block,
-                rng.choice(block_of(sch, block).reads).buffer.name,
-                rng.choice(own),
-                rng.choice(["global", "local"]),
-            )
+            for region in block_of(sch, block).reads[:1]:
+                sch.cache_read(block, region.buffer.name, rng.choice(own), rng.choice(["global", "local"]))
         case "rfactor":
             sch.rfactor(block, rng.choice(own))
         case "scope":

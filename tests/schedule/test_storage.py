@@ -237,7 +237,7 @@ def test_rfactor_refusals():
     y, z = sch.get_block("y"), sch.get_block("z")
     i, _, k = sch.get_loops(y)
     refused(lambda: sch.rfactor(z, sch.get_loops(z)[0]), "rfactor(block 'z'): it is no sum, product")
-    refused(lambda: sch.rfactor(y, i), "loop 'i'", "block 'y' does not just reduce over it")
+    refused(lambda: sch.rfactor(y, i), "loop 'i'", "block 'y' does not reduce over it")
     refused(lambda: sch.rfactor(y, sch.get_loops(z)[0]), "is not around it")
     sch.decompose_reduction(y, k)
     refused(lambda: sch.rfactor(y, k), "values that start at none")

@@ -78,9 +78,10 @@ def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Sto
         raise refuse(func, primitive, block, "its body is more than one store")
     if any(load.buffer is block.body.buffer for load in loads(block.body)):
         raise refuse(func, primitive, block, "it updates a buffer in place")
-    tied = tied_to(block)
+    tied = tied_to(func, block)
     if tied is not None:
-        raise refuse(func, primitive, block, f"{tied.name!r} in {tied.scope} scope ties it to the loops around it")
+        reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
+        raise refuse(func, primitive, block, reason)
     return block, block.body
 
 

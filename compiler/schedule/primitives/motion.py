@@ -112,9 +112,10 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
         raise refuse(func, primitive, block, "its body is more than one store")
     if block.init is None and any(load.buffer is block.body.buffer for load in loads(block.body)):
         raise refuse(func, primitive, block, "it updates a buffer in place", hint="move it before decompose_reduction")
-    tied = tied_to(block)
+    tied = tied_to(func, block)
     if tied is not None:
-        raise refuse(func, primitive, block, f"{tied.name!r} in {tied.scope} scope ties it to the loops around it")
+        reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
+        raise refuse(func, primitive, block, reason)
     node = find_loop(func, loop)
     if node is not None and node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")
@@ -233,6 +234,12 @@ def _span(
     return Span(around.simplify(low), around.simplify(high - low + 1))
 
 
+def _loop_name(name: str) -> str:
+    """What the loop over an iteration variable is called: `i` for `vi`."""
+    bare = name.removeprefix("v")
+    return bare if bare.isidentifier() else name
+
+
 def _nest_over(block: Block, spans: dict[Var, Span], ranges: Ranges) -> Stmt:
     """New loops around `block`: over the spans given, and over the whole of its other iteration variables."""
     bindings: list[Expr] = []
@@ -240,7 +247,7 @@ def _nest_over(block: Block, spans: dict[Var, Span], ranges: Ranges) -> Stmt:
     limits: list[Expr] = []
     for it in block.iters:
         span = spans.get(it.var, Span(const(0), it.extent))
-        var = Var(it.var.name.removeprefix("v") or it.var.name)
+        var = Var(_loop_name(it.var.name))
         simplifier = Simplifier({**ranges, var: over(span.extent)})
         if _is_one(span.extent):
             value = simplifier.simplify(span.start)

@@ -73,8 +73,11 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     node = next((each for each in loops if each.var is loop), None)
     if node is None:
         raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
-    if loop not in reducing or loop in loop_vars(block, "spatial"):
-        raise refuse(func, primitive, loop, f"block {name!r} does not just reduce over it")
+    if loop not in reducing:
+        raise refuse(func, primitive, loop, f"block {name!r} does not reduce over it")
+    mixed = next((each.var for each in loops if each.var in reducing & loop_vars(block, "spatial")), None)
+    if mixed is not None:
+        raise refuse(func, primitive, mixed, f"block {name!r} takes both its output and its reduction from it")
     top = next(position for position, each in enumerate(loops) if each.var in reducing)
     for outer, inner in zip(loops[top:], (*loops[top + 1 :], block), strict=True):
         if outer.body is not inner:
@@ -172,17 +175,15 @@ def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
         raise refuse(func, "decompose_reduction", block, "its predicate mixes spatial and reduction loops")
     assert block.init is not None
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
-    if (
-        all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init))
-        and next(loads(block.init), None) is None
-    ):
+    used = {v for store in stores(block.init) for index in store.indices for v in free_vars(index)}
+    reused = spatial - {v for it, b in pairs if it.var in used for v in free_vars(b)}
+    again = next((loop.var.name for loop in loops if loop.var in reused), None)
+    if again is not None:
+        reason = f"each iteration of loop {again!r} uses the accumulator afresh"
+        raise refuse(func, "decompose_reduction", block, reason, hint="take a loop further in")
+    private = all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init))
+    if private and next(loads(block.init), None) is None:
         # A private buffer is there in full: its parts that no instance fills may be set as well, without a test.
-        used = {v for store in stores(block.init) for index in store.indices for v in free_vars(index)}
-        reused = spatial - {v for it, b in pairs if it.var in used for v in free_vars(b)}
-        again = next((loop.var.name for loop in loops if loop.var in reused), None)
-        if again is not None:
-            reason = f"each iteration of loop {again!r} uses the accumulator afresh"
-            raise refuse(func, "decompose_reduction", block, reason, hint="take a loop further in")
         pairs, limits = [(it, b) for it, b in pairs if it.var in used], ()
     needed = {v for e in (*(b for _, b in pairs), *limits) for v in free_vars(e)}
     init = Block(
