@@ -342,7 +342,7 @@ def test_blocks_on_private_buffers_stay_where_they_are():
     (i,) = loops_of(sch, "b")
     copy = sch.cache_write(sch.get_block("b"), i, "register")
     (j,) = loops_of(sch, "a")
-    tied = "'b_register'", "used anew in each iteration, ties it to the loops around it"
+    tied = "used anew in each iteration, ties it to the loops around it"
     refused(lambda: sch.reverse_compute_at(sch.get_block("b"), j), tied)
     refused(lambda: sch.reverse_compute_inline(sch.get_block("b")), tied)
     refused(lambda: sch.compute_inline(copy), tied)
