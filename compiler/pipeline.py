@@ -23,6 +23,7 @@ from kedge.compiler.graph.passes import Pass, default_passes
 from kedge.compiler.lower.lower import lower, lower_prim_func
 from kedge.compiler.lower.program import Kernel, Program
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
+from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
@@ -105,15 +106,19 @@ def compile_module(
 
 
 def compile_prim_func(
-    func: PrimFunc,
+    source: PrimFunc | Schedule,
     target: TargetLike | Sequence[TargetLike],
     *,
     progress: Progress | None = None,
     name: str | None = None,
     cache: KernelCache | None = None,
 ) -> Artifact:
-    """The artifact of one tensor IR function, whose inputs and outputs are named as its parameters."""
-    return compile_programs(lambda one: lower_prim_func(func, one), target, name or func.name, cache, progress)
+    """The artifact of one tensor IR function, whose inputs and outputs are named as its parameters.
+
+    What is scheduled by hand, a `Schedule` or its function, is compiled as it is.
+    """
+    func = source.func if isinstance(source, Schedule) else source
+    return compile_programs(lambda one: lower_prim_func(source, one), target, name or func.name, cache, progress)
 
 
 def compile_programs(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kedge.artifact import Artifact
     from kedge.compiler import te
     from kedge.compiler.graph.ir import Module
+    from kedge.compiler.schedule.schedule import Schedule
     from kedge.rpc.client import aio
     from kedge.rpc.errors import KedgeError
 
@@ -30,6 +31,7 @@ __all__ = [
     "Artifact",
     "KedgeError",
     "Module",
+    "Schedule",
     "__version__",
     "aio",
     "compile",
@@ -46,6 +48,7 @@ _WHERE = {
     "Artifact": ("kedge.artifact", "Artifact"),
     "KedgeError": ("kedge.rpc.errors", "KedgeError"),
     "Module": ("kedge.compiler.graph.ir", "Module"),
+    "Schedule": ("kedge.compiler.schedule.schedule", "Schedule"),
     "aio": ("kedge.rpc.client.aio", None),
     "compile": ("kedge.api", "compile"),
     "connect": ("kedge.api", "connect"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kedge.artifact import Artifact
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.pipeline import Pipeline
+    from kedge.compiler.schedule.schedule import Schedule
     from kedge.compiler.target import Target
     from kedge.compiler.tir.stmt import PrimFunc
     from kedge.isolated import LocalDevice
@@ -45,7 +46,7 @@ def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | Non
 
 
 def compile(  # noqa: A001 - the field says compile
-    model: Module | PrimFunc | ModelPath,
+    model: Module | PrimFunc | Schedule | ModelPath,
     target: TargetLike | Sequence[TargetLike] = "native",
     *,
     shapes: Mapping[str, Sequence[int | str | None]] | None = None,
@@ -56,7 +57,8 @@ def compile(  # noqa: A001 - the field says compile
     """Compile a model, a module or one te / TensorIR function.
 
     Args:
-        model: an `.onnx` path, a `Module`, or a `PrimFunc`.
+        model: an `.onnx` path, a `Module`, a `PrimFunc` or a `Schedule`. A function without a schedule gets one; one
+            that is scheduled by hand is compiled as it is.
         target: a tag, `native`, a target string, or several of them (one variant each, sharing the weights).
         shapes: as for `load`, where `model` is a path.
         pipeline: the passes; `kedge.pipeline("default")` unless given.
@@ -70,6 +72,7 @@ def compile(  # noqa: A001 - the field says compile
     from kedge.artifact import Artifact
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.pipeline import compile_module, compile_prim_func
+    from kedge.compiler.schedule.schedule import Schedule
     from kedge.compiler.tir.stmt import PrimFunc
 
     if isinstance(model, (str, os.PathLike)):
@@ -77,13 +80,13 @@ def compile(  # noqa: A001 - the field says compile
         model = load(model, shapes)
     elif shapes is not None:
         raise TypeError("shapes= is for a path; a module is given its shapes by kedge.load(path, shapes=…)")
-    if isinstance(model, PrimFunc):
+    if isinstance(model, (PrimFunc, Schedule)):
         if pipeline is not None:
             raise TypeError("pipeline= holds passes over graphs; a PrimFunc has none")
         return Artifact.of(compile_prim_func(model, target, name=name, progress=progress))
     if not isinstance(model, Module):
-        given = type(model).__name__
-        raise TypeError(f"cannot compile a value of type {given}: give an .onnx path, a kedge.Module or a PrimFunc")
+        accepted = "give an .onnx path, a kedge.Module, a PrimFunc or a Schedule"
+        raise TypeError(f"cannot compile a value of type {type(model).__name__}: {accepted}")
     artifact = compile_module(model, target, pipeline=pipeline, name=name or "model", progress=progress)
     return Artifact.of(artifact)
 

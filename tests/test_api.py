@@ -98,14 +98,34 @@ def test_parameters_can_stay_inputs() -> None:
 
 def test_a_te_function_goes_through_the_same_door() -> None:
     n = 37
-    a, b = (te.placeholder((n, n), "float32", name=name) for name in "ab")
-    k = te.reduce_axis(n, "k")
-    c = te.compute((n, n), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")
-    artifact = kedge.compile(te.create_prim_func([a, b, c], name="main"), target="native")
+    artifact = kedge.compile(product(n), target="native")
     rng = np.random.default_rng(2)
     left, right = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
     with artifact.open(threads=1) as m:
         np.testing.assert_allclose(m.run({"a": left, "b": right})["c"], left @ right, rtol=1e-4, atol=1e-4)
+
+
+def product(n: int) -> PrimFunc:
+    a, b = (te.placeholder((n, n), "float32", name=name) for name in "ab")
+    k = te.reduce_axis(n, "k")
+    return te.create_prim_func([a, b, te.compute((n, n), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")], "main")
+
+
+def test_what_is_scheduled_by_hand_is_compiled_as_it_is() -> None:
+    func, rng = product(24), np.random.default_rng(2)
+    left, right = (rng.standard_normal((24, 24)).astype(np.float32) for _ in range(2))
+    sch = kedge.Schedule(func)
+    tiled = sch.get_block("c")
+    i, j, k = sch.get_loops(tiled)
+    outer, inner = sch.split(j, [None, 8])
+    sch.reorder(outer, k, i, inner)  # serial loops alone: only the Schedule says that somebody chose them
+    assert not is_scheduled(sch.func) and is_scheduled(schedule_func(func, parse("native")).func)
+    for source in (sch, schedule_func(func, parse("native")).func, sch.func):
+        with kedge.compile(source, target="native").open(threads=1) as m:
+            np.testing.assert_allclose(m.run({"a": left, "b": right})["c"], left @ right, rtol=1e-4, atol=1e-5)
+    program = lower_prim_func(sch, parse("native"))
+    assert program.kernels["main"].rule == "by hand" and program.kernels["main"].func is sch.func
+    assert lower_prim_func(sch.func, parse("native")).kernels["main"].rule != "by hand"
 
 
 def test_a_module_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from kedge.compiler.lower.limits import least_sizes, with_symbols
 from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
 from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
-from kedge.compiler.schedule.default import schedule_func
+from kedge.compiler.schedule.default import is_scheduled, schedule_func
 from kedge.compiler.schedule.rules.rule import TargetModel
+from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Dim, Expr
 from kedge.compiler.tir.stmt import Buffer, PrimFunc
 from kedge.compiler.tir.structural import canonical
@@ -42,8 +43,13 @@ def lower(module: Module, target: TargetModel) -> Program:
     return Program(pool.scheduled(), entries, MappingProxyType(weights.arrays))
 
 
-def lower_prim_func(func: PrimFunc, target: TargetModel) -> Program:
-    """The program whose only entry calls `func`; inputs and outputs are named as its parameters."""
+def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel) -> Program:
+    """The program whose only entry calls a function; inputs and outputs are named as its parameters.
+
+    A `Schedule` is taken as it is, and so is a function that shows a schedule already (see `is_scheduled`); any other
+    gets that of the first rule that matches.
+    """
+    func = source.func if isinstance(source, Schedule) else source
     split = len(func.params) - func.n_outputs
     inputs = tuple(_port(buffer) for buffer in func.params[:split])
     outputs = tuple(_port(buffer) for buffer in func.params[split:])
@@ -54,7 +60,12 @@ def lower_prim_func(func: PrimFunc, target: TargetModel) -> Program:
     slots = [Slot("input", port.type, index) for index, port in enumerate(inputs)]
     slots += [Slot("output", port.type, index) for index, port in enumerate(outputs)]
     step = Step(func.name, tuple(slots), func.symbols)
-    kernel = schedule_func(func, target)
+    if isinstance(source, Schedule):
+        kernel = Kernel(func, "by hand", MappingProxyType({}), source.trace)
+    elif is_scheduled(func):
+        kernel = Kernel(func, "by hand", MappingProxyType({}), ())
+    else:
+        kernel = schedule_func(func, target)
     entry = Entry(func.name, inputs, outputs, func.symbols, (step,), 0)
     return Program(MappingProxyType({func.name: kernel}), (entry,))
 

@@ -14,12 +14,20 @@ from kedge.compiler.schedule.rules.injective import Injective
 from kedge.compiler.schedule.rules.reduction import Reduction
 from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
 from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.tree import blocks_in, loops_in
 from kedge.compiler.tir.stmt import PrimFunc
 
 _log = logging.getLogger(__name__)
 
 #: All rules, the more special first. The last one matches everything.
 RULES: tuple[Rule, ...] = (Injective(), Contraction(), Reduction(), Fallback())
+
+
+def is_scheduled(func: PrimFunc) -> bool:
+    """Whether a function shows that it was scheduled: by kinds of loops, annotations, or scopes of its buffers."""
+    special = any(loop.kind != "serial" or loop.annotations for loop in loops_in(func.body))
+    noted = any(block.annotations for block in blocks_in(func.body))
+    return special or noted or any(buffer.scope != "global" for buffer in func.allocs)
 
 
 def schedule_func(
