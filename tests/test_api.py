@@ -15,6 +15,10 @@ from kedge import nn, te
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.compiler.graph import interp
+from kedge.compiler.lower.lower import lower_prim_func
+from kedge.compiler.schedule.default import is_scheduled, schedule_func
+from kedge.compiler.target import parse
+from kedge.compiler.tir.stmt import PrimFunc
 from kedge.data import digits_model, digits_test
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError
 
