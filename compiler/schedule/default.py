@@ -14,7 +14,7 @@ from kedge.compiler.schedule.rules.injective import Injective
 from kedge.compiler.schedule.rules.reduction import Reduction
 from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.schedule.tree import blocks_in, loops_in
+from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
 from kedge.compiler.tir.stmt import PrimFunc
 
 _log = logging.getLogger(__name__)
@@ -24,10 +24,19 @@ RULES: tuple[Rule, ...] = (Injective(), Contraction(), Reduction(), Fallback())
 
 
 def is_scheduled(func: PrimFunc) -> bool:
-    """Whether a function shows that it was scheduled: by kinds of loops, annotations, or scopes of its buffers."""
+    """Whether a function shows that it was scheduled: by its loops, annotations, or scopes of its buffers."""
     special = any(loop.kind != "serial" or loop.annotations for loop in loops_in(func.body))
     noted = any(block.annotations for block in blocks_in(func.body))
-    return special or noted or any(buffer.scope != "global" for buffer in func.allocs)
+    return special or noted or any(buffer.scope != "global" for buffer in func.allocs) or not is_plain(func)
+
+
+def is_plain(func: PrimFunc) -> bool:
+    """Whether every block stands in loops of its own, one per iteration variable in order, as lowering makes them."""
+    for block in blocks_in(func.body):
+        loops = loops_on(block_path(func, block.name))
+        if [id(loop.var) for loop in loops] != [id(binding) for binding in block.bindings]:
+            return False
+    return True
 
 
 def schedule_func(
@@ -42,7 +51,8 @@ def schedule_func(
         ScheduleError: `decisions` were given and cannot be carried out.
     """
     refused: dict[str, Any] = {}
-    for rule in RULES:
+    # What somebody has reshaped already is beyond the rules, but for the last, which leaves it as it is.
+    for rule in RULES if is_plain(func) else RULES[-1:]:
         if not rule.match(func, target):
             continue
         chosen = decisions if decisions is not None else rule.default(func, target)
