@@ -35,7 +35,16 @@ class JobAssigned:
 
 @dataclass(frozen=True, slots=True)
 class JobRequeued:
-    """The device gave the job up before it began."""
+    """The device gave the job up before it began: it waits again, since `queued_ms`; `requeues` counts the times."""
+
+    job_id: str
+    queued_ms: int
+    requeues: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobWithdrawn:
+    """The job could not be stored when it was submitted, and its client was told so: it never was."""
 
     job_id: str
 
@@ -57,7 +66,7 @@ class JobDone:
     finished_ms: int
 
 
-Fact = JobAccepted | JobAssigned | JobRequeued | JobCancelling | JobDone
+Fact = JobAccepted | JobAssigned | JobRequeued | JobWithdrawn | JobCancelling | JobDone
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +77,15 @@ class JobRecord:
     assigned: JobAssigned | None = None
     epoch: int = 0
     cancelling: str | None = None
+    requeued: JobRequeued | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """What a tracker finds when it starts; `ended` (job, epoch) and `keys` (key, job) oldest first.
 
-    `last_seq` is the highest sequence number ever given to a job, whether it still lives or not.
+    `last_seq` is the highest sequence number ever given to a job, whether it still lives or not; `all_keys` says that
+    no older key is stored beside `keys`.
     """
 
     tracker_id: str
@@ -82,6 +93,7 @@ class Stored:
     ended: tuple[tuple[str, int], ...] = ()
     keys: tuple[tuple[str, str], ...] = ()
     last_seq: int = 0
+    all_keys: bool = True
 
 
 @dataclass(frozen=True, slots=True)

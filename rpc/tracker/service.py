@@ -22,8 +22,9 @@ from kedge.rpc.messages import Hello, TrackerBody
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
 from kedge.rpc.selector import parse
 from kedge.rpc.status import NotReadyError, to_status
+from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.facts import Needs
-from kedge.rpc.tracker.shell import Shell, without_inputs
+from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.transport import CHUNK_BYTES
 from kedge.rpc.types import Blob, JobSpec, JobState
 
@@ -126,9 +127,9 @@ class FleetService:
 
     @typed_errors
     async def ListJobs(self, request: fleet_pb2.ListJobsRequest, _context: Context) -> fleet_pb2.ListJobsResponse:
-        """The newest jobs."""
+        """The newest jobs in brief."""
         states = tuple(convert.job_state_from_pb(state) for state in request.states)
-        jobs = await self._shell.jobs(min(request.limit or 100, _MAX_LIST), states)
+        jobs = await self._shell.jobs(max(1, min(request.limit or 100, _MAX_LIST)), states)
         return fleet_pb2.ListJobsResponse(jobs=[convert.job_to_pb(job) for job in jobs])
 
     @typed_errors

@@ -12,10 +12,11 @@ import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kedge.rpc.messages import AgentBody, Hello, TrackerBody
+from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
 from kedge.rpc.status import UnknownJobError
+from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.state import Settings, TrackerState
 from kedge.rpc.tracker.store import Store, StoreError
@@ -107,18 +108,35 @@ class Shell:
         Raises:
             StoreError: jobs cannot be stored at the moment; with the same key it may be tried again.
         """
-        known = self.state.job_of_key(key) if key else None
-        if known is not None:
-            await self._barrier()
-            return known, True
+        while (known := await self._job_of_key(key)) is not None:
+            await self._durable(self._barrier())
+            if await self._job_of_key(key) == known:  # and has not been withdrawn
+                return known, True
         self._check_store()
         job_id = secrets.token_hex(6)
         stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now()))
+        try:
+            await self._durable(stored)
+        except StoreError:
+            # What was refused must never run.
+            self._apply(self.state.withdraw(job_id, key, self._now()))
+            raise
+        return job_id, False
+
+    async def _job_of_key(self, key: str) -> str | None:
+        known = self.state.job_of_key(key) if key else None
+        if known is None and key and not self.state.knows_all_keys:
+            stored = await asyncio.wrap_future(self._store.job_of_key(key))
+            # Somebody else may have used the key meanwhile.
+            known = self.state.job_of_key(key) or stored
+        return known
+
+    async def _durable(self, stored: asyncio.Future[None]) -> None:
+        """Wait until effects are out; raises StoreError when the disk does not take them."""
         while not stored.done():
             await asyncio.wait([stored], timeout=_STORE_PATIENCE_S)
             if not stored.done():
                 self._check_store()
-        return job_id, False
 
     def _check_store(self) -> None:
         if self._store.problem is not None:
@@ -127,8 +145,8 @@ class Shell:
             )
 
     async def cancel(self, job_id: str, reason: str) -> Job:
-        """Stop a job; returns it as it is then. Raises UnknownJobError."""
-        await self._apply(self.state.cancel(job_id, reason, self._now()))
+        """Stop a job; returns it as it is then. Raises UnknownJobError, and StoreError as `submit`."""
+        await self._durable(self._apply(self.state.cancel(job_id, reason, self._now())))
         return await self.job(job_id)
 
     async def job(self, job_id: str) -> Job:
@@ -141,10 +159,10 @@ class Shell:
         return job
 
     async def jobs(self, limit: int, states: tuple[JobState, ...]) -> list[Job]:
-        """The newest jobs without their tensors, newest first."""
+        """The newest jobs in brief, newest first."""
         stored = await asyncio.wrap_future(self._store.jobs(limit, states))
         found = [self.state.job(job.id) or job for job in stored]
-        return [_without_tensors(job) for job in found if not states or job.state in states]
+        return [brief_job(job) for job in found if not states or job.state in states]
 
     def watch(self, job_id: str) -> asyncio.Queue[Job | None]:
         """A queue of the job's changes from now on, None when the tracker stops; give it back with `unwatch`."""
@@ -197,6 +215,7 @@ class Shell:
     def _stored(self, outbox: _Outbox) -> None:
         outbox.durable = True
         self._release()
+        self._arm()
 
     def _release(self) -> None:
         while self._pending and self._pending[0].durable:
@@ -214,6 +233,8 @@ class Shell:
                 outbox.released.set_result(None)
 
     def _tell(self, connection: int, body: TrackerBody | None) -> None:
+        if isinstance(body, AssignJob) and not self.state.assignment_leaves(body.lease, self._now()):
+            return
         send = self._agents.get(connection)
         if send is not None:
             send(body)
@@ -247,13 +268,3 @@ class Shell:
     def _tick(self) -> None:
         self._timer = None
         self._apply(self.state.tick(self._now()))
-
-
-def without_inputs(job: Job) -> Job:
-    """The job without the tensors that its client sent."""
-    return replace(job, spec=replace(job.spec, task=replace(job.spec.task, inputs=())))
-
-
-def _without_tensors(job: Job) -> Job:
-    result = None if job.result is None else replace(job.result, outputs=())
-    return replace(without_inputs(job), result=result)

@@ -7,8 +7,9 @@ to send once those are stored. `restore` builds the state again from what was st
        ^------ never began ----'                   '-- lease ran out, deadline, cancelled --> done
 
 A lease is (job, epoch). The epoch grows with every assignment, and a message under another one changes nothing, so a
-stale agent can harm nothing. A lease is renewed by every heartbeat that names it and outlives a lost connection for
-`lease_ms`. A device is idle when it is connected and holds no lease, wanted or not.
+stale agent can harm nothing. A lease begins when its assignment leaves, which is not before it is stored; it is renewed
+by every heartbeat that names it and outlives a lost connection for `lease_ms`. A device is idle when it is connected
+and holds no lease, wanted or not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from kedge.rpc.tracker.facts import (
     JobChanged,
     JobDone,
     JobRequeued,
+    JobWithdrawn,
     Needs,
     Stored,
     ToAgent,
@@ -81,6 +83,8 @@ class _Job:
     started: bool | None = False
     stage: Stage | None = None
     stage_ms: int = 0
+    #: The assignment has left for its device, and the lease runs.
+    sent: bool = False
     lease_ms: int = 0
     requeues: int = 0
     cancelling: str | None = None
@@ -131,6 +135,7 @@ class TrackerState:
         #: Ended jobs and the epoch whose result was taken (0: none was).
         self._ended: OrderedDict[str, int] = OrderedDict()
         self._keys: OrderedDict[str, str] = OrderedDict()
+        self._knows_all_keys = True
         self._alarms: list[tuple[int, str, str]] = []
         self._selectors: dict[str, Selector] = {}
         self._fits: dict[Want, dict[str, bool]] = {}
@@ -149,6 +154,11 @@ class TrackerState:
     def job_of_key(self, key: str) -> str | None:
         """The job that was submitted under this idempotency key."""
         return self._keys.get(key)
+
+    @property
+    def knows_all_keys(self) -> bool:
+        """False when a key that `job_of_key` does not know may be stored all the same."""
+        return self._knows_all_keys
 
     def devices(self, selector: str = "", *, include_gone: bool = False) -> list[DeviceStatus]:
         """Devices by name; raises SelectorError."""
@@ -196,8 +206,10 @@ class TrackerState:
         job = self._jobs.get(job_id)
         if job is None or job.cancelling is not None:
             return effects
-        if job.assigned is None:
+        if not job.sent:
+            self._take_back(job, now, effects)
             self._end(job, OutcomeKind.CANCELLED, Stage.QUEUE, reason, now, effects)
+            self._schedule(now, effects)
             return effects
         job.cancelling, job.cancel_ms = reason, now
         effects.facts.append(JobCancelling(job_id, reason))
@@ -205,6 +217,29 @@ class TrackerState:
         self._watch_job(job)
         effects.sends.append(JobChanged(self._snapshot(job)))
         return effects
+
+    def withdraw(self, job_id: str, key: str, now: int) -> Effects:
+        """Undo `submit`, whose facts are not stored: the client was told that its job is not accepted."""
+        effects = Effects()
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            self._take_back(job, now, effects)
+        if job_id in self._queue:
+            self._queue.remove(job_id)
+        self._ended.pop(job_id, None)
+        self._keys.pop(key, None)
+        effects.facts.append(JobWithdrawn(job_id))
+        self._schedule(now, effects)
+        return effects
+
+    def assignment_leaves(self, lease: Lease, now: int) -> bool:
+        """An assignment is stored and about to be sent: its lease begins. False when it must not be: it is stale."""
+        job = self._jobs.get(lease.job_id)
+        if job is None or job.assigned is None or job.epoch != lease.epoch:
+            return False
+        job.stage_ms = now
+        self._renew(job, now)
+        return True
 
     # ---- Agents ----------------------------------------------------------------------------------------------------
 
@@ -292,15 +327,21 @@ class TrackerState:
         for record in sorted(stored.records, key=lambda record: record.accepted.seq):
             accepted = record.accepted
             job = self._admit(accepted, now, queued=record.assigned is None)
-            job.queued_ms = accepted.submitted_ms
+            job.queued_ms, job.requeues = accepted.submitted_ms, 0
+            if record.requeued is not None:
+                job.queued_ms, job.requeues = record.requeued.queued_ms, record.requeued.requeues
+            # Nobody could take it while the tracker was away: it waits at least until the agents are back.
+            job.queued_ms = max(job.queued_ms, now + self.settings.lease_ms - accepted.spec.deadlines.queue_ms)
             job.epoch, job.assigned, job.cancelling = record.epoch, record.assigned, record.cancelling
             if record.assigned is not None:
                 job.started, job.stage, job.stage_ms = None, Stage.TRANSFER, now
-                job.lease_ms = now + self.settings.lease_ms
                 job.cancel_ms = now
-            self._watch_job(job)
+                self._renew(job, now)
+            else:
+                self._watch_job(job)
         for job_id, epoch in stored.ended:
             self._remember_end(job_id, epoch)
+        self._knows_all_keys = stored.all_keys
         for key, job_id in stored.keys:
             self._remember_key(key, job_id)
 
@@ -327,7 +368,7 @@ class TrackerState:
                 lease = Lease(job_id, epoch)
                 effects.sends.append(ToAgent(_connection(device), m.AbortJob(lease, "the lease is not current")))
                 continue
-            job.lease_ms = now + self.settings.lease_ms
+            self._renew(job, now)
             self._watch_job(job)
             if job.cancelling is not None:
                 self._abort(job, job.cancelling, effects)
@@ -343,7 +384,7 @@ class TrackerState:
         for job_id, epoch in sorted(listed - device.settled):
             job = self._current(device, job_id, epoch)
             if job is not None:
-                job.lease_ms = now + self.settings.lease_ms
+                self._renew(job, now)
             else:
                 lease = Lease(job_id, epoch)
                 effects.sends.append(ToAgent(_connection(device), m.AbortJob(lease, "the lease is not current")))
@@ -404,20 +445,18 @@ class TrackerState:
             job, device = self._jobs[job_id], self._devices[name]
             job.epoch += 1
             job.assigned = JobAssigned(job_id, name, device.instance_id, job.epoch)
-            job.started, job.stage, job.stage_ms = False, Stage.TRANSFER, now
-            job.lease_ms = now + self.settings.lease_ms
+            job.sent, job.started, job.stage, job.stage_ms = False, False, Stage.TRANSFER, now
             device.holding.add(job.key)
             effects.facts.append(job.assigned)
             lease = Lease(job_id, job.epoch, self.settings.lease_ms)
             effects.sends.append(ToAgent(_connection(device), m.AssignJob(lease, job.spec)))
             effects.sends += [JobChanged(self._snapshot(job)), DevicesChanged()]
-            self._watch_job(job)
 
     def _progress(self, device: _Device, lease: Lease, stage: Stage, now: int, effects: Effects) -> None:
         job = self._current(device, lease.job_id, lease.epoch)
         if job is None:
             return
-        job.lease_ms = now + self.settings.lease_ms
+        self._renew(job, now)
         if job.started and job.stage is stage:
             return
         job.started, job.stage, job.stage_ms = True, stage, now
@@ -437,7 +476,16 @@ class TrackerState:
         effects.sends.append(ToAgent(_connection(device), m.ResultAccepted(lease.job_id, stale)))
         self._mark(device, was_idle, now, effects)
 
+    def _renew(self, job: _Job, now: int) -> None:
+        """The device has the lease: it lasts from now on."""
+        begins = not job.sent
+        job.sent, job.lease_ms = True, now + self.settings.lease_ms
+        if begins:
+            self._watch_job(job)
+
     def _check_job(self, job: _Job, now: int, effects: Effects) -> None:
+        if job.assigned is not None and not job.sent:
+            return
         due = self._due(job)
         if now < due:
             self._alarm(due, "job", job.id)
@@ -464,17 +512,22 @@ class TrackerState:
         device = self._devices.get(name)
         if job.cancelling is not None:
             self._end(job, OutcomeKind.CANCELLED, job.stage, job.cancelling, now, effects)
-        elif never_began and job.requeues < self.settings.max_requeues:
+        elif never_began and (job.requeues < self.settings.max_requeues or not job.sent):
             self._release(device, job.key, now, effects)
-            job.requeues += 1
-            job.assigned, job.started, job.stage, job.queued_ms = None, False, None, now
-            effects.facts.append(JobRequeued(job.id))
+            job.requeues += job.sent
+            job.assigned, job.sent, job.started, job.stage, job.queued_ms = None, False, False, None, now
+            effects.facts.append(JobRequeued(job.id, now, job.requeues))
             self._queue.push(job.id, job.want, job.spec.priority, job.accepted.seq)
             self._watch_job(job)
             effects.sends.append(JobChanged(self._snapshot(job)))
         else:
             self._release(device, job.key, now, effects)
             self._end(job, OutcomeKind.DEVICE_LOST, job.stage, f"device {name}: {why}", now, effects)
+
+    def _take_back(self, job: _Job, now: int, effects: Effects) -> None:
+        """The device of an assignment that never left is free again."""
+        if job.assigned is not None:
+            self._release(self._devices.get(job.assigned.device), job.key, now, effects)
 
     def _release(self, device: _Device | None, key: Key, now: int, effects: Effects) -> None:
         if device is not None:
@@ -592,6 +645,7 @@ class TrackerState:
             self._keys[key] = job_id
         while len(self._keys) > self.settings.remembered_jobs:
             self._keys.popitem(last=False)
+            self._knows_all_keys = False
 
 
 def can_run(needs: Needs, info: DeviceInfo) -> bool:

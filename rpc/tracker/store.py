@@ -2,7 +2,8 @@
 
 One thread owns the connection. Facts are queued to it and committed in groups: whatever has gathered while the last
 commit was under way goes into the next, so that no fact waits for a timer and many share one fsync. Reading goes
-through the same queue and therefore sees everything that was queued before.
+through the same queue and therefore sees everything that was queued before; while the disk takes nothing, it sees
+what is stored.
 
 The database is opened exclusively: a second tracker on the same folder is refused.
 """
@@ -14,6 +15,7 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from kedge.rpc import convert
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.facts import (
     Fact,
     JobAccepted,
@@ -33,6 +36,7 @@ from kedge.rpc.tracker.facts import (
     JobDone,
     JobRecord,
     JobRequeued,
+    JobWithdrawn,
     Needs,
     Stored,
 )
@@ -41,7 +45,7 @@ from kedge.rpc.types import Job, JobState
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Pause before a commit that failed (a full disk) is tried again.
 _RETRY_S = 1.0
 
@@ -57,7 +61,6 @@ _jobs = sa.Table(
     _metadata,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
-    sa.Column("spec", sa.LargeBinary, nullable=False),
     sa.Column("needs", sa.String, nullable=False),
     sa.Column("submitted_ms", sa.BigInteger, nullable=False),
     sa.Column("state", sa.String, nullable=False, index=True),
@@ -65,14 +68,21 @@ _jobs = sa.Table(
     sa.Column("instance_id", sa.String, nullable=False, default=""),
     sa.Column("epoch", sa.BigInteger, nullable=False, default=0),
     sa.Column("cancelling", sa.String),
+    # Since when it waits again, and how often a device gave it up.
+    sa.Column("queued_ms", sa.BigInteger),
+    sa.Column("requeues", sa.Integer, nullable=False, default=0),
+    # What lists show comes before the whole: SQLite reads a row from its beginning.
+    sa.Column("brief", sa.LargeBinary, nullable=False),
+    sa.Column("spec", sa.LargeBinary, nullable=False),
 )
 _results = sa.Table(
     "results",
     _metadata,
     sa.Column("job_id", sa.String, primary_key=True),
     sa.Column("outcome", sa.String, nullable=False),
-    sa.Column("result", sa.LargeBinary, nullable=False),
     sa.Column("finished_ms", sa.BigInteger, nullable=False),
+    sa.Column("brief", sa.LargeBinary, nullable=False),
+    sa.Column("result", sa.LargeBinary, nullable=False),
 )
 _keys = sa.Table(
     "idempotency_keys",
@@ -152,8 +162,13 @@ class Store:
         return self._read(lambda connection: _load_job(connection, job_id))
 
     def jobs(self, limit: int, states: Sequence[JobState]) -> Future[list[Job]]:
-        """The newest jobs, newest first, as stored; tensors are left out of specs and results."""
+        """The newest jobs, newest first, as stored and in brief (see `kedge.rpc.tracker.brief`)."""
         return self._read(lambda connection: _list_jobs(connection, limit, states))
+
+    def job_of_key(self, key: str) -> Future[str | None]:
+        """The job that was ever submitted under this idempotency key."""
+        query = sa.select(_keys.c.job_id).where(_keys.c.key == key)
+        return self._read(lambda connection: connection.execute(query).scalar_one_or_none())
 
     def close(self) -> None:
         """Store what was queued and close the database."""
@@ -212,7 +227,10 @@ class Store:
             return _Idle()
 
     def _commit(self, connection: sa.Connection, group: list[_Append]) -> bool:
-        """Make a group durable, however often it takes; False when the tracker stops before that."""
+        """Make a group durable, however often it takes; False when the tracker stops before that.
+
+        What comes in between two attempts joins the group.
+        """
         while True:
             try:
                 with connection.begin():
@@ -223,19 +241,40 @@ class Store:
                 self.problem = str(error.orig)
                 self.troubled.set()
                 log.error("cannot store jobs in %s: %s; trying again", self._path, self.problem)
-                if self._stopping.wait(_RETRY_S):
+                self._pause(connection, group)
+                if self._stopping.is_set():
                     return False
             else:
                 self.problem = None
                 self.troubled.clear()
                 return True
 
+    def _pause(self, connection: sa.Connection, group: list[_Append]) -> None:
+        """Wait for the next attempt to store `group`, which later facts join; readers do not wait with it."""
+        due = time.monotonic() + _RETRY_S
+        while not self._stopping.is_set() and (left := due - time.monotonic()) > 0:
+            try:
+                item = self._work.get(timeout=left)
+            except queue.Empty:
+                return
+            if isinstance(item, _Read):
+                self._answer(connection, item)
+            elif isinstance(item, _Append):
+                group.append(item)
+
     def _answer(self, connection: sa.Connection, item: _Read) -> None:
+        """Run a query, unless nobody waits for it any more; whatever it raises is the reader's."""
+        if not item.future.set_running_or_notify_cancel():
+            return
         try:
             with connection.begin():
-                item.future.set_result(item.query(connection))
+                found = item.query(connection)
         except SQLAlchemyError as error:
             item.future.set_exception(_explain(error, self._path))
+        except Exception as error:  # noqa: BLE001 - one row that cannot be read must not end the store
+            item.future.set_exception(error)
+        else:
+            item.future.set_result(found)
 
 
 # ---- Opening -------------------------------------------------------------------------------------------------------
@@ -256,16 +295,7 @@ def _engine(path: Path) -> sa.Engine:
 
 def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
     with connection.begin():
-        _metadata.create_all(connection)
-        meta: dict[str, str] = {row.name: row.value for row in connection.execute(sa.select(_meta))}
-        if not meta:
-            meta = {"schema": str(SCHEMA_VERSION), "tracker_id": secrets.token_hex(8)}
-            connection.execute(sa.insert(_meta), [{"name": name, "value": value} for name, value in meta.items()])
-        if int(meta["schema"]) > SCHEMA_VERSION:
-            raise StoreError(
-                f"{path} was written by a newer kedge (schema {meta['schema']}, this one knows {SCHEMA_VERSION})",
-                hint="use that kedge, or another --data-dir",
-            )
+        tracker_id = _prepare(connection, path)
         live = sa.select(_jobs, _keys.c.key).outerjoin(_keys, _keys.c.job_id == _jobs.c.id)
         records = [_record(row) for row in connection.execute(live.where(_jobs.c.state != JobState.DONE.value))]
         newest = sa.select(_jobs.c.id, _jobs.c.epoch, _jobs.c.state, _keys.c.key)
@@ -274,7 +304,43 @@ def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
         last_seq = connection.execute(sa.select(sa.func.max(_jobs.c.seq))).scalar() or 0
     ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
     keys = tuple((row.key, row.id) for row in rows if row.key)
-    return Stored(meta["tracker_id"], tuple(records), ended, keys, last_seq)
+    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys=len(rows) < remembered)
+
+
+def _prepare(connection: sa.Connection, path: Path) -> str:
+    """Tables as this kedge knows them, made or brought up to date; the tracker's id."""
+    _metadata.create_all(connection)
+    meta: dict[str, str] = {row.name: row.value for row in connection.execute(sa.select(_meta))}
+    if not meta:
+        meta = {"schema": str(SCHEMA_VERSION), "tracker_id": secrets.token_hex(8)}
+        connection.execute(sa.insert(_meta), [{"name": name, "value": value} for name, value in meta.items()])
+    if int(meta["schema"]) > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by a newer kedge (schema {meta['schema']}, this one knows {SCHEMA_VERSION})",
+            hint="use that kedge, or another --data-dir",
+        )
+    if int(meta["schema"]) < 2:
+        _to_schema_2(connection)
+        connection.execute(sa.update(_meta).where(_meta.c.name == "schema").values(value="2"))
+    return meta["tracker_id"]
+
+
+def _to_schema_2(connection: sa.Connection) -> None:
+    """Lists had to read whole jobs, and what a requeue changed was not stored."""
+    for column in (
+        "jobs ADD COLUMN queued_ms BIGINT",
+        "jobs ADD COLUMN requeues INTEGER NOT NULL DEFAULT 0",
+        "jobs ADD COLUMN brief BLOB NOT NULL DEFAULT x''",
+        "results ADD COLUMN brief BLOB NOT NULL DEFAULT x''",
+    ):
+        connection.execute(sa.text(f"ALTER TABLE {column}"))
+    for job_id in connection.execute(sa.select(_jobs.c.id)).scalars().all():
+        spec = convert.job_spec_from_bytes(connection.execute(_SPEC, {"job": job_id}).scalar_one())
+        connection.execute(_UPDATE_JOB, {"job": job_id, "brief": convert.job_spec_to_bytes(brief_spec(spec))})
+    update = sa.update(_results).where(_results.c.job_id == sa.bindparam("job"))
+    for job_id in connection.execute(sa.select(_results.c.job_id)).scalars().all():
+        result = convert.job_result_from_bytes(connection.execute(_RESULT, {"job": job_id}).scalar_one())
+        connection.execute(update, {"job": job_id, "brief": convert.job_result_to_bytes(brief_result(result))})
 
 
 def _explain(error: Exception, path: Path) -> KedgeError:
@@ -299,6 +365,8 @@ _INSERT_JOB = sa.insert(_jobs)
 _INSERT_KEY = sa.insert(_keys)
 _INSERT_RESULT = sa.insert(_results)
 _UPDATE_JOB = sa.update(_jobs).where(_jobs.c.id == sa.bindparam("job"))
+_SPEC = sa.select(_jobs.c.spec).where(_jobs.c.id == sa.bindparam("job"))
+_RESULT = sa.select(_results.c.result).where(_results.c.job_id == sa.bindparam("job"))
 
 
 def _write(connection: sa.Connection, fact: Fact) -> None:
@@ -307,6 +375,7 @@ def _write(connection: sa.Connection, fact: Fact) -> None:
             "id": fact.job_id,
             "seq": fact.seq,
             "spec": convert.job_spec_to_bytes(fact.spec),
+            "brief": convert.job_spec_to_bytes(brief_spec(fact.spec)),
             "needs": _needs_to_text(fact.needs),
             "submitted_ms": fact.submitted_ms,
             "state": JobState.QUEUED.value,
@@ -315,11 +384,16 @@ def _write(connection: sa.Connection, fact: Fact) -> None:
         if fact.key:
             connection.execute(_INSERT_KEY, {"key": fact.key, "job_id": fact.job_id})
         return
+    if isinstance(fact, JobWithdrawn):
+        for table, column in ((_results, _results.c.job_id), (_keys, _keys.c.job_id), (_jobs, _jobs.c.id)):
+            connection.execute(sa.delete(table).where(column == fact.job_id))
+        return
     if isinstance(fact, JobDone):
         row = {
             "job_id": fact.job_id,
             "outcome": fact.result.outcome.kind.value,
             "result": convert.job_result_to_bytes(fact.result),
+            "brief": convert.job_result_to_bytes(brief_result(fact.result)),
             "finished_ms": fact.finished_ms,
         }
         connection.execute(_INSERT_RESULT, row)
@@ -332,7 +406,8 @@ def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[
         place = {"device": fact.device, "instance_id": fact.instance_id, "epoch": fact.epoch}
         return {"state": JobState.ASSIGNED.value, **place}
     if isinstance(fact, JobRequeued):
-        return {"state": JobState.QUEUED.value, "device": "", "instance_id": ""}
+        waits = {"queued_ms": fact.queued_ms, "requeues": fact.requeues}
+        return {"state": JobState.QUEUED.value, "device": "", "instance_id": "", **waits}
     if isinstance(fact, JobCancelling):
         return {"cancelling": fact.reason}
     return {"state": JobState.DONE.value, "device": fact.result.device}
@@ -344,13 +419,20 @@ def _record(row: Any) -> JobRecord:
     assigned = None
     if row.state == JobState.ASSIGNED.value:
         assigned = JobAssigned(row.id, row.device, row.instance_id, row.epoch)
-    return JobRecord(accepted, assigned, row.epoch, row.cancelling)
+    requeued = None if row.queued_ms is None else JobRequeued(row.id, row.queued_ms, row.requeues)
+    return JobRecord(accepted, assigned, row.epoch, row.cancelling, requeued)
 
 
 _FULL_JOB = (
     sa.select(_jobs, _results.c.result, _results.c.finished_ms)
     .outerjoin(_results, _results.c.job_id == _jobs.c.id)
 )  # fmt: skip
+_BRIEF_JOBS = (
+    sa.select(_jobs.c.id, _jobs.c.brief.label("spec"), _jobs.c.state, _jobs.c.device, _jobs.c.submitted_ms)
+    .add_columns(_results.c.brief.label("result"), _results.c.finished_ms)
+    .outerjoin(_results, _results.c.job_id == _jobs.c.id)
+    .order_by(_jobs.c.seq.desc())
+)
 
 
 def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
@@ -359,7 +441,7 @@ def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
 
 
 def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState]) -> list[Job]:
-    query = _FULL_JOB.order_by(_jobs.c.seq.desc()).limit(limit)
+    query = _BRIEF_JOBS.limit(limit)
     if states:
         # The database does not know who has started: that is asked of the living.
         wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states}

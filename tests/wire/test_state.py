@@ -18,6 +18,7 @@ from kedge.rpc.tracker.facts import (
     JobDone,
     JobRecord,
     JobRequeued,
+    JobWithdrawn,
     Stored,
     ToAgent,
 )
@@ -64,6 +65,7 @@ class Bench:
     def assigned(self, job_id: str = "j", now: int = 0, **deadlines: int) -> Lease:
         effects = self.state.submit(job_id, spec(**deadlines), NEEDS, "", now)
         (assign,) = bodies(effects, m.AssignJob)
+        assert self.state.assignment_leaves(assign.lease, now)
         return assign.lease
 
     def started(self, now: int = 0, **deadlines: int) -> Lease:
@@ -163,6 +165,7 @@ def test_a_job_is_queued_again_only_so_often(bench: Bench) -> None:
         bench.state.disconnect(connection, 5)
         effects = bench.state.connect(connection + 1, hello("a", str(connection + 1)), 10)
         assert [type(f) for f in effects.facts] == [JobRequeued, JobAssigned]
+        assert bench.state.assignment_leaves(Lease("j", connection + 1), 10)
     bench.state.disconnect(1 + S.max_requeues, 20)
     effects = bench.state.connect(9, hello("a", "9"), 30)
     assert ends(effects) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
@@ -375,3 +378,76 @@ def test_devices_are_listed_by_selector(bench: Bench) -> None:
     assert bench.state.devices("arch=x86_64") == []
     with pytest.raises(SelectorError):
         bench.state.devices("arch=")
+
+
+def test_a_lease_begins_when_its_assignment_leaves(bench: Bench) -> None:
+    """Until the disk has taken the assignment, no time counts against the job."""
+    effects = bench.state.submit("j", spec(), NEEDS, "", 0)
+    (assign,) = bodies(effects, m.AssignJob)
+    for now in range(900, 60_000, 900):
+        bench.state.receive(1, m.Heartbeat(), now)
+        assert bench.state.tick(now).facts == []
+    assert bench.state.assignment_leaves(assign.lease, 60_000)
+    bench.state.disconnect(1, 60_001)
+    assert bench.state.tick(60_000 + S.lease_ms - 1).facts == []
+    assert [type(f) for f in bench.state.tick(60_000 + S.lease_ms).facts] == [JobRequeued]
+
+
+def test_an_assignment_that_never_left_is_not_counted_and_leaves_no_more(bench: Bench) -> None:
+    (assign,) = bodies(bench.state.submit("j", spec(), NEEDS, "", 0), m.AssignJob)
+    for connection in range(1, 10):
+        bench.state.disconnect(connection, 5)
+        effects = bench.state.connect(connection + 1, hello("a", str(connection + 1)), 10)
+        assert [(f.requeues if isinstance(f, JobRequeued) else f.epoch) for f in effects.facts] == [0, connection + 1]
+    assert not bench.state.assignment_leaves(assign.lease, 20)
+    assert bench.state.assignment_leaves(Lease("j", 10), 20)
+
+
+def test_cancelling_an_assignment_that_never_left_is_immediate(bench: Bench) -> None:
+    (assign,) = bodies(bench.state.submit("j", spec(), NEEDS, "", 0), m.AssignJob)
+    bench.state.submit("next", spec(), NEEDS, "", 0)
+    effects = bench.state.cancel("j", "enough", 1)
+    assert ends(effects) == {"j": (OutcomeKind.CANCELLED, Stage.QUEUE)}
+    assert [body.lease.job_id for body in bodies(effects, m.AssignJob)] == ["next"]
+    assert not bench.state.assignment_leaves(assign.lease, 2)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_job_that_was_refused_never_was(bench: Bench, ended: bool) -> None:
+    (assign,) = bodies(bench.state.submit("j", spec(), NEEDS, "k", 0), m.AssignJob)
+    if ended:
+        bench.state.cancel("j", "enough", 1)
+    assert bench.state.withdraw("j", "k", 2).facts == [JobWithdrawn("j")]
+    assert not bench.state.assignment_leaves(assign.lease, 3)
+    assert bench.state.job_of_key("k") is None and bench.state.live_jobs() == []
+    assert bench.device() is DeviceState.IDLE
+    waiting = TrackerState("t", S)
+    waiting.submit("w", spec(), NEEDS, "k", 0)
+    waiting.withdraw("w", "k", 1)
+    assert bodies(waiting.connect(1, hello(), 2), m.AssignJob) == []
+
+
+def test_after_a_restart_waiting_jobs_wait_for_the_agents_to_come_back() -> None:
+    """Nobody could take them while the tracker was away, and what a requeue gave them is still theirs."""
+    state = TrackerState("t", S)
+    (accepted,) = state.submit("j", spec(queue_ms=20_000), NEEDS, "", 0).facts
+    reborn = TrackerState("t", S)
+    reborn.restore(Stored("t", (JobRecord(accepted),), last_seq=1), 30_000)
+    assert ends(reborn.tick(30_000 + S.lease_ms - 1)) == {}
+    assert ends(reborn.tick(30_000 + S.lease_ms)) == {"j": (OutcomeKind.TIMEOUT, Stage.QUEUE)}
+    again = TrackerState("t", S)
+    record = JobRecord(accepted, None, 2, requeued=JobRequeued("j", 25_000, S.max_requeues))
+    again.restore(Stored("t", (record,), last_seq=1), 30_000)
+    assert ends(again.tick(44_999)) == {}
+    again.connect(1, hello(), 44_999)
+    assert again.assignment_leaves(Lease("j", 3), 44_999)
+    again.disconnect(1, 45_000)
+    assert ends(again.connect(2, hello("a", "2"), 45_001)) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
+
+
+def test_keys_that_memory_has_no_room_for_may_still_be_stored() -> None:
+    state = TrackerState("t", replace(S, remembered_jobs=1))
+    state.submit("j", spec(), NEEDS, "k1", 0)
+    assert state.knows_all_keys
+    state.submit("i", spec(), NEEDS, "k2", 0)
+    assert (state.job_of_key("k1"), state.knows_all_keys) == (None, False)

@@ -97,7 +97,7 @@ class Store:
                 self.records[fact.job_id] = replace(record, assigned=fact, epoch=fact.epoch)
             elif isinstance(fact, JobRequeued):
                 assert record.assigned is not None
-                self.records[fact.job_id] = replace(record, assigned=None)
+                self.records[fact.job_id] = replace(record, assigned=None, requeued=fact)
             elif isinstance(fact, JobCancelling):
                 self.records[fact.job_id] = replace(record, cancelling=fact.reason)
             else:
@@ -293,9 +293,11 @@ class TrackerMachine(RuleBasedStateMachine):
 
     def deliver(self, send: ToAgent) -> None:
         agent = next((a for a in self.agents.values() if a.connection == send.connection), None)
+        body = send.body
+        if isinstance(body, m.AssignJob):
+            assert self.state.assignment_leaves(body.lease, self.now), "what leaves at once is current"
         if agent is None:
             return
-        body = send.body
         if isinstance(body, m.AssignJob):
             key = (body.lease.job_id, body.lease.epoch)
             want = self.accepted[key[0]]

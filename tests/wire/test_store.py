@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kedge.rpc import convert
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.tracker.facts import (
     Fact,
@@ -18,9 +19,20 @@ from kedge.rpc.tracker.facts import (
     JobDone,
     JobRecord,
     JobRequeued,
+    JobWithdrawn,
 )
 from kedge.rpc.tracker.store import Store, StoreError
-from kedge.rpc.types import Blob, JobResult, JobSpec, JobState, RunTask, Tensor
+from kedge.rpc.types import (
+    Blob,
+    JobResult,
+    JobSpec,
+    JobState,
+    Measurement,
+    RunTask,
+    Tensor,
+    TimeOptions,
+    Verdict,
+)
 
 NEEDS = (("x86_64", frozenset({"avx2", "fma"})), ("aarch64", frozenset[str]()))
 SPEC = JobSpec(Blob("0" * 64, 9), "main", RunTask((Tensor("x", "int8", (3,), b"abc"),)), "arch=x86_64", priority=3)
@@ -44,14 +56,14 @@ def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     assigned = JobAssigned("r", "a", "instance", 1)
     write(store, waiting, running, accepted("d", 3, "kd"), accepted("q", 4), assigned)
     write(store, JobAssigned("d", "a", "i", 1), JobDone("d", RESULT, 500))
-    write(store, JobAssigned("q", "a", "i", 1), JobRequeued("q"), JobCancelling("r", "enough"))
+    write(store, JobAssigned("q", "a", "i", 1), JobRequeued("q", 700, 1), JobCancelling("r", "enough"))
     store.close()
     again = Store(tmp_path)
     assert again.found.tracker_id == tracker_id
     assert again.found.records == (
         JobRecord(waiting),
         JobRecord(running, assigned, 1, "enough"),
-        JobRecord(accepted("q", 4), None, 1),
+        JobRecord(accepted("q", 4), None, 1, requeued=JobRequeued("q", 700, 1)),
     )
     assert again.found.ended == (("d", 1),)
     assert again.found.keys == (("kw", "w"), ("kd", "d"))
@@ -120,6 +132,109 @@ def test_a_second_tracker_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
 
 
+def test_a_reader_that_gave_up_does_no_harm(tmp_path: Path) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+    store = Store(tmp_path, on_failure=failures.put)
+    busy, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        busy.set()
+        assert go_on.wait(10)
+
+    store.append([accepted("j", 1)], hold)
+    assert busy.wait(10)
+    given_up = store.jobs(10, ())
+    assert given_up.cancel()
+    go_on.set()
+    job = store.job("j").result(10)
+    assert job is not None and job.id == "j" and failures.empty()
+    store.close()
+
+
+def test_a_row_that_cannot_be_read_is_its_readers_trouble_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    write(store, accepted("rotten", 1), JobDone("rotten", RESULT, 5), accepted("sound", 2))
+    store.close()
+    with sqlite3.connect(tmp_path / "tracker.db") as connection:
+        connection.execute("UPDATE jobs SET spec = x'ff' WHERE id = 'rotten'")
+    connection.close()
+    again = Store(tmp_path)
+    with pytest.raises(Exception, match="parsing"):
+        again.job("rotten").result(10)
+    assert [job.id for job in again.jobs(10, ()).result(10)] == ["sound", "rotten"], "lists read briefs alone"
+    again.close()
+
+
+def test_lists_are_brief(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    measured = Measurement(TimeOptions(repeat=3), (1.0, 2.0, 3.0), verdict=Verdict.VALID)
+    long = JobResult(Outcome(OutcomeKind.CRASH, message="x" * 4_000), RESULT.outputs, measured, device="a")
+    write(store, accepted("j", 1), JobDone("j", long, 5))
+    (listed,) = store.jobs(10, ()).result(10)
+    assert listed.spec.task.inputs == () and listed.result is not None and listed.result.measurement is not None
+    assert (listed.result.outputs, listed.result.measurement.samples_ns) == ((), ())
+    assert listed.result.measurement.options.repeat == 3 and len(listed.result.outcome.message) == 500
+    whole = store.job("j").result(10)
+    assert whole is not None and whole.result == long
+    store.close()
+
+
+def test_what_was_withdrawn_is_not_found_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    write(store, accepted("j", 1, "k"), JobDone("j", RESULT, 5), JobWithdrawn("j"))
+    assert store.job("j").result(10) is None and store.job_of_key("k").result(10) is None
+    write(store, accepted("i", 2, "k"))
+    assert store.job_of_key("k").result(10) == "i"
+    store.close()
+
+
+def test_it_says_whether_it_found_every_key(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    write(store, accepted("a", 1, "k1"), accepted("b", 2, "k2"), accepted("c", 3, "k3"))
+    assert store.found.all_keys
+    store.close()
+    few = Store(tmp_path, remembered=2)
+    assert few.found.keys == (("k2", "b"), ("k3", "c")) and not few.found.all_keys
+    few.close()
+
+
+SCHEMA_1 = """
+CREATE TABLE meta (name VARCHAR NOT NULL PRIMARY KEY, value VARCHAR NOT NULL);
+CREATE TABLE jobs (id VARCHAR NOT NULL PRIMARY KEY, seq BIGINT NOT NULL UNIQUE, spec BLOB NOT NULL,
+  needs VARCHAR NOT NULL, submitted_ms BIGINT NOT NULL, state VARCHAR NOT NULL, device VARCHAR NOT NULL,
+  instance_id VARCHAR NOT NULL, epoch BIGINT NOT NULL, cancelling VARCHAR);
+CREATE INDEX ix_jobs_state ON jobs (state);
+CREATE TABLE results (job_id VARCHAR NOT NULL PRIMARY KEY, outcome VARCHAR NOT NULL, result BLOB NOT NULL,
+  finished_ms BIGINT NOT NULL);
+CREATE TABLE idempotency_keys (key VARCHAR NOT NULL PRIMARY KEY, job_id VARCHAR NOT NULL);
+INSERT INTO meta VALUES ('schema', '1'), ('tracker_id', 'old');
+"""
+
+
+def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    spec, result = convert.job_spec_to_bytes(SPEC), convert.job_result_to_bytes(RESULT)
+    row = "INSERT INTO jobs VALUES (?, ?, ?, '[]', 100, ?, '', '', 0, NULL)"
+    with sqlite3.connect(tmp_path / "tracker.db") as connection:
+        connection.executescript(SCHEMA_1)
+        connection.execute(row, ("w", 1, spec, "queued"))
+        connection.execute(row, ("d", 2, spec, "done"))
+        connection.execute("INSERT INTO results VALUES ('d', 'ok', ?, 500)", (result,))
+    connection.close()
+    for _ in range(2):
+        store = Store(tmp_path)
+        assert store.found.tracker_id == "old"
+        assert store.found.records == (JobRecord(JobAccepted("w", 1, SPEC, (), "", 100)),)
+        listed = store.jobs(10, ()).result(10)
+        assert [(job.id, job.spec.function, job.spec.task.inputs) for job in listed] == [
+            ("d", "main", ()),
+            ("w", "main", ()),
+        ]
+        assert listed[0].result is not None and listed[0].result.outputs == ()
+        job = store.job("d").result(10)
+        assert job is not None and (job.spec, job.result) == (SPEC, RESULT)
+        store.close()
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "tracker.db") as connection:
@@ -167,16 +282,19 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, infinity))
 durable = threading.Event()
 store.append([accepted(f"j{n}", n) for n in range(500)], durable.set)
 print(store.troubled.wait(20), bool(store.problem), durable.is_set())
+print(store.job("j1").result(0.9), store.job_of_key("k").result(0.9))
+later = threading.Event()
+store.append([accepted("later", 500)], later.set)
 resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
-print(durable.wait(20), store.problem, len(store.jobs(1000, ()).result(10)))
+print(durable.wait(20), later.wait(20), store.problem, len(store.jobs(1000, ()).result(10)))
 store.close()
 """
 
 
 def test_a_full_disk_keeps_facts_until_there_is_room(tmp_path: Path) -> None:
-    """The kernel refuses to let the files grow; when they may again, nothing has been lost."""
+    """The kernel refuses to let the files grow; readers are answered; later, nothing has been lost."""
     tests = Path(__file__).parents[1]
     script = [sys.executable, "-c", FULL, str(tmp_path), str(tests)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.splitlines() == ["True True False", "True None 500"], done.stderr
+    assert done.stdout.splitlines() == ["True True False", "None None", "True True None 501"], done.stderr
     assert "cannot store jobs" in done.stderr

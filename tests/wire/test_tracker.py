@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_the_same_key_gives_the_same_job(tracker: RunningTracker, fleet: Fleet, 
     assert len(fleet.jobs()) == 2
 
 
+def test_a_key_is_known_however_old_it_is(tmp_path: Path, artifact: Artifact) -> None:
+    """Memory holds the newest ones only, here three."""
+    settings = replace(QUICK, remembered_jobs=3)
+    request = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact))
+
+    def submit(stub: Any, key: str) -> tuple[str, bool]:
+        request.idempotency_key = key
+        answer = stub.SubmitJob(request, timeout=10)
+        return answer.job.id, answer.existed
+
+    with start(port=0, data_dir=tmp_path, settings=settings) as tracker, connect(tracker.address) as fleet:
+        fleet._ensure_uploaded(pack(artifact))
+        first, _ = submit(fleet._stub, "nightly")
+        others = [submit(fleet._stub, key) for key in "abcd"]
+        assert submit(fleet._stub, "nightly") == (first, True)
+    with start(port=0, data_dir=tmp_path, settings=settings) as tracker, connect(tracker.address) as fleet:
+        assert submit(fleet._stub, "nightly") == (first, True)
+        assert submit(fleet._stub, "a") == (others[0][0], True)
+        assert len(fleet.jobs()) == 5
+
+
 def test_blobs_have_to_be_there_before_the_job(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:
     def submit(spec: Any) -> Exception:
         with open_channel(tracker.address) as channel:
@@ -227,6 +249,23 @@ def test_jobs_are_listed_newest_first_without_tensors(fleet: Fleet, agent: FakeA
     assert jobs[2].result.outputs == ()
     assert [j.id for j in fleet.jobs(states=(JobState.RUNNING,))] == [live.id]
     assert [j.id for j in fleet.jobs(limit=1)] == [waiting.id]
+    assert len(fleet._stub.ListJobs(fleet_pb2.ListJobsRequest(limit=-1)).jobs) == 1, "there is no way to ask for all"
+
+
+def test_a_list_of_benches_fits_into_a_message(fleet: Fleet, agent: FakeAgent, artifact: Artifact) -> None:
+    """Each of them has samples of 8 MB."""
+    for _ in range(3):
+        job = fleet.bench(artifact, {"x": X}, repeat=7)
+        assigned = agent.expect(m.AssignJob)
+        result = agent.result(assigned.spec)
+        assert result.measurement is not None
+        measured = replace(result.measurement, samples_ns=(1.5,) * 1_000_000)
+        agent.say(m.JobFinished(assigned.lease, replace(result, measurement=measured)))
+        agent.expect(m.ResultAccepted)
+    listed = fleet.jobs()
+    assert [len(j.result.measurement.samples_ns) for j in listed if j.result and j.result.measurement] == [0, 0, 0]
+    timing = fleet.job(job.id).wait().timing
+    assert timing is not None and len(timing.samples_ns) == 1_000_000
 
 
 def test_an_unknown_job_is_an_error_of_its_own(fleet: Fleet) -> None:

@@ -1,0 +1,126 @@
+"""A full disk under a tracker: nothing it refused runs, nothing it accepted is lost, and readers are answered."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from kedge.protos.v1 import fleet_pb2
+from kedge.rpc import messages as m
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.client import Fleet, connect
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.types import JobState
+from support.agents import wait_for
+from support.fake_agent import FakeAgent
+from support.toys import device_info, spec_message
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+#: Leases are short beside the patience with the disk; agents may be silent for longer than any test lasts.
+TRACKER = """
+import asyncio, pathlib, sys
+from kedge.rpc.tracker.server import serve
+from kedge.rpc.tracker.state import Settings
+
+async def main():
+    settings = Settings(silence_ms=120_000, lease_ms=800, deadline_slack_ms=100)
+    async with serve("127.0.0.1", 0, pathlib.Path(sys.argv[1]), settings) as (address, stopped):
+        print(address, flush=True)
+        await stopped
+
+asyncio.run(main())
+"""
+
+
+class Tracker:
+    """A tracker in a process of its own, whose files the kernel lets grow, or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", TRACKER, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.popen.stdout is not None
+        self.address = self.popen.stdout.readline().strip()
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """As long as this lasts, nothing can be written."""
+        usual = resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, (1, usual[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> Iterator[Tracker]:
+    started = Tracker(tmp_path / "tracker")
+    yield started
+    started.popen.kill()
+    started.popen.communicate()
+
+
+@pytest.fixture
+def fleet(tracker: Tracker) -> Iterator[Fleet]:
+    with connect(tracker.address) as connected:
+        yield connected
+
+
+def test_what_was_refused_never_runs_and_what_was_accepted_does(
+    tracker: Tracker, fleet: Fleet, artifact: Artifact
+) -> None:
+    request = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact), idempotency_key="refused")
+    stub: Any = fleet._stub
+    with FakeAgent(fleet.address, device_info()) as agent:
+        first, second = fleet.run(artifact, {"x": X}), fleet.run(artifact, {"x": X})
+        assigned = agent.expect(m.AssignJob)
+        with tracker.full():
+            agent.finish(assigned)  # now it is the second one's turn, for many leases' time
+            with pytest.raises(grpc.RpcError, match="cannot store jobs now"):
+                stub.SubmitJob(request, timeout=30)
+            with pytest.raises(grpc.RpcError, match="cannot store jobs now"):
+                stub.SubmitJob(request, timeout=30)
+            answer = stub.ListJobs(fleet_pb2.ListJobsRequest(), timeout=5)
+            assert {job.id for job in answer.jobs} == {first.id, second.id}
+            assert stub.GetJob(fleet_pb2.GetJobRequest(job_id=first.id), timeout=5).id == first.id
+            assert agent.heard_nothing()
+        assert agent.expect(m.ResultAccepted).job_id == first.id
+        next_one = agent.expect(m.AssignJob)
+        assert (next_one.lease.job_id, next_one.lease.epoch) == (second.id, 1)
+        agent.finish(next_one)
+        assert agent.expect(m.ResultAccepted).job_id == second.id
+        assert second.wait().outcome.ok and first.wait().outcome.ok
+        assert {job.id: job.state for job in fleet.jobs()} == dict.fromkeys((first.id, second.id), JobState.DONE)
+        assert agent.heard_nothing()
+        again = stub.SubmitJob(request, timeout=30)
+        assert not again.existed
+        assert agent.expect(m.AssignJob).lease.job_id == again.job.id
+
+
+def test_an_assignment_of_a_refused_job_does_not_reach_its_device(
+    tracker: Tracker, fleet: Fleet, artifact: Artifact
+) -> None:
+    fleet.run(artifact, {"x": X}, device="nobody")
+    with FakeAgent(fleet.address, device_info()) as agent:
+        with tracker.full(), pytest.raises(grpc.RpcError, match="cannot store jobs now"):
+            fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=30)
+        accepted: list[str] = []
+
+        def submitted() -> bool:
+            with suppress(KedgeError):
+                accepted.append(fleet.run(artifact, {"x": X}).id)
+            return bool(accepted)
+
+        wait_for(submitted, "the tracker to find that there is room")
+        assert [agent.expect(m.AssignJob).lease.job_id] == accepted
+        assert [listed.id for listed in fleet.jobs(states=(JobState.ASSIGNED,))] == accepted
