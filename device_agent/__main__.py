@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the agent; returns the exit status."""
     options = _parser().parse_args(argv)
+    # Whoever started the agent may have ignored it, which is inherited: runners would vanish with their exit status.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Runners are forked and executed at once. Before Python 3.10 that runs gRPC's fork handlers, which revive its
     # poller in the child and can end it before it executes. Read when grpc is imported, so not later than here.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

@@ -36,7 +36,7 @@ from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
-from kedge.rpc.transport import Address, open_channel
+from kedge.rpc.transport import MAX_RESULT_BYTES, Address, open_channel
 from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease
 
 log = logging.getLogger("kedge.agent")
@@ -215,13 +215,12 @@ class Agent:
 
     def _start_job(self, lease: Lease, spec: JobSpec) -> None:
         def progress(stage: Stage) -> None:
-            if stage is not Stage.TRANSFER:  # JobStarted says that
-                self._events.put(lambda _: self._core.progress(lease, stage))
+            self._events.put(lambda _: self._core.progress(lease, stage))
 
         job = Job(self._board, spec, progress)
 
         def work() -> None:
-            result = _run(job, self.device.name)
+            result = sendable(lease, _run(job, self.device.name))
             self._events.put(lambda _: self._on_finished(lease, result))
 
         log.info("job %s: function %s", lease.job_id, spec.function)
@@ -354,6 +353,24 @@ def _run(job: Job, device: str) -> JobResult:
     except BaseException as error:
         log.exception("a job's thread failed")
         return JobResult(Outcome(OutcomeKind.DEVICE_FAULT, message=f"the agent failed: {error!r}"), device=device)
+
+
+def sendable(lease: Lease, result: JobResult) -> JobResult:
+    """`result`, or in its place why it cannot travel: what cannot be sent would break every connection anew."""
+    from kedge.rpc import convert
+
+    try:
+        size = convert.agent_message_to_pb(m.JobFinished(lease, result), 0).ByteSize()
+    except Exception as error:  # noqa: BLE001 - whatever protobuf refuses
+        why = f"the result of this job cannot be sent: {str(error)!a}"
+    else:
+        if size <= MAX_RESULT_BYTES:
+            return result
+        why = f"the result of this job has {size} bytes; a message takes {MAX_RESULT_BYTES}"
+    log.error("job %s: %s", lease.job_id, why)
+    return JobResult(
+        Outcome(OutcomeKind.DEVICE_FAULT, message=why), stage_times=result.stage_times, device=result.device
+    )
 
 
 def _greet_runner(path: Path) -> RunnerHello:

@@ -174,6 +174,8 @@ class AgentCore:
         """The running job entered a stage."""
         if self._running is None or key(self._running.lease) != key(lease):
             return []
+        if stage is Stage.TRANSFER and self._running.stage is None:
+            return []  # JobStarted says that
         self._running.stage = stage
         if self._phase != "ready" or self._running.superseded:
             return []
@@ -257,6 +259,10 @@ class AgentCore:
         running = self._running
         if running is not None and running.lease.job_id == lease.job_id and lease.epoch >= running.lease.epoch:
             return self._cancel(running, abort.reason)
+        finished = self._results.get(lease.job_id)
+        if finished is not None and lease.epoch >= finished.lease.epoch:
+            # Nobody wants it any more: what keeps it from being taken must not occupy the device.
+            return self._report(finished.lease, cancelled(abort.reason))
         return []
 
     def _cancel(self, job: _Job, reason: str) -> List[Action]:

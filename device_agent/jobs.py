@@ -2,7 +2,8 @@
 
     transfer   manifest, the members of the variant that fits this device, inputs
     load       a new runner opens the variant's lib.so
-    run        one call, or a timing; then outputs that are too large to travel inline are uploaded
+    run        one call, or a timing
+    transfer   again, where outputs are too large to travel inline: they are uploaded
 
 Every stage has its deadline. The only exceptions that leave `Job.run` are those that end the process.
 """
@@ -10,6 +11,7 @@ Every stage has its deadline. The only exceptions that leave `Job.run` are those
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -29,7 +31,8 @@ from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
 from kedge.rpc.artifact.package import select_variant
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
-from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, KedgeError
+from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, InputError, KedgeError
+from kedge.rpc.limits import check_spec
 from kedge.rpc.measure import judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
@@ -52,6 +55,8 @@ log = logging.getLogger("kedge.agent")
 DEFAULT_DEADLINES_MS: Mapping[Stage, int] = {Stage.TRANSFER: 300_000, Stage.LOAD: 60_000, Stage.RUN: 300_000}
 #: Between two attempts to reach a tracker that went away in the middle of a transfer.
 _AWAY_PAUSE_S = 0.5
+#: A runner that says nothing for so long is broken.
+_START_S = 30.0
 #: Files a runner may have open: its library, weights, shared tensors, and some to spare.
 _OPEN_FILES = 64
 #: What an artifact's code may take of the device's memory, so that the agent and the system survive it.
@@ -113,7 +118,7 @@ class Job:
         self._spec = spec
         self._progress = progress
         self._stage = Stage.TRANSFER
-        self._stage_ends = 0.0
+        self._stage_ends = math.inf
         self._durations: Dict[Stage, int] = {}
         self._lock = threading.Lock()
         self._cancelled: Optional[str] = None
@@ -173,7 +178,7 @@ class Job:
             )
         variant = select_variant(manifest, self._board.device.arch, frozenset(self._board.device.cpu_features))
         function, index = _find(manifest, self._spec.function)
-        self._check_threads()
+        self._check_request()
         wanted = _arrange(function, self._spec.task.inputs)
         members = _members(manifest, variant)
         parts = [part for member in members for part in member.parts]
@@ -188,9 +193,13 @@ class Job:
             tuple(_native(tensor, hold) for tensor in wanted),
         )
 
-    def _check_threads(self) -> None:
+    def _check_request(self) -> None:
+        try:
+            check_spec(self._spec)
+        except InputError as error:
+            raise _Ended(OutcomeKind.BAD_REQUEST, error.message) from error
         wanted, offered = self._spec.num_threads, self._board.threads
-        if not 0 <= wanted <= offered:
+        if wanted > offered:
             text = f"the job wants {wanted} threads; {self._board.device.name} offers {offered}"
             raise _Ended(OutcomeKind.BAD_REQUEST, text)
 
@@ -198,7 +207,12 @@ class Job:
         memory = self._board.device.memory_bytes
         limits = native.Limits(memory_bytes=int(memory * _MEMORY_SHARE) or None, open_files=_OPEN_FILES)
         threads = self._spec.num_threads or self._board.threads
-        runner = native.Runner(self._board.runner, threads, limits, cwd=str(scratch), start_deadline_s=self._left_s())
+        patience_s = min(_START_S, self._left_s())
+        try:
+            runner = native.Runner(self._board.runner, threads, limits, cwd=str(scratch), start_deadline_s=patience_s)
+        except native.RunnerUnavailable:
+            self._check_deadline()  # it was given no more time than the stage had left
+            raise
         try:
             _offer_to_oom_killer(runner.pid)
             with self._lock:
@@ -241,7 +255,7 @@ class Job:
         return results, replace(measurement, verdict=verdict, reasons=tuple(reasons))
 
     def _deliver(self, function: Function, results: Sequence[native.Tensor]) -> Tuple[Tensor, ...]:
-        """The outputs as they travel; large ones are uploaded, which counts as transfer."""
+        """The outputs as they travel; large ones are uploaded, in a second transfer stage."""
         tensors = []
         uploads = []
         for port, result, inline in zip(function.outputs, results, plan_inline(r.nbytes for r in results)):
@@ -250,7 +264,7 @@ class Job:
             if isinstance(data, Blob):
                 uploads.append((data, memoryview(result.data)))
         if uploads:
-            with self._in(Stage.TRANSFER, announce=False):
+            with self._in(Stage.TRANSFER):
                 for blob, view in uploads:
                     self._patiently(partial(self._board.blobs.upload, blob, view))
         return tuple(tensors)
@@ -258,15 +272,14 @@ class Job:
     # ---- deadlines and cancelling ------------------------------------------------------------------------------
 
     @contextmanager
-    def _in(self, stage: Stage, announce: bool = True) -> Iterator[None]:
+    def _in(self, stage: Stage) -> Iterator[None]:
         """Spend a stage's time; transfers are interrupted at its end, calls to the runner get what is left of it."""
         limit_s = (self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage]) / 1000
         self._stage = stage
         began = time.monotonic()
         self._stage_ends = began + limit_s
         self._check_cancelled()
-        if announce:
-            self._progress(stage)
+        self._progress(stage)
         timer = threading.Timer(limit_s, self._board.blobs.interrupt) if stage is Stage.TRANSFER else None
         if timer is not None:
             timer.daemon = True

@@ -639,7 +639,10 @@ class _Process:
                 raise _Closed
 
     def _has_exited(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # the program that this is part of reaps all children, or ignores SIGCHLD
+            return True
 
     def wake(self) -> None:
         """Make a waiting `receive` raise _Cancel; from any thread, and nothing once the process was reaped."""

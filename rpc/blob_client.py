@@ -82,7 +82,12 @@ class BlobClient:
                     return
                 offset = query.committed_bytes
             state.reached(offset)
-            self._upload_from(blob, source, offset, progress, state)
+            try:
+                self._upload_from(blob, source, offset, progress, state)
+            except grpc.RpcError as error:
+                if not offset or not isinstance(from_rpc_error(error), CorruptBlobError):
+                    raise
+                self._upload_from(blob, source, 0, progress, state)  # what was kept had rotted, and is gone
 
         self._retry(once, state)
 
@@ -127,7 +132,16 @@ class BlobClient:
         state = _Attempt()
 
         def once() -> None:
-            with store.begin(blob, store.committed_bytes(blob)) as writer:
+            kept = store.committed_bytes(blob)
+            try:
+                fetch(kept)
+            except CorruptBlobError:
+                if not kept:
+                    raise
+                fetch(0)  # what was kept had rotted, and is gone
+
+        def fetch(offset: int) -> None:
+            with store.begin(blob, offset) as writer:
                 for data in self._stream(blob, writer.size):
                     writer.append(data)
                     state.reached(writer.size)

@@ -23,6 +23,12 @@ class KedgeError(Exception):
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
 
+class UsageError(KedgeError):
+    """An option or argument with a value that can never work; nothing was done."""
+
+    exit_status = 2
+
+
 class ArtifactError(KedgeError):
     """A `.kdg` file that is corrupt, truncated, of another format version, or fails a digest."""
 

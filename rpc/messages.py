@@ -10,7 +10,8 @@ Rules that both ends keep:
   never started is queued again, one that did is lost.
 - JobStarted comes when the agent takes up the job, JobProgress at the start of each later stage, JobFinished once per
   lease, sent again after every reconnect until ResultAccepted names the job.
-- AbortJob is answered by JobFinished too (outcome cancelled, or whatever happened first).
+- AbortJob is answered by JobFinished too (outcome cancelled, or whatever happened first; where that was not accepted
+  yet, cancelled takes its place).
 """
 
 from __future__ import annotations

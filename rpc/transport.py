@@ -15,6 +15,8 @@ DEFAULT_PORT = 9190
 CHUNK_BYTES = 1 << 20
 #: Above what one message carries: inline tensors are limited by `kedge.rpc.types.plan_inline`.
 MAX_MESSAGE_BYTES = 16 << 20
+#: Of a job's result, as a message: what the tracker says of a job holds the job's inline inputs too.
+MAX_RESULT_BYTES = 11 << 20
 
 Options = Tuple[Tuple[str, Union[int, str]], ...]
 

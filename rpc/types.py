@@ -40,6 +40,13 @@ INLINE_TENSOR_BYTES = 1 << 20
 #: So does one that would lift the inline bytes of its message above this.
 INLINE_MESSAGE_BYTES = 4 << 20
 
+#: Samples of one measurement on a device: as many bytes as a message's inline tensors may have.
+MAX_SAMPLES = INLINE_MESSAGE_BYTES // 8
+#: No stage may take longer.
+MAX_DEADLINE_MS = 366 * 86_400_000
+#: Jobs in one list.
+MAX_LISTED = 10_000
+
 #: Bytes of one element, by numpy name.
 ITEM_BYTES: Mapping[str, int] = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2,
@@ -170,7 +177,7 @@ class DeviceStatus:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """How long each stage may take, in milliseconds; 0 means the tracker's default."""
+    """How long each stage may take, in milliseconds, at most MAX_DEADLINE_MS; 0 means the tracker's default."""
 
     queue_ms: int = 0
     transfer_ms: int = 0

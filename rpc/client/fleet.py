@@ -169,9 +169,8 @@ class Fleet:
         return job
 
     def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = ()) -> list[JobInfo]:
-        """The newest jobs, newest first, without their tensors."""
-        numbers = [convert.job_state_to_pb(state) for state in states]
-        request = fleet_pb2.ListJobsRequest(limit=limit, states=numbers)
+        """The newest jobs (at most 10,000), newest first, without tensors and samples."""
+        request = plan.list_request(limit, states)
         answer = self._persist(self._stub.ListJobs, request)
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 

@@ -12,15 +12,19 @@ from typing import Any
 import grpc
 import numpy as np
 
+from kedge.protos.v1 import fleet_pb2
+from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact, Manifest, select_variant
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client.inputs import Array, arrange
-from kedge.rpc.client.timing import Timing
+from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
+from kedge.rpc.limits import check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.status import from_rpc_error, is_away
 from kedge.rpc.transport import Address, unreachable
 from kedge.rpc.types import (
+    MAX_LISTED,
     BenchTask,
     Blob,
     Deadlines,
@@ -28,6 +32,7 @@ from kedge.rpc.types import (
     DeviceStatus,
     JobResult,
     JobSpec,
+    JobState,
     RunTask,
     StageTime,
     Task,
@@ -132,31 +137,20 @@ def bench_request(
 
 
 def _spec(packed: Packed, terms: Terms, task: Task) -> JobSpec:
-    return JobSpec(packed.blob, terms.function, task, terms.device, terms.deadlines, terms.priority, terms.threads)
+    spec = JobSpec(packed.blob, terms.function, task, terms.device, terms.deadlines, terms.priority, terms.threads)
+    check_spec(spec)
+    return spec
 
 
-def time_options(
-    *,
-    number: int = 1,
-    repeat: int = 20,
-    min_repeat_ms: float = 50,
-    warmup: int = 1,
-    cooldown_ms: float = 0,
-    repeats_to_cooldown: int = 1,
-    cache_flush_bytes: int = 0,
-    limit_zero_time_iterations: int = 100,
-) -> TimeOptions:
-    """How to time; names and meanings of TVM's time_evaluator."""
-    return TimeOptions(
-        number=number,
-        repeat=repeat,
-        min_repeat_ns=round(min_repeat_ms * 1e6),
-        warmup=warmup,
-        limit_zero_time_iterations=limit_zero_time_iterations,
-        cooldown_ns=round(cooldown_ms * 1e6),
-        repeats_to_cooldown=repeats_to_cooldown,
-        cache_flush_bytes=cache_flush_bytes,
-    )
+def time_options(**options: Any) -> TimeOptions:
+    """How to time on a device; options and errors are those of `kedge.rpc.client.timing.timing_options`."""
+    return timing_options(**options)
+
+
+def list_request(limit: int, states: Sequence[JobState]) -> fleet_pb2.ListJobsRequest:
+    """What asks for the newest jobs; raises InputError for a limit that no tracker takes."""
+    check_number("limit", limit, 1, MAX_LISTED, "the newest jobs come first")
+    return fleet_pb2.ListJobsRequest(limit=limit, states=[convert.job_state_to_pb(state) for state in states])
 
 
 def _tensors(

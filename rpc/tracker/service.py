@@ -18,6 +18,7 @@ from kedge.rpc import convert
 from kedge.rpc.artifact import Manifest
 from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, MissingBlobError
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError
+from kedge.rpc.limits import check_spec
 from kedge.rpc.messages import Hello, TrackerBody
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
 from kedge.rpc.selector import parse
@@ -26,7 +27,7 @@ from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.facts import Needs
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.transport import CHUNK_BYTES
-from kedge.rpc.types import Blob, JobSpec, JobState
+from kedge.rpc.types import MAX_LISTED, Blob, JobSpec, JobState
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -37,7 +38,6 @@ _HELLO_S = 10.0
 #: Chunks of one upload that may wait in memory for the disk.
 _GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
-_MAX_LIST = 10_000
 _MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -129,7 +129,7 @@ class FleetService:
     async def ListJobs(self, request: fleet_pb2.ListJobsRequest, _context: Context) -> fleet_pb2.ListJobsResponse:
         """The newest jobs in brief."""
         states = tuple(convert.job_state_from_pb(state) for state in request.states)
-        jobs = await self._shell.jobs(max(1, min(request.limit or 100, _MAX_LIST)), states)
+        jobs = await self._shell.jobs(max(1, min(request.limit or 100, MAX_LISTED)), states)
         return fleet_pb2.ListJobsResponse(jobs=[convert.job_to_pb(job) for job in jobs])
 
     @typed_errors
@@ -156,9 +156,7 @@ class Catalog:
         parse(spec.selector)
         manifest = self._manifest(spec.manifest)
         manifest.function(spec.function)
-        deadlines = spec.deadlines
-        if min(deadlines.queue_ms, deadlines.transfer_ms, deadlines.load_ms, deadlines.run_ms) < 0:
-            raise InputError("a deadline is negative", hint="0 means the tracker's default")
+        check_spec(spec)
         held = []
         for tensor in spec.task.inputs:
             try:

@@ -170,6 +170,30 @@ def test_abort_counts_for_its_own_lease_and_once() -> None:
     assert core.received(abort("a", 5), 1.3) == []
 
 
+def test_aborting_what_is_finished_but_not_accepted_takes_its_result_back() -> None:
+    core = ready_core()
+    core.received(assign("a", 5), 1.0)
+    core.finished(lease("a", 5), result("done"))
+    assert core.received(abort("a", 4), 1.1) == []
+    (instead,) = sent(core.received(abort("a", 5), 1.2))
+    assert isinstance(instead, m.JobFinished) and instead.lease == lease("a", 5)
+    assert instead.result.outcome.kind is OutcomeKind.CANCELLED
+    core.disconnected(1.5)
+    core.tick(core.alarm() or 0.0)
+    core.connected(3.0)
+    assert sent(core.received(welcome(), 3.0)) == [instead]
+    core.received(accept("a"), 3.1)
+    assert core.held() == ()
+
+
+def test_outputs_that_are_uploaded_are_a_second_transfer() -> None:
+    core = ready_core()
+    core.received(assign("a"), 1.0)
+    stages = [Stage.TRANSFER, Stage.LOAD, Stage.RUN, Stage.TRANSFER]
+    said = [body for stage in stages for body in sent(core.progress(lease("a"), stage))]
+    assert said == [m.JobProgress(lease("a"), stage) for stage in stages[1:]], "JobStarted says the first"
+
+
 def test_stopping_says_goodbye_and_ends_the_job() -> None:
     core = ready_core()
     core.received(assign("a"), 1.0)
@@ -190,6 +214,7 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         self.greeted = False
         self.job: Key | None = None
         self.cancelled: set[Key] = set()
+        self.aborted: set[Key] = set()
         self.epochs: dict[str, int] = {}  # the newest lease of every job ever assigned
         self.accepted: set[str] = set()
         self.delivered: dict[Key, JobResult] = {}  # results as they reached the tracker
@@ -229,7 +254,9 @@ class AgainstAModelTracker(RuleBasedStateMachine):
             assert message.running == self.core.held()
         elif isinstance(message, m.JobFinished):
             one = key(message.lease)
-            assert self.delivered.setdefault(one, message.result) == message.result, "a result never changes"
+            if one in self.aborted and message.result.outcome.kind is OutcomeKind.CANCELLED:
+                self.delivered[one] = message.result
+            assert self.delivered.setdefault(one, message.result) == message.result, "a result changes when aborted"
             self.resent.add(one)
 
     def ready(self) -> bool:
@@ -267,6 +294,8 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         before = set(self.cancelled)
         epoch = self.epochs.get(job, 1)
         held = {key(item) for item in self.core.held()}
+        if not behind:
+            self.aborted.add((job, epoch))
         self.do(self.core.received(abort(job, epoch - behind), self.now))
         if behind:
             assert {one for one in self.cancelled - before if one[1] == epoch} == set()

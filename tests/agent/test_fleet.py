@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import struct
 import subprocess
@@ -182,6 +183,35 @@ def test_large_outputs_come_back_as_blobs(agent: AgentProcess, fleet: Fleet, mod
     (y,) = job.result.outputs
     assert isinstance(y.data, Blob)
     assert fleet.blobs.read(y.data) == struct.pack("<f", 2.5) * count
+
+
+def test_what_no_message_can_carry_does_not_take_the_device_along(
+    fleet: Fleet, runner: Path, tmp_path: Path, module: bytes
+) -> None:
+    """The agent's folder has a name that is no text, and the reason of the failure holds it."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9t\xe9"))
+    folder.mkdir()
+    manifest = fleet.publish(module)
+    with AgentProcess(fleet.address, runner, folder / "agent") as agent:
+        agent.wait_ready()
+        assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+        (folder / "agent" / "jobs").rmdir()
+        assert kind(fleet.wait(fleet.submit(spec(manifest, "add")))) is OutcomeKind.DEVICE_FAULT
+        (folder / "agent" / "jobs").mkdir()
+        assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+
+
+def test_an_agent_whose_parent_ignored_its_children(fleet: Fleet, runner: Path, tmp_path: Path, module: bytes) -> None:
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = (sys.executable, "-c", ignoring, sys.executable)
+    with AgentProcess(fleet.address, runner, tmp_path / "agent", command=command) as agent:
+        agent.wait_ready()
+        manifest = fleet.publish(module)
+        assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+        left = fleet.wait(fleet.submit(spec(manifest, "leave")))
+        assert left.result is not None and left.result.outcome.exit_status == 7
 
 
 def test_a_crash_and_a_timeout_do_not_harm_the_next_job(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:

@@ -12,20 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from kedge.device_agent.agent import sendable
 from kedge.device_agent.cache import ArtifactCache
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
 from kedge.device_agent.runner import Runner
+from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import BlobStore, CorruptBlobError, blob_of
 from kedge.rpc.errors import ConnectError
-from kedge.rpc.outcome import OutcomeKind, Stage
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
+    MAX_SAMPLES,
     BenchTask,
     Blob,
     Deadlines,
     JobResult,
     JobSpec,
+    Lease,
     RunTask,
     Tensor,
     TimeOptions,
@@ -115,7 +119,8 @@ def execute(board: Board, spec: JobSpec) -> JobResult:
     stages: list[Stage] = []
     result = Job(board, spec, stages.append).run()
     assert list(board.scratch.iterdir()) == [], "a job's folder is removed, whatever happened"
-    assert stages == list(Stage)[1 : 1 + len(stages)], "stages come in their order"
+    order = [Stage.TRANSFER, Stage.LOAD, Stage.RUN, Stage.TRANSFER]
+    assert stages == order[: len(stages)], "stages come in their order"
     return result
 
 
@@ -146,7 +151,9 @@ def test_large_tensors_travel_as_blobs_both_ways(board: Board, remote: Remote, m
     values = struct.pack("<f", 4.0) * count
     blob = remote.store.put(values)
     spec = replace(run_spec(remote.publish(made), "add"), task=RunTask((Tensor("x", "float32", (count,), blob),)))
-    result = execute(board, spec)
+    stages: list[Stage] = []
+    result = Job(board, spec, stages.append).run()
+    assert stages[2:] == [Stage.RUN, Stage.TRANSFER], "the time of the upload is not that of the run"
     assert result.outcome.ok, result.outcome
     (y,) = result.outputs
     assert isinstance(y.data, Blob)
@@ -186,6 +193,50 @@ def test_a_kernel_that_never_ends_meets_the_deadline_of_its_stage(board: Board, 
     outcome = execute(board, run_spec(remote.publish(made), "spin", Deadlines(run_ms=300))).outcome
     assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.RUN)
     assert time.monotonic() - began < 5
+
+
+def test_a_runner_that_the_deadline_left_no_time_to_start(
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path
+) -> None:
+    silent = tmp_path / "silent-runner"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    manifest = remote.publish(made)
+    for where, load_ms in ((replace(board, runner=silent), 300), (board, 1)):
+        outcome = execute(where, run_spec(manifest, "add", Deadlines(load_ms=load_ms))).outcome
+        assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.LOAD), outcome
+        assert execute(board, run_spec(manifest, "add")).outcome.ok
+
+
+def test_a_folder_that_cannot_be_made_is_the_devices_fault(board: Board, remote: Remote, made: Artifact) -> None:
+    board.scratch.rmdir()
+    outcome = Job(board, run_spec(remote.publish(made), "add"), lambda _: None).run().outcome
+    assert outcome.kind is OutcomeKind.DEVICE_FAULT and "No such file" in outcome.message
+
+
+@pytest.mark.parametrize("repeat", [0, MAX_SAMPLES + 1])
+def test_samples_that_no_message_carries_are_refused(board: Board, remote: Remote, made: Artifact, repeat: int) -> None:
+    task = BenchTask((floats(1),), TimeOptions(repeat=repeat))
+    outcome = execute(board, replace(run_spec(remote.publish(made), "add"), task=task)).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.BAD_REQUEST, Stage.TRANSFER)
+    assert "repeat" in outcome.message
+
+
+def test_a_result_that_cannot_be_sent_says_so_instead(board: Board, remote: Remote, made: Artifact) -> None:
+    lease = Lease("j", 1)
+    task = BenchTask((floats(1, 2, 3),), TimeOptions(repeat=MAX_SAMPLES), return_outputs=True)
+    full = execute(board, replace(run_spec(remote.publish(made), "add"), task=task))
+    assert full.outcome.kind in (OutcomeKind.OK, OutcomeKind.INVALID_MEASUREMENT)
+    assert sendable(lease, full) is full, "the most samples that are allowed do fit"
+    assert full.measurement is not None
+    measured = replace(full.measurement, samples_ns=full.measurement.samples_ns * 3)
+    for result, words in (
+        (replace(full, measurement=measured), "bytes; a message takes"),
+        (JobResult(Outcome(OutcomeKind.OK, message="a folder named \udce9")), "cannot be sent"),
+    ):
+        instead = sendable(lease, result).outcome
+        assert instead.kind is OutcomeKind.DEVICE_FAULT and words in instead.message
+        assert len(convert.job_result_to_bytes(JobResult(instead))) < 1_000
 
 
 def test_a_transfer_that_stalls_meets_its_deadline(board: Board, remote: Remote, made: Artifact) -> None:

@@ -18,7 +18,7 @@ from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect
 from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.types import JobState
+from kedge.rpc.types import Deadlines, JobState
 from support.fake_agent import FakeAgent, echo
 from support.toys import QUICK, device_info, make_artifact
 
@@ -101,6 +101,37 @@ def test_a_bench_gives_a_timing(fleet: Fleet, worker: FakeAgent, artifact: Artif
     assert str(result) == str(result.timing) and result.outputs == {}
     with_outputs = fleet.bench(artifact, {"x": X}, return_outputs=True).wait()
     np.testing.assert_array_equal(with_outputs["x_out"], X)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"threads": 3_000_000_000}, "threads is 3000000000"),
+        ({"priority": 1 << 40}, "priority is 1099511627776"),
+        ({"deadlines": Deadlines(run_ms=1 << 70)}, "run_ms is"),
+        ({"deadlines": Deadlines(queue_ms=-5)}, "queue_ms is -5"),
+        ({"repeat": 10**20}, "repeat is"),
+        ({"repeat": 1_000_000}, "repeat is 1000000"),
+        ({"min_repeat_ms": float("inf")}, "min_repeat_ms is inf"),
+        ({"min_repeat_ms": 1e14}, "min_repeat_ms is"),
+        ({"number": 0}, "number is 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_sent(
+    fleet: Fleet, worker: FakeAgent, artifact: Artifact, how: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        fleet.bench(artifact, {"x": X}, **how)
+    if not {"repeat", "min_repeat_ms", "number"} & set(how):
+        with pytest.raises(InputError, match=words):
+            fleet.run(artifact, {"x": X}, **how)
+    assert fleet.jobs() == []
+
+
+def test_lists_have_a_limit(fleet: Fleet) -> None:
+    for limit in (0, -1, 3_000_000_000):
+        with pytest.raises(InputError, match=f"limit is {limit}"):
+            fleet.jobs(limit=limit)
 
 
 def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:

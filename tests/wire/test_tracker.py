@@ -171,6 +171,13 @@ def test_blobs_have_to_be_there_before_the_job(tracker: RunningTracker, fleet: F
     short = spec_message(artifact)
     short.run.inputs[0].inline = b"123"
     assert isinstance(submit(short), InputError)
+    endless = spec_message(artifact)
+    endless.bench.inputs.extend(endless.run.inputs)
+    endless.bench.options.repeat = 3_000_000
+    assert isinstance(error := submit(endless), InputError) and "repeat is 3000000" in str(error)
+    patient = spec_message(artifact)
+    patient.deadlines.run_ms = 1 << 62
+    assert isinstance(error := submit(patient), InputError) and "run_ms" in str(error)
     unknown = spec_message(artifact)
     unknown.function = "nope"
     assert isinstance(submit(unknown), ArtifactError)
@@ -425,6 +432,21 @@ def test_a_download_goes_on_where_it_stopped(blobs: BlobClient, tmp_path: Path) 
     assert store.committed_bytes(blob) == 2 * CHUNK_BYTES
     blobs.download(blob, store, seen.append)
     assert seen == [3 * CHUNK_BYTES] and store.read(blob.digest) == data
+
+
+def test_what_was_kept_of_a_transfer_may_have_rotted(
+    tracker: RunningTracker, blobs: BlobClient, tmp_path: Path
+) -> None:
+    """On either end: the transfer starts once more, from the beginning."""
+    data = os.urandom(3 * CHUNK_BYTES)
+    blob, store = blob_of(data), BlobStore(tmp_path / "store")
+    kept = tracker.data_dir / "blobs" / "partial" / blob.digest
+    kept.write_bytes(bytes(CHUNK_BYTES))
+    blobs.upload(blob, data)
+    assert blobs.read(blob) == data
+    (tmp_path / "store" / "partial" / blob.digest).write_bytes(bytes(CHUNK_BYTES))
+    assert blobs.download(blob, store).read_bytes() == data
+    assert list((tmp_path / "store" / "partial").iterdir()) == []
 
 
 def test_progress_may_break_off_an_upload(blobs: BlobClient) -> None:

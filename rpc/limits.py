@@ -1,0 +1,28 @@
+"""Numbers that a job may not exceed. Clients check them before anything is sent, trackers and agents once more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kedge.rpc.errors import InputError
+from kedge.rpc.types import MAX_DEADLINE_MS, MAX_SAMPLES, BenchTask, JobSpec
+
+_INT32 = 2**31 - 1
+
+
+def check_number(name: str, value: Any, least: int, most: int, hint: str) -> None:
+    """Raise InputError unless `value` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}, expected a whole number from {least} to {most}", hint=hint)
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Raise InputError, naming the number of `spec` that no tracker or agent would take."""
+    for name in spec.deadlines.__dataclass_fields__:
+        given = getattr(spec.deadlines, name)
+        check_number(f"the deadline {name}", given, 0, MAX_DEADLINE_MS, "0 means the tracker's default")
+    check_number("threads", spec.num_threads, 0, _INT32, "0 means all that the device offers")
+    check_number("priority", spec.priority, -_INT32, _INT32, "higher runs first; 0 is usual")
+    if isinstance(spec.task, BenchTask):
+        hint = "every repeat is a sample that travels back; number= and min_repeat_ms= make each of them longer"
+        check_number("repeat", spec.task.options.repeat, 1, MAX_SAMPLES, hint)
