@@ -12,7 +12,7 @@ A tensor is a `Buffer` that remembers how it is computed, so reading one (`x[i, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -161,7 +161,8 @@ def create_prim_func(tensors: Sequence[Tensor], name: str, attrs: Mapping[str, A
     """The function that computes the outputs among `tensors` (last) from the placeholders (first).
 
     Computes in between become allocations, each with a block of its own, in data-flow order. `symbols` are the
-    variables in the shapes of `tensors`, in order of appearance. Buffers and blocks get unique names.
+    variables in the shapes of `tensors`, in order of appearance, and then those that only computing depends on.
+    Buffers and blocks get unique names.
 
     Raises:
         CompileError: an output stands before a placeholder, there is no output, or a placeholder that is read or a
@@ -183,10 +184,23 @@ def create_prim_func(tensors: Sequence[Tensor], name: str, attrs: Mapping[str, A
     blocks = [_block_nest(t, t.op, buffers) for t in order if isinstance(t.op, Compute)]
     allocs = tuple(buffers[t] for t in order if isinstance(t.op, Compute) and t not in tensors)
     params = tuple(buffers[t] for t in tensors)
-    symbols = tuple(dict.fromkeys(v for t in tensors for d in t.shape if isinstance(d, Expr) for v in free_vars(d)))
+    shown = dict.fromkeys(v for t in tensors for d in t.shape if isinstance(d, Expr) for v in free_vars(d))
+    symbols = tuple(dict.fromkeys((*shown, *(v for t in order for v in _symbols_in(t)))))
     return PrimFunc(
         name, params, len(outputs), seq(*blocks), allocs, symbols, MappingProxyType(dict(attrs or {}))
     )  # fmt: skip
+
+
+def _symbols_in(tensor: Tensor) -> Iterator[Var]:
+    """The symbolic dims that computing a tensor depends on."""
+    extents = list(tensor.shape)
+    own: tuple[Var, ...] = ()
+    if isinstance(tensor.op, Compute):
+        reduced = tensor.op.body.axes if isinstance(tensor.op.body, Reduce) else ()
+        own = (*tensor.op.axes, *reduced)
+        extents += [axis.extent for axis in reduced]
+        yield from (var for var in free_vars(tensor.op.value) if var not in own)
+    yield from (var for dim in extents if isinstance(dim, Expr) for var in free_vars(dim))
 
 
 class _Names:

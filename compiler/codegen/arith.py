@@ -78,22 +78,38 @@ def _integer(b: FunctionBuilder, op: str, kind: ScalarType, x: Value, y: Value) 
         return b.op(op, x, y)
     if op in ("floordiv", "floormod") and _power_of_two(y) and y.is_const:
         return _by_power_of_two(b, op, kind, x, y)
-    if op == "truncdiv":
-        return divide(b, x, y, signed=kind.signed)
-    if op in ("floordiv", "floormod", "truncmod"):
-        quotient = divide(b, x, y, signed=kind.signed)
-        rest = b.op("sub", x, b.op("mul", quotient, y))
-        if op == "truncmod" or not kind.signed:
-            return quotient if op == "floordiv" else rest
-        zero = b.const(0, x)
-        opposite = b.compare("icmp slt", b.op("xor", rest, y), zero)
-        off = b.op("and", b.compare("icmp ne", rest, zero), opposite)
-        if op == "floordiv":
-            return b.op("sub", quotient, b.select(off, b.const(1, x), zero))
-        return b.op("add", rest, b.select(off, y, zero))
+    if op in ("truncdiv", "floordiv", "floormod", "truncmod"):
+        return _quotient_or_rest(b, op, kind, x, y)
     raise CodegenError(
         f"operator {op!r} is not defined for {kind.dtype}", hint="integers have floordiv and truncdiv"
     )  # fmt: skip
+
+
+def _quotient_or_rest(b: FunctionBuilder, op: str, kind: ScalarType, x: Value, y: Value) -> Value:
+    """Division for every divisor: by 0 both results are 0, and the least number over -1 wraps around.
+
+    Processors trap there, even if it is a lane that nobody looks at: one beyond the end of a row, or on the other side
+    of a select. So such lanes divide by 1.
+    """
+    zero, is_zero = b.const(0, x), None
+    if not y.is_const or y.ref in ("0", "-1"):
+        is_zero = bad = b.compare("icmp eq", y, b.const(0, y))
+        if kind.signed:
+            lowest = b.const(-(1 << (int(x.type[1:]) - 1)), x)
+            wraps = b.op("and", b.compare("icmp eq", y, b.const(-1, y)), b.compare("icmp eq", x, lowest))
+            bad = b.op("or", is_zero, wraps)
+        y = b.select(bad, b.const(1, y), y)
+    quotient = divide(b, x, y, signed=kind.signed)
+    rest = b.op("sub", x, b.op("mul", quotient, y))
+    off = b.const(0, x)
+    if op.startswith("floor") and kind.signed:
+        opposite = b.compare("icmp slt", b.op("xor", rest, y), zero)
+        is_off = b.op("and", b.compare("icmp ne", rest, zero), opposite)
+        off = b.select(is_off, y if op == "floormod" else b.const(1, x), zero)
+    if op.endswith("mod"):
+        return b.op("add", rest, off)
+    floored = b.op("sub", quotient, off)
+    return floored if is_zero is None else b.select(is_zero, zero, floored)
 
 
 def _power_of_two(y: Value) -> int:

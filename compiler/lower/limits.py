@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from kedge.compiler.graph.ir import Function, Fused, TensorType, Value
+from kedge.compiler.graph.dims import evaluate, plain
+from kedge.compiler.graph.ir import Call, Function, Fused, TensorType, Value
 from kedge.compiler.lower.program import Entry, Port, Slot, Step
-from kedge.compiler.tir.expr import Dim, Expr, Var
+from kedge.compiler.tir.expr import Dim, Expr, Var, as_expr
 from kedge.compiler.tir.simplify import prove, simplify_dim
 from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
 #: Larger least sizes are not looked for.
-_LARGEST = 1 << 20
+_LARGEST = 1 << 40
+#: Sizes up to which what cannot be proved is tried out.
+_TRIED = 4096
 
 
 def least_sizes(function: Function) -> Mapping[Var, Var]:
@@ -78,6 +81,7 @@ def _least(dim: Expr, symbol: Var, low: int) -> int | None:
     def enough(size: int) -> bool:
         return prove(substitute_expr(dim, {symbol: replace(symbol, lower=size)}) >= 1)
 
+    floor = low
     high = max(low, 1)
     while not enough(high):
         if high > _LARGEST:
@@ -86,6 +90,9 @@ def _least(dim: Expr, symbol: Var, low: int) -> int | None:
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    # What cannot be proved may hold: sizes below the proved one are tried, largest first.
+    while floor < high <= _TRIED and evaluate(dim, {symbol: high - 1}) >= 1:
+        high -= 1
     return high
 
 
@@ -95,3 +102,15 @@ def _dims(function: Function) -> Iterator[Expr]:
         inner: Iterator[Value] = value.body.values() if isinstance(value, Fused) else iter(())
         for each in (*inner, value):
             yield from (dim for dim in each.type.shape if isinstance(dim, Expr))
+            if isinstance(each, Call) and each.op == "pad" and each.attrs["mode"] == "reflect":
+                yield from _reflected(each)
+
+
+def _reflected(pad: Call) -> Iterator[Expr]:
+    """What a reflection leaves of each axis: an axis is longer than what is reflected of it."""
+    shape = pad.inputs[0].type.shape
+    for size, *widths in zip(shape, pad.attrs["pads"][: len(shape)], pad.attrs["pads"][len(shape) :], strict=True):
+        for width in widths:
+            rest = plain(as_expr(size) - as_expr(width))
+            if isinstance(rest, Expr):
+                yield rest

@@ -74,6 +74,11 @@ def _infer_gemm(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, 
     common.require(
         same_dim(inner, other), f"inner dims {format_dim(inner)} and {format_dim(other)} are not known to be equal"
     )
+    if dtype in common.INTEGERS:
+        for name in ("alpha", "beta"):
+            common.require(
+                float(attrs[name]).is_integer(), f"{name} {attrs[name]} of a product of {dtype} is not whole"
+            )
     shape = (rows, columns)
     if len(types) == 3:
         common.require(

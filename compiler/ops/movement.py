@@ -165,7 +165,7 @@ def _slice_axis(size: Dim, start: Dim, end: Dim, step: int) -> tuple[Dim, int, D
 
 
 def _clamp(index: Dim, size: Dim, low: Dim, high: Dim) -> Dim:
-    """`index` (negative: from the end) brought into [low, high]; symbolic indices count from the front."""
+    """`index` (negative: from the end) brought into [low, high]."""
     if isinstance(index, int):
         if index >= HUGE:
             return high
@@ -176,6 +176,10 @@ def _clamp(index: Dim, size: Dim, low: Dim, high: Dim) -> Dim:
             return moved if at_least(size, -index) else plain(maximum(as_expr(moved), as_expr(low)))
         if at_least(high, index):
             return index
+    elif not at_least(index, 0):
+        # Counted from the end where it turns out negative: `index + size * (index < 0)`, in the operations of sizes.
+        is_negative = minimum(maximum(0 - index, 0), 1)
+        return plain(minimum(maximum(index + is_negative * as_expr(size), as_expr(low)), as_expr(high)))
     return high if same_dim(index, high) else plain(minimum(as_expr(index), as_expr(high)))
 
 
@@ -258,6 +262,9 @@ def _lower_pad(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType,
                 own = _fold_back(own, as_expr(size), attrs["mode"])
             at.append(own)
         value = common.read(x, at)
+        if attrs["mode"] == "edge":
+            for size in x.shape:
+                value = _unless_empty(size, value)
         return select(logical_and(*guards), value, const(attrs["value"], value.dtype)) if guards else value
 
     return (common.elementwise(types[0], "pad", element),)
@@ -269,6 +276,11 @@ def _fold_back(index: Expr, size: Expr, mode: str) -> Expr:
         return minimum(maximum(index, 0), last)
     front = maximum(index, -index)
     return minimum(front, last * 2 - front)
+
+
+def _unless_empty(size: Dim, value: Expr) -> Expr:
+    """`value`, which is read at some index of an axis, or 0 where the axis has turned out empty."""
+    return value if at_least(size, 1) else select(as_expr(size) >= 1, value, const(0, value.dtype))
 
 
 registry.register(
@@ -307,7 +319,7 @@ def _lower_gather(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorTy
         wrapped = select(index < 0, index + size, index)
         # Memory stays safe whatever the indices are.
         safe = minimum(maximum(wrapped, 0), size - 1)
-        return common.read(x, (*out[:axis], safe, *out[axis + rank :]))
+        return _unless_empty(x.shape[axis], common.read(x, (*out[:axis], safe, *out[axis + rank :])))
 
     return (common.elementwise(types[0], "gather", element),)
 

@@ -15,6 +15,7 @@ from kedge.compiler.schedule.rules.reduction import Reduction
 from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
+from kedge.compiler.tir.expr import Const
 from kedge.compiler.tir.stmt import PrimFunc
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ def is_scheduled(func: PrimFunc) -> bool:
     special = any(loop.kind != "serial" or loop.annotations for loop in loops_in(func.body))
     noted = any(block.annotations for block in blocks_in(func.body))
     return special or noted or any(buffer.scope != "global" for buffer in func.allocs) or not is_plain(func)
+
+
+def _is_empty(func: PrimFunc) -> bool:
+    return any(isinstance(loop.extent, Const) and loop.extent.value == 0 for loop in loops_in(func.body))
 
 
 def is_plain(func: PrimFunc) -> bool:
@@ -51,8 +56,9 @@ def schedule_func(
         ScheduleError: `decisions` were given and cannot be carried out.
     """
     refused: dict[str, Any] = {}
-    # What somebody has reshaped already is beyond the rules, but for the last, which leaves it as it is.
-    for rule in RULES if is_plain(func) else RULES[-1:]:
+    # What somebody has reshaped already is beyond the rules, but for the last, which leaves it as it is; so is what
+    # computes nothing.
+    for rule in RULES if is_plain(func) and not _is_empty(func) else RULES[-1:]:
         if not rule.match(func, target):
             continue
         chosen = decisions if decisions is not None else rule.default(func, target)

@@ -166,6 +166,9 @@ def test_numbers_take_the_dtype_of_the_tensor() -> None:
     literals = [value for value in mod.functions["forward"].values() if isinstance(value, Constant)]
     assert {str(value.data.dtype) for value in literals} == {"float64"}
     assert interp.run(mod, {"x": np.ones(4)}, "forward")["output"].dtype == np.float64
+    with pytest.raises(FrontendError, match=r"0\.5 is no int32") as caught:
+        Halve().export({"forward": {"x": nn.spec.Tensor((4,), "int32")}})
+    assert "cast the int32 tensor first" in str(caught.value)
 
 
 def test_shared_parameters_have_one_name_and_cycles_end() -> None:

@@ -315,7 +315,10 @@ def as_value(operand: Tensor | Parameter | Array | float, like: Tensor | None = 
         return tracer.builder.param(name, TensorType(tuple(operand.shape), operand.dtype))
     array = np.asarray(operand)
     if like is not None and array.ndim == 0:
-        array = array.astype(like.dtype)
+        converted = array.astype(like.dtype)
+        if not like.dtype.startswith("float") and not np.array_equal(converted, array):
+            raise FrontendError(f"{operand!r} is no {like.dtype}", hint=f"cast the {like.dtype} tensor first")
+        array = converted
     elif array.dtype == np.float64 and not isinstance(operand, np.ndarray):
         array = array.astype(np.float32)
     builder = Builder("literal")

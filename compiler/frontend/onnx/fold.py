@@ -67,9 +67,7 @@ def _is_foldable(proto: onnx.NodeProto, opset: int) -> bool:
 
 def _fold_symbolic(node: Node, contents: Sequence[Array]) -> Sequence[Entry] | None:
     evaluate = FOLDERS.get(node.proto.op_type)
-    dtype = "bool" if node.proto.op_type == "Equal" else "int64"
-    if node.proto.op_type == "Cast":
-        dtype = dtype_name(node.importer.model, node.attr("to"), f"node {node.label!r}")
+    dtype = _folded_dtype(node)
     if evaluate is None or not dtype.startswith(("int", "bool")):
         return None
     try:
@@ -79,6 +77,18 @@ def _fold_symbolic(node: Node, contents: Sequence[Array]) -> Sequence[Entry] | N
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise node.error(f"shape arithmetic fails: {error}") from error
     return (literal(np.asarray(items, dtype=object), dtype),)
+
+
+def _folded_dtype(node: Node) -> str:
+    """The dtype of the result of an operator of `FOLDERS`."""
+    op = node.proto.op_type
+    if op == "Equal":
+        return "bool"
+    if op == "Cast":
+        return dtype_name(node.importer.model, node.attr("to"), f"node {node.label!r}")
+    data = node.entry(1 if op == "Where" else 0)
+    assert data is not None  # all of its inputs are known
+    return data.dtype if isinstance(data, Dims) else data.type.dtype
 
 
 def _fold_known(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry | None] | None:

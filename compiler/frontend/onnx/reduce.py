@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kedge.compiler.frontend.onnx.node import Converter, Node, converter
 from kedge.compiler.graph.ir import Value
 
@@ -25,8 +27,21 @@ def _plain(op: str) -> Converter:
     return lambda node: _reduce(node, op, node.value(0))
 
 
-for _name, _op in {"ReduceSum": "reduce_sum", "ReduceMean": "reduce_mean", "ReduceProd": "reduce_prod"}.items():
+for _name, _op in {"ReduceSum": "reduce_sum", "ReduceProd": "reduce_prod"}.items():
     converter(_name)(_plain(_op))
+
+
+@converter("ReduceMean")
+def _reduce_mean(node: Node) -> Value:
+    x = node.value(0)
+    if x.type.dtype.startswith("float") or _axes(node) == ():
+        return _reduce(node, "reduce_mean", x)
+    axes = _axes(node)
+    counted = x.type.shape if axes is None else [x.type.shape[axis] for axis in axes]
+    count = math.prod(dim for dim in counted if isinstance(dim, int))
+    if not all(isinstance(dim, int) for dim in counted) or count == 0:
+        raise node.error(f"the mean of {x.type.dtype} is over a free or empty dim", hint="cast the input to float32")
+    return node.emit("div", _reduce(node, "reduce_sum", x), node.constant(count, x.type.dtype))
 
 
 def _extreme(op: str) -> Converter:

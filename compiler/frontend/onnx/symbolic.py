@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kedge.compiler.graph.dims import divide, plain, product
+from kedge.compiler.graph.dims import at_least, divide, plain, product
 from kedge.compiler.graph.ir import same_dim
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, maximum, minimum
 
@@ -59,9 +59,7 @@ def _binary(op: str) -> Callable[[Dim, Dim], Dim]:
         if op == "mul":
             return product([a, b])
         if op == "div":
-            # Dims are not negative, so rounding down is what ONNX's truncation does.
-            quotient = divide([a], [b])
-            return quotient if quotient is not None else plain(Binary("floordiv", _expr(a), _expr(b)))
+            return _quotient(a, b)
         if op in ("min", "max"):
             return plain((minimum if op == "min" else maximum)(_expr(a), _expr(b)))
         return plain(_expr(a) + _expr(b) if op == "add" else _expr(a) - _expr(b))
@@ -69,8 +67,19 @@ def _binary(op: str) -> Callable[[Dim, Dim], Dim]:
     return combine
 
 
+def _quotient(a: Dim, b: Dim) -> Dim:
+    """`a / b` rounded towards zero, as ONNX does, where `b` is known to be positive; raises UndecidableError else."""
+    if not at_least(b, 1):
+        raise UndecidableError
+    if not at_least(a, 0):
+        above, below = (Binary("floordiv", maximum(side, 0), _expr(b)) for side in (_expr(a), 0 - _expr(a)))
+        return plain(above - below)
+    quotient = divide([a], [b])
+    return quotient if quotient is not None else plain(Binary("floordiv", _expr(a), _expr(b)))
+
+
 class UndecidableError(Exception):
-    """A comparison of symbolic dims whose outcome is not known while compiling."""
+    """What becomes of symbolic dims is not known while compiling."""
 
 
 def _equal(a: Dim, b: Dim) -> bool:

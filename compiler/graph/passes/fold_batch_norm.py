@@ -92,7 +92,7 @@ class _Folder:
         known = np.zeros(1) if addend is None else self._context.known(addend)
         if weight is None or known is None or weight.ndim != 2 or call.type.rank != 2:
             return None
-        if known.ndim == 2 and known.shape[0] != 1:
+        if self._norm.inputs[0].type.rank != 2 or (known.ndim == 2 and known.shape[0] != 1):
             return None
         origin = (*call.origin, *self._norm.origin)
         new_weight = self._param(self._scaled(weight, 1), call.inputs[1], weight, ("weight", 1))

@@ -166,7 +166,10 @@ def _cast(context: Context, value: Call) -> Value | None:
     source = value.inputs[0]
     if same is not None or not isinstance(source, Call) or source.op != "cast":
         return same
-    if np.can_cast(source.inputs[0].type.dtype, source.type.dtype, "safe"):
+    before, between = source.inputs[0].type.dtype, source.type.dtype
+    # numpy calls 64-bit integers to float64 safe; the largest are rounded.
+    rounds = before in ("int64", "uint64") and between.startswith("float")
+    if np.can_cast(before, between, "safe") and not rounds:
         return make_call("cast", source.inputs, value.attrs, (*source.origin, *value.origin))
     return None
 

@@ -1,0 +1,193 @@
+"""Shapes that are worked out from shapes, and sizes at the edge of what a model takes: through machine code.
+
+Each model is compiled once and run at several sizes, against onnx's reference evaluator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+import kedge
+from kedge.compiler.errors import CompileError, FrontendError
+from kedge.compiler.frontend.onnx import load_onnx
+from kedge.rpc.errors import InputError
+
+Array = np.ndarray[Any, Any]
+RNG = np.random.default_rng(0)
+
+
+def f(*shape: int) -> Array:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def i64(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def model(body: str, consts: Mapping[str, Array], opset: int = 18) -> onnx.ModelProto:
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : {opset}]>\n{body}')
+    proto.graph.initializer.extend(numpy_helper.from_array(data, name) for name, data in consts.items())
+    return proto
+
+
+def check(proto: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]]) -> None:
+    """The model gives what the reference gives, dtypes and shapes included."""
+    reference = ReferenceEvaluator(proto)
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        for feed in feeds:
+            expected = reference.run(None, dict(feed))
+            got = loaded.run(feed)
+            for output, want in zip(proto.graph.output, expected, strict=True):
+                assert got[output.name].dtype == want.dtype
+                np.testing.assert_allclose(got[output.name], want, rtol=1e-5, atol=1e-6, strict=True)
+
+
+ROWS = "g (float[N,6] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one) "
+
+
+@pytest.mark.parametrize(
+    ("rest", "sizes"),
+    [
+        ("e=Sub(n,five) y=Slice(x,zero,e,zero) }", (2, 3, 5, 6, 9)),  # x[:N-5]
+        ("h=Sub(n,four) y=Slice(x,h,n,zero) }", (1, 3, 4, 7)),  # x[N-4:]
+        ("d=Div(n,two) h=Mul(d,minus) y=Slice(x,zero,h,zero) }", (2, 3, 6)),  # x[:-(N/2)]
+        ("h=Sub(zero,n) y=Slice(x,h,n,zero) }", (1, 6)),  # x[-N:]
+        ("h=Sub(zero,one) y=Slice(x,zero,h,zero) }", (1, 6)),  # x[:-1]
+        ("e=Sub(n,five) h=Div(e,two) q=Add(h,two) y=Slice(x,zero,q,zero) }", (2, 4, 9)),  # truncated, not floored
+        ("e=Sub(n,five) y=Slice(x,n,e,zero,minus) }", (2, 4, 9)),  # backwards
+    ],
+)
+def test_slices_whose_bounds_may_turn_out_negative(rest: str, sizes: Sequence[int]) -> None:
+    consts = {"zero": i64(0), "one": i64(1), "two": i64(2), "four": i64(4), "five": i64(5), "minus": i64(-1)}
+    check(model(ROWS + rest, consts), [{"x": f(n, 6)} for n in sizes])
+
+
+def test_shape_arithmetic_keeps_its_dtype() -> None:
+    body = "g (float[N,3] x, int32[1] k) => (int32[1] y, int32[1] z)"
+    body += " { s=Shape(x) c=Cast<to=6>(s) z=Slice(c,one,two) y=Add(z,k) }"
+    check(model(body, {"one": i64(1), "two": i64(2)}), [{"x": f(2, 3), "k": np.array([5], np.int32)}])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "g (float[N,3] x) => (float[] y, float[] w) { s=Shape(x) e=Expand(c,s) w=Relu(x) y=ReduceSum<keepdims=0>(e) }",
+        "g (float[N,3] x) => (float[] y) { s=Shape(x) e=ConstantOfShape<value=float[1]{1.0}>(s)"
+        " t=ReduceSum<keepdims=0>(e) m=ReduceSum<keepdims=0>(x) y=Div(m,t) }",
+        "g (float[N,3] x) => (float[] y, float[] w) { s=Shape(x) n=Slice(s,zero,one) e=Slice(many,zero,n,zero)"
+        " y=ReduceSum(e,zero) w=Relu(x) }",
+        "g (float[N,3] x) => (float[] y, float[] w) { s=Shape(x) n=Slice(s,zero,one) e=Slice(many,n,ten,zero)"
+        " r=Relu(e) y=Slice(r,zero,one,zero) w=Relu(x) }",
+    ],
+)
+def test_sizes_that_only_the_inside_of_a_kernel_knows(body: str) -> None:
+    consts = {"c": np.float32([[2.0]]), "zero": i64(0), "one": i64(1), "ten": i64(10), "many": f(10, 3)}
+    check(model(body, consts), [{"x": f(n, 3)} for n in (1, 4, 7)])
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.parametrize("columns", [3, 4])
+def test_batch_norm_after_a_sum_of_higher_rank(rank: int, columns: int) -> None:
+    """The addend's rank decides which axis the channels are."""
+    channels = 4 if rank > 2 else columns
+    shape = {2: (1, columns), 3: (1, 1, columns), 4: (1, channels, 1, columns)}[rank]
+    consts = {"w": f(5, columns), "b": f(*shape), "scale": f(channels), "shift": f(channels), "mean": f(channels)}
+    consts["var"] = abs(f(channels)) + 1
+    body = "g (float[4,5] x) => (float[] y)"
+    body += " { m=MatMul(x,w) a=Add(m,b) y=BatchNormalization(a,scale,shift,mean,var) }"
+    check(model(body, consts), [{"x": f(4, 5)}])
+
+
+def test_a_reflection_longer_than_a_free_axis_is_refused_by_name() -> None:
+    body = 'g (float[N,3] x) => (float[] y) { y=Pad<mode="reflect">(x,pads) }'
+    proto = model(body, {"pads": i64(3, 0, 1, 0)})
+    check(proto, [{"x": f(n, 3)} for n in (4, 5, 9)])
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        for n in (1, 2, 3):
+            with pytest.raises(InputError, match=rf"dim 0 of input x \(N\) is {n}, expected at least 4"):
+                loaded.run({"x": f(n, 3)})
+    far = kedge.compile(load_onnx(model(body, {"pads": i64(3_000_000, 0, 0, 0)})), target="native")
+    with far.open(threads=1) as loaded, pytest.raises(InputError, match="expected at least 3000001"):
+        loaded.run({"x": f(5, 3)})
+
+
+@pytest.mark.parametrize(
+    "rest", ['y=Pad<mode="edge">(e,pads) }', "y=Gather<axis=0>(e,index) }"], ids=["edge", "gather"]
+)  # fmt: skip
+def test_axes_that_turn_out_empty_are_not_read(rest: str) -> None:
+    """There is nothing to copy the edge of, or to pick from: zeros, and no element before the first one."""
+    body = "g (float[N,6] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one) k=Sub(n,seven) e=Slice(x,zero,k,zero) "
+    proto = model(
+        body + rest, {"zero": i64(0), "one": i64(1), "seven": i64(7), "pads": i64(1, 0, 1, 0), "index": i64(0, 1)}
+    )
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        got = loaded.run({"x": f(7, 6)})
+    np.testing.assert_array_equal(got["y"], np.zeros((2, 6), np.float32))
+
+
+def test_a_least_size_is_not_larger_than_it_has_to_be() -> None:
+    body = "g (float[N,N] x) => (float[] y) { s=Slice(x,begin,end,axes) y=Reshape(s,flat) }"
+    consts = {"begin": i64(1, 1), "end": i64(1000, 1000), "axes": i64(0, 1), "flat": i64(-1)}
+    check(model(body, consts), [{"x": f(n, n)} for n in (2, 3, 5, 7, 8)])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+@pytest.mark.parametrize("n", [1, 5, 13, 16, 100])
+def test_integers_divide_without_a_trap(op: str, dtype: str, n: int) -> None:
+    """Lanes beyond the end divide nothing by nothing; the processor must not see it."""
+    proto = model(f"g ({dtype}[{n}] a, {dtype}[{n}] b) => ({dtype}[{n}] y) {{ y = {op}(a,b) }}", {})
+    a = (np.arange(n) * 7 % 120).astype(dtype)
+    b = (np.arange(n) % 9 + 1).astype(dtype)
+    check(proto, [{"a": a, "b": b}])
+
+
+@pytest.mark.parametrize("target", ["native", "x86-64"])
+def test_divisors_that_have_no_quotient(target: str) -> None:
+    """What ONNX leaves open ends as numpy has it, and not in a signal."""
+    for dtype in ("int8", "int32", "int64"):
+        low = np.iinfo(dtype).min
+        a = np.array([low, 7, low, -7, 0, 5, low], dtype)
+        b = np.array([-1, 0, 0, 2, 0, -1, 1], dtype)
+        proto = model(f"g ({dtype}[7] a, {dtype}[7] b) => ({dtype}[7] q, {dtype}[7] r) {{ q=Div(a,b) r=Mod(a,b) }}", {})
+        with kedge.compile(load_onnx(proto), target=target).open(threads=1) as loaded:
+            got = loaded.run({"a": a, "b": b})
+        np.testing.assert_array_equal(got["q"], np.array([low, 0, 0, -3, 0, -5, low], dtype))
+        np.testing.assert_array_equal(got["r"], np.array([0, 0, 0, 1, 0, 0, 0], dtype))
+
+
+def test_the_mean_of_integers_is_truncated() -> None:
+    body = "g (int32[3,4] x) => (int32[] y, int32[] z) { y=ReduceMean<keepdims=0>(x,axes) z=ReduceMean(x) }"
+    proto = model(body, {"axes": i64(1)})
+    x = np.array([[1, 2, 3, 5], [-1, -2, -3, -5], [7, 7, 7, 8]], np.int32)
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        got = loaded.run({"x": x})
+    np.testing.assert_array_equal(got["y"], np.array([2, -2, 7], np.int32))
+    np.testing.assert_array_equal(got["z"], np.array([[2]], np.int32))
+    free = model("g (int32[N,4] x) => (int32[] y) { y=ReduceMean(x) }", {})
+    with pytest.raises(FrontendError, match="the mean of int32 is over a free or empty dim"):
+        load_onnx(free)
+
+
+def test_a_fraction_of_an_integer_product_is_refused() -> None:
+    body = "g (int32[2,3] a, int32[3,2] b) => (int32[] y) { y=Gemm<alpha=0.5>(a,b) }"
+    with pytest.raises(CompileError, match=r"alpha 0\.5 of a product of int32 is not whole"):
+        load_onnx(model(body, {}))
+
+
+def test_casts_that_round_stay() -> None:
+    proto = model("g (int64[2] x) => (int64[] y) { d=Cast<to=11>(x) y=Cast<to=7>(d) }", {})
+    check(proto, [{"x": np.array([2**53 + 1, 3], np.int64)}])
+
+
+def test_nothing_to_compute_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    proto = model("g (float[0,3] x) => (float[] y) { y=Pad(x,pads) }", {"pads": i64(0, 1, 0, 1)})
+    check(proto, [{"x": f(0, 3)}])
+    assert not caplog.records
