@@ -4,7 +4,7 @@
     root/partial/abcdef…           interrupted uploads, to be gone on with
     root/partial/abcdef….N         a second upload of a blob that another one holds
 
-One process per root. Methods may be called from any thread; one `BlobWriter` belongs to one thread at a time.
+One process per root. Methods may be called from any thread; those of one `BlobWriter` wait for each other.
 """
 
 from __future__ import annotations
@@ -224,7 +224,11 @@ class BlobStore:
 
 
 class BlobWriter:
-    """One upload. Closing it without a commit keeps what arrived, so that it can be gone on with."""
+    """One upload. Closing it without a commit keeps what arrived, so that it can be gone on with.
+
+    It may be closed while another thread appends or commits: what is under way is done first, what comes later is
+    refused. Nobody else can have the file before.
+    """
 
     def __init__(self, store: BlobStore, blob: Blob, path: Path) -> None:
         self.blob = blob
@@ -234,6 +238,7 @@ class BlobWriter:
         self._hash = hashlib.sha256()
         self._fd = -1
         self._on_disk = 0
+        self._in_use = threading.RLock()
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -243,7 +248,11 @@ class BlobWriter:
 
     def append(self, data: Bytes) -> None:
         """Add bytes at the end; raises CorruptBlobError beyond the blob's size, DiskFullError without space."""
-        view = memoryview(data)
+        with self._in_use:
+            self._check_open()
+            self._append(memoryview(data))
+
+    def _append(self, view: memoryview) -> None:
         if self.size + view.nbytes > self.blob.size:
             self._spoil(f"more than the {self.blob.size} bytes that were announced")
         self._hash.update(view)
@@ -261,6 +270,11 @@ class BlobWriter:
 
     def commit(self) -> None:
         """Verify, make durable and publish under the digest; raises CorruptBlobError and forgets the bytes if wrong."""
+        with self._in_use:
+            self._check_open()
+            self._commit()
+
+    def _commit(self) -> None:
         if self.size != self.blob.size:
             raise CorruptBlobError(
                 f"blob {self.blob.digest}: {self.size} of {self.blob.size} bytes arrived", hint="upload the rest"
@@ -276,8 +290,13 @@ class BlobWriter:
 
     def close(self) -> None:
         """Give the blob up for now; after a commit, nothing."""
-        self._close_file()
-        self._store._release(self)
+        with self._in_use:
+            self._close_file()
+            self._store._release(self)
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise BlobError(f"blob {self.blob.digest}: this upload has ended", hint="begin another one")
 
     def _start(self, part: Path, offset: int) -> None:
         """Open the file at `offset`, having hashed (and, beside another writer, copied) what lies before it."""

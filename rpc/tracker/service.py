@@ -8,7 +8,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
@@ -18,7 +18,7 @@ from kedge.rpc import convert
 from kedge.rpc.artifact import Manifest
 from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, MissingBlobError
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError
-from kedge.rpc.limits import check_spec
+from kedge.rpc.limits import check_number, check_spec
 from kedge.rpc.messages import Hello, TrackerBody
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
 from kedge.rpc.selector import parse
@@ -279,9 +279,19 @@ class BlobsService:
             first = await anext(requests)
         except StopAsyncIteration:
             raise BlobError("an upload without a message") from None
-        blob = convert.blob_from_pb(first.blob)
-        writer = await self._in_thread(self._blobs.begin, blob, first.offset_bytes)
-        gathered = [first.data] if first.data else []
+        begun = self._threads.submit(self._blobs.begin, convert.blob_from_pb(first.blob), first.offset_bytes)
+        try:
+            writer = await asyncio.wrap_future(begun)
+            await self._receive(writer, first.data, requests)
+        finally:
+            # A call may be broken off while a thread works for it: the writer is closed all the same, and after that.
+            await asyncio.shield(self._start(_close, begun))
+        return blobs_pb2.UploadResponse(committed_bytes=writer.size)
+
+    async def _receive(
+        self, writer: BlobWriter, first: bytes, requests: AsyncIterator[blobs_pb2.UploadRequest]
+    ) -> None:
+        gathered = [first] if first else []
         writing: asyncio.Future[None] = self._start(_append, writer, ())
         try:
             async for request in requests:
@@ -295,8 +305,6 @@ class BlobsService:
             await self._in_thread(writer.commit)
         finally:
             await asyncio.wait([writing])
-            await self._in_thread(writer.close)
-        return blobs_pb2.UploadResponse(committed_bytes=writer.size)
 
     @typed_stream_errors
     async def Download(
@@ -306,6 +314,7 @@ class BlobsService:
         blob = convert.blob_from_pb(request.blob)
         if not self._blobs.has(blob):
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
+        check_number("offset_bytes", request.offset_bytes, 0, blob.size, "0 is the beginning of the blob")
         with self._blobs.open(blob.digest) as file:
             file.seek(request.offset_bytes)
             reading = self._start(file.read, CHUNK_BYTES)
@@ -321,6 +330,12 @@ class BlobsService:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await self._start(work, *arguments)
+
+
+def _close(begun: Future[BlobWriter]) -> None:
+    """Wait until the writer is there, and close it."""
+    if not begun.cancelled() and begun.exception() is None:
+        begun.result().close()
 
 
 def _append(writer: BlobWriter, chunks: Sequence[bytes]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -72,6 +73,50 @@ def test_a_digest_never_names_another_path(store: BlobStore, digest: str) -> Non
         with pytest.raises(BadDigestError):
             use(digest)
     assert files(store) == []
+
+
+@pytest.mark.parametrize(("call", "within"), [("write", "append"), ("fsync", "commit")])
+def test_closing_waits_for_what_is_under_way(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, call: str, within: str
+) -> None:
+    """A slow disk, and an upload that is given up meanwhile: nobody else may get its file before."""
+    entered, go_on, order = threading.Event(), threading.Event(), []
+    usual = getattr(os, call)
+
+    def slow(fd: int, *arguments: object) -> object:
+        if fd == writer._fd and not entered.is_set():
+            entered.set()
+            assert go_on.wait(10)
+        return usual(fd, *arguments)
+
+    def work() -> None:
+        getattr(writer, within)(*[DATA] * (within == "append"))
+        order.append(within)
+
+    def close() -> None:
+        writer.close()
+        order.append("close")
+
+    writer = store.begin(blob_of(DATA))
+    if within == "commit":
+        writer.append(DATA)
+    monkeypatch.setattr(os, call, slow)
+    threads = [threading.Thread(target=work), threading.Thread(target=close)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)
+    with store.begin(blob_of(DATA)) as other:
+        assert other.path != writer.path
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == [within, "close"]
+    assert store.has(blob_of(DATA)) == (within == "commit")
+    for late in (lambda: writer.append(b""), writer.commit):
+        with pytest.raises(BlobError, match="this upload has ended"):
+            late()
+    assert store.put(DATA) == blob_of(DATA) and store.read(blob_of(DATA).digest) == DATA
 
 
 def test_what_is_missing_says_so(store: BlobStore) -> None:

@@ -37,6 +37,7 @@ from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.store import StoreError
 from kedge.rpc.transport import CHUNK_BYTES, open_channel
 from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobState, Lease
+from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
 from support.toys import QUICK, device_info, make_artifact, spec_message
 
@@ -449,6 +450,32 @@ def test_what_was_kept_of_a_transfer_may_have_rotted(
     assert list((tmp_path / "store" / "partial").iterdir()) == []
 
 
+def test_an_upload_that_is_broken_off_is_closed_after_its_thread(
+    tracker: RunningTracker, blobs: BlobClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, entered, go_on, usual = os.urandom(CHUNK_BYTES), threading.Event(), threading.Event(), os.fsync
+    blob = blob_of(data)
+
+    def slow(fd: int) -> None:
+        if not entered.is_set() and os.fstat(fd).st_size == blob.size:
+            entered.set()
+            assert go_on.wait(20)
+        usual(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with open_channel(tracker.address) as channel:
+        stub: Any = blobs_pb2_grpc.BlobsStub(channel)
+        call = stub.Upload.future(iter([blobs_pb2.UploadRequest(blob=convert.blob_to_pb(blob), data=data)]))
+        assert entered.wait(10)
+        call.cancel()
+    blobs.upload(blob, data)
+    assert blobs.read(blob) == data
+    go_on.set()
+    partial = tracker.data_dir / "blobs" / "partial"
+    wait_for(lambda: not list(partial.iterdir()), "both uploads to be closed")
+    assert blobs.read(blob) == data
+
+
 def test_progress_may_break_off_an_upload(blobs: BlobClient) -> None:
     data = os.urandom(3 * CHUNK_BYTES)
 
@@ -471,7 +498,13 @@ def test_bad_blobs_have_typed_errors(tracker: RunningTracker, blobs: BlobClient)
         beyond = blobs_pb2.UploadRequest(blob=convert.blob_to_pb(blob_of(b"abc")), offset_bytes=2)
         with pytest.raises(grpc.RpcError) as caught:
             stub.Upload(iter([beyond]))
-    assert isinstance(from_rpc_error(caught.value), UploadOffsetError)
+        assert isinstance(from_rpc_error(caught.value), UploadOffsetError)
+        blobs.upload(blob_of(b"abc"), b"abc")
+        for offset in (-1, 4):
+            request = blobs_pb2.DownloadRequest(blob=convert.blob_to_pb(blob_of(b"abc")), offset_bytes=offset)
+            with pytest.raises(grpc.RpcError, match=f"offset_bytes is {offset}") as caught:
+                list(stub.Download(request))
+            assert isinstance(from_rpc_error(caught.value), InputError)
 
 
 # ---- Starting and stopping -----------------------------------------------------------------------------------------
