@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self, cast
 
 import grpc
@@ -157,11 +157,13 @@ class Fleet:
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 
     @asynccontextmanager
-    async def session(self, selector: str = "", *, threads: int = 0) -> AsyncIterator[Session]:
+    async def session(
+        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None
+    ) -> AsyncIterator[Session]:
         """One device, chosen now, for several calls in turn; see the synchronous `Fleet.session`."""
         everyone = await self.devices()
         matching = await self.devices(selector) if selector else everyone
-        yield Session(self, plan.choose(selector, matching, everyone).info, threads)
+        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines())
 
     # ---- Blobs ----
 
@@ -189,7 +191,9 @@ class Fleet:
         try:
             return await (await self._send(packed, request, message)).wait()
         except asyncio.CancelledError:
-            await asyncio.shield(self._withdraw(message))
+            with suppress(KedgeError, TimeoutError):
+                async with asyncio.timeout(plan.WITHDRAW_S):
+                    await self._withdraw(message)
             raise
 
     async def _withdraw(self, message: fleet_pb2.SubmitJobRequest) -> None:
@@ -307,10 +311,11 @@ class Job:
 class Session:
     """One device for several calls in turn. `target` is what the agent says compiles for it."""
 
-    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int) -> None:
+    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines) -> None:
         self.info = info
         self._fleet = fleet
         self._threads = threads
+        self._deadlines = deadlines
 
     @property
     def name(self) -> str:
@@ -323,7 +328,7 @@ class Session:
         return self.info.target
 
     def _terms(self, function: str) -> plan.Terms:
-        return plan.Terms(function, self.name, self._threads)
+        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines)
 
     async def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""

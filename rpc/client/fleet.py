@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self, cast
 
 import grpc
@@ -175,17 +175,18 @@ class Fleet:
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 
     @contextmanager
-    def session(self, selector: str = "", *, threads: int = 0) -> Iterator[Session]:
+    def session(self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None) -> Iterator[Session]:
         """One device, chosen now, for several calls in turn.
 
-        Each call is a job pinned to the device, in a fresh runner; jobs of others may come in between.
+        Each call is a job pinned to the device, in a fresh runner and with these deadlines; jobs of others may come in
+        between.
 
         Raises:
             NoDeviceError: none that is connected matches.
         """
         everyone = self.devices()
         matching = self.devices(selector) if selector else everyone
-        yield Session(self, plan.choose(selector, matching, everyone).info, threads)
+        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines())
 
     # ---- Blobs ----
 
@@ -213,9 +214,19 @@ class Fleet:
         try:
             return self._send(packed, request, message).wait()
         except KeyboardInterrupt:
-            # The tracker may have accepted it although its answer never came: the key says which job it is.
-            Job(self, self._persist(self._stub.SubmitJob, message).job.id).cancel()
+            self._withdraw(message)
             raise
+
+    def _withdraw(self, message: fleet_pb2.SubmitJobRequest) -> None:
+        """Cancel a job that may have been accepted although its answer never came: the key says which it is.
+
+        A tracker that does not answer soon is left alone; the deadlines of the job end it.
+        """
+        ends = time.monotonic() + plan.WITHDRAW_S
+        with suppress(KedgeError):
+            job_id = self._persist(self._stub.SubmitJob, message, plan.WITHDRAW_S).job.id
+            left = max(0.1, ends - time.monotonic())
+            self._persist(self._stub.CancelJob, fleet_pb2.CancelJobRequest(job_id=job_id), left)
 
     def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
         """Check the artifact against the devices, and put everything on the tracker that the job needs."""
@@ -248,7 +259,8 @@ class Fleet:
 
     def _result(self, job: JobInfo) -> Result:
         assert job.result is not None
-        fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
+        with _open_channel():
+            fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
         return plan.read_result(job, fetched)
 
     def _persist(self, method: Any, request: Any, patience_s: float = plan.RECONNECT_S) -> Any:
@@ -263,9 +275,18 @@ class Fleet:
                 time.sleep(pause)
 
 
+@contextmanager
+def _open_channel() -> Iterator[None]:
+    """Calls are begun inside; on a channel that another thread has closed, gRPC raises a bare ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConnectError("this fleet was closed", hint="connect again") from error
+
+
 def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:
     """One unary call, which Ctrl-C breaks off."""
-    with interrupts.deferred():
+    with interrupts.deferred(), _open_channel():
         call = method.future(request, **options)
     try:
         return call.result()
@@ -324,7 +345,7 @@ class Job:
     def _watch(self, deadline: float | None, progress: Progress | None) -> JobInfo:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         request = fleet_pb2.WatchJobRequest(job_id=self.id)
-        with interrupts.deferred():
+        with interrupts.deferred(), _open_channel():
             call = self._fleet._stub.WatchJob(request, timeout=left)
         try:
             for pb in call:
@@ -353,10 +374,11 @@ class Job:
 class Session:
     """One device for several calls in turn. `target` is what the agent says compiles for it."""
 
-    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int) -> None:
+    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines) -> None:
         self.info = info
         self._fleet = fleet
         self._threads = threads
+        self._deadlines = deadlines
 
     def __repr__(self) -> str:
         return f"<Session on {self.info.name} at {self._fleet.address}>"
@@ -372,7 +394,7 @@ class Session:
         return self.info.target
 
     def _terms(self, function: str) -> plan.Terms:
-        return plan.Terms(function, self.name, self._threads)
+        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines)
 
     def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""

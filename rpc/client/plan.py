@@ -205,6 +205,8 @@ def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[De
 
 #: How long a tracker that went away is waited for.
 RECONNECT_S = 60.0
+#: How long it may take to cancel the job of a call that was broken off: whoever did that is in a hurry.
+WITHDRAW_S = 3.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.5
 
 
@@ -270,7 +272,7 @@ def raise_unless_ok(result: Result) -> None:
 _HINTS: Mapping[OutcomeKind, str] = {
     OutcomeKind.DEVICE_LOST: "see whether the device still runs (kedge devices --gone), then submit the job again",
     OutcomeKind.OUT_OF_MEMORY: "use a smaller batch, or a device with more memory (mem_mb>=...)",
-    OutcomeKind.TIMEOUT: "give that stage more time with deadlines=",
+    OutcomeKind.TIMEOUT: "give that stage more time: deadlines= in Python, --timeout for the run itself in commands",
     OutcomeKind.DEVICE_FAULT: "the agent's log on the device says more",
 }
 

@@ -232,6 +232,26 @@ def test_ctrl_c_is_clean(tracker: RunningTracker, fleet: Fleet, how: str, cancel
             assert agent.heard_nothing() and fleet.job(lease.job_id).status().state is JobState.ASSIGNED
 
 
+def test_a_fleet_that_is_closed_under_a_waiter(tracker: RunningTracker, artifact: Artifact) -> None:
+    fleet, watching, ends = connect(tracker.address), threading.Event(), []
+    job = fleet.run(artifact, {"x": X})
+
+    def wait() -> None:
+        try:
+            job.wait(progress=lambda _: watching.set())
+        except (ConnectError, ValueError) as error:
+            ends.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert watching.wait(10)
+    fleet.close()
+    waiter.join(20)
+    assert [type(end) for end in ends] == [ConnectError] and "closed" in str(ends[0])
+    with pytest.raises(ConnectError, match="closed"):
+        job.status()
+
+
 # ---- asyncio -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from kedge.rpc.transport import Address, open_channel, parse_address
 from kedge.rpc.types import JobState
 from support.fake_agent import FakeAgent, echo
 from support.toys import device_info, spec_message
+
+from .test_client import INTERRUPTED
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 MAIN = "import sys; from pathlib import Path; from kedge.rpc.tracker.main import run; "
@@ -128,6 +131,44 @@ def test_a_killed_tracker_has_lost_nothing(tmp_path: Path, artifact: Artifact) -
                 agent.drop()
         np.testing.assert_array_equal(results[running.id]["x_out"], X + 1)
         np.testing.assert_array_equal(results[waiting.id]["x_out"], X + 2)
+
+
+INTERRUPTED_ASYNC = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+from kedge.rpc.client import aio
+from support.toys import make_artifact
+async def main():
+    async with await aio.connect(sys.argv[1]) as fleet, fleet.session("bench-1") as device:
+        model = await device.load(make_artifact())
+        await model.run({"x": np.zeros((1, 4), np.float32)})
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("script", [INTERRUPTED, INTERRUPTED_ASYNC], ids=["sync", "asyncio"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_ctrl_c_is_not_held_up_by_a_tracker_that_is_gone(tmp_path: Path, script: str, how: signal.Signals) -> None:
+    with tracker(tmp_path) as process:
+        agent = FakeAgent(process.address, device_info())
+        agent.connect()
+        arguments = [str(process.address), str(Path(__file__).parents[1]), "session"]
+        client = subprocess.Popen(
+            [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        agent.expect(m.AssignJob)
+        process.popen.send_signal(how)
+        began = time.monotonic()
+        client.send_signal(signal.SIGINT)
+        output, errors = client.communicate(timeout=30)
+        assert (client.returncode, errors, output) == (0, "", "interrupted\n")
+        assert time.monotonic() - began < 10
+        process.popen.kill()
+        agent.drop()
 
 
 def test_jobs_go_on_after_a_restart_with_nothing_left_to_do(tmp_path: Path, artifact: Artifact) -> None:
