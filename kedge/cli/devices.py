@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -12,6 +14,7 @@ import typer
 import kedge
 from kedge.cli import output
 from kedge.rpc.errors import ConnectError, InputError
+from kedge.rpc.types import Deadlines
 
 
 def require_tracker(tracker: str | None) -> str:
@@ -21,11 +24,16 @@ def require_tracker(tracker: str | None) -> str:
     return tracker
 
 
-def require_device(context: typer.Context, selector: str | None) -> None:
+def require_device(context: typer.Context, selector: str | None, timeout_s: float | None = None) -> None:
     """Raise InputError where a tracker was typed but no device: whoever names a tracker does not mean this machine.
 
-    A tracker from the environment says nothing of the kind.
+    A tracker from the environment says nothing of the kind. A timeout says something to devices alone.
     """
+    if selector is None and timeout_s is not None:
+        raise InputError(
+            "--timeout without --device: on this machine nothing ends a run but Ctrl-C",
+            hint="add --device SELECTOR, or drop --timeout",
+        )
     source = context.get_parameter_source("tracker")
     if selector is None and source is not None and source.name == "COMMANDLINE":
         raise InputError(
@@ -35,8 +43,13 @@ def require_device(context: typer.Context, selector: str | None) -> None:
 
 
 @contextmanager
-def open_device(selector: str | None, tracker: str | None, threads: int, report: output.Report) -> Iterator[Any]:
-    """A session on the device that `selector` chooses, or on this machine where there is no selector."""
+def open_device(
+    selector: str | None, tracker: str | None, threads: int, report: output.Report, timeout_s: float | None = None
+) -> Iterator[Any]:
+    """A session on the device that `selector` chooses, or on this machine where there is no selector.
+
+    `timeout_s` is the deadline of each run on a device. SIGTERM cancels what runs there, as Ctrl-C does.
+    """
     if selector is None:
         build_runner(report)
         with kedge.local(threads=threads) as device:
@@ -44,9 +57,35 @@ def open_device(selector: str | None, tracker: str | None, threads: int, report:
         return
     address = require_tracker(tracker)
     report(f"asking {address} for {selector}")
-    with kedge.connect(address) as fleet, fleet.session(selector, threads=threads) as device:
+    deadlines = Deadlines(run_ms=max(1, round((timeout_s or 0) * 1000))) if timeout_s is not None else None
+    with (
+        _terminated_like_ctrl_c(),
+        kedge.connect(address) as fleet,
+        fleet.session(selector, threads=threads, deadlines=deadlines) as device,
+    ):
         report(f"sending the job to {device.name}")
         yield device
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM inside interrupts first, so that nothing is left to run, and then ends the process as it always does."""
+    came = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        if not callable(signal.getsignal(signal.SIGINT)):  # ignored, as in the background of a shell script
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    usual = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def build_runner(report: output.Report) -> Path:

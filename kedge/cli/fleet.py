@@ -54,7 +54,7 @@ def agent_start(
     ] = None,
     threads: output.ThreadsOption = 0,
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Its cache.", show_default="~/.local/state/kedge/agent")
+        Path | None, typer.Option("--data-dir", help="Its cache.", show_default="~/.local/state/kedge/agent/NAME")
     ] = None,
     runner: Annotated[
         Path | None, typer.Option("--runner", help="The native runner.", show_default="built for this machine")
@@ -76,12 +76,13 @@ def agent_start(
         with output.progress("agent") as report:
             runner = build_runner(report)
     arguments = ["--tracker", address, "--runner", str(runner), "--threads", str(threads)]
-    arguments += ["--data-dir", str(data_dir or state_dir() / "agent")]
+    arguments += ["--data-dir", str(data_dir)] if data_dir else []
     arguments += ["--name", name] if name else []
     for item in label or ():
         arguments += ["--label", item]
-    # The agent replaces this process: it needs none of what the command line has imported.
-    os.execv(sys.executable, [sys.executable, "-m", "kedge.device_agent", *arguments])
+    # The agent replaces this process: it needs none of what the command line has imported. Without -P, a queue.py in
+    # the folder where it is started would take the place of Python's.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "kedge.device_agent", *arguments])
 
 
 def devices(
@@ -129,7 +130,7 @@ def devices(
 
 
 def jobs(
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many, newest first.")] = 20,
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:

@@ -27,7 +27,16 @@ TrackerOption = Annotated[
     str | None,
     typer.Option("--tracker", metavar="HOST:PORT", envvar="KEDGE_TRACKER", help="The tracker to ask."),
 ]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Threads to use; 0: all that are allowed.")]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, max=4096, help="Threads to use; 0: all that are allowed.")
+]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout", metavar="SECONDS", min=0.001, max=31_622_400, help="How long a run on the device may take.",
+        show_default="what the tracker says",
+    ),
+]  # fmt: skip
 ShapeOption = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="NAME=D0,D1,…", help="The shape of an input; a name as a dim leaves it free."),

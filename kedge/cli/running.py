@@ -48,6 +48,7 @@ def run(
     threads: output.ThreadsOption = 0,
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Run an artifact once, here or on a device, and show or save its outputs.
@@ -60,10 +61,10 @@ def run(
 
       kedge run digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
     """
-    require_device(context, device)
+    require_device(context, device, timeout)
     loaded = load_artifact(artifact)
     data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
-    with output.progress("run") as report, open_device(device, tracker, threads, report) as place:
+    with output.progress("run") as report, open_device(device, tracker, threads, report, timeout) as place:
         results = place.load(loaded).run(data, function=function)
     if outputs:
         save_outputs(outputs, results)
@@ -108,6 +109,7 @@ def bench(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Untimed calls before the first sample.")] = 1,
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Time an artifact natively, here or on a device, in a fresh isolated process.
@@ -120,10 +122,10 @@ def bench(
 
       kedge bench digits-arm.kdg --device key=rpi4 --tracker tracker:9190 --json
     """
-    require_device(context, device)
+    require_device(context, device, timeout)
     loaded = load_artifact(artifact)
     data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
-    with output.progress("bench") as report, open_device(device, tracker, threads, report) as place:
+    with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout) as place:
         module = place.load(loaded)
         report(f"timing {repeat} samples")
         timing = module.time(
@@ -152,6 +154,7 @@ def validate(
     threads: output.ThreadsOption = 0,
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Compare an artifact's outputs with the ONNX reference evaluator's, and name the worst layer.
@@ -166,10 +169,10 @@ def validate(
     """
     from kedge.validation import validate as compare
 
-    require_device(context, device)
+    require_device(context, device, timeout)
     loaded = load_artifact(artifact)
     data = _inputs(loaded.manifest.function("main"), inputs, shape, seed)
-    with output.progress("validate") as report, open_device(device, tracker, threads, report) as place:
+    with output.progress("validate") as report, open_device(device, tracker, threads, report, timeout) as place:
         result = compare(model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, progress=report)
     if as_json:
         output.emit_json(result.to_json())

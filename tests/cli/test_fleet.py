@@ -16,6 +16,7 @@ import pytest
 from kedge.data import digits_model, digits_test
 from kedge.demo import processes
 from kedge.diagnosis import diagnose
+from support.agents import wait_for
 from support.commands import Kedge, kedge_command
 
 
@@ -113,6 +114,80 @@ def test_an_agent_without_a_good_address_says_so(kedge: Kedge, tmp_path: Path) -
     assert done.returncode != 0 and "no-port" in done.stderr
     unnamed = kedge("agent", "start", env={k: v for k, v in os.environ.items() if k != "KEDGE_TRACKER"})
     assert unnamed.returncode == 6 and "--tracker" in unnamed.stderr
+
+
+def test_agents_start_in_any_folder_and_beside_each_other(kedge: Kedge, fleet: str, tmp_path: Path) -> None:
+    """The folder holds a queue.py of the user's own; the agents' data folders are named after them."""
+    (tmp_path / "queue.py").write_text("jobs = ['the user has a queue of his own']\n")
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    agents = [
+        subprocess.Popen(
+            kedge_command("agent", "start", "--tracker", fleet, "--name", name),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
+        )
+        for name in ("one", "two")
+    ]  # fmt: skip
+    try:
+        for name, agent in zip(("one", "two"), agents, strict=True):
+            assert agent.stdout is not None and agent.stderr is not None
+            line = agent.stdout.readline()
+            assert line.startswith(f"kedge agent {name} ready"), agent.stderr.read()
+        assert sorted(path.name for path in (tmp_path / "state" / "kedge" / "agent").iterdir()) == ["one", "two"]
+    finally:
+        for agent in agents:
+            agent.terminate()
+            agent.communicate(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["jobs", "--limit", "3000000000"], 2, "--limit"),
+        (["jobs", "--limit", "0"], 2, "--limit"),
+        (["run", "--threads", "3000000000"], 2, "--threads"),
+        (["run", "--device", "bench-1", "--threads", "3000000000"], 2, "--threads"),
+        (["run", "--device", "bench-1", "--timeout", "0"], 2, "--timeout"),
+        (["run", "--timeout", "5"], 5, "--timeout without --device"),
+        (["bench", "--device", "bench-1", "--min-repeat-ms", "1e14"], 5, "min_repeat_ms"),
+        (["bench", "--device", "bench-1", "--min-repeat-ms", "inf"], 5, "min_repeat_ms"),
+        (["bench", "--device", "bench-1", "--repeat", "99999999999999999999"], 5, "repeat"),
+        (["bench", "--min-repeat-ms", "nan"], 2, "--min-repeat-ms"),
+        (["bench", "--number", "99999999999999999999"], 5, "number"),
+    ],
+)
+def test_numbers_out_of_range_are_the_users_mistake(
+    kedge: Kedge, fleet: str, digits: Path, arguments: list[str], status: int, words: str
+) -> None:
+    command, *options = arguments
+    there = ["--tracker", fleet] if command == "jobs" or "--device" in options else []
+    done = kedge(command, *([] if command == "jobs" else [digits]), *options, *there)
+    assert done.returncode == status and words in done.stderr, done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_a_run_has_a_deadline_on_request(kedge: Kedge, fleet: str, digits: Path) -> None:
+    there = ("--device", "bench-1", "--tracker", fleet)
+    slow = ("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000")
+    done = kedge(*slow, *there, "--timeout", "0.5")
+    assert done.returncode == 8 and "timeout in stage run" in done.stderr and "--timeout" in done.stderr, done.stderr
+    assert kedge("run", digits, *there, "--timeout", "60").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_stops_a_command_stops_its_job(kedge: Kedge, fleet: str, digits: Path, number: signal.Signals) -> None:
+    slow = ("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000", "--device", "bench-1", "--tracker", fleet)
+    process = subprocess.Popen(kedge_command(*slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def newest() -> tuple[str, str | None]:
+        job = json.loads(kedge("jobs", "--limit", "1", "--tracker", fleet, "--json").stdout)[0]
+        return job["state"], job["result"] and job["result"]["outcome"]["kind"]
+
+    wait_for(lambda: newest() == ("running", None), "the job to run")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGTERM), errors
+    assert "Traceback" not in errors
+    wait_for(lambda: newest() == ("done", "cancelled"), "the job to be cancelled")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
