@@ -170,6 +170,12 @@ class Module:
 
         return print_module(self)
 
+    def print(self) -> None:
+        """Write the text of `show` to standard output, in colour where that is a terminal (NO_COLOR: nowhere)."""
+        from kedge.compiler.tir.highlight import write
+
+        write(self.show())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the module with its parameters to a `.kmod` file, which `kedge.load` reads back."""
         from kedge.compiler.graph.store import save_module

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from kedge.compiler.tir.expr import Dim, Expr, Var, const
 
 Scope = Literal["global", "shared", "local", "register"]
-LoopKind = Literal["serial", "parallel", "vectorized", "unrolled", "thread"]
+LoopKind = Literal["serial", "parallel", "vectorized", "unrolled", "thread", "tensorized"]
 IterKind = Literal["spatial", "reduce"]
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -143,3 +143,9 @@ class PrimFunc:
         from kedge.compiler.tir.printer import print_func
 
         return print_func(self)
+
+    def print(self) -> None:
+        """Write the text of `show` to standard output, in colour where that is a terminal (NO_COLOR: nowhere)."""
+        from kedge.compiler.tir.highlight import write
+
+        write(self.show())
