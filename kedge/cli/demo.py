@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 from rich.text import Text
 
 from kedge.cli import output
+from kedge.cli.ending import end_in_order
 
 
 def demo(
@@ -36,8 +36,7 @@ def demo(
         sys.stderr.write(f"[{time.monotonic() - started:5.1f} s] {line}\n")
         sys.stderr.flush()
 
-    # Being asked to end must end what was started, too: SIGTERM takes the road of Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_in_order()
     rows = run_demo(say, arm=arm)
     if as_json:
         output.emit_json([row.to_json() for row in rows])

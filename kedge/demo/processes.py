@@ -20,7 +20,9 @@ STOP_TIMEOUT_S = 10.0
 
 @contextlib.contextmanager
 def service(what: str, *command: str, log: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that writes one line to stdout when it is ready; stopped with SIGTERM at the end.
+    """A Python module that writes one line to stdout when it is ready; stopped with SIGTERM at the end.
+
+    It ends with this process, too, if this one is killed.
 
     Raises:
         KedgeError: it ended or said nothing within the time; the message carries the end of its log.
@@ -28,7 +30,12 @@ def service(what: str, *command: str, log: Path) -> Iterator[subprocess.Popen[st
     with log.open("w") as errors:
         # A session of its own: Ctrl-C on the terminal must let the demo stop it in order.
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            [sys.executable, "-m", "kedge.demo.tied", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
         )
     try:
         yield process
@@ -102,4 +109,4 @@ def board(arch: str, address: str, name: str, say: Callable[[str], None]) -> Ite
 
     with EmulatedBoard(arch, cache_dir() / "boards", progress=say) as machine:
         login = Login(f"{machine.user}@{machine.host}:{machine.port}", machine.key_path, machine.known_hosts_path)
-        yield deploy(login, address, name=name, labels=dict(machine.labels), progress=say)
+        yield deploy(login, address, name=name, progress=say)

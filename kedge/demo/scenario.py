@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,11 +81,15 @@ def run_demo(say: Say, *, arm: bool = True) -> list[Row]:
 
     `say` receives one line per stage. With `arm` an emulated board joins over SSH, where this machine can carry one.
     """
+    stopped = threading.Event()
+    say = _stage_lines(say, stopped)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kedge-demo-")))
         say("starting a tracker")
         address = stack.enter_context(processes.tracker(folder / "tracker"))
         pool = stack.enter_context(ThreadPoolExecutor(3))
+        # Nobody waits for what is still joining when this is broken off.
+        stack.callback(stopped.set)
         joining: dict[str, Future[Any]] = {"this-machine": pool.submit(_start_agent, stack, address, folder, say)}
         if arm:
             missing = processes.missing_for_board(ARM_ARCH)
@@ -95,6 +101,24 @@ def run_demo(say: Say, *, arm: bool = True) -> list[Row]:
         held_out = _held_out()
         with kedge.connect(address) as fleet:
             return [_row(fleet, name, joined, held_out, say) for name, joined in joining.items()]
+
+
+def _stage_lines(say: Say, stopped: threading.Event) -> Say:
+    """One line per stage, however often it reports its progress; once `stopped`, a report ends what it is about."""
+    lock = threading.Lock()
+    said: set[str] = set()
+
+    def line(text: str) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stage = re.sub(r": \d+ % of .*", "", text)
+        with lock:
+            new = stage not in said
+            said.add(stage)
+        if new:
+            say(stage)
+
+    return line
 
 
 def _held_out() -> HeldOut:

@@ -1,0 +1,84 @@
+"""How commands end when they are asked to, or made to: nothing they started outlives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kedge.demo import scenario
+from support.agents import descendants, runs, wait_for
+from support.commands import kedge_command
+
+
+@contextmanager
+def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`kedge demo --no-arm`, at the moment when its tracker and its agent run; its files go into `folder`."""
+    process = subprocess.Popen(
+        kedge_command("demo", "--no-arm"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+        start_new_session=True,
+    )
+    with process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "compiling the digits model" in line:
+                break
+        yield process
+
+
+def test_a_closed_terminal_stops_everything_that_the_demo_started(tmp_path: Path) -> None:
+    with demo(tmp_path) as process:
+        started = descendants(process.pid)
+        assert len(started) >= 2
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
+    assert list(tmp_path.iterdir()) == []
+    assert not [pid for pid in started if runs(pid)]
+
+
+def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
+    with demo(tmp_path) as process:
+        started = descendants(process.pid)
+        assert len(started) >= 2
+        process.kill()
+        process.communicate(timeout=30)
+    wait_for(lambda: not [pid for pid in started if runs(pid)], "the tracker and the agent to end")
+
+
+def test_nohup_keeps_the_demo_running(tmp_path: Path) -> None:
+    command = ["nohup", *kedge_command("demo", "--no-arm")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "compiling the digits model" in line:
+                break
+        process.send_signal(signal.SIGHUP)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "this-machine" in out, errors
+
+
+def test_a_stage_is_one_line_and_ends_once_stopped() -> None:
+    stopped = threading.Event()
+    lines: list[str] = []
+    say = scenario._stage_lines(lines.append, stopped)
+    for percent in (0, 25, 50, 75, 100):
+        say(f"board: sending grpcio and protobuf: {percent} % of 7.1 MB")
+    say("board: unpacking on the board")
+    assert lines == ["board: sending grpcio and protobuf", "board: unpacking on the board"]
+    stopped.set()
+    with pytest.raises(KeyboardInterrupt):
+        say("board: starting the agent")
