@@ -1,9 +1,10 @@
 """Put the agent on a board over SSH, start it, look at it, remove it. Nothing there needs root.
 
-    deploy_board("pi@192.168.1.7", tracker="192.168.1.2:9190", runner_for=..., cache_dir=..., online=...)
+    deploy_board("pi@192.168.1.7", tracker="192.168.1.2:9190", runner_for=..., cache_dir=..., connected=...)
 
 A deployment asks the board what it is, checks that it can reach the tracker, sends what it does not have yet,
-replaces an agent that runs, and waits until the tracker sees the new one.
+replaces an agent that runs, and waits until the tracker sees the new one. If it does not come to that, the agent that
+was there before is brought back; of a first installation only one whose agent was started stays, with its log.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import hashlib
 import ipaddress
 import json
 import posixpath
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +24,29 @@ from typing import Any
 from kedge.deploy import launch
 from kedge.deploy.bundle import agent_site, agent_zipapp
 from kedge.deploy.cachedir import Progress, silent
-from kedge.deploy.errors import DeployError
-from kedge.deploy.probe import BoardInfo, probe
-from kedge.deploy.ssh import Completed, Connection, Destination, connect
-from kedge.rpc.errors import NoDeviceError
+from kedge.deploy.errors import DeployError, NameTakenError
+from kedge.deploy.probe import BoardInfo, Place, locate, probe
+from kedge.deploy.ssh import Completed, Connection, Destination, RemoteProcess, connect
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.names import DEPLOYMENT, check_name, parse_labels
 
 DIRECTORY = "~/.local/share/kedge-agent"
 """Where the agent lives on a board unless said otherwise."""
 
+# The script comes through standard input, which stays open behind it.
+_BOOT = 'import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv.pop(1))), "launch.py", "exec"))'
+
 _SLICE_S = 1.0
+_PREPARE_S = 60.0
 _FINISH_S = 10.0
 _START_S = launch.STOP_GRACE_S + 30.0
 
 RunnerFor = Callable[[BoardInfo], Path]
 """Builds or finds the native `kedge-runner` for a board."""
 
-Online = Callable[[str, float], bool]
-"""`online(name, timeout_s)` waits until the tracker sees the agent of that name; when the time is up it returns False
-or raises `NoDeviceError`."""
+Connected = Callable[[str, float], Mapping[str, str] | None]
+"""`connected(name, timeout_s)` waits until the tracker sees a device of exactly that name, and gives its labels; None
+when the time is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ def deploy_board(
     *,
     tracker: str,
     runner_for: RunnerFor,
-    online: Online,
+    connected: Connected,
     cache_dir: Path,
     name: str | None = None,
     labels: Mapping[str, str] | None = None,
@@ -78,21 +86,33 @@ def deploy_board(
     """Install the agent and start it; return when `tracker` (HOST:PORT, as seen from the board) sees it.
 
     `name` is the board's host name unless given. Running it again updates what changed and restarts the agent.
-    Raises `ConnectError` (SSH), `BoardUnsuitableError`, `FetchError` (wheels) or `DeployError`; in the last case
-    the message ends with the agent's own log.
+
+    Raises:
+        UsageError: a name or label that no device can have; nothing was done.
+        ConnectError: no login over SSH.
+        BoardUnsuitableError, FetchError: nothing was changed on the board.
+        NameTakenError: another machine has the name.
+        DeployError: anything else; where the agent was started, the message ends with its own log.
     """
+    parse_labels(f"{key}={value}" for key, value in (labels or {}).items())
+    if name is not None:
+        check_name(name)
     progress(f"connecting to {destination}")
     with connect(destination) as connection:
-        board = probe(connection, directory)
+        place = locate(connection, directory)
+        board = probe(connection, place)
         python = ".".join(map(str, board.python_version))
         progress(f"{board.hostname}: {board.arch}, glibc {board.glibc[0]}.{board.glibc[1]}, Python {python}")
-        remote = _Remote(connection, board)
-        there = remote.prepare(tracker)
-        uploaded = remote.install(there, runner_for(board), cache_dir, progress)
-        name = name or board.hostname
-        remote.configure(tracker, name, labels or {})
-        progress(f"starting the agent {name}")
-        pid = remote.start(name, tracker, online, timeout_s)
+        name = check_name(name or board.hostname)
+        remote = _Remote(connection, place)
+        with remote.prepared(tracker) as there:
+            _refuse_taken(name, connected(name, 0), there["agent"], tracker)
+            site, uploaded = remote.install(there, board, runner_for(board), cache_dir, progress)
+            deployment = secrets.token_hex(4)
+            remote.configure(site, tracker, name, {**(labels or {}), DEPLOYMENT: deployment})
+            progress(f"starting the agent {name}")
+            pid = remote.start(name, tracker, deployment, connected, timeout_s, progress)
+            remote.command("settle")
     progress(f"{name} is online")
     return Deployment(name, board, pid, uploaded)
 
@@ -100,54 +120,122 @@ def deploy_board(
 def uninstall(destination: Destination, *, directory: str = DIRECTORY) -> bool:
     """Stop the agent and remove every trace; False if nothing was installed there."""
     with connect(destination) as connection:
-        remote = _Remote(connection, probe(connection, directory))
+        remote = _Remote(connection, locate(connection, directory))
         return remote.command("remove", ok=(0, launch.EXIT_NOT_RUNNING)).status == 0
 
 
 def status(destination: Destination, *, directory: str = DIRECTORY) -> AgentStatus:
     """Whether an agent is installed there, and whether it runs."""
     with connect(destination) as connection:
-        remote = _Remote(connection, probe(connection, directory))
-        found = json.loads(remote.command("status").stdout)
+        remote = _Remote(connection, locate(connection, directory))
+        found = json.loads(remote.command("status").stdout.splitlines()[-1])
         return AgentStatus(found["installed"], found["pid"], found["name"], found["tracker"])
+
+
+def _refuse_taken(name: str, labels: Mapping[str, str] | None, agent: Mapping[str, Any], tracker: str) -> None:
+    """Raise NameTakenError if a device of that name is connected which is not the board's own `agent`."""
+    if labels is None:
+        return
+    own = agent["pid"] is not None and agent["name"] == name and agent["deployment"] in (None, labels.get(DEPLOYMENT))
+    if not own:
+        raise _taken(name, tracker)
+
+
+def _taken(name: str, tracker: str) -> NameTakenError:
+    return NameTakenError(
+        f"another machine is connected to the tracker at {tracker} under the name {name!r}",
+        hint="choose another with --name, or stop the agent there",
+    )
 
 
 class _Remote:
     """One board's installation directory, worked on through `launch.py`."""
 
-    def __init__(self, connection: Connection, board: BoardInfo) -> None:
+    def __init__(self, connection: Connection, place: Place) -> None:
         self._connection = connection
-        self._board = board
+        self._place = place
         self._script = Path(launch.__file__).read_bytes()
-        self._site = ""
+        self._launched = False
 
     def command(self, name: str, *arguments: str, timeout_s: float = 60.0, ok: tuple[int, ...] = (0,)) -> Completed:
         """Run one of `launch.py`'s commands; the script itself travels with it."""
-        words = [self._board.python, "-", name, self._board.directory, *arguments]
+        words = [self._place.python, "-", name, self._place.directory, *arguments]
         done = self._connection.run(words, stdin=self._script, timeout_s=timeout_s, check=False)
         if done.status not in ok:
-            said = (done.stdout + done.stderr).strip()[-1500:]
-            raise DeployError(f"{self._connection.destination}: {name} failed (status {done.status}): {said}")
+            raise self._failed(name, done)
         return done
 
-    def prepare(self, tracker: str) -> dict[str, Any]:
-        """What is installed there; refuses early if the board cannot open a connection to the tracker."""
+    def _open(self, name: str, *arguments: str) -> RemoteProcess:
+        """Start a command that ends when its standard input is closed: when this side goes away at the latest."""
+        words = [self._place.python, "-c", _BOOT, str(len(self._script)), name, self._place.directory, *arguments]
+        return self._connection.start(words, self._script, keep_open=True)
+
+    def _failed(self, name: str, done: Completed) -> DeployError:
+        said = (done.stdout + done.stderr).strip()[-1500:]
+        if done.status == launch.EXIT_BUSY:
+            return DeployError(f"{self._connection.destination}: {said}", hint="try again when it is done")
+        return DeployError(f"{self._connection.destination}: {name} failed (status {done.status}): {said}")
+
+    @contextmanager
+    def prepared(self, tracker: str) -> Iterator[dict[str, Any]]:
+        """What is installed there, locked against other deployments; an error inside brings back what was there.
+
+        Refuses early if the board cannot open a connection to the tracker.
+        """
         host, _, port = tracker.rpartition(":")
         if not host or not port.isdigit():
             raise DeployError(f"{tracker!r} is no address of a tracker", hint="write HOST:PORT")
         bare = host.removeprefix("[").removesuffix("]")
-        done = self.command("prepare", bare, port, ok=(0, launch.EXIT_UNREACHABLE))
-        if done.status != 0:
+        holder = self._open("prepare", bare, port)
+        try:
+            there = self._answer(holder, tracker, bare, port)
+            try:
+                yield there
+            except BaseException as error:
+                self._undo(there, holder, error)
+                raise
+        finally:
+            holder.finish(_FINISH_S)
+
+    def _answer(self, holder: RemoteProcess, tracker: str, host: str, port: str) -> dict[str, Any]:
+        line = holder.read_line(_PREPARE_S)
+        try:
+            there: dict[str, Any] = json.loads(line)
+        except ValueError:
+            done = holder.wait(_FINISH_S) or Completed(-1, line, "")
+            if done.status != launch.EXIT_UNREACHABLE:
+                raise self._failed("prepare", done) from None
             raise DeployError(
                 f"{self._connection.destination} cannot reach the tracker at {tracker}: {done.stdout.strip()}",
-                hint=_unreachable_hint(bare, port),
-            )
-        there: dict[str, Any] = json.loads(done.stdout)
+                hint=_unreachable_hint(host, port),
+            ) from None
         return there
 
-    def install(self, there: dict[str, Any], runner: Path, cache_dir: Path, progress: Progress) -> tuple[str, ...]:
-        """Send what the board does not have in exactly this version; returns the names of what was sent."""
-        board = self._board
+    def _undo(self, there: Mapping[str, Any], holder: RemoteProcess, error: BaseException) -> None:
+        """Bring the board back to what it was; a first agent that was started and failed stays, to be looked at."""
+        first = not there["agent"]["installed"]
+        if first and self._launched and isinstance(error, Exception):
+            return
+        try:
+            if first:
+                holder.finish(_FINISH_S)  # removal takes the lock itself
+                self.command("remove", ok=(0, launch.EXIT_NOT_RUNNING))
+            else:
+                back = self.command("rollback", ok=(0, launch.EXIT_NOT_RUNNING)).status == 0
+                if back and isinstance(error, KedgeError):
+                    error.message += "\nThe agent that ran there before runs again."
+        except (KedgeError, KeyboardInterrupt) as failure:
+            why, and_why = str(error) or "interrupted", str(failure) or "interrupted"
+            raise DeployError(
+                f"{self._connection.destination}: the deployment was broken off ({why}), and what it changed could "
+                f"not be undone: {and_why}",
+                hint="deploy again, or remove it: kedge deploy board … --uninstall",
+            ) from error
+
+    def install(
+        self, there: Mapping[str, Any], board: BoardInfo, runner: Path, cache_dir: Path, progress: Progress
+    ) -> tuple[str, tuple[str, ...]]:
+        """Send what the board does not have in exactly this version; the site, and the names of what was sent."""
         site = agent_site(cache_dir, board.arch, board.glibc, board.python_version[:2], progress)
         files: dict[str, tuple[bytes, int]] = {
             "agent.pyz": (agent_zipapp(), 0o644),
@@ -158,60 +246,73 @@ class _Remote:
         for name, (data, mode) in files.items():
             if there["digests"].get(name) != hashlib.sha256(data).hexdigest():
                 progress(f"sending {name} ({len(data) / 1e6:.1f} MB)")
-                self._connection.put(data, self._path(name), mode=mode)
+                self._connection.put(data, self._path(launch.NEW, name), mode=mode)
                 sent.append(name)
-        self._site = f"site-{site.digest}"
-        if self._site not in there["sites"]:
+        if f"site-{site.digest}" not in there["sites"]:
             shown = _Percent(progress, "sending grpcio and protobuf")
             self._connection.put(site.archive, self._path("site.tar.gz"), transferred=shown)
             progress("unpacking on the board")
             self.command("unpack", site.digest, timeout_s=300)
             sent.append("site")
-        return tuple(sent)
+        return f"site-{site.digest}", tuple(sent)
 
-    def configure(self, tracker: str, name: str, labels: Mapping[str, str]) -> None:
-        """Write `agent.json`: what to start, and how."""
+    def configure(self, site: str, tracker: str, name: str, labels: Mapping[str, str]) -> None:
+        """Write the new `agent.json`: what to start, and how."""
         # One word each: a name may begin with a dash.
         arguments = [f"--tracker={tracker}", f"--name={name}"]
         arguments += [f"--label={key}={value}" for key, value in sorted(labels.items())]
         arguments += [f"--runner={self._path('kedge-runner')}", f"--data-dir={self._path('data')}"]
         config = {
-            "python": self._board.python,
-            "site": self._site,
+            "python": self._place.python,
+            "site": site,
             "name": name,
             "tracker": tracker,
+            "deployment": labels[DEPLOYMENT],
             "arguments": arguments,
         }
-        self._connection.put(json.dumps(config, indent=1).encode(), self._path("agent.json"), mode=0o600)
+        self._connection.put(json.dumps(config, indent=1).encode(), self._path(launch.NEW, "agent.json"), mode=0o600)
 
-    def start(self, name: str, tracker: str, online: Online, timeout_s: float) -> int:
+    def start(
+        self,
+        name: str,
+        tracker: str,
+        deployment: str,
+        connected: Connected,
+        timeout_s: float,
+        progress: Progress,
+    ) -> int:
         """Start the agent in place of one that runs; wait for the tracker to see it, or for its end."""
-        # It ends when the agent ends; if this side goes away first, its standard input is closed and it ends too.
-        words = [self._board.python, self._path("launch.py"), "launch", self._board.directory]
-        launcher = self._connection.start(words, stdin=None)
+        self._launched = True
+        launcher = self._open("launch")
+        labels: Mapping[str, str] | None = None
         try:
             pid = launcher.read_line(_START_S)
             if not pid.isdigit():
                 raise DeployError(f"the agent {name} was not started on {self._connection.destination}: {pid}")
             deadline = time.monotonic() + timeout_s
             while (left := deadline - time.monotonic()) > 0:
-                if _seen(online, name, min(_SLICE_S, left)):
+                progress(f"waiting until the tracker sees {name}")
+                labels = connected(name, min(_SLICE_S, left))
+                if labels is not None and labels.get(DEPLOYMENT) == deployment:
                     return int(pid)
-                ended = launcher.wait(0)
+                # Another device of that name is there at once: until it leaves, the agent is waited for.
+                ended = launcher.wait(0 if labels is None else min(_SLICE_S, left))
                 if ended is not None:
                     log = ended.stdout.partition("\n")[2]
                     raise DeployError(f"the agent {name} on {self._connection.destination} ended:\n{log}")
         finally:
             launcher.finish(_FINISH_S)
+        if labels is not None:
+            raise _taken(name, tracker)
         log = self.command("tail", ok=(0, launch.EXIT_NOT_RUNNING)).stdout
         raise DeployError(
             f"the agent {name} runs on {self._connection.destination}, but the tracker at {tracker} "
             f"did not see it within {timeout_s:.0f} s. Its log ends with:\n{log}",
-            hint="is that the tracker this command talks to, and is the name not in use?",
+            hint="is that the tracker this command talks to?",
         )
 
-    def _path(self, name: str) -> str:
-        return posixpath.join(self._board.directory, name)
+    def _path(self, *names: str) -> str:
+        return posixpath.join(self._place.directory, *names)
 
 
 class _Percent:
@@ -227,13 +328,6 @@ class _Percent:
         if percent >= self._next:
             self._progress(f"{self._what}: {percent} % of {total / 1e6:.1f} MB")
             self._next = percent - percent % 25 + 25
-
-
-def _seen(online: Online, name: str, timeout_s: float) -> bool:
-    try:
-        return online(name, timeout_s)
-    except NoDeviceError:
-        return False
 
 
 def _unreachable_hint(host: str, port: str) -> str:

@@ -13,12 +13,22 @@ class BoardUnsuitableError(DeployError):
     """The board answers, but cannot run the agent (no Python 3.9, no room, an unknown architecture)."""
 
 
+class NameTakenError(DeployError):
+    """Another machine is connected to the tracker under the name that the board was to have."""
+
+
 class HostKeyUnknownError(ConnectError):
     """The board's host key is not in known_hosts: its identity cannot be checked."""
 
 
 class HostKeyChangedError(ConnectError):
     """The board presents another host key than the one in known_hosts."""
+
+
+class BoardAddressError(ConnectError):
+    """How to log in is said in a way that can never work; nothing was tried."""
+
+    exit_status = 2
 
 
 class AuthenticationError(ConnectError):

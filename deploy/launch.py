@@ -6,6 +6,9 @@ earlier deployment left; a copy lies in the directory for whoever is logged in t
 The agent is a session of its own with its standard streams in `agent.log`, so the end of an SSH session does not
 reach it. It holds a lock on `agent.lock` for as long as it lives: that, and not a process id that may have been
 given to another process, tells whether it runs.
+
+A deployment holds `install.lock` from `prepare` to its end. It sends everything into `new`; `launch` puts that in place
+of what is there, which `old` keeps until `settle`, so that `rollback` brings back an agent that worked.
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ MARK = "KEDGE_AGENT_HOME"
 EXIT_NOT_RUNNING = 3
 EXIT_RUNNING = 4
 EXIT_UNREACHABLE = 5
+EXIT_BUSY = 6
+
+NEW = "new"
+OLD = "old"
+FILES = ("agent.pyz", "kedge-runner", "launch.py")
 
 
 def path(home: str, name: str) -> str:
@@ -69,24 +77,72 @@ def running_pid(home: str) -> int | None:
         except BlockingIOError:
             with open(path(home, "agent.lock")) as stream:
                 written = stream.read()
-            if written:
+            if written.isdigit() and is_ours(home, int(written)):
                 return int(written)
-            continue  # it took the lock this very moment, and is about to write
+            # It took the lock this very moment: the number is not written yet, or still that of the one before.
+            time.sleep(0.001)
+            continue
         return None
 
 
+def is_ours(home: str, pid: int) -> bool:
+    """Whether a process inherits `MARK`, or was started from the installation's files."""
+    try:
+        with open("/proc/%d/environ" % pid, "rb") as stream:
+            environment = stream.read().split(b"\0")
+        with open("/proc/%d/cmdline" % pid, "rb") as stream:
+            words = stream.read().split(b"\0")
+    except OSError:  # gone meanwhile, or another user's
+        return False
+    programs = {path(home, name).encode() for name in ("agent.pyz", "kedge-runner")}
+    return (MARK + "=" + home).encode() in environment or bool(programs.intersection(words))
+
+
 def prepare(home: str, host: str, port: str) -> int:
-    """Check that the tracker answers from here, then `setup`; nothing is made if it does not."""
+    """Check that the tracker answers from here, then `setup`; nothing is made if it does not.
+
+    The installation is locked until standard input is closed.
+    """
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         print(error)
         return EXIT_UNREACHABLE
-    return setup(home)
+    lock = make_home(home)
+    if lock is None:
+        return busy()
+    report(home)
+    sys.stdout.flush()
+    while os.read(0, 65536):
+        pass
+    os.close(lock)
+    return 0
 
 
-def setup(home: str) -> int:
-    """Make the directory; print what is installed as JSON: file -> SHA-256, and the names of unpacked sites."""
+def busy() -> int:
+    """Say that the installation is locked."""
+    print("another deployment to this board is at work")
+    return EXIT_BUSY
+
+
+def lock_installation(home: str) -> int | None:
+    """The descriptor of the locked `install.lock`; None where somebody else has it."""
+    while True:
+        descriptor = os.open(path(home, "install.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path(home, "install.lock"))):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:  # removed with the whole installation, meanwhile
+            os.makedirs(home, mode=0o700, exist_ok=True)
+        os.close(descriptor)
+
+
+def make_home(home: str) -> int | None:
+    """Make the directory and lock it; None where another deployment has the lock."""
     created = []
     folder = home
     while not os.path.isdir(folder):
@@ -96,18 +152,36 @@ def setup(home: str) -> int:
     if created:
         with open(path(home, "created.json"), "w") as stream:
             json.dump({"directories": created}, stream)
+    return lock_installation(home)
+
+
+def setup(home: str) -> int:
+    """Make the directory and `report`."""
+    lock = make_home(home)
+    if lock is None:
+        return busy()
+    report(home)
+    os.close(lock)
+    return 0
+
+
+def report(home: str) -> None:
+    """Make room for what comes; print what is there as JSON: file -> SHA-256, the unpacked sites, the agent."""
+    # Left by a deployment that was broken off.
+    for name in (NEW, OLD):
+        shutil.rmtree(path(home, name), ignore_errors=True)
+    os.makedirs(path(home, NEW), exist_ok=True)
     digests = {}
-    for name in ("agent.pyz", "kedge-runner", "launch.py"):
+    for name in FILES:
         if os.path.isfile(path(home, name)):
             with open(path(home, name), "rb") as stream:
                 digests[name] = hashlib.sha256(stream.read()).hexdigest()
     sites = [name for name in os.listdir(home) if name.startswith("site-")]
-    print(json.dumps({"digests": digests, "sites": sites}))
-    return 0
+    print(json.dumps({"digests": digests, "sites": sites, "agent": state(home)}))
 
 
 def unpack(home: str, digest: str) -> int:
-    """Unpack `site.tar.gz` into `site-DIGEST`, point `site` at it, remove older ones."""
+    """Unpack `site.tar.gz` into `site-DIGEST`."""
     archive, final = path(home, "site.tar.gz"), path(home, "site-" + digest)
     with open(archive, "rb") as stream:
         found = hashlib.sha256(stream.read()).hexdigest()
@@ -129,13 +203,21 @@ def unpack(home: str, digest: str) -> int:
 
 
 def use_site(home: str, wanted: str) -> None:
-    """Make `site` mean `wanted`; nothing runs from the others any more."""
-    if os.path.lexists(path(home, "site")):
-        os.unlink(path(home, "site"))
-    os.symlink(wanted, path(home, "site"))
-    for name in os.listdir(home):
-        if name.startswith("site-") and name != wanted:
-            shutil.rmtree(path(home, name))
+    """Make `site` mean `wanted`, without a moment in which it means nothing."""
+    part = path(home, ".site.part")
+    if os.path.lexists(part):
+        os.unlink(part)
+    os.symlink(wanted, part)
+    os.replace(part, path(home, "site"))
+
+
+def swap(home: str, source: str, keep: str | None) -> None:
+    """Move every file of the folder `source` into its place; what it replaces goes into the folder `keep`."""
+    for name in os.listdir(path(home, source)):
+        if keep is not None and os.path.exists(path(home, name)):
+            os.replace(path(home, name), path(path(home, keep), name))
+        os.replace(path(path(home, source), name), path(home, name))
+    os.rmdir(path(home, source))
 
 
 def start(home: str) -> int:
@@ -160,10 +242,20 @@ def start(home: str) -> int:
     return 0 if said.isdigit() else 1
 
 
+def take_agent_lock(home: str) -> int:
+    """The lock of the one agent; `BlockingIOError` if an agent runs, not if somebody only looks whether one does."""
+    while True:
+        try:
+            return take_lock(home, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if running_pid(home) is not None:
+                raise
+
+
 def become_agent(home: str, config: dict[str, Any], tell: int) -> None:
     """In the detached process: take the lock, redirect the standard streams, become the agent. Never returns."""
     try:
-        lock = take_lock(home, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = take_agent_lock(home)
         os.ftruncate(lock, 0)
         os.write(lock, b"%d" % os.getpid())
         # The lock belongs to the agent from now on, and not to the runners that it starts.
@@ -188,22 +280,9 @@ def become_agent(home: str, config: dict[str, Any], tell: int) -> None:
 
 
 def relatives(home: str) -> list[int]:
-    """Process ids of the agent's processes: they inherit `MARK`, or were started from its files."""
-    ours = (MARK + "=" + home).encode()
-    programs = {path(home, name).encode() for name in ("agent.pyz", "kedge-runner")}
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
-            try:
-                with open("/proc/%s/environ" % name, "rb") as stream:
-                    environment = stream.read().split(b"\0")
-                with open("/proc/%s/cmdline" % name, "rb") as stream:
-                    words = stream.read().split(b"\0")
-            except OSError:  # gone meanwhile, or another user's
-                continue
-            if ours in environment or programs.intersection(words):
-                found.append(int(name))
-    return found
+    """Process ids of the agent's processes."""
+    numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [number for number in numbers if number != os.getpid() and is_ours(home, number)]
 
 
 def give_up(_number: int, _frame: object) -> None:
@@ -215,13 +294,15 @@ def stop(home: str) -> int:
     """Ask the agent to end; kill it, and whatever it left, if it does not within `STOP_GRACE_S` seconds."""
     pid = running_pid(home) if os.path.isdir(home) else None
     if pid is not None:
-        os.kill(pid, signal.SIGTERM)
         signal.signal(signal.SIGALRM, give_up)
         signal.alarm(STOP_GRACE_S)
         try:
+            os.kill(pid, signal.SIGTERM)
             os.close(take_lock(home, fcntl.LOCK_EX))
+        except ProcessLookupError:
+            pass  # it ended by itself, this very moment
         except TimeoutError:
-            print("the agent ignored SIGTERM for %d s and is killed" % STOP_GRACE_S)
+            sys.stderr.write("the agent ignored SIGTERM for %d s and is killed\n" % STOP_GRACE_S)
         finally:
             signal.alarm(0)
     left = relatives(home)
@@ -237,14 +318,33 @@ def stop(home: str) -> int:
     return 0
 
 
+def make_writable(folder: str) -> None:
+    """Let its owner change a folder and all folders below it."""
+    os.chmod(folder, 0o700)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                make_writable(entry.path)
+
+
 def remove(home: str) -> int:
     """Stop the agent and remove the directory, and those above it that the installation made and that are empty."""
-    stop(home)
     if not os.path.isdir(home):
+        stop(home)
         print("nothing is installed in %s" % home)
         return EXIT_NOT_RUNNING
-    created = read_json(path(home, "created.json")).get("directories", [])
-    shutil.rmtree(home)
+    try:
+        # Whatever made it unwritable must not keep it.
+        make_writable(home)
+        # On a full disk no lock can be made.
+        if os.path.exists(path(home, "install.lock")) and lock_installation(home) is None:
+            return busy()
+        stop(home)
+        created = read_json(path(home, "created.json")).get("directories", [])
+        shutil.rmtree(home)
+    except OSError as error:
+        print("%s cannot be removed: %s" % (home, error))
+        return 1
     for folder in created:
         if folder != home:
             try:
@@ -254,15 +354,16 @@ def remove(home: str) -> int:
     return 0
 
 
-def status(home: str) -> int:
-    """Print what is installed and whether it runs, as JSON."""
+def state(home: str) -> dict[str, Any]:
+    """What is installed and whether it runs."""
     config = read_json(path(home, "agent.json"))
     pid = running_pid(home) if config else None
-    print(
-        json.dumps(
-            {"installed": bool(config), "pid": pid, "name": config.get("name"), "tracker": config.get("tracker")}
-        )
-    )
+    return dict({name: config.get(name) for name in ("name", "tracker", "deployment")}, installed=bool(config), pid=pid)
+
+
+def status(home: str) -> int:
+    """Print `state` as JSON."""
+    print(json.dumps(state(home)))
     return 0
 
 
@@ -294,16 +395,49 @@ def wait(home: str) -> int:
 
 
 def launch(home: str) -> int:
-    """Replace the agent that runs, if one does; print the new one's process id; then `wait`."""
-    failed = stop(home) or start(home)
+    """Put what `new` holds in place and replace the agent; print the new one's process id; then `wait`."""
+    ran = running_pid(home) is not None
+    stop(home)
+    if os.path.isdir(path(home, NEW)):
+        os.makedirs(path(home, OLD), exist_ok=True)
+        swap(home, NEW, OLD)
+        if ran:
+            open(path(path(home, OLD), ".ran"), "w").close()
+    failed = start(home)
     sys.stdout.flush()
     return failed or wait(home)
+
+
+def rollback(home: str) -> int:
+    """Bring back what the last `launch` replaced, and start it if it ran then; prints its process id."""
+    shutil.rmtree(path(home, NEW), ignore_errors=True)
+    old = path(home, OLD)
+    if not os.path.exists(path(old, "agent.json")):
+        return EXIT_NOT_RUNNING
+    stop(home)
+    ran = os.path.exists(path(old, ".ran"))
+    if ran:
+        os.unlink(path(old, ".ran"))
+    swap(home, OLD, None)
+    return start(home) if ran else EXIT_NOT_RUNNING
+
+
+def settle(home: str) -> int:
+    """The agent works: remove what it replaced."""
+    shutil.rmtree(path(home, OLD), ignore_errors=True)
+    used = read_json(path(home, "agent.json")).get("site")
+    for name in os.listdir(home):
+        if name.startswith("site-") and name != used:
+            shutil.rmtree(path(home, name))
+    return 0
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": prepare,
     "setup": setup,
     "launch": launch,
+    "rollback": rollback,
+    "settle": settle,
     "unpack": unpack,
     "start": start,
     "stop": stop,

@@ -30,6 +30,17 @@ done
 echo "no python:$seen"
 """
 
+# What a login script prints comes before this.
+_MARK = "kedge answers: "
+
+_LOCATE = r"""
+import json, os, sys
+print("kedge answers: " + json.dumps({
+    "python": os.path.realpath(sys.executable), "home": os.path.expanduser("~"),
+    "directory": os.path.expanduser(sys.argv[1]), "hostname": os.uname().nodename,
+}))
+"""
+
 _ASK = r"""
 import json, os, shutil, struct, sys
 with open(os.path.realpath(sys.executable), "rb") as stream:
@@ -41,19 +52,17 @@ try:
     libc = os.confstr("CS_GNU_LIBC_VERSION")
 except ValueError:
     libc = None
-home = os.path.expanduser("~")
-place = os.path.expanduser(sys.argv[1])
-folder = place
+folder = sys.argv[1]
 while not os.path.isdir(folder):
     folder = os.path.dirname(folder)
 with open("/proc/meminfo") as stream:
     memory = dict(line.split(":") for line in stream if ":" in line)
-print(json.dumps({
-    "python": os.path.realpath(sys.executable), "version": list(sys.version_info[:3]), "abi": sys.implementation.name,
-    "machine": machine, "bits": bits, "flags": flags, "libc": libc, "home": home, "place": place,
+print("kedge answers: " + json.dumps({
+    "version": list(sys.version_info[:3]), "abi": sys.implementation.name,
+    "machine": machine, "bits": bits, "flags": flags, "libc": libc,
     "free_disk_mb": shutil.disk_usage(folder).free // 1000000, "writable": os.access(folder, os.W_OK),
     "memory_mb": int(memory["MemTotal"].split()[0]) // 1000,
-    "kernel": os.uname().release, "hostname": os.uname().nodename, "cores": len(os.sched_getaffinity(0)),
+    "kernel": os.uname().release, "cores": len(os.sched_getaffinity(0)),
     "systemd_user": os.path.isdir("/run/user/%d/systemd" % os.getuid()),
 }))
 """
@@ -77,26 +86,49 @@ class BoardInfo:
     systemd_user: bool
 
 
-def probe(connection: Connection, directory: str) -> BoardInfo:
-    """Ask the board; `directory` is where the agent would go (`~` allowed).
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the agent lives on a board, and the Python that works there: enough to look at it and to remove it."""
 
-    Raises `BoardUnsuitableError` that names what the board lacks.
+    python: str
+    home: str
+    directory: str
+    hostname: str
+    noise: str
+    """What the board says before every answer; a login script's words."""
+
+
+def locate(connection: Connection, directory: str) -> Place:
+    """Find the board's Python and the directory (`~` allowed); asks for nothing else, so that removal always works.
+
+    Raises `BoardUnsuitableError` where there is no Python.
     """
-    name = str(connection.destination)
     # The shell finds a Python and becomes it; that Python reads the second script from standard input.
-    answer = connection.run(["sh", "-c", _FIND_PYTHON, "sh", directory], stdin=_ASK.encode()).stdout.strip()
-    if answer.startswith("no python:"):
-        seen = answer.removeprefix("no python:").strip() or "none at all"
+    said = connection.run(["sh", "-c", _FIND_PYTHON, "sh", directory], stdin=_LOCATE.encode()).stdout
+    noise, mark, answer = said.rpartition(_MARK)
+    if mark:
+        found = json.loads(answer)
+        return Place(found["python"], found["home"], found["directory"], found["hostname"], noise.strip())
+    _, none, seen = said.rpartition("no python:")
+    name = str(connection.destination)
+    if none:
         raise BoardUnsuitableError(
-            f"{name} has no Python 3.9 or newer (found: {seen})", hint="on the board: sudo apt-get install python3"
+            f"{name} has no Python 3.9 or newer (found: {seen.strip() or 'none at all'})",
+            hint="on the board: sudo apt-get install python3",
         )
-    try:
-        raw = json.loads(answer)
-    except ValueError as error:
-        raise BoardUnsuitableError(
-            f"{name} answered the probe with {answer[:200]!r}",
-            hint="does a login script on the board print something? It must be silent for commands over SSH",
-        ) from error
+    raise BoardUnsuitableError(f"{name} answered the probe with {said.strip()[:200]!r}", hint=_SILENT)
+
+
+_SILENT = "does a login script on the board print something? It must be silent for commands over SSH"
+
+
+def probe(connection: Connection, place: Place) -> BoardInfo:
+    """Ask whether the agent can live there. Raises `BoardUnsuitableError` that names what the board lacks."""
+    name = str(connection.destination)
+    if place.noise:  # file transfer does not survive that
+        raise BoardUnsuitableError(f"{name} answered the probe with {place.noise[:200]!r}", hint=_SILENT)
+    answer = connection.run([place.python, "-", place.directory], stdin=_ASK.encode()).stdout
+    raw = json.loads(answer.rpartition(_MARK)[2])
     arch = _MACHINES.get((raw["machine"], raw["bits"]))
     if arch is None or (arch == "armv7l" and not raw["flags"] & _ARM_HARD_FLOAT):
         raise BoardUnsuitableError(
@@ -108,25 +140,27 @@ def probe(connection: Connection, directory: str) -> BoardInfo:
             f"{name} runs {raw['abi']} on {raw['libc'] or 'another C library'}; the agent needs CPython on glibc"
         )
     if not raw["writable"]:
-        raise BoardUnsuitableError(f"{name}: {raw['place']} cannot be written", hint="choose another --directory")
+        raise BoardUnsuitableError(
+            f"{name}: {place.directory} cannot be written", hint=f"who owns it? On the board: ls -ld {place.home}"
+        )
     if raw["free_disk_mb"] < _NEEDED_MB:
         raise BoardUnsuitableError(
-            f"{name} has {raw['free_disk_mb']} MB free for {raw['place']}; the agent needs {_NEEDED_MB} MB",
-            hint="make room, or choose another --directory",
+            f"{name} has {raw['free_disk_mb']} MB free for {place.directory}; the agent needs {_NEEDED_MB} MB",
+            hint=f"make room; df -h {place.home} on the board shows it",
         )
     major, minor = raw["libc"].split()[1].split(".")[:2]
     version = raw["version"]
     return BoardInfo(
         arch=arch,
         glibc=(int(major), int(minor)),
-        python=raw["python"],
+        python=place.python,
         python_version=(version[0], version[1], version[2]),
         kernel=raw["kernel"],
-        hostname=raw["hostname"],
+        hostname=place.hostname,
         cores=raw["cores"],
         memory_mb=raw["memory_mb"],
         free_disk_mb=raw["free_disk_mb"],
-        home=raw["home"],
-        directory=raw["place"],
+        home=place.home,
+        directory=place.directory,
         systemd_user=raw["systemd_user"],
     )

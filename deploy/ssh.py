@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import io
+import logging
 import posixpath
 import shlex
 import socket
@@ -27,12 +28,16 @@ from paramiko.ssh_exception import NoValidConnectionsError
 
 from kedge.deploy.errors import (
     AuthenticationError,
+    BoardAddressError,
     DeployError,
     HostKeyChangedError,
     HostKeyUnknownError,
     RemoteCommandError,
 )
 from kedge.rpc.errors import ConnectError
+
+# What it would print, traceback included, is said by our errors; whoever sets up logging still sees it.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 _KEEPALIVE_S = 15
 _DEFAULT_CONFIG = Path("~/.ssh/config")
@@ -70,7 +75,14 @@ class Completed:
 def resolve(
     target: str, *, identity: Path | None = None, config: Path | None = None, known_hosts: Path | None = None
 ) -> Destination:
-    """Read `[USER@]HOST[:PORT]`, completed from the SSH configuration. Arguments win over the file."""
+    """Read `[USER@]HOST[:PORT]`, completed from the SSH configuration. Arguments win over the file.
+
+    Raises:
+        BoardAddressError: it is no address, or `known_hosts` no file.
+        ConnectError: the configuration cannot be read, or asks for what is not done.
+    """
+    if known_hosts is not None and known_hosts.is_dir():
+        raise BoardAddressError(f"{known_hosts} is a folder, no file of host keys", hint="name the file in it")
     user, _, rest = target.rpartition("@")
     name, port = _split_port(rest, target)
     path = (config if config is not None else _DEFAULT_CONFIG).expanduser()
@@ -81,11 +93,12 @@ def resolve(
                 f"{path} reaches {name} through {option} {found[option]}, which kedge does not do",
                 hint=f"forward a port yourself: ssh -L 2222:{found['hostname']}:22 …, then deploy to 127.0.0.1:2222",
             )
+    _check_host(found["hostname"], target)
     identities = [identity] if identity is not None else [Path(each) for each in found.get("identityfile", [])]
     hosts = [str(known_hosts)] if known_hosts is not None else found.get("userknownhostsfile", "").split()
     return Destination(
         host=found["hostname"],
-        port=port or int(found.get("port", 22)),
+        port=port or _port(found.get("port", "22"), path),
         user=user or found.get("user") or getpass.getuser(),
         identities=tuple(each.expanduser() for each in identities),
         only_identities=identity is not None or found.get("identitiesonly", "no") == "yes",
@@ -99,14 +112,31 @@ def _split_port(rest: str, target: str) -> tuple[str, int | None]:
         name, port = rest, ""
     name = name.removeprefix("[").removesuffix("]")
     if not name or (port and not (port.isdigit() and 0 < int(port) < 65536)):
-        raise ConnectError(f"{target!r} is no address of a board", hint="write USER@HOST or USER@HOST:PORT")
+        raise _no_address(target)
     return name, int(port) if port else None
+
+
+def _check_host(host: str, target: str) -> None:
+    try:
+        host.encode("idna")
+    except UnicodeError as error:  # `a..b`, or more than 63 letters between two dots
+        raise _no_address(target) from error
+
+
+def _no_address(target: str) -> BoardAddressError:
+    return BoardAddressError(f"{target!r} is no address of a board", hint="write USER@HOST or USER@HOST:PORT")
+
+
+def _port(text: str, config: Path) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise ConnectError(f"the SSH configuration {config} has a port {text!r}, which is no number from 1 to 65535")
+    return int(text)
 
 
 def _lookup(path: Path, name: str) -> paramiko.SSHConfigDict:
     try:
         return paramiko.SSHConfig.from_path(str(path)).lookup(name)
-    except (OSError, paramiko.ConfigParseError) as error:
+    except (OSError, UnicodeDecodeError, paramiko.ConfigParseError) as error:
         raise ConnectError(f"the SSH configuration {path} cannot be read: {error}") from error
 
 
@@ -122,7 +152,7 @@ class _Refuse(paramiko.MissingHostKeyPolicy):
         kind = key.get_name().removeprefix("ssh-").split("-")[0]
         raise HostKeyUnknownError(
             f"the host key of {where} is not in {where.known_hosts[0]}: {key.get_name()} {key.fingerprint}",
-            hint="if that is what `ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub` prints on the board, add it: "
+            hint=f"if that is what `ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub` prints on the board, add it: "
             f"ssh-keyscan {port}-t {kind} {shlex.quote(where.host)} >> {shlex.quote(str(where.known_hosts[0]))}",
         )
 
@@ -235,10 +265,10 @@ class Connection:
             )
         return completed
 
-    def start(self, command: Sequence[str], stdin: bytes | None = b"") -> RemoteProcess:
+    def start(self, command: Sequence[str], stdin: bytes = b"", *, keep_open: bool = False) -> RemoteProcess:
         """Start a program and return at once; it is not detached from this connection.
 
-        Without `stdin` its standard input stays open until the process is closed.
+        With `keep_open` its standard input stays open after `stdin`, until `finish` or the end of the connection.
         """
         transport = self._client.get_transport()
         if transport is None or not transport.is_active():
@@ -248,7 +278,7 @@ class Connection:
             channel.exec_command(shlex.join(command))
         except (paramiko.SSHException, OSError) as error:
             raise ConnectError(f"{self.destination}: {_brief(command)} could not be started: {error}") from error
-        return RemoteProcess(channel, stdin)
+        return RemoteProcess(channel, stdin, keep_open=keep_open)
 
     def put(
         self, source: Path | bytes, remote: str, *, mode: int = 0o644, transferred: Transferred | None = None
@@ -276,8 +306,9 @@ class Connection:
 class RemoteProcess:
     """A program that runs on the board as long as its connection lives."""
 
-    def __init__(self, channel: paramiko.Channel, stdin: bytes | None) -> None:
+    def __init__(self, channel: paramiko.Channel, stdin: bytes, *, keep_open: bool) -> None:
         self._channel = channel
+        self._keep_open = keep_open
         self._output = bytearray()
         self._errors = bytearray()
         self._arrived = threading.Condition()
@@ -285,9 +316,8 @@ class RemoteProcess:
         self._threads = [
             threading.Thread(target=self._drain, args=(channel.recv, self._output), daemon=True),
             threading.Thread(target=self._drain, args=(channel.recv_stderr, self._errors), daemon=True),
+            threading.Thread(target=self._feed, args=(stdin,), daemon=True),
         ]
-        if stdin is not None:
-            self._threads.append(threading.Thread(target=self._feed, args=(stdin,), daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -328,7 +358,8 @@ class RemoteProcess:
         with contextlib.suppress(OSError):
             # The program may end without reading everything: its status tells, not the broken pipe.
             self._channel.sendall(data)
-            self._channel.shutdown_write()
+            if not self._keep_open:
+                self._channel.shutdown_write()
 
     def _drain(self, receive: Callable[[int], bytes], into: bytearray) -> None:
         while chunk := receive(65536):
@@ -345,7 +376,7 @@ def connect(destination: Destination, *, timeout_s: float = 15.0) -> Connection:
     client = paramiko.SSHClient()
     for path in (*destination.known_hosts, _SYSTEM_KNOWN_HOSTS):
         if path.is_file():
-            client.load_system_host_keys(str(path))
+            _load_host_keys(client, path)
     client.set_missing_host_key_policy(_Refuse(destination))
     try:
         client.connect(
@@ -367,6 +398,15 @@ def connect(destination: Destination, *, timeout_s: float = 15.0) -> Connection:
     assert transport is not None
     transport.set_keepalive(_KEEPALIVE_S)
     return Connection(client, destination)
+
+
+def _load_host_keys(client: paramiko.SSHClient, path: Path) -> None:
+    try:
+        client.load_system_host_keys(str(path))
+    except (OSError, ValueError, paramiko.SSHException) as error:
+        raise ConnectError(
+            f"the host keys in {path} cannot be read: {error}", hint="ssh-keyscan HOST prints what belongs in it"
+        ) from error
 
 
 def _explain(error: Exception, destination: Destination, timeout_s: float) -> ConnectError:

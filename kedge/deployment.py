@@ -3,13 +3,14 @@ says when it is there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import kedge
-from kedge.rpc.errors import InputError, NoDeviceError
+from kedge.rpc import names
+from kedge.rpc.errors import NoDeviceError, UsageError
 
 Progress = Callable[[str], None]
 
@@ -38,13 +39,12 @@ class Login:
 
 
 def parse_labels(texts: Sequence[str]) -> dict[str, str]:
-    """`["rack=a"]` as `{"rack": "a"}`; raises InputError on anything else."""
-    labels = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals or not value:
-            raise InputError(f"--label {text!r} is not KEY=VALUE", hint="for example --label rack=a")
-        labels[key] = value
+    """`["rack=a"]` as `{"rack": "a"}`; raises UsageError on anything else, and on labels that a deployment sets."""
+    labels = names.parse_labels(texts)
+    if names.DEPLOYMENT in labels:
+        raise UsageError(
+            f"the label {names.DEPLOYMENT!r} tells deployments apart and is set by them", hint="choose another key"
+        )
     return labels
 
 
@@ -60,33 +60,37 @@ def deploy(
     """Install and start the agent on a board, and give the device as the tracker sees it.
 
     Raises:
+        UsageError: a name or label that no device can have.
         ConnectError: no login, or no tracker.
         DeployError: the board cannot run the agent, or the tracker did not see it in time; with the agent's log.
     """
     from kedge.compiler.toolchain import cache_dir
     from kedge.deploy.board import deploy_board
 
+    if name is not None:
+        names.check_name(name)
     with kedge.connect(tracker) as fleet:
         deployed = deploy_board(
             login.destination(),
             tracker=str(fleet.address),  # with the port, where only a host was named
             runner_for=lambda board: runner_for(board.arch, progress),
-            online=lambda device, seconds: _sees(fleet, device, seconds),
+            connected=lambda device, seconds: labels_of(fleet, device, seconds),
             cache_dir=cache_dir() / "deploy",
             name=name,
             labels=labels,
             timeout_s=timeout_s,
             progress=progress,
         )
-        return fleet.wait_for_device(deployed.name, timeout=timeout_s)
+        return fleet.wait_for_device(f"name={deployed.name}", timeout=timeout_s)
 
 
-def _sees(fleet: Any, device: str, seconds: float) -> bool:
+def labels_of(fleet: Any, name: str, seconds: float) -> Mapping[str, str] | None:
+    """The labels of the device of exactly that name, once it is connected; None when the time is up."""
     try:
-        fleet.wait_for_device(device, timeout=seconds)
+        found: Mapping[str, str] = fleet.wait_for_device(f"name={name}", timeout=seconds).info.labels
     except NoDeviceError:
-        return False
-    return True
+        return None
+    return found
 
 
 def remove(login: Login) -> bool:

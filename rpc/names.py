@@ -9,6 +9,8 @@ from kedge.rpc.errors import UsageError
 
 #: What every device tells about itself (see `kedge.rpc.selector.labels_of`): a label of that name would match nothing.
 RESERVED = ("name", "arch", "cpu", "cores", "mem_mb", "target", "emulated")
+#: What a deployment sets on its agent, with a value of its own each time.
+DEPLOYMENT = "deployment"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,100}")

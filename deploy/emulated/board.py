@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
 import paramiko
 
@@ -68,10 +68,8 @@ class EmulatedBoard:
     in as an unprivileged user, and leaves nothing behind: no process, mount or folder, even if this process is
     killed. The board shares the host's network, so an address on the host's loopback interface works from inside.
 
-    Results are right, times mean nothing: label the agent with `labels`.
+    Results are right, times mean nothing; an agent there says of itself that it is emulated.
     """
-
-    labels: ClassVar[dict[str, str]] = {"emulated": "true"}
 
     def __init__(
         self,

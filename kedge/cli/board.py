@@ -9,6 +9,7 @@ import typer
 
 from kedge.cli import output
 from kedge.cli.devices import require_tracker
+from kedge.cli.ending import end_in_order
 
 
 def deploy_board(
@@ -43,14 +44,18 @@ def deploy_board(
     from kedge.deployment import Login, deploy, parse_labels, remove
 
     login = Login(host, identity, known_hosts)
+    end_in_order()
     with output.progress(f"deploy {host}") as report:
         if uninstall:
             report("removing the agent")
             text = f"{host}: the agent is removed" if remove(login) else f"{host}: there was no agent to remove"
         else:
             labels = parse_labels(label or [])
-            device = deploy(
-                login, require_tracker(tracker), name=name, labels=labels, timeout_s=timeout, progress=report
-            )
+            address = require_tracker(tracker)
+            try:
+                device = deploy(login, address, name=name, labels=labels, timeout_s=timeout, progress=report)
+            except KeyboardInterrupt:
+                output.stderr().print(f"{host}: broken off; the board is as it was before", soft_wrap=True)
+                raise
             text = f"{host}: device {device.info.name!r} is connected ({device.info.arch}, target {device.info.target})"
     output.stdout().print(text, soft_wrap=True)

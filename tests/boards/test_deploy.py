@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +17,15 @@ import pytest
 import kedge
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
+from kedge.demo import processes
 from kedge.deploy import ssh
 from kedge.deploy.board import DIRECTORY, Deployment, deploy_board, status, uninstall
 from kedge.deploy.emulated import EmulatedBoard
-from kedge.deploy.errors import BoardUnsuitableError, DeployError
+from kedge.deploy.errors import BoardUnsuitableError, DeployError, NameTakenError
 from kedge.deploy.probe import BoardInfo
+from kedge.deployment import labels_of
 from kedge.rpc.client import Fleet
+from kedge.rpc.errors import UsageError
 from kedge.rpc.tracker import server
 from support.boards import CACHE, ROOT, destination, require
 
@@ -58,9 +62,8 @@ def deploy(fleet: Fleet, tracker: str) -> Deploy:
         settings: dict[str, object] = {
             "tracker": tracker,
             "runner_for": runner_for,
-            "online": lambda name, timeout_s: bool(fleet.wait_for_device(name, timeout=timeout_s)),
+            "connected": lambda name, timeout_s: labels_of(fleet, name, timeout_s),
             "cache_dir": CACHE,
-            "labels": board.labels,
         }
         return deploy_board(destination(board), **(settings | changes))  # type: ignore[arg-type]
 
@@ -71,7 +74,7 @@ def deploy(fleet: Fleet, tracker: str) -> Deploy:
 def deployed(board: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> Iterator[Deployment]:
     """The board with its agent, for the tests of a module; afterwards no trace of it may be left."""
     before = listing(board)
-    done = deploy(board, labels={**board.labels, "rack": "a-1"}, name=f"the-{board.arch}", directory=PLACES[board.arch])
+    done = deploy(board, labels={"rack": "a-1"}, name=f"the-{board.arch}", directory=PLACES[board.arch])
     yield done
     assert uninstall(destination(board), directory=PLACES[board.arch])
     assert listing(board) == before
@@ -126,7 +129,7 @@ def test_a_model_runs_there(board: EmulatedBoard, deployed: Deployment, fleet: F
 def test_deploying_again_sends_what_changed_and_replaces_the_agent(
     board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet, tmp_path: Path
 ) -> None:
-    again = deploy(board, name=deployed.name, labels={**board.labels, "rack": "b"})
+    again = deploy(board, name=deployed.name, labels={"rack": "b"})
     assert again.uploaded == ()
     assert again.pid != deployed.pid
     assert status(destination(board)).pid == again.pid
@@ -136,6 +139,44 @@ def test_deploying_again_sends_what_changed_and_replaces_the_agent(
     newer.write_bytes(runner_for(deployed.board).read_bytes() + b"\0")
     assert deploy(board, name=deployed.name, runner_for=lambda _info: newer).uploaded == ("kedge-runner",)
     assert len([line for line in board.processes() if "agent.pyz" in line]) == 1
+
+
+@pytest.mark.parametrize("board", ["arm64"], indirect=True)
+def test_the_name_of_another_machine_is_refused(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet, tracker: str, tmp_path: Path
+) -> None:
+    with processes.agent(tracker, "host1", tmp_path / "agent"):
+        with pytest.raises(NameTakenError, match="under the name 'host1'") as refused:
+            deploy(board, name="host1")
+        assert "--name" in str(refused.value.hint)
+    assert [device.info.name for device in fleet.devices(deployed.name)] == [deployed.name]
+
+
+@pytest.mark.parametrize("board", ["arm64"], indirect=True)
+def test_a_failed_update_brings_the_agent_back(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet, tmp_path: Path
+) -> None:
+    broken = tmp_path / "runner"
+    broken.write_text("#!/bin/sh\necho this is no runner >&2\nexit 1\n")
+    labels = fleet.wait_for_device(deployed.name).info.labels
+    with pytest.raises(DeployError, match=r"(?s)ended:.*The agent that ran there before runs again"):
+        deploy(board, name="other", runner_for=lambda _info: broken)
+    assert fleet.wait_for_device(f"name={deployed.name}", timeout=60).info.labels == labels
+    assert status(destination(board)).name == deployed.name
+    assert not [path for path in listing(board) if path.endswith(("/new", "/old"))]
+
+
+@pytest.mark.parametrize("board", ["arm64"], indirect=True)
+@pytest.mark.parametrize(
+    "wrong", [{"name": "x y"}, {"name": "rack=z"}, {"labels": {"a b": "c"}}, {"labels": {"arch": "sparc"}}], ids=str
+)
+def test_what_can_never_be_is_refused_before_the_board_is_touched(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, wrong: dict[str, Any]
+) -> None:
+    before = status(destination(board)).pid
+    with pytest.raises(UsageError):
+        deploy(board, **wrong)
+    assert status(destination(board)).pid == before
 
 
 class TestRefusals:
@@ -156,6 +197,58 @@ class TestRefusals:
         assert "means the board itself" in str(refused.value.hint)
         assert f"-R {port}:127.0.0.1:{port}" in str(refused.value.hint)
         assert listing(fresh) == before
+
+    def test_a_broken_off_first_deployment_leaves_nothing(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        """Ctrl-C while files are sent, and while the agent is awaited."""
+        before = listing(fresh)
+
+        def when(moment: str) -> Callable[[str], None]:
+            def progress(line: str) -> None:
+                if line.startswith(moment):
+                    raise KeyboardInterrupt
+
+            return progress
+
+        def interrupted(_name: str, timeout_s: float) -> None:
+            if timeout_s:  # the agent was started
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            deploy(fresh, progress=when("sending kedge-runner"))
+        assert listing(fresh) == before
+        with pytest.raises(KeyboardInterrupt):
+            deploy(fresh, connected=interrupted)
+        assert listing(fresh) == before
+        assert not [line for line in fresh.processes() if "agent" in line or "launch.py" in line]
+
+    def test_two_deployments_at_once(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        def meanwhile(_info: BoardInfo) -> Path:
+            with pytest.raises(DeployError, match="another deployment to this board is at work"):
+                deploy(fresh, name="second")
+            with pytest.raises(DeployError, match="another deployment to this board is at work"):
+                uninstall(destination(fresh))
+            return runner_for(_info)
+
+        assert deploy(fresh, name="first", runner_for=meanwhile).name == "first"
+        assert uninstall(destination(fresh))
+
+    def test_removal_works_on_a_board_that_is_no_longer_suitable(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        """Its disk is full, its folder unwritable, and its login script talks."""
+        deploy(fresh, name="doomed")
+        with ssh.connect(destination(fresh)) as connection:
+            connection.run(["sh", "-c", "dd if=/dev/zero of=/tmp/fill bs=1M 2>/dev/null; test -s /tmp/fill"])
+            connection.run(["chmod", "500", "/home/board/.local/share/kedge-agent"])
+        with pytest.raises(BoardUnsuitableError, match=r"cannot be written|the agent needs 120 MB"):
+            deploy(fresh, name="doomed")
+        with ssh.connect(destination(fresh)) as connection:
+            connection.run(["sh", "-c", "rm /tmp/fill; echo 'echo Welcome, stranger' > ~/.bashrc"])
+            connection.run(["sh", "-c", "dd if=/dev/zero of=/tmp/fill bs=1M 2>/dev/null; test -s /tmp/fill"])
+        with pytest.raises(BoardUnsuitableError, match="Welcome, stranger"):
+            deploy(fresh, name="doomed")
+        assert status(destination(fresh)).pid is not None
+        assert uninstall(destination(fresh))
+        assert not [line for line in fresh.processes() if "agent" in line]
+        assert not uninstall(destination(fresh))
 
     def test_an_address_that_is_none(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
         with pytest.raises(DeployError, match="no address of a tracker"):

@@ -18,7 +18,7 @@ from kedge.deploy import ssh
 from kedge.deploy.emulated import EmulatedBoard, init
 from kedge.deploy.emulated import board as module
 from kedge.deploy.errors import EmulationError
-from kedge.deploy.probe import probe
+from kedge.deploy.probe import locate, probe
 from support.boards import CACHE, destination, require
 
 pytestmark = pytest.mark.board
@@ -157,7 +157,7 @@ def test_it_ends_when_whoever_started_it_is_killed() -> None:
 
 def test_probing_reads_the_truth(board: EmulatedBoard) -> None:
     with ssh.connect(destination(board)) as connection:
-        info = probe(connection, "~/.local/share/kedge-agent")
+        info = probe(connection, locate(connection, "~/.local/share/kedge-agent"))
     assert info.arch == EXPECTED[board.arch][0]
     assert info.glibc >= (2, 31)
     assert info.python_version >= (3, 9)

@@ -105,7 +105,7 @@ def test_an_agent_is_detached_told_apart_and_stopped(home: Path) -> None:
     assert os.getsid(pid) not in (os.getsid(0), 0)
     assert str(Path(f"/proc/{pid}/fd/0").readlink()) == os.devnull
     state = json.loads(call("status", str(home)).stdout)
-    assert state == {"installed": True, "pid": pid, "name": "n", "tracker": "t:1"}
+    assert state == {"installed": True, "pid": pid, "name": "n", "tracker": "t:1", "deployment": None}
     assert call("stop", str(home)).stdout == ""
     assert not alive(pid)
     assert json.loads(call("status", str(home)).stdout)["pid"] is None
@@ -147,7 +147,7 @@ def test_one_that_ignores_sigterm_is_killed_with_its_children(home: Path, monkey
     script = Path(launch.__file__).read_text().replace("STOP_GRACE_S = 10", "STOP_GRACE_S = 1")
     command = [sys.executable, "-", "stop", str(home)]
     done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=20, check=True)
-    assert "ignored SIGTERM" in done.stdout
+    assert "ignored SIGTERM" in done.stderr
     assert not alive(pid)
     assert not alive(child)
 
@@ -248,10 +248,12 @@ def test_a_site_is_unpacked_whole_or_not_at_all(home: Path) -> None:
     assert told["sites"] == [f"site-{digest}"]
 
 
-def test_an_older_site_goes_when_the_new_one_is_used(home: Path) -> None:
+def test_an_older_site_goes_when_the_deployment_is_settled(home: Path) -> None:
     install(home, OBEDIENT)
     (home / "site-old").mkdir()
     started(home)
+    assert (home / "site-old").is_dir()
+    assert call("settle", str(home)).returncode == 0
     assert sorted(path.name for path in home.glob("site*")) == ["site", "site-0"]
 
 
@@ -261,12 +263,133 @@ def test_setup_tells_true_digests(home: Path) -> None:
     assert told == {"kedge-runner": hashlib.sha256(b"abc").hexdigest()}
 
 
+def stage(home: Path, agent: str, name: str = "next") -> None:
+    """What a deployment sends: the agent and its configuration, not yet in place."""
+    (home / "new").mkdir(exist_ok=True)
+    with zipfile.ZipFile(home / "new" / "agent.pyz", "w") as archive:
+        archive.writestr("__main__.py", textwrap.dedent(agent))
+    config = {"python": sys.executable, "site": "site-0", "name": name, "tracker": "t:1", "arguments": []}
+    (home / "new" / "agent.json").write_text(json.dumps(config))
+
+
+def launched(home: Path) -> tuple[int, subprocess.Popen[str]]:
+    script = Path(launch.__file__).read_text()
+    command = [sys.executable, "-c", script, "launch", str(home)]
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    return int(launcher.stdout.readline()), launcher
+
+
+def test_what_a_launch_replaced_comes_back_and_runs_again(home: Path) -> None:
+    install(home, OBEDIENT)
+    (home / "site-before").mkdir()
+    old = started(home)
+    stage(home, CRASHING)
+    pid, launcher = launched(home)
+    with launcher:
+        assert launcher.stdout is not None
+        assert "no tracker for me" in launcher.stdout.read()
+    assert not alive(pid) and not alive(old)
+    back = call("rollback", str(home))
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert "up" in wait_for_log(home, "up")
+    state = json.loads(call("status", str(home)).stdout)
+    assert state["name"] == "n" and state["pid"] == int(back.stdout)
+    assert (home / "site-before").is_dir()
+    assert not (home / "old").exists() and not (home / "new").exists()
+
+
+def test_an_agent_that_did_not_run_is_restored_but_not_started(home: Path) -> None:
+    install(home, OBEDIENT)
+    stage(home, CRASHING)
+    with launched(home)[1] as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.read()
+    assert call("rollback", str(home)).returncode == launch.EXIT_NOT_RUNNING
+    state = json.loads(call("status", str(home)).stdout)
+    assert (state["name"], state["pid"]) == ("n", None)
+
+
+def test_nothing_launched_is_nothing_to_bring_back(home: Path) -> None:
+    install(home, OBEDIENT)
+    pid = started(home)
+    stage(home, CRASHING)
+    assert call("rollback", str(home)).returncode == launch.EXIT_NOT_RUNNING
+    assert alive(pid) and not (home / "new").exists()
+
+
+def test_of_two_deployments_the_second_is_refused(home: Path) -> None:
+    script = Path(launch.__file__).read_text()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        command = [sys.executable, "-c", script, "prepare", str(home), "127.0.0.1", port]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+            assert first.stdout is not None and first.stdin is not None
+            assert json.loads(first.stdout.readline())["agent"]["installed"] is False
+            second = call("prepare", str(home), "127.0.0.1", port)
+            assert second.returncode == launch.EXIT_BUSY and "another deployment" in second.stdout
+            assert call("remove", str(home)).returncode == launch.EXIT_BUSY
+            # The host went away: its channel is closed, and the lock with it.
+            first.stdin.close()
+            assert first.wait(20) == 0
+        assert call("prepare", str(home), "127.0.0.1", port).returncode == 0
+
+
+def test_the_site_is_switched_in_one_step(home: Path) -> None:
+    """An interrupted switch leaves its half behind, which must not stop the next one."""
+    install(home, OBEDIENT)
+    (home / "site").symlink_to("site-9")
+    (home / ".site.part").symlink_to("site-8")
+    started(home)
+    assert (home / "site").readlink() == Path("site-0")
+    assert not (home / ".site.part").is_symlink()
+
+
+def test_the_number_of_the_one_before_is_not_believed(home: Path) -> None:
+    """Between taking the lock and writing its number, an agent's lock file names the process before it."""
+    install(home, OBEDIENT)
+    pid = started(home)
+    wait_for_log(home, "up")
+    (home / "agent.lock").write_text(str(os.getpid()))
+    script = Path(launch.__file__).read_text()
+    command = [sys.executable, "-c", script, "status", str(home)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+        with pytest.raises(subprocess.TimeoutExpired):  # it asks again instead of believing
+            asking.wait(0.5)
+        (home / "agent.lock").write_text(str(pid))
+        assert asking.stdout is not None
+        assert json.loads(asking.stdout.read())["pid"] == pid
+
+
+def test_an_agent_that_ends_while_it_is_stopped(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`running_pid` saw it, and then it was gone."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    monkeypatch.setattr(launch, "running_pid", lambda _home: ended.pid)
+    assert launch.stop(str(home)) == 0
+
+
+def test_removal_from_folders_made_read_only(tmp_path: Path, home: Path) -> None:
+    install(home, OBEDIENT)
+    pid = started(home)
+    (home / "site-0").chmod(0o500)
+    home.chmod(0o500)
+    script = Path(launch.__file__).read_text()
+    # Even root must not be able to write anywhere, for once.
+    powerless = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--"] if os.getuid() == 0 else []
+    command = [*powerless, sys.executable, "-", "remove", str(home)]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not alive(pid) and list(tmp_path.iterdir()) == []
+
+
 def test_the_tracker_is_tried_from_the_board_before_anything_is_made(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         assert json.loads(call("prepare", str(tmp_path / "a"), "127.0.0.1", port).stdout) == {
             "digests": {},
             "sites": [],
+            "agent": {"installed": False, "pid": None, "name": None, "tracker": None, "deployment": None},
         }
     refused = call("prepare", str(tmp_path / "b"), "127.0.0.1", port)
     assert refused.returncode == launch.EXIT_UNREACHABLE

@@ -20,6 +20,7 @@ from kedge.deploy import ssh
 from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.errors import (
     AuthenticationError,
+    BoardAddressError,
     DeployError,
     HostKeyChangedError,
     HostKeyUnknownError,
@@ -49,10 +50,33 @@ def test_targets(tmp_path: Path, target: str, user: str, host: str, port: int) -
     assert (found.user, found.host, found.port) == (user, host, port)
 
 
-@pytest.mark.parametrize("target", ["", "pi@", "pi@host:0", "pi@host:70000", "pi@host:ssh"])
+@pytest.mark.parametrize(
+    "target", ["", "pi@", "pi@host:0", "pi@host:70000", "pi@host:ssh", "pi@a..b", f"pi@{'x' * 64}.lab"]
+)
 def test_targets_that_are_none(tmp_path: Path, target: str) -> None:
-    with pytest.raises(ConnectError, match="no address of a board"):
+    with pytest.raises(BoardAddressError, match="no address of a board") as refused:
         ssh.resolve(target, config=written(tmp_path / "config", ""))
+    assert refused.value.exit_status == 2
+
+
+def test_a_folder_of_host_keys_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BoardAddressError, match="is a folder"):
+        ssh.resolve("pi@host", config=written(tmp_path / "config", ""), known_hosts=tmp_path)
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "70000"])
+def test_a_configured_port_that_is_none(tmp_path: Path, port: str) -> None:
+    with pytest.raises(ConnectError, match=f"config has a port '{port}'"):
+        ssh.resolve("board", config=written(tmp_path / "config", f"Host board\n  Port {port}\n"))
+
+
+def test_files_of_another_encoding(tmp_path: Path) -> None:
+    latin = tmp_path / "latin"
+    latin.write_bytes("Host b\xfcro\n".encode("latin-1"))
+    with pytest.raises(ConnectError, match="latin cannot be read"):
+        ssh.resolve("board", config=latin)
+    with pytest.raises(ConnectError, match=r"the host keys in .*latin cannot be read"):
+        ssh.connect(nowhere(1, known_hosts=(latin,)))
 
 
 def test_the_configuration_is_followed_and_arguments_win(tmp_path: Path) -> None:
@@ -131,6 +155,7 @@ class TestOnABoard:
             ssh.connect(where)
         key = paramiko.ECDSAKey.from_private_key_file(str(arm64.folder / "host_key"))
         assert key.fingerprint in refused.value.message
+        assert "`ssh-keygen -lf /etc/ssh/ssh_host_ecdsa_key.pub`" in str(refused.value.hint)
         assert f"ssh-keyscan -p {arm64.port} -t ecdsa 127.0.0.1 >> '{hosts}'" in str(refused.value.hint)
         assert not hosts.exists()
 
