@@ -4,7 +4,7 @@
     root/members/abcdef…           members of several parts, put together; named by their own digest
 
 Everything is verified before it is used for the first time after a start: a disk may rot while a board is off. The
-cache is bounded; the longest unused goes first, never anything that a job holds.
+cache is bounded, interrupted transfers included; the longest unused goes first, never anything that a job holds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ArtifactCache:
         self._members = root / "members"
         self._members.mkdir(exist_ok=True)
         old = time.time() - _PARTIAL_KEPT_S
-        for leftover in (*self._members.glob("*.new"), *(root / "blobs" / "partial").iterdir()):
+        for leftover in (*self._members.glob("*.new"), *self.store.unfinished()):
             if leftover.suffix == ".new" or leftover.stat().st_mtime < old:
                 leftover.unlink()
         self._limit_bytes = limit_bytes
@@ -95,9 +95,9 @@ class ArtifactCache:
         for blob in self.store:
             path = self.store.path(blob.digest)
             yield path.stat().st_mtime, blob.digest, blob.size, path
-        for path in self._members.iterdir():
+        for path in (*self._members.iterdir(), *self.store.unfinished()):
             status = path.stat()
-            yield status.st_mtime, path.name, status.st_size, path
+            yield status.st_mtime, path.name.partition(".")[0], status.st_size, path
 
     def _claim(self, digest: str) -> None:
         with self._lock:
@@ -148,7 +148,7 @@ class Hold:
                 self._drop_if_damaged(blob)
         missing = store.find_missing(distinct.values())
         if missing:
-            self._cache.make_room(sum(blob.size for blob in missing))
+            self._cache.make_room(sum(blob.size - store.committed_bytes(blob) for blob in missing))
         for blob in missing:
             fetch(blob, store)
             self._cache._verified.add(blob.digest)

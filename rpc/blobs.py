@@ -127,6 +127,10 @@ class BlobStore:
         for path in self._objects.glob("*/*"):
             yield Blob(path.name, path.stat().st_size)
 
+    def unfinished(self) -> Iterator[Path]:
+        """The files of uploads that are not committed, named by their digests and perhaps a number after a dot."""
+        return self._partial.iterdir()
+
     def used_bytes(self) -> int:
         """Bytes of all committed blobs."""
         return sum(blob.size for blob in self)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ import grpc
 from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.artifact import Manifest
-from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, MissingBlobError
+from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError
 from kedge.rpc.limits import check_number, check_spec
 from kedge.rpc.messages import Hello, TrackerBody
@@ -143,8 +144,7 @@ class Catalog:
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
-        #: Blobs are never removed while a tracker runs: what was complete once stays so.
-        self._complete: dict[str, Manifest] = {}
+        self._manifests: dict[str, tuple[Manifest, list[Blob]]] = {}
 
     def check(self, spec: JobSpec) -> Needs:
         """What `spec` needs of a device.
@@ -169,17 +169,19 @@ class Catalog:
         return tuple((variant.arch, frozenset(variant.features)) for variant in manifest.variants)
 
     def _manifest(self, blob: Blob) -> Manifest:
-        manifest = self._complete.get(blob.digest)
-        if manifest is not None:
-            return manifest
+        # Also what was complete before: somebody may have removed blobs, or they were found damaged.
         self._require([blob], "manifest")
+        manifest, parts = self._manifests.get(blob.digest) or self._read_manifest(blob)
+        self._require(parts, f"artifact {manifest.name!r}")
+        return manifest
+
+    def _read_manifest(self, blob: Blob) -> tuple[Manifest, list[Blob]]:
         if blob.size > _MAX_MANIFEST_BYTES:
             raise ArtifactError(f"a manifest of {blob.size} bytes is not accepted (at most {_MAX_MANIFEST_BYTES})")
         manifest = Manifest.from_json(self._blobs.read(blob.digest))
-        parts = [part for member in manifest.members for part in member.parts]
-        self._require([Blob(part.digest, part.size) for part in parts], f"artifact {manifest.name!r}")
-        self._complete[blob.digest] = manifest
-        return manifest
+        parts = [Blob(part.digest, part.size) for member in manifest.members for part in member.parts]
+        self._manifests[blob.digest] = manifest, parts
+        return manifest, parts
 
     def _require(self, blobs: list[Blob], what: str) -> None:
         missing = self._blobs.find_missing(blobs)
@@ -310,20 +312,33 @@ class BlobsService:
     async def Download(
         self, request: blobs_pb2.DownloadRequest, _context: Context
     ) -> AsyncIterator[blobs_pb2.DownloadResponse]:
-        """One blob from an offset on; while a chunk is sent, the next one is read."""
+        """One blob from an offset on; while a chunk is sent, the next one is read.
+
+        A whole blob is verified. One that the disk has damaged is forgotten: whoever has it may upload it again.
+        """
         blob = convert.blob_from_pb(request.blob)
         if not self._blobs.has(blob):
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
         check_number("offset_bytes", request.offset_bytes, 0, blob.size, "0 is the beginning of the blob")
         with self._blobs.open(blob.digest) as file:
             file.seek(request.offset_bytes)
-            reading = self._start(file.read, CHUNK_BYTES)
+            digest = hashlib.sha256()
+
+            def read() -> bytes:
+                data = file.read(CHUNK_BYTES)
+                digest.update(data)
+                return data
+
+            reading = self._start(read)
             try:
                 while data := await reading:
-                    reading = self._start(file.read, CHUNK_BYTES)
+                    reading = self._start(read)
                     yield blobs_pb2.DownloadResponse(data=data)
             finally:
                 await asyncio.wait([reading])
+        if request.offset_bytes == 0 and digest.hexdigest() != blob.digest:
+            self._blobs.discard(blob.digest)
+            raise CorruptBlobError(f"blob {blob.digest} was damaged on the tracker's disk", hint="upload it again")
 
     def _start(self, work: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

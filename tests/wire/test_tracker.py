@@ -476,6 +476,37 @@ def test_an_upload_that_is_broken_off_is_closed_after_its_thread(
     assert blobs.read(blob) == data
 
 
+def test_a_blob_that_rots_on_the_tracker_can_be_uploaded_again(
+    tracker: RunningTracker, blobs: BlobClient, tmp_path: Path
+) -> None:
+    data = os.urandom(2 * CHUNK_BYTES)
+    blob, store = blob_of(data), BlobStore(tmp_path / "store")
+    blobs.upload(blob, data)
+    (kept,) = (tracker.data_dir / "blobs" / "objects").glob(f"*/{blob.digest}")
+    kept.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert blobs.find_missing([blob]) == []
+    with pytest.raises(CorruptBlobError, match="damaged on the tracker's disk"):
+        blobs.download(blob, store)
+    assert blobs.find_missing([blob]) == [blob]
+    blobs.upload(blob, data)
+    assert blobs.download(blob, store).read_bytes() == data
+
+
+def test_blobs_that_were_removed_are_asked_for_again(
+    tracker: RunningTracker, fleet: Fleet, agent: FakeAgent, artifact: Artifact
+) -> None:
+    """To free the disk, perhaps: a client that has uploaded them before does so again."""
+    for _ in range(2):
+        job = fleet.run(artifact, {"x": X})
+        agent.finish(agent.expect(m.AssignJob))
+        agent.expect(m.ResultAccepted)
+        assert job.wait().outcome.ok
+        missing = agent.blobs().find_missing(blob for blob, _ in pack(artifact).blobs())
+        assert missing == []
+        for path in (tracker.data_dir / "blobs" / "objects").glob("*/*"):
+            path.unlink()
+
+
 def test_progress_may_break_off_an_upload(blobs: BlobClient) -> None:
     data = os.urandom(3 * CHUNK_BYTES)
 
