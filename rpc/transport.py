@@ -18,6 +18,13 @@ MAX_MESSAGE_BYTES = 16 << 20
 #: Of a job's result, as a message: what the tracker says of a job holds the job's inline inputs too.
 MAX_RESULT_BYTES = 11 << 20
 
+
+class AddressError(ConnectError):
+    """What is to be a tracker's address is none; nothing was tried."""
+
+    exit_status = 2
+
+
 Options = Tuple[Tuple[str, Union[int, str]], ...]
 
 _COMMON: Options = (
@@ -37,7 +44,8 @@ CHANNEL_OPTIONS: Options = (
     # Trackers live in one's own network; a proxy set for the web would swallow the connection.
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name: the time that one attempt has, until the peer's first frame. A refused one ends at once.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
@@ -67,10 +75,10 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """`HOST`, `HOST:PORT` or `[IPV6]:PORT`; raises ConnectError saying what is wrong."""
+    """`HOST`, `HOST:PORT` or `[IPV6]:PORT`; raises AddressError saying what is wrong."""
 
-    def refuse(why: str) -> ConnectError:
-        return ConnectError(f"{text!r} is not a tracker's address: {why}", hint="write HOST:PORT, for example lab:9190")
+    def refuse(why: str) -> AddressError:
+        return AddressError(f"{text!r} is not a tracker's address: {why}", hint="write HOST:PORT, for example lab:9190")
 
     stripped = text.strip()
     if "://" in stripped:
