@@ -92,7 +92,7 @@ def _quotient_or_rest(b: FunctionBuilder, op: str, kind: ScalarType, x: Value, y
     of a select. So such lanes divide by 1.
     """
     zero, is_zero = b.const(0, x), None
-    if not y.is_const or y.ref in ("0", "-1"):
+    if not _is_positive(y):
         is_zero = bad = b.compare("icmp eq", y, b.const(0, y))
         if kind.signed:
             lowest = b.const(-(1 << (int(x.type[1:]) - 1)), x)
@@ -110,6 +110,12 @@ def _quotient_or_rest(b: FunctionBuilder, op: str, kind: ScalarType, x: Value, y
         return b.op("add", rest, off)
     floored = b.op("sub", quotient, off)
     return floored if is_zero is None else b.select(is_zero, zero, floored)
+
+
+def _is_positive(y: Value) -> bool:
+    """Whether y is a literal above 0, in all lanes."""
+    digits = y.ref.removeprefix(f"splat ({y.type} ").removesuffix(")")
+    return y.is_const and digits.isdigit() and int(digits) > 0
 
 
 def _power_of_two(y: Value) -> int:

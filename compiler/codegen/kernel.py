@@ -16,8 +16,10 @@ from kedge.compiler.codegen.affine import LANE, Linear
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
 from kedge.compiler.codegen.expr import ExprEmitter
 from kedge.compiler.codegen.prepare import Alloc, prepare, statements_of
+from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.errors import CodegenError
+from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.simplify import simplify, simplify_dim
@@ -228,6 +230,8 @@ class KernelEmitter(ExprEmitter):
                 self._vectorized(loop, extent)
             case "parallel" if self.parallel is None and self.lanes == 1:
                 self._parallel(loop, extent)
+            case "tensorized":
+                self._tensorized(loop)
             case "thread":
                 raise CodegenError(
                     f"loop {loop.var.name!r} is bound to {loop.thread}, which a CPU does not have",
@@ -307,6 +311,32 @@ class KernelEmitter(ExprEmitter):
         finally:
             self.lanes = 1
         return True
+
+    # Instructions on tiles --------------------------------------------------------------------------------------
+
+    def _tensorized(self, loop: For) -> None:
+        """The instruction that computes the nest, on the addresses of its first elements."""
+        intrin = INTRINSICS[loop.annotations["intrin"]]
+        target = self.b.target
+        missing = sorted(feature for feature in intrin.features if not target.has(feature))
+        if target.arch.name != intrin.arch or missing:
+            needs = ", ".join(missing) or intrin.arch
+            raise CodegenError(
+                f"loop {loop.var.name!r} is computed by {intrin.name}, which {target} does not have ({needs})",
+                hint=f"compile for a target with it (-mattr=+{missing[0]})" if missing else "schedule for this target",
+            )
+        loops, store = nest_of(loop)
+        operands = intrin.operands(store) if isinstance(store, Store) else None
+        if operands is None:
+            raise CodegenError(f"internal error: loop {loop.var.name!r} is no {intrin.name}")
+        for each in loops:
+            self.env[each.var] = Linear()
+        places = {}
+        for buffer, load in operands.items():
+            position = self.offset(load.buffer, load.indices)
+            memory = scalar_type(load.buffer.dtype).memory
+            places[buffer.name] = self._address(self._pointer(load.buffer), memory, position)
+        EMITTERS[intrin.name](self.b, places)
 
     # Buffers ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
-from kedge.compiler.tir.expr import Binary, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Range, Stmt
 from kedge.compiler.tir.structural import expr_key
@@ -117,6 +117,8 @@ def updates_in_place(block: Block) -> bool:
 
 def _apart(loop: For, outer: Sequence[For], touching: Sequence[Access]) -> bool:
     """Whether different iterations touch different elements."""
+    if isinstance(loop.extent, Const) and loop.extent.value <= 1:
+        return True
     if any(isinstance(node, Load) for a in touching for index in a.indices for node in walk_expr(index)):
         return False
     inner = loops_in(loop.body)
@@ -160,7 +162,7 @@ def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range
     for size in range(1, rank + 1):
         for first in range(rank - size + 1):
             pairs = [
-                (_address(a, first, first + size), substitute_expr(_address(b, first, first + size), renaming))
+                (address(a, first, first + size), substitute_expr(address(b, first, first + size), renaming))
                 for a in touching
                 for b in touching
                 if a.is_write or b.is_write
@@ -236,7 +238,7 @@ def _use_digits(index: Expr, digits: Sequence[_Digit]) -> Expr:
     return go(index)
 
 
-def _address(access: Access, first: int, last: int) -> Expr:
+def address(access: Access, first: int, last: int) -> Expr:
     """The row-major address of an access among the dims `[first, last)` of its buffer."""
     result: Expr = const(0)
     for index, dim in zip(access.indices[first:last], access.buffer.shape[first:last], strict=True):

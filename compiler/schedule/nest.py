@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import Ranges, Simplifier
+from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal
 from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, Stmt
 from kedge.compiler.tir.visitor import free_vars, substitute, substitute_expr
 
@@ -16,6 +16,32 @@ def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:
     """The loop variables in the bindings of the block's iteration variables of one kind."""
     pairs = zip(block.iters, block.bindings, strict=True)
     return frozenset(v for it, binding in pairs if it.kind == kind for v in free_vars(binding))
+
+
+def moving_together(block: Block, loops: Sequence[For]) -> tuple[Var, Var] | None:
+    """Two iteration variables of which one cannot take all its values whatever the other's is, as far as is known.
+
+    That is so where one loop moves both; digits of a fused loop are independent nevertheless.
+    """
+    extents = {loop.var: loop.extent for loop in loops}
+    groups: list[tuple[list[IterVar], set[Var]]] = []
+    for it, binding in zip(block.iters, block.bindings, strict=True):
+        used = {var for var in free_vars(binding) if var in extents}
+        touching = [group for group in groups if group[1] & used]
+        groups = [group for group in groups if group not in touching]
+        iters = [each for group in touching for each in group[0]]
+        groups.append(([*iters, it], used.union(*(group[1] for group in touching))))
+    for iters, used in groups:
+        if len(iters) > 1 and not prove_equal(_product(it.extent for it in iters), _product(extents[v] for v in used)):
+            return iters[0].var, iters[1].var
+    return None
+
+
+def _product(factors: Iterable[Expr]) -> Expr:
+    result: Expr = const(1)
+    for factor in factors:
+        result = result * factor
+    return result
 
 
 def conjuncts(condition: Expr) -> tuple[Expr, ...]:

@@ -16,15 +16,19 @@ The rewriting itself is in `primitives/`, as pure functions on a `PrimFunc`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kedge.compiler.errors import ParseError, ScheduleError
+from kedge.compiler.schedule.drawing import Picture
 from kedge.compiler.schedule.primitives import cache, inline, loops, motion, reduction, storage
 from kedge.compiler.schedule.primitives.cache_read import cache_read
 from kedge.compiler.schedule.primitives.storage import IndexMap
+from kedge.compiler.schedule.primitives.tensorize import check_tensorized, tensorize
 from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_in, loops_on, refuse
+from kedge.compiler.schedule.visualize import visualize
 from kedge.compiler.tir.expr import Expr, ExprLike, Var
 from kedge.compiler.tir.stmt import PrimFunc, Scope
 
@@ -78,6 +82,17 @@ class Schedule:
     def show(self) -> str:
         """The function as text."""
         return self._func.show()
+
+    def print(self) -> None:
+        """Write the text of `show` to standard output, in colour where that is a terminal (NO_COLOR: nowhere)."""
+        self._func.print()
+
+    def visualize(self, path: str | os.PathLike[str] | None = None, *, before: PrimFunc | None = None) -> Picture:
+        """A picture (SVG) of the loop nest, which notebooks show; written to `path` too if given.
+
+        `before`, if given, stands to its left: the function that the schedule began with, or another stage of it.
+        """
+        return visualize(self._func, path, before=before)
 
     # Handles ----------------------------------------------------------------------------------------------------
 
@@ -173,6 +188,19 @@ class Schedule:
         """
         func = loops.bind(self._func, self._loop("bind", loop), thread)
         self._commit(func, "bind", {"loop": loop.id, "thread": thread})
+
+    def tensorize(self, loop: LoopRef, intrin: str) -> None:
+        """The nest at `loop` by one instruction of the target, which must compute just the same.
+
+        `kedge.compiler.schedule.intrinsics` describes the instructions. The nest is sealed: nothing may change it, or
+        how its operands lie in memory.
+
+        Rewrite:
+            for i in range(16):           ->   for i in tensorized(16):  # intrin='x86.vnni.dot'
+              for k in range(4): …                 for k in tensorized(4): …
+        """
+        func = tensorize(self._func, self._loop("tensorize", loop), intrin)
+        self._commit(func, "tensorize", {"loop": loop.id, "intrin": intrin})
 
     def annotate(self, ref: Ref, key: str, value: Any) -> None:
         """A loop or block with an annotation (JSON-able) for code generation.
@@ -406,6 +434,7 @@ class Schedule:
 
     def _commit(self, func: PrimFunc, primitive: str, args: Mapping[str, Any], refs: Sequence[Ref] = ()) -> None:
         """Take over the new function, retire the handles of what it no longer has, and record the step."""
+        check_tensorized(func)
         self._func = func
         existing: set[Var | str] = {loop.var for loop in loops_in(func.body)}
         existing |= {block.name for block in blocks_in(func.body)}
@@ -446,6 +475,7 @@ _REPLAY = {
     "vectorize": lambda s, a: s.vectorize(a["loop"]),
     "unroll": lambda s, a: s.unroll(a["loop"]),
     "bind": lambda s, a: s.bind(a["loop"], a["thread"]),
+    "tensorize": lambda s, a: s.tensorize(a["loop"], a["intrin"]),
     "annotate": lambda s, a: s.annotate(a["ref"], a["key"], a["value"]),
     "compute_inline": lambda s, a: s.compute_inline(a["block"]),
     "reverse_compute_inline": lambda s, a: s.reverse_compute_inline(a["block"]),

@@ -39,6 +39,7 @@ LOOPS: Mapping[str, str] = {
     "parallel": "parallel",
     "vectorized": "vectorized",
     "unrolled": "unrolled",
+    "tensorized": "tensorized",
 }
 _COMPARISON = 3  # does not chain
 _PLAIN = re.compile(r"[A-Za-z_]\w*\Z")

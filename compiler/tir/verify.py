@@ -119,7 +119,7 @@ class _Verifier:
         self.index(loop.extent, scope, f"the extent of loop {name}")
         self.need(loop.kind in get_args(LoopKind), f"loop {name} has unknown kind {loop.kind!r}")
         self.need((loop.kind == "thread") == (loop.thread is not None), f"loop {name}: only a thread loop has an axis")
-        if loop.kind in ("vectorized", "unrolled"):
+        if loop.kind in ("vectorized", "unrolled", "tensorized"):
             self.need(isinstance(loop.extent, Const), f"{loop.kind} loop {name} has no constant extent")
         self.stmt(loop.body, scope | {loop.var}, outer)
 

@@ -17,12 +17,12 @@ from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.lower.lower import lower_prim_func
 from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
 from kedge.compiler.pipeline import compile_prim_func
-from kedge.compiler.target import Target, known_tags, parse
+from kedge.compiler.target import known_tags, parse
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Binary, Cast, Expr, Var, call, const, maximum, minimum, select
 from kedge.compiler.tir.stmt import PrimFunc
 from support import functions
-from support.emulated import emulator, run_program
+from support.emulated import emulated, run_program
 
 #: One of each kind of code: with and without vector units, FMA, division and half precision.
 KINDS = (
@@ -131,13 +131,6 @@ def dynamic_symbols(lib: bytes, wide: bool) -> list[tuple[str, bool]]:
             end = lib.index(b"\0", strings + name)
             found.append((lib[strings + name : end].decode(), index != 0))
     return found
-
-
-def emulated(text: str) -> Target:
-    target = parse(text)
-    if emulator(target) is None:
-        pytest.skip(f"no qemu for {target.arch.name}")
-    return target
 
 
 @pytest.mark.parametrize("text", KINDS)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.lower.program import Entry, Program
 from kedge.compiler.package import pack_weights
 from kedge.compiler.pipeline import compile_objects
-from kedge.compiler.target import Target
+from kedge.compiler.target import Target, parse
 from kedge.compiler.tir.expr import Var, as_expr
 from kedge.compiler.toolchain import cache_dir
 from kedge.device_agent import runtime
@@ -44,6 +45,14 @@ def emulator(target: Target) -> list[str] | None:
             # Vectors are an option of qemu's RISC-V, and off by default.
             return [found, "-cpu", "rv64,v=true,vlen=256"] if target.arch.name == "riscv64" else [found]
     return None
+
+
+def emulated(text: str) -> Target:
+    """The target, if its programs run here; the test is skipped otherwise."""
+    target = parse(text)
+    if emulator(target) is None:
+        pytest.skip(f"no qemu for {target.arch.name}")
+    return target
 
 
 def _harness(target: Target) -> Path:

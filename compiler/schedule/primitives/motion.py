@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kedge.compiler.schedule.dependence import conflict, reduces_over, tied_to
-from kedge.compiler.schedule.nest import index_ends
+from kedge.compiler.schedule.nest import index_ends, moving_together
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -116,6 +116,10 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
     if tied is not None:
         reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
         raise refuse(func, primitive, block, reason)
+    together = moving_together(block, loops_on(path))
+    if together is not None:
+        names = " and ".join(repr(var.name) for var in together)
+        raise refuse(func, primitive, block, f"its iteration variables {names} move together in its loops")
     node = find_loop(func, loop)
     if node is not None and node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")

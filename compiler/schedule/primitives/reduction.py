@@ -22,7 +22,7 @@ from kedge.compiler.schedule.tree import (
 )
 from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, identity, logical_and
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import simplify_dim
+from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, stores, substitute_expr
@@ -183,8 +183,10 @@ def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
         raise refuse(func, "decompose_reduction", block, reason, hint="take a loop further in")
     private = all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init))
     if private and next(loads(block.init), None) is None:
-        # A private buffer is there in full: its parts that no instance fills may be set as well, without a test.
-        pairs, limits = [(it, b) for it, b in pairs if it.var in used], ()
+        # A private buffer's parts that no instance fills may be set as well, without a test, as far as they are there.
+        pairs = [(it, b) for it, b in pairs if it.var in used]
+        simplifier = Simplifier(loop_ranges(loops_on(block_path(func, block.name))))
+        limits = () if all(simplifier.prove(b < it.extent) for it, b in pairs) else limits
     needed = {v for e in (*(b for _, b in pairs), *limits) for v in free_vars(e)}
     init = Block(
         block_name(func, f"{block.name}_init"),

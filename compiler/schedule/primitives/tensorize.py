@@ -1,0 +1,125 @@
+"""Computing a small nest of loops by one instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from kedge.compiler.schedule.dependence import address
+from kedge.compiler.schedule.intrinsics import INTRINSICS, TensorIntrin, nest_of
+from kedge.compiler.schedule.tree import (
+    Access,
+    accesses,
+    find_loop,
+    loop_path,
+    loop_ranges,
+    loops_in,
+    loops_on,
+    refuse,
+    swap,
+)
+from kedge.compiler.tir.expr import Const, Expr, Var, const
+from kedge.compiler.tir.printer import print_expr
+from kedge.compiler.tir.simplify import Simplifier
+from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, PrimFunc, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import substitute_expr
+
+
+def tensorize(func: PrimFunc, loop: Var, name: str) -> PrimFunc:
+    """`func` with the nest at `loop` computed by the instruction `name`, which computes just the same."""
+    intrin = INTRINSICS.get(name)
+    if intrin is None:
+        close = get_close_matches(name, INTRINSICS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(INTRINSICS)}"
+        raise refuse(func, "tensorize", loop, f"there is no instruction {name!r}", hint=hint)
+    node = find_loop(func, loop)
+    assert node is not None
+    loops, block = _fitting_nest(func, node, intrin, "serial")
+    new: Stmt = block
+    for each in reversed(loops):
+        new = replace(each, kind="tensorized", body=new)
+    assert isinstance(new, For)
+    return swap(func, node, replace(new, annotations=MappingProxyType({**node.annotations, "intrin": name})))
+
+
+def check_tensorized(func: PrimFunc) -> None:
+    """Raise ScheduleError if a nest is no longer what its instruction computes."""
+    for node in loops_in(func.body):
+        if node.kind == "tensorized" and "intrin" in node.annotations:
+            _fitting_nest(func, node, INTRINSICS[node.annotations["intrin"]], "tensorized")
+
+
+def _fitting_nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tuple[tuple[For, ...], Block]:
+    """The loops, all of one kind, and the block of a nest that computes what the instruction does."""
+    loops, block = _nest(func, node, intrin, kind)
+    _check_value(func, node, block, intrin)
+    _check_strides(func, node, loops, block, intrin)
+    return loops, block
+
+
+def _nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tuple[tuple[For, ...], Block]:
+    """The loops and the block of the nest, which are those of the instruction."""
+    loops, block = nest_of(node)
+    wanted = [each.extent for each in intrin.loops]
+    shown = " x ".join(map(print_expr, wanted))
+    kinds = next((each for each in loops if each.kind != kind), None)
+    if kinds is not None:
+        raise refuse(func, "tensorize", kinds.var, f"it is {kinds.kind} already", at=node)
+    if not isinstance(block, Block) or [expr_key(each.extent) for each in loops] != list(map(expr_key, wanted)):
+        found = " x ".join(print_expr(each.extent) for each in loops)
+        reason = f"{intrin.name} computes loops of {shown} around one block; here are loops of {found}"
+        hint = "split and reorder until just these loops are innermost"
+        raise refuse(func, "tensorize", node.var, reason, at=node, hint=hint)
+    if block.init is not None:
+        reason = f"block {block.name!r} initialises its output, and the instruction only updates it"
+        raise refuse(func, "tensorize", node.var, reason, at=node, hint="decompose_reduction takes that out")
+    if not (isinstance(block.predicate, Const) and block.predicate.value):
+        reason = f"block {block.name!r} runs only where {print_expr(block.predicate)}"
+        raise refuse(func, "tensorize", node.var, reason, at=node, hint="pad_einsum makes all tiles whole")
+    return loops, block
+
+
+def _check_value(func: PrimFunc, node: For, block: Block, intrin: TensorIntrin) -> None:
+    if not isinstance(block.body, Store) or intrin.operands(block.body) is None:
+        reason = f"block {block.name!r} does not compute what {intrin.name} does, which is"
+        raise refuse(func, "tensorize", node.var, f"{reason}\n{intrin.func.show()}", at=node)
+
+
+def _check_strides(func: PrimFunc, node: For, loops: Sequence[For], block: Block, intrin: TensorIntrin) -> None:
+    """Refuse unless every access moves through memory as that of the instruction does."""
+    outer = loops_on(loop_path(func, node.var)[:-1])
+    simplifier = Simplifier(loop_ranges((*outer, *loops)))
+    given = _addresses(block, intrin, {it.var: b for it, b in zip(block.iters, block.bindings, strict=True)})
+    wanted = {a.buffer: address(a, 0, len(a.indices)) for a in accesses(intrin.func.body)}
+    for buffer, unsimplified in given.items():
+        place = simplifier.simplify(unsimplified)  # one step on may be out of range: quotients go before it is taken
+        for loop, theirs in zip(loops, intrin.loops, strict=True):
+            step = _step(place, loop.var)
+            right = _step(wanted[buffer], theirs.var)
+            stride = Simplifier(loop_ranges(intrin.loops)).simplify(right)
+            if not simplifier.prove_equal(step, stride):
+                moves = print_expr(simplifier.simplify(step))
+                reason = (
+                    f"operand {buffer.name!r} of {intrin.name} moves by {print_expr(stride)} elements, here by {moves}"
+                )
+                hint = "transform_layout or cache_read bring operands into that order"
+                raise refuse(func, "tensorize", loop.var, reason, at=node, hint=hint)
+
+
+def _addresses(block: Block, intrin: TensorIntrin, env: dict[Var, Expr]) -> dict[Buffer, Expr]:
+    """For each operand, its address within its buffer in terms of loops."""
+    assert isinstance(block.body, Store)
+    operands = intrin.operands(block.body)
+    assert operands is not None
+    found = {}
+    for buffer, load in operands.items():
+        indices = tuple(substitute_expr(index, env) for index in load.indices)
+        found[buffer] = address(Access(load.buffer, indices, False, block), 0, len(indices))
+    return found
+
+
+def _step(place: Expr, var: Var) -> Expr:
+    return substitute_expr(place, {var: var + const(1)}) - place
