@@ -34,7 +34,7 @@ _OPENING = frozenset(
 #: The role of the name that follows such a word.
 _DECLARING = {"func": "function", "block": "block", "for": "declared", "alloc": "declared", "param": "declared"}
 _LOOPS = {"range": "serial", "parallel": "parallel", "vectorized": "vectorized", "unrolled": "unrolled",
-          "thread": "thread"}  # fmt: skip
+          "tensorized": "tensorized", "thread": "thread"}  # fmt: skip
 _SCOPES = frozenset({"global", "shared", "local", "register"})
 _LITERALS = frozenset({"True", "False", "true", "false", "none", "inf", "nan"})
 
@@ -56,6 +56,7 @@ STYLES: Mapping[str, str] = {
     "parallel": "1;38;5;32",
     "vectorized": "1;38;5;28",
     "unrolled": "1;38;5;130",
+    "tensorized": "1;38;5;161",
     "thread": "1;38;5;98",
 }
 

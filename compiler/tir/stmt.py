@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kedge.compiler.tir.expr import Dim, Expr, Var, const
+
+if TYPE_CHECKING:
+    import os
+
+    from kedge.compiler.schedule.drawing import Picture
 
 Scope = Literal["global", "shared", "local", "register"]
 LoopKind = Literal["serial", "parallel", "vectorized", "unrolled", "thread", "tensorized"]
@@ -149,3 +154,9 @@ class PrimFunc:
         from kedge.compiler.tir.highlight import write
 
         write(self.show())
+
+    def visualize(self, path: str | os.PathLike[str] | None = None) -> Picture:
+        """A picture (SVG) of the loop nest, which notebooks show; written to `path` too if given."""
+        from kedge.compiler.schedule.visualize import visualize
+
+        return visualize(self, path)
