@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast, get_args
 
-from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const
+from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal
-from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, Stmt
-from kedge.compiler.tir.visitor import free_vars, substitute, substitute_expr
+from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import free_vars, loads, substitute, substitute_expr
 
 
 def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:
@@ -42,6 +44,25 @@ def _product(factors: Iterable[Expr]) -> Expr:
     for factor in factors:
         result = result * factor
     return result
+
+
+def combiner_of(block: Block) -> Combiner | None:
+    """How a reduction combines its values: into one element, from the combiner's identity on; None for any other."""
+    body, init = block.body, block.init
+    if not (isinstance(body, Store) and isinstance(init, Store) and isinstance(body.value, Binary)):
+        return None
+    op, into, value = body.value.op, body.value.a, body.value.b
+    same = isinstance(into, Load) and into.buffer is body.buffer is init.buffer
+    if op not in get_args(Combiner) or not same or not isinstance(init.value, Const):
+        return None
+    assert isinstance(into, Load)
+    places = (into.indices, body.indices, init.indices)
+    if len({tuple(map(expr_key, indices)) for indices in places}) > 1:
+        return None
+    combiner = cast(Combiner, op)
+    neutral = expr_key(identity(combiner, body.buffer.dtype)) == expr_key(init.value)
+    itself = any(load.buffer is body.buffer for load in loads(value))
+    return combiner if neutral and not itself else None
 
 
 def conjuncts(condition: Expr) -> tuple[Expr, ...]:

@@ -25,6 +25,7 @@ from kedge.compiler.errors import ParseError, ScheduleError
 from kedge.compiler.schedule.drawing import Picture
 from kedge.compiler.schedule.primitives import cache, inline, loops, motion, reduction, storage
 from kedge.compiler.schedule.primitives.cache_read import cache_read
+from kedge.compiler.schedule.primitives.pad import pad_einsum
 from kedge.compiler.schedule.primitives.storage import IndexMap
 from kedge.compiler.schedule.primitives.tensorize import check_tensorized, tensorize
 from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_in, loops_on, refuse
@@ -299,6 +300,20 @@ class Schedule:
         func = motion.reverse_compute_at(self._func, name, self._loop("reverse_compute_at", loop))
         self._commit(func, "reverse_compute_at", {"block": block.id, "loop": loop.id})
 
+    def pad_einsum(self, block: BlockRef, padding: Sequence[int]) -> None:
+        """The extents of a sum of products rounded up to multiples of `padding`, one number per iteration variable.
+
+        Operands are copied with zeros at their ends, the output is cut afterwards: all tiles are whole.
+
+        Rewrite ([1, 8]):
+            for i in range(n):                 for i in range(n):
+              for k in range(13):         ->     for k in range(16): block x_pad: x_pad[vi, vk] = x[vi, vk], or 0
+                block y: y[vi] += x[vi, vk]    for i in range(n):
+                                                 for k in range(16): block y: y[vi] += x_pad[vi, vk]
+        """
+        func = pad_einsum(self._func, self._block("pad_einsum", block), padding)
+        self._commit(func, "pad_einsum", {"block": block.id, "padding": list(padding)})
+
     def cache_write(self, block: BlockRef, loop: LoopRef, scope: Scope = "register") -> BlockRef:
         """The block writes a small buffer that holds one iteration of `loop`; returns the block that copies it out.
 
@@ -487,5 +502,6 @@ _REPLAY = {
     "set_scope": lambda s, a: s.set_scope(a["block"], a["scope"]),
     "storage_align": lambda s, a: s.storage_align(a["block"], a["axis"], a["factor"], a["offset"]),
     "transform_layout": lambda s, a: s.transform_layout(a["block"], IndexMap.from_json(a["index_map"])),
+    "pad_einsum": lambda s, a: s.pad_einsum(a["block"], a["padding"]),
     "cache_write": lambda s, a: s.cache_write(a["block"], a["loop"], a["scope"]),
 }

@@ -1,11 +1,13 @@
 """Primitives on buffers: cache_read, set_scope, storage_align, transform_layout; and rfactor, which makes one."""
 
+import numpy as np
 import pytest
 from schedule.test_blocks import loops_of, refused
 
 from kedge.compiler import te
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.tir.expr import Cast, Var, select
+from kedge.compiler.tir import interp
+from kedge.compiler.tir.expr import Cast, Var, call, select
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import equal
 from support.functions import assert_same, chain, conv, dense, mean, softmax
@@ -249,3 +251,66 @@ def test_rfactor_refusals():
     partial = sch.rfactor(sch.get_block("y"), k)
     assert "y_local_rf: float32[1, 6] in local" in sch.show()
     assert partial.name == "y_rf"
+
+
+# pad_einsum -------------------------------------------------------------------------------------------------------
+
+
+def test_pad_einsum_golden(golden):
+    func = dense(N, 13, 10, relu=False)
+    sch = Schedule(func)
+    y = sch.get_block("y")
+    sch.pad_einsum(y, [4, 8, 8])
+    golden("pad_einsum.txt", sch.show())
+    i, j, k = sch.get_loops(y)
+    _, j1 = sch.split(j, [None, 8])
+    assert sch.extent(j1).value == 8 and "where" not in sch.show().partition("block y:")[2].partition("block")[0]
+    for n in (1, 4, 5):
+        assert_same(func, sch.func, {"n": n})
+    assert equal(Schedule.replay(func, sch.trace).func, sch.func)
+    assert i.name == "i" and k.name == "k"
+
+
+@pytest.mark.parametrize("padding", [[1, 1, 1], [1, 1, 4], [4, 1, 1], [1, 3, 1], [2, 5, 13]])
+def test_pad_einsum(padding):
+    func = dense(N, 13, 10)
+    sch = Schedule(func)
+    sch.pad_einsum(sch.get_block("y"), padding)
+    for n in (1, 3, 4):
+        assert_same(func, sch.func, {"n": n})
+    if padding in ([1, 1, 1], [1, 5, 13]):
+        assert sch.func is func
+
+
+def test_padding_adds_nothing_to_infinities():
+    """Beyond the end all factors are zeros, so that an infinity elsewhere does not become NaN."""
+    func = dense(2, 3, 3, relu=False)
+    sch = Schedule(func)
+    sch.pad_einsum(sch.get_block("y"), [2, 4, 4])
+    x = np.array([[np.inf, 1, 1], [1, 1, 1]], np.float32)
+    w = np.abs(np.random.default_rng(0).standard_normal((3, 3))).astype(np.float32) + 1
+    got = interp.run(sch.func, [x, w])[0]
+    np.testing.assert_allclose(got, [[np.inf] * 3, w.sum(axis=0)], rtol=1e-6)
+
+
+def test_pad_einsum_refusals():
+    sch = Schedule(dense(N, 12, 10))
+    y, z = sch.get_block("y"), sch.get_block("z")
+    refused(lambda: sch.pad_einsum(z, [1, 4]), "pad_einsum(block 'z'): it is no sum that starts at 0")
+    refused(lambda: sch.pad_einsum(y, [4, 4]), "it takes one number from 1 on for each of vi, vj, vk")
+    refused(lambda: sch.pad_einsum(y, [4, 0, 4]), "from 1 on")
+    refused(lambda: Schedule(conv(1, 2, 5, 3)).pad_einsum(sch.get_block("y"), [4]), "belongs to another schedule")
+    windows = Schedule(conv(1, 2, 5, 3))
+    refused(lambda: windows.pad_einsum(windows.get_block("conv"), [1, 4, 1, 1, 4, 1, 1]), "indexes 'pad' by more than")
+    sch.split(sch.get_loops(y)[0], [None, 2])
+    refused(lambda: sch.pad_einsum(y, [4, 4, 4]), "not one serial loop per iteration variable", "pad before")
+    x, s, k = te.placeholder((4, 6), "float32", "x"), te.placeholder((4,), "float32", "s"), te.reduce_axis(6, "k")
+    scaled = te.compute((4,), lambda i: te.sum(x[i, k] * s[i], k), name="y")
+    sch = Schedule(te.create_prim_func([x, s, scaled], "f"))
+    refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "'s' does not depend on 'vk'", "infinities")
+    extreme = te.create_prim_func([x, te.compute((4,), lambda i: te.max(x[i, k], k), name="y")], "f")
+    sch = Schedule(extreme)
+    refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "it is no sum that starts at 0")
+    squares = te.create_prim_func([x, te.compute((4,), lambda i: te.sum(call("exp", x[i, k]), k), name="y")], "f")
+    sch = Schedule(squares)
+    refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "what it sums is no product of elements")

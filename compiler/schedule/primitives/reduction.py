@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast, get_args
 
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES
-from kedge.compiler.schedule.nest import conjuncts, fresh_nest, loop_vars, spatial_conjuncts
+from kedge.compiler.schedule.nest import combiner_of, conjuncts, fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
     block_name,
@@ -20,11 +19,10 @@ from kedge.compiler.schedule.tree import (
     refuse,
     swap,
 )
-from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, identity, logical_and
+from kedge.compiler.tir.expr import Binary, Combiner, Expr, Load, Var, logical_and
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
-from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, stores, substitute_expr
 
 
@@ -103,25 +101,6 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     both = simplify_bindings(seq(nest, second), loop_ranges(loops[:top]))
     func = replace(func, allocs=(*func.allocs, partial))
     return swap(func, loops[top], both), first.name
-
-
-def combiner_of(block: Block) -> Combiner | None:
-    """How a reduction combines its values: into one element, from the combiner's identity on; None for any other."""
-    body, init = block.body, block.init
-    if not (isinstance(body, Store) and isinstance(init, Store) and isinstance(body.value, Binary)):
-        return None
-    op, into, value = body.value.op, body.value.a, body.value.b
-    same = isinstance(into, Load) and into.buffer is body.buffer is init.buffer
-    if op not in get_args(Combiner) or not same or not isinstance(init.value, Const):
-        return None
-    assert isinstance(into, Load)
-    places = (into.indices, body.indices, init.indices)
-    if len({tuple(map(expr_key, indices)) for indices in places}) > 1:
-        return None
-    combiner = cast(Combiner, op)
-    neutral = expr_key(identity(combiner, body.buffer.dtype)) == expr_key(init.value)
-    itself = any(load.buffer is body.buffer for load in loads(value))
-    return combiner if neutral and not itself else None
 
 
 def _partial_block(func: PrimFunc, block: Block, partial: Buffer, loops: Sequence[For], loop: Var) -> Block:

@@ -1,0 +1,170 @@
+"""Whole tiles: a sum of products over padded operands, whose padding adds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from kedge.compiler.schedule.nest import combiner_of
+from kedge.compiler.schedule.tree import block_name, block_path, buffer_name, loops_on, refuse, swap
+from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, as_expr, const, logical_and, select
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import prove, prove_equal, simplify, simplify_dim
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
+from kedge.compiler.tir.visitor import map_expr, seq
+
+
+def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
+    """`func` with the extents of block `name` rounded up to multiples, one per iteration variable.
+
+    Operands get copies with zeros at their ends, the output one that is cut.
+    """
+    primitive = "pad_einsum"
+    path = block_path(func, name)
+    block, loops = path[-1], loops_on(path)
+    assert isinstance(block, Block)
+    if len(padding) != len(block.iters) or any(step < 1 for step in padding):
+        names = ", ".join(it.var.name for it in block.iters)
+        reason = f"padding {list(padding)}: it takes one number from 1 on for each of {names}"
+        raise refuse(func, primitive, block, reason)
+    _check_plain(func, block, loops)
+    operands = _check_einsum(func, block)
+    extents = {
+        it.var: simplify((it.extent + (step - 1)) // step * step) for it, step in zip(block.iters, padding, strict=True)
+    }
+    grown = {it.var for it in block.iters if not prove_equal(it.extent, extents[it.var])}
+    _check_zeros(func, block, operands, grown)
+    if not grown:
+        return func
+    made: dict[Buffer, Buffer] = {}
+    before: list[Stmt] = []
+    for load in operands:
+        if load.buffer not in made and any(index in grown for index in load.indices):
+            func, made[load.buffer], fill = _padded_copy(func, load, extents)
+            before.append(fill)
+    func, nest, after = _grown_nest(func, block, loops, extents, grown, made)
+    return swap(func, loops[0], seq(*before, nest, *after))
+
+
+def _check_plain(func: PrimFunc, block: Block, loops: Sequence[For]) -> None:
+    """Refuse unless the block stands alone in loops of its own, as lowering made them."""
+    own = [id(loop.var) for loop in loops] == [id(binding) for binding in block.bindings]
+    alone = all(outer.body is inner for outer, inner in zip(loops, (*loops[1:], block), strict=True))
+    if not (own and alone and loops and all(loop.kind == "serial" for loop in loops)):
+        hint = "pad before anything else is done to the block"
+        raise refuse(func, "pad_einsum", block, "its loops are not one serial loop per iteration variable", hint=hint)
+
+
+def _check_einsum(func: PrimFunc, block: Block) -> tuple[Load, ...]:
+    """The operands of the sum of products that the block computes."""
+    body = block.body
+    if combiner_of(block) != "add":
+        raise refuse(func, "pad_einsum", block, "it is no sum that starts at 0")
+    assert isinstance(body, Store) and isinstance(body.value, Binary)
+    operands = _factors(body.value.b)
+    if operands is None:
+        raise refuse(func, "pad_einsum", block, "what it sums is no product of elements")
+    for load in (*operands, Load(body.buffer, body.indices)):
+        if len(set(load.indices)) < len(load.indices) or not all(isinstance(index, Var) for index in load.indices):
+            reason = f"it indexes {load.buffer.name!r} by more than different iteration variables"
+            raise refuse(func, "pad_einsum", block, reason)
+    return operands
+
+
+def _factors(value: Expr) -> tuple[Load, ...] | None:
+    match value:
+        case Load():
+            return (value,)
+        case Cast(value=inner):
+            return _factors(inner)
+        case Binary(op="mul", a=a, b=b):
+            left, right = _factors(a), _factors(b)
+            return None if left is None or right is None else (*left, *right)
+    return None
+
+
+def _check_zeros(func: PrimFunc, block: Block, operands: Sequence[Load], grown: set[Var]) -> None:
+    """Refuse unless every added term is a product of zeros alone: infinity times zero would not be nothing."""
+    for it in block.iters:
+        if it.kind == "reduce" and it.var in grown:
+            other = next((load.buffer.name for load in operands if it.var not in load.indices), None)
+            if other is not None:
+                reason = f"{other!r} does not depend on {it.var.name!r}: its infinities would meet the padding's zeros"
+                raise refuse(func, "pad_einsum", block, reason)
+
+
+def _padded_copy(func: PrimFunc, load: Load, extents: Mapping[Var, Expr]) -> tuple[PrimFunc, Buffer, Stmt]:
+    """An allocation as large as the padded loops need, and the loops that fill it."""
+    source = load.buffer
+    axes = [index for index in load.indices if isinstance(index, Var)]
+    shape = tuple(simplify_dim(extents[axis]) for axis in axes)
+    copy = Buffer(buffer_name(func, f"{source.name}_pad"), shape, source.dtype)
+    iters = tuple(IterVar(Var(axis.name), extents[axis], "spatial") for axis in axes)
+    at = tuple(it.var for it in iters)
+    limits = [c for it, dim in zip(iters, source.shape, strict=True) for c in _limits(it, as_expr(dim))]
+    value: Expr = Load(source, at)
+    if limits:
+        value = select(logical_and(*limits), value, const(0, source.dtype))
+    nest = _nest(block_name(func, copy.name), iters, Store(copy, at, value))
+    return replace(func, allocs=(*func.allocs, copy)), copy, nest
+
+
+def _limits(it: IterVar, size: Expr) -> list[Expr]:
+    return [] if prove(it.extent <= size) else [it.var < size]
+
+
+def _grown_nest(
+    func: PrimFunc,
+    block: Block,
+    loops: Sequence[For],
+    extents: Mapping[Var, Expr],
+    grown: set[Var],
+    made: Mapping[Buffer, Buffer],
+) -> tuple[PrimFunc, Stmt, list[Stmt]]:
+    """The block over the padded operands, and what cuts its output where that has grown."""
+    body, init = block.body, block.init
+    assert isinstance(body, Store) and isinstance(init, Store)
+    target, after = body.buffer, []
+    if any(index in grown for index in body.indices):
+        shape = tuple(simplify_dim(extents[index]) for index in body.indices if isinstance(index, Var))
+        target = Buffer(buffer_name(func, f"{body.buffer.name}_pad"), shape, body.buffer.dtype)
+        func = replace(func, allocs=(*func.allocs, target))
+        after.append(_cut(func, block, body, target))
+
+    def redirect(expr: Expr) -> Expr:
+        if not isinstance(expr, Load):
+            return expr
+        if expr.buffer is body.buffer:
+            return Load(target, expr.indices)
+        return Load(made.get(expr.buffer, expr.buffer), expr.indices)
+
+    new: Stmt = with_regions(
+        replace(
+            block,
+            iters=tuple(replace(it, extent=extents[it.var]) for it in block.iters),
+            body=Store(target, body.indices, map_expr(body.value, redirect)),
+            init=Store(target, init.indices, init.value),
+        )
+    )
+    for loop, it in zip(reversed(loops), reversed(block.iters), strict=True):
+        new = replace(loop, extent=extents[it.var], body=new)
+    return func, new, after
+
+
+def _cut(func: PrimFunc, block: Block, body: Store, padded: Buffer) -> Stmt:
+    """The loops that copy what is wanted of the padded output."""
+    names = [index.name for index in body.indices if isinstance(index, Var)]
+    iters = tuple(
+        IterVar(Var(name), as_expr(dim), "spatial") for name, dim in zip(names, body.buffer.shape, strict=True)
+    )
+    at = tuple(it.var for it in iters)
+    return _nest(block_name(func, f"{block.name}_cut"), iters, Store(body.buffer, at, Load(padded, at)))
+
+
+def _nest(name: str, iters: tuple[IterVar, ...], store: Store) -> Stmt:
+    """One loop per iteration variable around a block of one store."""
+    variables = tuple(Var(it.var.name.removeprefix("v") or it.var.name) for it in iters)
+    stmt: Stmt = with_regions(Block(name, iters, variables, (), (), store))
+    for var, it in zip(reversed(variables), reversed(iters), strict=True):
+        stmt = For(var, it.extent, "serial", stmt)
+    return stmt
