@@ -254,7 +254,7 @@ def _rules() -> str:
         f".kedge-nest text {{ font: {FONT}px {FONTS}; white-space: pre }}",
         ".kedge-nest .strong { font-weight: bold }",
         ".kedge-nest .pill { fill-opacity: .13 }",
-        ".kedge-nest .branch { stroke-dasharray: 5 3 }",
+        ".kedge-nest rect.branch { stroke-dasharray: 5 3 }",
     ]
     dark = "\n".join("  " + line for line in _colours(1))
     return "\n".join(["", *_colours(0), *fixed, "@media (prefers-color-scheme: dark) {", dark, "}", ""])

@@ -19,7 +19,7 @@ from kedge.compiler.schedule.drawing import Box, Column, Line, Picture, Span, dr
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, as_expr
 from kedge.compiler.tir.printer import _attrs, _Printer, _word  # the names and words of the text
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterKind, LoopKind, PrimFunc, Region, Scope, Seq, Stmt
-from kedge.compiler.tir.visitor import walk_stmt
+from kedge.compiler.tir.visitor import free_vars, walk_stmt
 
 #: The widest that expressions and shapes get before they go on in the next line, in characters.
 WIDE, NARROW = 76, 36
@@ -59,7 +59,7 @@ class _Sketch:
         )
         return ((tuple(heading), tuple(self._stmt(func.body, ()))),), sides
 
-    # Statements: `around` are the extents of the loops that a statement stands in. ---------------------------------
+    # Statements: `around` are the extents of the loops, and the conditions, that a statement stands in. -------------
 
     def _stmt(self, stmt: Stmt, around: tuple[Expr, ...]) -> Iterator[Box]:
         match stmt:
@@ -72,21 +72,21 @@ class _Sketch:
                 yield self._block(stmt, around)
             case If(condition=condition, then=then, orelse=orelse):
                 words = _wrap(self._names.expr(condition), WIDE)
-                yield Box("branch", tuple(_labelled("if", "guard", words)), tuple(self._stmt(then, around)), "guard")
+                inside = (*around, condition)
+                yield Box("branch", tuple(_labelled("if", "guard", words, 3)), tuple(self._stmt(then, inside)), "guard")
                 if orelse is not None:
                     lines = (_line(Span("else", "guard")),)
-                    yield Box("branch", lines, tuple(self._stmt(orelse, around)), "guard")
+                    yield Box("branch", lines, tuple(self._stmt(orelse, inside)), "guard")
             case _:
                 yield Box("block", tuple(_labelled("", "quiet", self._code(stmt), 0)))
 
     def _loop(self, loop: For, around: tuple[Expr, ...]) -> Box:
         extent = self._names.expr(loop.extent)
-        count = extent if isinstance(loop.extent, Const) or extent.isidentifier() else f"({extent})"
         serial = loop.kind == "serial"
         kind = Span(loop.thread or loop.kind, loop.kind, strong=not serial, pill=0 if serial else _KIND_PILL)
         with self._names.scope((loop.var,)):
             name = self._names.name(loop.var)
-            first, *more = _wrap(f"× {count}", WIDE)
+            first, *more = _wrap(f"× {extent}", WIDE)
             head = Line(((0, Span(name, strong=True)), (len(name) + 1, Span(first))), (kind,))
             rest = [_line(Span(text), column=len(name) + 3) for text in more]
             lines = (head, *rest, *self._notes(loop.annotations))
@@ -95,9 +95,9 @@ class _Sketch:
             return Box(loop.kind, lines, inside, loop.kind, title=title)
 
     def _block(self, block: Block, around: tuple[Expr, ...]) -> Box:
-        times = self._product(around)
-        runs = Span("1 run" if times == "1" else f"{times} runs", "quiet")
-        head = Line(((0, Span(_word(block.name), strong=True)),), (runs,))
+        guarded = not (isinstance(block.predicate, Const) and block.predicate.value)
+        runs = self._runs((*around, block.predicate) if guarded else around)
+        head = Line(((0, Span(_word(block.name), strong=True)),), (Span(runs, "quiet"),))
         bindings = [self._names.expr(binding) for binding in block.bindings]
         extents = [self._names.expr(it.extent) for it in block.iters]
         where = self._names.expr(block.predicate)
@@ -107,7 +107,7 @@ class _Sketch:
             indent = min(max(map(len, ranges), default=0), NARROW)
             for it, range_, binding in zip(block.iters, ranges, bindings, strict=True):
                 lines += _binding(it.kind, range_, binding, indent)
-            if not (isinstance(block.predicate, Const) and block.predicate.value):
+            if guarded:
                 lines += _labelled("where", "guard", _wrap(where, WIDE))
             for title, regions in (("reads", block.reads), ("writes", block.writes)):
                 for index, region in enumerate(regions):
@@ -141,6 +141,14 @@ class _Sketch:
 
     def _notes(self, annotations: Mapping[str, Any]) -> list[Line]:
         return [_line(Span(text, "quiet")) for text in _wrap(_attrs(annotations).strip(), WIDE) if text]
+
+    def _runs(self, around: Sequence[Expr]) -> str:
+        """How often a block runs, at most that often under a condition; nothing where inner extents vary."""
+        extents = [each for each in around if each.dtype != "bool"]
+        if any(var not in self._func.symbols for extent in extents for var in free_vars(extent)):
+            return ""
+        times = self._product(extents)
+        return f"{'≤ ' if len(extents) < len(around) else ''}{times} {'run' if times == '1' else 'runs'}"
 
     def _product(self, factors: Iterable[Dim]) -> str:
         """A product of dims as text: what is known of it as one number, and the rest."""

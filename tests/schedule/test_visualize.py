@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from types import MappingProxyType
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import blocks_in, loops_in
 from kedge.compiler.schedule.visualize import visualize
 from kedge.compiler.tir.expr import Expr, Load, Var, const
+from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterVar, PrimFunc, Range, Region, Seq, Stmt, Store
 from support.functions import bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
 from support.targets import TARGETS
@@ -253,7 +254,7 @@ def matmul() -> PrimFunc:
     a, b = te.placeholder((512, 512), "float32", "a"), te.placeholder((512, 512), "float32", "b")
     k = te.reduce_axis(512, "k")
     c = te.compute((512, 512), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")
-    return te.create_prim_func([a, b, c], "matmul")
+    return te.create_prim_func([a, b, c], "main")
 
 
 def tiled() -> Schedule:
@@ -274,14 +275,41 @@ def tiled() -> Schedule:
     return sch
 
 
-def test_the_picture_of_a_tile_in_registers(golden):
-    golden("visualize.svg", tiled().visualize().svg)
+def test_the_picture_of_the_manual(golden):
+    golden("../../../docs/images/matmul-registers.svg", tiled().visualize().svg)
+
+
+EVERYTHING = """func pick(x: float32[n, 100], "a <b>": int64[n]) -> (y: float32[n, 100]) where n >= 1 and n <= 64:
+  alloc t: float32[n, 100] in local
+  alloc r: float16[4] in register
+  for i in thread(n, 'blockIdx.x'):  # grain=3
+    if i < 3 and "a <b>"[i] >= 0:
+      for j in vectorized(100):
+        y[i, j] = x[i, j]
+    else:
+      block copy:  # note='x < y & z'
+        vi = spatial(n, i)
+        vk = reduce(1, 0)
+        where i < n - 1
+        reads x[vi, :100]
+        writes t[vi, 0]
+        init:
+          t[vi, 0] = -inf
+        t[vi, 0] = max(t[vi, 0], x[vi, vk])
+        if vi < 2:
+          t[vi, 0] = 1.0"""
+
+
+def test_the_picture_of_everything_a_function_can_have(golden):
+    func = parse_func(EVERYTHING)
+    check_layout(func.visualize())
+    golden("visualize.svg", func.visualize().svg)
 
 
 def test_what_a_picture_says():
     shown = texts(tiled().visualize())
     for expected in [
-        "func", "matmul", "i_0", "× 64", "serial", "unrolled", "vectorized", "c", "134,217,728 runs", "spatial",
+        "func", "main", "i_0", "× 64", "serial", "unrolled", "vectorized", "c", "134,217,728 runs", "spatial",
         "vi < 512", "= i_0 * 8 + i_1", "reduce", "reads", "a[vi, vk]", "1 MiB", "writes", "c_register[r0, r1]",
         "register", "1 KiB", "float32[8, 32]", "body", "c[vi, vj] = c_register[r0, r1]", "inputs", "outputs",
         "allocations", "loops", "iteration variables", "memory",
@@ -301,8 +329,8 @@ def test_guards_notes_threads_and_sizes_of_symbolic_shape():
     sch.annotate(block, "note", "<&>")
     shown = texts(sch.visualize())
     for expected in [
-        "blockIdx.x", "× ((n + 3) // 4)", "# grain=3", "# note='<&>'", "where", "i_0 * 4 + i_1 < n", "where n >= 1",
-        "120 × ((n + 3) // 4) runs", "20 B × n", "24 B × n", "120 B",
+        "blockIdx.x", "× (n + 3) // 4", "# grain=3", "# note='<&>'", "where", "i_0 * 4 + i_1 < n", "where n >= 1",
+        "≤ 120 × ((n + 3) // 4) runs", "20 B × n", "24 B × n", "120 B",
     ]:  # fmt: skip
         assert expected in shown, expected
     assert inner.name == "i_1"
@@ -315,6 +343,21 @@ def test_branches_and_bare_stores():
     boxes = list(nested(root_of(func.visualize())))
     assert [style for style, _ in boxes] == ["serial", "branch", "block", "branch", "block", "block"]
     assert boxes[1][1] == ["if", "i < 2"] and boxes[3][1] == ["else"] and boxes[2][1] == ["y[i] = x[i]"]
+
+
+def test_how_often_a_block_runs():
+    x, i, j = Buffer("x", (4,), "float32"), Var("i"), Var("j")
+
+    def runs(nest: Callable[[Stmt], Stmt]) -> list[str]:
+        block = Block("b", (), (), (), (), Store(x, (const(0),), const(0.0, "float32")))
+        boxes = dict(nested(root_of(PrimFunc("f", (x,), 1, nest(block), (), (N,)).visualize())))
+        return boxes["block"][1:-2]
+
+    assert runs(lambda block: block) == ["1 run"]
+    assert runs(lambda block: For(i, const(0), "serial", block)) == ["0 runs"]
+    assert runs(lambda block: For(i, N * 6, "serial", For(j, const(500), "serial", block))) == ["3,000 × n runs"]
+    assert runs(lambda block: For(i, N + 1, "serial", If(i < 2, block))) == ["≤ (n + 1) runs"]
+    assert runs(lambda block: For(i, N, "serial", For(j, i + 1, "serial", block))) == []
 
 
 def test_before_and_after_stand_side_by_side():
