@@ -16,13 +16,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import kedge.compiler.frontend.nn as nn
+    from kedge import aio, nn, te
     from kedge.api import compile, connect, load, local, pipeline  # noqa: A004 - the field says compile
     from kedge.artifact import Artifact
-    from kedge.compiler import te
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.schedule.schedule import Schedule
-    from kedge.rpc.client import aio
     from kedge.rpc.errors import KedgeError
 
 __version__ = "0.1.0"
@@ -49,14 +47,14 @@ _WHERE = {
     "KedgeError": ("kedge.rpc.errors", "KedgeError"),
     "Module": ("kedge.compiler.graph.ir", "Module"),
     "Schedule": ("kedge.compiler.schedule.schedule", "Schedule"),
-    "aio": ("kedge.rpc.client.aio", None),
+    "aio": ("kedge.aio", None),
     "compile": ("kedge.api", "compile"),
     "connect": ("kedge.api", "connect"),
     "load": ("kedge.api", "load"),
     "local": ("kedge.api", "local"),
-    "nn": ("kedge.compiler.frontend.nn", None),
+    "nn": ("kedge.nn", None),
     "pipeline": ("kedge.api", "pipeline"),
-    "te": ("kedge.compiler.te", None),
+    "te": ("kedge.te", None),
 }
 
 
