@@ -13,13 +13,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kedge.rpc.errors import KedgeError
+
+
+class DebugError(KedgeError):
+    """KEDGE_DEBUG or KEDGE_DUMP_DIR has a value that nothing can be shown by."""
+
+
 GRAPH, KERNEL, LLVM = 2, 3, 4
 
 
 def level() -> int:
-    """The value of KEDGE_DEBUG; 0 where it is not a number."""
+    """The value of KEDGE_DEBUG, 0 where it is not set; raises DebugError where it is no number."""
     text = os.environ.get("KEDGE_DEBUG", "")
-    return int(text) if text.isdigit() else 0
+    if text and not (text.isascii() and text.isdecimal()):
+        raise DebugError(
+            f"KEDGE_DEBUG is {text!r}, which is no level", hint="set it to a number from 1 to 4, or unset it"
+        )
+    return int(text[:4] or "0")
 
 
 def wanted(minimum: int) -> bool:
@@ -34,12 +45,20 @@ def show(stage: str, suffix: str, minimum: int, text: Callable[[], str]) -> None
         return
     content = text()
     if folder is not None:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.-]+", "_", stage)[:120]
-        (path / f"{name}.{suffix}").write_text(content if content.endswith("\n") else content + "\n")
+        _write(Path(folder), re.sub(r"[^\w.-]+", "_", stage)[:120] + f".{suffix}", content)
     if level() >= minimum:
         sys.stderr.write(f"==== {stage}.{suffix}\n{content}\n")
+
+
+def _write(folder: Path, name: str, content: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content if content.endswith("\n") else content + "\n")
+    except OSError as error:
+        raise DebugError(
+            f"KEDGE_DUMP_DIR: cannot write {folder / name}: {error.strerror}",
+            hint="set it to a folder that can be written, or unset it",
+        ) from error
 
 
 @contextmanager

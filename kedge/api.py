@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +13,7 @@ from kedge.rpc.errors import InputError
 
 if TYPE_CHECKING:
     from kedge.artifact import Artifact
+    from kedge.compiler.cache import KernelCache
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.pipeline import Pipeline
     from kedge.compiler.schedule.schedule import Schedule
@@ -83,12 +86,28 @@ def compile(  # noqa: A001 - the field says compile
     if isinstance(model, (PrimFunc, Schedule)):
         if pipeline is not None:
             raise TypeError("pipeline= holds passes over graphs; a PrimFunc has none")
-        return Artifact.of(compile_prim_func(model, target, name=name, progress=progress))
+        with _kernel_cache() as cache:
+            return Artifact.of(compile_prim_func(model, target, name=name, cache=cache, progress=progress))
     if not isinstance(model, Module):
         accepted = "give an .onnx path, a kedge.Module, a PrimFunc or a Schedule"
         raise TypeError(f"cannot compile a value of type {type(model).__name__}: {accepted}")
-    artifact = compile_module(model, target, pipeline=pipeline, name=name or "model", progress=progress)
-    return Artifact.of(artifact)
+    with _kernel_cache() as cache:
+        return Artifact.of(
+            compile_module(model, target, pipeline=pipeline, name=name or "model", cache=cache, progress=progress)
+        )
+
+
+@contextmanager
+def _kernel_cache() -> Iterator[KernelCache | None]:
+    """None, which means the user's; where every stage is to be seen, one that holds nothing yet."""
+    from kedge.compiler import debug
+    from kedge.compiler.cache import KernelCache
+
+    if not debug.wanted(debug.KERNEL):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="kedge-kernels-") as folder:
+        yield KernelCache(Path(folder))
 
 
 def pipeline(name: str = "default") -> Pipeline:

@@ -69,9 +69,10 @@ def deploy(
 
     if name is not None:
         names.check_name(name)
+    destination = login.destination()
     with kedge.connect(tracker) as fleet:
         deployed = deploy_board(
-            login.destination(),
+            destination,
             tracker=str(fleet.address),  # with the port, where only a host was named
             runner_for=lambda board: runner_for(board.arch, progress),
             connected=lambda device, seconds: labels_of(fleet, device, seconds),

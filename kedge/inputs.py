@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +63,8 @@ def _shape(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def _random(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Array:
     kind = np.dtype(dtype)
+    if math.prod(shape) * kind.itemsize > sys.maxsize:
+        raise MemoryError(f"an input of shape {shape}")  # which numpy would call a bad value
     if kind.kind == "f":
         return rng.standard_normal(shape).astype(kind)
     return rng.integers(0, 2, shape).astype(kind)

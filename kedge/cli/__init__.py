@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -10,10 +14,57 @@ EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 
 def main() -> int:
     """Run the `kedge` command and give its exit status; expected errors are one message on stderr, no traceback."""
+    _open_streams()
     try:
-        return _run()
+        status = _run()
+        sys.stdout.flush()
     except KeyboardInterrupt:  # also while the imports below run
         return _interrupted()
+    except BrokenPipeError:
+        return _reader_left()
+    except StdoutError as error:
+        return _unwritten(error)
+    return status
+
+
+class StdoutError(Exception):
+    """Standard output takes no more, and not because its reader left."""
+
+
+class _Stdout:
+    """Standard output whose failures can be told from those of other files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._refusals():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._refusals():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise StdoutError(error.strerror) from error
+
+
+def _open_streams() -> None:
+    """Take the place of streams that were closed, so that no file gets their number; writing results still fails."""
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, closefd=False))
+    if sys.__stdout__ in (None, sys.stdout):  # a caller's own is left alone
+        sys.stdout = cast(TextIO, _Stdout(sys.stdout))
 
 
 def _run() -> int:
@@ -27,10 +78,17 @@ def _run() -> int:
     except MemoryError as error:
         hint = "choose smaller shapes, or run it on a device with more memory"
         return _fail(KedgeError(f"not enough memory: {error}" if str(error) else "not enough memory", hint=hint))
-    except BrokenPipeError:
-        # The reader of our output left, as `kedge … | head` does; there is nobody to tell.
-        sys.stderr.close()
-        return 0
+    except (StdoutError, BrokenPipeError):
+        raise
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            return _bug()
+        return _fail(KedgeError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
+    except SystemExit as leaving:
+        # How typer and rich take it that the reader of our output left.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _reader_left()
+        raise
     except Exception as error:  # noqa: BLE001 - the last resort: nothing is swallowed
         shown = getattr(error, "show", None)  # a usage error of the command line itself
         if shown is None:
@@ -43,8 +101,30 @@ def _run() -> int:
 
 
 def _interrupted() -> int:
-    sys.stderr.write("interrupted\n")
+    with contextlib.suppress(OSError):  # a terminal that is closed
+        sys.stderr.write("interrupted\n")
     return EXIT_INTERRUPTED
+
+
+def _unwritten(error: StdoutError) -> int:
+    from kedge.rpc.errors import KedgeError
+
+    _abandon_stdout()
+    return _fail(KedgeError(f"cannot write to standard output: {error}"))
+
+
+def _reader_left() -> int:
+    """As `kedge … | head` does; there is nobody to tell."""
+    _abandon_stdout()
+    return 0
+
+
+def _abandon_stdout() -> None:
+    """What is still to be written goes nowhere, rather than into a complaint of the interpreter at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _bug() -> int:
@@ -65,7 +145,8 @@ def _fail(error: Exception) -> int:
 
     message, hint = getattr(error, "message", str(error)), getattr(error, "hint", None)
     console = stderr()
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-    if hint:
-        console.print(Text.assemble(("hint: ", "bold cyan"), hint), soft_wrap=True)
+    with contextlib.suppress(OSError):  # the status still tells
+        console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+        if hint:
+            console.print(Text.assemble(("hint: ", "bold cyan"), hint), soft_wrap=True)
     return int(getattr(error, "exit_status", 1))

@@ -1,21 +1,41 @@
-"""Reading what people type: shapes, arrays, targets."""
+"""Reading what people type: shapes, files, arrays."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import kedge
-from kedge.rpc.errors import ArtifactError, InputError
+from kedge.rpc.artifact import Function, Manifest
+from kedge.rpc.errors import ArtifactError, InputError, KedgeError, UsageError
+from kedge.rpc.types import ITEM_BYTES
 
 Shape = tuple[int | str, ...]
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+#: Artifacts, the wire and the runtime count in 64 bits.
+_LARGEST_DIM = 2**63 - 1
+_ZIP = b"PK\x03\x04"
+
+
+class ModelFileError(KedgeError):
+    """A model's file that is missing, or holds no whole model."""
+
+    exit_status = 3
+
+
+class OutputError(KedgeError):
+    """A file for results that cannot be written."""
+
+    exit_status = 3
 
 
 def parse_shapes(texts: list[str] | None) -> dict[str, Shape]:
@@ -23,33 +43,125 @@ def parse_shapes(texts: list[str] | None) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for text in texts or ():
         name, equals, dims = text.partition("=")
-        parts = [part.strip() for part in dims.split(",")] if dims else []
-        if not equals or not name or not all(part.isidentifier() or part.isdecimal() for part in parts):
-            raise InputError(
-                f"--shape {text!r} is not NAME=D0,D1,…", hint="for example --shape x=1,3,224,224 or x=N,784"
-            )
-        shapes[name.strip()] = tuple(int(part) if part.isdecimal() else part for part in parts)
+        name = name.strip()
+        if not equals or not name:
+            raise _no_shape(text)
+        if name in shapes:
+            raise UsageError(f"--shape is given twice for {name!r}", hint="one shape per input")
+        shapes[name] = tuple(_dim(part.strip(), text) for part in dims.split(",")) if dims else ()
     return shapes
+
+
+def _dim(part: str, text: str) -> int | str:
+    if part.isidentifier():
+        return part
+    if not (part.isascii() and part.isdecimal()):
+        raise _no_shape(text)
+    if len(part) > len(str(_LARGEST_DIM)) or int(part) > _LARGEST_DIM:
+        raise UsageError(f"--shape {text[:120]!r}: a dim is at most {_LARGEST_DIM}", hint="are the commas in place?")
+    return int(part)
+
+
+def _no_shape(text: str) -> UsageError:
+    return UsageError(f"--shape {text!r} is not NAME=D0,D1,…", hint="for example --shape x=1,3,224,224 or x=N,784")
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a file holds an artifact, whatever it is called; what is no file is judged by its name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZIP)) == _ZIP or path.suffix.lower() == ".kdg"
+    except OSError:
+        return path.suffix.lower() != ".onnx"
 
 
 def load_artifact(path: Path) -> kedge.Artifact:
     """The artifact at `path`; raises ArtifactError, also with the way from a model to an artifact."""
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx" and not is_artifact(path):
         out = path.with_suffix(".kdg").name
         raise ArtifactError(
             f"{path} is a model, not an artifact", hint=f"compile it first: kedge compile {path} -o {out}"
         )
-    return kedge.Artifact.load(path)
+    artifact = kedge.Artifact.load(path)
+    _check_dtypes(path, artifact.manifest)
+    return artifact
+
+
+def _check_dtypes(path: Path, manifest: Manifest) -> None:
+    for function in manifest.functions:
+        for port in (*function.inputs, *function.outputs):
+            if port.dtype not in ITEM_BYTES:
+                raise ArtifactError(
+                    f"{path}: {function.name!r} has {port}, and there is no dtype {port.dtype!r}",
+                    hint="was it made by a newer kedge? Update this one, or compile the model again",
+                )
+
+
+def function_of(artifact: kedge.Artifact, name: str) -> Function:
+    """The function that `--function` names; raises UsageError."""
+    try:
+        return artifact.manifest.function(name)
+    except ArtifactError as error:
+        raise UsageError(error.message, hint=error.hint) from error
+
+
+@contextmanager
+def reading(model: Path) -> Iterator[None]:
+    """What goes wrong inside because the model's file is missing or corrupt is a ModelFileError."""
+    from kedge.compiler.errors import FrontendError
+
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or Path(os.fsdecode(error.filename)) != model:
+            raise
+        raise ModelFileError(f"cannot read {model}: {error.strerror}") from error
+    except FrontendError as error:
+        if _is_whole(model):
+            raise
+        raise ModelFileError(error.message, hint=error.hint) from error
+
+
+def _is_whole(model: Path) -> bool:
+    from kedge.compiler.errors import FrontendError
+    from kedge.compiler.frontend.onnx import read_model
+
+    try:
+        read_model(model)
+    except (FrontendError, OSError):
+        return False
+    return True
 
 
 def check_output(path: Path, source: Path) -> None:
     """Raise before any work is done where the artifact of `source` could not be written to `path`."""
-    if path.is_dir():
-        raise ArtifactError(f"cannot write {path}: it is a folder, no regular file", hint="name a .kdg file in it")
-    if not path.absolute().parent.is_dir():
-        raise ArtifactError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
-    if path.exists() and source.exists() and path.samefile(source):
-        raise ArtifactError(f"{path} is the model itself", hint="name another file with -o OUT.kdg")
+    try:
+        if path.is_dir():
+            raise ArtifactError(f"cannot write {path}: it is a folder, no regular file", hint="name a .kdg file in it")
+        if not path.absolute().parent.is_dir():
+            raise ArtifactError(
+                f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}"
+            )
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ArtifactError(f"{path} is the model itself", hint="name another file with -o OUT.kdg")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror}", hint="name another file with -o") from error
+
+
+def check_outputs(path: Path | None) -> None:
+    """Raise OutputError before any work is done where `save_outputs` could not write to `path`."""
+    if path is None:
+        return
+    try:
+        if path.exists() and not path.is_file():
+            if not os.access(path, os.W_OK):
+                raise OutputError(f"cannot write {path}: Permission denied", hint="choose another place")
+            return
+        scratch = _scratch(path)
+        scratch.open("wb").close()
+        scratch.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error
 
 
 def load_inputs(path: Path) -> Arrays:
@@ -71,7 +183,7 @@ def load_inputs(path: Path) -> Arrays:
 def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write arrays to an `.npz` file, whole or not at all; a pipe or device is written to as it is."""
     special = path.exists() and not path.is_file()
-    scratch = path if special else path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch = path if special else _scratch(path)
     try:
         try:
             with scratch.open("wb") as file:
@@ -82,4 +194,8 @@ def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
             if not special:
                 scratch.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".kedge-{os.getpid()}.part")

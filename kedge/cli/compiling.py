@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,9 @@ import typer
 
 import kedge
 from kedge.cli import output
-from kedge.cli.arguments import check_output, load_artifact, parse_shapes
+from kedge.cli.arguments import Shape, check_output, is_artifact, load_artifact, parse_shapes, reading
 from kedge.rpc.artifact import Manifest
-from kedge.rpc.errors import InputError
+from kedge.rpc.errors import UsageError
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -48,11 +49,14 @@ def compile_(
 
       kedge compile digits.onnx --target x86-64 --target x86-64-v3 --target aws/graviton2 -o digits.kdg
     """
+    shapes = parse_shapes(shape)
+    _check_targets(target or ())
     check_output(out, model)
     started = time.perf_counter()
     with output.progress("compile") as report:
         report(f"reading {model.name}")
-        loaded = kedge.load(model, shapes=parse_shapes(shape))
+        with reading(model):
+            loaded = kedge.load(model, shapes=shapes)
         artifact = kedge.compile(loaded, target=target or ["native"], name=model.stem, progress=report)
         artifact.save(out)
     seconds = time.perf_counter() - started
@@ -64,6 +68,18 @@ def compile_(
         f"{out}: {output.size_text(out.stat().st_size)} for {targets}, in {seconds:.2f} s",
         soft_wrap=True,
     )
+
+
+def _check_targets(texts: Iterable[str]) -> None:
+    """Raise UsageError for a target that is none."""
+    from kedge.compiler.errors import TargetError
+    from kedge.compiler.target import parse
+
+    for text in texts:
+        try:
+            parse(text)
+        except TargetError as error:
+            raise UsageError(error.message, hint=error.hint) from error
 
 
 def inspect(
@@ -81,16 +97,15 @@ def inspect(
 
       kedge inspect digits.kdg --json
     """
-    if path.suffix == ".kdg":
+    if is_artifact(path):
         manifest = load_artifact(path).manifest
         if as_json:
             output.emit_json(manifest_facts(manifest))
         else:
             _show_manifest(path, manifest)
-    elif path.suffix == ".onnx":
-        _inspect_model(path, shape, as_json)
     else:
-        raise InputError(f"{path}: neither .onnx nor .kdg", hint="kedge inspect MODEL.onnx or kedge inspect OUT.kdg")
+        with reading(path):
+            _inspect_model(path, parse_shapes(shape), as_json)
 
 
 def manifest_facts(manifest: Manifest) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def _show_manifest(path: Path, manifest: Manifest) -> None:
     output.show(members)
 
 
-def _inspect_model(path: Path, shape: list[str] | None, as_json: bool) -> None:
+def _inspect_model(path: Path, shapes: dict[str, Shape], as_json: bool) -> None:
     from kedge.compiler.frontend.onnx import coverage
 
     report = coverage(path)
@@ -137,7 +152,7 @@ def _inspect_model(path: Path, shape: list[str] | None, as_json: bool) -> None:
     else:
         output.stdout().print(str(report), soft_wrap=True)
         if report.supported:
-            summary = kedge.load(path, shapes=parse_shapes(shape)).summary()
+            summary = kedge.load(path, shapes=shapes).summary()
             output.stdout().print("\n" + summary, soft_wrap=True)
     if not report.supported:
         raise typer.Exit(1)

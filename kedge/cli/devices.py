@@ -13,7 +13,7 @@ import typer
 
 import kedge
 from kedge.cli import output
-from kedge.rpc.errors import ConnectError, InputError
+from kedge.rpc.errors import ConnectError, UsageError
 from kedge.rpc.types import Deadlines
 
 
@@ -25,18 +25,18 @@ def require_tracker(tracker: str | None) -> str:
 
 
 def require_device(context: typer.Context, selector: str | None, timeout_s: float | None = None) -> None:
-    """Raise InputError where a tracker was typed but no device: whoever names a tracker does not mean this machine.
+    """Raise UsageError where a tracker was typed but no device: whoever names a tracker does not mean this machine.
 
     A tracker from the environment says nothing of the kind. A timeout says something to devices alone.
     """
     if selector is None and timeout_s is not None:
-        raise InputError(
+        raise UsageError(
             "--timeout without --device: on this machine nothing ends a run but Ctrl-C",
             hint="add --device SELECTOR, or drop --timeout",
         )
     source = context.get_parameter_source("tracker")
     if selector is None and source is not None and source.name == "COMMANDLINE":
-        raise InputError(
+        raise UsageError(
             "--tracker without --device: which device is meant?",
             hint="add --device SELECTOR ('kedge devices' lists them); without --tracker it runs on this machine",
         )

@@ -10,11 +10,20 @@ import typer
 from rich.text import Text
 
 from kedge.cli import output
-from kedge.cli.arguments import Arrays, load_artifact, load_inputs, parse_shapes, save_outputs
+from kedge.cli.arguments import (
+    Arrays,
+    check_outputs,
+    function_of,
+    load_artifact,
+    load_inputs,
+    parse_shapes,
+    reading,
+    save_outputs,
+)
 from kedge.cli.devices import open_device, require_device
 from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function
-from kedge.rpc.errors import InputError
+from kedge.rpc.errors import UsageError
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT.kdg", help="A compiled artifact.", show_default=False)]
 InputsOption = Annotated[
@@ -29,7 +38,7 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of rand
 
 def _inputs(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
     if path and shapes:
-        raise InputError(
+        raise UsageError(
             "--shape says nothing beside --inputs", hint="the arrays of the file have their shapes; drop one"
         )
     return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
@@ -62,8 +71,9 @@ def run(
       kedge run digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
     """
     require_device(context, device, timeout)
+    check_outputs(outputs)
     loaded = load_artifact(artifact)
-    data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
+    data = _inputs(function_of(loaded, function), inputs, shape, seed)
     with output.progress("run") as report, open_device(device, tracker, threads, report, timeout) as place:
         results = place.load(loaded).run(data, function=function)
     if outputs:
@@ -101,7 +111,7 @@ def bench(
     shape: output.ShapeOption = None,
     seed: SeedOption = 0,
     threads: output.ThreadsOption = 1,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Samples to take.")] = 20,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, max=100_000, help="Samples to take.")] = 20,
     number: Annotated[int, typer.Option("--number", min=1, help="Calls in a sample, before it grows.")] = 1,
     min_repeat_ms: Annotated[
         float, typer.Option("--min-repeat-ms", min=0, help="Grow the calls in a sample until it lasts so long.")
@@ -124,7 +134,7 @@ def bench(
     """
     require_device(context, device, timeout)
     loaded = load_artifact(artifact)
-    data = _inputs(loaded.manifest.function(function), inputs, shape, seed)
+    data = _inputs(function_of(loaded, function), inputs, shape, seed)
     with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout) as place:
         module = place.load(loaded)
         report(f"timing {repeat} samples")
@@ -171,8 +181,12 @@ def validate(
 
     require_device(context, device, timeout)
     loaded = load_artifact(artifact)
-    data = _inputs(loaded.manifest.function("main"), inputs, shape, seed)
-    with output.progress("validate") as report, open_device(device, tracker, threads, report, timeout) as place:
+    data = _inputs(function_of(loaded, "main"), inputs, shape, seed)
+    with (
+        reading(model),
+        output.progress("validate") as report,
+        open_device(device, tracker, threads, report, timeout) as place,
+    ):
         result = compare(model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, progress=report)
     if as_json:
         output.emit_json(result.to_json())
