@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -24,7 +24,22 @@ from kedge.compiler.schedule.tree import blocks_in, loops_in
 from kedge.compiler.schedule.visualize import visualize
 from kedge.compiler.tir.expr import Expr, Load, Var, const
 from kedge.compiler.tir.parser import parse_func
-from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterVar, PrimFunc, Range, Region, Seq, Stmt, Store
+from kedge.compiler.tir.stmt import (
+    Block,
+    Buffer,
+    For,
+    If,
+    IterKind,
+    IterVar,
+    LoopKind,
+    PrimFunc,
+    Range,
+    Region,
+    Scope,
+    Seq,
+    Stmt,
+    Store,
+)
 from support.functions import bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
 from support.targets import TARGETS
 
@@ -418,6 +433,11 @@ def test_every_text_is_readable(theme):
     for ink, inks in INKS.items():
         own = BOXES.get(ink, BOXES["block"])[theme][0]
         assert contrast(inks[theme], own, 0.87) >= 4.5, ink
+
+
+def test_everything_has_a_colour():
+    assert set(get_args(LoopKind)) <= set(BOXES) & set(INKS)
+    assert set(get_args(Scope)) | set(get_args(IterKind)) <= set(INKS)
 
 
 def test_colours_are_those_of_the_viewer():

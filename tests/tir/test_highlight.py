@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from kedge.compiler.schedule.default import schedule_func
 from kedge.compiler.tir.expr import Load, Var, const
 from kedge.compiler.tir.highlight import STYLES, classify, highlight, wants_colour, write
 from kedge.compiler.tir.parser import parse_func
-from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Store
+from kedge.compiler.tir.printer import print_stmt
+from kedge.compiler.tir.stmt import Buffer, For, LoopKind, PrimFunc, Seq, Store
 from support.functions import bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
 from support.graphs import module_of
 from support.targets import TARGETS
@@ -145,6 +147,12 @@ def test_a_buffer_that_is_called_like_a_loop_is_none():
     assert [part for role, part in found if role == "serial"] == ["range"]
     assert not [part for role, part in found if role == "parallel"]
     assert [part for role, part in found if role == "declared"] == ["range", "parallel", "i"]
+
+
+@pytest.mark.parametrize("kind", get_args(LoopKind))
+def test_every_kind_of_loop_has_its_colour(kind):
+    loop = For(Var("i"), const(4), kind, Seq(()), "blockIdx.x" if kind == "thread" else None)
+    assert kind in {role for role, _ in roles(print_stmt(loop))}
 
 
 class Terminal(io.StringIO):
