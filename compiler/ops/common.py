@@ -10,13 +10,10 @@ import numpy as np
 from kedge.compiler import te
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.tir.expr import (
-    Binary,
-    Cast,
     Const,
     Dim,
     Expr,
     as_expr,
-    const,
     identity,
     logical_and,
 )  # fmt: skip
@@ -30,6 +27,9 @@ SIGNED = frozenset({"int8", "int16", "int32", "int64"})
 INTEGERS = SIGNED | {"uint8", "uint16", "uint32", "uint64"}
 NUMBERS = FLOATS | INTEGERS
 ANY = NUMBERS | {"bool"}
+
+#: Families and users mean the same by a cast.
+cast = te.cast
 
 
 def require(condition: bool, reason: str, hint: str | None = None) -> None:
@@ -74,17 +74,6 @@ def wide(array: Array) -> Array:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def cast(value: Expr, dtype: str) -> Expr:
-    """`value` in `dtype`; floats and integers become bool by comparing with zero, as numpy does."""
-    if value.dtype == dtype:
-        return value
-    if isinstance(value, Const):
-        return const(value.value, dtype)
-    if dtype == "bool":
-        return Binary("ne", value, const(0, value.dtype))
-    return Cast(value, dtype)
-
-
 def read(tensor: te.Tensor, indices: Sequence[Expr | int]) -> Expr:
     """The element at `indices`, widened for computing; a tensor that is one literal gives the literal itself."""
     if isinstance(tensor.op, te.Compute) and isinstance(tensor.op.body, Const):
@@ -103,6 +92,11 @@ def aligned(tensor: te.Tensor, indices: Sequence[Expr]) -> Expr:
 def is_one(dim: Dim) -> bool:
     """Whether a dim is known to be 1."""
     return isinstance(dim, int) and dim == 1
+
+
+def is_zero(dim: Dim) -> bool:
+    """Whether a dim is known to be 0."""
+    return isinstance(dim, int) and dim == 0
 
 
 def elementwise(out: TensorType, name: str, body: Callable[..., Expr]) -> te.Tensor:

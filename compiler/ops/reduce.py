@@ -14,7 +14,7 @@ from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import FLOATS, NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
-from kedge.compiler.tir.expr import Binary, Dim, Expr, as_expr, call, const, eq, select
+from kedge.compiler.tir.expr import Dim, Expr, as_expr, const
 
 Combine: TypeAlias = Callable[[Expr, Sequence[te.ReduceAxis]], Expr]
 
@@ -81,11 +81,12 @@ for _name, _allowed, _function, _combine in (
     _declare(_name, _allowed, _function, _combine)
 
 
-def _declare_position(name: str, function: Callable[..., Array], combine: Combine) -> None:
+def _declare_position(name: str, function: Callable[..., Array], position: Callable[..., Expr]) -> None:
     def infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         (x,) = types
         common.require_dtype(x, NUMBERS)
         axis = common.axis_of(attrs["axis"], x.rank)
+        common.require(not common.is_zero(x.shape[axis]), f"{name} over an axis without elements has no result")
         return (TensorType(reduced_shape(x.shape, (axis,), attrs["keepdims"]), "int64", x.space),)
 
     def reference(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
@@ -97,26 +98,16 @@ def _declare_position(name: str, function: Callable[..., Array], combine: Combin
         return (np.asarray(x.shape[axis] - 1 - flipped).astype(np.int64),)
 
     def lower(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
-        """Two reductions: the extreme value, then the first (or last) position that holds it."""
         (x,) = tensors
-        rank, keepdims, last = len(x.shape), attrs["keepdims"], attrs["select_last"]
+        rank = len(x.shape)
         axis = common.axis_of(attrs["axis"], rank)
-        extreme_axis, position = te.reduce_axis(x.shape[axis], "k"), te.reduce_axis(x.shape[axis], "p")
+        over = te.reduce_axis(x.shape[axis], "k")
 
-        def element(indices: Sequence[Expr], over: te.ReduceAxis) -> Expr:
-            return common.read(x, full_index(indices, [over], (axis,), rank, keepdims))
+        def element(*indices: Expr) -> Expr:
+            value = common.read(x, full_index(indices, [over], (axis,), rank, attrs["keepdims"]))
+            return position(value, over, select_last=attrs["select_last"])
 
-        extreme = te.compute(types[0].shape, lambda *i: combine(element(i, extreme_axis), [extreme_axis]), name="best")
-
-        def candidate(*indices: Expr) -> Expr:
-            value, best = element(indices, position), extreme.at(indices)
-            hit = eq(value, best)
-            if x.dtype in FLOATS:  # the first NaN wins, as in numpy
-                hit = Binary("or", hit, call("isnan", value, dtype="bool"))
-            missed = const(-1) if last else as_expr(x.shape[axis])
-            return (te.max if last else te.min)(select(hit, position, missed), [position])
-
-        return (te.compute(types[0].shape, candidate, name=name),)
+        return (te.compute(types[0].shape, element, name=name),)
 
     registry.register(
         OpDef(
@@ -126,5 +117,5 @@ def _declare_position(name: str, function: Callable[..., Array], combine: Combin
     )  # fmt: skip
 
 
-_declare_position("argmax", np.argmax, te.max)
-_declare_position("argmin", np.argmin, te.min)
+_declare_position("argmax", np.argmax, te.argmax)
+_declare_position("argmin", np.argmin, te.argmin)

@@ -71,6 +71,11 @@ def register(op: OpDef) -> OpDef:
     return op
 
 
+def forget(name: str) -> None:
+    """Take a declaration back: only operators that users define come and go."""
+    del _OPS[name]
+
+
 def get(name: str) -> OpDef:
     """The declaration of `name`."""
     try:
