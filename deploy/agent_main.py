@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 
@@ -13,12 +12,20 @@ CHECK_INTERVAL_S = 30
 
 
 def keep_log_small(stopped: threading.Event) -> None:
-    """Move the log aside when it outgrows `LOG_LIMIT_BYTES`; every writer appends, so it can be emptied in place."""
+    """Move the log aside when it outgrows `LOG_LIMIT_BYTES`, and let the standard streams go on in a new one."""
     log = os.path.join(HOME, "agent.log")
     while not stopped.wait(CHECK_INTERVAL_S):
-        if os.path.exists(log) and os.path.getsize(log) > LOG_LIMIT_BYTES:
-            shutil.copyfile(log, log + ".1")
-            os.truncate(log, 0)
+        try:
+            if os.path.exists(log):
+                if os.path.getsize(log) <= LOG_LIMIT_BYTES:
+                    continue
+                os.replace(log, log + ".1")
+            fresh = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            for stream in (1, 2):
+                os.dup2(fresh, stream)
+            os.close(fresh)
+        except OSError:  # a disk that is full, for instance: the next round may find room
+            continue
 
 
 def main() -> int:

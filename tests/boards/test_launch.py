@@ -397,7 +397,34 @@ def test_the_tracker_is_tried_from_the_board_before_anything_is_made(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_log_is_emptied_in_place_when_it_grows(home: Path) -> None:
+ROUNDS = """
+import os, shutil, sys
+from kedge.deploy import agent_main
+
+agent_main.HOME, agent_main.LOG_LIMIT_BYTES = sys.argv[1], 10
+LOG = os.path.join(sys.argv[1], "agent.log")
+
+class Stopped:
+    # What happens before each round; the last one ends it.
+    rounds = [lambda: print("x" * 20, flush=True), lambda: shutil.rmtree(LOG + ".1"), lambda: print("on", flush=True)]
+
+    def wait(self, _seconds):
+        self.rounds.pop(0)()
+        return not self.rounds
+
+agent_main.keep_log_small(Stopped())
+"""
+
+
+def test_a_log_that_cannot_be_moved_is_moved_when_it_can(tmp_path: Path) -> None:
+    (tmp_path / "agent.log.1" / "in the way").mkdir(parents=True)
+    with (tmp_path / "agent.log").open("ab") as log:
+        subprocess.run([sys.executable, "-c", ROUNDS, tmp_path], stdout=log, check=True, timeout=20)
+    assert (tmp_path / "agent.log.1").read_text() == "x" * 20 + "\n"
+    assert (tmp_path / "agent.log").read_text() == "on\n"
+
+
+def test_the_log_is_moved_aside_when_it_grows(home: Path) -> None:
     """The rotation of the zipapp's own `__main__`, with a small limit and an agent that writes a lot."""
     agent = (
         "import signal, threading\n"
@@ -424,5 +451,4 @@ def test_the_log_is_emptied_in_place_when_it_grows(home: Path) -> None:
         assert f.stdout.read(5001) == b"x" * 5000 + b"\n"
         f.terminate()
     call("stop", str(home))
-    # Written after the file was emptied: at its start, not after a hole.
     assert (home / "agent.log").read_bytes() == b"bye\n"
