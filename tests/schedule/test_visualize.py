@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schedule.test_random import random_step
 
@@ -249,7 +249,7 @@ def functions(draw: st.DrawFn) -> PrimFunc:
 
 
 @given(functions())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_any_function(func: PrimFunc):
     check_layout(func.visualize())
 
