@@ -13,6 +13,7 @@ import typer
 
 import kedge
 from kedge.cli import output
+from kedge.cli.waiting import watching
 from kedge.rpc.errors import ConnectError, UsageError
 from kedge.rpc.types import Deadlines
 
@@ -64,7 +65,8 @@ def open_device(
         fleet.session(selector, threads=threads, deadlines=deadlines) as device,
     ):
         report(f"sending the job to {device.name}")
-        yield device
+        with watching(fleet, device.name, report):
+            yield device
 
 
 @contextmanager

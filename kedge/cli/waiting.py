@@ -1,0 +1,59 @@
+"""What a command waits for while its job is on its way: a device that is busy, or away."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kedge.cli import output
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.types import DeviceState, Job, JobState
+
+INTERVAL_S = 1.0
+#: How long the end waits for a question that is still open.
+_JOIN_S = 2.0
+_UNFINISHED = tuple(state for state in JobState if state is not JobState.DONE)
+
+
+@contextmanager
+def watching(fleet: Any, device: str, report: output.Report) -> Iterator[None]:
+    """Report, once a second, where a job is that is submitted inside for this device alone."""
+    before = {job.id for job in fleet.jobs(states=_UNFINISHED)}
+    stopped = threading.Event()
+
+    def look() -> None:
+        while not stopped.wait(INTERVAL_S):
+            try:
+                jobs = fleet.jobs(states=_UNFINISHED)
+                found = fleet.devices(f"name={device}", include_gone=True)
+            except (KedgeError, ValueError):  # the tracker went away, or the connection was closed meanwhile
+                continue
+            text = state_text(device, ours(jobs, before, device), found[0].state if found else DeviceState.GONE)
+            if text and not stopped.is_set():
+                report(text)
+
+    thread = threading.Thread(target=look, name="kedge-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(_JOIN_S)
+
+
+def ours(jobs: list[Job], before: set[str], device: str) -> Job | None:
+    """The oldest job for this device alone that was not there before: newer ones wait behind it."""
+    new = [job for job in jobs if job.id not in before and job.spec.selector == device]
+    return min(new, key=lambda job: job.submitted_unix_ms, default=None)
+
+
+def state_text(device: str, job: Job | None, state: DeviceState) -> str | None:
+    """Where the job is, in words; None where there is nothing to say of it."""
+    if job is None:
+        return None
+    if job.state is JobState.QUEUED:
+        away, busy = state is DeviceState.GONE, state is DeviceState.BUSY
+        return f"queued: {device} is away" if away else f"queued: {device} is busy" if busy else f"queued for {device}"
+    return f"{device}: {job.stage}" if job.stage is not None else f"sent to {device}"
