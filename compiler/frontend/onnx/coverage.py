@@ -78,8 +78,8 @@ def _verdict(use: OperatorUse) -> str:
 def survey(model: Model) -> Coverage:
     """What `model` is made of. Reads no weights, and needs no shapes.
 
-    An operator counts as supported if kedge has a converter for it, if ONNX defines it by operators that kedge has,
-    or if it only works on constants, so that importing folds it away.
+    An operator counts as supported if kedge has a converter for it, if it is registered by `te.register_onnx`, if ONNX
+    defines it by operators that kedge has, or if it only works on constants, so that importing folds it away.
     """
     graph = model.proto.graph
     bound = {tensor.name for tensor in graph.initializer}
@@ -156,9 +156,11 @@ def unsupported_error(source: str, uses: Iterable[OperatorUse]) -> UnsupportedOp
     merged = merge(uses)
     listing = "".join(f"\n  {use.title} (opset {use.opset}): {_shown(use.nodes)}" for use in merged)
     count = f"{len(merged)} operator{'s' if len(merged) > 1 else ''}"
+    own = any(use.domain for use in merged)
     return UnsupportedOperatorError(
         f"{source} uses {count} that kedge does not support:{listing}",
-        hint=f"kedge inspect {source} lists all operators of the model; replace these where you export it",
+        hint=f"kedge inspect {source} lists all operators of the model; replace these where you export it"
+        + (", or define those of other domains with kedge.te.register_onnx" if own else ""),
     )
 
 

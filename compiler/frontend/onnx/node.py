@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,10 +11,12 @@ import numpy as np
 import onnx
 
 from kedge.compiler.errors import FrontendError
+from kedge.compiler.frontend.onnx import custom
 from kedge.compiler.frontend.onnx.symbolic import Dims
 from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import plain
 from kedge.compiler.graph.ir import Constant, Item, Param, Value
+from kedge.compiler.ops.custom import find
 from kedge.compiler.tir.expr import Dim, Expr
 
 if TYPE_CHECKING:
@@ -41,8 +44,10 @@ def converter(*ops: str, domain: str = "") -> Callable[[Converter], Converter]:
 
 
 def find_converter(domain: str, op: str) -> Converter | None:
-    """The converter of an operator, where kedge has one."""
-    return _CONVERTERS.get(("" if domain == "ai.onnx" else domain, op))
+    """The converter of an operator, where kedge has one or somebody registered it."""
+    found = _CONVERTERS.get(("" if domain == "ai.onnx" else domain, op))
+    operator = find(domain, op) if found is None else None
+    return found if operator is None else functools.partial(custom.convert, operator=operator)
 
 
 def converted_ops() -> tuple[str, ...]:

@@ -1,0 +1,83 @@
+"""Nodes of operators that users registered with `te.register_onnx`, and their part of the reference evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx.reference.op_run import OpRun
+
+from kedge.compiler.errors import FrontendError
+from kedge.compiler.graph.builder import make_call
+from kedge.compiler.graph.ir import Value
+from kedge.compiler.ops import custom
+from kedge.compiler.ops.custom import OnnxOperator
+
+if TYPE_CHECKING:
+    from kedge.compiler.frontend.onnx.node import Node
+
+_KINDS = onnx.AttributeProto
+_ALLOWED = frozenset({_KINDS.INT, _KINDS.FLOAT, _KINDS.STRING, _KINDS.INTS, _KINDS.FLOATS, _KINDS.STRINGS})
+
+
+def convert(node: Node, operator: OnnxOperator) -> tuple[Value, ...]:
+    """The results of a node, as many as it names.
+
+    Raises:
+        FrontendError: an attribute that is no number or text, or fewer results than the node wants.
+        ShapeError: the operator's function refuses the inputs or attributes.
+    """
+    try:
+        attributes = attributes_of(node.proto)
+    except FrontendError as error:
+        raise node.error(error.message, hint=error.hint) from None
+    count = len(node.proto.input)
+    while count and not node.has(count - 1):
+        count -= 1
+    inputs = [node.value(index) for index in range(count)]
+    types, kinds = operator.infer([value.type for value in inputs], attributes)
+    wanted = [index for index in range(len(node.proto.output)) if node.wants(index)]
+    if wanted and wanted[-1] >= len(types):
+        raise node.error(f"wants {wanted[-1] + 1} results, but its function gives {len(types)}")
+    pairs = tuple(attributes.items())
+    return tuple(
+        make_call(operator.graph_op(kind), inputs, {"attributes": pairs, "result": index}, (node.label,))
+        for index, kind in enumerate(kinds)
+    )
+
+
+def attributes_of(proto: onnx.NodeProto) -> Mapping[str, Any]:
+    """The attributes of a node in plain types; sequences become tuples.
+
+    Raises:
+        FrontendError: an attribute holds a tensor, a graph, or another structure.
+    """
+    found: dict[str, Any] = {}
+    for attribute in proto.attribute:
+        if attribute.type not in _ALLOWED:
+            kind = onnx.AttributeProto.AttributeType.Name(attribute.type).lower()
+            raise FrontendError(f"its attribute {attribute.name!r} is a {kind}", hint="make it an input of the node")
+        found[attribute.name] = _plain(onnx.helper.get_attribute_value(attribute))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, (int, float, str)) else tuple(map(_plain, value))
+
+
+def evaluators() -> list[type[OpRun]]:
+    """What ONNX's reference evaluator runs for the registered operators: the interpreter of their definition."""
+    return [_evaluator(operator) for operator in custom.registered()]
+
+
+def _evaluator(operator: OnnxOperator) -> type[OpRun]:
+    def _run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
+        given = [np.asarray(array) for array in inputs if array is not None]
+        results = operator.reference(given, attributes_of(self.onnx_node))
+        return results[: len(self.onnx_node.output)]
+
+    return type(operator.op_type, (OpRun,), {"op_domain": operator.domain, "_run": _run})
