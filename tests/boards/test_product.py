@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +56,48 @@ def test_an_unknown_host_key_is_refused(arm64: EmulatedBoard, tmp_path: Path) ->
     with processes.tracker(tmp_path / "tracker") as address:
         done = kedge("deploy", "board", *login, "--tracker", address)
     assert done.returncode != 0 and "ssh-keyscan" in done.stderr
+
+
+def broken_off(moment: str, *arguments: str | Path, **options: Any) -> tuple[int, str]:
+    """Start a command, press Ctrl-C once it has said `moment`; its status, and what it said afterwards."""
+    command = kedge_command(*arguments)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if moment in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert "Traceback" not in rest
+    return process.returncode, rest
+
+
+def test_a_deployment_that_is_broken_off_leaves_the_board_as_it_was(arm64: EmulatedBoard, tmp_path: Path) -> None:
+    board = f"{arm64.user}@{arm64.host}:{arm64.port}"
+    login = [board, "-i", arm64.key_path, "--known-hosts", arm64.known_hosts_path]
+    with processes.tracker(tmp_path / "tracker") as address:
+        status, said = broken_off("deploy ", "deploy", "board", *login, "--tracker", address, "--name", "arm-2")
+    assert status == 130 and f"{board}: broken off; the board is as it was before" in said, said
+    assert "no agent" in kedge("deploy", "board", *login, "--uninstall").stdout
+
+
+def test_a_name_in_use_is_refused(arm64: EmulatedBoard, tmp_path: Path) -> None:
+    login = [f"{arm64.user}@{arm64.host}:{arm64.port}", "-i", arm64.key_path, "--known-hosts", arm64.known_hosts_path]
+    with (
+        processes.tracker(tmp_path / "tracker") as address,
+        processes.agent(address, "host1", tmp_path / "agent"),
+    ):
+        done = kedge("deploy", "board", *login, "--tracker", address, "--name", "host1")
+    assert done.returncode == 1 and "under the name 'host1'" in done.stderr, done.stderr
+    assert "no agent" in kedge("deploy", "board", *login, "--uninstall").stdout
+
+
+def test_a_demo_that_is_broken_off_waits_for_no_deployment(tmp_path: Path) -> None:
+    require("arm64")
+    status, said = broken_off("connecting to board@", "demo", env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert status == 130 and said.endswith("interrupted\n"), said
+    assert "is online" not in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_with_its_board() -> None:
