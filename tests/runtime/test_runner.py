@@ -336,6 +336,21 @@ def test_a_dead_runner_says_so(runtime: RuntimeFiles, misbehaving: Path) -> None
             runner.call(8, [floats(1)])
 
 
+def test_a_program_that_ignores_its_children_still_sees_them_end(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    """The kernel reaps them then, and their exit status is lost."""
+    usual = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        Runner(runtime.runner).close()
+        with Runner(runtime.runner) as runner:
+            runner.open(misbehaving)
+            os.kill(runner.pid, signal.SIGKILL)
+            with pytest.raises(RunnerCrashed):
+                runner.call(8, [floats(1)])
+            assert not runner.alive
+    finally:
+        signal.signal(signal.SIGCHLD, usual)
+
+
 def test_a_stopped_runner_is_killed_at_its_deadline(loaded: Runner) -> None:
     os.kill(loaded.pid, signal.SIGSTOP)
     with pytest.raises(RunnerTimeout) as caught:
