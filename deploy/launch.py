@@ -419,6 +419,7 @@ def rollback(home: str) -> int:
     if ran:
         os.unlink(path(old, ".ran"))
     swap(home, OLD, None)
+    settle(home)
     return start(home) if ran else EXIT_NOT_RUNNING
 
 

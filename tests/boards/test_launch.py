@@ -282,7 +282,7 @@ def launched(home: Path) -> tuple[int, subprocess.Popen[str]]:
 
 def test_what_a_launch_replaced_comes_back_and_runs_again(home: Path) -> None:
     install(home, OBEDIENT)
-    (home / "site-before").mkdir()
+    (home / "site-next").mkdir()
     old = started(home)
     stage(home, CRASHING)
     pid, launcher = launched(home)
@@ -295,7 +295,7 @@ def test_what_a_launch_replaced_comes_back_and_runs_again(home: Path) -> None:
     assert "up" in wait_for_log(home, "up")
     state = json.loads(call("status", str(home)).stdout)
     assert state["name"] == "n" and state["pid"] == int(back.stdout)
-    assert (home / "site-before").is_dir()
+    assert sorted(path.name for path in home.glob("site-*")) == ["site-0"]
     assert not (home / "old").exists() and not (home / "new").exists()
 
 
