@@ -26,6 +26,7 @@ from kedge.compiler.schedule.drawing import Picture
 from kedge.compiler.schedule.primitives import cache, inline, loops, motion, reduction, storage
 from kedge.compiler.schedule.primitives.cache_read import cache_read
 from kedge.compiler.schedule.primitives.pad import pad_einsum
+from kedge.compiler.schedule.primitives.pipeline import software_pipeline
 from kedge.compiler.schedule.primitives.storage import IndexMap
 from kedge.compiler.schedule.primitives.tensorize import check_tensorized, tensorize
 from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_in, loops_on, refuse
@@ -189,6 +190,21 @@ class Schedule:
         """
         func = loops.bind(self._func, self._loop("bind", loop), thread)
         self._commit(func, "bind", {"loop": loop.id, "thread": thread})
+
+    def software_pipeline(self, loop: LoopRef, stages: Sequence[int]) -> None:
+        """Statement `p` of the loop's body runs `stages[p]` iterations behind the first: its inputs are there already.
+
+        Buffers between stages get a version for each iteration under way. For loops of constant extent.
+
+        Rewrite ([0, 1]):
+            for i in range(4):                 block a: t[0] = x[0]
+              block a: t[0] = x[i]        ->   for i in range(3):
+              block b: y[i] = t[0] * 2           block a: t[(i + 1) % 2] = x[i + 1]
+                                                 block b: y[i] = t[i % 2] * 2
+                                               block b_1: y[3] = t[1] * 2
+        """
+        func = software_pipeline(self._func, self._loop("software_pipeline", loop), stages)
+        self._commit(func, "software_pipeline", {"loop": loop.id, "stages": list(stages)})
 
     def tensorize(self, loop: LoopRef, intrin: str) -> None:
         """The nest at `loop` by one instruction of the target, which must compute just the same.
@@ -490,6 +506,7 @@ _REPLAY = {
     "vectorize": lambda s, a: s.vectorize(a["loop"]),
     "unroll": lambda s, a: s.unroll(a["loop"]),
     "bind": lambda s, a: s.bind(a["loop"], a["thread"]),
+    "software_pipeline": lambda s, a: s.software_pipeline(a["loop"], a["stages"]),
     "tensorize": lambda s, a: s.tensorize(a["loop"], a["intrin"]),
     "annotate": lambda s, a: s.annotate(a["ref"], a["key"], a["value"]),
     "compute_inline": lambda s, a: s.compute_inline(a["block"]),

@@ -1,17 +1,26 @@
 """Random schedules of small functions: whatever is not refused computes the same, and its trace replays."""
 
+import math
 import random
+from collections.abc import Mapping
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from kedge.compiler.cache import KernelCache
 from kedge.compiler.errors import ScheduleError
+from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.schedule import BlockRef, Schedule
-from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on
+from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Var
 from kedge.compiler.tir.parser import parse_func
-from kedge.compiler.tir.stmt import Block
+from kedge.compiler.tir.stmt import Block, PrimFunc
 from kedge.compiler.tir.structural import equal
-from support.functions import assert_same, bias_sigmoid, chain, conv, dense, pool
+from support.compiled import opened
+from support.functions import assert_same, bias_sigmoid, chain, conv, dense, evaluate, inputs, pool
 
 N = Var("n", lower=1)
 #: Functions whose results are exact: whole numbers, no transcendental value is summed.
@@ -25,7 +34,10 @@ FUNCTIONS = {
 }
 
 #: What a step may be; the more fruitful ones stand there twice.
-STEPS = "split split fuse reorder reorder kind kind inline move move decompose cache fetch rfactor scope layout".split()  # noqa: SIM905
+STEPS = (
+    "split", "split", "fuse", "reorder", "reorder", "kind", "kind", "inline", "move", "move", "decompose", "cache",
+    "fetch", "rfactor", "scope", "layout", "pad", "pipe",
+)  # fmt: skip
 
 
 def block_of(sch: Schedule, ref: BlockRef) -> Block:
@@ -62,6 +74,11 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
         case "fetch":
             for region in block_of(sch, block).reads[:1]:
                 sch.cache_read(block, region.buffer.name, rng.choice(own), rng.choice(["global", "local"]))
+        case "pad":
+            sch.pad_einsum(block, [rng.choice([1, 2, 4]) for _ in block_of(sch, block).iters])
+        case "pipe":
+            stages = sorted(rng.choice([0, 0, 1, 2]) for _ in range(rng.choice([2, 2, 3])))
+            sch.software_pipeline(loop, [stage - stages[0] for stage in stages])
         case "rfactor":
             sch.rfactor(block, rng.choice(own))
         case "scope":
@@ -79,20 +96,70 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
                 sch.storage_align(block, rng.randrange(rank), rng.choice([2, 4]), rng.choice([0, 1]))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_random_schedules(name):
+#: The interpreter visits every instance of every block: more of them than this are no use.
+MOST_INSTANCES = 4_000
+
+
+def instances(func: PrimFunc, symbols: Mapping[str, int]) -> int:
+    """How often blocks run or are passed over."""
+    env = {var: symbols[var.name] for var in func.symbols}
+    paths = (loops_on(block_path(func, block.name)) for block in blocks_in(func.body))
+    return sum(math.prod(int(evaluate(loop.extent, env)) for loop in path) for path in paths)
+
+
+def scheduled(name: str, rng: random.Random, steps: int) -> Schedule:
+    """A function after so many random steps, of which some were refused and left no trace."""
     func, symbols = FUNCTIONS[name]
+    sch = Schedule(func)
+    for _ in range(steps):
+        if instances(sch.func, symbols) > MOST_INSTANCES:
+            break  # splitting what has one iteration over and over
+        before, trace = sch.func, sch.trace
+        try:
+            random_step(sch, rng)
+        except ScheduleError:
+            assert sch.func is before or len(sch.trace) > len(trace)
+    return sch
+
+
+def check(name: str, sch: Schedule) -> None:
+    """It is valid, computes the same in the interpreter, replays, and reads back."""
+    func, symbols = FUNCTIONS[name]
+    assert_same(func, sch.func, symbols)
+    assert equal(Schedule.replay(func, sch.trace).func, sch.func)
+    assert equal(parse_func(sch.show()), sch.func)
+
+
+def check_compiled(name: str, sch: Schedule, cache: KernelCache) -> None:
+    """Machine code computes the same."""
+    func, symbols = FUNCTIONS[name]
+    data = inputs(func, symbols)
+    artifact = compile_prim_func(sch, "native", cache=cache)
+    with opened(artifact) as model:
+        got = model.run({buffer.name: array for buffer, array in zip(func.params, data, strict=False)})
+    for have, want in zip(got.values(), interp.run(func, data, symbols), strict=True):
+        np.testing.assert_allclose(have, want, rtol=2e-6, atol=1e-6)
+
+
+@given(name=st.sampled_from(sorted(FUNCTIONS)), rng=st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_random_schedules(name, rng):
+    check(name, scheduled(name, rng, 14))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_random_schedules_through_machine_code(name, tmp_path):
+    cache = KernelCache(tmp_path)
     applied = 0
-    for seed in range(12):
-        rng = random.Random(f"{name} {seed}")
-        sch = Schedule(func)
-        for _ in range(14):
-            try:
-                random_step(sch, rng)
-                applied += 1
-            except ScheduleError:
-                continue
-        assert_same(func, sch.func, symbols)
-        assert equal(Schedule.replay(func, sch.trace).func, sch.func)
-        assert equal(parse_func(sch.show()), sch.func)
+    for seed in range(6):
+        sch = scheduled(name, random.Random(f"{name} {seed}"), 14)
+        check_compiled(name, sch, cache)
+        applied += len(sch.trace)
     assert applied > 50
+
+
+@pytest.mark.slow
+@given(name=st.sampled_from(sorted(FUNCTIONS)), rng=st.randoms(use_true_random=False))
+@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_very_many_long_random_schedules(name, rng):
+    check(name, scheduled(name, rng, 30))

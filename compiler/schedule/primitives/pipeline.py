@@ -1,0 +1,209 @@
+"""Software pipelining: the statements of a loop's body work on different iterations at the same time.
+
+After Lam, "Software Pipelining: An Effective Scheduling Technique for VLIW Machines", PLDI 1988, between statements
+instead of instructions; its modulo variable expansion gives the buffers between two stages as many versions as
+iterations are under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from kedge.compiler.schedule.nest import index_ends, loop_vars
+from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.tree import (
+    accesses,
+    block_name,
+    blocks_in,
+    find_loop,
+    intermediate,
+    loop_path,
+    loop_ranges,
+    loops_in,
+    loops_on,
+    refuse,
+    swap,
+)
+from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.simplify import prove_equal
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.visitor import (
+    map_expr,
+    map_stmt,
+    map_stmt_children,
+    map_stmt_exprs,
+    seq,
+    substitute,
+    substitute_expr,
+)
+
+
+def software_pipeline(func: PrimFunc, loop: Var, stages: Sequence[int]) -> PrimFunc:
+    """`func` with statement `p` of the loop's body `stages[p]` iterations behind the first.
+
+    What fills the pipeline stands before the loop, what drains it after it.
+    """
+    node = find_loop(func, loop)
+    assert node is not None
+    body = node.body.stmts if isinstance(node.body, Seq) else (node.body,)
+    behind, extent = _check_stages(func, node, body, stages)
+    outer = loops_on(loop_path(func, loop))
+    between = _between(func, node, body, stages, outer)
+    versions = {buffer: replace(buffer, shape=(count + 1, *buffer.shape)) for buffer, count in between.items()}
+    statements = [_versioned(stmt, loop, versions) for stmt in body]
+    allocs = tuple(versions.get(buffer, buffer) for buffer in func.allocs)
+    steady: Stmt = replace(
+        node,
+        extent=const(extent - behind),
+        body=seq(*(substitute(s, {loop: loop + (behind - d)}) for s, d in zip(statements, stages, strict=True))),
+    )
+    func = replace(swap(func, node, steady), allocs=allocs)
+    fill = [(s, t - d) for t in range(behind) for s, d in zip(statements, stages, strict=True) if d <= t]
+    drain = [(s, extent + t - d) for t in range(behind) for s, d in zip(statements, stages, strict=True) if d > t]
+    copies = _Copies(func)
+    first = [copies.at(stmt, loop, const(i)) for stmt, i in fill]
+    last = [copies.at(stmt, loop, const(i)) for stmt, i in drain]
+    whole = simplify_bindings(seq(*first, steady, *last), loop_ranges(outer[:-1]))
+    return swap(func, steady, whole)
+
+
+def _check_stages(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Sequence[int]) -> tuple[int, int]:
+    """The number of iterations between the first stage and the last, and the loop's extent."""
+    primitive = "software_pipeline"
+    if node.kind != "serial":
+        raise refuse(func, primitive, node.var, f"it is {node.kind} already", at=node)
+    if len(stages) != len(body):
+        reason = f"stages {list(stages)}: its body has {len(body)} statements, and each takes one"
+        raise refuse(func, primitive, node.var, reason, at=node)
+    if any(b < a for a, b in pairwise(stages)) or stages[0] != 0 or stages[-1] == 0:
+        raise refuse(func, primitive, node.var, f"stages {list(stages)} do not rise from 0", at=node)
+    if not isinstance(node.extent, Const):
+        hint = "split it by a constant first"
+        raise refuse(func, primitive, node.var, "its extent is not constant", at=node, hint=hint)
+    if node.extent.value <= stages[-1]:
+        reason = f"it has {node.extent.value} iterations, too few for {stages[-1] + 1} stages"
+        raise refuse(func, primitive, node.var, reason, at=node)
+    return stages[-1], int(node.extent.value)
+
+
+def _between(
+    func: PrimFunc, node: For, body: Sequence[Stmt], stages: Sequence[int], outer: Sequence[For]
+) -> dict[Buffer, int]:
+    """The buffers that hand something from one stage to a later one, and how many iterations lie between.
+
+    Refuses where stages share anything else that one of them writes: its order would change.
+    """
+    primitive = "software_pipeline"
+    touched = [accesses(stmt) for stmt in body]
+    found: dict[Buffer, int] = {}
+    for buffer in dict.fromkeys(a.buffer for part in touched for a in part if a.is_write):
+        users = [p for p, part in enumerate(touched) if any(a.buffer is buffer for a in part)]
+        if stages[users[0]] == stages[users[-1]]:
+            continue
+        writers = [p for p in users if any(a.buffer is buffer and a.is_write for a in touched[p])]
+        if len(writers) > 1 or writers[0] != users[0]:
+            reason = f"stages write {buffer.name!r} and touch it before: one would meet what the other is to leave"
+            raise refuse(func, primitive, node.var, reason, at=node)
+        inside = {id(block) for block in blocks_in(node)}
+        elsewhere = [
+            block.name
+            for block in blocks_in(func.body)
+            if id(block) not in inside and any(a.buffer is buffer for a in accesses(block))
+        ]
+        if elsewhere or not intermediate(func, buffer):
+            user = f"block {elsewhere[0]!r}" if elsewhere else "the caller"
+            raise refuse(func, primitive, node.var, f"{user} uses {buffer.name!r}, too, outside of the loop", at=node)
+        if not _fills(body[writers[0]], buffer, outer):
+            reason = f"block {blocks_in(body[writers[0]])[-1].name!r} does not fill all of {buffer.name!r} each time"
+            raise refuse(func, primitive, node.var, reason, at=node)
+        found[buffer] = stages[users[-1]] - stages[users[0]]
+    return found
+
+
+def _fills(stmt: Stmt, buffer: Buffer, outer: Sequence[For]) -> bool:
+    """Whether one store under `stmt` goes through every element of the buffer."""
+    inner = loops_in(stmt)
+    ranges = loop_ranges((*outer, *inner))
+    for access in accesses(stmt):
+        if access.buffer is not buffer or not access.is_write:
+            continue
+        ends = [index_ends(index, inner, ranges) for index in access.indices]
+        whole = [
+            end is not None and prove_equal(end[0], 0, ranges) and prove_equal(end[1] + 1, as_expr(dim), ranges)
+            for end, dim in zip(ends, buffer.shape, strict=True)
+        ]
+        if all(whole):
+            return True
+    return False
+
+
+def _versioned(stmt: Stmt, loop: Var, versions: Mapping[Buffer, Buffer]) -> Stmt:
+    """`stmt` on the version of each buffer that belongs to its iteration."""
+
+    def visit(node: Stmt) -> Stmt:
+        if not isinstance(node, Block):
+            return node
+        used = dict.fromkeys(a.buffer for a in accesses(node) if a.buffer in versions)
+        if not used:
+            return node
+        kind: IterKind = "reduce" if loop in loop_vars(node, "reduce") else "spatial"
+        numbers: dict[Buffer, IterVar] = {}
+        for buffer in used:
+            count = versions[buffer].shape[0]
+            numbers[buffer] = IterVar(Var(f"{buffer.name}_version"), as_expr(count), kind)
+
+        def redirect(expr: Expr) -> Expr:
+            if isinstance(expr, Load) and expr.buffer in numbers:
+                return Load(versions[expr.buffer], (numbers[expr.buffer].var, *expr.indices))
+            return expr
+
+        def inside(part: Stmt) -> Stmt:
+            part = map_stmt_exprs(part, lambda e: map_expr(e, redirect))
+            if isinstance(part, Store) and part.buffer in numbers:
+                return Store(versions[part.buffer], (numbers[part.buffer].var, *part.indices), part.value)
+            return part
+
+        return with_regions(
+            replace(
+                node,
+                iters=(*node.iters, *numbers.values()),
+                bindings=(*node.bindings, *(loop % it.extent for it in numbers.values())),
+                body=map_stmt(node.body, inside),
+                init=None if node.init is None else map_stmt(node.init, inside),
+            )
+        )
+
+    return map_stmt(stmt, visit)
+
+
+class _Copies:
+    """Copies of statements with loops, iteration variables and blocks of their own."""
+
+    def __init__(self, func: PrimFunc) -> None:
+        self._func = func
+
+    def at(self, stmt: Stmt, loop: Var, value: Expr) -> Stmt:
+        """`stmt` for one iteration of the loop around it."""
+        copy = self._copy(stmt, {loop: value})
+        # The names of its blocks are taken now.
+        self._func = replace(self._func, body=seq(self._func.body, copy))
+        return copy
+
+    def _copy(self, stmt: Stmt, env: Mapping[Var, Expr]) -> Stmt:
+        if isinstance(stmt, For):
+            var = Var(stmt.var.name)
+            body = self._copy(stmt.body, {**env, stmt.var: var})
+            return replace(stmt, var=var, extent=substitute_expr(stmt.extent, env), body=body)
+        if isinstance(stmt, Block):
+            renamed = substitute(stmt, env)
+            assert isinstance(renamed, Block)
+            iters = tuple(replace(it, var=Var(it.var.name)) for it in renamed.iters)
+            own: dict[Var, Expr] = {old.var: new.var for old, new in zip(renamed.iters, iters, strict=True)}
+            init = None if renamed.init is None else substitute(renamed.init, own)
+            name = block_name(self._func, stmt.name)
+            return with_regions(replace(renamed, name=name, iters=iters, body=substitute(renamed.body, own), init=init))
+        new = map_stmt_children(stmt, lambda child: self._copy(child, env))
+        return map_stmt_exprs(new, lambda e: substitute_expr(e, env))
