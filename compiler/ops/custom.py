@@ -255,7 +255,8 @@ def fusion_kind(result: Tensor, inputs: Sequence[Tensor]) -> FusionKind:
     ):
         return FusionKind.BROADCAST
     places = [load.buffer for _, load in reads]
-    return FusionKind.INJECTIVE if len(set(places)) == len(places) else FusionKind.OPAQUE
+    # Several elements of an input make one: a reduction written out, which takes an epilogue and repeats no producer.
+    return FusionKind.INJECTIVE if len(set(places)) == len(places) else FusionKind.REDUCTION
 
 
 def _reduction_kind(result: Tensor, stages: Sequence[Tensor], reads: Sequence[tuple[Tensor, Load]]) -> FusionKind:

@@ -213,6 +213,46 @@ def test_a_shape_may_be_computed_from_the_inputs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got["y"], -np.repeat(np.arange(5), 3))
 
 
+def valid_sum(tensors):
+    """Three neighbours, where there are three."""
+    (x,) = tensors
+    return te.compute((x.shape[0] - 2,), lambda i: x[i] + x[i + 1] + x[i + 2], name="sum")
+
+
+def test_a_chain_of_them_with_literals_and_shapes_of_shapes(tmp_path: Path) -> None:
+    def scaled_tanh(tensors):
+        x, factor = tensors
+        return te.compute(x.shape, lambda i: te.tanh(x[i]) * factor.at(()), name="scaled")
+
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.array(2.5, "float32"))),
+        node("Tanh", ["x", "c"], ["h"]),
+        node("Up", ["h"], ["u"], times=2),
+        node("LeakyGelu", ["u"], ["l"]),
+        node("Up", ["l"], ["w"], times=3),
+        node("Sum", ["w"], ["v"]),
+        helper.make_node("Relu", ["v"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": ("float32", ["n"])})
+    with (
+        te.register_onnx(DOMAIN, "Tanh", scaled_tanh),
+        te.register_onnx(DOMAIN, "Up", upsample),
+        te.register_onnx(DOMAIN, "LeakyGelu", leaky_gelu),
+        te.register_onnx(DOMAIN, "Sum", valid_sum),
+    ):
+        assert [name.count("my.domain") for name in calls(kedge.pipeline().run(load_onnx(model)))] == [4, 1]
+        for n in (1, 5):
+            agree(model, {"x": np.random.default_rng(n).standard_normal(n).astype("float32")}, tmp_path)
+
+
+def test_sizes_that_leave_nothing_are_refused_when_they_come() -> None:
+    model = model_of([node("Sum", ["x"], ["y"])], {"x": ("float32", ["n"])})
+    with te.register_onnx(DOMAIN, "Sum", valid_sum), kedge.compile(load_onnx(model)).open(threads=1) as m:
+        assert m.run({"x": np.ones(3, "float32")})["y"] == [3]
+        with pytest.raises(kedge.KedgeError, match="expected at least 3"):
+            m.run({"x": np.ones(1, "float32")})
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "uint8", "bool"])
 def test_every_dtype(tmp_path: Path, dtype: str) -> None:
     def keep(tensors):
@@ -376,7 +416,7 @@ def product(tensors):
         (unary(lambda x, i, j: x[i, 3 - j]), square("n", 4), FusionKind.INJECTIVE),
         (unary(lambda x, i: x[0]), square(4), FusionKind.INJECTIVE),
         (upsample, square("n"), FusionKind.INJECTIVE),
-        (unary(lambda x, i: x[i] + te.select(i > 0, x[te.maximum(i - 1, 0)], 0.0)), square("n"), FusionKind.OPAQUE),
+        (unary(lambda x, i: x[i] + te.select(i > 0, x[te.maximum(i - 1, 0)], 0.0)), square("n"), FusionKind.REDUCTION),
         (norm, square("n", 4), FusionKind.REDUCTION),
         (lambda tensors: one_hot_of_the_best(tensors, 4)[0], square("n", 4) * 2, FusionKind.REDUCTION),
         (lambda tensors: one_hot_of_the_best(tensors, 4)[1], square(4, 4) * 2, FusionKind.OPAQUE),
