@@ -30,6 +30,7 @@ from kedge.rpc.tracker.facts import (
     JobDone,
     JobRecord,
     JobRequeued,
+    JobWithdrawn,
     Stored,
     ToAgent,
 )
@@ -89,6 +90,11 @@ class Store:
                 self.keys[fact.key] = fact.job_id
                 self.records[fact.job_id] = JobRecord(fact)
                 continue
+            if isinstance(fact, JobWithdrawn):
+                self.records.pop(fact.job_id, None)
+                self.done.pop(fact.job_id, None)
+                self.keys = {key: job_id for key, job_id in self.keys.items() if job_id != fact.job_id}
+                continue
             assert fact.job_id in self.records, f"{fact} about a job that is not alive"
             record = self.records[fact.job_id]
             if isinstance(fact, JobAssigned):
@@ -123,8 +129,32 @@ class TrackerMachine(RuleBasedStateMachine):
         self.needs_of: dict[str, str] = {}
         self.finished_at_agent: dict[str, int] = {}
         self.state = TrackerState("t", SETTINGS)
+        #: What waits for room on a full disk; None while there is room.
+        self.waiting: list[Effects] | None = None
 
     # ---- What happens ----
+
+    @rule()
+    def the_disk_fills_up(self) -> None:
+        self.waiting = self.waiting or []
+
+    @rule()
+    def the_disk_has_room_again(self) -> None:
+        waiting, self.waiting = self.waiting or [], None
+        for effects in waiting:
+            self.perform(effects)
+
+    @precondition(lambda self: self.waiting)
+    @rule(which=st.integers(0, 9))
+    def the_client_of_an_unstored_job_is_refused(self, which: int) -> None:
+        assert self.waiting is not None
+        unstored = [f for effects in self.waiting for f in effects.facts if isinstance(f, JobAccepted)]
+        unstored = [fact for fact in unstored if fact.job_id in self.accepted]
+        if unstored:
+            fact = unstored[which % len(unstored)]
+            del self.accepted[fact.job_id]
+            self.perform(self.state.withdraw(fact.job_id, fact.key, self.now))
+            assert self.state.job(fact.job_id) is None and self.state.job_of_key(fact.key) is None
 
     @rule(
         target=jobs,
@@ -163,6 +193,7 @@ class TrackerMachine(RuleBasedStateMachine):
                 elif what != "assigned":
                     self.say(agent, m.JobStarted(Lease(*key)))
 
+    @precondition(lambda self: self.waiting is None)
     @rule(name=st.sampled_from(sorted(DEVICES)))
     def impostor(self, name: str) -> None:
         """Another process under the name of a connected device."""
@@ -225,6 +256,8 @@ class TrackerMachine(RuleBasedStateMachine):
         if own and record is not None and record.assigned is not None:
             name = record.assigned.device
         agent = self.agents[name]
+        if record is None and job not in self.store.done:
+            return
         epoch = (record.epoch if record else self.store.done[job][1]) - back
         if agent.connection is not None and epoch > 0 and (job, epoch) not in agent.held:
             self.say(agent, m.JobFinished(Lease(job, epoch), OK))
@@ -233,7 +266,7 @@ class TrackerMachine(RuleBasedStateMachine):
     def cancel(self, job: str) -> None:
         self.perform(self.state.cancel(job, "test", self.now))
         record = self.store.records.get(job)
-        assert record is None or record.cancelling is not None
+        assert self.waiting is not None or record is None or record.cancelling is not None
 
     @rule(step=st.sampled_from([100, 1_000, 3_000, 6_000, 61_000]))
     def time_passes(self, step: int) -> None:
@@ -247,7 +280,7 @@ class TrackerMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.reborn()
 
-    @precondition(lambda self: self.accepted)
+    @precondition(lambda self: self.accepted and self.waiting is None)
     @rule(selector=st.sampled_from(["", "a"]))
     def killed_before_it_could_send(self, selector: str) -> None:
         """A job is accepted and assigned, and the tracker dies between the commit and the message."""
@@ -264,7 +297,7 @@ class TrackerMachine(RuleBasedStateMachine):
         if agent.connection is None:
             return
         effects = self.state.receive(agent.connection, body, self.now)
-        if isinstance(body, m.JobFinished):
+        if isinstance(body, m.JobFinished) and self.waiting is None:
             self.check_finish(agent, body.lease, effects)
         self.perform(effects)
 
@@ -280,6 +313,9 @@ class TrackerMachine(RuleBasedStateMachine):
         assert not (current and answers[0].stale)
 
     def perform(self, effects: Effects) -> None:
+        if self.waiting is not None:
+            self.waiting.append(effects)
+            return
         self.store.apply(effects)
         for send in effects.sends:
             if isinstance(send, ToAgent):
@@ -295,7 +331,9 @@ class TrackerMachine(RuleBasedStateMachine):
         agent = next((a for a in self.agents.values() if a.connection == send.connection), None)
         body = send.body
         if isinstance(body, m.AssignJob):
-            assert self.state.assignment_leaves(body.lease, self.now), "what leaves at once is current"
+            if not self.state.assignment_leaves(body.lease, self.now):
+                return
+            assert body.lease.job_id in self.accepted, "what was refused does not leave"
         if agent is None:
             return
         if isinstance(body, m.AssignJob):
@@ -316,6 +354,11 @@ class TrackerMachine(RuleBasedStateMachine):
             agent.connection = None
 
     def reborn(self) -> None:
+        for effects in self.waiting or ():
+            for fact in effects.facts:
+                if isinstance(fact, JobAccepted):  # nobody was promised anything
+                    self.accepted.pop(fact.job_id, None)
+        self.waiting = None
         self.state = TrackerState("t", SETTINGS)
         self.state.restore(self.store.found(), self.now)
         for agent in self.agents.values():
@@ -325,7 +368,7 @@ class TrackerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_accepted_job_is_alive_or_done(self) -> None:
-        if not hasattr(self, "accepted"):
+        if not hasattr(self, "accepted") or self.waiting is not None:
             return
         assert set(self.accepted) == set(self.store.records) | set(self.store.done)
         assert {job.id for job in self.state.live_jobs()} == set(self.store.records)
@@ -337,7 +380,7 @@ class TrackerMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_device_has_one_job_and_none_idles_beside_one_that_waits_for_it(self) -> None:
-        if not hasattr(self, "accepted"):
+        if not hasattr(self, "accepted") or self.waiting is not None:
             return
         devices = [r.assigned.device for r in self.store.records.values() if r.assigned and not r.cancelling]
         connected = [status.info.name for status in self.state.devices()]
@@ -351,13 +394,14 @@ class TrackerMachine(RuleBasedStateMachine):
 
     @invariant()
     def something_is_going_to_happen_to_every_job(self) -> None:
-        if hasattr(self, "accepted") and self.store.records:
+        if hasattr(self, "accepted") and self.store.records and self.waiting is None:
             assert self.state.next_alarm() is not None
 
     def teardown(self) -> None:
         """When all agents are gone, every job comes to an end."""
         if not hasattr(self, "accepted"):
             return
+        self.the_disk_has_room_again()
         for name in DEVICES:
             self.lose_connection(name, True)
         for _ in range(10_000):
