@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kedge.compiler.errors import ScheduleError
+from kedge.compiler.schedule.nest import loop_vars
 from kedge.compiler.schedule.rules.analysis import (
     block_named,
     extent_of,
@@ -22,7 +23,7 @@ from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import schedule_tile, tile_by_model
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
-from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on
 from kedge.compiler.tir.stmt import PrimFunc, Store
 
 
@@ -122,8 +123,9 @@ def _accumulate(sch: Schedule, name: str, rows: list[LoopRef]) -> None:
     """Reduce in a register where what one row gives is a single element or a small fixed number of them."""
     ref = sch.get_block(name)
     own = sch.get_loops(ref)[len(rows) :]
-    block = block_named(sch.func, name)
-    reducing = [loop for loop, it in zip(own, block.iters[-len(own) :], strict=True) if it.kind == "reduce"]
+    nodes = loops_on(block_path(sch.func, name))[len(rows) :]
+    reduced = loop_vars(block_named(sch.func, name), "reduce")
+    reducing = [loop for loop, node in zip(own, nodes, strict=True) if node.var in reduced]
     if len(reducing) == len(own):
         sch.cache_write(ref, rows[-1], "register")
     if reducing:
