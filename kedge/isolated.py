@@ -108,9 +108,7 @@ class LocalModel:
         self.artifact.manifest.function(function)
         return lambda inputs: self.run(inputs, function=function)
 
-    def run(
-        self, inputs: Mapping[str, Any], function: str = "main", timeout_s: float = RUN_TIMEOUT_S
-    ) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Any], function: str = "", timeout_s: float = RUN_TIMEOUT_S) -> dict[str, Array]:
         """Call a function; inputs may be numpy, torch, anything with DLPack.
 
         Raises:
@@ -128,7 +126,7 @@ class LocalModel:
     def time(
         self,
         inputs: Mapping[str, Any],
-        function: str = "main",
+        function: str = "",
         *,
         number: int = 1,
         repeat: int = 20,

@@ -115,6 +115,20 @@ def product(n: int) -> PrimFunc:
     return te.create_prim_func([a, b, te.compute((n, n), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")], "main")
 
 
+def test_the_only_function_needs_no_name() -> None:
+    x = te.placeholder((4,), "float32", name="x")
+    artifact = kedge.compile(te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1.0, name="y")], name="plus"))
+    data = {"x": np.ones(4, np.float32)}
+    with artifact.open(threads=1) as m:
+        np.testing.assert_array_equal(m.run(data)["y"], 2 * np.ones(4))
+        assert m.time(data, repeat=2, min_repeat_ms=0).samples_ns
+        with pytest.raises(ArtifactError, match="no function 'main'") as caught:
+            m.run(data, function="main")
+    assert "it has: plus" in str(caught.value)
+    with kedge.local(threads=1) as device:
+        np.testing.assert_array_equal(device.load(artifact).run(data)["y"], 2 * np.ones(4))
+
+
 def test_what_is_scheduled_by_hand_is_compiled_as_it_is() -> None:
     func, rng = product(24), np.random.default_rng(2)
     left, right = (rng.standard_normal((24, 24)).astype(np.float32) for _ in range(2))

@@ -17,7 +17,7 @@ import numpy as np
 
 from kedge.compiler.schedule.drawing import Box, Column, Line, Picture, Span, draw
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, as_expr
-from kedge.compiler.tir.printer import _attrs, _Printer, _word  # the names and words of the text
+from kedge.compiler.tir.printer import Printer, attrs_text, word  # the names and words of the text
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterKind, LoopKind, PrimFunc, Region, Scope, Seq, Stmt
 from kedge.compiler.tir.visitor import free_vars, walk_stmt
 
@@ -43,12 +43,12 @@ class _Sketch:
 
     def __init__(self, func: PrimFunc) -> None:
         self._func = func
-        self._names = _Printer((*func.params, *func.allocs), func.symbols)
+        self._names = Printer((*func.params, *func.allocs), func.symbols)
 
     def columns(self, caption: str) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
         """The nest, and the buffers beside it."""
         func = self._func
-        heading = [_line(Span(f"{caption}func", "quiet"), Span(_word(func.name), strong=True))]
+        heading = [_line(Span(f"{caption}func", "quiet"), Span(word(func.name), strong=True))]
         if func.symbols:
             where = f"where {', '.join(map(self._names.limits, func.symbols))}"
             heading += [_line(Span(part, "quiet")) for part in _wrap(where, WIDE)]
@@ -97,7 +97,7 @@ class _Sketch:
     def _block(self, block: Block, around: tuple[Expr, ...]) -> Box:
         guarded = not (isinstance(block.predicate, Const) and block.predicate.value)
         runs = self._runs((*around, block.predicate) if guarded else around)
-        head = Line(((0, Span(_word(block.name), strong=True)),), (Span(runs, "quiet"),))
+        head = Line(((0, Span(word(block.name), strong=True)),), (Span(runs, "quiet"),))
         bindings = [self._names.expr(binding) for binding in block.bindings]
         extents = [self._names.expr(it.extent) for it in block.iters]
         where = self._names.expr(block.predicate)
@@ -115,7 +115,7 @@ class _Sketch:
             if block.init is not None:
                 lines += _labelled("init", "reduce", self._code(block.init))
             lines += _labelled("body", "quiet", self._code(block.body))
-        return Box("block", tuple(lines), head=True, title=f"block {_word(block.name)}")
+        return Box("block", tuple(lines), head=True, title=f"block {word(block.name)}")
 
     def _region(self, title: str, region: Region) -> Iterator[Line]:
         first, *more = _wrap(self._names.region(region), WIDE)
@@ -140,7 +140,7 @@ class _Sketch:
         return [part for line in self._names.stmt(stmt) for part in _wrap(line, WIDE)]
 
     def _notes(self, annotations: Mapping[str, Any]) -> list[Line]:
-        return [_line(Span(text, "quiet")) for text in _wrap(_attrs(annotations).strip(), WIDE) if text]
+        return [_line(Span(text, "quiet")) for text in _wrap(attrs_text(annotations).strip(), WIDE) if text]
 
     def _runs(self, around: Sequence[Expr]) -> str:
         """How often a block runs, at most that often under a condition; nothing where inner extents vary."""

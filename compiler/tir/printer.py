@@ -52,30 +52,32 @@ _RESERVED = frozenset(
 
 def print_func(func: PrimFunc) -> str:
     """A whole function as text, without a newline at its end."""
-    return "\n".join(_Printer(_all_buffers(func), func.symbols).func(func))
+    return "\n".join(Printer(_all_buffers(func), func.symbols).func(func))
 
 
 def print_stmt(stmt: Stmt, func: PrimFunc | None = None) -> str:
     """A statement as text; with `func`, under the names that its buffers and symbols have there."""
-    printer = _Printer(_all_buffers(func), func.symbols) if func else _Printer((), ())
+    printer = Printer(_all_buffers(func), func.symbols) if func else Printer((), ())
     return "\n".join(printer.stmt(stmt))
 
 
 def print_expr(expr: Expr) -> str:
     """An expression as text."""
-    return _Printer((), ()).expr(expr)
+    return Printer((), ()).expr(expr)
 
 
 def print_shape(shape: Iterable[Dim]) -> str:
     """Dims as text: `n, 10`."""
-    return _Printer((), ()).shape(shape)
+    return Printer((), ()).shape(shape)
 
 
 def _all_buffers(func: PrimFunc) -> tuple[Buffer, ...]:
     return (*func.params, *func.allocs)
 
 
-class _Printer:
+class Printer:
+    """The names of one text, and its parts under these names."""
+
     def __init__(self, buffers: Iterable[Buffer], symbols: Iterable[Var]) -> None:
         self._names: dict[Var | Buffer, str] = {}
         self._used: set[str] = set()
@@ -85,6 +87,7 @@ class _Printer:
             self.name(buffer)
 
     def name(self, item: Var | Buffer) -> str:
+        """What a variable or buffer is called here."""
         if item not in self._names:
             name, count = item.name, 0
             while name in self._used:
@@ -92,7 +95,7 @@ class _Printer:
                 name = f"{item.name}_{count}"
             self._names[item] = name
             self._used.add(name)
-        return _word(self._names[item])
+        return word(self._names[item])
 
     @contextmanager
     def scope(self, declared: Iterable[Var]) -> Iterator[None]:
@@ -107,6 +110,7 @@ class _Printer:
     # Expressions ------------------------------------------------------------------------------------------------
 
     def expr(self, expr: Expr, level: int = 0) -> str:
+        """An expression, in brackets where what stands around it binds tighter than `level`."""
         match expr:
             case Const():
                 return _literal(expr)
@@ -129,21 +133,26 @@ class _Printer:
         return f"<{type(expr).__name__}>"
 
     def infix(self, expr: Binary, level: int) -> str:
+        """An operation that has a sign."""
         sign, own = INFIX[expr.op]
         left_level = own + 1 if own == _COMPARISON else own
         text = f"{self.expr(expr.a, left_level)} {sign} {self.expr(expr.b, own + 1)}"
         return f"({text})" if own < level else text
 
     def args(self, exprs: Iterable[Expr]) -> str:
+        """Expressions with commas between."""
         return ", ".join(self.expr(e) for e in exprs)
 
     def shape(self, shape: Iterable[Dim]) -> str:
+        """Dims with commas between."""
         return ", ".join(str(d) if isinstance(d, int) else self.expr(d) for d in shape)
 
     def region(self, region: Region) -> str:
+        """A part of a buffer: `x[i, :8]`."""
         return f"{self.name(region.buffer)}[{', '.join(self.range(r) for r in region.ranges)}]"
 
     def range(self, r: Range) -> str:
+        """An index, `:extent` from 0 on, or `start +: extent`."""
         if isinstance(r.extent, Const) and r.extent.value == 1:
             return self.expr(r.start)
         if isinstance(r.start, Const) and r.start.value == 0:
@@ -153,6 +162,7 @@ class _Printer:
     # Statements -------------------------------------------------------------------------------------------------
 
     def stmt(self, stmt: Stmt) -> Iterator[str]:
+        """The lines of a statement."""
         match stmt:
             case Store(buffer=buffer, indices=indices, value=value):
                 yield f"{self.name(buffer)}[{self.args(indices)}] = {self.expr(value)}"
@@ -175,9 +185,11 @@ class _Printer:
                 yield f"<{type(stmt).__name__}>"
 
     def indented(self, stmt: Stmt) -> Iterator[str]:
+        """The lines of a statement that is nested."""
         return ("  " + line for line in self.stmt(stmt))
 
     def loop(self, loop: For) -> Iterator[str]:
+        """The lines of a loop."""
         extent = self.expr(loop.extent)
         kind = (
             f"thread({extent}, {loop.thread!r})"
@@ -185,11 +197,12 @@ class _Printer:
             else f"{LOOPS.get(loop.kind, loop.kind)}({extent})"
         )
         with self.scope((loop.var,)):
-            yield f"for {self.name(loop.var)} in {kind}:{_attrs(loop.annotations)}"
+            yield f"for {self.name(loop.var)} in {kind}:{attrs_text(loop.annotations)}"
             yield from self.indented(loop.body)
 
     def block(self, block: Block) -> Iterator[str]:
-        yield f"block {_word(block.name)}:{_attrs(block.annotations)}"
+        """The lines of a block."""
+        yield f"block {word(block.name)}:{attrs_text(block.annotations)}"
         bindings = [self.expr(b) for b in block.bindings]
         extents = [self.expr(it.extent) for it in block.iters]
         predicate = self.expr(block.predicate)
@@ -207,19 +220,22 @@ class _Printer:
             yield from self.indented(block.body)
 
     def func(self, func: PrimFunc) -> Iterator[str]:
+        """The lines of a function."""
         cut = len(func.params) - func.n_outputs
         inputs, outputs = (", ".join(map(self.declare, part)) for part in (func.params[:cut], func.params[cut:]))
         where = f" where {', '.join(map(self.limits, func.symbols))}" if func.symbols else ""
-        yield f"func {_word(func.name)}({inputs}) -> ({outputs}){where}:"
+        yield f"func {word(func.name)}({inputs}) -> ({outputs}){where}:"
         for buffer in func.allocs:
             yield f"  alloc {self.declare(buffer)}"
         yield from self.indented(func.body)
 
     def declare(self, buffer: Buffer) -> str:
+        """A buffer with its type and scope."""
         scope = "" if buffer.scope == "global" else f" in {buffer.scope}"
         return f"{self.name(buffer)}: {buffer.dtype}[{self.shape(buffer.shape)}]{scope}"
 
     def limits(self, var: Var) -> str:
+        """A symbol with what is known of it."""
         low = f" >= {var.lower}" if var.lower is not None else ""
         high = f" <= {var.upper}" if var.upper is not None else ""
         name = self.name(var)
@@ -232,11 +248,13 @@ def _literal(expr: Const) -> str:
     return f"{expr.dtype}({expr.value!r})"
 
 
-def _word(name: str) -> str:
+def word(name: str) -> str:
+    """A name as the text has it: in quotes where it is no plain word."""
     return name if _PLAIN.match(name) and name not in _RESERVED else json.dumps(name)
 
 
-def _attrs(attrs: Mapping[str, Any]) -> str:
+def attrs_text(attrs: Mapping[str, Any]) -> str:
+    """Annotations as the comment that ends a line; nothing where there are none."""
     if not attrs:
         return ""
     if all(_PLAIN.match(key) and not keyword.iskeyword(key) for key in attrs):

@@ -32,7 +32,10 @@ InputsOption = Annotated[
         "--inputs", metavar="IN.npz", help="Arrays by input name. Without: seeded random data.", dir_okay=False
     ),
 ]
-FunctionOption = Annotated[str, typer.Option("--function", help="The function of the artifact to call.")]
+FunctionOption = Annotated[
+    str,
+    typer.Option("--function", help="The function to call; the only one, or main, unless named.", show_default=False),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of random inputs.")]
 
 
@@ -51,7 +54,7 @@ def run(
     outputs: Annotated[
         Path | None, typer.Option("--outputs", metavar="OUT.npz", help="Where to save the outputs.", dir_okay=False)
     ] = None,
-    function: FunctionOption = "main",
+    function: FunctionOption = "",
     shape: output.ShapeOption = None,
     seed: SeedOption = 0,
     threads: output.ThreadsOption = 0,
@@ -107,7 +110,7 @@ def bench(
     context: typer.Context,
     artifact: ArtifactArgument,
     inputs: InputsOption = None,
-    function: FunctionOption = "main",
+    function: FunctionOption = "",
     shape: output.ShapeOption = None,
     seed: SeedOption = 0,
     threads: output.ThreadsOption = 1,

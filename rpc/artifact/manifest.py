@@ -95,13 +95,16 @@ class Manifest:
     members: Tuple[Member, ...]
     info: Mapping[str, Any] = field(default_factory=dict)
 
-    def function(self, name: str) -> Function:
-        """The function called `name`; raises ArtifactError naming the ones there are."""
+    def function(self, name: str = "") -> Function:
+        """The function called `name`; without a name the only one, or "main". Raises ArtifactError naming them."""
+        if not name and len(self.functions) == 1:
+            return self.functions[0]
+        wanted = name or "main"
         for function in self.functions:
-            if function.name == name:
+            if function.name == wanted:
                 return function
         known = ", ".join(function.name for function in self.functions)
-        raise ArtifactError(f"artifact {self.name!r} has no function {name!r}", hint=f"it has: {known}")
+        raise ArtifactError(f"artifact {self.name!r} has no function {wanted!r}", hint=f"it has: {known}")
 
     def member(self, name: str) -> Member:
         """The member called `name`."""

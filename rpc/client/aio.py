@@ -113,7 +113,7 @@ class Fleet:
         inputs: Mapping[str, Any],
         *,
         device: str = "",
-        function: str = "main",
+        function: str = "",
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
@@ -131,7 +131,7 @@ class Fleet:
         inputs: Mapping[str, Any],
         *,
         device: str = "",
-        function: str = "main",
+        function: str = "",
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
@@ -345,12 +345,12 @@ class LoadedModel:
         self._session = session
         self._packed = packed
 
-    async def run(self, inputs: Mapping[str, Any], function: str = "main") -> dict[str, Array]:
+    async def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
         request = plan.run_request(self._packed, inputs, self._session._terms(function))
         return dict((await self._session._fleet._call(self._packed, request)).outputs)
 
-    async def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
+    async def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` as for `Fleet.bench`. Raises InputError, JobError, ConnectError."""
         terms, how = self._session._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)

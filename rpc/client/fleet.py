@@ -119,7 +119,7 @@ class Fleet:
         inputs: Mapping[str, Any],
         *,
         device: str = "",
-        function: str = "main",
+        function: str = "",
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
@@ -146,7 +146,7 @@ class Fleet:
         inputs: Mapping[str, Any],
         *,
         device: str = "",
-        function: str = "main",
+        function: str = "",
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
@@ -416,12 +416,12 @@ class LoadedModel:
         self._packed.manifest.function(function)
         return lambda inputs: self.run(inputs, function=function)
 
-    def run(self, inputs: Mapping[str, Any], function: str = "main") -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
         request = plan.run_request(self._packed, inputs, self._session._terms(function))
         return dict(self._session._fleet._call(self._packed, request).outputs)
 
-    def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
+    def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
 
         Raises InputError, JobError, ConnectError.

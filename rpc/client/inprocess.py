@@ -85,19 +85,15 @@ class LoadedModel:
         self.close()
 
     def __getitem__(self, name: str) -> LoadedFunction:
-        try:
-            return self.functions[name]
-        except KeyError:
-            self.artifact.manifest.function(name)  # raises, naming those that there are
-            raise
+        return self.functions[self.artifact.manifest.function(name).name]
 
-    def run(self, inputs: Mapping[str, Any], function: str = "main", out: Mapping[str, Array] | None = None) -> Outputs:
+    def run(self, inputs: Mapping[str, Any], function: str = "", out: Mapping[str, Array] | None = None) -> Outputs:
         """Call a function.
 
         Args:
             inputs: name -> array. numpy, or anything with DLPack or numpy's array interface; copied only where it is
                 strided or unaligned.
-            function: its name.
+            function: its name; the only one, or "main", unless given.
             out: name -> array to write an output to, C-contiguous; those not named are new arrays.
 
         Raises:
@@ -106,13 +102,11 @@ class LoadedModel:
         """
         return self[function](inputs, out)
 
-    def bind(
-        self, inputs: Mapping[str, Any], out: Mapping[str, Array] | None = None, function: str = "main"
-    ) -> BoundCall:
+    def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Array] | None = None, function: str = "") -> BoundCall:
         """A callable for these very arrays; each call reads and writes their memory as it is then, unchecked."""
         return self[function].bind(inputs, out)
 
-    def time(self, inputs: Mapping[str, Any], function: str = "main", **options: Any) -> Timing:
+    def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; the options are those of `LoadedFunction.time`."""
         return self[function].time(inputs, **options)
 

@@ -137,7 +137,8 @@ def bench_request(
 
 
 def _spec(packed: Packed, terms: Terms, task: Task) -> JobSpec:
-    spec = JobSpec(packed.blob, terms.function, task, terms.device, terms.deadlines, terms.priority, terms.threads)
+    function = packed.manifest.function(terms.function).name
+    spec = JobSpec(packed.blob, function, task, terms.device, terms.deadlines, terms.priority, terms.threads)
     check_spec(spec)
     return spec
 
