@@ -56,12 +56,7 @@ from kedge.compiler.te.tensor import Compute as Compute
 from kedge.compiler.te.tensor import Placeholder as Placeholder
 from kedge.compiler.te.tensor import Reduce as Reduce
 from kedge.compiler.te.tensor import ReduceAxis, Tensor, placeholder, reduce_axis
-
-# What reading an element gives, what `create_prim_func` gives, and how its statements follow each other.
-from kedge.compiler.tir.expr import Load as Load
 from kedge.compiler.tir.expr import Var
-from kedge.compiler.tir.stmt import PrimFunc as PrimFunc
-from kedge.compiler.tir.visitor import seq as seq
 
 __all__ = [
     "ReduceAxis", "Tensor", "Var", "abs", "all", "any", "argmax", "argmin", "cast", "ceil", "compute", "const", "cos",

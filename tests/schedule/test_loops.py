@@ -2,10 +2,9 @@
 
 import pytest
 
-from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.tir.expr import Cast, Var, const
+from kedge.compiler.tir.expr import Cast, Load, Var, const
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Store
 from support.functions import assert_same, chain, conv, dense, softmax, transpose
@@ -230,7 +229,7 @@ def test_dependences_are_found():
             (i, j),
             (),
             (),
-            Store(y, (vi + vj,), te.Load(x, (vi,))),
+            Store(y, (vi + vj,), Load(x, (vi,))),
         )
     )
     func = PrimFunc("f", (x, y), 1, For(i, const(4), "serial", For(j, const(4), "serial", block)))
@@ -243,8 +242,8 @@ def test_dependences_are_found():
 def test_scatter_is_not_parallel():
     x, index = Buffer("x", (4,), "float32"), Buffer("index", (4,), "int32")
     y, i, vi = Buffer("y", (4,), "float32"), Var("i"), Var("vi")
-    where = Cast(te.Load(index, (vi,)), "int64")
-    block = Block("y", (IterVar(vi, const(4), "spatial"),), (i,), (), (), Store(y, (where,), te.Load(x, (vi,))))
+    where = Cast(Load(index, (vi,)), "int64")
+    block = Block("y", (IterVar(vi, const(4), "spatial"),), (i,), (), (), Store(y, (where,), Load(x, (vi,))))
     sch = Schedule(PrimFunc("f", (x, index, y), 1, For(i, const(4), "serial", with_regions(block))))
     refused(lambda: sch.parallel(loops_of(sch, "y")[0]), "depend on one another through buffer 'y'")
 

@@ -14,7 +14,7 @@ from kedge.compiler.schedule.tree import accesses, block_path, blocks_in, loops_
 from kedge.compiler.tir.expr import Binary, Cast, Const, Var, call, select
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.structural import equal
-from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, walk_stmt
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, walk_stmt
 from support.functions import assert_same, bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
 from support.targets import AVX2, AVX512, NEON, SCALAR, TARGETS, Model
 
@@ -218,7 +218,7 @@ def test_a_body_of_two_stores_falls_back():
     func = chain(8)
     block = next(b for b in walk_stmt(func.body) if isinstance(b, Block) and b.name == "c")
     assert isinstance(block.body, Store)
-    body = te.seq(block.body, block.body)
+    body = seq(block.body, block.body)
     twice = replace(func, body=map_stmt(func.body, lambda s: replace(s, body=body) if s is block else s))
     kernel = schedule_func(twice, AVX2)
     assert kernel.rule == "fallback"

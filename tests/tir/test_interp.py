@@ -8,9 +8,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kedge.compiler import te
 from kedge.compiler.errors import VerifyError
-from kedge.compiler.tir.expr import Binary, Cast, Var, binary, call, const, logical_and, select
+from kedge.compiler.tir.expr import Binary, Cast, Load, Var, binary, call, const, logical_and, select
 from kedge.compiler.tir.interp import run
 from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Store
+from kedge.compiler.tir.visitor import seq
 from kedge.rpc.errors import InputError
 from support.functions import conv, dense, inputs, mean, pool, softmax
 
@@ -121,8 +122,8 @@ def test_casts_truncate():
 def test_a_recurrence_is_not_vectorized():
     # y[i + 1] = y[i] + x[i] reads what the iteration before wrote.
     x, y, i = Buffer("x", (4,), "int64"), Buffer("y", (5,), "int64"), Var("i")
-    step = Store(y, (i + 1,), Binary("add", te.Load(y, (i,)), te.Load(x, (i,))))
-    func = PrimFunc("scan", (x, y), 1, te.seq(Store(y, (const(0),), const(0)), For(i, const(4), "serial", step)))
+    step = Store(y, (i + 1,), Binary("add", Load(y, (i,)), Load(x, (i,))))
+    func = PrimFunc("scan", (x, y), 1, seq(Store(y, (const(0),), const(0)), For(i, const(4), "serial", step)))
     np.testing.assert_array_equal(run(func, [np.arange(1, 5)])[0], [0, 1, 3, 6, 10])
 
 

@@ -9,6 +9,7 @@ import pytest
 from kedge.compiler import te
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Var, const
+from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import canonical, equal, structural_hash
 from support.functions import conv, dense, softmax
 
@@ -21,7 +22,7 @@ print(structural_hash(conv(Var("n", lower=1), 2, 8, 4)))
 
 
 def test_equal_up_to_names():
-    def build(names: str) -> te.PrimFunc:
+    def build(names: str) -> PrimFunc:
         n = Var(names[0], lower=1)
         x = te.placeholder((n, 4), "float32", names[1])
         k = te.reduce_axis(4, names[2])
