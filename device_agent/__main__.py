@@ -6,13 +6,13 @@ import argparse
 import logging
 import os
 import platform
-import re
 import signal
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import List, Optional
 
-from kedge.rpc.errors import KedgeError
+from kedge.rpc.errors import KedgeError, UsageError
+from kedge.rpc.names import check_name, parse_labels
 
 _EXAMPLES = """\
 examples:
@@ -77,11 +77,7 @@ def _serve(options: argparse.Namespace) -> int:
     from kedge.rpc.transport import parse_address
 
     tracker = parse_address(options.tracker)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", options.name):
-        raise KedgeError(
-            f"{options.name!r} cannot be a device's name", hint="use letters, digits, dots, dashes and underscores"
-        )
-    labels = _labels(options.label)
+    name, labels = check_name(options.name), parse_labels(options.label)
     runner = options.runner.absolute()
     if not runner.is_file():
         raise KedgeError(f"there is no runner at {runner}", hint="--runner names the kedge-runner for this device")
@@ -89,8 +85,8 @@ def _serve(options: argparse.Namespace) -> int:
         raise KedgeError(f"{runner} is not executable", hint=f"chmod +x {runner}")
     cores = len(os.sched_getaffinity(0))
     if not 0 <= options.threads <= cores:
-        raise KedgeError(f"--threads {options.threads}: this process may use {cores} cores", hint="0 means all of them")
-    data_dir = options.data_dir or _default_data_dir() / options.name
+        raise UsageError(f"--threads {options.threads}: this process may use {cores} cores", hint="0 means all of them")
+    data_dir = options.data_dir or _default_data_dir() / name
 
     from kedge.device_agent.agent import Agent, Settings
     from kedge.rpc.types import DeviceInfo
@@ -103,19 +99,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
         sys.stdout.flush()
 
-    return Agent(Settings(tracker, options.name, runner, data_dir, labels, options.threads), on_ready=ready).run()
-
-
-def _labels(items: List[str]) -> Dict[str, str]:
-    labels = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key) or not re.fullmatch(r"[A-Za-z0-9_.:/+@-]+", value):
-            raise KedgeError(
-                f"--label {item!r} is not a label", hint="write KEY=VALUE with letters, digits and ._- , e.g. rack=a"
-            )
-        labels[key] = value
-    return labels
+    return Agent(Settings(tracker, name, runner, data_dir, labels, options.threads), on_ready=ready).run()
 
 
 def _default_data_dir() -> Path:

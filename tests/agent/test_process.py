@@ -304,7 +304,8 @@ def test_bad_arguments_have_clear_errors(runner: Path, tmp_path: Path) -> None:
         (["--runner", str(file)], "is not executable"),
         (["--data-dir", str(file)], "cannot use the data folder"),
         (["--name", "a b"], "'a b' cannot be a device's name"),
-        (["--label", "rack"], "'rack' is not a label"),
+        (["--label", "rack"], "'rack' is not KEY=VALUE"),
+        (["--label", "arch=riscv64"], "'arch' is what every device tells about itself"),
         (["--threads", "1000"], "this process may use"),
     ]
     for arguments, words in cases:
