@@ -40,21 +40,11 @@ from kedge.compiler.tir.stmt import (
     Stmt,
     Store,
 )
-from support.functions import bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
+from support.functions import SAMPLES, dense
 from support.targets import TARGETS
 
 SVG = "{http://www.w3.org/2000/svg}"
 N, M = Var("n", lower=1), Var("m", lower=2, upper=9)
-FUNCTIONS = {
-    "dense": dense(N, 5, 6),
-    "conv": conv(N, 2, 3, 2),
-    "pool": pool(N, 2, 4),
-    "chain": chain(N),
-    "bias": bias_sigmoid(N, 2, 2, 3),
-    "softmax": softmax(N, M),
-    "mean": mean(N, 3, 4),
-    "transpose": transpose(N, M),
-}
 
 
 class Rect(NamedTuple):
@@ -151,9 +141,9 @@ def check_content(func: PrimFunc, picture: Picture) -> None:
         assert shown.count("init") >= (block.init is not None)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_functions_and_their_schedules(name):
-    before = FUNCTIONS[name]
+    before = SAMPLES[name]
     for func in (before, *(schedule_func(before, target).func for target in TARGETS.values())):
         check_layout(func.visualize())
         check_content(func, func.visualize())
@@ -170,12 +160,12 @@ def dress(sch: Schedule, rng: random.Random) -> None:
         sch.annotate(rng.choice([loop, block]), rng.choice(["grain", "a key <&>"]), rng.choice([1, "x < y & 'z'"]))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_random_schedules(name):
     drawn = set()
     for seed in range(6):
         rng = random.Random(f"{name} {seed}")
-        sch = Schedule(FUNCTIONS[name])
+        sch = Schedule(SAMPLES[name])
         for _ in range(14):
             try:
                 rng.choice([random_step, random_step, dress])(sch, rng)

@@ -94,6 +94,20 @@ def chain(n: Dim) -> PrimFunc:
     return te.create_prim_func([x, te.compute((n,), lambda i: b[i] + x[i], name="c")], "chain")
 
 
+_N, _M = Var("n", lower=1), Var("m", lower=2, upper=9)
+#: One function of each kind, with free dims where it may have them.
+SAMPLES = {
+    "dense": dense(_N, 5, 6),
+    "conv": conv(_N, 2, 3, 2),
+    "pool": pool(_N, 2, 4),
+    "chain": chain(_N),
+    "bias": bias_sigmoid(_N, 2, 2, 3),
+    "softmax": softmax(_N, _M),
+    "mean": mean(_N, 3, 4),
+    "transpose": transpose(_N, _M),
+}
+
+
 def evaluate(expr: Expr, env: Mapping[Var, int]) -> int | bool:
     """The value of an index expression, worked out by Python alone."""
     if isinstance(expr, Const):

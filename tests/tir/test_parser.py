@@ -26,20 +26,8 @@ from kedge.compiler.tir.parser import parse_func, read_func
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterKind, IterVar, PrimFunc, Range, Region, Seq, Store
 from kedge.compiler.tir.structural import equal
 from kedge.compiler.tir.verify import verify
-from support.functions import bias_sigmoid, chain, conv, dense, mean, pool, softmax, transpose
+from support.functions import SAMPLES, dense
 from support.targets import TARGETS
-
-N, M = Var("n", lower=1), Var("m", lower=2, upper=9)
-FUNCTIONS = {
-    "dense": dense(N, 5, 6),
-    "conv": conv(N, 2, 3, 2),
-    "pool": pool(N, 2, 4),
-    "chain": chain(N),
-    "bias": bias_sigmoid(N, 2, 2, 3),
-    "softmax": softmax(N, M),
-    "mean": mean(N, 3, 4),
-    "transpose": transpose(N, M),
-}
 
 
 def check(func: PrimFunc) -> None:
@@ -50,11 +38,11 @@ def check(func: PrimFunc) -> None:
     assert (again.name, again.n_outputs) == (func.name, func.n_outputs)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_functions_and_their_schedules(name):
-    check(FUNCTIONS[name])
+    check(SAMPLES[name])
     for target in TARGETS.values():
-        check(schedule_func(FUNCTIONS[name], target).func)
+        check(schedule_func(SAMPLES[name], target).func)
 
 
 def test_everything_a_function_can_have():
