@@ -374,11 +374,11 @@ def _runner_outcome(error: native.RunnerError) -> Outcome:
 
 
 def _find(manifest: Manifest, name: str) -> Tuple[Function, int]:
-    names = [function.name for function in manifest.functions]
-    if name not in names:
-        known = ", ".join(names)
-        raise _Ended(OutcomeKind.BAD_REQUEST, f"artifact {manifest.name!r} has no function {name!r}; it has: {known}")
-    return manifest.functions[names.index(name)], names.index(name)
+    try:
+        function = manifest.function(name)
+    except ArtifactError as error:
+        raise _Ended(OutcomeKind.BAD_REQUEST, str(error)) from error
+    return function, manifest.functions.index(function)
 
 
 def _members(manifest: Manifest, variant: Variant) -> List[Member]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 from kedge.rpc.errors import InputError
@@ -12,7 +13,7 @@ _INT32 = 2**31 - 1
 
 def check_number(name: str, value: Any, least: int, most: int, hint: str) -> None:
     """Raise InputError unless `value` is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
         raise InputError(f"{name} is {value!r}, expected a whole number from {least} to {most}", hint=hint)
 
 

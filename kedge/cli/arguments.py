@@ -70,7 +70,8 @@ def is_artifact(path: Path) -> bool:
     """Whether a file holds an artifact, whatever it is called; what is no file is judged by its name."""
     try:
         with path.open("rb") as file:
-            return file.read(len(_ZIP)) == _ZIP or path.suffix.lower() == ".kdg"
+            zipped = file.read(len(_ZIP)) == _ZIP and path.suffix.lower() != ".kmod"
+            return zipped or path.suffix.lower() == ".kdg"
     except OSError:
         return path.suffix.lower() != ".onnx"
 
@@ -107,9 +108,16 @@ def function_of(artifact: kedge.Artifact, name: str) -> Function:
 
 @contextmanager
 def reading(model: Path) -> Iterator[None]:
-    """What goes wrong inside because the model's file is missing or corrupt is a ModelFileError."""
+    """What goes wrong inside because the model's file is missing or corrupt is a ModelFileError.
+
+    Raises UsageError at once for a saved module, which only `kedge compile` and Python read.
+    """
     from kedge.compiler.errors import FrontendError
 
+    if model.suffix.lower() == ".kmod":
+        raise UsageError(
+            f"{model} is a saved module, not an ONNX model", hint="kedge.load reads it: .show(), .summary()"
+        )
     try:
         yield
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,9 +47,9 @@ def timing_options(
 
 
 def _count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= _LARGEST:
         raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def _nanoseconds(name: str, milliseconds: float) -> int:

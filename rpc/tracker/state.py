@@ -15,11 +15,12 @@ and holds no lease, wanted or not.
 from __future__ import annotations
 
 import heapq
-import re
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
+from kedge.rpc.errors import UsageError
+from kedge.rpc.names import check_name
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import accepts, local_protocol
 from kedge.rpc.selector import Selector, labels_of, parse
@@ -51,7 +52,6 @@ from kedge.rpc.types import (
     Lease,
 )
 
-_NAME = re.compile(r"[A-Za-z0-9_.:/+@-]{1,100}")
 Key = tuple[str, int]
 
 
@@ -353,8 +353,10 @@ class TrackerState:
             ours = local_protocol().version
             reason = f"it speaks protocol {hello.protocol.version}, this tracker {ours}; update the older one"
             return m.Refused(reason)
-        if not _NAME.fullmatch(name):
-            return m.Refused(f"{name[:100]!r} cannot name a device: use letters, digits and _.:/+@-")
+        try:
+            check_name(name)
+        except UsageError as error:
+            return m.Refused(f"{error.message}: {error.hint}")
         if known is not None and known.connection is not None and known.instance_id != hello.instance_id:
             return m.Refused(f"another device is connected as {name!r}; start this one with another --name", retry=True)
         return None

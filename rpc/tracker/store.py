@@ -16,7 +16,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +138,7 @@ class Store:
         self._on_failure = on_failure
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._ended = threading.Event()
         #: Why the last commit failed, while it is tried again; None when all is well.
         self.problem: str | None = None
         #: Set as long as there is a problem.
@@ -179,6 +180,8 @@ class Store:
     def _read(self, query: Callable[[sa.Connection], T]) -> Future[T]:
         future: Future[T] = Future()
         self._work.put(_Read(query, future))
+        if self._ended.is_set():
+            self._refuse_reads()
         return future
 
     # ---- The thread ------------------------------------------------------------------------------------------------
@@ -202,6 +205,14 @@ class Store:
                 opened.set_exception(_explain(error, self._path))
         finally:
             engine.dispose()
+            self._ended.set()
+            self._refuse_reads()
+
+    def _refuse_reads(self) -> None:
+        """Tell readers that nobody will answer them."""
+        while not isinstance(item := self._poll(), _Idle):
+            if isinstance(item, _Read) and item.future.set_running_or_notify_cancel():
+                item.future.set_exception(StoreError(f"the store in {self._path.parent} is closed"))
 
     def _serve(self, connection: sa.Connection) -> None:
         while True:
@@ -210,13 +221,14 @@ class Store:
             while isinstance(item, _Append):
                 group.append(item)
                 item = self._poll()
-            if group and not self._commit(connection, group):
+            reads = [item] if isinstance(item, _Read) else []
+            if group and not self._commit(connection, group, reads):
                 return
             for append in group:
                 append.done()
-            if isinstance(item, _Read):
-                self._answer(connection, item)
-            elif item is None:
+            for read in reads:
+                self._answer(connection, read)
+            if item is None:
                 return
 
     def _poll(self) -> _Item:
@@ -226,10 +238,11 @@ class Store:
         except queue.Empty:
             return _Idle()
 
-    def _commit(self, connection: sa.Connection, group: list[_Append]) -> bool:
+    def _commit(self, connection: sa.Connection, group: list[_Append], reads: list[_Read]) -> bool:
         """Make a group durable, however often it takes; False when the tracker stops before that.
 
-        What comes in between two attempts joins the group.
+        What comes in between two attempts joins the group. `reads`, which came right after it, wait for the first
+        attempt only: if that fails, they see what is stored.
         """
         while True:
             try:
@@ -241,6 +254,8 @@ class Store:
                 self.problem = str(error.orig)
                 self.troubled.set()
                 log.error("cannot store jobs in %s: %s; trying again", self._path, self.problem)
+                while reads:
+                    self._answer(connection, reads.pop())
                 self._pause(connection, group)
                 if self._stopping.is_set():
                     return False
@@ -289,6 +304,12 @@ def _engine(path: Path) -> sa.Engine:
     def prepare(connection: Any, _record: Any) -> None:
         for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
+        # sqlite3 would begin by itself, but not before statements that change tables: those would stay half done.
+        connection.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
 
     return engine
 
@@ -326,21 +347,24 @@ def _prepare(connection: sa.Connection, path: Path) -> str:
 
 
 def _to_schema_2(connection: sa.Connection) -> None:
-    """Lists had to read whole jobs, and what a requeue changed was not stored."""
-    for column in (
-        "jobs ADD COLUMN queued_ms BIGINT",
-        "jobs ADD COLUMN requeues INTEGER NOT NULL DEFAULT 0",
-        "jobs ADD COLUMN brief BLOB NOT NULL DEFAULT x''",
-        "results ADD COLUMN brief BLOB NOT NULL DEFAULT x''",
-    ):
-        connection.execute(sa.text(f"ALTER TABLE {column}"))
-    for job_id in connection.execute(sa.select(_jobs.c.id)).scalars().all():
-        spec = convert.job_spec_from_bytes(connection.execute(_SPEC, {"job": job_id}).scalar_one())
-        connection.execute(_UPDATE_JOB, {"job": job_id, "brief": convert.job_spec_to_bytes(brief_spec(spec))})
-    update = sa.update(_results).where(_results.c.job_id == sa.bindparam("job"))
-    for job_id in connection.execute(sa.select(_results.c.job_id)).scalars().all():
-        result = convert.job_result_from_bytes(connection.execute(_RESULT, {"job": job_id}).scalar_one())
-        connection.execute(update, {"job": job_id, "brief": convert.job_result_to_bytes(brief_result(result))})
+    """The tables made anew: lists had to read whole jobs, and what a requeue changed was not stored."""
+    connection.execute(sa.text("DROP INDEX ix_jobs_state"))
+    for name in ("jobs", "results"):
+        connection.execute(sa.text(f"ALTER TABLE {name} RENAME TO old_{name}"))
+    _metadata.create_all(connection)
+    for key, old, new in (("id", "old_jobs", _jobs), ("job_id", "old_results", _results)):
+        whole = sa.text(f"SELECT * FROM {old} WHERE {key} = :key")
+        for one in connection.execute(sa.text(f"SELECT {key} FROM {old}")).scalars().all():
+            row = dict(connection.execute(whole, {"key": one}).mappings().one())
+            connection.execute(sa.insert(new), {**row, "brief": _brief(row)})
+        connection.execute(sa.text(f"DROP TABLE {old}"))
+
+
+def _brief(row: Mapping[str, Any]) -> bytes:
+    """What lists show of a stored job or result."""
+    if "spec" in row:
+        return convert.job_spec_to_bytes(brief_spec(convert.job_spec_from_bytes(row["spec"])))
+    return convert.job_result_to_bytes(brief_result(convert.job_result_from_bytes(row["result"])))
 
 
 def _explain(error: Exception, path: Path) -> KedgeError:
@@ -365,8 +389,6 @@ _INSERT_JOB = sa.insert(_jobs)
 _INSERT_KEY = sa.insert(_keys)
 _INSERT_RESULT = sa.insert(_results)
 _UPDATE_JOB = sa.update(_jobs).where(_jobs.c.id == sa.bindparam("job"))
-_SPEC = sa.select(_jobs.c.spec).where(_jobs.c.id == sa.bindparam("job"))
-_RESULT = sa.select(_results.c.result).where(_results.c.job_id == sa.bindparam("job"))
 
 
 def _write(connection: sa.Connection, fact: Fact) -> None:

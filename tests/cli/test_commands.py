@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kedge
 from kedge.cli import EXIT_BUG, main, output
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
@@ -178,6 +179,11 @@ def cut_inputs(tmp_path: Path, digits: Path) -> list[object]:
     return ["run", digits, "--inputs", tmp_path / "cut.npz"]
 
 
+def saved_module(tmp_path: Path) -> Path:
+    kedge.load(digits_model()).save(tmp_path / "m.kmod")
+    return tmp_path / "m.kmod"
+
+
 def shape_beside_inputs(tmp_path: Path, digits: Path) -> list[object]:
     np.savez(tmp_path / "in.npz", image=np.zeros((1, 1, 8, 8), np.float32))
     return ["run", digits, "--inputs", tmp_path / "in.npz", "--shape", "image=2,1,8,8"]
@@ -212,6 +218,8 @@ def shape_beside_inputs(tmp_path: Path, digits: Path) -> list[object]:
         (lambda t, d: ["compile", digits_model(), "-o", t], 3, r"no regular file"),
         (lambda t, d: ["run", d, "--shape", "image=2,1,9,9"], 5, r"image"),
         (lambda t, d: ["run", d, "--shape", "image:2"], 2, r"--shape"),
+        (lambda t, d: ["inspect", saved_module(t)], 2, r"is a saved module, not an ONNX model"),
+        (lambda t, d: ["validate", saved_module(t), d], 2, r"is a saved module"),
         (lambda t, d: ["run", d, "--function", "train"], 2, r"train.*\n?.*main"),
         (lambda t, d: ["run", d, "--device", "x"], 6, r"--tracker"),
         (lambda t, d: ["devices", "--tracker", "127.0.0.1:1"], 6, r"127\.0\.0\.1:1"),

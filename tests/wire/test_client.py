@@ -14,8 +14,9 @@ import pytest
 
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect
+from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect, plan
 from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
+from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.types import Deadlines, JobState
@@ -326,3 +327,11 @@ def test_the_asyncio_twin_survives_a_restart(tmp_path: Path, artifact: Artifact)
     asyncio.run(main(start(port=0, data_dir=tmp_path, settings=QUICK)))
     with pytest.raises(ConnectError, match="no tracker answers"):
         asyncio.run(aio.connect("127.0.0.1:1"))  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_numpys() -> None:
+    check_number("threads", np.int64(2), 0, 8, "")
+    assert plan.time_options(repeat=np.int32(3)).repeat == 3
+    for wrong in (np.int64(9), True, 2.0, "2"):
+        with pytest.raises(InputError, match="expected a whole number from 0 to 8"):
+            check_number("threads", wrong, 0, 8, "")

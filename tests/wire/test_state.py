@@ -325,7 +325,7 @@ def test_neighbouring_protocol_versions_are_accepted(version: int, welcome: bool
     assert len(bodies(effects, m.Welcome if welcome else m.Refused)) == 1
 
 
-@pytest.mark.parametrize("name", ["", "two words", "a,b", "x" * 101, "a=b"])
+@pytest.mark.parametrize("name", ["", "two words", "a,b", "x" * 101, "a=b", "a:b", "-x", "@home"])
 def test_a_name_that_no_selector_could_say_is_refused(name: str) -> None:
     effects = TrackerState("t", S).connect(1, hello(name), 0)
     (refused,) = bodies(effects, m.Refused)

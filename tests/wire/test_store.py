@@ -235,6 +235,32 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         store.close()
 
 
+def test_bringing_it_up_to_date_is_done_whole_or_not_at_all(tmp_path: Path) -> None:
+    spec = convert.job_spec_to_bytes(SPEC)
+    row = "INSERT INTO jobs VALUES (?, ?, ?, '[]', 100, 'queued', '', '', 0, NULL)"
+    with sqlite3.connect(tmp_path / "tracker.db") as connection:
+        connection.executescript(SCHEMA_1)
+        connection.executemany(row, [("a", 1, spec), ("b", 2, b"\xff no spec"), ("c", 3, spec)])
+    connection.close()
+    for _ in range(2):  # the second try meets what the first one found
+        with pytest.raises(Exception, match=r"(?i)pars|decod|truncated|wire"):
+            Store(tmp_path)
+    with sqlite3.connect(tmp_path / "tracker.db") as connection:
+        assert connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == ("1",)
+        connection.execute("DELETE FROM jobs WHERE id = 'b'")
+    connection.close()
+    store = Store(tmp_path)
+    assert [record.accepted.job_id for record in store.found.records] == ["a", "c"]
+    store.close()
+
+
+def test_nobody_waits_for_a_closed_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.close()
+    with pytest.raises(StoreError, match="is closed"):
+        store.job("j").result(10)
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "tracker.db") as connection:
@@ -281,8 +307,9 @@ infinity = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, infinity))
 durable = threading.Event()
 store.append([accepted(f"j{n}", n) for n in range(500)], durable.set)
+behind = store.job("j1")
 print(store.troubled.wait(20), bool(store.problem), durable.is_set())
-print(store.job("j1").result(0.9), store.job_of_key("k").result(0.9))
+print(behind.result(0.9), store.job("j1").result(0.9), store.job_of_key("k").result(0.9))
 later = threading.Event()
 store.append([accepted("later", 500)], later.set)
 resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
@@ -296,5 +323,5 @@ def test_a_full_disk_keeps_facts_until_there_is_room(tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     script = [sys.executable, "-c", FULL, str(tmp_path), str(tests)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.splitlines() == ["True True False", "None None", "True True None 501"], done.stderr
+    assert done.stdout.splitlines() == ["True True False", "None None None", "True True None 501"], done.stderr
     assert "cannot store jobs" in done.stderr
