@@ -4,7 +4,8 @@
 
 A deployment asks the board what it is, checks that it can reach the tracker, sends what it does not have yet,
 replaces an agent that runs, and waits until the tracker sees the new one. If it does not come to that, the agent that
-was there before is brought back; of a first installation only one whose agent was started stays, with its log.
+was there before is brought back; of a first installation only one whose agent was started stays, with its log. Once the
+tracker sees the new one, nothing is undone any more. An interrupt says what it leaves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from kedge.deploy import launch
 from kedge.deploy.bundle import agent_site, agent_zipapp
 from kedge.deploy.cachedir import Progress, silent
-from kedge.deploy.errors import DeployError, NameTakenError
+from kedge.deploy.errors import DeployError, DeploymentInterrupted, NameTakenError
 from kedge.deploy.probe import BoardInfo, Place, locate, probe
 from kedge.deploy.ssh import Completed, Connection, Destination, RemoteProcess, connect
 from kedge.rpc.errors import KedgeError
@@ -70,6 +71,28 @@ class AgentStatus:
     tracker: str | None
 
 
+class Standing:
+    """What a deployment that is interrupted says of the board; whoever changes the board keeps it true."""
+
+    UNTOUCHED = "the board is as it was before"
+
+    def __init__(self, says: str = UNTOUCHED) -> None:
+        self.says = says
+
+    @staticmethod
+    def running(name: str) -> str:
+        """What to say once the tracker sees the agent."""
+        return f"the new agent {name} runs on the board all the same, and is removed with --uninstall"
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Ctrl-C inside raises DeploymentInterrupted, which says what the board is like."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise DeploymentInterrupted(self.says) from interrupt
+
+
 def deploy_board(
     destination: Destination,
     *,
@@ -93,27 +116,29 @@ def deploy_board(
         BoardUnsuitableError, FetchError: nothing was changed on the board.
         NameTakenError: another machine has the name.
         DeployError: anything else; where the agent was started, the message ends with its own log.
+        DeploymentInterrupted: Ctrl-C, and what the board is like after it.
     """
     parse_labels(f"{key}={value}" for key, value in (labels or {}).items())
     if name is not None:
         check_name(name)
     progress(f"connecting to {destination}")
-    with connect(destination) as connection:
+    standing = Standing()
+    with standing.told(), connect(destination) as connection:
         place = locate(connection, directory)
         board = probe(connection, place)
         python = ".".join(map(str, board.python_version))
         progress(f"{board.hostname}: {board.arch}, glibc {board.glibc[0]}.{board.glibc[1]}, Python {python}")
         name = check_name(name or board.hostname)
         remote = _Remote(connection, place)
-        with remote.prepared(tracker) as there:
+        with remote.prepared(tracker, standing) as there:
             _refuse_taken(name, connected(name, 0), there["agent"], tracker)
             site, uploaded = remote.install(there, board, runner_for(board), cache_dir, progress)
             deployment = secrets.token_hex(4)
             remote.configure(site, tracker, name, {**(labels or {}), DEPLOYMENT: deployment})
             progress(f"starting the agent {name}")
             pid = remote.start(name, tracker, deployment, connected, timeout_s, progress)
-            remote.command("settle")
-    progress(f"{name} is online")
+            standing.says = standing.running(name)
+        progress(f"{name} is online")
     return Deployment(name, board, pid, uploaded)
 
 
@@ -177,9 +202,10 @@ class _Remote:
         return DeployError(f"{self._connection.destination}: {name} failed (status {done.status}): {said}")
 
     @contextmanager
-    def prepared(self, tracker: str) -> Iterator[dict[str, Any]]:
+    def prepared(self, tracker: str, standing: Standing) -> Iterator[dict[str, Any]]:
         """What is installed there, locked against other deployments; an error inside brings back what was there.
 
+        What the new agent replaced is forgotten at the end, when there is no way back.
         Refuses early if the board cannot open a connection to the tracker.
         """
         host, _, port = tracker.rpartition(":")
@@ -193,6 +219,12 @@ class _Remote:
                 yield there
             except BaseException as error:
                 self._undo(there, holder, error)
+                standing.says = standing.UNTOUCHED
+                raise
+            try:
+                self.command("settle")
+            except KedgeError as failure:
+                failure.message += f"\nBut {standing.says}."
                 raise
         finally:
             holder.finish(_FINISH_S)

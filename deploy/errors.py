@@ -17,6 +17,10 @@ class NameTakenError(DeployError):
     """Another machine is connected to the tracker under the name that the board was to have."""
 
 
+class DeploymentInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a deployment; the text says what the board is like now."""
+
+
 class HostKeyUnknownError(ConnectError):
     """The board's host key is not in known_hosts: its identity cannot be checked."""
 

@@ -8,7 +8,8 @@ reach it. It holds a lock on `agent.lock` for as long as it lives: that, and not
 given to another process, tells whether it runs.
 
 A deployment holds `install.lock` from `prepare` to its end. It sends everything into `new`; `launch` puts that in place
-of what is there, which `old` keeps until `settle`, so that `rollback` brings back an agent that worked.
+of what is there, which `old` keeps until `settle`, so that `rollback` brings back an agent that worked. These hold
+`change.lock` while they move files: one that its host gave up on may still be at work when the next one comes.
 """
 
 from __future__ import annotations
@@ -141,6 +142,13 @@ def lock_installation(home: str) -> int | None:
         os.close(descriptor)
 
 
+def lock_change(home: str) -> int:
+    """The descriptor of the locked `change.lock`; waits until whoever changes the installation is done."""
+    descriptor = os.open(path(home, "change.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
 def make_home(home: str) -> int | None:
     """Make the directory and lock it; None where another deployment has the lock."""
     created = []
@@ -167,10 +175,12 @@ def setup(home: str) -> int:
 
 def report(home: str) -> None:
     """Make room for what comes; print what is there as JSON: file -> SHA-256, the unpacked sites, the agent."""
+    lock = lock_change(home)
     # Left by a deployment that was broken off.
     for name in (NEW, OLD):
         shutil.rmtree(path(home, name), ignore_errors=True)
     os.makedirs(path(home, NEW), exist_ok=True)
+    os.close(lock)
     digests = {}
     for name in FILES:
         if os.path.isfile(path(home, name)):
@@ -339,6 +349,8 @@ def remove(home: str) -> int:
         # On a full disk no lock can be made.
         if os.path.exists(path(home, "install.lock")) and lock_installation(home) is None:
             return busy()
+        if os.path.exists(path(home, "change.lock")):
+            lock_change(home)
         stop(home)
         created = read_json(path(home, "created.json")).get("directories", [])
         shutil.rmtree(home)
@@ -396,41 +408,54 @@ def wait(home: str) -> int:
 
 def launch(home: str) -> int:
     """Put what `new` holds in place and replace the agent; print the new one's process id; then `wait`."""
-    ran = running_pid(home) is not None
-    stop(home)
+    lock = lock_change(home)
     if os.path.isdir(path(home, NEW)):
         os.makedirs(path(home, OLD), exist_ok=True)
-        swap(home, NEW, OLD)
-        if ran:
+        # Before it is stopped: `rollback` starts it even if nothing gets replaced.
+        if running_pid(home) is not None:
             open(path(path(home, OLD), ".ran"), "w").close()
+        stop(home)
+        swap(home, NEW, OLD)
+    else:
+        stop(home)
     failed = start(home)
+    os.close(lock)
     sys.stdout.flush()
     return failed or wait(home)
 
 
 def rollback(home: str) -> int:
     """Bring back what the last `launch` replaced, and start it if it ran then; prints its process id."""
+    lock = lock_change(home)
     shutil.rmtree(path(home, NEW), ignore_errors=True)
     old = path(home, OLD)
-    if not os.path.exists(path(old, "agent.json")):
-        return EXIT_NOT_RUNNING
-    stop(home)
     ran = os.path.exists(path(old, ".ran"))
-    if ran:
-        os.unlink(path(old, ".ran"))
-    swap(home, OLD, None)
-    settle(home)
-    return start(home) if ran else EXIT_NOT_RUNNING
+    if os.path.isdir(old):
+        stop(home)
+        if ran:
+            os.unlink(path(old, ".ran"))
+        swap(home, OLD, None)
+        forget_replaced(home)
+    status = start(home) if ran else EXIT_NOT_RUNNING
+    os.close(lock)
+    return status
 
 
 def settle(home: str) -> int:
     """The agent works: remove what it replaced."""
+    lock = lock_change(home)
+    forget_replaced(home)
+    os.close(lock)
+    return 0
+
+
+def forget_replaced(home: str) -> None:
+    """Remove `old`, and the sites that the agent does not use."""
     shutil.rmtree(path(home, OLD), ignore_errors=True)
     used = read_json(path(home, "agent.json")).get("site")
     for name in os.listdir(home):
         if name.startswith("site-") and name != used:
             shutil.rmtree(path(home, name))
-    return 0
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

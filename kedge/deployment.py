@@ -63,9 +63,10 @@ def deploy(
         UsageError: a name or label that no device can have.
         ConnectError: no login, or no tracker.
         DeployError: the board cannot run the agent, or the tracker did not see it in time; with the agent's log.
+        DeploymentInterrupted: Ctrl-C, and what the board is like after it.
     """
     from kedge.compiler.toolchain import cache_dir
-    from kedge.deploy.board import deploy_board
+    from kedge.deploy.board import Standing, deploy_board
 
     if name is not None:
         names.check_name(name)
@@ -82,7 +83,8 @@ def deploy(
             timeout_s=timeout_s,
             progress=progress,
         )
-        return fleet.wait_for_device(f"name={deployed.name}", timeout=timeout_s)
+        with Standing(Standing.running(deployed.name)).told():
+            return fleet.wait_for_device(f"name={deployed.name}", timeout=timeout_s)
 
 
 def labels_of(fleet: Any, name: str, seconds: float) -> Mapping[str, str] | None:

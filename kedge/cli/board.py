@@ -41,6 +41,7 @@ def deploy_board(
 
       kedge deploy board pi@192.168.1.20 --uninstall
     """
+    from kedge.deploy.errors import DeploymentInterrupted
     from kedge.deployment import Login, deploy, parse_labels, remove
 
     login = Login(host, identity, known_hosts)
@@ -54,8 +55,8 @@ def deploy_board(
             address = require_tracker(tracker)
             try:
                 device = deploy(login, address, name=name, labels=labels, timeout_s=timeout, progress=report)
-            except KeyboardInterrupt:
-                output.stderr().print(f"{host}: broken off; the board is as it was before", soft_wrap=True)
+            except DeploymentInterrupted as interrupt:
+                output.stderr().print(f"{host}: broken off; {interrupt}", soft_wrap=True)
                 raise
             text = f"{host}: device {device.info.name!r} is connected ({device.info.arch}, target {device.info.target})"
     output.stdout().print(text, soft_wrap=True)

@@ -19,10 +19,11 @@ from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from kedge.demo import processes
 from kedge.deploy import ssh
-from kedge.deploy.board import DIRECTORY, Deployment, deploy_board, status, uninstall
+from kedge.deploy.board import DIRECTORY, Deployment, _Remote, deploy_board, status, uninstall
 from kedge.deploy.emulated import EmulatedBoard
-from kedge.deploy.errors import BoardUnsuitableError, DeployError, NameTakenError
+from kedge.deploy.errors import BoardUnsuitableError, DeployError, DeploymentInterrupted, NameTakenError
 from kedge.deploy.probe import BoardInfo
+from kedge.deploy.ssh import Completed
 from kedge.deployment import labels_of
 from kedge.rpc.client import Fleet
 from kedge.rpc.errors import UsageError
@@ -164,6 +165,43 @@ def test_a_failed_update_brings_the_agent_back(
     assert fleet.wait_for_device(f"name={deployed.name}", timeout=60).info.labels == labels
     assert status(destination(board)).name == deployed.name
     assert not [path for path in listing(board) if path.endswith(("/new", "/old"))]
+
+
+@pytest.mark.parametrize("board", ["arm64"], indirect=True)
+def test_an_interrupt_once_the_tracker_sees_it_tells_that_it_runs(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while what it replaced is removed: there is no way back then, and nothing claims one."""
+    command = _Remote.command
+
+    def interrupted(remote: _Remote, name: str, *arguments: str, **options: Any) -> Completed:
+        done = command(remote, name, *arguments, **options)
+        if name == "settle":
+            raise KeyboardInterrupt
+        return done
+
+    before = status(destination(board)).pid
+    monkeypatch.setattr(_Remote, "command", interrupted)
+    with pytest.raises(DeploymentInterrupted, match=f"the new agent {deployed.name} runs on the board"):
+        deploy(board, name=deployed.name)
+    told = status(destination(board))
+    assert told.pid not in (before, None)
+    assert not [path for path in listing(board) if path.endswith(("/new", "/old"))]
+    assert fleet.wait_for_device(f"name={deployed.name}", timeout=60)
+
+
+@pytest.mark.parametrize("board", ["arm64"], indirect=True)
+def test_an_interrupt_before_the_tracker_sees_it_brings_the_old_agent_back(
+    board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet
+) -> None:
+    def interrupted(_name: str, timeout_s: float) -> None:
+        if timeout_s:  # the agent was started
+            raise KeyboardInterrupt
+
+    labels = fleet.wait_for_device(deployed.name).info.labels
+    with pytest.raises(DeploymentInterrupted, match="the board is as it was before"):
+        deploy(board, name="other", connected=interrupted)
+    assert fleet.wait_for_device(f"name={deployed.name}", timeout=60).info.labels == labels
 
 
 @pytest.mark.parametrize("board", ["arm64"], indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -297,6 +298,41 @@ def test_what_a_launch_replaced_comes_back_and_runs_again(home: Path) -> None:
     assert state["name"] == "n" and state["pid"] == int(back.stdout)
     assert sorted(path.name for path in home.glob("site-*")) == ["site-0"]
     assert not (home / "old").exists() and not (home / "new").exists()
+
+
+def test_an_agent_that_was_stopped_runs_again_though_nothing_was_replaced(home: Path) -> None:
+    """The launch broke off between stopping the old agent and putting the new one in its place."""
+    install(home, OBEDIENT)
+    old = started(home)
+    stage(home, OBEDIENT)
+    script = Path(launch.__file__).read_text().replace("        swap(home, NEW, OLD)", "        sys.exit('broken off')")
+    done = subprocess.run([sys.executable, "-c", script, "launch", home], capture_output=True, text=True, check=False)
+    assert "broken off" in done.stderr and not alive(old)
+    back = call("rollback", str(home))
+    assert back.returncode == 0 and alive(int(back.stdout)), back.stdout + back.stderr
+
+
+@pytest.mark.parametrize("command", ["settle", "rollback", "launch", "remove"])
+def test_changes_wait_for_one_that_is_still_at_work(home: Path, command: str) -> None:
+    """Its host was interrupted and went on to the next."""
+    install(home, OBEDIENT)
+    stage(home, OBEDIENT)
+    (home / "old").mkdir()
+    before = sorted(home.rglob("*"))
+    script = Path(launch.__file__).read_text()
+    with (home / "change.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with subprocess.Popen(
+            [sys.executable, "-c", script, command, home], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        ) as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(0.5)
+            assert sorted(path for path in home.rglob("*") if path.name != "install.lock") == [
+                path for path in before if path.name != "install.lock"
+            ]
+            fcntl.flock(other, fcntl.LOCK_UN)
+            waiting.wait(20)
+    assert not (home / "old").exists() or command == "launch"
 
 
 def test_an_agent_that_did_not_run_is_restored_but_not_started(home: Path) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from kedge import cli
 from kedge.data import digits_model
 from kedge.demo import processes
+from kedge.deploy import board as remote
 from kedge.deploy.emulated import EmulatedBoard
+from kedge.rpc.client import Fleet
 from support.boards import require
 from support.commands import kedge_command
 
@@ -79,6 +82,34 @@ def test_a_deployment_that_is_broken_off_leaves_the_board_as_it_was(arm64: Emula
         status, said = broken_off("deploy ", "deploy", "board", *login, "--tracker", address, "--name", "arm-2")
     assert status == 130 and f"{board}: broken off; the board is as it was before" in said, said
     assert "no agent" in kedge("deploy", "board", *login, "--uninstall").stdout
+
+
+def test_an_interrupt_after_the_deployment_says_that_the_agent_runs(
+    arm64: EmulatedBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    board = f"{arm64.user}@{arm64.host}:{arm64.port}"
+    login = [board, "-i", str(arm64.key_path), "--known-hosts", str(arm64.known_hosts_path)]
+
+    def interrupted(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    def deployed(*arguments: Any, **options: Any) -> Any:
+        done = deploy_board(*arguments, **options)
+        monkeypatch.setattr(Fleet, "wait_for_device", interrupted)
+        return done
+
+    deploy_board = remote.deploy_board
+    monkeypatch.setattr(remote, "deploy_board", deployed)
+    with processes.tracker(tmp_path / "tracker") as address:
+        monkeypatch.setattr("sys.argv", ["kedge", "deploy", "board", *login, "--tracker", address, "--name", "arm-3"])
+        try:
+            assert cli.main() == 130
+            said = capfd.readouterr().err
+            assert "the new agent arm-3 runs on the board" in said and "--uninstall" in said, said
+            assert "as it was before" not in said
+        finally:
+            removed = kedge("deploy", "board", *login, "--uninstall")
+    assert "the agent is removed" in removed.stdout, removed.stderr
 
 
 def test_a_name_in_use_is_refused(arm64: EmulatedBoard, tmp_path: Path) -> None:
