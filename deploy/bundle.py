@@ -19,6 +19,7 @@ from pathlib import Path
 from kedge.deploy import agent_main
 from kedge.deploy.cachedir import Progress, build_once, silent
 from kedge.deploy.errors import FetchError
+from kedge.deploy.interpreter import module_command
 
 REQUIREMENTS = ("grpcio>=1.80", "protobuf>=6.33,<8", "typing_extensions>=4.12")
 """What the agent needs beside the standard library: the same bounds as this package's own (a test compares them)."""
@@ -113,7 +114,7 @@ def agent_site(
 
 
 def _download(folder: Path, platforms: tuple[str, ...], arch: str, python: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = module_command("pip", "download", "--quiet", "--disable-pip-version-check", "--no-input")
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     command += ["--implementation", "cp", "--python-version", python]
     for platform in platforms:

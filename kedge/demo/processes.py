@@ -6,12 +6,12 @@ import contextlib
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from kedge.deploy.interpreter import module_command
 from kedge.rpc.errors import KedgeError
 
 READY_TIMEOUT_S = 30.0
@@ -30,7 +30,7 @@ def service(what: str, *command: str, log: Path) -> Iterator[subprocess.Popen[st
     with log.open("w") as errors:
         # A session of its own: Ctrl-C on the terminal must let the demo stop it in order.
         process = subprocess.Popen(
-            [sys.executable, "-m", "kedge.demo.tied", *command],
+            module_command("kedge.demo.tied", *command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -147,7 +147,13 @@ def test_a_damaged_cache_is_noticed(tmp_path: Path) -> None:
 
 
 def test_no_wheel_for_a_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip against an index that exists and has nothing: what a user of an exotic board sees."""
+    """pip against an index that exists and has nothing: what a user of an exotic board sees.
+
+    The working directory holds modules of the user's own, which pip must not take for its own.
+    """
+    for name in ("queue", "pip"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user has one of his own')\n")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "index").mkdir()
     only_this_index(monkeypatch, (tmp_path / "index").as_uri())
     with pytest.raises(FetchError, match=r"no wheel of grpcio>=1\.80 for riscv64 and Python 3\.13") as refused:

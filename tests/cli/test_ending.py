@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,13 @@ def test_a_closed_terminal_stops_everything_that_the_demo_started(tmp_path: Path
     assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in started if runs(pid)]
+
+
+def test_the_demo_runs_beside_modules_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('the user has a queue of his own')\n")
+    command = [sys.executable, "-P", "-m", "kedge", "demo", "--no-arm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "this-machine" in done.stdout, done.stderr
 
 
 def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
