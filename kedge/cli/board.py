@@ -9,7 +9,7 @@ import typer
 
 from kedge.cli import output
 from kedge.cli.devices import require_tracker
-from kedge.cli.ending import end_in_order
+from kedge.cli.ending import ended_in_order
 
 
 def deploy_board(
@@ -45,8 +45,7 @@ def deploy_board(
     from kedge.deployment import Login, deploy, parse_labels, remove
 
     login = Login(host, identity, known_hosts)
-    end_in_order()
-    with output.progress(f"deploy {host}") as report:
+    with ended_in_order(), output.progress(f"deploy {host}") as report:
         if uninstall:
             report("removing the agent")
             text = f"{host}: the agent is removed" if remove(login) else f"{host}: there was no agent to remove"

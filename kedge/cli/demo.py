@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from kedge.cli import output
-from kedge.cli.ending import end_in_order
+from kedge.cli.ending import ended_in_order
 
 
 def demo(
@@ -36,8 +36,8 @@ def demo(
         sys.stderr.write(f"[{time.monotonic() - started:5.1f} s] {line}\n")
         sys.stderr.flush()
 
-    end_in_order()
-    rows = run_demo(say, arm=arm)
+    with ended_in_order():
+        rows = run_demo(say, arm=arm)
     if as_json:
         output.emit_json([row.to_json() for row in rows])
     else:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import typer
 
 import kedge
 from kedge.cli import output
+from kedge.cli.ending import ended_in_order
 from kedge.cli.waiting import watching
 from kedge.rpc.errors import ConnectError, UsageError
 from kedge.rpc.types import Deadlines
@@ -49,45 +48,24 @@ def open_device(
 ) -> Iterator[Any]:
     """A session on the device that `selector` chooses, or on this machine where there is no selector.
 
-    `timeout_s` is the deadline of each run on a device. SIGTERM cancels what runs there, as Ctrl-C does.
+    `timeout_s` is the deadline of each run on a device. SIGTERM cancels what runs, as Ctrl-C does.
     """
     if selector is None:
         build_runner(report)
-        with kedge.local(threads=threads) as device:
+        with ended_in_order(), kedge.local(threads=threads) as device:
             yield device
         return
     address = require_tracker(tracker)
     report(f"asking {address} for {selector}")
     deadlines = Deadlines(run_ms=max(1, round((timeout_s or 0) * 1000))) if timeout_s is not None else None
     with (
-        _terminated_like_ctrl_c(),
+        ended_in_order(),
         kedge.connect(address) as fleet,
         fleet.session(selector, threads=threads, deadlines=deadlines) as device,
     ):
         report(f"sending the job to {device.name}")
         with watching(fleet, device.name, report):
             yield device
-
-
-@contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM inside interrupts first, so that nothing is left to run, and then ends the process as it always does."""
-    came = False
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        if not callable(signal.getsignal(signal.SIGINT)):  # ignored, as in the background of a shell script
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
-
-    usual = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, usual)
-        if came:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def build_runner(report: output.Report) -> Path:

@@ -61,26 +61,33 @@ def test_an_unknown_host_key_is_refused(arm64: EmulatedBoard, tmp_path: Path) ->
     assert done.returncode != 0 and "ssh-keyscan" in done.stderr
 
 
-def broken_off(moment: str, *arguments: str | Path, **options: Any) -> tuple[int, str]:
-    """Start a command, press Ctrl-C once it has said `moment`; its status, and what it said afterwards."""
+def broken_off(
+    moment: str, *arguments: str | Path, number: signal.Signals = signal.SIGINT, **options: Any
+) -> tuple[int, str]:
+    """Start a command, send the signal once it has said `moment`; its status, and what it said afterwards."""
     command = kedge_command(*arguments)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if moment in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, rest = process.communicate(timeout=60)
     assert "Traceback" not in rest
     return process.returncode, rest
 
 
-def test_a_deployment_that_is_broken_off_leaves_the_board_as_it_was(arm64: EmulatedBoard, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_deployment_that_is_broken_off_leaves_the_board_as_it_was(
+    arm64: EmulatedBoard, tmp_path: Path, number: signal.Signals
+) -> None:
     board = f"{arm64.user}@{arm64.host}:{arm64.port}"
     login = [board, "-i", arm64.key_path, "--known-hosts", arm64.known_hosts_path]
     with processes.tracker(tmp_path / "tracker") as address:
-        status, said = broken_off("deploy ", "deploy", "board", *login, "--tracker", address, "--name", "arm-2")
-    assert status == 130 and f"{board}: broken off; the board is as it was before" in said, said
+        command = ("deploy", "board", *login, "--tracker", address, "--name", "arm-2")
+        status, said = broken_off("deploy ", *command, number=number)
+    assert status == (130 if number is signal.SIGINT else -number)
+    assert f"{board}: broken off; the board is as it was before" in said, said
     assert "no agent" in kedge("deploy", "board", *login, "--uninstall").stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,15 +38,43 @@ def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def test_a_closed_terminal_stops_everything_that_the_demo_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_whoever_ends_the_demo_ends_everything_that_it_started(tmp_path: Path, number: signal.Signals) -> None:
     with demo(tmp_path) as process:
         started = descendants(process.pid)
         assert len(started) >= 2
-        process.send_signal(signal.SIGHUP)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
+    assert process.returncode == -number and "Traceback" not in errors, errors
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in started if runs(pid)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_whoever_ends_a_run_on_this_machine_ends_its_runner(
+    digits: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = kedge_command("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        wait_for(lambda: "kedge-runner" in commands(descendants(process.pid)), "the runner to start")
+        started = descendants(process.pid)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == -number and "Traceback" not in errors, errors
+    assert list(tmp_path.iterdir()) == []
+    assert not [pid for pid in started if runs(pid)]
+
+
+def commands(pids: list[int]) -> str:
+    """The command lines of processes."""
+    text = ""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            text += Path(f"/proc/{pid}/cmdline").read_text()
+    return text
 
 
 def test_the_demo_runs_beside_modules_of_the_users_own(tmp_path: Path) -> None:
