@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, over
-from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Range, Stmt
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Stmt
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, map_children, stmt_children, stores, substitute_expr, walk_expr
 
@@ -51,6 +51,17 @@ def is_private(func: PrimFunc, loop: For, buffer: Buffer) -> bool:
     inside = {id(block) for block in blocks_in(loop)}
     users = [b for b in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(b))]
     return all(id(block) in inside for block in users)
+
+
+def _placed(pairs: Sequence[tuple[IterVar, Expr]]) -> set[Var]:
+    """The loops that the values of these iteration variables tell apart."""
+    found: set[Var] = set()
+    for var in dict.fromkeys(v for _, binding in pairs for v in free_vars(binding)):
+        own = [(it, binding) for it, binding in pairs if var in free_vars(binding)]
+        parts = any(isinstance(e, Binary) and e.op in ("floordiv", "floormod") for _, b in own for e in walk_expr(b))
+        if not parts or len(own) > 1:
+            found.add(var)
+    return found
 
 
 def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
@@ -94,7 +105,7 @@ def is_reused(func: PrimFunc, buffer: Buffer) -> bool:
                 continue
             used = {var for index in store.indices for var in free_vars(index)}
             pairs = list(zip(block.iters, block.bindings, strict=True))
-            placed = {var for it, binding in pairs if it.var in used for var in free_vars(binding)}
+            placed = _placed([(it, binding) for it, binding in pairs if it.var in used])
             if any(it.kind == "spatial" and not placed.issuperset(free_vars(binding)) for it, binding in pairs):
                 return True
     return False

@@ -13,6 +13,7 @@ from functools import cached_property
 from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Expr, Load, Select, Var
 from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
+from kedge.compiler.tir.structural import expr_equal
 
 #: Which access of a nest is which operand.
 Operands = Mapping[Buffer, Load]
@@ -69,7 +70,9 @@ def _binds(wanted: Expr, given: Expr, found: dict[Buffer, Load]) -> bool:
     if isinstance(wanted, Load):
         if not isinstance(given, Load) or given.dtype != wanted.dtype:
             return False
-        return found.setdefault(wanted.buffer, given).buffer is given.buffer
+        bound = found.setdefault(wanted.buffer, given)
+        same = all(map(expr_equal, bound.indices, given.indices))  # one operand is at one place
+        return bound.buffer is given.buffer and same
     match wanted, given:
         case (Binary(), Binary()) if wanted.op == given.op:
             return _binds(wanted.a, given.a, found) and _binds(wanted.b, given.b, found)

@@ -225,6 +225,8 @@ class Schedule:
         Rewrite:
             for i in range(n): …     ->   for i in range(n):  # key=value
         """
+        if not isinstance(key, str) or key == "intrin":
+            raise refuse(self._func, "annotate", ref.name, f"key {key!r}: it takes a text, and intrin is tensorize's")
         if not _is_json(value):
             raise refuse(self._func, "annotate", ref.name, f"value {value!r} is not JSON-able")
         loop_or_block = self._loop("annotate", ref) if isinstance(ref, LoopRef) else self._block("annotate", ref)
@@ -465,7 +467,7 @@ class Schedule:
 
     def _commit(self, func: PrimFunc, primitive: str, args: Mapping[str, Any], refs: Sequence[Ref] = ()) -> None:
         """Take over the new function, retire the handles of what it no longer has, and record the step."""
-        check_tensorized(func)
+        check_tensorized(self._func, func, primitive)
         self._func = func
         existing: set[Var | str] = {loop.var for loop in loops_in(func.body)}
         existing |= {block.name for block in blocks_in(func.body)}
@@ -483,7 +485,7 @@ class Schedule:
 
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         return False
     return True
@@ -518,7 +520,7 @@ _REPLAY = {
     "rfactor": lambda s, a: s.rfactor(a["block"], a["loop"]),
     "set_scope": lambda s, a: s.set_scope(a["block"], a["scope"]),
     "storage_align": lambda s, a: s.storage_align(a["block"], a["axis"], a["factor"], a["offset"]),
-    "transform_layout": lambda s, a: s.transform_layout(a["block"], IndexMap.from_json(a["index_map"])),
+    "transform_layout": lambda s, a: s.transform_layout(a["block"], IndexMap.from_json(a["index_map"], s.func.symbols)),
     "pad_einsum": lambda s, a: s.pad_einsum(a["block"], a["padding"]),
     "cache_write": lambda s, a: s.cache_write(a["block"], a["loop"], a["scope"]),
 }

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.pipeline import compile_prim_func
+from kedge.compiler.schedule.dependence import crossing
 from kedge.compiler.schedule.schedule import BlockRef, Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on
 from kedge.compiler.tir import interp
@@ -23,6 +25,15 @@ from support.compiled import opened
 from support.functions import assert_same, bias_sigmoid, chain, conv, dense, evaluate, inputs, pool
 
 N = Var("n", lower=1)
+
+
+def odd(name: str) -> PrimFunc:
+    """A sum that one buffer enters twice, over a part of it, and what uses it."""
+    x, k = te.placeholder((4, 4), "float32", "x"), te.reduce_axis(3, "k")
+    y = te.compute((4, 4), lambda i, j: te.sum(x[i, k] * x[k, j], k), name="y")
+    return te.create_prim_func([x, te.compute((4, 4), lambda i, j: y[i, j] + x[j, i], name="z")], name)
+
+
 #: Functions whose results are exact: whole numbers, no transcendental value is summed.
 FUNCTIONS = {
     "dense": (dense(N, 5, 6), {"n": 3}),
@@ -31,6 +42,7 @@ FUNCTIONS = {
     "pool": (pool(N, 2, 4), {"n": 2}),
     "chain": (chain(N), {"n": 7}),
     "bias": (bias_sigmoid(N, 2, 2, 3), {"n": 2}),
+    "odd": (odd("odd"), {}),
 }
 
 #: What a step may be; the more fruitful ones stand there twice.
@@ -126,6 +138,7 @@ def check(name: str, sch: Schedule) -> None:
     """It is valid, computes the same in the interpreter, replays, and reads back."""
     func, symbols = FUNCTIONS[name]
     assert_same(func, sch.func, symbols)
+    assert all(crossing(sch.func, buffer) is None for buffer in sch.func.allocs if buffer.scope != "global")
     assert equal(Schedule.replay(func, sch.trace).func, sch.func)
     assert equal(parse_func(sch.show()), sch.func)
 

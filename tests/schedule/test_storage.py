@@ -69,7 +69,10 @@ def test_cache_read_for_parallel_loops():
     sch.parallel(i0)
     sch.cache_read(sch.get_block("y"), "w", k0, "local")
     before = sch.func
-    refused(lambda: sch.cache_read(sch.get_block("y"), "x", j0, "global"), "parallel loop 'i_0' would share a copy")
+    refused(
+        lambda: sch.cache_read(sch.get_block("y"), "x", j0, "global"),
+        "in global scope does not fit parallel loop 'i_0'",
+    )
     assert sch.func is before
     assert_same(func, sch.func)
 
@@ -114,7 +117,7 @@ def test_set_scope_refusals():
     sch = Schedule(chain(8))
     sch.parallel(loops_of(sch, "a")[0])
     before = sch.func
-    refused(lambda: sch.set_scope(sch.get_block("a"), "local"), "parallel loop 'i' would not share 'a'")
+    refused(lambda: sch.set_scope(sch.get_block("a"), "local"), "'a' in local scope does not fit parallel loop 'i'")
     assert sch.func is before
     sch = Schedule(chain(8))
     (i,) = loops_of(sch, "c")

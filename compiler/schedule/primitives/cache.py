@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from kedge.compiler.schedule.nest import fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.tree import (
     block_name,
     block_path,
@@ -53,7 +54,9 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     statements = node.body.stmts if isinstance(node.body, Seq) else (node.body,)
     new_body = seq(*(part for s in statements for part in ((new, copy) if s is filled else (s,))))
     new_loop = simplify_bindings(replace(node, body=new_body), loop_ranges(loops[:position]))
-    return swap(func, node, new_loop), blocks_in(copy)[0].name
+    new_func = swap(func, node, new_loop)
+    check_allocation(func, new_func, primitive, block, cache)
+    return new_func, blocks_in(copy)[0].name
 
 
 def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buffer, tuple[int | None, ...]]:

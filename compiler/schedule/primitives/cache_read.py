@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args
 
-from kedge.compiler.schedule.dependence import crossing
 from kedge.compiler.schedule.nest import index_ends, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.tree import (
     accesses,
     block_name,
@@ -38,8 +37,6 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    if scope not in get_args(Scope):
-        raise refuse(func, primitive, block, f"{scope!r} is no scope", hint=f"known: {', '.join(get_args(Scope))}")
     position = next((i for i, each in enumerate(loops) if each.var is loop), None)
     if position is None:
         raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
@@ -54,10 +51,7 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     below = map_stmt(node.body, lambda s: redirected if s is block else s)
     new_loop = simplify_bindings(replace(node, body=seq(nest, below)), loop_ranges(outer[:-1]))
     new = swap(replace(func, allocs=(*func.allocs, copy)), node, new_loop)
-    shared = crossing(new, copy)
-    if shared is not None:
-        reason = f"iterations of {shared.kind} loop {shared.var.name!r} would share a copy in {scope} scope"
-        raise refuse(func, primitive, block, reason, hint="give each its own with scope 'local'")
+    check_allocation(func, new, primitive, block, copy)
     return new, blocks_in(nest)[0].name
 
 
@@ -142,6 +136,7 @@ def _reading(
 ) -> Block:
     """`block` reading the copy, at positions given by iteration variables of their own."""
     bindings = dict(zip((it.var for it in block.iters), block.bindings, strict=True))
+    mixed_loops = loop_vars(block, "reduce") & loop_vars(block, "spatial")
     reducing = loop_vars(block, "reduce")
     simplifier = Simplifier(loop_ranges((*outer, *inner)))
     added: dict[Key, tuple[IterVar, Expr]] = {}
@@ -157,6 +152,10 @@ def _reading(
     def position(dim: int, index: Expr) -> Expr:
         """What the index is within the copy: a part that reductions have no influence on, and the rest."""
         offset = simplifier.simplify(substitute_expr(index, bindings) - starts[dim])
+        both = next((var.name for var in free_vars(offset) if var in mixed_loops), None)
+        if both is not None:
+            reason = f"it takes both its output and its reduction from loop {both!r}"
+            raise refuse(func, "cache_read", block, reason, hint="cache before fusing the two")
         spatial = simplifier.simplify(substitute_expr(offset, {var: const(0) for var in reducing}))
         rest = simplifier.simplify(offset - spatial)
         mixed = next((var.name for var in free_vars(rest) if var not in reducing), None)

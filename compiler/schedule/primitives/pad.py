@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kedge.compiler.schedule.nest import combiner_of
 from kedge.compiler.schedule.tree import block_name, block_path, buffer_name, loops_on, refuse, swap
-from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, as_expr, const, logical_and, select
+from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, const, logical_and, select
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import prove, prove_equal, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
@@ -36,11 +36,13 @@ def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
     _check_zeros(func, block, operands, grown)
     if not grown:
         return func
-    made: dict[Buffer, Buffer] = {}
+    sizes = {it.var: it.extent for it in block.iters}
+    made: dict[tuple[Buffer, tuple[Expr, ...]], Buffer] = {}
     before: list[Stmt] = []
     for load in operands:
-        if load.buffer not in made and any(index in grown for index in load.indices):
-            func, made[load.buffer], fill = _padded_copy(func, load, extents)
+        operand = (load.buffer, load.indices)  # one buffer may be two operands
+        if operand not in made and any(index in grown for index in load.indices):
+            func, made[operand], fill = _padded_copy(func, load, extents, sizes)
             before.append(fill)
     func, nest, after = _grown_nest(func, block, loops, extents, grown, made)
     return swap(func, loops[0], seq(*before, nest, *after))
@@ -93,15 +95,17 @@ def _check_zeros(func: PrimFunc, block: Block, operands: Sequence[Load], grown: 
                 raise refuse(func, "pad_einsum", block, reason)
 
 
-def _padded_copy(func: PrimFunc, load: Load, extents: Mapping[Var, Expr]) -> tuple[PrimFunc, Buffer, Stmt]:
-    """An allocation as large as the padded loops need, and the loops that fill it."""
+def _padded_copy(
+    func: PrimFunc, load: Load, extents: Mapping[Var, Expr], sizes: Mapping[Var, Expr]
+) -> tuple[PrimFunc, Buffer, Stmt]:
+    """An allocation as large as the padded loops need, and the loops that fill it: with zeros beyond `sizes`."""
     source = load.buffer
     axes = [index for index in load.indices if isinstance(index, Var)]
     shape = tuple(simplify_dim(extents[axis]) for axis in axes)
     copy = Buffer(buffer_name(func, f"{source.name}_pad"), shape, source.dtype)
     iters = tuple(IterVar(Var(axis.name), extents[axis], "spatial") for axis in axes)
     at = tuple(it.var for it in iters)
-    limits = [c for it, dim in zip(iters, source.shape, strict=True) for c in _limits(it, as_expr(dim))]
+    limits = [c for it, axis in zip(iters, axes, strict=True) for c in _limits(it, sizes[axis])]
     value: Expr = Load(source, at)
     if limits:
         value = select(logical_and(*limits), value, const(0, source.dtype))
@@ -119,7 +123,7 @@ def _grown_nest(
     loops: Sequence[For],
     extents: Mapping[Var, Expr],
     grown: set[Var],
-    made: Mapping[Buffer, Buffer],
+    made: Mapping[tuple[Buffer, tuple[Expr, ...]], Buffer],
 ) -> tuple[PrimFunc, Stmt, list[Stmt]]:
     """The block over the padded operands, and what cuts its output where that has grown."""
     body, init = block.body, block.init
@@ -136,7 +140,7 @@ def _grown_nest(
             return expr
         if expr.buffer is body.buffer:
             return Load(target, expr.indices)
-        return Load(made.get(expr.buffer, expr.buffer), expr.indices)
+        return Load(made.get((expr.buffer, expr.indices), expr.buffer), expr.indices)
 
     new: Stmt = with_regions(
         replace(
@@ -153,10 +157,8 @@ def _grown_nest(
 
 def _cut(func: PrimFunc, block: Block, body: Store, padded: Buffer) -> Stmt:
     """The loops that copy what is wanted of the padded output."""
-    names = [index.name for index in body.indices if isinstance(index, Var)]
-    iters = tuple(
-        IterVar(Var(name), as_expr(dim), "spatial") for name, dim in zip(names, body.buffer.shape, strict=True)
-    )
+    extents = {it.var: it.extent for it in block.iters}
+    iters = tuple(IterVar(Var(i.name), extents[i], "spatial") for i in body.indices if isinstance(i, Var))
     at = tuple(it.var for it in iters)
     return _nest(block_name(func, f"{block.name}_cut"), iters, Store(body.buffer, at, Load(padded, at)))
 

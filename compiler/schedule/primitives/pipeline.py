@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from kedge.compiler.schedule.nest import index_ends, loop_vars
+from kedge.compiler.schedule.nest import conjuncts, index_ends, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.tree import (
     accesses,
@@ -28,9 +28,11 @@ from kedge.compiler.schedule.tree import (
 )
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import prove_equal
+from kedge.compiler.tir.simplify import prove, prove_equal, simplify
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import (
+    free_vars,
     map_expr,
     map_stmt,
     map_stmt_children,
@@ -97,6 +99,10 @@ def _between(
     Refuses where stages share anything else that one of them writes: its order would change.
     """
     primitive = "software_pipeline"
+    mixed = next((b for b in blocks_in(node) if node.var in loop_vars(b, "reduce") & loop_vars(b, "spatial")), None)
+    if mixed is not None:
+        reason = f"block {mixed.name!r} takes both its output and its reduction from it"
+        raise refuse(func, primitive, node.var, reason, at=node)
     touched = [accesses(stmt) for stmt in body]
     found: dict[Buffer, int] = {}
     for buffer in dict.fromkeys(a.buffer for part in touched for a in part if a.is_write):
@@ -116,28 +122,47 @@ def _between(
         if elsewhere or not intermediate(func, buffer):
             user = f"block {elsewhere[0]!r}" if elsewhere else "the caller"
             raise refuse(func, primitive, node.var, f"{user} uses {buffer.name!r}, too, outside of the loop", at=node)
-        if not _fills(body[writers[0]], buffer, outer):
+        if not _fills(body[writers[0]], buffer, node.var, outer):
             reason = f"block {blocks_in(body[writers[0]])[-1].name!r} does not fill all of {buffer.name!r} each time"
-            raise refuse(func, primitive, node.var, reason, at=node)
+            hint = "what stands between stages is filled anew in every iteration, as cache_read does"
+            raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
         found[buffer] = stages[users[-1]] - stages[users[0]]
     return found
 
 
-def _fills(stmt: Stmt, buffer: Buffer, outer: Sequence[For]) -> bool:
-    """Whether one store under `stmt` goes through every element of the buffer."""
+def _fills(stmt: Stmt, buffer: Buffer, loop: Var, outer: Sequence[For]) -> bool:
+    """Whether one block under `stmt` stores every element of the buffer, whatever was there before."""
+    return any(_fills_alone(block, stmt, buffer, loop, outer) for block in blocks_in(stmt))
+
+
+def _fills_alone(block: Block, stmt: Stmt, buffer: Buffer, loop: Var, outer: Sequence[For]) -> bool:
+    written = [access for access in accesses(stmt) if access.block is block and access.buffer is buffer]
+    stored = next((access for access in written if access.is_write), None)
+    if stored is None or loop in loop_vars(block, "reduce") or not _only_bounded(block):
+        return False
+    if block.init is None and any(not access.is_write for access in written):
+        return False
     inner = loops_in(stmt)
     ranges = loop_ranges((*outer, *inner))
-    for access in accesses(stmt):
-        if access.buffer is not buffer or not access.is_write:
-            continue
-        ends = [index_ends(index, inner, ranges) for index in access.indices]
-        whole = [
-            end is not None and prove_equal(end[0], 0, ranges) and prove_equal(end[1] + 1, as_expr(dim), ranges)
-            for end, dim in zip(ends, buffer.shape, strict=True)
-        ]
-        if all(whole):
-            return True
-    return False
+    for index, dim in zip(stored.indices, buffer.shape, strict=True):
+        ends = index_ends(index, inner, ranges)
+        steps: Expr = const(1)
+        for each in inner:
+            steps = steps * each.extent if each.var in free_vars(index) else steps
+        # From the first to the last, in enough steps to meet each.
+        if ends is None or not prove_equal(ends[0], 0, ranges) or not prove_equal(ends[1] + 1, as_expr(dim), ranges):
+            return False
+        if not prove(steps >= as_expr(dim), ranges):
+            return False
+    return True
+
+
+def _only_bounded(block: Block) -> bool:
+    """Whether the block's predicate just keeps its iteration variables within their extents."""
+    pairs = list(zip(block.iters, block.bindings, strict=True))
+    kept = [bound for it, binding in pairs for bound in (binding < it.extent, binding >= 0)]
+    known = {expr_key(simplify(bound)) for bound in kept}
+    return all(expr_key(simplify(conjunct)) in known for conjunct in conjuncts(block.predicate))
 
 
 def _versioned(stmt: Stmt, loop: Var, versions: Mapping[Buffer, Buffer]) -> Stmt:
@@ -149,7 +174,7 @@ def _versioned(stmt: Stmt, loop: Var, versions: Mapping[Buffer, Buffer]) -> Stmt
         used = dict.fromkeys(a.buffer for a in accesses(node) if a.buffer in versions)
         if not used:
             return node
-        kind: IterKind = "reduce" if loop in loop_vars(node, "reduce") else "spatial"
+        kind: IterKind = "reduce" if loop in loop_vars(node, "reduce") else "spatial"  # never both: see _between
         numbers: dict[Buffer, IterVar] = {}
         for buffer in used:
             count = versions[buffer].shape[0]

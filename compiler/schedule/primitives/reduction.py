@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kedge.compiler.schedule.dependence import PRIVATE_SCOPES
+from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict
 from kedge.compiler.schedule.nest import combiner_of, conjuncts, fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.tree import (
     block_name,
     block_path,
@@ -45,7 +46,14 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
         if outer.var in reducing:
             reason = f"loop {outer.var.name!r}, around {loop.name!r}, takes part in the reduction"
             raise refuse(func, primitive, block, reason)
-    init = _init_nest(func, block, loops[position:])
+    for number, each in enumerate(loops[position:], position):
+        if each.var in reducing:
+            continue
+        buffer = next(store.buffer for store in stores(block.init))
+        if conflict(func, each, loops[:number], [buffer]) is not None:
+            reason = f"iterations of loop {each.var.name!r} use elements of {buffer.name!r} one after the other"
+            raise refuse(func, primitive, block, reason, hint="take a loop further in")
+    init = _init_nest(func, primitive, block, loops[position:])
     update = with_regions(replace(block, init=None))
     func = swap(func, block, update)
     node = find_loop(func, loop)
@@ -86,7 +94,7 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
         raise refuse(func, primitive, block, "its predicate mixes spatial and reduction loops")
     if any(var not in func.symbols for var in free_vars(node.extent)):
         raise refuse(func, primitive, loop, "its extent depends on other loops")
-    scope = store.buffer.scope if store.buffer.scope in PRIVATE_SCOPES else "global"
+    scope = store.buffer.scope
     shape = (*store.buffer.shape, simplify_dim(node.extent))
     partial = Buffer(buffer_name(func, f"{store.buffer.name}_rf"), shape, store.buffer.dtype, scope)
     first = _partial_block(func, block, partial, loops, loop)
@@ -95,12 +103,13 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
         nest = replace(each, body=nest)
     if len(limits) < len(conjuncts(block.predicate)):
         # A partial result may have no valid instance at all, and must be there nevertheless.
-        init = _init_nest(func, replace(first, predicate=logical_and(*limits)), loops[top:])
+        init = _init_nest(func, primitive, replace(first, predicate=logical_and(*limits)), loops[top:])
         nest = seq(init, map_stmt(nest, lambda s: with_regions(replace(first, init=None)) if s is first else s))
     second = _combining_nest(block, partial, op, node, [each for each in loops[top:] if each.var not in reducing])
     both = simplify_bindings(seq(nest, second), loop_ranges(loops[:top]))
-    func = replace(func, allocs=(*func.allocs, partial))
-    return swap(func, loops[top], both), first.name
+    new = swap(replace(func, allocs=(*func.allocs, partial)), loops[top], both)
+    check_allocation(func, new, primitive, block, partial)
+    return new, first.name
 
 
 def _partial_block(func: PrimFunc, block: Block, partial: Buffer, loops: Sequence[For], loop: Var) -> Block:
@@ -147,19 +156,14 @@ def _combining_nest(block: Block, partial: Buffer, op: Combiner, node: For, spat
     return fresh_nest(combining, [replace(loop, kind="serial", thread=None) for loop in (*spatial, node)])
 
 
-def _init_nest(func: PrimFunc, block: Block, loops: tuple[For, ...]) -> Stmt:
+def _init_nest(func: PrimFunc, primitive: str, block: Block, loops: tuple[For, ...]) -> Stmt:
     """The loops that the output depends on, with fresh variables, around a block that only initialises."""
-    spatial, limits = loop_vars(block, "spatial"), spatial_conjuncts(block)
+    limits = spatial_conjuncts(block)
     if limits is None:
-        raise refuse(func, "decompose_reduction", block, "its predicate mixes spatial and reduction loops")
+        raise refuse(func, primitive, block, "its predicate mixes spatial and reduction loops")
     assert block.init is not None
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     used = {v for store in stores(block.init) for index in store.indices for v in free_vars(index)}
-    reused = spatial - {v for it, b in pairs if it.var in used for v in free_vars(b)}
-    again = next((loop.var.name for loop in loops if loop.var in reused), None)
-    if again is not None:
-        reason = f"each iteration of loop {again!r} uses the accumulator afresh"
-        raise refuse(func, "decompose_reduction", block, reason, hint="take a loop further in")
     private = all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init))
     if private and next(loads(block.init), None) is None:
         # A private buffer's parts that no instance fills may be set as well, without a test, as far as they are there.

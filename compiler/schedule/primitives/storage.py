@@ -35,10 +35,11 @@ class IndexMap:
     indices: tuple[Expr, ...]
 
     @staticmethod
-    def from_json(form: Mapping[str, Any]) -> IndexMap:
-        """What `to_json` gave; raises ParseError."""
+    def from_json(form: Mapping[str, Any], symbols: Sequence[Var]) -> IndexMap:
+        """What `to_json` gave, in a function of these symbols; raises ParseError."""
         axes = {name: Var(name) for name in form["axes"]}
-        return IndexMap(tuple(axes.values()), tuple(parse_expr(text, axes) for text in form["indices"]))
+        known = {**{symbol.name: symbol for symbol in symbols}, **axes}
+        return IndexMap(tuple(axes.values()), tuple(parse_expr(text, known) for text in form["indices"]))
 
     def to_json(self) -> dict[str, Any]:
         """The map as names of indices and texts of expressions."""
@@ -53,28 +54,42 @@ class IndexMap:
 def index_map(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]]) -> IndexMap:
     """The map of a Python function on the indices of the buffer that block `name` writes."""
     block, buffer = _own_buffer(func, "transform_layout", name)
-    axes = tuple(Var(f"i{dim}") for dim in range(len(buffer.shape)))
+    taken = {symbol.name for symbol in func.symbols}
+    axes = tuple(Var(f"i{dim}" if f"i{dim}" not in taken else f"axis{dim}") for dim in range(len(buffer.shape)))
     try:
-        return IndexMap(axes, tuple(as_expr(index) for index in function(*axes)))
+        indices = function(*axes)
     except TypeError as error:
         raise refuse(func, "transform_layout", block, f"the map does not take {len(axes)} indices: {error}") from error
+    if not isinstance(indices, (tuple, list)) or not all(isinstance(index, (Expr, int)) for index in indices):
+        hint = "a map returns the new indices: lambda i, j: (j, i)"
+        raise refuse(func, "transform_layout", block, f"the map returns {indices!r}", hint=hint)
+    return IndexMap(axes, tuple(as_expr(index) for index in indices))
+
+
+def check_allocation(before: PrimFunc, func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
+    """Refuse unless `buffer`, an allocation of `func`, fits its scope and the loops that run at once around its users.
+
+    `before` is the function that the refusal shows, `block` the one that the primitive was about.
+    """
+    if buffer.scope not in get_args(Scope):
+        hint = f"known: {', '.join(get_args(Scope))}"
+        raise refuse(before, primitive, block, f"{buffer.scope!r} is no scope", hint=hint)
+    if buffer.scope == "register" and not all(isinstance(dim, int) for dim in buffer.shape):
+        raise refuse(before, primitive, block, f"{buffer.name!r} has a free dim: registers are counted", hint="local")
+    loop = crossing(func, buffer)
+    if loop is not None:
+        where = f"{loop.kind} loop {loop.var.name!r}"
+        reason = f"{buffer.name!r} in {buffer.scope} scope does not fit {where}: its iterations would share or miss it"
+        hint = "scope 'local' gives each one of its own, 'global' one to all"
+        raise refuse(before, primitive, block, reason, hint=hint)
 
 
 def set_scope(func: PrimFunc, name: str, scope: Scope) -> PrimFunc:
     """The buffer that block `name` writes in another scope."""
     block, buffer = _own_buffer(func, "set_scope", name)
-    if scope not in get_args(Scope):
-        raise refuse(func, "set_scope", block, f"{scope!r} is no scope", hint=f"known: {', '.join(get_args(Scope))}")
-    free = next((d for d in buffer.shape if not isinstance(d, int)), None)
-    if scope == "register" and free is not None:
-        raise refuse(
-            func, "set_scope", block, f"{buffer.name!r} has a free dim, and registers are counted", hint="local"
-        )
-    moved = with_buffer(func, buffer, replace(buffer, scope=scope))
-    loop = crossing(moved, next(new for new, old in zip(moved.allocs, func.allocs, strict=True) if old is buffer))
-    if loop is not None:
-        reason = f"iterations of {loop.kind} loop {loop.var.name!r} would not share {buffer.name!r} as they do now"
-        raise refuse(func, "set_scope", block, reason)
+    new = replace(buffer, scope=scope)
+    moved = with_buffer(func, buffer, new)
+    check_allocation(func, moved, "set_scope", block, new)
     return moved
 
 

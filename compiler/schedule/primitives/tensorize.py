@@ -7,6 +7,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
 
+from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.dependence import address
 from kedge.compiler.schedule.intrinsics import INTRINSICS, TensorIntrin, nest_of
 from kedge.compiler.schedule.tree import (
@@ -45,11 +46,20 @@ def tensorize(func: PrimFunc, loop: Var, name: str) -> PrimFunc:
     return swap(func, node, replace(new, annotations=MappingProxyType({**node.annotations, "intrin": name})))
 
 
-def check_tensorized(func: PrimFunc) -> None:
-    """Raise ScheduleError if a nest is no longer what its instruction computes."""
+def check_tensorized(before: PrimFunc, func: PrimFunc, primitive: str) -> None:
+    """Refuse what `primitive` made of `before` if a nest in it is no longer what its instruction computes."""
     for node in loops_in(func.body):
-        if node.kind == "tensorized" and "intrin" in node.annotations:
-            _fitting_nest(func, node, INTRINSICS[node.annotations["intrin"]], "tensorized")
+        name = node.annotations.get("intrin") if node.kind == "tensorized" else None
+        if name is None:
+            continue
+        try:
+            if name not in INTRINSICS:
+                raise refuse(func, primitive, node.var, f"there is no instruction {name!r}")
+            _fitting_nest(func, node, INTRINSICS[name], "tensorized")
+        except ScheduleError as error:
+            why = error.message.splitlines()[0].partition(": ")[2]
+            reason = f"{name} computes the nest of this loop, and would not fit any more: {why}"
+            raise refuse(before, primitive, node.var, reason, hint="do this before tensorize") from error
 
 
 def _fitting_nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tuple[tuple[For, ...], Block]:

@@ -1,0 +1,191 @@
+"""Combinations in which a primitive that looks only nearby would change the meaning: refused, or right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from schedule.test_blocks import loops_of, refused
+
+from kedge.compiler import te
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.tir import interp
+from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.parser import parse_func
+from kedge.compiler.tir.structural import equal
+from support.functions import assert_same, chain, dense
+
+N = Var("n", lower=1)
+
+
+def sums(extent: int = 3):
+    """`y` sums rows, and `z` uses each sum for all of a row."""
+    x, k = te.placeholder((4, extent), "float32", "x"), te.reduce_axis(extent, "k")
+    y = te.compute((4,), lambda i: te.sum(x[i, k], k), name="y")
+    return te.create_prim_func([x, te.compute((4, 5), lambda i, j: y[i] * 2.0, name="z")], "sums")
+
+
+def row_sums():
+    x, k = te.placeholder((4, 3), "float32", "x"), te.reduce_axis(3, "k")
+    return te.create_prim_func([x, te.compute((4,), lambda i: te.sum(x[i, k], k), name="y")], "row_sums")
+
+
+def test_a_sum_that_is_computed_again_starts_again():
+    for at in (0, 1):
+        sch = Schedule(sums())
+        y = sch.get_block("y")
+        loops = loops_of(sch, "z")
+        sch.compute_at(y, loops[1])
+        refused(lambda at=at, sch=sch, y=y, loops=loops: sch.decompose_reduction(y, loops[at]), "one after the other")
+        sch.decompose_reduction(y, sch.get_loops(y)[-1])
+        assert_same(sums(), sch.func)
+    sch = Schedule(sums())
+    y = sch.get_block("y")
+    i, j = loops_of(sch, "z")
+    sch.compute_at(y, j)
+    fused = sch.fuse(i, j)
+    refused(lambda: sch.decompose_reduction(y, fused), "one after the other")
+
+
+def test_an_accumulator_with_versions_starts_again():
+    func = dense(8, 5, 6, relu=False)
+    sch = Schedule(func)
+    y = sch.get_block("y")
+    i, *_ = sch.get_loops(y)
+    sch.cache_write(y, i, "local")
+    sch.software_pipeline(i, [0, 1])
+    assert_same(func, sch.func)
+    refused(lambda: sch.decompose_reduction(y, i), "one after the other")
+
+
+def test_padding_begins_where_the_loop_ends_not_the_buffer():
+    a, k = te.placeholder((9,), "float32", "a"), te.reduce_axis(5, "k")
+    func = te.create_prim_func([a, te.compute((3,), lambda i: te.sum(a[k], k), name="y")], "f")
+    sch = Schedule(func)
+    sch.pad_einsum(sch.get_block("y"), [1, 4])
+    assert_same(func, sch.func)
+
+
+@pytest.mark.parametrize("padding", [[3, 1, 4], [3, 4, 1], [4, 3, 2]])
+def test_one_buffer_may_be_two_operands(padding):
+    x, k = te.placeholder((5, 5), "float32", "x"), te.reduce_axis(5, "k")
+    for element in (lambda i, j: te.sum(x[i, k] * x[k, j], k), lambda i, j: te.sum(x[i, k] * x[j, k], k)):
+        func = te.create_prim_func([x, te.compute((5, 5), element, name="y")], "f")
+        sch = Schedule(func)
+        sch.pad_einsum(sch.get_block("y"), padding)
+        assert_same(func, sch.func)
+
+
+def test_loops_that_drive_output_and_reduction_are_refused():
+    sch = Schedule(row_sums())
+    fused = sch.fuse(*loops_of(sch, "y"))
+    sch.cache_read(sch.get_block("y"), "x", fused)
+    assert_same(row_sums(), sch.func)
+    refused(lambda: sch.software_pipeline(fused, [0, 1]), "takes both its output and its reduction from it")
+    x, b = te.placeholder((4, 3), "float32", "x"), te.placeholder((4,), "float32", "b")
+    k = te.reduce_axis(3, "k")
+    func = te.create_prim_func([x, b, te.compute((2, 4), lambda o, i: te.sum(x[i, k] * b[i], k), name="y")], "f")
+    sch = Schedule(func)
+    o, i, j = loops_of(sch, "y")
+    sch.fuse(i, j)
+    refused(lambda: sch.cache_read(sch.get_block("y"), "b", o), "from loop 'i_k'", "before fusing")
+
+
+def test_an_instruction_updates_where_it_reads():
+    text = """func f(a: uint8[4], b: int8[16, 4]) -> (c: int32[32]):
+  for i in range(16):
+    for k in range(4):
+      block c:
+        vi = spatial(16, i)
+        vk = reduce(4, k)
+        reads c[vi], a[vk], b[vi, vk]
+        writes c[vi + 16]
+        c[vi + 16] = c[vi] + int32(a[vk]) * int32(b[vi, vk])"""
+    sch = Schedule(parse_func(text))
+    refused(lambda: sch.tensorize(loops_of(sch, "c")[0], "x86.vnni.dot"), "does not compute what x86.vnni.dot does")
+
+
+CARRIED = """func f(x: float32[6]) -> (y: float32[6]):
+  alloc t: float32[1]
+  for i in range(6):
+    block a:
+      vi = reduce(6, i)
+      reads x[vi]
+      writes t[0]
+      init:
+        t[0] = 0.0
+      t[0] = t[0] + x[vi]
+    block b:
+      vi = spatial(6, i)
+      reads t[0]
+      writes y[vi]
+      y[vi] = t[0]"""
+SOMETIMES = CARRIED.replace("vi = reduce(6, i)", "vi = spatial(6, i)\n      where i % 2 == 0").replace(
+    "      init:\n        t[0] = 0.0\n      t[0] = t[0] + x[vi]", "      t[0] = x[vi]"
+)
+
+
+@pytest.mark.parametrize("text", [CARRIED, SOMETIMES], ids=["carried", "sometimes"])
+def test_what_iterations_hand_on_cannot_be_pipelined(text):
+    sch = Schedule(parse_func(text))
+    refused(
+        lambda: sch.software_pipeline(loops_of(sch, "a")[0], [0, 1]), "block 'a' does not fill all of 't' each time"
+    )
+
+
+def test_scopes_fit_loops_whatever_comes_first():
+    for scope in ("global", "shared"):
+        sch = Schedule(dense(N, 5, 6, relu=False))
+        i, *_ = loops_of(sch, "y")
+        sch.parallel(i)
+        what = f"'y_{scope}' in {scope} scope does not fit parallel loop 'i'"
+        refused(lambda sch=sch, i=i, scope=scope: sch.cache_write(sch.get_block("y"), i, scope), what, "local")
+    sch = Schedule(dense(N, 5, 6, relu=False))
+    y = sch.get_block("y")
+    i, j, k = sch.get_loops(y)
+    refused(lambda: sch.cache_write(y, i, "cache"), "'cache' is no scope", "known: global")
+    sch.reorder(j, i, k)
+    refused(lambda: sch.cache_read(y, "x", j, "register"), "has a free dim: registers are counted")
+    sch = Schedule(dense(8, 5, 6, relu=False))
+    y = sch.get_block("y")
+    i, _, k = sch.get_loops(y)
+    sch.bind(i, "blockIdx.x")
+    sch.cache_write(y, i, "shared")
+    sch.rfactor(y, k)
+    assert "y_shared_rf: float32[1, 6, 5] in shared" in sch.show()
+
+
+def test_maps_over_free_dims_replay():
+    func = dense(4, 5, N)
+    sch = Schedule(func)
+    sch.transform_layout(sch.get_block("y"), lambda i, j: (i * N + j,))
+    assert_same(func, sch.func, {"n": 3})
+    assert equal(Schedule.replay(func, sch.trace).func, sch.func)
+    y = sch.get_block("y")
+    for wrong in (lambda i: i, lambda i: ("a", i)):
+        refused(lambda wrong=wrong: sch.transform_layout(y, wrong), "the map returns", "lambda i, j: (j, i)")
+
+
+def test_annotations_that_no_text_can_hold():
+    sch = Schedule(chain(4))
+    (i,) = loops_of(sch, "a")
+    for key, value in [(3, 0), ("p", float("inf")), ("intrin", "x86.vnni.dot")]:
+        refused(lambda key=key, value=value: sch.annotate(i, key, value), "annotate(i)")
+    assert equal(parse_func(sch.show()), sch.func)
+
+
+def test_what_would_break_an_instruction_is_refused_under_its_own_name():
+    text = """func f(a: uint8[4], b: int8[16, 4]) -> (c: int32[16]):
+  for i in tensorized(16):  # intrin='nope'
+    for k in tensorized(4):
+      block c:
+        vi = spatial(16, i)
+        vk = reduce(4, k)
+        reads c[vi], a[vk], b[vi, vk]
+        writes c[vi]
+        c[vi] = c[vi] + int32(a[vk]) * int32(b[vi, vk])"""
+    sch = Schedule(parse_func(text))
+    with pytest.raises(ScheduleError, match=r"annotate\(loop 'i'\): nope computes .*there is no instruction 'nope'"):
+        sch.annotate(sch.get_block("c"), "note", 1)
+    values = [np.ones(p.shape, p.dtype) for p in sch.func.params[:2]]
+    assert interp.run(parse_func(text.replace("tensorized", "range")), values)[0].shape == (16,)
