@@ -39,7 +39,8 @@ _BOOT = 'import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv.pop(1))), "
 
 _SLICE_S = 1.0
 _PREPARE_S = 60.0
-_FINISH_S = 10.0
+# A board that is still trying the tracker gives up first.
+_FINISH_S = launch.CONNECT_S + 5.0
 _START_S = launch.STOP_GRACE_S + 30.0
 
 RunnerFor = Callable[[BoardInfo], Path]
@@ -75,6 +76,7 @@ class Standing:
     """What a deployment that is interrupted says of the board; whoever changes the board keeps it true."""
 
     UNTOUCHED = "the board is as it was before"
+    UNKNOWN = "the board does not say what is left there; --uninstall removes it"
 
     def __init__(self, says: str = UNTOUCHED) -> None:
         self.says = says
@@ -214,7 +216,14 @@ class _Remote:
         bare = host.removeprefix("[").removesuffix("]")
         holder = self._open("prepare", bare, port)
         try:
-            there = self._answer(holder, tracker, bare, port)
+            try:
+                there = self._answer(holder, tracker, bare, port)
+            except KeyboardInterrupt:
+                standing.says = standing.UNKNOWN
+                done = holder.finish(_FINISH_S)  # the board itself clears away what it made
+                if done is not None and done.status in (0, launch.EXIT_UNREACHABLE, launch.EXIT_BUSY):
+                    standing.says = standing.UNTOUCHED
+                raise
             try:
                 yield there
             except BaseException as error:

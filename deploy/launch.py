@@ -29,6 +29,7 @@ import time
 from typing import Any, Callable
 
 STOP_GRACE_S = 10
+CONNECT_S = 10
 TAIL_BYTES = 6000
 MARK = "KEDGE_AGENT_HOME"
 
@@ -102,22 +103,35 @@ def is_ours(home: str, pid: int) -> bool:
 def prepare(home: str, host: str, port: str) -> int:
     """Check that the tracker answers from here, then `setup`; nothing is made if it does not.
 
-    The installation is locked until standard input is closed.
+    The installation is locked until standard input is closed. If no agent is installed by then, all that was made goes.
     """
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except OSError as error:
         print(error)
         return EXIT_UNREACHABLE
     lock = make_home(home)
     if lock is None:
         return busy()
-    report(home)
-    sys.stdout.flush()
-    while os.read(0, 65536):
-        pass
-    os.close(lock)
+    try:
+        report(home)
+        sys.stdout.flush()
+        while os.read(0, 65536):
+            pass
+    finally:
+        clear_away(home)
+        os.close(lock)
     return 0
+
+
+def clear_away(home: str) -> None:
+    """Remove what a deployment that is over has sent and not launched; everything, if no agent is installed."""
+    if os.path.isdir(home):
+        change = lock_change(home)
+        shutil.rmtree(path(home, NEW), ignore_errors=True)
+        if not os.path.exists(path(home, "agent.json")):
+            remove_files(home)
+        os.close(change)
 
 
 def busy() -> int:
@@ -129,7 +143,11 @@ def busy() -> int:
 def lock_installation(home: str) -> int | None:
     """The descriptor of the locked `install.lock`; None where somebody else has it."""
     while True:
-        descriptor = os.open(path(home, "install.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(path(home, "install.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # as below
+            os.makedirs(home, mode=0o700, exist_ok=True)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(path(home, "install.lock"))):
@@ -352,18 +370,23 @@ def remove(home: str) -> int:
         if os.path.exists(path(home, "change.lock")):
             lock_change(home)
         stop(home)
-        created = read_json(path(home, "created.json")).get("directories", [])
-        shutil.rmtree(home)
+        remove_files(home)
     except OSError as error:
         print("%s cannot be removed: %s" % (home, error))
         return 1
+    return 0
+
+
+def remove_files(home: str) -> None:
+    """Remove the directory, and those above it that the installation made and that are empty."""
+    created = read_json(path(home, "created.json")).get("directories", [])
+    shutil.rmtree(home)
     for folder in created:
         if folder != home:
             try:
                 os.rmdir(folder)
             except OSError:  # somebody else uses it by now
                 break
-    return 0
 
 
 def state(home: str) -> dict[str, Any]:

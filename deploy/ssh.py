@@ -343,12 +343,16 @@ class RemoteProcess:
             return line.decode(errors="replace")
         return bytes(self._output + self._errors).decode(errors="replace").strip()
 
-    def finish(self, timeout_s: float) -> None:
-        """Close the program's standard input, which tells it to end, and wait until it has; then `close`."""
+    def finish(self, timeout_s: float) -> Completed | None:
+        """Close the program's standard input, which tells it to end, and wait until it has; then `close`.
+
+        None if it still ran after `timeout_s` seconds.
+        """
         with contextlib.suppress(OSError):
             self._channel.shutdown_write()
-        self.wait(timeout_s)
+        completed = self.wait(timeout_s)
         self.close()
+        return completed
 
     def close(self) -> None:
         """Stop listening to the program; sshd hangs it up."""

@@ -259,6 +259,19 @@ class TestRefusals:
         assert listing(fresh) == before
         assert not [line for line in fresh.processes() if "agent" in line or "launch.py" in line]
 
+    def test_one_broken_off_while_the_board_tries_the_tracker_leaves_nothing(
+        self, fresh: EmulatedBoard, deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        before = listing(fresh)
+        monkeypatch.setattr(_Remote, "_answer", interrupted)
+        with pytest.raises(DeploymentInterrupted, match="the board is as it was before"):
+            deploy(fresh)
+        assert listing(fresh) == before
+        assert not [line for line in fresh.processes() if "prepare" in line]
+
     def test_two_deployments_at_once(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
         def meanwhile(_info: BoardInfo) -> Path:
             with pytest.raises(DeployError, match="another deployment to this board is at work"):

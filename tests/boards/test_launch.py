@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from kedge.deploy import agent_main, launch
+from support.agents import wait_for
 
 OBEDIENT = """
     import signal, sys
@@ -290,7 +291,8 @@ def test_what_a_launch_replaced_comes_back_and_runs_again(home: Path) -> None:
     with launcher:
         assert launcher.stdout is not None
         assert "no tracker for me" in launcher.stdout.read()
-    assert not alive(pid) and not alive(old)
+    assert not alive(old)
+    wait_for(lambda: not alive(pid), "the end of the agent, whose lock goes first")
     back = call("rollback", str(home))
     assert back.returncode == 0, back.stdout + back.stderr
     assert "up" in wait_for_log(home, "up")
@@ -430,7 +432,19 @@ def test_the_tracker_is_tried_from_the_board_before_anything_is_made(tmp_path: P
     refused = call("prepare", str(tmp_path / "b"), "127.0.0.1", port)
     assert refused.returncode == launch.EXIT_UNREACHABLE
     assert "refused" in refused.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deployment_that_ends_before_its_launch_leaves_what_was_there(tmp_path: Path, home: Path) -> None:
+    """Its host went away while the tracker was tried, or while files were sent."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        tracker = ("127.0.0.1", str(server.getsockname()[1]))
+        assert call("prepare", str(tmp_path / "first" / "agent"), *tracker).returncode == 0
+        assert not (tmp_path / "first").exists()
+        install(home, OBEDIENT)
+        pid = started(home)
+        assert call("prepare", str(home), *tracker).returncode == 0
+        assert alive(pid) and not (home / "new").exists() and (home / "agent.pyz").exists()
 
 
 ROUNDS = """
