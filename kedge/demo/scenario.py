@@ -88,19 +88,28 @@ def run_demo(say: Say, *, arm: bool = True) -> list[Row]:
         say("starting a tracker")
         address = stack.enter_context(processes.tracker(folder / "tracker"))
         pool = stack.enter_context(ThreadPoolExecutor(3))
-        # Nobody waits for what is still joining when this is broken off.
-        stack.callback(stopped.set)
-        joining: dict[str, Future[Any]] = {"this-machine": pool.submit(_start_agent, stack, address, folder, say)}
-        if arm:
-            missing = processes.missing_for_board(ARM_ARCH)
-            if missing:
-                say(f"no ARM device: {missing}; going on with this machine only")
-            else:
-                joining[f"emulated-{ARM_ARCH}"] = pool.submit(_start_board, stack, address, say)
-        say("running the held-out images through the reference evaluator")
-        held_out = _held_out()
-        with kedge.connect(address) as fleet:
-            return [_row(fleet, name, joined, held_out, say) for name, joined in joining.items()]
+        try:
+            return _rows(stack, pool, address, folder, say, arm)
+        finally:
+            # What is still joining ends at its next report: told before anything that joined is taken down.
+            stopped.set()
+
+
+def _rows(
+    stack: contextlib.ExitStack, pool: ThreadPoolExecutor, address: str, folder: Path, say: Say, arm: bool
+) -> list[Row]:
+    """Let the devices join, and measure one after the other."""
+    joining: dict[str, Future[Any]] = {"this-machine": pool.submit(_start_agent, stack, address, folder, say)}
+    if arm:
+        missing = processes.missing_for_board(ARM_ARCH)
+        if missing:
+            say(f"no ARM device: {missing}; going on with this machine only")
+        else:
+            joining[f"emulated-{ARM_ARCH}"] = pool.submit(_start_board, stack, address, say)
+    say("running the held-out images through the reference evaluator")
+    held_out = _held_out()
+    with kedge.connect(address) as fleet:
+        return [_row(fleet, name, joined, held_out, say) for name, joined in joining.items()]
 
 
 def _stage_lines(say: Say, stopped: threading.Event) -> Say:
