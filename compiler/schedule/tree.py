@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kedge.compiler.errors import ScheduleError
@@ -77,6 +77,14 @@ def loops_in(stmt: Stmt) -> tuple[For, ...]:
 def loops_on(path: Iterable[Stmt]) -> tuple[For, ...]:
     """The loops among the statements of a path, outermost first."""
     return tuple(s for s in path if isinstance(s, For))
+
+
+def position_around(func: PrimFunc, primitive: str, block: Block, loops: Sequence[For], loop: Var) -> int:
+    """Which of the `loops` around `block` is the one over `loop`; refuses where none is."""
+    for position, each in enumerate(loops):
+        if each.var is loop:
+            return position
+    raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
 
 
 def loop_ranges(loops: Iterable[For]) -> dict[Var, Range]:

@@ -14,6 +14,7 @@ from kedge.compiler.schedule.tree import (
     buffer_name,
     loop_ranges,
     loops_on,
+    position_around,
     readers,
     refuse,
     swap,
@@ -35,9 +36,7 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    position = next((i for i, each in enumerate(loops) if each.var is loop), None)
-    if position is None:
-        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    position = position_around(func, primitive, block, loops, loop)
     outer, inner = loops[: position + 1], loops[position + 1 :]
     target, axes = _written(func, block, outer)
     offsets, extents = _tile(func, block, axes, inner)

@@ -16,6 +16,7 @@ from kedge.compiler.schedule.tree import (
     buffer_name,
     loop_ranges,
     loops_on,
+    position_around,
     refuse,
     swap,
     writers,
@@ -37,9 +38,7 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    position = next((i for i, each in enumerate(loops) if each.var is loop), None)
-    if position is None:
-        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    position = position_around(func, primitive, block, loops, loop)
     node, outer, inner = loops[position], loops[: position + 1], loops[position + 1 :]
     if node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="cache before setting the kinds of loops")

@@ -17,6 +17,7 @@ from kedge.compiler.schedule.tree import (
     find_loop,
     loop_ranges,
     loops_on,
+    position_around,
     refuse,
     swap,
 )
@@ -38,9 +39,7 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     assert isinstance(block, Block)
     if block.init is None:
         raise refuse(func, primitive, block, "it has no initialisation to take out")
-    position = next((i for i, each in enumerate(loops) if each.var is loop), None)
-    if position is None:
-        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    position = position_around(func, primitive, block, loops, loop)
     reducing = loop_vars(block, "reduce")
     for outer in loops[:position]:
         if outer.var in reducing:
@@ -76,9 +75,7 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     if op is None:
         raise refuse(func, primitive, block, "it is no sum, product, largest or smallest of values that start at none")
     reducing = loop_vars(block, "reduce")
-    node = next((each for each in loops if each.var is loop), None)
-    if node is None:
-        raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    node = loops[position_around(func, primitive, block, loops, loop)]
     if loop not in reducing:
         raise refuse(func, primitive, loop, f"block {name!r} does not reduce over it")
     mixed = next((each.var for each in loops if each.var in reducing & loop_vars(block, "spatial")), None)
