@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.compiler import te
@@ -171,8 +171,18 @@ def test_random_schedules_through_machine_code(name, tmp_path):
     assert applied > 50
 
 
+#: The great run: 20,000 schedules in parts of 500, so that several workers share it (`pytest -m slow -n 2`).
+PARTS, SEEDS_A_PART = 40, 500
+
+
 @pytest.mark.slow
-@given(name=st.sampled_from(sorted(FUNCTIONS)), rng=st.randoms(use_true_random=False))
-@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_very_many_long_random_schedules(name, rng):
-    check(name, scheduled(name, rng, 30))
+@pytest.mark.parametrize("part", range(PARTS))
+def test_very_many_long_random_schedules(part, tmp_path):
+    cache = KernelCache(tmp_path)
+    names = sorted(FUNCTIONS)
+    for seed in range(part * SEEDS_A_PART, (part + 1) * SEEDS_A_PART):
+        name = names[seed % len(names)]
+        sch = scheduled(name, random.Random(seed), 30)
+        check(name, sch)
+        if seed % 50 == 0:
+            check_compiled(name, sch, cache)
