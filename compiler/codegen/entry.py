@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kedge.compiler.codegen.affine import Linear
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.expr import ExprEmitter
-from kedge.compiler.codegen.kernel import FRAME, FRAME_FIELDS
+from kedge.compiler.codegen.parallel import FRAME, FRAME_FIELDS
 from kedge.compiler.codegen.shapes import Program as ShapeProgram
 from kedge.compiler.codegen.shapes import decode, encode
 from kedge.compiler.errors import CodegenError
