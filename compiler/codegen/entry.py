@@ -36,7 +36,6 @@ _WEIGHT = "{ ptr, i64, i64 }"
 _MODULE = "{ i32, i32, i64, ptr, ptr, ptr, ptr, i64, i32, i32 }"
 
 #: DLDataTypeCode of kinds of dtypes.
-_DLPACK_CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,14 +245,10 @@ def _describe_function(globals_: _Globals, entry: Entry, symbol: str, arena: Dim
 
 
 def _describe_port(globals_: _Globals, port: Port, symbols: Sequence[Var]) -> str:
-    dtype = port.type.dtype
-    kind = dtype.rstrip("0123456789")
-    if kind not in _DLPACK_CODES:
-        raise CodegenError(f"{port.name!r}: dtype {dtype!r} cannot cross the ABI")
-    bits = 8 if dtype == "bool" else int(dtype.removeprefix(kind))
+    code, bits = abi.dtype_code(port.type.dtype)
     shape = globals_.array(_EXPR, [globals_.expr(dim, symbols) for dim in port.type.shape])
     head = f"ptr {globals_.text(port.name)}, ptr {shape}, i32 {len(port.type.shape)}"
-    return f"{{ {head}, {{ i8, i8, i16 }} {{ i8 {_DLPACK_CODES[kind]}, i8 {bits}, i16 1 }} }}"
+    return f"{{ {head}, {{ i8, i8, i16 }} {{ i8 {code}, i8 {bits}, i16 1 }} }}"
 
 
 def _describe_symbol(globals_: _Globals, var: Var, entry: Entry) -> str:
