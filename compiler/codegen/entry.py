@@ -20,6 +20,7 @@ from kedge.compiler.lower.program import Entry, Port, Program, Slot, Step
 from kedge.compiler.target.model import Target
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const, maximum
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
+from kedge.rpc import abi
 
 ABI_VERSION = 1
 MAGIC = 0x4547444B
@@ -34,8 +35,6 @@ _SYMBOL = "{ ptr, i64, i64, i32, i32 }"
 _FUNCTION = f"{{ i64, ptr, ptr, ptr, ptr, ptr, {_EXPR}, i32, i32, i32, i32 }}"
 _WEIGHT = "{ ptr, i64, i64 }"
 _MODULE = "{ i32, i32, i64, ptr, ptr, ptr, ptr, i64, i32, i32 }"
-
-#: DLDataTypeCode of kinds of dtypes.
 
 
 @dataclass(frozen=True, slots=True)
