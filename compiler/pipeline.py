@@ -17,20 +17,20 @@ from kedge.compiler.codegen.entry import CompiledKernel, emit_module
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly, emit_object
 from kedge.compiler.codegen.shapes import encode
-from kedge.compiler.errors import CompileError
+from kedge.compiler.errors import CompileError, TargetError
 from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Pass, default_passes
 from kedge.compiler.lower.lower import lower, lower_prim_func
 from kedge.compiler.lower.program import Kernel, Program
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.target import Target, parse
+from kedge.compiler.target import AnyTarget, GpuTarget, Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
 from kedge.rpc.artifact import Artifact
 
 Progress: TypeAlias = Callable[[str], None]
-TargetLike: TypeAlias = str | Target
+TargetLike: TypeAlias = str | AnyTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,8 @@ def compile_programs(
     progress: Progress | None = None,
 ) -> Artifact:
     """The artifact of lowered programs: `make(target)` gives the one for each target."""
-    wanted = [target] if isinstance(target, (str, Target)) else list(target)
-    targets = list(dict.fromkeys(parse(one) for one in wanted))
+    wanted = [target] if isinstance(target, (str, Target, GpuTarget)) else list(target)
+    targets = list(dict.fromkeys(_cpu(parse(one)) for one in wanted))
     if not targets:
         raise CompileError("no target was given", hint="name one, for instance native")
     kernels = KernelCache() if cache is None else cache
@@ -145,6 +145,14 @@ def compile_programs(
         variants.append(CompiledVariant(one, lib, weights, program.entries))
         reports.append({"target": str(one), "kernels": [_report(kernel) for kernel in program.kernels.values()]})
     return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
+
+
+def _cpu(target: AnyTarget) -> Target:
+    if isinstance(target, GpuTarget):
+        raise TargetError(
+            f"no code is generated for {target.label} yet", hint="this version compiles for CPUs: llvm, native or a tag"
+        )
+    return target
 
 
 def _report(kernel: Kernel) -> dict[str, object]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from kedge.compiler.errors import ToolchainError
 from kedge.compiler.target.arch import Arch
 from kedge.compiler.target.model import Target
+from kedge.compiler.target.parse import AnyTarget
 
 Progress = Callable[[str], None]
 _COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-Wall", "-Werror")
@@ -105,8 +106,8 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kedge"
 
 
-def build_runtime(target: Target, *, progress: Progress | None = None) -> RuntimeFiles:
-    """The runtime for the architecture of `target`, built on first use (seconds) and cached by content.
+def build_runtime(target: AnyTarget, *, progress: Progress | None = None) -> RuntimeFiles:
+    """The runtime for the architecture of `target` or its host, built on first use (seconds) and cached by content.
 
     It is compiled for the baseline of the architecture, so one build serves every CPU of it. `progress` is called
     with a line before something takes long. Two processes may build at once; each file appears whole.
@@ -116,7 +117,7 @@ def build_runtime(target: Target, *, progress: Progress | None = None) -> Runtim
     """
     from kedge.device_agent import runtime
 
-    arch = target.arch
+    arch = target.host.arch
     folder = cache_dir() / "runtime" / f"{arch.name}-{_runtime_key(arch)}"
     files = RuntimeFiles(folder / "libkedge_rt.so", folder / "kedge-runner", folder / "libkedge_rt.a")
     if all(path.exists() for path in (files.lib, files.runner, files.static)):

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.pipeline import Pipeline
     from kedge.compiler.schedule.schedule import Schedule
-    from kedge.compiler.target import Target
+    from kedge.compiler.target import AnyTarget
     from kedge.compiler.tir.stmt import PrimFunc
     from kedge.isolated import LocalDevice
     from kedge.rpc.client import Fleet
 
 ModelPath: TypeAlias = "str | os.PathLike[str]"
-TargetLike: TypeAlias = "str | Target"
+TargetLike: TypeAlias = "str | AnyTarget"
 Progress: TypeAlias = Callable[[str], None]
 
 

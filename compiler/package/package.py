@@ -9,7 +9,7 @@ from typing import Any
 from kedge.compiler.codegen.entry import ABI_VERSION
 from kedge.compiler.lower.program import Entry, Port
 from kedge.compiler.package.weights import Weights
-from kedge.compiler.target.model import Target
+from kedge.compiler.target.parse import AnyTarget
 from kedge.compiler.tir.expr import Dim
 from kedge.compiler.tir.printer import print_expr
 from kedge.rpc.artifact import Artifact, Function, Manifest, Symbol, Variant, make_member
@@ -20,7 +20,7 @@ from kedge.rpc.artifact import Port as ManifestPort
 class CompiledVariant:
     """The code for one target: a shared object, its weights, and the entries it exports, in ABI order."""
 
-    target: Target
+    target: AnyTarget
     lib: bytes
     weights: Weights
     entries: tuple[Entry, ...]
@@ -36,9 +36,9 @@ def package(name: str, compiler: str, variants: Sequence[CompiledVariant], info:
         members[lib] = variant.lib
         weights = _weights_member(variant.weights, members, cuts)
         offset = variant.weights.data_offset if weights is not None else 0
-        target = variant.target
+        target, host = variant.target, variant.target.host
         described.append(
-            Variant(str(target), target.arch.name, target.triple, target.required_features, lib, weights, offset)
+            Variant(str(target), host.arch.name, host.triple, host.required_features, lib, weights, offset)
         )
     functions = tuple(_function(entry) for entry in variants[0].entries)
     listed = tuple(make_member(member, data, cuts.get(member, ())) for member, data in members.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kedge.compiler.target.arch import Arch
 
@@ -31,9 +32,19 @@ class Target:
         return " ".join(parts)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["llvm"]:
         """The back end: always "llvm" for a CPU."""
         return "llvm"
+
+    @property
+    def host(self) -> Target:
+        """The CPU that runs what is not a kernel of a GPU: this one."""
+        return self
+
+    @property
+    def label(self) -> str:
+        """A short name for messages and files: the architecture."""
+        return self.arch.name
 
     @property
     def triple(self) -> str:

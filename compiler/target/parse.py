@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from kedge.compiler.errors import TargetError
 from kedge.compiler.target.arch import ARCHS, X86_64, Arch, closure, dependents
 from kedge.compiler.target.cpus import BOARDS, CPUS, Cpu, find_cpu
+from kedge.compiler.target.gpu import GPU_BOARDS, GPU_KINDS, GpuTarget
 from kedge.compiler.target.model import Target
+from kedge.compiler.target.options import nearest, options, positive
+from kedge.compiler.target.parse_gpu import gpu_head, parse_gpu
 
-_PLANNED = ("opencl", "cuda", "rocm", "c")
+#: What `parse` gives: a CPU, or a GPU with its host.
+AnyTarget: TypeAlias = Target | GpuTarget
+
+_PLANNED = ("rocm", "c")
 _OPTIONS = ("-mtriple", "-mcpu", "-mattr", "-num-cores", "-l1", "-l2")
 #: Levels of x86-64 are targets by themselves; other CPUs are named with -mcpu.
 _LEVELS = tuple(cpu for cpu in CPUS if cpu.arch is X86_64 and cpu.name.startswith("x86-64"))
@@ -32,32 +37,63 @@ class _Draft:
     base: Target | None = None
 
 
-def parse(text: str | Target) -> Target:
-    """The target that `text` names; a `Target` is returned as it is.
+def parse(text: str | AnyTarget) -> AnyTarget:
+    """The target that `text` names; a target is returned as it is.
 
-    Accepts a tag ("raspberry-pi/4b"), a level ("x86-64-v3"), "native", or "llvm" with options, for instance
-    `llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72 -mattr=+dotprod -num-cores=4`. Options may follow a tag, too.
+    Accepts a tag ("raspberry-pi/4b", "nvidia/h200"), a level ("x86-64-v3"), "native", or a kind with options, for
+    instance `llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72 -mattr=+dotprod -num-cores=4`, `opencl` or
+    `cuda -arch=sm_87 -host="llvm -mtriple=aarch64-linux-gnu"`. Options may follow a tag, too. A GPU's host is this
+    machine unless its tag or `-host` says otherwise.
 
     Raises:
         TargetError: an unknown tag, CPU, feature or option; the hint names the nearest known ones.
     """
-    if isinstance(text, Target):
+    if not isinstance(text, str):
         return text
+    words = _words(text)
+    gpu = gpu_head(words[0])
+    if gpu is not None:
+        return parse_gpu(text, gpu, words[1:], _parse_host)
+    return _parse_cpu(text, words)
+
+
+def parse_cpu(text: str | AnyTarget) -> Target:
+    """The target that `text` names, which must be a CPU; raises TargetError, as `parse`."""
+    target = parse(text)
+    if not isinstance(target, Target):
+        raise TargetError(f"{str(text)!r} is a GPU; a CPU is needed here", hint="name a CPU, for instance native")
+    return target
+
+
+def known_tags() -> tuple[str, ...]:
+    """Every tag, level and kind that `parse` takes by itself, sorted."""
+    boards = [board.tag for board in BOARDS] + [board.tag for board in GPU_BOARDS]
+    return tuple(sorted([*boards, *(cpu.name for cpu in _LEVELS), *GPU_KINDS, "native"]))
+
+
+def _words(text: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise TargetError(f"target {text!r}: {error}", hint="check the quotes") from error
     if not words:
         raise TargetError("an empty target", hint="name one, for instance native or raspberry-pi/4b")
+    return words
+
+
+def _parse_cpu(text: str, words: list[str]) -> Target:
     draft = _head(words[0])
-    for name, value in _options(text, words[1:]):
+    for name, value in options(text, words[1:], _OPTIONS):
         _apply(draft, name, value)
     return _finish(draft, text)
 
 
-def known_tags() -> tuple[str, ...]:
-    """Every tag and level that `parse` takes by itself, sorted."""
-    return tuple(sorted([board.tag for board in BOARDS] + [cpu.name for cpu in _LEVELS] + ["native"]))
+def _parse_host(text: str) -> Target:
+    """The target of a GPU's host."""
+    words = _words(text)
+    if gpu_head(words[0]) is not None:
+        raise TargetError(f"-host={text!r}: the host of a GPU is a CPU", hint='for instance -host="native"')
+    return _parse_cpu(text, words)
 
 
 def _head(word: str) -> _Draft:
@@ -70,7 +106,8 @@ def _head(word: str) -> _Draft:
         return _Draft()
     if word in _PLANNED:
         raise TargetError(
-            f"target kind {word!r} is known but not built yet", hint="this version generates code for CPUs: llvm"
+            f"target kind {word!r} is known but not built yet",
+            hint="this version generates code for CPUs (llvm) and for GPUs (opencl, cuda)",
         )
     for board in BOARDS:
         if board.tag == word:
@@ -80,24 +117,7 @@ def _head(word: str) -> _Draft:
             return _Draft(level.arch, level, level.name)
     if any(cpu.name == word for cpu in CPUS):
         raise TargetError(f"{word!r} is a CPU, not a target by itself", hint=f'write "llvm -mcpu={word}"')
-    raise TargetError(f"unknown target {word!r}", hint=_nearest(word, [*known_tags(), "llvm"]))
-
-
-def _options(text: str, words: list[str]) -> Iterable[tuple[str, str]]:
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            raise TargetError(f"target {text!r}: unexpected {word!r}", hint="options look like -mcpu=cortex-a72")
-        name, equals, value = word.partition("=")
-        name = "-" + name.lstrip("-")
-        if name not in _OPTIONS:
-            raise TargetError(f"target {text!r}: unknown option {name}", hint=_nearest(name, _OPTIONS))
-        if not equals:
-            if not rest or rest[0].startswith("-"):
-                raise TargetError(f"target {text!r}: option {name} needs a value", hint=f"write {name}=VALUE")
-            value = rest.pop(0)
-        yield name, value
+    raise TargetError(f"unknown target {word!r}", hint=nearest(word, [*known_tags(), "llvm"]))
 
 
 def _apply(draft: _Draft, name: str, value: str) -> None:
@@ -112,12 +132,7 @@ def _apply(draft: _Draft, name: str, value: str) -> None:
     elif name == "-mattr":
         draft.attrs += [item for item in value.split(",") if item and item != "none"]
     else:
-        try:
-            number = int(value)
-        except ValueError:
-            raise TargetError(f"{name}={value}: not a number") from None
-        if number < 1:
-            raise TargetError(f"{name}={value}: must be at least 1")
+        number = positive(name, value)
         if name == "-num-cores":
             draft.num_cores = number
         else:
@@ -134,7 +149,7 @@ def _arch_of_triple(triple: str) -> Arch:
                 )
             return arch
     known = [f"{alias}-linux-gnu" for arch in ARCHS for alias in arch.aliases[:1]]
-    raise TargetError(f"triple {triple!r}: unknown architecture {machine!r}", hint=_nearest(triple, known))
+    raise TargetError(f"triple {triple!r}: unknown architecture {machine!r}", hint=nearest(triple, known))
 
 
 def _finish(draft: _Draft, text: str) -> Target:
@@ -171,7 +186,7 @@ def _find_cpu(draft: _Draft) -> Cpu:
     if not found:
         known = [cpu.name for cpu in CPUS if cpu.arch in archs]
         where = f" of {draft.arch.name}" if draft.arch is not None else ""
-        raise TargetError(f"unknown CPU {name!r}{where}", hint=_nearest(name, known))
+        raise TargetError(f"unknown CPU {name!r}{where}", hint=nearest(name, known))
     if len(found) > 1:
         # The 64-bit system is what such a board runs today; a triple says otherwise.
         found = [cpu for cpu in found if cpu.arch.pointer_bits == 64] or found
@@ -187,13 +202,7 @@ def _change(arch: Arch, features: frozenset[str], attr: str) -> frozenset[str]:
             raise TargetError(f"-mattr: {arch.name} always has {name!r}; it cannot be switched off")
         return features
     if name not in arch.known_features:
-        raise TargetError(f"-mattr: unknown feature {name!r} of {arch.name}", hint=_nearest(name, arch.known_features))
+        raise TargetError(f"-mattr: unknown feature {name!r} of {arch.name}", hint=nearest(name, arch.known_features))
     if sign == "+":
         return features | closure(arch, frozenset((name,)))
     return features - dependents(arch, name)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    names = sorted(set(known))
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
