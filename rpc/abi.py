@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Dict, Tuple
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MODULE_MAGIC = 0x4547444B
 MODULE_SYMBOL = "kedge_module"
 ALIGNMENT = 64
@@ -33,7 +33,7 @@ STATUS_NAMES: Dict[int, str] = {
     E_INPUT: "bad input",
     E_LOAD: "load error",
     E_ABI: "wrong ABI",
-    E_FEATURE: "missing CPU feature",
+    E_FEATURE: "missing feature",
     E_MEMORY: "out of memory",
     E_CANCELLED: "cancelled",
     E_KERNEL: "kernel failure",
@@ -52,6 +52,8 @@ EXPR_MAX = 8
 
 # DLDeviceType and DLDataTypeCode
 DEVICE_CPU = 1
+DEVICE_CUDA = 2
+DEVICE_OPENCL = 4
 CODE_INT = 0
 CODE_UINT = 1
 CODE_FLOAT = 2
@@ -159,10 +161,36 @@ class Symbol(ctypes.Structure):
     ]
 
 
+class DeviceKernel(ctypes.Structure):
+    """kedge_device_kernel: a kernel of a GPU with its code."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("code", ctypes.c_char_p),
+        ("code_size", ctypes.c_uint64),
+        ("features", ctypes.c_char_p),
+        ("n_buffers", ctypes.c_int32),
+        ("n_scalars", ctypes.c_int32),
+    ]
+
+
+class Launch(ctypes.Structure):
+    """kedge_launch: one launch of a kernel."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("kernel", ctypes.POINTER(DeviceKernel)),
+        ("grid", ctypes.c_int64 * 3),
+        ("block", ctypes.c_int64 * 3),
+        ("args", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
 class RuntimeApi(ctypes.Structure):
     """kedge_runtime_api: what compiled code may call."""
 
-    _fields_ = [("struct_size", ctypes.c_uint64), ("parallel_for", ctypes.c_void_p)]
+    _fields_ = [("struct_size", ctypes.c_uint64), ("parallel_for", ctypes.c_void_p), ("launch", ctypes.c_void_p)]
 
 
 class Frame(ctypes.Structure):
@@ -219,6 +247,9 @@ class ModuleDesc(ctypes.Structure):
         ("weights_size", ctypes.c_uint64),
         ("n_functions", ctypes.c_int32),
         ("n_weights", ctypes.c_int32),
+        ("device_type", ctypes.c_int32),
+        ("n_kernels", ctypes.c_int32),
+        ("kernels", ctypes.POINTER(ctypes.POINTER(DeviceKernel))),
     ]
 
 

@@ -22,7 +22,7 @@ from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const, maxi
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.rpc import abi
 
-ABI_VERSION = 1
+ABI_VERSION = abi.ABI_VERSION
 MAGIC = 0x4547444B
 MODULE_SYMBOL = "kedge_module"
 _CANCELLED = 7
@@ -34,7 +34,7 @@ _PORT = "{ ptr, ptr, i32, { i8, i8, i16 } }"
 _SYMBOL = "{ ptr, i64, i64, i32, i32 }"
 _FUNCTION = f"{{ i64, ptr, ptr, ptr, ptr, ptr, {_EXPR}, i32, i32, i32, i32 }}"
 _WEIGHT = "{ ptr, i64, i64 }"
-_MODULE = "{ i32, i32, i64, ptr, ptr, ptr, ptr, i64, i32, i32 }"
+_MODULE = "{ i32, i32, i64, ptr, ptr, ptr, ptr, i64, i32, i32, i32, i32, ptr }"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +272,7 @@ def _describe_module(
     text, features = globals_.text(str(target)), globals_.text(",".join(target.required_features))
     value = (
         f"{{ i32 {MAGIC}, i32 {ABI_VERSION}, i64 {_size_of(_MODULE)}, ptr {text}, ptr {features}, ptr {table}, "
-        f"ptr {places}, i64 {weights_size}, i32 {len(functions)}, i32 {len(weights)} }}"
+        f"ptr {places}, i64 {weights_size}, i32 {len(functions)}, i32 {len(weights)}, "
+        f"i32 {abi.DEVICE_CPU}, i32 0, ptr null }}"
     )
     globals_.module.add(f"@{MODULE_SYMBOL} = constant {_MODULE} {value}")

@@ -25,7 +25,7 @@ const char *kedge_last_error(void) { return last_error; }
 const char *kedge_status_name(int32_t status) {
   static const char *const names[] = {
       "ok",        "bad argument",        "bad input",     "load error", "wrong ABI",
-      "missing CPU feature", "out of memory", "cancelled", "kernel failure",
+      "missing feature", "out of memory", "cancelled", "kernel failure",
   };
   if (status < 0 || (size_t)status >= sizeof names / sizeof *names) return "unknown status";
   return names[status];

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define KEDGE_ABI_VERSION 1u
+#define KEDGE_ABI_VERSION 2u
 #define KEDGE_MODULE_MAGIC 0x4547444Bu /* "KDGE" */
 #define KEDGE_MODULE_SYMBOL "kedge_module"
 #define KEDGE_ALIGNMENT 64 /* of weights, arena and every planned buffer, in bytes */
@@ -60,7 +60,7 @@ typedef enum {
   KEDGE_E_INPUT = 2,     /* an input of the wrong dtype, rank, shape or layout */
   KEDGE_E_LOAD = 3,      /* a file that cannot be read, mapped or linked */
   KEDGE_E_ABI = 4,       /* a module of another ABI version */
-  KEDGE_E_FEATURE = 5,   /* the CPU lacks a feature that the module requires */
+  KEDGE_E_FEATURE = 5,   /* the CPU or the device lacks a feature that the module requires */
   KEDGE_E_MEMORY = 6,    /* an allocation failed, or a size overflows */
   KEDGE_E_CANCELLED = 7, /* kedge_cancel was called */
   KEDGE_E_KERNEL = 8     /* a kernel reported a failure */
@@ -113,13 +113,48 @@ typedef struct { /* a free dim, bound by dim `dim` of input `input`; others that
 
 struct kedge_frame;
 
-/* A piece of a parallel loop: iterations [begin, end). Non-zero stops the call with KEDGE_E_KERNEL. */
+/* A chunk of a parallel loop: iterations [begin, end). Non-zero stops the call with KEDGE_E_KERNEL. */
 typedef int32_t (*kedge_loop_body)(void *closure, int64_t begin, int64_t end);
+
+/* A module may run on a GPU (kedge_module_desc.device_type). Its entries are native code for the host all the same:
+ * they run over the frame, compute the sizes of grids and call `launch`, which takes kernels in OpenCL C or PTX. Every
+ * pointer of such a frame (inputs, outputs, arena, weights) is then a device address: entries compute with it, launches
+ * take it, and nobody on the host looks behind it.
+ *
+ * A kernel's parameters are its buffers and then its scalars.
+ *   CUDA:   each buffer is one 64-bit address, each scalar one 64-bit signed integer.
+ *   OpenCL: each buffer is two parameters, `__global uchar *base, ulong offset`, since there a buffer has no address of
+ *           its own; base is aligned to KEDGE_ALIGNMENT or better. Each scalar is a `long`.
+ */
+typedef struct { /* a constant of the module */
+  uint64_t struct_size;
+  const char *name;     /* the entry point in `code`; no other kernel of the module has it */
+  const char *code;     /* OpenCL C or PTX text, which ends in NUL; kernels may share one (the same pointer) */
+  uint64_t code_size;   /* bytes, without the NUL */
+  const char *features; /* what the device must have, comma-separated: fp64, fp16, an OpenCL extension, sm_90, sm_90a */
+  int32_t n_buffers;
+  int32_t n_scalars;
+} kedge_device_kernel;
+
+typedef struct {
+  uint64_t struct_size;
+  const kedge_device_kernel *kernel; /* one that the module lists */
+  int64_t grid[3];                   /* groups (blocks) along x, y and z; a zero anywhere: there is nothing to do */
+  int64_t block[3];                  /* items (threads) of a group */
+  const int64_t *args;               /* n_buffers device addresses, then n_scalars values; read before it returns */
+} kedge_launch;
 
 typedef struct { /* what compiled code may call; it imports nothing else */
   uint64_t struct_size;
-  /* Runs body over [0, extent) on the pool's threads and returns when all of it is done. */
+  /* Runs body over [0, extent) on the pool's threads, in one chunk for each, and returns when all of it is done. After
+   * a failure, or kedge_cancel, no further chunk begins. */
   int32_t (*parallel_for)(struct kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent);
+  /* The same in chunks of `chunk` >= 1 iterations, each handed to whoever is free. */
+  int32_t (*parallel_for_dynamic)(struct kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent,
+                                  int64_t chunk);
+  /* Enqueues a kernel behind those before it; called by the entry's own thread only. What the driver refuses at once
+   * is the result, what fails later ends the call: the entry just goes on. */
+  int32_t (*launch)(struct kedge_frame *frame, const kedge_launch *launch);
 } kedge_runtime_api;
 
 typedef struct kedge_frame { /* one call, as compiled code sees it; all fields are pointers or 64 bits wide */
@@ -167,6 +202,9 @@ typedef struct {
   uint64_t weights_size; /* bytes of weight data; 0 when there are none */
   int32_t n_functions;
   int32_t n_weights;
+  int32_t device_type; /* DLDeviceType that its functions run on: kDLCPU, kDLCUDA or kDLOpenCL */
+  int32_t n_kernels;
+  const kedge_device_kernel *const *kernels; /* all that its entries launch; none on the CPU */
 } kedge_module_desc;
 
 /* ---- Models and contexts ------------------------------------------------------------------------------------ */

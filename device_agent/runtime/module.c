@@ -59,7 +59,7 @@ static int32_t check_function(const kedge_function_desc *function) {
 static int32_t check_module(const kedge_module_desc *module) {
   if (module->magic != KEDGE_MODULE_MAGIC) return kedge_fail(KEDGE_E_LOAD, "this is not a module that kedge compiled");
   if (module->abi_version != KEDGE_ABI_VERSION) {
-    return kedge_fail(KEDGE_E_ABI, "the module speaks ABI %u, this runtime speaks %u", module->abi_version,
+    return kedge_fail(KEDGE_E_ABI, "the module speaks ABI %u, this runtime speaks %u: compile it again", module->abi_version,
                       KEDGE_ABI_VERSION);
   }
   if (module->struct_size < sizeof *module || module->target == NULL || module->features == NULL ||

@@ -77,5 +77,5 @@ static const kedge_weight_desc WEIGHTS[] = {{"w", 0, 64}};
 
 KEDGE_API const kedge_module_desc kedge_module = {
     KEDGE_MODULE_MAGIC, KEDGE_ABI_VERSION, sizeof(kedge_module_desc), "llvm -mtriple=x86_64-linux-gnu", FEATURES,
-    FUNCTIONS, WEIGHTS, 64, 8, 1,
+    FUNCTIONS, WEIGHTS, 64, 8, 1, kDLCPU, 0, NULL,
 };

@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2, blobs_pb2_grpc
-from kedge.rpc import convert
+from kedge.rpc import abi, convert
 from kedge.rpc import messages as m
 from kedge.rpc.outcome import OutcomeKind, Stage
 from kedge.rpc.transport import MAX_MESSAGE_BYTES
@@ -143,7 +143,7 @@ def test_it_introduces_itself_and_keeps_saying_that_it_lives(agent: AgentProcess
     hello = script.greet()
     assert hello.device.name == "here"
     assert hello.device.labels["rack"] == "a"
-    assert hello.device.abi_version == 1
+    assert hello.device.abi_version == abi.ABI_VERSION
     assert hello.device.cpu_features
     assert hello.device.target.startswith("llvm -mtriple=")
     assert hello.running == ()

@@ -110,8 +110,9 @@ def loaded(tmp_path: Path, kernels: KernelCache) -> Loaded:
 
 def test_the_descriptor_says_what_is_inside(loaded: Loaded) -> None:
     module, function = loaded.module, loaded.function
-    assert (module.magic, module.abi_version) == (0x4547444B, 1)
+    assert (module.magic, module.abi_version) == (0x4547444B, 2)
     assert module.struct_size == ctypes.sizeof(abi.ModuleDesc)
+    assert (module.device_type, module.n_kernels, bool(module.kernels)) == (abi.DEVICE_CPU, 0, False)
     assert function.struct_size == ctypes.sizeof(abi.FunctionDesc)
     assert module.target.decode() == str(parse("native"))
     assert module.features.decode().split(",") == list(parse("native").required_features)

@@ -25,6 +25,8 @@ STRUCTS = {
     "kedge_expr": abi.Expr,
     "kedge_port": abi.Port,
     "kedge_symbol": abi.Symbol,
+    "kedge_device_kernel": abi.DeviceKernel,
+    "kedge_launch": abi.Launch,
     "kedge_runtime_api": abi.RuntimeApi,
     "kedge_frame": abi.Frame,
     "kedge_function_desc": abi.FunctionDesc,
@@ -41,6 +43,8 @@ CONSTANTS = {
     "KEDGE_ALIGNMENT": abi.ALIGNMENT,
     "KEDGE_MAX_NDIM": abi.MAX_NDIM,
     "kDLCPU": abi.DEVICE_CPU,
+    "kDLCUDA": abi.DEVICE_CUDA,
+    "kDLOpenCL": abi.DEVICE_OPENCL,
     "kDLInt": abi.CODE_INT,
     "kDLUInt": abi.CODE_UINT,
     "kDLFloat": abi.CODE_FLOAT,
@@ -94,7 +98,7 @@ def test_every_field_of_the_header_is_mirrored() -> None:
         fields = []
         for line in filter(None, (piece.strip() for piece in body[1].split(";"))):
             pointer = re.match(r".*\(\*(\w+)\)\(", line, re.DOTALL)
-            fields.append(pointer[1] if pointer else re.split(r"[ *]", line)[-1])
+            fields.append(pointer[1] if pointer else re.split(r"[ *]", line)[-1].partition("[")[0])
         assert fields == [field[0] for field in mirror._fields_], name
 
 

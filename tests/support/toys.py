@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kedge.protos.v1 import types_pb2
-from kedge.rpc import convert
+from kedge.rpc import abi, convert
 from kedge.rpc.artifact import Artifact, Function, Manifest, Port, Symbol, Variant, make_member
 from kedge.rpc.client.plan import Terms, pack, run_request
 from kedge.rpc.tracker.state import Settings
@@ -21,7 +21,7 @@ def make_artifact(arch: str = "x86_64", features: tuple[str, ...] = (), weight_b
     members = (make_member("lib.so", lib), make_member("weights.safetensors", weights, cuts=(1024, 4096)))
     manifest = Manifest(
         name="toy",
-        abi=1,
+        abi=abi.ABI_VERSION,
         compiler="test",
         functions=(
             Function("main", (Port("x", "float32", ("N", 4)),), (Port("x_out", "float32", ("N", 4)),), (Symbol("N"),)),
@@ -42,7 +42,7 @@ def device_info(name: str = "bench-1", arch: str = "x86_64", **labels: str) -> D
         num_cores=4,
         memory_bytes=4 << 30,
         target=f"llvm -mtriple={arch}-linux-gnu",
-        abi_version=1,
+        abi_version=abi.ABI_VERSION,
     )
 
 

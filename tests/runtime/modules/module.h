@@ -14,6 +14,11 @@
 #ifndef ABI
 #define ABI KEDGE_ABI_VERSION
 #endif
+#ifndef DEVICE
+#define DEVICE kDLCPU
+#define N_KERNELS 0
+#define KERNELS NULL
+#endif
 #ifndef WEIGHTS_SIZE
 #define WEIGHTS_SIZE 0
 #endif
@@ -31,4 +36,7 @@
                                           .features = FEATURES,                                         \
                                           .functions = functions,                                       \
                                           .weights_size = WEIGHTS_SIZE,                                 \
-                                          .n_functions = sizeof functions / sizeof *functions}
+                                          .n_functions = sizeof functions / sizeof *functions,           \
+                                          .device_type = DEVICE,                                        \
+                                          .n_kernels = N_KERNELS,                                       \
+                                          .kernels = KERNELS}

@@ -85,7 +85,7 @@ static void make_module(void) {
   function.outputs = ports + MAX_PORTS;
   function.symbols = rarely() && rarely() ? NULL : symbols;
   function.arena_size = expression(ops[2 * MAX_PORTS * MAX_DIMS], function.n_symbols);
-  module = (kedge_module_desc){KEDGE_MODULE_MAGIC, KEDGE_ABI_VERSION, sizeof module, "t", "", functions, NULL, 0, 1, 0};
+  module = (kedge_module_desc){KEDGE_MODULE_MAGIC, KEDGE_ABI_VERSION, sizeof module, "t", "", functions, NULL, 0, 1, 0, kDLCPU, 0, NULL};
 }
 
 /* ---- Tensors ------------------------------------------------------------------------------------------------ */
