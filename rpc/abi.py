@@ -190,7 +190,12 @@ class Launch(ctypes.Structure):
 class RuntimeApi(ctypes.Structure):
     """kedge_runtime_api: what compiled code may call."""
 
-    _fields_ = [("struct_size", ctypes.c_uint64), ("parallel_for", ctypes.c_void_p), ("launch", ctypes.c_void_p)]
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("parallel_for", ctypes.c_void_p),
+        ("launch", ctypes.c_void_p),
+        ("fail", ctypes.c_void_p),
+    ]
 
 
 class Frame(ctypes.Structure):

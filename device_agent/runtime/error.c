@@ -18,6 +18,20 @@ int32_t kedge_fail(int32_t status, const char *format, ...) {
   return status;
 }
 
+int32_t kedge_fail_external(struct kedge_frame *frame, const char *what, int32_t status, const char *why) {
+  static const char prefix[] = "external function ";
+  (void)frame;
+  bool typed = status == KEDGE_E_MEMORY || status == KEDGE_E_CANCELLED;
+  int32_t result = typed ? status : KEDGE_E_KERNEL;
+  if (strncmp(last_error, prefix, sizeof prefix - 1) == 0) return result;
+  char said[sizeof last_error]; /* by a parallel loop of it, say */
+  snprintf(said, sizeof said, "%s", last_error);
+  if (why == NULL && said[0] != '\0') why = said;
+  if (why == NULL && typed) why = kedge_status_name(status);
+  if (why != NULL) return kedge_fail(result, "%s%s failed: %s", prefix, what, why);
+  return kedge_fail(result, "%s%s returned %d", prefix, what, status);
+}
+
 void kedge_clear_error(void) { last_error[0] = '\0'; }
 
 const char *kedge_last_error(void) { return last_error; }

@@ -17,6 +17,8 @@
 /* Records the text for kedge_last_error and returns status. */
 int32_t kedge_fail(int32_t status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void kedge_clear_error(void);
+/* kedge_runtime_api.fail */
+int32_t kedge_fail_external(struct kedge_frame *frame, const char *what, int32_t status, const char *why);
 
 /* A line of text that is cut, never overrun. */
 typedef struct {

@@ -155,6 +155,9 @@ typedef struct { /* what compiled code may call; it imports nothing else */
   /* Enqueues a kernel behind those before it; called by the entry's own thread only. What the driver refuses at once
    * is the result, what fails later ends the call: the entry just goes on. */
   int32_t (*launch)(struct kedge_frame *frame, const kedge_launch *launch);
+  /* Says for kedge_last_error that external code failed: `what` names it and its operators, `status` is what it gave,
+   * `why` its own words or NULL. Who says so first is heard. Returns what the entry must return, a kedge_status. */
+  int32_t (*fail)(struct kedge_frame *frame, const char *what, int32_t status, const char *why);
 } kedge_runtime_api;
 
 typedef struct kedge_frame { /* one call, as compiled code sees it; all fields are pointers or 64 bits wide */

@@ -235,4 +235,8 @@ static int32_t parallel_for(kedge_frame *frame, kedge_loop_body body, void *clos
   return kernel_failed(atomic_load_explicit(&l.error, memory_order_relaxed));
 }
 
-const kedge_runtime_api kedge_api = {.struct_size = sizeof(kedge_runtime_api), .parallel_for = parallel_for};
+const kedge_runtime_api kedge_api = {
+    .struct_size = sizeof(kedge_runtime_api),
+    .parallel_for = parallel_for,
+    .fail = kedge_fail_external,
+};

@@ -117,6 +117,11 @@ static int32_t in_two_pieces(kedge_frame *frame, kedge_loop_body body, void *clo
   return status != 0 || middle == 0 ? status : body(closure, 0, middle);
 }
 
+static int32_t failed(kedge_frame *frame, const char *what, int32_t status, const char *why) {
+  (void)frame, (void)what, (void)why;
+  return status;
+}
+
 __attribute__((used)) void start(void) {
   void *inputs[16], *outputs[16];
   int64_t symbols[16], sizes[16];
@@ -133,7 +138,7 @@ __attribute__((used)) void start(void) {
       function->n_outputs != n_outputs || function->n_symbols != n_symbols) {
     leave(FAILED + 2);
   }
-  kedge_runtime_api api = {sizeof api, in_two_pieces};
+  kedge_runtime_api api = {.struct_size = sizeof api, .parallel_for = in_two_pieces, .fail = failed};
   volatile int32_t cancel = 0;
   kedge_frame frame = {sizeof frame, &api, 0, inputs, outputs, symbols,
                        bytes(evaluate(&function->arena_size, symbols)), weights, &cancel};
