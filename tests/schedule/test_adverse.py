@@ -143,7 +143,7 @@ def test_scopes_fit_loops_whatever_comes_first():
     sch = Schedule(dense(N, 5, 6, relu=False))
     y = sch.get_block("y")
     i, j, k = sch.get_loops(y)
-    refused(lambda: sch.cache_write(y, i, "cache"), "'cache' is no scope", "known: global")
+    refused(lambda: sch.cache_write(y, i, "cache"), "cache_write(scope='cache'): it is not one of 'global', 'shared'")
     sch.reorder(j, i, k)
     refused(lambda: sch.cache_read(y, "x", j, "register"), "has a free dim: registers are counted")
     sch = Schedule(dense(8, 5, 6, relu=False))
@@ -169,8 +169,9 @@ def test_maps_over_free_dims_replay():
 def test_annotations_that_no_text_can_hold():
     sch = Schedule(chain(4))
     (i,) = loops_of(sch, "a")
-    for key, value in [(3, 0), ("p", float("inf")), ("intrin", "x86.vnni.dot")]:
-        refused(lambda key=key, value=value: sch.annotate(i, key, value), "annotate(i)")
+    refused(lambda: sch.annotate(i, 3, 0), "annotate(key=3): it is of type int, not a text")
+    for key, value in [("p", float("inf")), ("intrin", "x86.vnni.dot")]:
+        refused(lambda key=key, value=value: sch.annotate(i, key, value), "annotate(loop 'i')")
     assert equal(parse_func(sch.show()), sch.func)
 
 

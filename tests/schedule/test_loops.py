@@ -278,5 +278,5 @@ def test_annotate():
     sch.annotate(block, "cost", 3)
     assert "for i in range(4):  # pragma={'depth': 2}" in sch.show()
     assert "block a:  # cost=3" in sch.show()
-    refused(lambda: sch.annotate(block, "cost", object()), "annotate(a)", "not JSON-able")
+    refused(lambda: sch.annotate(block, "cost", object()), "annotate(block 'a')", "not JSON-able")
     assert_same(func, sch.func)

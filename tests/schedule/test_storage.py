@@ -82,7 +82,11 @@ def test_cache_read_refusals():
     y, z = sch.get_block("y"), sch.get_block("z")
     refused(lambda: sch.cache_read(y, "v", k0), "cache_read(block 'y'): it does not read 'v'", "it reads y, x, w")
     refused(lambda: sch.cache_read(y, "w", sch.get_loops(z)[0]), "is not around it")
-    refused(lambda: sch.cache_read(y, "w", k0, "cache"), "'cache' is no scope", "global, shared, local, register")
+    refused(
+        lambda: sch.cache_read(y, "w", k0, "cache"),
+        "cache_read(scope='cache')",
+        "'global', 'shared', 'local', 'register'",
+    )
     refused(lambda: sch.cache_read(y, "y", k0), "block 'y' under loop 'k_0' writes 'y'")
     sch.vectorize(j1)
     refused(lambda: sch.cache_read(y, "w", j1), "loop 'j_1'", "it is vectorized")
@@ -113,7 +117,7 @@ def test_set_scope_refusals():
     sch = Schedule(chain(N))
     refused(lambda: sch.set_scope(sch.get_block("c"), "local"), "'c' is an argument of the function")
     refused(lambda: sch.set_scope(sch.get_block("a"), "register"), "'a' has a free dim")
-    refused(lambda: sch.set_scope(sch.get_block("a"), "vmem"), "'vmem' is no scope")
+    refused(lambda: sch.set_scope(sch.get_block("a"), "vmem"), "set_scope(scope='vmem'): it is not one of")
     sch = Schedule(chain(8))
     sch.parallel(loops_of(sch, "a")[0])
     before = sch.func

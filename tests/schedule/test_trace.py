@@ -111,9 +111,9 @@ def test_mixing_up_loops_and_blocks_is_refused():
     sch = Schedule(chain(16))
     block = sch.get_block("a")
     (loop,) = sch.get_loops(block)
-    with pytest.raises(ScheduleError, match="it is a block, not a loop"):
+    with pytest.raises(ScheduleError, match="it is a block, not the handle of a loop"):
         sch.parallel(block)
-    with pytest.raises(ScheduleError, match="it is a loop, not a block"):
+    with pytest.raises(ScheduleError, match="it is a loop, not the handle of a block"):
         sch.compute_inline(loop)
 
 
@@ -121,6 +121,7 @@ def test_refusals_change_nothing():
     sch = Schedule(dense(8, 12, 16))
     y = sch.get_block("y")
     i, j, k = sch.get_loops(y)
+    z = sch.get_block("z")
     func, trace = sch.func, sch.trace
     attempts = [
         lambda: sch.split(i, [3, 2]),
@@ -128,8 +129,8 @@ def test_refusals_change_nothing():
         lambda: sch.parallel(k),
         lambda: sch.compute_inline(y),
         lambda: sch.cache_write(y, k, "register"),
-        lambda: sch.reverse_compute_at(sch._block_ref("z"), k),
-        lambda: sch.decompose_reduction(sch._block_ref("z"), j),
+        lambda: sch.reverse_compute_at(z, k),
+        lambda: sch.decompose_reduction(z, j),
     ]
     for attempt in attempts:
         with pytest.raises(ScheduleError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -142,7 +143,21 @@ def annotate(func: PrimFunc, subject: Var | str, key: str, value: Any) -> PrimFu
     path = loop_path(func, subject) if isinstance(subject, Var) else block_path(func, subject)
     node = path[-1]
     assert isinstance(node, (For, Block))
+    at = subject if isinstance(node, For) else node
+    if key == "intrin":
+        raise refuse(func, "annotate", at, f"key {key!r} is what tensorize writes", hint="sch.tensorize(loop, intrin)")
+    if not _is_json(value):
+        hint = "take texts, finite numbers, truth values, None, and lists and dicts of these by text"
+        raise refuse(func, "annotate", at, f"value {value!r} is not JSON-able", hint=hint)
     return swap(func, node, replace(node, annotations=MappingProxyType({**node.annotations, key: value})))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def simplify_bindings(stmt: Stmt, ranges: Mapping[Var, Range]) -> Stmt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from kedge.compiler.schedule.dependence import conflict, crossing
 from kedge.compiler.schedule.nest import index_ends
@@ -51,7 +51,7 @@ class IndexMap:
         return tuple(substitute_expr(index, mapping) for index in self.indices)
 
 
-def index_map(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]]) -> IndexMap:
+def map_of(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]]) -> IndexMap:
     """The map of a Python function on the indices of the buffer that block `name` writes."""
     block, buffer = _own_buffer(func, "transform_layout", name)
     taken = {symbol.name for symbol in func.symbols}
@@ -71,9 +71,6 @@ def check_allocation(before: PrimFunc, func: PrimFunc, primitive: str, block: Bl
 
     `before` is the function that the refusal shows, `block` the one that the primitive was about.
     """
-    if buffer.scope not in get_args(Scope):
-        hint = f"known: {', '.join(get_args(Scope))}"
-        raise refuse(before, primitive, block, f"{buffer.scope!r} is no scope", hint=hint)
     if buffer.scope == "register" and not all(isinstance(dim, int) for dim in buffer.shape):
         raise refuse(before, primitive, block, f"{buffer.name!r} has a free dim: registers are counted", hint="local")
     loop = crossing(func, buffer)
