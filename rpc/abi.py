@@ -50,6 +50,11 @@ EXPR_FLOORMOD = 6
 EXPR_MIN = 7
 EXPR_MAX = 8
 
+# kedge_copy_direction
+COPY_TO_DEVICE = 1
+COPY_FROM_DEVICE = 2
+COPY_ON_DEVICE = 3
+
 # DLDeviceType and DLDataTypeCode
 DEVICE_CPU = 1
 DEVICE_CUDA = 2
@@ -193,6 +198,7 @@ class RuntimeApi(ctypes.Structure):
     _fields_ = [
         ("struct_size", ctypes.c_uint64),
         ("parallel_for", ctypes.c_void_p),
+        ("parallel_for_dynamic", ctypes.c_void_p),
         ("launch", ctypes.c_void_p),
         ("fail", ctypes.c_void_p),
     ]
@@ -304,6 +310,23 @@ class TimeResult(ctypes.Structure):
     ]
 
 
+class DeviceProperties(ctypes.Structure):
+    """kedge_device_properties: what a device is."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("driver_version", ctypes.c_char_p),
+        ("arch", ctypes.c_char_p),
+        ("features", ctypes.c_char_p),
+        ("global_memory", ctypes.c_uint64),
+        ("local_memory", ctypes.c_uint64),
+        ("max_allocation", ctypes.c_uint64),
+        ("max_group", ctypes.c_int64),
+        ("compute_units", ctypes.c_int64),
+    ]
+
+
 def load_runtime(path: str) -> Any:
     """Load `libkedge_rt.so` and declare every function of kedge.h on it.
 
@@ -332,6 +355,15 @@ def load_runtime(path: str) -> Any:
         "kedge_call": (index, call),
         "kedge_cancel": (None, [handle]),
         "kedge_time": (index, [*call, ctypes.POINTER(TimeOptions), ctypes.POINTER(TimeResult)]),
+        "kedge_device_count": (ctypes.c_int32, [ctypes.c_int32]),
+        "kedge_device_info": (index, [ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(DeviceProperties)]),
+        "kedge_device_alloc": (index, [handle, ctypes.c_uint64, ctypes.POINTER(ctypes.c_void_p)]),
+        "kedge_device_free": (index, [handle, ctypes.c_void_p]),
+        "kedge_device_copy": (
+            index,
+            [handle, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int32],
+        ),
+        "kedge_device_synchronize": (index, [handle]),
         "kedge_cpu_features": (ctypes.c_char_p, []),
     }
     for name, (result, arguments) in signatures.items():

@@ -2,7 +2,7 @@
  *
  * In: i64 weight bytes, the weights, then for inputs, symbols and outputs each: i64 count, and so many: inputs i64 size
  * and data, symbols i64 value, outputs i64 size. Out: the data of the outputs. Exits with the entry's status.
- * Parallel loops run in two pieces, the second one first.
+ * Parallel loops run in two pieces, or in chunks of the size asked for, the last one first.
  */
 #include "kedge.h"
 
@@ -117,6 +117,15 @@ static int32_t in_two_pieces(kedge_frame *frame, kedge_loop_body body, void *clo
   return status != 0 || middle == 0 ? status : body(closure, 0, middle);
 }
 
+static int32_t in_chunks(kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent, int64_t chunk) {
+  (void)frame;
+  int32_t status = 0;
+  for (int64_t begin = extent > 0 ? (extent - 1) / chunk * chunk : -1; begin >= 0 && status == 0; begin -= chunk) {
+    status = body(closure, begin, extent - begin > chunk ? begin + chunk : extent);
+  }
+  return status;
+}
+
 static int32_t failed(kedge_frame *frame, const char *what, int32_t status, const char *why) {
   (void)frame, (void)what, (void)why;
   return status;
@@ -138,7 +147,8 @@ __attribute__((used)) void start(void) {
       function->n_outputs != n_outputs || function->n_symbols != n_symbols) {
     leave(FAILED + 2);
   }
-  kedge_runtime_api api = {.struct_size = sizeof api, .parallel_for = in_two_pieces, .fail = failed};
+  kedge_runtime_api api = {.struct_size = sizeof api, .parallel_for = in_two_pieces,
+                           .parallel_for_dynamic = in_chunks, .fail = failed};
   volatile int32_t cancel = 0;
   kedge_frame frame = {sizeof frame, &api, 0, inputs, outputs, symbols,
                        bytes(evaluate(&function->arena_size, symbols)), weights, &cancel};

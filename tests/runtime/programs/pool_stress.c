@@ -1,4 +1,5 @@
-/* pool_stress.c: parallel loops from several threads at once, each element of each loop counted.
+/* pool_stress.c: parallel loops from several threads at once, each element of each loop counted; loops of all sizes, and
+ * loops that are stopped.
  *
  * Arguments: callers, threads of each team, loops of each caller. Prints "ok".
  */
@@ -31,7 +32,20 @@ typedef struct {
   kedge_frame *frame;
   int32_t counts[MAX_EXTENT * INNER]; /* not atomic: every element belongs to one chunk */
   int64_t fail_at;
+  int64_t chunk; /* 0: static ones */
 } work;
+
+static int32_t no_cancel;
+
+static kedge_frame frame_of(kedge_team *team, int32_t *cancel) {
+  CHECK(kedge_team_init(team, team_threads) == KEDGE_OK);
+  return (kedge_frame){.struct_size = sizeof(kedge_frame), .api = &kedge_api, .pool = team, .cancel = cancel};
+}
+
+static int32_t run(kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent, int64_t chunk) {
+  return chunk == 0 ? frame->api->parallel_for(frame, body, closure, extent)
+                    : frame->api->parallel_for_dynamic(frame, body, closure, extent, chunk);
+}
 
 static int32_t count_inner(void *closure, int64_t begin, int64_t end) {
   int32_t *counts = closure;
@@ -43,17 +57,18 @@ static int32_t count_outer(void *closure, int64_t begin, int64_t end) {
   work *w = closure;
   if (begin >= end) return 99;
   for (int64_t i = begin; i < end; i++) {
-    int32_t status = w->frame->api->parallel_for(w->frame, count_inner, &w->counts[i * INNER], INNER);
+    int32_t status = run(w->frame, count_inner, &w->counts[i * INNER], INNER, w->chunk);
     if (status != 0) return status;
     if (i == w->fail_at) return 55;
   }
   return 0;
 }
 
-static void run_loop(work *w, int64_t extent, int64_t fail_at) {
+static void run_loop(work *w, int64_t extent, int64_t fail_at, int64_t chunk) {
   memset(w->counts, 0, sizeof w->counts);
   w->fail_at = fail_at;
-  int32_t status = w->frame->api->parallel_for(w->frame, count_outer, w, extent);
+  w->chunk = chunk;
+  int32_t status = run(w->frame, count_outer, w, extent, chunk);
   CHECK(status == (fail_at < extent ? KEDGE_E_KERNEL : KEDGE_OK));
   if (status != KEDGE_OK) {
     CHECK(strcmp(kedge_last_error(), "a parallel loop failed with 55") == 0);
@@ -65,13 +80,13 @@ static void run_loop(work *w, int64_t extent, int64_t fail_at) {
 static void *call_loops(void *seed_pointer) {
   unsigned seed = (unsigned)(uintptr_t)seed_pointer;
   kedge_team team;
-  CHECK(kedge_team_init(&team, team_threads) == KEDGE_OK);
-  kedge_frame frame = {.struct_size = sizeof frame, .api = &kedge_api, .pool = &team};
+  kedge_frame frame = frame_of(&team, &no_cancel);
   work *w = calloc(1, sizeof *w);
   w->frame = &frame;
   for (int i = 0; i < n_loops; i++) {
     int64_t extent = rand_r(&seed) % (MAX_EXTENT + 1);
-    run_loop(w, extent, rand_r(&seed) % 20 == 0 ? rand_r(&seed) % MAX_EXTENT : MAX_EXTENT);
+    int64_t fail_at = rand_r(&seed) % 20 == 0 ? rand_r(&seed) % MAX_EXTENT : MAX_EXTENT;
+    run_loop(w, extent, fail_at, i % 2 == 0 ? 0 : 1 + rand_r(&seed) % 9);
     if (rand_r(&seed) % 50 == 0) usleep(300); /* long enough for the workers to fall asleep */
   }
   free(w);
@@ -109,13 +124,60 @@ static int32_t look_at_mask(void *closure, int64_t begin, int64_t end) {
 
 static void faults_are_seen(void) {
   kedge_team team;
-  CHECK(kedge_team_init(&team, team_threads) == KEDGE_OK);
-  kedge_frame frame = {.struct_size = sizeof frame, .api = &kedge_api, .pool = &team};
+  kedge_frame frame = frame_of(&team, &no_cancel);
   _Atomic int seen = 0;
   main_thread = pthread_self();
   /* A loop this short is over before a worker wakes up, unless the machine lets one: for a minute it may. */
   for (time_t end = time(NULL) + 60; seen == 0 && time(NULL) < end;) frame.api->parallel_for(&frame, look_at_mask, &seen, 2);
   CHECK(seen == 1);
+}
+
+static int32_t add_up(void *closure, int64_t begin, int64_t end) {
+  if (begin < 0 || begin >= end) return 99;
+  atomic_fetch_add((_Atomic uint64_t *)closure, (uint64_t)(end - begin));
+  return 0;
+}
+
+static void extreme_loops(void) {
+  static const int64_t extents[] = {INT64_MIN, -1, 0, 1, 2, 3, INT64_MAX - 1, INT64_MAX};
+  static const int64_t chunks[] = {0, 1, 2, INT64_MAX / 300, INT64_MAX / 2, INT64_MAX - 1, INT64_MAX};
+  kedge_team team;
+  kedge_frame frame = frame_of(&team, &no_cancel);
+  for (size_t e = 0; e < sizeof extents / sizeof *extents; e++) {
+    for (size_t c = 0; c < sizeof chunks / sizeof *chunks; c++) {
+      if (extents[e] > 3 && (chunks[c] == 1 || chunks[c] == 2)) continue; /* centuries */
+      _Atomic uint64_t sum = 0;
+      CHECK(run(&frame, add_up, &sum, extents[e], chunks[c]) == KEDGE_OK);
+      CHECK(sum == (extents[e] > 0 ? (uint64_t)extents[e] : 0));
+    }
+  }
+  CHECK(frame.api->parallel_for_dynamic(&frame, add_up, NULL, 5, 0) == KEDGE_E_ARGUMENT);
+  CHECK(strcmp(kedge_last_error(), "chunk is 0, expected at least 1") == 0);
+}
+
+enum { STOP_AT = 100 };
+
+static int32_t fail_there(void *closure, int64_t begin, int64_t end) {
+  (void)closure;
+  return begin <= STOP_AT && STOP_AT < end ? 55 : 0;
+}
+
+static int32_t cancel_there(void *closure, int64_t begin, int64_t end) {
+  if (begin <= STOP_AT && STOP_AT < end) __atomic_store_n((int32_t *)closure, 1, __ATOMIC_RELAXED);
+  return 0;
+}
+
+/* So many chunks that the loops end only because they are stopped. */
+static void stopped_loops(void) {
+  int32_t cancel = 0;
+  kedge_team team;
+  kedge_frame frame = frame_of(&team, &cancel);
+  CHECK(run(&frame, fail_there, NULL, INT64_MAX, 1) == KEDGE_E_KERNEL);
+  CHECK(run(&frame, cancel_there, &cancel, INT64_MAX, 1) == KEDGE_E_CANCELLED);
+  _Atomic uint64_t sum = 0; /* cancelled before: nothing begins */
+  CHECK(run(&frame, add_up, &sum, 1000, 0) == KEDGE_E_CANCELLED);
+  CHECK(run(&frame, add_up, &sum, 1000, 1) == KEDGE_E_CANCELLED);
+  CHECK(sum == 0);
 }
 
 int main(int argc, char **argv) {
@@ -133,14 +195,16 @@ int main(int argc, char **argv) {
   wait_for_workers(); /* one pool, whatever the number of callers */
   faults_are_seen();
 
+  extreme_loops();
+  stopped_loops();
+
   kedge_team before;
-  CHECK(kedge_team_init(&before, team_threads) == KEDGE_OK);
+  kedge_frame frame_before = frame_of(&before, &no_cancel);
   pid_t child = fork(); /* a child has none of the workers, must not wait for them, and gets its own */
   if (child == 0) {
-    kedge_frame frame = {.struct_size = sizeof frame, .api = &kedge_api, .pool = &before};
     work *w = calloc(1, sizeof *w);
-    w->frame = &frame;
-    run_loop(w, MAX_EXTENT, MAX_EXTENT); /* by a context from before the fork */
+    w->frame = &frame_before;
+    run_loop(w, MAX_EXTENT, MAX_EXTENT, 0); /* by a context from before the fork */
     wait_for_workers();
     n_loops = 20;
     call_loops((void *)3);
