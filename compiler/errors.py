@@ -43,3 +43,7 @@ class CodegenError(CompileError):
 
 class ToolchainError(CompileError):
     """The linker or the C compiler is missing or refused its input."""
+
+
+class CompileWarning(UserWarning):
+    """Something that the compiler did, or left, and that its user should know of; nothing is wrong with the result."""

@@ -111,6 +111,19 @@ class Fused(Value):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ExternalCall(Fused):
+    """A group that a C function named `body.name` computes, not code that kedge generates.
+
+    `body` is what the function must compute: references evaluate it, and its inputs have the names that the pattern
+    gave its leaves. `attrs` are numbers (or tuples of them) for the function; `workspace` is the bytes of scratch
+    memory it wants, a dim. The code itself is found by name when the module is lowered.
+    """
+
+    attrs: Attrs = field(default_factory=lambda: EMPTY)
+    workspace: Dim = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Item(Value):
     """Result `index` of a call with several results."""
 

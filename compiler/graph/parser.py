@@ -14,7 +14,19 @@ from kedge.compiler.errors import ParseError
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.dims import format_type, plain, same_type
-from kedge.compiler.graph.ir import Call, Constant, Function, Fused, Input, Item, Module, Param, TensorType, Value
+from kedge.compiler.graph.ir import (
+    Call,
+    Constant,
+    ExternalCall,
+    Function,
+    Fused,
+    Input,
+    Item,
+    Module,
+    Param,
+    TensorType,
+    Value,
+)  # fmt: skip
 from kedge.compiler.graph.printer import digest
 from kedge.compiler.tir.expr import BINARY_OPS, Binary, Dim, Expr, Select, Var, as_expr, binary
 from kedge.compiler.tir.tokens import Tokens
@@ -159,6 +171,8 @@ class _Parser:
             return Constant(array)
         if self._at.take("fused"):
             return self._fused(values)
+        if self._at.take("external"):
+            return self._fused(values, external=True)
         start = self._at.start
         op = self._at.name()
         self._at.expect("(")
@@ -171,17 +185,28 @@ class _Parser:
             self._at.fail(f"{op} to have the type that it gives, {', '.join(map(format_type, call.types))}")
         return Call(call.op, call.inputs, call.attrs, types, call.origin)
 
-    def _fused(self, values: Mapping[str, Value]) -> Fused:
+    def _fused(self, values: Mapping[str, Value], *, external: bool = False) -> Fused:
         name = self._at.name()
         self._at.expect("(")
         pairs = self._at.items(")", lambda: self._argument(values))
+        attrs = dict(self._at.items("}", self._attr)) if external and self._at.take("{") else {}
+        workspace = self._workspace() if external and self._at.take("workspace") else 0
         types = self._types()
         origin = self._origin()
         self._at.expect("{")
         own = tuple(Input(argument, value.type) for argument, value in pairs)
         outputs = self._body({value.name: value for value in own})
         body = Function(name, own, outputs, tuple(f"out{i}" for i in range(len(outputs))))
-        return Fused(body, tuple(value for _, value in pairs), types, origin)
+        inputs = tuple(value for _, value in pairs)
+        if external:
+            return ExternalCall(body, inputs, types, origin, MappingProxyType(attrs), workspace)
+        return Fused(body, inputs, types, origin)
+
+    def _workspace(self) -> Dim:
+        self._at.expect("(")
+        size = self._dim()
+        self._at.expect(")")
+        return size
 
     def _argument(self, values: Mapping[str, Value]) -> tuple[str, Value]:
         name = self._at.name()

@@ -10,6 +10,14 @@
       }
     }
 
+A `fused` group prints its body in braces after its inputs, and so does an `external` call, whose body is what the C
+function of that name must compute:
+
+        %0 = external my_dense(x = %x, w = @fc.weight) {alpha: 0.5} workspace(n * 256) : float32[n, 10] from "fc" {
+          %0 = matmul(%x, %w) : float32[n, 10] from "fc"
+          return %0
+        }
+
 Attributes at their defaults are left out. Arrays of more than 16 elements stand as size and digest: the parser takes
 their data from elsewhere, or leaves such a parameter unbound.
 """
@@ -29,6 +37,7 @@ from kedge.compiler.graph.dims import attribute_symbols, format_dim, format_type
 from kedge.compiler.graph.ir import (
     Call,
     Constant,
+    ExternalCall,
     Function,
     Fused,
     Input,
@@ -149,8 +158,9 @@ class _Printer:
                 f"{_name(own.name)} = {self._ref(given)}"
                 for own, given in zip(value.body.inputs, value.inputs, strict=True)
             )
-            types = self._types(value.types)
-            yield f"{name} = fused {_name(value.body.name)}({inputs}) : {types}{self._origin(value)} {{"
+            kind = "external" if isinstance(value, ExternalCall) else "fused"
+            call = f"{kind} {_name(value.body.name)}({inputs}){self._external(value)}"
+            yield f"{name} = {call} : {self._types(value.types)}{self._origin(value)} {{"
             yield from inner.body()
             yield "}"
         else:
@@ -178,6 +188,13 @@ class _Printer:
             if not _same(given, defaults.get(name))
         ]
         return f" {{{', '.join(shown)}}}" if shown else ""
+
+    def _external(self, value: Fused) -> str:
+        if not isinstance(value, ExternalCall):
+            return ""
+        attrs = ", ".join(f"{_name(name)}: {self._value(given)}" for name, given in value.attrs.items())
+        workspace = "" if value.workspace == 0 else f" workspace({self._value(value.workspace)})"
+        return (f" {{{attrs}}}" if attrs else "") + workspace
 
     def _value(self, value: Any) -> str:
         if isinstance(value, tuple):
@@ -230,6 +247,8 @@ def _symbols_of(function: Function) -> Iterable[Var]:
         if isinstance(value, Call):
             for attribute in value.attrs.values():
                 yield from attribute_symbols(attribute)
+        if isinstance(value, ExternalCall):
+            yield from attribute_symbols(value.workspace)
 
 
 def _bounds(var: Var) -> str:

@@ -13,6 +13,7 @@ from kedge.compiler.graph.dims import attribute_symbols, format_type, same_type
 from kedge.compiler.graph.ir import (
     Call,
     Constant,
+    ExternalCall,
     Function,
     Fused,
     Input,
@@ -124,6 +125,19 @@ class _Verifier:
             f"group {body.name} gives results of other types",
         )
         _Verifier(body, self._params, inner=True).check()
+        if isinstance(fused, ExternalCall):
+            self._external(fused)
+
+    def _external(self, call: ExternalCall) -> None:
+        name = call.body.name
+        self._require(name.isidentifier() and name.isascii(), f"external {name!r} is no name of a C function")
+        self._require(len(call.types) == 1, f"external {name} has several results")
+        for attribute, value in call.attrs.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            plain = all(type(each) is type(numbers[0]) and type(each) in (int, float) for each in numbers)
+            self._require(bool(numbers) and plain, f"external {name}: attribute {attribute!r} is no number")
+        negative = isinstance(call.workspace, int) and call.workspace < 0
+        self._require(not negative, f"external {name}: its workspace is negative")
 
     def _symbols(self) -> None:
         declared = set(self._function.symbols)
@@ -131,6 +145,8 @@ class _Verifier:
             used: list[Var] = list(attribute_symbols(value.type.shape))
             if isinstance(value, Call):
                 used += [var for attribute in value.attrs.values() for var in attribute_symbols(attribute)]
+            if isinstance(value, ExternalCall):
+                used += attribute_symbols(value.workspace)
             for var in used:
                 self._require(var in declared, f"symbol {var.name} is not a whole dim of any input")
 

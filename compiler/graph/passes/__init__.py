@@ -8,6 +8,7 @@ from kedge.compiler.graph.passes.fold import FoldConstants
 from kedge.compiler.graph.passes.fold_batch_norm import FoldBatchNorm
 from kedge.compiler.graph.passes.fuse import Fuse
 from kedge.compiler.graph.passes.legalize import Legalize
+from kedge.compiler.graph.passes.partition import Partition
 from kedge.compiler.graph.passes.simplify import Simplify
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FoldConstants",
     "Fuse",
     "Legalize",
+    "Partition",
     "Pass",
     "Simplify",
     "default_passes",
