@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast, get_args
 
-from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity
+from kedge.compiler.schedule.tree import blocks_in, loop_ranges, unique
+from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity, maximum, minimum
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal
-from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, Stmt, Store
+from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
-from kedge.compiler.tir.visitor import free_vars, loads, substitute, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, map_stmt_exprs, substitute_expr
 
 
 def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:
@@ -90,32 +91,83 @@ def spatial_conjuncts(block: Block) -> tuple[Expr, ...] | None:
     return tuple(found)
 
 
-def fresh_nest(block: Block, loops: Sequence[For]) -> Stmt:
-    """`block` under copies of `loops` (outermost first), every variable new, its regions worked out."""
-    renamed: dict[Var, Expr] = {loop.var: Var(loop.var.name) for loop in loops}
-    iters = tuple(IterVar(Var(it.var.name), it.extent, it.kind) for it in block.iters)
-    inside: dict[Var, Expr] = {old.var: new.var for old, new in zip(block.iters, iters, strict=True)}
-    stmt: Stmt = with_regions(
+def fresh_names(func: PrimFunc) -> Callable[[str], str]:
+    """Names for copies of blocks: each call gives one that is taken neither in `func` nor by an earlier call."""
+    taken = {block.name for block in blocks_in(func.body)}
+
+    def name(wanted: str) -> str:
+        found = unique(wanted, taken)
+        taken.add(found)
+        return found
+
+    return name
+
+
+def fresh(stmt: Stmt, env: Mapping[Var, Expr], name: Callable[[str], str] = str) -> Stmt:
+    """A copy of `stmt` with loops and iteration variables of its own, its blocks called what `name` makes of theirs.
+
+    The variables in `env` are replaced. The blocks' regions are worked out.
+    """
+    if isinstance(stmt, For):
+        var = Var(stmt.var.name)
+        body = fresh(stmt.body, {**env, stmt.var: var}, name)
+        return replace(stmt, var=var, extent=substitute_expr(stmt.extent, env), body=body)
+    if not isinstance(stmt, Block):
+        new = map_stmt_children(stmt, lambda child: fresh(child, env, name))
+        return map_stmt_exprs(new, lambda e: substitute_expr(e, env))
+    iters = tuple(IterVar(Var(it.var.name), substitute_expr(it.extent, env), it.kind) for it in stmt.iters)
+    inside = {**env, **{old.var: own.var for old, own in zip(stmt.iters, iters, strict=True)}}
+    return with_regions(
         replace(
-            block,
+            stmt,
+            name=name(stmt.name),
             iters=iters,
-            bindings=tuple(substitute_expr(b, renamed) for b in block.bindings),
-            predicate=substitute_expr(block.predicate, renamed),
-            body=substitute(block.body, inside),
-            init=None if block.init is None else substitute(block.init, inside),
+            bindings=tuple(substitute_expr(binding, env) for binding in stmt.bindings),
+            predicate=substitute_expr(stmt.predicate, env),
+            body=fresh(stmt.body, inside, name),
+            init=None if stmt.init is None else fresh(stmt.init, inside, name),
         )
     )
+
+
+def fresh_nest(block: Block, loops: Sequence[For]) -> Stmt:
+    """`block` under copies of `loops` (outermost first), every variable new, its regions worked out."""
+    nest: Stmt = block
     for loop in reversed(loops):
-        var = renamed[loop.var]
-        assert isinstance(var, Var)
-        stmt = replace(loop, var=var, extent=substitute_expr(loop.extent, renamed), body=stmt)
-    return stmt
+        nest = replace(loop, body=nest)
+    return fresh(nest, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The values `[start, start + extent)`, in terms of the loops around."""
+
+    start: Expr
+    extent: Expr
+
+
+def span_of(indices: Iterable[Expr], outer: Sequence[For], inner: Sequence[For]) -> Span | None:
+    """The values that all of `indices` take together while the `inner` loops run, in terms of the `outer` ones.
+
+    None where they are not known to be an interval: an index that rises and falls, or that is read from memory.
+    """
+    around, ranges = Simplifier(loop_ranges(outer)), loop_ranges((*outer, *inner))
+    ends: list[tuple[Expr, Expr]] = []
+    for index in {expr_key(index): index for index in indices}.values():
+        found = None if next(loads(index), None) is not None else index_ends(index, inner, ranges)
+        if found is None:
+            return None
+        ends.append(found)
+    low, high = ends[0]
+    for other_low, other_high in ends[1:]:
+        low, high = minimum(low, other_low), maximum(high, other_high)
+    return Span(around.simplify(low), around.simplify(high - low + 1))
 
 
 def index_ends(index: Expr, inner: Sequence[For], ranges: Ranges) -> tuple[Expr, Expr] | None:
     """The smallest and largest value of `index` over the `inner` loops, if it rises or falls with each of them."""
     simplifier = Simplifier(ranges)
-    low = high = index
+    low = high = index = simplifier.simplify(index)
     for loop in reversed(inner):
         if loop.var not in free_vars(low) and loop.var not in free_vars(high):
             continue

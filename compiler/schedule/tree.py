@@ -110,12 +110,12 @@ def remove(func: PrimFunc, stmt: Stmt) -> PrimFunc:
 
 def block_name(func: PrimFunc, name: str) -> str:
     """`name`, or `name` with a number if a block of `func` has it already."""
-    return _unique(name, {block.name for block in blocks_in(func.body)})
+    return unique(name, {block.name for block in blocks_in(func.body)})
 
 
 def buffer_name(func: PrimFunc, name: str) -> str:
     """`name`, or `name` with a number if a buffer of `func` has it already."""
-    return _unique(name, {buffer.name for buffer in (*func.params, *func.allocs)})
+    return unique(name, {buffer.name for buffer in (*func.params, *func.allocs)})
 
 
 def writers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
@@ -168,7 +168,8 @@ def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Itera
         yield from _accesses(child, env, block)
 
 
-def _unique(name: str, used: Container[str]) -> str:
+def unique(name: str, used: Container[str]) -> str:
+    """`name`, or `name` with the first number that makes it none of `used`."""
     candidate, count = name, 0
     while candidate in used:
         count += 1

@@ -7,6 +7,7 @@ from dataclasses import replace
 from kedge.compiler.schedule.nest import fresh_nest, loop_vars, spatial_conjuncts
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
+from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import (
     block_name,
     block_path,
@@ -20,11 +21,10 @@ from kedge.compiler.schedule.tree import (
     swap,
     writers,
 )
-from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, const, logical_and
-from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.expr import Const, Expr, Load, Var, const, logical_and
 from kedge.compiler.tir.simplify import Simplifier
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Scope, Seq, Stmt, Store
-from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, replace_buffers, seq, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, substitute_expr
 
 
 def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[PrimFunc, str]:
@@ -122,28 +122,12 @@ def _splits(binding: Expr, inner: tuple[For, ...]) -> bool:
 def _redirected(block: Block, target: Buffer, cache: Buffer, offsets: list[Expr | None]) -> Block:
     """`block` writing the cache, at iteration variables added for the positions within it."""
     extra, bindings, position = _positions(cache, offsets)
-    body, init = block.body, block.init
 
-    def redirect(stmt: Stmt) -> Stmt:
-        swapped = replace_buffers(stmt, {target: cache})
-        assert isinstance(swapped, Store)
-        value = swapped.value
-        if isinstance(value, Binary):
-            sides = [
-                Load(cache, position) if isinstance(e, Load) and e.buffer is cache else e for e in (value.a, value.b)
-            ]
-            value = Binary(value.op, sides[0], sides[1])
-        return Store(cache, position, value)
+    def move(buffer: Buffer, indices: tuple[Expr, ...]) -> Place | None:
+        return (cache, position) if buffer is target else None
 
-    return with_regions(
-        replace(
-            block,
-            iters=(*block.iters, *extra),
-            bindings=(*block.bindings, *bindings),
-            body=redirect(body),
-            init=None if init is None else redirect(init),
-        )
-    )
+    wider = replace(block, iters=(*block.iters, *extra), bindings=(*block.bindings, *bindings))
+    return redirected(wider, move)
 
 
 def _positions(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kedge.compiler.schedule.nest import index_ends, loop_vars
+from kedge.compiler.schedule.nest import loop_vars, span_of
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
+from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import (
     accesses,
     block_name,
@@ -21,12 +22,12 @@ from kedge.compiler.schedule.tree import (
     swap,
     writers,
 )
-from kedge.compiler.tir.expr import Const, Dim, Expr, Load, Var, as_expr, const, logical_and, maximum, minimum
+from kedge.compiler.tir.expr import Const, Dim, Expr, Load, Var, as_expr, const, logical_and
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Scope, Seq, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
-from kedge.compiler.tir.visitor import free_vars, loads, map_expr, map_stmt, map_stmt_exprs, seq, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, substitute_expr
 
 
 def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Scope) -> tuple[PrimFunc, str]:
@@ -73,31 +74,19 @@ def _part_read(
 ) -> tuple[tuple[Expr, ...], tuple[Dim, ...]]:
     """Where the part begins that is read while the `inner` loops run, and its size, per dim."""
     wanted = [access.indices for access in accesses(block) if access.buffer is source]
-    ranges = loop_ranges((*outer, *inner))
-    simplifier = Simplifier(loop_ranges(outer))
     starts: list[Expr] = []
     shape: list[Dim] = []
     for dim in range(len(source.shape)):
-        distinct = {expr_key(indices[dim]): indices[dim] for indices in wanted}.values()
-        ends = [None if _is_loaded(index) else index_ends(index, inner, ranges) for index in distinct]
-        known = [end for end in ends if end is not None]
-        if len(known) < len(ends):
+        span = span_of((indices[dim] for indices in wanted), outer, inner)
+        if span is None:
             raise refuse(func, "cache_read", block, f"what it reads of dim {dim} of {source.name!r} is no interval")
-        low, high = known[0]
-        for other_low, other_high in known[1:]:
-            low, high = minimum(low, other_low), maximum(high, other_high)
-        extent = simplifier.simplify(high - low + 1)
-        loop = next((each.var for each in outer if each.var in free_vars(extent)), None)
+        loop = next((each.var for each in outer if each.var in free_vars(span.extent)), None)
         if loop is not None:
             reason = f"how much it reads of dim {dim} of {source.name!r} depends on loop {loop.name!r}"
             raise refuse(func, "cache_read", block, reason, hint="split by a constant what varies")
-        starts.append(simplifier.simplify(low))
-        shape.append(simplify_dim(extent))
+        starts.append(span.start)
+        shape.append(simplify_dim(span.extent))
     return tuple(starts), tuple(shape)
-
-
-def _is_loaded(index: Expr) -> bool:
-    return next(loads(index), None) is not None
 
 
 def _fill_nest(func: PrimFunc, source: Buffer, copy: Buffer, starts: Sequence[Expr]) -> Stmt:
@@ -163,17 +152,10 @@ def _reading(
             raise refuse(func, "cache_read", block, reason)
         return simplifier.simplify(part(dim, spatial, "spatial") + part(dim, rest, "reduce"))
 
-    def redirect(expr: Expr) -> Expr:
-        if not (isinstance(expr, Load) and expr.buffer is source):
-            return expr
-        return Load(copy, tuple(position(dim, index) for dim, index in enumerate(expr.indices)))
+    def move(buffer: Buffer, indices: tuple[Expr, ...]) -> Place | None:
+        return (copy, tuple(map(position, range(len(indices)), indices))) if buffer is source else None
 
-    def visit(stmt: Stmt) -> Stmt:
-        return map_stmt_exprs(stmt, lambda e: map_expr(e, redirect))
-
-    body = map_stmt(block.body, visit)
-    init = None if block.init is None else map_stmt(block.init, visit)
+    new = redirected(block, move)
     iters = tuple(it for it, _ in added.values())
     values = tuple(value for _, value in added.values())
-    new = replace(block, iters=(*block.iters, *iters), bindings=(*block.bindings, *values), body=body, init=init)
-    return with_regions(new)
+    return replace(new, iters=(*block.iters, *iters), bindings=(*block.bindings, *values))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import conflict, reduces_over, tied_to
-from kedge.compiler.schedule.nest import index_ends, moving_together
+from kedge.compiler.schedule.nest import Span, moving_together, span_of
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -23,18 +23,10 @@ from kedge.compiler.schedule.tree import (
     swap,
     writers,
 )
-from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and, maximum, minimum
+from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
 from kedge.compiler.tir.simplify import Ranges, Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, loads, seq
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The values `[start, start + extent)` of an iteration variable, in terms of the loops around."""
-
-    start: Expr
-    extent: Expr
 
 
 def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
@@ -225,17 +217,10 @@ def _span(
     func: PrimFunc, primitive: str, block: Block, indices: Sequence[Expr], node: For, outer: Sequence[For]
 ) -> Span:
     """The values that `indices` take while the loops inside `node` run."""
-    inner = loops_in(node.body)
-    around = Simplifier(loop_ranges(outer))
-    everything = loop_ranges((*outer, *inner))
-    ends = [index_ends(index, inner, everything) for index in indices]
-    if any(end is None for end in ends):
+    span = span_of(indices, outer, loops_in(node.body))
+    if span is None:
         raise refuse(func, primitive, block, "the part that is needed is not an interval of its indices", at=node)
-    known = [end for end in ends if end is not None]
-    low, high = known[0]
-    for other_low, other_high in known[1:]:
-        low, high = minimum(low, other_low), maximum(high, other_high)
-    return Span(around.simplify(low), around.simplify(high - low + 1))
+    return span
 
 
 def _loop_name(name: str) -> str:

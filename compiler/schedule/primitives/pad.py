@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kedge.compiler.schedule.nest import combiner_of
+from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import block_name, block_path, buffer_name, loops_on, refuse, swap
 from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, const, logical_and, select
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import prove, prove_equal, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
-from kedge.compiler.tir.visitor import map_expr, seq
+from kedge.compiler.tir.visitor import seq
 
 
 def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
@@ -126,8 +127,8 @@ def _grown_nest(
     made: Mapping[tuple[Buffer, tuple[Expr, ...]], Buffer],
 ) -> tuple[PrimFunc, Stmt, list[Stmt]]:
     """The block over the padded operands, and what cuts its output where that has grown."""
-    body, init = block.body, block.init
-    assert isinstance(body, Store) and isinstance(init, Store)
+    body = block.body
+    assert isinstance(body, Store)
     target, after = body.buffer, []
     if any(index in grown for index in body.indices):
         shape = tuple(simplify_dim(extents[index]) for index in body.indices if isinstance(index, Var))
@@ -135,21 +136,11 @@ def _grown_nest(
         func = replace(func, allocs=(*func.allocs, target))
         after.append(_cut(func, block, body, target))
 
-    def redirect(expr: Expr) -> Expr:
-        if not isinstance(expr, Load):
-            return expr
-        if expr.buffer is body.buffer:
-            return Load(target, expr.indices)
-        return Load(made.get((expr.buffer, expr.indices), expr.buffer), expr.indices)
+    def move(buffer: Buffer, indices: tuple[Expr, ...]) -> Place | None:
+        return (target if buffer is body.buffer else made.get((buffer, indices), buffer)), indices
 
-    new: Stmt = with_regions(
-        replace(
-            block,
-            iters=tuple(replace(it, extent=extents[it.var]) for it in block.iters),
-            body=Store(target, body.indices, map_expr(body.value, redirect)),
-            init=Store(target, init.indices, init.value),
-        )
-    )
+    iters = tuple(replace(it, extent=extents[it.var]) for it in block.iters)
+    new: Stmt = redirected(replace(block, iters=iters), move)
     for loop, it in zip(reversed(loops), reversed(block.iters), strict=True):
         new = replace(loop, extent=extents[it.var], body=new)
     return func, new, after

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from kedge.compiler.schedule.nest import conjuncts, index_ends, loop_vars
+from kedge.compiler.schedule.nest import conjuncts, fresh, fresh_names, index_ends, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import (
     accesses,
-    block_name,
     blocks_in,
     find_loop,
     intermediate,
@@ -26,20 +26,15 @@ from kedge.compiler.schedule.tree import (
     refuse,
     swap,
 )
-from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const
-from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const
 from kedge.compiler.tir.simplify import prove, prove_equal, simplify
-from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import (
     free_vars,
-    map_expr,
     map_stmt,
-    map_stmt_children,
-    map_stmt_exprs,
     seq,
     substitute,
-    substitute_expr,
 )
 
 
@@ -65,9 +60,9 @@ def software_pipeline(func: PrimFunc, loop: Var, stages: Sequence[int]) -> PrimF
     func = replace(swap(func, node, steady), allocs=allocs)
     fill = [(s, t - d) for t in range(behind) for s, d in zip(statements, stages, strict=True) if d <= t]
     drain = [(s, extent + t - d) for t in range(behind) for s, d in zip(statements, stages, strict=True) if d > t]
-    copies = _Copies(func)
-    first = [copies.at(stmt, loop, const(i)) for stmt, i in fill]
-    last = [copies.at(stmt, loop, const(i)) for stmt, i in drain]
+    names = fresh_names(func)
+    first = [fresh(stmt, {loop: const(i)}, names) for stmt, i in fill]
+    last = [fresh(stmt, {loop: const(i)}, names) for stmt, i in drain]
     whole = simplify_bindings(seq(*first, steady, *last), loop_ranges(outer[:-1]))
     return swap(func, steady, whole)
 
@@ -180,55 +175,10 @@ def _versioned(stmt: Stmt, loop: Var, versions: Mapping[Buffer, Buffer]) -> Stmt
             count = versions[buffer].shape[0]
             numbers[buffer] = IterVar(Var(f"{buffer.name}_version"), as_expr(count), kind)
 
-        def redirect(expr: Expr) -> Expr:
-            if isinstance(expr, Load) and expr.buffer in numbers:
-                return Load(versions[expr.buffer], (numbers[expr.buffer].var, *expr.indices))
-            return expr
+        def move(buffer: Buffer, indices: tuple[Expr, ...]) -> Place | None:
+            return (versions[buffer], (numbers[buffer].var, *indices)) if buffer in numbers else None
 
-        def inside(part: Stmt) -> Stmt:
-            part = map_stmt_exprs(part, lambda e: map_expr(e, redirect))
-            if isinstance(part, Store) and part.buffer in numbers:
-                return Store(versions[part.buffer], (numbers[part.buffer].var, *part.indices), part.value)
-            return part
-
-        return with_regions(
-            replace(
-                node,
-                iters=(*node.iters, *numbers.values()),
-                bindings=(*node.bindings, *(loop % it.extent for it in numbers.values())),
-                body=map_stmt(node.body, inside),
-                init=None if node.init is None else map_stmt(node.init, inside),
-            )
-        )
+        bindings = (*node.bindings, *(loop % it.extent for it in numbers.values()))
+        return redirected(replace(node, iters=(*node.iters, *numbers.values()), bindings=bindings), move)
 
     return map_stmt(stmt, visit)
-
-
-class _Copies:
-    """Copies of statements with loops, iteration variables and blocks of their own."""
-
-    def __init__(self, func: PrimFunc) -> None:
-        self._func = func
-
-    def at(self, stmt: Stmt, loop: Var, value: Expr) -> Stmt:
-        """`stmt` for one iteration of the loop around it."""
-        copy = self._copy(stmt, {loop: value})
-        # The names of its blocks are taken now.
-        self._func = replace(self._func, body=seq(self._func.body, copy))
-        return copy
-
-    def _copy(self, stmt: Stmt, env: Mapping[Var, Expr]) -> Stmt:
-        if isinstance(stmt, For):
-            var = Var(stmt.var.name)
-            body = self._copy(stmt.body, {**env, stmt.var: var})
-            return replace(stmt, var=var, extent=substitute_expr(stmt.extent, env), body=body)
-        if isinstance(stmt, Block):
-            renamed = substitute(stmt, env)
-            assert isinstance(renamed, Block)
-            iters = tuple(replace(it, var=Var(it.var.name)) for it in renamed.iters)
-            own: dict[Var, Expr] = {old.var: new.var for old, new in zip(renamed.iters, iters, strict=True)}
-            init = None if renamed.init is None else substitute(renamed.init, own)
-            name = block_name(self._func, stmt.name)
-            return with_regions(replace(renamed, name=name, iters=iters, body=substitute(renamed.body, own), init=init))
-        new = map_stmt_children(stmt, lambda child: self._copy(child, env))
-        return map_stmt_exprs(new, lambda e: substitute_expr(e, env))

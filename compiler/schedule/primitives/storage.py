@@ -9,18 +9,16 @@ from typing import Any
 
 from kedge.compiler.schedule.dependence import conflict, crossing
 from kedge.compiler.schedule.nest import index_ends
+from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import block_path, intermediate, refuse
-from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Dim, Expr, ExprLike, Load, Var, as_expr, const
+from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Dim, Expr, ExprLike, Var, as_expr, const
 from kedge.compiler.tir.parser import parse_expr
 from kedge.compiler.tir.printer import print_expr
-from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Scope, Stmt, Store
 from kedge.compiler.tir.visitor import (
     free_vars,
-    map_expr,
     map_stmt,
-    map_stmt_exprs,
     replace_buffers,
     stores,
     substitute_expr,
@@ -144,21 +142,12 @@ def with_buffer(func: PrimFunc, old: Buffer, new: Buffer, index_map: IndexMap | 
             return stmt
         simplifier = Simplifier({it.var: over(it.extent) for it in stmt.iters})
 
-        def place(indices: Sequence[Expr]) -> tuple[Expr, ...]:
-            return tuple(simplifier.simplify(index) for index in mapping.at(indices))
+        def move(buffer: Buffer, indices: tuple[Expr, ...]) -> Place | None:
+            if buffer is not old:
+                return None
+            return new, tuple(simplifier.simplify(index) for index in mapping.at(indices))
 
-        def load(expr: Expr) -> Expr:
-            return Load(new, place(expr.indices)) if isinstance(expr, Load) and expr.buffer is old else expr
-
-        def inside(part: Stmt) -> Stmt:
-            if isinstance(part, Block):
-                return part
-            part = map_stmt_exprs(part, lambda e: map_expr(e, load))
-            moved = isinstance(part, Store) and part.buffer is old
-            return Store(new, place(part.indices), part.value) if moved and isinstance(part, Store) else part
-
-        init = None if stmt.init is None else map_stmt(stmt.init, inside)
-        return with_regions(replace(stmt, body=map_stmt(stmt.body, inside), init=init))
+        return redirected(stmt, move)
 
     return replace(func, body=map_stmt(func.body, visit), allocs=allocs)
 
