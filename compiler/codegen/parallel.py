@@ -18,8 +18,9 @@ from kedge.compiler.tir.visitor import free_vars, stmt_exprs, walk_expr
 
 #: Struct layouts of kedge.h, as far as compiled code reads them.
 FRAME = "{ i64, ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr }"
-API = "{ i64, ptr }"
+API = "{ i64, ptr, ptr, ptr, ptr }"
 FRAME_FIELDS = {"api": 1, "inputs": 3, "outputs": 4, "symbols": 5, "arena": 6, "weights": 7, "cancel": 8}
+API_FIELDS = {"parallel_for": 1, "parallel_for_dynamic": 2, "launch": 3, "fail": 4}
 
 
 class _Uses:
@@ -87,13 +88,17 @@ class ParallelEmitter(ExprEmitter):
         name = f"{self.symbol}.loop{self.b.fresh('')}"
         self._outline(name, struct, loop, extent, buffers, captured, fields)
         count = self._widen(self.materialize(extent))
+        dynamic = loop.annotations.get("schedule") == "dynamic"
+        chunk = loop.annotations["chunk"] if dynamic else None
         grain = loop.annotations.get("grain")
         if grain is None:
-            self._call_pool(name, struct, fields, count)
+            self._call_pool(name, struct, fields, count, chunk)
         else:
-            self._call_from(grain, name, struct, fields, count)
+            self._call_from(grain, name, struct, fields, count, chunk)
 
-    def _call_from(self, grain: int, name: str, struct: str, fields: list[Value], count: Value) -> None:
+    def _call_from(
+        self, grain: int, name: str, struct: str, fields: list[Value], count: Value, chunk: int | None
+    ) -> None:
         """The pool where there are `grain` iterations or more, else the body itself on this thread."""
         b = self.b
         few, many, done = b.fresh("few"), b.fresh("many"), b.fresh("done")
@@ -102,11 +107,12 @@ class ParallelEmitter(ExprEmitter):
         b.call(f"{name}.body", Value("", "i32"), [*fields, b.const(0, "i64"), count])
         b.jump(done)
         b.label(many)
-        self._call_pool(name, struct, fields, count)
+        self._call_pool(name, struct, fields, count, chunk)
         b.jump(done)
         b.label(done)
 
-    def _call_pool(self, name: str, struct: str, fields: list[Value], count: Value) -> None:
+    def _call_pool(self, name: str, struct: str, fields: list[Value], count: Value, chunk: int | None) -> None:
+        """The runtime's parallel_for; with a chunk, its parallel_for_dynamic."""
         b = self.b
         closure = f"%{b.fresh('closure')}"
         b.emit_entry(f"{closure} = alloca {struct}, align 8")
@@ -115,9 +121,11 @@ class ParallelEmitter(ExprEmitter):
             b.emit(f"store {field.typed}, ptr {slot.ref}")
         api_slot = b.result(f"getelementptr inbounds {FRAME}, ptr {self.frame}, i32 0, i32 1", "ptr")
         api = b.result(f"load ptr, ptr {api_slot.ref}", "ptr")
-        call_slot = b.result(f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 1", "ptr")
+        member = API_FIELDS["parallel_for" if chunk is None else "parallel_for_dynamic"]
+        call_slot = b.result(f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 {member}", "ptr")
         function = b.result(f"load ptr, ptr {call_slot.ref}", "ptr")
         args = f"ptr {self.frame}, ptr @{name}, ptr {closure}, {count.typed}"
+        args += "" if chunk is None else f", i64 {chunk}"
         status = b.result(f"call i32 {function.ref}({args})", "i32")
         failed, go_on = b.fresh("failed"), b.fresh("ok")
         b.branch(b.compare("icmp ne", status, b.const(0, "i32")), failed, go_on)

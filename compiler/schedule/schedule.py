@@ -24,7 +24,7 @@ from kedge.compiler.schedule.handles import BlockRef, LoopRef, Ref
 from kedge.compiler.schedule.primitives.cache import cache_write
 from kedge.compiler.schedule.primitives.cache_read import cache_read
 from kedge.compiler.schedule.primitives.inline import compute_inline, reverse_compute_inline
-from kedge.compiler.schedule.primitives.loops import annotate, bind, fuse, reorder, set_kind, split
+from kedge.compiler.schedule.primitives.loops import annotate, bind, fuse, parallel, reorder, set_kind, split
 from kedge.compiler.schedule.primitives.motion import compute_at, reverse_compute_at
 from kedge.compiler.schedule.primitives.pad import pad_einsum
 from kedge.compiler.schedule.primitives.pipeline import software_pipeline
@@ -35,7 +35,7 @@ from kedge.compiler.schedule.trace import Step, Traced, primitive
 from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_on, refuse
 from kedge.compiler.schedule.visualize import visualize
 from kedge.compiler.tir.expr import Expr, ExprLike
-from kedge.compiler.tir.stmt import PrimFunc, Scope
+from kedge.compiler.tir.stmt import LoopSchedule, PrimFunc, Scope
 
 __all__ = ["BlockRef", "LoopRef", "Ref", "Schedule", "Step"]
 
@@ -119,14 +119,20 @@ class Schedule(Traced):
         """
         self._commit("reorder", reorder(self._func, [self._handles.var(ref) for ref in loops]))
 
-    @primitive("sch.parallel(i)")
-    def parallel(self, loop: LoopRef) -> None:
+    @primitive('sch.parallel(i) or sch.parallel(i, "dynamic", chunk=4)')
+    def parallel(self, loop: LoopRef, schedule: LoopSchedule = "static", chunk: int | None = None) -> None:
         """Iterations spread over threads. Refused for reductions and where iterations depend on one another.
+
+        `schedule` is OpenMP's: "static" gives each thread one chunk of the same size, always the same iterations, so
+        that it finds its data in its cache. "dynamic" gives `chunk` iterations (1 unless told) at a time to the thread
+        that is free: for uneven work or uneven cores.
 
         Rewrite:
             for i in range(n): …     ->   for i in parallel(n): …
+        Rewrite ("dynamic", chunk=4):
+            for i in range(n): …     ->   for i in parallel(n):  # chunk=4, schedule='dynamic'
         """
-        self._commit("parallel", set_kind(self._func, "parallel", self._handles.var(loop), "parallel"))
+        self._commit("parallel", parallel(self._func, self._handles.var(loop), schedule, chunk))
 
     @primitive("sch.vectorize(j)")
     def vectorize(self, loop: LoopRef) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Scope = Literal["global", "shared", "local", "register"]
 LoopKind = Literal["serial", "parallel", "vectorized", "unrolled", "thread", "tensorized"]
+LoopSchedule = Literal["static", "dynamic"]
 IterKind = Literal["spatial", "reduce"]
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -98,7 +99,11 @@ class If(Stmt):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class For(Stmt):
-    """`for var in [0, extent): body`. `thread` names the axis ("blockIdx.x", …) of a loop of kind "thread"."""
+    """`for var in [0, extent): body`. `thread` names the axis ("blockIdx.x", …) of a loop of kind "thread".
+
+    A loop of kind "parallel" runs in one chunk for each thread, or, where it is annotated with schedule="dynamic" and
+    chunk=n, in chunks of n iterations that threads take when they are free.
+    """
 
     var: Var
     extent: Expr

@@ -122,8 +122,18 @@ class _Verifier:
         if loop.kind in ("vectorized", "unrolled", "tensorized"):
             self.need(isinstance(loop.extent, Const), f"{loop.kind} loop {name} has no constant extent")
         self.stmt(loop.body, scope | {loop.var}, outer)
+        if "schedule" in loop.annotations or "chunk" in loop.annotations:
+            self.chunks(loop)
 
     def block(self, block: Block, scope: frozenset[Var], outer: frozenset[Var]) -> None:
+    def chunks(self, loop: For) -> None:
+        """How a parallel loop is dealt out."""
+        name, schedule, chunk = loop.var.name, loop.annotations.get("schedule"), loop.annotations.get("chunk")
+        self.need(loop.kind == "parallel", f"{loop.kind} loop {name}: only a parallel loop has a schedule")
+        self.need(schedule == "dynamic", f"loop {name}: schedule {schedule!r}; a chunk belongs to 'dynamic'")
+        fits = type(chunk) is int and 1 <= chunk < 2**63
+        self.need(fits, f"loop {name}: chunk {chunk!r} is no number of iterations (1 to 2**63 - 1)")
+
         where = f"block {block.name}"
         self.need(block.name not in self.blocks, f"{where} is declared twice")
         self.blocks.add(block.name)

@@ -21,7 +21,7 @@ from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
 from kedge.compiler.package import pack_weights
 from kedge.compiler.pipeline import compile_objects
-from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const
 from kedge.compiler.toolchain import link_shared
@@ -30,6 +30,7 @@ from support import functions
 
 LOOP = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 POOL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, LOOP, ctypes.c_void_p, ctypes.c_int64)
+DYNAMIC_POOL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, LOOP, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 OK, CANCELLED = 0, 7
 
 
@@ -73,7 +74,12 @@ class Loaded:
         self.function = self.module.functions[0].contents
         self.cancel = ctypes.c_int32(0)
 
-    def call(self, x: np.ndarray[Any, Any], pool: Callable[..., int] | None = None) -> tuple[int, np.ndarray[Any, Any]]:
+    def call(
+        self,
+        x: np.ndarray[Any, Any],
+        pool: Callable[..., int] | None = None,
+        dynamic_pool: Callable[..., int] = lambda *_: 99,
+    ) -> tuple[int, np.ndarray[Any, Any]]:
         out = np.full((len(x), 3), 77, np.float32)
         size = evaluate(self.function.arena_size, len(x))
         guard = 4096
@@ -86,8 +92,9 @@ class Loaded:
         symbols = (ctypes.c_int64 * 1)(len(x))
         inputs, outputs = (ctypes.c_void_p * 1)(x.ctypes.data), (ctypes.c_void_p * 1)(out.ctypes.data)
         entry = pool or (lambda frame, body, closure, extent: body(closure, 0, extent))
-        keep = POOL(entry)
-        api = (ctypes.c_uint64 * 2)(16, ctypes.cast(keep, ctypes.c_void_p).value or 0)
+        keep = POOL(entry), DYNAMIC_POOL(dynamic_pool)
+        functions = (ctypes.cast(each, ctypes.c_void_p).value for each in keep)
+        api = abi.RuntimeApi(ctypes.sizeof(abi.RuntimeApi), *functions)
         fields = (ctypes.c_uint64 * 9)(
             72, ctypes.addressof(api), 0, ctypes.addressof(inputs), ctypes.addressof(outputs),
             ctypes.addressof(symbols), memory.ctypes.data + start, room.ctypes.data + at, ctypes.addressof(self.cancel),
@@ -164,17 +171,39 @@ def test_iterations_may_come_in_any_pieces_and_order(loaded: Loaded) -> None:
     np.testing.assert_array_equal(loaded.call(x, backwards)[1], loaded.call(x)[1])
 
 
-def test_a_loop_below_its_grain_stays_on_the_calling_thread(tmp_path: Path, kernels: KernelCache) -> None:
+def doubled_rows(parallel: Callable[[Schedule, LoopRef], None]) -> Program:
+    """y = x * 2 for x [N, 3], with the loop over rows made parallel."""
     n = Var("N", lower=1)
     x = te.placeholder((n, 3), "float32", "x")
     sch = Schedule(te.create_prim_func([x, te.compute((n, 3), lambda i, j: x[i, j] * 2.0, name="y")], "f"))
-    loop = sch.get_loops(sch.get_block("y"))[0]
-    sch.parallel(loop)
-    sch.annotate(loop, "grain", 10)
+    parallel(sch, sch.get_loops(sch.get_block("y"))[0])
     kind = TensorType((n, 3), "float32")
     step = Step("f", (Slot("input", kind), Slot("output", kind)), (n,))
     entry = Entry("f", (Port("x", kind),), (Port("y", kind),), (n,), (step,), 0)
-    loaded = Loaded(Program({"f": Kernel(sch.func, "none", {}, ())}, (entry,)), tmp_path, kernels)
+    return Program({"f": Kernel(sch.func, "none", {}, ())}, (entry,))
+
+
+def test_dynamic_chunks_are_asked_of_the_runtime(tmp_path: Path, kernels: KernelCache) -> None:
+    loaded = Loaded(doubled_rows(lambda sch, loop: sch.parallel(loop, "dynamic", chunk=4)), tmp_path, kernels)
+    calls: list[tuple[int, int]] = []
+
+    def in_chunks(frame: int, body: Any, closure: int, extent: int, chunk: int) -> int:
+        calls.append((extent, chunk))
+        return max(body(closure, i, min(i + chunk, extent)) for i in reversed(range(0, extent, chunk)))
+
+    status, y = loaded.call(np.ones((10, 3), np.float32), dynamic_pool=in_chunks)
+    assert status == OK and (y == 2).all()
+    assert calls == [(10, 4)]
+    status, y = loaded.call(np.ones((10, 3), np.float32), dynamic_pool=lambda *_: CANCELLED)
+    assert status == CANCELLED and (y == 77).all()
+
+
+def test_a_loop_below_its_grain_stays_on_the_calling_thread(tmp_path: Path, kernels: KernelCache) -> None:
+    def from_ten(sch: Schedule, loop: LoopRef) -> None:
+        sch.parallel(loop)
+        sch.annotate(loop, "grain", 10)
+
+    loaded = Loaded(doubled_rows(from_ten), tmp_path, kernels)
     calls: list[int] = []
 
     def counting(frame: int, body: Any, closure: int, extent: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -259,7 +259,9 @@ def test_kernels_with_and_without_a_schedule(kernels: KernelCache, target: str, 
     check(schedule_func(func, parse(target)).func, data, target, kernels, reference=func)
 
 
-def tiled_dense(m: int, n: int, k: int, rows: int, vectors: int, lanes: int, *, parallel: bool = False) -> PrimFunc:
+def tiled_dense(
+    m: int, n: int, k: int, rows: int, vectors: int, lanes: int, *, parallel: Mapping[str, Any] | None = None
+) -> PrimFunc:
     """A register-tiled product, as a contraction rule makes it."""
     sch = Schedule(functions.dense(m, k, n, relu=False))
     block = sch.get_block("y")
@@ -274,16 +276,16 @@ def tiled_dense(m: int, n: int, k: int, rows: int, vectors: int, lanes: int, *, 
         sch.vectorize(loops[-1])
         sch.unroll(loops[-2])
         sch.unroll(loops[-3])
-    if parallel:
-        sch.parallel(sch.get_loops(sch.get_block("y_register"))[0])
+    if parallel is not None:
+        sch.parallel(sch.get_loops(sch.get_block("y_register"))[0], **parallel)
     return sch.func
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("shape", [(32, 64, 16), (33, 65, 17), (7, 5, 3), (250, 250, 64)])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("parallel", [None, {}, {"schedule": "dynamic", "chunk": 3}])
 def test_register_tiles_with_tails(
-    kernels: KernelCache, target: str, shape: tuple[int, int, int], parallel: bool
+    kernels: KernelCache, target: str, shape: tuple[int, int, int], parallel: Mapping[str, Any] | None
 ) -> None:
     m, n, k = shape
     func = tiled_dense(m, n, k, 4, 2, 8, parallel=parallel)

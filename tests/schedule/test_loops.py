@@ -1,12 +1,17 @@
 """split, fuse, reorder and the kinds of loops: what they make, what they refuse, that the meaning stays."""
 
+import json
+
 import pytest
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Cast, Load, Var, const
+from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Store
+from kedge.compiler.tir.structural import equal
+from kedge.compiler.tir.verify import verify
 from support.functions import assert_same, chain, conv, dense, softmax, transpose
 
 N, M = Var("n", lower=1), Var("m", lower=1)
@@ -215,6 +220,46 @@ def test_parallel_does_not_nest():
     sch.parallel(i)
     refused(lambda: sch.parallel(j), "stands inside parallel loop 'i'")
     refused(lambda: sch.parallel(i), "it is parallel already")
+
+
+def test_dynamic_chunks():
+    func = transpose(4, 4)
+    sch = Schedule(func)
+    i, _ = loops_of(sch, "y")
+    sch.parallel(i, schedule="dynamic", chunk=2)
+    assert "for i in parallel(4):  # chunk=2, schedule='dynamic'\n" in sch.show()
+    assert equal(parse_func(sch.show()), verify(sch.func))
+    assert_same(func, sch.func)
+    again = Schedule.replay(func, json.loads(json.dumps(sch.trace)))
+    assert equal(again.func, sch.func)
+    plain = Schedule(func)
+    plain.parallel(loops_of(plain, "y")[0], "dynamic")
+    assert "for i in parallel(4):  # chunk=1, schedule='dynamic'\n" in plain.show()
+
+
+def test_a_parallel_step_without_a_schedule_is_static():
+    """As traces were before there was a choice."""
+    func = transpose(4, 4)
+    sch = Schedule(func)
+    sch.parallel(loops_of(sch, "y")[0])
+    *steps, last = sch.trace
+    again = Schedule.replay(func, [*steps, {**last, "args": {"loop": last["args"]["loop"]}}])
+    assert equal(again.func, sch.func)
+
+
+def test_chunks_that_are_none():
+    sch = Schedule(transpose(4, 4))
+    i, _ = loops_of(sch, "y")
+    refused(lambda: sch.parallel(i, "guided"), "parallel(schedule='guided')", "not one of 'static', 'dynamic'")
+    refused(lambda: sch.parallel(i, "dynamic", chunk=1.5), "parallel(chunk=1.5)", "not a whole number or None")
+    for chunk in (0, -1, 2**63):
+        refused(lambda chunk=chunk: sch.parallel(i, "dynamic", chunk), f"chunk={chunk} is not between 1 and 2**63 - 1")
+    refused(
+        lambda: sch.parallel(i, chunk=2), "static chunks are one for each thread", 'sch.parallel(loop, "dynamic", 2)'
+    )
+    for key in ("schedule", "chunk"):
+        refused(lambda key=key: sch.annotate(i, key, 1), f"key '{key}' is what parallel writes", "sch.parallel(loop")
+    assert "parallel" not in sch.show()
 
 
 def test_dependences_are_found():

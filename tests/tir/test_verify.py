@@ -77,6 +77,15 @@ BAD = {
     ),
     "vectorized loop i has no constant extent": lambda: make(loop=lambda f: replace(f, kind="vectorized")),
     "loop i has unknown kind 'magic'": lambda: make(loop=lambda f: replace(f, kind="magic")),
+    "serial loop i: only a parallel loop has a schedule": lambda: make(
+        loop=lambda f: replace(f, annotations={"schedule": "dynamic", "chunk": 1})
+    ),
+    "loop i: schedule 'guided'; a chunk belongs to 'dynamic'": lambda: make(
+        loop=lambda f: replace(f, kind="parallel", annotations={"schedule": "guided", "chunk": 1})
+    ),
+    "loop i: chunk 0 is no number of iterations": lambda: make(
+        loop=lambda f: replace(f, kind="parallel", annotations={"schedule": "dynamic", "chunk": 0})
+    ),
     "only a thread loop has an axis": lambda: make(loop=lambda f: replace(f, thread="blockIdx.x")),
     "the extent of loop i is float32": lambda: make(loop=lambda f: replace(f, extent=const(1, "float32"))),
     "input y is written": lambda: make(func=lambda f: replace(f, params=(Y, X), body=f.body)),

@@ -26,11 +26,18 @@ from kedge.compiler.schedule.tree import (
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
-from kedge.compiler.tir.stmt import Block, For, LoopKind, PrimFunc, Range, Stmt
+from kedge.compiler.tir.stmt import Block, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
 from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
 
 #: Axes of a grid of threads.
 THREAD_AXES = frozenset(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx", "vthread") for axis in "xyz")
+#: Annotations that primitives write, with the calls that write them.
+_WRITTEN = {
+    "intrin": "sch.tensorize(loop, intrin)",
+    "schedule": 'sch.parallel(loop, "dynamic", chunk)',
+    "chunk": 'sch.parallel(loop, "dynamic", chunk)',
+}
+_MAX_CHUNK = 2**63 - 1
 
 
 def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[PrimFunc, tuple[Var, ...]]:
@@ -129,6 +136,21 @@ def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: 
     return swap(func, node, new)
 
 
+def parallel(func: PrimFunc, loop: Var, schedule: LoopSchedule, chunk: int | None) -> PrimFunc:
+    """`loop` spread over threads, in one static chunk for each or in dynamic chunks of `chunk` (None: 1) iterations."""
+    if schedule == "static":
+        if chunk is not None:
+            reason = f"chunk={chunk}: static chunks are one for each thread, whatever their number"
+            raise refuse(func, "parallel", loop, reason, hint=f'sch.parallel(loop, "dynamic", {chunk}), or no chunk')
+        return set_kind(func, "parallel", loop, "parallel")
+    size = 1 if chunk is None else chunk
+    if not 1 <= size <= _MAX_CHUNK:
+        reason = f"chunk={size} is not between 1 and 2**63 - 1"
+        raise refuse(func, "parallel", loop, reason, hint="take as many iterations as last some microseconds")
+    new = set_kind(func, "parallel", loop, "parallel")
+    return _annotated(new, _node(new, loop), {"schedule": "dynamic", "chunk": size})
+
+
 def bind(func: PrimFunc, loop: Var, thread: str) -> PrimFunc:
     """`loop` spread over the threads of an axis such as "blockIdx.x"."""
     if thread not in THREAD_AXES:
@@ -139,17 +161,28 @@ def bind(func: PrimFunc, loop: Var, thread: str) -> PrimFunc:
 
 
 def annotate(func: PrimFunc, subject: Var | str, key: str, value: Any) -> PrimFunc:
-    """The loop (a variable) or block (a name) with one more annotation."""
-    path = loop_path(func, subject) if isinstance(subject, Var) else block_path(func, subject)
-    node = path[-1]
-    assert isinstance(node, (For, Block))
-    at = subject if isinstance(node, For) else node
-    if key == "intrin":
-        raise refuse(func, "annotate", at, f"key {key!r} is what tensorize writes", hint="sch.tensorize(loop, intrin)")
+    """The loop (a variable) or block (a name) with one more annotation of the user's."""
+    node = _node(func, subject)
+    at = node.var if isinstance(node, For) else node
+    if key in _WRITTEN:
+        call = _WRITTEN[key]
+        primitive = call.partition("(")[0].removeprefix("sch.")
+        raise refuse(func, "annotate", at, f"key {key!r} is what {primitive} writes", hint=call)
     if not _is_json(value):
         hint = "take texts, finite numbers, truth values, None, and lists and dicts of these by text"
         raise refuse(func, "annotate", at, f"value {value!r} is not JSON-able", hint=hint)
-    return swap(func, node, replace(node, annotations=MappingProxyType({**node.annotations, key: value})))
+    return _annotated(func, node, {key: value})
+
+
+def _annotated(func: PrimFunc, node: For | Block, more: Mapping[str, Any]) -> PrimFunc:
+    return swap(func, node, replace(node, annotations=MappingProxyType({**node.annotations, **more})))
+
+
+def _node(func: PrimFunc, subject: Var | str) -> For | Block:
+    path = loop_path(func, subject) if isinstance(subject, Var) else block_path(func, subject)
+    node = path[-1]
+    assert isinstance(node, (For, Block))
+    return node
 
 
 def _is_json(value: Any) -> bool:
