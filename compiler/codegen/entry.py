@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from kedge.compiler.codegen.affine import Linear
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
+from kedge.compiler.codegen.constants import Constants, size_of
 from kedge.compiler.codegen.expr import ExprEmitter
+from kedge.compiler.codegen.external import emit_external
 from kedge.compiler.codegen.parallel import FRAME, FRAME_FIELDS
 from kedge.compiler.codegen.shapes import Program as ShapeProgram
 from kedge.compiler.codegen.shapes import decode, encode
@@ -28,7 +30,6 @@ MODULE_SYMBOL = "kedge_module"
 _CANCELLED = 7
 _NO_UPPER = 2**63 - 1
 
-_EXPR_OP = "{ i64, i64 }"
 _EXPR = "{ ptr, i64 }"
 _PORT = "{ ptr, ptr, i32, { i8, i8, i16 } }"
 _SYMBOL = "{ ptr, i64, i64, i32, i32 }"
@@ -65,14 +66,15 @@ def emit_module(
 ) -> str:  # fmt: skip
     """LLVM IR of all entries of `program` and of the descriptor; `kernels` by their names in the program."""
     module = ModuleBuilder(target)
-    globals_ = _Globals(module)
+    constants = Constants(module)
     for kernel in dict.fromkeys(kernels.values()):
         _declare_kernel(module, program, kernels, kernel)
+    callees = {**kernels, **_emit_externals(module, constants, program)}
     functions = []
     for number, entry in enumerate(program.entries):
-        arena = _emit_entry(module, entry, f"kedge_entry_{number}", kernels, weights)
-        functions.append(_describe_function(globals_, entry, f"kedge_entry_{number}", arena))
-    _describe_module(globals_, target, functions, weights, weights_size)
+        arena = _emit_entry(module, entry, f"kedge_entry_{number}", callees, weights)
+        functions.append(_describe_function(constants, entry, f"kedge_entry_{number}", arena))
+    _describe_module(constants, target, functions, weights, weights_size)
     return module.text()
 
 
@@ -82,6 +84,15 @@ def _declare_kernel(
     func = next(program.kernels[name].func for name, one in kernels.items() if one == kernel)
     types = ["ptr"] * (1 + len(func.params)) + ["i64"] * len(func.symbols) + ["ptr"] * kernel.needs_workspace
     module.add(f"declare hidden i32 @{kernel.symbol}({', '.join(types)})")
+
+
+def _emit_externals(module: ModuleBuilder, constants: Constants, program: Program) -> dict[str, CompiledKernel]:
+    """The functions that call external code, by their names in the program: to an entry they are kernels."""
+    made = {}
+    for number, (name, kernel) in enumerate(program.externals.items()):
+        made[name] = CompiledKernel(f"kedge_external_{number}", encode(kernel.call.workspace, kernel.symbols))
+        emit_external(module, constants, kernel, made[name].symbol)
+    return made
 
 
 # Entries --------------------------------------------------------------------------------------------------------
@@ -192,70 +203,32 @@ class _EntryEmitter(ExprEmitter):
 # The descriptor -------------------------------------------------------------------------------------------------
 
 
-class _Globals:
-    """Private constants of the module, by name."""
-
-    def __init__(self, module: ModuleBuilder) -> None:
-        self.module = module
-        self._count = 0
-
-    def constant(self, type_: str, value: str) -> str:
-        """A new private constant; gives its reference."""
-        self._count += 1
-        ref = f"@kedge.c{self._count}"
-        self.module.add(f"{ref} = private unnamed_addr constant {type_} {value}")
-        return ref
-
-    def array(self, type_: str, values: Sequence[str]) -> str:
-        """An array of constants; "null" when there is nothing in it."""
-        if not values:
-            return "null"
-        inside = ", ".join(f"{type_} {value}" for value in values)
-        return self.constant(f"[{len(values)} x {type_}]", f"[{inside}]")
-
-    def text(self, text: str) -> str:
-        """A C string."""
-        data = text.encode() + b"\0"
-        escaped = "".join(chr(c) if 32 <= c < 127 and c not in b'"\\' else f"\\{c:02X}" for c in data)
-        return self.constant(f"[{len(data)} x i8]", f'c"{escaped}"')
-
-    def expr(self, dim: Dim, symbols: Sequence[Var]) -> str:
-        """A `kedge_expr`."""
-        program = encode(dim, symbols)
-        ops = self.array(_EXPR_OP, [f"{{ i64 {code}, i64 {value} }}" for code, value in program])
-        return f"{{ ptr {ops}, i64 {len(program)} }}"
-
-
-def _size_of(type_: str) -> str:
-    return f"ptrtoint (ptr getelementptr ({type_}, ptr null, i32 1) to i64)"
-
-
-def _describe_function(globals_: _Globals, entry: Entry, symbol: str, arena: Dim) -> str:
-    inputs = globals_.array(_PORT, [_describe_port(globals_, port, entry.symbols) for port in entry.inputs])
-    outputs = globals_.array(_PORT, [_describe_port(globals_, port, entry.symbols) for port in entry.outputs])
-    symbols = globals_.array(_SYMBOL, [_describe_symbol(globals_, var, entry) for var in entry.symbols])
-    name = globals_.text(entry.name)
-    return globals_.constant(
+def _describe_function(constants: Constants, entry: Entry, symbol: str, arena: Dim) -> str:
+    inputs = constants.array(_PORT, [_describe_port(constants, port, entry.symbols) for port in entry.inputs])
+    outputs = constants.array(_PORT, [_describe_port(constants, port, entry.symbols) for port in entry.outputs])
+    symbols = constants.array(_SYMBOL, [_describe_symbol(constants, var, entry) for var in entry.symbols])
+    name = constants.text(entry.name)
+    return constants.constant(
         _FUNCTION,
-        f"{{ i64 {_size_of(_FUNCTION)}, ptr {name}, ptr @{symbol}, ptr {inputs}, ptr {outputs}, ptr {symbols}, "
-        f"{_EXPR} {globals_.expr(arena, entry.symbols)}, i32 {len(entry.inputs)}, i32 {len(entry.outputs)}, "
+        f"{{ i64 {size_of(_FUNCTION)}, ptr {name}, ptr @{symbol}, ptr {inputs}, ptr {outputs}, ptr {symbols}, "
+        f"{_EXPR} {constants.expr(arena, entry.symbols)}, i32 {len(entry.inputs)}, i32 {len(entry.outputs)}, "
         f"i32 {len(entry.symbols)}, i32 0 }}",
     )
 
 
-def _describe_port(globals_: _Globals, port: Port, symbols: Sequence[Var]) -> str:
+def _describe_port(constants: Constants, port: Port, symbols: Sequence[Var]) -> str:
     code, bits = abi.dtype_code(port.type.dtype)
-    shape = globals_.array(_EXPR, [globals_.expr(dim, symbols) for dim in port.type.shape])
-    head = f"ptr {globals_.text(port.name)}, ptr {shape}, i32 {len(port.type.shape)}"
+    shape = constants.array(_EXPR, [constants.expr(dim, symbols) for dim in port.type.shape])
+    head = f"ptr {constants.text(port.name)}, ptr {shape}, i32 {len(port.type.shape)}"
     return f"{{ {head}, {{ i8, i8, i16 }} {{ i8 {code}, i8 {bits}, i16 1 }} }}"
 
 
-def _describe_symbol(globals_: _Globals, var: Var, entry: Entry) -> str:
+def _describe_symbol(constants: Constants, var: Var, entry: Entry) -> str:
     for number, port in enumerate(entry.inputs):
         for axis, dim in enumerate(port.type.shape):
             if dim is var:
                 upper = _NO_UPPER if var.upper is None else var.upper
-                name = globals_.text(var.name)
+                name = constants.text(var.name)
                 return f"{{ ptr {name}, i64 {var.lower or 0}, i64 {upper}, i32 {number}, i32 {axis} }}"
     raise CodegenError(
         f"{entry.name}: the dim {var.name!r} cannot be read off any input", hint="give an input that has it as a dim"
@@ -263,16 +236,16 @@ def _describe_symbol(globals_: _Globals, var: Var, entry: Entry) -> str:
 
 
 def _describe_module(
-    globals_: _Globals, target: Target, functions: Sequence[str], weights: Sequence[WeightPlace], weights_size: int
+    constants: Constants, target: Target, functions: Sequence[str], weights: Sequence[WeightPlace], weights_size: int
 ) -> None:
-    table = globals_.array("ptr", functions)
-    places = globals_.array(
-        _WEIGHT, [f"{{ ptr {globals_.text(w.name)}, i64 {w.offset}, i64 {w.size} }}" for w in weights]
+    table = constants.array("ptr", functions)
+    places = constants.array(
+        _WEIGHT, [f"{{ ptr {constants.text(w.name)}, i64 {w.offset}, i64 {w.size} }}" for w in weights]
     )
-    text, features = globals_.text(str(target)), globals_.text(",".join(target.required_features))
+    text, features = constants.text(str(target)), constants.text(",".join(target.required_features))
     value = (
-        f"{{ i32 {MAGIC}, i32 {ABI_VERSION}, i64 {_size_of(_MODULE)}, ptr {text}, ptr {features}, ptr {table}, "
+        f"{{ i32 {MAGIC}, i32 {ABI_VERSION}, i64 {size_of(_MODULE)}, ptr {text}, ptr {features}, ptr {table}, "
         f"ptr {places}, i64 {weights_size}, i32 {len(functions)}, i32 {len(weights)}, "
         f"i32 {abi.DEVICE_CPU}, i32 0, ptr null }}"
     )
-    globals_.module.add(f"@{MODULE_SYMBOL} = constant {_MODULE} {value}")
+    constants.module.add(f"@{MODULE_SYMBOL} = constant {_MODULE} {value}")

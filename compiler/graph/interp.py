@@ -88,6 +88,11 @@ def apply(op: str, arrays: list[Array], attrs: Attrs, symbols: Symbols) -> tuple
     return registry.get(op).reference(arrays, evaluated)
 
 
+def evaluate_body(body: Function, inputs: list[Array], symbols: Symbols) -> list[Array]:
+    """The outputs of a group's body."""
+    return _evaluate(body, inputs, {}, symbols)
+
+
 def _evaluate(function: Function, inputs: list[Array], params: Mapping[str, Array], symbols: Symbols) -> list[Array]:
     done: dict[int, tuple[Array, ...]] = {
         id(value): (array,) for value, array in zip(function.inputs, inputs, strict=True)

@@ -9,9 +9,9 @@ import numpy as np
 
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.graph.dims import evaluate, evaluate_shape
-from kedge.compiler.graph.interp import check_inputs
+from kedge.compiler.graph.interp import check_inputs, evaluate_body
 from kedge.compiler.lower.memory import ALIGNMENT
-from kedge.compiler.lower.program import Entry, Program, Slot, Step
+from kedge.compiler.lower.program import Entry, ExternalKernel, Program, Slot, Step
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Var
 from kedge.rpc.errors import InputError
@@ -49,6 +49,9 @@ class _Machine:
         ]  # fmt: skip
 
     def step(self, step: Step) -> None:
+        if step.kernel in self._program.externals:
+            self._external(self._program.externals[step.kernel], step)
+            return
         func = self._program.kernels[step.kernel].func
         values = {
             var.name: evaluate(symbol, self._symbols) for var, symbol in zip(func.symbols, step.symbols, strict=True)
@@ -58,6 +61,14 @@ class _Machine:
         results = interp.run(func, [np.array(view) for view in views[:split]], values)
         for view, result in zip(views[split:], results, strict=True):
             view[...] = result
+
+    def _external(self, kernel: ExternalKernel, step: Step) -> None:
+        """What the C function must compute, operator by operator."""
+        values = {
+            var: evaluate(symbol, self._symbols) for var, symbol in zip(kernel.symbols, step.symbols, strict=True)
+        }
+        *arguments, result = [self._view(slot) for slot in step.args]
+        (result[...],) = evaluate_body(kernel.call.body, [np.array(view) for view in arguments], values)
 
     def _view(self, slot: Slot) -> Array:
         shape = evaluate_shape(slot.type.shape, self._symbols)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +13,26 @@ import numpy as np
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.cost import nbytes
-from kedge.compiler.graph.ir import Call, Constant, Function, Fused, Input, Item, Module, Param, TensorType, Value
+from kedge.compiler.graph.external import External, by_function
+from kedge.compiler.graph.ir import (
+    Call,
+    Constant,
+    ExternalCall,
+    Function,
+    Fused,
+    Input,
+    Item,
+    Module,
+    Param,
+    TensorType,
+    Value,
+)  # fmt: skip
 from kedge.compiler.graph.passes.fuse import VIEWS, make_group
+from kedge.compiler.lower.external import external_kernel
 from kedge.compiler.lower.limits import least_sizes, with_symbols
 from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
-from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
+from kedge.compiler.lower.program import Entry, ExternalKernel, Kernel, Port, Program, Slot, Step
 from kedge.compiler.schedule.default import is_scheduled, schedule_func
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import Schedule
@@ -28,19 +42,19 @@ from kedge.compiler.tir.structural import canonical
 from kedge.rpc.errors import InputError
 
 
-def lower(module: Module, target: TargetModel) -> Program:
-    """The program of a module that went through `default_passes`.
+def lower(module: Module, target: TargetModel, externals: Sequence[External] = ()) -> Program:
+    """The program of a module that went through `default_passes`; `externals` have the code of its external calls.
 
     Kernels that are structurally equal are compiled once. Parameters without data become inputs of the entries that
     use them, after the declared inputs and in order of first use.
 
     Raises:
-        CompileError: an operator has no lowering (the module was not legalized).
+        CompileError: an operator has no lowering (the module was not legalized), or an external call no code.
     """
-    pool = _Kernels(target)
+    pool = _Kernels(target, externals)
     weights = _Weights(module)
     entries = tuple(_EntryLowering(function, weights, pool).entry() for function in module.functions.values())
-    return Program(pool.scheduled(), entries, MappingProxyType(weights.arrays))
+    return Program(pool.scheduled(), entries, MappingProxyType(weights.arrays), pool.externals())
 
 
 def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel) -> Program:
@@ -75,16 +89,20 @@ def _port(buffer: Buffer) -> Port:
 
 
 class _Kernels:
-    """The kernels of a program, each once."""
+    """The kernels of a program and its calls of external functions, each once."""
 
-    def __init__(self, target: TargetModel) -> None:
+    def __init__(self, target: TargetModel, externals: Sequence[External]) -> None:
         self._target = target
+        self._codes = by_function(externals)
         self._by_form: dict[str, str] = {}
         self._funcs: dict[str, PrimFunc] = {}
+        self._externals: dict[str, ExternalKernel] = {}
         self._origins: dict[str, tuple[str, ...]] = {}
 
-    def add(self, value: Call | Fused) -> tuple[str, PrimFunc]:
-        """The name of the kernel that computes `value`, and the function under the symbols that `value` uses."""
+    def add(self, value: Call | Fused) -> _Callee:
+        """What computes `value`."""
+        if isinstance(value, ExternalCall):
+            return self._add_external(value)
         group = as_group(value)
         wanted = re.sub(r"\W", "_", kernel_name(value))
         func = lower_group(group, wanted)
@@ -94,7 +112,20 @@ class _Kernels:
             name = self._by_form[form] = self._unique(wanted)
             self._funcs[name] = replace(func, name=name)
         self._origins[name] = tuple(dict.fromkeys((*self._origins.get(name, ()), *group.origin)))
-        return name, func
+        types = tuple(TensorType(buffer.shape, buffer.dtype) for buffer in func.params)
+        return _Callee(name, group.inputs, types, func.symbols)
+
+    def _add_external(self, value: ExternalCall) -> _Callee:
+        """Each call by itself, so that a failure names its own operators."""
+        kernel = external_kernel(value, self._codes)
+        name = self._unique(value.body.name)
+        self._externals[name] = kernel
+        types = (*(own.type for own in value.body.inputs), *value.types)
+        return _Callee(name, value.inputs, types, kernel.symbols)
+
+    def externals(self) -> Mapping[str, ExternalKernel]:
+        """All calls of external functions."""
+        return MappingProxyType(self._externals)
 
     def scheduled(self) -> Mapping[str, Kernel]:
         """All kernels, scheduled for the target."""
@@ -105,7 +136,7 @@ class _Kernels:
 
     def _unique(self, wanted: str) -> str:
         name, count = wanted, 0
-        while name in self._funcs:
+        while name in self._funcs or name in self._externals:
             count += 1
             name = f"{wanted}_{count}"
         return name
@@ -143,12 +174,23 @@ class _Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class _Callee:
+    """A kernel by name: what it reads (views resolved later), and the types of its arguments, over `symbols`."""
+
+    name: str
+    reads: tuple[Value, ...]
+    types: tuple[TensorType, ...]
+    symbols: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
-    """A kernel call to be: what it reads (views resolved later), and the value it computes."""
+    """A kernel call to be, and the value it computes."""
 
     kernel: str
-    func: PrimFunc
     reads: tuple[Value, ...]
+    types: tuple[TensorType, ...]
+    symbols: tuple[Expr, ...]
     result: Value
     output: int | None = None  # where a copy goes
 
@@ -185,8 +227,8 @@ class _EntryLowering:
             if isinstance(value, Item):
                 raise CompileError("operators with several results must be legalized before lowering")
             if isinstance(value, Fused) or (isinstance(value, Call) and value.op not in VIEWS):
-                name, func = self._kernels.add(value)
-                self._jobs.append(_Job(name, func, as_group(value).inputs, value))
+                callee = self._kernels.add(value)
+                self._jobs.append(_Job(callee.name, callee.reads, callee.types, callee.symbols, value))
         for index, value in enumerate(self._function.outputs):
             base = _base(value)
             if isinstance(base, (Call, Fused)) and id(base) not in self._written:
@@ -198,8 +240,8 @@ class _EntryLowering:
         """An output that is an input, a weight, or another output once more."""
         own = Input("p0", value.type)
         copy = Call("identity", (own,), MappingProxyType({}), (value.type,))
-        name, func = self._kernels.add(copy)
-        self._jobs.append(_Job(name, func, (value,), make_group([copy]), index))
+        callee = self._kernels.add(copy)
+        self._jobs.append(_Job(callee.name, (value,), callee.types, callee.symbols, make_group([copy]), index))
 
     def _plan(self) -> Dim:
         """Place what lives between kernels, and give the arena's size."""
@@ -218,14 +260,12 @@ class _EntryLowering:
         return plan.size
 
     def _step(self, job: _Job) -> Step:
-        inputs = job.func.params[: len(job.reads)]
         slots = [
-            replace(self._slot(_base(value)), type=TensorType(buffer.shape, buffer.dtype))
-            for value, buffer in zip(job.reads, inputs, strict=True)
+            replace(self._slot(_base(value)), type=type_)
+            for value, type_ in zip(job.reads, job.types[: len(job.reads)], strict=True)
         ]
         result = Slot("output", job.result.type, job.output) if job.output is not None else self._slot(job.result)
-        symbols: tuple[Expr, ...] = job.func.symbols
-        return Step(job.kernel, (*slots, result), symbols)
+        return Step(job.kernel, (*slots, result), job.symbols)
 
     def _slot(self, base: Value) -> Slot:
         if isinstance(base, Constant) or (isinstance(base, Param) and self._weights.is_bound(base)):

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kedge.compiler.graph.ir import TensorType
+from kedge.compiler.graph.external import External
+from kedge.compiler.graph.ir import ExternalCall, TensorType
 from kedge.compiler.tir.expr import Dim, Expr, Var
 from kedge.compiler.tir.stmt import PrimFunc
 
@@ -31,7 +32,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One kernel call: arguments in the order of the kernel's parameters, then its symbols as expressions."""
+    """One call of a kernel or an external function: arguments in their order, then its symbols as expressions."""
 
     kernel: str
     args: tuple[Slot, ...]
@@ -70,9 +71,28 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class ExternalKernel:
+    """A C function from outside where a kernel would be, for one call in the graph.
+
+    Types, attributes and workspace are those of `call`, over `symbols`; its body is what the function must compute.
+    The step's arguments are the call's inputs and then its result; `order` says which of them each input of the C
+    function is, None where the call lacks it.
+    """
+
+    code: External
+    call: ExternalCall
+    symbols: tuple[Var, ...]
+    order: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
-    """A whole module, ready for code generation. `weights` are in slot order, each a C-contiguous array."""
+    """A whole module, ready for code generation. `weights` are in slot order, each a C-contiguous array.
+
+    Steps call what `kernels` or `externals` have under their name; no name is in both.
+    """
 
     kernels: Mapping[str, Kernel]
     entries: tuple[Entry, ...]
     weights: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    externals: Mapping[str, ExternalKernel] = field(default_factory=dict)
