@@ -14,6 +14,7 @@ MODULE_MAGIC = 0x4547444B
 MODULE_SYMBOL = "kedge_module"
 ALIGNMENT = 64
 MAX_NDIM = 8
+MAX_PARAMETERS = 256
 
 # kedge_status
 OK = 0

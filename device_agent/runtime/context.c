@@ -1,24 +1,10 @@
 /* context.c: checking arguments, binding free dims, the arena, calling. */
-#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#include "internal.h"
+#include "device.h"
 
 enum { IDLE = -1, RUNNING = 0, CANCELLED = 1 }; /* of context.cancel; compiled code stops at anything but 0 */
-enum { HUGE_PAGE = 2 << 20 };
-
-struct kedge_context {
-  kedge_model *model;
-  kedge_team team;
-  _Atomic int32_t cancel;
-  void **inputs;
-  void **outputs;
-  int64_t *symbols;
-  uint8_t *arena;
-  uint64_t arena_size;
-};
 
 /* ---- Cancelling --------------------------------------------------------------------------------------------- */
 
@@ -40,6 +26,8 @@ void kedge_cancel(kedge_context *context) {
 
 /* ---- Creating ----------------------------------------------------------------------------------------------- */
 
+static bool on_host(const kedge_context *context) { return context->model->module->device_type == kDLCPU; }
+
 static int32_t allocate(kedge_context *context) {
   int32_t inputs = 1, outputs = 1, symbols = 1;
   const kedge_module_desc *module = context->model->module;
@@ -53,7 +41,38 @@ static int32_t allocate(kedge_context *context) {
   context->outputs = calloc((size_t)outputs, sizeof *context->outputs);
   context->symbols = calloc((size_t)symbols, sizeof *context->symbols);
   bool done = context->inputs != NULL && context->outputs != NULL && context->symbols != NULL;
+  if (!on_host(context)) {
+    context->max_inputs = inputs;
+    context->n_slots = inputs + outputs;
+    context->slots = calloc((size_t)context->n_slots, sizeof *context->slots);
+    done = done && context->slots != NULL;
+  }
   return done ? KEDGE_OK : kedge_fail(KEDGE_E_MEMORY, "out of memory");
+}
+
+static int32_t start_team(kedge_context *context, int32_t num_threads) {
+  /* What a GPU leaves for the host to do needs no help; who wants threads all the same says how many. */
+  if (num_threads == 0 && !on_host(context)) num_threads = 1;
+  return kedge_team_init(&context->team, num_threads);
+}
+
+static int32_t open_queue(kedge_context *context, DLDevice device) {
+  int32_t status = kedge_place(context->model, device, &context->placement);
+  if (status != KEDGE_OK) return status;
+  kedge_device *opened = context->placement->device;
+  status = kedge_device_enter(opened);
+  if (status != KEDGE_OK) return status;
+  status = opened->driver->begin(opened, context->placement->program, &context->queue);
+  kedge_device_leave(opened);
+  return status;
+}
+
+static int32_t check_device(const kedge_module_desc *module, DLDevice device) {
+  if (device.device_type == module->device_type) return KEDGE_OK;
+  const kedge_driver *wanted = kedge_find_driver(device.device_type);
+  const char *is = kedge_find_driver(module->device_type)->name;
+  if (wanted != NULL) return kedge_fail(KEDGE_E_ARGUMENT, "the module was compiled for %s, not for %s", is, wanted->name);
+  return kedge_fail(KEDGE_E_ARGUMENT, "the module was compiled for %s, not for device type %d", is, device.device_type);
 }
 
 int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
@@ -63,32 +82,49 @@ int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_co
     return kedge_fail(KEDGE_E_ARGUMENT, "kedge_context_create: model and context are required");
   }
   *context = NULL;
-  if (device.device_type != kDLCPU) {
-    return kedge_fail(KEDGE_E_ARGUMENT, "device type %d is not supported: this runtime runs on the CPU",
-                      device.device_type);
-  }
+  int32_t status = check_device(model->module, device);
+  if (status != KEDGE_OK) return status;
   kedge_context *created = calloc(1, sizeof *created);
   if (created == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
   created->model = model;
   kedge_model_retain(model);
   kedge_disarm(created);
-  int32_t status = kedge_team_init(&created->team, options == NULL ? 0 : options->num_threads);
+  status = start_team(created, options == NULL ? 0 : options->num_threads);
   if (status == KEDGE_OK) status = allocate(created);
+  if (status == KEDGE_OK) status = open_queue(created, device);
   if (status != KEDGE_OK) {
+    kedge_kept_error why;
+    kedge_keep_error(&why);
     kedge_context_destroy(created);
+    kedge_restore_error(&why);
     return status;
   }
   *context = created;
   return KEDGE_OK;
 }
 
+/* What the context has on its device. Where the device cannot be entered any more, its memory is gone with it. */
+static void free_on_device(kedge_context *context) {
+  kedge_device *device = context->placement->device;
+  bool entered = kedge_device_enter(device) == KEDGE_OK;
+  if (context->queue != NULL) {
+    device->driver->synchronize(context->queue);
+    kedge_free_staging(context);
+    if (context->arena != NULL) device->driver->release(device, context->arena);
+    device->driver->end(context->queue);
+  }
+  if (entered) kedge_device_leave(device);
+  kedge_unplace(context->model, context->placement);
+}
+
 void kedge_context_destroy(kedge_context *context) {
   if (context == NULL) return;
+  if (context->placement != NULL) free_on_device(context);
   kedge_close(context->model);
   free(context->inputs);
   free(context->outputs);
   free(context->symbols);
-  free(context->arena);
+  free(context->slots);
   free(context);
 }
 
@@ -144,12 +180,25 @@ static int32_t check_shape(const place *at, const int64_t *symbols) {
   return KEDGE_OK;
 }
 
-static int32_t check_data(const place *at, void **data) {
-  const DLTensor *tensor = at->tensor;
-  if (tensor->device.device_type != kDLCPU) {
-    return kedge_fail(KEDGE_E_INPUT, "%s %s is on device type %d, expected the CPU", at->kind, at->port->name,
-                      tensor->device.device_type);
+static int32_t check_place(const kedge_context *context, const place *at) {
+  const kedge_device *device = context->queue->device;
+  const DLDevice is = at->tensor->device;
+  if (is.device_type == kDLCPU || (is.device_type == device->driver->device_type && is.device_id == device->id)) {
+    return KEDGE_OK;
   }
+  if (on_host(context)) {
+    return kedge_fail(KEDGE_E_INPUT, "%s %s is on device type %d, expected the CPU", at->kind, at->port->name,
+                      is.device_type);
+  }
+  return kedge_fail(KEDGE_E_INPUT, "%s %s is on device type %d, number %d, expected the CPU or type %d, number %d",
+                    at->kind, at->port->name, is.device_type, is.device_id, device->driver->device_type, device->id);
+}
+
+/* `slot` is NULL where the module runs on the host; else it tells afterwards whether there is something to copy. */
+static int32_t check_data(const kedge_context *context, const place *at, kedge_slot *slot, void **data) {
+  const DLTensor *tensor = at->tensor;
+  int32_t status = check_place(context, at);
+  if (status != KEDGE_OK) return status;
   if (!kedge_tensor_is_dense(tensor)) {
     return kedge_fail(KEDGE_E_INPUT, "%s %s is strided, expected dense row-major", at->kind, at->port->name);
   }
@@ -165,7 +214,17 @@ static int32_t check_data(const place *at, void **data) {
     return kedge_fail(KEDGE_E_INPUT, "%s %s is not aligned to its element size", at->kind, at->port->name);
   }
   *data = (void *)address;
-  return KEDGE_OK;
+  if (slot == NULL) return KEDGE_OK;
+  bool staged = bytes > 0 && tensor->device.device_type == kDLCPU;
+  slot->host = staged ? *data : NULL;
+  slot->bytes = bytes;
+  if (staged) return KEDGE_OK;
+  if (bytes == 0) *data = NULL; /* nothing of it is touched, and it need not be memory of the device */
+  const kedge_device *device = context->queue->device;
+  bool usable = bytes == 0 || device->driver->holds == NULL || device->driver->holds(context->queue->device, *data, bytes);
+  if (usable) return KEDGE_OK;
+  return kedge_fail(KEDGE_E_INPUT, "%s %s is not in memory of kedge_device_alloc on %s device %d", at->kind,
+                    at->port->name, device->driver->name, device->id);
 }
 
 static int32_t bind_symbols(kedge_context *context, const kedge_function_desc *function, const DLTensor *args) {
@@ -215,16 +274,15 @@ static int32_t grow_arena(kedge_context *context, const kedge_function_desc *fun
     return kedge_fail(KEDGE_E_MEMORY, "the memory that function %s needs for these shapes overflows", function->name);
   }
   if ((uint64_t)size <= context->arena_size) return KEDGE_OK;
-  free(context->arena);
+  kedge_device *device = context->queue->device;
+  void *memory = context->arena;
   context->arena = NULL;
   context->arena_size = 0;
-  void *memory;
-  size_t alignment = size >= 2 * HUGE_PAGE ? HUGE_PAGE : KEDGE_ALIGNMENT;
-  if (posix_memalign(&memory, alignment, (size_t)size) != 0) {
-    return kedge_fail(KEDGE_E_MEMORY, "function %s needs an arena of %lld bytes: out of memory", function->name,
-                      (long long)size);
+  int32_t status = memory == NULL ? KEDGE_OK : device->driver->release(device, memory);
+  if (status == KEDGE_OK) status = device->driver->allocate(device, (uint64_t)size, &memory);
+  if (status != KEDGE_OK) {
+    return kedge_fail_within(status, "function %s needs an arena of %lld bytes", function->name, (long long)size);
   }
-  if (alignment == HUGE_PAGE) madvise(memory, (size_t)size, MADV_HUGEPAGE); /* fewer TLB misses; a wish, not a need */
   context->arena = memory;
   context->arena_size = (uint64_t)size;
   return KEDGE_OK;
@@ -252,50 +310,95 @@ int32_t kedge_infer(kedge_context *context, int32_t index, const DLTensor *args,
   return status;
 }
 
-int32_t kedge_bind(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
-                   int32_t n_rets, kedge_frame *frame) {
-  const kedge_function_desc *function;
-  int32_t status = check_arguments(context, index, args, n_args, rets, n_rets, &function);
+/* Everything that needs no device: after it, data of tensors, symbols and slots are those of this call. */
+static int32_t check_call(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args,
+                          const DLTensor *rets, int32_t n_rets, const kedge_function_desc **function) {
+  int32_t status = check_arguments(context, index, args, n_args, rets, n_rets, function);
+  kedge_slot *slots = context->slots;
   for (int32_t i = 0; i < n_args && status == KEDGE_OK; i++) {
-    status = check_data(&(place){function, "input", &function->inputs[i], &args[i]}, &context->inputs[i]);
+    place at = {*function, "input", &(*function)->inputs[i], &args[i]};
+    status = check_data(context, &at, slots == NULL ? NULL : &slots[i], &context->inputs[i]);
   }
   for (int32_t i = 0; i < n_rets && status == KEDGE_OK; i++) {
-    place at = {function, "output", &function->outputs[i], &rets[i]};
+    place at = {*function, "output", &(*function)->outputs[i], &rets[i]};
     status = check_type(&at);
     if (status == KEDGE_OK) status = check_shape(&at, context->symbols);
-    if (status == KEDGE_OK) status = check_data(&at, &context->outputs[i]);
+    if (status == KEDGE_OK) {
+      kedge_slot *slot = slots == NULL ? NULL : &slots[context->max_inputs + i];
+      status = check_data(context, &at, slot, &context->outputs[i]);
+    }
   }
-  if (status == KEDGE_OK) status = grow_arena(context, function);
-  *frame = (kedge_frame){
-      .struct_size = sizeof *frame,
+  return status;
+}
+
+static void fill_frame(kedge_context *context) {
+  context->frame = (kedge_frame){
+      .struct_size = sizeof context->frame,
       .api = &kedge_api,
       .pool = &context->team,
       .inputs = context->inputs,
       .outputs = context->outputs,
       .symbols = context->symbols,
       .arena = context->arena,
-      .weights = context->model->weights,
+      .weights = context->placement->weights,
       .cancel = (const volatile int32_t *)&context->cancel,
   };
+}
+
+int32_t kedge_check_queue(const kedge_context *context) {
+  if (!context->queue->faulted) return KEDGE_OK;
+  return kedge_fail(KEDGE_E_KERNEL, "the device faulted earlier: destroy its contexts and create new ones");
+}
+
+int32_t kedge_drain(kedge_context *context, int32_t status) {
+  kedge_queue *queue = context->queue;
+  if (status == KEDGE_OK) return queue->device->driver->synchronize(queue);
+  kedge_kept_error why;
+  kedge_keep_error(&why);
+  if (queue->device->driver->synchronize(queue) != KEDGE_OK) kedge_restore_error(&why);
   return status;
 }
 
-int32_t kedge_enter(kedge_context *context, int32_t index, kedge_frame *frame) {
-  const kedge_function_desc *function = context->model->module->functions[index];
-  int32_t status = kedge_is_cancelled(context) ? KEDGE_E_CANCELLED : function->entry(frame);
+int32_t kedge_begin_call(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                         int32_t n_rets) {
+  const kedge_function_desc *function;
+  int32_t status = check_call(context, index, args, n_args, rets, n_rets, &function);
+  if (status == KEDGE_OK) status = kedge_check_queue(context);
+  if (status == KEDGE_OK) status = kedge_device_enter(context->queue->device);
+  if (status != KEDGE_OK) return status;
+  context->function = function;
+  status = grow_arena(context, function);
+  if (status == KEDGE_OK && !on_host(context)) status = kedge_stage(context, function);
+  if (status == KEDGE_OK && !on_host(context)) status = kedge_copy_in(context, function);
+  fill_frame(context);
+  return status == KEDGE_OK ? status : kedge_end_call(context, status);
+}
+
+int32_t kedge_enter(kedge_context *context) {
+  const kedge_function_desc *function = context->function;
+  int32_t status = kedge_is_cancelled(context) ? KEDGE_E_CANCELLED : function->entry(&context->frame);
   if (status == KEDGE_OK) return status;
   if (status == KEDGE_E_CANCELLED) return kedge_fail(status, "function %s was cancelled", function->name);
   if (kedge_last_error()[0] != '\0') return status; /* who failed has said why */
   return kedge_fail(status, "function %s failed: %s", function->name, kedge_status_name(status));
 }
 
+int32_t kedge_end_call(kedge_context *context, int32_t status) {
+  if (!on_host(context)) {
+    if (status == KEDGE_OK) status = kedge_drain(context, KEDGE_OK); /* the outputs of a failure stay untouched */
+    if (status == KEDGE_OK) status = kedge_copy_out(context, context->function);
+    status = kedge_drain(context, status);
+  }
+  kedge_device_leave(context->queue->device);
+  return status;
+}
+
 int32_t kedge_call(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
                    int32_t n_rets) {
   if (context == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "kedge_call: context is required");
-  kedge_frame frame;
   kedge_arm(context);
-  int32_t status = kedge_bind(context, index, args, n_args, rets, n_rets, &frame);
-  if (status == KEDGE_OK) status = kedge_enter(context, index, &frame);
+  int32_t status = kedge_begin_call(context, index, args, n_args, rets, n_rets);
+  if (status == KEDGE_OK) status = kedge_end_call(context, kedge_enter(context));
   kedge_disarm(context);
   return status;
 }

@@ -5,16 +5,40 @@
 
 #include "internal.h"
 
-static _Thread_local char last_error[1024];
+static _Thread_local char last_error[sizeof(kedge_kept_error)]; /* a compiler's log may be long */
+
+static void to_one_line(void) {
+  for (char *c = last_error; *c != '\0'; c++) { /* one line, whatever dlerror or a name holds */
+    if (*c == '\n' || *c == '\r') *c = ' ';
+  }
+}
 
 int32_t kedge_fail(int32_t status, const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(last_error, sizeof last_error, format, arguments);
   va_end(arguments);
-  for (char *c = last_error; *c != '\0'; c++) { /* one line, whatever dlerror or a name holds */
-    if (*c == '\n' || *c == '\r') *c = ' ';
-  }
+  to_one_line();
+  return status;
+}
+
+static void append(const char *text) {
+  size_t used = strlen(last_error), length = strlen(text), room = sizeof last_error - 1 - used;
+  if (length > room) length = room;
+  memcpy(last_error + used, text, length);
+  last_error[used + length] = '\0';
+}
+
+int32_t kedge_fail_within(int32_t status, const char *format, ...) {
+  kedge_kept_error before;
+  kedge_keep_error(&before);
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(last_error, sizeof last_error, format, arguments);
+  va_end(arguments);
+  append(": ");
+  append(before.text);
+  to_one_line();
   return status;
 }
 
@@ -33,6 +57,10 @@ int32_t kedge_fail_external(struct kedge_frame *frame, const char *what, int32_t
 }
 
 void kedge_clear_error(void) { last_error[0] = '\0'; }
+
+void kedge_keep_error(kedge_kept_error *kept) { memcpy(kept->text, last_error, strlen(last_error) + 1); }
+
+void kedge_restore_error(const kedge_kept_error *kept) { memcpy(last_error, kept->text, strlen(kept->text) + 1); }
 
 const char *kedge_last_error(void) { return last_error; }
 

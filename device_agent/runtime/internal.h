@@ -2,6 +2,7 @@
 #ifndef KEDGE_INTERNAL_H_
 #define KEDGE_INTERNAL_H_
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,7 +17,14 @@
 /* ---- error.c ------------------------------------------------------------------------------------------------ */
 /* Records the text for kedge_last_error and returns status. */
 int32_t kedge_fail(int32_t status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* The same, followed by ": " and the text of the failure before. */
+int32_t kedge_fail_within(int32_t status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void kedge_clear_error(void);
+typedef struct { /* a failure's text while cleaning up, which may fail as well */
+  char text[4096];
+} kedge_kept_error;
+void kedge_keep_error(kedge_kept_error *kept);
+void kedge_restore_error(const kedge_kept_error *kept);
 /* kedge_runtime_api.fail */
 int32_t kedge_fail_external(struct kedge_frame *frame, const char *what, int32_t status, const char *why);
 
@@ -59,6 +67,12 @@ void kedge_dtype_print(DLDataType dtype, kedge_text *text);
 bool kedge_tensor_bytes(const DLTensor *tensor, uint64_t *bytes);
 bool kedge_tensor_is_dense(const DLTensor *tensor);
 
+/* ---- devices: see device.h ---------------------------------------------------------------------------------- */
+typedef struct kedge_queue kedge_queue;
+typedef struct kedge_placement kedge_placement;
+/* kedge_runtime_api.launch */
+int32_t kedge_launch_kernel(kedge_frame *frame, const kedge_launch *launch);
+
 /* ---- module.c ----------------------------------------------------------------------------------------------- */
 struct kedge_model {
   _Atomic int32_t references;
@@ -67,6 +81,8 @@ struct kedge_model {
   void *library; /* of dlopen, or NULL */
   void *mapping; /* of mmap, or NULL */
   size_t mapping_size;
+  pthread_mutex_t lock;        /* of placements */
+  kedge_placement *placements; /* one for each device that has contexts of this model */
 };
 void kedge_model_retain(kedge_model *model);
 /* Whether all of a comma-separated list of features is in another; else *missing holds those that are not. */
@@ -82,15 +98,56 @@ int32_t kedge_usable_cpus(void);
 extern const kedge_runtime_api kedge_api;
 
 /* ---- context.c ---------------------------------------------------------------------------------------------- */
+typedef struct { /* the place of an input or output on the device, where the caller has it on the host */
+  void *address;
+  uint64_t room;  /* bytes at address */
+  void *host;     /* the caller's data in this call; NULL when there is nothing to copy */
+  uint64_t bytes; /* of it */
+} kedge_slot;
+
+struct kedge_context {
+  kedge_model *model;
+  kedge_placement *placement;
+  kedge_queue *queue;
+  kedge_team team;
+  _Atomic int32_t cancel;
+  void **inputs;
+  void **outputs;
+  int64_t *symbols;
+  uint8_t *arena;
+  uint64_t arena_size;
+  const kedge_function_desc *function; /* of the call that runs */
+  kedge_frame frame;                   /* of the call that runs; compiled code gets this very one */
+  kedge_slot *slots;                   /* max_inputs of inputs, then those of outputs; none on the CPU */
+  int32_t n_slots, max_inputs;
+};
+static inline kedge_context *kedge_context_of(kedge_frame *frame) {
+  return (kedge_context *)(void *)((char *)frame - offsetof(kedge_context, frame));
+}
+
 /* From now on kedge_cancel holds for the next call too; a call arms and disarms by itself. */
 void kedge_arm(kedge_context *context);
 void kedge_disarm(kedge_context *context);
 bool kedge_is_cancelled(const kedge_context *context);
-/* Checks arguments and results, binds symbols, grows the arena: `frame` is ready to be entered. */
-int32_t kedge_bind(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args, DLTensor *rets,
-                   int32_t n_rets, kedge_frame *frame);
-/* Enters a bound frame once. */
-int32_t kedge_enter(kedge_context *context, int32_t function, kedge_frame *frame);
+/* Checks arguments and results, binds symbols, grows the arena, begins to copy inputs to the device: the context's
+ * frame is ready to be entered, any number of times, until kedge_end_call. After a failure there is nothing to end. */
+int32_t kedge_begin_call(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                         int32_t n_rets);
+/* Runs the entry once; on a GPU that means that its launches are enqueued. */
+int32_t kedge_enter(kedge_context *context);
+/* Copies outputs back if `status` is KEDGE_OK, and waits for the device. Returns the first failure. */
+int32_t kedge_end_call(kedge_context *context, int32_t status);
+/* Waits for the device. Returns `status` and leaves its text if it is a failure, else how the device fared. */
+int32_t kedge_drain(kedge_context *context, int32_t status);
+/* KEDGE_OK, or the refusal of a context whose device faulted. */
+int32_t kedge_check_queue(const kedge_context *context);
+
+/* ---- staging.c ---------------------------------------------------------------------------------------------- */
+/* Gives the arguments that are on the host (slot.host is set) room on the device: their data is there from now on. */
+int32_t kedge_stage(kedge_context *context, const kedge_function_desc *function);
+int32_t kedge_copy_in(kedge_context *context, const kedge_function_desc *function);
+int32_t kedge_copy_out(kedge_context *context, const kedge_function_desc *function);
+void kedge_free_staging(kedge_context *context);
 
 #ifndef KEDGE_EXPOSE_INTERNALS
 #pragma GCC visibility pop

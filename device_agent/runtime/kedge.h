@@ -21,6 +21,7 @@ extern "C" {
 #define KEDGE_MODULE_SYMBOL "kedge_module"
 #define KEDGE_ALIGNMENT 64 /* of weights, arena and every planned buffer, in bytes */
 #define KEDGE_MAX_NDIM 8
+#define KEDGE_MAX_PARAMETERS 256 /* buffers, and scalars, of a device kernel */
 
 #if defined(__GNUC__)
 #define KEDGE_API __attribute__((visibility("default")))
@@ -232,20 +233,28 @@ KEDGE_API int32_t kedge_function_index(const kedge_model *model, const char *nam
 
 typedef struct {
   uint64_t struct_size;
-  int32_t num_threads; /* 0: as many as this process may use */
+  int32_t num_threads; /* 0: as many as this process may use; one where the module runs on a GPU */
   int32_t reserved;
 } kedge_context_options;
 
+/* The device must be of the module's device_type. For a GPU its driver is loaded now, and the module's kernels and
+ * weights go to the device: once, for all contexts of the model on it. KEDGE_E_LOAD: there is no driver, no such device,
+ * or it refuses the code (the text has its compiler's log); KEDGE_E_FEATURE: it lacks what the kernels need. */
 KEDGE_API int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
                                        kedge_context **context);
-KEDGE_API void kedge_context_destroy(kedge_context *context);
+KEDGE_API void kedge_context_destroy(kedge_context *context); /* waits for what it has begun on the device */
 
 /* Fills in ndim, dtype and shape[] of every result for these arguments; each rets[i].shape has KEDGE_MAX_NDIM room. */
 KEDGE_API int32_t kedge_infer(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
                               DLTensor *rets, int32_t n_rets);
+/* With a module for a GPU, tensors on the CPU are copied to and from memory that the context keeps there; those on its
+ * own device (OpenCL: memory of kedge_device_alloc) are used where they are, and whoever writes them on a stream of
+ * their own has waited for it. The call returns when the device is done. After a failure or a cancel no output is
+ * copied back. A fault of the device is KEDGE_E_KERNEL, and the context can then only be destroyed. */
 KEDGE_API int32_t kedge_call(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
                              DLTensor *rets, int32_t n_rets);
-/* From any thread: the running call, and only it, ends with KEDGE_E_CANCELLED at the next kernel. */
+/* From any thread: the running call, and only it, ends with KEDGE_E_CANCELLED at the next kernel. On a GPU, that is
+ * the next launch, and the call returns once the device is done with those before it. */
 KEDGE_API void kedge_cancel(kedge_context *context);
 
 /* ---- Timing ------------------------------------------------------------------------------------------------- */
@@ -269,9 +278,44 @@ typedef struct {
   int64_t resolution_ns; /* of the clock */
 } kedge_time_result;
 
+/* On a GPU, what is timed is the `number` calls and, at the end of each repeat, one wait for the device. Tensors on the
+ * CPU are copied there before the warm-up and back after the last sample. */
 KEDGE_API int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
                              DLTensor *rets, int32_t n_rets, const kedge_time_options *options,
                              kedge_time_result *result);
+
+/* ---- Devices ------------------------------------------------------------------------------------------------ */
+/* All of this holds for the CPU too, where an address is a pointer, so that one piece of code serves every device. */
+
+typedef struct { /* strings stay valid until the process ends */
+  uint64_t struct_size;
+  const char *name;
+  const char *driver_version;
+  const char *arch;     /* "sm_90"; on OpenCL its version of OpenCL C; "x86_64" */
+  const char *features; /* what kernels may ask for, comma-separated: fp16, fp64, OpenCL's extensions, sm_90 … */
+  uint64_t global_memory;  /* bytes */
+  uint64_t local_memory;   /* bytes that a group shares */
+  uint64_t max_allocation; /* bytes of one buffer */
+  int64_t max_group;       /* items (threads) of a group */
+  int64_t compute_units;
+} kedge_device_properties;
+
+/* How many devices of a DLDeviceType there are; 0 where there is no driver. */
+KEDGE_API int32_t kedge_device_count(int32_t device_type);
+/* OpenCL's devices are numbered over all platforms, GPUs first. */
+KEDGE_API int32_t kedge_device_info(int32_t device_type, int32_t device_id, kedge_device_properties *properties);
+
+typedef enum { KEDGE_COPY_TO_DEVICE = 1, KEDGE_COPY_FROM_DEVICE = 2, KEDGE_COPY_ON_DEVICE = 3 } kedge_copy_direction;
+
+/* Memory of the context's device, usable by all contexts on that device. It is freed before the last one of them is
+ * destroyed. OpenCL: addresses can be computed with, but nothing is there for the host. */
+KEDGE_API int32_t kedge_device_alloc(kedge_context *context, uint64_t bytes, void **address);
+KEDGE_API int32_t kedge_device_free(kedge_context *context, void *address);
+/* Returns when it is done. */
+KEDGE_API int32_t kedge_device_copy(kedge_context *context, void *to, const void *from, uint64_t bytes,
+                                    int32_t direction);
+/* Waits for what the context has begun on its device, and tells whether it failed. */
+KEDGE_API int32_t kedge_device_synchronize(kedge_context *context);
 
 /* ---- The machine -------------------------------------------------------------------------------------------- */
 /* CPU features that this machine has, in LLVM's names, comma-separated and sorted; a static string. */

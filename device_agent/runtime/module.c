@@ -56,6 +56,25 @@ static int32_t check_function(const kedge_function_desc *function) {
   return KEDGE_OK;
 }
 
+static int32_t check_kernels(const kedge_module_desc *module) {
+  int32_t type = module->device_type;
+  if (type != kDLCPU && type != kDLCUDA && type != kDLOpenCL) {
+    return kedge_fail(KEDGE_E_LOAD, "the module runs on devices of type %d, which this runtime does not know", type);
+  }
+  if (module->n_kernels < 0 || (module->n_kernels > 0 && module->kernels == NULL)) {
+    return kedge_fail(KEDGE_E_LOAD, "the module has %d kernels and no list of them", module->n_kernels);
+  }
+  for (int32_t i = 0; i < module->n_kernels; i++) {
+    const kedge_device_kernel *kernel = module->kernels[i];
+    if (kernel == NULL || kernel->struct_size < sizeof *kernel || kernel->name == NULL || kernel->code == NULL ||
+        kernel->features == NULL || kernel->n_buffers < 0 || kernel->n_scalars < 0 ||
+        kernel->n_buffers > KEDGE_MAX_PARAMETERS || kernel->n_scalars > KEDGE_MAX_PARAMETERS) {
+      return kedge_fail(KEDGE_E_LOAD, "kernel %d of the module is malformed", i);
+    }
+  }
+  return KEDGE_OK;
+}
+
 static int32_t check_module(const kedge_module_desc *module) {
   if (module->magic != KEDGE_MODULE_MAGIC) return kedge_fail(KEDGE_E_LOAD, "this is not a module that kedge compiled");
   if (module->abi_version != KEDGE_ABI_VERSION) {
@@ -75,7 +94,7 @@ static int32_t check_module(const kedge_module_desc *module) {
     int32_t status = check_function(module->functions[i]);
     if (status != KEDGE_OK) return status;
   }
-  return KEDGE_OK;
+  return check_kernels(module);
 }
 
 /* ---- Opening ------------------------------------------------------------------------------------------------ */
@@ -144,12 +163,15 @@ static int32_t load(kedge_model *model, const kedge_open_options *options) {
 static void free_model(kedge_model *model) {
   if (model->mapping != NULL) munmap(model->mapping, model->mapping_size);
   if (model->library != NULL) dlclose(model->library);
+  pthread_mutex_destroy(&model->lock);
   free(model);
 }
 
 static kedge_model *new_model(void) {
   kedge_model *model = calloc(1, sizeof *model);
-  if (model != NULL) atomic_init(&model->references, 1);
+  if (model == NULL) return NULL;
+  atomic_init(&model->references, 1);
+  pthread_mutex_init(&model->lock, NULL);
   return model;
 }
 

@@ -1,29 +1,37 @@
 /* time.c: timing a function natively. The names and meanings are those of TVM's time_evaluator. */
 #include <stdlib.h>
 
-#include "internal.h"
+#include "device.h"
 
 enum { SLEEP_SLICE_NS = 5000000 }; /* how late a cancel may be noticed while cooling down */
 enum { LINE = 64 };
 
 typedef struct {
   kedge_context *context;
-  int32_t function;
-  kedge_frame *frame;
   const kedge_time_options *options;
-  volatile uint8_t *flush; /* cache_flush_bytes, or NULL */
+  void *flush; /* cache_flush_bytes on the device, or NULL */
   int64_t number;
 } run;
 
 static int32_t call_many(run *r, int64_t count) {
   int32_t status = KEDGE_OK;
-  for (int64_t i = 0; i < count && status == KEDGE_OK; i++) status = kedge_enter(r->context, r->function, r->frame);
-  return status;
+  for (int64_t i = 0; i < count && status == KEDGE_OK; i++) status = kedge_enter(r->context);
+  return kedge_drain(r->context, status);
 }
 
-/* Writes every line, so that whatever the caches held is gone. */
-static void flush_caches(const run *r) {
-  for (int64_t i = 0; i < r->options->cache_flush_bytes; i += LINE) r->flush[i] = (uint8_t)(r->flush[i] + 1);
+/* Touches every line, so that whatever the caches held is gone. A GPU copies one half over the other. */
+static int32_t flush_caches(const run *r) {
+  kedge_queue *queue = r->context->queue;
+  volatile uint8_t *lines = r->flush;
+  int64_t bytes = r->options->cache_flush_bytes, half = bytes / 2;
+  if (queue->device->driver->device_type == kDLCPU) {
+    for (int64_t i = 0; i < bytes; i += LINE) lines[i] = (uint8_t)(lines[i] + 1);
+    return KEDGE_OK;
+  }
+  if (half == 0) return KEDGE_OK;
+  int32_t status = queue->device->driver->copy(queue, (uint8_t *)r->flush + half, r->flush, (uint64_t)half,
+                                               KEDGE_COPY_ON_DEVICE);
+  return kedge_drain(r->context, status);
 }
 
 /* The number of calls that should last min_repeat_ns, given that `number` lasted `duration`. */
@@ -38,9 +46,10 @@ static int32_t take_sample(run *r, double *sample) {
   const kedge_time_options *options = r->options;
   int64_t zeros = 0;
   for (;;) {
-    if (r->flush != NULL) flush_caches(r);
+    int32_t status = r->flush != NULL ? flush_caches(r) : KEDGE_OK;
+    if (status != KEDGE_OK) return status;
     int64_t start = kedge_now_ns();
-    int32_t status = call_many(r, r->number);
+    status = call_many(r, r->number);
     int64_t duration = kedge_now_ns() - start;
     if (status != KEDGE_OK) return status;
     *sample = (double)duration / (double)r->number;
@@ -81,18 +90,20 @@ static int32_t check_options(const kedge_time_options *o, const kedge_time_resul
 }
 
 static int32_t time_bound(run *r, kedge_time_result *result) {
-  void *flush = NULL;
+  kedge_device *device = r->context->queue->device;
   if (r->options->cache_flush_bytes > 0) {
-    /* More than a 32-bit machine can count would be cut to fit by the cast, and overrun. */
-    if (r->options->cache_flush_bytes <= PTRDIFF_MAX) flush = calloc(1, (size_t)r->options->cache_flush_bytes);
-    if (flush == NULL) return kedge_fail(KEDGE_E_MEMORY, "no memory for cache_flush_bytes");
-    r->flush = flush;
+    int32_t status = device->driver->allocate(device, (uint64_t)r->options->cache_flush_bytes, &r->flush);
+    if (status != KEDGE_OK) return kedge_fail(status, "no memory for cache_flush_bytes");
     r->number = 1;
   }
   result->resolution_ns = kedge_clock_resolution_ns();
   int32_t status = take_samples(r, result);
-  free(flush);
-  return status;
+  if (r->flush == NULL) return status;
+  kedge_kept_error why;
+  kedge_keep_error(&why);
+  int32_t released = device->driver->release(device, r->flush);
+  if (status != KEDGE_OK) kedge_restore_error(&why);
+  return status != KEDGE_OK ? status : released;
 }
 
 int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args, DLTensor *rets,
@@ -102,11 +113,10 @@ int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *arg
   int32_t status = check_options(options, result);
   if (status != KEDGE_OK) return status;
   result->n_samples = 0;
-  kedge_frame frame;
-  run r = {context, function, &frame, options, NULL, options->number};
+  run r = {context, options, NULL, options->number};
   kedge_arm(context);
-  status = kedge_bind(context, function, args, n_args, rets, n_rets, &frame);
-  if (status == KEDGE_OK) status = time_bound(&r, result);
+  status = kedge_begin_call(context, function, args, n_args, rets, n_rets);
+  if (status == KEDGE_OK) status = kedge_end_call(context, time_bound(&r, result));
   kedge_disarm(context);
   return status;
 }

@@ -36,12 +36,14 @@ STRUCTS = {
     "kedge_context_options": abi.ContextOptions,
     "kedge_time_options": abi.TimeOptions,
     "kedge_time_result": abi.TimeResult,
+    "kedge_device_properties": abi.DeviceProperties,
 }
 CONSTANTS = {
     "KEDGE_ABI_VERSION": abi.ABI_VERSION,
     "KEDGE_MODULE_MAGIC": abi.MODULE_MAGIC,
     "KEDGE_ALIGNMENT": abi.ALIGNMENT,
     "KEDGE_MAX_NDIM": abi.MAX_NDIM,
+    "KEDGE_MAX_PARAMETERS": abi.MAX_PARAMETERS,
     "kDLCPU": abi.DEVICE_CPU,
     "kDLCUDA": abi.DEVICE_CUDA,
     "kDLOpenCL": abi.DEVICE_OPENCL,
@@ -50,7 +52,11 @@ CONSTANTS = {
     "kDLFloat": abi.CODE_FLOAT,
     "kDLBfloat": abi.CODE_BFLOAT,
     "kDLBool": abi.CODE_BOOL,
-} | {f"KEDGE_{name}": value for name, value in vars(abi).items() if re.fullmatch(r"OK|E_[A-Z]+|EXPR_[A-Z]+", name)}
+} | {
+    f"KEDGE_{name}": value
+    for name, value in vars(abi).items()
+    if re.fullmatch(r"OK|E_[A-Z]+|EXPR_[A-Z]+|COPY_[A-Z_]+", name)
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_constants(probed: dict[str, int]) -> None:
 
 def test_every_struct_of_the_header_is_mirrored() -> None:
     declared = set(re.findall(r"^\} (\w+);", HEADER, re.MULTILINE))
-    enums = {"DLDeviceType", "DLDataTypeCode", "kedge_status", "kedge_expr_opcode"}
+    enums = {"DLDeviceType", "DLDataTypeCode", "kedge_status", "kedge_expr_opcode", "kedge_copy_direction"}
     assert declared - enums == set(STRUCTS)
 
 
@@ -103,15 +109,15 @@ def test_every_field_of_the_header_is_mirrored() -> None:
 
 
 def test_every_enumerator_of_the_header_is_mirrored() -> None:
-    declared = set(re.findall(r"^\s+(KEDGE_(?:OK|E_\w+|EXPR_\w+)) = ", HEADER, re.MULTILINE))
-    assert declared == {name for name in CONSTANTS if re.match(r"KEDGE_(OK|E_|EXPR_)", name)}
+    declared = set(re.findall(r"[{ ]\s*(KEDGE_(?:OK|E_\w+|EXPR_\w+|COPY_\w+)) = ", HEADER))
+    assert declared == {name for name in CONSTANTS if re.match(r"KEDGE_(OK|E_|EXPR_|COPY_)", name)}
 
 
 def test_every_function_of_the_header_is_declared_and_exported(runtime: RuntimeFiles) -> None:
     declared = set(re.findall(r"^KEDGE_API [^;(]*?(kedge_\w+)\(", HEADER, re.MULTILINE))
     lib = abi.load_runtime(str(runtime.lib))
     assert {name for name in declared if getattr(lib, name).argtypes is not None} == declared
-    assert len(declared) == 15
+    assert len(declared) == 21
 
 
 def test_status_names(runtime: RuntimeFiles) -> None:
