@@ -76,6 +76,19 @@ class KernelCache:
 
 def _read(path: Path, symbol: str) -> KernelObject | None:
     """The kernel in a file; None if there is none, or if it is not whole."""
+    entry = read_entry(path)
+    if entry is None:
+        return None
+    head, code = entry
+    return KernelObject(symbol, code, tuple((int(op), int(value)) for op, value in json.loads(head)))
+
+
+def _write(path: Path, kernel: KernelObject) -> None:
+    write_entry(path, json.dumps(kernel.workspace), kernel.code)
+
+
+def read_entry(path: Path) -> tuple[str, bytes] | None:
+    """A line of text and machine code, as `write_entry` wrote them; None if there is no file, or it is not whole."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -84,11 +97,16 @@ def _read(path: Path, symbol: str) -> KernelObject | None:
     if not data.startswith(_MAGIC) or digest != hashlib.sha256(body).digest():
         return None
     head, _, code = body.partition(b"\n")
-    return KernelObject(symbol, code, tuple((int(op), int(value)) for op, value in json.loads(head)))
+    return head.decode(), code
 
 
-def _write(path: Path, kernel: KernelObject) -> None:
-    body = json.dumps(kernel.workspace).encode() + b"\n" + kernel.code
+def write_entry(path: Path, head: str, code: bytes) -> None:
+    """Keep a line of text and machine code in a file, which appears whole.
+
+    Raises:
+        ToolchainError: the folder cannot be written.
+    """
+    body = head.encode() + b"\n" + code
     data = _MAGIC + hashlib.sha256(body).digest() + body
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,10 @@ graph passes -> lowering and scheduling -> LLVM IR -> object files -> shared obj
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from kedge.compiler import debug
 from kedge.compiler.cache import KernelCache, KernelObject, compiler_version
@@ -18,16 +18,21 @@ from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly, emit_object
 from kedge.compiler.codegen.shapes import encode
 from kedge.compiler.errors import CompileError, TargetError
+from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
+from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Module
-from kedge.compiler.graph.passes import Pass, default_passes
+from kedge.compiler.graph.passes import Partition, Pass, default_passes
 from kedge.compiler.lower.lower import lower, lower_prim_func
-from kedge.compiler.lower.program import Kernel, Program
+from kedge.compiler.lower.program import ExternalKernel, Kernel, Program
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import AnyTarget, GpuTarget, Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
 from kedge.rpc.artifact import Artifact
+
+#: In an artifact's report, the rule of a kernel that external code computes begins so; the function's name follows.
+EXTERNAL_RULE: Final = "external "
 
 Progress: TypeAlias = Callable[[str], None]
 TargetLike: TypeAlias = str | AnyTarget
@@ -59,6 +64,22 @@ class Pipeline:
         gone = set(self._positions(name))
         return replace(self, passes=tuple(step for at, step in enumerate(self.passes) if at not in gone))
 
+    def partition(self, externals: Sequence[External]) -> Pipeline:
+        """The pipeline that hands subgraphs to external code right before fusion, where patterns see simple operators.
+
+        Where a pattern names what is rewritten before (gemm, batch_norm), insert a `Partition` earlier instead.
+        """
+        if not externals:
+            return self
+        step = Partition(tuple(externals))
+        return self.insert_before("fuse", step) if "fuse" in self.names else replace(self, passes=(*self.passes, step))
+
+    @property
+    def externals(self) -> tuple[External, ...]:
+        """The externals of all `Partition` passes."""
+        found = [each for step in self.passes if isinstance(step, Partition) for each in step.externals]
+        return tuple(dict.fromkeys(found))
+
     def _positions(self, name: str) -> list[int]:
         found = [at for at, step in enumerate(self.passes) if step.name == name]
         if not found:
@@ -88,21 +109,22 @@ def compile_module(
     target: TargetLike | Sequence[TargetLike],
     *,
     pipeline: Pipeline | None = None,
+    externals: Sequence[External] = (),
     progress: Progress | None = None,
     name: str = "model",
     cache: KernelCache | None = None,
 ) -> Artifact:
     """The artifact of a module for one target, or with a variant for each of several.
 
-    `progress` is called with a line before each kernel is compiled. `cache` holds compiled kernels (default: the
-    user's cache folder).
+    `externals` compute what their patterns match (see `Pipeline.partition`). `progress` is called with a line before
+    each kernel is compiled. `cache` holds compiled kernels (default: the user's cache folder).
 
     Raises:
         CompileError: the module or a target is refused; each reason has its own class, see `kedge.compiler.errors`.
     """
-    steps = pipeline if pipeline is not None else Pipeline(default_passes())
+    steps = (pipeline if pipeline is not None else Pipeline(default_passes())).partition(externals)
     optimized = steps.run(module)
-    return compile_programs(lambda one: lower(optimized, one), target, name, cache, progress)
+    return compile_programs(lambda one: lower(optimized, one, steps.externals), target, name, cache, progress)
 
 
 def compile_prim_func(
@@ -140,10 +162,13 @@ def compile_programs(
             program = make(one)
         weights = pack_weights(program.weights)
         objects = compile_objects(program, one, weights, kernels, progress)
+        externals = compile_externals(program, one, progress)
         with debug.timed("link"):
-            lib = link_shared(objects, one)
+            lib = link_with_externals(objects, externals.values(), one) if externals else link_shared(objects, one)
         variants.append(CompiledVariant(one, lib, weights, program.entries))
-        reports.append({"target": str(one), "kernels": [_report(kernel) for kernel in program.kernels.values()]})
+        rows = [_report(kernel) for kernel in program.kernels.values()]
+        rows += [_report_external(name, call, externals) for name, call in program.externals.items()]
+        reports.append({"target": str(one), "kernels": rows})
     return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
 
 
@@ -157,6 +182,19 @@ def _cpu(target: AnyTarget) -> Target:
 
 def _report(kernel: Kernel) -> dict[str, object]:
     return {"name": kernel.func.name, "rule": kernel.rule, "origin": list(kernel.origin)}
+
+
+def _report_external(name: str, call: ExternalKernel, externals: Mapping[str, ExternalObjects]) -> dict[str, object]:
+    code = externals[call.code.function]
+    rule = f"{EXTERNAL_RULE}{code.function}"
+    return {"name": name, "rule": rule, "origin": list(call.call.origin), "sha256": code.digest}
+
+
+def compile_externals(program: Program, target: Target, progress: Progress | None = None) -> dict[str, ExternalObjects]:
+    """The code of the external functions that a program calls, by their names."""
+    used = {call.code.function: call.code for call in program.externals.values()}
+    with debug.timed("external code"):
+        return {name: external_objects(code, target, progress) for name, code in used.items()}
 
 
 def compile_objects(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,15 @@ from kedge.compiler.target.parse import AnyTarget
 
 Progress = Callable[[str], None]
 _COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-Wall", "-Werror")
+#: External code is other people's: their warnings are shown, and do not stop it.
+_EXTERNAL_FLAGS = (
+    "-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-fno-stack-protector", "-Wall",
+    "-Wextra",
+)  # fmt: skip
 _LIBRARIES = ("-lpthread", "-ldl", "-lm")
+#: What external code may use: the C library, its mathematics, and the compiler's own helpers (division on 32-bit ARM).
+_C_LIBRARIES = ("libm.so.6", "libc.so.6", "libc_nonshared.a", "libcompiler_rt.a")
+_UNDEFINED = re.compile(r"undefined (?:hidden |protected )?symbol: (\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +46,25 @@ class RuntimeFiles:
     static: Path
 
 
+class UndefinedSymbolError(ToolchainError):
+    """Linking found symbols that nothing defines; `symbols` are their names."""
+
+    def __init__(self, message: str, symbols: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.symbols = symbols
+
+
 # Linking --------------------------------------------------------------------------------------------------------
 
 
-def link_shared(objects: Sequence[bytes], target: Target) -> bytes:
-    """A shared object of ELF object files, which must not need anything from outside.
+def link_shared(objects: Sequence[bytes], target: Target, libraries: Sequence[Path] = ()) -> bytes:
+    """A shared object of ELF object files and static libraries, which exports the module's descriptor.
+
+    It must not need anything from outside but what `libraries` define (see `c_libraries`).
 
     Raises:
-        ToolchainError: there is no linker, the objects use a symbol that none defines, or the disk is full.
+        UndefinedSymbolError: the objects use symbols that nothing defines.
+        ToolchainError: there is no linker, it refuses an object, or the disk is full.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="kedge-link-") as folder:
@@ -52,11 +73,15 @@ def link_shared(objects: Sequence[bytes], target: Target) -> bytes:
                 path = Path(folder, f"{number}.o")
                 path.write_bytes(data)
                 paths.append(str(path))
+            exports = Path(folder, "exports.map")
+            exports.write_text("{ global: kedge_module; local: *; };\n")
+            # What external code exports stays inside; objects of kedge hide all but the descriptor anyway.
+            external = ["--version-script", str(exports), "--as-needed", *map(str, libraries)] if libraries else []
             out = Path(folder, "lib.so")
             command = [
                 *_linker(), "-m", target.arch.lld_emulation, "-shared", "-soname", "lib.so", "--no-undefined",
                 "--hash-style=gnu", "--build-id=none", "--gc-sections", "-O1", "-z", "noexecstack", "-z", "relro",
-                "-z", "now", "-o", str(out), *paths,
+                "-z", "now", "-o", str(out), *paths, *external,
             ]  # fmt: skip
             _run(command, "linking", dict(os.environ))
             return out.read_bytes()
@@ -91,6 +116,9 @@ def _run(command: Sequence[str], what: str, environment: dict[str, str]) -> None
         lines = (done.stderr or done.stdout).strip().splitlines()
         full = any("No space left" in line for line in lines)
         hint = "free space on that disk" if full else None
+        undefined = tuple(dict.fromkeys(_UNDEFINED.findall(done.stderr)))
+        if undefined:
+            raise UndefinedSymbolError(f"{what} failed: " + "\n".join(lines[:20]), undefined)
         raise ToolchainError(f"{what} failed: " + "\n".join(lines[:20] or [f"exit {done.returncode}"]), hint=hint)
 
 
@@ -147,11 +175,12 @@ def _runtime_key(arch: Arch) -> str:
     digest = hashlib.sha256()
     for name in (*runtime.LIBRARY_SOURCES, *runtime.RUNNER_SOURCES, *runtime.HEADERS):
         digest.update(name.encode() + b"\0" + (runtime.SOURCE_DIR / name).read_bytes())
-    digest.update(repr((arch.zig_target, arch.zig_cpu, _COMPILE_FLAGS, _LIBRARIES, _zig_version())).encode())
+    digest.update(repr((arch.zig_target, arch.zig_cpu, _COMPILE_FLAGS, _LIBRARIES, zig_version())).encode())
     return digest.hexdigest()[:16]
 
 
-def _zig_version() -> str:
+def zig_version() -> str:
+    """The version of the C compiler, or "none"."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -166,10 +195,7 @@ def _build(
     out, objects = scratch / "out", scratch / "obj"
     out.mkdir()
     objects.mkdir()
-    environment = dict(os.environ)
-    # zig keeps the C library it has built for a target; beside ours, so that one setting moves both.
-    environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_dir() / "zig"))
-    environment["ZIG_LOCAL_CACHE_DIR"] = str(scratch / "zig")
+    environment = _zig_environment(scratch)
     cc = [*zig, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", *_COMPILE_FLAGS]
     for name in (*library, *runner):
         _run([*cc, "-c", str(sources / name), "-o", str(objects / f"{name}.o")], f"compiling {name}", environment)
@@ -178,6 +204,14 @@ def _build(
     _run([*cc, "-shared", "-s", *lib, *_LIBRARIES, "-o", str(out / "libkedge_rt.so")], "linking", environment)
     _run([*cc, "-s", *lib, *program, *_LIBRARIES, "-o", str(out / "kedge-runner")], "linking", environment)
     _run([*zig, "ar", "rcsD", str(out / "libkedge_rt.a"), *lib], "archiving", environment)
+
+
+def _zig_environment(scratch: Path) -> dict[str, str]:
+    """zig keeps the C library it has built for a target; beside ours, so that one setting moves both."""
+    environment = dict(os.environ)
+    environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_dir() / "zig"))
+    environment["ZIG_LOCAL_CACHE_DIR"] = str(scratch / "zig")
+    return environment
 
 
 def _publish(made: Path, folder: Path) -> None:
@@ -191,3 +225,122 @@ def _publish(made: Path, folder: Path) -> None:
             raise
         for path in made.iterdir():
             path.replace(folder / path.name)
+
+
+# External code --------------------------------------------------------------------------------------------------
+
+
+def zig_cpu(target: Target) -> str:
+    """The CPU for zig: exactly the features that the artifact will require."""
+    base = target.arch.zig_cpu
+    for feature in target.features:
+        base = base.replace(f"-{feature}", "")
+    return base + "".join("+" + feature.replace("-", "_").replace(".", "_") for feature in target.features)
+
+
+def compiler_key(target: Target) -> str:
+    """Changes with everything but the source that `compile_c` makes an object of."""
+    from kedge.device_agent import runtime
+
+    digest = hashlib.sha256(repr((target.arch.zig_target, zig_cpu(target), _EXTERNAL_FLAGS, zig_version())).encode())
+    for name in ("kedge.h", "kedge_external.h"):
+        digest.update((runtime.SOURCE_DIR / name).read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class CObject:
+    """A compiled C file: its object file, what the compiler warned of, and the files it included, its own headers."""
+
+    code: bytes
+    warnings: str
+    includes: tuple[Path, ...]
+
+
+def compile_c(source: Path, target: Target, flags: Sequence[str]) -> CObject:
+    """Compile a C file that may include `kedge_external.h`.
+
+    Raises:
+        ToolchainError: ziglang is missing, or the compiler refuses the file; carries the compiler's own words.
+    """
+    from kedge.device_agent import runtime
+
+    zig = _zig()
+    if zig is None:
+        raise ToolchainError("compiling external code needs ziglang", hint="pip install ziglang")
+    with tempfile.TemporaryDirectory(prefix="kedge-cc-") as folder:
+        scratch = Path(folder)
+        made, listed = scratch / "made.o", scratch / "made.d"
+        command = [
+            *zig, "cc", "-target", target.arch.zig_target, f"-mcpu={zig_cpu(target)}", *_EXTERNAL_FLAGS,
+            f"-ffile-prefix-map={source.parent}{os.sep}=", "-I", str(runtime.SOURCE_DIR), *flags,
+            "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made),
+        ]  # fmt: skip
+        environment = _zig_environment(scratch)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        said = done.stderr.strip()
+        if done.returncode != 0:
+            raise ToolchainError("\n".join((said or done.stdout).splitlines()[:40]))
+        return CObject(made.read_bytes(), said, tuple(_dependencies(listed.read_text(), source)))
+
+
+def _dependencies(rule: str, source: Path) -> list[Path]:
+    """The files of a rule for make, but for the source itself."""
+    names = re.split(r"(?<!\\)\s+", rule.partition(": ")[2].replace("\\\n", " ").strip())
+    paths = [Path(re.sub(r"\\(.)", r"\1", name)) for name in names if name]
+    return [path for path in dict.fromkeys(paths) if path != source]
+
+
+def c_libraries(target: Target, *, progress: Progress | None = None) -> tuple[Path, ...]:
+    """What external code may be linked with: stubs of libc and libm, and the compiler's helpers.
+
+    Made on first use (seconds) and kept, as the runtime is.
+
+    Raises:
+        ToolchainError: ziglang is missing, or the cache cannot be written.
+    """
+    arch = target.arch
+    key = hashlib.sha256(repr((arch.zig_target, arch.zig_cpu, _C_LIBRARIES, zig_version())).encode()).hexdigest()[:16]
+    folder = cache_dir() / "clib" / f"{arch.name}-{key}"
+    files = tuple(folder / name for name in _C_LIBRARIES)
+    if all(path.exists() for path in files):
+        return files
+    zig = _zig()
+    if zig is None:
+        raise ToolchainError("linking external code needs ziglang", hint="pip install ziglang")
+    if progress is not None:
+        progress(f"preparing the C library for {arch.name} (once)")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{arch.name}-") as scratch:
+            out = Path(scratch, "out")
+            out.mkdir()
+            for path in _find_c_libraries(zig, arch, Path(scratch)):
+                shutil.copyfile(path, out / path.name)
+            _publish(out, folder)
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot write the cache {folder.parent}: {error.strerror}",
+            hint="set KEDGE_CACHE_DIR to a folder with room that you may write to",
+        ) from error
+    return files
+
+
+def _find_c_libraries(zig: list[str], arch: Arch, scratch: Path) -> list[Path]:
+    """Where zig has them: it tells when it links something."""
+    source = scratch / "probe.c"
+    source.write_text("int kedge_probe(void) { return 0; }\n")
+    command = [
+        *zig, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", "-fno-sanitize=all", "-shared", "-fPIC",
+        "--verbose", str(source), "-lm", "-o", str(scratch / "probe.so"),
+    ]  # fmt: skip
+    environment = _zig_environment(scratch)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("ld.lld ")]
+    found = {Path(word).name: Path(word) for line in lines for word in shlex.split(line)}
+    missing = [name for name in _C_LIBRARIES if name not in found]
+    if done.returncode != 0 or missing:
+        raise ToolchainError(
+            f"zig does not link for {arch.name}: " + "\n".join((done.stderr or ", ".join(missing)).splitlines()[:20])
+        )
+    return [found[name] for name in _C_LIBRARIES]
