@@ -16,9 +16,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kedge import aio, nn, te
+    from kedge import aio, nn, patterns, te
     from kedge.api import compile, connect, load, local, pipeline  # noqa: A004 - the field says compile
     from kedge.artifact import Artifact
+    from kedge.compiler.graph.external import External
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.schedule.schedule import Schedule
     from kedge.rpc.errors import KedgeError
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
+    "External",
     "KedgeError",
     "Module",
     "Schedule",
@@ -37,6 +39,7 @@ __all__ = [
     "load",
     "local",
     "nn",
+    "patterns",
     "pipeline",
     "te",
 ]
@@ -44,6 +47,7 @@ __all__ = [
 #: Public name -> module, and the name in it; without one the module itself is meant.
 _WHERE = {
     "Artifact": ("kedge.artifact", "Artifact"),
+    "External": ("kedge.compiler.graph.external", "External"),
     "KedgeError": ("kedge.rpc.errors", "KedgeError"),
     "Module": ("kedge.compiler.graph.ir", "Module"),
     "Schedule": ("kedge.compiler.schedule.schedule", "Schedule"),
@@ -53,6 +57,7 @@ _WHERE = {
     "load": ("kedge.api", "load"),
     "local": ("kedge.api", "local"),
     "nn": ("kedge.nn", None),
+    "patterns": ("kedge.patterns", None),
     "pipeline": ("kedge.api", "pipeline"),
     "te": ("kedge.te", None),
 }

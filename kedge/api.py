@@ -14,6 +14,7 @@ from kedge.rpc.errors import InputError
 if TYPE_CHECKING:
     from kedge.artifact import Artifact
     from kedge.compiler.cache import KernelCache
+    from kedge.compiler.graph.external import External
     from kedge.compiler.graph.ir import Module
     from kedge.compiler.pipeline import Pipeline
     from kedge.compiler.schedule.schedule import Schedule
@@ -54,6 +55,7 @@ def compile(  # noqa: A001 - the field says compile
     *,
     shapes: Mapping[str, Sequence[int | str | None]] | None = None,
     pipeline: Pipeline | None = None,
+    externals: Sequence[External] = (),
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -65,6 +67,7 @@ def compile(  # noqa: A001 - the field says compile
         target: a tag, `native`, a target string, or several of them (one variant each, sharing the weights).
         shapes: as for `load`, where `model` is a path.
         pipeline: the passes; `kedge.pipeline("default")` unless given.
+        externals: C functions that compute what their patterns match, in place of kedge's kernels.
         name: of the artifact; the file's or function's name unless given.
         progress: told what is being done.
 
@@ -84,8 +87,8 @@ def compile(  # noqa: A001 - the field says compile
     elif shapes is not None:
         raise TypeError("shapes= is for a path; a module is given its shapes by kedge.load(path, shapes=…)")
     if isinstance(model, (PrimFunc, Schedule)):
-        if pipeline is not None:
-            raise TypeError("pipeline= holds passes over graphs; a PrimFunc has none")
+        if pipeline is not None or externals:
+            raise TypeError("pipeline= and externals= are for graphs; a PrimFunc has none")
         with _kernel_cache() as cache:
             return Artifact.of(compile_prim_func(model, target, name=name, cache=cache, progress=progress))
     if not isinstance(model, Module):
@@ -93,8 +96,11 @@ def compile(  # noqa: A001 - the field says compile
         raise TypeError(f"cannot compile a value of type {type(model).__name__}: {accepted}")
     with _kernel_cache() as cache:
         return Artifact.of(
-            compile_module(model, target, pipeline=pipeline, name=name or "model", cache=cache, progress=progress)
-        )
+            compile_module(
+                model, target, pipeline=pipeline, externals=externals, name=name or "model", cache=cache,
+                progress=progress,
+            )
+        )  # fmt: skip
 
 
 @contextmanager
