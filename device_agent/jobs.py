@@ -29,7 +29,7 @@ from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
 from kedge.device_agent.health import read_health
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
-from kedge.rpc.artifact.package import select_variant
+from kedge.rpc.artifact.place import CPU, Placement, look_at, place
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
 from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, InputError, KedgeError
 from kedge.rpc.limits import check_spec
@@ -107,6 +107,7 @@ class _Loadable:
     lib: Path
     weights: Optional[Path]
     weights_offset: int
+    placement: Placement
     inputs: Tuple[native.Tensor, ...]
 
 
@@ -176,7 +177,9 @@ class Job:
                 f"the artifact has ABI {manifest.abi}, this agent speaks {abi.ABI_VERSION}: update the older one",
                 Stage.LOAD,
             )
-        variant = select_variant(manifest, self._board.device.arch, frozenset(self._board.device.cpu_features))
+        info = self._board.device
+        placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)
+        variant = placement.variant
         function, index = _find(manifest, self._spec.function)
         self._check_request()
         wanted = _arrange(function, self._spec.task.inputs)
@@ -190,6 +193,7 @@ class Job:
             paths[0],
             paths[1] if len(paths) > 1 else None,
             variant.weights_offset,
+            placement,
             tuple(_native(tensor, hold) for tensor in wanted),
         )
 
@@ -204,8 +208,7 @@ class Job:
             raise _Ended(OutcomeKind.BAD_REQUEST, text)
 
     def _load(self, what: _Loadable, scratch: Path) -> native.Runner:
-        memory = self._board.device.memory_bytes
-        limits = native.Limits(memory_bytes=int(memory * _MEMORY_SHARE) or None, open_files=_OPEN_FILES)
+        limits = self._limits(what.placement)
         threads = self._spec.num_threads or self._board.threads
         patience_s = min(_START_S, self._left_s())
         try:
@@ -218,7 +221,9 @@ class Job:
             with self._lock:
                 self._runner = runner
             self._check_cancelled()
-            module = runner.open(what.lib, what.weights, what.weights_offset, deadline_s=self._left_s())
+            module = runner.open(
+                what.lib, what.weights, what.weights_offset, self._left_s(), device=what.placement.dl_device
+            )
             names = [function.name for function in module.functions]
             if names[what.index : what.index + 1] != [what.function.name]:
                 raise _Ended(
@@ -229,6 +234,13 @@ class Job:
             runner.close()
             raise
         return runner
+
+    def _limits(self, placement: Placement) -> native.Limits:
+        if placement.kind != CPU:
+            # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes.
+            return native.Limits()
+        memory = self._board.device.memory_bytes
+        return native.Limits(memory_bytes=int(memory * _MEMORY_SHARE) or None, open_files=_OPEN_FILES)
 
     def _work(self, runner: native.Runner, what: _Loadable) -> Tuple[List[native.Tensor], Optional[Measurement]]:
         task = self._spec.task

@@ -25,9 +25,8 @@ from kedge.device_agent.cpus import (
     amd_cpu,
 )
 from kedge.rpc.abi import ABI_VERSION
-from kedge.rpc.types import DeviceInfo
-
-_LABEL_VALUE = re.compile(r"[^A-Za-z0-9._-]+")
+from kedge.rpc.selector import label_value
+from kedge.rpc.types import Accelerator, DeviceInfo
 
 
 def probe(
@@ -35,6 +34,7 @@ def probe(
     features: Iterable[str],
     *,
     labels: Optional[Mapping[str, str]] = None,
+    accelerators: Sequence[Accelerator] = (),
     root: Path = Path("/"),
     machine: Optional[str] = None,
     pointer_bits: Optional[int] = None,
@@ -45,6 +45,7 @@ def probe(
         name: what the fleet calls it.
         features: what the runner found, in LLVM's names.
         labels: the owner's own; they win over those found here.
+        accelerators: the GPUs that the runner found.
         root: where /proc, /sys and /etc are looked up.
         machine: what `uname -m` prints; None asks the kernel.
         pointer_bits: 32 or 64, of the programs that run here; None takes this one's.
@@ -80,6 +81,7 @@ def probe(
         os_release=release.get("PRETTY_NAME", platform.release()),
         labels=found,
         abi_version=ABI_VERSION,
+        accelerators=tuple(accelerators),
     )
 
 
@@ -202,11 +204,6 @@ def meminfo(root: Path = Path("/")) -> Dict[str, int]:
         if match:
             found[match.group(1)] = int(match.group(2)) * 1024
     return found
-
-
-def label_value(text: str) -> str:
-    """`text` as a label's value: letters, digits, dots, dashes and underscores."""
-    return _LABEL_VALUE.sub("-", text.strip()).strip("-")
 
 
 def _board(root: Path) -> Dict[str, str]:

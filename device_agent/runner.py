@@ -39,6 +39,7 @@ from kedge.device_agent.runtime.protocol import (
     TimeResult,
 )
 from kedge.rpc import abi
+from kedge.rpc.artifact.place import DEVICE_TYPES, Found
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.types import TimeOptions
 
@@ -243,17 +244,29 @@ class Runner:
         weights: Optional[Union[str, Path]] = None,
         weights_offset: int = 0,
         deadline_s: float = 60.0,
+        *,
+        device: Tuple[int, int] = (abi.DEVICE_CPU, 0),
     ) -> ModuleInfo:
-        """Load a lib.so and map its weights; one per runner.
+        """Load a lib.so, map its weights, and make it ready on `device`, a DLDeviceType and an id; one per runner.
 
         Raises:
             RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when one is open already.
             RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: loading did that.
         """
         path = "" if weights is None else str(Path(weights).absolute())
-        head = protocol.pack_open(str(Path(lib).absolute()), path, weights_offset, self.threads)
+        head = protocol.pack_open(str(Path(lib).absolute()), path, weights_offset, self.threads, device)
         payload, _ = self._request(protocol.OPEN, head, (), deadline_s, "load")
         return self._decode("load", lambda: protocol.unpack_open_result(payload))
+
+    def devices(self, kind: str, deadline_s: float = 60.0) -> Found:
+        """The GPUs of `kind`, "opencl" or "cuda", of this machine; the first question loads their driver.
+
+        Raises:
+            RunnerCrashed, RunnerTimeout: the driver did that.
+        """
+        head = protocol.pack_devices(DEVICE_TYPES[kind])
+        payload, _ = self._request(protocol.DEVICES, head, (), deadline_s, "load")
+        return self._decode("load", lambda: protocol.unpack_devices(payload, kind))
 
     def call(
         self,
@@ -410,7 +423,7 @@ class Runner:
 
     def _frame(self, kind: int, head: bytes, tensors: Sequence[Tensor]) -> Tuple[List[protocol.Buffer], Optional[int]]:
         """The buffers of a request, and the file that holds its tensors where they are large."""
-        if kind == protocol.OPEN:
+        if kind in (protocol.OPEN, protocol.DEVICES):
             return [protocol.Header(kind, 0, self._request_id, len(head)).pack() + head], None
         descriptors, offsets, size = protocol.pack_tensors(tensors)
         head += descriptors

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kedge import aio, nn, patterns, te
-    from kedge.api import compile, connect, load, local, pipeline  # noqa: A004 - the field says compile
+    from kedge.api import compile, connect, devices, load, local, pipeline  # noqa: A004 - the field says compile
     from kedge.artifact import Artifact
     from kedge.compiler.graph.external import External
     from kedge.compiler.graph.ir import Module
@@ -36,6 +36,7 @@ __all__ = [
     "aio",
     "compile",
     "connect",
+    "devices",
     "load",
     "local",
     "nn",
@@ -54,6 +55,7 @@ _WHERE = {
     "aio": ("kedge.aio", None),
     "compile": ("kedge.api", "compile"),
     "connect": ("kedge.api", "connect"),
+    "devices": ("kedge.api", "devices"),
     "load": ("kedge.api", "load"),
     "local": ("kedge.api", "local"),
     "nn": ("kedge.nn", None),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kedge.compiler.target import AnyTarget
     from kedge.compiler.tir.stmt import PrimFunc
     from kedge.isolated import LocalDevice
+    from kedge.rpc.accelerator import Accelerator
     from kedge.rpc.client import Fleet
 
 ModelPath: TypeAlias = "str | os.PathLike[str]"
@@ -123,18 +124,34 @@ def pipeline(name: str = "default") -> Pipeline:
     return named(name)
 
 
-def local(threads: int = 0) -> LocalDevice:
-    """This machine as a device, isolated in a native runner; `threads` 0 means all that this process may use.
+def local(threads: int = 0, device: str = "") -> LocalDevice:
+    """This machine as a device, isolated in a native runner.
+
+    Args:
+        threads: of the kernels; 0 means all that this process may use.
+        device: where they run: "cpu", "opencl", "cuda" or one by its number, "cuda:1"; "" leaves it to each artifact.
 
     Raises:
-        InputError: `threads` is negative.
+        InputError: `threads` is negative, or `device` names none.
     """
     from kedge.isolated import LocalDevice
     from kedge.rpc.errors import InputError
 
     if threads < 0:
         raise InputError(f"threads is {threads}", hint="give a number of threads, or 0 for all that may be used")
-    return LocalDevice(threads=threads)
+    return LocalDevice(threads=threads, device=device)
+
+
+def devices() -> list[Accelerator]:
+    """The GPUs of this machine: `.kind` and `.index` (together "cuda:0"), `.name`, `.driver`, `.memory_bytes`.
+
+    Raises:
+        JobError: a driver crashed, or did not answer.
+        ToolchainError: the native runtime is not built yet and cannot be.
+    """
+    from kedge.isolated import devices as found
+
+    return found()
 
 
 def connect(tracker: str) -> Fleet:

@@ -20,14 +20,17 @@ class Artifact(PlainArtifact):
             artifact.manifest, {member.name: artifact.member(member.name) for member in artifact.manifest.members}
         )
 
-    def open(self, threads: int = 0) -> LoadedModel:
+    def open(self, threads: int = 0, device: str = "") -> LoadedModel:
         """Bind the variant for this machine in this process, zero-copy; close it, or use it in a `with`.
 
         Args:
             threads: of the kernels; 0 means as many as this process may use.
+            device: where they run: "cpu", "opencl", "cuda" or one by its number, "cuda:1". Unless given, the first
+                variant that fits this machine decides, in the order of the targets it was compiled for.
 
         Raises:
-            IncompatibleTargetError: no variant runs on this machine.
+            InputError: `device` names none.
+            IncompatibleTargetError: no variant runs on this machine, or on that device.
             ToolchainError: the native runtime is not built yet and cannot be.
         """
         from kedge.compiler.target import parse
@@ -35,7 +38,7 @@ class Artifact(PlainArtifact):
         from kedge.rpc.client.inprocess import open_in_process
 
         self.select_here()
-        return open_in_process(self, build_runtime(parse("native")).lib, threads)
+        return open_in_process(self, build_runtime(parse("native")).lib, threads, device)
 
     def select_here(self) -> None:
         """Raise IncompatibleTargetError where no variant is for this architecture, before anything is built for it."""

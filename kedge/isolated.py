@@ -24,7 +24,9 @@ from kedge.device_agent.runner import (
     RunnerTimeout,
     Tensor,
 )
-from kedge.rpc.artifact import Artifact
+from kedge.rpc.accelerator import Accelerator
+from kedge.rpc.artifact import Artifact, Found, Placement, place
+from kedge.rpc.artifact.place import GPU_KINDS, parse_device
 from kedge.rpc.client.inprocess import check_interface, interface, raise_status, scratch_folder, usable_cpus
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
@@ -41,9 +43,11 @@ LOAD_TIMEOUT_S = 120.0
 class LocalDevice:
     """This machine. A context manager: at its end every runner it started is gone."""
 
-    def __init__(self, threads: int = 0, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
+    def __init__(self, threads: int = 0, limits: Limits = Limits(), device: str = "") -> None:  # noqa: B008 - frozen
+        parse_device(device)
         self.threads = threads or usable_cpus()
         self.limits = limits
+        self.device = device
         self._models: list[LocalModel] = []
 
     #: The target string that compiles for this device.
@@ -65,11 +69,8 @@ class LocalDevice:
             ArtifactError: the runtime refuses what is in it.
             JobError: loading it crashed, took too long, or needed more memory than there is.
         """
-        from kedge.compiler.target import parse
-        from kedge.compiler.toolchain import build_runtime
-
         artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
-        model = LocalModel(artifact, build_runtime(parse("native")).runner, self.threads, self.limits)
+        model = LocalModel(artifact, _runner(), self.threads, self.limits, self.device)
         self._models.append(model)
         return model
 
@@ -82,7 +83,7 @@ class LocalDevice:
 class LocalModel:
     """An artifact in a runner on this machine. A crash of its code is a JobError here, and ends only the runner."""
 
-    def __init__(self, artifact: Artifact, runner: Path, threads: int, limits: Limits) -> None:
+    def __init__(self, artifact: Artifact, runner: Path, threads: int, limits: Limits, device: str = "") -> None:
         self.artifact = artifact
         self.threads = threads
         try:
@@ -90,10 +91,15 @@ class LocalModel:
         except RunnerError as error:
             _raise(error)
         try:
-            self._load()
+            self.placement = self._load(device)
         except BaseException:
             self._runner.close()
             raise
+
+    @property
+    def device(self) -> str:
+        """Where the kernels run: "cpu", "opencl:0", "cuda:1"."""
+        return self.placement.device
 
     def __enter__(self) -> LocalModel:
         return self
@@ -174,9 +180,10 @@ class LocalModel:
         """End the runner."""
         self._runner.close()
 
-    def _load(self) -> None:
+    def _load(self, device: str) -> Placement:
         hello = self._runner.hello
-        variant = self.artifact.select(hello.machine, hello.features)
+        placement = place(self.artifact.manifest, hello.machine, hello.features, self._look, device)
+        variant = placement.variant
         with scratch_folder() as folder:
             lib = folder / variant.lib
             lib.write_bytes(self.artifact.member(variant.lib))
@@ -184,7 +191,9 @@ class LocalModel:
             if variant.weights is not None and weights is not None:
                 weights.write_bytes(self.artifact.member(variant.weights))
             try:
-                module = self._runner.open(lib, weights, variant.weights_offset, LOAD_TIMEOUT_S)
+                module = self._runner.open(
+                    lib, weights, variant.weights_offset, LOAD_TIMEOUT_S, device=placement.dl_device
+                )
             except RunnerError as error:
                 _raise(error)
         found = [
@@ -192,6 +201,13 @@ class LocalModel:
             for f in module.functions
         ]
         check_interface(self.artifact.manifest, found)
+        return placement
+
+    def _look(self, kind: str) -> Found:
+        try:
+            return self._runner.devices(kind, LOAD_TIMEOUT_S)
+        except RunnerError as error:
+            _raise(error)
 
     def _arrange(self, name: str, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
         function = self.artifact.manifest.function(name)
@@ -201,6 +217,34 @@ class LocalModel:
             for port, array in zip(function.inputs, arrays, strict=True)
         ]
         return self.artifact.manifest.functions.index(function), tensors
+
+
+def gpus() -> dict[str, Found]:
+    """The GPUs of this machine by kind; each kind's driver is loaded in a runner of its own.
+
+    Raises:
+        JobError: looking for them crashed or took too long.
+    """
+    found = {}
+    for kind in GPU_KINDS:
+        try:
+            with Runner(_runner()) as runner:
+                found[kind] = runner.devices(kind, LOAD_TIMEOUT_S)
+        except RunnerError as error:
+            _raise(error)
+    return found
+
+
+def devices() -> list[Accelerator]:
+    """See `kedge.devices`."""
+    return [gpu for found in gpus().values() for gpu in found.accelerators]
+
+
+def _runner() -> Path:
+    from kedge.compiler.target import parse
+    from kedge.compiler.toolchain import build_runtime
+
+    return build_runtime(parse("native")).runner
 
 
 def _array(tensor: Tensor) -> Array:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any, Dict, Generic, Iterable, Mapping, Optional, Tuple, Type, TypeVar
 
@@ -112,6 +113,17 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
 # ---- Devices -------------------------------------------------------------------------------------------------------
 
 
+_ACCELERATOR_FIELDS = tuple(item.name for item in dataclasses.fields(t.Accelerator) if item.name != "features")
+
+
+def _accelerator_to_pb(gpu: t.Accelerator) -> types_pb2.Accelerator:
+    return types_pb2.Accelerator(features=gpu.features, **{name: getattr(gpu, name) for name in _ACCELERATOR_FIELDS})
+
+
+def _accelerator_from_pb(pb: types_pb2.Accelerator) -> t.Accelerator:
+    return t.Accelerator(features=tuple(pb.features), **{name: getattr(pb, name) for name in _ACCELERATOR_FIELDS})
+
+
 def device_info_to_pb(info: t.DeviceInfo) -> types_pb2.DeviceInfo:
     """DeviceInfo, out."""
     return types_pb2.DeviceInfo(
@@ -126,6 +138,7 @@ def device_info_to_pb(info: t.DeviceInfo) -> types_pb2.DeviceInfo:
         emulated=info.emulated,
         abi_version=info.abi_version,
         os_release=info.os_release,
+        accelerators=[_accelerator_to_pb(gpu) for gpu in info.accelerators],
     )
 
 
@@ -143,6 +156,7 @@ def device_info_from_pb(pb: types_pb2.DeviceInfo) -> t.DeviceInfo:
         emulated=pb.emulated,
         abi_version=pb.abi_version,
         os_release=pb.os_release,
+        accelerators=tuple(_accelerator_from_pb(gpu) for gpu in pb.accelerators),
     )
 
 
@@ -218,6 +232,7 @@ def job_spec_to_pb(spec: t.JobSpec) -> types_pb2.JobSpec:
         deadlines=deadlines_to_pb(spec.deadlines),
         priority=spec.priority,
         num_threads=spec.num_threads,
+        on=spec.on,
     )
     inputs = [tensor_to_pb(tensor) for tensor in spec.task.inputs]
     if isinstance(spec.task, t.BenchTask):
@@ -248,6 +263,7 @@ def job_spec_from_pb(pb: types_pb2.JobSpec) -> t.JobSpec:
         deadlines=deadlines_from_pb(pb.deadlines),
         priority=pb.priority,
         num_threads=pb.num_threads,
+        on=pb.on,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from kedge.rpc.artifact.place import parse_device
 from kedge.rpc.errors import InputError
 from kedge.rpc.types import MAX_DEADLINE_MS, MAX_SAMPLES, BenchTask, JobSpec
 
@@ -18,12 +19,13 @@ def check_number(name: str, value: Any, least: int, most: int, hint: str) -> Non
 
 
 def check_spec(spec: JobSpec) -> None:
-    """Raise InputError, naming the number of `spec` that no tracker or agent would take."""
+    """Raise InputError, naming the number or device in `spec` that no tracker or agent would take."""
     for name in spec.deadlines.__dataclass_fields__:
         given = getattr(spec.deadlines, name)
         check_number(f"the deadline {name}", given, 0, MAX_DEADLINE_MS, "0 means the tracker's default")
     check_number("threads", spec.num_threads, 0, _INT32, "0 means all that the device offers")
     check_number("priority", spec.priority, -_INT32, _INT32, "higher runs first; 0 is usual")
+    parse_device(spec.on)
     if isinstance(spec.task, BenchTask):
         hint = "every repeat is a sample that travels back; number= and min_repeat_ms= make each of them longer"
         check_number("repeat", spec.task.options.repeat, 1, MAX_SAMPLES, hint)

@@ -21,6 +21,7 @@ from kedge.rpc.errors import KedgeError
 from kedge.rpc.types import DeviceInfo
 
 _WORD = r"[A-Za-z0-9_.:/+@-]+"
+_NOT_IN_VALUES = re.compile(r"[^A-Za-z0-9._-]+")
 _TOKEN = re.compile(rf'\s*(?:(?P<op>[<>!]=|[<>=(),])|"(?P<quoted>[^"]*)"|(?P<word>{_WORD}))')
 _ORDER: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -78,7 +79,9 @@ class Selector:
 def labels_of(info: DeviceInfo) -> Dict[str, str]:
     """A device's own labels with the facts that every device has.
 
-    `name, arch, cpu, cores, mem_mb, target, emulated`: facts win over labels of the same name.
+    `name, arch, cpu, cores, mem_mb, target, emulated`: facts win over labels of the same name. A device with GPUs also
+    has `gpu` (the kind: "cuda", where it can, else "opencl"), their number by kind (`cuda>=2`), and of each its name,
+    memory and, where it has one, generation: `cuda.0.name`, `cuda.0.mem_mb`, `cuda.0.arch`.
     """
     return {
         **info.labels,
@@ -89,7 +92,24 @@ def labels_of(info: DeviceInfo) -> Dict[str, str]:
         "mem_mb": str(info.memory_bytes >> 20),
         "target": info.target,
         "emulated": "true" if info.emulated else "false",
+        **_gpu_labels(info),
     }
+
+
+def label_value(text: str) -> str:
+    """`text` as a label's value: letters, digits, dots, dashes and underscores."""
+    return _NOT_IN_VALUES.sub("-", text.strip()).strip("-")
+
+
+def _gpu_labels(info: DeviceInfo) -> Dict[str, str]:
+    kinds = sorted({gpu.kind for gpu in info.accelerators})
+    labels = {kind: str(sum(gpu.kind == kind for gpu in info.accelerators)) for kind in kinds}
+    if kinds:
+        labels["gpu"] = kinds[0]
+    for gpu in info.accelerators:
+        facts = {"name": label_value(gpu.name), "mem_mb": str(gpu.memory_bytes >> 20), "arch": gpu.arch}
+        labels.update({f"{gpu.kind}.{gpu.index}.{key}": value for key, value in facts.items() if value})
+    return labels
 
 
 def parse(text: str) -> Selector:

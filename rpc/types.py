@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
+from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.manifest import Blob
 from kedge.rpc.outcome import Outcome, Stage, Word
 
 __all__ = [
+    "Accelerator",
     "BenchTask",
     "Blob",
     "Deadlines",
@@ -159,6 +161,7 @@ class DeviceInfo:
     emulated: bool = False
     abi_version: int = 0
     os_release: str = ""
+    accelerators: Tuple[Accelerator, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,10 @@ Task = Union[RunTask, BenchTask]
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What to do: `manifest` is the blob of the artifact's manifest, whose members name their own parts."""
+    """What to do: `manifest` is the blob of the artifact's manifest, whose members name their own parts.
+
+    `on` says where on the device: "cpu", "opencl", "cuda:1"; "" as the artifact prefers.
+    """
 
     manifest: Blob
     function: str
@@ -261,6 +267,7 @@ class JobSpec:
     deadlines: Deadlines = Deadlines()
     priority: int = 0
     num_threads: int = 0
+    on: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,26 @@ from typing import Any
 from kedge.compiler.codegen.entry import ABI_VERSION
 from kedge.compiler.lower.program import Entry, Port
 from kedge.compiler.package.weights import Weights
+from kedge.compiler.target.model import Target
 from kedge.compiler.target.parse import AnyTarget
 from kedge.compiler.tir.expr import Dim
 from kedge.compiler.tir.printer import print_expr
-from kedge.rpc.artifact import Artifact, Function, Manifest, Symbol, Variant, make_member
+from kedge.rpc.artifact import Artifact, Function, Manifest, Symbol, Variant, VariantDevice, make_member
 from kedge.rpc.artifact import Port as ManifestPort
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledVariant:
-    """The code for one target: a shared object, its weights, and the entries it exports, in ABI order."""
+    """The code for one target: a shared object, its weights, and the entries it exports, in ABI order.
+
+    `features` are what its kernels ask of a GPU beyond its generation: "fp16", "fp64", an OpenCL extension.
+    """
 
     target: AnyTarget
     lib: bytes
     weights: Weights
     entries: tuple[Entry, ...]
+    features: tuple[str, ...] = ()
 
 
 def package(name: str, compiler: str, variants: Sequence[CompiledVariant], info: Mapping[str, Any]) -> Artifact:
@@ -38,12 +43,23 @@ def package(name: str, compiler: str, variants: Sequence[CompiledVariant], info:
         offset = variant.weights.data_offset if weights is not None else 0
         target, host = variant.target, variant.target.host
         described.append(
-            Variant(str(target), host.arch.name, host.triple, host.required_features, lib, weights, offset)
+            Variant(
+                str(target), host.arch.name, host.triple, host.required_features, lib, weights, offset, _device(variant)
+            )
         )
     functions = tuple(_function(entry) for entry in variants[0].entries)
     listed = tuple(make_member(member, data, cuts.get(member, ())) for member, data in members.items())
     manifest = Manifest(name, ABI_VERSION, compiler, functions, tuple(described), listed, dict(info))
     return Artifact(manifest, members)
+
+
+def _device(variant: CompiledVariant) -> VariantDevice | None:
+    """What the variant's kernels need of a GPU; None for those of a CPU."""
+    target = variant.target
+    if isinstance(target, Target):
+        return None
+    features = tuple(sorted(variant.features))
+    return VariantDevice(target.kind, target.arch_name, target.max_threads, target.shared_bytes, features)
 
 
 def _weights_member(weights: Weights, members: dict[str, bytes], cuts: dict[str, tuple[int, ...]]) -> str | None:

@@ -27,6 +27,7 @@ CUDA_ARCHS: dict[str, int] = {
     "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_103": 227 * KIB, "sm_110": 227 * KIB,
     "sm_120": 99 * KIB, "sm_121": 99 * KIB,
 }  # fmt: skip
+_FIRST_WITH_OWN_FEATURES = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class GpuTarget:
     """
 
     kind: GpuKind
-    #: The generation that code is for ("sm_87"), which newer ones run too; empty where the kind has none (OpenCL).
+    #: The generation that code is for ("sm_87"), which newer ones run too (not so "sm_90a"); empty for OpenCL.
     arch_name: str
     #: Threads that one block (OpenCL: work-group) may have.
     max_threads: int
@@ -95,6 +96,17 @@ GPU_BOARDS: tuple[GpuBoard, ...] = (
 )
 
 
+def generation_of(arch_name: str) -> str | None:
+    """The generation that an architecture's code is for: sm_90 of sm_90 and of sm_90a; None where there is none.
+
+    Code for sm_90a may use what only sm_90 itself has; there are such names from Hopper on.
+    """
+    if arch_name in CUDA_ARCHS:
+        return arch_name
+    generation = arch_name.removesuffix("a")
+    return generation if generation in CUDA_ARCHS and cuda_level(generation) >= _FIRST_WITH_OWN_FEATURES else None
+
+
 def cuda_level(arch_name: str) -> int:
     """The number of a generation, which orders them: 87 of "sm_87"."""
-    return int(arch_name.removeprefix("sm_"))
+    return int(arch_name.removeprefix("sm_").removesuffix("a"))

@@ -17,6 +17,7 @@ from kedge.compiler.target.gpu import (
     GpuKind,
     GpuTarget,
     cuda_level,
+    generation_of,
 )
 from kedge.compiler.target.model import Target
 from kedge.compiler.target.options import nearest, options, positive
@@ -55,13 +56,13 @@ def parse_gpu(text: str, board: GpuBoard, words: Sequence[str], parse_host: Call
     shared_bytes = numbers.get("-shared", DEFAULT_SHARED_BYTES[kind])
     if kind == "cuda":
         _check_limit("-max-threads", max_threads, DEFAULT_MAX_THREADS[kind], arch_name)
-        _check_limit("-shared", shared_bytes, CUDA_ARCHS[arch_name], arch_name)
+        _check_limit("-shared", shared_bytes, CUDA_ARCHS[generation_of(arch_name) or ""], arch_name)
     host = parse_host(given.get("-host", board.host))
     return GpuTarget(kind, arch_name, max_threads, shared_bytes, numbers.get("-warp", DEFAULT_WARP[kind]), host)
 
 
 def _cuda_arch(board: GpuBoard, value: str) -> str:
-    if value not in CUDA_ARCHS:
+    if generation_of(value) is None:
         raise TargetError(f"-arch={value}: unknown CUDA architecture", hint=nearest(f"sm_{value[-2:]}", CUDA_ARCHS))
     if board.tag != board.kind and cuda_level(value) > cuda_level(board.arch_name):
         raise TargetError(f"-arch={value} contradicts the target, which is {board.arch_name}: older code runs there")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import List, Sequence, Tuple, Union
 
 from kedge.rpc import abi
+from kedge.rpc.accelerator import Accelerator
+from kedge.rpc.artifact.place import Found
 from kedge.rpc.types import TimeOptions
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = 0x4647444B  # "KDGF"
 
 # Message types.
@@ -25,6 +27,7 @@ CANCEL = 5
 ERROR = 6
 RESULT = 7
 BYE = 8
+DEVICES = 9
 
 #: Flag of a frame: the data of its tensors lies in the file whose descriptor comes with it.
 FLAG_SHARED = 1
@@ -36,6 +39,7 @@ CALL_SHARED_OUTPUTS = 2
 HEADER = struct.Struct("<IHHQQ")
 _TENSOR = struct.Struct("<BBHIQQ")
 _U32 = struct.Struct("<I")
+_SIZES = struct.Struct("<4Q")
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -229,9 +233,28 @@ def unpack_hello(payload: Buffer) -> Hello:
     return Hello(version, abi_version, pid, page, cpus, bool(shared), _features(cursor.text()), cursor.text())
 
 
-def pack_open(lib: str, weights: str, weights_offset: int, threads: int) -> bytes:
-    """The payload of an open; an empty `weights` means that there are none."""
-    return struct.pack("<IQ", threads, weights_offset) + pack_text(lib) + pack_text(weights)
+def pack_open(
+    lib: str, weights: str, weights_offset: int, threads: int, device: Tuple[int, int] = (abi.DEVICE_CPU, 0)
+) -> bytes:
+    """The payload of an open; an empty `weights` means that there are none, `device` is (DLDeviceType, id)."""
+    where = struct.pack("<ii", *device)
+    return struct.pack("<IQ", threads, weights_offset) + pack_text(lib) + pack_text(weights) + where
+
+
+def pack_devices(device_type: int) -> bytes:
+    """The payload of a question about the devices of a DLDeviceType."""
+    return struct.pack("<i", device_type)
+
+
+def unpack_devices(payload: Buffer, kind: str) -> Found:
+    """Read the devices of `kind`."""
+    cursor = Cursor(payload)
+    found = []
+    for _ in range(cursor.u32()):
+        index, name, driver, arch = cursor.u32(), cursor.text(), cursor.text(), cursor.text()
+        features = _features(cursor.text())
+        found.append(Accelerator(kind, index, name, driver, arch, features, *cursor.unpack(_SIZES)))
+    return Found(tuple(found), cursor.text())
 
 
 def unpack_open_result(payload: Buffer) -> ModuleInfo:

@@ -226,7 +226,7 @@ static void *read_frames(void *unused) {
     if (type == MESSAGE_CANCEL) {
       cancel_request(f.header.request);
       frame_free(&f);
-    } else if (type != MESSAGE_OPEN && type != MESSAGE_CALL && type != MESSAGE_TIME) {
+    } else if (type != MESSAGE_OPEN && type != MESSAGE_CALL && type != MESSAGE_TIME && type != MESSAGE_DEVICES) {
       write_error(&stream, f.header.request, KEDGE_E_ARGUMENT, "unknown message");
       frame_free(&f);
     } else if (!enqueue(&f)) {

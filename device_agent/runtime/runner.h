@@ -11,7 +11,7 @@
 
 #include "kedge.h"
 
-#define RUNNER_PROTOCOL_VERSION 1u
+#define RUNNER_PROTOCOL_VERSION 2u
 #define RUNNER_MAGIC 0x4647444Bu /* "KDGF" */
 
 enum {
@@ -22,7 +22,8 @@ enum {
   MESSAGE_CANCEL = 5,
   MESSAGE_ERROR = 6,
   MESSAGE_RESULT = 7,
-  MESSAGE_BYE = 8
+  MESSAGE_BYE = 8,
+  MESSAGE_DEVICES = 9
 };
 enum { FLAG_SHARED = 1 };                                      /* of a frame */
 enum { CALL_DISCARD_OUTPUTS = 1, CALL_SHARED_OUTPUTS = 2 };    /* of a call */
@@ -88,7 +89,7 @@ typedef struct session { /* what is loaded */
   void (*done)(const struct session *); /* called before the reply is written: the next request may follow it at once */
 } session;
 
-/* Handles an open, call or time and writes its reply. */
+/* Handles an open, call, time or devices and writes its reply. */
 void handle_request(const channel *to, session *s, const frame *request);
 void write_error(const channel *to, uint64_t request, int32_t status, const char *text);
 bool shared_memory_works(void);

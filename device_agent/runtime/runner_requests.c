@@ -1,4 +1,4 @@
-/* runner_requests.c: what the runner does with an open, a call and a time. */
+/* runner_requests.c: what the runner does with an open, a call, a time and a question about devices. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -87,12 +87,13 @@ static void describe_module(bytes *to, const kedge_module_desc *module) {
   }
 }
 
-static int32_t open_session(session *s, const char *lib, const char *weights, uint64_t offset, int32_t threads) {
+static int32_t open_session(session *s, const char *lib, const char *weights, uint64_t offset, int32_t threads,
+                            DLDevice device) {
   kedge_open_options options = {sizeof options, lib, weights[0] == '\0' ? NULL : weights, offset, NULL};
   int32_t status = kedge_open(&options, &s->model);
   if (status != KEDGE_OK) return status;
   kedge_context_options context = {.struct_size = sizeof context, .num_threads = threads};
-  status = kedge_context_create(s->model, (DLDevice){kDLCPU, 0}, &context, &s->context);
+  status = kedge_context_create(s->model, device, &context, &s->context);
   if (status == KEDGE_OK) return status;
   kedge_close(s->model);
   s->model = NULL;
@@ -103,12 +104,13 @@ static void handle_open(const reply *r, session *s, cursor *c) {
   int32_t threads = (int32_t)cursor_u32(c);
   uint64_t offset = cursor_u64(c);
   char *lib = cursor_text(c), *weights = cursor_text(c);
+  uint32_t type = cursor_u32(c), id = cursor_u32(c);
   if (s->model != NULL) {
     reply_error(r, KEDGE_E_ARGUMENT, "a module is open already; one runner holds one");
-  } else if (lib == NULL || weights == NULL) {
+  } else if (lib == NULL || weights == NULL || c->broken) {
     reply_error(r, KEDGE_E_ARGUMENT, "a malformed open");
   } else {
-    int32_t status = open_session(s, lib, weights, offset, threads);
+    int32_t status = open_session(s, lib, weights, offset, threads, (DLDevice){(int32_t)type, (int32_t)id});
     if (status != KEDGE_OK) {
       reply_error(r, status, kedge_last_error());
     } else {
@@ -366,6 +368,8 @@ void handle_request(const channel *to, session *s, const frame *request) {
     handle_open(&r, s, &c);
   } else if (request->header.type == MESSAGE_CALL) {
     handle_call(&r, s, request, &c);
+  } else if (request->header.type == MESSAGE_DEVICES) {
+    reply_error(&r, KEDGE_E_ARGUMENT, "this runtime knows no devices");
   } else {
     handle_time(&r, s, request, &c);
   }

@@ -117,8 +117,32 @@ class Protocol(_message.Message):
     software: str
     def __init__(self, version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ...) -> None: ...
 
+class Accelerator(_message.Message):
+    __slots__ = ("kind", "index", "name", "driver", "arch", "memory_bytes", "shared_bytes", "max_threads", "compute_units", "features")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DRIVER_FIELD_NUMBER: _ClassVar[int]
+    ARCH_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_THREADS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_UNITS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    index: int
+    name: str
+    driver: str
+    arch: str
+    memory_bytes: int
+    shared_bytes: int
+    max_threads: int
+    compute_units: int
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kind: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., driver: _Optional[str] = ..., arch: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., max_threads: _Optional[int] = ..., compute_units: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class DeviceInfo(_message.Message):
-    __slots__ = ("name", "labels", "arch", "cpu_features", "cpu_name", "num_cores", "memory_bytes", "target", "emulated", "abi_version", "os_release")
+    __slots__ = ("name", "labels", "arch", "cpu_features", "cpu_name", "num_cores", "memory_bytes", "target", "emulated", "abi_version", "os_release", "accelerators")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +161,7 @@ class DeviceInfo(_message.Message):
     EMULATED_FIELD_NUMBER: _ClassVar[int]
     ABI_VERSION_FIELD_NUMBER: _ClassVar[int]
     OS_RELEASE_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATORS_FIELD_NUMBER: _ClassVar[int]
     name: str
     labels: _containers.ScalarMap[str, str]
     arch: str
@@ -148,7 +173,8 @@ class DeviceInfo(_message.Message):
     emulated: bool
     abi_version: int
     os_release: str
-    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., arch: _Optional[str] = ..., cpu_features: _Optional[_Iterable[str]] = ..., cpu_name: _Optional[str] = ..., num_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., target: _Optional[str] = ..., emulated: bool = ..., abi_version: _Optional[int] = ..., os_release: _Optional[str] = ...) -> None: ...
+    accelerators: _containers.RepeatedCompositeFieldContainer[Accelerator]
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., arch: _Optional[str] = ..., cpu_features: _Optional[_Iterable[str]] = ..., cpu_name: _Optional[str] = ..., num_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., target: _Optional[str] = ..., emulated: bool = ..., abi_version: _Optional[int] = ..., os_release: _Optional[str] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
     __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id")
@@ -263,13 +289,14 @@ class BenchTask(_message.Message):
     def __init__(self, inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., options: _Optional[_Union[TimeOptions, _Mapping]] = ..., return_outputs: bool = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "run", "bench")
+    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "on", "run", "bench")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
     DEADLINES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     BENCH_FIELD_NUMBER: _ClassVar[int]
     manifest: Blob
@@ -278,9 +305,10 @@ class JobSpec(_message.Message):
     deadlines: Deadlines
     priority: int
     num_threads: int
+    on: str
     run: RunTask
     bench: BenchTask
-    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ...) -> None: ...
+    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ...) -> None: ...
 
 class StageTime(_message.Message):
     __slots__ = ("stage", "duration_ns")

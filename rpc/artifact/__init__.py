@@ -1,18 +1,25 @@
 """The .kdg artifact: manifest, members, digests. Standard library only."""
 
-from kedge.rpc.artifact.manifest import Blob, Function, Manifest, Member, Port, Symbol, Variant
-from kedge.rpc.artifact.package import Artifact, make_member, select_variant, sha256
+from kedge.rpc.artifact.manifest import Blob, Function, Manifest, Member, Port, Symbol, Variant, VariantDevice
+from kedge.rpc.artifact.package import Artifact, make_member, sha256
+from kedge.rpc.artifact.place import Found, Need, Placement, look_at, needs_of, place
 
 __all__ = [
     "Artifact",
     "Blob",
+    "Found",
     "Function",
     "Manifest",
     "Member",
+    "Need",
+    "Placement",
     "Port",
     "Symbol",
     "Variant",
+    "VariantDevice",
+    "look_at",
     "make_member",
-    "select_variant",
+    "needs_of",
+    "place",
     "sha256",
 ]

@@ -1,7 +1,8 @@
 """The manifest of a `.kdg` artifact: what is inside, for which machines, and the digest of every byte.
 
 Plain dataclasses with exact JSON forms. A reader refuses another major format, and ignores keys it does not know,
-so that a newer writer may add some.
+so that a newer writer may add some. A key that a reader must not ignore comes with another ABI version, which readers
+refuse: so do the devices of variants, with ABI 2.
 """
 
 from __future__ import annotations
@@ -68,10 +69,27 @@ class Member:
 
 
 @dataclass(frozen=True)
+class VariantDevice:
+    """The GPU that a variant's kernels run on, and what it must have.
+
+    `kind` is "opencl" or "cuda", `arch` the oldest generation that runs the code ("sm_87"; "" where the kind has
+    none), `features` what else kernels use ("fp16", "fp64", OpenCL's extensions), the others the threads and the bytes
+    of shared memory that a block may take.
+    """
+
+    kind: str
+    arch: str = ""
+    max_threads: int = 0
+    shared_bytes: int = 0
+    features: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
     """The code for one kind of machine. `arch` is what `uname -m` prints there, `features` LLVM's feature names.
 
     `weights_offset` is the byte offset of the tensor data in the weights member (after the safetensors header).
+    Without a `device` the kernels run on the CPU; with one, the CPU launches them.
     """
 
     target: str
@@ -81,6 +99,7 @@ class Variant:
     lib: str
     weights: Optional[str] = None
     weights_offset: int = 0
+    device: Optional[VariantDevice] = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,10 @@ class Manifest:
 def _encode(manifest: Manifest) -> Dict[str, Any]:
     def plain(value: Any) -> Any:
         if hasattr(value, "__dataclass_fields__"):
-            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+            fields = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+            if isinstance(value, Variant) and value.device is None:
+                del fields["device"]  # as in manifests from before there were any: their digests stay
+            return fields
         if isinstance(value, (list, tuple)):
             return [plain(item) for item in value]
         if isinstance(value, Mapping):
@@ -195,7 +217,15 @@ def _decode_variant(v: Dict[str, Any], members: Mapping[str, int]) -> Variant:
     if weights is not None and offset > members[weights]:
         raise ValueError(f"the data of {weights} begins at byte {offset}, after its end")
     features = tuple(_text(feature) for feature in v["features"])
-    return Variant(_text(v["target"]), _text(v["arch"]), _text(v["triple"]), features, lib, weights, offset)
+    device = None if v.get("device") is None else device_from_json(v["device"])
+    return Variant(_text(v["target"]), _text(v["arch"]), _text(v["triple"]), features, lib, weights, offset, device)
+
+
+def device_from_json(d: Mapping[str, Any]) -> VariantDevice:
+    """The GPU that a variant needs, from its JSON form; raises ValueError, TypeError or KeyError."""
+    features = tuple(_text(feature) for feature in d.get("features", ()))
+    max_threads, shared_bytes = _size(d.get("max_threads", 0)), _size(d.get("shared_bytes", 0))
+    return VariantDevice(_text(d["kind"]), _text(d.get("arch", "")), max_threads, shared_bytes, features)
 
 
 def _check_distinct(what: str, named: Sequence[Union[Function, Member, Port]]) -> None:

@@ -10,10 +10,11 @@ import struct
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterable, Iterator, Mapping, Sequence, Tuple, Type, TypeVar, Union
+from typing import Dict, Iterable, Iterator, Mapping, Sequence, Tuple, Type, TypeVar, Union
 
 from kedge.rpc.artifact.manifest import Blob, Manifest, Member, Variant
-from kedge.rpc.errors import ArtifactError, IncompatibleTargetError
+from kedge.rpc.artifact.place import CPU, place
+from kedge.rpc.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
 #: Tensors of at least this many bytes travel as blobs of their own.
@@ -87,8 +88,8 @@ class Artifact:
                 start += part.size
 
     def select(self, arch: str, features: Iterable[str]) -> Variant:
-        """The best variant for a machine, see `select_variant`."""
-        return select_variant(self.manifest, arch, frozenset(features))
+        """The best variant for a machine's CPU alone, see `place`; raises IncompatibleTargetError."""
+        return place(self.manifest, arch, features, device=CPU).variant
 
     def save(self, path: Union[str, "os.PathLike[str]"]) -> None:
         """Write a `.kdg` file; the file appears whole or not at all.
@@ -188,25 +189,3 @@ def check_member(member: Member, data: Bytes, where: str) -> None:
             f"{where}: member {member.name} is corrupt (its SHA-256 differs from the manifest's)",
             hint="copy it again, or compile the model again",
         )
-
-
-def select_variant(manifest: Manifest, arch: str, features: FrozenSet[str]) -> Variant:
-    """The variant for `arch` that uses the most of the machine's CPU `features`.
-
-    Raises:
-        IncompatibleTargetError: none fits; the message says what each lacks.
-    """
-    fitting = [v for v in manifest.variants if v.arch == arch and features.issuperset(v.features)]
-    if fitting:
-        return max(fitting, key=lambda variant: len(variant.features))
-    reasons = []
-    for variant in manifest.variants:
-        if variant.arch != arch:
-            reasons.append(f"{variant.target!r} is for {variant.arch}")
-        else:
-            lacking = ", ".join(sorted(set(variant.features) - features))
-            reasons.append(f"{variant.target!r} needs CPU features this machine lacks: {lacking}")
-    raise IncompatibleTargetError(
-        f"artifact {manifest.name!r} cannot run on this {arch} machine: {'; '.join(reasons)}",
-        hint="compile it for this machine: --target native here, or the target that `kedge devices` shows",
-    )

@@ -20,7 +20,6 @@ import grpc
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert
-from kedge.rpc.artifact import select_variant
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import plan
@@ -62,7 +61,7 @@ class Fleet:
         self._bulk = open_channel(address)
         self._blobs = BlobClient(self._bulk, address)
         self._uploaded: set[str] = set()
-        self._fitting: set[tuple[str, str]] = set()
+        self._fitting: set[tuple[str, str, str]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -117,11 +116,12 @@ class Fleet:
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
+        on: str = "",
     ) -> Job:
         """Call a function once on a device that matches; arguments and errors as the synchronous `Fleet.run`."""
         packed = plan.pack(artifact)
         request = plan.run_request(
-            packed, inputs, plan.Terms(function, device, threads, priority, deadlines or Deadlines())
+            packed, inputs, plan.Terms(function, device, threads, priority, deadlines or Deadlines(), on)
         )
         return await self._submit(packed, request)
 
@@ -135,12 +135,13 @@ class Fleet:
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
+        on: str = "",
         return_outputs: bool = False,
         **options: Any,
     ) -> Job:
         """Time a function natively; arguments and errors as the synchronous `Fleet.bench`."""
         packed = plan.pack(artifact)
-        terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines())
+        terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines(), on)
         request = plan.bench_request(packed, inputs, terms, plan.time_options(**options), return_outputs)
         return await self._submit(packed, request)
 
@@ -158,12 +159,12 @@ class Fleet:
 
     @asynccontextmanager
     async def session(
-        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None
+        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
     ) -> AsyncIterator[Session]:
         """One device, chosen now, for several calls in turn; see the synchronous `Fleet.session`."""
         everyone = await self.devices()
         matching = await self.devices(selector) if selector else everyone
-        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines())
+        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines(), on)
 
     # ---- Blobs ----
 
@@ -204,11 +205,11 @@ class Fleet:
     async def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
         """Check the artifact against the devices, and put everything on the tracker that the job needs."""
         spec = request.spec
-        if (packed.blob.digest, spec.selector) not in self._fitting:
+        if (packed.blob.digest, spec.selector, spec.on) not in self._fitting:
             devices = await self.devices(spec.selector)
-            plan.check_devices(packed, spec.selector, devices)
+            plan.check_devices(packed, spec.selector, devices, spec.on)
             if devices:
-                self._fitting.add((packed.blob.digest, spec.selector))
+                self._fitting.add((packed.blob.digest, spec.selector, spec.on))
         await self._ensure_uploaded(packed)
         if request.uploads:
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
@@ -311,11 +312,12 @@ class Job:
 class Session:
     """One device for several calls in turn. `target` is what the agent says compiles for it."""
 
-    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines) -> None:
+    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
         self._fleet = fleet
         self._threads = threads
         self._deadlines = deadlines
+        self._on = on
 
     @property
     def name(self) -> str:
@@ -328,12 +330,12 @@ class Session:
         return self.info.target
 
     def _terms(self, function: str) -> plan.Terms:
-        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines)
+        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
 
     async def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
-        select_variant(packed.manifest, self.info.arch, frozenset(self.info.cpu_features))
+        plan.check_device(packed, self.info, self._on)
         await self._fleet._ensure_uploaded(packed)
         return LoadedModel(self, packed)
 

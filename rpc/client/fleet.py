@@ -22,7 +22,6 @@ import grpc
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert
-from kedge.rpc.artifact import select_variant
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import interrupts, plan
@@ -70,7 +69,7 @@ class Fleet:
         self._blobs = BlobClient(self._channel, address)
         #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._uploaded: set[str] = set()
-        self._fitting: set[tuple[str, str]] = set()
+        self._fitting: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -123,11 +122,13 @@ class Fleet:
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
+        on: str = "",
     ) -> Job:
         """Call a function once on a device that matches the selector `device`.
 
         `inputs` are arrays by name: numpy, torch, anything with DLPack or the array interface. `threads` 0 means
-        all that the device offers.
+        all that the device offers. `on` says where on the device: "cpu", "opencl", "cuda:1"; "" leaves it to the
+        artifact.
 
         Raises:
             InputError: an input does not fit the function; nothing was uploaded.
@@ -136,7 +137,7 @@ class Fleet:
         """
         packed = plan.pack(artifact)
         request = plan.run_request(
-            packed, inputs, plan.Terms(function, device, threads, priority, deadlines or Deadlines())
+            packed, inputs, plan.Terms(function, device, threads, priority, deadlines or Deadlines(), on)
         )
         return self._submit(packed, request)
 
@@ -150,6 +151,7 @@ class Fleet:
         threads: int = 0,
         priority: int = 0,
         deadlines: Deadlines | None = None,
+        on: str = "",
         return_outputs: bool = False,
         **options: Any,
     ) -> Job:
@@ -158,7 +160,7 @@ class Fleet:
         Raises: as `run`.
         """
         packed = plan.pack(artifact)
-        terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines())
+        terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines(), on)
         request = plan.bench_request(packed, inputs, terms, plan.time_options(**options), return_outputs)
         return self._submit(packed, request)
 
@@ -175,7 +177,9 @@ class Fleet:
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 
     @contextmanager
-    def session(self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None) -> Iterator[Session]:
+    def session(
+        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
+    ) -> Iterator[Session]:
         """One device, chosen now, for several calls in turn.
 
         Each call is a job pinned to the device, in a fresh runner and with these deadlines; jobs of others may come in
@@ -186,7 +190,7 @@ class Fleet:
         """
         everyone = self.devices()
         matching = self.devices(selector) if selector else everyone
-        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines())
+        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines(), on)
 
     # ---- Blobs ----
 
@@ -231,11 +235,11 @@ class Fleet:
     def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
         """Check the artifact against the devices, and put everything on the tracker that the job needs."""
         spec = request.spec
-        if (packed.blob.digest, spec.selector) not in self._fitting:
+        if (packed.blob.digest, spec.selector, spec.on) not in self._fitting:
             devices = self.devices(spec.selector)
-            plan.check_devices(packed, spec.selector, devices)
+            plan.check_devices(packed, spec.selector, devices, spec.on)
             if devices:
-                self._fitting.add((packed.blob.digest, spec.selector))
+                self._fitting.add((packed.blob.digest, spec.selector, spec.on))
         self._ensure_uploaded(packed)
         if request.uploads:
             self._blobs.upload_missing(request.uploads)
@@ -374,11 +378,12 @@ class Job:
 class Session:
     """One device for several calls in turn. `target` is what the agent says compiles for it."""
 
-    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines) -> None:
+    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
         self._fleet = fleet
         self._threads = threads
         self._deadlines = deadlines
+        self._on = on
 
     def __repr__(self) -> str:
         return f"<Session on {self.info.name} at {self._fleet.address}>"
@@ -394,12 +399,12 @@ class Session:
         return self.info.target
 
     def _terms(self, function: str) -> plan.Terms:
-        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines)
+        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
 
     def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
-        select_variant(packed.manifest, self.info.arch, frozenset(self.info.cpu_features))
+        plan.check_device(packed, self.info, self._on)
         self._fleet._ensure_uploaded(packed)
         return LoadedModel(self, packed)
 

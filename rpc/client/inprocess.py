@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kedge.rpc import abi
-from kedge.rpc.artifact import Artifact, Function, Manifest
+from kedge.rpc.artifact import Artifact, Function, Manifest, place
+from kedge.rpc.client.gpus import find_gpus
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output
 from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
@@ -40,19 +42,20 @@ _READY = 0x101  # numpy's flags C_CONTIGUOUS | ALIGNED
 _FROM_BUFFER, _ADDRESS = ctypes.c_char.from_buffer, ctypes.addressof
 
 
-def open_in_process(artifact: Artifact, runtime_lib: Path, threads: int = 0) -> LoadedModel:
-    """Bind the artifact's best variant for this machine.
+def open_in_process(artifact: Artifact, runtime_lib: Path, threads: int = 0, device: str = "") -> LoadedModel:
+    """Bind the artifact's best variant for this machine, see `place`.
 
     Args:
         artifact: any artifact; it must stay alive as long as the model only where its weights are mapped.
         runtime_lib: a `libkedge_rt.so` for this machine.
         threads: of the kernels; 0 means as many as this process may use.
+        device: where they run: "cpu", "opencl", "cuda:1"; "" leaves it to the artifact.
 
     Raises:
-        IncompatibleTargetError: no variant runs on this machine.
+        IncompatibleTargetError: no variant runs on this machine, or on that device.
         ArtifactError: the runtime refuses what is in it.
     """
-    return LoadedModel(artifact, runtime_lib, threads)
+    return LoadedModel(artifact, runtime_lib, threads, device)
 
 
 class LoadedModel:
@@ -61,11 +64,14 @@ class LoadedModel:
     `model["name"]` is a function of it, called as `model["name"]({"x": x})`.
     """
 
-    def __init__(self, artifact: Artifact, runtime_lib: Path, threads: int = 0) -> None:
+    def __init__(self, artifact: Artifact, runtime_lib: Path, threads: int = 0, device: str = "") -> None:
         self._lib = _load_runtime(runtime_lib)
         self.artifact = artifact
         self.threads = threads or usable_cpus()
-        self.variant = artifact.select(platform.machine(), self._lib.kedge_cpu_features().decode().split(","))
+        features = self._lib.kedge_cpu_features().decode().split(",")
+        look = partial(find_gpus, self._lib)
+        self.placement = place(artifact.manifest, platform.machine(), features, look, device)
+        self.variant = self.placement.variant
         self._weights = _aligned_weights(artifact, self.variant.weights, self.variant.weights_offset)
         self._model = self._open()
         self._local = threading.local()
@@ -77,6 +83,11 @@ class LoadedModel:
         self._check_library()
         functions = artifact.manifest.functions
         self.functions = {f.name: LoadedFunction(self, i, f) for i, f in enumerate(functions)}
+
+    @property
+    def device(self) -> str:
+        """Where the kernels run: "cpu", "opencl:0", "cuda:1"."""
+        return self.placement.device
 
     def __enter__(self) -> LoadedModel:
         return self
@@ -168,7 +179,7 @@ class LoadedModel:
         with self._lock:
             if self._closed:
                 raise KedgeError(f"the model {self.artifact.manifest.name!r} is closed", hint="open the artifact again")
-            context = _Context(self._lib, self._model, self.threads)
+            context = _Context(self._lib, self._model, self.threads, self.placement.dl_device)
             self._contexts.add(context)
             return context
 
@@ -297,13 +308,13 @@ class BoundCall:
 class _Context:
     """A kedge_context with what calls on it keep. Its lock is held while native code uses it."""
 
-    def __init__(self, lib: Any, model: ctypes.c_void_p, threads: int) -> None:
+    def __init__(self, lib: Any, model: ctypes.c_void_p, threads: int, device: tuple[int, int]) -> None:
         self.lib = lib
         self.closed = False
         self._gate = threading.Lock()
         self.handle = ctypes.c_void_p()
         options = abi.ContextOptions(struct_size=ctypes.sizeof(abi.ContextOptions), num_threads=threads)
-        status = lib.kedge_context_create(model, abi.DLDevice(abi.DEVICE_CPU, 0), options, self.handle)
+        status = lib.kedge_context_create(model, abi.DLDevice(*device), options, self.handle)
         if status != abi.OK:
             _refuse(lib, status)
         self.lock = threading.Lock()

@@ -14,7 +14,7 @@ import numpy as np
 
 from kedge.protos.v1 import fleet_pb2
 from kedge.rpc import convert
-from kedge.rpc.artifact import Artifact, Manifest, select_variant
+from kedge.rpc.artifact import Artifact, Manifest, look_at, place
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
@@ -28,6 +28,7 @@ from kedge.rpc.types import (
     BenchTask,
     Blob,
     Deadlines,
+    DeviceInfo,
     DeviceState,
     DeviceStatus,
     JobResult,
@@ -120,6 +121,7 @@ class Terms:
     threads: int = 0
     priority: int = 0
     deadlines: Deadlines = Deadlines()  # noqa: RUF009 - frozen
+    on: str = ""
 
 
 def run_request(packed: Packed, inputs: Mapping[str, Any], terms: Terms) -> Request:
@@ -138,7 +140,7 @@ def bench_request(
 
 def _spec(packed: Packed, terms: Terms, task: Task) -> JobSpec:
     function = packed.manifest.function(terms.function).name
-    spec = JobSpec(packed.blob, function, task, terms.device, terms.deadlines, terms.priority, terms.threads)
+    spec = JobSpec(packed.blob, function, task, terms.device, terms.deadlines, terms.priority, terms.threads, terms.on)
     check_spec(spec)
     return spec
 
@@ -178,12 +180,12 @@ def _tensors(
 # ---- Devices -------------------------------------------------------------------------------------------------------
 
 
-def check_devices(packed: Packed, selector: str, devices: Sequence[DeviceStatus]) -> None:
+def check_devices(packed: Packed, selector: str, devices: Sequence[DeviceStatus], on: str = "") -> None:
     """Raise IncompatibleTargetError when devices match the selector, but none can run the artifact."""
     refusal: IncompatibleTargetError | None = None
     for device in devices:
         try:
-            select_variant(packed.manifest, device.info.arch, frozenset(device.info.cpu_features))
+            check_device(packed, device.info, on)
         except IncompatibleTargetError as error:
             refusal = refusal or error
         else:
@@ -192,6 +194,11 @@ def check_devices(packed: Packed, selector: str, devices: Sequence[DeviceStatus]
         where = f"device {devices[0].info.name}" if len(devices) == 1 else f"all {len(devices)} devices that match"
         about = f" {selector!r}" if selector and len(devices) > 1 else ""
         raise IncompatibleTargetError(f"{where}{about}: {refusal.message}", hint=refusal.hint) from refusal
+
+
+def check_device(packed: Packed, info: DeviceInfo, on: str = "") -> None:
+    """Raise IncompatibleTargetError when a device cannot run the artifact, or not on what `on` names."""
+    place(packed.manifest, info.arch, info.cpu_features, look_at(info), on)
 
 
 def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[DeviceStatus]) -> DeviceStatus:

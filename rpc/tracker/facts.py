@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kedge.rpc.artifact import Need
 from kedge.rpc.messages import TrackerBody
 from kedge.rpc.types import Job, JobResult, JobSpec
 
-#: What an artifact can run on: one (architecture, required CPU features) per variant.
-Needs = tuple[tuple[str, frozenset[str]], ...]
+#: What an artifact can run on, by variant.
+Needs = tuple[Need, ...]
 
 
 @dataclass(frozen=True, slots=True)

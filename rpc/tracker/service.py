@@ -16,7 +16,7 @@ import grpc
 
 from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
-from kedge.rpc.artifact import Manifest
+from kedge.rpc.artifact import Manifest, needs_of
 from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError
 from kedge.rpc.limits import check_number, check_spec
@@ -151,7 +151,7 @@ class Catalog:
 
         Raises:
             NotReadyError: blobs are missing; it names them.
-            ArtifactError, InputError, SelectorError, BlobError: the spec makes no sense.
+            ArtifactError, InputError, SelectorError, BlobError, IncompatibleTargetError: the spec makes no sense.
         """
         parse(spec.selector)
         manifest = self._manifest(spec.manifest)
@@ -166,7 +166,7 @@ class Catalog:
             if isinstance(tensor.data, Blob):
                 held.append(tensor.data)
         self._require(held, "inputs")
-        return tuple((variant.arch, frozenset(variant.features)) for variant in manifest.variants)
+        return needs_of(manifest, spec.on)
 
     def _manifest(self, blob: Blob) -> Manifest:
         # Also what was complete before: somebody may have removed blobs, or they were found damaged.

@@ -612,7 +612,7 @@ class TrackerState:
             return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
         able = [device for device in chosen if can_run(want.needs, device.info)]
         if not able:
-            archs = ", ".join(sorted({arch for arch, _ in want.needs}))
+            archs = ", ".join(sorted({str(need) for need in want.needs}))
             names = ", ".join(f"{d.info.name} is {d.info.arch}" for d in chosen[:3])
             return f"no matching device can run the artifact (it is for {archs}; {names})"
         return "1 matching device is busy" if len(able) == 1 else f"{len(able)} matching devices are busy"
@@ -651,9 +651,8 @@ class TrackerState:
 
 
 def can_run(needs: Needs, info: DeviceInfo) -> bool:
-    """Has the device the architecture and the CPU features of any variant?"""
-    features = frozenset(info.cpu_features)
-    return any(arch == info.arch and required <= features for arch, required in needs)
+    """Has the device the architecture, the CPU features and the GPU of any variant?"""
+    return any(need.is_met_by(info) for need in needs)
 
 
 def _connection(device: _Device) -> int:

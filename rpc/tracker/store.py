@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from kedge.rpc import convert
+from kedge.rpc.artifact import Need
+from kedge.rpc.artifact.manifest import device_from_json
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.facts import (
@@ -484,8 +486,17 @@ def _job(row: Any) -> Job:
 
 
 def _needs_to_text(needs: Needs) -> str:
-    return json.dumps([[arch, sorted(features)] for arch, features in needs])
+    return json.dumps([[need.arch, sorted(need.features), *_gpu_to_json(need)] for need in needs])
+
+
+def _gpu_to_json(need: Need) -> list[Any]:
+    """Nothing for a CPU: so needs were written before there were GPUs."""
+    return [] if need.device is None else [asdict(need.device), need.index]
 
 
 def _needs_from_text(text: str) -> Needs:
-    return tuple((str(arch), frozenset(features)) for arch, features in json.loads(text))
+    return tuple(_need_from_json(*item) for item in json.loads(text))
+
+
+def _need_from_json(arch: str, features: list[str], device: dict[str, Any] | None = None, index: int = -1) -> Need:
+    return Need(arch, frozenset(features), None if device is None else device_from_json(device), index)

@@ -8,7 +8,7 @@ import pytest
 
 from kedge.compiler.errors import TargetError
 from kedge.compiler.target import GpuTarget, Target, parse, parse_cpu
-from kedge.compiler.target.gpu import CUDA_ARCHS, GPU_BOARDS, KIB
+from kedge.compiler.target.gpu import CUDA_ARCHS, GPU_BOARDS, KIB, generation_of
 
 
 def gpu(text: str) -> GpuTarget:
@@ -25,6 +25,7 @@ def gpu(text: str) -> GpuTarget:
         ("cuda", "cuda", "sm_75", 1024, 48 * KIB, 32),
         ("cuda -arch=sm_90 --shared 232448", "cuda", "sm_90", 1024, 227 * KIB, 32),
         ("nvidia/h200", "cuda", "sm_90", 1024, 48 * KIB, 32),
+        ("nvidia/h200 -arch=sm_90a -shared=232448", "cuda", "sm_90a", 1024, 227 * KIB, 32),
         ("nvidia/a100 -max-threads=512", "cuda", "sm_80", 512, 48 * KIB, 32),
         ("nvidia/h100 -arch=sm_80", "cuda", "sm_80", 1024, 48 * KIB, 32),
         ("nvidia/jetson-agx-orin", "cuda", "sm_87", 1024, 48 * KIB, 32),
@@ -78,6 +79,7 @@ def test_a_gpu_answers_no_question_about_a_cpu() -> None:
     [
         ("cuda -arch=87", "unknown CUDA architecture", "sm_87"),
         ("cuda -arch=sm_91", "unknown CUDA architecture", "sm_90"),
+        ("cuda -arch=sm_80a", "unknown CUDA architecture", "sm_80"),
         ("cuda -arch", "needs a value", "-arch=VALUE"),
         ("cuda sm_90", "unexpected 'sm_90'", "-arch=VALUE"),
         ("cuda -mcpu=cortex-a72", "unknown option -mcpu", '-host="llvm -mcpu=VALUE"'),
@@ -111,7 +113,9 @@ def test_every_generation_is_one_that_the_back_end_emits() -> None:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     nvptx = llvm.Target.from_triple("nvptx64-nvidia-cuda")
-    for arch_name in CUDA_ARCHS:
+    own = [f"{arch_name}a" for arch_name in CUDA_ARCHS if generation_of(f"{arch_name}a") == arch_name]
+    assert own[0] == "sm_90a"
+    for arch_name in (*CUDA_ARCHS, *own):
         text = nvptx.create_target_machine(cpu=arch_name).emit_assembly(llvm.parse_assembly(""))
         assert f".target {arch_name}" in text
     assert {board.arch_name for board in GPU_BOARDS if board.kind == "cuda"} <= set(CUDA_ARCHS)

@@ -5,9 +5,10 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kedge.rpc.artifact import Need
 from kedge.rpc.tracker.scheduler import Queue, Want
 
-NEEDS = (("x86_64", frozenset[str]()),)
+NEEDS = (Need("x86_64"),)
 
 
 def want(text: str) -> Want:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kedge.rpc import messages as m
+from kedge.rpc.artifact import Need
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import SelectorError
@@ -34,7 +35,7 @@ S = Settings(
     deadline_slack_ms=500,
     deadlines=Deadlines(queue_ms=60_000, transfer_ms=7_000, load_ms=8_000, run_ms=9_000),
 )
-NEEDS = (("x86_64", frozenset({"avx2"})),)
+NEEDS = (Need("x86_64", frozenset({"avx2"})),)
 OK = JobResult(Outcome(OutcomeKind.OK))
 
 

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 )
 
 from kedge.rpc import messages as m
+from kedge.rpc.artifact import Need
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import labels_of, parse
@@ -53,9 +54,9 @@ DEVICES = {
     "c": device_info("c", "aarch64", soc="one"),
 }
 NEEDS = {
-    "x86": (("x86_64", frozenset({"avx2"})),),
-    "arm": (("aarch64", frozenset()),),
-    "any": (("x86_64", frozenset()), ("aarch64", frozenset())),
+    "x86": (Need("x86_64", frozenset({"avx2"})),),
+    "arm": (Need("aarch64"),),
+    "any": (Need("x86_64"), Need("aarch64")),
 }
 OK = JobResult(Outcome(OutcomeKind.OK))
 

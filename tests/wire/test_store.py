@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kedge.rpc import convert
+from kedge.rpc.artifact import Need, VariantDevice
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.tracker.facts import (
     Fact,
@@ -34,7 +35,11 @@ from kedge.rpc.types import (
     Verdict,
 )
 
-NEEDS = (("x86_64", frozenset({"avx2", "fma"})), ("aarch64", frozenset[str]()))
+NEEDS = (
+    Need("x86_64", frozenset({"avx2", "fma"})),
+    Need("aarch64"),
+    Need("x86_64", device=VariantDevice("cuda", "sm_80", 512, 1 << 14, ("fp16",)), index=1),
+)
 SPEC = JobSpec(Blob("0" * 64, 9), "main", RunTask((Tensor("x", "int8", (3,), b"abc"),)), "arch=x86_64", priority=3)
 RESULT = JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "int8", (1,), b"z"),), device="a")
 
