@@ -124,6 +124,52 @@ static void handle_open(const reply *r, session *s, cursor *c) {
   free(weights);
 }
 
+/* ---- Devices ------------------------------------------------------------------------------------------------ */
+
+static void describe_device(bytes *to, uint32_t id, const kedge_device_properties *device) {
+  bytes_u32(to, id);
+  bytes_text(to, device->name);
+  bytes_text(to, device->driver_version);
+  bytes_text(to, device->arch);
+  bytes_text(to, device->features);
+  bytes_u64(to, device->global_memory);
+  bytes_u64(to, device->local_memory);
+  bytes_u64(to, (uint64_t)device->max_group);
+  bytes_u64(to, (uint64_t)device->compute_units);
+}
+
+/* The devices of a type. Where there is none, or one of them does not answer, the text says why. */
+static void handle_devices(const reply *r, cursor *c) {
+  int32_t type = (int32_t)cursor_u32(c);
+  bytes list = {0}, head = {0};
+  uint32_t described = 0;
+  char *reason = NULL;
+  int32_t count = kedge_device_count(type);
+  if (count == 0) reason = strdup(kedge_last_error());
+  for (int32_t id = 0; id < count; id++) {
+    kedge_device_properties properties = {.struct_size = sizeof properties};
+    if (kedge_device_info(type, id, &properties) == KEDGE_OK) {
+      describe_device(&list, (uint32_t)id, &properties);
+      described++;
+    } else {
+      free(reason);
+      reason = strdup(kedge_last_error());
+    }
+  }
+  if (c->broken) {
+    reply_error(r, KEDGE_E_ARGUMENT, "a malformed question about devices");
+  } else {
+    bytes_u32(&head, described);
+    bytes_add(&head, list.data, list.size);
+    bytes_text(&head, reason == NULL ? "" : reason);
+    head.failed = head.failed || list.failed;
+    reply_result(r, &head, NULL, 0, -1);
+  }
+  free(head.data);
+  free(list.data);
+  free(reason);
+}
+
 /* ---- Inputs and outputs of a call ---------------------------------------------------------------------------- */
 
 typedef struct {
@@ -369,7 +415,7 @@ void handle_request(const channel *to, session *s, const frame *request) {
   } else if (request->header.type == MESSAGE_CALL) {
     handle_call(&r, s, request, &c);
   } else if (request->header.type == MESSAGE_DEVICES) {
-    reply_error(&r, KEDGE_E_ARGUMENT, "this runtime knows no devices");
+    handle_devices(&r, &c);
   } else {
     handle_time(&r, s, request, &c);
   }
