@@ -6,13 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
-from kedge.compiler.schedule.tree import blocks_in, loop_ranges, unique
+from kedge.compiler.schedule.tree import blocks_in, condition_on, loop_ranges, refuse, unique
 from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity, maximum, minimum
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal
+from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal, simplify
 from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, map_stmt_exprs, substitute_expr
+
+
+def is_one(extent: Expr) -> bool:
+    """Whether `extent` is the constant 1."""
+    return isinstance(extent, Const) and extent.value == 1
 
 
 def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:
@@ -73,6 +79,25 @@ def conjuncts(condition: Expr) -> tuple[Expr, ...]:
     if isinstance(condition, Binary) and condition.op == "and":
         return (*conjuncts(condition.a), *conjuncts(condition.b))
     return (condition,)
+
+
+def is_only_bounded(block: Block) -> bool:
+    """Whether the block's predicate just keeps its iteration variables within their extents."""
+    pairs = list(zip(block.iters, block.bindings, strict=True))
+    kept = [bound for it, binding in pairs for bound in (binding < it.extent, binding >= 0)]
+    known = {expr_key(simplify(bound)) for bound in kept}
+    return all(expr_key(simplify(conjunct)) in known for conjunct in conjuncts(block.predicate))
+
+
+def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequence[Stmt]) -> None:
+    """Refuse a block that runs only under a condition, which it would lose elsewhere. `path` leads to it."""
+    condition = condition_on(path)
+    if condition is not None:
+        reason = f"it runs only if {print_expr(condition.condition)}, and would lose that condition elsewhere"
+        raise refuse(func, primitive, block, reason)
+    if not is_only_bounded(block):
+        reason = f"it runs only where {print_expr(block.predicate)}, and would lose that condition elsewhere"
+        raise refuse(func, primitive, block, reason)
 
 
 def spatial_conjuncts(block: Block) -> tuple[Expr, ...] | None:

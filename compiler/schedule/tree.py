@@ -79,6 +79,11 @@ def loops_on(path: Iterable[Stmt]) -> tuple[For, ...]:
     return tuple(s for s in path if isinstance(s, For))
 
 
+def condition_on(path: Iterable[Stmt]) -> If | None:
+    """The innermost `if` among the statements of a path: it decides whether the last of them runs."""
+    return next((s for s in reversed(tuple(path)) if isinstance(s, If)), None)
+
+
 def position_around(func: PrimFunc, primitive: str, block: Block, loops: Sequence[For], loop: Var) -> int:
     """Which of the `loops` around `block` is the one over `loop`; refuses where none is."""
     for position, each in enumerate(loops):

@@ -13,6 +13,7 @@ from kedge.compiler.schedule.tree import (
     block_path,
     blocks_in,
     buffer_name,
+    condition_on,
     loop_ranges,
     loops_on,
     position_around,
@@ -22,8 +23,10 @@ from kedge.compiler.schedule.tree import (
     writers,
 )
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, const, logical_and
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Scope, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_equal
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, substitute_expr
 
 
@@ -68,10 +71,17 @@ def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buff
         if loop.var in loop_vars(block, "reduce"):
             reason = f"loop {loop.var.name!r} around the copy takes part in the reduction"
             raise refuse(func, primitive, block, reason, hint="place the copy outside of all reduction loops")
+    condition = condition_on(block_path(func, block.name))
+    if condition is not None:
+        reason = f"it runs only if {print_expr(condition.condition)}, and its copy would always run"
+        raise refuse(func, primitive, block, reason)
     if writers(func, body.buffer) != (block,):
         raise refuse(func, primitive, block, f"other blocks write {body.buffer.name!r} too")
     if block.init is None and any(load.buffer is body.buffer for load in loads(body)):
         raise refuse(func, primitive, block, f"it updates {body.buffer.name!r} in place")
+    read = (load.indices for load in loads(body.value) if load.buffer is body.buffer)
+    if any(not all(map(expr_equal, indices, body.indices)) for indices in read):
+        raise refuse(func, primitive, block, f"it reads other elements of {body.buffer.name!r} than the one it writes")
     numbers = {it.var: i for i, it in enumerate(block.iters)}
     axes: list[int | None] = []
     for index in body.indices:

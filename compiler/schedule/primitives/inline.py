@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import tied_to
+from kedge.compiler.schedule.nest import check_unconditional, is_one
+from kedge.compiler.schedule.order import before, overwritten_before, touched_since
 from kedge.compiler.schedule.tree import (
+    block_path,
     blocks_in,
     intermediate,
     readers,
@@ -28,6 +31,16 @@ def compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     _check_hidden(func, "compute_inline", block, buffer)
     axes = _axes(func, "compute_inline", block, store.indices, f"writes {buffer.name!r}")
     consumers = readers(func, buffer)
+    for consumer in consumers:
+        if before(func, consumer, block):
+            reason = f"its consumer {consumer.name!r} runs before it, on older values"
+            raise refuse(func, "compute_inline", block, reason)
+        changed = overwritten_before(func, block, consumer)
+        if changed is not None:
+            reason = (
+                f"block {changed[0].name!r} writes {changed[1].name!r}, which it reads, before {consumer.name!r} ends"
+            )
+            raise refuse(func, "compute_inline", block, reason)
     func = remove(func, block)
     for consumer in consumers:
         found = next(b for b in blocks_in(func.body) if b.name == consumer.name)
@@ -52,6 +65,12 @@ def reverse_compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     for axis, dim in zip(axes, source.shape, strict=True):
         if axis is not None and not prove_equal(extents[axis], dim):
             raise refuse(func, primitive, block, f"it does not read all of {source.name!r}")
+    if writers(func, store.buffer) != (block,):
+        raise refuse(func, primitive, block, f"other blocks write {store.buffer.name!r} too")
+    touched = touched_since(func, block, producer)
+    if touched is not None:
+        reason = f"block {touched[0].name!r} uses {touched[1].name!r}, which it writes, after {producer.name!r} begins"
+        raise refuse(func, primitive, block, reason)
     values: dict[Var, Expr] = {a: i for a, i in zip(axes, made.indices, strict=True) if a is not None}
     values.update({it.var: const(0) for it in block.iters if it.var not in values})
 
@@ -78,6 +97,7 @@ def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Sto
         raise refuse(func, primitive, block, "its body is more than one store")
     if any(load.buffer is block.body.buffer for load in loads(block.body)):
         raise refuse(func, primitive, block, "it updates a buffer in place")
+    check_unconditional(func, primitive, block, block_path(func, name))
     tied = tied_to(func, block)
     if tied is not None:
         reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
@@ -100,7 +120,7 @@ def _axes(func: PrimFunc, primitive: str, block: Block, indices: tuple[Expr, ...
     if not plain or len(set(named)) < len(named):
         raise refuse(func, primitive, block, f"it {what} at other places than its iteration variables")
     for it in block.iters:
-        if it.var not in named and not (isinstance(it.extent, Const) and it.extent.value == 1):
+        if it.var not in named and not is_one(it.extent):
             raise refuse(func, primitive, block, f"it {what} the same for all of {it.var.name!r}")
     return axes
 

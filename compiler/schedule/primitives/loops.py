@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kedge.compiler.schedule.dependence import conflict, is_private, own_per_iteration, reduces_over, updates_in_place
-from kedge.compiler.schedule.nest import loop_vars
+from kedge.compiler.schedule.nest import is_one, loop_vars
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -276,7 +276,10 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
             reason = f"block {block.name!r} takes both its output and its reduction from it: what is first may change"
             raise refuse(func, "reorder", mixed, reason, at=chain[0])
     if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
-        return  # instances of one block run in any order: its reduction's first value still comes first
+        # Instances of one block run in any order, its reduction's first value still comes first: as long as those
+        # for different outputs store to different places.
+        placed = loop_vars(blocks[0], "spatial")
+        moved = [] if _has_own_places(blocks[0]) else [var for var in moved if var in placed]
     outer = loops_on(loop_path(func, chain[0].var)[:-1])
     for position, loop in enumerate(chain):
         if loop.var not in moved:
@@ -285,6 +288,14 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
         if buffer is not None:
             reason = f"its iterations depend on one another through buffer {buffer.name!r}"
             raise refuse(func, "reorder", loop.var, reason, at=chain[0])
+
+
+def _has_own_places(block: Block) -> bool:
+    """Whether a place that the block stores to tells which output it is, or its updates come in any order."""
+    if _is_reduction(block) and block.init is None:
+        return True
+    wanted = [it.var for it in block.iters if it.kind == "spatial" and not is_one(it.extent)]
+    return all(var in store.indices for store in stores(block) for var in wanted)
 
 
 def _is_reduction(block: Block) -> bool:

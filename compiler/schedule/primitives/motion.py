@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kedge.compiler.schedule.dependence import conflict, reduces_over, tied_to
-from kedge.compiler.schedule.nest import Span, moving_together, span_of
+from kedge.compiler.schedule.dependence import conflict, fetched_alike, group_loops, reduces_over, tied_to
+from kedge.compiler.schedule.nest import Span, check_unconditional, is_one, moving_together, span_of
+from kedge.compiler.schedule.order import before, overwritten_before, touched_since
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -32,7 +33,8 @@ from kedge.compiler.tir.visitor import free_vars, loads, seq
 def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
     """`func` with block `name` computed inside `loop`, at the start of its body: just what its consumers read there.
 
-    All consumers must be under `loop`. What iterations share is computed again in each.
+    All consumers must be under `loop`. What iterations share is computed again in each; in shared scope, threads of a
+    group share what all of them need, as far as loops are bound to threads already.
     """
     primitive = "compute_at"
     block, store = _movable(func, primitive, name, loop)
@@ -49,11 +51,20 @@ def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
     if outside or not consumers:
         reason = f"its consumer {outside[0]!r} is not under the loop" if outside else "nothing reads what it computes"
         raise refuse(func, primitive, block, reason)
+    early = next((each for each in consumers if before(func, each, block)), None)
+    if early is not None:
+        raise refuse(func, primitive, block, f"its consumer {early.name!r} runs before it, on older values")
+    changed = overwritten_before(func, block, node)
+    if changed is not None:
+        reason = f"block {changed[0].name!r} writes {changed[1].name!r}, which it reads, before loop {loop.name!r} ends"
+        raise refuse(func, primitive, block, reason)
     outer = loops_on(loop_path(func, loop))
     wanted = [a for a in accesses(node.body) if a.buffer is buffer]
     axes = _index_axes(func, primitive, block, store)
+    group = group_loops(outer, buffer.scope)
+    apart = tuple(each for each in outer if each not in group)
     spans = {
-        axis: _span(func, primitive, block, [a.indices[dim] for a in wanted], node, outer)
+        axis: _span(func, primitive, block, [a.indices[dim] for a in wanted], node, apart, group)
         for dim, axis in enumerate(axes)
         if axis is not None
     }
@@ -78,9 +89,15 @@ def reverse_compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
         for axis, span in _consumed(func, block, source, node, outer).items():
             if not _same_span(spans.setdefault(axis, span), span):
                 raise refuse(func, primitive, block, f"its inputs disagree about {axis.name!r} under the loop", at=node)
-    missing = [it for it in block.iters if it.var not in spans and not _is_one(it.extent)]
+    missing = [it for it in block.iters if it.var not in spans and not is_one(it.extent)]
     if missing and not all(it.kind == "reduce" or it.var in _stored(store) for it in missing):
         raise refuse(func, primitive, block, f"{missing[0].var.name!r} indexes neither its input nor its output")
+    if writers(func, store.buffer) != (block,):
+        raise refuse(func, primitive, block, f"other blocks write {store.buffer.name!r} too")
+    touched = touched_since(func, block, node)
+    if touched is not None:
+        reason = f"block {touched[0].name!r} uses {touched[1].name!r}, which it writes, after loop {loop.name!r} begins"
+        raise refuse(func, primitive, block, reason)
     nest = _nest_over(block, spans, loop_ranges(outer))
     func = remove(func, block)
     moved_into = find_loop(func, loop)
@@ -104,6 +121,7 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
         raise refuse(func, primitive, block, "its body is more than one store")
     if block.init is None and any(load.buffer is block.body.buffer for load in loads(block.body)):
         raise refuse(func, primitive, block, "it updates a buffer in place", hint="move it before decompose_reduction")
+    check_unconditional(func, primitive, block, path)
     tied = tied_to(func, block)
     if tied is not None:
         reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
@@ -130,14 +148,10 @@ def _axis(func: PrimFunc, primitive: str, block: Block, index: Expr) -> Var | No
 def _index_axes(func: PrimFunc, primitive: str, block: Block, store: Store) -> list[Var | None]:
     axes = [_axis(func, primitive, block, index) for index in store.indices]
     named = [axis for axis in axes if axis is not None]
-    spatial = [it.var for it in block.iters if it.kind == "spatial" and not _is_one(it.extent)]
+    spatial = [it.var for it in block.iters if it.kind == "spatial" and not is_one(it.extent)]
     if len(set(named)) < len(named) or any(var not in named for var in spatial):
         raise refuse(func, primitive, block, "its iteration variables do not each index its output once")
     return axes
-
-
-def _is_one(extent: Expr) -> bool:
-    return isinstance(extent, Const) and extent.value == 1
 
 
 def _sources(func: PrimFunc, block: Block, node: For) -> tuple[Buffer, ...]:
@@ -187,7 +201,9 @@ def _checked(before: PrimFunc, moved: PrimFunc, primitive: str, block: Block, bu
     """`moved`, unless iterations of a parallel loop would now write the same elements."""
     path = loops_on(loop_path(moved, loop))
     for position, each in enumerate(path):
-        if each.kind in ("parallel", "thread") and conflict(moved, each, path[:position], [buffer]) is not None:
+        together = each.kind == "thread" and fetched_alike(each, buffer)
+        at_once = each.kind in ("parallel", "thread") and not together
+        if at_once and conflict(moved, each, path[:position], [buffer]) is not None:
             reason = f"iterations of {each.kind} loop {each.var.name!r} would write the same parts of {buffer.name!r}"
             raise refuse(before, primitive, block, reason)
     return moved
@@ -214,10 +230,11 @@ def _check_complete(func: PrimFunc, block: Block, source: Buffer, node: For, out
 
 
 def _span(
-    func: PrimFunc, primitive: str, block: Block, indices: Sequence[Expr], node: For, outer: Sequence[For]
-) -> Span:
-    """The values that `indices` take while the loops inside `node` run."""
-    span = span_of(indices, outer, loops_in(node.body))
+    func: PrimFunc, primitive: str, block: Block, indices: Sequence[Expr], node: For, outer: Sequence[For],
+    group: Sequence[For] = (),
+) -> Span:  # fmt: skip
+    """The values that `indices` take while the loops inside `node`, and those of the `group`, run."""
+    span = span_of(indices, outer, (*group, *loops_in(node.body)))
     if span is None:
         raise refuse(func, primitive, block, "the part that is needed is not an interval of its indices", at=node)
     return span
@@ -238,7 +255,7 @@ def _nest_over(block: Block, spans: dict[Var, Span], ranges: Ranges) -> Stmt:
         span = spans.get(it.var, Span(const(0), it.extent))
         var = Var(_loop_name(it.var.name))
         simplifier = Simplifier({**ranges, var: over(span.extent)})
-        if _is_one(span.extent):
+        if is_one(span.extent):
             value = simplifier.simplify(span.start)
         else:
             loops.append((var, span.extent))

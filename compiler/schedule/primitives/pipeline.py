@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from kedge.compiler.schedule.nest import conjuncts, fresh, fresh_names, index_ends, loop_vars
+from kedge.compiler.schedule.nest import fresh, fresh_names, index_ends, is_only_bounded, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import (
@@ -27,9 +27,8 @@ from kedge.compiler.schedule.tree import (
     swap,
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const
-from kedge.compiler.tir.simplify import prove, prove_equal, simplify
+from kedge.compiler.tir.simplify import prove, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt
-from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import (
     free_vars,
     map_stmt,
@@ -133,7 +132,7 @@ def _fills(stmt: Stmt, buffer: Buffer, loop: Var, outer: Sequence[For]) -> bool:
 def _fills_alone(block: Block, stmt: Stmt, buffer: Buffer, loop: Var, outer: Sequence[For]) -> bool:
     written = [access for access in accesses(stmt) if access.block is block and access.buffer is buffer]
     stored = next((access for access in written if access.is_write), None)
-    if stored is None or loop in loop_vars(block, "reduce") or not _only_bounded(block):
+    if stored is None or loop in loop_vars(block, "reduce") or not is_only_bounded(block):
         return False
     if block.init is None and any(not access.is_write for access in written):
         return False
@@ -150,14 +149,6 @@ def _fills_alone(block: Block, stmt: Stmt, buffer: Buffer, loop: Var, outer: Seq
         if not prove(steps >= as_expr(dim), ranges):
             return False
     return True
-
-
-def _only_bounded(block: Block) -> bool:
-    """Whether the block's predicate just keeps its iteration variables within their extents."""
-    pairs = list(zip(block.iters, block.bindings, strict=True))
-    kept = [bound for it, binding in pairs for bound in (binding < it.extent, binding >= 0)]
-    known = {expr_key(simplify(bound)) for bound in kept}
-    return all(expr_key(simplify(conjunct)) in known for conjunct in conjuncts(block.predicate))
 
 
 def _versioned(stmt: Stmt, loop: Var, versions: Mapping[Buffer, Buffer]) -> Stmt:

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict
 from kedge.compiler.schedule.nest import combiner_of, conjuncts, fresh_nest, loop_vars, spatial_conjuncts
+from kedge.compiler.schedule.order import before
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.tree import (
+    accesses,
     block_name,
     block_path,
     blocks_in,
     buffer_name,
+    condition_on,
     find_loop,
     loop_ranges,
     loops_on,
@@ -22,6 +25,7 @@ from kedge.compiler.schedule.tree import (
     swap,
 )
 from kedge.compiler.tir.expr import Binary, Combiner, Expr, Load, Var, logical_and
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
@@ -40,6 +44,16 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     if block.init is None:
         raise refuse(func, primitive, block, "it has no initialisation to take out")
     position = position_around(func, primitive, block, loops, loop)
+    condition = condition_on(path)
+    if condition is not None:
+        reason = f"it runs only if {print_expr(condition.condition)}, and its initialisation would always run"
+        raise refuse(func, primitive, block, reason)
+    written = {store.buffer for store in stores(block.init)}
+    for user in blocks_in(loops[position]):
+        used = next((a.buffer for a in accesses(user) if a.buffer in written), None)
+        if used is not None and before(func, user, block):
+            reason = f"block {user.name!r} uses {used.name!r} before it under loop {loop.name!r}"
+            raise refuse(func, primitive, block, reason, hint="take a loop further in")
     reducing = loop_vars(block, "reduce")
     for outer in loops[:position]:
         if outer.var in reducing:
