@@ -4,8 +4,9 @@ blocks     a block's iteration variables are replaced by their bindings; its ini
            that reduce, or is guarded by "first iteration"; its predicate becomes an `If`
 versions   where the predicate of a tile provably holds, the tile runs without it: the same loops once without
            and once with their conditions, chosen by one comparison per tile
-places     a buffer that lives only in a function gets the smallest scope that holds all its uses, so that each
-           version has registers of its own
+places     a buffer that lives only in a function gets the smallest scope that holds all its uses and that hands
+           nothing from one iteration to the next, so that each version has registers of its own
+compact    there it shrinks to what is used of it, as after compute_at
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from kedge.compiler.codegen.alloc import Alloc as Alloc  # code generators find what they need here
+from kedge.compiler.codegen.alloc import statements_of as statements_of
+from kedge.compiler.codegen.compact import compact
+from kedge.compiler.codegen.coverage import written_before_read
 from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const, eq, logical_and
-from kedge.compiler.tir.simplify import over, prove, simplify, simplify_stmt
-from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.simplify import conjuncts, over, simplify, simplify_stmt
+from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Seq, Stmt
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import (
     free_vars,
@@ -26,31 +31,17 @@ from kedge.compiler.tir.visitor import (
     stores,
     substitute,
     substitute_expr,
-    walk_stmt,
 )
 
 #: A serial loop is looked through for the worst case of a predicate only if it is this short.
 _SHORT = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Alloc(Stmt):
-    """`body` with `buffer` alive inside it only; its contents are undefined at the start."""
-
-    buffer: Buffer
-    body: Stmt
-
-
-def statements_of(stmt: Stmt) -> tuple[Stmt, ...]:
-    """The direct sub-statements, in order, of a statement that may be an `Alloc`."""
-    return (stmt.body,) if isinstance(stmt, Alloc) else stmt_children(stmt)
-
-
 def prepare(func: PrimFunc) -> Stmt:
     """The body of `func` without blocks, simplified, versioned, with an `Alloc` around the uses of each buffer."""
-    body = simplify_stmt(_drop_empty(lower_blocks(func.body)))
-    body = simplify_stmt(version_tiles(_drop_empty(body)))
-    return place_allocs(_drop_empty(body), func.allocs)
+    body = simplify_stmt(drop_empty(lower_blocks(func.body)))
+    body = simplify_stmt(version_tiles(drop_empty(body)))
+    return compact(place_allocs(drop_empty(body), func.allocs))
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------
@@ -135,18 +126,9 @@ def _split_predicate(predicate: Expr, reduce_vars: set[Var]) -> tuple[list[Expr]
     return spatial, mixed
 
 
-def conjuncts(condition: Expr) -> Iterator[Expr]:
-    """The terms of a conjunction, without those that are literally true."""
-    if isinstance(condition, Binary) and condition.op == "and":
-        yield from conjuncts(condition.a)
-        yield from conjuncts(condition.b)
-    elif not (isinstance(condition, Const) and condition.value):
-        yield condition
-
-
-def _drop_empty(stmt: Stmt) -> Stmt:
+def drop_empty(stmt: Stmt) -> Stmt:
     """`stmt` without loops and branches that do nothing; `Seq(())` if nothing is left."""
-    new = map_stmt_children(stmt, _drop_empty)
+    new = map_stmt_children(stmt, drop_empty)
     match new:
         case Seq(stmts=stmts):
             kept = tuple(s for s in stmts if not _is_empty(s))
@@ -195,14 +177,14 @@ def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
         return stmt
     ranges = {loop.var: over(loop.extent) for loop in path}
     sure: dict[object, Expr] = {}
+    dropped: set[int] = set()
     for claim in found:
         simple = simplify(claim.sure, ranges)
+        if isinstance(simple, Const) and not simple.value:
+            continue  # it never holds for the whole tile: both versions keep it
         sure.setdefault(expr_key(simple), simple)
-    condition = logical_and(*sure.values())
-    if any(isinstance(term, Const) and not term.value for term in sure.values()):
-        return stmt
-    dropped = {id(claim.conjunct) for claim in found}
-    return If(condition, _without(stmt, dropped), stmt)
+        dropped.add(id(claim.conjunct))
+    return If(logical_and(*sure.values()), _without(stmt, dropped), stmt) if dropped else stmt
 
 
 def _claims(stmt: Stmt, path: list[For]) -> Iterator[_Claim]:
@@ -287,8 +269,12 @@ def _without(stmt: Stmt, dropped: set[int]) -> Stmt:
 
 def place_allocs(stmt: Stmt, buffers: Iterable[Buffer]) -> Stmt:
     """`stmt` with an `Alloc` for each buffer that it uses, as far inside as the buffer's life allows."""
+    return _place_used(stmt, buffers, {})
+
+
+def _place_used(stmt: Stmt, buffers: Iterable[Buffer], outer: Mapping[Var, Range]) -> Stmt:
     used = set(_used_buffers(stmt))
-    return _place(stmt, [buffer for buffer in buffers if buffer in used])
+    return _place(stmt, [buffer for buffer in buffers if buffer in used], outer)
 
 
 def _used_buffers(stmt: Stmt) -> Iterator[Buffer]:
@@ -298,7 +284,7 @@ def _used_buffers(stmt: Stmt) -> Iterator[Buffer]:
         yield load.buffer
 
 
-def _place(stmt: Stmt, buffers: list[Buffer]) -> Stmt:
+def _place(stmt: Stmt, buffers: list[Buffer], outer: Mapping[Var, Range]) -> Stmt:
     if not buffers:
         return stmt
     here: list[Buffer] = []
@@ -307,7 +293,7 @@ def _place(stmt: Stmt, buffers: list[Buffer]) -> Stmt:
             uses = [set(_used_buffers(s)) for s in stmts]
             here = [b for b in buffers if sum(b in use for use in uses) > 1]
             new = tuple(
-                _place(s, [b for b in buffers if b in use and b not in here])
+                _place(s, [b for b in buffers if b in use and b not in here], outer)
                 for s, use in zip(stmts, uses, strict=True)
             )
             stmt = Seq(new)
@@ -315,11 +301,15 @@ def _place(stmt: Stmt, buffers: list[Buffer]) -> Stmt:
             in_condition = {load.buffer for load in loads(condition)}
             here = [b for b in buffers if b in in_condition]
             rest = [b for b in buffers if b not in here]
-            stmt = If(condition, place_allocs(then, rest), None if orelse is None else place_allocs(orelse, rest))
-        case For():
-            inner = [b for b in buffers if _dies_in_iteration(b, stmt)]
+            stmt = If(
+                condition,
+                _place_used(then, rest, outer),
+                None if orelse is None else _place_used(orelse, rest, outer),
+            )
+        case For(var=var, extent=extent):
+            inner = [b for b in buffers if _dies_in_iteration(b, stmt, outer)]
             here = [b for b in buffers if b not in inner]
-            stmt = replace(stmt, body=_place(stmt.body, inner))
+            stmt = replace(stmt, body=_place(stmt.body, inner, {**outer, var: over(extent)}))
         case _:
             here = buffers
     for buffer in reversed(here):
@@ -327,65 +317,6 @@ def _place(stmt: Stmt, buffers: list[Buffer]) -> Stmt:
     return stmt
 
 
-def _dies_in_iteration(buffer: Buffer, loop: For) -> bool:
-    """Whether every iteration overwrites the whole buffer before it reads any of it."""
-    if any(loop.var in free_vars(i) for node in walk_stmt(loop.body) for i in _indices(node, buffer)):
-        return False
-    return _overwrites(loop.body, buffer)
-
-
-def _indices(stmt: Stmt, buffer: Buffer) -> Iterator[Expr]:
-    if isinstance(stmt, Store) and stmt.buffer is buffer:
-        yield from stmt.indices
-
-
-def _overwrites(stmt: Stmt, buffer: Buffer) -> bool:
-    """Whether the first use of `buffer` under `stmt` stores every element of it."""
-    loops: list[For] = []
-    while True:
-        match stmt:
-            case Seq(stmts=stmts):
-                first = next((s for s in stmts if buffer in set(_used_buffers(s))), None)
-                if first is None:
-                    return False
-                stmt = first
-            case For():
-                loops.append(stmt)
-                stmt = stmt.body
-            case If(then=then, orelse=orelse) if orelse is not None and not loops:
-                return _overwrites(then, buffer) and _overwrites(orelse, buffer)
-            case Store():
-                return stmt.buffer is buffer and buffer not in {
-                    load.buffer for load in loads(stmt)
-                } and _covers(stmt, loops)  # fmt: skip
-            case _:
-                return False
-
-
-def _covers(store: Store, loops: list[For]) -> bool:
-    """Whether `store` under `loops` reaches every element of its (static) buffer: a mixed-radix count from 0."""
-    inner = {loop.var: loop for loop in loops}
-    flat: Expr = const(0)
-    size = 1
-    for index, dim in zip(store.indices, store.buffer.shape, strict=True):
-        if not isinstance(dim, int):
-            return False
-        flat = Binary("add", Binary("mul", flat, const(dim)), index)
-        size *= dim
-    if any(v not in inner for v in free_vars(flat)):
-        return False
-    zero = substitute_expr(flat, {v: const(0) for v in free_vars(flat)})
-    if not prove(eq(zero, 0)):
-        return False
-    digits: list[tuple[int, int]] = []
-    for var in free_vars(flat):
-        step, extent = _coefficient(flat, var), inner[var].extent
-        if step is None or not isinstance(extent, Const):
-            return False
-        digits.append((step, int(extent.value)))
-    reached = 1
-    for weight, base in sorted(digits):
-        if weight != reached:
-            return False
-        reached *= base
-    return reached == size
+def _dies_in_iteration(buffer: Buffer, loop: For, outer: Mapping[Var, Range]) -> bool:
+    """Whether each iteration may have a buffer of its own. Lanes of a vector or an instruction have none."""
+    return loop.kind not in ("vectorized", "tensorized") and written_before_read(loop, buffer, outer)

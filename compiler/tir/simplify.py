@@ -4,7 +4,8 @@ int64 expressions are brought into a normal form: an integer polynomial over *at
 remainders, minima … that cannot be taken apart). `c * (x // d)` with `d | c` is kept as `c/d * (x - x % d)`, so that
 what `split` and `fuse` take apart cancels again. Facts are proved by interval arithmetic, and where bounds are
 symbolic by replacing one variable after the other by the end of its range that is worst for the claim
-(Fourier-Motzkin elimination without its case splits). A proof that fails proves nothing: `prove` is one-sided.
+(Fourier-Motzkin elimination without its case splits). Conditions that are known to hold, those of the branches around,
+are tried as lower bounds of the claim. A proof that fails proves nothing: `prove` is one-sided.
 
 int64 is treated as unbounded: index arithmetic of real tensors does not overflow.
 """
@@ -12,11 +13,12 @@ int64 is treated as unbounded: index arithmetic of real tensors does not overflo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS, INTEGERS
 from kedge.compiler.tir.expr import (
     COMPARISONS,
     INDEX_DTYPE,
@@ -26,15 +28,17 @@ from kedge.compiler.tir.expr import (
     Const,
     Dim,
     Expr,
+    Load,
     Select,
     Var,
     as_expr,
     const,
+    logical_and,
 )
 from kedge.compiler.tir.poly import Poly, divide_term
 from kedge.compiler.tir.stmt import Block, For, If, Range, Seq, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
-from kedge.compiler.tir.visitor import free_vars, map_children, map_stmt_children, map_stmt_exprs
+from kedge.compiler.tir.visitor import free_vars, map_children, map_stmt_children, map_stmt_exprs, walk_expr
 
 #: What is known of variables: each lies in its range. Variables not named here have their own `lower` and `upper`.
 Ranges: TypeAlias = Mapping[Var, Range]
@@ -83,48 +87,118 @@ def simplify_dim(dim: Dim, ranges: Ranges | None = None) -> Dim:
 def simplify_stmt(stmt: Stmt, ranges: Ranges | None = None) -> Stmt:
     """`stmt` with every expression simplified under the loops and iteration variables around it.
 
-    Branches that are decided go away; a loop or a block stays, even if it runs once.
+    Branches that are decided go away, and what is inside of the others is simplified under their conditions; a loop or
+    a block stays, even if it runs once.
     """
-    return _simplify_stmt(stmt, dict(ranges or {}))
+    return _simplify_stmt(stmt, Simplifier(ranges))
 
 
-def _simplify_stmt(stmt: Stmt, ranges: dict[Var, Range]) -> Stmt:
-    simplifier = Simplifier(ranges)
+def _simplify_stmt(stmt: Stmt, simplifier: Simplifier) -> Stmt:
     match stmt:
         case For(var=var, extent=extent):
             new = map_stmt_exprs(stmt, simplifier.simplify)
-            return map_stmt_children(new, lambda s: _simplify_stmt(s, {**ranges, var: over(extent)}))
+            inside = simplifier.within({var: over(extent)})
+            return map_stmt_children(new, lambda s: _simplify_stmt(s, inside))
         case Block():
-            return _simplify_block(stmt, ranges, simplifier)
-        case If(condition=condition):
-            known = simplifier.simplify(condition)
-            if isinstance(known, Const):
-                chosen = stmt.then if known.value else stmt.orelse
-                return Seq(()) if chosen is None else _simplify_stmt(chosen, ranges)
-    new = map_stmt_exprs(stmt, simplifier.simplify) if isinstance(stmt, (Store, If)) else stmt
-    return map_stmt_children(new, lambda s: _simplify_stmt(s, ranges))
+            return _simplify_block(stmt, simplifier)
+        case If():
+            return _simplify_if(stmt, simplifier)
+    new = map_stmt_exprs(stmt, simplifier.simplify) if isinstance(stmt, Store) else stmt
+    return map_stmt_children(new, lambda s: _simplify_stmt(s, simplifier))
 
 
-def _simplify_block(block: Block, ranges: dict[Var, Range], outer: Simplifier) -> Block:
-    inner = Simplifier({**ranges, **{it.var: over(it.extent) for it in block.iters}})
+def _simplify_if(stmt: If, simplifier: Simplifier) -> Stmt:
+    known = simplifier.simplify(stmt.condition)
+    if isinstance(known, Const):
+        chosen = stmt.then if known.value else stmt.orelse
+        return Seq(()) if chosen is None else _simplify_stmt(chosen, simplifier)
+    then = _simplify_stmt(stmt.then, simplifier.assuming(_lasting(known)))
+    orelse = stmt.orelse
+    if orelse is not None:
+        negated = _negate(known)
+        orelse = _simplify_stmt(orelse, simplifier.assuming(() if negated is None else _lasting(negated)))
+    unchanged = known is stmt.condition and then is stmt.then and orelse is stmt.orelse
+    return stmt if unchanged else If(known, then, orelse)
+
+
+def _lasting(condition: Expr) -> tuple[Expr, ...]:
+    """The terms of `condition` that hold all through a branch: what they depend on cannot be stored to there."""
+    return tuple(term for term in conjuncts(condition) if not _reads_data(term))
+
+
+def _reads_data(expr: Expr) -> bool:
+    return any(isinstance(node, Load) for node in walk_expr(expr))
+
+
+def _simplify_block(block: Block, outer: Simplifier) -> Block:
+    inner = outer.within({it.var: over(it.extent) for it in block.iters})
     own = {id(e) for e in (*block.bindings, block.predicate, *(it.extent for it in block.iters))}
     new = map_stmt_exprs(block, lambda e: (outer if id(e) in own else inner).simplify(e))
-    scope = {**ranges, **{it.var: over(it.extent) for it in block.iters}}
-    result = map_stmt_children(new, lambda s: _simplify_stmt(s, scope))
+    result = map_stmt_children(new, lambda s: _simplify_stmt(s, inner))
     assert isinstance(result, Block)
     return result
 
 
-class Simplifier:
-    """Simplifies and proves under fixed ranges of variables. Reuse one for many questions: it remembers atoms."""
+def conjuncts(condition: Expr) -> Iterator[Expr]:
+    """The terms of a conjunction, without those that are literally true."""
+    if isinstance(condition, Binary) and condition.op == "and":
+        yield from conjuncts(condition.a)
+        yield from conjuncts(condition.b)
+    elif not (isinstance(condition, Const) and condition.value):
+        yield condition
 
-    def __init__(self, ranges: Ranges | None = None) -> None:
+
+class Simplifier:
+    """Simplifies and proves under fixed ranges of variables. Reuse one for many questions: it remembers atoms.
+
+    `facts` are conditions that hold wherever the answers are used; what they say beyond comparisons of int64 is not
+    made use of.
+    """
+
+    def __init__(self, ranges: Ranges | None = None, facts: Iterable[Expr] = ()) -> None:
         self.ranges: Ranges = ranges or {}
+        self.facts = tuple(fact for each in facts for fact in conjuncts(each))
         self._numbers: dict[Key, int] = {}
         self._atoms: list[Expr] = []
         self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
         self._intervals: dict[int, Interval] = {}
         self._sizes: dict[int, bool] = {}
+        self._floors: list[Poly] = []  # what the facts say: each is at least 0
+        self._limits: dict[int, Interval] = {}  # and of atoms alone
+        for fact in self.facts:
+            self._learn(fact)
+
+    def within(self, ranges: Ranges) -> Simplifier:
+        """One that knows the ranges of more variables."""
+        return Simplifier({**self.ranges, **ranges}, self.facts)
+
+    def assuming(self, facts: Iterable[Expr]) -> Simplifier:
+        """One that knows more facts."""
+        more = tuple(facts)
+        return Simplifier(self.ranges, (*self.facts, *more)) if more else self
+
+    def _learn(self, fact: Expr) -> None:
+        if not (isinstance(fact, Binary) and fact.op in COMPARISONS and fact.a.dtype == INDEX_DTYPE):
+            return
+        difference, one = self.poly(fact.b) - self.poly(fact.a), Poly.of(1)
+        found = {
+            "lt": [difference - one], "le": [difference],
+            "gt": [difference.scaled(-1) - one], "ge": [difference.scaled(-1)],
+            "eq": [difference, difference.scaled(-1)], "ne": [],
+        }[fact.op]  # fmt: skip
+        for floor in map(self._normal, found):
+            self._floors.append(floor)
+            self._learn_limit(floor)
+
+    def _learn_limit(self, floor: Poly) -> None:
+        """`c * atom + constant >= 0` limits the atom itself."""
+        moving = [(mono, c) for mono, c in floor.terms.items() if mono]
+        if len(moving) != 1 or len(moving[0][0]) != 1:
+            return
+        ((atom,), c) = moving[0]
+        limit = (-(floor.constant // c), None) if c > 0 else (None, floor.constant // -c)
+        self._limits[atom] = _intersection(self._limits.get(atom, _ANYTHING), limit)
+        self._intervals.clear()
 
     # Public questions -------------------------------------------------------------------------------------------
 
@@ -135,14 +209,44 @@ class Simplifier:
             return expr if expr_key(new) == expr_key(expr) else new
         if isinstance(expr, Binary) and expr.op in COMPARISONS:
             return self._comparison(expr)
+        if isinstance(expr, Select):
+            return self._chosen(expr)
+        if isinstance(expr, Binary) and expr.op == "and":
+            return self._conjunction(expr)
         expr = map_children(expr, self.simplify)
-        if isinstance(expr, Binary) and expr.op in ("and", "or"):
+        if isinstance(expr, Binary) and expr.op == "or":
             return _logic(expr)
-        if isinstance(expr, Select) and isinstance(expr.condition, Const):
-            return expr.a if expr.condition.value else expr.b
         if isinstance(expr, Call) and expr.name == "not" and isinstance(expr.args[0], Const):
             return const(not expr.args[0].value, "bool")
         return _cast(expr) if isinstance(expr, Cast) else expr
+
+    def _chosen(self, expr: Select) -> Expr:
+        """A choice, each side simplified where it is taken."""
+        condition = self.simplify(expr.condition)
+        if isinstance(condition, Const):
+            return self.simplify(expr.a if condition.value else expr.b)
+        negated = _negate(condition)
+        a = self.assuming((condition,)).simplify(expr.a)
+        b = (self if negated is None else self.assuming((negated,))).simplify(expr.b)
+        same = condition is expr.condition and a is expr.a and b is expr.b
+        return expr if same else Select(condition, a, b)
+
+    def _conjunction(self, expr: Binary) -> Expr:
+        """The terms, each simplified where those before it hold, without those that the others imply."""
+        kept: list[Expr] = []
+        for term in conjuncts(expr):
+            simple = self.assuming(kept).simplify(term)
+            if isinstance(simple, Const):
+                if not simple.value:
+                    return simple
+                continue
+            kept.extend(conjuncts(simple))
+        for term in tuple(kept):
+            others = [each for each in kept if each is not term]
+            if others and self.assuming(f for f in others if not _reads_data(f)).prove(term):
+                kept = others
+        new = logical_and(*kept)
+        return expr if expr_key(new) == expr_key(expr) else new
 
     def prove(self, condition: Expr) -> bool:
         """See the module's `prove`."""
@@ -177,6 +281,46 @@ class Simplifier:
     def bounds(self, expr: Expr) -> Interval:
         """See the module's `bounds`."""
         return self._bounds(self.poly(expr))
+
+    def prove_nonnegative(self, poly: Poly) -> bool:
+        """Whether a normal form is provably at least 0."""
+        return self._nonnegative(poly)
+
+    def span(self, expr: Expr, inner: Sequence[Var]) -> tuple[Poly, Poly] | None:
+        """Bounds of an int64 expression over all values of the variables `inner`, in terms of the others.
+
+        `inner` stand from the outermost to the innermost: the range of each may depend on those before it. The bounds
+        are reached where `expr` is affine in variables of independent ranges. None where none are known.
+        """
+        total = self.poly(expr)
+        low, high = self._end(total, inner, highest=False), self._end(total, inner, highest=True)
+        return None if low is None or high is None else (low, high)
+
+    def _end(self, poly: Poly, inner: Sequence[Var], *, highest: bool) -> Poly | None:
+        """A bound of `poly` without the variables `inner`."""
+        for var in reversed(inner):
+            moving = [atom for atom in poly.atoms() if var in free_vars(self._atoms[atom])]
+            for atom in moving:
+                parts, ends = poly.coefficient(atom), self._ends(atom)
+                if parts is None or ends is None:
+                    return None
+                factor, rest = parts
+                if self._nonnegative(factor):
+                    poly = self._normal(rest + factor * ends[highest])
+                elif self._nonnegative(factor.scaled(-1)):
+                    poly = self._normal(rest + factor * ends[not highest])
+                else:
+                    return None
+        return None if any(var in free_vars(self._atoms[atom]) for atom in poly.atoms() for var in inner) else poly
+
+    def _ends(self, atom: int) -> tuple[Poly, Poly] | None:
+        """The range of a variable, in symbols where it is known so, or the interval of any other atom."""
+        if isinstance(self._atoms[atom], Var):
+            ends = self._symbolic_ends(atom)
+            if ends is not None:
+                return ends[1:]
+        low, high = self._interval(atom)
+        return None if low is None or high is None else (Poly.of(low), Poly.of(high))
 
     # Normal form ------------------------------------------------------------------------------------------------
 
@@ -224,7 +368,10 @@ class Simplifier:
         condition = self.simplify(expr.condition)
         if isinstance(condition, Const):
             return self.poly(expr.a if condition.value else expr.b)
-        a, b = self.poly(expr.a), self.poly(expr.b)
+        chosen = self._chosen(expr)
+        if not isinstance(chosen, Select):
+            return self.poly(chosen)
+        a, b = self.poly(chosen.a), self.poly(chosen.b)
         if a == b:
             return a
         return self._atom(Select(condition, self.expr_of(a), self.expr_of(b)))
@@ -392,7 +539,7 @@ class Simplifier:
     def _interval(self, atom: int) -> Interval:
         if atom not in self._intervals:
             self._intervals[atom] = _ANYTHING  # while it is being worked out
-            self._intervals[atom] = self._atom_interval(atom)
+            self._intervals[atom] = _intersection(self._atom_interval(atom), self._limits.get(atom, _ANYTHING))
         return self._intervals[atom]
 
     def _atom_interval(self, atom: int) -> Interval:
@@ -445,8 +592,17 @@ class Simplifier:
                 return self._nonnegative(difference - one)
         return self._nonnegative(difference)
 
-    def _nonnegative(self, poly: Poly, depth: int = _DEPTH) -> bool:
+    def _nonnegative(self, poly: Poly) -> bool:
         """Whether `poly >= 0` provably holds."""
+        if self._at_least_zero(poly, _DEPTH):
+            return True
+        return any(
+            any(c * floor.terms.get(mono, 0) > 0 for mono, c in poly.terms.items() if mono)
+            and self._at_least_zero(self._normal(poly - floor), _DEPTH)
+            for floor in self._floors
+        )
+
+    def _at_least_zero(self, poly: Poly, depth: int) -> bool:
         low, high = self._bounds(poly)
         if low is not None and low >= 0:
             return True
@@ -456,7 +612,7 @@ class Simplifier:
             worst = self._worst(poly, atom)
             if worst is not None:
                 cases, enough = worst
-                return enough(self._nonnegative(self._normal(case), depth - 1) for case in cases)
+                return enough(self._at_least_zero(self._normal(case), depth - 1) for case in cases)
         return False
 
     def _worst(self, poly: Poly, atom: int) -> tuple[tuple[Poly, ...], Callable[[Iterable[bool]], bool]] | None:
@@ -570,6 +726,11 @@ def _times(x: Interval, y: Interval) -> Interval:
     return None if low == -math.inf else int(low), None if high == math.inf else int(high)
 
 
+def _intersection(x: Interval, y: Interval) -> Interval:
+    low = max((end for end in (x[0], y[0]) if end is not None), default=None)
+    return low, min((end for end in (x[1], y[1]) if end is not None), default=None)
+
+
 def _extreme(op: str, x: Interval, y: Interval) -> Interval:
     pick = min if op == "min" else max
 
@@ -584,7 +745,7 @@ def _extreme(op: str, x: Interval, y: Interval) -> Interval:
 def _dtype_interval(dtype: str) -> Interval:
     if dtype == "bool":
         return 0, 1
-    if dtype == INDEX_DTYPE or not np.issubdtype(np.dtype(dtype), np.integer):
+    if dtype == INDEX_DTYPE or dtype not in INTEGERS:
         return _ANYTHING
     info = np.iinfo(dtype)
     return int(info.min), int(info.max)
@@ -601,7 +762,7 @@ def _logic(expr: Binary) -> Expr:
 def _cast(expr: Cast) -> Expr:
     if expr.value.dtype == expr.dtype:
         return expr.value
-    if isinstance(expr.value, Const) and expr.value.dtype in (INDEX_DTYPE, "bool") and expr.dtype.startswith("float"):
+    if isinstance(expr.value, Const) and expr.value.dtype in (INDEX_DTYPE, "bool") and expr.dtype in FLOATS:
         return const(expr.value.value, expr.dtype)
     return expr
 

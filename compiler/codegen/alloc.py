@@ -1,0 +1,61 @@
+"""A buffer's life as a statement, and the helpers that walk trees with such statements in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from kedge.compiler.tir.expr import Expr, Load
+from kedge.compiler.tir.printer import Printer
+from kedge.compiler.tir.stmt import Buffer, PrimFunc, Stmt, Store
+from kedge.compiler.tir.visitor import StmtMap, map_stmt_children, stmt_children, stmt_exprs, walk_expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alloc(Stmt):
+    """`body` with `buffer` alive inside it only; its contents are undefined at the start."""
+
+    buffer: Buffer
+    body: Stmt
+
+
+def statements_of(stmt: Stmt) -> tuple[Stmt, ...]:
+    """The direct sub-statements, in order, of a statement that may be an `Alloc`."""
+    return (stmt.body,) if isinstance(stmt, Alloc) else stmt_children(stmt)
+
+
+def map_statements(stmt: Stmt, f: StmtMap) -> Stmt:
+    """`stmt`, which may be an `Alloc`, with `f` applied to its direct sub-statements."""
+    if isinstance(stmt, Alloc):
+        body = f(stmt.body)
+        return stmt if body is stmt.body else replace(stmt, body=body)
+    return map_stmt_children(stmt, f)
+
+
+def expressions_of(stmt: Stmt) -> tuple[Expr, ...]:
+    """The expressions that a statement, which may be an `Alloc`, holds itself."""
+    return () if isinstance(stmt, Alloc) else stmt_exprs(stmt)
+
+
+def accesses(stmt: Stmt, buffer: Buffer) -> Iterator[tuple[Expr, ...]]:
+    """The indices of every load and store of `buffer` that `stmt` does itself, not in its sub-statements."""
+    for expr in expressions_of(stmt):
+        for node in walk_expr(expr):
+            if isinstance(node, Load) and node.buffer is buffer:
+                yield node.indices
+    if isinstance(stmt, Store) and stmt.buffer is buffer:
+        yield stmt.indices
+
+
+def print_prepared(func: PrimFunc, body: Stmt) -> str:
+    """The plain loops that a function became, as text: what is under an `alloc` line is where that buffer lives."""
+    return "\n".join(_Printer(func.params, func.symbols).stmt(body))
+
+
+class _Printer(Printer):
+    def stmt(self, stmt: Stmt) -> Iterator[str]:
+        if isinstance(stmt, Alloc):
+            yield f"alloc {self.declare(stmt.buffer)}"
+            yield from self.stmt(stmt.body)
+        else:
+            yield from super().stmt(stmt)

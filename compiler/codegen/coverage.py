@@ -1,0 +1,175 @@
+"""Whether an iteration reads of a buffer only what it has written itself, so that each may have a buffer of its own.
+
+A store under loops writes, for all values of those loops where the conditions around it hold, the element at its
+indices. A later read of that iteration is covered if the loops' values at which the store wrote the element can be
+told: each dim of the store counts in mixed radix, from some start on, with loops that no other dim counts with, so
+that quotients and remainders of the read's distance from the start are those values. Then they must lie in the
+loops' ranges and fulfil the store's conditions. That an access is inside its buffer is taken for granted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, over
+from kedge.compiler.tir.stmt import Buffer, For, If, Range, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_equal
+from kedge.compiler.tir.visitor import free_vars, stmt_exprs, substitute_expr, walk_expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Written:
+    """The element at `indices` holds a value, for all values of `loops` with which `guards` hold."""
+
+    indices: tuple[Expr, ...]
+    loops: tuple[tuple[Var, Expr], ...] = ()
+    guards: tuple[Expr, ...] = ()
+
+    def at(self, values: Mapping[Var, Expr]) -> _Written:
+        """This with other variables replaced."""
+        return _Written(
+            tuple(substitute_expr(i, values) for i in self.indices),
+            tuple((var, substitute_expr(extent, values)) for var, extent in self.loops),
+            tuple(substitute_expr(g, values) for g in self.guards),
+        )
+
+
+def written_before_read(loop: For, buffer: Buffer, outer: Mapping[Var, Range]) -> bool:
+    """Whether each iteration of `loop` surely stores to every element of `buffer` that it reads, before it does.
+
+    `outer` are the ranges of the variables around the loop.
+    """
+    return _Iteration(buffer).run(loop.body, Simplifier({**outer, loop.var: over(loop.extent)}), ()) is not None
+
+
+class _Iteration:
+    """Follows one iteration: what of the buffer is surely written by then."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
+        self.loops: list[Var] = []
+
+    def run(self, stmt: Stmt, known: Simplifier, before: tuple[_Written, ...]) -> tuple[_Written, ...] | None:
+        """What `stmt` writes in addition to `before`; None if it may read something else."""
+        if not all(self._reads_own(expr, known, before) for expr in stmt_exprs(stmt)):
+            return None
+        match stmt:
+            case Store():
+                return (_Written(stmt.indices),) if stmt.buffer is self.buffer else ()
+            case Seq(stmts=stmts):
+                return self._in_order(stmts, known, before)
+            case If():
+                return self._branches(stmt, known, before)
+            case For(var=var, extent=extent):
+                self.loops.append(var)
+                found = self.run(stmt.body, known.within({var: over(extent)}), before)
+                self.loops.pop()
+                return None if found is None else tuple(_over_loop(each, var, extent) for each in found)
+        return None
+
+    def _in_order(
+        self, stmts: Sequence[Stmt], known: Simplifier, before: tuple[_Written, ...]
+    ) -> tuple[_Written, ...] | None:
+        found: tuple[_Written, ...] = ()
+        for stmt in stmts:
+            more = self.run(stmt, known, (*before, *found))
+            if more is None:
+                return None
+            found += more
+        return found
+
+    def _branches(self, stmt: If, known: Simplifier, before: tuple[_Written, ...]) -> tuple[_Written, ...] | None:
+        condition = tuple(conjuncts(stmt.condition))
+        then = self.run(stmt.then, known.assuming(condition), before)
+        orelse = () if stmt.orelse is None else self.run(stmt.orelse, known, before)
+        if then is None or orelse is None:
+            return None
+        both = tuple(joint for a in then for b in orelse if (joint := _in_both(a, b)) is not None)
+        found = (*both, *(replace(each, guards=(*each.guards, *condition)) for each in then))
+        # What the first iteration of a loop around did is done for all: an initialisation guarded by `k == 0`.
+        guarding = [var for var in self.loops if any(var in free_vars(term) for term in condition)]
+        return (*found, *(each.at(dict.fromkeys(guarding, const(0))) for each in found if guarding))
+
+    def _reads_own(self, expr: Expr, known: Simplifier, before: tuple[_Written, ...]) -> bool:
+        own = [node.indices for node in walk_expr(expr) if isinstance(node, Load) and node.buffer is self.buffer]
+        return all(any(self._covers(each, indices, known) for each in before) for indices in own)
+
+    def _covers(self, written: _Written, indices: tuple[Expr, ...], known: Simplifier) -> bool:
+        if any(isinstance(node, Load) for index in (*indices, *written.guards) for node in walk_expr(index)):
+            return False
+        inside = [
+            fact
+            for index, dim in zip(indices, self.buffer.shape, strict=True)
+            for fact in (index >= 0, index < as_expr(dim))
+        ]
+        return _solved(written, indices, known.assuming(inside))
+
+
+def _in_both(a: _Written, b: _Written) -> _Written | None:
+    """What is written whichever of two branches runs, where they write the same but for their conditions."""
+    if len(a.loops) != len(b.loops):
+        return None
+    renamed = a.at({old: new for (old, _), (new, _) in zip(a.loops, b.loops, strict=True)})
+    pairs = [*zip(renamed.indices, b.indices, strict=True)]
+    pairs += [(x, y) for (_, x), (_, y) in zip(renamed.loops, b.loops, strict=True)]
+    return replace(b, guards=(*renamed.guards, *b.guards)) if all(expr_equal(x, y) for x, y in pairs) else None
+
+
+def _over_loop(written: _Written, var: Var, extent: Expr) -> _Written:
+    """What a whole loop writes, from what its iteration does. Its variable gets another name: the loop may be left."""
+    if not any(var in free_vars(e) for e in (*written.indices, *written.guards, *(n for _, n in written.loops))):
+        return replace(written, loops=(*written.loops, (Var(var.name), extent)))
+    renamed = Var(var.name)
+    inside = written.at({var: renamed})
+    return replace(inside, loops=(*inside.loops, (renamed, extent)))
+
+
+def _solved(written: _Written, indices: Sequence[Expr], known: Simplifier) -> bool:
+    """Whether there are values of the loops with which `written` is the element at `indices`."""
+    extents = dict(written.loops)
+    values: dict[Var, Expr] = {}
+    for place, index in zip(written.indices, indices, strict=True):
+        used = [var for var in free_vars(place) if var in extents]
+        if any(var in values for var in used):
+            return False
+        digits = _digits(place, used, extents)
+        if digits is None:
+            return False
+        start = substitute_expr(place, dict.fromkeys(used, const(0)))
+        distance: Expr = Binary("sub", index, start)
+        if not digits:
+            if not known.prove_equal(index, start):
+                return False
+            continue
+        unit = digits[0][0]
+        if unit != 1 and not known.prove_equal(Binary("floormod", distance, const(unit)), const(0)):
+            return False
+        for position, (weight, var) in enumerate(digits):
+            value: Expr = Binary("floordiv", distance, const(weight))
+            if position + 1 < len(digits):
+                value = Binary("floormod", value, extents[var])
+            values[var] = known.simplify(value)
+    # Loops that no dim counts with: their first iteration will do.
+    values.update({var: const(0) for var in extents if var not in values})
+    limits = [c for var, value in values.items() for c in (value >= 0, value < substitute_expr(extents[var], values))]
+    return all(known.prove(substitute_expr(c, values)) for c in (*limits, *written.guards))
+
+
+def _digits(place: Expr, used: Sequence[Var], extents: Mapping[Var, Expr]) -> list[tuple[int, Var]] | None:
+    """`(weight, loop)` of the loops that `place` counts with, in mixed radix from the lowest; None if it does not."""
+    simplifier = Simplifier({var: over(extents[var]) for var in used})
+    digits: list[tuple[int, Var]] = []
+    for var in used:
+        step = simplifier.simplify(substitute_expr(place, {var: Binary("add", var, const(1))}) - place)
+        if not isinstance(step, Const) or int(step.value) <= 0:
+            return None
+        digits.append((int(step.value), var))
+    digits.sort(key=lambda digit: digit[0])
+    for (weight, var), (following, _) in itertools.pairwise(digits):
+        extent = extents[var]
+        if not isinstance(extent, Const) or weight * int(extent.value) != following:
+            return None
+    return digits
