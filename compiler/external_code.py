@@ -1,4 +1,4 @@
-"""The machine code of external functions: C sources compiled and kept by content, libraries checked for their machine."""
+"""The machine code of external functions: C sources compiled and kept by content, libraries checked by machine."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from kedge.compiler import debug
 from kedge.compiler.cache import KernelCache, KernelObject, compiler_version
@@ -19,7 +19,7 @@ from kedge.compiler.codegen.machine import emit_assembly, emit_object
 from kedge.compiler.codegen.shapes import encode
 from kedge.compiler.errors import CompileError, TargetError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
-from kedge.compiler.graph.external import External
+from kedge.compiler.graph.external import EXTERNAL_RULE, External
 from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Partition, Pass, default_passes
 from kedge.compiler.lower.lower import lower, lower_prim_func
@@ -30,9 +30,6 @@ from kedge.compiler.target import AnyTarget, GpuTarget, Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
 from kedge.rpc.artifact import Artifact
-
-#: In an artifact's report, the rule of a kernel that external code computes begins so; the function's name follows.
-EXTERNAL_RULE: Final = "external "
 
 Progress: TypeAlias = Callable[[str], None]
 TargetLike: TypeAlias = str | AnyTarget

@@ -6,7 +6,7 @@ same targets, and run on the same device; what they should be is computed operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import kedge
+from kedge.compiler.graph.external import EXTERNAL_RULE, External
 from kedge.compiler.graph.ir import Call, Function, Fused, Module, Value
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.errors import InputError
@@ -34,10 +35,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The differences per output, and per layer in the order of computation where layers were asked for."""
+    """The differences per output, and per layer in the order of computation where layers were asked for.
+
+    `skipped` says why layers were not compared although they were asked for.
+    """
 
     outputs: tuple[Difference, ...]
     layers: tuple[Difference, ...]
+    skipped: str = ""
 
     @property
     def ok(self) -> bool:
@@ -57,6 +62,7 @@ class Validation:
             "outputs": [asdict(output) for output in self.outputs],
             "layers": [asdict(layer) for layer in self.layers],
             "worst_layer": asdict(worst) if worst else None,
+            "layers_skipped": self.skipped or None,
         }
 
 
@@ -95,9 +101,12 @@ def validate(
     rtol: float = 1e-3,
     atol: float = 1e-5,
     layers: bool = True,
+    externals: Sequence[External] = (),
     progress: Progress = lambda what: None,
 ) -> Validation:
     """Compare an artifact on a device (`kedge.local()` or a session) with its model.
+
+    What external code computes is compared as everything else is: with the operators that it stands for.
 
     Args:
         model: the `.onnx` file that the artifact was compiled from.
@@ -105,6 +114,8 @@ def validate(
         rtol: allowed error relative to the largest value of the reference.
         atol: allowed absolute error.
         layers: also compile, run and compare every fused group.
+        externals: those that the artifact was compiled with, so that layers can be compiled again. Outputs are
+            compared without, too.
 
     Raises:
         InputError: the artifact's outputs are not the model's.
@@ -124,8 +135,21 @@ def validate(
             hint="was it compiled from this model?",
         )
     outputs = tuple(_difference(name, actual[name], expected[name], rtol, atol) for name in expected)
-    found = _layers(model, artifact, inputs, device, rtol, atol, progress) if layers else ()
+    missing = sorted(_external_functions(artifact) - {external.function for external in externals})
+    if layers and missing:
+        return Validation(outputs, (), f"the artifact has external code that was not given: {', '.join(missing)}")
+    found = _layers(model, artifact, inputs, device, rtol, atol, externals, progress) if layers else ()
     return Validation(outputs, found)
+
+
+def _external_functions(artifact: Artifact) -> set[str]:
+    """The external functions that an artifact's report names."""
+    rules = [
+        str(kernel.get("rule", ""))
+        for variant in artifact.manifest.info.get("variants", ())
+        for kernel in variant.get("kernels", ())
+    ]
+    return {rule.removeprefix(EXTERNAL_RULE) for rule in rules if rule.startswith(EXTERNAL_RULE)}
 
 
 def _layers(
@@ -135,6 +159,7 @@ def _layers(
     device: Any,
     rtol: float,
     atol: float,
+    externals: Sequence[External],
     progress: Progress,
 ) -> tuple[Difference, ...]:
     from kedge.compiler.graph.interp import run
@@ -142,7 +167,7 @@ def _layers(
     progress("compiling with every layer as an output")
     ports = artifact.manifest.function("main").inputs
     module = kedge.load(model, shapes={port.name: port.shape for port in ports})
-    pipeline = kedge.pipeline("default").insert_after("fuse", ExposeGroups())
+    pipeline = kedge.pipeline("default").partition(externals).insert_after("fuse", ExposeGroups())
     targets = [variant.target for variant in artifact.manifest.variants]
     exposed = kedge.compile(module, targets, pipeline=pipeline, name=artifact.manifest.name)
     progress("running layer by layer")

@@ -22,6 +22,8 @@ FilePath: TypeAlias = "str | os.PathLike[str]"
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*\Z", re.ASCII)
 #: Symbols that kedge's own code has in an artifact begin so.
 RESERVED: Final = "kedge_"
+#: In an artifact's report, the rule of a kernel that external code computes: this and the function's name.
+EXTERNAL_RULE: Final = "external "
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ import typer
 import kedge
 from kedge.cli import output
 from kedge.cli.arguments import Shape, check_output, is_artifact, load_artifact, parse_shapes, reading
+from kedge.cli.externals import load_externals
 from kedge.rpc.artifact import Manifest
 from kedge.rpc.errors import UsageError
 
@@ -37,6 +38,7 @@ def compile_(
         ),
     ] = None,
     shape: output.ShapeOption = None,
+    external: output.ExternalOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Compile an ONNX model into an artifact for one or several targets.
@@ -48,16 +50,21 @@ def compile_(
       kedge compile resnet18.onnx --shape x=1,3,224,224 --target raspberry-pi/4b -o resnet18.kdg
 
       kedge compile digits.onnx --target x86-64 --target x86-64-v3 --target aws/graviton2 -o digits.kdg
+
+      kedge compile digits.onnx --external my_dense.py -o digits.kdg
     """
     shapes = parse_shapes(shape)
     _check_targets(target or ())
     check_output(out, model)
+    externals = load_externals(external)
     started = time.perf_counter()
-    with output.progress("compile") as report:
+    with output.compile_warnings(), output.progress("compile") as report:
         report(f"reading {model.name}")
         with reading(model):
             loaded = kedge.load(model, shapes=shapes)
-        artifact = kedge.compile(loaded, target=target or ["native"], name=model.stem, progress=report)
+        artifact = kedge.compile(
+            loaded, target=target or ["native"], externals=externals, name=model.stem, progress=report
+        )
         artifact.save(out)
     seconds = time.perf_counter() - started
     if as_json:

@@ -6,8 +6,10 @@ import json
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -42,6 +44,12 @@ ShapeOption = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="NAME=D0,D1,…", help="The shape of an input; a name as a dim leaves it free."),
 ]
+ExternalOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--external", metavar="FILE.py", dir_okay=False, help="Python code that makes kedge.External: C code of yours.",
+    ),
+]  # fmt: skip
 
 
 #: Wide enough that no table wraps.
@@ -57,6 +65,24 @@ def stdout() -> Console:
 def stderr() -> Console:
     """The console for progress and errors."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def compile_warnings() -> Iterator[None]:
+    """What the compiler warns of meanwhile goes to stderr as lines of text, each once."""
+    from kedge.compiler.errors import CompileWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CompileWarning)
+        try:
+            yield
+        finally:
+            said = [str(each.message) for each in caught if issubclass(each.category, CompileWarning)]
+            for line in dict.fromkeys(said):
+                stderr().print(f"warning: {line}", soft_wrap=True)
+    for each in caught:
+        if not issubclass(each.category, CompileWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def show(table: Table) -> None:

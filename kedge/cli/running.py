@@ -21,6 +21,7 @@ from kedge.cli.arguments import (
     save_outputs,
 )
 from kedge.cli.devices import open_device, require_device
+from kedge.cli.externals import load_externals
 from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function
 from kedge.rpc.errors import UsageError
@@ -164,6 +165,7 @@ def validate(
     rtol: Annotated[float, typer.Option("--rtol", min=0, help="Allowed error relative to the reference.")] = 1e-3,
     atol: Annotated[float, typer.Option("--atol", min=0, help="Allowed absolute error.")] = 1e-5,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also compare layer by layer.")] = True,
+    external: output.ExternalOption = None,
     threads: output.ThreadsOption = 0,
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
@@ -183,14 +185,18 @@ def validate(
     from kedge.validation import validate as compare
 
     require_device(context, device, timeout)
+    externals = load_externals(external)
     loaded = load_artifact(artifact)
     data = _inputs(function_of(loaded, "main"), inputs, shape, seed)
     with (
+        output.compile_warnings(),
         reading(model),
         output.progress("validate") as report,
         open_device(device, tracker, threads, report, timeout) as place,
     ):
-        result = compare(model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, progress=report)
+        result = compare(
+            model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, externals=externals, progress=report
+        )
     if as_json:
         output.emit_json(result.to_json())
     else:
@@ -209,6 +215,8 @@ def _show_validation(result: Any) -> None:
             Text("ok") if item.ok else Text("differs", style="red"),
         )
     output.show(table)
+    if result.skipped:
+        output.stdout().print(f"layers are not compared: {result.skipped}; --external FILE.py gives it", soft_wrap=True)
     if result.worst_layer is not None:
         worst = result.worst_layer
         output.stdout().print(

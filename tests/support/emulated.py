@@ -22,7 +22,7 @@ import pytest
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.lower.program import Entry, Program
 from kedge.compiler.package import pack_weights
-from kedge.compiler.pipeline import compile_objects
+from kedge.compiler.pipeline import compile_externals, compile_objects
 from kedge.compiler.target import Target, parse
 from kedge.compiler.tir.expr import Var, as_expr
 from kedge.compiler.toolchain import cache_dir
@@ -85,7 +85,8 @@ def run_program(
     """The results of the program's first function for `inputs`, in order."""
     weights = pack_weights(program.weights)
     paths = [str(_harness(target))]
-    for number, data in enumerate(compile_objects(program, target, weights, cache)):
+    external = [part for made in compile_externals(program, target).values() for part in made.parts]
+    for number, data in enumerate([*compile_objects(program, target, weights, cache), *external]):
         path = folder / f"{number}.o"
         path.write_bytes(data)
         paths.append(str(path))
