@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.rpc.artifact import Function, Port
 from kedge.rpc.errors import InputError
 
@@ -65,6 +66,6 @@ def _random(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Arr
     kind = np.dtype(dtype)
     if math.prod(shape) * kind.itemsize > sys.maxsize:
         raise MemoryError(f"an input of shape {shape}")  # which numpy would call a bad value
-    if kind.kind == "f":
+    if dtype in FLOATS:
         return rng.standard_normal(shape).astype(kind)
     return rng.integers(0, 2, shape).astype(kind)

@@ -2,7 +2,9 @@
 
 What a target has no instruction for is spelled out here, because compiled code calls no library: division on 32-bit
 ARM, conversions between 64-bit integers and floats there, half-precision conversions on old CPUs.
-float16 is computed in float32 and rounded when it is stored or cast to.
+Each operation on float16 and bfloat16 is computed in float32 and its result rounded, to nearest even: every value in a
+register is one that memory can hold. Since float32 has more than twice their digits, results of +, -, *, / and sqrt are
+the nearest there are.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from kedge.compiler.codegen import mathlib
 from kedge.compiler.codegen.builder import FunctionBuilder, Value
 from kedge.compiler.codegen.types import ScalarType, scalar_type
+from kedge.compiler.dtypes import HALVES
 from kedge.compiler.errors import CodegenError
 
 _FLOAT_PREDICATES = {"eq": "oeq", "ne": "une", "lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge"}
@@ -17,7 +20,7 @@ _FLOAT_PREDICATES = {"eq": "oeq", "ne": "une", "lt": "olt", "le": "ole", "gt": "
 
 def value_type(dtype: str) -> str:
     """The LLVM type in which values of `dtype` are computed."""
-    return "float" if dtype == "float16" else scalar_type(dtype).llvm
+    return "float" if dtype in HALVES else scalar_type(dtype).llvm
 
 
 def binary(b: FunctionBuilder, op: str, dtype: str, x: Value, y: Value) -> Value:
@@ -30,7 +33,7 @@ def binary(b: FunctionBuilder, op: str, dtype: str, x: Value, y: Value) -> Value
     if op in ("min", "max"):
         return _float_extreme(b, op, x, y) if kind.is_float else _int_extreme(b, op, kind, x, y)
     if kind.is_float:
-        return _float(b, op, x, y)
+        return rounded(b, _float(b, op, x, y), dtype)
     return _integer(b, op, kind, x, y)
 
 
@@ -212,7 +215,7 @@ def cast(b: FunctionBuilder, value: Value, source: str, target: str) -> Value:
     if src.is_float:
         return _float_to_int(b, value, dst)
     if dst.is_float:
-        return _round_half(b, _int_to_float(b, value, src, value_type(target)), target)
+        return rounded(b, _int_to_float(b, value, src, value_type(target)), target)
     if src.bits == dst.bits and src.llvm != "i1":
         return value
     if dst.bits < src.bits:
@@ -226,11 +229,14 @@ def _float_to_float(b: FunctionBuilder, value: Value, target: str) -> Value:
         value = b.convert("fptrunc", value, "float")
     elif value.type == "float" and wanted == "double":
         value = b.convert("fpext", value, "double")
-    return _round_half(b, value, target)
+    return rounded(b, value, target)
 
 
-def _round_half(b: FunctionBuilder, value: Value, target: str) -> Value:
-    return from_memory(b, to_memory(b, value, target), target) if target == "float16" else value
+def rounded(b: FunctionBuilder, value: Value, dtype: str) -> Value:
+    """A result in the type of computing, rounded to what memory can hold of `dtype`."""
+    if dtype == "float16":
+        return from_memory(b, to_memory(b, value, dtype), dtype)
+    return _round_to_bfloat(b, value) if dtype == "bfloat16" else value
 
 
 def _float_to_int(b: FunctionBuilder, value: Value, dst: ScalarType) -> Value:
@@ -267,9 +273,12 @@ def _has_half(b: FunctionBuilder) -> bool:
 
 
 def from_memory(b: FunctionBuilder, value: Value, dtype: str) -> Value:
-    """A value as loaded (bool is i8, float16 is i16) in the type in which it is computed."""
+    """A value as loaded (bool is i8, float16 and bfloat16 are i16) in the type in which it is computed."""
     if dtype == "bool":
         return b.compare("icmp ne", value, b.const(0, value))
+    if dtype == "bfloat16":
+        bits = b.convert("zext", value, "i32")
+        return b.convert("bitcast", b.op("shl", bits, b.const(16, bits)), "float")
     if dtype != "float16":
         return value
     if _has_half(b):
@@ -278,16 +287,34 @@ def from_memory(b: FunctionBuilder, value: Value, dtype: str) -> Value:
 
 
 def to_memory(b: FunctionBuilder, value: Value, dtype: str) -> Value:
-    """A value in the form in which it is stored."""
+    """A value in the form in which it is stored; one of bfloat16 is rounded already."""
     if dtype == "bool":
         return b.convert("zext", value, "i8")
+    if dtype == "bfloat16":
+        bits = b.convert("bitcast", value, "i32")
+        return b.convert("trunc", b.op("lshr", bits, b.const(16, bits)), "i16")
     if dtype != "float16":
         return value
-    if value.type == "double":
-        value = b.convert("fptrunc", value, "float")
     if _has_half(b):
         return b.convert("bitcast", b.convert("fptrunc", value, "half"), "i16")
     return _float_to_half(b, value)
+
+
+def _round_to_bfloat(b: FunctionBuilder, value: Value) -> Value:
+    """A float with the last 16 bits rounded away, to nearest even; NaN stays NaN, and becomes quiet.
+
+    Arm's own conversion does the same. AVX-512's does not: it takes denormals for zeros. And on other targets LLVM
+    would call a library.
+    """
+    if b.target.arch.name == "aarch64" and b.target.has("bf16"):
+        narrow = b.convert("fptrunc", value, "bfloat")
+        return from_memory(b, b.convert("bitcast", narrow, "i16"), "bfloat16")
+    bits = b.convert("bitcast", value, "i32")
+    odd = b.op("and", b.op("lshr", bits, b.const(16, bits)), b.const(1, bits))
+    nearest = b.op("add", bits, b.op("add", odd, b.const(0x7FFF, bits)))
+    quiet = b.op("or", bits, b.const(0x400000, bits))
+    kept = b.select(b.compare("fcmp uno", value, value), quiet, nearest)
+    return b.convert("bitcast", b.op("and", kept, b.const(-0x10000, bits)), "float")
 
 
 def _half_to_float(b: FunctionBuilder, value: Value) -> Value:

@@ -17,6 +17,7 @@ from kedge.compiler.codegen.address import AddressEmitter, NotVectorizable, Poin
 from kedge.compiler.codegen.affine import Interval, Linear
 from kedge.compiler.codegen.builder import Value
 from kedge.compiler.codegen.types import scalar_type
+from kedge.compiler.dtypes import HALVES
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.tir.expr import (
     COMPARISONS,
@@ -203,8 +204,8 @@ class ExprEmitter(AddressEmitter):
         """The value of an expression: scalar where it is the same in every lane."""
         match expr:
             case Const(value=value, dtype=dtype):
-                if dtype == "float16":
-                    value = float(np.float16(value))
+                if dtype in HALVES:
+                    value = float(np.dtype(dtype).type(value))
                 return self.b.const(value, arith.value_type(dtype))
             case Var():
                 return self._widen(self.materialize(self.index(expr)))
@@ -230,7 +231,7 @@ class ExprEmitter(AddressEmitter):
             if expr.op in COMPARISONS:
                 return self._compare_indices(expr)
             return self._widen(self.materialize(self.index(expr)))
-        if expr.op in ("add", "sub") and dtype.startswith("float"):
+        if expr.op in ("add", "sub") and dtype in ("float32", "float64"):
             fused = self._multiply_add(expr)
             if fused is not None:
                 return fused
@@ -274,8 +275,7 @@ class ExprEmitter(AddressEmitter):
                 return self.b.const(False, "i1")
             return self.b.compare("fcmp uno", args[0], args[0])
         if kind.is_float:
-            result = mathlib.apply(self.b, expr.name, args)
-            return arith.cast(self.b, result, "float32", "float16") if dtype == "float16" else result
+            return arith.rounded(self.b, mathlib.apply(self.b, expr.name, args), dtype)
         if expr.name == "abs":
             if not kind.signed:
                 return args[0]

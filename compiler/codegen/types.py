@@ -36,6 +36,7 @@ _TYPES: dict[str, ScalarType] = {
 } | {
     "bool": ScalarType("bool", "i1", "i8", 1, False, False),
     "float16": ScalarType("float16", "half", "i16", 2, True, True),
+    "bfloat16": ScalarType("bfloat16", "bfloat", "i16", 2, True, True),
     "float32": ScalarType("float32", "float", "float", 4, True, True),
     "float64": ScalarType("float64", "double", "double", 8, True, True),
 }

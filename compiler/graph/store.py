@@ -56,12 +56,17 @@ def load_module(path: str | os.PathLike[str]) -> Module:
         # np.load would leave a file of its own open where the archive is damaged.
         with source.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             text = str(archive[_TEXT])
-            arrays = {name.partition(":")[2]: archive[name] for name in archive.files if name != _TEXT}
+            arrays = {name.partition(":")[2]: _read(archive[name]) for name in archive.files if name != _TEXT}
     except FileNotFoundError as error:
         raise FrontendError(f"{source}: no such file", hint="Module.save(path) makes one") from error
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise FrontendError(f"{source} is not a saved module ({error})", hint="save it again") from error
     return parse(text, arrays)
+
+
+def _read(array: Array) -> Array:
+    """An array as it was saved: numpy's files give bfloat16 back as two bytes without a meaning."""
+    return array.view("bfloat16") if array.dtype == np.dtype("V2") else array
 
 
 def _constants(module: Module) -> Iterator[Array]:

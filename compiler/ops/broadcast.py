@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.dims import broadcast_shape, evaluate_shape, format_dim, plain_shape, same_shape
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry
-from kedge.compiler.ops.common import ANY, FLOATS, NUMBERS, aligned
+from kedge.compiler.ops.common import ANY, NUMBERS, aligned
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Binary, BinaryOp, Expr, call, select

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kedge.compiler import te
+from kedge.compiler.dtypes import FLOATS, HALVES, INTEGERS
 from kedge.compiler.errors import ShapeError
 from kedge.compiler.tir.expr import (
     Const,
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from kedge.compiler.graph.ir import TensorType
     from kedge.compiler.ops.registry import Array
 
-FLOATS = frozenset({"float16", "float32", "float64"})
-SIGNED = frozenset({"int8", "int16", "int32", "int64"})
-INTEGERS = SIGNED | {"uint8", "uint16", "uint32", "uint64"}
 NUMBERS = FLOATS | INTEGERS
 ANY = NUMBERS | {"bool"}
 
@@ -65,13 +63,13 @@ def axes_of(axes: Sequence[int] | None, rank: int) -> tuple[int, ...]:
 
 
 def wide_dtype(dtype: str) -> str:
-    """The dtype to compute in: float16 is for storage only."""
-    return "float32" if dtype == "float16" else dtype
+    """The dtype to compute in: floats of 16 bits are for storage only."""
+    return "float32" if dtype in HALVES else dtype
 
 
 def wide(array: Array) -> Array:
     """An array in the dtype to compute in."""
-    return array.astype(np.float32) if array.dtype == np.float16 else array
+    return array.astype(np.float32) if str(array.dtype) in HALVES else array
 
 
 def read(tensor: te.Tensor, indices: Sequence[Expr | int]) -> Expr:

@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS, INTEGERS, SIGNED_INTEGERS
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry
-from kedge.compiler.ops.common import ANY, FLOATS, INTEGERS, NUMBERS, SIGNED
+from kedge.compiler.ops.common import ANY, NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Expr, call, const, maximum, minimum, select
@@ -111,8 +112,8 @@ _declare("identity", ANY, lambda x, attrs: x, lambda x, attrs: x)
 _declare(
     "relu", NUMBERS, lambda x, attrs: np.maximum(x, np.asarray(0, x.dtype)), lambda x, a: maximum(x, const(0, x.dtype))
 )
-_declare("abs", FLOATS | SIGNED, lambda x, attrs: np.abs(x), lambda x, attrs: call("abs", x))
-_declare("neg", FLOATS | SIGNED, lambda x, attrs: -x, lambda x, attrs: -x)
+_declare("abs", FLOATS | SIGNED_INTEGERS, lambda x, attrs: np.abs(x), lambda x, attrs: call("abs", x))
+_declare("neg", FLOATS | SIGNED_INTEGERS, lambda x, attrs: -x, lambda x, attrs: -x)
 _declare(
     "isnan", FLOATS, lambda x, attrs: np.isnan(x), lambda x, attrs: call("isnan", x, dtype="bool"),
     result=lambda type_, attrs: "bool",

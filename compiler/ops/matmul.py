@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kedge.compiler import te
+from kedge.compiler.dtypes import INTEGERS
 from kedge.compiler.graph.dims import broadcast_shape, format_dim, same_shape
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
@@ -74,7 +75,7 @@ def _infer_gemm(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, 
     common.require(
         same_dim(inner, other), f"inner dims {format_dim(inner)} and {format_dim(other)} are not known to be equal"
     )
-    if dtype in common.INTEGERS:
+    if dtype in INTEGERS:
         for name in ("alpha", "beta"):
             common.require(
                 float(attrs[name]).is_integer(), f"{name} {attrs[name]} of a product of {dtype} is not whole"

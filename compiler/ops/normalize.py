@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.registry import Array, FusionKind, OpDef
@@ -14,7 +15,7 @@ from kedge.compiler.ops.registry import Array, FusionKind, OpDef
 def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     x = types[0]
     common.require_same_dtype(types)
-    common.require_dtype(x, common.FLOATS)
+    common.require_dtype(x, FLOATS)
     common.require(x.rank >= 2, "the input must have rank 2 or more: batch, channels, …")
     for name, type_ in zip(("scale", "bias", "mean", "var"), types[1:], strict=True):
         common.require(

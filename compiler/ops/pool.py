@@ -8,6 +8,7 @@ from functools import reduce
 import numpy as np
 
 from kedge.compiler import te
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry, windows
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
@@ -38,7 +39,7 @@ def _infer_max(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, .
 
 
 def _infer_avg(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-    return _infer_with(common.FLOATS, types, attrs)
+    return _infer_with(FLOATS, types, attrs)
 
 
 def _tap_axes(x: Array, window: Windows) -> tuple[int, ...]:

@@ -8,10 +8,11 @@ from typing import TypeAlias
 import numpy as np
 
 from kedge.compiler import te
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.dims import product
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry
-from kedge.compiler.ops.common import FLOATS, NUMBERS
+from kedge.compiler.ops.common import NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Dim, Expr, as_expr, const

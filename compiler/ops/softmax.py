@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kedge.compiler import te
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.registry import Array, FusionKind, OpDef
@@ -15,7 +16,7 @@ from kedge.compiler.tir.expr import Expr, call
 
 
 def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-    common.require_dtype(types[0], common.FLOATS)
+    common.require_dtype(types[0], FLOATS)
     common.axis_of(attrs["axis"], types[0].rank)
     return (types[0],)
 

@@ -21,8 +21,8 @@ ALIGNMENT: Final = 64
 #: Tensors of at least this many bytes are blobs of their own on the wire.
 LARGE_BYTES: Final = 1 << 20
 _DTYPES: Final[Mapping[str, str]] = {
-    "float32": "F32", "float64": "F64", "float16": "F16", "int8": "I8", "int16": "I16", "int32": "I32",
-    "int64": "I64", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
+    "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int16": "I16",
+    "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.errors import CompileError
 from kedge.compiler.te.reductions import staged_position, staged_truth
 from kedge.compiler.te.tensor import (
@@ -103,7 +104,7 @@ def _check_binary(expr: Binary, name: str) -> None:
         return
     if dtype == "bool":
         raise TypeError(f"{name}: {op} of bools; te.cast them to a number first")
-    if op == "div" and not dtype.startswith("float"):
+    if op == "div" and dtype not in FLOATS:
         raise TypeError(f"{name}: true division of {dtype}; use //, or te.cast(value, 'float32')")
-    if op in _INTEGER_OPS and dtype.startswith("float"):
+    if op in _INTEGER_OPS and dtype in FLOATS:
         raise TypeError(f"{name}: {op} of {dtype}; use te.floor(a / b)")

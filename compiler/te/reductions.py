@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Sequence
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.errors import CompileError
 from kedge.compiler.te.scalars import as_bool, cast
 from kedge.compiler.te.tensor import Compute, Position, Reduce, ReduceAxis, Tensor, Truth, as_scalar
@@ -87,13 +88,11 @@ def staged_position(dims: tuple[Dim, ...], axes: tuple[Var, ...], body: Position
     if not _is_stored(value):
         inner = tuple(Var(axis.name) for axis in body.axes)
         element = substitute_expr(value, dict(zip(body.axes, inner, strict=True)))
-        if value.dtype == "float16":  # where this is inlined it has to be rounded as if it had been stored
-            element = Cast(Cast(element, "float32"), "float16")
         shape = (*dims, *(axis.extent for axis in body.axes))
         value = Tensor(f"{name}_value", shape, value.dtype, op=Compute((*axes, *inner), element))[(*axes, *body.axes)]
     best = Tensor(f"{name}_best", dims, value.dtype, op=Compute(axes, Reduce(body.combiner, value, body.axes)))
     hit = tir.eq(value, best[axes])
-    if value.dtype.startswith("float"):
+    if value.dtype in FLOATS:
         hit = binary("or", hit, tir.call("isnan", value, dtype="bool"))
     index, total = as_expr(0), as_expr(1)
     for axis in body.axes:
@@ -158,4 +157,4 @@ def _is_stored(value: Expr) -> bool:
     """Whether `value` is the same number however often it is computed, rounding included."""
     if isinstance(value, Cast):
         return _is_stored(value.value)
-    return isinstance(value, (Load, Const)) or not value.dtype.startswith("float")
+    return isinstance(value, (Load, Const)) or value.dtype not in FLOATS

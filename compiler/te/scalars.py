@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.te.tensor import as_scalar, checked_dtype
 from kedge.compiler.tir import expr as tir
 from kedge.compiler.tir.expr import Binary, BinaryOp, Cast, Const, Expr, ExprLike, Select, as_expr, binary
@@ -198,7 +199,7 @@ def _holds(dtype: str, value: int | float | bool) -> bool:
     """Whether a literal of `dtype` can have this value."""
     if dtype == "bool":
         return isinstance(value, bool)
-    if dtype.startswith("float"):
+    if dtype in FLOATS:
         return True
     if isinstance(value, float) and not value.is_integer():
         return False
@@ -207,7 +208,7 @@ def _holds(dtype: str, value: int | float | bool) -> bool:
 
 
 def _float(what: str, given: Expr) -> Expr:
-    if not given.dtype.startswith("float"):
+    if given.dtype not in FLOATS:
         raise TypeError(f"{what} takes floats, not {given.dtype}; te.cast(value, 'float32')")
     return given
 

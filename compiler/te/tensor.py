@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import DTYPES
 from kedge.compiler.errors import CompileError
 from kedge.compiler.tir.expr import INDEX_DTYPE, Combiner, Dim, Expr, ExprLike, Load, Var, as_expr
 from kedge.compiler.tir.stmt import Buffer
 from kedge.compiler.tir.visitor import loads
-
-#: The element types that kernels compute with or store.
-DTYPES: Final = frozenset(
-    {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
-)
-
 
 Indices: TypeAlias = "ExprLike | tuple[ExprLike, ...]"
 

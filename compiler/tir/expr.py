@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
+
 if TYPE_CHECKING:
     from kedge.compiler.tir.stmt import Buffer
 
@@ -189,7 +191,7 @@ def const(value: int | float | bool, dtype: str = INDEX_DTYPE) -> Const:
     """A literal of `dtype`; the value is converted to the matching Python type."""
     if dtype == "bool":
         return Const(bool(value), dtype)
-    return Const(float(value) if dtype.startswith(("float", "bfloat")) else int(value), dtype)
+    return Const(float(value) if dtype in FLOATS else int(value), dtype)
 
 
 def identity(combiner: Combiner, dtype: str) -> Const:
@@ -198,7 +200,7 @@ def identity(combiner: Combiner, dtype: str) -> Const:
         raise TypeError("a reduction over bool is not defined; cast to int64 first")
     if combiner in ("add", "mul"):
         return const(0 if combiner == "add" else 1, dtype)
-    if np.issubdtype(np.dtype(dtype), np.floating):
+    if dtype in FLOATS:
         return const(float("-inf") if combiner == "max" else float("inf"), dtype)
     info = np.iinfo(dtype)
     return const(info.min if combiner == "max" else info.max, dtype)

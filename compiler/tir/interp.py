@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS, HALVES
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var, as_expr
 from kedge.compiler.tir.printer import print_expr, print_shape
@@ -46,7 +47,7 @@ _INTRINSIC: Final[Mapping[str, Callable[..., Value]]] = {
     "ceil": np.ceil, "round": np.rint, "sin": np.sin, "cos": np.cos, "not": np.logical_not, "isnan": np.isnan,
     "pow": np.power,
     "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "sigmoid": lambda x: np.where(x < 0, np.exp(-np.abs(x)), 1) / (1 + np.exp(-np.abs(x))),
     "erf": lambda x: np.asarray(_erf(np.asarray(x, "float64")), "float64"),
 }  # fmt: skip
 
@@ -102,7 +103,7 @@ def _solve_symbols(
 
 def _unwritten(shape: tuple[int, ...], dtype: str) -> Array:
     kind = np.dtype(dtype)
-    filler = math.nan if np.issubdtype(kind, np.inexact) else 85 if kind != np.bool_ else True
+    filler = math.nan if dtype in FLOATS else 85 if kind != np.bool_ else True
     return np.full(shape, filler, kind)
 
 
@@ -269,7 +270,10 @@ class _Machine:
             case Cast(value=value, dtype=dtype):
                 return _cast(self.expr(value, mask), dtype)
             case Call(name=name, args=args, dtype=dtype):
-                return _cast(_INTRINSIC[name](*(self.expr(arg, mask) for arg in args)), dtype)
+                given = [self.expr(arg, mask) for arg in args]
+                if dtype in HALVES:  # several steps in numpy, and one rounding here
+                    given = [_cast(value, "float32") for value in given]
+                return _cast(_INTRINSIC[name](*given), dtype)
         raise TypeError(f"not an expression of the tensor IR: {expr!r}")
 
     def binary(self, expr: Binary, mask: Mask) -> Value:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
-import numpy as np
-
+from kedge.compiler.dtypes import DTYPES
 from kedge.compiler.errors import ParseError
 from kedge.compiler.tir.expr import (
     BINARY_OPS,
@@ -515,7 +514,4 @@ class _Parser:
 
 
 def _is_dtype(name: str) -> bool:
-    try:
-        return np.dtype(name).name == name
-    except TypeError:
-        return False
+    return name in DTYPES

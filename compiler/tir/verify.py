@@ -6,6 +6,7 @@ from typing import get_args
 
 import numpy as np
 
+from kedge.compiler.dtypes import DTYPES, FLOATS
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import (
     BINARY_OPS,
@@ -121,11 +122,10 @@ class _Verifier:
         self.need((loop.kind == "thread") == (loop.thread is not None), f"loop {name}: only a thread loop has an axis")
         if loop.kind in ("vectorized", "unrolled", "tensorized"):
             self.need(isinstance(loop.extent, Const), f"{loop.kind} loop {name} has no constant extent")
-        self.stmt(loop.body, scope | {loop.var}, outer)
         if "schedule" in loop.annotations or "chunk" in loop.annotations:
             self.chunks(loop)
+        self.stmt(loop.body, scope | {loop.var}, outer)
 
-    def block(self, block: Block, scope: frozenset[Var], outer: frozenset[Var]) -> None:
     def chunks(self, loop: For) -> None:
         """How a parallel loop is dealt out."""
         name, schedule, chunk = loop.var.name, loop.annotations.get("schedule"), loop.annotations.get("chunk")
@@ -134,6 +134,7 @@ class _Verifier:
         fits = type(chunk) is int and 1 <= chunk < 2**63
         self.need(fits, f"loop {name}: chunk {chunk!r} is no number of iterations (1 to 2**63 - 1)")
 
+    def block(self, block: Block, scope: frozenset[Var], outer: frozenset[Var]) -> None:
         where = f"block {block.name}"
         self.need(block.name not in self.blocks, f"{where} is declared twice")
         self.blocks.add(block.name)
@@ -222,7 +223,7 @@ class _Verifier:
         elif op not in COMPARISONS:
             self.need(dtype != "bool", f"arithmetic on bool in {where}: {text}")
         if op == "div" or op in _INTEGER_OPS:
-            floating = np.issubdtype(np.dtype(dtype), np.floating)
+            floating = dtype in FLOATS
             self.need(floating == (op == "div"), f"{op} of {dtype} in {where}: {text}")
 
 
@@ -234,10 +235,7 @@ def _children(expr: Expr, verifier: _Verifier) -> tuple[Expr, ...]:
 
 
 def _is_dtype(name: str) -> bool:
-    try:
-        return np.dtype(name).name == name
-    except TypeError:
-        return False
+    return name in DTYPES
 
 
 def _fits(value: object, dtype: str) -> bool:
@@ -245,7 +243,7 @@ def _fits(value: object, dtype: str) -> bool:
         return isinstance(value, bool)
     if not _is_dtype(dtype) or isinstance(value, bool):
         return False
-    if np.issubdtype(np.dtype(dtype), np.floating):
+    if dtype in FLOATS:
         return isinstance(value, float)
     info = np.iinfo(dtype)
     return isinstance(value, int) and info.min <= value <= info.max

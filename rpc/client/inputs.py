@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # for np.dtype("bfloat16")
 import numpy as np
 
 from kedge.rpc.artifact import Function, Port
@@ -32,7 +33,8 @@ def as_array(value: Any, name: str) -> Array:
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"input {name!r}: this {type(value).__name__} cannot be read as an array ({error})",
-            hint="move it to the CPU and detach it first, or pass a numpy array",
+            hint="move it to the CPU and detach it first, or pass a numpy array; torch's bfloat16 becomes one by "
+            "t.view(torch.uint16).numpy().view('bfloat16')",
         ) from error
     if array.dtype == object:
         raise InputError(f"input {name!r} is no array but a {type(value).__name__}", hint="pass a numpy array")
@@ -46,7 +48,7 @@ def arrange(function: Function, inputs: Mapping[str, Any]) -> list[Array]:
         InputError: naming the input that is unknown, missing, or of the wrong dtype or shape, and what was expected.
     """
     _check_names(function, inputs)
-    arrays = [np.require(as_array(inputs[port.name], port.name), None, ["C", "A"]) for port in function.inputs]
+    arrays = [np.require(_given(port, inputs[port.name]), None, ["C", "A"]) for port in function.inputs]
     sizes: dict[str, tuple[int, str]] = {}
     for port, array in zip(function.inputs, arrays, strict=True):
         if array.dtype != _dtype(port):
@@ -104,6 +106,12 @@ def _check_shape(port: Port, array: Array, sizes: dict[str, tuple[int, str]], sy
                     problem = f"{dim} = {size}, but {where!r} has {dim} = {bound}"
     if problem:
         raise InputError(f"input {port.name!r} has shape {list(array.shape)}, expected {port}: it has {problem}")
+
+
+def _given(port: Port, value: Any) -> Array:
+    """The array given for an input. numpy's files have no bfloat16 and give it back as two bytes without a meaning."""
+    array = as_array(value, port.name)
+    return array.view(_dtype(port)) if port.dtype == "bfloat16" and array.dtype == np.dtype("V2") else array
 
 
 def _dtype(port: Port) -> np.dtype[Any]:

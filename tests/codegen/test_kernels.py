@@ -188,7 +188,7 @@ def test_integers(kernels: KernelCache, data: st.DataObject, target: str) -> Non
 @SETTINGS
 @given(st.data(), st.sampled_from(TARGETS))
 def test_casts(kernels: KernelCache, data: st.DataObject, target: str) -> None:
-    dtypes = ["bool", "int8", "uint8", "int16", "int32", "int64", "uint32", "float16", "float32", "float64"]
+    dtypes = ["bool", "int8", "uint8", "int16", "int32", "int64", "uint32", "float16", "bfloat16", "float32", "float64"]
     source, to = data.draw(st.sampled_from(dtypes)), data.draw(st.sampled_from(dtypes))
     n = data.draw(st.integers(1, 33))
     x = te.placeholder((n,), source, "x")
@@ -198,7 +198,7 @@ def test_casts(kernels: KernelCache, data: st.DataObject, target: str) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     # C leaves the conversion of a float outside the integer's range open.
     low, high = (0, 100) if to.startswith("u") or source.startswith("u") else (-100, 100)
-    values = rng.uniform(low, high, n) if source.startswith("float") else rng.integers(low, high, n)
+    values = rng.uniform(low, high, n) if "float" in source else rng.integers(low, high, n)
     check(sch.func, [values.astype(source)], target, kernels, reference=func, exact=to != "float16")
     compile_elsewhere(sch.func, data)
 

@@ -37,10 +37,11 @@ X = np.array([[-3.5, -2.5, -1.0, -0.0, 0.0], [0.5, 1.5, 2.0, 2.5, 7.25]], np.flo
         ("identity", X),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_unary(op, expected, dtype):
     (got,) = check_op(op, X.astype(dtype), free={0: [0]})
-    np.testing.assert_allclose(got, expected, rtol=1e-6 if dtype != "float16" else 1e-3, atol=1e-6)
+    rtol = {"float16": 1e-3, "bfloat16": 2**-8}.get(dtype, 1e-6)
+    np.testing.assert_allclose(got.astype("float64"), expected, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", ["log", "sqrt", "rsqrt"])

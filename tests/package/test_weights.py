@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import deserialize
 from safetensors.numpy import load
 
 from kedge.compiler.errors import CompileError
@@ -34,6 +35,12 @@ def test_another_reader_sees_the_same_tensors(specs: list[tuple[str, list[int]]]
         start = packed.data_offset + place.offset
         assert packed.data[start : start + place.size] == array.tobytes()
         np.testing.assert_array_equal(read[place.name], array)
+
+
+def test_another_reader_sees_bfloat16() -> None:
+    array = np.arange(6).astype("bfloat16")
+    ((name, tensor),) = deserialize(pack_weights({"w": array}).data)
+    assert (name, tensor["dtype"], tensor["shape"], bytes(tensor["data"])) == ("w", "BF16", [6], array.tobytes())
 
 
 def test_a_transposed_array_is_stored_in_row_major_order() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph import interp, parser, structural
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.builder import Builder
@@ -76,9 +77,10 @@ def compare(got: Mapping[str, Array], expected: Mapping[str, Array], *, rtol: fl
     for name, array in expected.items():
         assert got[name].dtype == array.dtype, name
         assert got[name].shape == array.shape, name
-        if np.issubdtype(array.dtype, np.floating):
-            loose = 4e-3 if array.dtype == np.float16 else 0.0
-            np.testing.assert_allclose(got[name], array, rtol=max(rtol, loose), atol=max(atol, loose), err_msg=name)
+        if str(array.dtype) in FLOATS:
+            loose = {"float16": 4e-3, "bfloat16": 2**-7}.get(str(array.dtype), 0.0)
+            have, array = (each.astype(np.float64) for each in (got[name], array))
+            np.testing.assert_allclose(have, array, rtol=max(rtol, loose), atol=max(atol, loose), err_msg=name)
         else:
             np.testing.assert_array_equal(got[name], array, err_msg=name)
 

@@ -79,13 +79,13 @@ def test_comments_and_empty_lines_are_passed_over():
 
 
 X, ROW, COL, B = Buffer("x", (4,), "float32"), Var("i"), Var("j"), Buffer("flag", (4,), "bool")
-DTYPES = ["int64", "int8", "uint8", "float32", "float64", "float16"]
+DTYPES = ["int64", "int8", "uint8", "float32", "float64", "float16", "bfloat16"]
 
 
 @st.composite
 def expressions(draw: st.DrawFn, dtype: str, depth: int = 4) -> Expr:
     """A valid expression of a dtype."""
-    floating = dtype.startswith("float")
+    floating = "float" in dtype
     leaf = depth == 0 or draw(st.booleans())
     if dtype == "bool":
         if leaf:

@@ -175,7 +175,9 @@ POSITIONS = [(te.argmax, np.argmax), (te.argmin, np.argmin)]
 
 
 @pytest.mark.parametrize(("reduce", "reference"), POSITIONS)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool"]
+)
 def test_the_first_of_equal_ones_wins(reduce, reference, dtype):
     x = np.random.default_rng(1).integers(0, 2, (7, 37)).astype(dtype)
     x[0] = x[0, 0]
@@ -187,7 +189,7 @@ def test_the_first_of_equal_ones_wins(reduce, reference, dtype):
 
 
 @pytest.mark.parametrize(("reduce", "reference"), POSITIONS)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_the_first_nan_wins_and_infinities_are_numbers(reduce, reference, dtype):
     nan, inf = math.nan, math.inf
     x = np.array([[1, nan, 9, nan], [nan, -inf, inf, 0], [-inf, -inf, -inf, -inf], [inf, inf, inf, inf]], dtype)
@@ -217,7 +219,7 @@ def test_positions_are_numpys_for_every_shape(data):
     np.testing.assert_array_equal(got, reference(x, axis=axis))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("costly", [False, True])
 def test_a_position_of_computed_values_sees_the_same_numbers_twice(dtype, costly):
     """What is cheap is inlined into both passes, rounding included; what is costly is stored."""
@@ -238,7 +240,9 @@ def test_a_position_of_computed_values_sees_the_same_numbers_twice(dtype, costly
     with kedge.compile(func, target="native").open(threads=2) as module:
         got = module.run({"x": a, "w": b}, "f")["y"]
     chosen = np.take_along_axis(exact, got[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(chosen, exact.max(axis=1), atol=2e-2 if dtype == "float16" else 1e-5)
+    np.testing.assert_allclose(
+        chosen, exact.max(axis=1), atol={"float32": 1e-5, "float16": 2e-2, "bfloat16": 0.1}[dtype]
+    )
 
 
 def test_a_position_over_several_axes_is_in_row_major_order():
@@ -339,7 +343,11 @@ IX, B = te.placeholder((3,), "int32", "i"), te.placeholder((3,), "bool", "b")
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: te.placeholder((3,), "float", "p"), TypeError, "p has the unknown dtype 'float'; give one of bool"),
+        (
+            lambda: te.placeholder((3,), "float", "p"),
+            TypeError,
+            "p has the unknown dtype 'float'; give one of bfloat16",
+        ),
         (lambda: te.placeholder((2.5,), "float32", "p"), TypeError, "dim 2.5 of p is a float; give an int or a symbol"),
         (lambda: te.placeholder(3, "float32", "p"), TypeError, "the shape of p is 3; give a tuple of dims"),
         (lambda: te.placeholder((-1,), "float32", "p"), CompileError, "dim -1 of p is negative"),

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.nn import spec as specs
 from kedge.compiler.graph.builder import Builder, call
@@ -316,7 +317,7 @@ def as_value(operand: Tensor | Parameter | Array | float, like: Tensor | None = 
     array = np.asarray(operand)
     if like is not None and array.ndim == 0:
         converted = array.astype(like.dtype)
-        if not like.dtype.startswith("float") and not np.array_equal(converted, array):
+        if like.dtype not in FLOATS and not np.array_equal(converted, array):
             raise FrontendError(f"{operand!r} is no {like.dtype}", hint=f"cast the {like.dtype} tensor first")
         array = converted
     elif array.dtype == np.float64 and not isinstance(operand, np.ndarray):

@@ -6,6 +6,7 @@ from functools import reduce
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Converter, Node, converter
 from kedge.compiler.graph.ir import Value
@@ -89,8 +90,8 @@ def _pow(node: Node) -> Value:
     if exponent.type.dtype != base.type.dtype:
         # ONNX lets the types differ and gives the result that of the base; a fraction must not be cut off an
         # exponent, so that integers with a float exponent compute as floats.
-        wide = exponent.type.dtype if exponent.type.dtype.startswith("float") else base.type.dtype
-        wide = base.type.dtype if base.type.dtype.startswith("float") else wide
+        wide = exponent.type.dtype if exponent.type.dtype in FLOATS else base.type.dtype
+        wide = base.type.dtype if base.type.dtype in FLOATS else wide
         power = node.emit("pow", _as(node, base, wide), _as(node, exponent, wide))
         return _as(node, power, base.type.dtype)
     return node.emit("pow", base, exponent)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import inliner, numpy_helper, version_converter
 
+from kedge.compiler.dtypes import DTYPES
 from kedge.compiler.errors import FrontendError
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -20,10 +21,6 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
 OLDEST_OPSET = 13
 NEWEST_OPSET: int = onnx.defs.onnx_opset_version()
 DEFAULT_DOMAINS = ("", "ai.onnx")
-#: The element types that kernels compute with or store.
-DTYPES = frozenset(
-    {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
-)
 _SMALL_BYTES = 1 << 12
 _MAX_CHECKED_BYTES = 1 << 30  # the checker serializes the model: protobuf ends at 2 GiB
 _EXPORT_AGAIN = "export the model again, or copy it again and compare its size and checksum with the original"

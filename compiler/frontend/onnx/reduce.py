@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.frontend.onnx.node import Converter, Node, converter
 from kedge.compiler.graph.ir import Value
 
@@ -34,7 +35,7 @@ for _name, _op in {"ReduceSum": "reduce_sum", "ReduceProd": "reduce_prod"}.items
 @converter("ReduceMean")
 def _reduce_mean(node: Node) -> Value:
     x = node.value(0)
-    if x.type.dtype.startswith("float") or _axes(node) == ():
+    if x.type.dtype in FLOATS or _axes(node) == ():
         return _reduce(node, "reduce_mean", x)
     axes = _axes(node)
     counted = x.type.shape if axes is None else [x.type.shape[axis] for axis in axes]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kedge.compiler.dtypes import FLOATS, HALVES
 from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import same_shape, same_type
 from kedge.compiler.graph.interp import Array
@@ -127,7 +128,7 @@ def _pow(context: Context, value: Call) -> Value | None:
         return base
     if _filled_with(context, exponent, 2):
         return call("mul", base, base, origin=value.origin)
-    if _filled_with(context, exponent, 0.5) and value.type.dtype != "float16":
+    if _filled_with(context, exponent, 0.5) and value.type.dtype not in HALVES:
         return call("sqrt", base, origin=value.origin)
     return None
 
@@ -168,7 +169,7 @@ def _cast(context: Context, value: Call) -> Value | None:
         return same
     before, between = source.inputs[0].type.dtype, source.type.dtype
     # numpy calls 64-bit integers to float64 safe; the largest are rounded.
-    rounds = before in ("int64", "uint64") and between.startswith("float")
+    rounds = before in ("int64", "uint64") and between in FLOATS
     if np.can_cast(before, between, "safe") and not rounds:
         return make_call("cast", source.inputs, value.attrs, (*source.origin, *value.origin))
     return None
