@@ -34,6 +34,7 @@
 enum { MAX_WORKERS = 255 };
 enum { STACK_BYTES = 4 << 20 };           /* kernels keep small tiles on the stack; limits count address space */
 enum { SPIN_NS = 50000, SPIN_STEP = 64 }; /* look at the clock once in so many looks at the mailbox */
+enum { YIELD_NS = 5000 };                 /* who spins lets others on its CPU go first so often */
 
 enum { EMPTY, CLAIMED, POSTED, BUSY, ASLEEP }; /* the low bits of a mailbox */
 enum { STATE_BITS = 3, STATE_MASK = (1 << STATE_BITS) - 1 };
@@ -117,9 +118,13 @@ static void take_part(loop *l, int64_t begin, int64_t end) {
 
 /* ---- Workers ------------------------------------------------------------------------------------------------ */
 
-/* Takes the next letter; returns the mailbox as it was posted. */
+/* Takes the next letter; returns the mailbox as it was posted.
+ *
+ * The worker yields while it spins: on a busy machine the one whom it keeps from its CPU may be the very caller that
+ * woke it.
+ */
 static uint32_t next_letter(worker *w) {
-  int64_t until = -1;
+  int64_t until = -1, yielded = 0;
   uint32_t last = atomic_load_explicit(&w->mailbox, memory_order_relaxed);
   for (uint32_t i = 1;; i++) {
     uint32_t mailbox = atomic_load_explicit(&w->mailbox, memory_order_relaxed), state = mailbox & STATE_MASK;
@@ -129,10 +134,16 @@ static uint32_t next_letter(worker *w) {
     int64_t now = kedge_now_ns();
     if (until < 0 || mailbox != last) until = now + atomic_load_explicit(&spin_ns, memory_order_relaxed);
     last = mailbox; /* letters that were taken back tell, too, that loops follow each other */
-    if (now < until || !move(w, mailbox, ASLEEP)) continue;
-    uint32_t asleep = with_state(mailbox, ASLEEP);
-    while (atomic_load_explicit(&w->mailbox, memory_order_relaxed) == asleep) kedge_wait_while(&w->mailbox, asleep);
-    until = -1;
+    if (now < until) {
+      if (now - yielded >= YIELD_NS) {
+        sched_yield();
+        yielded = now;
+      }
+    } else if (move(w, mailbox, ASLEEP)) {
+      uint32_t asleep = with_state(mailbox, ASLEEP);
+      while (atomic_load_explicit(&w->mailbox, memory_order_relaxed) == asleep) kedge_wait_while(&w->mailbox, asleep);
+      until = -1;
+    }
   }
 }
 
