@@ -13,12 +13,18 @@ from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal, simplify
 from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
-from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, map_stmt_exprs, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, map_stmt_exprs, stores, substitute_expr
 
 
 def is_one(extent: Expr) -> bool:
     """Whether `extent` is the constant 1."""
     return isinstance(extent, Const) and extent.value == 1
+
+
+def has_own_places(block: Block) -> bool:
+    """Whether each place that the block stores to tells the values of all its spatial iteration variables."""
+    wanted = [it.var for it in block.iters if it.kind == "spatial" and not is_one(it.extent)]
+    return all(var in store.indices for store in stores(block) for var in wanted)
 
 
 def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:

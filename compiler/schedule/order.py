@@ -38,7 +38,7 @@ def touched_since(func: PrimFunc, block: Block, target: Stmt) -> tuple[Block, Bu
 
 
 def _apart_from(func: PrimFunc, block: Block, target: Stmt) -> Stmt:
-    """The outermost statement around `target` without `block`: all its iterations are before the block, or all after."""
+    """The outermost statement around `target` without `block`: all of it runs before the block, or all after."""
     path = path_to(func.body, lambda s: s is target)
     return next(s for s in path if not any(each is block for each in blocks_in(s)))
 

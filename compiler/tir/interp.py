@@ -220,14 +220,15 @@ class _Machine:
                 steps = [1] * len(extents)
                 steps[axis] = extent
                 self.env[each.var] = np.arange(extent).reshape(steps)
-            self.run_nest(nest, extents)
+            return self.run_nest(nest, extents)
         return True
 
-    def run_nest(self, nest: _Nest, extents: tuple[int, ...]) -> None:
+    def run_nest(self, nest: _Nest, extents: tuple[int, ...]) -> bool:
+        """Evaluate the nest; False, with nothing done, where an element begins anew among its updates."""
         block = nest.block
         mask = self.expr(block.predicate, None)
         if not np.any(mask):
-            return
+            return True
         values = [self.expr(binding, mask) for binding in block.bindings]
         self.env.update((it.var, value) for it, value in zip(block.iters, values, strict=True))
         if nest.init is not None:
@@ -236,16 +237,32 @@ class _Machine:
                 if it.kind == "reduce":
                     first = np.logical_and(first, np.equal(value, 0))
             if np.any(first):
+                if not self.begins_first(nest.init, nest.store, first, mask, extents):
+                    return False
                 self.scatter(nest.init, self.expr(nest.init.value, first), first, extents, None)
         self.scatter(nest.store, self.expr(nest.update, mask), mask, extents, nest.combiner)
+        return True
+
+    def begins_first(self, init: Store, store: Store, first: Mask, mask: Mask, extents: tuple[int, ...]) -> bool:
+        """Whether every element that `init` sets is set once, before all updates of it."""
+        initial, begun = self.places(init, first, extents)
+        active, updated = self.places(store, mask, extents)
+        own = (np.cumsum(active) - 1)[initial]  # which of the active lanes they are
+        elements, earliest = np.unique(updated, return_index=True)
+        same = np.array_equal(updated[own], begun)
+        return same and np.array_equal(earliest[np.searchsorted(elements, begun)], own)
+
+    def places(self, store: Store, mask: Mask, extents: tuple[int, ...]) -> tuple[Array, Array]:
+        """Which lanes are active, in the order of the loops, and to which element each of them stores."""
+        lanes = np.broadcast_to(mask, extents).reshape(-1)
+        index = self.indices(store.buffer, store.indices, mask)
+        flat = np.ravel_multi_index(index, self.memory[store.buffer].shape) if index else np.zeros((), "int64")
+        return lanes, np.broadcast_to(flat, extents).reshape(-1)[lanes]
 
     def scatter(self, store: Store, value: Value, mask: Mask, extents: tuple[int, ...], combiner: str | None) -> None:
         """Store the active lanes in the order of the loops, combining with what is there if so asked."""
-        lanes = np.broadcast_to(mask, extents).reshape(-1)
+        lanes, where = self.places(store, mask, extents)
         target = self.memory[store.buffer]
-        index = self.indices(store.buffer, store.indices, mask)
-        flat = np.ravel_multi_index(index, target.shape) if index else np.zeros((), "int64")
-        where = np.broadcast_to(flat, extents).reshape(-1)[lanes]
         values = np.broadcast_to(value, extents).reshape(-1)[lanes].astype(target.dtype)
         if combiner is None:
             target.reshape(-1)[where] = values

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import numpy as np
 import pytest
 from schedule.test_blocks import loops_of, refused
 
+from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.interp import run
 from kedge.compiler.tir.parser import parse_func
 from support.functions import assert_same
+from support.random_schedules import random_step
 
 
 def block(name: str, store: str, reads: str, writes: str, *, extent: int = 4, indent: str = "    ") -> str:
@@ -214,3 +219,32 @@ def test_places_that_are_read_from_memory_are_no_interval():
     sch.compute_inline(sch.get_block("a"))
     data = [np.arange(4, dtype="float32"), np.array([3, 0, 2, 2])]
     np.testing.assert_array_equal(run(sch.func, data)[0], run(parse_func(text), data)[0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        func(S, A, AGAIN, Y),
+        func(S, A + AHEAD, Y),
+        func(S, A, Y_OF_A + AHEAD),
+        func(S, A, UPDATE, OUT),
+        func(S, A, RESET, USE),
+        func(S, A, USE, Z, results="y z"),
+        OVERLAP,
+        MERGED,
+    ],
+)
+def test_whatever_is_not_refused_computes_the_same(text):
+    for seed in range(15):
+        rng, sch = random.Random(seed), Schedule(parse_func(text))
+        for _ in range(8):
+            with contextlib.suppress(ScheduleError):
+                random_step(sch, rng)
+        assert_same(parse_func(text), sch.func)
+
+
+def test_reordering_looks_at_loops_in_between():
+    sch = Schedule(parse_func(OVERLAP))
+    outer, i = sch.split(loops_of(sch, "y")[0], [None, 3])
+    (_, _, j) = loops_of(sch, "y")
+    refused(lambda: sch.reorder(j, i, outer), "reorder(loop 'i_1')", "through buffer 'y'")

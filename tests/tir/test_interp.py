@@ -10,6 +10,7 @@ from kedge.compiler import te
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import Binary, Cast, Load, Var, binary, call, const, logical_and, select
 from kedge.compiler.tir.interp import run
+from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Store
 from kedge.compiler.tir.visitor import seq
 from kedge.rpc.errors import InputError
@@ -146,3 +147,24 @@ def test_bad_inputs():
     with pytest.raises(InputError, match="value of n does not follow"):
         run(te.create_prim_func([out], "iota"), [])
     np.testing.assert_array_equal(run(te.create_prim_func([out], "iota"), [], {"n": 3})[0], [0, 1, 2])
+
+
+@pytest.mark.parametrize("place", ["vi // 2", "vi"])
+def test_elements_that_begin_anew_are_not_evaluated_at_once(place):
+    text = f"""func f(x: float32[4, 3]) -> (y: float32[4]):
+  for i in range(4):
+    for k in range(3):
+      block y:
+        vi = spatial(4, i)
+        vk = reduce(3, k)
+        reads x[vi, vk]
+        writes y[{place}]
+        init:
+          y[{place}] = 0.0
+        y[{place}] = y[{place}] + x[vi, vk]"""
+    func = parse_func(text)
+    (x,) = inputs(func)
+    (got,), (want,) = run(func, [x]), run(func, [x], vectorize=False)
+    np.testing.assert_array_equal(got, want)
+    last = [1, 3] if place != "vi" else [0, 1, 2, 3]
+    np.testing.assert_array_equal(got[: len(last)], x.sum(1)[last])

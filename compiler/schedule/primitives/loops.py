@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from types import MappingProxyType
 from typing import Any
 
 from kedge.compiler.schedule.dependence import conflict, is_private, own_per_iteration, reduces_over, updates_in_place
-from kedge.compiler.schedule.nest import is_one, loop_vars
+from kedge.compiler.schedule.nest import has_own_places, loop_vars
 from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
@@ -268,7 +268,10 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
     """Refuse if two loops change places across which a dependence runs."""
     blocks = blocks_in(chain[-1])
     old = [loop.var for loop in chain]
-    moved = [var for var, other in zip(old, order, strict=True) if var is not other]
+    at = {var: position for position, var in enumerate(order)}
+    flipped = [(var, other) for var, other in combinations(old, 2) if at[other] < at[var]]
+    # A dependence is turned around only if the outermost loop that it crosses was outside of one that now is outside.
+    moved = {var for var, _ in flipped}
     for block in blocks:
         both = loop_vars(block, "spatial") & loop_vars(block, "reduce") if block.init is not None else frozenset()
         mixed = next((var for var in old if var in both), None)
@@ -278,8 +281,9 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
     if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
         # Instances of one block run in any order, its reduction's first value still comes first: as long as those
         # for different outputs store to different places.
-        placed = loop_vars(blocks[0], "spatial")
-        moved = [] if _has_own_places(blocks[0]) else [var for var in moved if var in placed]
+        commutes = _is_reduction(blocks[0]) and blocks[0].init is None
+        either = {var for pair in flipped for var in pair}
+        moved = set() if commutes or has_own_places(blocks[0]) else either & loop_vars(blocks[0], "spatial")
     outer = loops_on(loop_path(func, chain[0].var)[:-1])
     for position, loop in enumerate(chain):
         if loop.var not in moved:
@@ -288,14 +292,6 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
         if buffer is not None:
             reason = f"its iterations depend on one another through buffer {buffer.name!r}"
             raise refuse(func, "reorder", loop.var, reason, at=chain[0])
-
-
-def _has_own_places(block: Block) -> bool:
-    """Whether a place that the block stores to tells which output it is, or its updates come in any order."""
-    if _is_reduction(block) and block.init is None:
-        return True
-    wanted = [it.var for it in block.iters if it.kind == "spatial" and not is_one(it.extent)]
-    return all(var in store.indices for store in stores(block) for var in wanted)
 
 
 def _is_reduction(block: Block) -> bool:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict
-from kedge.compiler.schedule.nest import combiner_of, conjuncts, fresh_nest, loop_vars, spatial_conjuncts
+from kedge.compiler.schedule.nest import (
+    combiner_of,
+    conjuncts,
+    fresh_nest,
+    has_own_places,
+    loop_vars,
+    spatial_conjuncts,
+)
 from kedge.compiler.schedule.order import before
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
@@ -60,7 +67,7 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
             reason = f"loop {outer.var.name!r}, around {loop.name!r}, takes part in the reduction"
             raise refuse(func, primitive, block, reason)
     for number, each in enumerate(loops[position:], position):
-        if each.var in reducing:
+        if each.var in reducing and (each.var not in loop_vars(block, "spatial") or has_own_places(block)):
             continue
         buffer = next(store.buffer for store in stores(block.init))
         if conflict(func, each, loops[:number], [buffer]) is not None:
