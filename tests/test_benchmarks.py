@@ -18,3 +18,13 @@ def test_the_walking_benchmark_runs() -> None:
     for figure in ("overhead of a job", "idle agent", "upload", "digits compile"):
         assert f"{figure}: " in done.stdout or f"{figure}, " in done.stdout, done.stdout
     assert "written to" not in done.stdout
+
+
+def test_the_fork_join_benchmark_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "fork_join.py"), "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for schedule in ("static", "dynamic"):
+        for body in ("empty", "meet"):
+            assert re.search(rf"kedge +{schedule} +{body} +0 +[0-9]+", done.stdout), done.stdout
+    assert "written to" not in done.stdout
