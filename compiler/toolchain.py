@@ -29,7 +29,6 @@ _COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fn
 #: External code is other people's: their warnings are shown, and do not stop it.
 _EXTERNAL_FLAGS = (
     "-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-fno-stack-protector", "-Wall",
-    "-Wextra",
 )  # fmt: skip
 _LIBRARIES = ("-lpthread", "-ldl", "-lm")
 #: What external code may use: the C library, its mathematics, and the compiler's own helpers (division on 32-bit ARM).

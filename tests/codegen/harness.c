@@ -120,7 +120,7 @@ static int32_t in_two_pieces(kedge_frame *frame, kedge_loop_body body, void *clo
 static int32_t in_chunks(kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent, int64_t chunk) {
   (void)frame;
   int32_t status = 0;
-  for (int64_t begin = extent > 0 ? (extent - 1) / chunk * chunk : -1; begin >= 0 && status == 0; begin -= chunk) {
+  for (int64_t begin = extent > 0 ? quotient(extent - 1, chunk) * chunk : -1; begin >= 0 && status == 0; begin -= chunk) {
     status = body(closure, begin, extent - begin > chunk ? begin + chunk : extent);
   }
   return status;
