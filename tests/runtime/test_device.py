@@ -1,0 +1,259 @@
+"""Modules whose kernels run on a GPU: with OpenCL on what this machine has, with CUDA on a stand-in for its driver."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kedge.compiler.toolchain import RuntimeFiles
+from kedge.rpc import abi
+from support import gpu as support
+from support import native
+from support.gpu import Gpu, OnDevice, floats, refusal
+
+CPU, CUDA, OPENCL = (abi.DEVICE_CPU, 0), (abi.DEVICE_CUDA, 0), (abi.DEVICE_OPENCL, 0)
+PROGRAMS = Path(__file__).with_name("programs")
+#: Runs a piece of code with a Gpu `gpu` in a process whose CUDA driver is the stand-in.
+WITH_CUDA = "import sys; from support.gpu import *; gpu = Gpu(sys.argv[1], sys.argv[2], (2, int(sys.argv[3])))\n"
+
+
+def opencl_or_skip(runtime: RuntimeFiles) -> None:
+    lib = abi.load_runtime(str(runtime.lib))
+    if lib.kedge_device_count(abi.DEVICE_OPENCL) == 0:
+        reason = f"no OpenCL: {lib.kedge_last_error().decode()}; apt-get install pocl-opencl-icd ocl-icd-libopencl1"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def opencl(runtime: RuntimeFiles) -> Gpu:
+    opencl_or_skip(runtime)
+    return Gpu(str(runtime.lib), str(native.module("gpu")), OPENCL)
+
+
+class FakeCuda:
+    """Runs code in processes whose CUDA driver is the stand-in."""
+
+    def __init__(self, runtime: RuntimeFiles, folder: Path) -> None:
+        self.runtime, self.folder, self.report = runtime, folder, folder / "report"
+        driver = native.compile_c([PROGRAMS / "fake_cuda.c"], "-shared", "-fPIC")
+        (folder / "libcuda.so.1").symlink_to(driver)
+
+    def run(self, code: str, *flags: str, device: int = 0, **environment: str) -> str:
+        """What the code prints. Nothing may be left of its contexts, modules, streams, memory and context stack."""
+        module = native.module("gpu", "-DCUDA", *flags)
+        command = [sys.executable, "-c", WITH_CUDA + code, str(self.runtime.lib), str(module), str(device)]
+        paths = {
+            "LD_LIBRARY_PATH": str(self.folder),
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "FAKE_CUDA_REPORT": str(self.report),
+        }
+        done = subprocess.run(
+            command, env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert self.report.read_text().split()[:5] == ["0"] * 5
+        return done.stdout
+
+
+@pytest.fixture
+def fake_cuda(runtime: RuntimeFiles, tmp_path: Path) -> FakeCuda:
+    return FakeCuda(runtime, tmp_path)
+
+
+# On every device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", support.SCENARIOS)
+def test_opencl(name: str, opencl: Gpu) -> None:
+    support.SCENARIOS[name](opencl)
+
+
+def test_cuda(fake_cuda: FakeCuda) -> None:
+    """All in one process, so that what one leaves behind would be seen by the next."""
+    output = fake_cuda.run("for name, scenario in SCENARIOS.items(): scenario(gpu); print(name)")
+    assert output.split() == list(support.SCENARIOS)
+
+
+def test_cuda_on_the_second_device(fake_cuda: FakeCuda) -> None:
+    code = "host_tensors(gpu); device_tensors(gpu); print(gpu.properties().name.decode())"
+    assert fake_cuda.run(code, device=1).strip() == "Stand-in 1"
+
+
+def test_the_cpu_serves_the_same_functions(runtime: RuntimeFiles, arithmetic: Path) -> None:
+    cpu = Gpu(str(runtime.lib), str(arithmetic), CPU)
+    assert cpu.lib.kedge_device_count(abi.DEVICE_CPU) == 1
+    found = cpu.properties()
+    assert (found.name.decode(), found.arch.decode()) == ("CPU", os.uname().machine)
+    assert found.features == cpu.lib.kedge_cpu_features() and found.global_memory > 0
+    with cpu.context() as context:
+        x = floats(100)
+        there = context.put(x)
+        np.testing.assert_array_equal(context.get(there), x)
+        context.copy(there.address + 4, there.address, 40, abi.COPY_ON_DEVICE)
+        np.testing.assert_array_equal(context.get(there)[1:11], x[:10])
+        context.synchronize()
+        context.free(there.address)
+    with cpu.model() as model:
+        failure = refusal(lambda: cpu.context_of(model, OPENCL).__enter__())
+        assert str(failure) == "the module was compiled for CPU, not for OpenCL"
+
+
+# Refused when the context is created -------------------------------------------------------------------------------
+
+
+def test_code_that_does_not_build_is_refused_with_the_log(opencl: Gpu) -> None:
+    failure = refusal(lambda: opencl.context(str(native.module("gpu", "-DBROKEN"))).__enter__())
+    assert failure.status == abi.E_LOAD
+    assert "cannot build the module's kernels" in str(failure) and "this_is_no_type" in str(failure)
+    assert "\n" not in str(failure)
+
+
+def test_a_device_that_lacks_a_feature_is_refused_by_name(opencl: Gpu) -> None:
+    needs = str(native.module("gpu", '-DNEEDS="cl_khr_fp64_of_sorts,fp64"'))
+    failure = refusal(lambda: opencl.context(needs).__enter__())
+    assert failure.status == abi.E_FEATURE
+    name = opencl.properties().name.decode()
+    assert name in str(failure)
+    assert str(failure).endswith("lacks what kernel add needs: cl_khr_fp64_of_sorts")
+
+
+def test_parameters_that_do_not_fit_the_descriptor_are_refused(opencl: Gpu) -> None:
+    failure = refusal(lambda: opencl.context(str(native.module("gpu", "-DPARAMETERS=2"))).__enter__())
+    assert failure.status == abi.E_LOAD
+    assert str(failure) == "kernel add has 7 parameters, its descriptor promises 8"
+
+
+def test_cuda_refuses_code_and_features(fake_cuda: FakeCuda) -> None:
+    code = "failure = refusal(lambda: gpu.context().__enter__()); print(failure.status, failure)"
+    broken = fake_cuda.run(code, "-DBROKEN")
+    assert broken == (
+        f"{abi.E_LOAD} kernel add on Stand-in 0: ptxas application ptx input, line 4; error: Not a name: this_is: "
+        "the CUDA driver refuses the code: bad PTX (CUDA_ERROR_INVALID_PTX)\n"
+    )
+    lacking = fake_cuda.run(code, '-DNEEDS="fp16,sm_80,sm_90a"')
+    assert lacking == (f"{abi.E_FEATURE} CUDA device 0, Stand-in 0 (sm_86), lacks what kernel add needs: sm_90a\n")
+
+
+# Failures while it runs --------------------------------------------------------------------------------------------
+
+
+def test_addresses_that_are_no_device_memory_are_refused(opencl: Gpu) -> None:
+    with opencl.context() as context:
+        failure = refusal(lambda: context.call("stray", [], []))
+        assert failure.status == abi.E_KERNEL and "kernel wild: buffer 0 at 0x" in str(failure)
+        x = floats(8)
+        host = OnDevice(x.ctypes.data, (8,), "float32", OPENCL)
+        failure = refusal(lambda: context.call("chain", [host], [x]))
+        assert failure.status == abi.E_INPUT
+        assert str(failure) == "input x is not in memory of kedge_device_alloc on OpenCL device 0"
+        there = context.put(x)
+        for beyond in (
+            OnDevice(there.address, (9,), "float32", OPENCL),
+            OnDevice(there.address, (8,), "float32", OPENCL, 4),
+        ):
+            y = np.zeros(beyond.shape, np.float32)
+            failure = refusal(lambda beyond=beyond, y=y: context.call("chain", [beyond], [y]))
+            assert "not in memory of kedge_device_alloc" in str(failure)
+        failure = refusal(lambda: context.free(there.address + 4))
+        assert failure.status == abi.E_ARGUMENT
+        failure = refusal(lambda: context.copy(there.address + 16, x.ctypes.data, 17, abi.COPY_TO_DEVICE))
+        assert failure.status == abi.E_ARGUMENT
+        context.call("chain", [there], [x])
+        context.free(there.address)
+
+
+def test_the_host_cannot_touch_what_stands_for_device_memory(opencl: Gpu) -> None:
+    """A page that nobody may read stands for the memory, so a mix-up ends at once."""
+    with opencl.context() as context:
+        address = context.alloc(100)
+        with Path("/proc/self/maps").open() as maps:
+            held = [
+                line for line in maps if int(line.split("-")[0], 16) <= address < int(line.split()[0].split("-")[1], 16)
+            ]
+        assert len(held) == 1 and held[0].split()[1] == "---p"
+        context.free(address)
+
+
+def test_a_fault_of_the_device_ends_its_contexts(fake_cuda: FakeCuda) -> None:
+    fake_cuda.run("fault(gpu)")
+
+
+def test_launches_without_end_take_no_memory_without_end(opencl: Gpu) -> None:
+    """A queue holds a bounded number: the oldest are done before more are taken."""
+    x, y = floats(1), np.zeros(1, np.float32)
+    with opencl.context() as context:
+        assert len(context.time("chain", [x], [y], number=1500, repeat=1)) == 1  # 4500 launches in one queue
+        np.testing.assert_array_equal(y, x * -4)
+
+
+# Without a driver --------------------------------------------------------------------------------------------------
+
+NO_DEVICE = """
+import sys
+from support.gpu import *
+gpu = Gpu(sys.argv[1], sys.argv[2], (int(sys.argv[3]), 0))
+print(gpu.lib.kedge_device_count(gpu.device[0]), gpu.lib.kedge_last_error().decode())
+print(refusal(gpu.properties))
+failure = refusal(lambda: gpu.context().__enter__())
+print(failure.status, failure)
+"""
+
+
+def without(runtime: RuntimeFiles, device: tuple[int, int], *flags: str, **environment: str) -> list[str]:
+    module = native.module("gpu", *flags)
+    command = [sys.executable, "-c", NO_DEVICE, str(runtime.lib), str(module), str(device[0])]
+    paths = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        command, env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("device", "flags", "name"), [(CUDA, ("-DCUDA",), "CUDA"), (OPENCL, (), "OpenCL")])
+def test_a_library_that_is_no_driver(
+    device: tuple[int, int], flags: tuple[str, ...], name: str, runtime: RuntimeFiles, tmp_path: Path
+) -> None:
+    """The library is found but is another one: what lacks is named, and there are no devices."""
+    source = tmp_path / "empty.c"
+    source.write_text("int nothing_of_a_driver;\n")
+    library = native.compile_c([source], "-shared", "-fPIC")
+    for alias in ("libcuda.so.1", "libcuda.so", "libOpenCL.so.1", "libOpenCL.so"):
+        (tmp_path / alias).symlink_to(library)
+    count, properties, context = without(runtime, device, *flags, LD_LIBRARY_PATH=str(tmp_path))
+    first = {"CUDA": "cuInit", "OpenCL": "clGetPlatformIDs"}[name]
+    assert count == f"0 there is no {name} driver: the library lacks {first}"
+    assert properties == f"there is no {name} driver: the library lacks {first}"
+    assert context == f"{abi.E_LOAD} there is no {name} driver: the library lacks {first}"
+
+
+def test_a_driver_without_devices(runtime: RuntimeFiles, opencl: Gpu, tmp_path: Path) -> None:
+    count, properties, context = without(runtime, OPENCL, OCL_ICD_VENDORS=str(tmp_path))
+    assert count == "0 OpenCL finds no device: is the driver of the device installed?"
+    assert properties == count[2:] and context == f"{abi.E_LOAD} {count[2:]}"
+
+
+def test_no_library_at_all(runtime: RuntimeFiles) -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        count, _, context = without(runtime, CUDA, "-DCUDA")
+        assert count.startswith("0 there is no CUDA driver: libcuda.so.1: cannot open shared object file")
+        assert context.startswith(f"{abi.E_LOAD} there is no CUDA driver: libcuda.so.1")
+    else:
+        pytest.skip("this machine has a CUDA driver")
+
+
+def test_a_cuda_driver_that_does_not_start(fake_cuda: FakeCuda) -> None:
+    output = fake_cuda.run(
+        "print(gpu.lib.kedge_device_count(2)); print(refusal(gpu.properties))", FAKE_CUDA_BROKEN="yes"
+    )
+    assert output == "0\nthe CUDA driver cannot be used: unknown error (?)\n"
