@@ -14,21 +14,27 @@ from pathlib import Path
 
 from kedge.compiler.codegen.shapes import Program
 from kedge.compiler.errors import ToolchainError
-from kedge.compiler.target.model import Target
+from kedge.compiler.target import AnyTarget, GpuTarget
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import structural_hash
 from kedge.compiler.toolchain import cache_dir
 
-_MAGIC = b"kedge-kernel 1\n"
+_MAGIC = b"kedge-kernel 2\n"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelObject:
-    """A compiled kernel: its linker symbol, object file, and the workspace it needs over its symbols."""
+    """A compiled kernel: its linker symbol, object file, and the workspace it needs over its symbols.
+
+    On a GPU the object file is the host's; in it are the kernels of the device, under the symbols `launches`, which
+    need `features` of it.
+    """
 
     symbol: str
     code: bytes
     workspace: Program
+    launches: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -37,14 +43,16 @@ def compiler_version() -> str:
     digest = hashlib.sha256(version("llvmlite").encode())
     root = Path(__file__).parent
     for folder in ("codegen", "tir", "target"):
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def kernel_key(func: PrimFunc, target: Target) -> str:
+def kernel_key(func: PrimFunc, target: AnyTarget) -> str:
     """Names the machine code of a scheduled function: its structure, the code's target, the compiler."""
-    parts = (structural_hash(func), target.triple, target.cpu, target.features, compiler_version())
+    host = target.host
+    gpu = (target.label, target.max_threads, target.shared_bytes) if isinstance(target, GpuTarget) else ()
+    parts = (structural_hash(func), host.triple, host.cpu, host.features, *gpu, compiler_version())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -56,7 +64,7 @@ class KernelCache:
         self.hits = 0
         self.misses = 0
 
-    def get(self, func: PrimFunc, target: Target, build: Callable[[str], KernelObject]) -> KernelObject:
+    def get(self, func: PrimFunc, target: AnyTarget, build: Callable[[str], KernelObject]) -> KernelObject:
         """The object of `func`; `build(symbol)` makes it on a miss.
 
         Raises:
@@ -80,11 +88,14 @@ def _read(path: Path, symbol: str) -> KernelObject | None:
     if entry is None:
         return None
     head, code = entry
-    return KernelObject(symbol, code, tuple((int(op), int(value)) for op, value in json.loads(head)))
+    facts = json.loads(head)
+    workspace = tuple((int(op), int(value)) for op, value in facts["workspace"])
+    return KernelObject(symbol, code, workspace, tuple(facts["launches"]), tuple(facts["features"]))
 
 
 def _write(path: Path, kernel: KernelObject) -> None:
-    write_entry(path, json.dumps(kernel.workspace), kernel.code)
+    facts = {"workspace": kernel.workspace, "launches": kernel.launches, "features": kernel.features}
+    write_entry(path, json.dumps(facts), kernel.code)
 
 
 def read_entry(path: Path) -> tuple[str, bytes] | None:

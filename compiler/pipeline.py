@@ -14,10 +14,11 @@ from typing import TypeAlias
 from kedge.compiler import debug
 from kedge.compiler.cache import KernelCache, KernelObject, compiler_version
 from kedge.compiler.codegen.entry import CompiledKernel, emit_module
+from kedge.compiler.codegen.gpu.kernel import emit_device
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly, emit_object
 from kedge.compiler.codegen.shapes import encode
-from kedge.compiler.errors import CompileError, TargetError
+from kedge.compiler.errors import CompileError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
 from kedge.compiler.graph.external import EXTERNAL_RULE, External
 from kedge.compiler.graph.ir import Module
@@ -141,7 +142,7 @@ def compile_prim_func(
 
 
 def compile_programs(
-    make: Callable[[Target], Program],
+    make: Callable[[AnyTarget], Program],
     target: TargetLike | Sequence[TargetLike],
     name: str,
     cache: KernelCache | None = None,
@@ -149,32 +150,25 @@ def compile_programs(
 ) -> Artifact:
     """The artifact of lowered programs: `make(target)` gives the one for each target."""
     wanted = [target] if isinstance(target, (str, Target, GpuTarget)) else list(target)
-    targets = list(dict.fromkeys(_cpu(parse(one)) for one in wanted))
+    targets = list(dict.fromkeys(parse(one) for one in wanted))
     if not targets:
         raise CompileError("no target was given", hint="name one, for instance native")
     kernels = KernelCache() if cache is None else cache
     variants, reports = [], []
     for one in targets:
-        with debug.timed(f"lower for {one.arch.name}"):
+        with debug.timed(f"lower for {one.label}"):
             program = make(one)
         weights = pack_weights(program.weights)
-        objects = compile_objects(program, one, weights, kernels, progress)
+        objects, features = compile_objects(program, one, weights, kernels, progress)
         externals = compile_externals(program, one, progress)
         with debug.timed("link"):
-            lib = link_with_externals(objects, externals.values(), one) if externals else link_shared(objects, one)
-        variants.append(CompiledVariant(one, lib, weights, program.entries))
+            host = one.host
+            lib = link_with_externals(objects, externals.values(), host) if externals else link_shared(objects, host)
+        variants.append(CompiledVariant(one, lib, weights, program.entries, features))
         rows = [_report(kernel) for kernel in program.kernels.values()]
         rows += [_report_external(name, call, externals) for name, call in program.externals.items()]
         reports.append({"target": str(one), "kernels": rows})
     return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
-
-
-def _cpu(target: AnyTarget) -> Target:
-    if isinstance(target, GpuTarget):
-        raise TargetError(
-            f"no code is generated for {target.label} yet", hint="this version compiles for CPUs: llvm, native or a tag"
-        )
-    return target
 
 
 def _report(kernel: Kernel) -> dict[str, object]:
@@ -187,38 +181,67 @@ def _report_external(name: str, call: ExternalKernel, externals: Mapping[str, Ex
     return {"name": name, "rule": rule, "origin": list(call.call.origin), "sha256": code.digest}
 
 
-def compile_externals(program: Program, target: Target, progress: Progress | None = None) -> dict[str, ExternalObjects]:
-    """The code of the external functions that a program calls, by their names."""
+def compile_externals(
+    program: Program, target: AnyTarget, progress: Progress | None = None
+) -> dict[str, ExternalObjects]:
+    """The code of the external functions that a program calls, by their names.
+
+    Raises:
+        CompileError: the target is a GPU, whose memory such functions cannot reach.
+    """
     used = {call.code.function: call.code for call in program.externals.values()}
+    if isinstance(target, GpuTarget):
+        if used:
+            raise CompileError(
+                f"external {next(iter(used))} is code for a CPU, and its tensors would be in memory of {target.label}",
+                hint="compile for a CPU, or without externals",
+            )
+        return {}
     with debug.timed("external code"):
         return {name: external_objects(code, target, progress) for name, code in used.items()}
 
 
 def compile_objects(
-    program: Program, target: Target, weights: Weights, cache: KernelCache, progress: Progress | None = None
-) -> tuple[bytes, ...]:
-    """ELF object files of a program: its entries and descriptor first, then its kernels, each once."""
+    program: Program, target: AnyTarget, weights: Weights, cache: KernelCache, progress: Progress | None = None
+) -> tuple[tuple[bytes, ...], tuple[str, ...]]:
+    """ELF object files of a program: its entries and descriptor first, then its kernels, each once.
+
+    With them what the kernels need of a GPU, sorted.
+    """
     kernels: dict[str, KernelObject] = {}
     for number, (name, kernel) in enumerate(program.kernels.items(), 1):
         if progress is not None:
-            progress(f"compiling {name} for {target.arch.name} ({number} of {len(program.kernels)})")
+            progress(f"compiling {name} for {target.label} ({number} of {len(program.kernels)})")
         with debug.timed(f"kernel {name}"):
             kernels[name] = cache.get(kernel.func, target, functools.partial(_compile, kernel.func, target))
     known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in kernels.items()}
-    text = emit_module(program, target, known, weights.places, weights.data_size)
-    debug.show(f"entry-{target.arch.name}", "ll", debug.LLVM, lambda: text)
+    launches = tuple(dict.fromkeys(launch for made in kernels.values() for launch in made.launches))
+    text = emit_module(program, target, known, weights.places, weights.data_size, launches)
+    debug.show(f"entry-{target.label}", "ll", debug.LLVM, lambda: text)
     with debug.timed("entry"):
-        entry = emit_object(text, target, speed=1)
+        entry = emit_object(text, target.host, speed=1)
     code = {made.symbol: made.code for made in kernels.values()}
-    return (entry, *code.values())
+    features = sorted({feature for made in kernels.values() for feature in made.features})
+    return (entry, *code.values()), tuple(features)
 
 
-def _compile(func: PrimFunc, target: Target, symbol: str) -> KernelObject:
+def _compile(func: PrimFunc, target: AnyTarget, symbol: str) -> KernelObject:
     """One scheduled function to machine code."""
-    stage = f"kernel-{target.arch.name}-{func.name}"
+    stage = f"kernel-{target.label}-{func.name}"
     debug.show(stage, "tir", debug.KERNEL, func.show)
+    if isinstance(target, GpuTarget):
+        return _compile_device(func, target, symbol, stage)
     made = emit_kernel(func, target, symbol)
     debug.show(stage, "ll", debug.LLVM, lambda: made.ir)
     if debug.wanted(debug.LLVM):
         debug.show(stage, "s", debug.LLVM, lambda: emit_assembly(made.ir, target))
     return KernelObject(symbol, emit_object(made.ir, target), encode(made.workspace, func.symbols))
+
+
+def _compile_device(func: PrimFunc, target: GpuTarget, symbol: str, stage: str) -> KernelObject:
+    """One scheduled function to the text of its kernels, inside the host's code that launches them."""
+    made = emit_device(func, target, symbol)
+    debug.show(stage, "cl" if target.kind == "opencl" else "ptx", debug.KERNEL, lambda: made.text)
+    debug.show(f"{stage}-host", "ll", debug.LLVM, lambda: made.ir)
+    code = emit_object(made.ir, target.host, speed=1)
+    return KernelObject(symbol, code, encode(made.workspace, func.symbols), made.kernels, made.features)

@@ -19,7 +19,7 @@ from kedge.compiler.codegen.shapes import Program as ShapeProgram
 from kedge.compiler.codegen.shapes import decode, encode
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.lower.program import Entry, Port, Program, Slot, Step
-from kedge.compiler.target.model import Target
+from kedge.compiler.target import AnyTarget
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const, maximum
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.rpc import abi
@@ -27,6 +27,7 @@ from kedge.rpc import abi
 ABI_VERSION = abi.ABI_VERSION
 MAGIC = 0x4547444B
 MODULE_SYMBOL = "kedge_module"
+_DEVICES = {"llvm": abi.DEVICE_CPU, "opencl": abi.DEVICE_OPENCL, "cuda": abi.DEVICE_CUDA}
 _CANCELLED = 7
 _NO_UPPER = 2**63 - 1
 
@@ -61,11 +62,14 @@ class WeightPlace:
 
 
 def emit_module(
-    program: Program, target: Target, kernels: Mapping[str, CompiledKernel], weights: Sequence[WeightPlace],
-    weights_size: int,
+    program: Program, target: AnyTarget, kernels: Mapping[str, CompiledKernel], weights: Sequence[WeightPlace],
+    weights_size: int, launches: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """LLVM IR of all entries of `program` and of the descriptor; `kernels` by their names in the program."""
-    module = ModuleBuilder(target)
+    """LLVM IR of all entries of `program` and of the descriptor; `kernels` by their names in the program.
+
+    `launches` are the linker symbols of the device's kernels, which the descriptor lists.
+    """
+    module = ModuleBuilder(target.host)
     constants = Constants(module)
     for kernel in dict.fromkeys(kernels.values()):
         _declare_kernel(module, program, kernels, kernel)
@@ -74,7 +78,7 @@ def emit_module(
     for number, entry in enumerate(program.entries):
         arena = _emit_entry(module, entry, f"kedge_entry_{number}", callees, weights)
         functions.append(_describe_function(constants, entry, f"kedge_entry_{number}", arena))
-    _describe_module(constants, target, functions, weights, weights_size)
+    _describe_module(constants, target, functions, weights, weights_size, launches)
     return module.text()
 
 
@@ -236,9 +240,13 @@ def _describe_symbol(constants: Constants, var: Var, entry: Entry) -> str:
 
 
 def _describe_module(
-    constants: Constants, target: Target, functions: Sequence[str], weights: Sequence[WeightPlace], weights_size: int
-) -> None:
+    constants: Constants, target: AnyTarget, functions: Sequence[str], weights: Sequence[WeightPlace],
+    weights_size: int, launches: Sequence[str],
+) -> None:  # fmt: skip
     table = constants.array("ptr", functions)
+    for symbol in launches:
+        constants.module.add(f"@{symbol} = external hidden constant i8")
+    kernels = constants.array("ptr", [f"@{symbol}" for symbol in launches])
     places = constants.array(
         _WEIGHT, [f"{{ ptr {constants.text(w.name)}, i64 {w.offset}, i64 {w.size} }}" for w in weights]
     )
@@ -246,6 +254,6 @@ def _describe_module(
     value = (
         f"{{ i32 {MAGIC}, i32 {ABI_VERSION}, i64 {size_of(_MODULE)}, ptr {text}, ptr {features}, ptr {table}, "
         f"ptr {places}, i64 {weights_size}, i32 {len(functions)}, i32 {len(weights)}, "
-        f"i32 {abi.DEVICE_CPU}, i32 0, ptr null }}"
+        f"i32 {_DEVICES[target.kind]}, i32 {len(launches)}, ptr {kernels} }}"
     )
     constants.module.add(f"@{MODULE_SYMBOL} = constant {_MODULE} {value}")

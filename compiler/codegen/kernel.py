@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from kedge.compiler.codegen.address import NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import LANE, Linear
+from kedge.compiler.codegen.alloc import Alloc, statements_of
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
-from kedge.compiler.codegen.prepare import Alloc, prepare, statements_of
+from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.errors import CodegenError

@@ -12,7 +12,7 @@ from kedge.compiler.errors import CodegenError
 from kedge.compiler.target.model import Target
 
 #: llvmlite's pass builders and machines are not safe to share between threads.
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 
 
 @functools.cache
@@ -72,13 +72,13 @@ def _optimized(text: str, target: Target, *, speed: int) -> tuple[Any, Any]:
 
 def emit_object(text: str, target: Target, *, speed: int = 2) -> bytes:
     """The ELF object file of LLVM IR `text`."""
-    with _LOCK:
+    with LOCK:
         module, machine = _optimized(text, target, speed=speed)
         return bytes(machine.emit_object(module))
 
 
 def emit_assembly(text: str, target: Target, *, speed: int = 2) -> str:
     """The assembly of LLVM IR `text`, as the object file would hold it."""
-    with _LOCK:
+    with LOCK:
         module, machine = _optimized(text, target, speed=speed)
         return str(machine.emit_assembly(module))

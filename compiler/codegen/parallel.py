@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kedge.compiler.codegen.affine import Linear
+from kedge.compiler.codegen.alloc import Alloc, statements_of
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
 from kedge.compiler.codegen.expr import ExprEmitter
-from kedge.compiler.codegen.prepare import Alloc, statements_of
 from kedge.compiler.tir.expr import Dim, Expr, Load, Var
 from kedge.compiler.tir.stmt import Buffer, For, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, stmt_exprs, walk_expr

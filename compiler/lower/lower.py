@@ -36,13 +36,14 @@ from kedge.compiler.lower.program import Entry, ExternalKernel, Kernel, Port, Pr
 from kedge.compiler.schedule.default import is_scheduled, schedule_func
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.target.gpu import GpuTarget
 from kedge.compiler.tir.expr import Dim, Expr
 from kedge.compiler.tir.stmt import Buffer, PrimFunc
 from kedge.compiler.tir.structural import canonical
 from kedge.rpc.errors import InputError
 
 
-def lower(module: Module, target: TargetModel, externals: Sequence[External] = ()) -> Program:
+def lower(module: Module, target: TargetModel | GpuTarget, externals: Sequence[External] = ()) -> Program:
     """The program of a module that went through `default_passes`; `externals` have the code of its external calls.
 
     Kernels that are structurally equal are compiled once. Parameters without data become inputs of the entries that
@@ -57,7 +58,7 @@ def lower(module: Module, target: TargetModel, externals: Sequence[External] = (
     return Program(pool.scheduled(), entries, MappingProxyType(weights.arrays), pool.externals())
 
 
-def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel) -> Program:
+def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel | GpuTarget) -> Program:
     """The program whose only entry calls a function; inputs and outputs are named as its parameters.
 
     A `Schedule` is taken as it is, and so is a function that shows a schedule already (see `is_scheduled`); any other
@@ -91,7 +92,7 @@ def _port(buffer: Buffer) -> Port:
 class _Kernels:
     """The kernels of a program and its calls of external functions, each once."""
 
-    def __init__(self, target: TargetModel, externals: Sequence[External]) -> None:
+    def __init__(self, target: TargetModel | GpuTarget, externals: Sequence[External]) -> None:
         self._target = target
         self._codes = by_function(externals)
         self._by_form: dict[str, str] = {}

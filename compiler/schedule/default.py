@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.lower.program import Kernel
 from kedge.compiler.schedule.rules.contraction import Contraction
 from kedge.compiler.schedule.rules.fallback import Fallback
+from kedge.compiler.schedule.rules.gpu import GpuThreads
 from kedge.compiler.schedule.rules.injective import Injective
 from kedge.compiler.schedule.rules.reduction import Reduction
 from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
+from kedge.compiler.target.gpu import GpuTarget
 from kedge.compiler.tir.expr import Const
 from kedge.compiler.tir.stmt import PrimFunc
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
-#: All rules, the more special first. The last one matches everything.
-RULES: tuple[Rule, ...] = (Injective(), Contraction(), Reduction(), Fallback())
+#: All rules for CPUs, the more special first. The last one matches everything.
+RULES: tuple[Rule[TargetModel], ...] = (Injective(), Contraction(), Reduction(), Fallback())
+#: Those for GPUs, likewise.
+GPU_RULES: tuple[Rule[GpuTarget], ...] = (GpuThreads(),)
 
 
 def is_scheduled(func: PrimFunc) -> bool:
@@ -45,7 +50,7 @@ def is_plain(func: PrimFunc) -> bool:
 
 
 def schedule_func(
-    func: PrimFunc, target: TargetModel, *, decisions: Decisions | None = None, origin: Sequence[str] = ()
+    func: PrimFunc, target: TargetModel | GpuTarget, *, decisions: Decisions | None = None, origin: Sequence[str] = ()
 ) -> Kernel:
     """`func` scheduled for `target`: the function, the rule, its decisions and the trace that replays.
 
@@ -55,10 +60,19 @@ def schedule_func(
     Raises:
         ScheduleError: `decisions` were given and cannot be carried out.
     """
-    refused: dict[str, Any] = {}
+    if isinstance(target, GpuTarget):
+        return _by_rules(func, GPU_RULES, target, decisions, origin)
     # What somebody has reshaped already is beyond the rules, but for the last, which leaves it as it is; so is what
     # computes nothing.
-    for rule in RULES if is_plain(func) and not _is_empty(func) else RULES[-1:]:
+    rules = RULES if is_plain(func) and not _is_empty(func) else RULES[-1:]
+    return _by_rules(func, rules, target, decisions, origin)
+
+
+def _by_rules(
+    func: PrimFunc, rules: Sequence[Rule[_T]], target: _T, decisions: Decisions | None, origin: Sequence[str]
+) -> Kernel:
+    refused: dict[str, Any] = {}
+    for rule in rules:
         if not rule.match(func, target):
             continue
         chosen = decisions if decisions is not None else rule.default(func, target)

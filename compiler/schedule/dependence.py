@@ -8,11 +8,13 @@ That proves what `split` and `fuse` make of affine accesses; anything else count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.poly import Poly
 from kedge.compiler.tir.simplify import Simplifier, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Stmt
 from kedge.compiler.tir.structural import expr_key
@@ -76,7 +78,11 @@ def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
         if isinstance(stmt, For):
             if stmt.kind in ("parallel", "thread") and any(a.buffer is buffer for a in accesses(stmt.body)):
                 own = own_per_iteration(stmt, buffer)
-                wrong = not is_private(func, stmt, buffer) if own else conflict(func, stmt, path, [buffer]) is not None
+                together = stmt.kind == "thread" and (fetched_alike(stmt, buffer) or combines(stmt, buffer))
+                if own:
+                    wrong = not is_private(func, stmt, buffer)
+                else:
+                    wrong = not together and conflict(func, stmt, path, [buffer]) is not None
                 if wrong:
                     return stmt
             path.append(stmt)
@@ -86,6 +92,43 @@ def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
         return next((loop for child in stmt_children(stmt) if (loop := visit(child)) is not None), None)
 
     return visit(func.body)
+
+
+def group_loops(loops: Iterable[For], scope: str) -> tuple[For, ...]:
+    """Those of `loops` over threads that share a buffer in `scope`."""
+    return tuple(loop for loop in loops if scope == "shared" and (loop.thread or "").startswith("threadIdx."))
+
+
+def fetched_alike(loop: For, buffer: Buffer) -> bool:
+    """Whether `buffer` is a tile in shared scope that all iterations of `loop`, over threads of one group, fill alike.
+
+    Then one iteration's threads can fill it for all: nothing that is stored there, and no place, depends on the loop;
+    within an iteration it is filled before it is read.
+    """
+    if buffer.scope != "shared" or not (loop.thread or "").startswith("threadIdx."):
+        return False
+    blocks = [block for block in blocks_in(loop) if any(a.buffer is buffer for a in accesses(block))]
+    written = {store.buffer for store in stores(loop.body)}
+    for number, block in enumerate(blocks):
+        if not any(store.buffer is buffer for store in stores(block)):
+            if number == 0:
+                return False
+            continue
+        around = [each for each in loops_in(loop.body) if any(one is block for one in blocks_in(each))]
+        steering = (*block.bindings, block.predicate, *(each.extent for each in around))
+        if any(loop.var in free_vars(expr) for expr in steering) or updates_in_place(block):
+            return False
+        if any(a.buffer in written and not a.is_write for a in accesses(block)):
+            return False
+    return bool(blocks)
+
+
+def combines(loop: For, buffer: Buffer) -> bool:
+    """Whether threads of one group combine their parts of a reduction over `loop` in `buffer`."""
+    together = (loop.thread or "").startswith("threadIdx.") and buffer.scope not in PRIVATE_SCOPES
+    blocks = reducing_blocks(loop)
+    users = [block for block in blocks_in(loop) if any(a.buffer is buffer for a in accesses(block))]
+    return together and len(blocks) == 1 and users == list(blocks)
 
 
 def tied_to(func: PrimFunc, block: Block) -> Buffer | None:
@@ -113,11 +156,19 @@ def is_reused(func: PrimFunc, buffer: Buffer) -> bool:
 
 def reduces_over(loop: For) -> Block | None:
     """A block under `loop` whose reduction variables depend on the loop, or None."""
-    for block in blocks_in(loop):
-        for it, binding in zip(block.iters, block.bindings, strict=True):
-            if it.kind == "reduce" and loop.var in free_vars(binding):
-                return block
-    return None
+    return next(iter(reducing_blocks(loop)), None)
+
+
+def reducing_blocks(loop: For) -> tuple[Block, ...]:
+    """The blocks under `loop` whose reduction variables depend on the loop."""
+    return tuple(
+        block
+        for block in blocks_in(loop)
+        if any(
+            it.kind == "reduce" and loop.var in free_vars(binding)
+            for it, binding in zip(block.iters, block.bindings, strict=True)
+        )
+    )
 
 
 def updates_in_place(block: Block) -> bool:
@@ -187,7 +238,25 @@ def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range
                 return True
             if all(simplifier.prove_positive(gap.scaled(-1), after) for gap in gaps):
                 return True
+            steps = [(low, substitute_expr(high, after)) for low, high in pairs]
+            if all(_deals_out(var, distance, low, high, simplifier) for low, high in steps):
+                return True
     return False
+
+
+def _deals_out(var: Var, distance: Var, low: Expr, high: Expr, simplifier: Simplifier) -> bool:
+    """Whether addresses `distance + 1` iterations apart differ because they do so modulo some number.
+
+    So they are where iterations take turns: in `j * 256 + t` with t below 256, for t, whatever j is.
+    """
+    gap, step = simplifier.poly(high) - simplifier.poly(low), simplifier.poly(distance).atoms()
+    parts = gap.coefficient(step[0]) if len(step) == 1 else None
+    most = simplifier.bounds(var)[1]
+    if parts is None or most is None or not parts[0].value:
+        return False
+    weight = parts[0].value
+    others = (parts[1] - Poly.of(weight)).terms.values()
+    return bool(others) and abs(weight) * most < math.gcd(*others)
 
 
 @dataclass(frozen=True, slots=True)

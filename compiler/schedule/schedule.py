@@ -21,10 +21,11 @@ from typing import Any
 
 from kedge.compiler.schedule.drawing import Picture
 from kedge.compiler.schedule.handles import BlockRef, LoopRef, Ref
+from kedge.compiler.schedule.primitives.bind import bind
 from kedge.compiler.schedule.primitives.cache import cache_write
 from kedge.compiler.schedule.primitives.cache_read import cache_read
 from kedge.compiler.schedule.primitives.inline import compute_inline, reverse_compute_inline
-from kedge.compiler.schedule.primitives.loops import annotate, bind, fuse, parallel, reorder, set_kind, split
+from kedge.compiler.schedule.primitives.loops import annotate, fuse, parallel, reorder, set_kind, split
 from kedge.compiler.schedule.primitives.motion import compute_at, reverse_compute_at
 from kedge.compiler.schedule.primitives.pad import pad_einsum
 from kedge.compiler.schedule.primitives.pipeline import software_pipeline

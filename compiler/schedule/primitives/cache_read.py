@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kedge.compiler.schedule.dependence import group_loops
 from kedge.compiler.schedule.nest import loop_vars, span_of
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
@@ -33,7 +34,8 @@ from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, substitu
 def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Scope) -> tuple[PrimFunc, str]:
     """`func` with block `name` reading a copy of a part of a buffer, made at the start of the body of `loop`.
 
-    The copy holds what the block reads in one iteration of `loop`. Returns the name of the block that copies.
+    The copy holds what the block reads in one iteration of `loop`; in shared scope, what all threads of a group read
+    then, as far as loops are bound to threads already. Returns the name of the block that copies.
     """
     primitive = "cache_read"
     path = block_path(func, name)
@@ -44,7 +46,10 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     if node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="cache before setting the kinds of loops")
     source = _source(func, block, source_name, node)
-    starts, shape = _part_read(func, block, source, outer, inner)
+    # Threads of a group share the copy: it holds what all of them read.
+    group = group_loops(outer, scope)
+    apart = tuple(each for each in outer if each not in group)
+    starts, shape = _part_read(func, block, source, apart, (*group, *inner))
     copy = Buffer(buffer_name(func, f"{source.name}_{scope}"), shape, source.dtype, scope)
     nest = _fill_nest(func, source, copy, starts)
     redirected = _reading(func, block, source, copy, starts, outer, inner)

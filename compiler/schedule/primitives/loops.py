@@ -29,8 +29,6 @@ from kedge.compiler.tir.simplify import Simplifier, prove, simplify
 from kedge.compiler.tir.stmt import Block, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
 from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
 
-#: Axes of a grid of threads.
-THREAD_AXES = frozenset(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx", "vthread") for axis in "xyz")
 #: Annotations that primitives write, with the calls that write them.
 _WRITTEN = {
     "intrin": "sch.tensorize(loop, intrin)",
@@ -149,15 +147,6 @@ def parallel(func: PrimFunc, loop: Var, schedule: LoopSchedule, chunk: int | Non
         raise refuse(func, "parallel", loop, reason, hint="take as many iterations as last some microseconds")
     new = set_kind(func, "parallel", loop, "parallel")
     return _annotated(new, _node(new, loop), {"schedule": "dynamic", "chunk": size})
-
-
-def bind(func: PrimFunc, loop: Var, thread: str) -> PrimFunc:
-    """`loop` spread over the threads of an axis such as "blockIdx.x"."""
-    if thread not in THREAD_AXES:
-        raise refuse(
-            func, "bind", loop, f"unknown thread axis {thread!r}", hint=f"known: {', '.join(sorted(THREAD_AXES))}"
-        )
-    return set_kind(func, "bind", loop, "thread", thread)
 
 
 def annotate(func: PrimFunc, subject: Var | str, key: str, value: Any) -> PrimFunc:

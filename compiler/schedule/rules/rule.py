@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.stmt import PrimFunc
@@ -38,7 +38,10 @@ class TargetModel(Protocol):
         """Whether multiply and add are one instruction."""
 
 
-class Rule(Protocol):
+TargetT = TypeVar("TargetT", contravariant=True)
+
+
+class Rule(Protocol[TargetT]):
     """A way to schedule a family of functions.
 
     `default` picks decisions by a model of the target; tuning searches the same `space` by measuring. `apply` carries
@@ -49,14 +52,14 @@ class Rule(Protocol):
     def name(self) -> str:
         """The rule's name, as reports and tuning records give it."""
 
-    def match(self, func: PrimFunc, target: TargetModel) -> bool:
+    def match(self, func: PrimFunc, target: TargetT) -> bool:
         """Whether the rule is for functions like `func`."""
 
-    def space(self, func: PrimFunc, target: TargetModel) -> Space:
+    def space(self, func: PrimFunc, target: TargetT) -> Space:
         """The decisions to be taken and their candidates."""
 
-    def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
+    def default(self, func: PrimFunc, target: TargetT) -> Decisions:
         """A good choice from `space`, without measuring."""
 
-    def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
+    def apply(self, sch: Schedule, decisions: Decisions, target: TargetT) -> None:
         """Schedule `sch`, which holds a function that the rule matches."""

@@ -1,0 +1,80 @@
+"""A scheduled `PrimFunc` for a GPU: blocks go, launches are split off, barriers put in; then text for the device.
+
+func ─▶ thread reductions ─▶ without blocks ─▶ launches, barriers ─┬─▶ OpenCL C | PTX
+                                                                   └─▶ the host's code that launches them
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from kedge.compiler.codegen.gpu.host import emit_host
+from kedge.compiler.codegen.gpu.ir import Launch, walk
+from kedge.compiler.codegen.gpu.launches import split_launches
+from kedge.compiler.codegen.gpu.opencl import features_of, opencl_source
+from kedge.compiler.codegen.gpu.ptx import emit_ptx
+from kedge.compiler.codegen.gpu.reductions import lower_thread_reductions
+from kedge.compiler.codegen.prepare import drop_empty, lower_blocks
+from kedge.compiler.codegen.types import byte_size
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.target.gpu import GpuTarget
+from kedge.compiler.tir.expr import Dim
+from kedge.compiler.tir.simplify import simplify_stmt
+from kedge.compiler.tir.stmt import PrimFunc, Stmt
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCode:
+    """A function for a GPU: the host's LLVM IR and workspace, the device's text, its kernels' symbols and needs."""
+
+    symbol: str
+    ir: str
+    workspace: Dim
+    text: str
+    kernels: tuple[str, ...]
+    features: tuple[str, ...]
+
+
+def emit_device(func: PrimFunc, target: GpuTarget, symbol: str) -> DeviceCode:
+    """`func`, whose loops are bound to threads, under the host's linker symbol `symbol`.
+
+    Raises:
+        CodegenError: a loop that is on no axis of threads, a group that is larger than the target allows, or
+            threads that would have to wait where they cannot.
+    """
+    func, body = device_body(func, symbol)
+    launches = [each for each in walk(body) if isinstance(each, Launch)]
+    for launch in launches:
+        _check_limits(func, launch, target)
+    if target.kind == "opencl":
+        text, features = opencl_source(launches), features_of(launches)
+    else:
+        text, features = emit_ptx(launches, target.arch_name), tuple[str, ...]()
+    ir, workspace, kernels = emit_host(func, body, text, features, target.host, symbol)
+    return DeviceCode(symbol, ir, workspace, text, kernels, features)
+
+
+def device_body(func: PrimFunc, name: str) -> tuple[PrimFunc, Stmt]:
+    """The function with the buffers that were added to it, and its body as the host runs it, launches inside."""
+    reduced, added = lower_thread_reductions(func.body)
+    func = replace(func, allocs=(*func.allocs, *added), body=reduced)
+    plain = drop_empty(simplify_stmt(drop_empty(lower_blocks(reduced))))
+    return func, split_launches(plain, name)
+
+
+def _check_limits(func: PrimFunc, launch: Launch, target: GpuTarget) -> None:
+    threads = math.prod(launch.block)
+    if threads > target.max_threads:
+        raise CodegenError(
+            f"{func.name}: a group of {' x '.join(map(str, launch.block))} = {threads} threads; "
+            f"{target.label} has groups of at most {target.max_threads}",
+            hint="bind smaller loops to threadIdx, or say -max-threads= if the device has more",
+        )
+    sizes = [math.prod(dim for dim in b.shape if isinstance(dim, int)) * byte_size(b.dtype) for b in launch.shared]
+    if sum(sizes) > target.shared_bytes:
+        raise CodegenError(
+            f"{func.name}: buffers in shared scope take {sum(sizes)} bytes; {target.label} has {target.shared_bytes} "
+            "for a group",
+            hint="make their tiles smaller, or say -shared= if the device has more",
+        )

@@ -1,0 +1,279 @@
+"""Loops over threads become launches: which kernels run, over what grid, and what one thread of each does.
+
+Loops that are bound to one axis become one variable, the thread's position. What stands outside of some axis's loops
+is done by the axis's first thread, and by all of them where it writes their private memory. So this nest, in which
+one loop over threads is inside another of the same axis,
+
+    for i in thread(16, 'threadIdx.x'):                  x = threadIdx.x
+      for k in range(8):                                 for k in range(8):
+        for c in thread(16, 'threadIdx.x'):       ->       tile[x] = a[k * 16 + x]
+          tile[c] = a[k * 16 + c]                          barrier
+        for j in range(16): y[i] += tile[j]                for j in range(16): y[x] += tile[j]
+                                                           barrier
+
+fetches the tile with all threads: the inner loop does not depend on the outer one (`bind` sees to that), so that what
+every outer iteration would do over again is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from kedge.compiler.codegen.gpu.barriers import Unit, place_barriers
+from kedge.compiler.codegen.gpu.ir import (
+    GROUP_AXES,
+    THREAD_AXES,
+    Launch,
+    buffers_of,
+    exprs,
+    used_vars,
+    walk,
+)
+from kedge.compiler.codegen.gpu.shrink import shrink_arrays
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.tir.expr import Call, Const, Expr, Var, const, eq
+from kedge.compiler.tir.simplify import over, simplify, simplify_stmt
+from kedge.compiler.tir.stmt import For, If, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, map_stmt_exprs, seq, substitute_expr
+
+#: Scopes of which every thread has its own.
+PRIVATE = frozenset({"local", "register"})
+
+
+def split_launches(body: Stmt, name: str) -> Stmt:
+    """`body` (without blocks) as the host runs it: loops and conditions of the host around `Launch` statements.
+
+    Raises:
+        CodegenError: a loop is on no axis of threads, or groups would have to wait for one another.
+    """
+    return _Host(name, [0]).stmt(body)
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    name: str
+    count: list[int]
+
+    def stmt(self, stmt: Stmt) -> Stmt:
+        match stmt:
+            case For(kind="thread"):
+                return self.launch(stmt)
+            case Seq(stmts=stmts):
+                return Seq(tuple(self.stmt(one) for one in stmts))
+            case Store():
+                return self.launch(stmt)
+            case For() if _has_threads(stmt):
+                return replace(stmt, kind="serial", body=self.stmt(stmt.body))
+            case If() if not any(True for _ in loads(stmt.condition)) and (_has_threads(stmt) or _is_flat(stmt)):
+                orelse = None if stmt.orelse is None else self.stmt(stmt.orelse)
+                return replace(stmt, then=self.stmt(stmt.then), orelse=orelse)
+            case For(var=var):
+                raise CodegenError(
+                    f"{self.name}: loop {var.name!r} is on no axis of threads, and a GPU runs nothing else",
+                    hint='sch.bind(loop, "blockIdx.x"), or split it and bind the parts to blockIdx.x and threadIdx.x',
+                )
+        raise CodegenError(f"{self.name}: a condition on data stands outside of all loops over threads")
+
+    def launch(self, stmt: Stmt) -> Launch:
+        number = self.count[0]
+        self.count[0] += 1
+        return _Kernel(self.name, stmt).launch(f"{self.name}_{number}" if number else self.name)
+
+
+def _has_threads(stmt: Stmt) -> bool:
+    return any(isinstance(each, For) and each.kind == "thread" for each in walk(stmt))
+
+
+def _is_flat(stmt: Stmt) -> bool:
+    return not any(isinstance(each, For) for each in walk(stmt))
+
+
+@dataclass(slots=True)
+class _Kernel:
+    """One launch in the making."""
+
+    func: str
+    nest: Stmt
+    loops: dict[str, list[For]] = field(default_factory=dict)
+    axes: dict[str, Var] = field(default_factory=dict)
+    extents: dict[str, Expr] = field(default_factory=dict)
+
+    def launch(self, name: str) -> Launch:
+        """The launch under the kernel's `name`."""
+        for loop in (each for each in walk(self.nest) if isinstance(each, For) and each.kind == "thread"):
+            assert loop.thread is not None
+            self.loops.setdefault(loop.thread, []).append(loop)
+        for axis, loops in self.loops.items():
+            self.axes[axis] = Var(axis.replace(".", "_"))
+            self.extents[axis] = self.size(axis, loops)
+        ranges = {var: over(self.extents[axis]) for axis, var in self.axes.items()}
+        units = self.body(self.nest, _Here({}, {}, {}, ()))
+        body = simplify_stmt(place_barriers(units, self.position()), ranges)
+        inner = {each.var for each in walk(body) if isinstance(each, For)}
+        fixed = frozenset(var for var in used_vars(body) if var not in inner)
+        in_group = fixed - self.position()
+        body = shrink_arrays(body, {"shared": in_group, "local": fixed, "register": fixed}, ranges)
+        touched = buffers_of(body)
+        in_global = tuple(b for b in touched if b.scope == "global")
+        for buffer in touched:
+            if buffer.scope != "global" and not all(isinstance(dim, int) for dim in buffer.shape):
+                raise CodegenError(
+                    f"{self.func}: buffer {buffer.name!r} in {buffer.scope} scope has no constant size, as a GPU needs",
+                    hint="split its loops by constants, or put it in global scope",
+                )
+        sizes = [self.extents.get(axis, const(1)) for axis in (*GROUP_AXES, *THREAD_AXES)]
+        threads = [int(size.value) for size in sizes[3:] if isinstance(size, Const)]
+        positions = set(self.axes.values())
+        needed = dict.fromkeys(var for size in sizes[:3] for var in free_vars(size))
+        return Launch(
+            name,
+            (sizes[0], sizes[1], sizes[2]),
+            (threads[0], threads[1], threads[2]),
+            dict(self.axes),
+            body,
+            tuple(b for b in touched if b.scope == "shared"),
+            tuple(b for b in touched if b.scope in PRIVATE),
+            in_global,
+            tuple(var for var in dict.fromkeys((*used_vars(body), *needed)) if var not in positions),
+        )
+
+    def position(self) -> frozenset[Var]:
+        """The variables that differ between threads of one group."""
+        return frozenset(var for axis, var in self.axes.items() if axis in THREAD_AXES)
+
+    def size(self, axis: str, loops: list[For]) -> Expr:
+        """The extent of an axis: the largest of its loops."""
+        if axis in THREAD_AXES:
+            for loop in loops:
+                if not isinstance(loop.extent, Const):
+                    raise CodegenError(
+                        f"{self.func}: loop {loop.var.name!r} over {axis} has no constant extent",
+                        hint="split it by a constant and bind the outer part to blockIdx",
+                    )
+            return const(max(int(loop.extent.value) for loop in loops if isinstance(loop.extent, Const)))
+        if axis not in GROUP_AXES:
+            return const(1)
+        first = loops[0]
+        for other in loops[1:]:
+            if expr_key(simplify(other.extent)) != expr_key(simplify(first.extent)):
+                raise CodegenError(
+                    f"{self.func}: loops {first.var.name!r} and {other.var.name!r} over {axis} differ in extent",
+                    hint="a launch has one grid: make separate nests of them",
+                )
+        if any(var in self.bound() for var in free_vars(first.extent)):
+            raise CodegenError(f"{self.func}: the extent of loop {first.var.name!r} over {axis} depends on other loops")
+        return first.extent
+
+    def bound(self) -> set[Var]:
+        """The variables of loops inside the launch."""
+        return {each.var for each in walk(self.nest) if isinstance(each, For)}
+
+    # The body of one thread -------------------------------------------------------------------------------------
+
+    def body(self, stmt: Stmt, here: _Here) -> Stmt:
+        """`stmt` in terms of the thread's position, its stores as units that say who runs them."""
+        match stmt:
+            case Seq(stmts=stmts):
+                return Seq(tuple(self.body(one, here) for one in stmts))
+            case Store():
+                return self.unit(map_stmt(stmt, expr=here.substitute), here)
+            case For(kind="thread"):
+                return self.thread_loop(stmt, here)
+            case For():
+                loop = map_stmt_exprs(stmt, here.substitute)
+                assert isinstance(loop, For)
+                return replace(loop, body=self.body(stmt.body, here))
+            case If():
+                return self.condition(stmt, here)
+        raise CodegenError(f"internal error: {type(stmt).__name__} in a kernel for a GPU")
+
+    def thread_loop(self, loop: For, here: _Here) -> Stmt:
+        axis = loop.thread
+        assert axis is not None
+        if axis not in GROUP_AXES and axis not in THREAD_AXES:  # virtual threads: one after the other
+            inner = self.body(loop.body, here)
+            return replace(
+                loop, kind="unrolled" if isinstance(loop.extent, Const) else "serial", thread=None, body=inner
+            )
+        position = self.axes[axis]
+        guards = {key: guard for key, guard in here.guards.items() if key != axis}
+        size = self.extents[axis]
+        if isinstance(size, Const) and isinstance(loop.extent, Const) and loop.extent.value < size.value:
+            guards[axis] = position < loop.extent
+        values = {**here.values, loop.var: position}
+        return self.body(loop.body, _Here(values, {**here.owners, axis: loop}, guards, here.conditions))
+
+    def condition(self, stmt: If, here: _Here) -> Stmt:
+        condition = here.substitute(stmt.condition)
+        if any(True for _ in loads(condition)):
+            if _has_threads(stmt):
+                raise CodegenError(f"{self.func}: a condition on data decides over a loop over threads")
+            return self.unit(map_stmt(stmt, expr=here.substitute), here)
+        then = self.body(stmt.then, here.where(condition))
+        if stmt.orelse is None:
+            return then
+        return seq(then, self.body(stmt.orelse, here.where(Call("not", (condition,), "bool"))))
+
+    def unit(self, stmt: Stmt, here: _Here) -> Unit:
+        """A store (or what hangs on data) with its owners, and the conditions under which a thread runs it."""
+        written = [each for each in walk(stmt) if isinstance(each, Store)]
+        scopes = {store.buffer.scope for store in written}
+        owners: list[tuple[str, object]] = []
+        guards = [*here.guards.values(), *here.conditions]
+        for axis, position in self.axes.items():
+            if axis not in GROUP_AXES and axis not in THREAD_AXES:
+                continue
+            loop = here.owners.get(axis)
+            own = scopes <= PRIVATE or (axis in GROUP_AXES and "global" not in scopes)
+            if own:  # each thread, or each group, has an array of its own
+                owners.append((axis, "all" if loop is None else loop))
+            elif loop is not None and all(_uses(store.indices, position) for store in written):
+                owners.append((axis, loop))
+            else:
+                self.check_alike(stmt, written, position, loop, here.conditions)
+                owners.append((axis, "first"))
+                guards = [guard for guard in guards if not _uses((guard,), position)]
+                if not _is_one(self.extents[axis]):
+                    guards.append(eq(position, 0))
+        return Unit(stmt, tuple(owners), tuple(guards))
+
+    def check_alike(
+        self, stmt: Stmt, written: list[Store], position: Var, loop: For | None, conditions: tuple[Expr, ...]
+    ) -> None:
+        """Refuse if threads of an axis would store different values to one element."""
+        if loop is None:
+            return
+        depends = any(_uses((node,), position) for each in walk(stmt) for node in exprs(each) if isinstance(node, Var))
+        if depends or _uses(conditions, position):
+            raise CodegenError(
+                f"{self.func}: threads of loop {loop.var.name!r} ({loop.thread}) write the same element of "
+                f"{written[0].buffer.name!r}"
+            )
+
+
+def _uses(found: tuple[Expr, ...], var: Var) -> bool:
+    return any(var in free_vars(expr) for expr in found)
+
+
+def _is_one(size: Expr) -> bool:
+    return isinstance(size, Const) and size.value == 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """What holds at a place: values of variables, the innermost loop of each axis and its guard, conditions."""
+
+    values: Mapping[Var, Expr]
+    owners: Mapping[str, For]
+    guards: Mapping[str, Expr]
+    conditions: tuple[Expr, ...]
+
+    def substitute(self, expr: Expr) -> Expr:
+        """`expr` in terms of the thread's position."""
+        return substitute_expr(expr, self.values)
+
+    def where(self, condition: Expr) -> _Here:
+        """The same place under one more condition."""
+        return replace(self, conditions=(*self.conditions, condition))

@@ -1,0 +1,157 @@
+"""Reductions whose loop is bound to threads: partial results in registers, then a tree in shared memory.
+
+    for t in thread(T, 'threadIdx.x'):             for t: part = 0; for k: part += x[k, t]; tree[t] = part
+      for k: block y: y[0] += x[k, t]        ->    for t in T/2: tree[t] += tree[t + T/2]      (and so on, halving)
+                                                   y[0] += tree[0]
+
+(Harris, "Optimizing Parallel Reduction in CUDA", 2007, in its form with sequential addressing.) The barriers between
+the steps are put in later, as everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kedge.compiler.errors import CodegenError
+from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, binary, const, eq, identity, logical_and
+from kedge.compiler.tir.stmt import Block, Buffer, For, If, Stmt, Store
+from kedge.compiler.tir.updates import Update, as_update
+from kedge.compiler.tir.visitor import (
+    free_vars,
+    map_stmt,
+    map_stmt_children,
+    seq,
+    substitute,
+    substitute_expr,
+    walk_stmt,
+)
+
+
+def lower_thread_reductions(stmt: Stmt) -> tuple[Stmt, tuple[Buffer, ...]]:
+    """`stmt` without blocks that reduce over a thread axis, and the buffers that were made for it.
+
+    Raises:
+        CodegenError: such a block combines its values in no way that is known, or its nest has another shape.
+    """
+    lowering = _Lowering([])
+    return lowering.visit(stmt, ()), tuple(lowering.buffers)
+
+
+def reducing_block(loop: For) -> Block | None:
+    """The block under `loop` whose reduction variables depend on the loop, or None."""
+    for block in walk_stmt(loop):
+        if isinstance(block, Block) and any(
+            it.kind == "reduce" and loop.var in free_vars(binding)
+            for it, binding in zip(block.iters, block.bindings, strict=True)
+        ):
+            return block
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Lowering:
+    buffers: list[Buffer]
+
+    def visit(self, stmt: Stmt, threads: tuple[For, ...]) -> Stmt:
+        """`stmt` lowered; `threads` are the loops over threads around it."""
+        if not (isinstance(stmt, For) and (stmt.thread or "").startswith("threadIdx.")):
+            return map_stmt_children(stmt, lambda child: self.visit(child, threads))
+        block = reducing_block(stmt)
+        if block is not None:
+            return self.reduction(stmt, block, threads)
+        return map_stmt_children(stmt, lambda child: self.visit(child, (*threads, stmt)))
+
+    def reduction(self, loop: For, block: Block, threads: tuple[For, ...]) -> Stmt:
+        """The loop over threads, the tree, and the one store of the result."""
+        update = as_update(block.body)
+        inner = _loops_to(loop, block)
+        _check(loop, block, update, inner)
+        assert update is not None
+        size = _extent(loop)
+        dtype = update.store.buffer.dtype
+        part = Buffer(f"{block.name}_part", (1,), dtype, "local")
+        tree = Buffer(f"{block.name}_tree", (*map(_extent, threads), size), dtype, "shared")
+        self.buffers.extend((part, tree))
+        zero = const(0)
+        at = tuple(each.var for each in threads)
+
+        def combine(a: Expr, b: Expr) -> Expr:
+            return binary(update.combiner, a, b)
+
+        partial = replace(
+            block, init=None, body=Store(part, (zero,), combine(Load(part, (zero,)), update.value))
+        )  # fmt: skip
+        body = map_stmt(loop.body, lambda s: partial if isinstance(s, Block) and s.name == block.name else s)
+        start = Store(part, (zero,), identity(update.combiner, dtype))
+        steps: list[Stmt] = [replace(loop, body=seq(start, body, Store(tree, (*at, loop.var), Load(part, (zero,)))))]
+        reach = 1 << (size - 1).bit_length()
+        while reach > 1:
+            reach //= 2
+            var = Var(f"{loop.var.name}_{reach}")
+            both = combine(Load(tree, (*at, var)), Load(tree, (*at, var + reach)))
+            step = For(var, const(min(reach, size - reach)), "thread", Store(tree, (*at, var), both), loop.thread)
+            steps.append(step)
+        total = Load(tree, (*at, zero))
+        return seq(*steps, _result(block, update, total, {loop.var, *(each.var for each in inner)}))
+
+
+def _extent(loop: For) -> int:
+    if not isinstance(loop.extent, Const):
+        raise CodegenError(
+            f"loop {loop.var.name!r} over {loop.thread} has no constant extent", hint="split it by a constant first"
+        )
+    return int(loop.extent.value)
+
+
+def _loops_to(loop: For, block: Block) -> list[For]:
+    """The loops inside `loop` and around the block, outermost first."""
+    inside = [s for s in walk_stmt(loop.body) if isinstance(s, For)]
+    return [each for each in inside if any(s is block for s in walk_stmt(each))][::-1]
+
+
+def _check(loop: For, block: Block, update: Update | None, inner: list[For]) -> None:
+    where = f"block {block.name!r} reduces over loop {loop.var.name!r}, which is bound to {loop.thread}"
+    if update is None:
+        raise CodegenError(f"{where}: it is no sum, product, smallest or largest of values")
+    own = {loop.var, *(each.var for each in inner)}
+    for it, binding in zip(block.iters, block.bindings, strict=True):
+        wrong = next((var for var in free_vars(binding) if var in own), None)
+        if it.kind == "spatial" and wrong is not None:
+            raise CodegenError(
+                f"{where}, but its output depends on loop {wrong.name!r} inside",
+                hint="reorder the loops of its output outside of the bound one",
+            )
+    if any(each.kind == "thread" for each in inner):
+        raise CodegenError(f"{where}, and other threads' loops are inside", hint="fuse them before binding")
+    target = update.store.buffer
+    for other in walk_stmt(loop):
+        if isinstance(other, Block) and other is not block:
+            touched = {region.buffer for region in (*other.reads, *other.writes)}
+            if target in touched:
+                raise CodegenError(f"{where}, but block {other.name!r} inside uses {target.name!r} before it is there")
+
+
+def _result(block: Block, update: Update, total: Expr, own: set[Var]) -> Stmt:
+    """The combined value put where the reduction's result belongs, once for all threads of the axis."""
+    at: dict[Var, Expr] = {it.var: b for it, b in zip(block.iters, block.bindings, strict=True)}
+    first = {var: const(0) for var in own}
+    started = [eq(substitute_expr(at[it.var], first), 0) for it in block.iters if it.kind == "reduce"]
+    outer = any(free_vars(term) for term in started)
+    spatial = [term for term in _conjuncts(block.predicate) if not own & _loops_of(term, at)]
+    store = update.store
+    place = tuple(substitute_expr(index, at) for index in store.indices)
+    result: Stmt = Store(store.buffer, place, binary(update.combiner, Load(store.buffer, place), total))
+    if block.init is not None:
+        init = substitute(block.init, at)
+        result = seq(If(logical_and(*started), init) if outer else init, result)
+    return If(substitute_expr(logical_and(*spatial), at), result) if spatial else result
+
+
+def _loops_of(term: Expr, at: dict[Var, Expr]) -> set[Var]:
+    return set(free_vars(substitute_expr(term, at)))
+
+
+def _conjuncts(condition: Expr) -> list[Expr]:
+    if isinstance(condition, Binary) and condition.op == "and":
+        return [*_conjuncts(condition.a), *_conjuncts(condition.b)]
+    return [] if isinstance(condition, Const) and condition.value else [condition]
