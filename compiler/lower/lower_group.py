@@ -46,9 +46,10 @@ def lower_group(group: Fused, name: str) -> PrimFunc:
 def _lower_call(call: Call, tensors: Mapping[int, te.Tensor]) -> te.Tensor:
     lower = registry.get(call.op).lower
     if lower is None:
+        external = f'compile with externals=[kedge.External(…, pattern=p.op("{call.op}", …))], which computes it'
         raise CompileError(
             f"{call.op} (node {', '.join(call.origin) or 'without a name'}) has no lowering",
-            hint="run kedge.compiler.graph.passes.Legalize first",
+            hint=external if "." in call.op else "run kedge.compiler.graph.passes.Legalize first",
         )
     return lower([tensors[id(operand)] for operand in call.inputs], call.attrs, call.types)[0]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ Attributes: TypeAlias = Mapping[str, Any]
 
 #: Installed packages name modules in this group that register operators, so that the command line knows them too.
 ENTRY_POINTS: Final = "kedge.operators"
+OperatorT = TypeVar("OperatorT", bound="OnnxOperator")
 _STANDARD_DOMAINS: Final = ("", "ai.onnx")
 
 
@@ -50,7 +51,7 @@ class OnnxOperator:
 
     domain: str
     op_type: str
-    function: TensorFunction
+    function: Callable[..., Any]
 
     @property
     def title(self) -> str:
@@ -70,10 +71,19 @@ class OnnxOperator:
     ) -> None:
         self.unregister()
 
+    @property
+    def graph_name(self) -> str:
+        """The operator as graphs and patterns name it."""
+        name = re.sub(r"[^\w.]", "_", self.title, flags=re.ASCII)
+        return name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+
     def graph_op(self, kind: FusionKind) -> str:
         """The name of the graph operator that fuses as `kind` says."""
-        name = re.sub(r"[^\w.]", "_", self.title, flags=re.ASCII)
-        return f"{name if re.match(r'[A-Za-z_]', name) else f'_{name}'}.{kind.name.lower()}"
+        return f"{self.graph_name}.{kind.name.lower()}"
+
+    def declarations(self) -> tuple[OpDef, ...]:
+        """Its graph operators: one for each way of fusing."""
+        return tuple(_declaration(self, kind) for kind in FusionKind)
 
     def results(self, tensors: Sequence[Tensor], attributes: Attributes) -> tuple[Tensor, ...]:
         """What the function makes of `tensors`, each result a tensor that is computed.
@@ -149,20 +159,29 @@ def register(domain: str, op_type: str, function: TensorFunction) -> OnnxOperato
             f"the function of {domain}.{op_type} takes {inspect.signature(function)}; "
             "it is called as function(tensors, **attributes)"
         ) from None
-    if domain in _STANDARD_DOMAINS:
+    return add(OnnxOperator(domain, op_type, function))
+
+
+def add(operator: OperatorT) -> OperatorT:
+    """Make an operator known.
+
+    Raises:
+        CompileError: one of its name is known already, or its domain is ONNX's own.
+    """
+    if operator.domain in _STANDARD_DOMAINS:
         raise CompileError(
-            f"{op_type!r} cannot be registered in ONNX's own domain",
+            f"{operator.op_type!r} cannot be registered in ONNX's own domain",
             hint='name a domain of your own, such as "my.domain", and use it in the model',
         )
-    operator = OnnxOperator(domain, op_type, function)
-    taken = {operator.graph_op(kind) for kind in FusionKind} & set(registry.names())
-    if (domain, op_type) in _OPERATORS or taken:
+    declarations = operator.declarations()
+    taken = {each.name for each in declarations} & set(registry.names())
+    if (operator.domain, operator.op_type) in _OPERATORS or taken:
         raise CompileError(
             f"{operator.title} is registered already", hint="te.unregister_onnx(domain, op_type) forgets the other one"
         )
-    for kind in FusionKind:
-        registry.register(_declaration(operator, kind))
-    _OPERATORS[domain, op_type] = operator
+    for each in declarations:
+        registry.register(each)
+    _OPERATORS[operator.domain, operator.op_type] = operator
     return operator
 
 
@@ -171,8 +190,8 @@ def unregister(domain: str, op_type: str) -> None:
     operator = _OPERATORS.pop((domain, op_type), None)
     if operator is None:
         raise CompileError(f"{domain}.{op_type} is not registered", hint=f"registered are: {', '.join(_titles())}")
-    for kind in FusionKind:
-        registry.forget(operator.graph_op(kind))
+    for each in operator.declarations():
+        registry.forget(each.name)
 
 
 def find(domain: str, op_type: str) -> OnnxOperator | None:
