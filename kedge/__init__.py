@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kedge.artifact import Artifact
     from kedge.compiler.graph.external import External
     from kedge.compiler.graph.ir import Module
+    from kedge.compiler.ops.opaque import register_onnx
     from kedge.compiler.schedule.schedule import Schedule
     from kedge.rpc.errors import KedgeError
 
@@ -42,6 +43,7 @@ __all__ = [
     "nn",
     "patterns",
     "pipeline",
+    "register_onnx",
     "te",
 ]
 
@@ -61,6 +63,7 @@ _WHERE = {
     "nn": ("kedge.nn", None),
     "patterns": ("kedge.patterns", None),
     "pipeline": ("kedge.api", "pipeline"),
+    "register_onnx": ("kedge.compiler.ops.opaque", "register_onnx"),
     "te": ("kedge.te", None),
 }
 
