@@ -8,7 +8,6 @@ That proves what `split` and `fuse` make of affine accesses; anything else count
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -247,16 +246,24 @@ def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range
 def _deals_out(var: Var, distance: Var, low: Expr, high: Expr, simplifier: Simplifier) -> bool:
     """Whether addresses `distance + 1` iterations apart differ because they do so modulo some number.
 
-    So they are where iterations take turns: in `j * 256 + t` with t below 256, for t, whatever j is.
+    So they are where iterations take turns: in `j * 256 + t * 4 + i` with t below 64 and i below 4, for t, whatever i
+    and j are. The gap is a multiple of the iterations' step, and what is added to it is smaller than the step or a
+    multiple of more than all steps together.
     """
-    gap, step = simplifier.poly(high) - simplifier.poly(low), simplifier.poly(distance).atoms()
-    parts = gap.coefficient(step[0]) if len(step) == 1 else None
+    gap, number = simplifier.poly(high) - simplifier.poly(low), simplifier.poly(distance).atoms()
+    parts = gap.coefficient(number[0]) if len(number) == 1 else None
     most = simplifier.bounds(var)[1]
-    if parts is None or most is None or not parts[0].value:
+    step = None if parts is None else parts[0].value
+    if parts is None or most is None or not step:
         return False
-    weight = parts[0].value
-    others = (parts[1] - Poly.of(weight)).terms.values()
-    return bool(others) and abs(weight) * most < math.gcd(*others)
+    size, others = abs(step), (parts[1] - Poly.of(step)).terms
+    for turn in sorted({abs(weight) for mono, weight in others.items() if mono and abs(weight) > size * most}):
+        near = Poly({mono: weight for mono, weight in others.items() if not mono or weight % turn})
+        limits = (Poly.of(size) - near, Poly.of(size) + near)
+        limits += (Poly.of(turn - size * most) - near, Poly.of(turn - size * most) + near)
+        if all(simplifier.prove_positive(limit, {}) for limit in limits):
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
