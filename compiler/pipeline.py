@@ -159,8 +159,8 @@ def compile_programs(
         with debug.timed(f"lower for {one.label}"):
             program = make(one)
         weights = pack_weights(program.weights)
+        externals = compile_externals(program, one, progress)  # first: a mistake in C shows before kernels take time
         objects, features = compile_objects(program, one, weights, kernels, progress)
-        externals = compile_externals(program, one, progress)
         with debug.timed("link"):
             host = one.host
             lib = link_with_externals(objects, externals.values(), host) if externals else link_shared(objects, host)

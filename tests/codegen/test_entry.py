@@ -68,7 +68,7 @@ class Loaded:
         target = parse("native")
         self.weights = pack_weights(program.weights)
         path = folder / "lib.so"
-        path.write_bytes(link_shared(compile_objects(program, target, self.weights, cache), target))
+        path.write_bytes(link_shared(compile_objects(program, target, self.weights, cache)[0], target))
         self.library = ctypes.CDLL(str(path))
         self.module = abi.ModuleDesc.in_dll(self.library, "kedge_module")
         self.function = self.module.functions[0].contents

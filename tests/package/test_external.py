@@ -216,6 +216,11 @@ def test_a_saved_partition_needs_its_code_again(net: kedge.Module, tmp_path: Pat
         )
 
 
+def test_a_gpu_has_no_use_for_it(net: kedge.Module) -> None:
+    with pytest.raises(CompileError, match="external dense_relu is code for a CPU"):
+        kedge.compile(net, "opencl", externals=[dense()])
+
+
 # What it may use ------------------------------------------------------------------------------------------------
 
 

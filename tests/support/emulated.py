@@ -86,7 +86,8 @@ def run_program(
     weights = pack_weights(program.weights)
     paths = [str(_harness(target))]
     external = [part for made in compile_externals(program, target).values() for part in made.parts]
-    for number, data in enumerate([*compile_objects(program, target, weights, cache), *external]):
+    objects, _ = compile_objects(program, target, weights, cache)
+    for number, data in enumerate([*objects, *external]):
         path = folder / f"{number}.o"
         path.write_bytes(data)
         paths.append(str(path))
