@@ -2,6 +2,17 @@
 
 Each is described by a function of the tensor IR. Its buffers are the operands: a nest fits if it has the same loops and
 the same value, and each of its accesses moves through memory as the description's does.
+
+Sums of integers are exact. The instructions on bfloat16 multiply exactly and add in float32, in an order and with
+roundings of their own, and take denormals for zeros, of what they read and of what they write:
+
+    x86.bf16.dot  adds the second product of a pair, then the first; each sum is rounded to nearest, as by a fused
+                  multiply-add
+    arm.bfdot     adds the products of a pair, then the sum to the accumulator; both sums are rounded to odd (away from
+    arm.bfmmla    zero where digits are lost and the last bit would be 0), unless the processor has FEAT_EBF16 and its
+                  system turns it on
+
+So over n products a result is within n * 2**-23 * (|c| + the sum of |a| * |b|) of the exact one.
 """
 
 from __future__ import annotations
@@ -90,44 +101,51 @@ def _binds(wanted: Expr, given: Expr, found: dict[Buffer, Load]) -> bool:
     return False
 
 
-def _dot(left: str, right: str, lanes: int) -> str:
-    """`c[i] += the product of four neighbours a[:] and b[i, :]`."""
+def _dot(left: str, right: str, lanes: int, total: str = "int32", depth: int = 4) -> str:
+    """`c[i] += the product of neighbours a[:] and b[i, :]`, `depth` of them."""
     return f"""
-func dot(a: {left}[4], b: {right}[{lanes}, 4]) -> (c: int32[{lanes}]):
+func dot(a: {left}[{depth}], b: {right}[{lanes}, {depth}]) -> (c: {total}[{lanes}]):
   for i in range({lanes}):
-    for k in range(4):
+    for k in range({depth}):
       block c:
         vi = spatial({lanes}, i)
-        vk = reduce(4, k)
+        vk = reduce({depth}, k)
         reads c[vi], a[vk], b[vi, vk]
         writes c[vi]
-        c[vi] = c[vi] + int32(a[vk]) * int32(b[vi, vk])"""
+        c[vi] = c[vi] + {total}(a[vk]) * {total}(b[vi, vk])"""
 
 
-def _mmla(left: str, right: str) -> str:
-    """A 2 x 2 tile of `a @ b.T` over eight neighbours."""
+def _mmla(left: str, right: str, total: str = "int32", depth: int = 8) -> str:
+    """A 2 x 2 tile of `a @ b.T` over `depth` neighbours."""
     return f"""
-func mmla(a: {left}[2, 8], b: {right}[2, 8]) -> (c: int32[2, 2]):
+func mmla(a: {left}[2, {depth}], b: {right}[2, {depth}]) -> (c: {total}[2, 2]):
   for i in range(2):
     for j in range(2):
-      for k in range(8):
+      for k in range({depth}):
         block c:
           vi = spatial(2, i)
           vj = spatial(2, j)
-          vk = reduce(8, k)
+          vk = reduce({depth}, k)
           reads c[vi, vj], a[vi, vk], b[vj, vk]
           writes c[vi, vj]
-          c[vi, vj] = c[vi, vj] + int32(a[vi, vk]) * int32(b[vj, vk])"""
+          c[vi, vj] = c[vi, vj] + {total}(a[vi, vk]) * {total}(b[vj, vk])"""
+
+
+def _bf16_dot(lanes: int) -> str:
+    return _dot("bfloat16", "bfloat16", lanes, "float32", 2)
 
 
 INTRINSICS: Mapping[str, TensorIntrin] = {
     intrin.name: intrin
     for intrin in (
         TensorIntrin("x86.vnni.dot", "x86_64", frozenset({"avx512vnni"}), _dot("uint8", "int8", 16)),
+        TensorIntrin("x86.bf16.dot", "x86_64", frozenset({"avx512bf16"}), _bf16_dot(16)),
         TensorIntrin("arm.sdot", "aarch64", frozenset({"dotprod"}), _dot("int8", "int8", 4)),
         TensorIntrin("arm.udot", "aarch64", frozenset({"dotprod"}), _dot("uint8", "uint8", 4)),
         TensorIntrin("arm.smmla", "aarch64", frozenset({"i8mm"}), _mmla("int8", "int8")),
         TensorIntrin("arm.ummla", "aarch64", frozenset({"i8mm"}), _mmla("uint8", "uint8")),
         TensorIntrin("arm.usmmla", "aarch64", frozenset({"i8mm"}), _mmla("uint8", "int8")),
+        TensorIntrin("arm.bfdot", "aarch64", frozenset({"bf16"}), _bf16_dot(4)),
+        TensorIntrin("arm.bfmmla", "aarch64", frozenset({"bf16"}), _mmla("bfloat16", "bfloat16", "float32", 4)),
     )
 }

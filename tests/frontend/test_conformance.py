@@ -106,9 +106,9 @@ def check(case: TestCase, model: onnx.ModelProto, evaluate: Evaluate = interpret
         for name, want in zip(module.functions["main"].output_names, expected, strict=True):
             got = results[name]
             assert (str(got.dtype), got.shape) == (str(want.dtype), want.shape), name
-            if want.dtype == "bfloat16":  # onnx's tolerance is float32's; this is one unit in the last place
+            if want.dtype == "bfloat16":  # onnx's tolerance is float32's; these are two units in the last place
                 wide = (got.astype(np.float32), want.astype(np.float32))
-                np.testing.assert_allclose(*wide, rtol=2**-7, atol=case.atol)
+                np.testing.assert_allclose(*wide, rtol=2**-6, atol=case.atol)
             elif want.dtype.kind == "f":
                 np.testing.assert_allclose(got, want, rtol=case.rtol, atol=case.atol)
             else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from codegen.test_targets import plain_program
 from schedule.test_blocks import refused
 
 from kedge.compiler import te
@@ -24,19 +25,21 @@ from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import equal
 from support.emulated import emulated, run_program
 
-NATIVE = {"x86_64": "native", "aarch64": "llvm -mtriple=aarch64-linux-gnu -mattr=+dotprod,+i8mm"}
+NATIVE = {"x86_64": "native", "aarch64": "llvm -mtriple=aarch64-linux-gnu -mattr=+dotprod,+i8mm,+bf16"}
 #: What makes each instruction run in assembly.
 MNEMONIC = {"x86.vnni.dot": "vpdpbusd", "arm.sdot": "sdot", "arm.udot": "udot", "arm.smmla": "smmla"}
-MNEMONIC |= {"arm.ummla": "ummla", "arm.usmmla": "usmmla"}
+MNEMONIC |= {"arm.ummla": "ummla", "arm.usmmla": "usmmla", "arm.bfdot": "bfdot", "arm.bfmmla": "bfmmla"}
+MNEMONIC |= {"x86.bf16.dot": "vdpbf16ps"}
 
 
 def product(m: Dim, n: int, k: int, left: str, right: str) -> PrimFunc:
-    """`a @ b.T` of bytes, summed in int32."""
+    """`a @ b.T` of bytes, summed in int32, or of bfloat16, summed in float32."""
+    total = "float32" if left == "bfloat16" else "int32"
     a, b = te.placeholder((m, k), left, "a"), te.placeholder((n, k), right, "b")
     axis = te.reduce_axis(k, "k")
 
     def element(i: Var, j: Var) -> object:
-        return te.sum(Cast(a[i, axis], "int32") * Cast(b[j, axis], "int32"), axis)
+        return te.sum(Cast(a[i, axis], total) * Cast(b[j, axis], total), axis)
 
     return te.create_prim_func([a, b, te.compute((m, n), element, name="c")], "main")
 
@@ -69,9 +72,21 @@ def data(func: PrimFunc) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     arrays = []
     for buffer in func.params[:2]:
+        if buffer.dtype == "bfloat16":
+            arrays.append(rng.standard_normal(buffer.shape).astype("bfloat16"))
+            continue
         info = np.iinfo(buffer.dtype)
         arrays.append(rng.integers(info.min, info.max + 1, buffer.shape).astype(buffer.dtype))
     return arrays
+
+
+def check(got: np.ndarray, arrays: list[np.ndarray]) -> None:
+    """Integers exactly; floats within the bound that `schedule.intrinsics` states."""
+    a, b = (array.astype(np.float64) for array in arrays)
+    exact, allowed = a @ b.T, a.shape[1] * 2.0**-23 * (np.abs(a) @ np.abs(b).T)
+    if got.dtype == np.int32:
+        allowed = np.zeros_like(exact)
+    assert np.all(np.abs(got - exact) <= allowed)
 
 
 @pytest.mark.parametrize("name", INTRINSICS)
@@ -79,8 +94,7 @@ def test_the_interpreter_sees_the_same_loops(name: str) -> None:
     sch, _, inner = tiled(name)
     sch.tensorize(inner[0], name)
     arrays = data(sch.func)
-    a, b = (array.astype(np.int32) for array in arrays)
-    np.testing.assert_array_equal(interp.run(sch.func, arrays)[0], a @ b.T)
+    check(interp.run(sch.func, arrays)[0], arrays)
     assert equal(parse_func(sch.show()), sch.func)
     assert equal(Schedule.replay(product(6, 32, 16, *(p.dtype for p in sch.func.params[:2])), sch.trace).func, sch.func)
 
@@ -100,8 +114,60 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
     sch.tensorize(inner[0], name)
     arrays = data(sch.func)
     (got,) = run_program(lower_prim_func(sch, target), target, arrays, tmp_path, KernelCache(tmp_path / "kernels"))
-    a, b = (array.astype(np.int32) for array in arrays)
-    np.testing.assert_array_equal(got, a @ b.T)
+    check(got, arrays)
+
+
+def sums_of_pairs(name: str, pairs: list[tuple[float, float, float]], folder: Path) -> list[float]:
+    """`c + a0 * 1 + a1 * 1` by the instruction itself, for each (c, a0, a1)."""
+    intrin = INTRINSICS[name]
+    target = emulated(NATIVE[intrin.arch])
+    if not all(map(target.has, intrin.features)):
+        pytest.skip(f"this processor has no {', '.join(intrin.features)}")
+    func = parse_func(SEEDED.replace("LANES", str(intrin.func.params[2].shape[0])))
+    sch = Schedule(func)
+    sch.tensorize(sch.get_loops(sch.get_block("c"))[0], name)
+    results = []
+    for number, (c, a0, a1) in enumerate(pairs):
+        lanes = func.params[1].shape[0]
+        arrays = [np.array([a0, a1], "bfloat16"), np.ones((lanes, 2), "bfloat16"), np.full(lanes, c, np.float32)]
+        place = folder / str(number)
+        place.mkdir()
+        (got,) = run_program(plain_program(sch.func), target, arrays, place, KernelCache(folder / "kernels"))
+        assert np.all(got == got[0])
+        results.append(float(got[0]))
+    return results
+
+
+SEEDED = """
+func seeded(a: bfloat16[2], b: bfloat16[LANES, 2], first: float32[LANES]) -> (c: float32[LANES]):
+  for i in range(LANES):
+    block seed:
+      vi = spatial(LANES, i)
+      reads first[vi]
+      writes c[vi]
+      c[vi] = first[vi]
+  for i in range(LANES):
+    for k in range(2):
+      block c:
+        vi = spatial(LANES, i)
+        vk = reduce(2, k)
+        reads c[vi], a[vk], b[vi, vk]
+        writes c[vi]
+        c[vi] = c[vi] + float32(a[vk]) * float32(b[vi, vk])"""
+
+
+def test_how_dot_products_of_bfloat16_round(tmp_path: Path) -> None:
+    """What the docstring of `schedule.intrinsics` says: order, rounding, denormals."""
+    big, tiny = 2.0**25, 2.0**-130
+    cases = [(-big, 1.0, big), (-big, big, 1.0), (tiny, 0.0, 0.0), (0.0, tiny, tiny)]
+    assert sums_of_pairs("x86.bf16.dot", cases, tmp_path) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_how_arms_dot_products_of_bfloat16_round(tmp_path: Path) -> None:
+    big, tiny = 2.0**25, 2.0**-130
+    cases = [(-big, 1.0, big), (-big, big, 1.0), (tiny, 0.0, 0.0), (0.0, tiny, tiny), (1.0, 2.0**-30, 0.0)]
+    odd = 1.0 + 2.0**-23  # digits are lost: the last bit becomes 1
+    assert sums_of_pairs("arm.bfdot", cases, tmp_path) == [4.0, 4.0, 0.0, 0.0, odd]
 
 
 @pytest.mark.parametrize("name", INTRINSICS)
