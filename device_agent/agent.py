@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Iterator, List, Mapping, Optional, TextIO, Union, cast
+from typing import Any, Callable, Iterator, List, Mapping, Optional, TextIO, Tuple, Union, cast
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
@@ -29,8 +29,10 @@ from kedge.device_agent.health import read_health
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
 from kedge.device_agent.runner import Hello as RunnerHello
-from kedge.device_agent.runner import Runner
+from kedge.device_agent.runner import Runner, RunnerError
 from kedge.rpc import messages as m
+from kedge.rpc.accelerator import Accelerator
+from kedge.rpc.artifact.place import GPU_KINDS
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ConnectError, KedgeError
@@ -86,10 +88,12 @@ class Agent:
         scratch = settings.data_dir / "jobs"
         _clean(scratch)
         hello = _greet_runner(settings.runner)
+        accelerators = [gpu for kind in GPU_KINDS for gpu in _find_gpus(settings.runner, kind)]
         self.device = probe(
             settings.name,
             hello.features,
             labels=settings.labels,
+            accelerators=accelerators,
             machine=hello.machine,
             pointer_bits=elf_bits(settings.runner),
         )
@@ -376,6 +380,19 @@ def sendable(lease: Lease, result: JobResult) -> JobResult:
 def _greet_runner(path: Path) -> RunnerHello:
     with Runner(path) as runner:
         return runner.hello
+
+
+def _find_gpus(path: Path, kind: str) -> Tuple[Accelerator, ...]:
+    """The GPUs of a kind; a driver that fails costs the device its GPUs, not its CPU."""
+    try:
+        with Runner(path) as runner:
+            found = runner.devices(kind)
+    except RunnerError as error:
+        log.warning("this device offers no %s: looking for it failed: %s", kind, error)
+        return ()
+    if found.reason:
+        log.info("%s: %s", kind, found.reason)
+    return found.accelerators
 
 
 def elf_bits(path: Path) -> int:

@@ -177,11 +177,11 @@ class Job:
                 f"the artifact has ABI {manifest.abi}, this agent speaks {abi.ABI_VERSION}: update the older one",
                 Stage.LOAD,
             )
+        self._check_request()
         info = self._board.device
         placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)
         variant = placement.variant
         function, index = _find(manifest, self._spec.function)
-        self._check_request()
         wanted = _arrange(function, self._spec.task.inputs)
         members = _members(manifest, variant)
         parts = [part for member in members for part in member.parts]

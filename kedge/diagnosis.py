@@ -43,6 +43,7 @@ def diagnose(tracker: str | None, device: str | None, progress: Progress = lambd
         ("packages", _packages),
         ("cache", _cache),
         ("compile and run here", lambda: _compile_and_run(progress)),
+        ("GPUs", _gpus),
         ("emulated boards", _boards),
     ]
     if tracker:
@@ -113,6 +114,18 @@ def _compare(check: str, result: np.ndarray[Any, Any], expected: np.ndarray[Any,
     if np.array_equal(result, expected):
         return Finding(check, "ok", where)
     return Finding(check, "broken", f"{where} computed 2 x + 1 wrongly", "report this with the output of --json")
+
+
+def _gpus() -> Iterator[Finding]:
+    from kedge.isolated import gpus
+    from kedge.rpc.artifact.place import INSTALL
+
+    for kind, found in gpus().items():
+        if found.accelerators:
+            names = ", ".join(f"{gpu.device} is {gpu.name} ({gpu.driver})" for gpu in found.accelerators)
+            yield Finding(f"{kind} devices", "ok", names)
+        else:
+            yield Finding(f"{kind} devices", "note", found.reason or "none", f"for kernels there: {INSTALL[kind]}")
 
 
 def _boards() -> Iterator[Finding]:

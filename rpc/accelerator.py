@@ -25,3 +25,8 @@ class Accelerator:
     shared_bytes: int = 0
     max_threads: int = 0
     compute_units: int = 0
+
+    @property
+    def device(self) -> str:
+        """As users name it: "cuda:0"."""
+        return f"{self.kind}:{self.index}"

@@ -107,7 +107,7 @@ def _gpu_labels(info: DeviceInfo) -> Dict[str, str]:
     if kinds:
         labels["gpu"] = kinds[0]
     for gpu in info.accelerators:
-        facts = {"name": label_value(gpu.name), "mem_mb": str(gpu.memory_bytes >> 20), "arch": gpu.arch}
+        facts = {"name": label_value(gpu.name), "mem_mb": str(gpu.memory_bytes >> 20), "arch": label_value(gpu.arch)}
         labels.update({f"{gpu.kind}.{gpu.index}.{key}": value for key, value in facts.items() if value})
     return labels
 

@@ -14,7 +14,7 @@ import kedge
 from kedge.cli import output
 from kedge.cli.arguments import Shape, check_output, is_artifact, load_artifact, parse_shapes, reading
 from kedge.cli.externals import load_externals
-from kedge.rpc.artifact import Manifest
+from kedge.rpc.artifact import Manifest, VariantDevice
 from kedge.rpc.errors import UsageError
 
 
@@ -32,7 +32,8 @@ def compile_(
         list[str] | None,
         typer.Option(
             "--target",
-            help="A tag, 'native' or 'llvm -mtriple=… -mcpu=…'; repeat it for several variants.",
+            help="A tag, 'native', 'llvm -mtriple=… -mcpu=…', 'opencl' or 'cuda -arch=…'; "
+            "repeat it for several variants, the preferred one first.",
             show_default="native",
             autocompletion=_targets,
         ),
@@ -48,6 +49,8 @@ def compile_(
       kedge compile digits.onnx -o digits.kdg
 
       kedge compile resnet18.onnx --shape x=1,3,224,224 --target raspberry-pi/4b -o resnet18.kdg
+
+      kedge compile digits.onnx --target cuda --target native -o digits-gpu.kdg
 
       kedge compile digits.onnx --target x86-64 --target x86-64-v3 --target aws/graviton2 -o digits.kdg
 
@@ -125,7 +128,15 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
             {"name": f.name, "inputs": [str(p) for p in f.inputs], "outputs": [str(p) for p in f.outputs]}
             for f in manifest.functions
         ],
-        "variants": [{"target": v.target, "arch": v.arch, "features": list(v.features)} for v in manifest.variants],
+        "variants": [
+            {
+                "target": v.target,
+                "arch": v.arch,
+                "features": list(v.features),
+                "device": None if v.device is None else asdict(v.device),
+            }
+            for v in manifest.variants
+        ],
         "members": [{"name": m.name, "bytes": m.size, "sha256": m.digest} for m in manifest.members],
     }
 
@@ -137,17 +148,26 @@ def _show_manifest(path: Path, manifest: Manifest) -> None:
         inputs, outputs = (", ".join(map(str, ports)) for ports in (function.inputs, function.outputs))
         console.print(f"\n{function.name}({inputs})\n  -> {outputs}", soft_wrap=True)
     console.print()
-    variants = output.table("variant", "arch", "required CPU features", "code")
+    variants = output.table("variant", "arch", "required CPU features", "runs on", "code")
     for variant in manifest.variants:
-        variants.add_row(
-            output.target_text(variant.target), variant.arch, ", ".join(variant.features) or "baseline", variant.lib
-        )
+        features = ", ".join(variant.features) or "baseline"
+        target = output.target_text(variant.target)
+        variants.add_row(target, variant.arch, features, _device_text(variant.device), variant.lib)
     output.show(variants)
     console.print()
     members = output.table("member", ">size", "sha256")
     for member in manifest.members:
         members.add_row(member.name, output.size_text(member.size), member.digest[:16])
     output.show(members)
+
+
+def _device_text(device: VariantDevice | None) -> str:
+    """Where a variant's kernels run, and what they need there."""
+    if device is None:
+        return "cpu"
+    generation = f"{device.arch} or newer" if device.arch and not device.arch.endswith("a") else device.arch
+    block = f"blocks of {device.max_threads} threads and {output.size_text(device.shared_bytes)}"
+    return f"{device.kind}: " + ", ".join(filter(None, (generation, block, *device.features)))
 
 
 def _inspect_model(path: Path, shapes: dict[str, Shape], as_json: bool) -> None:

@@ -13,7 +13,8 @@ import kedge
 from kedge.cli import output
 from kedge.cli.ending import ended_in_order
 from kedge.cli.waiting import watching
-from kedge.rpc.errors import ConnectError, UsageError
+from kedge.rpc.artifact.place import parse_device
+from kedge.rpc.errors import ConnectError, InputError, UsageError
 from kedge.rpc.types import Deadlines
 
 
@@ -42,17 +43,32 @@ def require_device(context: typer.Context, selector: str | None, timeout_s: floa
         )
 
 
+def check_on(text: str) -> str:
+    """The value of `--on`; raises UsageError where it names no device."""
+    try:
+        parse_device(text)
+    except InputError as error:
+        raise UsageError(f"--on: {error.message}", hint=error.hint) from error
+    return text
+
+
 @contextmanager
 def open_device(
-    selector: str | None, tracker: str | None, threads: int, report: output.Report, timeout_s: float | None = None
+    selector: str | None,
+    tracker: str | None,
+    threads: int,
+    report: output.Report,
+    timeout_s: float | None = None,
+    on: str = "",
 ) -> Iterator[Any]:
     """A session on the device that `selector` chooses, or on this machine where there is no selector.
 
-    `timeout_s` is the deadline of each run on a device. SIGTERM cancels what runs, as Ctrl-C does.
+    `timeout_s` is the deadline of each run on a device, `on` says where kernels run (see `place`). SIGTERM cancels
+    what runs, as Ctrl-C does.
     """
     if selector is None:
         build_runner(report)
-        with ended_in_order(), kedge.local(threads=threads) as device:
+        with ended_in_order(), kedge.local(threads=threads, device=on) as device:
             yield device
         return
     address = require_tracker(tracker)
@@ -61,7 +77,7 @@ def open_device(
     with (
         ended_in_order(),
         kedge.connect(address) as fleet,
-        fleet.session(selector, threads=threads, deadlines=deadlines) as device,
+        fleet.session(selector, threads=threads, deadlines=deadlines, on=on) as device,
     ):
         report(f"sending the job to {device.name}")
         with watching(fleet, device.name, report):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -90,23 +91,33 @@ def devices(
         str, typer.Argument(metavar="SELECTOR", help="Only devices that match, e.g. 'arch=aarch64'.")
     ] = "",
     gone: Annotated[bool, typer.Option("--gone", help="Also those that are no longer connected.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Instead: what kernels can run on here, with the names that --on takes.")
+    ] = False,
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
-    """List the devices of a tracker. Exits with 1 when there is none.
+    """List the devices of a tracker, or with --local the CPU and the GPUs of this machine.
+
+    Exits with 1 when a tracker has none.
 
     Examples:
 
       kedge devices --tracker 127.0.0.1:9190
 
       kedge devices 'arch=aarch64,mem_mb>=2048' --json
+
+      kedge devices --local
     """
+    if local:
+        _show_here(as_json)
+        return
     with kedge.connect(require_tracker(tracker)) as fleet:
         found = fleet.devices(selector, include_gone=gone)
     if as_json:
         output.emit_json([device.to_json() for device in found])
     elif found:
-        table = output.table("device", "state", "arch", "CPU", ">cores", ">memory", "target", "labels")
+        table = output.table("device", "state", "arch", "CPU", ">cores", ">memory", "GPUs", "target", "labels")
         for device in found:
             info = device.info
             labels = ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
@@ -118,6 +129,7 @@ def devices(
                 info.cpu_name,
                 str(info.num_cores),
                 memory,
+                "; ".join(f"{gpu.device} {gpu.name}" for gpu in info.accelerators) or "-",
                 output.target_text(info.target),
                 labels,
             )
@@ -127,6 +139,31 @@ def devices(
         hint = f"on a device: kedge agent start --tracker {tracker}; --gone lists those that left"
         output.stderr().print(f"{asked}\nhint: {hint}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _show_here(as_json: bool) -> None:
+    """This machine's GPUs, and why there are none of a kind."""
+    from dataclasses import asdict
+
+    from kedge.isolated import gpus
+
+    with output.progress("devices") as report:
+        build_runner(report)
+        report("asking the drivers")
+        found = gpus()
+    if as_json:
+        output.emit_json([asdict(gpu) for one in found.values() for gpu in one.accelerators])
+        return
+    table = output.table("device", "name", "driver", "generation", ">memory", ">units", ">threads", ">shared")
+    table.add_row("cpu", platform.machine(), "-", "-", "-", "-", "-", "-")
+    for gpu in (gpu for one in found.values() for gpu in one.accelerators):
+        sizes = (str(gpu.compute_units), str(gpu.max_threads), output.size_text(gpu.shared_bytes))
+        memory = output.size_text(gpu.memory_bytes)
+        table.add_row(gpu.device, gpu.name, gpu.driver, gpu.arch, memory, *sizes)
+    output.show(table)
+    for kind, one in found.items():
+        if one.reason:
+            output.stderr().print(f"{kind}: {one.reason}", soft_wrap=True)
 
 
 def jobs(

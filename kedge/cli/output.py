@@ -26,6 +26,15 @@ DeviceOption = Annotated[
         help="A device of the tracker, by name or labels: 'arch=aarch64,mem_mb>=2048'.",
     ),
 ]
+OnOption = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="KIND[:N]",
+        help="Where the kernels run: 'cpu', 'opencl', 'cuda', or one by number: 'opencl:1'.",
+        show_default="as the artifact prefers",
+    ),
+]
 TrackerOption = Annotated[
     str | None,
     typer.Option("--tracker", metavar="HOST:PORT", envvar="KEDGE_TRACKER", help="The tracker to ask."),
@@ -126,9 +135,10 @@ def size_text(n_bytes: float) -> str:
 
 
 def target_text(target: str) -> str:
-    """A target string without the options that follow from its CPU, for tables."""
-    details = ("-mattr=", "-l1=", "-l2=")
-    return " ".join(word for word in target.split() if not word.startswith(details))
+    """A target string without the options that follow from its CPU or GPU, for tables."""
+    details = ("-mattr=", "-l1=", "-l2=", "-max-threads=", "-shared=", "-warp=")
+    text = " ".join(word for word in target.split() if not word.startswith(details))
+    return text + '"' * (text.count('"') % 2)  # the last detail of a quoted host took the closing quote with it
 
 
 def age_text(seconds: float) -> str:

@@ -20,10 +20,11 @@ from kedge.cli.arguments import (
     reading,
     save_outputs,
 )
-from kedge.cli.devices import open_device, require_device
+from kedge.cli.devices import check_on, open_device, require_device
 from kedge.cli.externals import load_externals
 from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function
+from kedge.rpc.artifact.place import CPU
 from kedge.rpc.errors import UsageError
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT.kdg", help="A compiled artifact.", show_default=False)]
@@ -59,6 +60,7 @@ def run(
     shape: output.ShapeOption = None,
     seed: SeedOption = 0,
     threads: output.ThreadsOption = 0,
+    on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
     timeout: output.TimeoutOption = None,
@@ -72,13 +74,16 @@ def run(
 
       kedge run digits.kdg --inputs images.npz --outputs probabilities.npz
 
+      kedge run digits-gpu.kdg --on opencl:0
+
       kedge run digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
     """
     require_device(context, device, timeout)
+    check_on(on)
     check_outputs(outputs)
     loaded = load_artifact(artifact)
     data = _inputs(function_of(loaded, function), inputs, shape, seed)
-    with output.progress("run") as report, open_device(device, tracker, threads, report, timeout) as place:
+    with output.progress("run") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         results = place.load(loaded).run(data, function=function)
     if outputs:
         save_outputs(outputs, results)
@@ -121,6 +126,7 @@ def bench(
         float, typer.Option("--min-repeat-ms", min=0, help="Grow the calls in a sample until it lasts so long.")
     ] = 50,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Untimed calls before the first sample.")] = 1,
+    on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
     timeout: output.TimeoutOption = None,
@@ -134,21 +140,25 @@ def bench(
 
       kedge bench digits.kdg --shape image=64,1,8,8 --threads 2 --repeat 50
 
+      kedge bench digits-gpu.kdg --on cuda
+
       kedge bench digits-arm.kdg --device key=rpi4 --tracker tracker:9190 --json
     """
     require_device(context, device, timeout)
+    check_on(on)
     loaded = load_artifact(artifact)
     data = _inputs(function_of(loaded, function), inputs, shape, seed)
-    with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout) as place:
+    with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         module = place.load(loaded)
-        report(f"timing {repeat} samples")
+        report(f"timing {repeat} samples on {module.device}")
         timing = module.time(
             data, function=function, repeat=repeat, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup
         )
     if as_json:
-        output.emit_json(timing.to_json())
+        output.emit_json({**timing.to_json(), "on": module.device})
     else:
-        output.stdout().print(str(timing), soft_wrap=True)
+        where = "" if module.device == CPU else f"on {module.device}\n"
+        output.stdout().print(f"{where}{timing}", soft_wrap=True)
     if timing.verdict == "invalid":
         raise typer.Exit(1)
 
@@ -167,6 +177,7 @@ def validate(
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also compare layer by layer.")] = True,
     external: output.ExternalOption = None,
     threads: output.ThreadsOption = 0,
+    on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
     timeout: output.TimeoutOption = None,
@@ -185,6 +196,7 @@ def validate(
     from kedge.validation import validate as compare
 
     require_device(context, device, timeout)
+    check_on(on)
     externals = load_externals(external)
     loaded = load_artifact(artifact)
     data = _inputs(function_of(loaded, "main"), inputs, shape, seed)
@@ -192,7 +204,7 @@ def validate(
         output.compile_warnings(),
         reading(model),
         output.progress("validate") as report,
-        open_device(device, tracker, threads, report, timeout) as place,
+        open_device(device, tracker, threads, report, timeout, on) as place,
     ):
         result = compare(
             model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, externals=externals, progress=report

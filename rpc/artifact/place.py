@@ -24,7 +24,7 @@ GPU_KINDS = ("opencl", "cuda")
 DEVICE_TYPES: Mapping[str, int] = {CPU: abi.DEVICE_CPU, "opencl": abi.DEVICE_OPENCL, "cuda": abi.DEVICE_CUDA}
 #: For each kind: what people call one, and what a machine without any lacks.
 _TITLES: Mapping[str, str] = {"opencl": "an OpenCL device", "cuda": "a CUDA device"}
-_INSTALL: Mapping[str, str] = {
+INSTALL: Mapping[str, str] = {
     "opencl": "install libOpenCL.so.1 (Debian: ocl-icd-libopencl1) and the OpenCL driver of the GPU",
     "cuda": "install NVIDIA's driver, which brings libcuda.so.1",
 }
@@ -232,12 +232,12 @@ class _Machine:
         kinds = {kind_of(variant) for variant in candidates if not lacks(self.arch, self.features, variant)}
         absent = [kind for kind in GPU_KINDS if kind in kinds and not self.look(kind).accelerators]
         if absent:
-            return "; ".join(_INSTALL[kind] for kind in absent) + "; or compile it for the CPU, too: --target native"
+            return "; ".join(INSTALL[kind] for kind in absent) + "; or compile it for the CPU, too: --target native"
         return "compile it for this machine: --target native here, or the target that `kedge devices` shows"
 
 
 def _title(gpu: Accelerator) -> str:
-    return f"{gpu.kind}:{gpu.index} ({gpu.name})"
+    return f"{gpu.device} ({gpu.name})"
 
 
 def _runs(have: str, need: str) -> bool:

@@ -335,15 +335,17 @@ class Session:
     async def load(self, artifact: ArtifactOrPath) -> LoadedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
-        plan.check_device(packed, self.info, self._on)
+        placement = plan.check_device(packed, self.info, self._on)
         await self._fleet._ensure_uploaded(packed)
-        return LoadedModel(self, packed)
+        return LoadedModel(self, packed, placement.device)
 
 
 class LoadedModel:
     """An artifact on a session's device; every call is a job of its own."""
 
-    def __init__(self, session: Session, packed: Packed) -> None:
+    def __init__(self, session: Session, packed: Packed, device: str) -> None:
+        #: Where the kernels run: "cpu", "opencl:0", "cuda:1".
+        self.device = device
         self._session = session
         self._packed = packed
 

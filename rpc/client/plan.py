@@ -14,7 +14,7 @@ import numpy as np
 
 from kedge.protos.v1 import fleet_pb2
 from kedge.rpc import convert
-from kedge.rpc.artifact import Artifact, Manifest, look_at, place
+from kedge.rpc.artifact import Artifact, Manifest, Placement, look_at, place
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
@@ -196,9 +196,9 @@ def check_devices(packed: Packed, selector: str, devices: Sequence[DeviceStatus]
         raise IncompatibleTargetError(f"{where}{about}: {refusal.message}", hint=refusal.hint) from refusal
 
 
-def check_device(packed: Packed, info: DeviceInfo, on: str = "") -> None:
-    """Raise IncompatibleTargetError when a device cannot run the artifact, or not on what `on` names."""
-    place(packed.manifest, info.arch, info.cpu_features, look_at(info), on)
+def check_device(packed: Packed, info: DeviceInfo, on: str = "") -> Placement:
+    """Where an artifact runs on a device; raises IncompatibleTargetError when it cannot, or not where `on` says."""
+    return place(packed.manifest, info.arch, info.cpu_features, look_at(info), on)
 
 
 def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[DeviceStatus]) -> DeviceStatus:

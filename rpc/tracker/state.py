@@ -613,7 +613,7 @@ class TrackerState:
         able = [device for device in chosen if can_run(want.needs, device.info)]
         if not able:
             archs = ", ".join(sorted({str(need) for need in want.needs}))
-            names = ", ".join(f"{d.info.name} is {d.info.arch}" for d in chosen[:3])
+            names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
             return f"no matching device can run the artifact (it is for {archs}; {names})"
         return "1 matching device is busy" if len(able) == 1 else f"{len(able)} matching devices are busy"
 
@@ -653,6 +653,11 @@ class TrackerState:
 def can_run(needs: Needs, info: DeviceInfo) -> bool:
     """Has the device the architecture, the CPU features and the GPU of any variant?"""
     return any(need.is_met_by(info) for need in needs)
+
+
+def _machine(info: DeviceInfo) -> str:
+    kinds = sorted({gpu.kind for gpu in info.accelerators})
+    return f"{info.arch} with {', '.join(kinds)}" if kinds else info.arch
 
 
 def _connection(device: _Device) -> int:

@@ -35,6 +35,7 @@ from kedge.rpc.types import (
     TimeOptions,
     Verdict,
 )
+from support.doubling import gpu_artifact, opencl_device
 from support.handmade import artifact, compile_module
 
 from .conftest import FUNCTIONS
@@ -544,3 +545,30 @@ def test_what_an_interrupted_transfer_left_counts_and_goes_like_anything_else(tm
         assert cache.used_bytes() == 900, "what was there already is not asked room for again"
         with pytest.raises(CacheFullError):
             cache.make_room(other.size)
+
+
+def test_a_gpu_variant_runs_on_the_gpu_that_the_probe_found(board: Board, remote: Remote) -> None:
+    gpu = opencl_device(board.runner)
+    made = remote.publish(gpu_artifact())
+    able = replace(board, device=replace(board.device, accelerators=(gpu,)))
+    for on in ("", "opencl", "opencl:0"):
+        result = execute(able, replace(run_spec(made, "main"), on=on))
+        assert result.outcome.ok, result.outcome
+        assert struct.unpack("<3f", bytes(result.outputs[0].data)) == (3, 5, 7)
+    bench = replace(run_spec(made, "main"), task=BenchTask((floats(1, 2),), LONG))
+    assert execute(able, bench).measurement is not None
+
+
+@pytest.mark.parametrize(
+    ("on", "kind", "words"),
+    [
+        ("", OutcomeKind.LOAD_ERROR, "needs an OpenCL device, and there is none"),
+        ("cpu", OutcomeKind.LOAD_ERROR, "no variant for cpu"),
+        ("gpu", OutcomeKind.BAD_REQUEST, "there is no device 'gpu'"),
+    ],
+)
+def test_a_gpu_variant_where_there_is_none(
+    board: Board, remote: Remote, on: str, kind: OutcomeKind, words: str
+) -> None:
+    outcome = execute(board, replace(run_spec(remote.publish(gpu_artifact()), "main"), on=on)).outcome
+    assert outcome.kind is kind and words in outcome.message, outcome

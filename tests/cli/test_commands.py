@@ -222,6 +222,8 @@ def shape_beside_inputs(tmp_path: Path, digits: Path) -> list[object]:
         (lambda t, d: ["validate", saved_module(t), d], 2, r"is a saved module"),
         (lambda t, d: ["run", d, "--function", "train"], 2, r"train.*\n?.*main"),
         (lambda t, d: ["run", d, "--device", "x"], 6, r"--tracker"),
+        (lambda t, d: ["run", d, "--on", "gpu"], 2, r"--on: there is no device 'gpu'.*\n.*opencl:1"),
+        (lambda t, d: ["run", d, "--on", "opencl"], 4, r"no variant for opencl.*\n.*--target opencl"),
         (lambda t, d: ["devices", "--tracker", "127.0.0.1:1"], 6, r"127\.0\.0\.1:1"),
         (lambda t, d: ["devices", "--tracker", "nonsense"], 6, r"nonsense"),
     ],

@@ -18,6 +18,7 @@ from kedge.demo import processes
 from kedge.diagnosis import diagnose
 from support.agents import wait_for
 from support.commands import Kedge, kedge_command
+from support.doubling import gpu_artifact
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,22 @@ def test_agents_start_in_any_folder_and_beside_each_other(kedge: Kedge, fleet: s
         for agent in agents:
             agent.terminate()
             agent.communicate(timeout=20)
+
+
+def test_a_gpu_is_chosen_by_label_and_by_name(kedge: Kedge, fleet: str, tmp_path: Path) -> None:
+    gpu_artifact().save(tmp_path / "gpu.kdg")
+    (device,) = json.loads(kedge("devices", "bench-1", "--tracker", fleet, "--json").stdout)
+    gpus = [gpu for gpu in device["accelerators"] if gpu["kind"] == "opencl"]
+    there = ("--device", "opencl>=1", "--tracker", fleet)
+    if not gpus:
+        done = kedge("run", tmp_path / "gpu.kdg", "--device", "bench-1", "--tracker", fleet)
+        assert done.returncode == 4 and "needs an OpenCL device" in done.stderr
+        pytest.skip("no OpenCL device")
+    assert gpus[0]["name"] in kedge("devices", "--tracker", fleet).stdout
+    done = kedge("bench", tmp_path / "gpu.kdg", "--shape", "x=100", "--on", "opencl:0", "--repeat", "3", *there)
+    assert done.returncode == 0 and done.stdout.startswith("on opencl:0\n"), done.stderr
+    wrong = kedge("run", tmp_path / "gpu.kdg", "--shape", "x=100", "--on", "cpu", *there)
+    assert wrong.returncode == 4 and "no variant for cpu" in wrong.stderr
 
 
 @pytest.mark.parametrize(

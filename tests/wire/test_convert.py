@@ -27,9 +27,10 @@ tensors = st.builds(
 )
 tensor_lists = st.lists(tensors, max_size=3).map(tuple)
 outcomes = st.builds(Outcome, st.sampled_from(OutcomeKind), st.none() | st.sampled_from(Stage), i32, i32, text)
+gpus = st.builds(t.Accelerator, text, u32, text, text, text, texts, i64, i64, u32, u32)
 devices = st.builds(
     t.DeviceInfo, text, text, st.dictionaries(text, text, max_size=3), texts, text, u32, i64, text, st.booleans(), u32,
-    text,
+    text, st.lists(gpus, max_size=2).map(tuple),
 )  # fmt: skip
 statuses = st.builds(t.DeviceStatus, devices, st.sampled_from(t.DeviceState), i64, text)
 health = st.builds(
@@ -44,7 +45,7 @@ deadlines = st.builds(t.Deadlines, i64, i64, i64, i64)
 tasks = st.one_of(
     st.builds(t.RunTask, tensor_lists, st.booleans()), st.builds(t.BenchTask, tensor_lists, options, st.booleans())
 )
-specs = st.builds(t.JobSpec, blobs, text, tasks, text, deadlines, i32, i32)
+specs = st.builds(t.JobSpec, blobs, text, tasks, text, deadlines, i32, i32, text)
 stage_times = st.lists(st.builds(t.StageTime, st.sampled_from(Stage), i64), max_size=3).map(tuple)
 results = st.builds(t.JobResult, outcomes, tensor_lists, st.none() | measurements, stage_times, text)
 jobs = st.builds(

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.rpc.selector import Selector, SelectorError, Term, labels_of, parse
-from kedge.rpc.types import DeviceInfo
+from kedge.rpc.types import Accelerator, DeviceInfo
 
 PI = {"name": "pi", "arch": "aarch64", "soc": "bcm2711", "mem_mb": "4096", "emulated": "false", "key": "rpi4"}
 
@@ -97,3 +97,18 @@ def test_facts_win_over_labels() -> None:
     labels = labels_of(info)
     assert (labels["arch"], labels["rack"], labels["mem_mb"], labels["cores"]) == ("aarch64", "a", "1024", "4")
     assert labels["emulated"] == "true" and labels["name"] == "pi"
+
+
+def test_gpus_are_facts_too() -> None:
+    gpus = (
+        Accelerator("opencl", 0, "Mali (T860) MP4", "1.2", "OpenCL C 1.2", memory_bytes=2 << 30),
+        Accelerator("cuda", 0, "NVIDIA H200", "580", "sm_90", memory_bytes=141 << 30),
+        Accelerator("cuda", 1, "NVIDIA T4", "580", "sm_75", memory_bytes=16 << 30),
+    )
+    labels = labels_of(DeviceInfo("box", "x86_64", {"cuda": "9"}, accelerators=gpus))
+    assert (labels["gpu"], labels["cuda"], labels["opencl"]) == ("cuda", "2", "1")
+    assert (labels["cuda.1.name"], labels["cuda.0.mem_mb"], labels["cuda.0.arch"]) == ("NVIDIA-T4", "144384", "sm_90")
+    assert labels["opencl.0.name"] == "Mali-T860-MP4"
+    for text in ("gpu=cuda,cuda>=2", "cuda.0.arch=sm_90", "cuda.1.mem_mb>=16000", "opencl.0.arch=OpenCL-C-1.2"):
+        assert parse(text).matches(labels), text
+    assert not parse("gpu=cuda").matches(labels_of(DeviceInfo("plain", "x86_64")))

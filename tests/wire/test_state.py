@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kedge.rpc import messages as m
-from kedge.rpc.artifact import Need
+from kedge.rpc.artifact import Need, VariantDevice
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import SelectorError
@@ -24,7 +24,7 @@ from kedge.rpc.tracker.facts import (
     ToAgent,
 )
 from kedge.rpc.tracker.state import Settings, TrackerState
-from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, RunTask
+from kedge.rpc.types import Accelerator, Blob, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, RunTask
 from support.toys import device_info
 
 S = Settings(
@@ -46,6 +46,11 @@ def spec(selector: str = "", priority: int = 0, **deadlines: int) -> JobSpec:
 def hello(name: str = "a", instance: str = "1", *running: Lease, arch: str = "x86_64", version: int = 1) -> m.Hello:
     protocol = replace(local_protocol(), version=version)
     return m.Hello(protocol, device_info(name, arch), instance, running)
+
+
+def with_gpu(name: str, gpu: Accelerator) -> m.Hello:
+    greeting = hello(name)
+    return replace(greeting, device=replace(greeting.device, accelerators=(gpu,)))
 
 
 def bodies(effects: Effects, kind: type[m.TrackerBody]) -> list[m.TrackerBody]:
@@ -257,6 +262,20 @@ def test_detail_says_what_keeps_a_job_waiting(bench: Bench) -> None:
     assert bench.state.job("k").detail == ("no matching device can run the artifact (it is for x86_64; arm is aarch64)")
     bench.state.disconnect(2, 1)
     assert bench.state.job("k").detail == "no connected device matches 'arm' (1 that left would)"
+
+
+def test_a_job_for_a_gpu_waits_for_a_device_that_has_one(bench: Bench) -> None:
+    needs = (Need("x86_64", device=VariantDevice("cuda", "sm_80", 1024)),)
+    bench.state.submit("j", spec(), needs, "", 0)
+    assert bench.state.job("j").detail == (
+        "no matching device can run the artifact (it is for x86_64 with cuda; a is x86_64)"
+    )
+    old = Accelerator("cuda", 0, "T4", arch="sm_75", max_threads=1024)
+    bench.state.connect(2, with_gpu("old", old), 0)
+    assert "old is x86_64 with cuda" in bench.state.job("j").detail
+    effects = bench.state.connect(3, with_gpu("new", replace(old, arch="sm_90")), 0)
+    assert [assign.lease.job_id for assign in bodies(effects, m.AssignJob)] == ["j"]
+    assert bench.state.job("j").device == "new"
 
 
 @pytest.mark.parametrize(("stage", "due"), [(Stage.TRANSFER, 7_000), (Stage.LOAD, 8_000), (Stage.RUN, 9_000)])
