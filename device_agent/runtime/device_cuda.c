@@ -101,16 +101,8 @@ static int32_t failed(int32_t status, CUresult result, const char *what) {
   return kedge_fail(status, "%s: %s (%s)", what, text == NULL ? "unknown error" : text, name == NULL ? "?" : name);
 }
 
-/* What a kernel did that ended the device's context: every later call in it fails in the same way. */
-static bool is_fault(CUresult result) {
-  return result == 214 /* ECC */ || result == 700 /* illegal address */ || result == 702 /* timeout */ ||
-         result == 709 /* context destroyed */ || result == 710 /* assertion */ ||
-         (result >= 714 && result <= 719) /* stack, instruction, alignment, address space, program counter, launch */;
-}
-
-/* A failure of something in a queue. */
-static int32_t queue_failed(kedge_queue *queue, CUresult result, const char *what) {
-  if (is_fault(result)) queue->faulted = true;
+/* A failure of something in a queue. If the device faulted, synchronize, which follows, fails as well. */
+static int32_t queue_failed(CUresult result, const char *what) {
   return failed(result == CUDA_ERROR_OUT_OF_MEMORY ? KEDGE_E_MEMORY : KEDGE_E_KERNEL, result, what);
 }
 
@@ -262,7 +254,7 @@ static int32_t copy(kedge_queue *queue, void *to, const void *from, uint64_t byt
   } else {
     result = cu.MemcpyDtoDAsync((uintptr_t)to, (uintptr_t)from, size, stream);
   }
-  return result == CUDA_SUCCESS ? KEDGE_OK : queue_failed(queue, result, "a copy failed");
+  return result == CUDA_SUCCESS ? KEDGE_OK : queue_failed(result, "a copy failed");
 }
 
 /* ---- Kernels ------------------------------------------------------------------------------------------------ */
@@ -375,7 +367,7 @@ static int32_t launch(kedge_queue *queue, const kedge_launch *launch, int32_t in
                                     (unsigned)block[0], (unsigned)block[1], (unsigned)block[2], 0, q->stream,
                                     parameters, NULL);
   if (result == CUDA_SUCCESS) return KEDGE_OK;
-  status = queue_failed(queue, result, "the launch failed");
+  status = queue_failed(result, "the launch failed");
   return kedge_fail_within(status, "kernel %s on %s", launch->kernel->name, queue->device->properties->name);
 }
 
@@ -383,7 +375,7 @@ static int32_t synchronize(kedge_queue *queue) {
   CUresult result = cu.StreamSynchronize(((cuda_queue *)queue)->stream);
   if (result == CUDA_SUCCESS) return KEDGE_OK;
   queue->faulted = true; /* whatever it was, nobody knows how far the stream came */
-  int32_t status = queue_failed(queue, result, "the device failed");
+  int32_t status = queue_failed(result, "the device failed");
   return kedge_fail_within(status, "%s", queue->device->properties->name);
 }
 

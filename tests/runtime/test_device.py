@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kedge.compiler.toolchain import RuntimeFiles
+from kedge.compiler.toolchain import RuntimeFiles, cache_dir
 from kedge.rpc import abi
 from support import gpu as support
 from support import native
@@ -24,6 +24,7 @@ WITH_CUDA = "import sys; from support.gpu import *; gpu = Gpu(sys.argv[1], sys.a
 
 
 def opencl_or_skip(runtime: RuntimeFiles) -> None:
+    os.environ.setdefault("POCL_CACHE_DIR", str(cache_dir() / "pocl"))  # else in the home folder
     lib = abi.load_runtime(str(runtime.lib))
     if lib.kedge_device_count(abi.DEVICE_OPENCL) == 0:
         reason = f"no OpenCL: {lib.kedge_last_error().decode()}; apt-get install pocl-opencl-icd ocl-icd-libopencl1"
@@ -184,6 +185,43 @@ def test_the_host_cannot_touch_what_stands_for_device_memory(opencl: Gpu) -> Non
 
 def test_a_fault_of_the_device_ends_its_contexts(fake_cuda: FakeCuda) -> None:
     fake_cuda.run("fault(gpu)")
+
+
+def test_an_error_that_nobody_knows_ends_the_context_too(fake_cuda: FakeCuda) -> None:
+    code = """
+with gpu.context() as context:
+    print(refusal(lambda: context.call("wild", [], [])))
+    print(refusal(context.synchronize))
+"""
+    assert fake_cuda.run(code, FAKE_CUDA_FAULT="999").splitlines() == [
+        "Stand-in 0: the device failed: unknown error (?)",
+        "the device faulted earlier: destroy its contexts and create new ones",
+    ]
+
+
+def test_a_block_that_fits_the_device_but_not_the_kernel(fake_cuda: FakeCuda) -> None:
+    code = """
+x = floats(600)
+with gpu.context() as context:
+    print(refusal(lambda: context.call("wide", [x], [x])))
+    context.call("wide", [x[:512].copy()], [x[:512].copy()])
+"""
+    expected = "kernel scale: a block of 600 x 1 x 1 threads, Stand-in 0 allows it at most 512\n"
+    assert fake_cuda.run(code) == expected
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_timed_repeats_are_launches_and_one_wait(warmup: int, fake_cuda: FakeCuda) -> None:
+    code = f"""
+x = floats(100)
+with gpu.context() as context:
+    context.time("chain", [x], [x], number=5, repeat=4, warmup={warmup})
+"""
+    fake_cuda.run(code)
+    launches, waits = map(int, fake_cuda.report.read_text().split()[5:])
+    assert launches == 3 * (warmup + 5 * 4)
+    weights, warm, outputs = 1, 1, 1  # the input's copy is waited for with the warm-up, also when there is none
+    assert waits == weights + warm + 4 + outputs
 
 
 def test_launches_without_end_take_no_memory_without_end(opencl: Gpu) -> None:

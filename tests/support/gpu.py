@@ -294,8 +294,10 @@ def cancelling(gpu: Gpu) -> None:
         found: list[Refused] = []
 
         def work() -> None:
-            found.append(refusal(lambda: context.call("forever", [x], [y])))
-            ended.set()
+            try:
+                found.append(refusal(lambda: context.call("forever", [x], [y])))
+            finally:
+                ended.set()
 
         worker = threading.Thread(target=work)
         worker.start()
@@ -422,23 +424,27 @@ SCENARIOS: dict[str, Callable[[Gpu], None]] = {
 }  # fmt: skip
 
 
-def fault(gpu: Gpu) -> None:
-    """CUDA only: a kernel writes where nothing is. Its context refuses from then on; a new one works."""
+def fault(gpu: Gpu, because: str = "CUDA_ERROR_ILLEGAL_ADDRESS") -> None:
+    """CUDA only: a kernel writes where nothing is. All contexts of the device refuse from then on; a new one works."""
     x, y = floats(8), np.full(8, 7, np.float32)
     with gpu.model() as model:
-        with gpu.context_of(model) as context:
+        with gpu.context_of(model) as context, gpu.context_of(model) as other:
             failure = refusal(lambda: context.call("wild", [], []))
             assert failure.status == abi.E_KERNEL
-            assert "the device failed" in str(failure) and "CUDA_ERROR_ILLEGAL_ADDRESS" in str(failure)
+            assert "the device failed" in str(failure) and because in str(failure)
+            failure = refusal(lambda: other.call("chain", [x], [y]))
+            assert failure.status == abi.E_KERNEL and because in str(failure)
             for work in (
                 lambda: context.call("chain", [x], [y]),
                 lambda: context.time("chain", [x], [y]),
                 lambda: context.alloc(16),
                 context.synchronize,
+                lambda: other.call("chain", [x], [y]),
             ):
                 failure = refusal(work)
                 assert failure.status == abi.E_KERNEL
                 assert str(failure) == "the device faulted earlier: destroy its contexts and create new ones"
+            np.testing.assert_array_equal(y, 7)
         with gpu.context_of(model) as context:
             context.call("chain", [x], [y])
             np.testing.assert_array_equal(y, x * -4)

@@ -3,7 +3,8 @@
  * It ends the process with a word on stderr where a caller breaks a rule of the driver API: no context is current, an
  * object is unknown, a copy leaves its allocation, parameters are missing. Copies and launches happen when their stream
  * is synchronized and not before, so that whoever lets go of memory too early is caught. What is alive at the end is
- * written to the file that FAKE_CUDA_REPORT names, as "contexts modules streams allocations stack launches".
+ * written to the file that FAKE_CUDA_REPORT names, as "contexts modules streams allocations stack", and how many
+ * launches there were, and synchronizations that had something to wait for.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -46,7 +47,7 @@ typedef struct {
 } module;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int retained[DEVICES], fault[DEVICES], initialized, modules, streams, launches;
+static int retained[DEVICES], fault[DEVICES], initialized, modules, streams, launches, waits;
 static allocation allocations[ROOM];
 static char contexts[DEVICES];
 static __thread int stack[16], depth;
@@ -120,7 +121,11 @@ static int run_where(const action *l) {
   return OK;
 }
 
-static int run_wild(const action *l) { return behind(l->parameters[0], 4) == NULL ? ILLEGAL_ADDRESS : OK; }
+static int run_wild(const action *l) {
+  const char *other = getenv("FAKE_CUDA_FAULT");
+  if (behind(l->parameters[0], 4) != NULL) return OK;
+  return other == NULL ? ILLEGAL_ADDRESS : atoi(other);
+}
 
 static const kernel kernels[] = {{"add", 4, 1024, run_add},   {"scale", 4, 512, run_scale}, {"sums", 2, 1024, run_sums},
                                  {"where", 1, 1024, run_where}, {"wild", 1, 1024, run_wild}};
@@ -134,7 +139,7 @@ static void report(void) {
   int alive = 0, contexts_alive = 0;
   for (int i = 0; i < ROOM; i++) alive += allocations[i].address != 0;
   for (int i = 0; i < DEVICES; i++) contexts_alive += retained[i];
-  fprintf(file, "%d %d %d %d %d %d\n", contexts_alive, modules, streams, alive, depth, launches);
+  fprintf(file, "%d %d %d %d %d %d %d\n", contexts_alive, modules, streams, alive, depth, launches, waits);
   fclose(file);
 }
 
@@ -361,6 +366,7 @@ static int perform(const action *a) {
 API int cuStreamSynchronize(stream *s) {
   RULE(s->device == current(), "a stream of another context");
   pthread_mutex_lock(&lock);
+  waits += s->first != NULL;
   while (s->first != NULL) {
     action *a = s->first;
     s->first = a->next;

@@ -32,6 +32,8 @@ static kedge_symbol symbols[MAX_PORTS];
 static kedge_function_desc function;
 static const kedge_function_desc *functions[1] = {&function};
 static kedge_module_desc module;
+static kedge_device_kernel kernel;
+static const kedge_device_kernel *kernels[2];
 
 static kedge_expr expression(kedge_expr_op *room, int32_t n_symbols) {
   int64_t count = 0, depth = 0, wanted = 1 + 2 * (int64_t)below(rarely() ? 34 : 3);
@@ -85,7 +87,12 @@ static void make_module(void) {
   function.outputs = ports + MAX_PORTS;
   function.symbols = rarely() && rarely() ? NULL : symbols;
   function.arena_size = expression(ops[2 * MAX_PORTS * MAX_DIMS], function.n_symbols);
-  module = (kedge_module_desc){KEDGE_MODULE_MAGIC, KEDGE_ABI_VERSION, sizeof module, "t", "", functions, NULL, 0, 1, 0, kDLCPU, 0, NULL};
+  kernel = (kedge_device_kernel){rarely() ? 8 : sizeof kernel, rarely() ? NULL : "k", rarely() ? NULL : "", 0,
+                                 rarely() ? NULL : "", rarely() ? (int32_t)number() : 1, (int32_t)below(4)};
+  kernels[0] = kernels[1] = rarely() ? NULL : &kernel;
+  module = (kedge_module_desc){KEDGE_MODULE_MAGIC, KEDGE_ABI_VERSION, sizeof module, "t", "", functions, NULL, 0, 1, 0,
+                               rarely() ? (int32_t)below(6) : kDLCPU, rarely() ? (int32_t)below(4) - 1 : 0, NULL};
+  if (module.n_kernels <= 2 && !rarely()) module.kernels = kernels;
 }
 
 /* ---- Tensors ------------------------------------------------------------------------------------------------ */
@@ -187,6 +194,11 @@ int main(int argc, char **argv) {
     make_module();
     if (kedge_open_linked(&module, NULL, &model) != KEDGE_OK) continue;
     kedge_context_options options = {.struct_size = sizeof options, .num_threads = 1};
+    if (module.device_type != kDLCPU) { /* sound, but for a GPU: not on the CPU */
+      if (kedge_context_create(model, (DLDevice){kDLCPU, 0}, &options, &context) != KEDGE_E_ARGUMENT) return 3;
+      kedge_close(model);
+      continue;
+    }
     if (kedge_context_create(model, (DLDevice){kDLCPU, 0}, &options, &context) != KEDGE_OK) return 1;
     kedge_close(model);
     opened++;
