@@ -25,7 +25,7 @@ from kedge.compiler.package import pack_weights
 from kedge.compiler.pipeline import compile_externals, compile_objects
 from kedge.compiler.target import Target, parse
 from kedge.compiler.tir.expr import Var, as_expr
-from kedge.compiler.toolchain import cache_dir
+from kedge.compiler.toolchain import c_libraries, cache_dir
 from kedge.device_agent import runtime
 from support.functions import evaluate
 
@@ -91,6 +91,8 @@ def run_program(
         path = folder / f"{number}.o"
         path.write_bytes(data)
         paths.append(str(path))
+    if external:  # 32-bit ARM divides and converts 64-bit numbers in the compiler's library
+        paths += [str(path) for path in c_libraries(target) if path.name == "libcompiler_rt.a"]
     binary = folder / "program"
     link = [*_ZIG, "ld.lld", "-m", target.arch.lld_emulation, "-static", "--no-undefined", "-o", str(binary)]
     subprocess.run([*link, *paths], check=True)
