@@ -50,8 +50,18 @@ class LocalDevice:
         self.device = device
         self._models: list[LocalModel] = []
 
-    #: The target string that compiles for this device.
+    #: The target string that compiles for this device's CPU.
     target = "native"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Target strings for all that kernels can run on here, GPUs first; `kedge.compile` takes them together.
+
+        Raises:
+            JobError: a driver crashed, or did not answer.
+        """
+        gpus = sorted(devices(), key=lambda gpu: (gpu.kind, gpu.index))
+        return (*dict.fromkeys(gpu.target(self.target) for gpu in gpus), self.target)
 
     def __enter__(self) -> LocalDevice:
         return self

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Tuple
 
+#: What code for OpenCL takes of a block unless told otherwise; where a device offers more, it is not better for it.
+_MAX_THREADS, _SHARED_BYTES = 256, 32 << 10
+
 
 @dataclass(frozen=True)
 class Accelerator:
@@ -30,3 +33,10 @@ class Accelerator:
     def device(self) -> str:
         """As users name it: "cuda:0"."""
         return f"{self.kind}:{self.index}"
+
+    def target(self, host: str) -> str:
+        """The target string that compiles for it, where the target `host` compiles for the CPU that drives it."""
+        if self.kind == "cuda":
+            return f'cuda -arch={self.arch} -host="{host}"'
+        block = f"-max-threads={min(self.max_threads, _MAX_THREADS)} -shared={min(self.shared_bytes, _SHARED_BYTES)}"
+        return f'{self.kind} {block} -host="{host}"'

@@ -163,6 +163,12 @@ class DeviceInfo:
     os_release: str = ""
     accelerators: Tuple[Accelerator, ...] = ()
 
+    @property
+    def targets(self) -> Tuple[str, ...]:
+        """Target strings for all that kernels can run on there: CUDA, then OpenCL, then the CPU."""
+        gpus = sorted(self.accelerators, key=lambda gpu: (gpu.kind, gpu.index))
+        return (*dict.fromkeys(gpu.target(self.target) for gpu in gpus), self.target)
+
 
 @dataclass(frozen=True)
 class DeviceStatus:

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, AbstractSet, Callable, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    AbstractSet,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from kedge.rpc import abi
 from kedge.rpc.accelerator import Accelerator
@@ -104,19 +116,20 @@ def place(
     machine = _Machine(arch, frozenset(features), look, index)
     candidates = _candidates(manifest, device, wanted)
     fitting: List[Placement] = []
-    reasons: List[str] = []
+    reasons: Dict[str, List[str]] = {}
     for variant in candidates:
         if fitting and kind_of(variant) != fitting[0].kind:
             continue
         found, reason = machine.fit(variant)
         if found is None:
-            reasons.append(f"{describe(variant)} {reason}")
+            reasons.setdefault(reason, []).append(describe(variant))
         else:
             fitting.append(found)
     if fitting:
         return max(fitting, key=lambda placement: _demand(placement.variant))
+    told = [f"{'each of ' * (len(those) > 1)}{', '.join(those)} {reason}" for reason, those in reasons.items()]
     raise IncompatibleTargetError(
-        f"artifact {manifest.name!r} cannot run on this {arch} machine: {'; '.join(reasons)}",
+        f"artifact {manifest.name!r} cannot run on this {arch} machine: {'; '.join(told)}",
         hint=machine.remedy(candidates),
     )
 

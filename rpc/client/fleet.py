@@ -376,7 +376,7 @@ class Job:
 
 
 class Session:
-    """One device for several calls in turn. `target` is what the agent says compiles for it."""
+    """One device for several calls in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
@@ -395,8 +395,13 @@ class Session:
 
     @property
     def target(self) -> str:
-        """The target string that compiles for this device."""
+        """The target string that compiles for this device's CPU."""
         return self.info.target
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
+        return self.info.targets
 
     def _terms(self, function: str) -> plan.Terms:
         return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)

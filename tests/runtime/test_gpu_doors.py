@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import kedge
 from kedge.artifact import Artifact
 from kedge.cli.app import app
+from kedge.compiler import te
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent.runner import Runner, RunnerRefused
 from kedge.rpc import abi
@@ -93,6 +94,20 @@ def test_on_the_command_line(tmp_path: Path, doubling: Artifact, opencl: str) ->
     assert json.loads(shown.output)["variants"][0]["device"]["kind"] == "opencl"
     listed = CliRunner().invoke(app, ["devices", "--local", "--json"])
     assert opencl in [gpu["name"] for gpu in json.loads(listed.output)]
+
+
+@pytest.mark.usefixtures("opencl")
+def test_what_is_compiled_for_all_targets_runs_on_each() -> None:
+    x = te.placeholder((X.size,), "float32", name="x")
+    func = te.create_prim_func([x, te.compute(x.shape, lambda i: x[i] * 2.0 + 1.0, name="y")], name="main")
+    with kedge.local(threads=1) as here:
+        targets = here.targets
+        artifact = kedge.compile(func, target=targets)
+    assert targets[0].startswith(("cuda", "opencl")) and targets[-1] == "native"
+    for device in ("", "opencl", "cpu"):
+        with artifact.open(threads=1, device=device) as model:
+            np.testing.assert_array_equal(model.run({"x": X})["y"], 2 * X + 1)
+            assert model.device.startswith(device or targets[0].split()[0])
 
 
 def test_a_gpu_that_is_not_there(runtime: RuntimeFiles, doubling: Artifact) -> None:

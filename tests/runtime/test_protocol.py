@@ -97,6 +97,24 @@ def test_what_a_model_prints_stays_out_of_the_frames(pipes: Pipes, misbehaving: 
     assert pipes.end() == (7, b"a last word\n")
 
 
+def test_devices_are_asked_for_by_type(pipes: Pipes) -> None:
+    pipes.send(protocol.DEVICES, 1, protocol.pack_devices(abi.DEVICE_CUDA))
+    header, payload = pipes.receive()
+    found = protocol.unpack_devices(payload, "cuda")
+    assert header.type == protocol.RESULT and (found.accelerators or found.reason)
+    pipes.send(protocol.DEVICES, 2, protocol.pack_devices(77))
+    assert protocol.unpack_devices(pipes.receive()[1], "other").accelerators == ()
+    pipes.send(protocol.DEVICES, 3, b"")
+    header, payload = pipes.receive()
+    assert header.type == protocol.ERROR
+    assert protocol.unpack_error(payload) == (abi.E_ARGUMENT, "a malformed question about devices")
+
+
+def test_an_open_that_says_no_device_is_malformed(pipes: Pipes, arithmetic: Path) -> None:
+    pipes.send(protocol.OPEN, 1, protocol.pack_open(str(arithmetic), "", 0, 1)[:-4])
+    assert protocol.unpack_error(pipes.receive()[1]) == (abi.E_ARGUMENT, "a malformed open")
+
+
 def test_the_end_of_the_stream_ends_it(pipes: Pipes) -> None:
     assert pipes.end() == (0, b"")
 
@@ -230,6 +248,7 @@ def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
         protocol.unpack_open_result,
         protocol.unpack_time_result,
         protocol.unpack_error,
+        lambda data: protocol.unpack_devices(data, "opencl"),
         lambda data: protocol.unpack_call_result(data, None),
     ):
         try:

@@ -9,6 +9,7 @@ import pytest
 from kedge.compiler.errors import TargetError
 from kedge.compiler.target import GpuTarget, Target, parse, parse_cpu
 from kedge.compiler.target.gpu import CUDA_ARCHS, GPU_BOARDS, KIB, generation_of
+from kedge.rpc.accelerator import Accelerator
 
 
 def gpu(text: str) -> GpuTarget:
@@ -105,6 +106,14 @@ def test_a_wrong_gpu_is_refused_with_a_remedy(text: str, message: str, hint: str
         parse(text)
     assert message in str(caught.value)
     assert hint in (caught.value.hint or "")
+
+
+def test_what_a_gpu_says_of_itself_is_a_target() -> None:
+    t4 = Accelerator("cuda", 0, "T4", "580", "sm_75", max_threads=1024, shared_bytes=48 * KIB)
+    assert parse(t4.target("native")) == parse("cuda -arch=sm_75")
+    small = Accelerator("opencl", 0, "VideoCore", "1", "OpenCL C 1.2", max_threads=12, shared_bytes=16 * KIB)
+    target = gpu(small.target("raspberry-pi/3b"))
+    assert (target.max_threads, target.shared_bytes, target.host) == (12, 16 * KIB, parse("raspberry-pi/3b"))
 
 
 def test_every_generation_is_one_that_the_back_end_emits() -> None:

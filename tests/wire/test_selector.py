@@ -99,9 +99,9 @@ def test_facts_win_over_labels() -> None:
     assert labels["emulated"] == "true" and labels["name"] == "pi"
 
 
-def test_gpus_are_facts_too() -> None:
+def test_gpus_are_facts_and_targets() -> None:
     gpus = (
-        Accelerator("opencl", 0, "Mali (T860) MP4", "1.2", "OpenCL C 1.2", memory_bytes=2 << 30),
+        Accelerator("opencl", 0, "Mali (T860) MP4", "1.2", "OpenCL C 1.2", (), 2 << 30, 16384, 512),
         Accelerator("cuda", 0, "NVIDIA H200", "580", "sm_90", memory_bytes=141 << 30),
         Accelerator("cuda", 1, "NVIDIA T4", "580", "sm_75", memory_bytes=16 << 30),
     )
@@ -109,6 +109,12 @@ def test_gpus_are_facts_too() -> None:
     assert (labels["gpu"], labels["cuda"], labels["opencl"]) == ("cuda", "2", "1")
     assert (labels["cuda.1.name"], labels["cuda.0.mem_mb"], labels["cuda.0.arch"]) == ("NVIDIA-T4", "144384", "sm_90")
     assert labels["opencl.0.name"] == "Mali-T860-MP4"
+    assert DeviceInfo("box", "x86_64", target="llvm -mcpu=znver4", accelerators=gpus).targets == (
+        'cuda -arch=sm_90 -host="llvm -mcpu=znver4"',
+        'cuda -arch=sm_75 -host="llvm -mcpu=znver4"',
+        'opencl -max-threads=256 -shared=16384 -host="llvm -mcpu=znver4"',
+        "llvm -mcpu=znver4",
+    )
     for text in ("gpu=cuda,cuda>=2", "cuda.0.arch=sm_90", "cuda.1.mem_mb>=16000", "opencl.0.arch=OpenCL-C-1.2"):
         assert parse(text).matches(labels), text
     assert not parse("gpu=cuda").matches(labels_of(DeviceInfo("plain", "x86_64")))
