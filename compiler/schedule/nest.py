@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
@@ -106,16 +106,16 @@ def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequ
         raise refuse(func, primitive, block, reason)
 
 
-def spatial_conjuncts(block: Block) -> tuple[Expr, ...] | None:
-    """The conditions of the block's predicate that are about its output alone.
+def spatial_conjuncts(block: Block, symbols: Collection[Var]) -> tuple[Expr, ...] | None:
+    """The conditions of the block's predicate that do not depend on the loops of its reduction.
 
-    None if one is about the output and the reduction at once, so that they cannot be told apart.
+    None if one depends on other loops, too, so that it cannot be told apart. `symbols` are those of the function.
     """
-    spatial, reducing = loop_vars(block, "spatial"), loop_vars(block, "reduce")
+    reducing = loop_vars(block, "reduce")
     found = []
     for conjunct in conjuncts(block.predicate):
-        used = set(free_vars(conjunct))
-        if used & reducing and used & spatial:
+        used = set(free_vars(conjunct)).difference(symbols)
+        if used & reducing and used - reducing:
             return None
         if not used & reducing:
             found.append(conjunct)

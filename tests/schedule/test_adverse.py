@@ -9,9 +9,11 @@ from schedule.test_blocks import loops_of, refused
 from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Var
 from kedge.compiler.tir.parser import parse_func
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.structural import equal
 from support.functions import assert_same, chain, dense
 
@@ -190,3 +192,120 @@ def test_what_would_break_an_instruction_is_refused_under_its_own_name():
         sch.annotate(sch.get_block("c"), "note", 1)
     values = [np.ones(p.shape, p.dtype) for p in sch.func.params[:2]]
     assert interp.run(parse_func(text.replace("tensorized", "range")), values)[0].shape == (16,)
+
+
+@pytest.mark.parametrize("scope", ["global", "local", "register"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_tile_is_not_reset_where_its_loops_run_idle(scope, which):
+    sch = Schedule(sums())
+    y = sch.get_block("y")
+    sch.set_scope(y, scope)
+    whole, rest = sch.split(sch.get_loops(y)[which], [None, 4])
+    idle, _ = sch.split(whole, [2, None])  # its second iteration has nothing to do
+    if which == 1:
+        sch.reorder(idle, sch.get_loops(y)[0])
+    sch.decompose_reduction(y, rest)
+    assert_same(sums(), sch.func)
+
+
+HANDED_ON = """func f(x: float32[5, 3]) -> (y: float32[3, 2]):
+  alloc t: float32[2] in local
+  for i in range(3):
+    for j in range(2):
+      for k in range(3):
+        block t:
+          vi = spatial(5, i * 2 + j)
+          vj = spatial(2, j)
+          vk = reduce(3, k)
+          where i * 2 + j < 5
+          reads x[vi, vk]
+          writes t[vj]
+          init:
+            t[vj] = 0.0
+          t[vj] = t[vj] + x[vi, vk]
+    for j in range(2):
+      block y:
+        vi = spatial(3, i)
+        vj = spatial(2, j)
+        reads t[vj]
+        writes y[vi, vj]
+        y[vi, vj] = t[vj]"""
+
+
+def test_what_a_tile_hands_on_is_not_reset():
+    guarded = HANDED_ON.replace("        reads t[vj]\n", "        where i * 2 + j < 5\n        reads t[vj]\n")
+    crossed = guarded.replace("vj = spatial(2, j)\n        where", "vj = spatial(2, 1 - j)\n        where")
+    for text, tested in ((HANDED_ON, True), (guarded, False), (crossed, True)):
+        sch = Schedule(parse_func(text))
+        t = sch.get_block("t")
+        init = sch.decompose_reduction(t, sch.get_loops(t)[1])
+        (block,) = [b for b in blocks_in(sch.func.body) if b.name == init.name]
+        assert (print_expr(block.predicate) != "True") is tested
+        assert_same(parse_func(text), sch.func)
+
+
+def idle_and_reducing():
+    """A schedule whose reduction has an idle loop, and another that is idle and reduces at once."""
+    sch = Schedule(row_sums())
+    y = sch.get_block("y")
+    whole, rest = sch.split(sch.get_loops(y)[1], [None, 3])
+    _, first, second = sch.split(whole, [None, 2, 2])
+    sch.reorder(second, first)
+    return sch, y, sch.fuse(first, rest)
+
+
+def test_loops_that_are_idle_and_reduce_at_once_are_refused():
+    reason = "mixes loops of its reduction with others"
+    sch, y, fused = idle_and_reducing()
+    refused(lambda: sch.decompose_reduction(y, fused), "decompose_reduction(block 'y')", reason)
+    refused(lambda: sch.rfactor(y, fused), "rfactor(block 'y')", reason)
+    refused(lambda: sch.cache_write(y, sch.get_loops(y)[0]), "cache_write(block 'y')", reason)
+
+
+def test_every_buffer_of_an_initialisation_counts():
+    text = """func f(x: float32[4, 3]) -> (y: float32[4], z: float32[4]):
+  alloc t: float32[1]
+  for i in range(4):
+    for k in range(3):
+      block y:
+        vi = spatial(4, i)
+        vk = reduce(3, k)
+        reads x[vi, vk]
+        writes y[vi], t[0], z[vi]
+        init:
+          y[vi] = 0.0
+          t[0] = 0.0
+        y[vi] = y[vi] + x[vi, vk]
+        t[0] = t[0] + x[vi, vk]
+        z[vi] = t[0]"""
+    sch = Schedule(parse_func(text))
+    y = sch.get_block("y")
+    i, k = sch.get_loops(y)
+    refused(lambda: sch.decompose_reduction(y, i), "iterations of loop 'i' use elements of 't' one after the other")
+    sch.decompose_reduction(y, k)
+    assert_same(parse_func(text), sch.func)
+
+
+def test_what_belongs_to_an_iteration_stays_in_its_loop():
+    outside = "has a 'y_rf' of its own in local scope, which would be used outside"
+    func = dense(4, 5, 6, relu=False)
+    sch = Schedule(func)
+    y = sch.get_block("y")
+    i, j, k = sch.get_loops(y)
+    partial = sch.rfactor(y, k)
+    sch.reorder(i, j)
+    sch.parallel(j)
+    sch.set_scope(partial, "local")
+    refused(lambda: sch.decompose_reduction(partial, i), "decompose_reduction(loop 'j')", outside)
+    sch.decompose_reduction(partial, k)
+    assert_same(func, sch.func)
+
+    sch = Schedule(chain(8))
+    a, b, c = (sch.get_block(name) for name in "abc")
+    (i,) = sch.get_loops(b)
+    sch.compute_at(a, i)
+    sch.bind(i, "blockIdx.x")
+    sch.set_scope(a, "shared")
+    outside = "has a 'a' of its own in shared scope, which would be used outside"
+    refused(lambda: sch.compute_inline(b), "compute_inline(loop 'i')", outside)
+    refused(lambda: sch.compute_at(b, sch.get_loops(c)[0]), "compute_at(", "'a'")

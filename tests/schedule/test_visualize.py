@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schedule.test_random import random_step
 
 from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
@@ -41,6 +40,7 @@ from kedge.compiler.tir.stmt import (
     Store,
 )
 from support.functions import SAMPLES, dense
+from support.random_schedules import random_step
 from support.targets import TARGETS
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -164,9 +164,9 @@ def _copy_nest(
     """The loops that copy the cache out, and their block."""
     body = block.body
     assert isinstance(body, Store)
-    spatial, limits = loop_vars(block, "spatial"), spatial_conjuncts(block)
+    spatial, limits = loop_vars(block, "spatial"), spatial_conjuncts(block, func.symbols)
     if limits is None:
-        raise refuse(func, "cache_write", block, "its predicate mixes spatial and reduction loops")
+        raise refuse(func, "cache_write", block, "its predicate mixes loops of its reduction with others")
     extra, bindings, position = _positions(cache, offsets)
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     copy = Block(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict
+from kedge.compiler.schedule.lifetime import is_free
 from kedge.compiler.schedule.nest import (
     combiner_of,
     conjuncts,
@@ -36,7 +37,7 @@ from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
-from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, stores, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, map_stmt, seq, stmt_exprs, stores, substitute_expr, walk_stmt
 
 
 def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
@@ -55,9 +56,9 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and its initialisation would always run"
         raise refuse(func, primitive, block, reason)
-    written = {store.buffer for store in stores(block.init)}
+    targets = tuple(dict.fromkeys(store.buffer for store in stores(block.init)))
     for user in blocks_in(loops[position]):
-        used = next((a.buffer for a in accesses(user) if a.buffer in written), None)
+        used = next((a.buffer for a in accesses(user) if a.buffer in targets), None)
         if used is not None and before(func, user, block):
             reason = f"block {user.name!r} uses {used.name!r} before it under loop {loop.name!r}"
             raise refuse(func, primitive, block, reason, hint="take a loop further in")
@@ -69,11 +70,13 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     for number, each in enumerate(loops[position:], position):
         if each.var in reducing and (each.var not in loop_vars(block, "spatial") or has_own_places(block)):
             continue
-        buffer = next(store.buffer for store in stores(block.init))
-        if conflict(func, each, loops[:number], [buffer]) is not None:
-            reason = f"iterations of loop {each.var.name!r} use elements of {buffer.name!r} one after the other"
+        reused = conflict(func, each, loops[:number], targets)
+        if reused is not None:
+            reason = f"iterations of loop {each.var.name!r} use elements of {reused.name!r} one after the other"
             raise refuse(func, primitive, block, reason, hint="take a loop further in")
-    init = _init_nest(func, primitive, block, loops[position:])
+    private = all(target.scope in PRIVATE_SCOPES for target in targets)
+    everywhere = private and all(is_free(func, block, target, loops, position) for target in targets)
+    init = _init_nest(func, primitive, block, loops[position:], everywhere=everywhere)
     update = with_regions(replace(block, init=None))
     func = swap(func, block, update)
     node = find_loop(func, loop)
@@ -106,10 +109,10 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     for outer, inner in zip(loops[top:], (*loops[top + 1 :], block), strict=True):
         if outer.body is not inner:
             raise refuse(func, primitive, block, f"it is not all that is in loop {outer.var.name!r}")
-    store, limits = block.body, spatial_conjuncts(block)
+    store, limits = block.body, spatial_conjuncts(block, func.symbols)
     assert isinstance(store, Store)
     if limits is None:
-        raise refuse(func, primitive, block, "its predicate mixes spatial and reduction loops")
+        raise refuse(func, primitive, block, "its predicate mixes loops of its reduction with others")
     if any(var not in func.symbols for var in free_vars(node.extent)):
         raise refuse(func, primitive, loop, "its extent depends on other loops")
     scope = store.buffer.scope
@@ -123,7 +126,8 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
         # A partial result may have no valid instance at all, and must be there nevertheless.
         init = _init_nest(func, primitive, replace(first, predicate=logical_and(*limits)), loops[top:])
         nest = seq(init, map_stmt(nest, lambda s: with_regions(replace(first, init=None)) if s is first else s))
-    second = _combining_nest(block, partial, op, node, [each for each in loops[top:] if each.var not in reducing])
+    spatial = [each for each in loops[top:] if each.var not in reducing]
+    second = _combining_nest(block, partial, op, node, limits, spatial)
     both = simplify_bindings(seq(nest, second), loop_ranges(loops[:top]))
     new = swap(replace(func, allocs=(*func.allocs, partial)), loops[top], both)
     check_allocation(func, new, primitive, block, partial)
@@ -157,10 +161,12 @@ def _partial_block(func: PrimFunc, block: Block, partial: Buffer, loops: Sequenc
     )
 
 
-def _combining_nest(block: Block, partial: Buffer, op: Combiner, node: For, spatial: Sequence[For]) -> Stmt:
-    """Loops over the outputs and over the partial results of each, around what combines these."""
-    body, limits = block.body, spatial_conjuncts(block)
-    assert isinstance(body, Store) and limits is not None
+def _combining_nest(
+    block: Block, partial: Buffer, op: Combiner, node: For, limits: Sequence[Expr], spatial: Sequence[For]
+) -> Stmt:
+    """Loops over the outputs and over the partial results of each, around what combines these where `limits` hold."""
+    body = block.body
+    assert isinstance(body, Store)
     each = IterVar(Var(f"v{node.var.name}"), node.extent, "reduce")
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     value = Binary(op, Load(body.buffer, body.indices), Load(partial, (*body.indices, each.var)))
@@ -174,20 +180,25 @@ def _combining_nest(block: Block, partial: Buffer, op: Combiner, node: For, spat
     return fresh_nest(combining, [replace(loop, kind="serial", thread=None) for loop in (*spatial, node)])
 
 
-def _init_nest(func: PrimFunc, primitive: str, block: Block, loops: tuple[For, ...]) -> Stmt:
-    """The loops that the output depends on, with fresh variables, around a block that only initialises."""
-    limits = spatial_conjuncts(block)
+def _init_nest(
+    func: PrimFunc, primitive: str, block: Block, loops: tuple[For, ...], *, everywhere: bool = False
+) -> Stmt:
+    """The loops that the output depends on, with fresh variables, around a block that only initialises.
+
+    `everywhere` allows it to do so where no instance of the block runs, too, as far as there are elements.
+    """
+    limits = spatial_conjuncts(block, func.symbols)
     if limits is None:
-        raise refuse(func, primitive, block, "its predicate mixes spatial and reduction loops")
+        raise refuse(func, primitive, block, "its predicate mixes loops of its reduction with others")
     assert block.init is not None
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
-    used = {v for store in stores(block.init) for index in store.indices for v in free_vars(index)}
-    private = all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init))
-    if private and next(loads(block.init), None) is None:
-        # A private buffer's parts that no instance fills may be set as well, without a test, as far as they are there.
+    if all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init)):
+        # Where in the whole result a tile lies is not asked when it is set to one value.
+        used = {v for part in walk_stmt(block.init) for e in stmt_exprs(part) for v in free_vars(e)}
         pairs = [(it, b) for it, b in pairs if it.var in used]
+    if everywhere:
         simplifier = Simplifier(loop_ranges(loops_on(block_path(func, block.name))))
-        limits = () if all(simplifier.prove(b < it.extent) for it, b in pairs) else limits
+        limits = () if all(simplifier.prove(logical_and(b >= 0, b < it.extent)) for it, b in pairs) else limits
     needed = {v for e in (*(b for _, b in pairs), *limits) for v in free_vars(e)}
     init = Block(
         block_name(func, f"{block.name}_init"),

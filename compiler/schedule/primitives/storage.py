@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kedge.compiler.schedule.dependence import conflict, crossing
+from kedge.compiler.schedule.dependence import conflict, crossing, is_private, own_per_iteration
 from kedge.compiler.schedule.nest import index_ends
 from kedge.compiler.schedule.redirect import Place, redirected
-from kedge.compiler.schedule.tree import block_path, intermediate, refuse
+from kedge.compiler.schedule.tree import accesses, block_path, intermediate, loops_in, refuse
 from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Dim, Expr, ExprLike, Var, as_expr, const
 from kedge.compiler.tir.parser import parse_expr
 from kedge.compiler.tir.printer import print_expr
@@ -77,6 +77,30 @@ def check_allocation(before: PrimFunc, func: PrimFunc, primitive: str, block: Bl
         reason = f"{buffer.name!r} in {buffer.scope} scope does not fit {where}: its iterations would share or miss it"
         hint = "scope 'local' gives each one of its own, 'global' one to all"
         raise refuse(before, primitive, block, reason, hint=hint)
+
+
+def check_private(before: PrimFunc, func: PrimFunc, primitive: str) -> None:
+    """Refuse what `primitive` made of `before` if a buffer of one iteration of a loop is used outside of it now."""
+    found = _astray(func)
+    known = {buffer.name for _, buffer in _astray(before)} if found else frozenset()
+    for loop, buffer in found:
+        if buffer.name not in known:
+            where = f"each iteration of {loop.kind} loop {loop.var.name!r}"
+            reason = f"{where} has a {buffer.name!r} of its own in {buffer.scope} scope, which would be used outside"
+            hint = "do this before the loops get their kinds, or give the buffer scope 'global'"
+            raise refuse(before, primitive, loop.var, reason, hint=hint)
+
+
+def _astray(func: PrimFunc) -> list[tuple[For, Buffer]]:
+    """Loops each of whose iterations would have a buffer of its own, were that not used outside, too."""
+    return [
+        (loop, buffer)
+        for loop in loops_in(func.body)
+        if loop.kind in ("parallel", "thread")
+        for buffer in func.allocs
+        if own_per_iteration(loop, buffer) and any(a.buffer is buffer for a in accesses(loop.body))
+        if not is_private(func, loop, buffer)
+    ]
 
 
 def set_scope(func: PrimFunc, name: str, scope: Scope) -> PrimFunc:
