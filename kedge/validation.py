@@ -15,7 +15,7 @@ import numpy as np
 
 import kedge
 from kedge.compiler.graph.external import EXTERNAL_RULE, External
-from kedge.compiler.graph.ir import Call, Function, Fused, Module, Value
+from kedge.compiler.graph.ir import Call, ExternalCall, Function, Fused, Module, Value
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.errors import InputError
 
@@ -25,12 +25,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one array is from its reference. `max_rel` is the largest error over the reference's largest value."""
+    """How far one array is from its reference. `max_rel` is the largest error over the reference's largest value.
+
+    `external` names the C function from outside that computes a layer.
+    """
 
     name: str
     max_abs: float
     max_rel: float
     ok: bool
+    external: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,16 @@ class Validation:
 
     @property
     def ok(self) -> bool:
-        """Whether every output is within the tolerances."""
-        return all(output.ok for output in self.outputs)
+        """Whether every output is within the tolerances, and everything that external code computes.
+
+        A mistake of foreign code may well hide behind what follows it; kedge's own layers only help to find a mistake.
+        """
+        return all(output.ok for output in self.outputs) and not self.wrong_externals
+
+    @property
+    def wrong_externals(self) -> tuple[Difference, ...]:
+        """The layers that external code computes wrong."""
+        return tuple(layer for layer in self.layers if layer.external and not layer.ok)
 
     @property
     def worst_layer(self) -> Difference | None:
@@ -171,11 +183,21 @@ def _layers(
     targets = [variant.target for variant in artifact.manifest.variants]
     exposed = kedge.compile(module, targets, pipeline=pipeline, name=artifact.manifest.name)
     progress("running layer by layer")
-    expected = run(pipeline.run(module), inputs)
+    optimized = pipeline.run(module)
+    main = optimized.functions["main"]
+    functions = {
+        name: value.body.name
+        for name, value in zip(main.output_names, main.outputs, strict=True)
+        if isinstance(value, ExternalCall)
+    }
+    expected = run(optimized, inputs)
     actual = device.load(exposed).run(inputs)
     final = {port.name for port in artifact.manifest.function("main").outputs}
     return tuple(
-        _difference(name.partition(": ")[2], actual[name], expected[name], rtol, atol)
+        replace(
+            _difference(name.partition(": ")[2], actual[name], expected[name], rtol, atol),
+            external=functions.get(name, ""),
+        )
         for name in expected
         if name not in final
     )

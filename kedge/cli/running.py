@@ -185,7 +185,7 @@ def validate(
 ) -> None:
     """Compare an artifact's outputs with the ONNX reference evaluator's, and name the worst layer.
 
-    Exits with 1 when an output differs by more than the tolerances.
+    Exits with 1 when an output differs by more than the tolerances, or a layer that external code computes.
 
     Examples:
 
@@ -227,6 +227,10 @@ def _show_validation(result: Any) -> None:
             Text("ok") if item.ok else Text("differs", style="red"),
         )
     output.show(table)
+    for wrong in result.wrong_externals:
+        output.stdout().print(
+            f"external {wrong.external} differs at {wrong.name}: max |error| {wrong.max_abs:.3g}", soft_wrap=True
+        )
     if result.skipped:
         output.stdout().print(f"layers are not compared: {result.skipped}; --external FILE.py gives it", soft_wrap=True)
     if result.worst_layer is not None:
