@@ -37,7 +37,8 @@ def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float) -> Non
     """Spread perfectly nested `loops` over threads; `total_cycles` is what they cost at their least size.
 
     Where the number of iterations is known only at run time, the loop carries the `grain` below which it is not worth
-    the threads and runs on the calling one.
+    the threads and runs on the calling one. Chunks are static: these iterations cost the same, and the next loop finds
+    in each core's cache what this one left there.
 
     Rewrite:
         for i: for j: …   ->   for i_j in parallel(…):  # grain=n
