@@ -36,7 +36,7 @@ class ArtifactError(KedgeError):
 
 
 class IncompatibleTargetError(KedgeError):
-    """An artifact has no variant that this device can run (architecture, or a CPU feature it lacks)."""
+    """An artifact has no variant that this device can run (architecture, or a CPU feature or GPU it lacks)."""
 
     exit_status = 4
 
