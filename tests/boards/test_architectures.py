@@ -23,7 +23,10 @@ import pytest
 
 import kedge
 from kedge.compiler import pipeline
+from kedge.compiler.graph.builder import Builder
+from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.target import parse
+from kedge.compiler.tir.expr import Var
 from kedge.compiler.toolchain import build_runtime, cache_dir
 from kedge.deploy.emulated.sources import host_distribution
 from kedge.deploy.emulated.userland import fetch_userland
@@ -199,3 +202,32 @@ def test_the_digits_network_linked_into_a_risc_v_program(
     batches = [images[:1], images[:5], images]
     for found, batch in zip(call_linked("riscv64", program, weights, offset, *batches), batches, strict=True):
         np.testing.assert_allclose(found, expected[: len(batch)], rtol=1e-4, atol=1e-6)
+
+
+EXPONENTIAL = """
+#include <math.h>
+#include "kedge_external.h"
+int32_t my_exp(const kedge_external_call *call) {
+  const float *x = kedge_data(&call->inputs[0]);
+  float *y = kedge_data(&call->outputs[0]);
+  int64_t size = kedge_size(&call->inputs[0]), two = kedge_external_int(call, "two", 1);
+  for (int64_t i = 0; i < size; i++) y[i] = expf(x[i]);
+  /* 32-bit ARM divides 64-bit numbers in the compiler's library. */
+  return size / two == 7 ? KEDGE_OK : kedge_external_fail(call, "cannot divide");
+}
+"""
+
+
+def test_external_code_finds_the_mathematics_of_the_board(arch: str, runner: Runner, tmp_path: Path) -> None:
+    b = Builder("main")
+    x = b.input("x", TensorType((Var("n", lower=1), 3), "float32"))
+    module = kedge.Module({"main": b.finish({"y": b.call("exp", x)})})
+    pattern = kedge.patterns.op("exp", kedge.patterns.wildcard("x"))
+    external = kedge.External("my_exp", pattern, EXPONENTIAL, attributes=lambda match: {"two": 2})
+    artifact = kedge.compile(module, f"llvm -mtriple={TRIPLES[arch]}", externals=[external])
+    lib, weights, offset = unpacked(artifact, tmp_path)
+    runner.open(lib, weights, offset)
+    data = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    (result,) = runner.call(0, [Tensor("float32", data.shape, data.tobytes())])
+    found = np.frombuffer(bytes(result.data), np.float32).reshape(result.shape)
+    np.testing.assert_allclose(found, np.exp(data), rtol=1e-6)
