@@ -109,13 +109,14 @@ def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequ
 def spatial_conjuncts(block: Block, symbols: Collection[Var]) -> tuple[Expr, ...] | None:
     """The conditions of the block's predicate that do not depend on the loops of its reduction.
 
-    None if one depends on other loops, too, so that it cannot be told apart. `symbols` are those of the function.
+    None if one depends on others, too, so that it cannot be told apart: on those of the output, or on such as do
+    nothing but run idle. `symbols` are those of the function.
     """
-    reducing = loop_vars(block, "reduce")
+    reducing, spatial = loop_vars(block, "reduce"), loop_vars(block, "spatial")
     found = []
     for conjunct in conjuncts(block.predicate):
         used = set(free_vars(conjunct)).difference(symbols)
-        if used & reducing and used - reducing:
+        if used & reducing and not used <= reducing - spatial:
             return None
         if not used & reducing:
             found.append(conjunct)

@@ -260,6 +260,10 @@ def test_loops_that_are_idle_and_reduce_at_once_are_refused():
     refused(lambda: sch.decompose_reduction(y, fused), "decompose_reduction(block 'y')", reason)
     refused(lambda: sch.rfactor(y, fused), "rfactor(block 'y')", reason)
     refused(lambda: sch.cache_write(y, sch.get_loops(y)[0]), "cache_write(block 'y')", reason)
+    sch = Schedule(row_sums())
+    y = sch.get_block("y")
+    outer, _ = sch.split(sch.fuse(*sch.get_loops(y)), [None, 5])
+    refused(lambda: sch.decompose_reduction(y, outer), "decompose_reduction(block 'y')", reason)
 
 
 def test_every_buffer_of_an_initialisation_counts():
