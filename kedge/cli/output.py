@@ -17,6 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kedge.rpc.artifact.place import CPU, GPU_KINDS
+
+
+def _kinds(incomplete: str) -> list[str]:
+    """What completes a device of a machine."""
+    return [kind for kind in (CPU, *GPU_KINDS) if kind.startswith(incomplete)]
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DeviceOption = Annotated[
     str | None,
@@ -33,6 +41,7 @@ OnOption = Annotated[
         metavar="KIND[:N]",
         help="Where the kernels run: 'cpu', 'opencl', 'cuda', or one by number: 'opencl:1'.",
         show_default="as the artifact prefers",
+        autocompletion=_kinds,
     ),
 ]
 TrackerOption = Annotated[

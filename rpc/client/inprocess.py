@@ -27,6 +27,7 @@ import numpy as np
 
 from kedge.rpc import abi
 from kedge.rpc.artifact import Artifact, Function, Manifest, place
+from kedge.rpc.artifact.place import CPU
 from kedge.rpc.client.gpus import find_gpus
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output
 from kedge.rpc.client.timing import Timing, timing_options
@@ -83,6 +84,8 @@ class LoadedModel:
         self._check_library()
         functions = artifact.manifest.functions
         self.functions = {f.name: LoadedFunction(self, i, f) for i, f in enumerate(functions)}
+        if self.placement.kind != CPU:
+            self._context()  # now, not at the first call: whether the driver takes the kernels, and what that costs
 
     @property
     def device(self) -> str:

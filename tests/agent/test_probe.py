@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from kedge.compiler.target.arch import ARCHS, Arch, closure
 from kedge.compiler.target.cpus import CPUS
 from kedge.compiler.target.parse import parse
+from kedge.device_agent.agent import _find_gpus
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
 from kedge.device_agent.health import read_health
 from kedge.device_agent.probe import baseline_target, cpu_of, emulation_reason, probe, target_string, userland_arch
+from kedge.device_agent.runner import Runner, RunnerTimeout
 from kedge.rpc.abi import ABI_VERSION
+from kedge.rpc.artifact import Found
 
 PI4_CPUINFO = """\
 processor\t: 0
@@ -202,3 +205,14 @@ def test_this_kernel_answers_what_the_emulation_check_asks() -> None:
     assert Path("/proc/thread-self/exe").readlink() == Path("/proc/self/exe").readlink()
     machine = subprocess.run(["uname", "-m"], capture_output=True, text=True, check=True).stdout.strip()
     assert emulation_reason(machine) is None
+
+
+def test_a_driver_that_fails_costs_the_gpus_and_nothing_else(
+    runner: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hang(self: Runner, kind: str) -> Found:
+        raise RunnerTimeout("load took longer than 60 s", stage="load", alive=False)
+
+    monkeypatch.setattr(Runner, "devices", hang)
+    assert _find_gpus(runner, "opencl") == ()
+    assert "this device offers no opencl: looking for it failed: load took longer" in caplog.text

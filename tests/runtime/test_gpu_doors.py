@@ -131,6 +131,15 @@ def test_a_device_that_lacks_what_a_variant_needs(runtime: RuntimeFiles) -> None
         open_in_process(demanding, runtime.lib)
 
 
+@pytest.mark.usefixtures("opencl")
+def test_kernels_that_the_device_cannot_run_are_refused_when_they_are_opened(runtime: RuntimeFiles) -> None:
+    lying = gpu_artifact(VariantDevice("opencl"), '-DNEEDS="cl_kedge_none"')
+    with pytest.raises(IncompatibleTargetError, match="lacks what kernel doubling needs: cl_kedge_none"):
+        open_in_process(lying, runtime.lib)
+    with kedge.local() as here, pytest.raises(IncompatibleTargetError, match="cl_kedge_none"):
+        here.load(lying)
+
+
 def test_a_machine_without_drivers_says_what_to_install(
     runtime: RuntimeFiles, doubling: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,9 +17,12 @@ from kedge.rpc.artifact import Artifact, Function, Manifest, Port, Symbol, Varia
 from support import native
 
 
-def gpu_artifact(need: VariantDevice = VariantDevice("opencl", "", 64)) -> Artifact:  # noqa: B008 - frozen
-    """The artifact; `need` is what its manifest says of the device."""
-    arch, lib = platform.machine(), native.module("doubling").read_bytes()
+def gpu_artifact(
+    need: VariantDevice = VariantDevice("opencl", "", 64),  # noqa: B008 - frozen
+    *flags: str,
+) -> Artifact:
+    """The artifact; `need` is what its manifest says of the device, `flags` are the compiler's."""
+    arch, lib = platform.machine(), native.module("doubling", *flags).read_bytes()
     x, y = Port("x", "float32", ("N",)), Port("y", "float32", ("N",))
     manifest = Manifest(
         "doubling", abi.ABI_VERSION, "by hand", (Function("main", (x,), (y,), (Symbol("N"),)),),

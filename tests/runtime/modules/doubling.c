@@ -1,6 +1,9 @@
 /* doubling.c: main (x: f32[N] -> y: f32[N]), y = 2 x + 1, by a kernel in OpenCL C. */
 #include "kedge.h"
 
+#ifndef NEEDS
+#define NEEDS "" /* what the kernel asks of the device */
+#endif
 static const char code[] =
     "__kernel void doubling(__global uchar *x, ulong at_x, __global uchar *y, ulong at_y, long n) {\n"
     "  long i = get_global_id(0);\n"
@@ -10,7 +13,7 @@ static const kedge_device_kernel kernel = {.struct_size = sizeof kernel,
                                            .name = "doubling",
                                            .code = code,
                                            .code_size = sizeof code - 1,
-                                           .features = "",
+                                           .features = NEEDS,
                                            .n_buffers = 2,
                                            .n_scalars = 1};
 static const kedge_device_kernel *const kernels[] = {&kernel};
