@@ -67,6 +67,8 @@ class Pipeline:
 
         Where a pattern names what is rewritten before (gemm, batch_norm), insert a `Partition` earlier instead.
         """
+        if isinstance(externals, External):
+            raise TypeError(f"externals are a list: [{externals.function}]")
         if not externals:
             return self
         step = Partition(tuple(externals))

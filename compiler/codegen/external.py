@@ -94,7 +94,7 @@ class _ExternalEmitter(ExprEmitter):
         self.b.label(failed)
         api = self._load(FRAME, "%frame", FRAME_FIELDS["api"])
         fail = self._load(API, api, API_FIELDS["fail"])
-        result = self.b.result(f"call i32 {fail}(ptr %frame, ptr {name}, {status.typed}, ptr null)", "i32")
+        result = self.b.result(f"call i32 {fail}(ptr %frame, ptr {name}, i32 signext {status.ref}, ptr null)", "i32")
         self.b.emit(f"ret {result.typed}")
         self.b.label(done)
         self.b.emit("ret i32 0")

@@ -37,8 +37,8 @@ class External:
         function: the name of the C function.
         pattern: the subgraph, with one result. Its leaves are the function's inputs, in the order in which the pattern
             names them.
-        source: a C11 file, or the text of one; compiled for each target, with the CPU features that the target
-            requires.
+        source: a C11 file (from the current folder, while compiling), or the text of one, which has several lines.
+            It is compiled for each target, with the CPU features that the target requires.
         library: an object file or a static library to link, position-independent: one path, or a path for each
             architecture (`{"aarch64": "libfoo.a"}`). With `source`, what the source needs.
         supports: says of a match whether the function can do it; types are those of `match["x"].type`. Without:
@@ -47,7 +47,8 @@ class External:
             Ints, floats, bools, or sequences of one of them.
         workspace: bytes of scratch memory for one call, or a function from a match to them; over free dims an
             expression, `lambda match: match["x"].type.shape[0] * 64`.
-        cflags: further flags for the C compiler, such as `-ffast-math` or `-I…`.
+        cflags: further flags for the C compiler, such as `-ffast-math` or `-I…`. One that allows more CPU features
+            makes an artifact that crashes where they are missing.
 
     Raises:
         CompileError: the name is none in C or begins with kedge_, there is no code, or the pattern is no subgraph with

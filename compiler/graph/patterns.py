@@ -183,12 +183,13 @@ def leaves(pattern: Pattern) -> tuple[tuple[Leaf, str], ...]:
     named: dict[str, Pattern] = {}
     found: dict[int, tuple[Leaf, str]] = {}
     for each in _parts(pattern):
-        if isinstance(each, Leaf):
-            found.setdefault(id(each), (each, each.name or f"arg{len(found)}"))
-        if isinstance(each, Named) and each.name and named.setdefault(each.name, each) is not each:
+        name = each.name if isinstance(each, Named) else ""
+        if isinstance(each, Leaf) and id(each) not in found:
+            name = name or f"arg{len(found)}"
+            found[id(each)] = each, name
+        if name and named.setdefault(name, each) is not each:
             raise CompileError(
-                f"two patterns are called {each.name!r}",
-                hint="use one pattern object twice where the same value is meant",
+                f"two patterns are called {name!r}", hint="use one pattern object twice where the same value is meant"
             )
     return tuple(found.values())
 
@@ -268,9 +269,10 @@ def matches(pattern: Pattern, value: Value, known: Known) -> Iterator[Match]:
 
     A leaf never stands for a value that the subgraph computes itself.
     """
-    names = leaves(pattern)
-    named = {id(each): each.name for each in _parts(pattern) if isinstance(each, Named) and each.name}
+    names: tuple[tuple[Leaf, str], ...] | None = None  # most values match nothing
     for state in _match(pattern, value, _State({}), known):
+        names = leaves(pattern) if names is None else names
+        named = {id(each): each.name for each in _parts(pattern) if isinstance(each, Named) and each.name}
         taken = {id(call) for call in state.calls}
         inputs = {name: state.bound[id(leaf)] for leaf, name in names if id(leaf) in state.bound}
         if not state.calls or any(id(leaf) in taken for leaf in inputs.values()):

@@ -10,9 +10,9 @@
  *   }
  *
  * Inputs come in the order in which the pattern names its leaves. Shapes are those of this call, also where dims are
- * free. All tensors are dense and row-major; data is aligned to its element size (weights and intermediate results to
- * KEDGE_ALIGNMENT), never overlaps, and inputs must not be written to. The function may be entered from several
- * threads at once, one call each.
+ * free, and may be 0 where the model allows it. All tensors are dense and row-major; data is aligned to its element size
+ * (weights and intermediate results to KEDGE_ALIGNMENT). Results overlap nothing else, and inputs must not be written
+ * to. The function may be entered from several threads at once, one call each.
  *
  * It returns KEDGE_OK, KEDGE_E_MEMORY or KEDGE_E_CANCELLED, or any other number to say that it failed; the caller reads
  * that number with the function's name and its operators. `kedge_external_fail` adds words.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kedge.compiler.errors import CompileError, CompileWarning, VerifyError
 from kedge.compiler.graph import interp, parser, structural
 from kedge.compiler.graph import patterns as p
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.external import External
-from kedge.compiler.graph.ir import Call, ExternalCall, Module, TensorType, Value
-from kedge.compiler.graph.passes import Fuse, Partition
+from kedge.compiler.graph.ir import Call, ExternalCall, Function, Module, TensorType, Value
+from kedge.compiler.graph.passes import Fuse, Partition, default_passes
 from kedge.compiler.graph.verify import verify
+from kedge.compiler.pipeline import Pipeline
 from kedge.compiler.tir.expr import Var
 
 N = Var("n", lower=1)
@@ -251,3 +255,94 @@ def test_the_verifier_looks_at_external_calls() -> None:
         assert changed != text
         with pytest.raises(VerifyError, match=reason):
             verify(parser.parse(changed))
+
+
+def gelu() -> p.Pattern:
+    x = p.wildcard("x")
+    inner = p.op("add", p.op("erf", p.op("mul", x, p.literal(0.70710678))), p.literal(1))
+    return p.op("mul", p.op("mul", x, p.literal(0.5)), inner)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_gelu_as_exporters_write_it(bound: bool) -> None:
+    """Scalars are constants in one model, bound parameters of one element in another."""
+    b = Builder("main")
+    x = b.input("x", TensorType((N, 8), "float32"))
+    scalars = {"half": 0.5, "one": 1.0, "root": 0.70710678}
+    params = {name: np.array([value], "float32") for name, value in scalars.items()}
+    value = {
+        name: b.param(name, TensorType((1,), "float32")) if bound else b.constant(data) for name, data in params.items()
+    }
+    inner = b.call("add", value["one"], b.call("erf", b.call("mul", value["root"], x)))
+    made = Module({"main": b.finish({"y": b.call("mul", inner, b.call("mul", value["half"], x))})})
+    (call,) = partitioned(made.bind(params) if bound else made, external(gelu()))
+    assert [own.name for own in call.body.inputs] == ["x"]
+    assert not [each for each in call.body.values() if type(each).__name__ == "Param"]
+
+
+def test_generated_names_do_not_collide() -> None:
+    with pytest.raises(CompileError, match="two patterns are called 'arg0'"):
+        external(p.op("add", p.wildcard(), p.wildcard("arg0")))
+
+
+def test_the_operators_of_the_front_end_are_there_earlier() -> None:
+    def build(b: Builder, x: Value, w: Value, c: Value) -> dict[str, Value]:
+        return {"y": b.call("relu", b.call("gemm", x, w, c, trans_b=True, origin=("fc",)))}
+
+    gemm = external(p.op("gemm", p.wildcard("x"), p.constant("w"), p.wildcard("b"), attrs={"trans_b": True}))
+    (call,) = partitioned(module(build), gemm)
+    assert [each.op for each in call.body.values() if isinstance(each, Call)] == ["gemm"]
+    pipeline = Pipeline(default_passes()).insert_before("legalize", Partition([gemm]))
+    assert pipeline.externals == (gemm,)
+    after = verify(pipeline.run(module(build)))
+    assert [value.op for value in after.functions["main"].values() if isinstance(value, Call)] == ["relu"]
+    short = Pipeline(default_passes()).without("fuse").partition([gemm])
+    assert short.names[-1] == "partition"
+    with pytest.raises(TypeError, match=r"a list: \[f\]"):
+        short.partition(gemm)  # type: ignore[arg-type]
+
+
+OPERATORS = ("relu", "neg", "tanh", "add", "maximum", "softmax")
+ANY = {
+    "unary": p.op(["relu", "neg", "tanh"], p.wildcard("a")),
+    "sum of any": p.op("add", p.wildcard("a"), p.wildcard("b")),
+    "chain": p.op("tanh", p.op("relu", p.wildcard("a")).optional(lambda y: p.op("neg", y))),
+    "joined": p.op("maximum", p.op(["relu", "neg"], p.wildcard("a")), p.op(["tanh", "relu"], p.wildcard("b"))),
+    "three": p.op("add", p.op(["maximum", "add"], p.wildcard("a"), p.wildcard("b")), p.wildcard("c")),
+}
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_random_graphs_keep_their_meaning(data: st.DataObject) -> None:
+    """Values are used again at random, so that many matches overlap, or hide what others need."""
+
+    def build(b: Builder, x: Value, w: Value, c: Value) -> dict[str, Value]:
+        values = [x]
+        for _ in range(data.draw(st.integers(1, 12))):
+            op = data.draw(st.sampled_from(OPERATORS))
+            arity = 2 if op in ("add", "maximum") else 1
+            chosen = [values[data.draw(st.integers(max(0, len(values) - 4), len(values) - 1))] for _ in range(arity)]
+            values.append(b.call(op, *chosen, **({"axis": -1} if op == "softmax" else {})))
+        return {f"y{index}": value for index, value in enumerate(values[-2:]) if value is not x} or {"y": values[-1]}
+
+    names = data.draw(st.lists(st.sampled_from(sorted(ANY)), min_size=1, max_size=4, unique=True))
+    externals = [external(ANY[name], f"f{index}") for index, name in enumerate(names)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompileWarning)
+        before = module(build)
+        calls = partitioned(before, *externals)
+        after = Partition(externals)(before)
+    # Every operator is computed once: inside of a call or outside.
+    inside = sum(count_of(call.body) for call in calls)
+    assert inside + count_of(after.functions["main"]) == count_of(before.functions["main"])
+    left = {value.op for value in after.functions["main"].values() if isinstance(value, Call)}
+    assert "unary" not in names or not left & {
+        "relu",
+        "neg",
+        "tanh",
+    }  # nothing keeps a single operator from being taken
+
+
+def count_of(function: Function) -> int:
+    return sum(isinstance(value, Call) for value in function.values())
