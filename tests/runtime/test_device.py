@@ -69,6 +69,50 @@ def fake_cuda(runtime: RuntimeFiles, tmp_path: Path) -> FakeCuda:
     return FakeCuda(runtime, tmp_path)
 
 
+#: Runs a piece of code with a Gpu `gpu` on OpenCL that is watched: `fail(name, error)` lets the next call of that name
+#: fail, `alive()` counts what was created and not released.
+WATCHED = """
+import ctypes, sys
+from support.gpu import *
+watch = ctypes.CDLL("libOpenCL.so.1")
+def fail(name, error, after=0): watch.watch_opencl_fail(name.encode(), error, after)
+alive = watch.watch_opencl_alive
+gpu = Gpu(sys.argv[1], sys.argv[2], (4, 0))
+gpu.properties()
+"""
+
+
+class WatchedOpenCl:
+    """Runs code in processes that count OpenCL's objects and let its calls fail."""
+
+    def __init__(self, gpu: Gpu, runtime: RuntimeFiles, folder: Path) -> None:
+        self.gpu, self.runtime, self.folder = gpu, runtime, folder
+        watch = native.compile_c([PROGRAMS / "watch_opencl.c"], "-shared", "-fPIC")
+        (folder / "libOpenCL.so.1").symlink_to(watch)
+
+    def run(self, code: str) -> str:
+        """What the code prints; at its end nothing of OpenCL is left."""
+        command = [sys.executable, "-c", f"{WATCHED}{code}\nassert alive() == 0, alive()\n"]
+        with Path("/proc/self/maps").open() as maps:
+            real = next(line.split()[-1] for line in maps if "/libOpenCL.so" in line)
+        paths = {
+            "LD_LIBRARY_PATH": str(self.folder),
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "REAL_OPENCL": real,
+        }
+        done = subprocess.run(
+            [*command, str(self.runtime.lib), self.gpu.module],
+            env={**os.environ, **paths}, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def watched(opencl: Gpu, runtime: RuntimeFiles, tmp_path: Path) -> WatchedOpenCl:
+    return WatchedOpenCl(opencl, runtime, tmp_path)
+
+
 # On every device ---------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +187,38 @@ def test_cuda_refuses_code_and_features(fake_cuda: FakeCuda) -> None:
     assert lacking == (f"{abi.E_FEATURE} CUDA device 0, Stand-in 0 (sm_86), lacks what kernel add needs: sm_90a\n")
 
 
+CREATION = [
+    ("clCreateContext", -6, abi.E_MEMORY, "the OpenCL device cannot be opened: CL_OUT_OF_HOST_MEMORY (-6)"),
+    ("clCreateProgramWithSource", -5, abi.E_LOAD, "does not take the module's kernels: CL_OUT_OF_RESOURCES (-5)"),
+    ("clCreateBuffer", -4, abi.E_MEMORY, "out of device memory: 128 bytes wanted"),
+    ("clEnqueueWriteBuffer", -5, abi.E_KERNEL, "a copy failed: CL_OUT_OF_RESOURCES (-5)"),
+    ("clFinish", -5, abi.E_KERNEL, "the device failed: CL_OUT_OF_RESOURCES (-5)"),
+    ("clCreateCommandQueue", -5, abi.E_LOAD, "no OpenCL queue: CL_OUT_OF_RESOURCES (-5)"),
+    (
+        "clCreateKernel",
+        -46,
+        abi.E_LOAD,
+        "kernel add: OpenCL does not make it from the module's code: CL_INVALID_KERNEL_N",
+    ),
+    ("clGetKernelWorkGroupInfo", -48, abi.E_LOAD, "kernel add: OpenCL does not make it from the module's code"),
+]
+
+
+def test_a_context_that_cannot_be_made_leaves_nothing(watched: WatchedOpenCl) -> None:
+    code = f"""
+for call, error in {[case[:2] for case in CREATION]}:
+    with gpu.model() as model:
+        fail(call, error)
+        failure = refusal(lambda: gpu.context_of(model).__enter__())
+        print(failure.status, failure)
+        assert alive() == 0, (call, alive())
+        with gpu.context_of(model) as context:
+            context.call("chain", [floats(4)], [floats(4)])
+"""
+    for line, (call, _, status, text) in zip(watched.run(code).splitlines(), CREATION, strict=True):
+        assert line.startswith(f"{status} ") and text in line, call
+
+
 # Failures while it runs --------------------------------------------------------------------------------------------
 
 
@@ -181,6 +257,77 @@ def test_the_host_cannot_touch_what_stands_for_device_memory(opencl: Gpu) -> Non
             ]
         assert len(held) == 1 and held[0].split()[1] == "---p"
         context.free(address)
+
+
+CALLS = [
+    (
+        "clCreateBuffer",
+        -4,
+        0,
+        abi.E_MEMORY,
+        "function chain needs an arena of 928 bytes: out of device memory: 928 bytes wanted",
+    ),
+    ("clCreateBuffer", -4, 1, abi.E_MEMORY, "input x: out of device memory: 400 bytes wanted"),
+    ("clCreateBuffer", -4, 2, abi.E_MEMORY, "output y: out of device memory: 400 bytes wanted"),
+    ("clEnqueueWriteBuffer", -4, 0, abi.E_MEMORY, "a copy failed: CL_MEM_OBJECT_ALLOCATION_FAILURE (-4)"),
+    (
+        "clSetKernelArg",
+        -51,
+        4,
+        abi.E_KERNEL,
+        "kernel scale, parameter 4: OpenCL does not take an argument: CL_INVALID_ARG_SIZE",
+    ),
+    ("clEnqueueNDRangeKernel", -54, 1, abi.E_KERNEL, "the launch failed: CL_INVALID_WORK_GROUP_SIZE (-54)"),
+    ("clEnqueueReadBuffer", -5, 0, abi.E_KERNEL, "a copy failed: CL_OUT_OF_RESOURCES (-5)"),
+]
+
+
+def test_a_call_that_fails_leaves_the_context_as_it_was(watched: WatchedOpenCl) -> None:
+    code = f"""
+x = floats(100)
+for call, error, after in {[case[:3] for case in CALLS]}:
+    y = np.full(100, 7, np.float32)
+    with gpu.context() as context:
+        fail(call, error, after)
+        failure = refusal(lambda: context.call("chain", [x], [y]))
+        print(failure.status, failure)
+        np.testing.assert_array_equal(y, 7)
+        context.call("chain", [x], [y])
+        np.testing.assert_array_equal(y, x * -4)
+"""
+    for line, (call, _, after, status, text) in zip(watched.run(code).splitlines(), CALLS, strict=True):
+        assert line.startswith(f"{status} ") and text in line, (call, after)
+
+
+def test_a_fault_of_an_opencl_device(watched: WatchedOpenCl) -> None:
+    """What happened is known when the queue is waited for: the context refuses from then on."""
+    code = """
+x, y = floats(100), np.full(100, 7, np.float32)
+with gpu.context() as context:
+    fail("clFinish", -5)
+    failure = refusal(lambda: context.call("chain", [x], [y]))
+    print(failure.status, failure)
+    np.testing.assert_array_equal(y, 7)
+    print(refusal(lambda: context.call("chain", [x], [y])))
+with gpu.context() as context:
+    context.call("chain", [x], [y])
+    np.testing.assert_array_equal(y, x * -4)
+"""
+    failure, refused = watched.run(code).splitlines()
+    assert failure.startswith(f"{abi.E_KERNEL} ") and failure.endswith("the device failed: CL_OUT_OF_RESOURCES (-5)")
+    assert refused == "the device faulted earlier: destroy its contexts and create new ones"
+
+
+def test_nothing_of_opencl_is_left(watched: WatchedOpenCl) -> None:
+    """Also not what a user forgot to free, nor the events of a queue with many launches."""
+    code = """
+for scenario in SCENARIOS.values(): scenario(gpu)
+assert alive() == 0, alive()
+with gpu.context() as context:
+    context.time("chain", [floats(1)], [floats(1)], number=1000, repeat=2)
+    context.alloc(1000)
+"""
+    watched.run(code)
 
 
 def test_a_fault_of_the_device_ends_its_contexts(fake_cuda: FakeCuda) -> None:
