@@ -16,6 +16,7 @@ from kedge.compiler.codegen.affine import LANE, Linear
 from kedge.compiler.codegen.alloc import Alloc, statements_of
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
+from kedge.compiler.codegen.prefetch import Prefetch, prefetches
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.types import byte_size, scalar_type
@@ -130,6 +131,8 @@ class KernelEmitter(ParallelEmitter):
                 self._for(stmt)
             case Alloc():
                 self._alloc(stmt)
+            case Prefetch():
+                self._prefetch(stmt)
             case _:
                 raise CodegenError(f"no code for statement {type(stmt).__name__}")
 
@@ -183,7 +186,7 @@ class KernelEmitter(ParallelEmitter):
             case "unrolled" if extent.value is not None and extent.value <= _MAX_UNROLL:
                 for i in range(extent.value):
                     self.env[loop.var] = Linear.of(i)
-                    self.stmt(loop.body)
+                    self._iteration(loop)
             case "vectorized" if self.lanes == 1:
                 self._vectorized(loop, extent)
             case "parallel" if self.parallel is None and self.lanes == 1:
@@ -196,7 +199,12 @@ class KernelEmitter(ParallelEmitter):
                     hint="schedule for a CPU target",
                 )
             case _:
-                self.serial(loop.var, extent, lambda: self.stmt(loop.body))
+                self.serial(loop.var, extent, lambda: self._iteration(loop))
+
+    def _iteration(self, loop: For) -> None:
+        for ahead in prefetches(loop):
+            self.stmt(ahead)
+        self.stmt(loop.body)
 
     def serial(self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None) -> None:
         """`for var in [start, extent)`, tested at the end; in front, too, unless it surely runs."""
@@ -295,6 +303,17 @@ class KernelEmitter(ParallelEmitter):
             memory = scalar_type(load.buffer.dtype).memory
             places[buffer.name] = self._address(self._pointer(load.buffer), memory, position)
         EMITTERS[intrin.name](self.b, places)
+
+    def _prefetch(self, stmt: Prefetch) -> None:
+        """For reading, into all caches. The address is no `inbounds` one: it may be past the end of the buffer."""
+        position = self.offset(stmt.buffer, stmt.indices)
+        if not position.is_uniform:
+            raise NotVectorizable
+        memory, at = scalar_type(stmt.buffer.dtype).memory, self.materialize(position)
+        base = self._pointer(stmt.buffer).ref
+        address = self.b.result(f"getelementptr {memory}, ptr {base}, {at.typed}", "ptr")
+        self.b.module.declare("llvm.prefetch.p0", "void @(ptr, i32, i32, i32)")
+        self.b.emit(f"call void @llvm.prefetch.p0({address.typed}, i32 0, i32 3, i32 1)")
 
     # Buffers ----------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from kedge.compiler.schedule.primitives.loops import annotate, fuse, parallel, r
 from kedge.compiler.schedule.primitives.motion import compute_at, reverse_compute_at
 from kedge.compiler.schedule.primitives.pad import pad_einsum
 from kedge.compiler.schedule.primitives.pipeline import software_pipeline
+from kedge.compiler.schedule.primitives.prefetch import prefetch
 from kedge.compiler.schedule.primitives.reduction import decompose_reduction, rfactor
 from kedge.compiler.schedule.primitives.storage import IndexMap, set_scope, storage_align, transform_layout
 from kedge.compiler.schedule.primitives.tensorize import tensorize
@@ -189,6 +190,21 @@ class Schedule(Traced):
               for k in range(4): …                 for k in tensorized(4): …
         """
         self._commit("tensorize", tensorize(self._func, self._handles.var(loop), intrin))
+
+    @primitive('sch.prefetch(block, "x", i, 4)')
+    def prefetch(self, block: BlockRef, buffer: str, loop: LoopRef, offset: int) -> None:
+        """Each iteration of `loop` first asks for what the `offset`-th after it reads of `buffer`, line by cache line.
+
+        The loop is serial or unrolled and around `block`, which reads the buffer. Best is a loop each of whose
+        iterations reads a few lines, at a distance that takes as long as memory does. It changes no result: past the
+        end of the buffer, too, no prefetch fails. Primitives that would take it away are refused afterwards.
+
+        Rewrite:
+            for i in range(n):            ->   for i in range(n):  # prefetch={'x': 4}
+                block y: … x[vi, vk] …             block y: … x[vi, vk] …
+        """
+        made = prefetch(self._func, self._handles.name(block), buffer, self._handles.var(loop), offset)
+        self._commit("prefetch", made)
 
     @primitive('sch.annotate(i, "pragma", 1)')
     def annotate(self, ref: Ref, key: str, value: Any) -> None:

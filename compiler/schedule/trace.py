@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 from kedge.compiler.errors import ParseError, ScheduleError
 from kedge.compiler.schedule.arguments import Primitive
 from kedge.compiler.schedule.handles import Handles, Ref
+from kedge.compiler.schedule.primitives.prefetch import check_prefetched
 from kedge.compiler.schedule.primitives.storage import check_private
 from kedge.compiler.schedule.primitives.tensorize import check_tensorized
 from kedge.compiler.tir.stmt import PrimFunc
@@ -99,6 +100,7 @@ class Traced:
         """Take over the new function, and retire the handles of what it no longer has."""
         check_private(self._func, func, primitive)
         check_tensorized(self._func, func, primitive)
+        check_prefetched(self._func, func, primitive)
         self._func = func
         self._handles.retire(func, primitive)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -124,6 +125,8 @@ class _Verifier:
             self.need(isinstance(loop.extent, Const), f"{loop.kind} loop {name} has no constant extent")
         if "schedule" in loop.annotations or "chunk" in loop.annotations:
             self.chunks(loop)
+        if "prefetch" in loop.annotations:
+            self.prefetches(loop)
         self.stmt(loop.body, scope | {loop.var}, outer)
 
     def chunks(self, loop: For) -> None:
@@ -133,6 +136,16 @@ class _Verifier:
         self.need(schedule == "dynamic", f"loop {name}: schedule {schedule!r}; a chunk belongs to 'dynamic'")
         fits = type(chunk) is int and 1 <= chunk < 2**63
         self.need(fits, f"loop {name}: chunk {chunk!r} is no number of iterations (1 to 2**63 - 1)")
+
+    def prefetches(self, loop: For) -> None:
+        """How far ahead a loop asks for what it reads."""
+        name, ahead = loop.var.name, loop.annotations["prefetch"]
+        self.need(isinstance(ahead, Mapping), f"loop {name}: prefetch is no mapping from buffers to iterations")
+        read = {load.buffer.name for load in loads(loop.body)}
+        for buffer, offset in ahead.items():
+            self.need(buffer in read, f"loop {name} prefetches {buffer!r}, which nothing in it reads")
+            fits = type(offset) is int and 1 <= offset < 2**31
+            self.need(fits, f"loop {name}: offset {offset!r} of prefetch is no number of iterations (1 to 2**31 - 1)")
 
     def block(self, block: Block, scope: frozenset[Var], outer: frozenset[Var]) -> None:
         where = f"block {block.name}"

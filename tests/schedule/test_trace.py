@@ -29,7 +29,7 @@ def full_schedule(func):
         sch.unroll(rows)
         sch.unroll(vectors)
         sch.vectorize(lanes)
-    sch.annotate(k, "prefetch", 2)
+    sch.annotate(k, "pragma", 2)
     sch.parallel(sch.fuse(i0, j0))
     return sch
 

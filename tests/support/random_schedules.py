@@ -36,7 +36,7 @@ FUNCTIONS = {
 #: What a step may be; the more fruitful ones stand there twice.
 STEPS = (
     "split", "split", "fuse", "reorder", "reorder", "kind", "kind", "inline", "move", "move", "decompose", "cache",
-    "fetch", "rfactor", "scope", "layout", "pad", "pipe",
+    "fetch", "rfactor", "scope", "layout", "pad", "pipe", "prefetch",
 )  # fmt: skip
 
 
@@ -79,6 +79,9 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
         case "pipe":
             stages = sorted(rng.choice([0, 0, 1, 2]) for _ in range(rng.choice([2, 2, 3])))
             sch.software_pipeline(loop, [stage - stages[0] for stage in stages])
+        case "prefetch":
+            for region in block_of(sch, block).reads[:1]:
+                sch.prefetch(block, region.buffer.name, loop, rng.choice([1, 3, 50]))
         case "rfactor":
             sch.rfactor(block, rng.choice(own))
         case "scope":

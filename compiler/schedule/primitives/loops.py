@@ -32,6 +32,7 @@ from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
 #: Annotations that primitives write, with the calls that write them.
 _WRITTEN = {
     "intrin": "sch.tensorize(loop, intrin)",
+    "prefetch": "sch.prefetch(block, buffer, loop, offset)",
     "schedule": 'sch.parallel(loop, "dynamic", chunk)',
     "chunk": 'sch.parallel(loop, "dynamic", chunk)',
 }

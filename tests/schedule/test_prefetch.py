@@ -1,0 +1,170 @@
+"""Prefetching: no result changes, and the instruction stands there once for each cache line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from schedule.test_blocks import refused
+
+from kedge.compiler import te
+from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen.kernel import emit_kernel
+from kedge.compiler.codegen.machine import emit_assembly
+from kedge.compiler.errors import VerifyError
+from kedge.compiler.pipeline import compile_prim_func
+from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
+from kedge.compiler.target import parse
+from kedge.compiler.tir import interp
+from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.parser import parse_func
+from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.structural import equal
+from kedge.compiler.tir.verify import verify
+from support.compiled import opened
+from support.functions import dense, inputs
+
+
+def product() -> tuple[Schedule, BlockRef, tuple[LoopRef, ...]]:
+    """A product that walks down the rows of `w`, 32 columns at a time, and its loops."""
+    sch = Schedule(dense(Var("m", lower=1), 24, 64))
+    z = sch.get_block("y")
+    i, j, k = sch.get_loops(z)
+    outer, inner = sch.split(j, [None, 32])
+    sch.reorder(i, outer, k, inner)
+    sch.vectorize(inner)
+    return sch, z, (i, outer, k, inner)
+
+
+def scaled(n: int, dtype: str = "float32") -> Schedule:
+    x = te.placeholder((n,), dtype, "x")
+    return Schedule(te.create_prim_func([x, te.compute((n,), lambda i: x[i] * 2, name="y")], "f"))
+
+
+def calls(func: PrimFunc, target: str) -> int:
+    """How often the code of a kernel prefetches."""
+    return emit_kernel(func, parse(target), "k").ir.count("call void @llvm.prefetch")
+
+
+def test_golden(golden) -> None:
+    sch, z, (_, _, k, _) = product()
+    sch.prefetch(z, "w", k, 6)
+    golden("prefetch.txt", sch.show())
+
+
+def test_replays_and_reads_back() -> None:
+    sch, z, (i, _, k, _) = product()
+    sch.prefetch(z, "w", k, 6)
+    sch.prefetch(z, "x", i, 1)
+    sch.prefetch(z, "w", k, 4)  # the last one counts
+    assert sch.show().count("# prefetch={'w': 4}") == 1
+    assert equal(Schedule.replay(dense(Var("m", lower=1), 24, 64), sch.trace).func, sch.func)
+    assert equal(parse_func(sch.show()), sch.func)
+
+
+@pytest.mark.parametrize(
+    ("target", "mnemonic"),
+    [("x86-64", "prefetcht0"), ("raspberry-pi/4b", "prfm\tpldl1keep"), ("raspberry-pi/2b", "pld\t")],
+)
+def test_the_instruction_is_there(target: str, mnemonic: str) -> None:
+    sch, z, (_, _, k, _) = product()
+    assert mnemonic not in emit_assembly(emit_kernel(sch.func, parse(target), "k").ir, parse(target))
+    sch.prefetch(z, "w", k, 6)
+    assert mnemonic in emit_assembly(emit_kernel(sch.func, parse(target), "k").ir, parse(target))
+
+
+def test_one_for_each_line() -> None:
+    """32 floats of a row are two lines; a row of `x` is 24 floats, one and a half."""
+    sch, z, (i, _, k, _) = product()
+    sch.prefetch(z, "w", k, 6)
+    assert calls(sch.func, "x86-64-v3") == 2
+    sch.prefetch(z, "x", i, 2)
+    assert calls(sch.func, "x86-64-v3") == 4
+
+
+@pytest.mark.parametrize(("dtype", "line"), [("float32", 16), ("float64", 8), ("bfloat16", 32)])
+def test_a_loop_within_a_line_prefetches_where_one_begins(dtype: str, line: int) -> None:
+    sch = scaled(256, dtype)
+    y = sch.get_block("y")
+    inner = sch.split(sch.get_loops(y)[0], [None, 64])[1]
+    sch.unroll(inner)
+    sch.prefetch(y, "x", inner, 128)
+    assert calls(sch.func, "x86-64-v3") == 64 // line
+
+
+def test_long_rows_are_a_loop_over_lines() -> None:
+    x = te.placeholder((8, 4096), "float32", "x")
+    sch = Schedule(te.create_prim_func([x, te.compute((8, 4096), lambda i, j: x[i, j] * 2, name="y")], "f"))
+    y = sch.get_block("y")
+    sch.prefetch(y, "x", sch.get_loops(y)[0], 1)
+    assert calls(sch.func, "x86-64") == 1
+
+
+@pytest.mark.parametrize("offset", [1, 7, 2**31 - 1])
+def test_results_stay_the_same(offset: int, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Far past the end, too."""
+    sch, z, (i, outer, k, _) = product()
+    func, data = sch.func, inputs(dense(5, 24, 64))
+    for loop in (i, outer, k):
+        for buffer in ("x", "w"):
+            sch.prefetch(z, buffer, loop, offset)
+    for one in (sch.func, func):
+        np.testing.assert_array_equal(interp.run(one, data)[0], interp.run(dense(5, 24, 64), data)[0])
+    results = []
+    for one in (sch, Schedule(func)):
+        artifact = compile_prim_func(one, parse("native"), cache=KernelCache(tmp_path))
+        with opened(artifact, 1) as module:
+            results.append(module.run(dict(zip(("x", "w", "b"), data, strict=True)))["z"])
+    np.testing.assert_array_equal(*results)
+
+
+def test_refusals() -> None:
+    sch, z, (_, _, k, inner) = product()
+    other = sch.get_loops(sch.get_block("z"))[0]
+    before = sch.func
+    for call, *words in [
+        (lambda: sch.prefetch(z, "v", k, 4), "block 'y' does not read 'v'", "it reads"),
+        (lambda: sch.prefetch(z, "w", other, 4), "it is not around block 'y'", "it takes one of"),
+        (lambda: sch.prefetch(z, "w", k, 0), "offset=0 is not between 1"),
+        (lambda: sch.prefetch(z, "w", inner, 4), "it is vectorized", "serial or unrolled"),
+        (lambda: sch.annotate(k, "prefetch", {"w": 4}), "key 'prefetch' is what prefetch writes", "sch.prefetch("),
+    ]:
+        refused(call, "", *words)
+        assert sch.func is before
+    cached = Schedule(dense(4, 24, 64))
+    y = cached.get_block("y")
+    cached.cache_read(y, "w", cached.get_loops(y)[1], "local")
+    k = cached.get_loops(y)[2]
+    refused(lambda: cached.prefetch(y, "w_local", k, 1), "prefetch", "'w_local' is local", "what it is filled from")
+
+
+def test_places_that_depend_on_data_are_refused() -> None:
+    x, at = te.placeholder((64,), "float32", "x"), te.placeholder((64,), "int64", "at")
+    sch = Schedule(te.create_prim_func([x, at, te.compute((64,), lambda i: x[at[i]], name="y")], "f"))
+    y = sch.get_block("y")
+    (i,) = sch.get_loops(y)
+    refused(lambda: sch.prefetch(y, "x", i, 8), "prefetch", "depends on data")
+    sch.prefetch(y, "at", i, 8)
+    assert calls(sch.func, "x86-64") == 1
+
+
+def test_what_would_take_a_prefetch_away_is_refused() -> None:
+    sch, z, (_, _, k, _) = product()
+    sch.prefetch(z, "w", k, 6)
+    before = sch.func
+    i, outer = sch.get_loops(z)[:2]
+    for call, *words in [
+        (lambda: sch.split(k, [None, 2]), "split(loop 'k'", "it prefetches 'w', and would be gone", "split before pre"),
+        (lambda: sch.cache_read(z, "w", i, "local"), "cache_read(loop 'k'", "nothing in it reads 'w'"),
+    ]:
+        refused(call, *words)
+        assert sch.func is before
+    sch.decompose_reduction(z, outer)
+    sch.unroll(k)
+    assert "prefetch={'w': 6}" in sch.show()
+
+
+@pytest.mark.parametrize("ahead", ["{'v': 4}", "{'x': 0}", "{'x': True}", "4"])
+def test_text_that_cannot_be_is_refused(ahead: str) -> None:
+    text = scaled(16).show().replace("range(16):", f"range(16):  # prefetch={ahead}")
+    with pytest.raises(VerifyError, match="prefetch"):
+        verify(parse_func(text))
