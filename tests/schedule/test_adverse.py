@@ -15,7 +15,7 @@ from kedge.compiler.tir.expr import Var
 from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.structural import equal
-from support.functions import assert_same, chain, dense
+from support.functions import assert_same, chain, conv, dense
 
 N = Var("n", lower=1)
 
@@ -313,3 +313,30 @@ def test_what_belongs_to_an_iteration_stays_in_its_loop():
     outside = "has a 'a' of its own in shared scope, which would be used outside"
     refused(lambda: sch.compute_inline(b), "compute_inline(loop 'i')", outside)
     refused(lambda: sch.compute_at(b, sch.get_loops(c)[0]), "compute_at(", "'a'")
+
+
+def test_what_a_tile_hands_on_cannot_be_pipelined():
+    guarded = HANDED_ON.replace("        reads t[vj]\n", "        where i * 2 + j < 5\n        reads t[vj]\n")
+    sch = Schedule(parse_func(HANDED_ON))
+    (i, *_) = loops_of(sch, "t")
+    refused(lambda: sch.software_pipeline(i, [0, 1]), "block 't' does not fill all of 't' each time")
+    sch = Schedule(parse_func(guarded))
+    (i, *_) = loops_of(sch, "t")
+    sch.software_pipeline(i, [0, 1])
+    assert_same(parse_func(guarded), sch.func)
+
+
+@pytest.mark.parametrize(
+    ("func", "name", "buffer", "which"),
+    [(dense(N, 11, 6), "y", "w", 2), (dense(N, 11, 6), "y", "x", 2), (conv(1, 2, 5, 2), "pad", "x", 2)],
+    ids=["w", "x", "pad"],
+)
+def test_tiles_cut_off_at_an_end_are_pipelined(func, name, buffer, which):
+    sch = Schedule(func)
+    block = sch.get_block(name)
+    outer, _ = sch.split(sch.get_loops(block)[which], [None, 4])
+    copy = sch.cache_read(block, buffer, outer)
+    if name == "y":
+        sch.split(sch.get_loops(copy)[-1], [None, 2])
+    sch.software_pipeline(outer, [0, 1])
+    assert_same(func, sch.func, {"n": 3})

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from kedge.compiler.schedule.lifetime import is_kept_from_none
 from kedge.compiler.schedule.nest import fresh, fresh_names, index_ends, is_only_bounded, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.redirect import Place, redirected
@@ -116,7 +117,7 @@ def _between(
         if elsewhere or not intermediate(func, buffer):
             user = f"block {elsewhere[0]!r}" if elsewhere else "the caller"
             raise refuse(func, primitive, node.var, f"{user} uses {buffer.name!r}, too, outside of the loop", at=node)
-        if not _fills(body[writers[0]], buffer, node.var, outer):
+        if not _fills(func, node, body[writers[0]], buffer, outer):
             reason = f"block {blocks_in(body[writers[0]])[-1].name!r} does not fill all of {buffer.name!r} each time"
             hint = "what stands between stages is filled anew in every iteration, as cache_read does"
             raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
@@ -124,12 +125,16 @@ def _between(
     return found
 
 
-def _fills(stmt: Stmt, buffer: Buffer, loop: Var, outer: Sequence[For]) -> bool:
-    """Whether one block under `stmt` stores every element of the buffer, whatever was there before."""
-    return any(_fills_alone(block, stmt, buffer, loop, outer) for block in blocks_in(stmt))
+def _fills(func: PrimFunc, node: For, stmt: Stmt, buffer: Buffer, outer: Sequence[For]) -> bool:
+    """Whether one block under `stmt` stores every element that is read in that iteration, whatever was there before."""
+    return any(
+        _fills_alone(block, stmt, buffer, node.var, outer) and is_kept_from_none(func, node, block, buffer)
+        for block in blocks_in(stmt)
+    )
 
 
 def _fills_alone(block: Block, stmt: Stmt, buffer: Buffer, loop: Var, outer: Sequence[For]) -> bool:
+    """Whether the block stores every element of the buffer, but for those outside the bounds of what it copies."""
     written = [access for access in accesses(stmt) if access.block is block and access.buffer is buffer]
     stored = next((access for access in written if access.is_write), None)
     if stored is None or loop in loop_vars(block, "reduce") or not is_only_bounded(block):
