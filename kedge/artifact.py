@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from kedge.rpc.artifact import Artifact as PlainArtifact
+from kedge.rpc.artifact import Manifest
 
 if TYPE_CHECKING:
     from kedge.rpc.client.inprocess import LoadedModel
@@ -47,3 +49,19 @@ class Artifact(PlainArtifact):
         machine = platform.machine()
         if not any(variant.arch == machine for variant in self.manifest.variants):
             self.select(machine, ())
+
+
+def external_functions(manifest: Manifest) -> tuple[str, ...]:
+    """The C functions of a user's own that an artifact holds (see `kedge.External`), by its compiler's report."""
+    from kedge.compiler.graph.external import EXTERNAL_RULE
+
+    kernels = [kernel for variant in _maps(manifest.info, "variants") for kernel in _maps(variant, "kernels")]
+    rules = [str(kernel.get("rule", "")) for kernel in kernels]
+    found = [rule.removeprefix(EXTERNAL_RULE) for rule in rules if rule.startswith(EXTERNAL_RULE)]
+    return tuple(dict.fromkeys(found))
+
+
+def _maps(of: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The objects of a list in a report, which other compilers may fill with something else."""
+    value = of.get(key)
+    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []

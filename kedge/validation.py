@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 import kedge
-from kedge.compiler.graph.external import EXTERNAL_RULE, External
+from kedge.artifact import external_functions
+from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Call, ExternalCall, Function, Fused, Module, Value
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.errors import InputError
@@ -147,21 +148,12 @@ def validate(
             hint="was it compiled from this model?",
         )
     outputs = tuple(_difference(name, actual[name], expected[name], rtol, atol) for name in expected)
-    missing = sorted(_external_functions(artifact) - {external.function for external in externals})
+    given = {external.function for external in externals}
+    missing = [name for name in external_functions(artifact.manifest) if name not in given]
     if layers and missing:
         return Validation(outputs, (), f"the artifact has external code that was not given: {', '.join(missing)}")
     found = _layers(model, artifact, inputs, device, rtol, atol, externals, progress) if layers else ()
     return Validation(outputs, found)
-
-
-def _external_functions(artifact: Artifact) -> set[str]:
-    """The external functions that an artifact's report names."""
-    rules = [
-        str(kernel.get("rule", ""))
-        for variant in artifact.manifest.info.get("variants", ())
-        for kernel in variant.get("kernels", ())
-    ]
-    return {rule.removeprefix(EXTERNAL_RULE) for rule in rules if rule.startswith(EXTERNAL_RULE)}
 
 
 def _layers(

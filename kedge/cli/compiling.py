@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import kedge
+from kedge.artifact import external_functions
 from kedge.cli import output
 from kedge.cli.arguments import Shape, check_output, is_artifact, load_artifact, parse_shapes, reading
 from kedge.cli.externals import load_externals
@@ -137,6 +138,7 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
             }
             for v in manifest.variants
         ],
+        "external": list(external_functions(manifest)),
         "members": [{"name": m.name, "bytes": m.size, "sha256": m.digest} for m in manifest.members],
     }
 
@@ -154,6 +156,9 @@ def _show_manifest(path: Path, manifest: Manifest) -> None:
         target = output.target_text(variant.target)
         variants.add_row(target, variant.arch, features, _device_text(variant.device), variant.lib)
     output.show(variants)
+    external = external_functions(manifest)
+    if external:
+        console.print(f"\nexternal code: {', '.join(external)}", soft_wrap=True)
     console.print()
     members = output.table("member", ">size", "sha256")
     for member in manifest.members:

@@ -45,6 +45,8 @@ def test_compile_and_validate(kedge: Kedge, folder: Path) -> None:
     report = json.loads(done.stdout)
     assert report["ok"] and report["layers_skipped"] is None
     assert {"relu1", "relu2"} <= {layer["name"] for layer in report["layers"]}
+    assert "external code: my_relu" in kedge("inspect", out).stdout
+    assert json.loads(kedge("inspect", out, "--json").stdout)["external"] == ["my_relu"]
     done = kedge("validate", model, out)
     assert done.returncode == 0
     assert "layers are not compared: the artifact has external code that was not given: my_relu" in done.stdout
