@@ -1,7 +1,7 @@
-"""Linking compiled kernels, and building the native runtime for a target. No system toolchain is needed.
+"""Linking compiled kernels, building the native runtime, and compiling users' C. No system toolchain is needed.
 
 The `ziglang` package carries a linker and a C compiler with headers and libraries for every target. The linker is
-called directly (10 ms); the C compiler, whose start takes longer, only for the runtime, whose products are cached.
+directly (10 ms); the C compiler, whose start takes longer, only for what is cached: the runtime and external code.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import pytest
 
 import kedge
 from kedge import patterns as p
+from kedge.artifact import external_functions
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.elf import complaint
 from kedge.compiler.errors import CompileError, CompileWarning, ToolchainError
@@ -29,6 +30,7 @@ from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Var
 from kedge.device_agent import runtime
 from kedge.rpc import abi
+from kedge.rpc.artifact import Manifest
 from kedge.rpc.errors import JobError
 from support import emulated
 
@@ -316,6 +318,19 @@ def test_what_is_no_source(net: kedge.Module, tmp_path: Path) -> None:
     func = kedge.te.create_prim_func([x, kedge.te.compute((4,), lambda i: x[i] + 1.0, name="y")], "main")
     with pytest.raises(TypeError, match="externals="):
         kedge.compile(func, externals=[dense()])
+
+
+@pytest.mark.parametrize(
+    ("info", "names"),
+    [
+        ({}, ()),
+        ({"variants": 3}, ()),
+        ({"variants": [3, {"kernels": [{"rule": "external f"}, {"rule": "tile"}, {"rule": "external f"}, 1]}]}, ("f",)),
+    ],
+)
+def test_a_report_names_the_functions_whatever_is_in_it(info: dict[str, Any], names: tuple[str, ...]) -> None:
+    manifest = Manifest("m", 1, "", (), (), (), info)
+    assert external_functions(manifest) == names
 
 
 # Libraries ------------------------------------------------------------------------------------------------------

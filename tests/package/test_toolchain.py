@@ -13,7 +13,7 @@ from kedge.compiler import toolchain
 from kedge.compiler.codegen.machine import emit_object
 from kedge.compiler.errors import ToolchainError
 from kedge.compiler.target import parse
-from kedge.compiler.toolchain import build_runtime, cache_dir, link_shared
+from kedge.compiler.toolchain import build_runtime, c_libraries, cache_dir, compile_c, link_shared, zig_cpu
 
 NATIVE = parse("x86-64")
 
@@ -47,6 +47,42 @@ def test_a_missing_compiler_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(toolchain, "_zig", lambda: None)
     with pytest.raises(ToolchainError, match="pip install ziglang"):
         build_runtime(NATIVE)
+
+
+def test_external_code_without_a_compiler_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(toolchain, "_zig", lambda: None)
+    for needs in (lambda: compile_c(tmp_path / "f.c", NATIVE, ()), lambda: c_libraries(NATIVE)):
+        with pytest.raises(ToolchainError, match="external code needs ziglang") as caught:
+            needs()
+        assert "pip install ziglang" in str(caught.value)
+
+
+def test_a_c_library_in_an_unwritable_cache_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(blocked))
+    with pytest.raises(ToolchainError, match="KEDGE_CACHE_DIR"):
+        c_libraries(NATIVE)
+
+
+def test_the_cpu_of_external_code_is_that_of_the_target() -> None:
+    assert zig_cpu(parse("x86-64")) == "x86_64"
+    assert zig_cpu(parse("x86-64-v3")).startswith("x86_64+avx+avx2+")
+    assert "+sse4_1" in zig_cpu(parse("x86-64-v3"))
+    # Neon is taken from the baseline of 32-bit ARM, and given back by the boards that have it.
+    assert zig_cpu(parse("beaglebone/black")).startswith("generic+v7a+vfp3d16") and "-neon" not in zig_cpu(
+        parse("beaglebone/black")
+    )
+
+
+def test_what_a_c_file_includes_is_known(tmp_path: Path) -> None:
+    (tmp_path / "with space.h").write_text("#define ONE 1\n")
+    source = tmp_path / "f.c"
+    source.write_text('#include <stdio.h>\n#include "with space.h"\nint f(void) { return ONE; }\n')
+    made = compile_c(source, NATIVE, ())
+    assert made.includes == (tmp_path / "with space.h",) and made.warnings == ""
+    assert made.code == compile_c(source, NATIVE, ()).code
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
