@@ -153,8 +153,8 @@ typedef struct { /* what compiled code may call; it imports nothing else */
   /* The same in chunks of `chunk` >= 1 iterations, each handed to whoever is free. */
   int32_t (*parallel_for_dynamic)(struct kedge_frame *frame, kedge_loop_body body, void *closure, int64_t extent,
                                   int64_t chunk);
-  /* Enqueues a kernel behind those before it; called by the entry's own thread only. What the driver refuses at once
-   * is the result, what fails later ends the call: the entry just goes on. */
+  /* Enqueues a kernel behind those before it; called by the entry's own thread only, with the very frame it was given.
+   * What the driver refuses at once is the result, what fails later ends the call: the entry just goes on. */
   int32_t (*launch)(struct kedge_frame *frame, const kedge_launch *launch);
   /* Says for kedge_last_error that external code failed: `what` names it and its operators, `status` is what it gave,
    * `why` its own words or NULL. Who says so first is heard. Returns what the entry must return, a kedge_status. */
