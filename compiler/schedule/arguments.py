@@ -166,9 +166,10 @@ def _item(value: Any, hint: Any) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, Ref):
         return f"{'loop' if isinstance(value, LoopRef) else 'block'} {value.name!r}"
-    if isinstance(value, (tuple, list)) and any(isinstance(each, Ref) for each in value):
+    if isinstance(value, (tuple, list)) and len(value) < 8:
         return f"[{', '.join(map(_shown, value))}]"
-    return type(value).__name__ if isinstance(value, PrimFunc) else reprlib.repr(value)
+    plain = isinstance(value, PrimFunc) or repr(value) == object.__repr__(value)
+    return type(value).__name__ if plain else reprlib.repr(value)
 
 
 def _kind(value: Any) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
-from kedge.compiler.schedule.tree import blocks_in, condition_on, loop_ranges, refuse, unique
+from kedge.compiler.schedule.tree import blocks_in, condition_on, loop_ranges, loops_on, refuse, unique
 from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity, maximum, minimum
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import Ranges, Simplifier, prove_equal, simplify
+from kedge.compiler.tir.simplify import Ranges, Simplifier, prove, prove_equal, simplify
 from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, PrimFunc, Stmt, Store
-from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, map_stmt_exprs, stores, substitute_expr
 
 
@@ -89,10 +89,22 @@ def conjuncts(condition: Expr) -> tuple[Expr, ...]:
 
 def is_only_bounded(block: Block) -> bool:
     """Whether the block's predicate just keeps its iteration variables within their extents."""
+    return all(expr_key(simplify(conjunct)) in _bounds(block) for conjunct in conjuncts(block.predicate))
+
+
+def _bounds(block: Block) -> set[Key]:
     pairs = list(zip(block.iters, block.bindings, strict=True))
     kept = [bound for it, binding in pairs for bound in (binding < it.extent, binding >= 0)]
-    known = {expr_key(simplify(bound)) for bound in kept}
-    return all(expr_key(simplify(conjunct)) in known for conjunct in conjuncts(block.predicate))
+    return {expr_key(simplify(bound)) for bound in kept}
+
+
+def _is_tail(conjunct: Expr, ranges: Ranges) -> bool:
+    """Whether a condition ends loops early, as `split` has it where factors do not divide the extent."""
+    if not isinstance(conjunct, Binary) or conjunct.op != "lt" or any(v in ranges for v in free_vars(conjunct.b)):
+        return False
+    index = conjunct.a
+    steps = (substitute_expr(index, {v: v + 1}) - index for v in free_vars(index) if v in ranges)
+    return all(prove(step >= 0, ranges) for step in steps)
 
 
 def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequence[Stmt]) -> None:
@@ -101,7 +113,8 @@ def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequ
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and would lose that condition elsewhere"
         raise refuse(func, primitive, block, reason)
-    if not is_only_bounded(block):
+    bounds, ranges = _bounds(block), loop_ranges(loops_on(path))
+    if not all(expr_key(simplify(c)) in bounds or _is_tail(c, ranges) for c in conjuncts(block.predicate)):
         reason = f"it runs only where {print_expr(block.predicate)}, and would lose that condition elsewhere"
         raise refuse(func, primitive, block, reason)
 
@@ -121,6 +134,15 @@ def spatial_conjuncts(block: Block, symbols: Collection[Var]) -> tuple[Expr, ...
         if not used & reducing:
             found.append(conjunct)
     return tuple(found)
+
+
+def limits_of_output(func: PrimFunc, primitive: str, block: Block) -> tuple[Expr, ...]:
+    """`spatial_conjuncts`, or a refusal where they cannot be told apart."""
+    limits = spatial_conjuncts(block, func.symbols)
+    if limits is None:
+        reason = f"its condition {print_expr(block.predicate)} mixes loops of its reduction with others"
+        raise refuse(func, primitive, block, reason, hint="do this before fusing loops of the two")
+    return limits
 
 
 def fresh_names(func: PrimFunc) -> Callable[[str], str]:

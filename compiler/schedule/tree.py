@@ -20,6 +20,9 @@ from kedge.compiler.tir.visitor import (
     walk_stmt,
 )
 
+#: What sizes and indices can be.
+LARGEST_INDEX = 2**63 - 1
+
 #: What a primitive works on, as its error messages call it: a loop or a block, or a text.
 Subject = Var | Block | str
 
@@ -79,6 +82,25 @@ def loops_on(path: Iterable[Stmt]) -> tuple[For, ...]:
     return tuple(s for s in path if isinstance(s, For))
 
 
+def named(things: Iterable[For | Block]) -> str:
+    """Loops or blocks as messages name them: "loop 'i'", "loops 'i', 'j'"; "no loop" where there are none."""
+    listed = list(things)
+    kind = "block" if listed and isinstance(listed[0], Block) else "loop"
+    names = [repr(each.name if isinstance(each, Block) else each.var.name) for each in listed]
+    return f"{kind}{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else "no loop"
+
+
+def placed(loop: For) -> str:
+    """A loop as messages tell it from others of its name: "loop 'i' around block 'y'"."""
+    return f"{named([loop])} around {named(blocks_in(loop))}"
+
+
+def held_by(loop: For) -> str:
+    """What stands directly in a loop, as messages name it: "loop 'j'", "block 'a', loop 'j'"."""
+    parts = loop.body.stmts if isinstance(loop.body, Seq) else (loop.body,)
+    return ", ".join(named([part]) if isinstance(part, (For, Block)) else "a condition" for part in parts)
+
+
 def condition_on(path: Iterable[Stmt]) -> If | None:
     """The innermost `if` among the statements of a path: it decides whether the last of them runs."""
     return next((s for s in reversed(tuple(path)) if isinstance(s, If)), None)
@@ -89,7 +111,10 @@ def position_around(func: PrimFunc, primitive: str, block: Block, loops: Sequenc
     for position, each in enumerate(loops):
         if each.var is loop:
             return position
-    raise refuse(func, primitive, block, f"loop {loop.name!r} is not around it")
+    node = find_loop(func, loop)
+    assert node is not None, "handles name loops of the function"
+    reason = f"{placed(node)} is not around it"
+    raise refuse(func, primitive, block, reason, hint=f"legal here: {named(loops)}, around block {block.name!r}")
 
 
 def loop_ranges(loops: Iterable[For]) -> dict[Var, Range]:
@@ -135,6 +160,15 @@ def readers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
         for b in blocks_in(func.body)
         if any(load.buffer is buffer for load in loads(b)) and not any(s.buffer is buffer for s in stores(b))
     )
+
+
+def check_only_writer(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
+    """Refuse if other blocks than `block` write `buffer`."""
+    others = [each for each in writers(func, buffer) if each is not block]
+    if others:
+        reason = f"{buffer.name!r}, which it writes, is written by {named(others)}, too"
+        hint = "do this before decompose_reduction or software_pipeline, which make several writers of one"
+        raise refuse(func, primitive, block, reason, hint=hint)
 
 
 def intermediate(func: PrimFunc, buffer: Buffer) -> bool:

@@ -107,7 +107,7 @@ def test_reverse_compute_inline_refusals():
     refused(lambda: sch.reverse_compute_inline(sch.get_block("y")), "it does not read all of 'a'")
     twice = te.create_prim_func([x, te.compute((4, 2), lambda i, j: a[i], name="y")], "f")
     sch = Schedule(twice)
-    refused(lambda: sch.reverse_compute_inline(sch.get_block("y")), "the same for all of 'vj'")
+    refused(lambda: sch.reverse_compute_inline(sch.get_block("y")), "the same for all values of 'vj'")
 
 
 # decompose_reduction ----------------------------------------------------------------------------------------------
@@ -210,9 +210,9 @@ def test_compute_at_refusals():
     refused(lambda: sch.compute_at(sch.get_block("c"), i), "compute_at(block 'c')", "it computes the output 'c'")
     refused(lambda: sch.compute_at(sch.get_block("b"), i), "it is under loop 'i' already")
     (j,) = loops_of(sch, "a")
-    refused(lambda: sch.compute_at(sch.get_block("b"), j), "its consumer 'c' is not under the loop")
+    refused(lambda: sch.compute_at(sch.get_block("b"), j), "its consumer 'c' is not under loop 'i' around block 'a'")
     sch = Schedule(softmax(4, 6))
-    refused(lambda: sch.compute_at(sch.get_block("e"), loops_of(sch, "y")[0]), "'total' is not under the loop")
+    refused(lambda: sch.compute_at(sch.get_block("e"), loops_of(sch, "y")[0]), "'total' is not under loop")
     sch = Schedule(conv(1, 2, 6, 3))
     loops = loops_of(sch, "conv")
     sch.parallel(loops[2])
@@ -268,7 +268,10 @@ def test_reverse_compute_at_refuses_reads_of_neighbours():
     a = te.compute((8,), lambda i: x[i] + 1.0, name="a")
     func = te.create_prim_func([x, te.compute((7,), lambda i: a[i] + a[i + 1], name="y")], "f")
     sch = Schedule(func)
-    refused(lambda: sch.reverse_compute_at(sch.get_block("y"), loops_of(sch, "a")[0]), "by more than its iteration")
+    refused(
+        lambda: sch.reverse_compute_at(sch.get_block("y"), loops_of(sch, "a")[0]),
+        "by vi + 1, which is none of its iteration variables",
+    )
 
 
 # cache_write ------------------------------------------------------------------------------------------------------
@@ -329,9 +332,9 @@ def test_cache_write_refusals():
     refused(lambda: sch.cache_write(y, k, "register"), "cache_write(block 'y')", "loop 'k'", "takes part in")
     refused(lambda: sch.cache_write(y, loops_of(sch, "z")[0], "register"), "is not around it")
     i0, i1 = sch.split(i, [4, None])
-    refused(lambda: sch.cache_write(y, i0, "register"), "constant number of steps", "split its loop by a constant")
+    refused(lambda: sch.cache_write(y, i0, "register"), "constant number of values", "split its loop by a constant")
     sch.decompose_reduction(y, k)
-    refused(lambda: sch.cache_write(y, j, "register"), "other blocks write 'y' too")
+    refused(lambda: sch.cache_write(y, j, "register"), "'y', which it writes, is written by block 'y_init', too")
     sch = Schedule(chain(4))
     assert i1 is not None
     (loop,) = loops_of(sch, "a")

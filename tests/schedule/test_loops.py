@@ -65,10 +65,15 @@ def test_split_refusals():
     sch = Schedule(dense(N, 12, 10))
     i, j, _k = loops_of(sch, "y")
     refused(lambda: sch.split(i, [None, None]), "split(loop 'i')", "at most one of them None")
-    refused(lambda: sch.split(i, [4]), "give at least two")
-    refused(lambda: sch.split(i, [None, 0]), "not all positive")
-    refused(lambda: sch.split(j, [3, 3]), "split(loop 'j')", "do not cover its extent", "for j in range(10)")
-    refused(lambda: sch.split(i, [2, 3]), "do not cover its extent")
+    refused(lambda: sch.split(i, [4]), "it takes two or more")
+    refused(lambda: sch.split(i, [None, 0]), "each is at least 1")
+    refused(
+        lambda: sch.split(j, [3, 3]),
+        "split(loop 'j')",
+        "make 9 iterations, and may be too few for 10",
+        "for j in range(10)",
+    )
+    refused(lambda: sch.split(i, [2, 3]), "make 6 iterations, and may be too few for n")
     sch.parallel(i)
     refused(lambda: sch.split(i, [None, 2]), "it is parallel already")
 
@@ -106,7 +111,7 @@ def test_fuse_reduction_loops():
 def test_fuse_refusals():
     sch = Schedule(dense(N, 12, 10))
     i, j, k = loops_of(sch, "y")
-    refused(lambda: sch.fuse(i), "at least two")
+    refused(lambda: sch.fuse(i), "two loops or more")
     refused(lambda: sch.fuse(i, k), "fuse(loop 'i')", "its body is not just loop 'k'", "for i in range(n)")
     refused(lambda: sch.fuse(j, i), "its body is not just loop 'i'")
     refused(lambda: sch.fuse(i, loops_of(sch, "z")[0]), "its body is not just")
@@ -137,9 +142,9 @@ def test_reorder_refusals():
     sch = Schedule(dense(N, 12, 10))
     i, j, k = loops_of(sch, "y")
     other = loops_of(sch, "z")[0]
-    refused(lambda: sch.reorder(i), "at least two different")
-    refused(lambda: sch.reorder(i, i), "at least two different")
-    refused(lambda: sch.reorder(i, other), "reorder(loop", "not on one nest")
+    refused(lambda: sch.reorder(i), "two loops or more, each once")
+    refused(lambda: sch.reorder(i, i), "two loops or more, each once")
+    refused(lambda: sch.reorder(i, other), "reorder(loop", "are not inside one another")
     sch.decompose_reduction(sch.get_block("y"), k)
     refused(lambda: sch.reorder(k, j), "reorder(loop 'j')", "its body is not just loop 'k'")
 
@@ -204,8 +209,8 @@ def test_unroll_takes_reduction_loops():
 def test_constant_extents():
     sch = Schedule(chain(N))
     (i,) = loops_of(sch, "a")
-    refused(lambda: sch.vectorize(i), "its extent is not constant", "split it by a constant first")
-    refused(lambda: sch.unroll(i), "its extent is not constant")
+    refused(lambda: sch.vectorize(i), "its extent n is not constant", "split it by a constant first")
+    refused(lambda: sch.unroll(i), "its extent n is not constant")
 
 
 def test_vectorize_only_innermost():

@@ -85,7 +85,7 @@ USE = block("y", "y[vi] = a[vi] + x[vi]", "a[vi], x[vi]", "y[vi]")
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (func(S, A, RESET, USE), "other blocks write 'y' too"),
+        (func(S, A, RESET, USE), "is written by block 'reset', too"),
         (func(S, A, Z, USE, results="y z"), "block 'z' uses 'y', which it writes"),
         (func(S, A + Z, USE, results="y z"), "block 'z' uses 'y', which it writes"),
     ],
@@ -166,8 +166,7 @@ def test_stores_to_places_apart_come_in_any_order():
         np.testing.assert_array_equal(got, want)
 
 
-def test_initialisations_stay_behind_what_reads_the_place_before():
-    text = """func f(x: float32[4]) -> (y: float32[1], z: float32[4]):
+READ_BEFORE = """func f(x: float32[4]) -> (y: float32[1], z: float32[4]):
   block first:
     reads x[0]
     writes y[0]
@@ -187,7 +186,10 @@ def test_initialisations_stay_behind_what_reads_the_place_before():
         init:
           y[vi] = 0.0
         y[vi] = y[vi] + x[vk]"""
-    sch = Schedule(parse_func(text))
+
+
+def test_initialisations_stay_behind_what_reads_the_place_before():
+    sch = Schedule(parse_func(READ_BEFORE))
     for loop in loops_of(sch, "y"):
         refused(lambda loop=loop: sch.decompose_reduction(sch.get_block("y"), loop), "block 'z' uses 'y' before it")
 
@@ -215,7 +217,7 @@ def test_places_that_are_read_from_memory_are_no_interval():
       writes y[vi]
       y[vi] = a[p[vi]]"""
     sch = Schedule(parse_func(text))
-    refused(lambda: sch.compute_at(sch.get_block("a"), loops_of(sch, "y")[0]), "not an interval")
+    refused(lambda: sch.compute_at(sch.get_block("a"), loops_of(sch, "y")[0]), "is no interval")
     sch.compute_inline(sch.get_block("a"))
     data = [np.arange(4, dtype="float32"), np.array([3, 0, 2, 2])]
     np.testing.assert_array_equal(run(sch.func, data)[0], run(parse_func(text), data)[0])

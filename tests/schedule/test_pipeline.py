@@ -66,19 +66,19 @@ def test_refusals():
     sch, steps = fetched()
     before = sch.func
     for stages, reason in [
-        ([0, 1], "its body has 3 statements, and each takes one"),
-        ([0, 1, 0], "stages [0, 1, 0] do not rise from 0"),
-        ([1, 1, 2], "do not rise from 0"),
-        ([0, 0, 0], "do not rise from 0"),
+        ([0, 1], "its body has 3 statements (loop 'c1', loop 'c0', loop 'j'), and each takes one"),
+        ([0, 1, 0], "stages [0, 1, 0]: they must begin with 0, never fall"),
+        ([1, 1, 2], "they must begin with 0, never fall, and end above 0"),
+        ([0, 0, 0], "they must begin with 0, never fall, and end above 0"),
         ([0, 0, 5], "it has 5 iterations, too few for 6 stages"),
     ]:
         refused(lambda s=stages: sch.software_pipeline(steps, s), "software_pipeline(loop 'k_0')", reason)
         assert sch.func is before
     free = Schedule(chain(N))
-    refused(lambda: free.software_pipeline(loops_of(free, "a")[0], [0]), "do not rise from 0")
+    refused(lambda: free.software_pipeline(loops_of(free, "a")[0], [0]), "its body is one statement")
     (i,) = loops_of(free, "c")
     free.compute_at(free.get_block("b"), i)
-    refused(lambda: free.software_pipeline(i, [0, 1]), "its extent is not constant", "split it")
+    refused(lambda: free.software_pipeline(i, [0, 1]), "its extent n is not constant", "split it")
     whole = Schedule(chain(8))
     (i,) = loops_of(whole, "c")
     whole.compute_at(whole.get_block("b"), i)

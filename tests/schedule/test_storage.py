@@ -93,7 +93,7 @@ def test_cache_read_refusals():
     x, index = te.placeholder((4,), "float32", "x"), te.placeholder((3,), "int64", "index")
     gather = te.create_prim_func([x, index, te.compute((3,), lambda i: x[index[i]], name="y")], "gather")
     sch = Schedule(gather)
-    refused(lambda: sch.cache_read(sch.get_block("y"), "x", loops_of(sch, "y")[0]), "dim 0 of 'x' is no interval")
+    refused(lambda: sch.cache_read(sch.get_block("y"), "x", loops_of(sch, "y")[0]), "at index[i], is no interval")
 
 
 # set_scope --------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_set_scope(golden):
 def test_set_scope_refusals():
     sch = Schedule(chain(N))
     refused(lambda: sch.set_scope(sch.get_block("c"), "local"), "'c' is an argument of the function")
-    refused(lambda: sch.set_scope(sch.get_block("a"), "register"), "'a' has a free dim")
+    refused(lambda: sch.set_scope(sch.get_block("a"), "register"), "'a' in register scope has a free dim")
     refused(lambda: sch.set_scope(sch.get_block("a"), "vmem"), "set_scope(scope='vmem'): it is not one of")
     sch = Schedule(chain(8))
     sch.parallel(loops_of(sch, "a")[0])
@@ -156,7 +156,9 @@ def test_storage_align_refusals():
     refused(lambda: sch.storage_align(sch.get_block("e"), 0, 8, 8), "it takes 0 <= offset < factor")
     refused(lambda: sch.storage_align(sch.get_block("y"), 0, 8), "'y' is an argument")
     sch = Schedule(conv(2, 2, 6, 2))
-    refused(lambda: sch.storage_align(sch.get_block("pad"), 1, 16, 1), "rows of 8 elements can have no stride of 1")
+    refused(
+        lambda: sch.storage_align(sch.get_block("pad"), 1, 16, 1), "whole rows of 8 elements never make such a stride"
+    )
 
 
 # transform_layout -------------------------------------------------------------------------------------------------
@@ -190,12 +192,12 @@ def test_transform_layout_refusals():
     sch = Schedule(conv(N, 2, 5, 3))
     pad = sch.get_block("pad")
     for index_map, reason in [
-        (lambda b, c, h, w: (b, c, h, w // 2), "elements that differ in dim 3 may get the same place"),
-        (lambda b, c, h, w: (b, c, h, w % 4), "elements that differ in dim 3"),
-        (lambda b, c, h, w: (b, c, w), "elements that differ in dim 2"),
-        (lambda b, c, h, w: (b, c, h + w, w - h), "index 3 of the map can be below 0"),
-        (lambda b, c: (b, c), "the map does not take 4 indices"),
-        (lambda b, c, h, w: (Cast(b, "float32"), c, h, w), "an index of the map is float32, not int64"),
+        (lambda b, c, h, w: (b, c, h, w // 2), "elements of 'pad' that differ in dim 3 to the same place"),
+        (lambda b, c, h, w: (b, c, h, w % 4), "elements of 'pad' that differ in dim 3"),
+        (lambda b, c, h, w: (b, c, w), "elements of 'pad' that differ in dim 2"),
+        (lambda b, c, h, w: (b, c, h + w, w - h), "index 3 of index_map, i3 - i2, can be below 0"),
+        (lambda b, c: (b, c), "index_map does not work on the 4 indices of 'pad'"),
+        (lambda b, c, h, w: (Cast(b, "float32"), c, h, w), "of index_map is float32, not int64"),
     ]:
         refused(lambda m=index_map: sch.transform_layout(pad, m), "transform_layout(block 'pad')", reason)
     refused(lambda: sch.transform_layout(sch.get_block("relu"), lambda *i: i), "'relu' is an argument")
@@ -249,7 +251,7 @@ def test_rfactor_refusals():
     refused(lambda: sch.rfactor(y, i), "loop 'i'", "block 'y' does not reduce over it")
     refused(lambda: sch.rfactor(y, sch.get_loops(z)[0]), "is not around it")
     sch.decompose_reduction(y, k)
-    refused(lambda: sch.rfactor(y, k), "values that start at none")
+    refused(lambda: sch.rfactor(y, k), "values that begins at the neutral one")
     x, axis = te.placeholder((4, 6), "float32", "x"), te.reduce_axis(6, "k")
     twice = te.compute((4,), lambda i: te.sum(select(x[i, axis] > 0.0, x[i, axis], 0.0), axis), name="y")
     sch = Schedule(te.create_prim_func([x, twice], "f"))
@@ -303,12 +305,15 @@ def test_padding_adds_nothing_to_infinities():
 def test_pad_einsum_refusals():
     sch = Schedule(dense(N, 12, 10))
     y, z = sch.get_block("y"), sch.get_block("z")
-    refused(lambda: sch.pad_einsum(z, [1, 4]), "pad_einsum(block 'z'): it is no sum that starts at 0")
+    refused(lambda: sch.pad_einsum(z, [1, 4]), "pad_einsum(block 'z'): it is no sum that begins at 0")
     refused(lambda: sch.pad_einsum(y, [4, 4]), "it takes one number from 1 on for each of vi, vj, vk")
     refused(lambda: sch.pad_einsum(y, [4, 0, 4]), "from 1 on")
     refused(lambda: Schedule(conv(1, 2, 5, 3)).pad_einsum(sch.get_block("y"), [4]), "belongs to another schedule")
     windows = Schedule(conv(1, 2, 5, 3))
-    refused(lambda: windows.pad_einsum(windows.get_block("conv"), [1, 4, 1, 1, 4, 1, 1]), "indexes 'pad' by more than")
+    refused(
+        lambda: windows.pad_einsum(windows.get_block("conv"), [1, 4, 1, 1, 4, 1, 1]),
+        "it uses 'pad' at [0, vc, vh + vr, vw + vs]",
+    )
     sch.split(sch.get_loops(y)[0], [None, 2])
     refused(lambda: sch.pad_einsum(y, [4, 4, 4]), "not one serial loop per iteration variable", "pad before")
     x, s, k = te.placeholder((4, 6), "float32", "x"), te.placeholder((4,), "float32", "s"), te.reduce_axis(6, "k")
@@ -317,7 +322,7 @@ def test_pad_einsum_refusals():
     refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "'s' does not depend on 'vk'", "infinities")
     extreme = te.create_prim_func([x, te.compute((4,), lambda i: te.max(x[i, k], k), name="y")], "f")
     sch = Schedule(extreme)
-    refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "it is no sum that starts at 0")
+    refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "it is no sum that begins at 0")
     squares = te.create_prim_func([x, te.compute((4,), lambda i: te.sum(call("exp", x[i, k]), k), name="y")], "f")
     sch = Schedule(squares)
     refused(lambda: sch.pad_einsum(sch.get_block("y"), [1, 4]), "what it sums is no product of elements")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 
-from kedge.compiler.schedule.nest import fresh_nest, loop_vars, spatial_conjuncts
+from kedge.compiler.schedule.nest import fresh_nest, limits_of_output, loop_vars
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.redirect import Place, redirected
@@ -13,14 +14,15 @@ from kedge.compiler.schedule.tree import (
     block_path,
     blocks_in,
     buffer_name,
+    check_only_writer,
     condition_on,
     loop_ranges,
     loops_on,
+    named,
     position_around,
     readers,
     refuse,
     swap,
-    writers,
 )
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, const, logical_and
 from kedge.compiler.tir.printer import print_expr
@@ -42,7 +44,7 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     position = position_around(func, primitive, block, loops, loop)
     outer, inner = loops[: position + 1], loops[position + 1 :]
     target, axes = _written(func, block, outer)
-    offsets, extents = _tile(func, block, axes, inner)
+    offsets, extents = _tile(func, block, axes, loop, inner)
     cache = Buffer(buffer_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)
     func = replace(func, allocs=(*func.allocs, cache))
     copy = _copy_nest(func, block, target, cache, offsets, inner)
@@ -51,7 +53,8 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     # The copy comes right after the statement that fills the cache, before anything that reads the result.
     filled = next(s for s in path[path.index(node) + 1 :] if not isinstance(s, Seq))
     if any(each in blocks_in(filled) for each in readers(func, target)):
-        raise refuse(func, primitive, block, f"{target.name!r} is read inside the loops under {loop.name!r}")
+        reason = f"{target.name!r} is read inside the loops under {loop.name!r}, before it would be copied out"
+        raise refuse(func, primitive, block, reason, hint="take a loop further in")
     new = map_stmt(filled, lambda s: moved if s is block else s)
     statements = node.body.stmts if isinstance(node.body, Seq) else (node.body,)
     new_body = seq(*(part for s in statements for part in ((new, copy) if s is filled else (s,))))
@@ -70,13 +73,13 @@ def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buff
     for loop in outer:
         if loop.var in loop_vars(block, "reduce"):
             reason = f"loop {loop.var.name!r} around the copy takes part in the reduction"
-            raise refuse(func, primitive, block, reason, hint="place the copy outside of all reduction loops")
+            legal = takewhile(lambda each: each.var not in loop_vars(block, "reduce"), outer)
+            raise refuse(func, primitive, block, reason, hint=f"legal, as far as that goes: {named(legal)}")
     condition = condition_on(block_path(func, block.name))
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and its copy would always run"
         raise refuse(func, primitive, block, reason)
-    if writers(func, body.buffer) != (block,):
-        raise refuse(func, primitive, block, f"other blocks write {body.buffer.name!r} too")
+    check_only_writer(func, primitive, block, body.buffer)
     if block.init is None and any(load.buffer is body.buffer for load in loads(body)):
         raise refuse(func, primitive, block, f"it updates {body.buffer.name!r} in place")
     read = (load.indices for load in loads(body.value) if load.buffer is body.buffer)
@@ -87,13 +90,15 @@ def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buff
     for index in body.indices:
         plain = isinstance(index, Const) or (isinstance(index, Var) and index in numbers)
         if not plain:
-            raise refuse(func, primitive, block, "it writes at other places than its iteration variables")
+            at = ", ".join(map(print_expr, body.indices))
+            reason = f"it writes {body.buffer.name!r} at [{at}]: each index must be an iteration variable or 0"
+            raise refuse(func, primitive, block, reason)
         axes.append(numbers[index] if isinstance(index, Var) else None)
     return body.buffer, tuple(axes)
 
 
 def _tile(
-    func: PrimFunc, block: Block, axes: tuple[int | None, ...], inner: tuple[For, ...]
+    func: PrimFunc, block: Block, axes: tuple[int | None, ...], loop: Var, inner: tuple[For, ...]
 ) -> tuple[list[Expr | None], list[int]]:
     """Per dim of the buffer: the position within the cache (None: always 0) in terms of inner loops, and its size."""
     ranges: dict[Var, Range] = loop_ranges(inner)
@@ -109,7 +114,8 @@ def _tile(
         low, high = simplifier.bounds(offset)
         if low != 0 or high is None or not _splits(block.bindings[axis], inner):
             name = block.iters[axis].var.name
-            reason = f"{name!r} is not a fixed part and a constant number of steps under the loop"
+            binding = print_expr(block.bindings[axis])
+            reason = f"under loop {loop.name!r}, {name!r} = {binding} does not run over a constant number of values"
             raise refuse(func, "cache_write", block, reason, hint="split its loop by a constant, keep the rest outside")
         extents.append(high + 1)
         offsets.append(None if high == 0 else offset)
@@ -164,9 +170,7 @@ def _copy_nest(
     """The loops that copy the cache out, and their block."""
     body = block.body
     assert isinstance(body, Store)
-    spatial, limits = loop_vars(block, "spatial"), spatial_conjuncts(block, func.symbols)
-    if limits is None:
-        raise refuse(func, "cache_write", block, "its predicate mixes loops of its reduction with others")
+    spatial, limits = loop_vars(block, "spatial"), limits_of_output(func, "cache_write", block)
     extra, bindings, position = _positions(cache, offsets)
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     copy = Block(

@@ -24,6 +24,7 @@ from kedge.compiler.schedule.tree import (
     writers,
 )
 from kedge.compiler.tir.expr import Const, Dim, Expr, Load, Var, as_expr, const, logical_and
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Scope, Seq, Stmt, Store
@@ -84,7 +85,9 @@ def _part_read(
     for dim in range(len(source.shape)):
         span = span_of((indices[dim] for indices in wanted), outer, inner)
         if span is None:
-            raise refuse(func, "cache_read", block, f"what it reads of dim {dim} of {source.name!r} is no interval")
+            at = ", ".join({print_expr(indices[dim]) for indices in wanted})
+            reason = f"what it reads of dim {dim} of {source.name!r} in one iteration, at {at}, is no interval"
+            raise refuse(func, "cache_read", block, reason, hint="cache before fusing; not what memory says")
         loop = next((each.var for each in outer if each.var in free_vars(span.extent)), None)
         if loop is not None:
             reason = f"how much it reads of dim {dim} of {source.name!r} depends on loop {loop.name!r}"

@@ -10,6 +10,7 @@ from kedge.compiler.schedule.order import before, overwritten_before, touched_si
 from kedge.compiler.schedule.tree import (
     block_path,
     blocks_in,
+    check_only_writer,
     intermediate,
     readers,
     refuse,
@@ -18,6 +19,7 @@ from kedge.compiler.schedule.tree import (
     writers,
 )
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, PrimFunc, Stmt, Store
@@ -60,13 +62,13 @@ def reverse_compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     axes = _axes(func, primitive, block, reads[0].indices, f"reads {source.name!r}")
     for load in reads[1:]:
         if _axes(func, primitive, block, load.indices, f"reads {source.name!r}") != axes:
-            raise refuse(func, primitive, block, f"it reads several elements of {source.name!r}")
+            raise refuse(func, primitive, block, f"it reads several elements of {source.name!r} at once")
     extents = {it.var: it.extent for it in block.iters}
     for axis, dim in zip(axes, source.shape, strict=True):
         if axis is not None and not prove_equal(extents[axis], dim):
-            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}")
-    if writers(func, store.buffer) != (block,):
-        raise refuse(func, primitive, block, f"other blocks write {store.buffer.name!r} too")
+            size = f"its {axis.name!r} takes {print_expr(extents[axis])} values of {print_expr(as_expr(dim))}"
+            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}: {size}")
+    check_only_writer(func, primitive, block, store.buffer)
     touched = touched_since(func, block, producer)
     if touched is not None:
         reason = f"block {touched[0].name!r} uses {touched[1].name!r}, which it writes, after {producer.name!r} begins"
@@ -92,7 +94,8 @@ def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Sto
     """The block `name`, which must compute one element of one buffer from others, and that store."""
     block = next(b for b in blocks_in(func.body) if b.name == name)
     if block.init is not None or any(it.kind == "reduce" for it in block.iters):
-        raise refuse(func, primitive, block, "it is a reduction")
+        hint = "cache_write it: the copy can be inlined" if primitive == "compute_inline" else None
+        raise refuse(func, primitive, block, "it is a reduction, not one value for each element", hint=hint)
     if not isinstance(block.body, Store):
         raise refuse(func, primitive, block, "its body is more than one store")
     if any(load.buffer is block.body.buffer for load in loads(block.body)):
@@ -101,15 +104,15 @@ def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Sto
     tied = tied_to(func, block)
     if tied is not None:
         reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="inline it before caching")
     return block, block.body
 
 
 def _check_hidden(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
     if not intermediate(func, buffer):
-        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}")
-    if len(writers(func, buffer)) > 1:
-        raise refuse(func, primitive, block, f"other blocks write {buffer.name!r} too")
+        hint = "reverse_compute_inline takes it into the block that it reads from"
+        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}, which must be there", hint=hint)
+    check_only_writer(func, primitive, block, buffer)
 
 
 def _axes(func: PrimFunc, primitive: str, block: Block, indices: tuple[Expr, ...], what: str) -> tuple[Var | None, ...]:
@@ -118,10 +121,13 @@ def _axes(func: PrimFunc, primitive: str, block: Block, indices: tuple[Expr, ...
     named = [axis for axis in axes if axis is not None]
     plain = all(a is not None or _is_zero(i) for a, i in zip(axes, indices, strict=True))
     if not plain or len(set(named)) < len(named):
-        raise refuse(func, primitive, block, f"it {what} at other places than its iteration variables")
+        at = ", ".join(map(print_expr, indices))
+        reason = f"it {what} at [{at}]: each index must be an iteration variable of its own, or 0"
+        raise refuse(func, primitive, block, reason)
     for it in block.iters:
         if it.var not in named and not is_one(it.extent):
-            raise refuse(func, primitive, block, f"it {what} the same for all of {it.var.name!r}")
+            at = ", ".join(map(print_expr, indices))
+            raise refuse(func, primitive, block, f"it {what} at [{at}], the same for all values of {it.var.name!r}")
     return axes
 
 
@@ -139,16 +145,18 @@ def _only_producer(func: PrimFunc, block: Block) -> tuple[Block, Buffer]:
         if readers(func, buffer) == (block,)
     ]
     if not candidates:
-        raise refuse(func, primitive, block, "it reads no intermediate buffer that has one writer and no other reader")
-    reason = ""
+        reason = "it reads no intermediate buffer that is written by one block alone and read by it alone"
+        raise refuse(func, primitive, block, reason)
+    reason, hint = "", None
     for producer, buffer in candidates:
         if producer.init is not None or any(it.kind == "reduce" for it in producer.iters):
             reason = f"its producer {producer.name!r} is a reduction"
+            hint = "cache_write the reduction, then inline into the copy"
         elif not isinstance(producer.body, Store):
             reason = f"its producer {producer.name!r} is more than one store"
         else:
             return producer, buffer
-    raise refuse(func, primitive, block, reason, hint="cache_write the reduction, then inline into the copy")
+    raise refuse(func, primitive, block, reason, hint=hint)
 
 
 def _check_early(func: PrimFunc, block: Block, producer: Block, source: Buffer) -> None:

@@ -13,18 +13,23 @@ from typing import Any
 from kedge.compiler.schedule.dependence import conflict, is_private, own_per_iteration, reduces_over, updates_in_place
 from kedge.compiler.schedule.nest import has_own_places, loop_vars
 from kedge.compiler.schedule.tree import (
+    LARGEST_INDEX,
     accesses,
     block_path,
     blocks_in,
     find_loop,
+    held_by,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
+    named,
+    placed,
     refuse,
     swap,
 )
-from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
+from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Expr, Var, const, logical_and
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
 from kedge.compiler.tir.stmt import Block, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
 from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
@@ -56,7 +61,8 @@ def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[Pri
         index, total = index * extent + var, total * extent
     ranges = loop_ranges(loops_on(path[:-1]))
     if not prove(total >= node.extent, ranges):
-        raise refuse(func, "split", loop, f"factors {list(factors)} do not cover its extent", at=node)
+        reason = f"factors {list(factors)} make {known} iterations, and may be too few for {print_expr(node.extent)}"
+        raise refuse(func, "split", loop, reason, at=node, hint=f"factors {[None, *factors[1:]]} always fit")
     # The old variable runs below the old extent: without that fact, simplifying could not use it.
     body = _rebind(node.body, loop, index, None if prove(total <= node.extent, ranges) else index < node.extent)
     for var, extent in zip(reversed(variables), reversed(extents), strict=True):
@@ -67,16 +73,17 @@ def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[Pri
 def fuse(func: PrimFunc, loops: Sequence[Var]) -> tuple[PrimFunc, Var]:
     """One loop instead of `loops`, each of which holds nothing but the next; returns its variable."""
     if len(loops) < 2:
-        raise refuse(func, "fuse", f"{len(loops)} loops", "it takes at least two")
+        given = ", ".join(f"loop {var.name!r}" for var in loops)
+        raise refuse(func, "fuse", given, "it takes two loops or more, outermost first", hint="sch.fuse(i, j)")
     nodes = [_serial(func, "fuse", loop) for loop in loops]
     for outer, inner in pairwise(nodes):
         if outer.body is not inner:
-            reason = f"its body is not just loop {inner.var.name!r}"
-            raise refuse(
-                func, "fuse", outer.var, reason, hint="fuse takes loops outermost first; reorder brings them together"
-            )
+            reason = f"its body is not just loop {inner.var.name!r} but {held_by(outer)}"
+            hint = "fuse takes loops outermost first, each all that is in the one before; reorder brings them together"
+            raise refuse(func, "fuse", outer.var, reason, hint=hint)
         if any(v in loops for v in free_vars(inner.extent)):
-            raise refuse(func, "fuse", inner.var, "its extent depends on a loop that it would be fused with")
+            reason = f"its extent {print_expr(inner.extent)} depends on a loop that it would be fused with"
+            raise refuse(func, "fuse", inner.var, reason, hint="fuse loops whose extents do not depend on one another")
     fused = Var("_".join(loop.name for loop in loops))
     ranges = loop_ranges(loops_on(loop_path(func, loops[0])[:-1]))
     extent: Expr = const(1)
@@ -92,7 +99,8 @@ def fuse(func: PrimFunc, loops: Sequence[Var]) -> tuple[PrimFunc, Var]:
 def reorder(func: PrimFunc, loops: Sequence[Var]) -> PrimFunc:
     """`func` with `loops`, which lie on one chain of perfectly nested loops, in the order given, outermost first."""
     if len(set(loops)) != len(loops) or len(loops) < 2:
-        raise refuse(func, "reorder", ", ".join(v.name for v in loops), "it takes at least two different loops")
+        given = ", ".join(f"loop {var.name!r}" for var in loops)
+        raise refuse(func, "reorder", given, "it takes two loops or more, each once", hint="sch.reorder(j, i)")
     chain = _chain(func, loops)
     order = iter([find_loop(func, var) for var in loops])
     new_chain = [next(order) if loop.var in loops else loop for loop in chain]
@@ -101,7 +109,8 @@ def reorder(func: PrimFunc, loops: Sequence[Var]) -> PrimFunc:
         assert loop is not None
         inner = {each.var for each in new_chain[position:] if each is not None}
         if any(v in inner for v in free_vars(loop.extent)):
-            raise refuse(func, "reorder", loop.var, "its extent depends on a loop that it would stand outside of")
+            reason = f"its extent {print_expr(loop.extent)} depends on a loop that it would stand outside of"
+            raise refuse(func, "reorder", loop.var, reason, hint="leave that loop outside")
     _check_order(func, chain, [loop.var for loop in new_chain if loop is not None])
     for loop in reversed(new_chain):
         assert loop is not None
@@ -118,17 +127,21 @@ def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: 
     if kind in ("parallel", "thread"):
         nested = around or (next((each for each in outer if each.kind == "parallel"), None))
         if nested is not None:
-            raise refuse(func, primitive, loop, f"it stands inside {nested.kind} loop {nested.var.name!r}")
+            reason = f"it stands inside {nested.kind} loop {nested.var.name!r}, where no threads can be started"
+            raise refuse(func, primitive, loop, reason, hint="fuse the two before either gets its kind, or take one")
     within = next((each for each in loops_in(node.body) if each.kind == "parallel"), None)
     if within is not None:
-        raise refuse(func, primitive, loop, f"parallel loop {within.var.name!r} is inside; it must stay outside")
+        reason = f"parallel loop {within.var.name!r} is inside, where no threads can be started"
+        raise refuse(func, primitive, loop, reason, hint="fuse the two before either gets its kind, or take one")
     if kind in ("vectorized", "unrolled") and not isinstance(node.extent, Const):
-        raise refuse(func, primitive, loop, "its extent is not constant", at=node, hint="split it by a constant first")
+        hint = f"split it by a constant first, and {primitive} the inner loop: sch.split({loop.name}, [None, 8])"
+        reason = f"its extent {print_expr(node.extent)} is not constant"
+        raise refuse(func, primitive, loop, reason, at=node, hint=hint)
     if kind == "vectorized":
         inner = loops_in(node.body)
         if inner:
             reason = f"it is not innermost: loop {inner[0].var.name!r} is inside"
-            raise refuse(func, primitive, loop, reason, hint="reorder it inwards first")
+            raise refuse(func, primitive, loop, reason, hint=f"reorder it inwards first, or take {named(inner[-1:])}")
     new = replace(node, kind=kind, thread=thread)
     if kind != "unrolled":
         _check_parallel(func, primitive, node, new, outer)
@@ -205,17 +218,22 @@ def _serial(func: PrimFunc, primitive: str, loop: Var) -> For:
     node = find_loop(func, loop)
     assert node is not None, f"{loop.name} is no loop of {func.name}"
     if node.kind != "serial":
-        raise refuse(func, primitive, loop, f"it is {node.kind} already", at=node)
+        hint = f"{primitive} takes serial loops: do it before the loop gets another kind"
+        raise refuse(func, primitive, loop, f"it is {node.kind} already", at=node, hint=hint)
     return node
 
 
 def _check_factors(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> int:
     """The product of the known factors."""
     if len(factors) < 2 or list(factors).count(None) > 1:
-        raise refuse(func, "split", loop, f"factors {list(factors)}: give at least two, at most one of them None")
+        reason = f"factors {list(factors)}: it takes two or more, at most one of them None"
+        raise refuse(func, "split", loop, reason, hint=f"sch.split({loop.name}, [None, 4])")
     if any(f is not None and f < 1 for f in factors):
-        raise refuse(func, "split", loop, f"factors {list(factors)} are not all positive")
-    return math.prod(f for f in factors if f is not None)
+        raise refuse(func, "split", loop, f"factors {list(factors)}: each is at least 1", hint="None takes the rest")
+    known = math.prod(f for f in factors if f is not None)
+    if known > LARGEST_INDEX:
+        raise refuse(func, "split", loop, f"factors {list(factors)}: their product is no {INDEX_DTYPE}")
+    return known
 
 
 def _outer_extent(node: For, known: int, path: Sequence[Stmt]) -> Expr:
@@ -245,12 +263,16 @@ def _chain(func: PrimFunc, loops: Sequence[Var]) -> list[For]:
     on_path = [loop.var for loop in paths[deepest]]
     for var in loops:
         if var not in on_path:
-            raise refuse(func, "reorder", var, f"it is not on one nest with loop {deepest.name!r}")
+            reason = f"it and {placed(paths[deepest][-1])} are not inside one another"
+            hint = "sch.get_loops(block) gives loops that are"
+            raise refuse(func, "reorder", var, reason, hint=hint)
     first = min(on_path.index(var) for var in loops)
     chain = list(paths[deepest][first:])
     for outer, inner in pairwise(chain):
         if outer.body is not inner:
-            raise refuse(func, "reorder", outer.var, f"its body is not just loop {inner.var.name!r}", at=chain[0])
+            reason = f"its body is not just loop {inner.var.name!r} but {held_by(outer)}"
+            hint = "it takes loops of which each is all that is in the one before"
+            raise refuse(func, "reorder", outer.var, reason, at=chain[0], hint=hint)
     return chain
 
 
@@ -267,7 +289,7 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
         mixed = next((var for var in old if var in both), None)
         if mixed is not None:
             reason = f"block {block.name!r} takes both its output and its reduction from it: what is first may change"
-            raise refuse(func, "reorder", mixed, reason, at=chain[0])
+            raise refuse(func, "reorder", mixed, reason, at=chain[0], hint="reorder before fusing the two")
     if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
         # Instances of one block run in any order, its reduction's first value still comes first: as long as those
         # for different outputs store to different places.
@@ -280,8 +302,9 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
             continue
         buffer = conflict(func, loop, (*outer, *chain[:position]))
         if buffer is not None:
-            reason = f"its iterations depend on one another through buffer {buffer.name!r}"
-            raise refuse(func, "reorder", loop.var, reason, at=chain[0])
+            reason = f"its iterations may depend on one another through buffer {buffer.name!r}"
+            hint = "loops stay outside of others if one iteration touches an element that another one writes"
+            raise refuse(func, "reorder", loop.var, reason, at=chain[0], hint=hint)
 
 
 def _is_reduction(block: Block) -> bool:
@@ -292,17 +315,18 @@ def _check_parallel(func: PrimFunc, primitive: str, node: For, new: For, outer: 
     """Refuse if iterations of `node` need one another when they run as those of `new`."""
     block = reduces_over(node)
     if block is not None:
-        reason = f"block {block.name!r} reduces over it"
-        raise refuse(func, primitive, node.var, reason, at=node)
+        reason = f"block {block.name!r} reduces over it: its iterations update the same elements"
+        hint = f"take a loop over outputs, or that of the block which sch.rfactor(block, {node.var.name}) makes"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     # Lanes of a vector share even private buffers, so these too must have a part for each.
     asked = [store.buffer for store in stores(node)] if primitive == "vectorize" else None
     buffer = conflict(func, new, outer, asked)
     if buffer is not None:
-        reason = f"its iterations depend on one another through buffer {buffer.name!r}"
-        raise refuse(func, primitive, node.var, reason, at=node)
+        reason = f"its iterations may depend on one another through buffer {buffer.name!r}"
+        hint = "it takes loops of which no iteration touches an element that another one writes"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     used = dict.fromkeys(a.buffer for a in accesses(node.body))
     shared = next((b for b in used if own_per_iteration(new, b) and not is_private(func, new, b)), None)
     if primitive != "vectorize" and shared is not None:
-        raise refuse(
-            func, primitive, node.var, f"its iterations share {shared.name!r} in {shared.scope} scope", at=node
-        )
+        reason = f"its iterations share {shared.name!r} in {shared.scope} scope, of which each would get one of its own"
+        raise refuse(func, primitive, node.var, reason, at=node, hint="scope 'global' is one for all")

@@ -12,19 +12,23 @@ from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
     blocks_in,
+    check_only_writer,
     find_loop,
     intermediate,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
+    named,
+    placed,
     readers,
     refuse,
     remove,
     swap,
     writers,
 )
-from kedge.compiler.tir.expr import Const, Expr, Var, const, logical_and
+from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const, logical_and
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Ranges, Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, loads, seq
@@ -40,17 +44,21 @@ def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
     block, store = _movable(func, primitive, name, loop)
     buffer = store.buffer
     if not intermediate(func, buffer):
-        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}")
-    if writers(func, buffer) != (block,):
-        raise refuse(func, primitive, block, f"other blocks write {buffer.name!r} too")
+        hint = "reverse_compute_at moves it into a loop of what it reads"
+        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}, which no block reads", hint=hint)
+    check_only_writer(func, primitive, block, buffer)
     node = find_loop(func, loop)
     assert node is not None
     inside = blocks_in(node)
     consumers = readers(func, buffer)
     outside = [each.name for each in consumers if each not in inside]
     if outside or not consumers:
-        reason = f"its consumer {outside[0]!r} is not under the loop" if outside else "nothing reads what it computes"
-        raise refuse(func, primitive, block, reason)
+        if not consumers:
+            raise refuse(func, primitive, block, f"nothing reads {buffer.name!r}, which it computes")
+        reason = f"its consumer {outside[0]!r} is not under {placed(node)}"
+        around = [each for each in loops_in(func.body) if all(c in blocks_in(each) for c in consumers)]
+        hint = f"around all of its consumers ({named(consumers)}): {named(around)}"
+        raise refuse(func, primitive, block, reason, hint=hint)
     early = next((each for each in consumers if before(func, each, block)), None)
     if early is not None:
         raise refuse(func, primitive, block, f"its consumer {early.name!r} runs before it, on older values")
@@ -88,12 +96,13 @@ def reverse_compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
         _check_complete(func, block, source, node, outer)
         for axis, span in _consumed(func, block, source, node, outer).items():
             if not _same_span(spans.setdefault(axis, span), span):
-                raise refuse(func, primitive, block, f"its inputs disagree about {axis.name!r} under the loop", at=node)
+                reason = f"an iteration of {loop.name!r} makes different values of {axis.name!r} of what it reads"
+                raise refuse(func, primitive, block, reason, at=node, hint="take a loop further out")
     missing = [it for it in block.iters if it.var not in spans and not is_one(it.extent)]
     if missing and not all(it.kind == "reduce" or it.var in _stored(store) for it in missing):
-        raise refuse(func, primitive, block, f"{missing[0].var.name!r} indexes neither its input nor its output")
-    if writers(func, store.buffer) != (block,):
-        raise refuse(func, primitive, block, f"other blocks write {store.buffer.name!r} too")
+        reason = f"its {missing[0].var.name!r} indexes neither what is made there nor its output"
+        raise refuse(func, primitive, block, reason)
+    check_only_writer(func, primitive, block, store.buffer)
     touched = touched_since(func, block, node)
     if touched is not None:
         reason = f"block {touched[0].name!r} uses {touched[1].name!r}, which it writes, after loop {loop.name!r} begins"
@@ -116,7 +125,9 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
     block = path[-1]
     assert isinstance(block, Block)
     if any(each.var is loop for each in loops_on(path)):
-        raise refuse(func, primitive, block, f"it is under loop {loop.name!r} already")
+        whose = "of its consumers" if primitive == "compute_at" else "of the blocks that it reads from"
+        hint = f"it takes a loop {whose}"
+        raise refuse(func, primitive, block, f"it is under loop {loop.name!r} already", hint=hint)
     if not isinstance(block.body, Store):
         raise refuse(func, primitive, block, "its body is more than one store")
     if block.init is None and any(load.buffer is block.body.buffer for load in loads(block.body)):
@@ -125,32 +136,35 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
     tied = tied_to(func, block)
     if tied is not None:
         reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="move it before caching")
     together = moving_together(block, loops_on(path))
     if together is not None:
         names = " and ".join(repr(var.name) for var in together)
-        raise refuse(func, primitive, block, f"its iteration variables {names} move together in its loops")
+        reason = f"one loop drives both its {names}: it is not known which values they would take elsewhere"
+        raise refuse(func, primitive, block, reason, hint="move it before caching, or before fusing its loops")
     node = find_loop(func, loop)
     if node is not None and node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")
     return block, block.body
 
 
-def _axis(func: PrimFunc, primitive: str, block: Block, index: Expr) -> Var | None:
+def _axis(func: PrimFunc, primitive: str, block: Block, buffer: Buffer, index: Expr) -> Var | None:
     """The spatial iteration variable that `index` is, or None for the index 0."""
     if isinstance(index, Const) and index.value == 0:
         return None
     if isinstance(index, Var) and any(it.var is index for it in block.iters):
         return index
-    raise refuse(func, primitive, block, "it indexes the buffer in between by more than its iteration variables")
+    reason = f"it indexes {buffer.name!r} by {print_expr(index)}, which is none of its iteration variables"
+    raise refuse(func, primitive, block, reason)
 
 
 def _index_axes(func: PrimFunc, primitive: str, block: Block, store: Store) -> list[Var | None]:
-    axes = [_axis(func, primitive, block, index) for index in store.indices]
+    axes = [_axis(func, primitive, block, store.buffer, index) for index in store.indices]
     named = [axis for axis in axes if axis is not None]
     spatial = [it.var for it in block.iters if it.kind == "spatial" and not is_one(it.extent)]
     if len(set(named)) < len(named) or any(var not in named for var in spatial):
-        raise refuse(func, primitive, block, "its iteration variables do not each index its output once")
+        reason = f"its iteration variables do not each index {store.buffer.name!r}, which it writes, just once"
+        raise refuse(func, primitive, block, reason)
     return axes
 
 
@@ -165,9 +179,15 @@ def _sources(func: PrimFunc, block: Block, node: For) -> tuple[Buffer, ...]:
         late = [b.name for b in made_by if b not in inside and order.index(b) > order.index(inside[0])]
         if late:
             reason = f"it reads {buffer.name!r}, which block {late[0]!r} computes only after loop {node.var.name!r}"
-            raise refuse(func, "reverse_compute_at", block, reason)
+            hint = f"move it into a loop of block {late[0]!r}"
+            raise refuse(func, "reverse_compute_at", block, reason, hint=hint)
     if not sources:
-        raise refuse(func, "reverse_compute_at", block, f"nothing it reads is written under loop {node.var.name!r}")
+        reason = f"nothing it reads is written under {placed(node)}"
+        read = {load.buffer for load in loads(block.body)}
+        makers = [b for b in order if b is not block and any(a.is_write and a.buffer in read for a in accesses(b))]
+        around = [each for each in loops_in(func.body) if any(b in blocks_in(each) for b in makers)]
+        hint = f"what it reads is written under {named(around)}" if around else "no loop writes what it reads"
+        raise refuse(func, "reverse_compute_at", block, reason, hint=hint)
     return tuple(sources)
 
 
@@ -175,9 +195,11 @@ def _consumed(func: PrimFunc, block: Block, source: Buffer, node: For, outer: Se
     """Over which values of its variables `block` finds its part of `source` under `node`."""
     primitive = "reverse_compute_at"
     consumed = [load for load in loads(block.body) if load.buffer is source]
-    axes = [_axis(func, primitive, block, index) for index in consumed[0].indices]
+    axes = [_axis(func, primitive, block, source, index) for index in consumed[0].indices]
     for load in consumed[1:]:
-        if any(_axis(func, primitive, block, i) is not axis for i, axis in zip(load.indices, axes, strict=True)):
+        if any(
+            _axis(func, primitive, block, source, i) is not axis for i, axis in zip(load.indices, axes, strict=True)
+        ):
             raise refuse(func, primitive, block, f"it reads several elements of {source.name!r} at once")
     made = [a for a in accesses(node.body) if a.buffer is source and a.is_write]
     extents = {it.var: it.extent for it in block.iters}
@@ -186,7 +208,9 @@ def _consumed(func: PrimFunc, block: Block, source: Buffer, node: For, outer: Se
         if axis is None:
             continue
         if not prove_equal(extents[axis], source.shape[dim]):
-            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}")
+            whole = print_expr(as_expr(source.shape[dim]))
+            size = f"its {axis.name!r} takes {print_expr(extents[axis])} values of {whole}"
+            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}: {size}")
         span = _span(func, primitive, block, [a.indices[dim] for a in made], node, outer)
         if not _same_span(spans.setdefault(axis, span), span):
             raise refuse(func, primitive, block, f"it reads a diagonal of {source.name!r}")
@@ -205,7 +229,8 @@ def _checked(before: PrimFunc, moved: PrimFunc, primitive: str, block: Block, bu
         at_once = each.kind in ("parallel", "thread") and not together
         if at_once and conflict(moved, each, path[:position], [buffer]) is not None:
             reason = f"iterations of {each.kind} loop {each.var.name!r} would write the same parts of {buffer.name!r}"
-            raise refuse(before, primitive, block, reason)
+            hint = f"move it outside of loop {each.var.name!r}, or before that is {each.kind}"
+            raise refuse(before, primitive, block, reason, hint=hint)
     return moved
 
 
@@ -213,20 +238,25 @@ def _check_complete(func: PrimFunc, block: Block, source: Buffer, node: For, out
     """Refuse unless each iteration of the loops finishes its own part of `source` and nobody else's."""
     primitive = "reverse_compute_at"
     inside = blocks_in(node)
-    strangers = [b.name for b in writers(func, source) if b not in inside]
+    strangers = [b for b in writers(func, source) if b not in inside]
     if strangers:
-        raise refuse(func, primitive, block, f"block {strangers[0]!r} elsewhere writes {source.name!r} too")
+        reason = (
+            f"{source.name!r}, which it reads, is written by {named(strangers)} outside of loop {node.var.name!r}, too"
+        )
+        raise refuse(func, primitive, block, reason)
     shared = {id(s) for s in block_path(func, block.name)}
     for position, loop in enumerate(outer):
         if id(loop) in shared:
             continue
         reducing = reduces_over(loop)
         if reducing is not None and any(s.buffer is source for s in accesses(reducing) if s.is_write):
-            reason = f"{source.name!r} is complete only after loop {loop.var.name!r}"
-            raise refuse(func, primitive, block, reason, at=node)
+            reason = f"{source.name!r}, which it reads, is complete only after loop {loop.var.name!r}"
+            hint = f"legal, as far as that goes: {named(outer[:position])}"
+            raise refuse(func, primitive, block, reason, at=node, hint=hint)
         if conflict(func, loop, outer[:position], [source]) is not None:
-            reason = f"iterations of loop {loop.var.name!r} share parts of {source.name!r}"
-            raise refuse(func, primitive, block, reason, at=node)
+            reason = f"iterations of loop {loop.var.name!r} share parts of {source.name!r}, which it reads"
+            hint = f"legal, as far as that goes: {named(outer[:position])}"
+            raise refuse(func, primitive, block, reason, at=node, hint=hint)
 
 
 def _span(
@@ -236,7 +266,9 @@ def _span(
     """The values that `indices` take while the loops inside `node`, and those of the `group`, run."""
     span = span_of(indices, outer, (*group, *loops_in(node.body)))
     if span is None:
-        raise refuse(func, primitive, block, "the part that is needed is not an interval of its indices", at=node)
+        places = ", ".join(map(print_expr, indices))
+        reason = f"what an iteration of loop {node.var.name!r} needs, at {places}, is no interval"
+        raise refuse(func, primitive, block, reason, at=node, hint="move it before fusing, or take a loop further out")
     return span
 
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 from kedge.compiler.schedule.nest import combiner_of
 from kedge.compiler.schedule.redirect import Place, redirected
-from kedge.compiler.schedule.tree import block_name, block_path, buffer_name, loops_on, refuse, swap
+from kedge.compiler.schedule.tree import LARGEST_INDEX, block_name, block_path, buffer_name, loops_on, refuse, swap
 from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, const, logical_and, select
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import prove, prove_equal, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import seq
+
+_HINT = "it takes sums of products of elements, such as c[i, j] += a[i, k] * b[k, j]"
 
 
 def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
@@ -24,10 +27,10 @@ def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    if len(padding) != len(block.iters) or any(step < 1 for step in padding):
+    if len(padding) != len(block.iters) or not all(1 <= step <= LARGEST_INDEX for step in padding):
         names = ", ".join(it.var.name for it in block.iters)
         reason = f"padding {list(padding)}: it takes one number from 1 on for each of {names}"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="1 leaves a variable's extent as it is")
     _check_plain(func, block, loops)
     operands = _check_einsum(func, block)
     extents = {
@@ -62,15 +65,17 @@ def _check_einsum(func: PrimFunc, block: Block) -> tuple[Load, ...]:
     """The operands of the sum of products that the block computes."""
     body = block.body
     if combiner_of(block) != "add":
-        raise refuse(func, "pad_einsum", block, "it is no sum that starts at 0")
+        raise refuse(func, "pad_einsum", block, "it is no sum that begins at 0: padding would change it", hint=_HINT)
     assert isinstance(body, Store) and isinstance(body.value, Binary)
     operands = _factors(body.value.b)
     if operands is None:
-        raise refuse(func, "pad_einsum", block, "what it sums is no product of elements")
+        reason = "what it sums is no product of elements: zeros would not stay zeros"
+        raise refuse(func, "pad_einsum", block, reason, hint=_HINT)
     for load in (*operands, Load(body.buffer, body.indices)):
         if len(set(load.indices)) < len(load.indices) or not all(isinstance(index, Var) for index in load.indices):
-            reason = f"it indexes {load.buffer.name!r} by more than different iteration variables"
-            raise refuse(func, "pad_einsum", block, reason)
+            at = ", ".join(map(print_expr, load.indices))
+            reason = f"it uses {load.buffer.name!r} at [{at}]: each index must be an iteration variable of its own"
+            raise refuse(func, "pad_einsum", block, reason, hint=_HINT)
     return operands
 
 
@@ -93,7 +98,7 @@ def _check_zeros(func: PrimFunc, block: Block, operands: Sequence[Load], grown: 
             other = next((load.buffer.name for load in operands if it.var not in load.indices), None)
             if other is not None:
                 reason = f"{other!r} does not depend on {it.var.name!r}: its infinities would meet the padding's zeros"
-                raise refuse(func, "pad_einsum", block, reason)
+                raise refuse(func, "pad_einsum", block, reason, hint=f"padding 1 for {it.var.name!r}")
 
 
 def _padded_copy(

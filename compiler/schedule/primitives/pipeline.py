@@ -19,6 +19,7 @@ from kedge.compiler.schedule.tree import (
     accesses,
     blocks_in,
     find_loop,
+    held_by,
     intermediate,
     loop_path,
     loop_ranges,
@@ -28,6 +29,7 @@ from kedge.compiler.schedule.tree import (
     swap,
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import prove, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt
 from kedge.compiler.tir.visitor import (
@@ -71,18 +73,24 @@ def _check_stages(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Seque
     """The number of iterations between the first stage and the last, and the loop's extent."""
     primitive = "software_pipeline"
     if node.kind != "serial":
-        raise refuse(func, primitive, node.var, f"it is {node.kind} already", at=node)
+        raise refuse(func, primitive, node.var, f"it is {node.kind} already", at=node, hint="it takes serial loops")
+    hint = f"such as stages {[*[0] * (len(body) - 1), 1]}: the last statement one iteration behind"
+    if len(body) == 1:
+        reason = f"its body is one statement ({held_by(node)}): there is nothing to run ahead of it"
+        raise refuse(func, primitive, node.var, reason, at=node, hint="cache_read into the loop first")
     if len(stages) != len(body):
-        reason = f"stages {list(stages)}: its body has {len(body)} statements, and each takes one"
-        raise refuse(func, primitive, node.var, reason, at=node)
+        reason = f"stages {list(stages)}: its body has {len(body)} statements ({held_by(node)}), and each takes one"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     if any(b < a for a, b in pairwise(stages)) or stages[0] != 0 or stages[-1] == 0:
-        raise refuse(func, primitive, node.var, f"stages {list(stages)} do not rise from 0", at=node)
+        reason = f"stages {list(stages)}: they must begin with 0, never fall, and end above 0"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     if not isinstance(node.extent, Const):
-        hint = "split it by a constant first"
-        raise refuse(func, primitive, node.var, "its extent is not constant", at=node, hint=hint)
+        hint = f"split it by a constant first, before anything is moved into it: sch.split({node.var.name}, [None, 8])"
+        reason = f"its extent {print_expr(node.extent)} is not constant"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     if node.extent.value <= stages[-1]:
-        reason = f"it has {node.extent.value} iterations, too few for {stages[-1] + 1} stages"
-        raise refuse(func, primitive, node.var, reason, at=node)
+        reason = f"stages {list(stages)}: it has {node.extent.value} iterations, too few for {stages[-1] + 1} stages"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=f"the last stage is below {node.extent.value}")
     return stages[-1], int(node.extent.value)
 
 
@@ -97,7 +105,7 @@ def _between(
     mixed = next((b for b in blocks_in(node) if node.var in loop_vars(b, "reduce") & loop_vars(b, "spatial")), None)
     if mixed is not None:
         reason = f"block {mixed.name!r} takes both its output and its reduction from it"
-        raise refuse(func, primitive, node.var, reason, at=node)
+        raise refuse(func, primitive, node.var, reason, at=node, hint="pipeline before fusing the two")
     touched = [accesses(stmt) for stmt in body]
     found: dict[Buffer, int] = {}
     for buffer in dict.fromkeys(a.buffer for part in touched for a in part if a.is_write):
@@ -106,8 +114,9 @@ def _between(
             continue
         writers = [p for p in users if any(a.buffer is buffer and a.is_write for a in touched[p])]
         if len(writers) > 1 or writers[0] != users[0]:
-            reason = f"stages write {buffer.name!r} and touch it before: one would meet what the other is to leave"
-            raise refuse(func, primitive, node.var, reason, at=node)
+            reason = f"statements in different stages write {buffer.name!r}, or one touches it before another writes it"
+            hint = f"give all statements that touch {buffer.name!r} one stage"
+            raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
         inside = {id(block) for block in blocks_in(node)}
         elsewhere = [
             block.name
@@ -116,7 +125,9 @@ def _between(
         ]
         if elsewhere or not intermediate(func, buffer):
             user = f"block {elsewhere[0]!r}" if elsewhere else "the caller"
-            raise refuse(func, primitive, node.var, f"{user} uses {buffer.name!r}, too, outside of the loop", at=node)
+            reason = f"{user} uses {buffer.name!r}, too, outside of the loop: there it could have no versions"
+            hint = f"give all statements that touch {buffer.name!r} one stage"
+            raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
         if not _fills(func, node, body[writers[0]], buffer, outer):
             reason = f"block {blocks_in(body[writers[0]])[-1].name!r} does not fill all of {buffer.name!r} each time"
             hint = "what stands between stages is filled anew in every iteration, as cache_read does"

@@ -12,8 +12,8 @@ from kedge.compiler.schedule.nest import (
     conjuncts,
     fresh_nest,
     has_own_places,
+    limits_of_output,
     loop_vars,
-    spatial_conjuncts,
 )
 from kedge.compiler.schedule.order import before
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
@@ -26,8 +26,10 @@ from kedge.compiler.schedule.tree import (
     buffer_name,
     condition_on,
     find_loop,
+    held_by,
     loop_ranges,
     loops_on,
+    named,
     position_around,
     refuse,
     swap,
@@ -50,7 +52,8 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
     if block.init is None:
-        raise refuse(func, primitive, block, "it has no initialisation to take out")
+        hint = "it takes reductions that have not been decomposed yet"
+        raise refuse(func, primitive, block, "it has no initialisation to take out", hint=hint)
     position = position_around(func, primitive, block, loops, loop)
     condition = condition_on(path)
     if condition is not None:
@@ -66,7 +69,8 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     for outer in loops[:position]:
         if outer.var in reducing:
             reason = f"loop {outer.var.name!r}, around {loop.name!r}, takes part in the reduction"
-            raise refuse(func, primitive, block, reason)
+            legal = loops[: loops.index(outer) + 1]
+            raise refuse(func, primitive, block, reason, hint=f"legal, as far as that goes: {named(legal)}")
     for number, each in enumerate(loops[position:], position):
         if each.var in reducing and (each.var not in loop_vars(block, "spatial") or has_own_places(block)):
             continue
@@ -97,24 +101,31 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     assert isinstance(block, Block)
     op = combiner_of(block)
     if op is None:
-        raise refuse(func, primitive, block, "it is no sum, product, largest or smallest of values that start at none")
+        reason = "it is no sum, product, largest or smallest of values that begins at the neutral one"
+        raise refuse(
+            func, primitive, block, reason, hint="rfactor takes a block with its init, before decompose_reduction"
+        )
     reducing = loop_vars(block, "reduce")
     node = loops[position_around(func, primitive, block, loops, loop)]
     if loop not in reducing:
-        raise refuse(func, primitive, loop, f"block {name!r} does not reduce over it")
+        legal = [each for each in loops if each.var in reducing]
+        raise refuse(
+            func, primitive, loop, f"block {name!r} does not reduce over it", hint=f"legal here: {named(legal)}"
+        )
     mixed = next((each.var for each in loops if each.var in reducing & loop_vars(block, "spatial")), None)
     if mixed is not None:
-        raise refuse(func, primitive, mixed, f"block {name!r} takes both its output and its reduction from it")
+        reason = f"block {name!r} takes both its output and its reduction from it"
+        raise refuse(func, primitive, mixed, reason, hint="rfactor before fusing the two")
     top = next(position for position, each in enumerate(loops) if each.var in reducing)
     for outer, inner in zip(loops[top:], (*loops[top + 1 :], block), strict=True):
         if outer.body is not inner:
-            raise refuse(func, primitive, block, f"it is not all that is in loop {outer.var.name!r}")
-    store, limits = block.body, spatial_conjuncts(block, func.symbols)
+            reason = f"it is not all that is in loop {outer.var.name!r}, which holds {held_by(outer)}"
+            raise refuse(func, primitive, block, reason, hint="rfactor before moving or caching other blocks there")
+    store, limits = block.body, limits_of_output(func, primitive, block)
     assert isinstance(store, Store)
-    if limits is None:
-        raise refuse(func, primitive, block, "its predicate mixes loops of its reduction with others")
     if any(var not in func.symbols for var in free_vars(node.extent)):
-        raise refuse(func, primitive, loop, "its extent depends on other loops")
+        reason = f"its extent {print_expr(node.extent)} depends on other loops"
+        raise refuse(func, primitive, loop, reason, hint="take a loop of fixed extent")
     scope = store.buffer.scope
     shape = (*store.buffer.shape, simplify_dim(node.extent))
     partial = Buffer(buffer_name(func, f"{store.buffer.name}_rf"), shape, store.buffer.dtype, scope)
@@ -187,9 +198,7 @@ def _init_nest(
 
     `everywhere` allows it to do so where no instance of the block runs, too, as far as there are elements.
     """
-    limits = spatial_conjuncts(block, func.symbols)
-    if limits is None:
-        raise refuse(func, primitive, block, "its predicate mixes loops of its reduction with others")
+    limits = limits_of_output(func, primitive, block)
     assert block.init is not None
     pairs = [(it, b) for it, b in zip(block.iters, block.bindings, strict=True) if it.kind == "spatial"]
     if all(store.buffer.scope in PRIVATE_SCOPES for store in stores(block.init)):

@@ -10,19 +10,15 @@ from typing import Any
 from kedge.compiler.schedule.dependence import conflict, crossing, is_private, own_per_iteration
 from kedge.compiler.schedule.nest import index_ends
 from kedge.compiler.schedule.redirect import Place, redirected
-from kedge.compiler.schedule.tree import accesses, block_path, intermediate, loops_in, refuse
-from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Dim, Expr, ExprLike, Var, as_expr, const
+from kedge.compiler.schedule.tree import LARGEST_INDEX, accesses, block_path, intermediate, loops_in, refuse
+from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Const, Dim, Expr, ExprLike, Var, as_expr, const
 from kedge.compiler.tir.parser import parse_expr
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Scope, Stmt, Store
-from kedge.compiler.tir.visitor import (
-    free_vars,
-    map_stmt,
-    replace_buffers,
-    stores,
-    substitute_expr,
-)
+from kedge.compiler.tir.visitor import free_vars, map_stmt, replace_buffers, stores, substitute_expr, walk_expr
+
+_MAP_HINT = "it takes the indices of an element and returns the new ones: lambda i, j: (j, i)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,10 +53,11 @@ def map_of(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]
     try:
         indices = function(*axes)
     except TypeError as error:
-        raise refuse(func, "transform_layout", block, f"the map does not take {len(axes)} indices: {error}") from error
+        reason = f"index_map does not work on the {len(axes)} indices of {buffer.name!r}: {error}"
+        raise refuse(func, "transform_layout", block, reason, hint=_MAP_HINT) from error
     if not isinstance(indices, (tuple, list)) or not all(isinstance(index, (Expr, int)) for index in indices):
-        hint = "a map returns the new indices: lambda i, j: (j, i)"
-        raise refuse(func, "transform_layout", block, f"the map returns {indices!r}", hint=hint)
+        given = print_expr(indices) if isinstance(indices, Expr) else repr(indices)
+        raise refuse(func, "transform_layout", block, f"index_map returns {given}, no tuple of indices", hint=_MAP_HINT)
     return IndexMap(axes, tuple(as_expr(index) for index in indices))
 
 
@@ -70,7 +67,9 @@ def check_allocation(before: PrimFunc, func: PrimFunc, primitive: str, block: Bl
     `before` is the function that the refusal shows, `block` the one that the primitive was about.
     """
     if buffer.scope == "register" and not all(isinstance(dim, int) for dim in buffer.shape):
-        raise refuse(before, primitive, block, f"{buffer.name!r} has a free dim: registers are counted", hint="local")
+        raise refuse(
+            before, primitive, block, f"{buffer.name!r} in register scope has a free dim", hint="scope 'local'"
+        )
     loop = crossing(func, buffer)
     if loop is not None:
         where = f"{loop.kind} loop {loop.var.name!r}"
@@ -118,23 +117,32 @@ def storage_align(func: PrimFunc, name: str, axis: int, factor: int, offset: int
     block, buffer = _own_buffer(func, primitive, name)
     rank = len(buffer.shape)
     if not -rank <= axis < rank:
-        raise refuse(func, primitive, block, f"axis {axis}: {buffer.name!r} has {rank} dims")
+        hint = f"axes 0 to {rank - 2}; the last one has no stride" if rank > 1 else "it takes two dims or more"
+        raise refuse(func, primitive, block, f"axis {axis}: {buffer.name!r} has {rank} dims", hint=hint)
     axis %= rank
     if axis == rank - 1:
-        raise refuse(func, primitive, block, f"axis {axis} is the last: its elements lie side by side", hint="axis -2")
-    if factor < 1 or not 0 <= offset < factor:
-        raise refuse(func, primitive, block, f"factor {factor}, offset {offset}: it takes 0 <= offset < factor")
+        reason = f"axis {axis} is the last of {buffer.name!r}: its elements lie side by side"
+        hint = (
+            f"axis -2, whose stride is the length of a row of {buffer.name!r}"
+            if rank > 1
+            else "it takes two dims or more"
+        )
+        raise refuse(func, primitive, block, reason, hint=hint)
+    if not 0 <= offset < factor <= LARGEST_INDEX:
+        reason = f"factor {factor}, offset {offset}: it takes 0 <= offset < factor"
+        raise refuse(func, primitive, block, reason, hint="offset 0 aligns rows, offset 1 spreads them over banks")
     inner = buffer.shape[axis + 1 :]
     if not all(isinstance(dim, int) for dim in inner):
-        raise refuse(func, primitive, block, f"the dims of {buffer.name!r} after axis {axis} are not all constant")
+        reason = f"the dims of {buffer.name!r} after axis {axis} are not all constant"
+        raise refuse(func, primitive, block, reason, hint="take an axis after the free dims")
     row = math.prod(dim for dim in inner[1:] if isinstance(dim, int))
     first = inner[0]
     assert isinstance(first, int)
     fitting = (size for size in range(first, first + factor) if size * row % factor == offset)
     size = next(fitting, None)
     if size is None:
-        reason = f"rows of {row} elements can have no stride of {offset} modulo {factor}"
-        raise refuse(func, primitive, block, reason)
+        reason = f"factor {factor}, offset {offset}: whole rows of {row} elements never make such a stride"
+        raise refuse(func, primitive, block, reason, hint=f"offset 0, or multiples of {math.gcd(row, factor)}")
     shape = (*buffer.shape[: axis + 1], size, *inner[1:])
     return func if size == first else with_buffer(func, buffer, replace(buffer, shape=shape))
 
@@ -144,11 +152,16 @@ def transform_layout(func: PrimFunc, name: str, index_map: IndexMap) -> PrimFunc
     primitive = "transform_layout"
     block, buffer = _own_buffer(func, primitive, name)
     if len(index_map.axes) != len(buffer.shape):
-        reason = f"the map takes {len(index_map.axes)} indices, {buffer.name!r} has {len(buffer.shape)} dims"
-        raise refuse(func, primitive, block, reason)
+        reason = f"index_map takes {len(index_map.axes)} indices, {buffer.name!r} has {len(buffer.shape)} dims"
+        raise refuse(func, primitive, block, reason, hint="it takes one index for each dim")
     wrong = next((index for index in index_map.indices if index.dtype != INDEX_DTYPE), None)
     if wrong is not None:
-        raise refuse(func, primitive, block, f"an index of the map is {wrong.dtype}, not {INDEX_DTYPE}")
+        reason = f"index {print_expr(wrong)} of index_map is {wrong.dtype}, not {INDEX_DTYPE}"
+        raise refuse(func, primitive, block, reason, hint=_MAP_HINT)
+    broken = next((i for i in index_map.indices for e in walk_expr(i) if isinstance(e, Binary) and e.op == "div"), None)
+    if broken is not None:
+        reason = f"index {print_expr(broken)} of index_map is a fraction"
+        raise refuse(func, primitive, block, reason, hint="// rounds down to a whole index")
     new = Buffer(buffer.name, _mapped_shape(func, block, buffer, index_map), buffer.dtype, buffer.scope)
     _check_injective(func, block, buffer, new, index_map)
     return with_buffer(func, buffer, new, index_map)
@@ -182,7 +195,8 @@ def _own_buffer(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Buffe
     assert isinstance(block, Block)
     written = tuple(dict.fromkeys(store.buffer for store in stores(block)))
     if len(written) != 1:
-        raise refuse(func, primitive, block, f"it writes {len(written)} buffers, not one")
+        names = ", ".join(repr(each.name) for each in written) or "nothing"
+        raise refuse(func, primitive, block, f"it writes {names}, not one buffer")
     if not intermediate(func, written[0]):
         reason = f"{written[0].name!r} is an argument of the function: its place and layout belong to the caller"
         raise refuse(func, primitive, block, reason, hint="cache_write it, and change the copy")
@@ -201,13 +215,16 @@ def _mapped_shape(func: PrimFunc, block: Block, buffer: Buffer, index_map: Index
     for number, index in enumerate(index_map.indices):
         low, high = simplifier.bounds(index)
         if low is None or low < 0:
-            raise refuse(func, "transform_layout", block, f"index {number} of the map can be below 0")
+            raise refuse(
+                func, "transform_layout", block, f"index {number} of index_map, {print_expr(index)}, can be below 0"
+            )
         last: Expr | None = const(high) if high is not None else None
         if last is None:
             ends = index_ends(index, loops, ranges)
             last = None if ends is None else ends[1]
         if last is None or any(var in ranges for var in free_vars(last)):
-            raise refuse(func, "transform_layout", block, f"index {number} of the map has no known largest value")
+            reason = f"index {number} of index_map, {print_expr(index)}, has no known largest value"
+            raise refuse(func, "transform_layout", block, reason, hint="it must rise or fall with each of its indices")
         size = simplifier.simplify(last + 1)
         shape.append(int(size.value) if isinstance(size, Const) else size)
     return tuple(shape)
@@ -225,5 +242,5 @@ def _check_injective(func: PrimFunc, block: Block, buffer: Buffer, new: Buffer, 
         loops.insert(0, nest)
     for position, loop in enumerate(loops):
         if conflict(func, loop, loops[:position], [new]) is not None:
-            reason = f"elements that differ in dim {position} may get the same place"
+            reason = f"index_map may send elements of {buffer.name!r} that differ in dim {position} to the same place"
             raise refuse(func, "transform_layout", block, reason, hint="a map must give each element one of its own")

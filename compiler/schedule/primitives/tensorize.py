@@ -77,7 +77,8 @@ def _nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tu
     shown = " x ".join(map(print_expr, wanted))
     kinds = next((each for each in loops if each.kind != kind), None)
     if kinds is not None:
-        raise refuse(func, "tensorize", kinds.var, f"it is {kinds.kind} already", at=node)
+        reason = f"it is {kinds.kind} already, and {intrin.name} computes loops that are {kind}"
+        raise refuse(func, "tensorize", kinds.var, reason, at=node, hint="tensorize before setting the kinds of loops")
     if not isinstance(block, Block) or [expr_key(each.extent) for each in loops] != list(map(expr_key, wanted)):
         found = " x ".join(print_expr(each.extent) for each in loops)
         reason = f"{intrin.name} computes loops of {shown} around one block; here are loops of {found}"
@@ -94,8 +95,8 @@ def _nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tu
 
 def _check_value(func: PrimFunc, node: For, block: Block, intrin: TensorIntrin) -> None:
     if not isinstance(block.body, Store) or intrin.operands(block.body) is None:
-        reason = f"block {block.name!r} does not compute what {intrin.name} does, which is"
-        raise refuse(func, "tensorize", node.var, f"{reason}\n{intrin.func.show()}", at=node)
+        reason = f"block {block.name!r} does not compute what {intrin.name} does:"
+        raise refuse(func, "tensorize", node.var, f"{reason}\n{intrin.func.show()}\nbut", at=node)
 
 
 def _check_strides(func: PrimFunc, node: For, loops: Sequence[For], block: Block, intrin: TensorIntrin) -> None:
