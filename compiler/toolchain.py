@@ -1,7 +1,7 @@
 """Linking compiled kernels, building the native runtime, and compiling users' C. No system toolchain is needed.
 
 The `ziglang` package carries a linker and a C compiler with headers and libraries for every target. The linker is
-directly (10 ms); the C compiler, whose start takes longer, only for what is cached: the runtime and external code.
+called directly (10 ms); the C compiler, whose start takes longer, for what is cached: the runtime and external code.
 """
 
 from __future__ import annotations
