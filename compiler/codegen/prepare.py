@@ -5,7 +5,8 @@ blocks     a block's iteration variables are replaced by their bindings; its ini
 versions   where the predicate of a tile provably holds, the tile runs without it: the same loops once without
            and once with their conditions, chosen by one comparison per tile
 places     a buffer that lives only in a function gets the smallest scope that holds all its uses and that hands
-           nothing from one iteration to the next, so that each version has registers of its own
+           nothing from one iteration to the next, so that each version has registers of its own; one that is
+           private to iterations of a parallel loop is always inside of it
 compact    there it shrinks to what is used of it, as after compute_at
 """
 
@@ -307,7 +308,7 @@ def _place(stmt: Stmt, buffers: list[Buffer], outer: Mapping[Var, Range]) -> Stm
                 None if orelse is None else _place_used(orelse, rest, outer),
             )
         case For(var=var, extent=extent):
-            inner = [b for b in buffers if _dies_in_iteration(b, stmt, outer)]
+            inner = [b for b in buffers if _is_private(b, stmt) or _dies_in_iteration(b, stmt, outer)]
             here = [b for b in buffers if b not in inner]
             stmt = replace(stmt, body=_place(stmt.body, inner, {**outer, var: over(extent)}))
         case _:
@@ -315,6 +316,17 @@ def _place(stmt: Stmt, buffers: list[Buffer], outer: Mapping[Var, Range]) -> Stm
     for buffer in reversed(here):
         stmt = Alloc(buffer, stmt)
     return stmt
+
+
+def _is_private(buffer: Buffer, stmt: Stmt) -> bool:
+    """Whether the buffer's scope gives each iteration of a parallel loop, which has all its uses, one of its own."""
+    if buffer.scope not in ("local", "register"):
+        return False
+    if isinstance(stmt, For) and stmt.kind == "parallel":
+        return True
+    users = [child for child in stmt_children(stmt) if buffer in _used_buffers(child)]
+    together = isinstance(stmt, Seq) and len(users) > 1
+    return bool(users) and not together and all(_is_private(buffer, child) for child in users)
 
 
 def _dies_in_iteration(buffer: Buffer, loop: For, outer: Mapping[Var, Range]) -> bool:

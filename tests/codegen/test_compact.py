@@ -25,7 +25,7 @@ from kedge.compiler.target import parse
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Dim, Load, Var, as_expr, const
 from kedge.compiler.tir.parser import parse_func
-from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Stmt, Store
+from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Scope, Stmt, Store
 from kedge.compiler.tir.visitor import seq, walk_stmt
 from support import functions
 from support.compiled import opened
@@ -177,6 +177,27 @@ def test_iterations_of_a_parallel_loop_have_a_tile_each(kernels: KernelCache) ->
     assert shapes(before) == {"pad": {(1, 3, 6, 7)}, "conv": {(1, 1, 4, 5)}}
     assert_prepared(before, func, {"n": 2})
     assert_compiled(before, func, {"n": 2}, kernels)
+
+
+def by_pieces(scope: Scope, rows: int) -> PrimFunc:
+    """`y` reads a tile that is filled by a fused and split loop, in a parallel loop under a serial one."""
+    x = te.placeholder((3, rows, 2, 3), "float32", "x")
+    t = te.compute((3, rows, 2, 3), lambda a, i, p, q: x[a, i, p, q] + 1.0, name="t")
+    y = te.compute((3, rows, 2, 3), lambda a, i, p, q: t[a, i, 1 - p, q] * 2.0, name="y")
+    sch = Schedule(te.create_prim_func([x, y], "f"))
+    _, i, *_ = sch.get_loops(sch.get_block("y"))
+    copy = sch.cache_read(sch.get_block("y"), "t", i, scope)
+    sch.split(sch.fuse(*sch.get_loops(copy)[-2:]), [None, 4])
+    sch.parallel(i)
+    return sch.func
+
+
+@pytest.mark.parametrize("scope", ["local", "register"])
+def test_what_is_private_by_its_scope_is_inside_whatever_can_be_proved(scope: Scope, kernels: KernelCache) -> None:
+    func = by_pieces(scope, 500)
+    lines = [line.strip() for line in print_prepared(func, prepare(func)).splitlines()]
+    assert lines.index("for i in parallel(500):") < next(i for i, line in enumerate(lines) if f"in {scope}" in line)
+    assert_compiled(func, func, {}, kernels)
 
 
 def test_the_extent_of_a_tail_has_a_constant_bound() -> None:
