@@ -79,6 +79,7 @@ def test_the_wheel_carries_code_and_data(installed: Path) -> None:
         "print(kedge.__file__)\n"
         "assert kedge.data.digits_model().is_file()\n"
         "assert r.files('kedge.device_agent.runtime').joinpath('kedge.h').is_file()\n"
+        "assert r.files('kedge.device_agent.runtime').joinpath('kedge_external.h').is_file()\n"
         "assert r.files('kedge.protos').joinpath('v1/fleet.proto').is_file()\n"
     )
     result = run_installed(installed, "-c", program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from onnx import TensorProto, helper
 
 import kedge
 from kedge import patterns as p
-from kedge.compiler.errors import CompileError, FrontendError, ShapeError
+from kedge.artifact import external_functions
+from kedge.compiler.errors import CompileError, CompileWarning, FrontendError, ShapeError
 from kedge.compiler.frontend.onnx import coverage
 from kedge.compiler.graph import interp, parser, structural
 from kedge.compiler.ops import registry
@@ -105,6 +107,31 @@ def test_without_code_it_is_refused_with_the_remedy(model: Path) -> None:
     with pytest.raises(CompileError, match=r"my\.domain\.Decay \(node smooth\) has no lowering") as caught:
         kedge.compile(model)
     assert 'kedge.External(…, pattern=p.op("my.domain.Decay"' in str(caught.value)
+
+
+@pytest.mark.parametrize(("rate", "taken"), [(0.5, True), (0.25, False)])
+def test_code_may_take_an_operator_that_te_defines(model: Path, rate: float, taken: bool) -> None:
+    """Graphs name it with how it fuses; patterns need not. The pattern asks for a rate."""
+
+    def scaled(tensors: Any, rate: float) -> Any:
+        return kedge.te.compute(tensors[0].shape, lambda i, j: tensors[0][i, j] * rate, name="scaled")
+
+    source = """
+#include "kedge_external.h"
+int32_t scaled(const kedge_external_call *call) {
+  const float *x = kedge_data(&call->inputs[0]);
+  float *y = kedge_data(&call->outputs[0]);
+  for (int64_t i = 0; i < kedge_size(&call->inputs[0]); i++) y[i] = x[i] * 0.5f;
+  return KEDGE_OK;
+}
+"""
+    pattern = p.op("my.domain.Decay", p.wildcard("x"), attrs={"rate": rate})
+    with kedge.te.register_onnx("my.domain", "Decay", scaled), warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not taken else "error", CompileWarning)
+        artifact = kedge.compile(model, externals=[kedge.External("scaled", pattern, source)])
+    assert external_functions(artifact.manifest) == (("scaled",) if taken else ())
+    with artifact.open() as m:
+        np.testing.assert_array_equal(m.run(x_of(2))["y"], np.maximum(x_of(2)["x"] * np.float32(0.5), 0))
 
 
 def test_a_registration_is_taken_back(model: Path) -> None:
