@@ -259,9 +259,8 @@ def _deals_out(var: Var, distance: Var, low: Expr, high: Expr, simplifier: Simpl
     size, others = abs(step), (parts[1] - Poly.of(step)).terms
     for turn in sorted({abs(weight) for mono, weight in others.items() if mono and abs(weight) > size * most}):
         near = Poly({mono: weight for mono, weight in others.items() if not mono or weight % turn})
-        limits = (Poly.of(size) - near, Poly.of(size) + near)
-        limits += (Poly.of(turn - size * most) - near, Poly.of(turn - size * most) + near)
-        if all(simplifier.prove_positive(limit, {}) for limit in limits):
+        rooms = (Poly.of(size), Poly.of(turn - size * most))
+        if all(simplifier.prove_positive(limit, {}) for room in rooms for limit in (room - near, room + near)):
             return True
     return False
 
