@@ -69,10 +69,15 @@ static int32_t open_queue(kedge_context *context, DLDevice device) {
 
 static int32_t check_device(const kedge_module_desc *module, DLDevice device) {
   if (device.device_type == module->device_type) return KEDGE_OK;
-  const kedge_driver *wanted = kedge_find_driver(device.device_type);
-  const char *is = kedge_find_driver(module->device_type)->name;
-  if (wanted != NULL) return kedge_fail(KEDGE_E_ARGUMENT, "the module was compiled for %s, not for %s", is, wanted->name);
-  return kedge_fail(KEDGE_E_ARGUMENT, "the module was compiled for %s, not for device type %d", is, device.device_type);
+  const kedge_driver *asked = kedge_find_driver(device.device_type);
+  kedge_text name = {.used = 0};
+  if (asked != NULL) {
+    kedge_text_add(&name, "%s", asked->name);
+  } else {
+    kedge_text_add(&name, "device type %d", device.device_type);
+  }
+  return kedge_fail(KEDGE_E_ARGUMENT, "the module was compiled for %s, not for %s",
+                    kedge_find_driver(module->device_type)->name, name.data);
 }
 
 int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
@@ -220,9 +225,8 @@ static int32_t check_data(const kedge_context *context, const place *at, kedge_s
   slot->bytes = bytes;
   if (staged) return KEDGE_OK;
   if (bytes == 0) *data = NULL; /* nothing of it is touched, and it need not be memory of the device */
-  const kedge_device *device = context->queue->device;
-  bool usable = bytes == 0 || device->driver->holds == NULL || device->driver->holds(context->queue->device, *data, bytes);
-  if (usable) return KEDGE_OK;
+  kedge_device *device = context->queue->device;
+  if (bytes == 0 || device->driver->holds == NULL || device->driver->holds(device, *data, bytes)) return KEDGE_OK;
   return kedge_fail(KEDGE_E_INPUT, "%s %s is not in memory of kedge_device_alloc on %s device %d", at->kind,
                     at->port->name, device->driver->name, device->id);
 }

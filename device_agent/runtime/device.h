@@ -81,6 +81,30 @@ int32_t kedge_check_features(const kedge_device *device, const kedge_module_desc
 /* The index of a kernel in the queue's module, or -1; entries launch in the module's order, mostly. */
 int32_t kedge_find_kernel(kedge_queue *queue, const kedge_device_kernel *kernel);
 
+/* ---- addresses.c: addresses for memory that has none --------------------------------------------------------- */
+typedef struct { /* addresses that stand for an object */
+  uintptr_t start;
+  size_t reserved; /* from the system */
+  uint64_t bytes;
+  void *object;
+} kedge_range;
+
+typedef struct { /* safe from any thread */
+  pthread_mutex_t lock;
+  kedge_range *ranges; /* by start */
+  size_t n_ranges, room;
+} kedge_addresses;
+void kedge_addresses_init(kedge_addresses *table);
+void kedge_addresses_destroy(kedge_addresses *table); /* of an empty one */
+/* The first of `bytes` addresses that stand for an object (not NULL), at a page; NULL when there are none left. */
+void *kedge_new_address(kedge_addresses *table, size_t bytes, void *object);
+/* The object for which all of `bytes` addresses stand, and how far into it the first is. 0 bytes may be at its end. */
+bool kedge_find_address(kedge_addresses *table, const void *address, uint64_t bytes, void **object, uint64_t *offset);
+/* Takes back the addresses that begin here, and returns their object; NULL when none do. */
+void *kedge_free_address(kedge_addresses *table, void *address);
+/* The first address of some object, or NULL when there is none. */
+void *kedge_any_address(kedge_addresses *table);
+
 /* ---- placement.c: what all contexts of a model on a device share --------------------------------------------- */
 struct kedge_placement {
   kedge_device *device;

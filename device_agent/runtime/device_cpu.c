@@ -17,7 +17,7 @@ static int32_t describe(int32_t id, kedge_device_properties *properties) {
   (void)id;
   static struct utsname system; /* once per process, under the lock of device.c */
   long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-  if (uname(&system) != 0 || pages < 0 || page < 0) return kedge_fail(KEDGE_E_LOAD, "the system does not say what it is");
+  if (uname(&system) != 0 || pages < 0 || page < 0) return kedge_fail(KEDGE_E_LOAD, "this system tells nothing of itself");
   properties->name = "CPU";
   properties->driver_version = system.release;
   properties->arch = system.machine;
@@ -45,7 +45,8 @@ static int32_t allocate(kedge_device *device, uint64_t bytes, void **address) {
     *address = NULL;
     return kedge_fail(KEDGE_E_MEMORY, "out of memory");
   }
-  if (alignment == HUGE_PAGE) madvise(*address, (size_t)bytes, MADV_HUGEPAGE); /* fewer TLB misses; a wish, not a need */
+  /* Fewer TLB misses; a wish, not a need. */
+  if (alignment == HUGE_PAGE) madvise(*address, (size_t)bytes, MADV_HUGEPAGE);
   return KEDGE_OK;
 }
 

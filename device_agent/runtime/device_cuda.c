@@ -58,7 +58,7 @@ static struct {
                            void **extra);
 } cu;
 
-/* In the order of the struct. Where there are several versions of a function, the one that cuda.h has meant since 4.0. */
+/* In the order of the struct; of several versions of a function the one that cuda.h means. */
 static const char *const symbols[] = {
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuDeviceGetCount", "cuDeviceGet",
     "cuDeviceGetName", "cuDeviceGetAttribute", "cuDeviceTotalMem_v2", "cuDevicePrimaryCtxRetain",
@@ -148,7 +148,8 @@ static CUresult attributes(CUdevice device, int first, int n, int *values) {
 
 /* fp16, fp64 and every architecture whose code runs on this one; code for sm_90a runs on sm_90 alone, and so on. */
 static char *features_of(int capability) {
-  static const int architectures[] = {50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
+  static const int architectures[] = {50, 52, 53, 60, 61, 62, 70,  72,  75,  80,
+                                      86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
   kedge_text text = {.used = 0};
   kedge_text_add(&text, "%sfp64", capability >= 53 ? "fp16," : "");
   for (size_t i = 0; i < sizeof architectures / sizeof *architectures; i++) {

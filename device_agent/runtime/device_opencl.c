@@ -2,15 +2,11 @@
  *
  * Nothing of OpenCL is needed to build: what is used of its headers is declared here, from the specification.
  *
- * A buffer of OpenCL 1.2 has no address, but compiled code computes with addresses. So each buffer gets a range of this
- * process's address space where nothing is mapped: arithmetic works, no two overlap, and a host that reads one faults.
- * A sorted table leads from an address to its buffer and the offset in it.
+ * A buffer of OpenCL 1.2 has no address, but compiled code computes with addresses: addresses.c gives each one.
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "device.h"
 
@@ -87,21 +83,12 @@ static const char *const symbols[] = {
 }; /* in the order of the struct */
 _Static_assert(sizeof cl / sizeof(void *) == sizeof symbols / sizeof *symbols - 1, "one name for each function");
 
-typedef struct { /* a buffer and the addresses that stand for it */
-  uintptr_t start;
-  size_t reserved; /* more than bytes, so that the address behind the last byte is in no other range */
-  uint64_t bytes;
-  cl_mem memory;
-} range;
-
 typedef struct {
   kedge_device base;
   cl_device_id device;
   cl_context context;
   size_t max_group, max_items[3];
-  pthread_mutex_t lock; /* of the table */
-  range *ranges;        /* by start */
-  size_t n_ranges, room;
+  kedge_addresses addresses; /* of its buffers */
 } opencl_device;
 
 typedef struct {
@@ -170,7 +157,8 @@ static char why_none[512];
 static void list_devices(bool gpus) {
   cl_platform_id platforms[MAX_PLATFORMS];
   cl_uint n_platforms = 0;
-  if (cl.GetPlatformIDs(MAX_PLATFORMS, platforms, &n_platforms) != CL_SUCCESS) return; /* so it says that there are none */
+  /* A failure is how it says that there are none. */
+  if (cl.GetPlatformIDs(MAX_PLATFORMS, platforms, &n_platforms) != CL_SUCCESS) return;
   for (cl_uint p = 0; p < n_platforms && p < MAX_PLATFORMS; p++) {
     cl_device_id found[MAX_DEVICES];
     cl_uint count = 0;
@@ -245,11 +233,11 @@ static int32_t describe(int32_t id, kedge_device_properties *properties) {
   }
   if (error != CL_SUCCESS) return failed(KEDGE_E_LOAD, error, "the OpenCL device does not say what it is");
   /* Optional in 1.2: a device that does not know the question has none. */
-  bool has_double = cl.GetDeviceInfo(device, CL_DEVICE_DOUBLE, sizeof doubles, &doubles, NULL) == CL_SUCCESS && doubles != 0;
+  if (cl.GetDeviceInfo(device, CL_DEVICE_DOUBLE, sizeof doubles, &doubles, NULL) != CL_SUCCESS) doubles = 0;
   properties->name = text_info(device, CL_DEVICE_NAME);
   properties->driver_version = text_info(device, CL_DRIVER_VERSION);
   properties->arch = text_info(device, CL_DEVICE_C_VERSION);
-  properties->features = features_of(device, has_double);
+  properties->features = features_of(device, doubles != 0);
   properties->global_memory = global;
   properties->local_memory = local;
   properties->max_allocation = allocation;
@@ -278,51 +266,29 @@ static int32_t open_device(int32_t id, kedge_device **device) {
     free(opened);
     return failed(KEDGE_E_LOAD, error, "the OpenCL device cannot be opened");
   }
-  pthread_mutex_init(&opened->lock, NULL);
+  kedge_addresses_init(&opened->addresses);
   *device = &opened->base;
   return KEDGE_OK;
 }
 
 static void close_device(kedge_device *device) {
   opencl_device *d = (opencl_device *)device;
-  for (size_t i = 0; i < d->n_ranges; i++) { /* what its users forgot */
-    cl.ReleaseMemObject(d->ranges[i].memory);
-    munmap((void *)d->ranges[i].start, d->ranges[i].reserved);
+  /* What its users forgot. */
+  for (void *left; (left = kedge_any_address(&d->addresses)) != NULL;) {
+    cl.ReleaseMemObject(kedge_free_address(&d->addresses, left));
   }
+  kedge_addresses_destroy(&d->addresses);
   cl.ReleaseContext(d->context);
-  pthread_mutex_destroy(&d->lock);
-  free(d->ranges);
   free(d);
 }
 
-/* ---- Addresses ---------------------------------------------------------------------------------------------- */
+/* ---- Memory ------------------------------------------------------------------------------------------------- */
 
-/* How many ranges begin at or before an address. */
-static size_t begun_by(const opencl_device *device, uintptr_t address) {
-  size_t low = 0, high = device->n_ranges;
-  while (low < high) {
-    size_t middle = low + (high - low) / 2;
-    if (device->ranges[middle].start <= address) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-/* The buffer that `bytes` from an address on are in, and where. False when there is none, or it ends before. */
+/* The buffer that `bytes` from an address on are in, and where. */
 static bool find(opencl_device *device, const void *address, uint64_t bytes, cl_mem *memory, uint64_t *offset) {
-  pthread_mutex_lock(&device->lock);
-  size_t begun = begun_by(device, (uintptr_t)address);
-  bool found = false;
-  if (begun > 0) {
-    const range *r = &device->ranges[begun - 1];
-    *offset = (uintptr_t)address - r->start;
-    *memory = r->memory;
-    found = *offset <= r->bytes && bytes <= r->bytes - *offset;
-  }
-  pthread_mutex_unlock(&device->lock);
+  void *object = NULL;
+  bool found = kedge_find_address(&device->addresses, address, bytes, &object, offset);
+  *memory = object;
   return found;
 }
 
@@ -332,78 +298,33 @@ static bool holds(kedge_device *device, const void *address, uint64_t bytes) {
   return find((opencl_device *)device, address, bytes, &memory, &offset);
 }
 
-/* Enters a range into the table; false when there is no memory for it. */
-static bool insert(opencl_device *device, range made) {
-  pthread_mutex_lock(&device->lock);
-  if (device->n_ranges == device->room) {
-    size_t room = device->room * 2 + 16;
-    range *grown = realloc(device->ranges, room * sizeof *grown);
-    if (grown != NULL) {
-      device->ranges = grown;
-      device->room = room;
-    }
-  }
-  bool fits = device->n_ranges < device->room;
-  if (fits) {
-    size_t at = begun_by(device, made.start);
-    memmove(&device->ranges[at + 1], &device->ranges[at], (device->n_ranges - at) * sizeof made);
-    device->ranges[at] = made;
-    device->n_ranges++;
-  }
-  pthread_mutex_unlock(&device->lock);
-  return fits;
-}
-
-/* Takes the range that starts at an address out of the table. */
-static bool take_out(opencl_device *device, uintptr_t start, range *taken) {
-  pthread_mutex_lock(&device->lock);
-  size_t at = begun_by(device, start);
-  bool found = at > 0 && device->ranges[at - 1].start == start;
-  if (found) {
-    *taken = device->ranges[at - 1];
-    device->n_ranges--;
-    memmove(&device->ranges[at - 1], &device->ranges[at], (device->n_ranges - (at - 1)) * sizeof *taken);
-  }
-  pthread_mutex_unlock(&device->lock);
-  return found;
-}
-
-/* ---- Memory ------------------------------------------------------------------------------------------------- */
-
 static int32_t no_memory(const kedge_device *device, uint64_t bytes, const char *why) {
   const kedge_device_properties *p = device->properties;
-  return kedge_fail(KEDGE_E_MEMORY, "out of device memory: %llu bytes wanted, %s has %llu and gives at most %llu at once: %s",
-                    (unsigned long long)bytes, p->name, (unsigned long long)p->global_memory,
-                    (unsigned long long)p->max_allocation, why);
+  unsigned long long wanted = bytes, most = p->max_allocation, all = p->global_memory;
+  return kedge_fail(KEDGE_E_MEMORY,
+                    "out of device memory: %llu bytes wanted, %s has %llu and gives at most %llu at once: %s", wanted,
+                    p->name, all, most, why);
 }
 
 static int32_t allocate(kedge_device *device, uint64_t bytes, void **address) {
   opencl_device *d = (opencl_device *)device;
   *address = NULL;
   if (bytes > device->properties->max_allocation || bytes > SIZE_MAX / 2) return no_memory(device, bytes, "too much");
-  size_t page = (size_t)sysconf(_SC_PAGESIZE);
-  range made = {.bytes = bytes, .reserved = ((size_t)bytes / page + 1) * page};
   cl_int error;
-  made.memory = cl.CreateBuffer(d->context, CL_MEM_READ_WRITE, (size_t)bytes, NULL, &error);
+  cl_mem memory = cl.CreateBuffer(d->context, CL_MEM_READ_WRITE, (size_t)bytes, NULL, &error);
   if (error != CL_SUCCESS) return no_memory(device, bytes, name_of(error));
-  void *reserved = mmap(NULL, made.reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  made.start = (uintptr_t)reserved;
-  if (reserved != MAP_FAILED && insert(d, made)) {
-    *address = reserved;
-    return KEDGE_OK;
-  }
-  if (reserved != MAP_FAILED) munmap(reserved, made.reserved);
-  cl.ReleaseMemObject(made.memory);
+  *address = kedge_new_address(&d->addresses, (size_t)bytes, memory);
+  if (*address != NULL) return KEDGE_OK;
+  cl.ReleaseMemObject(memory);
   return no_memory(device, bytes, "no room in this process's address space");
 }
 
 static int32_t release(kedge_device *device, void *address) {
-  range taken;
-  if (!take_out((opencl_device *)device, (uintptr_t)address, &taken)) {
+  cl_mem memory = kedge_free_address(&((opencl_device *)device)->addresses, address);
+  if (memory == NULL) {
     return kedge_fail(KEDGE_E_ARGUMENT, "%p is not the start of memory on OpenCL device %d", address, device->id);
   }
-  munmap(address, taken.reserved);
-  cl_int error = cl.ReleaseMemObject(taken.memory);
+  cl_int error = cl.ReleaseMemObject(memory);
   return error == CL_SUCCESS ? KEDGE_OK : failed(KEDGE_E_KERNEL, error, "device memory cannot be freed");
 }
 
@@ -436,7 +357,8 @@ static int32_t build_failed(const kedge_device *device, cl_program program, cl_i
   size_t size = 0;
   cl_device_id id = ((const opencl_device *)device)->device;
   char *log = NULL;
-  if (cl.GetProgramBuildInfo(program, id, CL_PROGRAM_BUILD_LOG, 0, NULL, &size) == CL_SUCCESS) log = calloc(size + 1, 1);
+  cl_int known = cl.GetProgramBuildInfo(program, id, CL_PROGRAM_BUILD_LOG, 0, NULL, &size);
+  if (known == CL_SUCCESS) log = calloc(size + 1, 1);
   if (log != NULL) cl.GetProgramBuildInfo(program, id, CL_PROGRAM_BUILD_LOG, size, log, NULL);
   int32_t status = kedge_fail(KEDGE_E_LOAD, "%s cannot build the module's kernels: %s: %s", device->properties->name,
                               name_of(error), log == NULL ? "(no log)" : log);
@@ -510,7 +432,8 @@ static int32_t make_kernel(const opencl_device *device, const opencl_program *pr
     return kedge_fail_within(status, "kernel %s", kernel->name);
   }
   if (n_args == expected) return KEDGE_OK;
-  return kedge_fail(KEDGE_E_LOAD, "kernel %s has %u parameters, its descriptor promises %u", kernel->name, n_args, expected);
+  return kedge_fail(KEDGE_E_LOAD, "kernel %s has %u parameters, its descriptor promises %u", kernel->name, n_args,
+                    expected);
 }
 
 /* ---- Queues ------------------------------------------------------------------------------------------------- */

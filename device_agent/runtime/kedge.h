@@ -238,8 +238,8 @@ typedef struct {
 } kedge_context_options;
 
 /* The device must be of the module's device_type. For a GPU its driver is loaded now, and the module's kernels and
- * weights go to the device: once, for all contexts of the model on it. KEDGE_E_LOAD: there is no driver, no such device,
- * or it refuses the code (the text has its compiler's log); KEDGE_E_FEATURE: it lacks what the kernels need. */
+ * weights go to the device: once, for all contexts of the model on it. KEDGE_E_LOAD: there is no driver or no such
+ * device, or it refuses the code (the text has its compiler's log); KEDGE_E_FEATURE: it lacks what the kernels need. */
 KEDGE_API int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
                                        kedge_context **context);
 KEDGE_API void kedge_context_destroy(kedge_context *context); /* waits for what it has begun on the device */
