@@ -7,6 +7,8 @@ declare; each declaration makes a new variable or buffer.
 from __future__ import annotations
 
 import ast
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +16,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
-from kedge.compiler.dtypes import DTYPES
+from kedge.compiler.dtypes import DTYPES, FLOATS
 from kedge.compiler.errors import ParseError
 from kedge.compiler.tir.expr import (
     BINARY_OPS,
+    INDEX_DTYPE,
     INTRINSICS,
     Binary,
     BinaryOp,
@@ -49,7 +52,7 @@ from kedge.compiler.tir.stmt import (
     Stmt,
     Store,
 )
-from kedge.compiler.tir.tokens import Tokens
+from kedge.compiler.tir.tokens import MOST_DIGITS, Tokens
 from kedge.compiler.tir.verify import verify
 from kedge.compiler.tir.visitor import free_vars, seq
 
@@ -78,11 +81,26 @@ def parse_func(text: str) -> PrimFunc:
         ParseError: the text is malformed; says in which line and column, and what was wanted there.
         VerifyError: it is well formed but no valid function.
     """
-    return verify(read_func(text))
+    with _of_some_depth():
+        return verify(read_func(text))
+
+
+@contextmanager
+def _of_some_depth() -> Iterator[None]:
+    """Refuse a text of more parentheses, or longer chains of operators, than can be followed."""
+    try:
+        yield
+    except RecursionError as error:
+        raise ParseError("the text is nested too deeply, or an expression has too many operators") from error
 
 
 def read_func(text: str) -> PrimFunc:
     """The function that `text` describes, valid or not; raises ParseError."""
+    with _of_some_depth():
+        return _read_func(text)
+
+
+def _read_func(text: str) -> PrimFunc:
     lines = [
         _Line(number, len(line) - len(line.lstrip(" ")), line)
         for number, line in enumerate(text.splitlines(), 1)
@@ -96,7 +114,8 @@ def read_func(text: str) -> PrimFunc:
 
 def parse_expr(text: str, variables: Mapping[str, Var]) -> Expr:
     """The expression of some variables that `text` describes; raises ParseError."""
-    return _Parser([_Line(1, 0, text)], variables).expr()
+    with _of_some_depth():
+        return _Parser([_Line(1, 0, text)], variables).expr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +141,20 @@ class _Cursor(Tokens):
         text = self.token[1:].strip()
         try:
             found = ast.literal_eval(text) if text.startswith("{") else _keywords(text)
-        except (SyntaxError, ValueError):
+            if not isinstance(found, dict) or json.loads(json.dumps(found, allow_nan=False)) != found:
+                raise ValueError(text)
+        except (SyntaxError, TypeError, ValueError, MemoryError):
             self.fail("annotations: key=value, …")
         self.advance()
         return MappingProxyType(found)
+
+
+def _text(at: _Cursor) -> str:
+    """What a text in quotes says."""
+    try:
+        return str(ast.literal_eval(at.token))
+    except (SyntaxError, ValueError):
+        at.fail("a text whose escapes are those of Python")
 
 
 def _keywords(text: str) -> dict[str, Any]:
@@ -269,7 +298,11 @@ class _Parser:
         return name
 
     def _dim(self) -> Dim:
+        begin = self._at.mark()
         dim = self._expr()
+        if dim.dtype != INDEX_DTYPE or (isinstance(dim, Const) and not 0 <= dim.value < 2**63):
+            self._at.back_to(begin)
+            self._at.fail("a dim, a whole number or an expression of some")
         return int(dim.value) if isinstance(dim, Const) else dim
 
     # Statements -------------------------------------------------------------------------------------------------
@@ -335,7 +368,7 @@ class _Parser:
             at.expect(",")
             if at.kind != "string":
                 at.fail("a thread axis, such as 'blockIdx.x'")
-            thread = str(ast.literal_eval(at.token))
+            thread = _text(at)
             at.advance()
         at.expect(")")
         at.expect(":")
@@ -469,26 +502,40 @@ class _Parser:
     def _literal(self) -> Const:
         """A number or truth value; a whole number is int64, one with a point float32."""
         at = self._at
+        begin = at.mark()
         negative = at.take("-")
         token, kind = at.token, at.kind
         at.advance()
         if kind == "name" and token in ("True", "False") and not negative:
             return const(token == "True", "bool")
         if kind == "number" and token.isdigit():
+            if len(token) > MOST_DIGITS:
+                at.back_to(begin)
+                at.fail(f"a number of at most {MOST_DIGITS} digits")
             return const(-int(token) if negative else int(token))
         if kind != "number" and token not in _FLOAT_WORDS:
             at.fail("a number after '-'; before")
         value = _FLOAT_WORDS[token] if kind == "name" else float(token)
+        if kind == "number" and math.isinf(value):
+            at.back_to(begin)
+            at.fail("a number that float64 holds")
         return const(-value if negative else value, "float32")
 
     def _call(self, name: str) -> Expr:
         """What `name(` begins: a literal or cast of a dtype, a select, an operation without a sign, an intrinsic."""
         at = self._at
         if _is_dtype(name):
-            bare = self._is_literal()
+            begin, bare = at.mark(), self._is_literal()
             operand = self._expr()
+            if not bare or not isinstance(operand, Const):
+                at.expect(")")
+                return Cast(operand, name)
+            kinds = (bool,) if name == "bool" else (int, float) if name in FLOATS else (int,)
+            if type(operand.value) not in kinds:
+                at.back_to(begin)
+                at.fail(f"a value of {name}")
             at.expect(")")
-            return const(operand.value, name) if bare and isinstance(operand, Const) else Cast(operand, name)
+            return const(operand.value, name)
         args = at.items(")", self._expr)
         wanted = 3 if name == "select" else 2 if name in BINARY_OPS or name == "pow" else 1
         if name != "select" and name not in BINARY_OPS and name not in INTRINSICS:

@@ -11,6 +11,9 @@ from kedge.compiler.errors import ParseError
 
 T = TypeVar("T")
 
+#: No integer of any dtype has more.
+MOST_DIGITS = 20
+
 
 class Tokens:
     """The tokens of `text` from `position` on, one at a time: `kind` and `token` are the current one's.
@@ -82,15 +85,18 @@ class Tokens:
         quoted = self.kind == "string" and self.token.startswith('"')
         if self.kind != "name" and not quoted:
             self.fail("a name")
-        name = str(json.loads(self.token)) if quoted else self.token
+        try:
+            name = str(json.loads(self.token)) if quoted else self.token
+        except ValueError:
+            self.fail("a name whose escapes are those of JSON")
         self.advance()
         return name
 
     def integer(self) -> int:
         """A whole number, maybe negative."""
         negative = self.take("-")
-        if self.kind != "number" or not self.token.isdigit():
-            self.fail("an integer")
+        if self.kind != "number" or not self.token.isdigit() or len(self.token) > MOST_DIGITS:
+            self.fail(f"an integer of at most {MOST_DIGITS} digits")
         value = int(self.token)
         self.advance()
         return -value if negative else value

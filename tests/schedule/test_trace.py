@@ -7,6 +7,7 @@ import pytest
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.structural import equal
 from support.functions import assert_same, chain, dense, softmax
 
@@ -143,3 +144,11 @@ def test_refusals_change_nothing():
 def test_unknown_block_lists_the_known_ones():
     with pytest.raises(ScheduleError, match="the blocks are a, b, c"):
         Schedule(chain(4)).get_block("d")
+
+
+def test_annotations_are_what_a_text_gives_back():
+    sch = Schedule(chain(4))
+    sch.annotate(sch.get_block("a"), "tile", (4, (1, 2)))
+    assert "# tile=[4, [1, 2]]" in sch.show()
+    assert equal(parse_func(sch.show()), sch.func)
+    assert equal(Schedule.replay(chain(4), json.loads(json.dumps(sch.trace))).func, sch.func)

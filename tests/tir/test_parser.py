@@ -1,5 +1,6 @@
 """Text that is read back: every function survives, and what is malformed is refused where it is."""
 
+import re
 from types import MappingProxyType
 
 import pytest
@@ -171,3 +172,87 @@ def test_text_of_an_invalid_function_is_refused():
 
 def test_the_good_text_is_good():
     assert verify(parse_func(GOOD)).show() == GOOD
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (
+            "x: float32[n]",
+            "x: float32[4.9]",
+            "line 1, column 19: wanted a dim, .*, not '4.9'",
+        ),
+        ("x: float32[n]", "x: float32[inf]", "wanted a dim, .*, not 'inf'"),
+        ("x: float32[n]", "x: float32[nan]", "wanted a dim, .*, not 'nan'"),
+        ("x: float32[n]", "x: float32[True]", "wanted a dim, .*, not 'True'"),
+        ("x: float32[n]", "x: float32[-1]", "wanted a dim, .*, not '-'"),
+        ("x: float32[n]", "x: float32[n < 2]", "wanted a dim, .*, not 'n'"),
+        (
+            "x: float32[n]",
+            "x: float32[99999999999999999999]",
+            "wanted a dim, .*, not '9+'",
+        ),
+        ("where n >= 1", "where n >= " + "9" * 5000, "wanted an integer"),
+        ("range(n)", f"range({'9' * 5000})", "wanted a number of at most 20 digits"),
+        ("x[vi] + 1.0", "int8(inf)", "wanted a value of int8"),
+        ("x[vi] + 1.0", "int8(nan)", "wanted a value of int8"),
+        ("x[vi] + 1.0", "int8(1.5)", "wanted a value of int8"),
+        ("x[vi] + 1.0", "float32(" + "9" * 310 + ".0)", "wanted a number that float64 holds"),
+        ("range(n):", "range(n):  # {1, 2}", "annotations: key=value"),
+        ("range(n):", "range(n):  # key=f()", "annotations: key=value"),
+        ("range(n):", "range(n):  # key={1}", "annotations: key=value"),
+        ("range(n):", "range(n):  # key=" + "[" * 300 + "]" * 300, "annotations: key=value"),
+        ("range(n):", "thread(n, '\\x'):", "escapes are those of Python"),
+        ("block y", 'block "\\q"', "wanted a name"),
+        ("x[vi] + 1.0", "(" * 3000 + "x[vi]" + ")" * 3000, "nested too deeply"),
+    ],
+)
+def test_numbers_and_texts_that_nothing_can_hold(old, new, reason):
+    assert old in GOOD
+    with pytest.raises(ParseError, match=reason):
+        parse_func(GOOD.replace(old, new, 1))
+
+
+TEXTS = [func.show() for func in SAMPLES.values()] + [
+    schedule_func(SAMPLES[name], target).func.show() for name in ("dense", "softmax") for target in TARGETS.values()
+]
+PIECES = re.compile(r"\s+|\w+|.", re.DOTALL)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> str:
+    """A good text in which some pieces are left out, repeated, swapped or replaced."""
+    pieces = PIECES.findall(draw(st.sampled_from(TEXTS)))
+    words = st.one_of(
+        st.sampled_from(pieces),
+        st.sampled_from(
+            ["-", "1.5", "inf", "nan", "True", "0", "1e400", "99999999999999999999", '"', "'", "#", "\n", "  "]
+        ),
+        st.text(max_size=3),
+    )
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(pieces) - 1))
+        other = draw(st.integers(0, len(pieces) - 1))
+        match draw(st.sampled_from(["drop", "repeat", "swap", "replace", "cut"])):
+            case "drop":
+                pieces[at] = ""
+            case "repeat":
+                pieces[at] *= 2
+            case "swap":
+                pieces[at], pieces[other] = pieces[other], pieces[at]
+            case "replace":
+                pieces[at] = draw(words)
+            case "cut":
+                pieces[at:] = [""]
+                break
+    return "".join(pieces)
+
+
+@given(mutated())
+@settings(max_examples=400, deadline=None)
+def test_broken_texts_are_functions_or_refused(text):
+    try:
+        func = parse_func(text)
+    except (ParseError, VerifyError):
+        return
+    assert equal(parse_func(func.show()), func)

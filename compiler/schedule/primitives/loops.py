@@ -171,10 +171,12 @@ def annotate(func: PrimFunc, subject: Var | str, key: str, value: Any) -> PrimFu
         call = _WRITTEN[key]
         primitive = call.partition("(")[0].removeprefix("sch.")
         raise refuse(func, "annotate", at, f"key {key!r} is what {primitive} writes", hint=call)
-    if not _is_json(value):
+    try:
+        plain = json.loads(json.dumps(value, allow_nan=False))  # what a text and a trace give back: tuples are lists
+    except (TypeError, ValueError) as error:
         hint = "take texts, finite numbers, truth values, None, and lists and dicts of these by text"
-        raise refuse(func, "annotate", at, f"value {value!r} is not JSON-able", hint=hint)
-    return _annotated(func, node, {key: value})
+        raise refuse(func, "annotate", at, f"value {value!r} is not JSON-able", hint=hint) from error
+    return _annotated(func, node, {key: plain})
 
 
 def _annotated(func: PrimFunc, node: For | Block, more: Mapping[str, Any]) -> PrimFunc:
@@ -186,14 +188,6 @@ def _node(func: PrimFunc, subject: Var | str) -> For | Block:
     node = path[-1]
     assert isinstance(node, (For, Block))
     return node
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def simplify_bindings(stmt: Stmt, ranges: Mapping[Var, Range]) -> Stmt:

@@ -75,7 +75,7 @@ def _check_stages(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Seque
     if node.kind != "serial":
         raise refuse(func, primitive, node.var, f"it is {node.kind} already", at=node, hint="it takes serial loops")
     hint = f"such as stages {[*[0] * (len(body) - 1), 1]}: the last statement one iteration behind"
-    if len(body) == 1:
+    if len(body) < 2:
         reason = f"its body is one statement ({held_by(node)}): there is nothing to run ahead of it"
         raise refuse(func, primitive, node.var, reason, at=node, hint="cache_read into the loop first")
     if len(stages) != len(body):
