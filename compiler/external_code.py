@@ -59,7 +59,12 @@ def external_objects(external: External, target: Target, progress: Progress | No
     return ExternalObjects(external.function, tuple(parts))
 
 
-def link_with_externals(objects: Sequence[bytes], externals: Collection[ExternalObjects], target: Target) -> bytes:
+def link_with_externals(
+    objects: Sequence[bytes],
+    externals: Collection[ExternalObjects],
+    target: Target,
+    progress: Progress | None = None,
+) -> bytes:
     """The shared object of kedge's objects and external code, which may use the C library and its mathematics.
 
     Raises:
@@ -67,8 +72,9 @@ def link_with_externals(objects: Sequence[bytes], externals: Collection[External
         ToolchainError: the linker refuses it otherwise.
     """
     parts = [part for external in externals for part in external.parts]
+    libraries = c_libraries(target, progress=progress)
     try:
-        return link_shared([*objects, *parts], target, c_libraries(target))
+        return link_shared([*objects, *parts], target, libraries)
     except UndefinedSymbolError as error:
         names = {external.function for external in externals}
         own = [symbol for symbol in error.symbols if symbol in names]

@@ -165,7 +165,11 @@ def compile_programs(
         objects, features = compile_objects(program, one, weights, kernels, progress)
         with debug.timed("link"):
             host = one.host
-            lib = link_with_externals(objects, externals.values(), host) if externals else link_shared(objects, host)
+            lib = (
+                link_with_externals(objects, externals.values(), host, progress)
+                if externals
+                else link_shared(objects, host)
+            )
         variants.append(CompiledVariant(one, lib, weights, program.entries, features))
         rows = [_report(kernel) for kernel in program.kernels.values()]
         rows += [_report_external(name, call, externals) for name, call in program.externals.items()]

@@ -33,6 +33,8 @@ _EXTERNAL_FLAGS = (
 _LIBRARIES = ("-lpthread", "-ldl", "-lm")
 #: What external code may use: the C library, its mathematics, and the compiler's own helpers (division on 32-bit ARM).
 _C_LIBRARIES = ("libm.so.6", "libc.so.6", "libc_nonshared.a", "libcompiler_rt.a")
+#: zig's helpers come with more debugging information than code.
+_EXTERNAL_LINK = ("--as-needed", "--strip-debug")
 _UNDEFINED = re.compile(r"undefined (?:hidden |protected )?symbol: (\S+)")
 
 
@@ -75,7 +77,7 @@ def link_shared(objects: Sequence[bytes], target: Target, libraries: Sequence[Pa
             exports = Path(folder, "exports.map")
             exports.write_text("{ global: kedge_module; local: *; };\n")
             # What external code exports stays inside; objects of kedge hide all but the descriptor anyway.
-            external = ["--version-script", str(exports), "--as-needed", *map(str, libraries)] if libraries else []
+            external = [*_EXTERNAL_LINK, "--version-script", str(exports), *map(str, libraries)] if libraries else []
             out = Path(folder, "lib.so")
             command = [
                 *_linker(), "-m", target.arch.lld_emulation, "-shared", "-soname", "lib.so", "--no-undefined",
