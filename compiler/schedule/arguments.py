@@ -148,7 +148,7 @@ def _coerced(value: Any, hint: Any) -> Any:
         if hint is Any:
             return value
     elif origin is Literal:
-        if any(value == part and isinstance(value, type(part)) for part in parts):
+        if any(isinstance(value, type(part)) and value == part for part in parts):
             return value
     elif isinstance(value, hint if origin is None else origin):
         return value

@@ -92,6 +92,8 @@ class Traced:
                 result = getattr(sch, known.name)(*positional, **named)
                 refs = () if result is None else result if isinstance(result, tuple) else (result,)
                 made.update(zip(step.get("result", ()), refs, strict=True))
+            except ScheduleError as error:
+                raise ScheduleError(f"replay: step {number}: {error.message}", hint=error.hint) from error
             except (KeyError, TypeError, ValueError, AttributeError, ParseError) as error:
                 raise ScheduleError(f"replay: step {number} is malformed ({error!r}): {step!r}") from error
         return sch

@@ -83,12 +83,14 @@ def arguments() -> Refused:
     yield sch, lambda: sch.get_block("t")
     yield sch, lambda: sch.storage_align(y, None, 8)
     yield sch, lambda: sch.cache_write(y, i, "vmem")
+    yield sch, lambda: sch.cache_write(y, i, np.array(["local", "shared"]))
     yield sch, lambda: sch.transform_layout(y, [1, 0])
     yield sch, lambda: sch.unroll(on(dense(8, 12, 16), "y")[2])
     yield sch, lambda: Schedule.unroll(sch.func, i)
     yield sch, lambda: Schedule(sch)
     step = {"primitive": "conjure", "args": {}}
     yield sch, lambda: Schedule.replay(sch.func, [step])
+    yield sch, lambda: Schedule.replay(sch.func, [{"primitive": "get_block", "args": {"name": "t"}}])
     sch.fuse(i, j)
     yield sch, lambda: sch.unroll(j)
     yield sch, lambda: sch.extent(j)
@@ -317,6 +319,8 @@ def reverse_compute_inline() -> Refused:
     some = TWO_STORES.replace("vj", "vi").replace("        vi = spatial(4, j)\n", "").replace("y[vi], y[vi]", "y[vi]")
     sch, z, _ = on(some, "z")
     yield sch, lambda: sch.reverse_compute_inline(z)
+    sch, z, _ = on(IN_PLACE, "z")
+    yield sch, lambda: sch.reverse_compute_inline(z)
 
 
 @topic
@@ -511,6 +515,10 @@ def cache_write() -> Refused:
         sch, y, i, *_ = on(text, "y")
         yield sch, lambda sch=sch, y=y, i=i: sch.cache_write(y, i)
     sch, y, i, _, _, z, *_ = on(dense(8, 12, 16), "y", "z")
+    lanes = sch.get_loops(z)[1]
+    sch.vectorize(lanes)
+    yield sch, lambda: sch.cache_write(z, lanes)
+    sch, y, i, _, _, z, *_ = on(dense(8, 12, 16), "y", "z")
     outer, inner = sch.split(i, [None, 4])
     sch.reverse_compute_at(z, inner)
     yield sch, lambda: sch.cache_write(y, outer)
@@ -589,6 +597,7 @@ def transform_layout() -> Refused:
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i / 2, j))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i < j, j))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i - 1, j))
+    yield sch, lambda: sch.transform_layout(y, lambda i, j: (i * 2**64, j))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i // 2, j))
     sch, y, *_ = on(dense(8, 12, N), "y")
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i * j % N, j))

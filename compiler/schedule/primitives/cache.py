@@ -43,6 +43,10 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     assert isinstance(block, Block)
     position = position_around(func, primitive, block, loops, loop)
     outer, inner = loops[: position + 1], loops[position + 1 :]
+    lanes = next((each for each in outer if each.kind == "vectorized"), None)
+    if lanes is not None:
+        reason = "it is vectorized: its lanes would share the copy"
+        raise refuse(func, primitive, lanes.var, reason, hint="cache before setting the kinds of loops")
     target, axes = _written(func, block, outer)
     offsets, extents = _tile(func, block, axes, loop, inner)
     cache = Buffer(buffer_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)

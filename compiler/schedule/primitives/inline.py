@@ -154,6 +154,8 @@ def _only_producer(func: PrimFunc, block: Block) -> tuple[Block, Buffer]:
             hint = "cache_write the reduction, then inline into the copy"
         elif not isinstance(producer.body, Store):
             reason = f"its producer {producer.name!r} is more than one store"
+        elif any(load.buffer is buffer for load in loads(producer.body)):
+            reason = f"its producer {producer.name!r} updates {buffer.name!r} in place"
         else:
             return producer, buffer
     raise refuse(func, primitive, block, reason, hint=hint)

@@ -226,6 +226,9 @@ def _mapped_shape(func: PrimFunc, block: Block, buffer: Buffer, index_map: Index
             reason = f"index {number} of index_map, {print_expr(index)}, has no known largest value"
             raise refuse(func, "transform_layout", block, reason, hint="it must rise or fall with each of its indices")
         size = simplifier.simplify(last + 1)
+        if any(isinstance(e, Const) and e.value > LARGEST_INDEX for each in (size, index) for e in walk_expr(each)):
+            reason = f"index {number} of index_map, {print_expr(index)}, is beyond {INDEX_DTYPE}"
+            raise refuse(func, "transform_layout", block, reason)
         shape.append(int(size.value) if isinstance(size, Const) else size)
     return tuple(shape)
 
