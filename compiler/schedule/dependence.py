@@ -40,7 +40,9 @@ def conflict(func: PrimFunc, loop: For, outer: Sequence[For], buffers: Iterable[
 
 
 def own_per_iteration(loop: For, buffer: Buffer) -> bool:
-    """Whether the buffer's scope gives each iteration of such a loop one of its own."""
+    """Whether the buffer's scope gives each iteration of such a loop one of its own; lanes of a vector share all."""
+    if loop.kind == "vectorized":
+        return False
     blocks = loop.kind == "thread" and (loop.thread or "").startswith("blockIdx.")
     return buffer.scope in PRIVATE_SCOPES or (buffer.scope == "shared" and blocks)
 
@@ -75,7 +77,8 @@ def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
 
     def visit(stmt: Stmt) -> For | None:
         if isinstance(stmt, For):
-            if stmt.kind in ("parallel", "thread") and any(a.buffer is buffer for a in accesses(stmt.body)):
+            at_once = stmt.kind in ("parallel", "thread", "vectorized")
+            if at_once and any(a.buffer is buffer for a in accesses(stmt.body)):
                 own = own_per_iteration(stmt, buffer)
                 together = stmt.kind == "thread" and (fetched_alike(stmt, buffer) or combines(stmt, buffer))
                 if own:

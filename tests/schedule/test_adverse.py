@@ -342,3 +342,20 @@ def test_tiles_cut_off_at_an_end_are_pipelined(func, name, buffer, which):
         sch.split(sch.get_loops(copy)[-1], [None, 2])
     sch.software_pipeline(outer, [0, 1])
     assert_same(func, sch.func, {"n": 3})
+
+
+@pytest.mark.parametrize("scope", ["global", "shared", "local", "register"])
+def test_lanes_do_not_share_a_tile(scope):
+    func = dense(4, 5, 8)
+    sch = Schedule(func)
+    z = sch.get_block("z")
+    i, j = sch.get_loops(z)
+    outer, lanes = sch.split(j, [None, 4])
+    sch.vectorize(lanes)
+    refused(
+        lambda: sch.cache_write(z, lanes, scope), f"'z_{scope}' in {scope} scope does not fit vectorized loop 'j_1'"
+    )
+    refused(lambda: sch.reorder(lanes, i, outer), "reorder(loop 'j_1')", "it is vectorized, and would not be innermost")
+    sch.reorder(outer, i)
+    sch.cache_write(z, i, scope)
+    assert_same(func, sch.func)

@@ -137,6 +137,9 @@ def reorder() -> Refused:
     yield sch, lambda: sch.reorder(fused, i)
     sch, _, i, j = on(order.OVERLAP, "y")
     yield sch, lambda: sch.reorder(j, i)
+    sch, _, i, j = on(dense(8, 12, 16), "z")
+    sch.vectorize(j)
+    yield sch, lambda: sch.reorder(j, i)
 
 
 @topic

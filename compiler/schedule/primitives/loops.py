@@ -32,7 +32,7 @@ from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Expr, Var, const, logica
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
 from kedge.compiler.tir.stmt import Block, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
-from kedge.compiler.tir.visitor import free_vars, map_stmt, stores, substitute
+from kedge.compiler.tir.visitor import free_vars, map_stmt, substitute
 
 #: Annotations that primitives write, with the calls that write them.
 _WRITTEN = {
@@ -111,6 +111,9 @@ def reorder(func: PrimFunc, loops: Sequence[Var]) -> PrimFunc:
         if any(v in inner for v in free_vars(loop.extent)):
             reason = f"its extent {print_expr(loop.extent)} depends on a loop that it would stand outside of"
             raise refuse(func, "reorder", loop.var, reason, hint="leave that loop outside")
+        if loop.kind == "vectorized" and len(inner) > 1:
+            reason = "it is vectorized, and would not be innermost any more"
+            raise refuse(func, "reorder", loop.var, reason, hint="reorder before vectorize")
     _check_order(func, chain, [loop.var for loop in new_chain if loop is not None])
     for loop in reversed(new_chain):
         assert loop is not None
@@ -312,15 +315,13 @@ def _check_parallel(func: PrimFunc, primitive: str, node: For, new: For, outer: 
         reason = f"block {block.name!r} reduces over it: its iterations update the same elements"
         hint = f"take a loop over outputs, or that of the block which sch.rfactor(block, {node.var.name}) makes"
         raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
-    # Lanes of a vector share even private buffers, so these too must have a part for each.
-    asked = [store.buffer for store in stores(node)] if primitive == "vectorize" else None
-    buffer = conflict(func, new, outer, asked)
+    buffer = conflict(func, new, outer)
     if buffer is not None:
         reason = f"its iterations may depend on one another through buffer {buffer.name!r}"
         hint = "it takes loops of which no iteration touches an element that another one writes"
         raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     used = dict.fromkeys(a.buffer for a in accesses(node.body))
     shared = next((b for b in used if own_per_iteration(new, b) and not is_private(func, new, b)), None)
-    if primitive != "vectorize" and shared is not None:
+    if shared is not None:
         reason = f"its iterations share {shared.name!r} in {shared.scope} scope, of which each would get one of its own"
         raise refuse(func, primitive, node.var, reason, at=node, hint="scope 'global' is one for all")
