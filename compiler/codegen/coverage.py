@@ -2,8 +2,9 @@
 
 A store under loops writes, for all values of those loops where the conditions around it hold, the element at its
 indices. A later read of that iteration is covered if the loops' values at which the store wrote the element can be
-told: each dim of the store counts in mixed radix, from some start on, with loops that no other dim counts with, so
-that quotients and remainders of the read's distance from the start are those values. Then they must lie in the
+told: each dim of the store (or several as one, by their address) counts in mixed radix, from some start on, with
+loops that no other dim counts with, so that quotients and remainders of the read's distance from the start are those
+values. Then they must lie in the
 loops' ranges and fulfil the store's conditions. That an access is inside its buffer is taken for granted.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
-from kedge.compiler.tir.simplify import Simplifier, conjuncts, over
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, lasting, over
 from kedge.compiler.tir.stmt import Buffer, For, If, Range, Seq, Stmt, Store
 from kedge.compiler.tir.structural import expr_equal
 from kedge.compiler.tir.visitor import free_vars, stmt_exprs, substitute_expr, walk_expr
@@ -83,7 +84,7 @@ class _Iteration:
 
     def _branches(self, stmt: If, known: Simplifier, before: tuple[_Written, ...]) -> tuple[_Written, ...] | None:
         condition = tuple(conjuncts(stmt.condition))
-        then = self.run(stmt.then, known.assuming(condition), before)
+        then = self.run(stmt.then, known.assuming(lasting(stmt.condition)), before)
         orelse = () if stmt.orelse is None else self.run(stmt.orelse, known, before)
         if then is None or orelse is None:
             return None
@@ -105,7 +106,20 @@ class _Iteration:
             for index, dim in zip(indices, self.buffer.shape, strict=True)
             for fact in (index >= 0, index < as_expr(dim))
         ]
-        return _solved(written, indices, known.assuming(inside))
+        inner = known.assuming(inside)
+        pairs = list(zip(written.indices, indices, strict=True))
+        # A fused loop counts through several dims: those from `first` on are one by their row-major address.
+        return any(
+            _solved(written, [*pairs[:first], *self._flat(pairs[first:], first)], inner)
+            for first in (len(pairs), *range(len(pairs) - 2, -1, -1))
+        )
+
+    def _flat(self, pairs: Sequence[tuple[Expr, Expr]], first: int) -> list[tuple[Expr, Expr]]:
+        place: Expr = const(0)
+        index: Expr = const(0)
+        for (a, b), dim in zip(pairs, self.buffer.shape[first:], strict=True):
+            place, index = place * as_expr(dim) + a, index * as_expr(dim) + b
+        return [(place, index)] if pairs else []
 
 
 def _in_both(a: _Written, b: _Written) -> _Written | None:
@@ -127,11 +141,12 @@ def _over_loop(written: _Written, var: Var, extent: Expr) -> _Written:
     return replace(inside, loops=(*inside.loops, (renamed, extent)))
 
 
-def _solved(written: _Written, indices: Sequence[Expr], known: Simplifier) -> bool:
-    """Whether there are values of the loops with which `written` is the element at `indices`."""
+def _solved(written: _Written, pairs: Sequence[tuple[Expr, Expr]], known: Simplifier) -> bool:
+    """Whether there are values of the loops of `written` with which the first of each pair is the second."""
     extents = dict(written.loops)
     values: dict[Var, Expr] = {}
-    for place, index in zip(written.indices, indices, strict=True):
+    for place, index in pairs:
+        place = known.within({var: over(extent) for var, extent in written.loops}).simplify(place)
         used = [var for var in free_vars(place) if var in extents]
         if any(var in values for var in used):
             return False

@@ -2,8 +2,8 @@
 
 blocks     a block's iteration variables are replaced by their bindings; its init moves in front of the loops
            that reduce, or is guarded by "first iteration"; its predicate becomes an `If`
-versions   where the predicate of a tile provably holds, the tile runs without it: the same loops once without
-           and once with their conditions, chosen by one comparison per tile
+versions   where the predicate of a tile provably holds, the tile runs without it; where all of a tile takes one side
+           of a choice, as inside of a padding, it runs without the choice
 places     a buffer that lives only in a function gets the smallest scope that holds all its uses and that hands
            nothing from one iteration to the next, so that each version has registers of its own; one that is
            private to iterations of a parallel loop is always inside of it
@@ -13,16 +13,16 @@ compact    there it shrinks to what is used of it, as after compute_at
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kedge.compiler.codegen.alloc import Alloc as Alloc  # code generators find what they need here
 from kedge.compiler.codegen.alloc import statements_of as statements_of
 from kedge.compiler.codegen.compact import compact
 from kedge.compiler.codegen.coverage import written_before_read
-from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const, eq, logical_and
-from kedge.compiler.tir.simplify import conjuncts, over, simplify, simplify_stmt
+from kedge.compiler.codegen.versions import version_choices, version_tiles
+from kedge.compiler.tir.expr import Const, Expr, Var, eq, logical_and
+from kedge.compiler.tir.simplify import conjuncts, over, simplify_stmt
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Seq, Stmt
-from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import (
     free_vars,
     loads,
@@ -34,15 +34,18 @@ from kedge.compiler.tir.visitor import (
     substitute_expr,
 )
 
-#: A serial loop is looked through for the worst case of a predicate only if it is this short.
-_SHORT = 16
-
 
 def prepare(func: PrimFunc) -> Stmt:
     """The body of `func` without blocks, simplified, versioned, with an `Alloc` around the uses of each buffer."""
-    body = simplify_stmt(drop_empty(lower_blocks(func.body)))
-    body = simplify_stmt(version_tiles(drop_empty(body)))
-    return compact(place_allocs(drop_empty(body), func.allocs))
+    body = _clean(lower_blocks(func.body))
+    for version in (version_tiles, version_choices):
+        versioned = version(body)
+        body = body if versioned is body else _clean(versioned)
+    return compact(place_allocs(body, func.allocs))
+
+
+def _clean(stmt: Stmt) -> Stmt:
+    return drop_empty(simplify_stmt(drop_empty(stmt)))
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------
@@ -143,126 +146,6 @@ def drop_empty(stmt: Stmt) -> Stmt:
 
 def _is_empty(stmt: Stmt) -> bool:
     return isinstance(stmt, Seq) and not stmt.stmts
-
-
-# Versions -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Claim:
-    """A conjunct of some predicate below: where `sure` holds, every instance of `conjunct` does."""
-
-    conjunct: Expr
-    sure: Expr
-    depth: int  # of the innermost loop that `sure` depends on; 0: none
-
-
-def version_tiles(stmt: Stmt) -> Stmt:
-    """`stmt` with each tile once without its predicates, where they provably hold, and once with them."""
-    claims = list(_claims(stmt, []))
-    if not claims:
-        return stmt
-    depth = max(claim.depth for claim in claims)
-    return _version(stmt, depth, 0, ())
-
-
-def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
-    """Put the choice between versions right under the loop at `depth`, in every nest that has one."""
-    if level < depth:
-        if isinstance(stmt, For):
-            body = _version(stmt.body, depth, level + 1, (*path, stmt))
-            return stmt if body is stmt.body else replace(stmt, body=body)
-        return map_stmt_children(stmt, lambda child: _version(child, depth, level, path))
-    found = [claim for claim in _claims(stmt, list(path)) if claim.depth <= depth]
-    if not found:
-        return stmt
-    ranges = {loop.var: over(loop.extent) for loop in path}
-    sure: dict[object, Expr] = {}
-    dropped: set[int] = set()
-    for claim in found:
-        simple = simplify(claim.sure, ranges)
-        if isinstance(simple, Const) and not simple.value:
-            continue  # it never holds for the whole tile: both versions keep it
-        sure.setdefault(expr_key(simple), simple)
-        dropped.add(id(claim.conjunct))
-    return If(logical_and(*sure.values()), _without(stmt, dropped), stmt) if dropped else stmt
-
-
-def _claims(stmt: Stmt, path: list[For]) -> Iterator[_Claim]:
-    """The conjuncts of every `If` below whose worst case depends on fewer loops than they do."""
-    if isinstance(stmt, For):
-        yield from _claims(stmt.body, [*path, stmt])
-        return
-    if isinstance(stmt, If) and stmt.orelse is None:
-        for conjunct in conjuncts(stmt.condition):
-            claim = _claim(conjunct, path)
-            if claim is not None:
-                yield claim
-    for child in stmt_children(stmt):
-        yield from _claims(child, path)
-
-
-def _claim(conjunct: Expr, path: list[For]) -> _Claim | None:
-    if not (isinstance(conjunct, Binary) and conjunct.op in ("lt", "le", "gt", "ge")) or conjunct.a.dtype != "int64":
-        return None
-    used = set(free_vars(conjunct))
-    inside = [loop for loop in path if loop.var in used]
-    eliminated: dict[Var, int] = {}
-    for loop in reversed(inside):
-        if not isinstance(loop.extent, Const):
-            break
-        extent = int(loop.extent.value)
-        if loop.kind not in ("vectorized", "unrolled") and (extent > _SHORT or len(eliminated) == len(inside) - 1):
-            break
-        eliminated[loop.var] = extent
-    sure = _worst_case(conjunct, eliminated)
-    if sure is None:
-        return None
-    rest = set(free_vars(sure))
-    depth = max((i + 1 for i, loop in enumerate(path) if loop.var in rest), default=0)
-    # Directly around the predicate a version would save nothing over the predicate itself.
-    return _Claim(conjunct, sure, depth) if depth < len(path) else None
-
-
-def _worst_case(conjunct: Binary, eliminated: Mapping[Var, int]) -> Expr | None:
-    """A condition without the eliminated variables that implies `conjunct` for all their values, if it is affine."""
-    small, large = (conjunct.a, conjunct.b) if conjunct.op in ("lt", "le") else (conjunct.b, conjunct.a)
-    slack: Expr = Binary("sub", large, small)
-    for var, extent in eliminated.items():
-        step = _coefficient(slack, var)
-        if step is None:
-            return None
-        slack = substitute_expr(slack, {var: const(0 if step >= 0 else extent - 1)})
-    return Binary("gt" if conjunct.op in ("lt", "gt") else "ge", slack, const(0))
-
-
-def _coefficient(expr: Expr, var: Var) -> int | None:
-    """The constant by which an int64 expression grows with `var`, or None if it is not affine in it."""
-    match expr:
-        case Const():
-            return 0
-        case Var():
-            return 1 if expr is var else 0
-        case Binary(op="add" | "sub", a=a, b=b):
-            x, y = _coefficient(a, var), _coefficient(b, var)
-            if x is None or y is None:
-                return None
-            return x + y if expr.op == "add" else x - y
-        case Binary(op="mul", a=a, b=b):
-            for side, other in ((a, b), (b, a)):
-                if isinstance(other, Const):
-                    inner = _coefficient(side, var)
-                    return None if inner is None else inner * int(other.value)
-    return None if var in free_vars(expr) else 0
-
-
-def _without(stmt: Stmt, dropped: set[int]) -> Stmt:
-    """`stmt` with those conjuncts (by identity) taken for true."""
-    if isinstance(stmt, If) and stmt.orelse is None:
-        terms = [term for term in conjuncts(stmt.condition) if id(term) not in dropped]
-        then = _without(stmt.then, dropped)
-        return If(logical_and(*terms), then) if terms else then
-    return map_stmt_children(stmt, lambda child: _without(child, dropped))
 
 
 # Places ---------------------------------------------------------------------------------------------------------

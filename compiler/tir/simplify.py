@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from dataclasses import replace
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from kedge.compiler.tir.expr import (
     COMPARISONS,
     INDEX_DTYPE,
     Binary,
+    BinaryOp,
     Call,
     Cast,
     Const,
@@ -35,7 +37,7 @@ from kedge.compiler.tir.expr import (
     const,
     logical_and,
 )
-from kedge.compiler.tir.poly import Poly, divide_term
+from kedge.compiler.tir.poly import Mono, Poly, divide_term
 from kedge.compiler.tir.stmt import Block, For, If, Range, Seq, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, map_children, map_stmt_children, map_stmt_exprs, walk_expr
@@ -47,6 +49,8 @@ Interval: TypeAlias = tuple[int | None, int | None]
 
 _ANYTHING: Final[Interval] = (None, None)
 _DEPTH: Final = 8
+Extreme: TypeAlias = Literal["min", "max"]
+_MIRRORED: Final[Mapping[BinaryOp, BinaryOp]] = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
 
 
 def simplify(expr: Expr, ranges: Ranges | None = None) -> Expr:
@@ -112,16 +116,16 @@ def _simplify_if(stmt: If, simplifier: Simplifier) -> Stmt:
     if isinstance(known, Const):
         chosen = stmt.then if known.value else stmt.orelse
         return Seq(()) if chosen is None else _simplify_stmt(chosen, simplifier)
-    then = _simplify_stmt(stmt.then, simplifier.assuming(_lasting(known)))
+    then = _simplify_stmt(stmt.then, simplifier.assuming(lasting(known)))
     orelse = stmt.orelse
     if orelse is not None:
-        negated = _negate(known)
-        orelse = _simplify_stmt(orelse, simplifier.assuming(() if negated is None else _lasting(negated)))
+        opposite = negated(known)
+        orelse = _simplify_stmt(orelse, simplifier.assuming(() if opposite is None else lasting(opposite)))
     unchanged = known is stmt.condition and then is stmt.then and orelse is stmt.orelse
     return stmt if unchanged else If(known, then, orelse)
 
 
-def _lasting(condition: Expr) -> tuple[Expr, ...]:
+def lasting(condition: Expr) -> tuple[Expr, ...]:
     """The terms of `condition` that hold all through a branch: what they depend on cannot be stored to there."""
     return tuple(term for term in conjuncts(condition) if not _reads_data(term))
 
@@ -163,8 +167,11 @@ class Simplifier:
         self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
         self._intervals: dict[int, Interval] = {}
         self._sizes: dict[int, bool] = {}
+        self._firsts: dict[int, int] = {}
+        self._extremes: dict[Key, int] = {}  # the atom of a minimum or maximum, in whatever order its sides stand
         self._floors: list[Poly] = []  # what the facts say: each is at least 0
         self._limits: dict[int, Interval] = {}  # and of atoms alone
+        self._trying_facts = False
         for fact in self.facts:
             self._learn(fact)
 
@@ -213,11 +220,11 @@ class Simplifier:
             return self._chosen(expr)
         if isinstance(expr, Binary) and expr.op == "and":
             return self._conjunction(expr)
-        expr = map_children(expr, self.simplify)
+        if isinstance(expr, Call) and expr.name == "not":
+            return self._negation(expr)
         if isinstance(expr, Binary) and expr.op == "or":
-            return _logic(expr)
-        if isinstance(expr, Call) and expr.name == "not" and isinstance(expr.args[0], Const):
-            return const(not expr.args[0].value, "bool")
+            return self._disjunction(expr)
+        expr = map_children(expr, self.simplify)
         return _cast(expr) if isinstance(expr, Cast) else expr
 
     def _chosen(self, expr: Select) -> Expr:
@@ -225,11 +232,34 @@ class Simplifier:
         condition = self.simplify(expr.condition)
         if isinstance(condition, Const):
             return self.simplify(expr.a if condition.value else expr.b)
-        negated = _negate(condition)
+        opposite = negated(condition)
         a = self.assuming((condition,)).simplify(expr.a)
-        b = (self if negated is None else self.assuming((negated,))).simplify(expr.b)
+        b = (self if opposite is None else self.assuming((opposite,))).simplify(expr.b)
         same = condition is expr.condition and a is expr.a and b is expr.b
         return expr if same else Select(condition, a, b)
+
+    def _negation(self, expr: Call) -> Expr:
+        inner = self.simplify(expr.args[0])
+        if isinstance(inner, Const):
+            return const(not inner.value, "bool")
+        opposite = negated(inner)
+        if opposite is not None:
+            return self.simplify(opposite)
+        return expr if inner is expr.args[0] else replace(expr, args=(inner,))
+
+    def _disjunction(self, expr: Binary) -> Expr:
+        """Two terms, the second simplified where the first does not hold, without one that implies the other."""
+        a = self.simplify(expr.a)
+        not_a = negated(a)
+        b = (self if not_a is None or _reads_data(a) else self.assuming((not_a,))).simplify(expr.b)
+        for side, other in ((a, b), (b, a)):
+            if isinstance(side, Const):
+                return side if side.value else other
+            if not _reads_data(side) and self.assuming((side,)).prove(other):
+                return other
+        if expr_key(a) == expr_key(b):
+            return a
+        return expr if a is expr.a and b is expr.b else Binary("or", a, b)
 
     def _conjunction(self, expr: Binary) -> Expr:
         """The terms, each simplified where those before it hold, without those that the others imply."""
@@ -258,8 +288,8 @@ class Simplifier:
             case Binary(op="or", a=a, b=b):
                 return self.prove(a) or self.prove(b)
             case Call(name="not", args=(inner,)):
-                negated = _negate(inner)
-                return negated is not None and self.prove(negated)
+                opposite = negated(inner)
+                return opposite is not None and self.prove(opposite)
             case Binary(op=op, a=a, b=b) if op in COMPARISONS and a.dtype == INDEX_DTYPE:
                 return self._prove_comparison(op, self.poly(a) - self.poly(b))
         return False
@@ -362,7 +392,19 @@ class Simplifier:
                     return x
                 if self._nonnegative(small - large):
                     return y
+                return self._extreme(op, x, y)
         return self._atom(Binary(expr.op, self.expr_of(x), self.expr_of(y)) if isinstance(expr, Binary) else expr)
+
+    def _extreme(self, op: Extreme, x: Poly, y: Poly) -> Poly:
+        """`min` or `max` without what both sides have in common: `min(4 * i + 4, 4 * j + 4)` as `4 * min(i, j) + 4`."""
+        common = Poly({mono: c for mono, c in x.terms.items() if y.terms.get(mono) == c})
+        x, y = x - common, y - common
+        scale = max(1, math.gcd(*x.terms.values(), *y.terms.values()))
+        a, b = (Poly({mono: c // scale for mono, c in side.terms.items()}) for side in (x, y))
+        key = (op, frozenset((frozenset(a.terms.items()), frozenset(b.terms.items()))))
+        if key not in self._extremes:
+            self._extremes[key] = self._number(Binary(op, self.expr_of(a), self.expr_of(b)))
+        return Poly.atom(self._extremes[key]).scaled(scale) + common
 
     def _select(self, expr: Select) -> Poly:
         condition = self.simplify(expr.condition)
@@ -466,7 +508,7 @@ class Simplifier:
             g, high, _ = split
             return self._normal(q + self._divide(high, Poly.of(c // g)))
         nested = self._single_part(r - Poly.of(r.constant), "floordiv")
-        if nested is not None and (nested[1].value or 0) > 0:
+        if nested is not None and self._positive(nested[1]):
             y, a = nested
             return self._normal(q + self._divide(y + a.scaled(r.constant), a.scaled(c)))
         inside = self._single_part(r, "floormod")
@@ -480,8 +522,11 @@ class Simplifier:
             return self._modulo_symbolic(x, d)
         if c <= 0:
             return self._part("floormod", x, d)
-        _, r = x.divmod_int(c)
+        r = Poly({mono: f % c for mono, f in x.terms.items() if f % c})
         whole = self._same_quotient(r, c)
+        if whole is None:
+            r = x.divmod_int(c)[1] if any(f < 0 for mono, f in x.terms.items() if mono) else r
+            whole = self._same_quotient(r, c)
         if whole is not None:
             return r - Poly.of(whole * c)
         split = self._low_part(r, c)
@@ -512,15 +557,64 @@ class Simplifier:
 
     def _divide_symbolic(self, x: Poly, d: Poly) -> Poly:
         q, r = x.divmod(d) if d.terms else (Poly(), x)
-        if self._nonnegative(r) and self._nonnegative(d - r - Poly.of(1)):
+        if self._within(r, d):
             return self._normal(q)
+        if not self._positive(d):
+            return self._normal(q + self._part("floordiv", r, d))
+        split = self._symbolic_low_part(r, d)
+        if split is not None:
+            factor, high, _ = split
+            return self._normal(q + self._divide(high, d.divmod(factor)[0]))
+        nested = self._single_part(r, "floordiv")
+        if nested is not None and self._positive(nested[1]):
+            return self._normal(q + self._divide(nested[0], nested[1] * d))
+        inside = self._inside_multiple(r, d)
+        if inside is not None:
+            y, times = inside
+            return self._normal(q + self._modulo(self._divide(y, d), times))
         return self._normal(q + self._part("floordiv", r, d))
 
     def _modulo_symbolic(self, x: Poly, d: Poly) -> Poly:
         r = x.divmod(d)[1] if d.terms else x
-        if self._nonnegative(r) and self._nonnegative(d - r - Poly.of(1)):
+        if self._within(r, d):
             return self._normal(r)
-        return self._part("floormod", r, d)
+        if not self._positive(d):
+            return self._part("floormod", r, d)
+        split = self._symbolic_low_part(r, d)
+        if split is not None:
+            factor, high, low = split
+            return self._normal(self._modulo(high, d.divmod(factor)[0]) * factor + low)
+        inside = self._inside_multiple(r, d)
+        return self._part("floormod", r, d) if inside is None else self._modulo(inside[0], d)
+
+    def _positive(self, poly: Poly) -> bool:
+        return self._nonnegative(poly - Poly.of(1))
+
+    def _within(self, r: Poly, d: Poly) -> bool:
+        return self._nonnegative(r) and self._nonnegative(d - r - Poly.of(1))
+
+    def _inside_multiple(self, r: Poly, d: Poly) -> tuple[Poly, Poly] | None:
+        """`(y, times)` where `r` is `y % (times * d)`, of a positive divisor."""
+        inside = self._single_part(r, "floormod")
+        if inside is None:
+            return None
+        times, left = inside[1].divmod(d)
+        return None if left.terms or not self._positive(times) else (inside[0], times)
+
+    def _symbolic_low_part(self, r: Poly, d: Poly) -> tuple[Poly, Poly, Poly] | None:
+        """`(factor, high, low)` with `r == factor * high + low`, a factor of `d`, and `low` in `[0, factor)`."""
+        number = math.gcd(*d.terms.values())
+        if number > 1:
+            high, low = r.divmod_int(number)
+            if high.terms and self._same_quotient(low, number) == 0:
+                return Poly.of(number), high, low
+        shared = set.intersection(*(set(mono) for mono in d.terms))
+        for atom in sorted(shared) if d.terms != {tuple(shared): 1} else ():
+            factor = Poly.atom(atom)
+            high, low = r.divmod(factor)
+            if high.terms and self._positive(factor) and self._within(low, factor):
+                return factor, high, low
+        return None
 
     # Intervals and proofs ---------------------------------------------------------------------------------------
 
@@ -596,11 +690,18 @@ class Simplifier:
         """Whether `poly >= 0` provably holds."""
         if self._at_least_zero(poly, _DEPTH):
             return True
-        return any(
-            any(c * floor.terms.get(mono, 0) > 0 for mono, c in poly.terms.items() if mono)
-            and self._at_least_zero(self._normal(poly - floor), _DEPTH)
-            for floor in self._floors
-        )
+        if self._trying_facts:
+            return False  # what a fact is tried for may need proofs itself, and those need not try facts again
+        self._trying_facts = True
+        try:
+            return any(self._follows(poly, floor) for floor in self._floors)
+        finally:
+            self._trying_facts = False
+
+    def _follows(self, poly: Poly, floor: Poly) -> bool:
+        """Whether `poly >= 0` follows from `floor >= 0`: they share a term that cancels, and the rest is enough."""
+        shared = any(c * floor.terms.get(mono, 0) > 0 for mono, c in poly.terms.items() if mono)
+        return shared and self._at_least_zero(self._normal(poly - floor), _DEPTH)
 
     def _at_least_zero(self, poly: Poly, depth: int) -> bool:
         low, high = self._bounds(poly)
@@ -659,25 +760,47 @@ class Simplifier:
         if expr.a.dtype != INDEX_DTYPE:
             return map_children(expr, self.simplify)
         difference = self.poly(expr.a) - self.poly(expr.b)
-        negated = _negate(expr)
+        opposite = negated(expr)
         if self._prove_comparison(expr.op, difference):
             return const(True, "bool")
-        if isinstance(negated, Binary) and self._prove_comparison(negated.op, difference):
+        if isinstance(opposite, Binary) and self._prove_comparison(opposite.op, difference):
             return const(False, "bool")
-        difference = self._folded(difference)
+        op, difference = _reduced(expr.op, self._folded(difference))
+        if isinstance(op, bool):
+            return const(op, "bool")
         left = Poly({mono: c for mono, c in difference.terms.items() if c > 0})
         right = Poly({mono: -c for mono, c in difference.terms.items() if c < 0})
-        new = Binary(expr.op, self.expr_of(left), self.expr_of(right))
+        new = Binary(op, self.expr_of(left), self.expr_of(right))
+        if isinstance(new.a, Const):  # `i < 5`, not `5 > i`
+            new = Binary(_MIRRORED.get(op, op), new.b, new.a)
         return expr if expr_key(new) == expr_key(expr) else new
 
     def expr_of(self, poly: Poly) -> Expr:
-        """An expression of `poly`: positive terms first, then negative ones, the constant last."""
+        """An expression of `poly`: positive terms first, then negative ones, the constant last.
+
+        Where all others are negative the constant stands first: `63 - i`.
+        """
         poly = self._folded(poly)
         result: Expr | None = None
-        for mono, c in sorted(poly.terms.items(), key=lambda item: (item[0] == (), item[1] < 0, item[0])):
+        rising = any(c > 0 for mono, c in poly.terms.items() if mono)
+        for mono, c in sorted(
+            poly.terms.items(), key=lambda item: ((item[0] == ()) == rising, item[1] < 0, self._order(item[0]))
+        ):
+            if result is None and c == -1 and mono:
+                result = const(0)
             term = self._term(mono, abs(c) if result is not None else c)
             result = term if result is None else Binary("add" if c > 0 else "sub", result, term)
         return const(0) if result is None else result
+
+    def _order(self, mono: Mono) -> tuple[tuple[int, int], ...]:
+        """Products stand in the order in which the first of their variables appeared."""
+        return tuple((self._first_variable(atom), atom) for atom in mono)
+
+    def _first_variable(self, atom: int) -> int:
+        if atom not in self._firsts:
+            numbers = (self._numbers.get(expr_key(var), atom) for var in free_vars(self._atoms[atom]))
+            self._firsts[atom] = min(numbers, default=atom)
+        return self._firsts[atom]
 
     def _term(self, mono: tuple[int, ...], c: int) -> Expr:
         if not mono:
@@ -688,17 +811,30 @@ class Simplifier:
         return result if c == 1 else Binary("mul", result, const(c))
 
     def _folded(self, poly: Poly) -> Poly:
-        """`poly` with `c * (x - x % d)` as `c*d * (x // d)`, and `x % ab - x % a` as `a * ((x // a) % b)`."""
+        """`poly` in the fewest terms.
+
+        `c * (x - x % d)` is `c * d * (x // d)`, `x % ab - x % a` is `a * ((x // a) % b)`, and what is added to a
+        minimum may cancel inside: `min(i + 4, n) - i` is `min(4, n - i)`.
+        """
         for mono, c in poly.terms.items():
-            inner = self._single_part(Poly({mono: 1}), "floormod") if mono else None
-            if inner is None:
-                continue
-            x, d = inner
-            whole = Poly({mono: -c}) + self._part("floordiv", x, d) * d.scaled(-c) - x.scaled(-c)
-            for candidate in (poly + whole, *self._nested_folds(poly, mono, c, x, d)):
+            for candidate in self._folds(poly, mono, c) if mono else ():
                 if len(candidate.terms) < len(poly.terms):
                     return self._folded(candidate)
         return poly
+
+    def _folds(self, poly: Poly, mono: Mono, c: int) -> Iterator[Poly]:
+        inner = self._single_part(Poly({mono: 1}), "floormod")
+        if inner is not None:
+            x, d = inner
+            yield poly + Poly({mono: -c}) + self._part("floordiv", x, d) * d.scaled(-c) - x.scaled(-c)
+            yield from self._nested_folds(poly, mono, c, x, d)
+        extreme = self._atoms[mono[0]] if len(mono) == 1 and c == 1 else None
+        if isinstance(extreme, Binary) and extreme.op in ("min", "max"):
+            rest = Poly({other: factor for other, factor in poly.terms.items() if other not in (mono, ())})
+            x, y = self.poly(extreme.a), self.poly(extreme.b)
+            moved = self._extreme(extreme.op, x + rest, y + rest) if rest.terms else None
+            if moved is not None and len((x + rest).terms) + len((y + rest).terms) <= len(x.terms) + len(y.terms):
+                yield moved + Poly.of(poly.constant)
 
     def _nested_folds(self, poly: Poly, mono: tuple[int, ...], c: int, x: Poly, d: Poly) -> list[Poly]:
         a = d.value
@@ -712,6 +848,23 @@ class Simplifier:
             digit = self._part("floormod", self._part("floordiv", x, d), Poly.of(m // a))
             found.append(poly - Poly({mono: c, other: factor}) + digit.scaled(-c * a))
         return found
+
+
+def _reduced(op: BinaryOp, difference: Poly) -> tuple[BinaryOp | bool, Poly]:
+    """`difference op 0` without a common factor of its terms: `4 * i < 10` as `i < 3`; a bool where that decides."""
+    scale = math.gcd(*(c for mono, c in difference.terms.items() if mono))
+    if scale <= 1:
+        return op, difference
+    rest = Poly({mono: c // scale for mono, c in difference.terms.items() if mono})
+    constant = difference.constant
+    match op:
+        case "lt" | "ge":  # rest < -constant / scale, rounded up
+            return op, rest + Poly.of(constant // scale)
+        case "le" | "gt":
+            return op, rest - Poly.of(-constant // scale)
+    if constant % scale:
+        return op == "ne", difference
+    return op, rest + Poly.of(constant // scale)
 
 
 def _times(x: Interval, y: Interval) -> Interval:
@@ -751,14 +904,6 @@ def _dtype_interval(dtype: str) -> Interval:
     return int(info.min), int(info.max)
 
 
-def _logic(expr: Binary) -> Expr:
-    absorbing = expr.op == "or"
-    for side, other in ((expr.a, expr.b), (expr.b, expr.a)):
-        if isinstance(side, Const):
-            return side if bool(side.value) == absorbing else other
-    return expr.a if expr_key(expr.a) == expr_key(expr.b) else expr
-
-
 def _cast(expr: Cast) -> Expr:
     if expr.value.dtype == expr.dtype:
         return expr.value
@@ -767,12 +912,12 @@ def _cast(expr: Cast) -> Expr:
     return expr
 
 
-def _negate(condition: Expr) -> Expr | None:
+def negated(condition: Expr) -> Expr | None:
     """The opposite of a comparison of integers (floats have NaN), or None."""
-    opposite = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "le": "gt", "gt": "le"}
+    other = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "le": "gt", "gt": "le"}
     match condition:
-        case Binary(op=op, a=a, b=b) if op in opposite and a.dtype == INDEX_DTYPE:
-            return Binary(opposite[op], a, b)  # type: ignore[arg-type]
+        case Binary(op=op, a=a, b=b) if op in other and a.dtype == INDEX_DTYPE:
+            return Binary(other[op], a, b)  # type: ignore[arg-type]
         case Call(name="not", args=(inner,)):
             return inner
     return None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,66 +13,21 @@ from hypothesis import strategies as st
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.codegen import prepare as preparing
-from kedge.compiler.codegen.alloc import Alloc, map_statements, print_prepared, statements_of
+from kedge.compiler.codegen.alloc import print_prepared
 from kedge.compiler.codegen.coverage import written_before_read
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.prepare import prepare
-from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import parse
-from kedge.compiler.tir import interp
-from kedge.compiler.tir.expr import Dim, Load, Var, as_expr, const
+from kedge.compiler.tir.expr import Dim, Load, Var, const
 from kedge.compiler.tir.parser import parse_func
-from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Scope, Stmt, Store
+from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Scope, Store
 from kedge.compiler.tir.visitor import seq, walk_stmt
 from support import functions
-from support.compiled import opened
+from support.prepared import allocs, assert_compiled, assert_prepared
 from support.random_schedules import FUNCTIONS, scheduled
 
 N, H, W, K = Var("n", lower=1), Var("h", lower=3), Var("w", lower=3), Var("k", lower=1)
-
-
-def interpretable(func: PrimFunc, body: Stmt) -> PrimFunc:
-    """Prepared loops as a function for the interpreter; a buffer holds NaN whenever its life begins."""
-    allocs: dict[Buffer, None] = {}
-
-    def fresh(stmt: Stmt) -> Stmt:
-        if not isinstance(stmt, Alloc):
-            return map_statements(stmt, fresh)
-        allocs[stmt.buffer] = None
-        axes = tuple(Var(f"a{axis}") for axis in range(len(stmt.buffer.shape)))
-        wipe: Stmt = Store(stmt.buffer, axes, const(math.nan, stmt.buffer.dtype))
-        for axis, dim in zip(reversed(axes), reversed(stmt.buffer.shape), strict=True):
-            wipe = For(axis, as_expr(dim), "serial", wipe)
-        return seq(wipe, fresh(stmt.body))
-
-    plain = fresh(body)
-    return PrimFunc(func.name, func.params, func.n_outputs, plain, tuple(allocs), func.symbols)
-
-
-def assert_prepared(func: PrimFunc, reference: PrimFunc, symbols: Mapping[str, int]) -> None:
-    """The prepared loops compute in the interpreter what the unscheduled function does."""
-    data = functions.inputs(reference, symbols)
-    ran = interp.run(interpretable(func, prepare(func)), data, symbols)
-    for got, want in zip(ran, interp.run(reference, data, symbols), strict=True):
-        np.testing.assert_array_equal(got, want)
-
-
-def assert_compiled(func: PrimFunc, reference: PrimFunc, symbols: Mapping[str, int], cache: KernelCache) -> None:
-    """Machine code computes what the unscheduled function does."""
-    data = functions.inputs(reference, symbols)
-    with opened(compile_prim_func(func, "native", cache=cache), threads=2) as model:
-        got = model.run({buffer.name: array for buffer, array in zip(func.params, data, strict=False)})
-    for have, want in zip(got.values(), interp.run(reference, data, symbols), strict=True):
-        np.testing.assert_array_equal(have, want)
-
-
-def allocs(stmt: Stmt) -> Iterator[Buffer]:
-    """Every buffer that lives in `stmt`, once for each place."""
-    if isinstance(stmt, Alloc):
-        yield stmt.buffer
-    for child in statements_of(stmt):
-        yield from allocs(child)
 
 
 def shapes(func: PrimFunc) -> dict[str, set[tuple[Dim, ...]]]:
@@ -272,6 +225,14 @@ def test_an_iteration_reads_what_it_wrote(lines: tuple[str, ...], own: bool) -> 
     func = hand_written(*lines)
     assert written_before_read(only_loop(func), func.allocs[0], {}) is own
     assert ({"t": {(64,)}} == shapes(func)) is not own
+
+
+def test_a_fused_loop_that_fills_several_dims_is_seen_through() -> None:
+    func = by_pieces("local", 7)
+    body = preparing.lower_blocks(func.body)
+    loop = next(stmt for stmt in walk_stmt(body) if isinstance(stmt, For) and stmt.kind == "parallel")
+    (tile,) = (buffer for buffer in func.allocs if buffer.scope == "local")
+    assert written_before_read(loop, tile, {})
 
 
 def test_a_tile_is_not_split_among_lanes() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kedge.compiler import te
-from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, call, logical_and, maximum, select
+from kedge.compiler.tir.expr import Binary, Call, Const, Dim, Expr, Select, Var, call, logical_and, maximum, select
 from kedge.compiler.tir.interp import Array, run
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.verify import verify
@@ -114,6 +114,10 @@ def evaluate(expr: Expr, env: Mapping[Var, int]) -> int | bool:
         return expr.value if isinstance(expr.value, bool) else int(expr.value)
     if isinstance(expr, Var):
         return env[expr]
+    if isinstance(expr, Select):
+        return evaluate(expr.a if evaluate(expr.condition, env) else expr.b, env)
+    if isinstance(expr, Call) and expr.name == "not":
+        return not evaluate(expr.args[0], env)
     assert isinstance(expr, Binary), expr
     a, b = evaluate(expr.a, env), evaluate(expr.b, env)
     table = {

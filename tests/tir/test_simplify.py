@@ -24,10 +24,19 @@ from kedge.compiler.tir.expr import (
     select,
 )  # fmt: skip
 from kedge.compiler.tir.printer import print_expr
-from kedge.compiler.tir.simplify import bounds, over, prove, prove_equal, simplify, simplify_dim, simplify_stmt
+from kedge.compiler.tir.simplify import (
+    Simplifier,
+    bounds,
+    over,
+    prove,
+    prove_equal,
+    simplify,
+    simplify_dim,
+    simplify_stmt,
+)
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Range, Seq, Store
 from kedge.compiler.tir.verify import verify
-from kedge.compiler.tir.visitor import walk_expr
+from kedge.compiler.tir.visitor import free_vars, walk_expr
 from support.functions import evaluate
 
 P, J, K, F = Var("i"), Var("j"), Var("k"), Var("f")
@@ -61,7 +70,7 @@ RANGES = {P: over(N), J: over(16), K: over(4)}
         (0 - P + J, "j - i"),
         (eq(J, 16), "False"),
         (P + 1 <= N, "True"),
-        (P * 2 < 40, "i * 2 < 40"),
+        (P * 2 < 40, "i < 20"),
         (logical_and(J < 16, P < 3), "i < 3"),
         (binary("or", J < 16, P < 3), "True"),
         (call("not", J < 16), "False"),
@@ -228,3 +237,111 @@ def test_products_of_sizes_have_one_form():
         assert print_expr(simple).count("//") == 2
         assert prove_equal(simple, width * height * 16)
         assert not prove_equal(simple, width * height * 8)
+
+
+# Choices, conditions, what is known ------------------------------------------------------------------------------
+
+
+def conditions(depth: int = 2) -> st.SearchStrategy[Expr]:
+    compare = st.builds(Binary, st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"]), exprs(2), exprs(1))
+    if depth == 0:
+        return compare
+    inner = conditions(depth - 1)
+    logic = st.builds(Binary, st.sampled_from(["and", "or"]), inner, inner)
+    return st.one_of(compare, logic, st.builds(lambda c: call("not", c, dtype="bool"), inner))
+
+
+def mixed(depth: int = 3) -> st.SearchStrategy[Expr]:
+    """Expressions with choices, and with divisors that are products."""
+    sub = exprs(2) if depth == 0 else mixed(depth - 1)
+    r = VARS[2]
+    divisor = st.sampled_from([r, r * 2, r * r, r * (VARS[0] + 1), r + 1])
+    quotient = st.builds(Binary, st.sampled_from(["floordiv", "floormod"]), sub, divisor)
+    total = st.builds(Binary, st.just("add"), sub, sub)
+    return st.one_of(exprs(2), quotient, st.builds(select, conditions(1), sub, sub), total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(mixed())
+def test_choices_and_symbolic_divisors_keep_their_value(expr):
+    simple = simplify(expr, KNOWN)
+    low, high = bounds(expr, KNOWN)
+    for env in POINTS[::7]:
+        value = evaluate(expr, env)
+        assert evaluate(simple, env) == value
+        assert low is None or low <= value
+        assert high is None or value <= high
+
+
+@settings(max_examples=300, deadline=None)
+@given(conditions())
+def test_conditions_keep_their_value(condition):
+    simple = simplify(condition, KNOWN)
+    proved = prove(condition, KNOWN)
+    for env in POINTS[::5]:
+        value = evaluate(condition, env)
+        assert evaluate(simple, env) == value
+        assert value or not proved
+
+
+@settings(max_examples=300, deadline=None)
+@given(conditions(1), conditions(1), mixed(1))
+def test_facts_count_only_where_they_hold(fact, claim, expr):
+    simplifier = Simplifier(KNOWN, (fact,))
+    simple, proved = simplifier.simplify(expr), simplifier.prove(claim)
+    low, high = simplifier.bounds(expr)
+    for env in POINTS[::3]:
+        if evaluate(fact, env):
+            value = evaluate(expr, env)
+            assert evaluate(simple, env) == value
+            assert evaluate(claim, env) or not proved
+            assert low is None or low <= value
+            assert high is None or value <= high
+
+
+@pytest.mark.parametrize(
+    ("fact", "claim"),
+    [
+        (P * 4 + J < N, P * 4 < N),
+        (P * 4 + 3 < N, P * 4 + K < N),
+        (F < 5, F // 4 <= 1),
+        (eq(F, N - 1), F < N),
+        (logical_and(F >= 1, F <= M), F - 1 < M),
+        (N >= 5, ceildiv(N, 4) >= 2),
+    ],
+)
+def test_a_fact_proves_what_follows(fact, claim):
+    known = {J: over(16), K: over(4)}
+    assert Simplifier(known, (fact,)).prove(claim)
+    assert not Simplifier(known).prove(claim)
+
+
+@settings(max_examples=200, deadline=None)
+@given(exprs(3), st.permutations(VARS), st.integers(0, 3))
+def test_spans_hold_all_values(expr, order, count):
+    """Bounds over some of the variables, for every value of the others."""
+    inner = [var for var in order if var in KNOWN][:count]
+    simplifier = Simplifier(KNOWN)
+    span = simplifier.span(expr, inner)
+    if span is None:
+        return
+    low, high = map(simplifier.expr_of, span)
+    assert not {*free_vars(low), *free_vars(high)} & set(inner)
+    for env in POINTS[::3]:
+        assert evaluate(low, env) <= evaluate(expr, env) <= evaluate(high, env)
+
+
+def test_spans_of_affine_indices_are_tight():
+    simplifier = Simplifier({P: over(N), J: over(16), K: over(minimum(4, N - P * 4))})
+    for expr, inner, low, high in (
+        (P * 16 + J, [J], "i * 16", "i * 16 + 15"),
+        (P * 16 - J * 2 + 1, [J], "i * 16 - 29", "i * 16 + 1"),
+        (P * 4 + K, [K], "i * 4", "min(i * 4 + 4, n) - 1"),
+        (J * N + P, [P, J], "0", "n * 16 - 1"),
+        ((P * 16 + J) // 4, [J], "i * 4", "i * 4 + 3"),
+        ((P * 16 + J) % 4, [J], "0", "3"),
+    ):
+        span = simplifier.span(expr, inner)
+        assert span is not None
+        assert [print_expr(simplifier.expr_of(end)) for end in span] == [low, high]
+    assert simplifier.span(F + J, [F]) is None
