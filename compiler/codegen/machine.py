@@ -33,14 +33,18 @@ def _machine(target: Target) -> Any:
     arch = target.arch
     # The generic CPU with an explicit feature list: `-mcpu` alone would allow instructions that the artifact does
     # not declare. The CPU's own instruction scheduling comes from the "tune-cpu" attribute of each function.
-    features = ",".join("+" + name for name in (*_llvm_baseline(target), *target.features))
+    features = ",".join(_features(target))
     return llvm.Target.from_triple(arch.triple).create_target_machine(
         cpu=arch.generic_cpu, features=features, opt=3, reloc="pic", codemodel="small", abiname=arch.abi_name
     )
 
 
-def _llvm_baseline(target: Target) -> tuple[str, ...]:
-    return target.arch.baseline if target.arch.name != "armv7l" else ("vfp3d16", "thumb2")
+def _features(target: Target) -> tuple[str, ...]:
+    """LLVM's switches for just what the target has. An ARMv7 triple by itself would stand for NEON and 32 registers."""
+    on = [*target.arch.baseline, *target.features]
+    if target.arch.name != "armv7l" or target.has("neon"):
+        return tuple(f"+{name}" for name in on)
+    return ("-neon", "-d32", *(f"+{'vfp4d16' if name == 'vfp4' else name}" for name in on))
 
 
 def parse_ir(text: str) -> Any:

@@ -192,6 +192,14 @@ def test_the_ir_parses_and_verifies_again(text: str) -> None:
     assert str(parse_ir(str(parse_ir(ir)))) == str(parse_ir(ir))
 
 
+def test_scalar_32_bit_arm_has_neither_vectors_nor_the_upper_registers() -> None:
+    """LLVM would take NEON for granted from the triple; what the artifact does not require is not there."""
+    target = parse("llvm -mtriple=armv7-linux-gnueabihf")
+    (kernel,) = lower_prim_func(everything(Var("N", lower=1)), target).kernels.values()
+    assembly = emit_assembly(emit_kernel(kernel.func, target, "k").ir, target)
+    assert "vmul.f" in assembly and not re.search(r"\bq\d|\bd(1[6-9]|2\d|3[01])\b", assembly)
+
+
 def test_code_uses_no_feature_that_the_target_does_not_declare() -> None:
     """The CPU's name only tunes: AVX-512 comes from +avx512f, never from -mcpu alone."""
     func = functions.dense(64, 64, 64)
