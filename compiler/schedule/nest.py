@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
-from kedge.compiler.schedule.tree import blocks_in, condition_on, loop_ranges, loops_on, refuse, unique
+from kedge.compiler.schedule.tree import blocks_in, condition_on, enclosing, loop_ranges, loops_on, refuse, unique
 from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity, maximum, minimum
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
@@ -108,7 +108,14 @@ def _is_tail(conjunct: Expr, ranges: Ranges) -> bool:
 
 
 def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequence[Stmt]) -> None:
-    """Refuse a block that runs only under a condition, which it would lose elsewhere. `path` leads to it."""
+    """Refuse a block that runs only under a condition, or inside another block: elsewhere it would lose these.
+
+    `path` leads to it.
+    """
+    outer = enclosing(path[:-1])
+    if outer is not None:
+        reason = f"it stands inside block {outer.name!r}, whose iteration variables it may use"
+        raise refuse(func, primitive, block, reason, hint="it takes blocks that stand in loops alone")
     condition = condition_on(path)
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and would lose that condition elsewhere"

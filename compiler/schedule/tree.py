@@ -101,6 +101,12 @@ def held_by(loop: For) -> str:
     return ", ".join(named([part]) if isinstance(part, (For, Block)) else "a condition" for part in parts)
 
 
+def enclosing(path: Sequence[Stmt], below: Stmt | None = None) -> Block | None:
+    """A block among the statements of a path, of those after `below` if given: what is inside uses its variables."""
+    inside = path if below is None else path[path.index(below) + 1 :]
+    return next((s for s in inside if isinstance(s, Block)), None)
+
+
 def condition_on(path: Iterable[Stmt]) -> If | None:
     """The innermost `if` among the statements of a path: it decides whether the last of them runs."""
     return next((s for s in reversed(tuple(path)) if isinstance(s, If)), None)
@@ -110,6 +116,10 @@ def position_around(func: PrimFunc, primitive: str, block: Block, loops: Sequenc
     """Which of the `loops` around `block` is the one over `loop`; refuses where none is."""
     for position, each in enumerate(loops):
         if each.var is loop:
+            between = enclosing(block_path(func, block.name)[:-1], each)
+            if between is not None:
+                reason = f"block {between.name!r} stands between loop {loop.name!r} and it"
+                raise refuse(func, primitive, block, reason, hint="take a loop inside of that block")
             return position
     node = find_loop(func, loop)
     assert node is not None, "handles name loops of the function"

@@ -621,6 +621,8 @@ def pad_einsum() -> Refused:
     yield sch, lambda: sch.pad_einsum(z, [4, 4])
     sch.split(i, [None, 4])
     yield sch, lambda: sch.pad_einsum(y, [1, 1, 5])
+    sch, first = on(order.READ_BEFORE, "first")
+    yield sch, lambda: sch.pad_einsum(first, [])
     sch, windows, *_ = on(conv(1, 2, 5, 3), "conv")
     yield sch, lambda: sch.pad_einsum(windows, [1, 4, 1, 1, 4, 1, 1])
     sch, best, *_ = on(pool(1, 2, 4), "y")
@@ -629,6 +631,48 @@ def pad_einsum() -> Refused:
     for element in (lambda i: te.sum(x[i, k] * s[i], k), lambda i: te.sum(call("exp", x[i, k]), k)):
         sch, y, *_ = on(te.create_prim_func([x, s, te.compute((4,), element, name="y")], "f"), "y")
         yield sch, lambda sch=sch, y=y: sch.pad_einsum(y, [1, 4])
+
+
+NESTED = """func f(x: float32[4, 4]) -> (y: float32[4, 4], z: float32[4, 4]):
+  alloc a: float32[4, 4]
+  for i in range(4):
+    for j in range(4):
+      block a:
+        vi = spatial(4, i)
+        vj = spatial(4, j)
+        reads x[vi, vj]
+        writes a[vi, vj]
+        a[vi, vj] = x[vi, vj]
+  for i in range(4):
+    block outer:
+      vi = spatial(4, i)
+      reads a[vi, :4], x[vi, :4], y[vi, :4]
+      writes y[vi, :4], z[vi, :4]
+      for j in range(4):
+        block inner:
+          vj = spatial(4, j)
+          reads a[vi, vj]
+          writes y[vi, vj]
+          y[vi, vj] = a[vi, vj]
+        block other:
+          vj = spatial(4, j)
+          reads y[vi, vj], x[vi, vj]
+          writes z[vi, vj]
+          z[vi, vj] = y[vi, vj] + x[vi, vj]"""
+
+
+@topic
+def blocks_in_blocks() -> Refused:
+    sch, a, _, _, inner, i, j, other, *_ = on(NESTED, "a", "inner", "other")
+    yield sch, lambda: sch.cache_read(inner, "a", i)
+    yield sch, lambda: sch.cache_write(inner, i)
+    yield sch, lambda: sch.compute_at(a, j)
+    yield sch, lambda: sch.compute_inline(other)
+    yield sch, lambda: sch.reverse_compute_at(other, i)
+    sch, a, *_ = on(NESTED, "a")
+    outer = sch.get_loops(sch.get_block("outer"))[0]
+    sch.compute_at(a, outer)
+    yield sch, lambda: sch.software_pipeline(outer, [0, 1])
 
 
 def state(sch: Schedule) -> tuple[object, ...]:
@@ -686,6 +730,18 @@ def test_all_of_them_are_here():
     seen = {place for name in TOPICS for error in refusals(name) for place in raised_at(error)}
     read = {(name, first, last) for name, first, last in places for at in range(first, last + 1) if (name, at) in seen}
     assert places == read, f"no test reads these refusals: {sorted(places - read)}"
+
+
+def test_blocks_in_blocks_that_are_not_refused():
+    for primitive in ("compute_inline", "transform_layout", "compute_at"):
+        sch, a, *_ = on(NESTED, "a")
+        if primitive == "compute_inline":
+            sch.compute_inline(a)
+        elif primitive == "transform_layout":
+            sch.transform_layout(a, lambda i, j: (j, i))
+        else:
+            sch.compute_at(a, sch.get_loops(sch.get_block("outer"))[0])
+        assert_same(parse_func(NESTED), sch.func)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -13,6 +13,7 @@ from kedge.compiler.schedule.tree import (
     block_path,
     blocks_in,
     check_only_writer,
+    enclosing,
     find_loop,
     intermediate,
     loop_path,
@@ -142,6 +143,10 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
         names = " and ".join(repr(var.name) for var in together)
         reason = f"one loop drives both its {names}: it is not known which values they would take elsewhere"
         raise refuse(func, primitive, block, reason, hint="move it before caching, or before fusing its loops")
+    around = enclosing(loop_path(func, loop))
+    if around is not None:
+        reason = f"it stands inside block {around.name!r}, which sees nothing of the loops around it"
+        raise refuse(func, primitive, loop, reason, hint="take a loop outside of all blocks")
     node = find_loop(func, loop)
     if node is not None and node.kind in ("vectorized", "unrolled"):
         raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")

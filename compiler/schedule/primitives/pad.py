@@ -55,8 +55,8 @@ def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
 def _check_plain(func: PrimFunc, block: Block, loops: Sequence[For]) -> None:
     """Refuse unless the block stands alone in loops of its own, as lowering made them."""
     own = [id(loop.var) for loop in loops] == [id(binding) for binding in block.bindings]
-    alone = all(outer.body is inner for outer, inner in zip(loops, (*loops[1:], block), strict=True))
-    if not (own and alone and loops and all(loop.kind == "serial" for loop in loops)):
+    alone = bool(loops) and all(a.body is b for a, b in zip(loops, (*loops[1:], block), strict=True))
+    if not (own and alone and all(loop.kind == "serial" for loop in loops)):
         hint = "pad before anything else is done to the block"
         raise refuse(func, "pad_einsum", block, "its loops are not one serial loop per iteration variable", hint=hint)
 

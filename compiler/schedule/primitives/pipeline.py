@@ -106,6 +106,10 @@ def _between(
     if mixed is not None:
         reason = f"block {mixed.name!r} takes both its output and its reduction from it"
         raise refuse(func, primitive, node.var, reason, at=node, hint="pipeline before fusing the two")
+    nested = next((block for block in blocks_in(node) if len(blocks_in(block)) > 1), None)
+    if nested is not None:
+        reason = f"block {nested.name!r} has blocks inside, which see nothing of the loop"
+        raise refuse(func, primitive, node.var, reason, at=node, hint="it takes blocks without blocks inside")
     touched = [accesses(stmt) for stmt in body]
     found: dict[Buffer, int] = {}
     for buffer in dict.fromkeys(a.buffer for part in touched for a in part if a.is_write):
