@@ -29,7 +29,11 @@ _GIVEN = {LoopRef: "sch.get_loops(block) gives the handles of the loops around a
 
 
 class _Mismatch(Exception):
-    """A value that is not what a hint says; its text says what it is, and what was wanted."""
+    """A value that is not what a hint says: `what` it is and what was wanted, said of the value or of a part of it."""
+
+    def __init__(self, what: str, part: str = "it") -> None:
+        super().__init__(f"{part} {what}")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _coerced(value: Any, hint: Any) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Sequence:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise _Mismatch(f"it is {_kind(value)}, not {_words(hint)}")
+            raise _Mismatch(f"is {_kind(value)}, not {_words(hint)}")
         return tuple(_item(each, parts[0]) for each in value)
     if origin in (Union, UnionType):
         for part in parts:
@@ -153,14 +157,14 @@ def _coerced(value: Any, hint: Any) -> Any:
     elif isinstance(value, hint if origin is None else origin):
         return value
     known = origin is Literal and isinstance(value, str)
-    raise _Mismatch(f"it is not {_words(hint)}" if known else f"it is {_kind(value)}, not {_words(hint)}")
+    raise _Mismatch(f"is not {_words(hint)}" if known else f"is {_kind(value)}, not {_words(hint)}")
 
 
 def _item(value: Any, hint: Any) -> Any:
     try:
         return _coerced(value, hint)
     except _Mismatch as error:
-        raise _Mismatch(f"of {_shown(value)} in it: {error}") from None
+        raise _Mismatch(error.what, f"{_shown(value)} in it") from None
 
 
 def _shown(value: Any) -> str:
