@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from kedge.compiler.codegen.alloc import expressions_of, statements_of
+from kedge.compiler.codegen.alloc import Alloc, expressions_of, statements_of
 from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const, eq
 from kedge.compiler.tir.simplify import simplify
@@ -32,7 +32,7 @@ def prefetches(loop: For) -> Iterator[Stmt]:
     """What an iteration of `loop` does first, where it is annotated with offsets in iterations by buffers' names.
 
     The loops inside of it are stepped through line by line; where the loop itself moves by less than a line, only
-    those iterations prefetch that begin one.
+    those iterations prefetch that begin one. A buffer that each iteration has for itself is not asked for.
     """
     ahead = loop.annotations.get("prefetch", {})
     seen: set[tuple[Key, ...]] = set()
@@ -45,14 +45,15 @@ def prefetches(loop: For) -> Iterator[Stmt]:
 
 
 def _loads(stmt: Stmt, inner: tuple[For, ...]) -> Iterator[tuple[Load, tuple[For, ...]]]:
-    """The loads in a statement, each with the loops that are around it in there."""
+    """The loads in a statement of what is alive around it, each with the loops that are around the load in there."""
     for expr in expressions_of(stmt):
         for node in walk_expr(expr):
             if isinstance(node, Load):
                 yield node, inner
     around = (*inner, stmt) if isinstance(stmt, For) else inner
+    own = stmt.buffer if isinstance(stmt, Alloc) else None
     for child in statements_of(stmt):
-        yield from _loads(child, around)
+        yield from ((load, loops) for load, loops in _loads(child, around) if load.buffer is not own)
 
 
 def _lines(load: Load, loop: For, inner: tuple[For, ...], offset: int) -> Stmt:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from schedule.test_blocks import refused
@@ -21,7 +23,7 @@ from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import equal
 from kedge.compiler.tir.verify import verify
 from support.compiled import opened
-from support.functions import dense, inputs
+from support.functions import chain, dense, inputs
 
 
 def product() -> tuple[Schedule, BlockRef, tuple[LoopRef, ...]]:
@@ -115,6 +117,23 @@ def test_results_stay_the_same(offset: int, tmp_path) -> None:  # type: ignore[n
         with opened(artifact, 1) as module:
             results.append(module.run(dict(zip(("x", "w", "b"), data, strict=True)))["z"])
     np.testing.assert_array_equal(*results)
+
+
+def test_what_an_iteration_has_for_itself_is_not_asked_for(tmp_path: Path) -> None:
+    func = chain(64)
+    sch = Schedule(func)
+    a, b, c = (sch.get_block(name) for name in "abc")
+    (i,) = sch.get_loops(c)
+    outer, _ = sch.split(i, [None, 16])
+    sch.compute_at(b, outer)
+    sch.compute_at(a, outer)
+    sch.prefetch(c, "b", outer, 1)
+    assert calls(sch.func, "x86-64") == 0
+    sch.prefetch(c, "x", outer, 1)
+    assert calls(sch.func, "x86-64") > 0
+    (x,) = inputs(func)
+    with opened(compile_prim_func(sch, "native", cache=KernelCache(tmp_path))) as module:
+        np.testing.assert_array_equal(module.run({"x": x})["c"], interp.run(func, [x])[0])
 
 
 def test_refusals() -> None:
