@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from kedge.rpc import messages as m
-from kedge.rpc.artifact import Artifact
+from kedge.rpc.artifact import Artifact, Function, Port, Symbol
 from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect, plan
 from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
 from kedge.rpc.limits import check_number
@@ -51,6 +52,18 @@ def test_inputs_are_anything_that_is_an_array(fleet: Fleet, worker: FakeAgent, a
             fleet.run(artifact, {"x": value})
     else:
         np.testing.assert_array_equal(fleet.run(artifact, {"x": value}).wait()["x_out"], X)
+
+
+@pytest.mark.parametrize("size", [8, 3 << 19], ids=["inline", "blob"])
+def test_bfloat16_travels(fleet: Fleet, worker: FakeAgent, size: int) -> None:
+    ports = (Port("x", "bfloat16", ("N",)),), (Port("x_out", "bfloat16", ("N",)),)
+    toy = make_artifact()
+    manifest = replace(toy.manifest, functions=(Function("main", *ports, (Symbol("N"),)),))
+    half = Artifact(manifest, {member.name: toy.member(member.name) for member in manifest.members})
+    x = np.arange(size).astype("bfloat16")
+    got = fleet.run(half, {"x": x}).wait()["x_out"]
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(got.view(np.uint16), x.view(np.uint16))
 
 
 def test_large_tensors_travel_as_blobs(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
