@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
@@ -211,7 +212,33 @@ def _apart(loop: For, outer: Sequence[For], touching: Sequence[Access]) -> bool:
     )
 
 
-def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range], touching: Sequence[Access]) -> bool:
+class Place(Protocol):
+    """An access, as far as it matters where it is."""
+
+    @property
+    def buffer(self) -> Buffer:
+        """What is touched."""
+
+    @property
+    def indices(self) -> tuple[Expr, ...]:
+        """Which element."""
+
+    @property
+    def is_write(self) -> bool:
+        """Whether it stores."""
+
+
+def keeps_apart(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range], touching: Sequence[Place]) -> bool:
+    """Whether accesses at different values of `var` touch different elements, whatever the variables `inside` are.
+
+    `ranges` are those of `var` and of variables that are the same for both accesses.
+    """
+    if any(isinstance(node, Load) for a in touching for index in a.indices for node in walk_expr(index)):
+        return False
+    return _separates(var, inside, {**ranges, **inside}, touching)
+
+
+def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range], touching: Sequence[Place]) -> bool:
     """Whether accesses at different values of `var` touch different elements, whatever the variables `inside` are."""
     later, distance = Var(f"later_{var.name}"), Var("distance")
     renaming: dict[Var, Expr] = {each: Var(each.name) for each in inside}
@@ -327,7 +354,7 @@ def _use_digits(index: Expr, digits: Sequence[_Digit]) -> Expr:
     return go(index)
 
 
-def address(access: Access, first: int, last: int) -> Expr:
+def address(access: Place, first: int, last: int) -> Expr:
     """The row-major address of an access among the dims `[first, last)` of its buffer."""
     result: Expr = const(0)
     for index, dim in zip(access.indices[first:last], access.buffer.shape[first:last], strict=True):

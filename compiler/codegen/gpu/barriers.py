@@ -11,12 +11,14 @@ stay whole; afterwards what neighbours have in common is put around them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from kedge.compiler.codegen.gpu.ir import GROUP_AXES, Barrier, exprs, parts, walk
+from kedge.compiler.codegen.gpu.ir import GROUP_AXES, THREAD_AXES, Barrier, exprs, parts, walk
 from kedge.compiler.errors import CodegenError
+from kedge.compiler.schedule.dependence import keeps_apart
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, logical_and
+from kedge.compiler.tir.simplify import over
 from kedge.compiler.tir.stmt import Buffer, For, If, Seq, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, seq
@@ -35,23 +37,25 @@ class Unit(Stmt):
 
 @dataclass(frozen=True, slots=True)
 class _Touch:
-    """One access that no barrier has come after yet."""
+    """One access that no barrier has come after yet, and the loops that went on to another iteration since."""
 
     buffer: Buffer
+    indices: tuple[Expr, ...]
     is_write: bool
     owners: Owners
+    crossed: frozenset[Var] = frozenset()
 
 
-def place_barriers(stmt: Stmt, positions: frozenset[Var]) -> Stmt:
+def place_barriers(stmt: Stmt, axes: Mapping[str, Var]) -> Stmt:
     """`stmt`, made of units, with barriers where they are needed and conditions where they belong.
 
-    `positions` are the variables that differ between threads of a group.
+    `axes` are the variables that hold a thread's position. Loops keep their variables.
 
     Raises:
         CodegenError: a barrier would be needed where not all threads come by, or between groups.
     """
-    written = {each.buffer for each in _stores(stmt) if each.buffer.scope in ("global", "shared")}
-    placer = _Placer(frozenset(written), positions)
+    placer = _Placer(stmt, axes)
+    placer.check_groups()
     placed, _ = placer.place(stmt, ())
     return _gather(placed)
 
@@ -70,10 +74,15 @@ def _walk(stmt: Stmt) -> Iterable[Stmt]:
             yield each
 
 
-@dataclass(frozen=True, slots=True)
 class _Placer:
-    written: frozenset[Buffer]
-    positions: frozenset[Var]
+    def __init__(self, stmt: Stmt, axes: Mapping[str, Var]) -> None:
+        self.stmt = stmt
+        self.axes = axes
+        self.written = {each.buffer for each in _stores(stmt) if each.buffer.scope in ("global", "shared")}
+        self.positions = {var for axis, var in axes.items() if axis in THREAD_AXES}
+        self.loops = {each.var: over(each.extent) for each in walk(stmt) if isinstance(each, For)}
+        self.own: dict[tuple[Buffer, Owners, str], bool] = {}
+        self.inner: dict[For, frozenset[Var]] = {}
 
     def place(self, stmt: Stmt, pending: tuple[_Touch, ...]) -> tuple[Stmt, tuple[_Touch, ...]]:
         """`stmt` with its barriers, and what is pending after it."""
@@ -106,7 +115,7 @@ class _Placer:
             before = ()
         body, pending = self.place(loop.body, before)
         if not (isinstance(loop.extent, Const) and loop.extent.value <= 1):
-            body, pending = self.place(body, pending)
+            body, pending = self.place(body, tuple(dict.fromkeys(_crossing(loop.var, each) for each in pending)))
         if not (isinstance(loop.extent, Const) and loop.extent.value >= 1):
             pending = (*before, *pending)  # perhaps there is no iteration at all
         new = replace(loop, body=body)
@@ -118,32 +127,72 @@ class _Placer:
         """`stmt` behind a barrier, if it needs what is pending."""
         if self.must_wait(pending, touched):
             return seq(Barrier(), stmt), touched
-        return stmt, (*pending, *touched)
+        return stmt, tuple(dict.fromkeys((*pending, *touched)))
 
     def must_wait(self, pending: tuple[_Touch, ...], touched: tuple[_Touch, ...]) -> bool:
-        """Whether a barrier must stand between `pending` and `touched`; refuses where one would not help."""
-        clashing = [(old, new) for old in pending for new in touched if _clash(old, new)]
-        for old, new in clashing:
-            theirs = dict(new.owners)
-            group = next((axis for axis, one in old.owners if axis in GROUP_AXES and one is not theirs[axis]), None)
-            if group is not None and new.buffer.scope == "global":
-                raise CodegenError(
-                    f"{new.buffer.name!r} passes from one group of {group} to another within a kernel",
-                    hint="groups cannot wait for one another: put the two nests one after the other, outside of "
-                    "the loops bound to blockIdx, or compute what is needed inside them",
-                )
-        return bool(clashing)
+        """Whether a barrier must stand between `pending` and `touched`."""
+        return any(self.clash(old, new) for old in pending for new in touched)
+
+    def clash(self, old: _Touch, new: _Touch, axes: tuple[str, ...] = THREAD_AXES) -> bool:
+        """Whether different threads may meet in an element that one of them writes."""
+        if old.buffer is not new.buffer or not (old.is_write or new.is_write):
+            return False
+        for (axis, mine), (_, theirs) in zip(old.owners, new.owners, strict=True):
+            if axis in axes and (mine is not theirs or mine == "all"):
+                return True
+            # `bind` has looked at one iteration of the loops around.
+            around = isinstance(mine, For) and not old.crossed <= self.loops_in(mine)
+            if axis in axes and around and not self.keeps_to_own(new.buffer, new.owners, axis):
+                return True
+        return False
+
+    def keeps_to_own(self, buffer: Buffer, owners: Owners, axis: str) -> bool:
+        """Whether what a thread (or group) touches of the buffer no other on the axis does, whenever it does so."""
+        key = (buffer, owners, axis)
+        if key not in self.own:
+            found = (touch for touch, _ in self.touched_along(self.stmt, ()))
+            touching = [each for each in found if each.buffer is buffer and each.owners == owners]
+            sizes = {name: {self.axes[name]: over(loop.extent)} for name, loop in owners if isinstance(loop, For)}
+            inside, ranges = dict(self.loops), dict(sizes[axis])
+            for name, size in sizes.items():
+                if name != axis:
+                    # Threads of one group have its position in common.
+                    (ranges if axis in THREAD_AXES and name in GROUP_AXES else inside).update(size)
+            (position,) = sizes[axis]
+            self.own[key] = keeps_apart(position, inside, ranges, touching)
+        return self.own[key]
+
+    def loops_in(self, loop: For) -> frozenset[Var]:
+        if loop not in self.inner:
+            self.inner[loop] = frozenset(each.var for each in walk(loop.body) if isinstance(each, For))
+        return self.inner[loop]
+
+    def check_groups(self) -> None:
+        """Refuse what one group would have to wait for another for: no barrier helps there."""
+        found = [(touch, path) for touch, path in self.touched_along(self.stmt, ()) if touch.buffer.scope == "global"]
+        for old, path in found:
+            crossed = replace(old, crossed=frozenset(path))
+            for new, _ in found:
+                apart = (axis for axis in GROUP_AXES if axis in self.axes)
+                axis = next((axis for axis in apart if self.clash(crossed, new, (axis,))), None)
+                if axis is not None:
+                    raise CodegenError(
+                        f"{new.buffer.name!r} passes from one group of {axis} to another within a kernel",
+                        hint="groups cannot wait for one another: put the two nests one after the other, outside of "
+                        "the loops bound to blockIdx, or compute what is needed inside them",
+                    )
 
     def is_whole(self, loop: For) -> bool:
         """Whether no thread may wait inside: lanes run together, and threads run differently often."""
         if loop.kind in ("vectorized", "tensorized"):
             return True
+        own = ("local", "register")
         return bool(self.positions & set(free_vars(loop.extent))) or any(
-            load.buffer in self.written for load in loads(loop.extent)
+            load.buffer in self.written or load.buffer.scope in own for load in loads(loop.extent)
         )
 
     def check_whole(self, loop: For, touched: tuple[_Touch, ...]) -> None:
-        wrong = next((new.buffer for old in touched for new in touched if _clash(old, new)), None)
+        wrong = next((new.buffer for old in touched for new in touched if self.clash(old, new)), None)
         if wrong is not None:
             raise CodegenError(
                 f"threads would have to wait for one another over {wrong.name!r} inside loop {loop.var.name!r}, "
@@ -152,28 +201,30 @@ class _Placer:
             )
 
     def touches_under(self, stmt: Stmt) -> tuple[_Touch, ...]:
+        return tuple(dict.fromkeys(touch for touch, _ in self.touched_along(stmt, ())))
+
+    def touched_along(self, stmt: Stmt, path: tuple[Var, ...]) -> Iterator[tuple[_Touch, tuple[Var, ...]]]:
+        """The accesses under `stmt`, and the loops around each."""
         if isinstance(stmt, Unit):
-            return self.touches(stmt)
-        return tuple(touch for part in parts(stmt) for touch in self.touches_under(part))
+            for touch in self.touches(stmt):
+                yield touch, path
+        inside = (*path, stmt.var) if isinstance(stmt, For) else path
+        for part in parts(stmt):
+            yield from self.touched_along(part, inside)
 
     def touches(self, unit: Unit) -> tuple[_Touch, ...]:
         """The accesses of a unit to what some thread of the launch writes."""
         found: list[_Touch] = []
         for each in walk(unit.stmt):
             if isinstance(each, Store) and each.buffer in self.written:
-                found.append(_Touch(each.buffer, True, unit.owners))
-            read = (node.buffer for node in exprs(each) if isinstance(node, Load))
-            found.extend(_Touch(buffer, False, unit.owners) for buffer in read if buffer in self.written)
+                found.append(_Touch(each.buffer, each.indices, True, unit.owners))
+            read = (node for node in exprs(each) if isinstance(node, Load) and node.buffer in self.written)
+            found.extend(_Touch(node.buffer, node.indices, False, unit.owners) for node in read)
         return tuple(found)
 
 
-def _clash(old: _Touch, new: _Touch) -> bool:
-    return old.buffer is new.buffer and (old.is_write or new.is_write) and not _same(old.owners, new.owners)
-
-
-def _same(a: Owners, b: Owners) -> bool:
-    """Whether what one of them touches, only the same thread touches for the other."""
-    return all(one is other and one != "all" for (_, one), (_, other) in zip(a, b, strict=True))
+def _crossing(loop: Var, touch: _Touch) -> _Touch:
+    return replace(touch, crossed=touch.crossed | {loop})
 
 
 # Conditions -----------------------------------------------------------------------------------------------------

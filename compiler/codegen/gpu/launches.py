@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from kedge.compiler.codegen.coverage import written_before_read
 from kedge.compiler.codegen.gpu.barriers import Unit, place_barriers
 from kedge.compiler.codegen.gpu.ir import (
     GROUP_AXES,
@@ -34,7 +35,7 @@ from kedge.compiler.codegen.gpu.shrink import shrink_arrays
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.tir.expr import Call, Const, Expr, Var, const, eq
 from kedge.compiler.tir.simplify import over, simplify, simplify_stmt
-from kedge.compiler.tir.stmt import For, If, Seq, Stmt, Store
+from kedge.compiler.tir.stmt import Buffer, For, If, Seq, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, map_stmt_exprs, seq, substitute_expr
 
@@ -48,27 +49,29 @@ def split_launches(body: Stmt, name: str) -> Stmt:
     Raises:
         CodegenError: a loop is on no axis of threads, or groups would have to wait for one another.
     """
-    return _Host(name, [0]).stmt(body)
+    return _Host(name).stmt(body, ())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Host:
     name: str
-    count: list[int]
+    count: int = 0
+    homes: dict[Buffer, int] = field(default_factory=dict)
 
-    def stmt(self, stmt: Stmt) -> Stmt:
+    def stmt(self, stmt: Stmt, around: tuple[For, ...]) -> Stmt:
+        """`stmt` as the host runs it, inside its loops `around`."""
         match stmt:
             case For(kind="thread"):
-                return self.launch(stmt)
+                return self.launch(stmt, around)
             case Seq(stmts=stmts):
-                return Seq(tuple(self.stmt(one) for one in stmts))
+                return Seq(tuple(self.stmt(one, around) for one in stmts))
             case Store():
-                return self.launch(stmt)
+                return self.launch(stmt, around)
             case For() if _has_threads(stmt):
-                return replace(stmt, kind="serial", body=self.stmt(stmt.body))
+                return replace(stmt, kind="serial", body=self.stmt(stmt.body, (*around, stmt)))
             case If() if not any(True for _ in loads(stmt.condition)) and (_has_threads(stmt) or _is_flat(stmt)):
-                orelse = None if stmt.orelse is None else self.stmt(stmt.orelse)
-                return replace(stmt, then=self.stmt(stmt.then), orelse=orelse)
+                orelse = None if stmt.orelse is None else self.stmt(stmt.orelse, around)
+                return replace(stmt, then=self.stmt(stmt.then, around), orelse=orelse)
             case For(var=var):
                 raise CodegenError(
                     f"{self.name}: loop {var.name!r} is on no axis of threads, and a GPU runs nothing else",
@@ -76,9 +79,21 @@ class _Host:
                 )
         raise CodegenError(f"{self.name}: a condition on data stands outside of all loops over threads")
 
-    def launch(self, stmt: Stmt) -> Launch:
-        number = self.count[0]
-        self.count[0] += 1
+    def launch(self, stmt: Stmt, around: tuple[For, ...]) -> Launch:
+        number = self.count
+        self.count += 1
+        outer = {loop.var: over(loop.extent) for loop in around}
+        for buffer in buffers_of(stmt):
+            if buffer.scope == "global":
+                continue
+            once = For(Var("launch"), const(1), "serial", stmt)
+            elsewhere = self.homes.setdefault(buffer, number) != number
+            if elsewhere or (around and not written_before_read(once, buffer, outer)):
+                raise CodegenError(
+                    f"{self.name}: buffer {buffer.name!r} in {buffer.scope} scope does not last from one kernel to "
+                    "the next",
+                    hint='put its uses under one loop bound to blockIdx, or give it scope "global"',
+                )
         return _Kernel(self.name, stmt).launch(f"{self.name}_{number}" if number else self.name)
 
 
@@ -110,7 +125,7 @@ class _Kernel:
             self.extents[axis] = self.size(axis, loops)
         ranges = {var: over(self.extents[axis]) for axis, var in self.axes.items()}
         units = self.body(self.nest, _Here({}, {}, {}, ()))
-        body = simplify_stmt(place_barriers(units, self.position()), ranges)
+        body = simplify_stmt(place_barriers(units, self.axes), ranges)
         inner = {each.var for each in walk(body) if isinstance(each, For)}
         fixed = frozenset(var for var in used_vars(body) if var not in inner)
         in_group = fixed - self.position()
@@ -197,7 +212,13 @@ class _Kernel:
             return replace(
                 loop, kind="unrolled" if isinstance(loop.extent, Const) else "serial", thread=None, body=inner
             )
-        position = self.axes[axis]
+        position, outer = self.axes[axis], here.owners.get(axis)
+        if outer is not None and (outer.var in used_vars(loop.body) or _uses(here.conditions, position)):
+            raise CodegenError(
+                f"{self.func}: loop {loop.var.name!r} over {axis} is inside loop {outer.var.name!r} over it, and not "
+                "the same in all iterations of that",
+                hint="take another axis for one of them, or fuse them",
+            )
         guards = {key: guard for key, guard in here.guards.items() if key != axis}
         size = self.extents[axis]
         if isinstance(size, Const) and isinstance(loop.extent, Const) and loop.extent.value < size.value:
@@ -218,8 +239,9 @@ class _Kernel:
 
     def unit(self, stmt: Stmt, here: _Here) -> Unit:
         """A store (or what hangs on data) with its owners, and the conditions under which a thread runs it."""
-        written = [each for each in walk(stmt) if isinstance(each, Store)]
-        scopes = {store.buffer.scope for store in written}
+        stored = [each for each in walk(stmt) if isinstance(each, Store)]
+        scopes = {store.buffer.scope for store in stored}
+        written = [each for each in stored if each.buffer.scope not in PRIVATE]
         owners: list[tuple[str, object]] = []
         guards = [*here.guards.values(), *here.conditions]
         for axis, position in self.axes.items():
@@ -232,7 +254,7 @@ class _Kernel:
             elif loop is not None and all(_uses(store.indices, position) for store in written):
                 owners.append((axis, loop))
             else:
-                self.check_alike(stmt, written, position, loop, here.conditions)
+                self.check_alike(stmt, stored, position, loop, here.conditions)
                 owners.append((axis, "first"))
                 guards = [guard for guard in guards if not _uses((guard,), position)]
                 if not _is_one(self.extents[axis]):
@@ -242,7 +264,13 @@ class _Kernel:
     def check_alike(
         self, stmt: Stmt, written: list[Store], position: Var, loop: For | None, conditions: tuple[Expr, ...]
     ) -> None:
-        """Refuse if threads of an axis would store different values to one element."""
+        """Refuse if threads of an axis would store different values to one element, or only one what is each one's."""
+        private = next((store.buffer for store in written if store.buffer.scope in PRIVATE), None)
+        if private is not None:
+            raise CodegenError(
+                f"{self.func}: a block under a condition on data writes {private.name!r} in {private.scope} scope, of "
+                "which each thread has its own, and what all share"
+            )
         if loop is None:
             return
         depends = any(_uses((node,), position) for each in walk(stmt) for node in exprs(each) if isinstance(node, Var))
