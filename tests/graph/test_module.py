@@ -13,6 +13,7 @@ from kedge.compiler.graph import interp
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.dims import broadcast_shape, divide, evaluate, format_dim, plain, product
 from kedge.compiler.graph.ir import Call, Function, Input, Item, Module, Param, TensorType
+from kedge.compiler.graph.store import load_module
 from kedge.compiler.graph.verify import verify
 from kedge.compiler.tir.expr import Binary, Var, ceildiv, maximum, minimum, select
 from kedge.rpc.errors import InputError
@@ -142,3 +143,17 @@ def test_arithmetic_on_dims():
     assert evaluate(dim, {n: 9, m: 5}) == 7 + 2
     assert evaluate(minimum(Binary("truncdiv", n, m), Binary("truncmod", n, m)), {n: 9, m: 5}) == 1
     assert format_dim((n + 1) * 2 // 3 - (m - 1)) == "(n + 1) * 2 // 3 - (m - 1)"
+
+
+@pytest.mark.parametrize("size", [4, 4000], ids=["in the text", "beside it"])
+def test_bfloat16_is_saved_and_loaded(size, tmp_path):
+    data = np.linspace(-3, 3, size).astype("bfloat16")
+    b = Builder("main")
+    x = b.input("x", TensorType((size,), "bfloat16"))
+    module = Module({"main": b.finish({"y": b.call("add", x, b.constant(data))})})
+    module.save(tmp_path / "m.kmod")
+    loaded = load_module(tmp_path / "m.kmod")
+    for each in (module, loaded):
+        (got,) = interp.run(each, {"x": data}).values()
+        assert got.dtype == "bfloat16"
+        np.testing.assert_array_equal(got.view(np.uint16), (data + data).view(np.uint16))
