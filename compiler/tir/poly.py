@@ -37,6 +37,8 @@ class Poly:
         return self.constant if all(mono == () for mono in self.terms) else None
 
     def __add__(self, other: Poly) -> Poly:
+        if not other.terms or not self.terms:
+            return self if self.terms else other
         return _collect([*self.terms.items(), *other.terms.items()])
 
     def __sub__(self, other: Poly) -> Poly:

@@ -130,6 +130,12 @@ def lasting(condition: Expr) -> tuple[Expr, ...]:
     return tuple(term for term in conjuncts(condition) if not _reads_data(term))
 
 
+def _about(term: Expr, facts: Iterable[Expr]) -> list[Expr]:
+    """Those of `facts` that share a variable with `term`: the others say nothing of it."""
+    used = set(free_vars(term))
+    return [fact for fact in facts if not used.isdisjoint(free_vars(fact))]
+
+
 def _reads_data(expr: Expr) -> bool:
     return any(isinstance(node, Load) for node in walk_expr(expr))
 
@@ -233,8 +239,11 @@ class Simplifier:
         if isinstance(condition, Const):
             return self.simplify(expr.a if condition.value else expr.b)
         opposite = negated(condition)
-        a = self.assuming((condition,)).simplify(expr.a)
-        b = (self if opposite is None else self.assuming((opposite,))).simplify(expr.b)
+        a, b = expr.a, expr.b
+        if not isinstance(a, Const):
+            a = self.assuming((condition,)).simplify(a)
+        if not isinstance(b, Const):
+            b = (self if opposite is None else self.assuming((opposite,))).simplify(b)
         same = condition is expr.condition and a is expr.a and b is expr.b
         return expr if same else Select(condition, a, b)
 
@@ -265,7 +274,7 @@ class Simplifier:
         """The terms, each simplified where those before it hold, without those that the others imply."""
         kept: list[Expr] = []
         for term in conjuncts(expr):
-            simple = self.assuming(kept).simplify(term)
+            simple = self.assuming(_about(term, kept)).simplify(term)
             if isinstance(simple, Const):
                 if not simple.value:
                     return simple
@@ -273,7 +282,8 @@ class Simplifier:
             kept.extend(conjuncts(simple))
         for term in tuple(kept):
             others = [each for each in kept if each is not term]
-            if others and self.assuming(f for f in others if not _reads_data(f)).prove(term):
+            facts = [fact for fact in _about(term, others) if not _reads_data(fact)]
+            if facts and self.assuming(facts).prove(term):
                 kept = others
         new = logical_and(*kept)
         return expr if expr_key(new) == expr_key(expr) else new
@@ -622,10 +632,10 @@ class Simplifier:
         low: int | None = 0
         high: int | None = 0
         for mono, c in poly.terms.items():
-            interval: Interval = (1, 1)
-            for atom in mono:
+            interval: Interval = self._interval(mono[0]) if mono else (1, 1)
+            for atom in mono[1:]:
                 interval = _times(interval, self._interval(atom))
-            a, b = _times((c, c), interval)
+            a, b = _scaled(interval, c)
             low = None if low is None or a is None else low + a
             high = None if high is None or b is None else high + b
         return low, high
@@ -865,6 +875,12 @@ def _reduced(op: BinaryOp, difference: Poly) -> tuple[BinaryOp | bool, Poly]:
     if constant % scale:
         return op == "ne", difference
     return op, rest + Poly.of(constant // scale)
+
+
+def _scaled(x: Interval, factor: int) -> Interval:
+    """The interval times a number that is not 0."""
+    low, high = x if factor > 0 else (x[1], x[0])
+    return None if low is None else low * factor, None if high is None else high * factor
 
 
 def _times(x: Interval, y: Interval) -> Interval:
