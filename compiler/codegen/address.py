@@ -29,7 +29,8 @@ class NotVectorizable(Exception):
 class Pointer(NamedTuple):
     """Where a buffer's first element is: an LLVM pointer, its known alignment in bytes, and whether it is ours.
 
-    A private buffer may be written beyond the elements that a mask selects: nobody reads those.
+    Of a private buffer, elements beyond those that a mask selects may be read and written back: no other thread is
+    using them.
     """
 
     ref: str

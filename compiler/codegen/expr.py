@@ -170,11 +170,21 @@ class ExprEmitter(AddressEmitter):
             self.b.emit(f"store {value.typed}, ptr {address}, align {kind.size}")
             return
         value = self.b.broadcast(value, self.lanes)
-        mask = None if pointer.private and self._fits(buffer, position) else self.mask
+        mask = self.mask
+        if mask is not None and pointer.private and self._fits(buffer, position):
+            # Nobody else looks: writing back what the other lanes hold is cheaper than a masked store.
+            value = self.b.select(mask, value, self._load_unmasked(pointer, kind.memory, kind.size, position))
+            mask = None
         if split[1] == 1:
             self._store_lanes(pointer, kind.memory, kind.size, split[0], value, mask)
         else:
             self._scatter(pointer, kind.memory, kind.size, position, value, mask)
+
+    def _load_unmasked(self, pointer: Pointer, memory: str, size: int, position: Linear) -> Value:
+        split = position.split_lane()
+        if split is not None and split[1] == 1:
+            return self._load_lanes(pointer, memory, size, split[0], None)
+        return self._gather(pointer, memory, size, position, None)
 
     def _store_lanes(
         self, pointer: Pointer, memory: str, size: int, base: Linear, value: Value, mask: Value | None

@@ -144,7 +144,7 @@ class ParallelEmitter(ExprEmitter):
                 inner.env[var] = form
         params = [f"{f.type}{' noalias' if f.type == 'ptr' else ''} %arg.c{i}" for i, f in enumerate(fields)]
         for number, buffer in enumerate(buffers):
-            inner.pointers[buffer] = self.pointers[buffer]._replace(ref=f"%arg.c{number}")
+            inner.pointers[buffer] = self.pointers[buffer]._replace(ref=f"%arg.c{number}", private=False)
         inner.frame = f"%arg.c{len(buffers)}"
         if self.workspace_pointer:
             inner.workspace_pointer = f"%arg.c{len(buffers) + 1}"

@@ -393,6 +393,43 @@ def test_a_buffer_inside_a_parallel_loop_is_each_threads_own(kernels: KernelCach
     np.testing.assert_array_equal(got, (data + 1)[:, ::-1])
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("combine", [te.sum, te.prod, te.max, te.min], ids=lambda combine: combine.__name__)
+def test_lanes_that_a_mask_leaves_out_keep_what_they_hold(kernels: KernelCache, target: str, combine: Any) -> None:
+    """Partial results of a reduction, one in each lane: the last vector is not full, and all lanes are read after."""
+    x, k = te.placeholder((4, 13), "float32", "x"), te.reduce_axis(13, "k")
+    func = te.create_prim_func([x, te.compute((4,), lambda i: combine(x[i, k], k), name="y")], "f")
+    for scope in ("global", "local", "register"):
+        sch = Schedule(func)
+        block = sch.get_block("y")
+        _, lane = sch.split(sch.get_loops(block)[-1], [None, 8])
+        parts = sch.rfactor(block, lane)
+        sch.set_scope(parts, scope)
+        sch.vectorize(sch.get_loops(parts)[-1])
+        for sign in (-1.0, 1.0):
+            data = [(sign * np.linspace(1, 3, 52)).astype("f").reshape(4, 13)]
+            check(sch.func, data, target, kernels, reference=func)
+
+
+def test_lanes_beyond_a_row_are_another_threads(kernels: KernelCache) -> None:
+    """An array that parallel iterations fill together: a vector's idle lanes lie in the next row."""
+    x = te.placeholder((64, 13), "float32", "x")
+    y = te.compute((64, 13), lambda i, j: x[i, j] * 2.0, name="y")
+    z = te.compute((64, 13), lambda i, j: y[i, j] + y[63 - i, 12 - j], name="z")
+    sch = Schedule(te.create_prim_func([x, z], "f"))
+    row, column = sch.get_loops(sch.get_block("y"))
+    _, lane = sch.split(column, [None, 8])
+    sch.vectorize(lane)
+    sch.parallel(row)
+    text = emit_kernel(sch.func, parse("native"), "f").ir
+    body = text[text.index(".body(") :]
+    assert "masked.store" in body or "masked.scatter" in body
+    data = np.arange(64 * 13, dtype="f").reshape(64, 13)
+    with opened(as_scheduled(sch.func, "native", kernels), threads=2) as module:
+        got = module.run({"x": data})["z"]
+    np.testing.assert_array_equal(got, (data + data[::-1, ::-1]) * 2)
+
+
 def test_gather_by_data(kernels: KernelCache) -> None:
     x, k = te.placeholder((50, 8), "float32", "x"), te.placeholder((12,), "int64", "k")
     y = te.compute((12, 8), lambda i, j: x[k[i], j], name="y")

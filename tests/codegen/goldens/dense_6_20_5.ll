@@ -7,10 +7,10 @@ entry:
   %buf48 = alloca [16 x float], align 32
   br label %loop1
 loop1:
-  %i3 = phi i64 [ 0, %entry ], [ %t96, %done5 ]
+  %i3 = phi i64 [ 0, %entry ], [ %t101, %done5 ]
   br label %loop4
 loop4:
-  %i6 = phi i64 [ 0, %loop1 ], [ %t94, %join9 ]
+  %i6 = phi i64 [ 0, %loop1 ], [ %t99, %join9 ]
   %t7 = icmp slt i64 %i6, 2
   br i1 %t7, label %then8, label %else10
 then8:
@@ -65,7 +65,7 @@ else10:
   store <8 x float> splat (float 0x0000000000000000), ptr %t49, align 32
   br label %loop50
 loop50:
-  %i52 = phi i64 [ 0, %else10 ], [ %t79, %loop50 ]
+  %i52 = phi i64 [ 0, %else10 ], [ %t84, %loop50 ]
   %t53 = mul nsw i64 %i6, 8
   %t54 = insertelement <8 x i64> poison, i64 %t53, i64 0
   %t55 = shufflevector <8 x i64> %t54, <8 x i64> poison, <8 x i32> zeroinitializer
@@ -83,45 +83,50 @@ loop50:
   %t67 = insertelement <8 x float> poison, float %t61, i64 0
   %t68 = shufflevector <8 x float> %t67, <8 x float> poison, <8 x i32> zeroinitializer
   %t69 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t68, <8 x float> %t65, <8 x float> %t66)
-  store <8 x float> %t69, ptr %buf48, align 32
-  %t70 = getelementptr inbounds float, ptr %t60, i64 5
-  %t71 = load float, ptr %t70, align 4
-  %t72 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t64, <8 x i1> %t57, <8 x float> zeroinitializer)
-  %t73 = getelementptr inbounds float, ptr %buf48, i64 8
-  %t74 = load <8 x float>, ptr %t73, align 32
-  %t75 = insertelement <8 x float> poison, float %t71, i64 0
-  %t76 = shufflevector <8 x float> %t75, <8 x float> poison, <8 x i32> zeroinitializer
-  %t77 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t76, <8 x float> %t72, <8 x float> %t74)
-  %t78 = getelementptr inbounds float, ptr %buf48, i64 8
-  store <8 x float> %t77, ptr %t78, align 32
-  %t79 = add nuw nsw i64 %i52, 1
-  %t80 = icmp slt i64 %t79, 5
-  br i1 %t80, label %loop50, label %done51
+  %t70 = load <8 x float>, ptr %buf48, align 32
+  %t71 = select <8 x i1> %t57, <8 x float> %t69, <8 x float> %t70
+  store <8 x float> %t71, ptr %buf48, align 32
+  %t72 = getelementptr inbounds float, ptr %t60, i64 5
+  %t73 = load float, ptr %t72, align 4
+  %t74 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t64, <8 x i1> %t57, <8 x float> zeroinitializer)
+  %t75 = getelementptr inbounds float, ptr %buf48, i64 8
+  %t76 = load <8 x float>, ptr %t75, align 32
+  %t77 = insertelement <8 x float> poison, float %t73, i64 0
+  %t78 = shufflevector <8 x float> %t77, <8 x float> poison, <8 x i32> zeroinitializer
+  %t79 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t78, <8 x float> %t74, <8 x float> %t76)
+  %t80 = getelementptr inbounds float, ptr %buf48, i64 8
+  %t81 = load <8 x float>, ptr %t80, align 32
+  %t82 = select <8 x i1> %t57, <8 x float> %t79, <8 x float> %t81
+  %t83 = getelementptr inbounds float, ptr %buf48, i64 8
+  store <8 x float> %t82, ptr %t83, align 32
+  %t84 = add nuw nsw i64 %i52, 1
+  %t85 = icmp slt i64 %t84, 5
+  br i1 %t85, label %loop50, label %done51
 done51:
-  %t81 = mul nsw i64 %i6, 8
-  %t82 = insertelement <8 x i64> poison, i64 %t81, i64 0
-  %t83 = shufflevector <8 x i64> %t82, <8 x i64> poison, <8 x i32> zeroinitializer
-  %t84 = add <8 x i64> %t83, <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>
-  %t85 = icmp slt <8 x i64> %t84, splat (i64 20)
-  %t86 = load <8 x float>, ptr %buf48, align 32
-  %t87 = mul nsw i64 %i3, 40
-  %t88 = mul nsw i64 %i6, 8
-  %t89 = add nsw i64 %t87, %t88
-  %t90 = getelementptr inbounds float, ptr %arg2, i64 %t89
-  call void @llvm.masked.store.v8f32.p0(<8 x float> %t86, ptr align 4 %t90, <8 x i1> %t85)
-  %t91 = getelementptr inbounds float, ptr %buf48, i64 8
-  %t92 = load <8 x float>, ptr %t91, align 32
-  %t93 = getelementptr inbounds float, ptr %t90, i64 20
-  call void @llvm.masked.store.v8f32.p0(<8 x float> %t92, ptr align 4 %t93, <8 x i1> %t85)
+  %t86 = mul nsw i64 %i6, 8
+  %t87 = insertelement <8 x i64> poison, i64 %t86, i64 0
+  %t88 = shufflevector <8 x i64> %t87, <8 x i64> poison, <8 x i32> zeroinitializer
+  %t89 = add <8 x i64> %t88, <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>
+  %t90 = icmp slt <8 x i64> %t89, splat (i64 20)
+  %t91 = load <8 x float>, ptr %buf48, align 32
+  %t92 = mul nsw i64 %i3, 40
+  %t93 = mul nsw i64 %i6, 8
+  %t94 = add nsw i64 %t92, %t93
+  %t95 = getelementptr inbounds float, ptr %arg2, i64 %t94
+  call void @llvm.masked.store.v8f32.p0(<8 x float> %t91, ptr align 4 %t95, <8 x i1> %t90)
+  %t96 = getelementptr inbounds float, ptr %buf48, i64 8
+  %t97 = load <8 x float>, ptr %t96, align 32
+  %t98 = getelementptr inbounds float, ptr %t95, i64 20
+  call void @llvm.masked.store.v8f32.p0(<8 x float> %t97, ptr align 4 %t98, <8 x i1> %t90)
   br label %join9
 join9:
-  %t94 = add nuw nsw i64 %i6, 1
-  %t95 = icmp slt i64 %t94, 3
-  br i1 %t95, label %loop4, label %done5
+  %t99 = add nuw nsw i64 %i6, 1
+  %t100 = icmp slt i64 %t99, 3
+  br i1 %t100, label %loop4, label %done5
 done5:
-  %t96 = add nuw nsw i64 %i3, 1
-  %t97 = icmp slt i64 %t96, 3
-  br i1 %t97, label %loop1, label %done2
+  %t101 = add nuw nsw i64 %i3, 1
+  %t102 = icmp slt i64 %t101, 3
+  br i1 %t102, label %loop1, label %done2
 done2:
   ret i32 0
 }
