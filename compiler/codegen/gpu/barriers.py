@@ -108,18 +108,34 @@ class _Placer:
     def loop(self, loop: For, before: tuple[_Touch, ...]) -> tuple[Stmt, tuple[_Touch, ...]]:
         """Through the body twice: an iteration comes after the one before it, too.
 
-        What any iteration needs from before the loop is waited for once, in front of it.
+        What the loop needs from before is waited for once, in front of it, unless a barrier inside comes in time.
         """
-        waits = self.must_wait(before, self.touches_under(loop))
-        if waits:
-            before = ()
-        body, pending = self.place(loop.body, before)
+        body, pending = self.place(loop.body, ())
         if not (isinstance(loop.extent, Const) and loop.extent.value <= 1):
             body, pending = self.place(body, tuple(dict.fromkeys(_crossing(loop.var, each) for each in pending)))
-        if not (isinstance(loop.extent, Const) and loop.extent.value >= 1):
-            pending = (*before, *pending)  # perhaps there is no iteration at all
         new = replace(loop, body=body)
-        return seq(Barrier(), new) if waits else new, pending
+        first, waits = self.leading(new)
+        if self.must_wait(before, first):
+            return seq(Barrier(), new), pending
+        return new, pending if waits else tuple(dict.fromkeys((*before, *pending)))
+
+    def leading(self, stmt: Stmt) -> tuple[tuple[_Touch, ...], bool]:
+        """What may be touched before the first barrier inside, and whether there surely is one."""
+        match stmt:
+            case Barrier():
+                return (), True
+            case Seq(stmts=stmts):
+                found: tuple[_Touch, ...] = ()
+                for one in stmts:
+                    more, waits = self.leading(one)
+                    found += more
+                    if waits:
+                        return found, True
+                return found, False
+            case For(extent=extent, body=body):
+                found, waits = self.leading(body)
+                return found, waits and isinstance(extent, Const) and extent.value >= 1
+        return self.touches_under(stmt), False
 
     def at(
         self, stmt: Stmt, touched: tuple[_Touch, ...], pending: tuple[_Touch, ...]

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, binary, const, eq, identity, logical_and
+from kedge.compiler.tir.printer import print_expr
+from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, Stmt, Store
 from kedge.compiler.tir.updates import Update, as_update
 from kedge.compiler.tir.visitor import (
@@ -92,7 +94,8 @@ class _Lowering:
             step = For(var, const(min(reach, size - reach)), "thread", Store(tree, (*at, var), both), loop.thread)
             steps.append(step)
         total = Load(tree, (*at, zero))
-        return seq(*steps, _result(block, update, total, {loop.var, *(each.var for each in inner)}))
+        own = {each.var: over(each.extent) for each in (loop, *inner)}
+        return seq(*steps, _result(block, update, total, own))
 
 
 def _extent(loop: For) -> int:
@@ -131,27 +134,34 @@ def _check(loop: For, block: Block, update: Update | None, inner: list[For]) -> 
                 raise CodegenError(f"{where}, but block {other.name!r} inside uses {target.name!r} before it is there")
 
 
-def _result(block: Block, update: Update, total: Expr, own: set[Var]) -> Stmt:
+def _result(block: Block, update: Update, total: Expr, own: Ranges) -> Stmt:
     """The combined value put where the reduction's result belongs, once for all threads of the axis."""
     at: dict[Var, Expr] = {it.var: b for it, b in zip(block.iters, block.bindings, strict=True)}
-    first = {var: const(0) for var in own}
+    first = dict.fromkeys(own, const(0))
     started = [eq(substitute_expr(at[it.var], first), 0) for it in block.iters if it.kind == "reduce"]
     outer = any(free_vars(term) for term in started)
-    spatial = [term for term in _conjuncts(block.predicate) if not own & _loops_of(term, at)]
+    terms = [substitute_expr(term, at) for term in conjuncts(block.predicate)]
+    conditions = [_for_some(block, term, own) for term in terms if not own.keys() >= set(free_vars(term))]
     store = update.store
     place = tuple(substitute_expr(index, at) for index in store.indices)
     result: Stmt = Store(store.buffer, place, binary(update.combiner, Load(store.buffer, place), total))
     if block.init is not None:
         init = substitute(block.init, at)
         result = seq(If(logical_and(*started), init) if outer else init, result)
-    return If(substitute_expr(logical_and(*spatial), at), result) if spatial else result
+    return If(logical_and(*conditions), result) if conditions else result
 
 
-def _loops_of(term: Expr, at: dict[Var, Expr]) -> set[Var]:
-    return set(free_vars(substitute_expr(term, at)))
-
-
-def _conjuncts(condition: Expr) -> list[Expr]:
-    if isinstance(condition, Binary) and condition.op == "and":
-        return [*_conjuncts(condition.a), *_conjuncts(condition.b)]
-    return [] if isinstance(condition, Const) and condition.value else [condition]
+def _for_some(block: Block, term: Expr, own: Ranges) -> Expr:
+    """Whether `term` holds in some iteration of the loops `own`: it must in their first, if it does in any."""
+    if not own.keys() & set(free_vars(term)):
+        return term
+    simplifier, first = Simplifier(own), dict.fromkeys(own, const(0))
+    if isinstance(term, Binary) and term.op in ("lt", "le", "gt", "ge"):
+        small, large = (term.a, term.b) if term.op in ("lt", "le") else (term.b, term.a)
+        least, most = substitute_expr(small, first), substitute_expr(large, first)
+        if simplifier.prove(least <= small) and simplifier.prove(large <= most):
+            return substitute_expr(term, first)
+    raise CodegenError(
+        f"block {block.name!r} reduces over threads where {print_expr(term)}; whether any has a part cannot be told",
+        hint="bind a loop of which this condition does not depend on others",
+    )
