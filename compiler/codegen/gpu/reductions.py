@@ -10,6 +10,7 @@ the steps are put in later, as everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from kedge.compiler.errors import CodegenError
@@ -35,7 +36,7 @@ def lower_thread_reductions(stmt: Stmt) -> tuple[Stmt, tuple[Buffer, ...]]:
     Raises:
         CodegenError: such a block combines its values in no way that is known, or its nest has another shape.
     """
-    lowering = _Lowering([])
+    lowering = _Lowering([], frozenset(each.var for each in walk_stmt(stmt) if isinstance(each, For)))
     return lowering.visit(stmt, ()), tuple(lowering.buffers)
 
 
@@ -53,6 +54,7 @@ def reducing_block(loop: For) -> Block | None:
 @dataclass(frozen=True, slots=True)
 class _Lowering:
     buffers: list[Buffer]
+    loops: frozenset[Var]
 
     def visit(self, stmt: Stmt, threads: tuple[For, ...]) -> Stmt:
         """`stmt` lowered; `threads` are the loops over threads around it."""
@@ -95,7 +97,7 @@ class _Lowering:
             steps.append(step)
         total = Load(tree, (*at, zero))
         own = {each.var: over(each.extent) for each in (loop, *inner)}
-        return seq(*steps, _result(block, update, total, own))
+        return seq(*steps, _result(block, update, total, own, self.loops - own.keys()))
 
 
 def _extent(loop: For) -> int:
@@ -134,14 +136,17 @@ def _check(loop: For, block: Block, update: Update | None, inner: list[For]) -> 
                 raise CodegenError(f"{where}, but block {other.name!r} inside uses {target.name!r} before it is there")
 
 
-def _result(block: Block, update: Update, total: Expr, own: Ranges) -> Stmt:
-    """The combined value put where the reduction's result belongs, once for all threads of the axis."""
+def _result(block: Block, update: Update, total: Expr, own: Ranges, outside: Collection[Var]) -> Stmt:
+    """The combined value put where the reduction's result belongs, once for all threads of the axis.
+
+    A reduction over nothing, where a dim is 0, gives what it is initialised with.
+    """
     at: dict[Var, Expr] = {it.var: b for it, b in zip(block.iters, block.bindings, strict=True)}
     first = dict.fromkeys(own, const(0))
     started = [eq(substitute_expr(at[it.var], first), 0) for it in block.iters if it.kind == "reduce"]
     outer = any(free_vars(term) for term in started)
     terms = [substitute_expr(term, at) for term in conjuncts(block.predicate)]
-    conditions = [_for_some(block, term, own) for term in terms if not own.keys() >= set(free_vars(term))]
+    conditions = [some for term in terms if (some := _for_some(block, term, own, outside)) is not None]
     store = update.store
     place = tuple(substitute_expr(index, at) for index in store.indices)
     result: Stmt = Store(store.buffer, place, binary(update.combiner, Load(store.buffer, place), total))
@@ -151,10 +156,16 @@ def _result(block: Block, update: Update, total: Expr, own: Ranges) -> Stmt:
     return If(logical_and(*conditions), result) if conditions else result
 
 
-def _for_some(block: Block, term: Expr, own: Ranges) -> Expr:
-    """Whether `term` holds in some iteration of the loops `own`: it must in their first, if it does in any."""
-    if not own.keys() & set(free_vars(term)):
+def _for_some(block: Block, term: Expr, own: Ranges, outside: Collection[Var]) -> Expr | None:
+    """Whether `term` holds in some iteration of the loops `own`, in terms of loops `outside`; None if of none of them.
+
+    It must hold in the first iteration, if it does in any.
+    """
+    used = set(free_vars(term))
+    if not own.keys() & used:
         return term
+    if not used & set(outside):
+        return None
     simplifier, first = Simplifier(own), dict.fromkeys(own, const(0))
     if isinstance(term, Binary) and term.op in ("lt", "le", "gt", "ge"):
         small, large = (term.a, term.b) if term.op in ("lt", "le") else (term.b, term.a)
