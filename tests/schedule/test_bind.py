@@ -191,7 +191,7 @@ def test_a_loop_outside_starts_the_kernel_again() -> None:
     before = sch.func
     sch.bind(loops(sch)[1], "threadIdx.x")
     (launch,) = launches(sch.func)
-    assert [var.name for var in launch.scalars] == ["i"]
+    assert [var.name for var in launch.scalars] == ["i0"]
     check(sch, before)
 
 
@@ -316,11 +316,9 @@ def test_two_axes_of_one_reduction() -> None:
 
 def test_a_result_in_private_memory() -> None:
     sch = sums()
-    i, k = loops(sch)
-    sch.cache_write(sch.get_block("y"), i, "local")
-    refused(
-        sch, loops(sch)[1], "threadIdx.x", "in local scope, each thread its own", 'set_scope(block, "shared") first'
-    )
+    sch.cache_write(sch.get_block("y"), loops(sch)[0], "local")
+    hint = 'set_scope(block, "shared") first'
+    refused(sch, loops(sch)[1], "threadIdx.x", "in local scope, each thread its own", hint)
 
 
 def test_iterations_that_need_one_another() -> None:

@@ -44,14 +44,19 @@ _TIGHTNESS = {"or": 1, "and": 2, "add": 4, "sub": 4, "mul": 5, "div": 5, "floord
 _COMPARISON, _UNARY, _ATOM = 3, 6, 7
 #: Names that a buffer or variable cannot have.
 _WORDS = frozenset(_FUNCTIONS.values()) | {
-    "auto", "bool", "break", "case", "char", "const", "constant", "continue", "default", "do", "double", "else",
+    "asm", "auto", "bool", "break", "case", "char", "const", "constant", "continue", "default", "do", "double", "else",
     "enum", "event_t", "extern", "false", "float", "for", "generic", "global", "goto", "half", "if", "image1d_t",
     "image2d_t", "image3d_t", "inline", "int", "kernel", "local", "long", "main", "NULL", "pipe", "private", "quad",
     "register", "restrict", "return", "sampler_t", "short", "signed", "size_t", "sizeof", "static", "struct",
-    "switch", "true", "typedef", "uchar", "uint", "ulong", "union", "unsigned", "ushort", "void", "volatile",
+    "switch", "true", "typedef", "typeof", "uchar", "uint", "ulong", "union", "unsigned", "ushort", "void", "volatile",
     "while", "read_only", "write_only", "read_write", "M_PI", "INFINITY", "NAN", "MAXFLOAT", "HUGE_VAL", "as_float",
-    "as_uint", "barrier", "fma", "isnan", "max", "min", "vload_half", "vstore_half_rte",
+    "as_uint", "barrier", "copysign", "fma", "fmod", "isnan", "max", "min", "vload_half", "vstore_half_rte",
 }  # fmt: skip
+
+#: Beginnings of names that the language or this file keeps for itself, and its vector types.
+_RESERVED = re.compile(
+    r"[^A-Za-z]|(get|kedge|as|convert|cl|CL|HAVE)_|vload|vstore|M_|__|(u?(char|short|int|long)|float|double|half)\d+$"
+)
 
 _HELPERS = {
     "kedge_max": "{v} kedge_max_{s}({v} a, {v} b) {{ return isnan(a) ? a : a > b ? a : b; }}",
@@ -70,8 +75,35 @@ _HELPERS = {
         "  {v} r = {wrap0}a % b;\n"
         "  return r != 0 && (r < 0) != (b < 0) ? r + b : r;\n}}"
     ),
+    "kedge_floor_div": (
+        "{v} kedge_floor_div_{s}({v} a, {v} b) {{\n"
+        "  if (b == 0) return a / b;\n"
+        "  {v} r = fmod(a, b), q = (a - r) / b;\n"
+        "  if (r != 0 && (r < 0) != (b < 0)) q -= 1;\n"
+        "  if (q == 0) return copysign(({v})0, a / b);\n"
+        "  {v} whole = floor(q);\n"
+        "  return q - whole > ({v})0.5f ? whole + 1 : whole;\n}}"
+    ),
+    "kedge_floor_mod": (
+        "{v} kedge_floor_mod_{s}({v} a, {v} b) {{\n"
+        "  {v} r = fmod(a, b);\n"
+        "  if (r == 0) return copysign(({v})0, b);\n"
+        "  return (r < 0) != (b < 0) ? r + b : r;\n}}"
+    ),
+    "kedge_pow": (
+        "{v} kedge_pow_{s}({v} a, {v} b) {{\n"
+        "  if (b < 0) return a == 1 || a == -1 ? (b & 1 ? a : 1) : 0;\n"
+        "  {u} power = 1, square = a, left = b;\n"
+        "  for (; left != 0; left >>= 1, square *= square)\n"
+        "    if (left & 1) power *= square;\n"
+        "  return power;\n}}"
+    ),
     "kedge_to_half": (
         "float kedge_to_half(float x) {{\n"
+        "  ushort bits;\n  vstore_half_rte(x, 0, (half *)&bits);\n  return vload_half(0, (const half *)&bits);\n}}"
+    ),
+    "kedge_double_to_half": (  # not through float, which would round twice
+        "float kedge_double_to_half(double x) {{\n"
         "  ushort bits;\n  vstore_half_rte(x, 0, (half *)&bits);\n  return vload_half(0, (const half *)&bits);\n}}"
     ),
     "kedge_to_bf16": (
@@ -185,13 +217,13 @@ class _Kernel:
     def name(self, what: object, wanted: str) -> str:
         """A name of its own for a buffer or variable."""
         if what not in self.names:
-            base = re.sub(r"\W", "_", wanted)
-            base = base if re.match(r"[A-Za-z]", base) else f"v{base}"
+            base = re.sub(r"\W", "_", wanted, flags=re.ASCII)
+            base = f"v_{base}" if _RESERVED.match(base) else base
             name, count = base, 0
-            while name in self.taken or name.startswith(("get_", "kedge_")):
+            while not self.taken.isdisjoint(parts := {name, f"{name}_base", f"{name}_offset"}):
                 count += 1
                 name = f"{base}_{count}"
-            self.taken |= {name, f"{name}_base", f"{name}_offset"}
+            self.taken |= parts
             self.names[what] = name
         return self.names[what]
 
@@ -251,7 +283,8 @@ class _Kernel:
             signed = dtype.startswith("int")
             wrap = f"b == -1 ? ({kind})(0 - ({_UNSIGNED.get(dtype, kind)})a) : " if signed else ""
             full = f"{name}_{kind}"
-            text = _HELPERS[name].format(v=kind, s=kind, wrap=wrap, wrap0="b == -1 ? 0 : " if signed else "")
+            wide = "ulong" if kind.endswith("long") else "uint"  # products of smaller types could overflow int
+            text = _HELPERS[name].format(v=kind, s=kind, u=wide, wrap=wrap, wrap0="b == -1 ? 0 : " if signed else "")
         self.helpers.setdefault(full, text)
         return full
 
@@ -327,9 +360,10 @@ class _Kernel:
                 _ATOM,
             )
         if op in ("floordiv", "floormod"):
-            a, b = self.operand(expr.a, True, _UNARY), self.operand(expr.b, True, _UNARY)
-            whole = f"floor({a} / {b})"
-            return (whole, _ATOM) if op == "floordiv" else (f"{a} - {whole} * {b}", _TIGHTNESS["sub"])
+            name = self.helper("kedge_floor_div" if op == "floordiv" else "kedge_floor_mod", wide)
+            return f"{name}({self.expr(expr.a, data=True)}, {self.expr(expr.b, data=True)})", _ATOM
+        if op == "truncmod":
+            return f"fmod({self.expr(expr.a, data=True)}, {self.expr(expr.b, data=True)})", _ATOM
         if op in ("add", "sub"):
             fused = self.multiply_add(expr)
             if fused is not None:
@@ -385,6 +419,8 @@ class _Kernel:
         inner = self.operand(value, True, _UNARY)
         if dtype == "bool":
             return f"{inner} != 0", _COMPARISON
+        if dtype == "float16" and source == "float64":
+            return f"{self.helper('kedge_double_to_half')}({self.expr(value, data=True)})", _ATOM
         if dtype == "float16":
             return f"{self.helper('kedge_to_half')}((float){inner})", _ATOM
         if dtype == "bfloat16":
@@ -402,7 +438,7 @@ class _Kernel:
         if expr.name == "isnan":
             return f"isnan({args[0]})" if dtype in _FLOATS else "0"
         if dtype not in _FLOATS:
-            return self.integer_call(expr, args[0])
+            return self.integer_call(expr, args)
         if expr.name == "sigmoid":
             one = "1.0" if dtype == "float64" else "1.0f"
             return self.rounded(f"{one} / ({one} + exp(-({args[0]})))", dtype, wrap=True)
@@ -417,8 +453,10 @@ class _Kernel:
             return f"{self.helper('kedge_from_bf16')}({self.helper('kedge_to_bf16')}({text}))"
         return f"({text})" if wrap else text
 
-    def integer_call(self, expr: Call, arg: str) -> str:
-        dtype = expr.args[0].dtype
+    def integer_call(self, expr: Call, args: Sequence[str]) -> str:
+        dtype, arg = expr.args[0].dtype, args[0]
+        if expr.name == "pow":
+            return f"{self.helper('kedge_pow', dtype)}({', '.join(args)})"
         if expr.name == "abs":
             return f"({_value(dtype)})abs({arg})"
         if expr.name in ("floor", "ceil", "round"):
