@@ -9,7 +9,7 @@ the nearest there are.
 
 from __future__ import annotations
 
-from kedge.compiler.codegen import mathlib
+from kedge.compiler.codegen import mathlib, modulus
 from kedge.compiler.codegen.builder import FunctionBuilder, Value
 from kedge.compiler.codegen.types import ScalarType, scalar_type
 from kedge.compiler.dtypes import HALVES
@@ -49,10 +49,11 @@ def _float(b: FunctionBuilder, op: str, x: Value, y: Value) -> Value:
     names = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
     if op in names:
         return b.op(names[op], x, y)
-    quotient = b.op("fdiv", x, y)
-    if op in ("floordiv", "floormod"):
-        whole = mathlib.apply(b, "floor", [quotient])
-        return whole if op == "floordiv" else b.op("fsub", x, b.op("fmul", whole, y))
+    if op in ("floordiv", "floormod", "truncmod"):
+        rest = mathlib.apply(b, "fmod", [x, y])
+        if op == "truncmod":
+            return rest
+        return modulus.floor_mod(b, y, rest) if op == "floormod" else modulus.floor_div(b, x, y, rest)
     raise CodegenError(f"operator {op!r} is not defined for floats")
 
 
@@ -226,10 +227,24 @@ def cast(b: FunctionBuilder, value: Value, source: str, target: str) -> Value:
 def _float_to_float(b: FunctionBuilder, value: Value, target: str) -> Value:
     wanted = value_type(target)
     if value.type == "double" and wanted == "float":
-        value = b.convert("fptrunc", value, "float")
+        value = _round_to_odd(b, value) if target == "float16" else b.convert("fptrunc", value, "float")
     elif value.type == "float" and wanted == "double":
         value = b.convert("fpext", value, "double")
     return rounded(b, value, target)
+
+
+def _round_to_odd(b: FunctionBuilder, value: Value) -> Value:
+    """A double as the float towards 0 from it, the last bit set where digits were lost.
+
+    Rounding that to fewer digits gives what rounding the double would: S. Boldo, G. Melquiond, "Emulation of a FMA and
+    correctly rounded sums: proved algorithms using rounding to odd", IEEE Transactions on Computers 57 (2008).
+    """
+    near = b.convert("fptrunc", value, "float")
+    back = b.convert("fpext", near, "double")
+    bits = b.convert("bitcast", near, "i32")
+    up = b.compare("fcmp ogt", b.intrinsic("llvm.fabs", back), b.intrinsic("llvm.fabs", value))
+    lost = b.convert("zext", b.compare("fcmp one", back, value), "i32")
+    return b.convert("bitcast", b.op("or", b.op("sub", bits, b.convert("zext", up, "i32")), lost), "float")
 
 
 def rounded(b: FunctionBuilder, value: Value, dtype: str) -> Value:

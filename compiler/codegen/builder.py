@@ -7,7 +7,7 @@ Operands of different lane counts are broadcast, so that scalar and vector code 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from kedge.compiler.codegen.types import literal
 from kedge.compiler.target.model import Target
@@ -42,6 +42,8 @@ def const_value(value: int | float | bool, llvm: str, lanes: int = 1) -> Value:
     return Value(text if lanes == 1 else f"splat ({llvm} {text})", llvm, lanes)
 
 
+#: Where the code of a helper goes.
+Placing: TypeAlias = Literal["alwaysinline", "noinline", "noinline cold"]
 Helper = Callable[["FunctionBuilder", Sequence[Value]], Value]
 
 
@@ -73,8 +75,10 @@ class ModuleBuilder:
             self._helpers[name] = None
             self.add(text)
 
-    def helper(self, name: str, result: Value, params: Sequence[Value], build: Helper) -> None:
-        """Define the internal, always inlined function `name` unless it exists."""
+    def helper(
+        self, name: str, result: Value, params: Sequence[Value], build: Helper, *, placing: Placing = "alwaysinline"
+    ) -> None:
+        """Define the internal function `name` unless it exists: inlined, called, or called where it is rare."""
         if name in self._helpers:
             return
         self._helpers[name] = None
@@ -83,7 +87,7 @@ class ModuleBuilder:
         out = function.broadcast(build(function, args), result.lanes)
         function.emit(f"ret {out.typed}")
         head = f"define internal {result.full} @{name}({', '.join(a.typed for a in args)})"
-        self.add(function.finish(f"{head} alwaysinline {self.attributes}"))
+        self.add(function.finish(f"{head} {placing} {self.attributes}"))
 
     @property
     def attributes(self) -> str:

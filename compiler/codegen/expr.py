@@ -12,10 +12,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kedge.compiler.codegen import arith, mathlib
+from kedge.compiler.codegen import arith, mathlib, power
 from kedge.compiler.codegen.address import AddressEmitter, NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import Interval, Linear
 from kedge.compiler.codegen.builder import Value
+from kedge.compiler.codegen.floats import any_lane
 from kedge.compiler.codegen.types import scalar_type
 from kedge.compiler.dtypes import HALVES
 from kedge.compiler.errors import CodegenError
@@ -105,7 +106,7 @@ class ExprEmitter(AddressEmitter):
 
         if self.mask is None or self._in_bounds(load) or (pointer.private and self._fits(load.buffer, position)):
             return emit()
-        return self.guarded(self.any_lane(self.mask), emit, lambda: self.b.const(0, memory))
+        return self.guarded(any_lane(self.b, self.mask), emit, lambda: self.b.const(0, memory))
 
     def _fits(self, buffer: Buffer, position: Linear) -> bool:
         """Whether the access stays inside the buffer's memory in every lane."""
@@ -286,6 +287,8 @@ class ExprEmitter(AddressEmitter):
             return self.b.compare("fcmp uno", args[0], args[0])
         if kind.is_float:
             return arith.rounded(self.b, mathlib.apply(self.b, expr.name, args), dtype)
+        if expr.name == "pow":
+            return power.integer_power(self.b, args[0], args[1], signed=kind.signed)
         if expr.name == "abs":
             if not kind.signed:
                 return args[0]
@@ -330,14 +333,6 @@ class ExprEmitter(AddressEmitter):
                 yield
         finally:
             self.mask = outer
-
-    def any_lane(self, mask: Value) -> Value:
-        """Whether some lane is on."""
-        if mask.lanes == 1:
-            return mask
-        name = f"llvm.vector.reduce.or.v{mask.lanes}i1"
-        self.b.module.declare(name, f"i1 @({mask.full})")
-        return self.b.result(f"call i1 @{name}({mask.typed})", "i1")
 
     def guarded(self, condition: Value, then: _Emit, otherwise: _Emit) -> Value:
         """`then()` where the scalar `condition` holds, else `otherwise()`; only one of them runs."""

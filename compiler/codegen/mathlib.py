@@ -25,40 +25,45 @@ import math
 from collections.abc import Callable, Sequence
 
 from kedge.compiler.codegen.builder import FunctionBuilder, Value
+from kedge.compiler.codegen.floats import (
+    EXP64,
+    MAGIC32,
+    MAGIC64,
+    MAGIC_BITS32,
+    MAGIC_BITS64,
+    bits_of,
+    clamp,
+    hex_floats,
+    is_single,
+    polynomial,
+    round_to,
+    scale,
+    suffix,
+)
+from kedge.compiler.codegen.modulus import fmod
+from kedge.compiler.codegen.power import power_of_magnitude
+from kedge.compiler.codegen.trig import sine
 from kedge.compiler.errors import CodegenError
 
 _LOG2E = 1 / math.log(2)
 # ln 2 in two parts; the first has so few bits that its product with any exponent is exact.
 _LN2_HI32, _LN2_LO32 = 0.693359375, -2.1219444000546905827679e-4
 _LN2_HI64, _LN2_LO64 = float.fromhex("0x1.62e42fee00000p-1"), float.fromhex("0x1.a39ef35793c76p-33")
-# 1.5 * 2**(mantissa bits): adding it leaves the nearest integer in the low bits.
-_MAGIC32, _MAGIC64 = 12582912.0, 6755399441055744.0
-
-
-def _hex(*texts: str) -> tuple[float, ...]:
-    return tuple(float.fromhex(text) for text in texts)
-
-
 # (exp(r) - 1 - r) / r**2 on |r| <= ln(2)/2
 _EXP32 = (0.5, 0.1666666716337204, 0.041666269302368164, 0.008333263918757439, 0.0013946073595434427,
           0.0001991838653339073)  # fmt: skip
-_EXP64 = _hex(
-    "0x1.0000000000000p-1", "0x1.555555555555cp-3", "0x1.555555555555ep-5", "0x1.111111110ebb3p-7",
-    "0x1.6c16c16c1356dp-10", "0x1.a01a01b3bb28bp-13", "0x1.a01a01b45b681p-16", "0x1.71ddef93c07bap-19",
-    "0x1.27e4bf27a0c4dp-22", "0x1.af6ccce62bc25p-26", "0x1.1f9df968f2d70p-29",
-)  # fmt: skip
 # (log(1 + f) - f) / f**2 on |f| <= 1/3
 _LOG32 = (-0.5, 0.3333320915699005, -0.24999506771564484, 0.20010770857334137, -0.1668950468301773,
           0.14000825583934784, -0.12078144401311874, 0.14006225764751434, -0.13311763107776642)  # fmt: skip
 # (log((1 + s) / (1 - s)) - 2 s) / s**3 in s**2 on s <= 0.2
-_LOG64 = _hex(
+_LOG64 = hex_floats(
     "0x1.555555555554fp-1", "0x1.999999999c0f7p-2", "0x1.24924921ec0cbp-2", "0x1.c71c7488d99a2p-3",
     "0x1.745c4c7ac0f5ap-3", "0x1.3b358bb3a3829p-3", "0x1.0dcf136727c05p-3", "0x1.1b69eebf6d341p-3",
 )  # fmt: skip
 # (tanh(x) - x) / x**3 in x**2 on |x| <= 0.625 and 0.3
 _TANH32 = (-0.3333328366279602, 0.13331490755081177, -0.05374349653720856, 0.02065058797597885,
            -0.005717045161873102)  # fmt: skip
-_TANH64 = _hex(
+_TANH64 = hex_floats(
     "-0x1.5555555555555p-2", "0x1.1111111111090p-3", "-0x1.ba1ba1ba08479p-5", "0x1.664f487753467p-6",
     "-0x1.226e318bf7b26p-7", "0x1.d6d244ebd9469p-9", "-0x1.7d71df6d0830dp-10", "0x1.319658164e3bbp-11",
     "-0x1.a3718e2551d9ep-13",
@@ -66,7 +71,7 @@ _TANH64 = _hex(
 # erf(x) / x in x**2 on |x| <= 1
 _ERF32 = (1.1283791065216064, -0.3761262595653534, 0.11283600330352783, -0.026854444295167923, 0.005189535673707724,
           -0.0008020842215046287, 7.889122935011983e-05)  # fmt: skip
-_ERF64 = _hex(
+_ERF64 = hex_floats(
     "0x1.20dd750429b6dp+0", "-0x1.812746b0379e7p-2", "0x1.ce2f21a042bdep-4", "-0x1.b82ce312889c2p-6",
     "0x1.565bcd0e65195p-8", "-0x1.c02db3fef01d6p-11", "0x1.f9a326c2d9822p-14", "-0x1.f4d2562a1b010p-17",
     "0x1.b9e6518e61290p-20", "-0x1.5f6d9cc1c31e4p-23", "0x1.fc43f063b4a42p-27", "-0x1.4e635b40a397fp-30",
@@ -76,23 +81,12 @@ _ERF64 = _hex(
 _ERFC32 = (0.00018803564307745546, -1.1295783519744873, -0.6332199573516846, -0.1084185391664505, 0.025208234786987305,
            -0.0042045540176332, 0.0004413348506204784, -2.1686726540792733e-05)  # fmt: skip
 # log(erfc(x)) + x**2 in v = (24 / (1 + x/2) - 11) / 5 on 1 <= x <= 6, weighted by erfc
-_ERFC64 = _hex(
+_ERFC64 = hex_floats(
     "-0x1.81f567d80cb72p+0", "0x1.76568bc9785a4p-1", "-0x1.7d77068c88c00p-4", "0x1.cdea5d48e8160p-6",
     "-0x1.6adbb8e26a1bfp-7", "0x1.0498230d9e1cep-8", "-0x1.7d23831869decp-10", "0x1.29e79436f4ce1p-11",
     "-0x1.df463660d6bf7p-13", "0x1.8446fe42c8d31p-14", "-0x1.3c0f423ef6fe6p-15", "0x1.f14edfc3d0aaep-17",
     "-0x1.515bfd1395292p-18", "0x1.452b5cbc6395fp-20", "-0x1.395318ec5c32dp-23",
 )  # fmt: skip
-# (sin(x) - x) / x**3 and (cos(x) - 1 + x**2/2) / x**4 in x**2 on |x| <= pi/4
-_SIN = _hex(
-    "-0x1.5555555555549p-3", "0x1.111111110f87ap-7", "-0x1.a01a019c1198fp-13", "0x1.71de3577b64acp-19",
-    "-0x1.ae5e663a5660cp-26", "0x1.5d9300ecbf8a2p-33",
-)  # fmt: skip
-_COS = _hex(
-    "0x1.555555555554cp-5", "-0x1.6c16c16c1517ep-10", "0x1.a01a019cb1bd9p-16", "-0x1.27e4f809f08abp-22",
-    "0x1.1ee9ebe91f19fp-29", "-0x1.8fae9c6fbdaddp-37",
-)  # fmt: skip
-# pi/2 in three parts: two of 33 bits, whose products with the quadrant are exact, and the rest.
-_PIO2 = _hex("0x1.921fb54400000p+0", "0x1.0b4611a600000p-34", "0x1.3198a2e037073p-69")
 
 
 def apply(b: FunctionBuilder, name: str, args: Sequence[Value]) -> Value:
@@ -105,32 +99,9 @@ def apply(b: FunctionBuilder, name: str, args: Sequence[Value]) -> Value:
     lanes = max(arg.lanes for arg in args)
     params = [b.broadcast(arg, lanes) for arg in args]
     result = params[0]
-    width = "" if lanes == 1 else f"v{lanes}"
-    helper = f"kedge.{name}.{width}{'f32' if result.type == 'float' else 'f64'}"
-    b.module.helper(helper, result, params, build)
+    helper = f"kedge.{name}.{suffix(result)}"
+    b.module.helper(helper, result, params, build, placing="noinline" if name in _CALLED else "alwaysinline")
     return b.call(helper, result, params)
-
-
-def polynomial(b: FunctionBuilder, x: Value, coefficients: Sequence[float]) -> Value:
-    """The polynomial with `coefficients` (constant first) at `x`, by Horner's rule."""
-    result = b.const(coefficients[-1], x)
-    for c in reversed(coefficients[:-1]):
-        result = b.mul_add(result, x, b.const(c, x))
-    return result
-
-
-def _is32(x: Value) -> bool:
-    return x.type == "float"
-
-
-def _int(x: Value) -> str:
-    return "i32" if _is32(x) else "i64"
-
-
-def _clamp(b: FunctionBuilder, x: Value, low: float, high: float) -> Value:
-    """`x` held in [low, high]; NaN passes."""
-    x = b.select(b.compare("fcmp ogt", x, b.const(high, x)), b.const(high, x), x)
-    return b.select(b.compare("fcmp olt", x, b.const(low, x)), b.const(low, x), x)
 
 
 def _abs(b: FunctionBuilder, args: Sequence[Value]) -> Value:
@@ -145,42 +116,31 @@ def _rsqrt(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     return b.op("fdiv", b.const(1.0, args[0]), _sqrt(b, args))
 
 
-def _scale(b: FunctionBuilder, p: Value, k: Value) -> Value:
-    """`p * 2**k` for |k| up to twice the exponent range: in two steps, so that only the last one rounds."""
-    bias, shift = (127, 23) if _is32(p) else (1023, 52)
-    half = b.op("ashr", k, b.const(1, k))
-    for part in (half, b.op("sub", k, half)):
-        power = b.op("shl", b.op("add", part, b.const(bias, k)), b.const(shift, k))
-        p = b.op("fmul", p, b.convert("bitcast", power, p.type))
-    return p
-
-
 def _exp(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     """x = n ln 2 + r; exp(x) = 2**n (1 + r + r**2 q(r))."""
     x = args[0]
-    single = _is32(x)
-    low, high, magic = (-104.0, 89.0, _MAGIC32) if single else (-746.0, 710.0, _MAGIC64)
+    single = is_single(x)
+    low, high, magic = (-104.0, 89.0, MAGIC32) if single else (-746.0, 710.0, MAGIC64)
     hi, lo = (_LN2_HI32, _LN2_LO32) if single else (_LN2_HI64, _LN2_LO64)
-    x = _clamp(b, x, low, high)
+    x = clamp(b, x, low, high)
     shifted = b.mul_add(x, b.const(_LOG2E, x), b.const(magic, x))
     n = b.op("fsub", shifted, b.const(magic, x))
     r = b.mul_add(n, b.const(-hi, x), x)
     r = b.mul_add(n, b.const(-lo, x), r)
-    q = polynomial(b, r, _EXP32 if single else _EXP64)
+    q = polynomial(b, r, _EXP32 if single else EXP64)
     p = b.op("fadd", b.mul_add(b.op("fmul", r, r), q, r), b.const(1.0, x))
-    bits = b.convert("bitcast", shifted, _int(x))
-    base = 0x4B400000 if single else 0x4338000000000000
-    return _scale(b, p, b.op("sub", bits, b.const(base, bits)))
+    bits = bits_of(b, shifted)
+    return scale(b, p, b.op("sub", bits, b.const(MAGIC_BITS32 if single else MAGIC_BITS64, bits)))
 
 
 def _log(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     """x = 2**e (1 + f) with 1 + f in [2/3, 4/3); log(x) = e ln 2 + log(1 + f)."""
     x = args[0]
-    single = _is32(x)
+    single = is_single(x)
     smallest, up, digits = (2.0**-126, 2.0**23, 23) if single else (2.0**-1022, 2.0**52, 52)
     tiny = b.compare("fcmp olt", x, b.const(smallest, x))
     scaled = b.select(tiny, b.op("fmul", x, b.const(up, x)), x)
-    bits = b.convert("bitcast", scaled, _int(x))
+    bits = bits_of(b, scaled)
     two_thirds = 0x3F2AAAAB if single else 0x3FE5555555555555
     e = b.op("ashr", b.op("sub", bits, b.const(two_thirds, bits)), b.const(digits, bits))
     mantissa = b.op("sub", bits, b.op("shl", e, b.const(digits, bits)))
@@ -215,7 +175,7 @@ def _log1p_reduced64(b: FunctionBuilder, f: Value, e: Value) -> Value:
 def _tanh(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     """An odd polynomial near 0, else 1 - 2 / (exp(2 |x|) + 1)."""
     x = args[0]
-    single = _is32(x)
+    single = is_single(x)
     a = b.intrinsic("llvm.fabs", x)
     z = b.op("fmul", x, x)
     near = b.mul_add(b.op("fmul", z, x), polynomial(b, z, _TANH32 if single else _TANH64), x)
@@ -238,7 +198,7 @@ def _sigmoid(b: FunctionBuilder, args: Sequence[Value]) -> Value:
 def _erf(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     """An odd polynomial for |x| < 1, else 1 - erfc(|x|), where erfc is the exponential of a polynomial."""
     x = args[0]
-    single = _is32(x)
+    single = is_single(x)
     a = b.intrinsic("llvm.fabs", x)
     z = b.op("fmul", x, x)
     near = b.op("fmul", x, polynomial(b, z, _ERF32 if single else _ERF64))
@@ -255,49 +215,28 @@ def _erf(b: FunctionBuilder, args: Sequence[Value]) -> Value:
 
 
 def _sin(b: FunctionBuilder, args: Sequence[Value]) -> Value:
-    return _sine(b, args[0], 0)
+    return sine(b, args[0], 0)
 
 
 def _cos(b: FunctionBuilder, args: Sequence[Value]) -> Value:
-    return _sine(b, args[0], 1)
-
-
-def _sine(b: FunctionBuilder, x: Value, quarter_turns: int) -> Value:
-    """sin(x + quarter_turns * pi/2), computed in double: x = n pi/2 + r, |r| <= pi/4."""
-    wide = b.convert("fpext", x, "double")
-    shifted = b.mul_add(wide, b.const(2 / math.pi, wide), b.const(_MAGIC64, wide))
-    n = b.op("fsub", shifted, b.const(_MAGIC64, wide))
-    r = wide
-    for part in _PIO2:
-        r = b.mul_add(n, b.const(-part, wide), r)
-    z = b.op("fmul", r, r)
-    sine = b.mul_add(b.op("fmul", z, r), polynomial(b, z, _SIN), r)
-    half = b.mul_add(z, b.const(-0.5, z), b.const(1.0, z))
-    cosine = b.mul_add(b.op("fmul", z, z), polynomial(b, z, _COS), half)
-    bits = b.convert("trunc", b.convert("bitcast", shifted, "i64"), "i32")
-    quadrant = b.op("add", bits, b.const(quarter_turns, bits))
-    odd = b.compare("icmp ne", b.op("and", quadrant, b.const(1, bits)), b.const(0, bits))
-    flip = b.compare("icmp ne", b.op("and", quadrant, b.const(2, bits)), b.const(0, bits))
-    result = b.select(odd, cosine, sine)
-    result = b.select(flip, b.negate(result), result)
-    # sin(-0.0) is -0.0: the sum in the last step of the reduction would lose the sign.
-    if quarter_turns == 0:
-        result = b.select(b.compare("fcmp oeq", wide, b.const(0.0, wide)), wide, result)
-    return b.convert("fptrunc", result, x.type)
+    return sine(b, args[0], 1)
 
 
 def _pow(b: FunctionBuilder, args: Sequence[Value]) -> Value:
-    """exp(y log |x|) in double, with the sign of an odd power and C's special cases."""
+    """The power of |x| in double, with the sign of an odd power and C's special cases."""
     x, y = args
     wide_x, wide_y = b.convert("fpext", x, "double"), b.convert("fpext", y, "double")
     zero, one = b.const(0.0, wide_x), b.const(1.0, wide_x)
     a = b.intrinsic("llvm.fabs", wide_x)
-    result = apply(b, "exp", [b.op("fmul", wide_y, apply(b, "log", [a]))])
-    whole = b.compare("fcmp oeq", _round_to(b, wide_y, "round"), wide_y)
+    if is_single(x):
+        result = apply(b, "exp", [b.op("fmul", wide_y, apply(b, "log", [a]))])
+    else:
+        result = power_of_magnitude(b, a, wide_y)
+    whole = b.compare("fcmp oeq", round_to(b, wide_y, "round"), wide_y)
     half = b.op("fmul", wide_y, b.const(0.5, wide_y))
-    even = b.compare("fcmp oeq", _round_to(b, half, "round"), half)
+    even = b.compare("fcmp oeq", round_to(b, half, "round"), half)
     odd = b.op("and", whole, b.op("xor", even, b.const(True, even)))
-    bits = b.convert("bitcast", wide_x, "i64")
+    bits = bits_of(b, wide_x)
     negative = b.compare("icmp slt", bits, b.const(0, bits))
     result = b.select(b.op("and", odd, negative), b.negate(result), result)
     undefined = b.op("and", b.compare("fcmp olt", wide_x, zero), b.op("xor", whole, b.const(True, whole)))
@@ -313,40 +252,23 @@ def _pow(b: FunctionBuilder, args: Sequence[Value]) -> Value:
     return b.convert("fptrunc", b.select(unit, one, result), x.type)
 
 
-def _rounds_natively(b: FunctionBuilder) -> bool:
-    name = b.target.arch.name
-    needs = {"x86_64": "sse4.1", "aarch64": "neon"}.get(name)
-    return needs is not None and b.target.has(needs)
-
-
-def _round_to(b: FunctionBuilder, x: Value, name: str) -> Value:
-    """floor, ceil or round half to even. Without an instruction for it LLVM would call the C library."""
-    if _rounds_natively(b):
-        return b.intrinsic({"floor": "llvm.floor", "ceil": "llvm.ceil", "round": "llvm.roundeven"}[name], x)
-    whole = 2.0**23 if _is32(x) else 2.0**52  # from here on every value is an integer
-    shift = b.intrinsic("llvm.copysign", b.const(whole, x), x)
-    near = b.op("fsub", b.op("fadd", x, shift), shift)
-    if name != "round":
-        over, step = ("fcmp ogt", -1.0) if name == "floor" else ("fcmp olt", 1.0)
-        near = b.op("fadd", near, b.select(b.compare(over, near, x), b.const(step, x), b.const(0.0, x)))
-    near = b.intrinsic("llvm.copysign", near, x)
-    return b.select(b.compare("fcmp olt", b.intrinsic("llvm.fabs", x), b.const(whole, x)), near, x)
-
-
 def _floor(b: FunctionBuilder, args: Sequence[Value]) -> Value:
-    return _round_to(b, args[0], "floor")
+    return round_to(b, args[0], "floor")
 
 
 def _ceil(b: FunctionBuilder, args: Sequence[Value]) -> Value:
-    return _round_to(b, args[0], "ceil")
+    return round_to(b, args[0], "ceil")
 
 
 def _round(b: FunctionBuilder, args: Sequence[Value]) -> Value:
-    return _round_to(b, args[0], "round")
+    return round_to(b, args[0], "round")
 
 
 _FUNCTIONS: dict[str, Callable[[FunctionBuilder, Sequence[Value]], Value]] = {
     "abs": _abs, "sqrt": _sqrt, "rsqrt": _rsqrt, "exp": _exp, "log": _log, "tanh": _tanh, "sigmoid": _sigmoid,
     "erf": _erf, "sin": _sin, "cos": _cos, "pow": _pow, "floor": _floor, "ceil": _ceil, "round": _round,
+    "fmod": lambda b, args: fmod(b, args[0], args[1]),
 }  # fmt: skip
 _INLINE = frozenset({"abs", "sqrt", "rsqrt", "floor", "ceil", "round"})
+#: So long that copies of it would cost more than calls.
+_CALLED = frozenset({"pow"})

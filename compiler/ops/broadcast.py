@@ -15,6 +15,7 @@ from kedge.compiler.ops.common import ANY, NUMBERS, aligned
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Binary, BinaryOp, Expr, call, select
+from kedge.compiler.tir.interp import power
 
 ScalarRule: TypeAlias = Callable[[Expr, Expr, Attrs], Expr]
 ArrayRule: TypeAlias = Callable[[Array, Array, Attrs], Array]
@@ -70,20 +71,7 @@ def _div_scalar(a: Expr, b: Expr, attrs: Attrs) -> Expr:
 
 
 def _mod_scalar(a: Expr, b: Expr, attrs: Attrs) -> Expr:
-    if a.dtype not in FLOATS:
-        return Binary("truncmod" if attrs["fmod"] else "floormod", a, b)
-    quotient = a / b
-    down = call("floor", quotient)
-    if attrs["fmod"]:
-        down = select(quotient < 0, call("ceil", quotient), down)
-    return a - down * b
-
-
-def _pow_scalar(a: Expr, b: Expr, attrs: Attrs) -> Expr:
-    if a.dtype in FLOATS:
-        return call("pow", a, b)
-    # Exact up to 2^53, the integers that float64 holds.
-    return common.cast(call("pow", common.cast(a, "float64"), common.cast(b, "float64")), a.dtype)
+    return Binary("truncmod" if attrs["fmod"] else "floormod", a, b)
 
 
 _ARITHMETIC: tuple[tuple[str, ArrayRule, ScalarRule], ...] = (
@@ -119,7 +107,7 @@ _declare(
     "mod", NUMBERS, lambda a, b, attrs: (np.fmod if attrs["fmod"] else np.mod)(a, b), _mod_scalar,
     attrs={"fmod": False},
 )  # fmt: skip
-_declare("pow", FLOATS | {"int32", "int64"}, lambda a, b, _: np.power(a, b), _pow_scalar)
+_declare("pow", FLOATS | {"int32", "int64"}, lambda a, b, _: power(a, b), lambda a, b, _: call("pow", a, b))
 
 
 def _infer_where(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:

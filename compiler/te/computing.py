@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.errors import CompileError
@@ -21,8 +20,6 @@ from kedge.compiler.te.tensor import (
 )
 from kedge.compiler.tir.expr import COMPARISONS, LOGICAL, Binary, Dim, Expr, ExprLike, Var
 from kedge.compiler.tir.visitor import children, loads
-
-_INTEGER_OPS: Final = frozenset({"floordiv", "floormod", "truncdiv", "truncmod"})
 
 
 def compute(shape: Sequence[Dim], fcompute: Callable[..., ExprLike], *, name: str = "compute") -> Tensor:
@@ -106,5 +103,5 @@ def _check_binary(expr: Binary, name: str) -> None:
         raise TypeError(f"{name}: {op} of bools; te.cast them to a number first")
     if op == "div" and dtype not in FLOATS:
         raise TypeError(f"{name}: true division of {dtype}; use //, or te.cast(value, 'float32')")
-    if op in _INTEGER_OPS and dtype in FLOATS:
-        raise TypeError(f"{name}: {op} of {dtype}; use te.floor(a / b)")
+    if op == "truncdiv" and dtype in FLOATS:
+        raise TypeError(f"{name}: truncdiv of {dtype}; use //, which rounds down")

@@ -32,6 +32,19 @@ Mask: TypeAlias = Any
 #: A nest of more iterations than this is taken apart, to bound memory.
 _MAX_LANES: Final = 1 << 20
 
+
+def power(x: Value, y: Value) -> Value:
+    """`x ** y`: of floats as C has it; of integers it wraps around.
+
+    A negative power of an integer is the reciprocal without its fraction, so 0 but for 1 and -1; of 0 it is 0, as
+    division by 0 gives 0.
+    """
+    if not np.issubdtype(np.asarray(y).dtype, np.integer):
+        return np.power(x, y)
+    unit = np.where(np.abs(x) == 1, np.where(np.bitwise_and(y, 1) == 1, x, 1), 0)
+    return np.where(np.less(y, 0), unit, np.power(x, np.maximum(y, 0)))
+
+
 _BINARY: Final[Mapping[str, Callable[[Value, Value], Value]]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide,
     "floordiv": np.floor_divide, "floormod": np.mod, "truncmod": np.fmod,
@@ -41,11 +54,13 @@ _BINARY: Final[Mapping[str, Callable[[Value, Value], Value]]] = {
 _COMBINE: Final[Mapping[str, np.ufunc]] = {
     "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
 }  # fmt: skip
+#: Where numpy, or ml_dtypes, computes and rounds in several steps, types of 16 bits are widened and rounded once.
+_REMAINDERS: Final = frozenset({"floordiv", "floormod", "truncmod"})
 _erf = np.frompyfunc(math.erf, 1, 1)
 _INTRINSIC: Final[Mapping[str, Callable[..., Value]]] = {
     "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "abs": np.abs, "floor": np.floor,
     "ceil": np.ceil, "round": np.rint, "sin": np.sin, "cos": np.cos, "not": np.logical_not, "isnan": np.isnan,
-    "pow": np.power,
+    "pow": power,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "sigmoid": lambda x: np.where(x < 0, np.exp(-np.abs(x)), 1) / (1 + np.exp(-np.abs(x))),
     "erf": lambda x: np.asarray(_erf(np.asarray(x, "float64")), "float64"),
@@ -305,6 +320,8 @@ class _Machine:
         b = self.expr(expr.b, mask)
         if expr.op == "truncdiv":
             return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+        if expr.op in _REMAINDERS and expr.dtype in HALVES:
+            return _cast(_BINARY[expr.op](_cast(a, "float32"), _cast(b, "float32")), expr.dtype)
         return _BINARY[expr.op](a, b)
 
     def select(self, expr: Select, mask: Mask) -> Value:

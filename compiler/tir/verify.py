@@ -28,8 +28,6 @@ from kedge.compiler.tir.printer import print_expr, print_func
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, LoopKind, PrimFunc, Region, Scope, Seq, Stmt, Store
 from kedge.compiler.tir.visitor import children, loads, stores
 
-_INTEGER_OPS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod"})
-
 
 def verify(func: PrimFunc) -> PrimFunc:
     """`func` itself, if it is valid.
@@ -235,7 +233,7 @@ class _Verifier:
             self.need(dtype == "bool", f"{op} of {dtype} in {where}: {text}")
         elif op not in COMPARISONS:
             self.need(dtype != "bool", f"arithmetic on bool in {where}: {text}")
-        if op == "div" or op in _INTEGER_OPS:
+        if op in ("div", "truncdiv"):
             floating = dtype in FLOATS
             self.need(floating == (op == "div"), f"{op} of {dtype} in {where}: {text}")
 

@@ -105,9 +105,7 @@ def expressions(draw: st.DrawFn, dtype: str, depth: int = 4) -> Expr:
     kind = draw(st.sampled_from(["binary", "cast", "select", "call"]))
     same = expressions(dtype, depth - 1)
     if kind == "binary":
-        never = LOGICAL | COMPARISONS | (
-            {"floordiv", "floormod", "truncdiv", "truncmod"} if floating else {"div"}
-        )  # fmt: skip
+        never = LOGICAL | COMPARISONS | {"truncdiv" if floating else "div"}
         return Binary(draw(st.sampled_from(sorted(BINARY_OPS - never))), draw(same), draw(same))
     if kind == "cast":
         return Cast(draw(expressions(draw(st.sampled_from([*DTYPES, "bool"])), depth - 1)), dtype)

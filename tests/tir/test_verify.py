@@ -51,7 +51,7 @@ BAD = {
     "an index of x is int32, not int64": lambda: make(lambda i: Load(X, (Cast(i, "int32"),))),
     "the value stored to y is int64, not float32": lambda: make(lambda i: i),
     "add of float32 and int64": lambda: make(lambda i: Binary("add", Load(X, (i,)), i)),
-    "floordiv of float32": lambda: make(lambda i: Binary("floordiv", Load(X, (i,)), Load(X, (i,)))),
+    "truncdiv of float32": lambda: make(lambda i: Binary("truncdiv", Load(X, (i,)), Load(X, (i,)))),
     "and of float32": lambda: make(lambda i: Cast(Binary("and", Load(X, (i,)), Load(X, (i,))), "float32")),
     "arithmetic on bool": lambda: make(
         lambda i: Cast(Binary("add", const(True, "bool"), const(True, "bool")), "float32")

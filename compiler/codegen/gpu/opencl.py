@@ -55,7 +55,7 @@ _WORDS = frozenset(_FUNCTIONS.values()) | {
 
 #: Beginnings of names that the language or this file keeps for itself, and its vector types.
 _RESERVED = re.compile(
-    r"[^A-Za-z]|(get|kedge|as|convert|cl|CL|HAVE)_|vload|vstore|M_|__|(u?(char|short|int|long)|float|double|half)\d+$"
+    r"$|[^A-Za-z]|(get|kedge|as|convert|cl|CL|HAVE)_|vload|vstore|M_|__|(u?(char|short|int|long)|float|double|half)\d+$"
 )
 
 _HELPERS = {

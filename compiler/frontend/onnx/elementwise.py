@@ -88,9 +88,9 @@ def _mod(node: Node) -> Value:
 def _pow(node: Node) -> Value:
     base, exponent = node.value(0), node.value(1)
     if exponent.type.dtype != base.type.dtype:
-        # ONNX lets the types differ and gives the result that of the base; a fraction must not be cut off an
-        # exponent, so that integers with a float exponent compute as floats.
-        wide = exponent.type.dtype if exponent.type.dtype in FLOATS else base.type.dtype
+        # ONNX lets the types differ and gives the result that of the base. A fraction must not be cut off an
+        # exponent, so that integers with a float exponent compute in float64, which holds as many digits as it can.
+        wide = "float64" if exponent.type.dtype in FLOATS else "int64"
         wide = base.type.dtype if base.type.dtype in FLOATS else wide
         power = node.emit("pow", _as(node, base, wide), _as(node, exponent, wide))
         return _as(node, power, base.type.dtype)
