@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from kedge.compiler.codegen.gpu.counting import counted_apart
 from kedge.compiler.codegen.gpu.ir import GROUP_AXES, THREAD_AXES, Barrier, exprs, parts, walk
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.dependence import keeps_apart
@@ -175,7 +176,8 @@ class _Placer:
                     # Threads of one group have its position in common.
                     (ranges if axis in THREAD_AXES and name in GROUP_AXES else inside).update(size)
             (position,) = sizes[axis]
-            self.own[key] = keeps_apart(position, inside, ranges, touching)
+            apart = keeps_apart(position, inside, ranges, touching)
+            self.own[key] = apart or counted_apart(position, {**inside, **sizes[axis]}, touching)
         return self.own[key]
 
     def loops_in(self, loop: For) -> frozenset[Var]:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from kedge.compiler.codegen.gpu.host import emit_host
-from kedge.compiler.codegen.gpu.ir import Launch, walk
+from kedge.compiler.codegen.gpu.ir import GROUP_AXES, THREAD_AXES, Launch, walk
 from kedge.compiler.codegen.gpu.launches import split_launches
 from kedge.compiler.codegen.gpu.opencl import features_of, opencl_source
 from kedge.compiler.codegen.gpu.ptx import emit_ptx
@@ -19,9 +19,12 @@ from kedge.compiler.codegen.prepare import drop_empty, lower_blocks
 from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.target.gpu import GpuTarget
-from kedge.compiler.tir.expr import Dim
+from kedge.compiler.tir.expr import Const, Dim, const
 from kedge.compiler.tir.simplify import simplify_stmt
 from kedge.compiler.tir.stmt import PrimFunc, Stmt
+
+#: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+_CUDA_LIMITS = {"blockIdx.x": 2**31 - 1, "blockIdx.y": 65535, "blockIdx.z": 65535, "threadIdx.z": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ def _check_limits(func: PrimFunc, launch: Launch, target: GpuTarget) -> None:
             f"{target.label} has groups of at most {target.max_threads}",
             hint="bind smaller loops to threadIdx, or say -max-threads= if the device has more",
         )
+    if target.kind == "cuda":
+        _check_cuda(func, launch)
     sizes = [math.prod(dim for dim in b.shape if isinstance(dim, int)) * byte_size(b.dtype) for b in launch.shared]
     if sum(sizes) > target.shared_bytes:
         raise CodegenError(
@@ -78,3 +83,17 @@ def _check_limits(func: PrimFunc, launch: Launch, target: GpuTarget) -> None:
             "for a group",
             hint="make their tiles smaller, or say -shared= if the device has more",
         )
+
+
+def _check_cuda(func: PrimFunc, launch: Launch) -> None:
+    """What every generation of CUDA is limited to, besides what a target says; free dims the runtime checks."""
+    sizes = dict(zip(GROUP_AXES, launch.grid, strict=True)) | dict(
+        zip(THREAD_AXES, map(const, launch.block), strict=True)
+    )
+    for axis, size in sizes.items():
+        limit = _CUDA_LIMITS.get(axis)
+        if limit is not None and isinstance(size, Const) and size.value > limit:
+            raise CodegenError(
+                f"{func.name}: {size.value} on {axis}; CUDA has at most {limit}",
+                hint=f"bind that loop to {axis[:-1]}x, or split it",
+            )

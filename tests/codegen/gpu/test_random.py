@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen.gpu.ir import Barrier, walk
 from kedge.compiler.codegen.gpu.ptx import emit_ptx_ir
 from kedge.compiler.codegen.machine import LOCK, parse_ir
 from kedge.compiler.errors import CodegenError
@@ -58,18 +59,16 @@ def test_random_schedules(name: str, rng: random.Random) -> None:
     check(name, rng, 12)
 
 
-#: Seeds whose schedules are told by many barriers, nested loops on one axis, threads that reduce together.
 @pytest.mark.parametrize("name", sorted(GPU_FUNCTIONS))
 def test_a_random_schedule_on_opencl(name: str, kernels: KernelCache) -> None:
+    """The one with most barriers among a few: each takes OpenCL a second."""
     found = (check(name, random.Random(f"{name} {seed}"), 12) for seed in range(20))
-    most = max((sch for sch in found if sch is not None), key=lambda sch: _busy(sch))
+    most = max((sch for sch in found if sch is not None), key=_busy)
     check_texts(most, name, kernels)
 
 
 def _busy(sch: Schedule) -> tuple[int, int]:
     """How much is done together in it: barriers, then steps; of few launches."""
-    from kedge.compiler.codegen.gpu.ir import Barrier, walk
-
     made = launches(sch.func)
     barriers = sum(isinstance(each, Barrier) for launch in made for each in walk(launch.body))
     return barriers if len(made) <= 2 else 0, len(sch.trace)
