@@ -209,7 +209,7 @@ class Job:
 
     def _load(self, what: _Loadable, scratch: Path) -> native.Runner:
         limits = self._limits(what.placement)
-        threads = self._spec.num_threads or self._board.threads
+        threads = self._threads(what.placement)
         patience_s = min(_START_S, self._left_s())
         try:
             runner = native.Runner(self._board.runner, threads, limits, cwd=str(scratch), start_deadline_s=patience_s)
@@ -235,6 +235,9 @@ class Job:
             raise
         return runner
 
+    def _threads(self, placement: Placement) -> int:
+        return placement.threads(self._spec.num_threads, self._board.threads)
+
     def _limits(self, placement: Placement) -> native.Limits:
         if placement.kind != CPU:
             # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes.
@@ -258,7 +261,7 @@ class Job:
             options=replace(task.options, number=timed.number),
             samples_ns=timed.samples_ns,
             resolution_ns=timed.resolution_ns,
-            num_threads=self._spec.num_threads or self._board.threads,
+            num_threads=self._threads(what.placement),
             before=before,
             after=read_health(self._board.scratch),
         )

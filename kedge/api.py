@@ -128,7 +128,7 @@ def local(threads: int = 0, device: str = "") -> LocalDevice:
     """This machine as a device, isolated in a native runner.
 
     Args:
-        threads: of the kernels; 0 means all that this process may use.
+        threads: of the kernels; 0 means all that this process may use, or one beside a GPU.
         device: where they run: "cpu", "opencl", "cuda" or one by its number, "cuda:1"; "" leaves it to each artifact.
 
     Raises:

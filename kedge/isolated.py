@@ -45,7 +45,7 @@ class LocalDevice:
 
     def __init__(self, threads: int = 0, limits: Limits = Limits(), device: str = "") -> None:  # noqa: B008 - frozen
         parse_device(device)
-        self.threads = threads or usable_cpus()
+        self.threads = threads
         self.limits = limits
         self.device = device
         self._models: list[LocalModel] = []
@@ -95,13 +95,13 @@ class LocalModel:
 
     def __init__(self, artifact: Artifact, runner: Path, threads: int, limits: Limits, device: str = "") -> None:
         self.artifact = artifact
-        self.threads = threads
         try:
             self._runner = Runner(runner, threads, limits)
         except RunnerError as error:
             _raise(error)
         try:
             self.placement = self._load(device)
+            self.threads = self.placement.threads(threads, usable_cpus())
         except BaseException:
             self._runner.close()
             raise

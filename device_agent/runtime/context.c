@@ -111,6 +111,7 @@ int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_co
 /* What the context has on its device. Where the device cannot be entered any more, its memory is gone with it. */
 static void free_on_device(kedge_context *context) {
   kedge_device *device = context->placement->device;
+  if (kedge_is_left_behind(device->driver)) return; /* it is the parent's, and stays there */
   bool entered = kedge_device_enter(device) == KEDGE_OK;
   if (context->queue != NULL) {
     device->driver->synchronize(context->queue);
@@ -350,6 +351,8 @@ static void fill_frame(kedge_context *context) {
 }
 
 int32_t kedge_check_queue(const kedge_context *context) {
+  int32_t status = kedge_check_fork(context->queue->device->driver);
+  if (status != KEDGE_OK) return status;
   if (!context->queue->faulted) return KEDGE_OK;
   return kedge_fail(KEDGE_E_KERNEL, "the device faulted earlier: destroy its contexts and create new ones");
 }

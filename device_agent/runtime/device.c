@@ -7,10 +7,11 @@
 
 #include "device.h"
 
-static const kedge_driver *const drivers[] = {&kedge_cpu_driver, &kedge_cuda_driver, &kedge_opencl_driver};
+enum { N_DRIVERS = 3 };
+static const kedge_driver *const drivers[N_DRIVERS] = {&kedge_cpu_driver, &kedge_cuda_driver, &kedge_opencl_driver};
 
 const kedge_driver *kedge_find_driver(int32_t device_type) {
-  for (size_t i = 0; i < sizeof drivers / sizeof *drivers; i++) {
+  for (int i = 0; i < N_DRIVERS; i++) {
     if (drivers[i]->device_type == device_type) return drivers[i];
   }
   return NULL;
@@ -48,11 +49,54 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of both lists */
 static known *described;
 static kedge_device *opened;
 
+/* ---- After a fork ------------------------------------------------------------------------------------------- */
+
+/* A driver's threads, and its connection to the device, stay with the process that loaded it: whoever calls it in a
+ * child waits forever (PoCL), or is refused without a reason (CUDA). */
+static _Atomic bool loaded[N_DRIVERS], left_behind[N_DRIVERS];
+
+static void leave_drivers_behind(void) { /* in the child of a fork */
+  for (int i = 0; i < N_DRIVERS; i++) {
+    if (loaded[i]) left_behind[i] = true;
+  }
+  pthread_mutex_init(&lock, NULL); /* another thread of the parent may have held it, which opens a device for long */
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, leave_drivers_behind); }
+
+static int32_t count_devices(const kedge_driver *driver) {
+  static pthread_once_t watched = PTHREAD_ONCE_INIT;
+  if (driver->device_type != kDLCPU) {
+    pthread_once(&watched, watch_forks);
+    for (int i = 0; i < N_DRIVERS; i++) {
+      if (drivers[i] == driver) loaded[i] = true;
+    }
+  }
+  return driver->count();
+}
+
+bool kedge_is_left_behind(const kedge_driver *driver) {
+  for (int i = 0; i < N_DRIVERS; i++) {
+    if (drivers[i] == driver) return left_behind[i];
+  }
+  return false;
+}
+
+int32_t kedge_check_fork(const kedge_driver *driver) {
+  if (!kedge_is_left_behind(driver)) return KEDGE_OK;
+  return kedge_fail(KEDGE_E_KERNEL,
+                    "this process was forked from one that had loaded the %s driver, which cannot be used here: start it "
+                    "anew instead (multiprocessing's \"spawn\"), or look for devices only after the fork",
+                    driver->name);
+}
+
+/* ---- Asking ------------------------------------------------------------------------------------------------- */
+
 static int32_t find_driver(DLDevice which, const kedge_driver **driver) {
   *driver = kedge_find_driver(which.device_type);
   if (*driver == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "there are no devices of type %d", which.device_type);
   kedge_clear_error();
-  int32_t count = (*driver)->count();
+  int32_t count = count_devices(*driver);
   if (which.device_id >= 0 && which.device_id < count) return KEDGE_OK;
   if (count > 0) {
     return kedge_fail(KEDGE_E_LOAD, "there is no %s device %d: this machine has %d", (*driver)->name, which.device_id,
@@ -86,7 +130,7 @@ static int32_t describe(const kedge_driver *driver, DLDevice which, const kedge_
 int32_t kedge_device_count(int32_t device_type) {
   kedge_clear_error();
   const kedge_driver *driver = kedge_find_driver(device_type);
-  return driver == NULL ? 0 : driver->count();
+  return driver == NULL ? 0 : count_devices(driver);
 }
 
 int32_t kedge_device_info(int32_t device_type, int32_t device_id, kedge_device_properties *properties) {
@@ -222,7 +266,8 @@ int32_t kedge_device_free(kedge_context *context, void *address) {
   if (context == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "a context is required");
   if (address == NULL) return KEDGE_OK;
   device = context->queue->device; /* also after a fault: what was allocated must not leak */
-  int32_t status = kedge_device_enter(device);
+  int32_t status = kedge_check_fork(device->driver);
+  if (status == KEDGE_OK) status = kedge_device_enter(device);
   if (status != KEDGE_OK) return status;
   status = device->driver->release(device, address);
   kedge_device_leave(device);

@@ -69,6 +69,9 @@ extern const kedge_driver kedge_cpu_driver, kedge_cuda_driver, kedge_opencl_driv
 /* ---- device.c ----------------------------------------------------------------------------------------------- */
 /* The driver for a DLDeviceType, or NULL. */
 const kedge_driver *kedge_find_driver(int32_t device_type);
+/* Whether this process was forked from one that had loaded the driver: nothing of it may be called any more. */
+bool kedge_is_left_behind(const kedge_driver *driver);
+int32_t kedge_check_fork(const kedge_driver *driver); /* KEDGE_OK, or the refusal of such a driver */
 int32_t kedge_device_open(DLDevice which, kedge_device **device);
 void kedge_device_close(kedge_device *device);
 int32_t kedge_device_enter(kedge_device *device);

@@ -139,7 +139,7 @@ int32_t kedge_enter(kedge_context *context);
 int32_t kedge_end_call(kedge_context *context, int32_t status);
 /* Waits for the device. Returns `status` and leaves its text if it is a failure, else how the device fared. */
 int32_t kedge_drain(kedge_context *context, int32_t status);
-/* KEDGE_OK, or the refusal of a context whose device faulted. */
+/* KEDGE_OK, or the refusal of a context whose device faulted, or whose driver stayed with the parent of a fork. */
 int32_t kedge_check_queue(const kedge_context *context);
 
 /* ---- staging.c ---------------------------------------------------------------------------------------------- */

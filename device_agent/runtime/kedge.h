@@ -239,7 +239,9 @@ typedef struct {
 
 /* The device must be of the module's device_type. For a GPU its driver is loaded now, and the module's kernels and
  * weights go to the device: once, for all contexts of the model on it. KEDGE_E_LOAD: there is no driver or no such
- * device, or it refuses the code (the text has its compiler's log); KEDGE_E_FEATURE: it lacks what the kernels need. */
+ * device, or it refuses the code (the text has its compiler's log); KEDGE_E_FEATURE: it lacks what the kernels need.
+ * A GPU's driver does not survive a fork: in a child of a process that had loaded it, nothing on a GPU begins
+ * (KEDGE_E_KERNEL), and destroying a context there leaves what it has on the device to the parent. */
 KEDGE_API int32_t kedge_context_create(kedge_model *model, DLDevice device, const kedge_context_options *options,
                                        kedge_context **context);
 KEDGE_API void kedge_context_destroy(kedge_context *context); /* waits for what it has begun on the device */

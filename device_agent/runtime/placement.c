@@ -73,8 +73,10 @@ static int32_t place_locked(kedge_model *model, DLDevice which, kedge_placement 
 }
 
 int32_t kedge_place(kedge_model *model, DLDevice device, kedge_placement **placement) {
+  int32_t status = kedge_check_fork(kedge_find_driver(device.device_type));
+  if (status != KEDGE_OK) return status;
   pthread_mutex_lock(&model->lock); /* also while it is built: others wait for the one that builds */
-  int32_t status = place_locked(model, device, placement);
+  status = place_locked(model, device, placement);
   pthread_mutex_unlock(&model->lock);
   return status;
 }

@@ -93,7 +93,7 @@ static int32_t time_bound(run *r, kedge_time_result *result) {
   kedge_device *device = r->context->queue->device;
   if (r->options->cache_flush_bytes > 0) {
     int32_t status = device->driver->allocate(device, (uint64_t)r->options->cache_flush_bytes, &r->flush);
-    if (status != KEDGE_OK) return kedge_fail(status, "no memory for cache_flush_bytes");
+    if (status != KEDGE_OK) return kedge_fail_within(status, "no memory for cache_flush_bytes");
     r->number = 1;
   }
   result->resolution_ns = kedge_clock_resolution_ns();

@@ -71,6 +71,10 @@ class Placement:
         """As DLPack has it: device type and id."""
         return DEVICE_TYPES[self.kind], self.index
 
+    def threads(self, wanted: int, offered: int) -> int:
+        """How many threads of the host to use where `wanted` were asked for, 0: all `offered`, or one beside a GPU."""
+        return wanted or (offered if self.kind == CPU else 1)
+
 
 def look_nowhere(kind: str) -> Found:
     """A machine without GPUs."""
@@ -257,7 +261,7 @@ def _runs(have: str, need: str) -> bool:
     """Whether code for the generation `need` runs on `have`: the same or a newer one; sm_90a only on sm_90 itself."""
     if not need or have == need:
         return True
-    numbers = [re.fullmatch(r"sm_(\d+)(a?)", name) for name in (have, need)]
+    numbers = [re.fullmatch(r"sm_([0-9]{1,4})(a?)", name) for name in (have, need)]
     if numbers[0] is None or numbers[1] is None:
         return False
     level, wanted = int(numbers[0].group(1)), int(numbers[1].group(1))

@@ -49,7 +49,7 @@ def open_in_process(artifact: Artifact, runtime_lib: Path, threads: int = 0, dev
     Args:
         artifact: any artifact; it must stay alive as long as the model only where its weights are mapped.
         runtime_lib: a `libkedge_rt.so` for this machine.
-        threads: of the kernels; 0 means as many as this process may use.
+        threads: of the kernels; 0 means as many as this process may use, or one beside a GPU.
         device: where they run: "cpu", "opencl", "cuda:1"; "" leaves it to the artifact.
 
     Raises:
@@ -68,11 +68,11 @@ class LoadedModel:
     def __init__(self, artifact: Artifact, runtime_lib: Path, threads: int = 0, device: str = "") -> None:
         self._lib = _load_runtime(runtime_lib)
         self.artifact = artifact
-        self.threads = threads or usable_cpus()
         features = self._lib.kedge_cpu_features().decode().split(",")
         look = partial(find_gpus, self._lib)
         self.placement = place(artifact.manifest, platform.machine(), features, look, device)
         self.variant = self.placement.variant
+        self.threads = self.placement.threads(threads, usable_cpus())
         self._weights = _aligned_weights(artifact, self.variant.weights, self.variant.weights_offset)
         self._model = self._open()
         self._local = threading.local()

@@ -550,13 +550,14 @@ def test_what_an_interrupted_transfer_left_counts_and_goes_like_anything_else(tm
 def test_a_gpu_variant_runs_on_the_gpu_that_the_probe_found(board: Board, remote: Remote) -> None:
     gpu = opencl_device(board.runner)
     made = remote.publish(gpu_artifact())
-    able = replace(board, device=replace(board.device, accelerators=(gpu,)))
+    able = replace(board, device=replace(board.device, accelerators=(gpu,)), threads=2)
     for on in ("", "opencl", "opencl:0"):
         result = execute(able, replace(run_spec(made, "main"), on=on))
         assert result.outcome.ok, result.outcome
         assert struct.unpack("<3f", bytes(result.outputs[0].data)) == (3, 5, 7)
     bench = replace(run_spec(made, "main"), task=BenchTask((floats(1, 2),), LONG))
-    assert execute(able, bench).measurement is not None
+    measured = execute(able, bench).measurement
+    assert measured is not None and measured.num_threads == 1, "the host only launches"
 
 
 @pytest.mark.parametrize(

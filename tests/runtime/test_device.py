@@ -330,6 +330,40 @@ with gpu.context() as context:
     watched.run(code)
 
 
+#: A child of a process with a context: what it is told, and what is left of it when it frees all it has.
+FORKED = """
+import os, signal
+x, y = floats(100), np.zeros(100, np.float32)
+with gpu.model() as model, gpu.context_of(model) as context:
+    there = context.put(x)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        refused = [
+            refusal(lambda: context.call("chain", [x], [y])),
+            refusal(lambda: context.time("chain", [x], [y])),
+            refusal(lambda: context.alloc(4)),
+            refusal(lambda: context.free(there.address)),
+            refusal(lambda: gpu.context_of(model).__enter__()),
+        ]
+        gpu.lib.kedge_context_destroy(context.handle)
+        gpu.lib.kedge_close(model)
+        print(*{f"{failure.status} {failure}" for failure in refused}, sep="\\n", flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    context.call("chain", [there], [y])
+    np.testing.assert_array_equal(y, x * -4)
+    context.free(there.address)
+"""
+
+
+@pytest.mark.parametrize("name", ["OpenCL", "CUDA"])
+def test_a_driver_stays_with_the_parent_of_a_fork(name: str, watched: WatchedOpenCl, fake_cuda: FakeCuda) -> None:
+    told = (watched if name == "OpenCL" else fake_cuda).run(FORKED)
+    assert told.startswith(f"{abi.E_KERNEL} this process was forked from one that had loaded the {name} driver, which")
+    assert told.count("\n") == 1, "each is refused for that reason"
+
+
 def test_a_fault_of_the_device_ends_its_contexts(fake_cuda: FakeCuda) -> None:
     fake_cuda.run("fault(gpu)")
 

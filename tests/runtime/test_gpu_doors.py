@@ -60,6 +60,17 @@ def test_in_a_runner(doubling: Artifact, device: str) -> None:
         assert model.time({"x": X}, repeat=3, min_repeat_ms=0.1).repeat == 3
 
 
+@pytest.mark.usefixtures("opencl")
+def test_the_host_only_launches(runtime: RuntimeFiles, doubling: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it uses one thread unless more are wanted, and others may work meanwhile: the verdict takes that in."""
+    monkeypatch.setattr("kedge.isolated.usable_cpus", lambda: 4)
+    monkeypatch.setattr("kedge.rpc.client.inprocess.usable_cpus", lambda: 4)
+    for threads, used in ((0, 1), (2, 2)):
+        with open_in_process(doubling, runtime.lib, threads) as model, kedge.local(threads) as here:
+            for there in (model, here.load(doubling)):
+                assert there.time({"x": X}, repeat=1, min_repeat_ms=0).measurement.num_threads == used
+
+
 def test_both_ends_see_the_same_devices(runtime: RuntimeFiles, opencl: str) -> None:
     lib = abi.load_runtime(str(runtime.lib))
     with Runner(runtime.runner) as runner:

@@ -147,6 +147,18 @@ def test_a_malformed_device_is_refused(device: object) -> None:
         Manifest.from_json(json.dumps(tree).encode())
 
 
+@pytest.mark.parametrize("arch", ["sm_", "sm_90b", "compute_90", "sm_" + 5000 * "9", "sm_\u0669\u0660"])
+def test_a_generation_that_is_none_fits_nowhere(arch: str) -> None:
+    odd = manifest(variant(VariantDevice("cuda", arch)), variant())
+    assert place(Manifest.from_json(odd.to_json()), "x86_64", (), Machine(H200)).device == "cpu"
+    assert not needs_of(odd)[0].is_met_by(DeviceInfo("a", "x86_64", accelerators=(H200,)))
+
+
+def test_kernels_on_a_gpu_need_one_thread_of_the_host() -> None:
+    gpu, cpu = (place(manifest(variant(CUDA), variant()), "x86_64", (), Machine(H200), on) for on in ("cuda", "cpu"))
+    assert [(at.threads(0, 8), at.threads(3, 8)) for at in (gpu, cpu)] == [(1, 3), (8, 3)]
+
+
 def test_a_kind_of_device_from_a_newer_kedge_fits_nowhere() -> None:
     newer = manifest(variant(VariantDevice("metal")), variant())
     assert place(newer, "x86_64", (), Machine(H200)).device == "cpu"
