@@ -23,6 +23,7 @@ from kedge.compiler.errors import CodegenError
 from kedge.compiler.tir.expr import (
     COMPARISONS,
     INDEX_DTYPE,
+    LOGICAL,
     Binary,
     Call,
     Cast,
@@ -34,7 +35,7 @@ from kedge.compiler.tir.expr import (
 )
 from kedge.compiler.tir.stmt import Buffer
 from kedge.compiler.tir.structural import expr_key
-from kedge.compiler.tir.visitor import loads
+from kedge.compiler.tir.visitor import children, loads
 
 _Emit: TypeAlias = Callable[[], Value]
 
@@ -242,11 +243,28 @@ class ExprEmitter(AddressEmitter):
             if expr.op in COMPARISONS:
                 return self._compare_indices(expr)
             return self._widen(self.materialize(self.index(expr)))
+        if expr.op in LOGICAL:
+            return self._logic(expr)
         if expr.op in ("add", "sub") and dtype in ("float32", "float64"):
             fused = self._multiply_add(expr)
             if fused is not None:
                 return fused
         return arith.binary(self.b, expr.op, dtype, self.value(a), self.value(b))
+
+    def _logic(self, expr: Binary) -> Value:
+        """`and` or `or`. What the right side reads need not exist where the left side decides."""
+        a = self.value(expr.a)
+        if a.ref in ("true", "false"):
+            return self.value(expr.b) if (a.ref == "true") == (expr.op == "and") else a
+        read = {expr_key(load) for load in _surely_read(expr.a)}
+        if all(expr_key(load) in read or self._in_bounds(load) for load in loads(expr.b)):
+            return self.b.op(expr.op, a, self.value(expr.b))
+        undecided = a if expr.op == "and" else self.b.op("xor", a, self.b.const(True, "i1"))
+        if a.lanes == 1:
+            return self.guarded(undecided, lambda: self.value(expr.b), lambda: self.b.const(expr.op == "or", "i1"))
+        with self.masked(undecided):
+            b = self.value(expr.b)
+        return self.b.op(expr.op, a, b)
 
     def _compare_indices(self, expr: Binary) -> Value:
         x, y = self.index(expr.a), self.index(expr.b)
@@ -318,10 +336,12 @@ class ExprEmitter(AddressEmitter):
 
     def _risky(self, expr: Select) -> bool:
         """Whether evaluating both sides could read outside a buffer."""
-        safe = {expr_key(load) for load in loads(expr.condition)}
-        sides = [list(loads(side)) for side in (expr.a, expr.b)]
-        safe |= {expr_key(load) for load in sides[0]} & {expr_key(load) for load in sides[1]}
-        return any(expr_key(load) not in safe and not self._in_bounds(load) for side in sides for load in side)
+        always, first, second = (
+            {expr_key(load) for load in _surely_read(part)} for part in (expr.condition, expr.a, expr.b)
+        )
+        safe = always | (first & second)
+        sides = (load for side in (expr.a, expr.b) for load in loads(side))
+        return any(expr_key(load) not in safe and not self._in_bounds(load) for load in sides)
 
     @contextmanager
     def masked(self, mask: Value) -> Iterator[None]:
@@ -352,6 +372,18 @@ class ExprEmitter(AddressEmitter):
         first = ends[0][0]
         incoming = ", ".join(f"[ {value.ref}, %{block} ]" for value, block in ends)
         return b.result(f"phi {first.full} {incoming}", first.type, first.lanes)
+
+
+def _surely_read(expr: Expr) -> Iterator[Load]:
+    """The loads that happen whenever the expression is evaluated, whichever way its choices go."""
+    match expr:
+        case Select(condition=first) | Binary(op="and" | "or", a=first):
+            yield from _surely_read(first)
+            return
+        case Load():
+            yield expr
+    for child in children(expr):
+        yield from _surely_read(child)
 
 
 def _suffix(memory: str) -> str:

@@ -1,0 +1,59 @@
+"""What conditions hold back is not read: elements that do not exist, or that other threads write."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kedge.compiler import te
+from kedge.compiler.cache import KernelCache
+from kedge.compiler.pipeline import compile_prim_func
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.tir import interp
+from kedge.compiler.tir.expr import Expr, Load, select
+from support.compiled import opened
+
+#: An element so far away that reading it ends the process.
+FAR = 2_000_000_000
+
+Value = Callable[[Load, Expr], Expr]
+#: The value of an element from `m` (above 0 only in element 0) and the element at `FAR * i`, there only for `i == 0`.
+GUARDED: dict[str, Value] = {
+    "and": lambda m, far: select(te.logical_and(m > 0.0, far > -9.0), 1.0, 0.0),
+    "or": lambda m, far: select(te.logical_or(m <= 0.0, far > -9.0), 1.0, 0.0),
+    "second and": lambda m, far: select(te.logical_and(m < 9.0, m > 0.0, far > -9.0), 1.0, 0.0),
+    "and of an or": lambda m, far: select(te.logical_and(te.logical_or(m <= 0.0, far > 5.0), m < 2.0), 1.0, 0.0),
+    "one side only under a condition": lambda m, far: select(m <= 0.0, select(m > 1.0, far, 3.0), far),
+    "choice only under a condition": lambda m, far: select(select(m > 0.0, far, 3.0) > 2.0, 5.0, far),
+}
+
+
+@pytest.mark.parametrize(("target", "vectorize"), [("native", False), ("native", True), ("x86-64", True)])
+@pytest.mark.parametrize("what", GUARDED)
+def test_what_a_condition_keeps_from_being_read_is_not_read(what, target, vectorize, tmp_path):
+    x, m = te.placeholder((4,), "float32", "x"), te.placeholder((16,), "float32", "m")
+    y = te.compute((16,), lambda i: GUARDED[what](m[i], x[i * FAR]), name="y")
+    func = te.create_prim_func([x, m, y], "guarded")
+    sch = Schedule(func)
+    if vectorize:
+        sch.vectorize(sch.get_loops(sch.get_block("y"))[0])
+    data = [np.ones(4, "float32"), np.eye(1, 16, dtype="float32")[0]]
+    (want,) = interp.run(func, data)
+    with opened(compile_prim_func(sch, target, cache=KernelCache(tmp_path))) as model:
+        got = model.run({"x": data[0], "m": data[1]})
+    np.testing.assert_array_equal(got["y"], want)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_guarded_neighbour_in_a_buffer_of_the_compilers_own(vectorize, tmp_path):
+    """LLVM knows how long that is, and takes code that surely reads in front of it for code that never runs."""
+    x = te.placeholder((2,), "float32", "x")
+    t = te.compute((2,), lambda i: x[i] + 1.0, name="t")
+    y = te.compute((2,), lambda i: select(te.logical_and(i >= 1, t[i - 1] > 0.0), t[i - 1], t[i]), name="y")
+    func = te.create_prim_func([x, y], "neighbour")
+    sch = Schedule(func)
+    if vectorize:
+        sch.vectorize(sch.get_loops(sch.get_block("y"))[0])
+    data = np.array([3, 5], "float32")
+    with opened(compile_prim_func(sch, "x86-64", cache=KernelCache(tmp_path))) as model:
+        np.testing.assert_array_equal(model.run({"x": data})["y"], [4, 4])
