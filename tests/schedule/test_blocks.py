@@ -56,6 +56,13 @@ def test_inline_into_split_consumers():
     assert_same(func, sch.func)
 
 
+def test_inlining_a_copy_of_one_element_leaves_none_of_its_variables():
+    func = dense(4, 1, 1, relu=False)
+    sch = Schedule(func)
+    sch.compute_inline(sch.cache_read(sch.get_block("y"), "w", loops_of(sch, "y")[-1], "global"))
+    assert_same(func, sch.func)
+
+
 def test_compute_inline_refusals():
     sch = Schedule(dense(4, 8, 4))
     refused(lambda: sch.compute_inline(sch.get_block("y")), "compute_inline(block 'y')", "it is a reduction")

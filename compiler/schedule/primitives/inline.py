@@ -43,10 +43,11 @@ def compute_inline(func: PrimFunc, name: str) -> PrimFunc:
                 f"block {changed[0].name!r} writes {changed[1].name!r}, which it reads, before {consumer.name!r} ends"
             )
             raise refuse(func, "compute_inline", block, reason)
+    value = substitute_expr(store.value, {it.var: const(0) for it in block.iters if it.var not in axes})
     func = remove(func, block)
     for consumer in consumers:
         found = next(b for b in blocks_in(func.body) if b.name == consumer.name)
-        func = swap(func, found, _inlined_into(found, buffer, axes, store.value))
+        func = swap(func, found, _inlined_into(found, buffer, axes, value))
     return _drop_alloc(func, buffer)
 
 
