@@ -110,6 +110,8 @@ class KernelEmitter(ParallelEmitter):
     def __init__(self, module: ModuleBuilder, symbol: str) -> None:
         super().__init__(module, symbol)
         self._stack_bytes = 0
+        self._on_stack: dict[Buffer, Pointer] = {}
+        self._in_workspace: dict[Buffer, Dim] = {}  # offsets in bytes
 
     def bind_symbol(self, var: Var, value: Value) -> None:
         """Make a free dim known under its LLVM value (i64)."""
@@ -263,7 +265,7 @@ class KernelEmitter(ParallelEmitter):
     def _all_lanes(self, loop: For, lanes: int, base: Linear) -> bool:
         """Emit the body once for all lanes; on failure take back what was emitted."""
         b = self.b
-        kept = (len(b.lines), b.block, dict(self.env), self._stack_bytes, self.workspace)
+        kept = (len(b.lines), b.block, dict(self.env))
         self.env[loop.var] = base + Linear.atom(LANE)
         self.known[LANE] = (0, lanes - 1)
         self.lanes = lanes
@@ -272,7 +274,7 @@ class KernelEmitter(ParallelEmitter):
                 self.stmt(loop.body)
         except NotVectorizable:
             del b.lines[kept[0] :]
-            _, b.block, self.env, self._stack_bytes, self.workspace = kept
+            _, b.block, self.env = kept
             return False
         finally:
             self.lanes = 1
@@ -318,37 +320,48 @@ class KernelEmitter(ParallelEmitter):
     # Buffers ----------------------------------------------------------------------------------------------------
 
     def _alloc(self, stmt: Alloc) -> None:
+        """A buffer's life. All copies of it in a function, as in an unrolled loop, get the same memory in turn."""
         buffer = stmt.buffer
         if self.lanes > 1:
             raise NotVectorizable
+        if buffer not in self._on_stack and buffer not in self._in_workspace:
+            self._reserve(buffer)
+        self.pointers[buffer] = self._on_stack.get(buffer) or self._workspace(buffer)
+        self.stmt(stmt.body)
+
+    def _reserve(self, buffer: Buffer) -> None:
+        """Give the buffer memory: on the stack if it fits, else in the workspace."""
         size = static_bytes(buffer)
-        fits = size is not None and size <= _STACK_BUFFER and self._stack_bytes + size <= 4 * _STACK_BUFFER
-        if size is not None and fits:
+        if size is not None and size <= _STACK_BUFFER and self._stack_bytes + size <= 4 * _STACK_BUFFER:
             self._stack_bytes += size
             memory = scalar_type(buffer.dtype).memory
             align = max(self.b.target.vector_bits // 8, 16)
             name = f"%{self.b.fresh('buf')}"
             count = max(1, size // byte_size(buffer.dtype))
             self.b.emit_entry(f"{name} = alloca [{count} x {memory}], align {align}")
-            self.pointers[buffer] = Pointer(name, align, private=True)
-        else:
-            self.pointers[buffer] = self._workspace(buffer)
-        self.stmt(stmt.body)
-
-    def _workspace(self, buffer: Buffer) -> Pointer:
-        """A place in the workspace; inside a parallel loop one for each iteration."""
+            self._on_stack[buffer] = Pointer(name, align, private=True)
+            return
         if not self.workspace_pointer:
             raise CodegenError(f"internal error: no workspace for buffer {buffer.name!r}")
-        size: Expr = const(byte_size(buffer.dtype))
-        for dim in buffer.shape:
-            size = Binary("mul", size, as_expr(dim))
-        size = simplify(Binary("mul", Binary("floordiv", Binary("add", size, const(63)), const(64)), const(64)))
-        offset = self.index(as_expr(self.workspace))
-        total = size
+        total = _rounded_bytes(buffer)
         if self.parallel is not None and self.parallel_index is not None:
-            offset = offset + self._product(self.index(size), self.parallel_index)
-            total = Binary("mul", size, self.parallel)
+            total = Binary("mul", total, self.parallel)
+        self._in_workspace[buffer] = self.workspace
         self.workspace = simplify_dim(Binary("add", as_expr(self.workspace), total))
+
+    def _workspace(self, buffer: Buffer) -> Pointer:
+        """Its place in the workspace; inside a parallel loop one for each iteration."""
+        offset = self.index(as_expr(self._in_workspace[buffer]))
+        if self.parallel is not None and self.parallel_index is not None:
+            offset = offset + self._product(self.index(_rounded_bytes(buffer)), self.parallel_index)
         at = self.materialize(offset)
         ref = self.b.result(f"getelementptr inbounds i8, ptr {self.workspace_pointer}, {at.typed}", "ptr").ref
         return Pointer(ref, 64, private=True)
+
+
+def _rounded_bytes(buffer: Buffer) -> Expr:
+    """Bytes of a buffer, up to whole cache lines."""
+    size: Expr = const(byte_size(buffer.dtype))
+    for dim in buffer.shape:
+        size = Binary("mul", size, as_expr(dim))
+    return simplify(Binary("mul", Binary("floordiv", Binary("add", size, const(63)), const(64)), const(64)))

@@ -133,7 +133,7 @@ def test_elementwise(kernels: KernelCache, data: st.DataObject, target: str) -> 
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     arrays = [rng.standard_normal((m, n)).astype("f"), rng.standard_normal(n).astype("f"),
               rng.integers(-9, 10, (m, n)).astype(np.int32)]  # fmt: skip
-    special = data.draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e5]), max_size=3))
+    special = data.draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e30]), max_size=3))
     for value in special:
         arrays[0].flat[data.draw(st.integers(0, m * n - 1))] = value
     check(sch.func, arrays, target, kernels, reference=func)
@@ -374,6 +374,22 @@ def test_large_and_symbolic_buffers_come_from_the_workspace(kernels: KernelCache
         assert emit_kernel(func, parse("native"), "k").needs_workspace
         data = np.arange(count * 100, dtype="f").reshape(count, 100)
         check(func, [data], "native", kernels, exact=True)
+
+
+@pytest.mark.parametrize("columns", [4096, 9000])  # one of them fits on the stack, but not all; none does
+def test_unrolled_iterations_use_the_same_memory_for_their_buffers(kernels: KernelCache, columns: int) -> None:
+    x = te.placeholder((40, columns), "float32", "x")
+    t = te.compute((40, columns), lambda i, j: x[i, j] + 1.0, name="t")
+    y = te.compute((40, columns), lambda i, j: t[i, columns - 1 - j] * 2.0, name="y")
+    func = te.create_prim_func([x, y], "f")
+    sch = Schedule(func)
+    rows, _ = sch.get_loops(sch.get_block("y"))
+    sch.compute_at(sch.get_block("t"), rows)
+    sch.unroll(rows)
+    assert emit_kernel(sch.func, parse("native"), "k").workspace == (0 if columns == 4096 else 36032)
+    data = np.arange(40 * columns, dtype="f").reshape(40, columns)
+    with opened(as_scheduled(sch.func, "native", kernels)) as module:
+        np.testing.assert_array_equal(module.run({"x": data})["y"], (data + 1)[:, ::-1] * 2)
 
 
 def test_a_buffer_inside_a_parallel_loop_is_each_threads_own(kernels: KernelCache) -> None:
