@@ -171,12 +171,6 @@ class Job:
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
         manifest = Manifest.from_json(hold.path(self._spec.manifest).read_bytes())
-        if manifest.abi != abi.ABI_VERSION:
-            raise _Ended(
-                OutcomeKind.LOAD_ERROR,
-                f"the artifact has ABI {manifest.abi}, this agent speaks {abi.ABI_VERSION}: update the older one",
-                Stage.LOAD,
-            )
         self._check_request()
         info = self._board.device
         placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)

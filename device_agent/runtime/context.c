@@ -67,15 +67,20 @@ static int32_t open_queue(kedge_context *context, DLDevice device) {
   return status;
 }
 
+static kedge_text name_of_type(int32_t device_type) {
+  const kedge_driver *driver = kedge_find_driver(device_type);
+  kedge_text name = {.used = 0};
+  if (driver != NULL) {
+    kedge_text_add(&name, "%s", driver->name);
+  } else {
+    kedge_text_add(&name, "type-%d", device_type);
+  }
+  return name;
+}
+
 static int32_t check_device(const kedge_module_desc *module, DLDevice device) {
   if (device.device_type == module->device_type) return KEDGE_OK;
-  const kedge_driver *asked = kedge_find_driver(device.device_type);
-  kedge_text name = {.used = 0};
-  if (asked != NULL) {
-    kedge_text_add(&name, "%s", asked->name);
-  } else {
-    kedge_text_add(&name, "device type %d", device.device_type);
-  }
+  kedge_text name = name_of_type(device.device_type);
   return kedge_fail(KEDGE_E_ARGUMENT, "the module was compiled for %s, not for %s",
                     kedge_find_driver(module->device_type)->name, name.data);
 }
@@ -192,12 +197,13 @@ static int32_t check_place(const kedge_context *context, const place *at) {
   if (is.device_type == kDLCPU || (is.device_type == device->driver->device_type && is.device_id == device->id)) {
     return KEDGE_OK;
   }
+  kedge_text type = name_of_type(is.device_type);
   if (on_host(context)) {
-    return kedge_fail(KEDGE_E_INPUT, "%s %s is on device type %d, expected the CPU", at->kind, at->port->name,
-                      is.device_type);
+    return kedge_fail(KEDGE_E_INPUT, "%s %s is on %s device %d, expected the CPU", at->kind, at->port->name, type.data,
+                      is.device_id);
   }
-  return kedge_fail(KEDGE_E_INPUT, "%s %s is on device type %d, number %d, expected the CPU or type %d, number %d",
-                    at->kind, at->port->name, is.device_type, is.device_id, device->driver->device_type, device->id);
+  return kedge_fail(KEDGE_E_INPUT, "%s %s is on %s device %d, expected the CPU or %s device %d", at->kind,
+                    at->port->name, type.data, is.device_id, device->driver->name, device->id);
 }
 
 /* `slot` is NULL where the module runs on the host; else it tells afterwards whether there is something to copy. */

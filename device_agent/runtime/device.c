@@ -274,6 +274,10 @@ int32_t kedge_device_free(kedge_context *context, void *address) {
   return status;
 }
 
+static bool overlap(const void *a, const void *b, uint64_t bytes) {
+  return (uintptr_t)a - (uintptr_t)b < bytes || (uintptr_t)b - (uintptr_t)a < bytes;
+}
+
 int32_t kedge_device_copy(kedge_context *context, void *to, const void *from, uint64_t bytes, int32_t direction) {
   kedge_device *device;
   int32_t status = enter(context, &device);
@@ -282,6 +286,8 @@ int32_t kedge_device_copy(kedge_context *context, void *to, const void *from, ui
     status = kedge_fail(KEDGE_E_ARGUMENT, "kedge_device_copy: there is no direction %d", direction);
   } else if (bytes > 0 && (to == NULL || from == NULL)) {
     status = kedge_fail(KEDGE_E_ARGUMENT, "kedge_device_copy: from and to are required");
+  } else if (direction == KEDGE_COPY_ON_DEVICE && overlap(to, from, bytes)) {
+    status = kedge_fail(KEDGE_E_ARGUMENT, "kedge_device_copy: from and to overlap");
   } else if (bytes > 0) {
     status = device->driver->copy(context->queue, to, from, bytes, (kedge_copy_direction)direction);
     status = kedge_drain(context, status);

@@ -313,7 +313,7 @@ typedef enum { KEDGE_COPY_TO_DEVICE = 1, KEDGE_COPY_FROM_DEVICE = 2, KEDGE_COPY_
  * destroyed. OpenCL: addresses can be computed with, but nothing is there for the host. */
 KEDGE_API int32_t kedge_device_alloc(kedge_context *context, uint64_t bytes, void **address);
 KEDGE_API int32_t kedge_device_free(kedge_context *context, void *address);
-/* Returns when it is done. */
+/* Returns when it is done. Two pieces of memory on the device must not overlap. */
 KEDGE_API int32_t kedge_device_copy(kedge_context *context, void *to, const void *from, uint64_t bytes,
                                     int32_t direction);
 /* Waits for what the context has begun on its device, and tells whether it failed. */

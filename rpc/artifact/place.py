@@ -114,8 +114,13 @@ def place(
 
     Raises:
         InputError: `device` names none.
-        IncompatibleTargetError: no variant fits; the message says what each lacks.
+        IncompatibleTargetError: no variant fits, and the message says what each lacks; or the ABI is another.
     """
+    if manifest.abi != abi.ABI_VERSION:
+        raise IncompatibleTargetError(
+            f"artifact {manifest.name!r} has ABI {manifest.abi}, this kedge speaks {abi.ABI_VERSION}",
+            hint="compile the model again, or update the older of the two",
+        )
     wanted, index = parse_device(device)
     machine = _Machine(arch, frozenset(features), look, index)
     candidates = _candidates(manifest, device, wanted)
@@ -230,6 +235,8 @@ class _Machine:
         need = variant.device
         if need is None:
             return Placement(variant), ""
+        if need.kind not in GPU_KINDS:
+            return None, f"is for {need.kind}, which this kedge does not know"
         found = self.look(need.kind)
         gpus = [gpu for gpu in found.accelerators if self.index in (-1, gpu.index)]
         reasons = [f"{_title(gpu)} {gpu_lacks(gpu, need)}" for gpu in gpus]
@@ -242,7 +249,7 @@ class _Machine:
             there = ", ".join(map(_title, found.accelerators))
             return None, f"should run on {need.kind}:{self.index}, but there are only {there}"
         why = f" ({found.reason})" if found.reason else ""
-        return None, f"needs {_TITLES.get(need.kind, need.kind)}, and there is none{why}"
+        return None, f"needs {_TITLES[need.kind]}, and there is none{why}"
 
     def remedy(self, candidates: Sequence[Variant]) -> str:
         """What to do about variants that do not fit."""
@@ -250,6 +257,9 @@ class _Machine:
         absent = [kind for kind in GPU_KINDS if kind in kinds and not self.look(kind).accelerators]
         if absent:
             return "; ".join(INSTALL[kind] for kind in absent) + "; or compile it for the CPU, too: --target native"
+        there = [gpu for kind in GPU_KINDS if kind in kinds for gpu in self.look(kind).accelerators]
+        if there and self.index not in (-1, *(gpu.index for gpu in there)):
+            return f"name one that is there: {', '.join(gpu.device for gpu in there)}"
         return "compile it for this machine: --target native here, or the target that `kedge devices` shows"
 
 

@@ -142,8 +142,10 @@ def test_the_cpu_serves_the_same_functions(runtime: RuntimeFiles, arithmetic: Pa
         x = floats(100)
         there = context.put(x)
         np.testing.assert_array_equal(context.get(there), x)
-        context.copy(there.address + 4, there.address, 40, abi.COPY_ON_DEVICE)
-        np.testing.assert_array_equal(context.get(there)[1:11], x[:10])
+        context.copy(there.address + 40, there.address, 40, abi.COPY_ON_DEVICE)
+        np.testing.assert_array_equal(context.get(there)[10:20], x[:10])
+        failure = refusal(lambda: context.copy(there.address, there.address + 36, 40, abi.COPY_ON_DEVICE))
+        assert failure.status == abi.E_ARGUMENT, "as on a GPU"
         context.synchronize()
         context.free(there.address)
     with cpu.model() as model:

@@ -22,6 +22,7 @@ FUNCTIONS = (
     "add", "weigh", "chain", "sums", "where", "wide", "forever", "failing", "unlisted", "negative", "stray", "wild",
     "huge",
 )  # fmt: skip
+NAMES = {abi.DEVICE_CPU: "CPU", abi.DEVICE_CUDA: "CUDA", abi.DEVICE_OPENCL: "OpenCL"}
 WEIGHTS = np.arange(32, dtype=np.float32)
 
 
@@ -353,16 +354,17 @@ def wrong_launches(gpu: Gpu) -> None:
 
 def wrong_tensors(gpu: Gpu) -> None:
     kind, number = gpu.device
+    name = NAMES[kind]
     x = floats(8)
     with gpu.context() as context:
         elsewhere = OnDevice(4096, (8,), "float32", (7, 0))
         failure = refusal(lambda: context.call("chain", [elsewhere], [x]))
         assert failure.status == abi.E_INPUT
         assert str(failure) == (
-            f"input x is on device type 7, number 0, expected the CPU or type {kind}, number {number}"
+            f"input x is on type-7 device 0, expected the CPU or {name} device {number}"
         )
         failure = refusal(lambda: context.call("chain", [OnDevice(4096, (8,), "float32", (kind, 93))], [x]))
-        assert f"on device type {kind}, number 93" in str(failure)
+        assert f"on {name} device 93" in str(failure)
 
 
 def out_of_memory(gpu: Gpu) -> None:
@@ -379,13 +381,12 @@ def out_of_memory(gpu: Gpu) -> None:
 
 
 def other_devices(gpu: Gpu) -> None:
-    names = {abi.DEVICE_CPU: "CPU", abi.DEVICE_CUDA: "CUDA", abi.DEVICE_OPENCL: "OpenCL"}
-    own = names[gpu.device[0]]
+    own = NAMES[gpu.device[0]]
     with gpu.model() as model:
-        for kind in set(names) - {gpu.device[0]}:
+        for kind in set(NAMES) - {gpu.device[0]}:
             failure = refusal(lambda kind=kind: gpu.context_of(model, (kind, 0)).__enter__())  # type: ignore[misc]
             assert failure.status == abi.E_ARGUMENT
-            assert str(failure) == f"the module was compiled for {own}, not for {names[kind]}"
+            assert str(failure) == f"the module was compiled for {own}, not for {NAMES[kind]}"
         failure = refusal(lambda: gpu.context_of(model, (gpu.device[0], 93)).__enter__())
         assert failure.status == abi.E_LOAD
         assert f"there is no {own} device 93: this machine has" in str(failure)
@@ -409,6 +410,9 @@ def wrong_copies(gpu: Gpu) -> None:
         address, x = context.alloc(16), floats(4)
         assert refusal(lambda: context.copy(address, x.ctypes.data, 16, 9)).status == abi.E_ARGUMENT
         assert refusal(lambda: context.copy(0, x.ctypes.data, 16, abi.COPY_TO_DEVICE)).status == abi.E_ARGUMENT
+        failure = refusal(lambda: context.copy(address + 4, address, 8, abi.COPY_ON_DEVICE))
+        assert failure.status == abi.E_ARGUMENT and "overlap" in str(failure)
+        context.copy(address + 8, address, 8, abi.COPY_ON_DEVICE)
         context.copy(0, 0, 0, abi.COPY_ON_DEVICE)
         context.free(address)
         context.free(0)
