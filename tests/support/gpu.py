@@ -360,9 +360,7 @@ def wrong_tensors(gpu: Gpu) -> None:
         elsewhere = OnDevice(4096, (8,), "float32", (7, 0))
         failure = refusal(lambda: context.call("chain", [elsewhere], [x]))
         assert failure.status == abi.E_INPUT
-        assert str(failure) == (
-            f"input x is on type-7 device 0, expected the CPU or {name} device {number}"
-        )
+        assert str(failure) == (f"input x is on type-7 device 0, expected the CPU or {name} device {number}")
         failure = refusal(lambda: context.call("chain", [OnDevice(4096, (8,), "float32", (kind, 93))], [x]))
         assert f"on {name} device 93" in str(failure)
 
