@@ -79,7 +79,7 @@ def test_the_first_variant_that_fits_decides(
         ((variant(CUDA), variant(VariantDevice("cuda", "sm_90"))), (), "", "machine: each of 'cuda -arch=sm_80' (host "
          "x86_64), 'cuda -arch=sm_90' (host x86_64) needs a CUDA device, and there is none (no libcuda.so)", "NVIDIA"),
         ((variant(CUDA),), (T4,), "", "cuda:1 (T4) is sm_75, not sm_80 or newer", "compile it for this machine"),
-        ((variant(CUDA),), (H200,), "cuda:3", "should run on cuda:3, but there are only cuda:0 (H200)", "there: cuda:0"),
+        ((variant(CUDA),), (H200,), "cuda:3", "should run on cuda:3, but there are only cuda:0 (H200)", "name one"),
         ((variant(VariantDevice("opencl", "", 512)),), (MALI,), "", "has 256 threads in a block, not 512", "compile"),
         ((variant(VariantDevice("opencl", features=("fp64",))),), (MALI,), "", "lacks fp64", "compile"),
         ((variant(CUDA), variant()), (MALI,), "opencl", "no variant for opencl: it has 'cuda -arch=sm_80'", "opencl"),
