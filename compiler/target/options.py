@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kedge.compiler.errors import TargetError
 
+#: Every count fits 32 bits with a sign, as the interfaces of drivers have them.
+MAX_COUNT = 2**31 - 1
+
 
 def options(
     text: str, words: Sequence[str], known: Sequence[str], elsewhere: Mapping[str, str] | None = None
@@ -37,13 +40,13 @@ def options(
 
 
 def positive(name: str, value: str) -> int:
-    """The value of an option that counts something; raises TargetError."""
+    """The value of an option that counts something, 1 to `MAX_COUNT`; raises TargetError."""
     try:
         number = int(value)
     except ValueError:
         raise TargetError(f"{name}={value}: not a number") from None
-    if number < 1:
-        raise TargetError(f"{name}={value}: must be at least 1")
+    if not 1 <= number <= MAX_COUNT:
+        raise TargetError(f"{name}={value}: must be at least 1 and at most {MAX_COUNT}")
     return number
 
 

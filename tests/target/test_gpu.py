@@ -90,6 +90,7 @@ def test_a_gpu_answers_no_question_about_a_cpu() -> None:
         ("cuda -shared=99999", "on sm_75 has at most 65536", ""),
         ("opencl -shared=none", "not a number", ""),
         ("opencl -max-threads=0", "at least 1", ""),
+        ("opencl -max-threads=2147483648", "at most 2147483647", ""),
         ("nvidia/a100 -arch=sm_90", "contradicts the target, which is sm_80", ""),
         ("nvidia/h20", "unknown target", "nvidia/h200"),
         ("opncl", "unknown target", "opencl"),
