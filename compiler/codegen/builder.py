@@ -43,7 +43,7 @@ def const_value(value: int | float | bool, llvm: str, lanes: int = 1) -> Value:
 
 
 #: Where the code of a helper goes.
-Placing: TypeAlias = Literal["alwaysinline", "noinline", "noinline cold"]
+Placing: TypeAlias = Literal["alwaysinline", "noinline", "noinline cold optsize"]
 Helper = Callable[["FunctionBuilder", Sequence[Value]], Value]
 
 

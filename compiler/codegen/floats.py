@@ -125,7 +125,7 @@ def unless_rare(
     is a test. `name` names that function: one name, one `is_rare` and `build`.
     """
     single = f"kedge.{name}.{suffix(Value('', args[0].type))}"
-    b.module.helper(single, Value("", usual.type), [Value("", a.type) for a in args], build, placing="noinline cold")
+    b.module.helper(single, Value("", usual.type), [Value("", a.type) for a in args], build, placing="noinline cold optsize")
     helper = single
     if usual.lanes > 1:
         helper = f"kedge.{name}.{suffix(args[0])}"
@@ -133,7 +133,7 @@ def unless_rare(
         def lane_by_lane(b: FunctionBuilder, params: Sequence[Value]) -> Value:
             return _lane_by_lane(b, single, params[0], params[1:], is_rare)
 
-        b.module.helper(helper, usual, [usual, *args], lane_by_lane, placing="noinline cold")
+        b.module.helper(helper, usual, [usual, *args], lane_by_lane, placing="noinline cold optsize")
     yes, join = b.fresh("rare"), b.fresh("join")
     condition = any_lane(b, is_rare(b, args))
     before = b.block

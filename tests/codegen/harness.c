@@ -42,7 +42,7 @@ static long call3(long number, long a, long b, long c) {
 enum { READ = 63, WRITE = 64, EXIT = 93 };
 #endif
 
-enum { FAILED = 100 };
+enum { FAILED = 100, MOST = 32 };
 static _Alignas(KEDGE_ALIGNMENT) uint8_t memory[48 << 20];
 static long used;
 
@@ -132,10 +132,11 @@ static int32_t failed(kedge_frame *frame, const char *what, int32_t status, cons
 }
 
 __attribute__((used)) void start(void) {
-  void *inputs[16], *outputs[16];
-  int64_t symbols[16], sizes[16];
+  void *inputs[MOST], *outputs[MOST];
+  int64_t symbols[MOST], sizes[MOST];
   const uint8_t *weights = blob(number());
   int64_t n_inputs = number();
+  if (n_inputs > MOST) leave(FAILED + 3);
   for (int64_t i = 0; i < n_inputs; i++) inputs[i] = blob(number());
   int64_t n_symbols = number();
   for (int64_t i = 0; i < n_symbols; i++) symbols[i] = number();

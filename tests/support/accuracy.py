@@ -7,6 +7,7 @@ PYTHONPATH=tests python -m support.accuracy --write    # and put it into docs/nu
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from kedge.compiler import te
@@ -51,12 +53,13 @@ class Case:
     """
 
     name: str
-    reference: Callable[[Array], Array]
+    reference: Callable[..., Array]
     limits: Mapping[str, float]
     ulp: Mapping[str, float]
-    body: Callable[[Expr], Expr]
+    body: Callable[..., Expr]
     positive: bool = False
     of_argument: bool = False
+    second: Callable[[Array], Array] | None = None  # the other argument, for given first ones
 
 
 def sigmoid(x: Array) -> Array:
@@ -85,6 +88,17 @@ def gelu_tanh(x: Array) -> Array:
     return x * sigmoid(2 * _GELU_SCALE * (x + Longer("0.044715") * x**3))
 
 
+def exponents(bases: Array) -> Array:
+    """Powers for which results are of every magnitude, down to 0 and up to infinity; every third one is whole."""
+    rng, info = np.random.default_rng(1), ml_dtypes.finfo(bases.dtype)
+    sizes = np.abs(bases.astype(Longer))
+    with np.errstate(all="ignore"):
+        powers = rng.uniform(info.minexp - info.nmant - 4, info.maxexp + 4, bases.size) / np.log2(sizes)
+        powers = np.where(np.isfinite(powers), powers, rng.standard_normal(bases.size))
+        powers[::3] = np.rint(powers[::3])
+        return powers.astype(bases.dtype)
+
+
 _GELU_SCALE = np.sqrt(2 / (4 * np.arctan(Longer(1))))
 
 
@@ -97,9 +111,9 @@ def _gelu_tanh_body(x: Expr) -> Expr:
 
 
 def _case(
-    name: str, reference: Callable[[Array], Array], single: tuple[float, float], double: tuple[float, float], *,
-    positive: bool = False, of_argument: bool = False, body: Callable[[Expr], Expr] | None = None,
-    halves: bool = True,
+    name: str, reference: Callable[..., Array], single: tuple[float, float], double: tuple[float, float], *,
+    positive: bool = False, of_argument: bool = False, body: Callable[..., Expr] | None = None,
+    halves: bool = True, second: Callable[[Array], Array] | None = None,
 ) -> Case:  # fmt: skip
     """`single` and `double` are the bound on |x| and the error stated for each type."""
     limits = {"float32": single[0], "float64": double[0]}
@@ -108,9 +122,10 @@ def _case(
         exact = single[1] == 0
         limits |= {"float16": min(single[0], 65504.0), "bfloat16": single[0]}
         ulp |= {"float16": 0 if exact else 0.502, "bfloat16": 0 if exact else 0.502}
-    return Case(name, reference, limits, ulp, body or (lambda x: call(name, x)), positive, of_argument)
+    return Case(name, reference, limits, ulp, body or (lambda *x: call(name, *x)), positive, of_argument, second)
 
 
+_HALF_PI = 2 * np.arctan(Longer(1))
 BIG, HUGE = (3e38, 0.0), (1.7e308, 0.0)
 CASES: tuple[Case, ...] = (
     _case("exp", np.exp, (110, 1), (760, 1)),
@@ -120,8 +135,9 @@ CASES: tuple[Case, ...] = (
     _case("erf", erf, (3e38, 3), (1.7e308, 4)),  # 3 and libm's own
     _case("gelu", gelu, (100, 2), (100, 3), of_argument=True, body=_gelu_body, halves=False),
     _case("gelu, tanh form", gelu_tanh, (100, 4), (100, 4), of_argument=True, body=_gelu_tanh_body, halves=False),
-    _case("sin", np.sin, (2.0**20, 1), (2.0**19, 3)),
-    _case("cos", np.cos, (2.0**20, 1), (2.0**19, 3)),
+    _case("sin", np.sin, (3e38, 1), (1.7e308, 3)),
+    _case("cos", np.cos, (3e38, 1), (1.7e308, 3)),
+    _case("pow", np.power, (3e38, 1), (1.7e308, 1), second=exponents),
     _case("rsqrt", lambda x: 1 / np.sqrt(x), (3e38, 2), (1.7e308, 2), positive=True),
     _case("sqrt", np.sqrt, (3e38, 0.5), (1.7e308, 0.5), positive=True),
     _case("floor", np.floor, BIG, HUGE),
@@ -145,9 +161,11 @@ def samples(case: Case, dtype: str, count: int) -> Array:
         near = min(limit, 50.0)
         edges = [0.0, -0.0, 0.5, 1.0, -1.0, 1.5, 2.5, info.smallest_subnormal, info.tiny, -info.tiny, limit, -limit]
         parts = [np.linspace(-near, near, part), rng.standard_normal(part), rng.normal(0, limit / 8, part), spread]
+        if case.name in ("sin", "cos"):  # next to multiples of pi/2, of every magnitude
+            parts.append(np.rint(np.exp(rng.uniform(0, math.log(limit / 2), part))).astype(Longer) * _HALF_PI)
+            parts.append(np.full(1, 6381956970095103.0 * 2.0**797 if dtype == "float64" else 16367173.0 * 2.0**72))
         x = np.clip(np.concatenate([*parts, edges]), -limit, limit).astype(kind)
-    if case.name not in ("sin", "cos"):
-        x = np.concatenate([x, np.array([np.nan, np.inf, -np.inf], kind)])
+    x = np.concatenate([x, np.array([np.nan, np.inf, -np.inf], kind)])
     return np.abs(x) if case.positive else x
 
 
@@ -194,21 +212,32 @@ def measure(isa: str, dtype: str, folder: Path, cache: KernelCache, count: int) 
     target = parse(ISAS[isa])
     assert isinstance(target, Target)
     cases = [case for case in CASES if dtype in case.limits]
-    data = [samples(case, dtype, count) for case in cases]
-    inputs = [te.placeholder(x.shape, dtype, f"x{at}") for at, x in enumerate(data)]
-    outputs = [
-        te.compute(x.shape, lambda i, case=case, x=x: case.body(x[i]), name=f"y{at}")
-        for at, (case, x) in enumerate(zip(cases, inputs, strict=True))
+    data = [operands(case, samples(case, dtype, count)) for case in cases]
+    inputs = [
+        [te.placeholder(x.shape, dtype, f"x{at}_{place}") for place, x in enumerate(given)]
+        for at, given in enumerate(data)
     ]
-    func = te.create_prim_func([*inputs, *outputs], "accuracy")
-    results = run_program(lower_prim_func(func, target), target, data, folder, cache)
+    outputs = [
+        te.compute(given[0].shape, lambda i, case=case, given=given: case.body(*(x[i] for x in given)), name=f"y{at}")
+        for at, (case, given) in enumerate(zip(cases, inputs, strict=True))
+    ]
+    func = te.create_prim_func([*itertools.chain(*inputs), *outputs], "accuracy")
+    results = run_program(lower_prim_func(func, target), target, [*itertools.chain(*data)], folder, cache)
     worst = {}
-    for case, x, got in zip(cases, data, results, strict=True):
+    for case, given, got in zip(cases, data, results, strict=True):
         with np.errstate(all="ignore"):
-            want = np.asarray(case.reference(x.astype(Longer)))
+            want = np.asarray(case.reference(*(x.astype(Longer) for x in given)))
         flushes = isa in FLUSHING and dtype != "float64"
-        worst[case.name] = float(errors(got, want, x, of_argument=case.of_argument, flushes=flushes).max())
+        found = errors(got, want, given[0], of_argument=case.of_argument, flushes=flushes)
+        if flushes and len(given) > 1:
+            found = np.where(np.abs(given[1].astype(Longer)) < Longer(2) ** -126, 0, found)
+        worst[case.name] = float(found.max())
     return worst
+
+
+def operands(case: Case, x: Array) -> list[Array]:
+    """All arguments of a function for given first ones."""
+    return [x] if case.second is None else [x, case.second(x)]
 
 
 def table(count: int, cache: KernelCache) -> str:
