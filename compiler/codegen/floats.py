@@ -125,7 +125,9 @@ def unless_rare(
     is a test. `name` names that function: one name, one `is_rare` and `build`.
     """
     single = f"kedge.{name}.{suffix(Value('', args[0].type))}"
-    b.module.helper(single, Value("", usual.type), [Value("", a.type) for a in args], build, placing="noinline cold optsize")
+    b.module.helper(
+        single, Value("", usual.type), [Value("", a.type) for a in args], build, placing="noinline cold optsize"
+    )
     helper = single
     if usual.lanes > 1:
         helper = f"kedge.{name}.{suffix(args[0])}"

@@ -1,9 +1,9 @@
-"""exp, log, tanh, erf, … as straight-line code for any number of lanes; a library call is never made.
+"""exp, log, tanh, erf, … as code for any number of lanes, straight-line but for rare cases; no library is called.
 
-Each function is emitted once per module, type and width, and inlined where it is used. Polynomials are minimax fits
-(Remez exchange in 60 digits, coefficients then rounded to the type); range reductions follow Cody and Waite,
-"Software Manual for the Elementary Functions" (1980). docs/numerics.md has the errors measured on each instruction set
-and the bounds that tests hold them to:
+Each function is emitted once per module, type and width, and inlined where it is used, unless it is long. Polynomials
+are minimax fits (Remez exchange in 60 digits, coefficients then rounded to the type); range reductions follow Cody and
+Waite, "Software Manual for the Elementary Functions" (1980). docs/numerics.md has the errors measured on each
+instruction set and the bounds that tests hold them to:
 
     function  float32  float64  largest error in ULP of the result; notes
     exp       1        1        gradual underflow, exact at the ends
@@ -11,10 +11,10 @@ and the bounds that tests hold them to:
     tanh      2        3
     sigmoid   3        3        relative accuracy also where the result is tiny
     erf       3        3
-    sin, cos  1        3        |x| <= 2**20 (float32), 2**19 (float64); accuracy fades beyond
-    pow       1        2**10    as C's pow; float64 is exp(y * log x), so the error grows with |y * log x|
+    sin, cos  1        3        every finite argument
+    pow       1        1        as C's pow; powers that the type holds exactly are exact
     rsqrt     2        2        1 / sqrt(x)
-    floor, ceil, round, sqrt, abs are exact; round goes to even.
+    floor, ceil, round, sqrt, abs, fmod are exact; round goes to even.
 
 32-bit ARM's NEON flushes denormals to zero, so results there are zero where they would be denormal.
 """

@@ -86,6 +86,7 @@ def test_integers(dtype: str, kernels: KernelCache) -> None:
         "least": lambda a, b: a + const(info.min + (dtype == "int64"), dtype),
         "most": lambda a, b: minimum(a, most) - b,
         "abs": lambda a, b: call("abs", a),
+        "pow": lambda a, b: call("pow", a, b),
         **({} if "64" in dtype else {"round": lambda a, b: call("round", a) + call("floor", b)}),
         "nested": lambda a, b: a - (b - a) * (a - b),
         "guarded": lambda a, b: select(eq(b, const(0, dtype)), a, Binary("floordiv", a, maximum(b, one))),
@@ -109,7 +110,7 @@ def test_floats(dtype: str, kernels: KernelCache) -> None:
     """-0.0, infinities and NaN go through every operation as they do in the interpreter; min and max pass NaN on."""
     ops: dict[str, Op] = {
         **ARITHMETIC,
-        "div": binary("div"),
+        **{op: binary(op) for op in ("div", "floordiv", "floormod", "truncmod")},
         **{name: compared(name, dtype) for name in COMPARISONS},
         **{name: unary(name) for name in ("abs", "floor", "ceil", "round")},
         "negated": lambda a, b: a * const(-1.0, dtype) - const(-0.0, dtype),
@@ -127,8 +128,25 @@ def test_floats(dtype: str, kernels: KernelCache) -> None:
     for number, name in enumerate(ops):
         mine, theirs = got[:, number].astype("float64"), want[:, number].astype("float64")
         np.testing.assert_allclose(mine, theirs, rtol=TOLERANCE[dtype], atol=2e-7, err_msg=name)
-        if name in ("negated", "abs", "floor", "round", "add"):
+        if name in ("negated", "abs", "floor", "round", "add", "floordiv", "floormod", "truncmod"):
             np.testing.assert_array_equal(np.signbit(mine[mine == 0]), np.signbit(theirs[mine == 0]), err_msg=name)
+
+
+def test_remainders_are_exact(kernels: KernelCache) -> None:
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(0, 1, 512) * 2.0 ** rng.integers(-60, 60, 512) for _ in range(2))
+    ops: dict[str, Op] = {op: binary(op) for op in ("floordiv", "floormod", "truncmod")}
+    for dtype in ("float32", "float64"):
+        got, want = both(table(dtype, dtype, ops), [x.astype(dtype), y.astype(dtype)], kernels)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_float64_becomes_float16_with_one_rounding(kernels: KernelCache) -> None:
+    middle = 1 + 2.0**-11
+    x = np.array([middle, middle + 2.0**-40, middle - 2.0**-40, -middle - 2.0**-40, 65519.9999999, 1e300, math.nan])
+    got, want = both(table("float64", "float16", {"a": lambda a, b: a}), [x, x], kernels)
+    np.testing.assert_array_equal(got, want)
+    assert got[1, 0] != got[0, 0]
 
 
 def positive(name: str, dtype: str) -> Op:
