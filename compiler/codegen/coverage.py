@@ -11,14 +11,14 @@ loops' ranges and fulfil the store's conditions. That an access is inside its bu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.expr import Binary, Call, Const, Expr, Load, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, conjuncts, lasting, over
 from kedge.compiler.tir.stmt import Buffer, For, If, Range, Seq, Stmt, Store
 from kedge.compiler.tir.structural import expr_equal
-from kedge.compiler.tir.visitor import free_vars, stmt_exprs, substitute_expr, walk_expr
+from kedge.compiler.tir.visitor import free_vars, loads, stmt_exprs, substitute_expr, walk_expr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +51,8 @@ class _Iteration:
 
     def __init__(self, buffer: Buffer) -> None:
         self.buffer = buffer
-        self.loops: list[Var] = []
+        self.loops: list[For] = []
+        self.conditions: list[Expr] = []
 
     def run(self, stmt: Stmt, known: Simplifier, before: tuple[_Written, ...]) -> tuple[_Written, ...] | None:
         """What `stmt` writes in addition to `before`; None if it may read something else."""
@@ -65,7 +66,7 @@ class _Iteration:
             case If():
                 return self._branches(stmt, known, before)
             case For(var=var, extent=extent):
-                self.loops.append(var)
+                self.loops.append(stmt)
                 found = self.run(stmt.body, known.within({var: over(extent)}), before)
                 self.loops.pop()
                 return None if found is None else tuple(_over_loop(each, var, extent) for each in found)
@@ -84,15 +85,31 @@ class _Iteration:
 
     def _branches(self, stmt: If, known: Simplifier, before: tuple[_Written, ...]) -> tuple[_Written, ...] | None:
         condition = tuple(conjuncts(stmt.condition))
+        self.conditions.append(stmt.condition)
         then = self.run(stmt.then, known.assuming(lasting(stmt.condition)), before)
+        self.conditions[-1] = Call("not", (stmt.condition,), "bool")
         orelse = () if stmt.orelse is None else self.run(stmt.orelse, known, before)
+        self.conditions.pop()
         if then is None or orelse is None:
             return None
         both = tuple(joint for a in then for b in orelse if (joint := _in_both(a, b)) is not None)
         found = (*both, *(replace(each, guards=(*each.guards, *condition)) for each in then))
         # What the first iteration of a loop around did is done for all: an initialisation guarded by `k == 0`.
-        guarding = [var for var in self.loops if any(var in free_vars(term) for term in condition)]
-        return (*found, *(each.at(dict.fromkeys(guarding, const(0))) for each in found if guarding))
+        guarding = [loop.var for loop in self.loops if any(loop.var in free_vars(term) for term in condition)]
+        if not guarding:
+            return found
+        reached = tuple(self._reaching(guarding))
+        first = dict.fromkeys(guarding, const(0))
+        return (*found, *(replace(each, guards=(*each.guards, *reached)).at(first) for each in found))
+
+    def _reaching(self, loops: Sequence[Var]) -> Iterator[Expr]:
+        """What decides whether other iterations of those loops come here, too, given that one does."""
+        for loop in self.loops:
+            if any(var in loops for var in free_vars(loop.extent)):
+                yield loop.var < loop.extent
+        for condition in self.conditions:
+            if any(var in loops for var in free_vars(condition)) or any(True for _ in loads(condition)):
+                yield condition
 
     def _reads_own(self, expr: Expr, known: Simplifier, before: tuple[_Written, ...]) -> bool:
         own = [node.indices for node in walk_expr(expr) if isinstance(node, Load) and node.buffer is self.buffer]

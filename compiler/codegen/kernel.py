@@ -24,8 +24,10 @@ from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const
-from kedge.compiler.tir.simplify import simplify, simplify_dim
+from kedge.compiler.tir.printer import print_expr
+from kedge.compiler.tir.simplify import Simplifier, over, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt, Store
+from kedge.compiler.tir.visitor import free_vars
 
 #: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
 _STACK_BUFFER = 32 * 1024
@@ -178,6 +180,8 @@ class KernelEmitter(ParallelEmitter):
 
     def _for(self, loop: For) -> None:
         extent = self.index(loop.extent)
+        self.ranges.pop(loop.var, None)
+        self.ranges[loop.var] = over(loop.extent)
         if extent.value == 1:
             self.env[loop.var] = Linear()
             self.stmt(loop.body)
@@ -198,7 +202,8 @@ class KernelEmitter(ParallelEmitter):
             case "thread":
                 raise CodegenError(
                     f"loop {loop.var.name!r} is bound to {loop.thread}, which a CPU does not have",
-                    hint="schedule for a CPU target",
+                    hint='kedge.compile(sch, target="opencl") or "cuda"; for a CPU, in a new Schedule, '
+                    f"sch.parallel({loop.var.name}) in place of sch.bind",
                 )
             case _:
                 self.serial(loop.var, extent, lambda: self._iteration(loop))
@@ -345,9 +350,26 @@ class KernelEmitter(ParallelEmitter):
             raise CodegenError(f"internal error: no workspace for buffer {buffer.name!r}")
         total = _rounded_bytes(buffer)
         if self.parallel is not None and self.parallel_index is not None:
-            total = Binary("mul", total, self.parallel)
+            total = Binary("mul", total, self._most_iterations(buffer, self.parallel))
         self._in_workspace[buffer] = self.workspace
         self.workspace = simplify_dim(Binary("add", as_expr(self.workspace), total))
+
+    def _most_iterations(self, buffer: Buffer, extent: Expr) -> Expr:
+        """The parallel loop's extent, or the largest it has in any iteration of the loops around."""
+        known = Simplifier(self.ranges)
+        if any(var in self.ranges for var in free_vars(extent)):
+            span, most = known.span(extent, tuple(self.ranges)), known.bounds(extent)[1]
+            if span is not None:
+                extent = known.expr_of(span[1])
+            elif most is not None:
+                extent = const(most)
+            else:
+                raise CodegenError(
+                    f"buffer {buffer.name!r} needs a place for each iteration of a parallel loop of "
+                    f"{print_expr(extent)} iterations, and no bound of that is known outside of the loops around",
+                    hint="make one of those loops parallel instead",
+                )
+        return extent if known.prove(extent >= 0) else Binary("max", extent, const(0))
 
     def _workspace(self, buffer: Buffer) -> Pointer:
         """Its place in the workspace; inside a parallel loop one for each iteration."""

@@ -13,7 +13,7 @@ from kedge.compiler.codegen.alloc import Alloc, statements_of
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
 from kedge.compiler.codegen.expr import ExprEmitter
 from kedge.compiler.tir.expr import Dim, Expr, Load, Var
-from kedge.compiler.tir.stmt import Buffer, For, Stmt, Store
+from kedge.compiler.tir.stmt import Buffer, For, Range, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, stmt_exprs, walk_expr
 
 #: Struct layouts of kedge.h, as far as compiled code reads them.
@@ -65,6 +65,7 @@ class ParallelEmitter(ExprEmitter):
         self.workspace: Dim = 0
         self.parallel: Expr | None = None  # iterations of the parallel loop around, where there is one
         self.parallel_index: Linear | None = None
+        self.ranges: dict[Var, Range] = {}  # of the loops around, from the outermost on
 
     def stmt(self, stmt: Stmt) -> None:
         """Emit a statement."""
@@ -138,7 +139,7 @@ class ParallelEmitter(ExprEmitter):
         fields: list[Value],
     ) -> None:  # fmt: skip
         inner = type(self)(self.module, self.symbol)
-        inner.parallel, inner.workspace = loop.extent, self.workspace
+        inner.parallel, inner.workspace, inner.ranges = loop.extent, self.workspace, dict(self.ranges)
         for var, form in self.env.items():
             if form.value is not None:
                 inner.env[var] = form

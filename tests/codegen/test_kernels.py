@@ -34,6 +34,7 @@ from kedge.compiler.tir.expr import (
     logical_and,
     select,
 )  # fmt: skip
+from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Seq, Store
 from kedge.compiler.toolchain import link_shared
 from kedge.rpc.artifact import Artifact
@@ -407,6 +408,27 @@ def test_a_buffer_inside_a_parallel_loop_is_each_threads_own(kernels: KernelCach
     with opened(as_scheduled(func, "native", kernels), threads=2) as module:
         got = module.run({"x": data})["y"]
     np.testing.assert_array_equal(got, (data + 1)[:, ::-1])
+
+
+def test_a_parallel_loop_whose_extent_depends_on_the_loops_around(kernels: KernelCache) -> None:
+    func = parse_func("""func f(x: float32[4, n]) -> (y: float32[4, 4, n]) where n >= 1:
+  alloc t: float32[n]
+  for o in range(4):
+    for i in parallel(4 - o):
+      for j in range(n):
+        t[j] = x[i, j] + 1.0
+      for k in range(n):
+        y[o, i, k] = t[n - 1 - k]
+    for i in range(o):
+      for k in range(n):
+        y[o, 3 - i, k] = 0.0""")
+    data = np.arange(4 * 70, dtype="f").reshape(4, 70)
+    with opened(as_scheduled(func, "native", kernels), threads=2) as module:
+        got = module.run({"x": data})["y"]
+    np.testing.assert_array_equal(got, interp.run(func, [data])[0])
+    unknown = func.show().replace("parallel(4 - o)", "parallel(min(4 * n - o * n, n * n - o * o * n))")
+    with pytest.raises(CodegenError, match="no bound of that is known outside of the loops around"):
+        emit_kernel(parse_func(unknown), parse("native"), "k")
 
 
 @pytest.mark.parametrize("target", TARGETS)
