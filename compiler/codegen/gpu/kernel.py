@@ -63,7 +63,7 @@ def device_body(func: PrimFunc, name: str) -> tuple[PrimFunc, Stmt]:
     reduced, added = lower_thread_reductions(func.body)
     func = replace(func, allocs=(*func.allocs, *added), body=reduced)
     plain = drop_empty(simplify_stmt(drop_empty(lower_blocks(reduced))))
-    return func, split_launches(plain, name)
+    return func, split_launches(plain, name, func.name)
 
 
 def _check_limits(func: PrimFunc, launch: Launch, target: GpuTarget) -> None:
@@ -72,7 +72,8 @@ def _check_limits(func: PrimFunc, launch: Launch, target: GpuTarget) -> None:
         raise CodegenError(
             f"{func.name}: a group of {' x '.join(map(str, launch.block))} = {threads} threads; "
             f"{target.label} has groups of at most {target.max_threads}",
-            hint="bind smaller loops to threadIdx, or say -max-threads= if the device has more",
+            hint="split a loop that is bound to threadIdx: outer, inner = sch.split(loop, [None, 256]), the outer to "
+            f"blockIdx.x{_larger(target, '-max-threads', threads)}",
         )
     if target.kind == "cuda":
         _check_cuda(func, launch)
@@ -81,8 +82,16 @@ def _check_limits(func: PrimFunc, launch: Launch, target: GpuTarget) -> None:
         raise CodegenError(
             f"{func.name}: buffers in shared scope take {sum(sizes)} bytes; {target.label} has {target.shared_bytes} "
             "for a group",
-            hint="make their tiles smaller, or say -shared= if the device has more",
+            hint="make their tiles smaller: split the loops around them by smaller factors"
+            f"{_larger(target, '-shared', sum(sizes))}",
         )
+
+
+def _larger(target: GpuTarget, option: str, value: int) -> str:
+    """How a target says that its device has more; what CUDA's generations have is known."""
+    if target.kind != "opencl":
+        return ""
+    return f'; or, if the device has more, target="opencl {option}={value}"'
 
 
 def _check_cuda(func: PrimFunc, launch: Launch) -> None:
@@ -95,5 +104,5 @@ def _check_cuda(func: PrimFunc, launch: Launch) -> None:
         if limit is not None and isinstance(size, Const) and size.value > limit:
             raise CodegenError(
                 f"{func.name}: {size.value} on {axis}; CUDA has at most {limit}",
-                hint=f"bind that loop to {axis[:-1]}x, or split it",
+                hint=f'in a new Schedule, sch.bind(loop, "{axis[:-1]}x") instead, or sch.split the loop first',
             )

@@ -34,6 +34,7 @@ from kedge.compiler.codegen.gpu.ir import (
 from kedge.compiler.codegen.gpu.shrink import shrink_arrays
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.tir.expr import Call, Const, Expr, Var, const, eq
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import over, simplify, simplify_stmt
 from kedge.compiler.tir.stmt import Buffer, For, If, Seq, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
@@ -43,18 +44,21 @@ from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, map_stmt_expr
 PRIVATE = frozenset({"local", "register"})
 
 
-def split_launches(body: Stmt, name: str) -> Stmt:
+def split_launches(body: Stmt, name: str, func: str) -> Stmt:
     """`body` (without blocks) as the host runs it: loops and conditions of the host around `Launch` statements.
+
+    Kernels are called after `name`; messages speak of function `func`.
 
     Raises:
         CodegenError: a loop is on no axis of threads, or groups would have to wait for one another.
     """
-    return _Host(name).stmt(body, ())
+    return _Host(name, func).stmt(body, ())
 
 
 @dataclass(slots=True)
 class _Host:
     name: str
+    func: str
     count: int = 0
     homes: dict[Buffer, int] = field(default_factory=dict)
 
@@ -72,12 +76,21 @@ class _Host:
             case If() if not any(True for _ in loads(stmt.condition)) and (_has_threads(stmt) or _is_flat(stmt)):
                 orelse = None if stmt.orelse is None else self.stmt(stmt.orelse, around)
                 return replace(stmt, then=self.stmt(stmt.then, around), orelse=orelse)
-            case For(var=var):
+            case For(var=var, kind=kind):
+                hint = f'sch.bind({var.name}, "blockIdx.x")'
+                if kind == "parallel":
+                    hint = f'sch.bind({var.name}, "blockIdx.x") in place of sch.parallel({var.name}), in a new Schedule'
                 raise CodegenError(
-                    f"{self.name}: loop {var.name!r} is on no axis of threads, and a GPU runs nothing else",
-                    hint='sch.bind(loop, "blockIdx.x"), or split it and bind the parts to blockIdx.x and threadIdx.x',
+                    f"{self.func}: in the nest of loop {var.name!r} that computes {_written(stmt)}, no loop is bound "
+                    "to threads, and a GPU runs nothing else",
+                    hint=hint,
                 )
-        raise CodegenError(f"{self.name}: a condition on data stands outside of all loops over threads")
+        assert isinstance(stmt, If)
+        raise CodegenError(
+            f"{self.func}: {_written(stmt)} is computed under the condition {print_expr(stmt.condition)} on values in "
+            "memory, which only threads can read",
+            hint="bind a loop outside of the condition",
+        )
 
     def launch(self, stmt: Stmt, around: tuple[For, ...]) -> Launch:
         number = self.count
@@ -90,15 +103,21 @@ class _Host:
             elsewhere = self.homes.setdefault(buffer, number) != number
             if elsewhere or (around and not written_before_read(once, buffer, outer)):
                 raise CodegenError(
-                    f"{self.name}: buffer {buffer.name!r} in {buffer.scope} scope does not last from one kernel to "
+                    f"{self.func}: buffer {buffer.name!r} in {buffer.scope} scope does not last from one kernel to "
                     "the next",
-                    hint='put its uses under one loop bound to blockIdx, or give it scope "global"',
+                    hint="put all that uses it under one loop bound to blockIdx, or, for the block that writes it, "
+                    'sch.set_scope(block, "global")',
                 )
-        return _Kernel(self.name, stmt).launch(f"{self.name}_{number}" if number else self.name)
+        return _Kernel(self.func, stmt).launch(f"{self.name}_{number}" if number else self.name)
 
 
 def _has_threads(stmt: Stmt) -> bool:
     return any(isinstance(each, For) and each.kind == "thread" for each in walk(stmt))
+
+
+def _written(stmt: Stmt) -> str:
+    """The buffers that a nest writes, as messages name them."""
+    return ", ".join(dict.fromkeys(repr(each.buffer.name) for each in walk(stmt) if isinstance(each, Store)))
 
 
 def _is_flat(stmt: Stmt) -> bool:
@@ -136,7 +155,8 @@ class _Kernel:
             if buffer.scope != "global" and not all(isinstance(dim, int) for dim in buffer.shape):
                 raise CodegenError(
                     f"{self.func}: buffer {buffer.name!r} in {buffer.scope} scope has no constant size, as a GPU needs",
-                    hint="split its loops by constants, or put it in global scope",
+                    hint="cache in a loop whose part is constant: outer, inner = sch.split(loop, [None, 8]), then "
+                    "sch.cache_read, sch.cache_write or sch.compute_at at outer",
                 )
         sizes = [self.extents.get(axis, const(1)) for axis in (*GROUP_AXES, *THREAD_AXES)]
         threads = [int(size.value) for size in sizes[3:] if isinstance(size, Const)]
@@ -165,7 +185,8 @@ class _Kernel:
                 if not isinstance(loop.extent, Const):
                     raise CodegenError(
                         f"{self.func}: loop {loop.var.name!r} over {axis} has no constant extent",
-                        hint="split it by a constant and bind the outer part to blockIdx",
+                        hint=f"in a new Schedule, outer, inner = sch.split({loop.var.name}, [None, 256]); "
+                        f'sch.bind(outer, "blockIdx.x"); sch.bind(inner, "{axis}")',
                     )
             return const(max(int(loop.extent.value) for loop in loops if isinstance(loop.extent, Const)))
         if axis not in GROUP_AXES:
@@ -178,7 +199,12 @@ class _Kernel:
                     hint="a launch has one grid: make separate nests of them",
                 )
         if any(var in self.bound() for var in free_vars(first.extent)):
-            raise CodegenError(f"{self.func}: the extent of loop {first.var.name!r} over {axis} depends on other loops")
+            others = ", ".join(repr(var.name) for var in free_vars(first.extent) if var in self.bound())
+            raise CodegenError(
+                f"{self.func}: the extent {print_expr(first.extent)} of loop {first.var.name!r}, bound to {axis}, "
+                f"differs from iteration to iteration of loop {others}, and a launch has one grid",
+                hint=f"leave loop {first.var.name!r} serial and bind loop {others} only",
+            )
         return first.extent
 
     def bound(self) -> set[Var]:
@@ -215,9 +241,9 @@ class _Kernel:
         position, outer = self.axes[axis], here.owners.get(axis)
         if outer is not None and (outer.var in used_vars(loop.body) or _uses(here.conditions, position)):
             raise CodegenError(
-                f"{self.func}: loop {loop.var.name!r} over {axis} is inside loop {outer.var.name!r} over it, and not "
-                "the same in all iterations of that",
-                hint="take another axis for one of them, or fuse them",
+                f"{self.func}: loop {loop.var.name!r}, bound to {axis}, is inside loop {outer.var.name!r}, bound to "
+                "it, too, and is not the same in all iterations of that",
+                hint="in a new Schedule, bind one of them to another axis, or sch.fuse the two before sch.bind",
             )
         guards = {key: guard for key, guard in here.guards.items() if key != axis}
         size = self.extents[axis]
@@ -230,7 +256,11 @@ class _Kernel:
         condition = here.substitute(stmt.condition)
         if any(True for _ in loads(condition)):
             if _has_threads(stmt):
-                raise CodegenError(f"{self.func}: a condition on data decides over a loop over threads")
+                raise CodegenError(
+                    f"{self.func}: the condition {print_expr(stmt.condition)} on values in memory decides whether a "
+                    f"loop over threads runs, which computes {_written(stmt)}",
+                    hint="bind loops outside of the condition, and leave those inside serial",
+                )
             return self.unit(map_stmt(stmt, expr=here.substitute), here)
         then = self.body(stmt.then, here.where(condition))
         if stmt.orelse is None:
@@ -268,16 +298,18 @@ class _Kernel:
         private = next((store.buffer for store in written if store.buffer.scope in PRIVATE), None)
         if private is not None:
             raise CodegenError(
-                f"{self.func}: a block under a condition on data writes {private.name!r} in {private.scope} scope, of "
-                "which each thread has its own, and what all share"
+                f"{self.func}: under a condition on values in memory, {private.name!r} in {private.scope} scope, of "
+                "which each thread has its own, is written together with what all threads share",
+                hint="write the two in blocks of their own",
             )
         if loop is None:
             return
         depends = any(_uses((node,), position) for each in walk(stmt) for node in exprs(each) if isinstance(node, Var))
         if depends or _uses(conditions, position):
             raise CodegenError(
-                f"{self.func}: threads of loop {loop.var.name!r} ({loop.thread}) write the same element of "
-                f"{written[0].buffer.name!r}"
+                f"{self.func}: threads of loop {loop.var.name!r}, bound to {loop.thread}, write the same element of "
+                f"{written[0].buffer.name!r}",
+                hint=f"leave loop {loop.var.name!r} serial, and bind loops over the dims of {written[0].buffer.name!r}",
             )
 
 

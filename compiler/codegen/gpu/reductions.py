@@ -103,7 +103,9 @@ class _Lowering:
 def _extent(loop: For) -> int:
     if not isinstance(loop.extent, Const):
         raise CodegenError(
-            f"loop {loop.var.name!r} over {loop.thread} has no constant extent", hint="split it by a constant first"
+            f"loop {loop.var.name!r}, bound to {loop.thread}, has no constant extent",
+            hint=f"in a new Schedule, outer, inner = sch.split({loop.var.name}, [None, 256]); "
+            f'sch.reorder(inner, outer); sch.bind(inner, "{loop.thread}")',
         )
     return int(loop.extent.value)
 
@@ -117,23 +119,30 @@ def _loops_to(loop: For, block: Block) -> list[For]:
 def _check(loop: For, block: Block, update: Update | None, inner: list[For]) -> None:
     where = f"block {block.name!r} reduces over loop {loop.var.name!r}, which is bound to {loop.thread}"
     if update is None:
-        raise CodegenError(f"{where}: it is no sum, product, smallest or largest of values")
+        reason = "it is no sum, product, smallest or largest of values"
+        raise CodegenError(f"{where}: {reason}", hint="leave that loop serial, and bind loops over the block's outputs")
     own = {loop.var, *(each.var for each in inner)}
     for it, binding in zip(block.iters, block.bindings, strict=True):
         wrong = next((var for var in free_vars(binding) if var in own), None)
         if it.kind == "spatial" and wrong is not None:
             raise CodegenError(
                 f"{where}, but its output depends on loop {wrong.name!r} inside",
-                hint="reorder the loops of its output outside of the bound one",
+                hint=f"in a new Schedule, sch.reorder({wrong.name}, {loop.var.name}) before sch.bind",
             )
     if any(each.kind == "thread" for each in inner):
-        raise CodegenError(f"{where}, and other threads' loops are inside", hint="fuse them before binding")
+        raise CodegenError(
+            f"{where}, and loops inside are bound, too",
+            hint="bind one of them only; or, in a new Schedule, sch.fuse them before sch.bind",
+        )
     target = update.store.buffer
     for other in walk_stmt(loop):
         if isinstance(other, Block) and other is not block:
             touched = {region.buffer for region in (*other.reads, *other.writes)}
             if target in touched:
-                raise CodegenError(f"{where}, but block {other.name!r} inside uses {target.name!r} before it is there")
+                raise CodegenError(
+                    f"{where}, but block {other.name!r} inside uses {target.name!r} before it is there",
+                    hint=f"take block {other.name!r} out of loop {loop.var.name!r}",
+                )
 
 
 def _result(block: Block, update: Update, total: Expr, own: Ranges, outside: Collection[Var]) -> Stmt:
