@@ -85,8 +85,8 @@ bool kedge_is_left_behind(const kedge_driver *driver) {
 int32_t kedge_check_fork(const kedge_driver *driver) {
   if (!kedge_is_left_behind(driver)) return KEDGE_OK;
   return kedge_fail(KEDGE_E_KERNEL,
-                    "this process was forked from one that had loaded the %s driver, which cannot be used here: start it "
-                    "anew instead (multiprocessing's \"spawn\"), or look for devices only after the fork",
+                    "this process was forked from one that had loaded the %s driver, which cannot be used here: start "
+                    "it anew instead (multiprocessing's \"spawn\"), or look for devices only after the fork",
                     driver->name);
 }
 

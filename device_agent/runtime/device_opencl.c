@@ -206,7 +206,7 @@ static char *text_info(cl_device_id device, cl_uint what) {
 /* fp16 and fp64 where it has them, then its extensions. */
 static char *features_of(cl_device_id device, bool has_double) {
   char *extensions = text_info(device, CL_DEVICE_EXTENSIONS), *rest;
-  char *features = extensions == NULL ? NULL : calloc(strlen(extensions) + sizeof "fp16,fp64", 1);
+  char *features = extensions == NULL ? NULL : calloc(strlen(extensions) + sizeof "fp16,fp64,", 1);
   if (features != NULL) {
     if (strstr(extensions, "cl_khr_fp16") != NULL) strcat(features, "fp16");
     if (has_double) strcat(features, features[0] == '\0' ? "fp64" : ",fp64");

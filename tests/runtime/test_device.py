@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,10 @@ class WatchedOpenCl:
     def run(self, code: str) -> str:
         """What the code prints; at its end nothing of OpenCL is left."""
         command = [sys.executable, "-c", f"{WATCHED}{code}\nassert alive() == 0, alive()\n"]
+        return self.execute([*command, str(self.runtime.lib), self.gpu.module])
+
+    def execute(self, command: list[str], **environment: str) -> str:
+        """What a command prints."""
         with Path("/proc/self/maps").open() as maps:
             real = next(line.split()[-1] for line in maps if "/libOpenCL.so" in line)
         paths = {
@@ -101,9 +106,8 @@ class WatchedOpenCl:
             "REAL_OPENCL": real,
         }
         done = subprocess.run(
-            [*command, str(self.runtime.lib), self.gpu.module],
-            env={**os.environ, **paths}, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            command, env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -221,6 +225,17 @@ for call, error in {[case[:2] for case in CREATION]}:
         assert line.startswith(f"{status} ") and text in line, call
 
 
+@pytest.mark.parametrize("extensions", ["", "cl_khr_fp16", " cl_khr_fp16  cl_khr_icd ", "cl_khr_fp16 cl_khr_fp64"])
+def test_the_features_of_an_opencl_device(extensions: str, watched: WatchedOpenCl) -> None:
+    """With nothing written beyond them: where gcc has a sanitizer, it watches."""
+    gcc = shutil.which("gcc")
+    flags = ("-g", "-fsanitize=address") if gcc else ()
+    sources = [PROGRAMS / "print_device.c", *native.library_sources()]
+    program = native.compile_c(sources, *flags, compiler=(gcc,) if gcc else native.ZIG)
+    found = watched.execute([str(program)], WATCH_OPENCL_EXTENSIONS=extensions, ASAN_OPTIONS="detect_leaks=0").strip()
+    assert sorted(found.split(",")) == sorted(["fp16"] * ("fp16" in extensions) + ["fp64", *extensions.split()])
+
+
 # Failures while it runs --------------------------------------------------------------------------------------------
 
 
@@ -317,7 +332,7 @@ with gpu.context() as context:
 """
     failure, refused = watched.run(code).splitlines()
     assert failure.startswith(f"{abi.E_KERNEL} ") and failure.endswith("the device failed: CL_OUT_OF_RESOURCES (-5)")
-    assert refused == "the device faulted earlier: destroy its contexts and create new ones"
+    assert refused == "the device faulted earlier: destroy its contexts (close its models), create new ones"
 
 
 def test_nothing_of_opencl_is_left(watched: WatchedOpenCl) -> None:
@@ -378,7 +393,7 @@ with gpu.context() as context:
 """
     assert fake_cuda.run(code, FAKE_CUDA_FAULT="999").splitlines() == [
         "Stand-in 0: the device failed: unknown error (?)",
-        "the device faulted earlier: destroy its contexts and create new ones",
+        "the device faulted earlier: destroy its contexts (close its models), create new ones",
     ]
 
 

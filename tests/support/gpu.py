@@ -445,7 +445,10 @@ def fault(gpu: Gpu, because: str = "CUDA_ERROR_ILLEGAL_ADDRESS") -> None:
             ):
                 failure = refusal(work)
                 assert failure.status == abi.E_KERNEL
-                assert str(failure) == "the device faulted earlier: destroy its contexts and create new ones"
+                assert (
+                    str(failure)
+                    == "the device faulted earlier: destroy its contexts (close its models), create new ones"
+                )
             np.testing.assert_array_equal(y, 7)
         with gpu.context_of(model) as context:
             context.call("chain", [x], [y])
