@@ -150,6 +150,8 @@ _OPERATORS: dict[tuple[str, str], OnnxOperator] = {}
 
 def register(domain: str, op_type: str, function: TensorFunction) -> OnnxOperator:
     """See `te.register_onnx`."""
+    if not (isinstance(domain, str) and isinstance(op_type, str) and op_type):
+        raise TypeError(f"an operator is named by two texts, its domain and its type, not {domain!r} and {op_type!r}")
     if not callable(function):
         raise TypeError(f"the function of {domain}.{op_type} is a {type(function).__name__}, which cannot be called")
     try:
@@ -174,7 +176,13 @@ def add(operator: OperatorT) -> OperatorT:
             hint='name a domain of your own, such as "my.domain", and use it in the model',
         )
     declarations = operator.declarations()
+    other = next((each.title for each in registered() if each.graph_name == operator.graph_name), operator.title)
     taken = {each.name for each in declarations} & set(registry.names())
+    if taken and other != operator.title:
+        raise CompileError(
+            f"{operator.title} would be called {operator.graph_name} in graphs, as {other} is",
+            hint="rename one of them",
+        )
     if (operator.domain, operator.op_type) in _OPERATORS or taken:
         raise CompileError(
             f"{operator.title} is registered already", hint="te.unregister_onnx(domain, op_type) forgets the other one"
@@ -231,10 +239,22 @@ def _declaration(operator: OnnxOperator, kind: FusionKind) -> OpDef:
         return (operator.reference(arrays, dict(attrs["attributes"]))[attrs["result"]],)
 
     def lower(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
-        return (operator.results(tensors, dict(attrs["attributes"]))[attrs["result"]],)
+        given = [TensorType(tensor.shape, tensor.dtype) for tensor in tensors]
+        found, kinds = operator.infer(given, dict(attrs["attributes"]))
+        index = attrs["result"]
+        if index >= len(found) or not _same_values(found[index], types[0]) or kinds[index] is not kind:
+            raise CompileError(
+                f"{operator.title}: its function does not give what it gave when the model was imported",
+                hint="load the model again; the function must give the same each time",
+            )
+        return (operator.results(tensors, dict(attrs["attributes"]))[index],)
 
     attrs = MappingProxyType({"attributes": (), "result": 0})
     return OpDef(operator.graph_op(kind), kind, infer, reference, lower, attrs, (0, None))
+
+
+def _same_values(a: TensorType, b: TensorType) -> bool:
+    return a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
 def _placeholders(types: Sequence[TensorType]) -> list[Tensor]:

@@ -82,7 +82,8 @@ def get(name: str) -> OpDef:
         return _OPS[name]
     except KeyError:
         raise CompileError(
-            f"unknown graph operator {name!r}", hint="see kedge.compiler.ops for the known ones"
+            f"unknown graph operator {name!r}",
+            hint="kedge.compiler.ops has the known ones; register one of your own before (kedge.te.register_onnx)",
         ) from None
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.errors import CompileError
+from kedge.compiler.te.reads import refuse_reads_outside
 from kedge.compiler.te.reductions import staged_position, staged_truth
+from kedge.compiler.te.scalars import refuse_python_bool
 from kedge.compiler.te.tensor import (
     Compute,
     Position,
@@ -17,6 +19,7 @@ from kedge.compiler.te.tensor import (
     Truth,
     as_scalar,
     checked_dims,
+    checked_name,
 )
 from kedge.compiler.tir.expr import COMPARISONS, LOGICAL, Binary, Dim, Expr, ExprLike, Var
 from kedge.compiler.tir.visitor import children, loads
@@ -31,12 +34,16 @@ def compute(shape: Sequence[Dim], fcompute: Callable[..., ExprLike], *, name: st
     Raises:
         TypeError: `fcompute` takes another number of indices, gives no scalar, or applies an operation to a dtype that
             does not have it.
-        CompileError: a reduction is only a part of the element, or a reduce axis is used outside of its reduction.
+        CompileError: a reduction is only a part of the element, a reduce axis is used outside of its reduction, or a
+            read is certain to leave its tensor.
     """
-    dims = checked_dims(shape, name)
+    dims = checked_dims(shape, checked_name(name))
     axes = tuple(Var(axis) for axis in _axis_names(fcompute, len(dims), name))
-    body = as_scalar(fcompute(*axes), f"the element of {name}")
+    given = fcompute(*axes)
+    refuse_python_bool(given, f"the element of {name}")
+    body = as_scalar(given, f"the element of {name}")
     _check_element(body, name)
+    _check_reads(body, dict(zip(axes, dims, strict=True)), name)
     if isinstance(body, Position):
         return staged_position(dims, axes, body, name)
     if isinstance(body, Truth):
@@ -91,6 +98,13 @@ def _check_element(body: Expr, name: str) -> None:
                 f"{name}: its reduction does not use the axis {axis.name}",
                 hint="index a tensor with it, or leave it out",
             )
+
+
+def _check_reads(body: Expr, extents: dict[Var, Dim], name: str) -> None:
+    if not isinstance(body, Reduction):
+        refuse_reads_outside(body, extents, name)
+    else:
+        refuse_reads_outside(body.value, extents | {axis: axis.extent for axis in body.axes}, name)
 
 
 def _check_binary(expr: Binary, name: str) -> None:

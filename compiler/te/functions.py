@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from kedge.compiler.errors import CompileError
-from kedge.compiler.te.tensor import Compute, Placeholder, Reduce, Tensor
+from kedge.compiler.te.tensor import Compute, Placeholder, Reduce, Tensor, checked_name
 from kedge.compiler.tir.expr import BinaryOp, Expr, Load, Var, as_expr, binary, identity
 from kedge.compiler.tir.regions import access_regions
 from kedge.compiler.tir.simplify import over, simplify
@@ -27,6 +27,9 @@ def create_prim_func(tensors: Sequence[Tensor], name: str, attrs: Mapping[str, A
             symbol that is used is missing from `tensors`.
         TypeError: a parameter is no tensor.
     """
+    checked_name(name)
+    if not isinstance(tensors, Sequence):
+        raise TypeError(f"{name}: the parameters are a {type(tensors).__name__}; give a list of te tensors")
     for given in tensors:
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: a {type(given).__name__} is among the parameters; give te tensors")

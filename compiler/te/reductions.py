@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.errors import CompileError
@@ -28,6 +29,14 @@ from kedge.compiler.tir.expr import (
 )
 from kedge.compiler.tir.simplify import simplify
 from kedge.compiler.tir.visitor import substitute_expr
+
+#: What a reduction is taken for by who knows Python's functions of these names.
+_OF_SEVERAL: Final = {
+    "max": ", or te.maximum(a, b) of two values",
+    "min": ", or te.minimum(a, b) of two values",
+    "any": ", or te.logical_or(a, b) of conditions",
+    "all": ", or te.logical_and(a, b) of conditions",
+}
 
 
 def sum(value: ExprLike, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:  # noqa: A001
@@ -112,13 +121,14 @@ def staged_truth(dims: tuple[Dim, ...], axes: tuple[Var, ...], body: Truth, name
 def _reduced(what: str, value: ExprLike, axis: ReduceAxis | Sequence[ReduceAxis]) -> tuple[Expr, list[ReduceAxis]]:
     """The value and the axes of a reduction, checked."""
     given = as_scalar(value, f"the value of {what}")
-    axes = [axis] if isinstance(axis, Expr) else list(axis)
+    axes = [axis] if isinstance(axis, Expr) or not isinstance(axis, Iterable) else list(axis)
     if not axes:
         raise CompileError(f"{what}: a reduction needs at least one axis", hint="make one with te.reduce_axis(extent)")
     for each in axes:
         if not isinstance(each, ReduceAxis):
             shown = each.name if isinstance(each, Var) else type(each).__name__
-            raise TypeError(f"{what} over {shown}, which is no reduce axis; make one with te.reduce_axis(extent)")
+            remedy = f"make one with te.reduce_axis(extent){_OF_SEVERAL.get(what, '')}"
+            raise TypeError(f"{what} over {shown}, which is no reduce axis; {remedy}")
     if len(set(axes)) < len(axes):
         twice = next(each.name for each in axes if axes.count(each) > 1)
         raise CompileError(f"{what}: axis {twice} is reduced twice", hint="give each axis once")
@@ -144,8 +154,8 @@ def _position(
 
 
 def _truth(what: str, combiner: Combiner, value: ExprLike, axis: ReduceAxis | Sequence[ReduceAxis]) -> Expr:
+    as_bool(value, what)
     given, axes = _reduced(what, value, axis)
-    as_bool(given, what)
     return tir.const(combiner == "min", "bool") if _is_empty(axes) else Truth(combiner, given, tuple(axes))
 
 

@@ -18,6 +18,7 @@ def const(value: int | float | bool, dtype: str | None = None) -> Expr:
     """
     if dtype is None:
         return as_scalar(value, "a literal")
+    as_scalar(value, "a literal")
     if not _holds(checked_dtype(dtype, "a literal"), value):
         raise TypeError(f"{value!r} is no {dtype}; give a value that fits, or te.cast an expression")
     return tir.const(value, dtype)
@@ -39,6 +40,7 @@ def select(condition: ExprLike, a: ExprLike, b: ExprLike) -> Expr:
     Raises:
         TypeError: the condition is no bool, or the sides have different dtypes.
     """
+    refuse_python_bool(condition, "the condition of select")
     test = as_scalar(condition, "the condition of select")
     if test.dtype != "bool":
         raise TypeError(f"the condition of select is {test.dtype}; compare it, or te.cast(condition, 'bool')")
@@ -169,10 +171,20 @@ def isnan(x: ExprLike) -> Expr:
 
 def as_bool(term: ExprLike, what: str) -> Expr:
     """`term` as a bool expression; `what` takes it and is named in the message."""
+    refuse_python_bool(term, f"an argument of {what}")
     given = as_scalar(term, f"an argument of {what}")
     if given.dtype != "bool":
         raise TypeError(f"{what} takes bools, not {given.dtype}; compare it, or te.cast(value, 'bool')")
     return given
+
+
+def refuse_python_bool(value: object, what: str) -> None:
+    """Refuse what `x[i] == 0` gives, which says nothing of the element; `what` names it in the message."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"{what} is {bool(value)}, a value of Python: == and != compare the expressions themselves; use te.eq or "
+            f"te.ne, or te.const({bool(value)}) for a literal"
+        )
 
 
 def _binary(op: BinaryOp, what: str, a: ExprLike, b: ExprLike) -> Expr:

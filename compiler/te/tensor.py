@@ -119,10 +119,11 @@ def placeholder(shape: Sequence[Dim], dtype: str, name: str) -> Tensor:
     """A tensor given from outside.
 
     Raises:
-        TypeError: a dim is neither an int nor an int64 expression, or the dtype is none that kernels compute with.
+        TypeError: a dim is neither an int nor an int64 expression, the dtype is none that kernels compute with, or the
+            name is no text.
         CompileError: a dim is negative.
     """
-    return Tensor(name, checked_dims(shape, name), checked_dtype(dtype, name))
+    return Tensor(checked_name(name), checked_dims(shape, name), checked_dtype(dtype, name))
 
 
 def reduce_axis(extent: Dim, name: str = "k") -> ReduceAxis:
@@ -130,7 +131,7 @@ def reduce_axis(extent: Dim, name: str = "k") -> ReduceAxis:
 
     A symbolic extent must be at least 1 when the function runs: a loop without iterations initialises nothing.
     """
-    return ReduceAxis(name, extent=checked_dims((extent,), name)[0])
+    return ReduceAxis(checked_name(name), extent=checked_dims((extent,), name)[0])
 
 
 def as_scalar(value: object, what: str) -> Expr:
@@ -172,3 +173,14 @@ def checked_dtype(dtype: str, what: str) -> str:
     if dtype not in DTYPES:
         raise TypeError(f"{what} has the unknown dtype {dtype!r}; give one of {', '.join(sorted(DTYPES))}")
     return dtype
+
+
+def checked_name(name: str) -> str:
+    """`name`, if it is a text that the C side can hold; a `TypeError` or `CompileError` otherwise."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is {name!r}, a {type(name).__name__}; give a text")
+    if "\0" in name:
+        raise CompileError(
+            f"the name {name!r} has a null character", hint="leave it out: names are C strings at run time"
+        )
+    return name

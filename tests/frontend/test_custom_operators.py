@@ -348,8 +348,27 @@ def test_a_saved_module_is_read_back_where_the_operator_is_registered(tmp_path: 
         module = load_onnx(model)
         module.save(path)
         assert structural.equal(kedge.load(path), module)
-    with pytest.raises(CompileError, match=r"unknown graph operator 'my\.domain\.LeakyGelu\.elementwise'"):
+    with pytest.raises(CompileError, match=r"unknown graph operator 'my\.domain\.LeakyGelu\.elementwise'") as refused:
         kedge.load(path)
+    assert "te.register_onnx" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda tensors: te.compute((4,), lambda i: te.cast(i, "float32"), name="y"),  # another shape
+        lambda tensors: te.compute(tensors[0].shape, lambda i: te.cast(tensors[0][i], "int32"), name="y"),
+        lambda tensors: te.compute(tensors[0].shape, lambda i: tensors[0][0], name="y"),  # fuses otherwise
+    ],
+)
+def test_a_module_is_not_compiled_with_another_function_than_it_was_imported_with(other: Callable[..., Any]) -> None:
+    with te.register_onnx(DOMAIN, "Op", leaky_gelu):
+        module = load_onnx(model_of([node("Op", ["x"], ["y"])], {"x": ("float32", ["n"])}))
+    with (
+        te.register_onnx(DOMAIN, "Op", other),
+        pytest.raises(CompileError, match=r"my\.domain\.Op: its function does not give what it gave"),
+    ):
+        kedge.compile(module, "native")
 
 
 def test_older_opsets_are_converted_around_it() -> None:
@@ -463,7 +482,7 @@ def test_registering_is_refused_twice_and_for_the_standard_domain() -> None:
             te.register_onnx(DOMAIN, "Op", leaky_gelu)
         with (
             te.register_onnx("my_domain", "Op", leaky_gelu),  # another operator, and so is its graph operator
-            pytest.raises(CompileError, match=r"my-domain\.Op is registered already"),
+            pytest.raises(CompileError, match=r"my-domain\.Op would be called my_domain\.Op in graphs, as my_d"),
         ):
             te.register_onnx("my-domain", "Op", leaky_gelu)  # this one's would be the same
     for domain in ("", "ai.onnx"):
@@ -473,6 +492,8 @@ def test_registering_is_refused_twice_and_for_the_standard_domain() -> None:
 
 
 def test_what_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match="named by two texts, its domain and its type, not 3 and 'Op'"):
+        te.register_onnx(3, "Op", leaky_gelu)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"the function of my\.domain\.Op is a int, which cannot be called"):
         te.register_onnx(DOMAIN, "Op", 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"takes \(\); it is called as function\(tensors, \*\*attributes\)"):
