@@ -23,6 +23,7 @@ from kedge.compiler.frontend.onnx import converted_ops, coverage, load_onnx
 from kedge.compiler.graph import interp
 from kedge.compiler.graph.ir import Module
 from kedge.rpc.errors import KedgeError
+from support import opencl
 
 DataSet = tuple[Sequence[Any], Sequence[Any]]
 Evaluate = Callable[[Module, dict[str, Any]], dict[str, Any]]
@@ -168,25 +169,58 @@ COMPILED = (
 )  # fmt: skip
 
 
-def test_node_conformance_of_compiled_code() -> None:
-    """Cases that pass in the interpreter pass as machine code; which those are, the test above says."""
+def run_compiled(cases: Sequence[TestCase], evaluate: Evaluate) -> int:
+    """How many cases that pass in the interpreter pass as compiled code, too; none may fail there."""
     failed, passed = [], 0
-    for case in load("node"):
-        if not any(fnmatch(case.name, pattern) for pattern in COMPILED):
-            continue
+    for case in cases:
         model = case.model or onnx.load(str(Path(case.model_dir) / "model.onnx"))
         try:
             check(case, model)
         except (AssertionError, FrontendError, ValueError):
             continue
         try:
-            check(case, model, compiled)
+            check(case, model, evaluate)
         except (AssertionError, KedgeError) as error:
             failed.append(f"{case.name}: {' '.join(str(error).split())[:300]}")
         else:
             passed += 1
     assert not failed, "\n".join(failed)
-    assert passed >= 150
+    return passed
+
+
+def test_node_conformance_of_compiled_code() -> None:
+    """Cases that pass in the interpreter pass as machine code; which those are, the test above says."""
+    cases = [case for case in load("node") if any(fnmatch(case.name, pattern) for pattern in COMPILED)]
+    assert run_compiled(cases, compiled) >= 150
+
+
+#: One case for each way in which functions come to threads: OpenCL takes about a second for each kernel.
+ON_OPENCL = (
+    "test_argmax_default_axis_example", "test_attention_4d", "test_averagepool_2d_pads", "test_batchnorm_example",
+    "test_cast_FLOAT_to_BFLOAT16", "test_cast_FLOAT16_to_DOUBLE", "test_concat_3d_axis_1",
+    "test_conv_with_strides_padding", "test_gemm_all_attributes", "test_logsoftmax_large_number", "test_matmul_bcast",
+    "test_maxpool_2d_ceil", "test_mod_mixed_sign_int8", "test_reduce_l2_do_not_keepdims_random",
+    "test_softmax_large_number", "test_transpose_all_permutations_2", "test_where_long_example",
+)  # fmt: skip
+
+
+def on_opencl(module: Module, feeds: dict[str, Any]) -> dict[str, Any]:
+    with kedge.compile(module, target="opencl").open(device="opencl") as loaded:
+        return dict(loaded.run(feeds))
+
+
+def test_node_conformance_on_opencl() -> None:
+    opencl.require()
+    cases = [case for case in load("node") if case.name in ON_OPENCL]
+    assert run_compiled(cases, on_opencl) == len(ON_OPENCL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_all_of_node_conformance_on_opencl(part: int) -> None:
+    opencl.require()
+    passed = run_compiled(load("node")[part::20], on_opencl)
+    assert passed >= 20
 
 
 def test_models_exported_from_pytorch() -> None:
