@@ -1,10 +1,13 @@
 """Seeing every stage: KEDGE_DUMP_DIR writes each one to a file, KEDGE_DEBUG=1 reports times on standard error.
 
-KEDGE_DEBUG=2 also prints the graph after each pass, 3 the scheduled kernels, 4 their LLVM IR.
+KEDGE_DEBUG=2 also prints the graph after each pass; 3 each scheduled kernel (`.tir`) and the plain loops that code is
+made from (`.loops`), and for a GPU its OpenCL C or PTX (`.cl`, `.ptx`); 4 the LLVM IR and the assembly (`.ll`, `.s`).
+A file is named after its stage; another compile of the same kernel writes it anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -21,6 +24,7 @@ class DebugError(KedgeError):
 
 
 GRAPH, KERNEL, LLVM = 2, 3, 4
+_LONGEST = 120  # characters of a file's name
 
 
 def level() -> int:
@@ -45,15 +49,23 @@ def show(stage: str, suffix: str, minimum: int, text: Callable[[], str]) -> None
         return
     content = text()
     if folder is not None:
-        _write(Path(folder), re.sub(r"[^\w.-]+", "_", stage)[:120] + f".{suffix}", content)
+        _write(Path(folder), f"{_file_name(stage)}.{suffix}", content)
     if level() >= minimum:
         sys.stderr.write(f"==== {stage}.{suffix}\n{content}\n")
+
+
+def _file_name(stage: str) -> str:
+    """The stage as any file system takes it; where something of it is left out, a digest tells it from others."""
+    plain = re.sub(r"[^\w.-]+", "_", stage, flags=re.ASCII)
+    if plain == stage and len(plain) <= _LONGEST:
+        return plain
+    return f"{plain[:_LONGEST]}-{hashlib.sha256(stage.encode()).hexdigest()[:8]}"
 
 
 def _write(folder: Path, name: str, content: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content if content.endswith("\n") else content + "\n")
+        (folder / name).write_text(content if content.endswith("\n") else content + "\n", encoding="utf-8")
     except OSError as error:
         raise DebugError(
             f"KEDGE_DUMP_DIR: cannot write {folder / name}: {error.strerror}",

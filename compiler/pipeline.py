@@ -13,10 +13,12 @@ from typing import TypeAlias
 
 from kedge.compiler import debug
 from kedge.compiler.cache import KernelCache, KernelObject, compiler_version
+from kedge.compiler.codegen.alloc import print_prepared
 from kedge.compiler.codegen.entry import CompiledKernel, emit_module
 from kedge.compiler.codegen.gpu.kernel import emit_device
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly, emit_object
+from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.shapes import encode
 from kedge.compiler.errors import CompileError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
@@ -237,6 +239,7 @@ def _compile(func: PrimFunc, target: AnyTarget, symbol: str) -> KernelObject:
     debug.show(stage, "tir", debug.KERNEL, func.show)
     if isinstance(target, GpuTarget):
         return _compile_device(func, target, symbol, stage)
+    debug.show(stage, "loops", debug.KERNEL, lambda: print_prepared(func, prepare(func)))
     made = emit_kernel(func, target, symbol)
     debug.show(stage, "ll", debug.LLVM, lambda: made.ir)
     if debug.wanted(debug.LLVM):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kedge.compiler import debug
 from kedge.compiler.cache import KernelCache, kernel_key
 from kedge.compiler.errors import CodegenError, CompileError, ToolchainError
 from kedge.compiler.frontend import nn
@@ -160,12 +161,34 @@ def test_every_stage_can_be_seen(  # type: ignore[no-untyped-def]
     monkeypatch.setenv("KEDGE_DEBUG", "1")
     compile_module(net[0], "native", cache=cache)
     suffixes = {path.suffix for path in (tmp_path / "dump").iterdir()}
-    assert suffixes == {".graph", ".tir", ".ll", ".s"}
+    assert suffixes == {".graph", ".tir", ".loops", ".ll", ".s"}
+    for scheduled in (tmp_path / "dump").glob("*.tir"):
+        prepared = scheduled.with_suffix(".loops").read_text()
+        assert "block " in scheduled.read_text() and "block " not in prepared and "for " in prepared
     assert "kedge: link: " in capsys.readouterr().err
     monkeypatch.setenv("KEDGE_DEBUG", "3")
     compile_module(net[0], "x86-64", cache=cache)
     printed = capsys.readouterr().err
     assert "func " in printed and "define hidden i32" not in printed
+
+
+def test_stages_whose_names_no_file_can_have_get_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_DUMP_DIR", str(tmp_path))
+    stages = ["a b", "a_b", "a/b", "名前", *("x" * 200 + end for end in "12"), "é" * 119]
+    for stage in stages:
+        debug.show(stage, "tir", debug.KERNEL, lambda stage=stage: f"stage {stage}")  # type: ignore[misc]
+    assert {path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {f"stage {each}\n" for each in stages}
+    assert all(path.name.isascii() for path in tmp_path.iterdir())
+
+
+def test_a_dump_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("KEDGE_DUMP_DIR", str(folder))
+        with pytest.raises(debug.DebugError, match="KEDGE_DUMP_DIR: cannot write"):
+            debug.show("stage", "tir", debug.KERNEL, lambda: "text")
 
 
 def test_a_symbol_that_no_input_has_as_a_dim_is_refused(cache: KernelCache) -> None:
