@@ -40,6 +40,7 @@ from kedge.compiler.target.gpu import GpuTarget
 from kedge.compiler.tir.expr import Dim, Expr
 from kedge.compiler.tir.stmt import Buffer, PrimFunc
 from kedge.compiler.tir.structural import canonical
+from kedge.rpc.abi import MAX_NDIM
 from kedge.rpc.errors import InputError
 
 
@@ -50,7 +51,8 @@ def lower(module: Module, target: TargetModel | GpuTarget, externals: Sequence[E
     use them, after the declared inputs and in order of first use.
 
     Raises:
-        CompileError: an operator has no lowering (the module was not legalized), or an external call no code.
+        CompileError: an operator has no lowering (the module was not legalized), an external call no code, an input
+            or output more dims than the ABI has, or two symbolic dims of a function have one name.
     """
     pool = _Kernels(target, externals)
     weights = _Weights(module)
@@ -81,8 +83,26 @@ def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel | GpuTarget
         kernel = Kernel(func, "by hand", MappingProxyType({}), ())
     else:
         kernel = schedule_func(func, target)
-    entry = Entry(func.name, inputs, outputs, func.symbols, (step,), 0)
+    entry = _callable(Entry(func.name, inputs, outputs, func.symbols, (step,), 0))
     return Program(MappingProxyType({func.name: kernel}), (entry,))
+
+
+def _callable(entry: Entry) -> Entry:
+    """`entry`, if the ABI can call it: its tensors have few enough dims, and a name means one symbolic dim."""
+    for port in (*entry.inputs, *entry.outputs):
+        if len(port.type.shape) > MAX_NDIM:
+            raise CompileError(
+                f"{entry.name}: {port.name} has {len(port.type.shape)} dims; what is called takes at most {MAX_NDIM}",
+                hint="reshape it: dims of 1 and those that stay side by side can be one",
+            )
+    names = [symbol.name for symbol in entry.symbols]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CompileError(
+            f"{entry.name}: two symbolic dims are called {twice}",
+            hint="use one variable where they are equal, and two names where they are not",
+        )
+    return entry
 
 
 def _port(buffer: Buffer) -> Port:
@@ -220,7 +240,7 @@ class _EntryLowering:
             Port(name, value.type) for name, value in zip(function.output_names, function.outputs, strict=True)
         )
         steps = tuple(self._step(job) for job in self._jobs)
-        entry = Entry(function.name, tuple(self._ports.values()), outputs, function.symbols, steps, arena)
+        entry = _callable(Entry(function.name, tuple(self._ports.values()), outputs, function.symbols, steps, arena))
         return with_symbols(entry, least_sizes(function))
 
     def _collect(self) -> None:

@@ -196,6 +196,23 @@ def test_a_function_of_loops_becomes_a_program():
         lower_prim_func(te.create_prim_func([hidden, te.compute((N,), lambda i: hidden[i], name="y")], "f"), X86)
 
 
+def test_what_the_abi_cannot_call_is_refused():
+    m = Var("n", lower=1)
+    wide, pair = te.placeholder((1,) * 8 + (3,), F32, "wide"), te.placeholder((N, m), F32, "pair")
+    for x, message in (
+        (wide, "f: wide has 9 dims; what is called takes at most 8"),
+        (pair, "f: two symbolic dims are called n"),
+    ):
+        y = te.compute(x.shape, lambda *i, x=x: x[i] * 2.0, name="y")
+        with pytest.raises(CompileError, match=message):
+            lower_prim_func(te.create_prim_func([x, y], "f"), X86)
+    b = Builder("main")
+    x = b.input("x", TensorType((1,) * 9, F32))
+    module = Module({"main": b.finish({"y": b.call("relu", x)})})
+    with pytest.raises(CompileError, match="main: x has 9 dims"):
+        lower(run_passes(module, default_passes()), X86)
+
+
 def test_the_interpreter_refuses_wrong_inputs_and_wrong_plans():
     module = outputs_module(
         lambda b, x: {"y": b.call("softmax", b.call("matmul", x, b.constant(np.eye(3, dtype=F32))))}
