@@ -221,6 +221,11 @@ class AddressEmitter:
         return total
 
     def _address(self, pointer: Pointer, memory: str, position: Linear) -> str:
+        """The address of an element.
+
+        It is no `inbounds` one: that of a lane that is off, and the sum without its constant, which neighbours share,
+        may be outside of the buffer.
+        """
         rest, constant = position.split_constant()
         ref = pointer.ref
         if rest.terms:
@@ -228,13 +233,11 @@ class AddressEmitter:
             known = self._cached(key)
             if known is None:
                 at = self._uniform_sum(rest)
-                known = self.b.result(f"getelementptr inbounds {memory}, ptr {ref}, {at.typed}", "ptr")
+                known = self.b.result(f"getelementptr {memory}, ptr {ref}, {at.typed}", "ptr")
                 self._remember(key, known)
             ref = known.ref
         if constant:
-            ref = self.b.result(
-                f"getelementptr inbounds {memory}, ptr {ref}, {self.b.index_type} {constant}", "ptr"
-            ).ref
+            ref = self.b.result(f"getelementptr {memory}, ptr {ref}, {self.b.index_type} {constant}", "ptr").ref
         return ref
 
     def _alignment(self, pointer: Pointer, position: Linear, size: int) -> int:

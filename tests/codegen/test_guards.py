@@ -7,8 +7,10 @@ import pytest
 
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.target import parse
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Expr, Load, select
 from support.compiled import opened
@@ -57,3 +59,12 @@ def test_a_guarded_neighbour_in_a_buffer_of_the_compilers_own(vectorize, tmp_pat
     data = np.array([3, 5], "float32")
     with opened(compile_prim_func(sch, "x86-64", cache=KernelCache(tmp_path))) as model:
         np.testing.assert_array_equal(model.run({"x": data})["y"], [4, 4])
+
+
+def test_addresses_outside_of_a_buffer_make_no_promise():
+    """`x + i` is beyond the end of `x` where only `x + i - 4` is read."""
+    x = te.placeholder((8,), "float32", "x")
+    y = te.compute((12,), lambda i: select(i >= 4, x[i - 4], 0.0), name="y")
+    code = emit_kernel(te.create_prim_func([x, y], "late"), parse("x86-64"), "k").ir
+    assert "getelementptr float, ptr %arg0, i64 %i" in code
+    assert "getelementptr inbounds float" not in code
