@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kedge
 from kedge.compiler import te
 from kedge.compiler.errors import CompileError
-from kedge.compiler.tir.expr import Cast, Load, Var, call, eq, maximum, select
+from kedge.compiler.tir.expr import Binary, Cast, Load, Var, call, eq, maximum, select
 from kedge.compiler.tir.interp import run
 from kedge.compiler.tir.verify import verify
 from support.functions import conv, dense, softmax
@@ -388,9 +388,9 @@ IX, B = te.placeholder((3,), "int32", "i"), te.placeholder((3,), "bool", "b")
         (lambda: te.compute((3,), lambda i: X, name="y"), TypeError, "the element of y is the whole tensor x"),
         (lambda: te.compute((3,), lambda i: IX[i] / 2, name="y"), TypeError, "y: true division of int32; use //"),
         (
-            lambda: te.compute((3,), lambda i: X[i, 0] // 2, name="y"),
+            lambda: te.compute((3,), lambda i: Binary("truncdiv", X[i, 0], X[i, 0]), name="y"),
             TypeError,
-            r"y: floordiv of float32; use te.floor",
+            r"y: truncdiv of float32; use //",
         ),
         (lambda: te.compute((3,), lambda i: B[i] + B[i], name="y"), TypeError, "y: add of bools; te.cast them"),
         (lambda: te.create_prim_func([X, X[0, 0]], "f"), TypeError, "f: a Load is among the parameters"),
