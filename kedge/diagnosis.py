@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import numpy as np
 
 import kedge
+from kedge.rpc.artifact.place import GPU_KINDS
 from kedge.rpc.errors import KedgeError
 
 PACKAGES = ("numpy", "llvmlite", "onnx", "ziglang", "grpcio", "protobuf", "sqlalchemy", "paramiko")
@@ -43,7 +45,7 @@ def diagnose(tracker: str | None, device: str | None, progress: Progress = lambd
         ("packages", _packages),
         ("cache", _cache),
         ("compile and run here", lambda: _compile_and_run(progress)),
-        ("GPUs", _gpus),
+        *((f"{kind} devices", partial(_gpus, kind)) for kind in GPU_KINDS),
         ("emulated boards", _boards),
     ]
     if tracker:
@@ -116,16 +118,16 @@ def _compare(check: str, result: np.ndarray[Any, Any], expected: np.ndarray[Any,
     return Finding(check, "broken", f"{where} computed 2 x + 1 wrongly", "report this with the output of --json")
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus(kind: str) -> Iterator[Finding]:
     from kedge.isolated import gpus
     from kedge.rpc.artifact.place import INSTALL
 
-    for kind, found in gpus().items():
-        if found.accelerators:
-            names = ", ".join(f"{gpu.device} is {gpu.name} ({gpu.driver})" for gpu in found.accelerators)
-            yield Finding(f"{kind} devices", "ok", names)
-        else:
-            yield Finding(f"{kind} devices", "note", found.reason or "none", f"for kernels there: {INSTALL[kind]}")
+    found = gpus(kind)
+    if found.accelerators:
+        names = ", ".join(f"{gpu.device} is {gpu.name} ({gpu.driver})" for gpu in found.accelerators)
+        yield Finding(f"{kind} devices", "ok", names)
+    else:
+        yield Finding(f"{kind} devices", "note", found.reason or "none", f"for kernels there: {INSTALL[kind]}")
 
 
 def _boards() -> Iterator[Finding]:

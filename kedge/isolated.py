@@ -38,6 +38,9 @@ from kedge.rpc.types import Measurement
 RUN_TIMEOUT_S = 600.0
 TIME_TIMEOUT_S = 3600.0
 LOAD_TIMEOUT_S = 120.0
+_OUTCOMES: Mapping[type[RunnerError], str] = {
+    RunnerCrashed: "crash", RunnerTimeout: "timeout", RunnerOutOfMemory: "out_of_memory",
+}  # fmt: skip
 
 
 class LocalDevice:
@@ -214,10 +217,7 @@ class LocalModel:
         return placement
 
     def _look(self, kind: str) -> Found:
-        try:
-            return self._runner.devices(kind, LOAD_TIMEOUT_S)
-        except RunnerError as error:
-            _raise(error)
+        return _find_gpus(self._runner, kind)
 
     def _arrange(self, name: str, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
         function = self.artifact.manifest.function(name)
@@ -229,25 +229,34 @@ class LocalModel:
         return self.artifact.manifest.functions.index(function), tensors
 
 
-def gpus() -> dict[str, Found]:
-    """The GPUs of this machine by kind; each kind's driver is loaded in a runner of its own.
+def gpus(kind: str) -> Found:
+    """The GPUs of this machine of a kind, "opencl" or "cuda"; its driver is loaded in a runner of its own.
 
     Raises:
-        JobError: looking for them crashed or took too long.
+        JobError: its driver crashed, or did not answer.
     """
-    found = {}
-    for kind in GPU_KINDS:
-        try:
-            with Runner(_runner()) as runner:
-                found[kind] = runner.devices(kind, LOAD_TIMEOUT_S)
-        except RunnerError as error:
-            _raise(error)
-    return found
+    try:
+        runner = Runner(_runner())
+    except RunnerError as error:
+        _raise(error)
+    with runner:
+        return _find_gpus(runner, kind)
 
 
 def devices() -> list[Accelerator]:
     """See `kedge.devices`."""
-    return [gpu for found in gpus().values() for gpu in found.accelerators]
+    return [gpu for kind in GPU_KINDS for gpu in gpus(kind).accelerators]
+
+
+def _find_gpus(runner: Runner, kind: str) -> Found:
+    try:
+        return runner.devices(kind, LOAD_TIMEOUT_S)
+    except RunnerError as error:
+        raise JobError(
+            f"looking for {kind} devices failed: {error.message}",
+            outcome=_OUTCOMES.get(type(error), "device_fault"),
+            hint=f"the {kind} driver of this machine is broken: mend or remove it; the CPU needs none",
+        ) from error
 
 
 def _runner() -> Path:
@@ -269,7 +278,6 @@ def _raise(error: RunnerError) -> NoReturn:
         raise JobError(error.message, outcome="cancelled") from error
     if isinstance(error, RunnerRefused):
         raise_status(error.status, error.message)
-    kinds = {RunnerCrashed: "crash", RunnerTimeout: "timeout", RunnerOutOfMemory: "out_of_memory"}
-    outcome = kinds.get(type(error), "device_fault")
+    outcome = _OUTCOMES.get(type(error), "device_fault")
     hint = "load the artifact again for a new runner" if outcome != "out_of_memory" else None
     raise JobError(error.message, outcome=outcome, hint=error.hint or hint) from error

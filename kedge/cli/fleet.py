@@ -6,14 +6,18 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import kedge
 from kedge.cli import output
 from kedge.cli.devices import build_runner, require_tracker
+
+if TYPE_CHECKING:
+    from kedge.rpc.artifact.place import Found
 
 DEFAULT_PORT = 9190
 
@@ -142,18 +146,32 @@ def devices(
 
 
 def _show_here(as_json: bool) -> None:
-    """This machine's GPUs, and why there are none of a kind."""
+    """This machine's GPUs, and why there are none of a kind; a driver that fails is an error after the others."""
     from dataclasses import asdict
 
     from kedge.isolated import gpus
+    from kedge.rpc.artifact.place import GPU_KINDS
+    from kedge.rpc.errors import JobError
 
+    found: dict[str, Found] = {}
+    failed: JobError | None = None
     with output.progress("devices") as report:
         build_runner(report)
         report("asking the drivers")
-        found = gpus()
+        for kind in GPU_KINDS:
+            try:
+                found[kind] = gpus(kind)
+            except JobError as error:
+                failed = failed or error
     if as_json:
         output.emit_json([asdict(gpu) for one in found.values() for gpu in one.accelerators])
-        return
+    else:
+        _show_found(found)
+    if failed is not None:
+        raise failed
+
+
+def _show_found(found: Mapping[str, Found]) -> None:
     table = output.table("device", "name", "driver", "generation", ">memory", ">units", ">threads", ">shared")
     table.add_row("cpu", platform.machine(), "-", "-", "-", "-", "-", "-")
     for gpu in (gpu for one in found.values() for gpu in one.accelerators):

@@ -15,11 +15,13 @@ from kedge.cli.app import app
 from kedge.compiler import te
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent.runner import Runner, RunnerRefused
+from kedge.diagnosis import diagnose
 from kedge.rpc import abi
 from kedge.rpc.artifact import VariantDevice
 from kedge.rpc.client.gpus import find_gpus
 from kedge.rpc.client.inprocess import open_in_process
-from kedge.rpc.errors import IncompatibleTargetError, InputError
+from kedge.rpc.errors import IncompatibleTargetError, InputError, JobError
+from support import native
 from support.doubling import gpu_artifact, opencl_device
 
 from .conftest import children
@@ -163,6 +165,25 @@ def test_a_machine_without_drivers_says_what_to_install(
         and "needs an OpenCL device, and there is none (" in caught.value.message
     )
     assert "libOpenCL.so.1" in (caught.value.hint or "") and "driver" in (caught.value.hint or "")
+
+
+def test_a_driver_that_crashes_hides_no_other(
+    doubling: Artifact, opencl: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "crash.c"
+    source.write_text("#include <stdlib.h>\n__attribute__((constructor)) static void crash(void) { abort(); }\n")
+    (tmp_path / "libcuda.so.1").symlink_to(native.compile_c([source], "-shared", "-fPIC"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    with pytest.raises(JobError, match=r"looking for cuda devices failed: .*SIGABRT") as caught:
+        kedge.devices()
+    assert caught.value.hint is not None and "cuda driver" in caught.value.hint
+    listed = CliRunner().invoke(app, ["devices", "--local"])
+    assert isinstance(listed.exception, JobError) and opencl in listed.output
+    findings = {finding.check: finding for finding in diagnose(None, None)}
+    assert opencl in findings["opencl devices"].found
+    assert findings["cuda devices"].status == "broken" and "SIGABRT" in findings["cuda devices"].found
+    with kedge.local() as here:
+        assert here.load(doubling).device == "opencl:0", "nobody asks for the other"
 
 
 def test_a_module_for_the_cpu_is_refused_on_another_device(
