@@ -20,6 +20,7 @@ from kedge.compiler.te.tensor import (
     as_scalar,
     checked_dims,
     checked_name,
+    of_some_depth,
 )
 from kedge.compiler.tir.expr import COMPARISONS, LOGICAL, Binary, Dim, Expr, ExprLike, Var
 from kedge.compiler.tir.visitor import children, loads
@@ -39,16 +40,17 @@ def compute(shape: Sequence[Dim], fcompute: Callable[..., ExprLike], *, name: st
     """
     dims = checked_dims(shape, checked_name(name))
     axes = tuple(Var(axis) for axis in _axis_names(fcompute, len(dims), name))
-    given = fcompute(*axes)
-    refuse_python_bool(given, f"the element of {name}")
-    body = as_scalar(given, f"the element of {name}")
-    _check_element(body, name)
-    _check_reads(body, dict(zip(axes, dims, strict=True)), name)
-    if isinstance(body, Position):
-        return staged_position(dims, axes, body, name)
-    if isinstance(body, Truth):
-        return staged_truth(dims, axes, body, name)
-    return Tensor(name, dims, body.dtype, op=Compute(axes, body))
+    with of_some_depth(name):
+        given = fcompute(*axes)
+        refuse_python_bool(given, f"the element of {name}")
+        body = as_scalar(given, f"the element of {name}")
+        _check_element(body, name)
+        _check_reads(body, dict(zip(axes, dims, strict=True)), name)
+        if isinstance(body, Position):
+            return staged_position(dims, axes, body, name)
+        if isinstance(body, Truth):
+            return staged_truth(dims, axes, body, name)
+        return Tensor(name, dims, body.dtype, op=Compute(axes, body))
 
 
 def _axis_names(fcompute: Callable[..., ExprLike], rank: int, name: str) -> list[str]:

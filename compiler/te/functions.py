@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from kedge.compiler.errors import CompileError
-from kedge.compiler.te.tensor import Compute, Placeholder, Reduce, Tensor, checked_name
+from kedge.compiler.te.tensor import Compute, Placeholder, Reduce, Tensor, checked_name, of_some_depth
 from kedge.compiler.tir.expr import BinaryOp, Expr, Load, Var, as_expr, binary, identity
 from kedge.compiler.tir.regions import access_regions
 from kedge.compiler.tir.simplify import over, simplify
@@ -47,7 +47,11 @@ def create_prim_func(tensors: Sequence[Tensor], name: str, attrs: Mapping[str, A
     for tensor in (*tensors, *order):
         if tensor not in buffers:
             buffers[tensor] = Buffer(names.unique(tensor.name), tensor.shape, tensor.dtype)
-    blocks = [_block_nest(t, t.op, buffers) for t in order if isinstance(t.op, Compute)]
+    blocks = []
+    for tensor in order:
+        if isinstance(tensor.op, Compute):
+            with of_some_depth(tensor.name):
+                blocks.append(_block_nest(tensor, tensor.op, buffers))
     allocs = tuple(buffers[t] for t in order if isinstance(t.op, Compute) and t not in tensors)
     params = tuple(buffers[t] for t in tensors)
     shown = dict.fromkeys(v for t in tensors for d in t.shape if isinstance(d, Expr) for v in free_vars(d))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -184,3 +185,15 @@ def checked_name(name: str) -> str:
             f"the name {name!r} has a null character", hint="leave it out: names are C strings at run time"
         )
     return name
+
+
+@contextmanager
+def of_some_depth(name: str) -> Iterator[None]:
+    """Refuse an element of `name` that is nested deeper than expressions can be followed, with a `CompileError`."""
+    try:
+        yield
+    except RecursionError as error:
+        raise CompileError(
+            f"{name}: its element is nested too deeply, or has too many operators in a row",
+            hint="te.sum over a te.reduce_axis instead of adding up in Python, or compute a part of it by itself",
+        ) from error

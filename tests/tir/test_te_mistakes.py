@@ -96,3 +96,16 @@ def test_a_truth_value_may_be_written_as_a_literal():
 def test_what_is_taken_for_something_else_is_named_with_its_remedy(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("terms", [300, 900, 3000])
+def test_an_expression_that_is_too_deep_to_follow_is_refused(terms):
+    def element(i):
+        total = X[0, i]
+        for _ in range(terms):
+            total = total + X[0, i]
+        return total
+
+    with pytest.raises(CompileError, match="y: its element is nested too deeply") as refused:
+        te.create_prim_func([X, te.compute((4,), element, name="y")], "f")
+    assert "te.sum" in str(refused.value.hint)
