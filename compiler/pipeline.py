@@ -225,7 +225,7 @@ def compile_objects(
     known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in kernels.items()}
     launches = tuple(dict.fromkeys(launch for made in kernels.values() for launch in made.launches))
     text = emit_module(program, target, known, weights.places, weights.data_size, launches)
-    debug.show(f"entry-{target.label}", "ll", debug.LLVM, lambda: text)
+    debug.show(f"entry-{_stage_name(target)}", "ll", debug.LLVM, lambda: text)
     with debug.timed("entry"):
         entry = emit_object(text, target.host, speed=1)
     code = {made.symbol: made.code for made in kernels.values()}
@@ -233,9 +233,14 @@ def compile_objects(
     return (entry, *code.values()), tuple(features)
 
 
+def _stage_name(target: AnyTarget) -> str:
+    """A target in the names of stages, where variants for CPUs of one architecture are told apart."""
+    return target.label if isinstance(target, GpuTarget) else f"{target.label}-{target.cpu}"
+
+
 def _compile(func: PrimFunc, target: AnyTarget, symbol: str) -> KernelObject:
     """One scheduled function to machine code."""
-    stage = f"kernel-{target.label}-{func.name}"
+    stage = f"kernel-{_stage_name(target)}-{func.name}"
     debug.show(stage, "tir", debug.KERNEL, func.show)
     if isinstance(target, GpuTarget):
         return _compile_device(func, target, symbol, stage)

@@ -172,6 +172,16 @@ def test_every_stage_can_be_seen(  # type: ignore[no-untyped-def]
     assert "func " in printed and "define hidden i32" not in printed
 
 
+def test_variants_of_one_architecture_are_seen_side_by_side(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_DUMP_DIR", str(tmp_path / "dump"))
+    compile_prim_func(functions.transpose(4, 3), ["x86-64", "x86-64-v3"], cache=cache)
+    for suffix in ("tir", "loops", "ll", "s"):
+        assert len(list((tmp_path / "dump").glob(f"kernel-*.{suffix}"))) == 2
+    assert len(list((tmp_path / "dump").glob("entry-*.ll"))) == 2
+
+
 def test_stages_whose_names_no_file_can_have_get_files_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
