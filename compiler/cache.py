@@ -111,6 +111,25 @@ def read_entry(path: Path) -> tuple[str, bytes] | None:
     return head.decode(), code
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder of the cache.
+
+    Raises:
+        ToolchainError: the cache cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ToolchainError:
+    return ToolchainError(
+        f"cannot write the cache {path}: {error.strerror}",
+        hint="set KEDGE_CACHE_DIR to a folder with room that you may write to",
+    )
+
+
 def write_entry(path: Path, head: str, code: bytes) -> None:
     """Keep a line of text and machine code in a file, which appears whole.
 
@@ -119,8 +138,8 @@ def write_entry(path: Path, head: str, code: bytes) -> None:
     """
     body = head.encode() + b"\n" + code
     data = _MAGIC + hashlib.sha256(body).digest() + body
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernel-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -130,7 +149,4 @@ def write_entry(path: Path, head: str, code: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise ToolchainError(
-            f"cannot write the cache {path.parent}: {error.strerror}",
-            hint="set KEDGE_CACHE_DIR to a folder with room that you may write to",
-        ) from error
+        raise _unwritable(path.parent, error) from error

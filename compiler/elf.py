@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kedge.compiler.target.arch import ARCHS, Arch
 
-_ARCHIVE, _THIN, _ELF = b"!<arch>\n", b"!<thin>\n", b"\x7fELF"
+_ARCHIVE, _THIN, _ELF, _BITCODE = b"!<arch>\n", b"!<thin>\n", b"\x7fELF", b"BC\xc0\xde"
 _HEADER = 60
 _RELOCATABLE, _SHARED = 1, 3
 
@@ -27,9 +27,13 @@ def complaint(data: bytes, arch: Arch) -> str | None:
     """Why `data` cannot be linked into code for `arch`; None where it can."""
     if data.startswith(_THIN):
         return "is a thin archive, which holds no code; make a full one (ar rcs)"
-    if not data.startswith((_ARCHIVE, _ELF)):
+    if not data.startswith((_ARCHIVE, _ELF, _BITCODE)):
         return "is neither an ELF object file nor a static library"
-    found = list(_objects(data))
+    members = list(_members(data))
+    bitcode = next((name for name, member in members if member.startswith(_BITCODE)), None)
+    if bitcode is not None:
+        return f"holds LLVM bitcode{f' ({bitcode})' if bitcode else ''} and no machine code; compile it without -flto"
+    found = [each for name, member in members for each in _object(name, member)]
     if not found:
         return "holds no ELF object file"
     for each in found:
@@ -48,9 +52,10 @@ def _machine(file: ObjectFile) -> str:
     return names[0] if names else f"ELF machine {file.machine} with {file.bits} bits"
 
 
-def _objects(data: bytes) -> Iterator[ObjectFile]:
-    if data.startswith(_ELF):
-        yield from _object("", data)
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The files in a library by name; what is no library is its only file, without a name."""
+    if not data.startswith(_ARCHIVE):
+        yield "", data
         return
     position = len(_ARCHIVE)
     while position + _HEADER <= len(data):
@@ -60,7 +65,7 @@ def _objects(data: bytes) -> Iterator[ObjectFile]:
         if header[58:60] != b"`\n" or not size.isdigit():
             return
         start = position + _HEADER
-        yield from _object(name, data[start : start + int(size)])
+        yield name, data[start : start + int(size)]
         position = start + int(size) + int(size) % 2
 
 

@@ -10,13 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kedge.compiler.cache import read_entry, write_entry
+from kedge.compiler.cache import make_folder, read_entry, write_entry
 from kedge.compiler.elf import complaint
 from kedge.compiler.errors import CompileError, CompileWarning, ToolchainError
 from kedge.compiler.graph.external import External
 from kedge.compiler.target.model import Target
 from kedge.compiler.toolchain import (
     CObject,
+    DuplicateSymbolError,
     Progress,
     UndefinedSymbolError,
     c_libraries,
@@ -51,7 +52,9 @@ def external_objects(external: External, target: Target, progress: Progress | No
     if external.source is not None:
         made = _compiled(external, target, progress)
         if made.warnings:
-            warnings.warn(f"external {external.function}: {made.warnings}", CompileWarning, stacklevel=2)
+            name = _TEXT if external.text is None else f"{external.function}.c"
+            said = made.warnings.replace(_TEXT, name)
+            warnings.warn(f"external {external.function}: {said}", CompileWarning, stacklevel=2)
         parts.append(made.code)
     library = external.library_for(target.arch.name)
     if library is not None:
@@ -68,13 +71,21 @@ def link_with_externals(
     """The shared object of kedge's objects and external code, which may use the C library and its mathematics.
 
     Raises:
-        CompileError: a function that no external code defines, or that the C library lacks.
+        CompileError: a function that no external code defines, or that the C library lacks; one that two define.
         ToolchainError: the linker refuses it otherwise.
     """
-    parts = [part for external in externals for part in external.parts]
+    # One file may define the functions of several externals.
+    parts = {part: external.function for external in externals for part in external.parts}
+    named = [(f"{function}-{number}.o", part) for number, (part, function) in enumerate(parts.items(), 1)]
     libraries = c_libraries(target, progress=progress)
     try:
-        return link_shared([*objects, *parts], target, libraries)
+        return link_shared(objects, target, named, libraries)
+    except DuplicateSymbolError as error:
+        raise CompileError(
+            f"external code ({', '.join(sorted(external.function for external in externals))}) defines "
+            f"{', '.join(error.symbols)} more than once\n{error.message}",
+            hint="make static what only one file uses, and give several functions of one file the same source=",
+        ) from error
     except UndefinedSymbolError as error:
         names = {external.function for external in externals}
         own = [symbol for symbol in error.symbols if symbol in names]
@@ -93,22 +104,30 @@ def link_with_externals(
 # Sources --------------------------------------------------------------------------------------------------------
 
 
+#: The file name of a source that is given as text.
+_TEXT = "external.c"
+
+
 def _compiled(external: External, target: Target, progress: Progress | None) -> CObject:
     with tempfile.TemporaryDirectory(prefix="kedge-external-") as folder:
         source, text = _source(external, Path(folder))
         flags = tuple(external.cflags)
-        parts = (external.function, str(source.parent) if external.text is None else "", text, flags)
+        # Flags may have relative paths, and what a source includes is looked for beside it.
+        places = (str(Path.cwd()) if flags else "", str(source.parent.absolute()) if external.text is None else "")
+        parts = (*places, text, flags)
         key = hashlib.sha256(repr((parts, compiler_key(target))).encode()).hexdigest()
         path = cache_dir() / "external" / key[:2] / key
         found = _cached(path)
         if found is not None:
             return found
         if progress is not None:
-            progress(f"compiling {source.name} for {target.arch.name}")
+            name = source.name if external.text is None else f"{external.function}.c"
+            progress(f"compiling {name} for {target.arch.name}")
+        make_folder(path.parent)  # what zig says of a cache that cannot be written is about the source
         try:
             made = compile_c(source, target, flags)
         except ToolchainError as error:
-            said = error.message.replace(f"{folder}/", "")
+            said = error.message.replace(str(Path(folder, _TEXT)), f"{external.function}.c")
             raise ToolchainError(
                 f"external {external.function} does not compile for {target.arch.name}:\n{said}", hint=error.hint
             ) from error
@@ -122,8 +141,8 @@ def _source(external: External, folder: Path) -> tuple[Path, str]:
     """The file to compile, and its text."""
     text = external.text
     if text is not None:
-        path = folder / f"{external.function}.c"
-        path.write_text(text)
+        path = folder / _TEXT  # the same for all functions in one text, so that they share an object
+        path.write_text(text, errors="surrogateescape")
         return path, text
     assert external.source is not None  # asked for by the caller
     path = Path(external.source)

@@ -28,14 +28,16 @@ Progress = Callable[[str], None]
 _COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-Wall", "-Werror")
 #: External code is other people's: their warnings are shown, and do not stop it.
 _EXTERNAL_FLAGS = (
-    "-std=c11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-fno-stack-protector", "-Wall",
+    "-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-fno-stack-protector", "-Wall",
 )  # fmt: skip
 _LIBRARIES = ("-lpthread", "-ldl", "-lm")
 #: What external code may use: the C library, its mathematics, and the compiler's own helpers (division on 32-bit ARM).
 _C_LIBRARIES = ("libm.so.6", "libc.so.6", "libc_nonshared.a", "libcompiler_rt.a")
 #: zig's helpers come with more debugging information than code.
-_EXTERNAL_LINK = ("--as-needed", "--strip-debug")
+#: A shared object runs a function called _init, or _fini, by itself; what external code calls so is none of that kind.
+_EXTERNAL_LINK = ("--as-needed", "--strip-debug", "-init=", "-fini=")
 _UNDEFINED = re.compile(r"undefined (?:hidden |protected )?symbol: (\S+)")
+_DUPLICATE = re.compile(r"duplicate symbol: (\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +57,38 @@ class UndefinedSymbolError(ToolchainError):
         self.symbols = symbols
 
 
+class DuplicateSymbolError(ToolchainError):
+    """Linking found symbols that several objects define; `symbols` are their names."""
+
+    def __init__(self, message: str, symbols: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.symbols = symbols
+
+
 # Linking --------------------------------------------------------------------------------------------------------
 
 
-def link_shared(objects: Sequence[bytes], target: Target, libraries: Sequence[Path] = ()) -> bytes:
+def link_shared(
+    objects: Sequence[bytes],
+    target: Target,
+    externals: Sequence[tuple[str, bytes]] = (),
+    libraries: Sequence[Path] = (),
+) -> bytes:
     """A shared object of ELF object files and static libraries, which exports the module's descriptor.
 
-    It must not need anything from outside but what `libraries` define (see `c_libraries`).
+    `externals` are files from outside, with the names that errors have for them. Nothing may need anything else but
+    what `libraries` define (see `c_libraries`).
 
     Raises:
         UndefinedSymbolError: the objects use symbols that nothing defines.
+        DuplicateSymbolError: two objects define one symbol.
         ToolchainError: there is no linker, it refuses an object, or the disk is full.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="kedge-link-") as folder:
             paths = []
-            for number, data in enumerate(objects):
-                path = Path(folder, f"{number}.o")
+            for name, data in (*((f"{number}.o", data) for number, data in enumerate(objects)), *externals):
+                path = Path(folder, name)
                 path.write_bytes(data)
                 paths.append(str(path))
             exports = Path(folder, "exports.map")
@@ -84,7 +101,7 @@ def link_shared(objects: Sequence[bytes], target: Target, libraries: Sequence[Pa
                 "--hash-style=gnu", "--build-id=none", "--gc-sections", "-O1", "-z", "noexecstack", "-z", "relro",
                 "-z", "now", "-o", str(out), *paths, *external,
             ]  # fmt: skip
-            _run(command, "linking", dict(os.environ))
+            _run(command, "linking", dict(os.environ), folder)
             return out.read_bytes()
     except OSError as error:
         raise ToolchainError(
@@ -111,15 +128,20 @@ def _zig() -> list[str] | None:
     return [str(program)] if program.exists() else [sys.executable, "-m", "ziglang"]
 
 
-def _run(command: Sequence[str], what: str, environment: dict[str, str]) -> None:
+def _run(command: Sequence[str], what: str, environment: dict[str, str], folder: str = "") -> None:
+    """Run a tool; what it complains about in `folder` goes by its name there."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines()
+        said = (done.stderr or done.stdout).strip()
+        lines = (said.replace(f"{folder}{os.sep}", "") if folder else said).splitlines()
         full = any("No space left" in line for line in lines)
         hint = "free space on that disk" if full else None
         undefined = tuple(dict.fromkeys(_UNDEFINED.findall(done.stderr)))
         if undefined:
             raise UndefinedSymbolError(f"{what} failed: " + "\n".join(lines[:20]), undefined)
+        duplicate = tuple(dict.fromkeys(_DUPLICATE.findall(done.stderr)))
+        if duplicate:
+            raise DuplicateSymbolError(f"{what} failed: " + "\n".join(lines[:20]), duplicate)
         raise ToolchainError(f"{what} failed: " + "\n".join(lines[:20] or [f"exit {done.returncode}"]), hint=hint)
 
 
@@ -288,7 +310,7 @@ def compile_c(source: Path, target: Target, flags: Sequence[str]) -> CObject:
 def _dependencies(rule: str, source: Path) -> list[Path]:
     """The files of a rule for make, but for the source itself."""
     names = re.split(r"(?<!\\)\s+", rule.partition(": ")[2].replace("\\\n", " ").strip())
-    paths = [Path(re.sub(r"\\(.)", r"\1", name)) for name in names if name]
+    paths = [Path(re.sub(r"\\(.)", r"\1", name.replace("$$", "$"))) for name in names if name]
     return [path for path in dict.fromkeys(paths) if path != source]
 
 

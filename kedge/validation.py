@@ -18,6 +18,7 @@ from kedge.artifact import external_functions
 from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Call, ExternalCall, Function, Fused, Module, Value
 from kedge.rpc.artifact import Artifact
+from kedge.rpc.client.inputs import arrange
 from kedge.rpc.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -131,13 +132,15 @@ def validate(
             compared without, too.
 
     Raises:
-        InputError: the artifact's outputs are not the model's.
+        InputError: the inputs do not fit, or the artifact's outputs are not the model's.
         FrontendError: the model cannot be read, or the reference evaluator cannot run it.
     """
     from kedge.compiler.frontend.onnx.reference import reference_outputs
 
     progress(f"reading {model.name}")
     kedge.load(model)  # says what is wrong with the file; the reference evaluator does not
+    function = artifact.manifest.function("main")
+    inputs = {port.name: array for port, array in zip(function.inputs, arrange(function, inputs), strict=True)}
     progress("running the reference evaluator")
     expected = reference_outputs(model, inputs)
     progress("running the artifact")

@@ -37,7 +37,8 @@ class External:
         function: the name of the C function.
         pattern: the subgraph, with one result. Its leaves are the function's inputs, in the order in which the pattern
             names them.
-        source: a C11 file (from the current folder, while compiling), or the text of one, which has several lines.
+        source: a C file, C11 with GNU's extensions (from the current folder, while compiling), or the text of one,
+            which has several lines. Several externals may name one source.
             It is compiled for each target, with the CPU features that the target requires.
         library: an object file or a static library to link, position-independent: one path, or a path for each
             architecture (`{"aarch64": "libfoo.a"}`). With `source`, what the source needs.
@@ -72,6 +73,7 @@ class External:
             )
         if self.source is None and self.library is None:
             raise CompileError(f"external {self.function} has no code", hint="give source= or library=")
+        self._check_types()
         if isinstance(self.pattern, (tuple, list)):
             raise CompileError(
                 f"external {self.function} has a pattern with {len(self.pattern)} results",
@@ -83,6 +85,15 @@ class External:
                 hint='the result of a pattern is p.op("add", …), or alternatives of such',
             )
         leaves(self.pattern)
+
+    def _check_types(self) -> None:
+        libraries = self.library.values() if isinstance(self.library, Mapping) else (self.library,)
+        for name, paths in (("source", (self.source,)), ("library", libraries)):
+            strange = next((each for each in paths if not isinstance(each, (str, os.PathLike, type(None)))), None)
+            if strange is not None:
+                raise TypeError(f"external {self.function}: {name}= takes a path, not {strange!r}")
+        if isinstance(self.cflags, str) or not all(isinstance(flag, (str, os.PathLike)) for flag in self.cflags):
+            raise TypeError(f"external {self.function}: cflags= takes a list of flags, not {self.cflags!r}")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -110,18 +121,23 @@ class External:
     def attributes_for(self, match: Match) -> Attrs:
         """The numbers that the function gets, in plain types."""
         given = {} if self.attributes is None else self._ask("attributes", self.attributes, match)
+        if not isinstance(given, Mapping):
+            raise CompileError(
+                f"external {self.function}: attributes(match) gives {given!r}", hint='give a dict, {"alpha": 0.5}'
+            )
         result = {str(name): _number(freeze(value)) for name, value in dict(given).items()}
         strange = next((name for name, value in result.items() if value is None), None)
         if strange is not None:
             raise CompileError(
                 f"external {self.function}: its attribute {strange!r} is {given[strange]!r}",
-                hint="numbers and sequences of numbers can be handed to C",
+                hint="numbers and sequences of numbers can be handed to C, integers in 64 bits",
             )
         return MappingProxyType(result)
 
     def workspace_for(self, match: Match) -> Dim:
         """The bytes of scratch memory, a dim."""
         size = self._ask("workspace", self.workspace, match) if callable(self.workspace) else self.workspace
+        size = freeze(size)  # a number of numpy's is one too
         if not isinstance(size, (int, Expr)) or (isinstance(size, int) and size < 0):
             raise CompileError(f"external {self.function}: its workspace is {size!r}", hint="give a number of bytes")
         return plain(size)
@@ -137,18 +153,24 @@ class External:
 
 
 def _number(value: Any) -> Any:
-    """An attribute as C gets it, ints or floats; None where it is no number."""
+    """An attribute as C gets it, ints or floats; None where it is no number, or none that C has."""
     if isinstance(value, bool):
         return int(value)
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
+        return value if _is_int64(value) else None
+    if isinstance(value, float):
         return value
     if isinstance(value, tuple) and value and not tuple(attribute_symbols(value)):
         numbers = [int(each) if isinstance(each, bool) else each for each in value]
         if all(isinstance(each, int) for each in numbers):
-            return tuple(numbers)
+            return tuple(numbers) if all(map(_is_int64, numbers)) else None
         if all(isinstance(each, (int, float)) for each in numbers):
             return tuple(map(float, numbers))
     return None
+
+
+def _is_int64(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def by_function(externals: Sequence[External]) -> dict[str, External]:

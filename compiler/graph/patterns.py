@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from kedge.compiler.dtypes import DTYPES
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.builder import freeze
 from kedge.compiler.graph.ir import EMPTY, Attrs, Call, Param, Value
@@ -67,7 +68,16 @@ class Named(Pattern):
             pairs = zip(value.type.shape, self.shape, strict=True)
             if not all(wanted is None or (isinstance(dim, int) and dim == wanted) for dim, wanted in pairs):
                 return False
-        return self.where is None or bool(self.where(value))
+        return self.where is None or self._holds(self.where, value)
+
+    def _holds(self, where: Predicate, value: Value) -> bool:
+        try:
+            return bool(where(value))
+        except Exception as error:
+            shown = f"pattern {self.name!r}" if self.name else "a pattern"
+            origin = ", ".join(value.origin) if isinstance(value, Call) else getattr(value, "name", "")
+            at = f" at {origin}" if origin else ""
+            raise CompileError(f"{shown}: where(value) fails{at}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,23 +126,23 @@ class Either(Pattern):
 def wildcard(
     name: str = "",
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     shape: Sequence[int | None] | None = None,
     where: Predicate | None = None,
 ) -> Pattern:
     """Any value of this dtype and shape for which `where(value)` holds."""
-    return Leaf(name, dtype, _shape(shape), where)
+    return Leaf(name, _dtype(dtype), _shape(shape), where)
 
 
 def constant(
     name: str = "",
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     shape: Sequence[int | None] | None = None,
     where: Predicate | None = None,
 ) -> Pattern:
     """The same for constants and bound parameters: weights, in general."""
-    return Leaf(name, dtype, _shape(shape), where, constant=True)
+    return Leaf(name, _dtype(dtype), _shape(shape), where, constant=True)
 
 
 def literal(value: float) -> Pattern:
@@ -145,7 +155,7 @@ def op(
     *inputs: Pattern,
     name: str = "",
     attrs: Mapping[str, Any] = EMPTY,
-    dtype: str | None = None,
+    dtype: Any = None,
     shape: Sequence[int | None] | None = None,
     where: Predicate | None = None,
 ) -> Pattern:
@@ -162,7 +172,7 @@ def op(
     strange = next((type(each).__name__ for each in inputs if not isinstance(each, Pattern)), None)
     if not names or strange is not None:
         raise TypeError(f"op takes names and then patterns, not {f'a {strange}' if strange else 'nothing'}")
-    return Operator(name, dtype, _shape(shape), where, names, tuple(inputs), frozen)
+    return Operator(name, _dtype(dtype), _shape(shape), where, names, tuple(inputs), frozen)
 
 
 def attributes_of(call: Call) -> Attrs:
@@ -219,6 +229,19 @@ def _alternatives(pattern: Pattern) -> tuple[Pattern, ...]:
 
 def _shape(shape: Sequence[int | None] | None) -> tuple[int | None, ...] | None:
     return None if shape is None else tuple(shape)
+
+
+def _dtype(dtype: Any) -> str | None:
+    """The name of a dtype, which may be given as numpy's."""
+    if dtype is None:
+        return None
+    try:
+        name = str(np.dtype(dtype))
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise TypeError(f"dtype={dtype!r} is no element type of tensors; there are {', '.join(sorted(DTYPES))}")
+    return name
 
 
 # Matching -------------------------------------------------------------------------------------------------------------

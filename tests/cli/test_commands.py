@@ -63,6 +63,32 @@ def test_validate_compares_outputs_and_layers(kedge: Kedge, digits: Path) -> Non
     assert report["worst_layer"]["name"] in {layer["name"] for layer in report["layers"]}
 
 
+def test_a_file_of_bfloat16_serves_every_command(kedge: Kedge, tmp_path: Path) -> None:
+    """numpy writes bfloat16 as two bytes without a meaning."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    ports = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["n", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", ports[:1], ports[1:])
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "relu.onnx")
+    model, artifact, data, out = (tmp_path / name for name in ("relu.onnx", "relu.kdg", "in.npz", "out.npz"))
+    np.savez(data, x=np.array([[-1.5, 0, 1.5, 3]]).astype("bfloat16"))
+    for command in (
+        ("compile", model, "-o", artifact),
+        ("run", artifact, "--inputs", data, "--outputs", out),
+        ("validate", model, artifact, "--inputs", data),
+        ("bench", artifact, "--inputs", data, "--repeat", "2"),
+    ):
+        done = kedge(*command)
+        assert done.returncode == 0, done.stderr
+    with np.load(out) as saved:
+        assert saved["y"].view("bfloat16").astype(float).tolist() == [[0, 0, 1.5, 3]]
+    np.savez(data, x=np.zeros((1, 4), np.float32))
+    done = kedge("validate", model, artifact, "--inputs", data)
+    assert done.returncode != 0 and "input 'x' has dtype float32, expected x: bfloat16" in done.stderr
+
+
 def test_validate_fails_on_another_model_s_artifact(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
     import onnx
 

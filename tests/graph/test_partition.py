@@ -227,6 +227,18 @@ def test_what_cannot_be_an_external() -> None:
         "attribute 'a' is 'text'": lambda: Partition([external(good, attributes=lambda m: {"a": "text"})])(
             module_of_relu()
         ),
+        "attributes(match) gives None": lambda: Partition([external(good, attributes=lambda m: None)])(
+            module_of_relu()
+        ),
+        "attribute 'a' is [1, 1180591620717411303424]": lambda: Partition(
+            [external(good, attributes=lambda m: {"a": [1, 2**70]})]
+        )(module_of_relu()),
+        "attribute 'b' is -9223372036854775809": lambda: Partition(
+            [external(good, attributes=lambda m: {"b": -(2**63) - 1})]
+        )(module_of_relu()),
+        "pattern 'y': where(value) fails at x: AttributeError": lambda: Partition(
+            [external(p.op("relu", p.wildcard("y", where=lambda value: value.missing)))]  # type: ignore[attr-defined]
+        )(module_of_relu()),
         "workspace is -1": lambda: Partition([external(good, workspace=-1)])(module_of_relu()),
     }
     for message, make in cases.items():
@@ -237,6 +249,17 @@ def test_what_cannot_be_an_external() -> None:
         p.op("add", "x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"kedge\.External"):
         Partition(["f"])(module_of_relu())  # type: ignore[list-item]
+
+
+def test_types_are_those_of_numpy() -> None:
+    for dtype in ("float32", np.float32, np.dtype("float32")):
+        after = Partition([external(p.op("relu", p.wildcard("x", dtype=dtype)), workspace=np.int64(64))])(
+            module_of_relu()
+        )
+        assert "external f(" in after.show() and "workspace(64)" in after.show()
+    for dtype in ("flot32", np.complex64):
+        with pytest.raises(TypeError, match="no element type of tensors; there are bfloat16, bool"):
+            p.constant("w", dtype=dtype)
 
 
 def module_of_relu() -> Module:

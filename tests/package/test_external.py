@@ -340,6 +340,94 @@ def test_a_report_names_the_functions_whatever_is_in_it(info: dict[str, Any], na
     assert external_functions(manifest) == names
 
 
+def test_one_source_for_two_externals(net: kedge.Module, tmp_path: Path) -> None:
+    body = """
+int32_t NAME(const kedge_external_call *call) {
+  const float *x = kedge_data(&call->inputs[0]);
+  float *y = kedge_data(&call->outputs[0]);
+  for (int64_t i = 0; i < kedge_size(&call->inputs[0]); i++) y[i] = VALUE;
+  return 0;
+}
+"""
+    pair = body.replace("NAME", "first").replace("VALUE", "fmaxf(x[i], 0)")
+    text = f"#include <math.h>\n{HEAD}{pair}{body.replace('NAME', 'second').replace('VALUE', 'expf(x[i])')}"
+    (tmp_path / "both.c").write_text(text)
+    b = Builder("main")
+    x = b.input("x", TensorType((Var("n", lower=1), 12), "float32"))
+    model = kedge.Module({"main": b.finish({"y": b.call("exp", b.call("relu", x))})})
+    for source in (text, tmp_path / "both.c"):
+        patterns = {"first": p.op("relu", p.wildcard("x")), "second": p.op("exp", p.wildcard("x"))}
+        externals = [kedge.External(name, pattern, source=source) for name, pattern in patterns.items()]
+        with kedge.compile(model, externals=externals).open() as m:
+            np.testing.assert_allclose(m.run(x_of(3))["y"], np.exp(np.maximum(x_of(3)["x"], 0)), rtol=1e-5)
+
+
+def test_what_two_sources_define_is_named(net: kedge.Module) -> None:
+    helper = "float helper(float x) { return x; }\n"
+    other = kedge.External("sums", p.op("softmax", p.wildcard("x")), source=f"{helper}int sums(void) {{ return 1; }}\n")
+    with pytest.raises(
+        CompileError, match=r"external code \(dense_relu, sums\) defines helper more than once"
+    ) as caught:
+        kedge.compile(net, externals=[dense(DENSE + helper), other])
+    assert "make static" in str(caught.value) and "dense_relu-1.o" in caught.value.message
+
+
+def test_a_name_that_loaders_call_is_a_name_as_others(net: kedge.Module) -> None:
+    external = kedge.External("_init", dense().pattern, source=DENSE.replace("dense_relu", "_init"))
+    lib = kedge.compile(net, externals=[external]).member("lib.so")
+    assert struct.pack("<Q", 12) not in [tag[:8] for tag in _dynamic(lib)]  # DT_INIT
+
+
+def _dynamic(lib: bytes) -> list[bytes]:
+    """The entries of the dynamic section of a 64-bit ELF file."""
+    (start,), (size, count) = struct.unpack_from("<Q", lib, 32), struct.unpack_from("<HH", lib, 54)
+    for at in range(start, start + size * count, size):
+        kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", lib, at)
+        if kind == 2:  # PT_DYNAMIC
+            return [lib[place : place + 16] for place in range(offset, offset + length, 16)]
+    raise AssertionError("there is no dynamic section")
+
+
+def test_ordinary_c_compiles(net: kedge.Module) -> None:
+    source = f"#include <math.h>\n{HEAD}int32_t my_relu(const kedge_external_call *call) {{\n"
+    source += "typeof(M_PI) pi = M_PI;\nreturn call->n_inputs < 0 ? (int32_t)pi : 1;\n}\n"
+    assert external_objects(relu("", source=source), parse("native"))
+
+
+def test_each_folder_has_its_own_headers(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One source in two folders, each with another header: beside it, and where a relative flag says."""
+    digests = []
+    for number, name in enumerate(("one", "two $x #y")):
+        folder = tmp_path / name
+        (folder / "include").mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        Path("f.c").write_text(f'{HEAD}#include "own.h"\nint32_t dense_relu(void) {{ return OWN; }}\n')
+        Path("own.h").write_text(f"#define OWN {number}\n")
+        Path("include/far.h").write_text(f"#define FAR {number + 5}\n")
+        far = f'{HEAD}#include "far.h"\nint32_t dense_relu(void) {{ return FAR; }}\n'
+        made = [external_objects(each, parse("x86-64")) for each in (dense("f.c"), dense(far, cflags=["-Iinclude"]))]
+        digests += [each.digest for each in made]
+    Path("own.h").write_text("#define OWN 9\n")
+    digests.append(external_objects(dense("f.c"), parse("x86-64")).digest)
+    assert len(set(digests)) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(ToolchainError, match="cannot write the cache") as caught:
+        external_objects(dense(), parse("x86-64"))
+    assert caught.value.hint is not None and "KEDGE_CACHE_DIR" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "options", [{"cflags": "-ffast-math"}, {"library": ["libfoo.a"]}, {"library": {"x86_64": 3}}, {"source": 3}]
+)
+def test_arguments_of_another_type(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=rf"external my_relu: {next(iter(options))}= takes"):
+        relu("return 0;", **options)
+
+
 # Libraries ------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +476,8 @@ def test_a_source_may_use_a_library(net: kedge.Module, libraries: dict[str, Path
     [
         (b"", "neither an ELF object file nor a static library"),
         (b"!<thin>\n", "thin archive"),
+        (b"BC\xc0\xde" + bytes(60), "holds LLVM bitcode and no machine code; compile it without -flto"),
+        (b"!<arch>\n" + b"f.o/".ljust(48) + b"4".ljust(10) + b"`\nBC\xc0\xde", r"holds LLVM bitcode (f.o)"),
         (b"!<arch>\n", "holds no ELF object file"),
         (b"!<arch>\n" + b"x" * 70, "holds no ELF object file"),
         (b"\x7fELF\x02\x01" + bytes(10) + struct.pack("<HH", 3, 62) + bytes(40), "is a shared object"),
