@@ -375,6 +375,8 @@ def out_of_memory(gpu: Gpu) -> None:
         assert name in str(failure)
         failure = refusal(lambda: context.alloc(1 << 50))
         assert failure.status == abi.E_MEMORY and str(1 << 50) in str(failure)
+        failure = refusal(lambda: context.time("chain", [x], [y], cache_flush_bytes=1 << 50))
+        assert str(failure).startswith(f"no memory for cache_flush_bytes: out of device memory: {1 << 50} bytes wanted")
         context.call("chain", [x], [y])
 
 
