@@ -136,6 +136,8 @@ class _Verifier:
             numbers = value if isinstance(value, tuple) else (value,)
             plain = all(type(each) is type(numbers[0]) and type(each) in (int, float) for each in numbers)
             self._require(bool(numbers) and plain, f"external {name}: attribute {attribute!r} is no number")
+            narrow = all(isinstance(each, float) or -(2**63) <= each < 2**63 for each in numbers)
+            self._require(narrow, f"external {name}: attribute {attribute!r} has more than 64 bits")
         negative = isinstance(call.workspace, int) and call.workspace < 0
         self._require(not negative, f"external {name}: its workspace is negative")
 

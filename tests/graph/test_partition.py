@@ -272,6 +272,7 @@ def test_the_verifier_looks_at_external_calls() -> None:
     for old, new, reason in (
         ("external f(", 'external "no name"(', "no name of a C function"),
         ("(x = %x) :", '(x = %x) {a: "b"} :', "is no number"),
+        ("(x = %x) :", "(x = %x) {a: 9223372036854775808} :", "has more than 64 bits"),
         ("(x = %x) :", "(x = %x) workspace(0 - 5) :", "workspace is negative"),
     ):
         changed = text.replace(old, new)
