@@ -6,7 +6,7 @@ graph passes -> lowering and scheduling -> LLVM IR -> object files -> shared obj
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeAlias
@@ -153,8 +153,10 @@ def compile_programs(
     progress: Progress | None = None,
 ) -> Artifact:
     """The artifact of lowered programs: `make(target)` gives the one for each target."""
-    wanted = [target] if isinstance(target, (str, Target, GpuTarget)) else list(target)
-    targets = list(dict.fromkeys(parse(one) for one in wanted))
+    if isinstance(target, (str, Target, GpuTarget)) or not isinstance(target, Iterable):
+        targets = [parse(target)]
+    else:
+        targets = list(dict.fromkeys(map(parse, target)))
     if not targets:
         raise CompileError("no target was given", hint="name one, for instance native")
     kernels = KernelCache() if cache is None else cache

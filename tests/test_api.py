@@ -12,7 +12,7 @@ import pytest
 
 import kedge
 from kedge import nn, te
-from kedge.compiler.errors import FrontendError
+from kedge.compiler.errors import FrontendError, TargetError
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.compiler.graph import interp
 from kedge.compiler.lower.lower import lower_prim_func
@@ -211,6 +211,9 @@ def test_arguments_that_say_nothing_are_refused() -> None:
     func = te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1.0, name="y")], name="main")
     with pytest.raises(TypeError, match="PrimFunc"):
         kedge.compile(func, pipeline=kedge.pipeline())
+    for target, shown in ((3, "3"), (None, "None"), (["native", 3], "3")):
+        with pytest.raises(TargetError, match=f"target={shown}: it is .*, not a name"):
+            kedge.compile(func, target=target)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="-1"):
         kedge.local(threads=-1)
 

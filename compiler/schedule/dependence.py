@@ -141,7 +141,12 @@ def tied_to(func: PrimFunc, block: Block) -> Buffer | None:
 
 
 def is_reused(func: PrimFunc, buffer: Buffer) -> bool:
-    """Whether elements of `buffer` change their meaning while the function runs, as those of a tile do.
+    """Whether elements of `buffer` change their meaning while the function runs, as those of a tile do."""
+    return reusing(func, buffer) is not None
+
+
+def reusing(func: PrimFunc, buffer: Buffer) -> tuple[Block, Var] | None:
+    """A block that gives elements of `buffer` another meaning, and the loop in whose iterations it does.
 
     A block that computes over loops which do not all tell where it writes puts one value after the other there.
     """
@@ -152,9 +157,11 @@ def is_reused(func: PrimFunc, buffer: Buffer) -> bool:
             used = {var for index in store.indices for var in free_vars(index)}
             pairs = list(zip(block.iters, block.bindings, strict=True))
             placed = _placed([(it, binding) for it, binding in pairs if it.var in used])
-            if any(it.kind == "spatial" and not placed.issuperset(free_vars(binding)) for it, binding in pairs):
-                return True
-    return False
+            for it, binding in pairs:
+                again = [var for var in free_vars(binding) if var not in placed]
+                if it.kind == "spatial" and again:
+                    return block, again[0]
+    return None
 
 
 def reduces_over(loop: For) -> Block | None:

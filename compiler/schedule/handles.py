@@ -29,13 +29,45 @@ class BlockRef:
 Ref: TypeAlias = LoopRef | BlockRef
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Why a handle stands for nothing any more: the primitive that removed it, the loops that this one made and the
+    blocks that it changed."""
+
+    primitive: str
+    loops: tuple[str, ...]
+    blocks: tuple[str, ...]
+
+    def told(self, ref: Ref) -> tuple[str, str]:
+        """As a refusal says it, and what to do."""
+        if isinstance(ref, BlockRef):
+            where = _listed("block", self.blocks)
+            calls = " or ".join(f"sch.get_block({name!r})" for name in self.blocks)
+            return f"it is gone: sch.{self.primitive} put what it computes into {where}", calls
+        if self.primitive in ("split", "fuse"):
+            remedy = f"use what sch.{self.primitive} returned: {'their handles' if self.loops[1:] else 'its handle'}"
+            return f"it is gone: sch.{self.primitive} made {_listed('loop', self.loops)} of it", remedy
+        made = f", and made {_listed('loop', self.loops)}" if self.loops else ""
+        return f"it is gone: sch.{self.primitive} removed it{made}", "sch.get_loops gives the loops around a block now"
+
+
+def _listed(kind: str, names: tuple[str, ...]) -> str:
+    return f"{kind}{'s' if len(names) != 1 else ''} {', '.join(map(repr, names))}"
+
+
 class Handles:
     """The handles that a schedule has given out, and what each stands for now."""
 
     def __init__(self) -> None:
         self._refs: dict[str, Ref] = {}
         self._live: dict[str, Var | str] = {}  # handle id -> the loop's variable or the block's name
-        self._gone: dict[str, str] = {}  # handle id -> the primitive that removed it
+        self._gone: dict[str, Gone] = {}  # handle id -> what removed it
+
+    def copy(self) -> Handles:
+        """Another table in which the handles given out so far stand for the same things."""
+        other = Handles()
+        other._refs, other._live, other._gone = dict(self._refs), dict(self._live), dict(self._gone)
+        return other
 
     def loop(self, var: Var) -> LoopRef:
         """The handle of the loop over `var`, a new one if there is none."""
@@ -73,17 +105,24 @@ class Handles:
         """Whether this table gave the handle out."""
         return self._refs.get(ref.id) is ref
 
-    def removed_by(self, ref: Ref) -> str | None:
-        """The primitive that removed what the handle stood for; None while it is there."""
+    def removed_by(self, ref: Ref) -> Gone | None:
+        """What removed the thing that the handle stood for; None while it is there."""
         return self._gone.get(ref.id)
 
-    def retire(self, func: PrimFunc, primitive: str) -> None:
-        """Note that `primitive` removed whatever `func` no longer has."""
+    def retire(self, before: PrimFunc, func: PrimFunc, primitive: str) -> None:
+        """Note that `primitive`, which made `func` of `before`, removed whatever `func` no longer has."""
         existing: set[Var | str] = {loop.var for loop in loops_in(func.body)}
         existing |= {block.name for block in blocks_in(func.body)}
-        for key in [key for key, found in self._live.items() if found not in existing]:
+        lost = [key for key, found in self._live.items() if found not in existing]
+        if not lost:
+            return
+        old = {loop.var for loop in loops_in(before.body)}
+        made = tuple(loop.var.name for loop in loops_in(func.body) if loop.var not in old)
+        known = set(blocks_in(before.body))
+        changed = tuple(block.name for block in blocks_in(func.body) if block not in known)
+        for key in lost:
             del self._live[key]
-            self._gone[key] = primitive
+            self._gone[key] = Gone(primitive, made, changed)
 
     def snapshot(self) -> tuple[object, ...]:
         """What the table holds, to compare with what it holds at another time."""

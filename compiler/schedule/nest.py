@@ -115,15 +115,15 @@ def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequ
     outer = enclosing(path[:-1])
     if outer is not None:
         reason = f"it stands inside block {outer.name!r}, whose iteration variables it may use"
-        raise refuse(func, primitive, block, reason, hint="it takes blocks that stand in loops alone")
+        raise refuse(func, primitive, block, reason, hint=f"leave it there, or move block {outer.name!r}")
     condition = condition_on(path)
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and would lose that condition elsewhere"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="write the condition as te.select in the value")
     bounds, ranges = _bounds(block), loop_ranges(loops_on(path))
     if not all(expr_key(simplify(c)) in bounds or _is_tail(c, ranges) for c in conjuncts(block.predicate)):
         reason = f"it runs only where {print_expr(block.predicate)}, and would lose that condition elsewhere"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="write the condition as te.select in the value")
 
 
 def spatial_conjuncts(block: Block, symbols: Collection[Var]) -> tuple[Expr, ...] | None:
@@ -148,7 +148,9 @@ def limits_of_output(func: PrimFunc, primitive: str, block: Block) -> tuple[Expr
     limits = spatial_conjuncts(block, func.symbols)
     if limits is None:
         reason = f"its condition {print_expr(block.predicate)} mixes loops of its reduction with others"
-        raise refuse(func, primitive, block, reason, hint="do this before fusing loops of the two")
+        raise refuse(
+            func, primitive, block, reason, hint=f"in a new Schedule, sch.{primitive} before sch.fuse of these loops"
+        )
     return limits
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from kedge.compiler.schedule.drawing import Picture
@@ -33,7 +34,7 @@ from kedge.compiler.schedule.primitives.prefetch import prefetch
 from kedge.compiler.schedule.primitives.reduction import decompose_reduction, rfactor
 from kedge.compiler.schedule.primitives.storage import IndexMap, set_scope, storage_align, transform_layout
 from kedge.compiler.schedule.primitives.tensorize import tensorize
-from kedge.compiler.schedule.trace import Step, Traced, primitive
+from kedge.compiler.schedule.trace import Step, Traced, no_function, primitive
 from kedge.compiler.schedule.tree import block_path, blocks_in, find_loop, loops_on, refuse
 from kedge.compiler.schedule.visualize import visualize
 from kedge.compiler.tir.expr import Expr, ExprLike
@@ -49,6 +50,9 @@ class Schedule(Traced):
     `ScheduleError` and leaves everything as it was. Float reductions may be summed in another order.
     """
 
+    def __init__(self, func: PrimFunc) -> None:
+        super().__init__(func)
+
     def show(self) -> str:
         """The function as text."""
         return self._func.show()
@@ -62,6 +66,8 @@ class Schedule(Traced):
 
         `before`, if given, stands to its left: the function that the schedule began with, or another stage of it.
         """
+        if before is not None and not isinstance(before, PrimFunc):
+            raise no_function("visualize(before)", before)
         return visualize(self._func, path, before=before)
 
     # Handles ----------------------------------------------------------------------------------------------------
@@ -70,8 +76,13 @@ class Schedule(Traced):
     def get_block(self, name: str) -> BlockRef:
         """The block called `name`."""
         if not block_path(self._func, name):
-            known = ", ".join(block.name for block in blocks_in(self._func.body))
-            raise refuse(self._func, "get_block", f"block {name!r}", f"there is none; the blocks are {known}")
+            known = [block.name for block in blocks_in(self._func.body)]
+            buffers = {buffer.name for buffer in (*self._func.params, *self._func.allocs)}
+            what = " (it is a buffer)" if name in buffers else ""
+            reason = f"no block is called {name!r}{what}; the blocks are {', '.join(map(repr, known))}"
+            close = get_close_matches(name.lower(), known, 1)
+            hint = f"did you mean sch.get_block({close[0]!r})?" if close else f"sch.get_block({known[-1]!r})"
+            raise refuse(self._func, "get_block", f"name={name!r}", reason, hint=hint)
         return self._handles.block(name)
 
     @primitive("sch.get_loops(block)")

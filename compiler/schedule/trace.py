@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
 from kedge.compiler.errors import ParseError, ScheduleError
-from kedge.compiler.schedule.arguments import Primitive
+from kedge.compiler.schedule.arguments import Primitive, UnknownHandle, described
 from kedge.compiler.schedule.handles import Handles, Ref
 from kedge.compiler.schedule.primitives.prefetch import check_prefetched
 from kedge.compiler.schedule.primitives.storage import check_private
@@ -55,13 +56,51 @@ def primitive(
     return wrap
 
 
+_WHOLE = "replay the whole trace of a schedule, as sch.trace gives it"
+
+
+class _Malformed(ScheduleError):
+    """A step that is no step of a trace."""
+
+
+def _steps_of(trace: object) -> Sequence[Step]:
+    """`trace`, if it is a sequence of steps; raises ScheduleError."""
+    if isinstance(trace, Sequence) and not isinstance(trace, (str, bytes)):
+        return trace
+    if isinstance(trace, Traced):
+        raise ScheduleError("replay(trace): it is a Schedule, not a trace", hint="Schedule.replay(func, sch.trace)")
+    hint = "Schedule.replay(func, json.loads(trace))" if isinstance(trace, (str, bytes)) else _WHOLE
+    raise ScheduleError(f"replay(trace): it is {described(trace)}, not a list of steps", hint=hint)
+
+
+def _primitive_of(number: int, step: object) -> Primitive:
+    """The primitive that a step names."""
+    if not isinstance(step, Mapping) or not isinstance(step.get("args"), Mapping):
+        reason = 'it is no mapping with a "primitive" and its "args"'
+        raise _Malformed(f"replay: step {number}: {reason}: {step!r}", hint=_WHOLE)
+    name = step.get("primitive")
+    if not isinstance(name, str) or name not in PRIMITIVES:
+        close = get_close_matches(str(name), PRIMITIVES, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(PRIMITIVES))}"
+        raise _Malformed(f"replay: step {number}: there is no primitive {name!r}: {step!r}", hint=hint)
+    return PRIMITIVES[name]
+
+
+def no_function(where: str, value: object) -> ScheduleError:
+    """The refusal of a value that should be a PrimFunc."""
+    remedy = 'te.create_prim_func([x, y], "main") makes one of tensors'
+    if isinstance(value, Traced):
+        remedy = "a schedule `sch` has its function as sch.func"
+    return ScheduleError(f"{where}: it is {described(value)}, not a PrimFunc", hint=remedy)
+
+
 class Traced:
     """A function under transformation, the handles of its parts, and the trace of what was done to it."""
 
     def __init__(self, func: PrimFunc) -> None:
+        """A schedule of `func` with an empty trace; raises ScheduleError where it is no PrimFunc."""
         if not isinstance(func, PrimFunc):
-            hint = "te.create_prim_func makes a PrimFunc, and a schedule `sch` has its own as sch.func"
-            raise ScheduleError(f"Schedule(func={type(func).__name__}): it is no PrimFunc", hint=hint)
+            raise no_function("Schedule(func)", func)
         self._func = func
         self._trace: list[Step] = []
         self._handles = Handles()
@@ -85,26 +124,51 @@ class Traced:
         """
         sch = cls(func)
         made: dict[str, Ref] = {}
-        for number, step in enumerate(trace):
+        for number, step in enumerate(_steps_of(trace)):
             try:
-                known = PRIMITIVES[step["primitive"]]
+                known = _primitive_of(number, step)
                 positional, named = known.from_json(step["args"], made, func.symbols)
                 result = getattr(sch, known.name)(*positional, **named)
                 refs = () if result is None else result if isinstance(result, tuple) else (result,)
                 made.update(zip(step.get("result", ()), refs, strict=True))
+            except _Malformed as error:
+                raise ScheduleError(error.message, hint=error.hint) from None
+            except UnknownHandle as error:
+                reason = f"replay: step {number}: no step before it made handle {error.handle!r}"
+                raise ScheduleError(f"{reason}: {step!r}", hint=_WHOLE) from None
             except ScheduleError as error:
-                raise ScheduleError(f"replay: step {number}: {error.message}", hint=error.hint) from error
+                hint = error.hint
+                if step["primitive"] == "get_block":
+                    hint = "the trace was recorded on a function with other blocks: give a function built like that one"
+                raise ScheduleError(f"replay: step {number}: {error.message}", hint=hint) from error
             except (KeyError, TypeError, ValueError, AttributeError, ParseError) as error:
-                raise ScheduleError(f"replay: step {number} is malformed ({error!r}): {step!r}") from error
+                reason = f"replay: step {number}: its arguments or result are none of {step['primitive']}"
+                raise ScheduleError(f"{reason} ({error!r}): {step!r}", hint=_WHOLE) from error
         return sch
+
+    def copy(self) -> Self:
+        """An independent schedule with the same function, trace and handles.
+
+        Handles that were given out before are valid for both; what one makes later is unknown to the other, which
+        refuses it. `copy.copy` and `copy.deepcopy` do the same.
+        """
+        other = type(self)(self._func)
+        other._trace, other._handles = list(self._trace), self._handles.copy()
+        return other
+
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.copy()  # functions, steps and handles are immutable
 
     def _commit(self, primitive: str, func: PrimFunc) -> None:
         """Take over the new function, and retire the handles of what it no longer has."""
         check_private(self._func, func, primitive)
         check_tensorized(self._func, func, primitive)
         check_prefetched(self._func, func, primitive)
-        self._func = func
-        self._handles.retire(func, primitive)
+        before, self._func = self._func, func
+        self._handles.retire(before, func, primitive)
 
     def _record(self, primitive: str, args: Mapping[str, Any], result: object) -> None:
         step: dict[str, Any] = {"primitive": primitive, "args": dict(args)}

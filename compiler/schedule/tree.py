@@ -34,10 +34,21 @@ def refuse(
     if isinstance(subject, Block):
         name, where = f"block {subject.name!r}", at or _outermost(func, subject)
     elif isinstance(subject, Var):
-        name, where = f"loop {subject.name!r}", at or _outermost(func, find_loop(func, subject))
+        node = find_loop(func, subject)
+        name = f"loop {subject.name!r}" if node is None else which(func, node)
+        where = at or _outermost(func, node)
     else:
         name, where = subject, at or func.body
     return ScheduleError(f"{primitive}({name}): {reason}\n{print_stmt(where, func)}", hint=hint)
+
+
+def accepted(attempt: Callable[[], object]) -> bool:
+    """Whether a primitive takes what `attempt` asks of it: hints name only what works."""
+    try:
+        attempt()
+    except ScheduleError:
+        return False
+    return True
 
 
 def path_to(root: Stmt, wanted: Callable[[Stmt], bool]) -> tuple[Stmt, ...]:
@@ -95,10 +106,14 @@ def placed(loop: For) -> str:
     return f"{named([loop])} around {named(blocks_in(loop))}"
 
 
+def parts_of(loop: For) -> tuple[Stmt, ...]:
+    """The statements that stand directly in a loop."""
+    return loop.body.stmts if isinstance(loop.body, Seq) else (loop.body,)
+
+
 def held_by(loop: For) -> str:
     """What stands directly in a loop, as messages name it: "loop 'j'", "block 'a', loop 'j'"."""
-    parts = loop.body.stmts if isinstance(loop.body, Seq) else (loop.body,)
-    return ", ".join(named([part]) if isinstance(part, (For, Block)) else "a condition" for part in parts)
+    return ", ".join(named([each]) if isinstance(each, (For, Block)) else "a condition" for each in parts_of(loop))
 
 
 def enclosing(path: Sequence[Stmt], below: Stmt | None = None) -> Block | None:
@@ -112,19 +127,71 @@ def condition_on(path: Iterable[Stmt]) -> If | None:
     return next((s for s in reversed(tuple(path)) if isinstance(s, If)), None)
 
 
-def position_around(func: PrimFunc, primitive: str, block: Block, loops: Sequence[For], loop: Var) -> int:
-    """Which of the `loops` around `block` is the one over `loop`; refuses where none is."""
+def which(func: PrimFunc, loop: For) -> str:
+    """A loop as messages name it: by what is in it, too, where others have its name."""
+    return named([loop]) if _is_unique(func, loop) else placed(loop)
+
+
+def handle(func: PrimFunc, loop: For, near: For | None = None) -> str:
+    """The handle of a loop as a call in a hint has it: `i`, or `sch.get_loops(y)[0]` where others are called so.
+
+    Around and inside loop `near`, which the refusal is about, a name says enough where it is the only one there.
+    """
+    there = [] if near is None else [*loops_on(loop_path(func, near.var)), *loops_in(near)]
+    alike = {each.var for each in there if each.var.name == loop.var.name}
+    if _is_unique(func, loop) or alike == {loop.var}:
+        return loop.var.name
+    inside = blocks_in(loop)[0]
+    around = loops_on(block_path(func, inside.name))
+    return f"sch.get_loops({inside.name})[{around.index(loop)}]"
+
+
+def _is_unique(func: PrimFunc, loop: For) -> bool:
+    return sum(each.var.name == loop.var.name for each in loops_in(func.body)) == 1
+
+
+def kind_of(loop: For) -> str:
+    """How a loop runs, as messages say it: "parallel", "bound to blockIdx.x"."""
+    return f"bound to {loop.thread}" if loop.kind == "thread" else loop.kind
+
+
+def of_kind(func: PrimFunc, loop: For) -> str:
+    """A loop with how it runs: "parallel loop 'i'", "loop 'i', bound to blockIdx.x"."""
+    name = which(func, loop)
+    return f"{name}, bound to {loop.thread}" if loop.kind == "thread" else f"{loop.kind} {name}"
+
+
+def setter(loop: For) -> str:
+    """The primitive that gave a loop its kind."""
+    return {"parallel": "parallel", "vectorized": "vectorize", "unrolled": "unroll", "thread": "bind"}.get(
+        loop.kind, "tensorize"
+    )
+
+
+def passing(loops: Sequence[For]) -> str:
+    """The hint where a check leaves only some loops."""
+    return f"loops that pass this check: {', '.join(repr(each.var.name) for each in loops)}" if loops else (
+        "no loop around it passes this check"
+    )  # fmt: skip
+
+
+def position_around(
+    func: PrimFunc, primitive: str, block: Block, loops: Sequence[For], loop: Var, legal: Sequence[For] | None = None
+) -> int:
+    """Which of the `loops` around `block` is the one over `loop`; refuses where none is, and names the `legal` ones."""
     for position, each in enumerate(loops):
         if each.var is loop:
             between = enclosing(block_path(func, block.name)[:-1], each)
             if between is not None:
                 reason = f"block {between.name!r} stands between loop {loop.name!r} and it"
-                raise refuse(func, primitive, block, reason, hint="take a loop inside of that block")
+                raise refuse(func, primitive, block, reason, hint=f"take a loop inside of block {between.name!r}")
             return position
     node = find_loop(func, loop)
     assert node is not None, "handles name loops of the function"
     reason = f"{placed(node)} is not around it"
-    raise refuse(func, primitive, block, reason, hint=f"legal here: {named(loops)}, around block {block.name!r}")
+    fitting = named(loops if legal is None else legal)
+    hint = f"it takes {fitting} around block {block.name!r}: sch.get_loops({block.name})"
+    raise refuse(func, primitive, block, reason, hint=hint)
 
 
 def loop_ranges(loops: Iterable[For]) -> dict[Var, Range]:
@@ -177,7 +244,7 @@ def check_only_writer(func: PrimFunc, primitive: str, block: Block, buffer: Buff
     others = [each for each in writers(func, buffer) if each is not block]
     if others:
         reason = f"{buffer.name!r}, which it writes, is written by {named(others)}, too"
-        hint = "do this before decompose_reduction or software_pipeline, which make several writers of one"
+        hint = f"in a new Schedule, sch.{primitive} before sch.decompose_reduction or sch.software_pipeline"
         raise refuse(func, primitive, block, reason, hint=hint)
 
 

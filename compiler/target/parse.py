@@ -46,10 +46,13 @@ def parse(text: str | AnyTarget) -> AnyTarget:
     machine unless its tag or `-host` says otherwise.
 
     Raises:
-        TargetError: an unknown tag, CPU, feature or option; the hint names the nearest known ones.
+        TargetError: an unknown tag, CPU, feature or option; the hint names the nearest known ones. Or it is no text.
     """
-    if not isinstance(text, str):
+    if isinstance(text, (Target, GpuTarget)):
         return text
+    if not isinstance(text, str):
+        what = "None" if text is None else f"of type {type(text).__name__}"
+        raise TargetError(f"target={text!r}: it is {what}, not a name", hint='give a name, such as target="native"')
     words = _words(text)
     gpu = gpu_head(words[0])
     if gpu is not None:

@@ -6,7 +6,9 @@ nodes (`i * 16 + j`), `==` stays identity: write `eq(a, b)` for the comparison n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -219,16 +221,36 @@ def binary(op: BinaryOp, a: ExprLike, b: ExprLike) -> Expr:
     """`a op b`; a Python number takes the dtype of the other side, and two literals fold.
 
     Raises:
-        TypeError: both sides are expressions of different dtypes.
+        TypeError: both sides are expressions of different dtypes, or a number has a fraction and the other side is of
+            integers.
     """
     if isinstance(a, Expr):
+        if not isinstance(b, Expr):
+            _check_fraction(op, b, a)
         lhs, rhs = a, as_expr(b, a.dtype)
     else:
         rhs = as_expr(b)
+        if isinstance(b, Expr):
+            _check_fraction(op, a, b)
         lhs = as_expr(a, rhs.dtype)
     if lhs.dtype != rhs.dtype:
         raise TypeError(f"{op}: operands have dtypes {lhs.dtype} and {rhs.dtype}; cast one of them")
     return Binary(op, lhs, rhs)
+
+
+def _check_fraction(op: BinaryOp, number: int | float | bool, other: Expr) -> None:
+    """Refuse a number that would lose its fraction in the dtype of the expression beside it."""
+    if other.dtype in FLOATS or not isinstance(number, (float, np.floating)) or float(number).is_integer():
+        return
+    name = other.name if isinstance(other, Var) else "value"
+    what = f"the element of {other.buffer.name!r}" if isinstance(other, Load) else "the other operand"
+    ways = [f"te.cast({name}, 'float32') computes in float32"]
+    if op == "mul" and math.isfinite(number):
+        part = Fraction(float(number)).limit_denominator(1000)
+        if float(part) == number:
+            ways.insert(0, f"{name} * {part.numerator} // {part.denominator} rounds down")
+    subject = repr(name) if isinstance(other, Var) else what
+    raise TypeError(f"{op}: {number!r} is no integer, and {subject} is {other.dtype}; {', '.join(ways)}")
 
 
 def minimum(a: ExprLike, b: ExprLike) -> Expr:

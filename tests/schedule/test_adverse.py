@@ -83,14 +83,18 @@ def test_loops_that_drive_output_and_reduction_are_refused():
     fused = sch.fuse(*loops_of(sch, "y"))
     sch.cache_read(sch.get_block("y"), "x", fused)
     assert_same(row_sums(), sch.func)
-    refused(lambda: sch.software_pipeline(fused, [0, 1]), "takes both its output and its reduction from it")
+    refused(lambda: sch.software_pipeline(fused, [0, 1]), "drives both the output and the reduction of block 'y'")
     x, b = te.placeholder((4, 3), "float32", "x"), te.placeholder((4,), "float32", "b")
     k = te.reduce_axis(3, "k")
     func = te.create_prim_func([x, b, te.compute((2, 4), lambda o, i: te.sum(x[i, k] * b[i], k), name="y")], "f")
     sch = Schedule(func)
     o, i, j = loops_of(sch, "y")
     sch.fuse(i, j)
-    refused(lambda: sch.cache_read(sch.get_block("y"), "b", o), "from loop 'i_k'", "before fusing")
+    refused(
+        lambda: sch.cache_read(sch.get_block("y"), "b", o),
+        "loop 'i_k' drives both its output and its reduction",
+        "before sch.fuse",
+    )
 
 
 def test_an_instruction_updates_where_it_reads():
@@ -131,7 +135,8 @@ SOMETIMES = CARRIED.replace("vi = reduce(6, i)", "vi = spatial(6, i)\n      wher
 def test_what_iterations_hand_on_cannot_be_pipelined(text):
     sch = Schedule(parse_func(text))
     refused(
-        lambda: sch.software_pipeline(loops_of(sch, "a")[0], [0, 1]), "block 'a' does not fill all of 't' each time"
+        lambda: sch.software_pipeline(loops_of(sch, "a")[0], [0, 1]),
+        "block 'a' does not fill all of buffer 't' in each iteration",
     )
 
 
@@ -140,14 +145,14 @@ def test_scopes_fit_loops_whatever_comes_first():
         sch = Schedule(dense(N, 5, 6, relu=False))
         i, *_ = loops_of(sch, "y")
         sch.parallel(i)
-        what = f"'y_{scope}' in {scope} scope does not fit parallel loop 'i'"
+        what = f"each iteration of parallel loop 'i' fills 'y_{scope}' with other values; in {scope} scope"
         refused(lambda sch=sch, i=i, scope=scope: sch.cache_write(sch.get_block("y"), i, scope), what, "local")
     sch = Schedule(dense(N, 5, 6, relu=False))
     y = sch.get_block("y")
     i, j, k = sch.get_loops(y)
     refused(lambda: sch.cache_write(y, i, "cache"), "cache_write(scope='cache'): it is not one of 'global', 'shared'")
     sch.reorder(j, i, k)
-    refused(lambda: sch.cache_read(y, "x", j, "register"), "in register scope has a free dim")
+    refused(lambda: sch.cache_read(y, "x", j, "register"), "in register scope has a dim of no constant size")
     sch = Schedule(dense(8, 5, 6, relu=False))
     y = sch.get_block("y")
     i, _, k = sch.get_loops(y)
@@ -171,9 +176,9 @@ def test_maps_over_free_dims_replay():
 def test_annotations_that_no_text_can_hold():
     sch = Schedule(chain(4))
     (i,) = loops_of(sch, "a")
-    refused(lambda: sch.annotate(i, 3, 0), "annotate(key=3): it is of type int, not a text")
+    refused(lambda: sch.annotate(i, 3, 0), "annotate(key=3): it is an int, not a str")
     for key, value in [("p", float("inf")), ("intrin", "x86.vnni.dot")]:
-        refused(lambda key=key, value=value: sch.annotate(i, key, value), "annotate(loop 'i')")
+        refused(lambda key=key, value=value: sch.annotate(i, key, value), "annotate(loop 'i' around block 'a')")
     assert equal(parse_func(sch.show()), sch.func)
 
 
@@ -293,7 +298,7 @@ def test_every_buffer_of_an_initialisation_counts():
 
 
 def test_what_belongs_to_an_iteration_stays_in_its_loop():
-    outside = "has a 'y_rf' of its own in local scope, which would be used outside"
+    outside = "would have its own 'y_rf', which is in local scope and would be used outside of the loop"
     func = dense(4, 5, 6, relu=False)
     sch = Schedule(func)
     y = sch.get_block("y")
@@ -312,8 +317,8 @@ def test_what_belongs_to_an_iteration_stays_in_its_loop():
     sch.compute_at(a, i)
     sch.bind(i, "blockIdx.x")
     sch.set_scope(a, "shared")
-    outside = "has a 'a' of its own in shared scope, which would be used outside"
-    refused(lambda: sch.compute_inline(b), "compute_inline(loop 'i')", outside)
+    outside = "would have its own 'a', which is in shared scope and would be used outside of the loop"
+    refused(lambda: sch.compute_inline(b), "compute_inline(loop 'i' around blocks 'a', 'b')", outside)
     refused(lambda: sch.compute_at(b, sch.get_loops(c)[0]), "compute_at(", "'a'")
 
 
@@ -321,7 +326,7 @@ def test_what_a_tile_hands_on_cannot_be_pipelined():
     guarded = HANDED_ON.replace("        reads t[vj]\n", "        where i * 2 + j < 5\n        reads t[vj]\n")
     sch = Schedule(parse_func(HANDED_ON))
     (i, *_) = loops_of(sch, "t")
-    refused(lambda: sch.software_pipeline(i, [0, 1]), "block 't' does not fill all of 't' each time")
+    refused(lambda: sch.software_pipeline(i, [0, 1]), "block 't' does not fill all of buffer 't' in each iteration")
     sch = Schedule(parse_func(guarded))
     (i, *_) = loops_of(sch, "t")
     sch.software_pipeline(i, [0, 1])

@@ -17,6 +17,7 @@ from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import PrimFunc
 from support.functions import chain, dense, inputs, softmax
 from support.gpu_threads import launches, run_threads
+from support.hints import follow
 
 N = Var("n", lower=1)
 
@@ -204,17 +205,19 @@ def refusal(work: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def refused(sch: Schedule, loop: LoopRef, axis: str, *texts: str) -> None:
+def refused(sch: Schedule, loop: LoopRef, axis: str, *texts: str, begin: PrimFunc | None = None, **names: str) -> None:
+    """The call is refused with these words, changes nothing, and its hint can be followed (anew from `begin`)."""
     before = sch.func
     message = refusal(lambda: sch.bind(loop, axis))
-    for text in (f"bind(loop {loop.name!r}): ", *texts):
+    for text in (f"bind(loop {loop.name!r}", *texts):
         assert text in message
     assert sch.func is before
+    follow(sch, message.partition("hint: ")[2], names, beginning=begin)
 
 
 def test_an_unknown_axis() -> None:
     sch = add(4)
-    refused(sch, loops(sch)[0], "blockidx.x", "unknown thread axis 'blockidx.x'", "known: blockIdx.x, blockIdx.y")
+    refused(sch, loops(sch)[0], "blockidx.x", "thread='blockidx.x' is no axis of threads", "did you mean")
 
 
 def test_a_loop_of_another_kind() -> None:
@@ -227,45 +230,60 @@ def test_a_loop_of_another_kind() -> None:
     i, j = loops(sch)
     sch.vectorize(j)
     sch.bind(i, "blockIdx.x")
-    refused(sch, i, "threadIdx.x", "it is thread already")
+    refused(sch, i, "threadIdx.x", "it is bound to blockIdx.x already")
 
 
 def test_parallel_loops_inside() -> None:
     sch = add(4, 4)
     i, j = loops(sch)
     sch.parallel(j)
-    refused(sch, i, "blockIdx.x", "inside is parallel, as only CPUs know it")
+    refused(sch, i, "blockIdx.x", "parallel loop 'i1' is inside: threads of a GPU start none of a CPU", "in place of")
 
 
 def test_groups_hold_threads() -> None:
     sch = add(4, 4)
     i, j = loops(sch)
     sch.bind(j, "blockIdx.x")
-    refused(sch, i, "threadIdx.x", "inside is bound to blockIdx.x: groups hold threads, not threads groups", "reorder")
+    refused(
+        sch,
+        i,
+        "threadIdx.x",
+        "bound to blockIdx.x: groups hold threads, threads do not hold groups",
+        "sch.reorder(i1, i0)",
+    )
     sch = add(4, 4)
     i, j = loops(sch)
     sch.bind(i, "threadIdx.x")
-    refused(sch, j, "blockIdx.x", "which is bound to threadIdx.x: groups hold threads", "bind it to threadIdx")
+    refused(sch, j, "blockIdx.x", "bound to threadIdx.x: groups hold threads", 'sch.bind(i1, "threadIdx.y")')
 
 
 def test_one_axis_twice() -> None:
     sch = add(4, 4)
     i, j = loops(sch)
     sch.bind(i, "blockIdx.x")
-    refused(sch, j, "blockIdx.x", "on the same nest is bound to blockIdx.x already", "fuse the two first")
+    refused(
+        sch, j, "blockIdx.x", "on the same nest is bound to blockIdx.x already", "both as one", begin=add(4, 4).func
+    )
     sch = add(4, 4)
     i, j = loops(sch)
     sch.bind(i, "threadIdx.x")
-    refused(sch, j, "threadIdx.x", "the inner one writes 'y': that is no tile in shared scope", "take another axis")
+    refused(
+        sch,
+        j,
+        "threadIdx.x",
+        "the inner one writes 'y': that is no tile in shared scope",
+        "take another axis",
+        begin=add(4, 4).func,
+    )
     sch = add(4, 4)
     i, j = loops(sch)
     sch.bind(j, "threadIdx.x")
-    refused(sch, i, "threadIdx.x", "the inner one writes 'y': that is no tile in shared scope")
+    refused(sch, i, "threadIdx.x", "the inner one writes 'y': that is no tile in shared scope", begin=add(4, 4).func)
 
 
 def test_threads_of_no_constant_number() -> None:
     sch = add(N)
-    refused(sch, loops(sch)[0], "threadIdx.x", "its extent is not constant", 'bind the outer part to "blockIdx.x"')
+    refused(sch, loops(sch)[0], "threadIdx.x", "its extent is not constant", 'sch.bind(outer, "blockIdx.x")')
 
 
 def test_groups_cannot_combine() -> None:
@@ -302,7 +320,9 @@ def test_outputs_inside_of_what_is_reduced() -> None:
     sch.decompose_reduction(sch.get_block("y"), i)
     sch.reorder(*reversed(loops(sch, "y")))
     k, i = loops(sch, "y")
-    refused(sch, k, "threadIdx.x", "its output depends on loop 'i' inside", "reorder i outside of it first")
+    refused(
+        sch, k, "threadIdx.x", "its output depends on loop 'i' inside", "sch.reorder(i, k)", i="sch.get_loops(y)[1]"
+    )
 
 
 def test_two_axes_of_one_reduction() -> None:
@@ -317,7 +337,7 @@ def test_two_axes_of_one_reduction() -> None:
 def test_a_result_in_private_memory() -> None:
     sch = sums()
     sch.cache_write(sch.get_block("y"), loops(sch)[0], "local")
-    hint = 'set_scope(block, "shared") first'
+    hint = 'sch.set_scope(y, "shared")'
     refused(sch, loops(sch)[1], "threadIdx.x", "in local scope, each thread its own", hint)
 
 
@@ -330,7 +350,7 @@ def test_iterations_that_need_one_another() -> None:
       writes y[vi + 1]
       y[vi + 1] = y[vi] + x[vi]"""
     sch = Schedule(parse_func(text))
-    refused(sch, loops(sch)[0], "threadIdx.x", "its iterations depend on one another through buffer 'y'")
+    refused(sch, loops(sch)[0], "threadIdx.x", "its iterations may depend on one another through buffer 'y'")
 
 
 def test_private_memory_that_is_used_outside() -> None:

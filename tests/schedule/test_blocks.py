@@ -66,7 +66,7 @@ def test_inlining_a_copy_of_one_element_leaves_none_of_its_variables():
 def test_compute_inline_refusals():
     sch = Schedule(dense(4, 8, 4))
     refused(lambda: sch.compute_inline(sch.get_block("y")), "compute_inline(block 'y')", "it is a reduction")
-    refused(lambda: sch.compute_inline(sch.get_block("z")), "it computes the output 'z'")
+    refused(lambda: sch.compute_inline(sch.get_block("z")), "'z', which it computes, is an output")
     x = te.placeholder((4, 4), "float32", "x")
     diagonal = te.compute((4, 4), lambda i, j: x[i, j] + x[j, i], name="a")
     y = te.compute((4,), lambda i: diagonal[i, i], name="y")
@@ -339,7 +339,7 @@ def test_cache_write_refusals():
     refused(lambda: sch.cache_write(y, k, "register"), "cache_write(block 'y')", "loop 'k'", "takes part in")
     refused(lambda: sch.cache_write(y, loops_of(sch, "z")[0], "register"), "is not around it")
     i0, i1 = sch.split(i, [4, None])
-    refused(lambda: sch.cache_write(y, i0, "register"), "constant number of values", "split its loop by a constant")
+    refused(lambda: sch.cache_write(y, i0, "register"), "constant number of values", "sch.split(i_1, [None, 16])")
     sch.decompose_reduction(y, k)
     refused(lambda: sch.cache_write(y, j, "register"), "'y', which it writes, is written by block 'y_init', too")
     sch = Schedule(chain(4))
@@ -354,7 +354,7 @@ def test_blocks_on_private_buffers_stay_where_they_are():
     (i,) = loops_of(sch, "b")
     copy = sch.cache_write(sch.get_block("b"), i, "register")
     (j,) = loops_of(sch, "a")
-    tied = "used anew in each iteration, ties it to the loops around it"
+    tied = "is filled again in each iteration of loop"
     refused(lambda: sch.reverse_compute_at(sch.get_block("b"), j), tied)
     refused(lambda: sch.reverse_compute_inline(sch.get_block("b")), tied)
     refused(lambda: sch.compute_inline(copy), tied)
@@ -381,3 +381,16 @@ def test_relu_after_transposed_product_stays_apart():
     sch.reverse_compute_inline(sch.get_block("z"))
     assert_same(func, sch.func)
     assert_same(transpose(3, 4), transpose(3, 4))
+
+
+def test_cache_write_under_a_fused_loop_of_free_dims():
+    x = te.placeholder((N, 8), "float32", "x")
+    y = te.compute((N, N, 8), lambda i, j, k: x[i, k] + x[j, k], name="y")
+    func = te.create_prim_func([x, y], "pairs")
+    for inside in (False, True):
+        sch = Schedule(func)
+        i, j, k = loops_of(sch, "y")
+        pairs = sch.fuse(i, j)
+        sch.cache_write(sch.get_block("y"), k if inside else pairs, "local")
+        assert sch.func.allocs[0].shape == (1, 1, 1 if inside else 8)
+        assert_same(func, sch.func, {"n": 3})

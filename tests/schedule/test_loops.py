@@ -64,12 +64,12 @@ def test_split_of_a_split_comes_out_flat():
 def test_split_refusals():
     sch = Schedule(dense(N, 12, 10))
     i, j, _k = loops_of(sch, "y")
-    refused(lambda: sch.split(i, [None, None]), "split(loop 'i')", "at most one of them None")
+    refused(lambda: sch.split(i, [None, None]), "split(loop 'i' around block 'y')", "at most one of them None")
     refused(lambda: sch.split(i, [4]), "it takes two or more")
     refused(lambda: sch.split(i, [None, 0]), "each is at least 1")
     refused(
         lambda: sch.split(j, [3, 3]),
-        "split(loop 'j')",
+        "split(loop 'j' around block 'y')",
         "make 9 iterations, and may be too few for 10",
         "for j in range(10)",
     )
@@ -112,9 +112,16 @@ def test_fuse_refusals():
     sch = Schedule(dense(N, 12, 10))
     i, j, k = loops_of(sch, "y")
     refused(lambda: sch.fuse(i), "two loops or more")
-    refused(lambda: sch.fuse(i, k), "fuse(loop 'i')", "its body is not just loop 'k'", "for i in range(n)")
-    refused(lambda: sch.fuse(j, i), "its body is not just loop 'i'")
-    refused(lambda: sch.fuse(i, loops_of(sch, "z")[0]), "its body is not just")
+    refused(
+        lambda: sch.fuse(i, k),
+        "fuse(loop 'i' around block 'y')",
+        "loop 'j' stands between it and loop 'k'",
+        "for i in range(n)",
+    )
+    refused(lambda: sch.fuse(j, i), "they are in the wrong order")
+    refused(
+        lambda: sch.fuse(i, loops_of(sch, "z")[0]), "loop 'i' around block 'z' is not inside loop 'i' around block 'y'"
+    )
 
 
 # reorder ----------------------------------------------------------------------------------------------------------
@@ -146,14 +153,18 @@ def test_reorder_refusals():
     refused(lambda: sch.reorder(i, i), "two loops or more, each once")
     refused(lambda: sch.reorder(i, other), "reorder(loop", "are not inside one another")
     sch.decompose_reduction(sch.get_block("y"), k)
-    refused(lambda: sch.reorder(k, j), "reorder(loop 'j')", "its body is not just loop 'k'")
+    refused(
+        lambda: sch.reorder(k, j),
+        "reorder(loop 'j' around blocks 'y_init', 'y')",
+        "besides loop 'k' it holds block 'y_init'",
+    )
 
 
 def test_reorder_refuses_to_break_a_dependence():
     sch = Schedule(softmax(4, 6))
     i, k = loops_of(sch, "top")
     sch.reverse_compute_at(sch.get_block("e"), i)
-    refused(lambda: sch.reorder(k, i), "its body is not just loop 'k'")
+    refused(lambda: sch.reorder(k, i), "besides loop 'k' it holds block 'e'")
 
 
 def test_reorder_keeps_the_initialisation_first():
@@ -162,7 +173,7 @@ def test_reorder_keeps_the_initialisation_first():
     n, o, h, w, c, r, s = loops_of(sch, "conv")
     sch.reorder(n, o, w, r, s, c, h)
     mixed, _ = sch.split(sch.fuse(c, h), [None, 3])
-    refused(lambda: sch.reorder(mixed, w), "takes both its output and its reduction from it")
+    refused(lambda: sch.reorder(mixed, w), "drives both the output and the reduction of block 'conv'")
 
 
 # kinds ------------------------------------------------------------------------------------------------------------
@@ -189,7 +200,7 @@ def test_bind():
     sch.bind(inner, "threadIdx.x")
     assert "for i_1 in thread(32, 'threadIdx.x'):" in sch.show()
     assert_same(func, sch.func, {"n": 40})
-    refused(lambda: sch.bind(loops_of(sch, "b")[0], "warp"), "unknown thread axis 'warp'", "threadIdx.x")
+    refused(lambda: sch.bind(loops_of(sch, "b")[0], "warp"), "thread='warp' is no axis of threads", "threadIdx.x")
 
 
 @pytest.mark.parametrize("primitive", ["parallel", "vectorize"])
@@ -209,7 +220,11 @@ def test_unroll_takes_reduction_loops():
 def test_constant_extents():
     sch = Schedule(chain(N))
     (i,) = loops_of(sch, "a")
-    refused(lambda: sch.vectorize(i), "its extent n is not constant", "split it by a constant first")
+    refused(
+        lambda: sch.vectorize(i),
+        "its extent n is not constant",
+        "outer, inner = sch.split(i, [None, 8]); sch.vectorize(inner)",
+    )
     refused(lambda: sch.unroll(i), "its extent n is not constant")
 
 
@@ -256,14 +271,14 @@ def test_chunks_that_are_none():
     sch = Schedule(transpose(4, 4))
     i, _ = loops_of(sch, "y")
     refused(lambda: sch.parallel(i, "guided"), "parallel(schedule='guided')", "not one of 'static', 'dynamic'")
-    refused(lambda: sch.parallel(i, "dynamic", chunk=1.5), "parallel(chunk=1.5)", "not a whole number or None")
+    refused(lambda: sch.parallel(i, "dynamic", chunk=1.5), "parallel(chunk=1.5)", "not an int or None")
     for chunk in (0, -1, 2**63):
         refused(lambda chunk=chunk: sch.parallel(i, "dynamic", chunk), f"chunk={chunk} is not between 1 and 2**63 - 1")
-    refused(
-        lambda: sch.parallel(i, chunk=2), "static chunks are one for each thread", 'sch.parallel(loop, "dynamic", 2)'
-    )
+    refused(lambda: sch.parallel(i, chunk=2), "static chunks are one for each thread", 'sch.parallel(i, "dynamic", 2)')
     for key in ("schedule", "chunk"):
-        refused(lambda key=key: sch.annotate(i, key, 1), f"key '{key}' is what parallel writes", "sch.parallel(loop")
+        refused(
+            lambda key=key: sch.annotate(i, key, 1), f"key='{key}' is what sch.parallel writes", "call sch.parallel"
+        )
     assert "parallel" not in sch.show()
 
 
@@ -328,5 +343,5 @@ def test_annotate():
     sch.annotate(block, "cost", 3)
     assert "for i in range(4):  # pragma={'depth': 2}" in sch.show()
     assert "block a:  # cost=3" in sch.show()
-    refused(lambda: sch.annotate(block, "cost", object()), "annotate(block 'a')", "not JSON-able")
+    refused(lambda: sch.annotate(block, "cost", object()), "annotate(block 'a')", "cannot be written as JSON")
     assert_same(func, sch.func)

@@ -145,7 +145,11 @@ def test_refusals() -> None:
         (lambda: sch.prefetch(z, "w", other, 4), "it is not around block 'y'", "it takes one of"),
         (lambda: sch.prefetch(z, "w", k, 0), "offset=0 is not between 1"),
         (lambda: sch.prefetch(z, "w", inner, 4), "it is vectorized", "serial or unrolled"),
-        (lambda: sch.annotate(k, "prefetch", {"w": 4}), "key 'prefetch' is what prefetch writes", "sch.prefetch("),
+        (
+            lambda: sch.annotate(k, "prefetch", {"w": 4}),
+            "key='prefetch' is what sch.prefetch writes",
+            "call sch.prefetch",
+        ),
     ]:
         refused(call, "", *words)
         assert sch.func is before
@@ -172,7 +176,12 @@ def test_what_would_take_a_prefetch_away_is_refused() -> None:
     before = sch.func
     i, outer = sch.get_loops(z)[:2]
     for call, *words in [
-        (lambda: sch.split(k, [None, 2]), "split(loop 'k'", "it prefetches 'w', and would be gone", "split before pre"),
+        (
+            lambda: sch.split(k, [None, 2]),
+            "split(loop 'k'",
+            "it prefetches 'w', and would be gone",
+            "split before sch.pre",
+        ),
         (lambda: sch.cache_read(z, "w", i, "local"), "cache_read(loop 'k'", "nothing in it reads 'w'"),
     ]:
         refused(call, *words)

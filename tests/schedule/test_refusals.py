@@ -1,12 +1,14 @@
-"""Every refusal of every primitive: its message, read as a golden file, and that it leaves nothing behind."""
+"""Every refusal of every primitive: its message, read as a golden file, that it leaves nothing behind, and that the
+calls which its hint names do work, just as they stand there."""
 
 from __future__ import annotations
 
 import ast
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -22,10 +24,14 @@ from kedge.compiler.tir.expr import Var, call
 from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import PrimFunc
 from support.functions import assert_same, chain, conv, dense, pool, softmax
+from support.hints import calls_in, follow
 
 N = Var("n", lower=1)
-#: A schedule, and a call on it that is refused.
-Refused = Iterator[tuple[Schedule, Callable[[], object]]]
+#: A schedule, a call on it that is refused, and what names in the hint's calls stand for, where that is not the first
+#: loop or block of that name.
+Refused = Iterator[tuple[Any, ...]]
+#: The functions that schedules began with.
+BEGINNINGS: WeakKeyDictionary[Schedule, PrimFunc] = WeakKeyDictionary()
 TOPICS: dict[str, Callable[[], Refused]] = {}
 
 
@@ -38,6 +44,8 @@ def topic(function: Callable[[], Refused]) -> Callable[[], Refused]:
 def on(func: PrimFunc | Schedule | str, *names: str) -> tuple[Any, ...]:
     """A schedule, and the handles of blocks, each before those of its loops."""
     sch = func if isinstance(func, Schedule) else Schedule(parse_func(func) if isinstance(func, str) else func)
+    if not isinstance(func, Schedule):
+        BEGINNINGS[sch] = sch.func
     blocks = [sch.get_block(name) for name in names]
     return (sch, *(handle for block in blocks for handle in (block, *sch.get_loops(block))))
 
@@ -61,7 +69,8 @@ TRIANGLE = """func f(x: float32[4]) -> (y: float32[4, 4]):
 
 @topic
 def arguments() -> Refused:
-    sch, y, i, j, _ = on(dense(8, 12, 16), "y")
+    sch, y, *loops = on(dense(8, 12, 16), "y")
+    i, j, _ = loops
     yield sch, lambda: sch.split(i)
     yield sch, lambda: sch.split(i, factor=4)
     yield sch, lambda: sch.split(i, 4)
@@ -69,14 +78,17 @@ def arguments() -> Refused:
     yield sch, lambda: sch.split(i, [None, 4.0])
     yield sch, lambda: sch.split(i, [None, True])
     yield sch, lambda: sch.split(i, np.float32(4))
-    yield sch, lambda: sch.software_pipeline(i, 1)
+    piped, _, row, *_ = on(dense(8, 12, 16), "y")
+    rows(piped)
+    yield piped, lambda: piped.software_pipeline(row, 1)
     yield sch, lambda: sch.pad_einsum(y, 4)
     yield sch, lambda: sch.parallel("i")
     yield sch, lambda: sch.parallel(sch)
     yield sch, lambda: sch.fuse((i, j))
-    yield sch, lambda: sch.vectorize(y)
-    yield sch, lambda: sch.compute_inline("y")
-    yield sch, lambda: sch.compute_at(i, j)
+    yield sch, lambda: sch.vectorize(y), {"j": "sch.get_loops(z)[1]"}
+    plain, *_, p = on(chain(8), "c")
+    yield plain, lambda: plain.compute_inline("a"), {"block": "a"}
+    yield plain, lambda: plain.compute_at(p, p), {"block": "b", "i": "sch.get_loops(c)[0]"}
     yield sch, lambda: sch.annotate("i", "key", 1)
     yield sch, lambda: sch.annotate(i, 1, 1)
     yield sch, lambda: sch.get_block(3)
@@ -87,13 +99,49 @@ def arguments() -> Refused:
     yield sch, lambda: sch.transform_layout(y, [1, 0])
     yield sch, lambda: sch.unroll(on(dense(8, 12, 16), "y")[2])
     yield sch, lambda: Schedule.unroll(sch.func, i)
-    yield sch, lambda: Schedule(sch)
-    step = {"primitive": "conjure", "args": {}}
-    yield sch, lambda: Schedule.replay(sch.func, [step])
-    yield sch, lambda: Schedule.replay(sch.func, [{"primitive": "get_block", "args": {"name": "t"}}])
+    yield sch, lambda: sch.split(i, [None, 4], 8)
+    yield sch, lambda: sch.vectorize(loops), {"j": "sch.get_loops(z)[1]"}
+    yield sch, lambda: sch.get_block("x")
+    yield sch, lambda: sch.get_block("Y")
+    yield sch, lambda: sch.visualize(before=sch)
+    for wrong in (sch, None, "y"):
+        yield sch, lambda wrong=wrong: Schedule(wrong)
     sch.fuse(i, j)
     yield sch, lambda: sch.unroll(j)
     yield sch, lambda: sch.extent(j)
+    sch, a, i, *_ = on(chain(8), "a", "b")
+    sch.split(i, [None, 4])
+    yield sch, lambda: sch.unroll(i)
+    sch.compute_inline(a)
+    yield sch, lambda: sch.get_loops(a)
+    sch, b, i, *_ = on(chain(8), "b", "c")
+    sch.compute_at(b, sch.get_loops(sch.get_block("c"))[0])
+    yield sch, lambda: sch.unroll(i)
+
+
+@topic
+def replay() -> Refused:
+    sch, _, i, *_ = on(dense(8, 12, 16), "y")
+    sch.split(i, [None, 4])
+    func = BEGINNINGS[sch]
+    for trace in (
+        [{"primitive": "conjure", "args": {}}],
+        [{"primitive": "get_blok", "args": {"name": "y"}}],
+        [{"primitive": "get_block", "args": {"name": "t"}}],
+        ["get_block"],
+        sch.trace[2:],
+        [*sch.trace[:2], {**sch.trace[2], "args": {"loop": "l1"}, "result": ["l4"]}],
+        [{"primitive": "get_block", "args": {"block": "y"}}],
+        sch,
+        None,
+        "[]",
+        [*sch.trace, {**sch.trace[2], "args": {"loop": "l1", "factors": [3, 2]}}],
+    ):
+        yield (
+            sch,
+            lambda trace=trace: Schedule.replay(func, trace),
+            {"trace": "'[]'", "i": "block and sch.get_loops(block)[0]"},
+        )
 
 
 @topic
@@ -118,6 +166,10 @@ def fuse() -> Refused:
     yield sch, lambda: sch.fuse(i, i)
     yield sch, lambda: sch.fuse(j, i)
     yield sch, lambda: sch.fuse(i, k)
+    p = sch.get_loops(sch.get_block("z"))[0]
+    yield sch, lambda: sch.fuse(i, p)
+    rows(sch)
+    yield sch, lambda: sch.fuse(i, j)
     sch, _, i, j = on(TRIANGLE, "y")
     yield sch, lambda: sch.fuse(i, j)
 
@@ -223,6 +275,9 @@ def tensorize() -> Refused:
     yield sch, lambda: sch.tensorize(i, "arm.sdot")
     sch, c, i, j, k = on(product(4, 4, 4, "int8", "int8"), "c")
     yield sch, lambda: sch.tensorize(j, "arm.sdot")
+    less = UNKNOWN.replace("uint8", "int8").replace("16", "4").replace("  # intrin='nope'", "")
+    less, c, i, _ = on(less.replace("tensorized", "range").replace("c[vi] +", "c[vi] -"), "c")
+    yield less, lambda: less.tensorize(i, "arm.sdot")
     for depth in (6, 8):
         sch, c, i, j, k = on(product(4, 4, depth, "int8", "int8"), "c")
         outer, _ = sch.split(k, [None, 4])
@@ -334,6 +389,12 @@ def compute_at() -> Refused:
     yield sch, lambda: sch.compute_at(b, i)
     sch.vectorize(k)
     yield sch, lambda: sch.compute_at(b, k)
+    sch, b, j, _, k = on(chain(8), "b", "c")
+    sch.vectorize(j)
+    yield sch, lambda: sch.compute_at(b, k)
+    sch, b, j, _, k = on(chain(8), "b", "c")
+    sch.parallel(j)
+    yield sch, lambda: sch.compute_at(b, k)
     sch, e, *_, row, _ = on(softmax(4, 6), "e", "y")
     yield sch, lambda: sch.compute_at(e, row)
     sch, pad, *_, b, _, h, _, _, _, _ = on(conv(1, 2, 6, 3), "pad", "conv")
@@ -374,6 +435,9 @@ def reverse_compute_at() -> Refused:
     yield sch, lambda: sch.reverse_compute_at(z, k)
     yield sch, lambda: sch.reverse_compute_at(y, p)
     yield sch, lambda: sch.reverse_compute_at(z, p)
+    sch, _, i, c, k = on(chain(8), "b", "c")
+    sch.bind(k, "blockIdx.x")
+    yield sch, lambda: sch.reverse_compute_at(c, i)
     sch, _top, row, _, _total, *_, y, _, _ = on(softmax(4, 6), "top", "total", "y")
     yield sch, lambda: sch.reverse_compute_at(y, row)
     for element, shape, size in [
@@ -543,6 +607,10 @@ def cache_read() -> Refused:
     yield sch, lambda: sch.cache_read(y, "x", i)
     sch, y, i, _ = on(PREFIX, "y")
     yield sch, lambda: sch.cache_read(y, "x", i)
+    sch, b, *_ = on(dense(8, 12, 16), "z", "y")
+    sch.reverse_compute_at(b, sch.get_loops(sch.get_block("y"))[0])
+    shared, *_ = sch.get_loops(b)
+    yield sch, lambda: sch.cache_read(b, "y", shared)
     x, b, k = te.placeholder((12, 3), "float32", "x"), te.placeholder((12,), "float32", "b"), te.reduce_axis(3, "k")
     by_both, by_product = (lambda o, i: te.sum(x[i, k] * b[i], k)), (lambda o, i: te.sum(x[o, k] * b[i * k], k))
     for element in (by_both, by_product):
@@ -598,6 +666,7 @@ def transform_layout() -> Refused:
     yield sch, lambda: sch.transform_layout(y, lambda i: (i,))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: i)
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i / 2, j))
+    yield sch, lambda: sch.transform_layout(y, lambda i, j: (i * 1.5, j))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i < j, j))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i - 1, j))
     yield sch, lambda: sch.transform_layout(y, lambda i, j: (i * 2**64, j))
@@ -680,26 +749,59 @@ def state(sch: Schedule) -> tuple[object, ...]:
     return sch.func, sch.trace, sch._handles.snapshot()
 
 
-def refusals(name: str) -> Iterator[ScheduleError]:
+def refusals(name: str) -> Iterator[tuple[ScheduleError, Schedule, Mapping[str, str]]]:
     """The refusals of a topic; each leaves its schedule as it was."""
-    for sch, attempt in TOPICS[name]():
+    for sch, attempt, *names in TOPICS[name]():
         before = state(sch)
         with pytest.raises(ScheduleError) as caught:
             attempt()
         after = state(sch)
         assert after[0] is before[0]
         assert after[1:] == before[1:]
-        yield caught.value
+        yield caught.value, sch, names[0] if names else {}
 
 
 @pytest.mark.parametrize("name", TOPICS)
 def test_what_they_say(name, golden):
     messages = []
-    for error in refusals(name):
+    for error, *_ in refusals(name):
         reason, _, nest = error.message.partition("\n")
-        assert name == "arguments" or nest, "it shows the nest"
+        assert name in ("arguments", "replay") or nest, "it shows the nest"
         messages.append(f"{reason}\n  hint: {error.hint}" if error.hint else reason)
     golden(f"refusals/{name}.txt", "\n".join(messages))
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_hints_can_be_followed(name):
+    for error, sch, names in refusals(name):
+        try:
+            follow(sch, error.hint or "", names, BEGINNINGS.get(sch))
+        except (ScheduleError, NameError, SyntaxError) as wrong:
+            raise AssertionError(f"{error}\n\nfollowed, it leads to\n\n{wrong}") from wrong
+
+
+@pytest.mark.parametrize("primitive", ["set_scope", "storage_align", "transform_layout"])
+def test_the_same_call_again_after_cache_write(primitive):
+    """What an output's block writes after `cache_write` can be changed, by the handle of before."""
+    args = {"set_scope": ("local",), "storage_align": (0, 8), "transform_layout": (lambda i, j: (j, i),)}[primitive]
+    func = dense(8, 12, 16)
+    sch, z, *_ = on(func, "z")
+    with pytest.raises(ScheduleError) as caught:
+        getattr(sch, primitive)(z, *args)
+    scope = {"sch": sch, "z": z}
+    for each in calls_in(caught.value.hint or "")[0]:
+        exec(each, scope)
+    getattr(sch, primitive)(z, *args)
+    assert_same(func, sch.func)
+
+
+def test_calls_are_found_in_hints():
+    assert calls_in("take another axis") == []
+    assert calls_in("a, b = sch.split(i, [None, 8]); sch.unroll(b)") == [
+        ["a, b = sch.split(i, [None, 8])", "sch.unroll(b)"]
+    ]
+    assert calls_in("sch.fuse(i, j) first, or sch.reorder(f(j), i)") == [["sch.fuse(i, j)"], ["sch.reorder(f(j), i)"]]
+    assert calls_in("do it before sch.bind") == []
 
 
 #: Primitives whose refusals have tests beside their own.
@@ -727,7 +829,7 @@ def test_all_of_them_are_here():
     root = Path(schedule.__file__).parent
     files = [each for each in (*root.glob("*.py"), *root.glob("primitives/*.py")) if each.name not in ELSEWHERE]
     places = {(path.name, *lines) for path in files for lines in raising(path)}
-    seen = {place for name in TOPICS for error in refusals(name) for place in raised_at(error)}
+    seen = {place for name in TOPICS for error, *_ in refusals(name) for place in raised_at(error)}
     read = {(name, first, last) for name, first, last in places for at in range(first, last + 1) if (name, at) in seen}
     assert places == read, f"no test reads these refusals: {sorted(places - read)}"
 

@@ -71,7 +71,7 @@ def test_cache_read_for_parallel_loops():
     before = sch.func
     refused(
         lambda: sch.cache_read(sch.get_block("y"), "x", j0, "global"),
-        "in global scope does not fit parallel loop 'i_0'",
+        "each iteration of parallel loop 'i_0' fills 'x_global' with other values; in global scope",
     )
     assert sch.func is before
     assert_same(func, sch.func)
@@ -80,20 +80,22 @@ def test_cache_read_for_parallel_loops():
 def test_cache_read_refusals():
     sch, (_, _, k0, *_, j1) = tiled(dense(N, 12, 10))
     y, z = sch.get_block("y"), sch.get_block("z")
-    refused(lambda: sch.cache_read(y, "v", k0), "cache_read(block 'y'): it does not read 'v'", "it reads y, x, w")
+    refused(lambda: sch.cache_read(y, "v", k0), "cache_read(block 'y'): it does not read 'v'", "it reads 'x', 'w'")
     refused(lambda: sch.cache_read(y, "w", sch.get_loops(z)[0]), "is not around it")
     refused(
         lambda: sch.cache_read(y, "w", k0, "cache"),
         "cache_read(scope='cache')",
         "'global', 'shared', 'local', 'register'",
     )
-    refused(lambda: sch.cache_read(y, "y", k0), "block 'y' under loop 'k_0' writes 'y'")
+    refused(lambda: sch.cache_read(y, "y", k0), "it writes 'y' itself")
     sch.vectorize(j1)
     refused(lambda: sch.cache_read(y, "w", j1), "loop 'j_1'", "it is vectorized")
     x, index = te.placeholder((4,), "float32", "x"), te.placeholder((3,), "int64", "index")
     gather = te.create_prim_func([x, index, te.compute((3,), lambda i: x[index[i]], name="y")], "gather")
     sch = Schedule(gather)
-    refused(lambda: sch.cache_read(sch.get_block("y"), "x", loops_of(sch, "y")[0]), "at index[i], is no interval")
+    refused(
+        lambda: sch.cache_read(sch.get_block("y"), "x", loops_of(sch, "y")[0]), "at index[i], is not a contiguous range"
+    )
 
 
 # set_scope --------------------------------------------------------------------------------------------------------
@@ -116,12 +118,14 @@ def test_set_scope(golden):
 def test_set_scope_refusals():
     sch = Schedule(chain(N))
     refused(lambda: sch.set_scope(sch.get_block("c"), "local"), "'c' is an argument of the function")
-    refused(lambda: sch.set_scope(sch.get_block("a"), "register"), "'a' in register scope has a free dim")
+    refused(
+        lambda: sch.set_scope(sch.get_block("a"), "register"), "'a' in register scope has a dim of no constant size"
+    )
     refused(lambda: sch.set_scope(sch.get_block("a"), "vmem"), "set_scope(scope='vmem'): it is not one of")
     sch = Schedule(chain(8))
     sch.parallel(loops_of(sch, "a")[0])
     before = sch.func
-    refused(lambda: sch.set_scope(sch.get_block("a"), "local"), "'a' in local scope does not fit parallel loop 'i'")
+    refused(lambda: sch.set_scope(sch.get_block("a"), "local"), "'a' is used outside of parallel loop 'i'")
     assert sch.func is before
     sch = Schedule(chain(8))
     (i,) = loops_of(sch, "c")
@@ -150,7 +154,7 @@ def test_storage_align(axis, factor, offset, shape):
 
 def test_storage_align_refusals():
     sch = Schedule(softmax(8, M))
-    refused(lambda: sch.storage_align(sch.get_block("e"), 0, 8), "after axis 0 are not all constant")
+    refused(lambda: sch.storage_align(sch.get_block("e"), 0, 8), "after axis 0 are not all of constant size")
     refused(lambda: sch.storage_align(sch.get_block("e"), 1, 8), "axis 1 is the last")
     refused(lambda: sch.storage_align(sch.get_block("e"), 2, 8), "'e' has 2 dims")
     refused(lambda: sch.storage_align(sch.get_block("e"), 0, 8, 8), "it takes 0 <= offset < factor")
@@ -251,7 +255,7 @@ def test_rfactor_refusals():
     refused(lambda: sch.rfactor(y, i), "loop 'i'", "block 'y' does not reduce over it")
     refused(lambda: sch.rfactor(y, sch.get_loops(z)[0]), "is not around it")
     sch.decompose_reduction(y, k)
-    refused(lambda: sch.rfactor(y, k), "values that begins at the neutral one")
+    refused(lambda: sch.rfactor(y, k), "its initialisation was taken out already (block")
     x, axis = te.placeholder((4, 6), "float32", "x"), te.reduce_axis(6, "k")
     twice = te.compute((4,), lambda i: te.sum(select(x[i, axis] > 0.0, x[i, axis], 0.0), axis), name="y")
     sch = Schedule(te.create_prim_func([x, twice], "f"))
@@ -315,7 +319,7 @@ def test_pad_einsum_refusals():
         "it uses 'pad' at [0, vc, vh + vr, vw + vs]",
     )
     sch.split(sch.get_loops(y)[0], [None, 2])
-    refused(lambda: sch.pad_einsum(y, [4, 4, 4]), "not one serial loop per iteration variable", "pad before")
+    refused(lambda: sch.pad_einsum(y, [4, 4, 4]), "not one serial loop per iteration variable", "sch.pad_einsum before")
     x, s, k = te.placeholder((4, 6), "float32", "x"), te.placeholder((4,), "float32", "s"), te.reduce_axis(6, "k")
     scaled = te.compute((4,), lambda i: te.sum(x[i, k] * s[i], k), name="y")
     sch = Schedule(te.create_prim_func([x, s, scaled], "f"))

@@ -196,7 +196,7 @@ def test_refusals() -> None:
         (lambda: sch.tensorize(i, "arm.sdott"), "there is no instruction 'arm.sdott'", "did you mean 'arm.sdot'?"),
         (lambda: sch.tensorize(k, "arm.sdot"), "computes loops of 4 x 4 around one block; here are loops of 4"),
         (lambda: sch.tensorize(i, "x86.vnni.dot"), "loops of 16 x 4", "here are loops of 4 x 4"),
-        (lambda: sch.tensorize(i, "arm.udot"), "does not compute what arm.udot does", "uint8"),
+        (lambda: sch.tensorize(i, "arm.udot"), "arm.udot takes uint8 and uint8", "uint8"),
         (lambda: sch.tensorize(sch.get_loops(c)[0], "arm.sdot"), "here are loops of 6"),
         (lambda: sch.tensorize(sch.get_loops(c)[2], "arm.sdot"), "here are loops of 4 x 4 x 4"),
     ]:

@@ -373,6 +373,10 @@ def test_before_and_after_stand_side_by_side():
     left = [rect_of(group.find(f"{SVG}rect")) for group in groups(root_of(picture))]
     assert left[0].right < left[-1].left
     assert texts(matmul().visualize()) != texts(sch.visualize())
+    for wrong, hint in ((sch, "as sch.func"), ("y", "create_prim_func")):
+        with pytest.raises(ScheduleError, match="not a PrimFunc") as caught:
+            sch.visualize(before=wrong)
+        assert hint in str(caught.value)
 
 
 def test_pictures_are_saved_and_shown_by_notebooks(tmp_path):

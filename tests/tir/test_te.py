@@ -399,3 +399,26 @@ IX, B = te.placeholder((3,), "int32", "i"), te.placeholder((3,), "bool", "b")
 def test_mistakes_are_named_with_their_remedy(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("element", "message"),
+    [
+        (lambda x, i: x[i * 1.5], "mul: 1.5 is no integer, and 'i' is int64; i * 3 // 2 rounds down, te.cast(i,"),
+        (lambda x, i: x[0.5 + i], "add: 0.5 is no integer, and 'i' is int64; te.cast(i,"),
+        (lambda x, i: x[i] * 1.5, "mul: 1.5 is no integer, and the element of 'x' is int32; value * 3 // 2"),
+        (lambda x, i: te.select(i < 1.5, x[i], 0), "lt: 1.5 is no integer, and 'i' is int64"),
+        (lambda x, i: te.select(x[i] + x[i] > np.float32(0.5), x[i], 0), "gt: .*0.5.* is no integer, and the other op"),
+        (lambda x, i: x[i] * float("inf"), "mul: inf is no integer"),
+    ],
+)
+def test_a_fraction_is_not_cut_to_an_integer(element, message):
+    x = te.placeholder((8,), "int32", "x")
+    with pytest.raises(TypeError, match=message.replace("(", r"\(").replace("* 3", r"\* 3").replace("* te", r"\* te")):
+        te.compute((4,), lambda i: element(x, i), name="y")
+
+
+def test_a_whole_float_beside_integers_is_an_integer():
+    x = te.placeholder((8,), "int32", "x")
+    y = te.compute((4,), lambda i: te.cast(x[i * 2.0] * 3.0, "float32") * 1.5, name="y")
+    assert y.dtype == "float32"

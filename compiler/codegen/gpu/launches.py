@@ -185,7 +185,7 @@ class _Kernel:
                 if not isinstance(loop.extent, Const):
                     raise CodegenError(
                         f"{self.func}: loop {loop.var.name!r} over {axis} has no constant extent",
-                        hint=f"in a new Schedule, outer, inner = sch.split({loop.var.name}, [None, 256]); "
+                        hint=f"in a new Schedule: outer, inner = sch.split({loop.var.name}, [None, 256]); "
                         f'sch.bind(outer, "blockIdx.x"); sch.bind(inner, "{axis}")',
                     )
             return const(max(int(loop.extent.value) for loop in loops if isinstance(loop.extent, Const)))

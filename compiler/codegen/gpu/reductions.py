@@ -104,7 +104,7 @@ def _extent(loop: For) -> int:
     if not isinstance(loop.extent, Const):
         raise CodegenError(
             f"loop {loop.var.name!r}, bound to {loop.thread}, has no constant extent",
-            hint=f"in a new Schedule, outer, inner = sch.split({loop.var.name}, [None, 256]); "
+            hint=f"in a new Schedule: outer, inner = sch.split({loop.var.name}, [None, 256]); "
             f'sch.reorder(inner, outer); sch.bind(inner, "{loop.thread}")',
         )
     return int(loop.extent.value)

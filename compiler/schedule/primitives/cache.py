@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from kedge.compiler.schedule.nest import fresh_nest, limits_of_output, loop_vars
+from kedge.compiler.schedule.primitives.inline import IN_PLACE, ONE_STORE
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.redirect import Place, redirected
@@ -16,9 +17,10 @@ from kedge.compiler.schedule.tree import (
     buffer_name,
     check_only_writer,
     condition_on,
+    handle,
     loop_ranges,
     loops_on,
-    named,
+    passing,
     position_around,
     readers,
     refuse,
@@ -41,12 +43,14 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    position = position_around(func, primitive, block, loops, loop)
+    reducing = loop_vars(block, "reduce")
+    fitting = list(takewhile(lambda each: each.var not in reducing, loops))
+    position = position_around(func, primitive, block, loops, loop, fitting)
     outer, inner = loops[: position + 1], loops[position + 1 :]
     lanes = next((each for each in outer if each.kind == "vectorized"), None)
     if lanes is not None:
         reason = "it is vectorized: its lanes would share the copy"
-        raise refuse(func, primitive, lanes.var, reason, hint="cache before setting the kinds of loops")
+        raise refuse(func, primitive, lanes.var, reason, hint="in a new Schedule, sch.cache_write before sch.vectorize")
     target, axes = _written(func, block, outer)
     offsets, extents = _tile(func, block, axes, loop, inner)
     cache = Buffer(buffer_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)
@@ -64,7 +68,8 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     new_body = seq(*(part for s in statements for part in ((new, copy) if s is filled else (s,))))
     new_loop = simplify_bindings(replace(node, body=new_body), loop_ranges(loops[:position]))
     new_func = swap(func, node, new_loop)
-    check_allocation(func, new_func, primitive, block, cache)
+    call = f"sch.cache_write({name}, {loop.name}, {{}})"
+    check_allocation(func, new_func, primitive, block, cache, call)
     return new_func, blocks_in(copy)[0].name
 
 
@@ -73,22 +78,23 @@ def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buff
     primitive = "cache_write"
     body = block.body
     if not isinstance(body, Store):
-        raise refuse(func, primitive, block, "its body is more than one store")
+        raise refuse(func, primitive, block, "its body is more than one store", hint=ONE_STORE)
     for loop in outer:
         if loop.var in loop_vars(block, "reduce"):
             reason = f"loop {loop.var.name!r} around the copy takes part in the reduction"
-            legal = takewhile(lambda each: each.var not in loop_vars(block, "reduce"), outer)
-            raise refuse(func, primitive, block, reason, hint=f"legal, as far as that goes: {named(legal)}")
+            legal = list(takewhile(lambda each: each.var not in loop_vars(block, "reduce"), outer))
+            raise refuse(func, primitive, block, reason, hint=passing(legal))
     condition = condition_on(block_path(func, block.name))
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and its copy would always run"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="write the condition as te.select in the value")
     check_only_writer(func, primitive, block, body.buffer)
     if block.init is None and any(load.buffer is body.buffer for load in loads(body)):
-        raise refuse(func, primitive, block, f"it updates {body.buffer.name!r} in place")
+        raise refuse(func, primitive, block, f"it updates {body.buffer.name!r} in place", hint=IN_PLACE)
     read = (load.indices for load in loads(body.value) if load.buffer is body.buffer)
     if any(not all(map(expr_equal, indices, body.indices)) for indices in read):
-        raise refuse(func, primitive, block, f"it reads other elements of {body.buffer.name!r} than the one it writes")
+        reason = f"it reads other elements of {body.buffer.name!r} than the one it writes"
+        raise refuse(func, primitive, block, reason, hint="have it write another buffer than it reads")
     numbers = {it.var: i for i, it in enumerate(block.iters)}
     axes: list[int | None] = []
     for index in body.indices:
@@ -96,7 +102,8 @@ def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buff
         if not plain:
             at = ", ".join(map(print_expr, body.indices))
             reason = f"it writes {body.buffer.name!r} at [{at}]: each index must be an iteration variable or 0"
-            raise refuse(func, primitive, block, reason)
+            hint = "write it with te.compute, which stores at its iteration variables"
+            raise refuse(func, primitive, block, reason, hint=hint)
         axes.append(numbers[index] if isinstance(index, Var) else None)
     return body.buffer, tuple(axes)
 
@@ -119,17 +126,30 @@ def _tile(
         if low != 0 or high is None or not _splits(block.bindings[axis], inner):
             name = block.iters[axis].var.name
             binding = print_expr(block.bindings[axis])
-            reason = f"under loop {loop.name!r}, {name!r} = {binding} does not run over a constant number of values"
-            raise refuse(func, "cache_write", block, reason, hint="split its loop by a constant, keep the rest outside")
+            reason = (
+                f"the copy would have a size that is not constant: under loop {loop.name!r}, {name!r} = {binding} does "
+                "not run over a constant number of values"
+            )
+            free = next((each for each in inner if each.var in free_vars(block.bindings[axis])), inner[0])
+            hint = f"do this before sch.split of loop {free.var.name!r}, or take a loop further in"
+            if not isinstance(free.extent, Const):
+                part = f"{free.var.name}_0"
+                hint = (
+                    f"{part}, {free.var.name}_1 = sch.split({handle(func, free, free)}, [None, 16]); "
+                    f"sch.cache_write({block.name}, {part})"
+                )
+            raise refuse(func, "cache_write", block, reason, hint=hint)
         extents.append(high + 1)
         offsets.append(None if high == 0 else offset)
     return offsets, extents
 
 
 def _inner_part(binding: Expr, inner: tuple[For, ...]) -> Expr:
-    """`binding` with all but the inner loops at 0."""
+    """How far the inner loops take `binding` from its start, with all other loops at 0."""
     names = {loop.var for loop in inner}
-    return substitute_expr(binding, {v: const(0) for v in free_vars(binding) if v not in names})
+    # Free dims, which have a least value, stay.
+    part = substitute_expr(binding, {v: const(0) for v in free_vars(binding) if v not in names and v.lower is None})
+    return part - substitute_expr(part, dict.fromkeys(names, const(0)))
 
 
 def _splits(binding: Expr, inner: tuple[For, ...]) -> bool:

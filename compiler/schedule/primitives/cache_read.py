@@ -7,19 +7,23 @@ from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import group_loops
 from kedge.compiler.schedule.nest import loop_vars, span_of
-from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.primitives.loops import before_fusing, simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.redirect import Place, redirected
+from kedge.compiler.schedule.remedies import cache_write_call
 from kedge.compiler.schedule.tree import (
     accesses,
     block_name,
     block_path,
     blocks_in,
     buffer_name,
+    handle,
     loop_ranges,
     loops_on,
+    named,
     position_around,
     refuse,
+    setter,
     swap,
     writers,
 )
@@ -29,7 +33,7 @@ from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Scope, Seq, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
-from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, substitute_expr
+from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, stores, substitute_expr, walk_expr
 
 
 def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Scope) -> tuple[PrimFunc, str]:
@@ -42,10 +46,12 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    position = position_around(func, primitive, block, loops, loop)
+    fitting = [each for each in loops if each.kind not in ("vectorized", "unrolled")]
+    position = position_around(func, primitive, block, loops, loop, fitting)
     node, outer, inner = loops[position], loops[: position + 1], loops[position + 1 :]
     if node.kind in ("vectorized", "unrolled"):
-        raise refuse(func, primitive, loop, f"it is {node.kind}", hint="cache before setting the kinds of loops")
+        hint = f"in a new Schedule, sch.cache_read before sch.{setter(node)}"
+        raise refuse(func, primitive, loop, f"it is {node.kind}", hint=hint)
     source = _source(func, block, source_name, node)
     # Threads of a group share the copy: it holds what all of them read.
     group = group_loops(outer, scope)
@@ -57,7 +63,8 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     below = map_stmt(node.body, lambda s: redirected if s is block else s)
     new_loop = simplify_bindings(replace(node, body=seq(nest, below)), loop_ranges(outer[:-1]))
     new = swap(replace(func, allocs=(*func.allocs, copy)), node, new_loop)
-    check_allocation(func, new, primitive, block, copy)
+    call = f'sch.cache_read({name}, "{source_name}", {loop.name}, {{}})'
+    check_allocation(func, new, primitive, block, copy, call)
     return new, blocks_in(nest)[0].name
 
 
@@ -66,12 +73,23 @@ def _source(func: PrimFunc, block: Block, name: str, node: For) -> Buffer:
     read = tuple(dict.fromkeys(load.buffer for load in loads(block)))
     source = next((buffer for buffer in read if buffer.name == name), None)
     if source is None:
-        hint = f"it reads {', '.join(buffer.name for buffer in read) or 'nothing'}"
+        own = {store.buffer for store in stores(block)}
+        others = [buffer.name for buffer in read if buffer not in own]
+        hint = f"it reads {', '.join(map(repr, others)) or 'no other buffer'}"
+        if others:
+            hint += f": sch.cache_read({block.name}, {others[0]!r}, {handle(func, node, node)})"
         raise refuse(func, "cache_read", block, f"it does not read {name!r}", hint=hint)
     writer = next((each for each in writers(func, source) if each in blocks_in(node)), None)
     if writer is not None:
+        if writer is block:
+            reason = f"it writes {name!r} itself, and a copy made before would miss that"
+            call = cache_write_call(func, block)
+            hint = f"{call} has it write a small buffer" if call is not None else "sch.cache_write is for that"
+            raise refuse(func, "cache_read", block, reason, hint=hint)
         reason = f"block {writer.name!r} under loop {node.var.name!r} writes {name!r}: the copy would be too old"
-        raise refuse(func, "cache_read", block, reason)
+        inner = [each for each in loops_on(block_path(func, block.name)) if writer not in blocks_in(each)]
+        hint = f"take a loop that does not hold block {writer.name!r}: {named(inner)}"
+        raise refuse(func, "cache_read", block, reason, hint=hint)
     return source
 
 
@@ -86,12 +104,30 @@ def _part_read(
         span = span_of((indices[dim] for indices in wanted), outer, inner)
         if span is None:
             at = ", ".join({print_expr(indices[dim]) for indices in wanted})
-            reason = f"what it reads of dim {dim} of {source.name!r} in one iteration, at {at}, is no interval"
-            raise refuse(func, "cache_read", block, reason, hint="cache before fusing; not what memory says")
+            reason = (
+                f"what it reads of dim {dim} of {source.name!r} in one iteration, at {at}, is not a contiguous range"
+            )
+            index = next((e for one in wanted for e in walk_expr(one[dim]) if isinstance(e, Load)), None)
+            hint = "in a new Schedule, sch.cache_read before sch.fuse of its loops"
+            if index is not None:
+                loop_name = handle(func, outer[-1], outer[-1])
+                hint = (
+                    f"that is read from {index.buffer.name!r}, so nothing is known of it; instead of the values, cache "
+                    f'where they are: sch.cache_read({block.name}, "{index.buffer.name}", {loop_name})'
+                )
+            raise refuse(func, "cache_read", block, reason, hint=hint)
         loop = next((each.var for each in outer if each.var in free_vars(span.extent)), None)
         if loop is not None:
             reason = f"how much it reads of dim {dim} of {source.name!r} depends on loop {loop.name!r}"
-            raise refuse(func, "cache_read", block, reason, hint="split by a constant what varies")
+            varies = next((each for each in inner if loop in free_vars(each.extent)), None)
+            hint = "split the loop whose extent varies by a constant, and cache inside"
+            if varies is not None:
+                part, rest = f"{varies.var.name}_0", f"{varies.var.name}_1"
+                hint = (
+                    f"{part}, {rest} = sch.split({handle(func, varies, varies)}, [None, 8]); "
+                    f'sch.cache_read({block.name}, "{source.name}", {part})'
+                )
+            raise refuse(func, "cache_read", block, reason, hint=hint)
         starts.append(span.start)
         shape.append(simplify_dim(span.extent))
     return tuple(starts), tuple(shape)
@@ -150,14 +186,16 @@ def _reading(
         offset = simplifier.simplify(substitute_expr(index, bindings) - starts[dim])
         both = next((var.name for var in free_vars(offset) if var in mixed_loops), None)
         if both is not None:
-            reason = f"it takes both its output and its reduction from loop {both!r}"
-            raise refuse(func, "cache_read", block, reason, hint="cache before fusing the two")
+            reason = f"loop {both!r} drives both its output and its reduction"
+            raise refuse(func, "cache_read", block, reason, hint=before_fusing("cache_read"))
         spatial = simplifier.simplify(substitute_expr(offset, {var: const(0) for var in reducing}))
         rest = simplifier.simplify(offset - spatial)
         mixed = next((var.name for var in free_vars(rest) if var not in reducing), None)
         if mixed is not None:
-            reason = f"dim {dim} of {source.name!r} is no sum of a part by {mixed!r} and a part by its reduction"
-            raise refuse(func, "cache_read", block, reason)
+            reason = f"the index of dim {dim} of {source.name!r} multiplies loop {mixed!r} with one of its reduction"
+            last = (*outer, *inner)[-1]
+            hint = f'sch.cache_read({block.name}, "{source.name}", {handle(func, last, last)})'
+            raise refuse(func, "cache_read", block, reason, hint=hint)
         return simplifier.simplify(part(dim, spatial, "spatial") + part(dim, rest, "reduce"))
 
     def move(buffer: Buffer, indices: tuple[Expr, ...]) -> Place | None:

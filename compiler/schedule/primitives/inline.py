@@ -7,10 +7,12 @@ from dataclasses import replace
 from kedge.compiler.schedule.dependence import tied_to
 from kedge.compiler.schedule.nest import check_unconditional, is_one
 from kedge.compiler.schedule.order import before, overwritten_before, touched_since
+from kedge.compiler.schedule.remedies import inline_call, loops_around, merge_call, other_way, why_tied
 from kedge.compiler.schedule.tree import (
     block_path,
     blocks_in,
     check_only_writer,
+    handle,
     intermediate,
     readers,
     refuse,
@@ -25,6 +27,10 @@ from kedge.compiler.tir.simplify import Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import loads, map_expr, map_stmt, map_stmt_exprs, substitute_expr
 
+ONE_STORE = "it takes blocks that store one element: write the other store as a te.compute of its own"
+IN_PLACE = "in a new Schedule, do this before sch.decompose_reduction, or have the block write another buffer"
+_STAYS = "leave it where it is, or do this to the block that stands between the two first"
+
 
 def compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     """`func` without block `name`: its consumers compute what they read of it. For blocks without a reduction."""
@@ -36,13 +42,13 @@ def compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     for consumer in consumers:
         if before(func, consumer, block):
             reason = f"its consumer {consumer.name!r} runs before it, on older values"
-            raise refuse(func, "compute_inline", block, reason)
+            raise refuse(func, "compute_inline", block, reason, hint=_STAYS)
         changed = overwritten_before(func, block, consumer)
         if changed is not None:
             reason = (
                 f"block {changed[0].name!r} writes {changed[1].name!r}, which it reads, before {consumer.name!r} ends"
             )
-            raise refuse(func, "compute_inline", block, reason)
+            raise refuse(func, "compute_inline", block, reason, hint=_STAYS)
     value = substitute_expr(store.value, {it.var: const(0) for it in block.iters if it.var not in axes})
     func = remove(func, block)
     for consumer in consumers:
@@ -60,20 +66,22 @@ def reverse_compute_inline(func: PrimFunc, name: str) -> PrimFunc:
     assert isinstance(made, Store)
     reads = [load for load in loads(store.value) if load.buffer is source]
     _check_early(func, block, producer, source)
-    axes = _axes(func, primitive, block, reads[0].indices, f"reads {source.name!r}")
+    axes = _axes(func, primitive, block, reads[0].indices, f"reads {source.name!r}", source)
     for load in reads[1:]:
-        if _axes(func, primitive, block, load.indices, f"reads {source.name!r}") != axes:
-            raise refuse(func, primitive, block, f"it reads several elements of {source.name!r} at once")
+        if _axes(func, primitive, block, load.indices, f"reads {source.name!r}", source) != axes:
+            reason = f"it reads several elements of {source.name!r} at once"
+            raise refuse(func, primitive, block, reason, hint=other_way(func, source))
     extents = {it.var: it.extent for it in block.iters}
     for axis, dim in zip(axes, source.shape, strict=True):
         if axis is not None and not prove_equal(extents[axis], dim):
             size = f"its {axis.name!r} takes {print_expr(extents[axis])} values of {print_expr(as_expr(dim))}"
-            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}: {size}")
+            reason = f"it does not read all of {source.name!r}: {size}"
+            raise refuse(func, primitive, block, reason, hint=other_way(func, source))
     check_only_writer(func, primitive, block, store.buffer)
     touched = touched_since(func, block, producer)
     if touched is not None:
         reason = f"block {touched[0].name!r} uses {touched[1].name!r}, which it writes, after {producer.name!r} begins"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint=_STAYS)
     values: dict[Var, Expr] = {a: i for a, i in zip(axes, made.indices, strict=True) if a is not None}
     values.update({it.var: const(0) for it in block.iters if it.var not in values})
 
@@ -95,40 +103,65 @@ def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Sto
     """The block `name`, which must compute one element of one buffer from others, and that store."""
     block = next(b for b in blocks_in(func.body) if b.name == name)
     if block.init is not None or any(it.kind == "reduce" for it in block.iters):
-        hint = "cache_write it: the copy can be inlined" if primitive == "compute_inline" else None
+        hint = _for_reductions(func, primitive, block)
         raise refuse(func, primitive, block, "it is a reduction, not one value for each element", hint=hint)
     if not isinstance(block.body, Store):
-        raise refuse(func, primitive, block, "its body is more than one store")
+        raise refuse(func, primitive, block, "its body is more than one store", hint=ONE_STORE)
     if any(load.buffer is block.body.buffer for load in loads(block.body)):
-        raise refuse(func, primitive, block, "it updates a buffer in place")
+        raise refuse(func, primitive, block, "it updates a buffer in place", hint=IN_PLACE)
     check_unconditional(func, primitive, block, block_path(func, name))
     tied = tied_to(func, block)
     if tied is not None:
-        reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
-        raise refuse(func, primitive, block, reason, hint="inline it before caching")
+        reason, hint = why_tied(func, primitive, block, tied)
+        raise refuse(func, primitive, block, reason, hint=hint)
     return block, block.body
 
 
 def _check_hidden(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
     if not intermediate(func, buffer):
-        hint = "reverse_compute_inline takes it into the block that it reads from"
-        raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}, which must be there", hint=hint)
+        merged = merge_call(func, block)
+        hint = "an output stays: inline what it reads"
+        if merged is not None:
+            hint = f"merge it into block {merged[1].name!r}, which computes what it reads: {merged[0]}"
+        reason = f"{buffer.name!r}, which it computes, is an output of the function and must be there"
+        raise refuse(func, primitive, block, reason, hint=hint)
     check_only_writer(func, primitive, block, buffer)
 
 
-def _axes(func: PrimFunc, primitive: str, block: Block, indices: tuple[Expr, ...], what: str) -> tuple[Var | None, ...]:
+def _for_reductions(func: PrimFunc, primitive: str, block: Block) -> str:
+    """What to do with a reduction instead of inlining it."""
+    if primitive == "reverse_compute_inline":
+        calls = [call for load in loads(block.body) if (call := inline_call(func, load.buffer)) is not None]
+        return f"take what it reads into it: {calls[0]}" if calls else "it stays; its loops can be changed"
+    written = block.body.buffer if isinstance(block.body, Store) else None
+    users = [] if written is None else readers(func, written)
+    ways = []
+    around = loops_around(func, users[0]) if len(users) == 1 else ()
+    if around:
+        ways.append(f"move it to where it is read: sch.compute_at({block.name}, {handle(func, around[-1])})")
+    merged = merge_call(func, users[0]) if len(users) == 1 else None
+    if merged is not None:
+        ways.append(f"merge block {users[0].name!r} into it: {merged[0]}")
+    return "; or ".join(ways) if ways else "sch.compute_at moves it to where it is read"
+
+
+def _axes(
+    func: PrimFunc, primitive: str, block: Block, indices: tuple[Expr, ...], what: str, source: Buffer | None = None
+) -> tuple[Var | None, ...]:
     """The iteration variable that each index is; None for the index 0. All variables must be there, each once."""
+    hint = "write it with te.compute, which stores at plain indices" if source is None else other_way(func, source)
     axes = tuple(index if isinstance(index, Var) else None for index in indices)
     named = [axis for axis in axes if axis is not None]
     plain = all(a is not None or _is_zero(i) for a, i in zip(axes, indices, strict=True))
     if not plain or len(set(named)) < len(named):
         at = ", ".join(map(print_expr, indices))
         reason = f"it {what} at [{at}]: each index must be an iteration variable of its own, or 0"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint=hint)
     for it in block.iters:
         if it.var not in named and not is_one(it.extent):
             at = ", ".join(map(print_expr, indices))
-            raise refuse(func, primitive, block, f"it {what} at [{at}], the same for all values of {it.var.name!r}")
+            reason = f"it {what} at [{at}], the same for all values of {it.var.name!r}"
+            raise refuse(func, primitive, block, reason, hint=hint)
     return axes
 
 
@@ -147,16 +180,21 @@ def _only_producer(func: PrimFunc, block: Block) -> tuple[Block, Buffer]:
     ]
     if not candidates:
         reason = "it reads no intermediate buffer that is written by one block alone and read by it alone"
-        raise refuse(func, primitive, block, reason)
-    reason, hint = "", None
+        calls = [call for load in loads(block.body) if (call := inline_call(func, load.buffer)) is not None]
+        hint = f"take what it reads into it: {calls[0]}" if calls else "it reads nothing that it could be merged into"
+        raise refuse(func, primitive, block, reason, hint=hint)
+    reason, hint = "", ""
     for producer, buffer in candidates:
         if producer.init is not None or any(it.kind == "reduce" for it in producer.iters):
             reason = f"its producer {producer.name!r} is a reduction"
-            hint = "cache_write the reduction, then inline into the copy"
+            merged = merge_call(func, block)
+            hint = "a reduction stays as it is" if merged is None else f"merge it into a copy: {merged[0]}"
         elif not isinstance(producer.body, Store):
             reason = f"its producer {producer.name!r} is more than one store"
+            hint = ONE_STORE
         elif any(load.buffer is buffer for load in loads(producer.body)):
             reason = f"its producer {producer.name!r} updates {buffer.name!r} in place"
+            hint = IN_PLACE
         else:
             return producer, buffer
     raise refuse(func, primitive, block, reason, hint=hint)
@@ -169,7 +207,7 @@ def _check_early(func: PrimFunc, block: Block, producer: Block, source: Buffer) 
         for writer in writers(func, buffer):
             if order.index(writer) >= order.index(producer):
                 reason = f"it reads {buffer.name!r}, which block {writer.name!r} computes after {producer.name!r}"
-                raise refuse(func, "reverse_compute_inline", block, reason)
+                raise refuse(func, "reverse_compute_inline", block, reason, hint=other_way(func, source))
 
 
 def _inlined_into(consumer: Block, buffer: Buffer, axes: tuple[Var | None, ...], value: Expr) -> Block:

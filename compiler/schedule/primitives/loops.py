@@ -14,34 +14,39 @@ from kedge.compiler.schedule.dependence import conflict, is_private, own_per_ite
 from kedge.compiler.schedule.nest import has_own_places, loop_vars
 from kedge.compiler.schedule.tree import (
     LARGEST_INDEX,
+    accepted,
     accesses,
     block_path,
     blocks_in,
     find_loop,
+    handle,
     held_by,
+    intermediate,
+    kind_of,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
     named,
+    of_kind,
+    parts_of,
     placed,
     refuse,
+    setter,
     swap,
+    which,
+    writers,
 )
 from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Expr, Var, const, logical_and
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
-from kedge.compiler.tir.stmt import Block, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
+from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
 from kedge.compiler.tir.visitor import free_vars, map_stmt, substitute
 
-#: Annotations that primitives write, with the calls that write them.
-_WRITTEN = {
-    "intrin": "sch.tensorize(loop, intrin)",
-    "prefetch": "sch.prefetch(block, buffer, loop, offset)",
-    "schedule": 'sch.parallel(loop, "dynamic", chunk)',
-    "chunk": 'sch.parallel(loop, "dynamic", chunk)',
-}
+#: Annotations that primitives write, with these primitives.
+_WRITTEN = {"intrin": "tensorize", "prefetch": "prefetch", "schedule": "parallel", "chunk": "parallel"}
 _MAX_CHUNK = 2**63 - 1
+_SPLIT = "outer, inner = sch.split({}, [None, 8]); "
 
 
 def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[PrimFunc, tuple[Var, ...]]:
@@ -62,7 +67,8 @@ def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[Pri
     ranges = loop_ranges(loops_on(path[:-1]))
     if not prove(total >= node.extent, ranges):
         reason = f"factors {list(factors)} make {known} iterations, and may be too few for {print_expr(node.extent)}"
-        raise refuse(func, "split", loop, reason, at=node, hint=f"factors {[None, *factors[1:]]} always fit")
+        hint = f"None takes what the others leave: sch.split({loop.name}, {[None, *factors[1:]]})"
+        raise refuse(func, "split", loop, reason, at=node, hint=hint)
     # The old variable runs below the old extent: without that fact, simplifying could not use it.
     body = _rebind(node.body, loop, index, None if prove(total <= node.extent, ranges) else index < node.extent)
     for var, extent in zip(reversed(variables), reversed(extents), strict=True):
@@ -75,12 +81,9 @@ def fuse(func: PrimFunc, loops: Sequence[Var]) -> tuple[PrimFunc, Var]:
     if len(loops) < 2:
         given = ", ".join(f"loop {var.name!r}" for var in loops)
         raise refuse(func, "fuse", given, "it takes two loops or more, outermost first", hint="sch.fuse(i, j)")
+    _check_nested(func, loops)
     nodes = [_serial(func, "fuse", loop) for loop in loops]
-    for outer, inner in pairwise(nodes):
-        if outer.body is not inner:
-            reason = f"its body is not just loop {inner.var.name!r} but {held_by(outer)}"
-            hint = "fuse takes loops outermost first, each all that is in the one before; reorder brings them together"
-            raise refuse(func, "fuse", outer.var, reason, hint=hint)
+    for inner in nodes[1:]:
         if any(v in loops for v in free_vars(inner.extent)):
             reason = f"its extent {print_expr(inner.extent)} depends on a loop that it would be fused with"
             raise refuse(func, "fuse", inner.var, reason, hint="fuse loops whose extents do not depend on one another")
@@ -109,11 +112,12 @@ def reorder(func: PrimFunc, loops: Sequence[Var]) -> PrimFunc:
         assert loop is not None
         inner = {each.var for each in new_chain[position:] if each is not None}
         if any(v in inner for v in free_vars(loop.extent)):
-            reason = f"its extent {print_expr(loop.extent)} depends on a loop that it would stand outside of"
-            raise refuse(func, "reorder", loop.var, reason, hint="leave that loop outside")
+            other = next(v.name for v in free_vars(loop.extent) if v in inner)
+            reason = f"its extent {print_expr(loop.extent)} depends on loop {other!r}, which it would stand outside of"
+            raise refuse(func, "reorder", loop.var, reason, hint=f"leave loop {other!r} outside of it")
         if loop.kind == "vectorized" and len(inner) > 1:
             reason = "it is vectorized, and would not be innermost any more"
-            raise refuse(func, "reorder", loop.var, reason, hint="reorder before vectorize")
+            raise refuse(func, "reorder", loop.var, reason, hint="in a new Schedule, sch.reorder before sch.vectorize")
     _check_order(func, chain, [loop.var for loop in new_chain if loop is not None])
     for loop in reversed(new_chain):
         assert loop is not None
@@ -126,29 +130,52 @@ def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: 
     node = _serial(func, primitive, loop)
     path = loop_path(func, loop)
     outer = loops_on(path[:-1])
-    around = next((each for each in outer if each.kind not in ("serial", "parallel", "thread")), None)
-    if kind in ("parallel", "thread"):
-        nested = around or (next((each for each in outer if each.kind == "parallel"), None))
+    if kind == "parallel":
+        nested = next((each for each in outer if each.kind != "serial" and each.kind != "thread"), None)
         if nested is not None:
-            reason = f"it stands inside {nested.kind} loop {nested.var.name!r}, where no threads can be started"
-            raise refuse(func, primitive, loop, reason, hint="fuse the two before either gets its kind, or take one")
+            reason = f"it stands inside {of_kind(func, nested)}: no threads can be started there"
+            raise refuse(func, primitive, loop, reason, hint=_instead(func, primitive, nested, node))
     within = next((each for each in loops_in(node.body) if each.kind == "parallel"), None)
     if within is not None:
-        reason = f"parallel loop {within.var.name!r} is inside, where no threads can be started"
-        raise refuse(func, primitive, loop, reason, hint="fuse the two before either gets its kind, or take one")
+        reason = f"{of_kind(func, within)} is inside: no threads can be started there"
+        raise refuse(func, primitive, loop, reason, hint=_instead(func, primitive, node, within))
+    inner = loops_in(node.body)
+    if kind == "vectorized" and inner:
+        reason = f"it is not innermost: loop {inner[0].var.name!r} is inside"
+        raise refuse(func, primitive, loop, reason, hint=_innermost(func, primitive, node, inner, kind))
     if kind in ("vectorized", "unrolled") and not isinstance(node.extent, Const):
-        hint = f"split it by a constant first, and {primitive} the inner loop: sch.split({loop.name}, [None, 8])"
+        hint = f"{_SPLIT.format(loop.name)}sch.{primitive}(inner)"
         reason = f"its extent {print_expr(node.extent)} is not constant"
         raise refuse(func, primitive, loop, reason, at=node, hint=hint)
-    if kind == "vectorized":
-        inner = loops_in(node.body)
-        if inner:
-            reason = f"it is not innermost: loop {inner[0].var.name!r} is inside"
-            raise refuse(func, primitive, loop, reason, hint=f"reorder it inwards first, or take {named(inner[-1:])}")
     new = replace(node, kind=kind, thread=thread)
     if kind != "unrolled":
         _check_parallel(func, primitive, node, new, outer)
     return swap(func, node, new)
+
+
+def _instead(func: PrimFunc, primitive: str, outer: For, inner: For) -> str:
+    """The hint where one loop inside the other cannot have a kind of its own."""
+    serial = f"leave loop {outer.var.name!r} serial"
+    if outer.body is not inner or primitive == "unroll":
+        return serial
+    fused = f"sch.fuse({handle(func, outer, inner)}, {handle(func, inner, inner)})"
+    return f"{serial}; or, in a new Schedule, both as one: sch.{primitive}({fused})"
+
+
+def _innermost(func: PrimFunc, primitive: str, node: For, inner: Sequence[For], kind: LoopKind) -> str:
+    """The hint where a loop holds others: bring it inside, or take the innermost, as far as either is legal."""
+    ways = []
+    mine, last = node.var.name, inner[-1]
+    order = [*(each.var for each in inner), node.var]
+    if reduces_over(node) is None and accepted(lambda: reorder(func, order)):
+        turned = reorder(func, order)
+        if conflict(turned, node, loops_on(loop_path(turned, node.var)[:-1])) is None:
+            others = ", ".join(handle(func, each, node) for each in inner)
+            to_split, name = ("", mine) if isinstance(node.extent, Const) else (_SPLIT.format(mine), "inner")
+            ways.append(f"{to_split}sch.reorder({others}, {name}); sch.{primitive}({name})")
+    if accepted(lambda: set_kind(func, primitive, last.var, kind)):
+        ways.append(f"sch.{primitive}({handle(func, last, node)})")
+    return ", or ".join(ways) if ways else f"it takes loops that hold no other: here {which(func, inner[-1])}"
 
 
 def parallel(func: PrimFunc, loop: Var, schedule: LoopSchedule, chunk: int | None) -> PrimFunc:
@@ -156,7 +183,7 @@ def parallel(func: PrimFunc, loop: Var, schedule: LoopSchedule, chunk: int | Non
     if schedule == "static":
         if chunk is not None:
             reason = f"chunk={chunk}: static chunks are one for each thread, whatever their number"
-            raise refuse(func, "parallel", loop, reason, hint=f'sch.parallel(loop, "dynamic", {chunk}), or no chunk')
+            raise refuse(func, "parallel", loop, reason, hint=f'sch.parallel({loop.name}, "dynamic", {chunk})')
         return set_kind(func, "parallel", loop, "parallel")
     size = 1 if chunk is None else chunk
     if not 1 <= size <= _MAX_CHUNK:
@@ -171,14 +198,15 @@ def annotate(func: PrimFunc, subject: Var | str, key: str, value: Any) -> PrimFu
     node = _node(func, subject)
     at = node.var if isinstance(node, For) else node
     if key in _WRITTEN:
-        call = _WRITTEN[key]
-        primitive = call.partition("(")[0].removeprefix("sch.")
-        raise refuse(func, "annotate", at, f"key {key!r} is what {primitive} writes", hint=call)
+        writer = _WRITTEN[key]
+        raise refuse(
+            func, "annotate", at, f"key={key!r} is what sch.{writer} writes", hint=f"call sch.{writer} instead"
+        )
     try:
         plain = json.loads(json.dumps(value, allow_nan=False))  # what a text and a trace give back: tuples are lists
     except (TypeError, ValueError) as error:
-        hint = "take texts, finite numbers, truth values, None, and lists and dicts of these by text"
-        raise refuse(func, "annotate", at, f"value {value!r} is not JSON-able", hint=hint) from error
+        hint = "it takes str, int, finite float, bool and None, and lists and dicts (with str keys) of these"
+        raise refuse(func, "annotate", at, f"value={value!r} cannot be written as JSON", hint=hint) from error
     return _annotated(func, node, {key: plain})
 
 
@@ -215,8 +243,8 @@ def _serial(func: PrimFunc, primitive: str, loop: Var) -> For:
     node = find_loop(func, loop)
     assert node is not None, f"{loop.name} is no loop of {func.name}"
     if node.kind != "serial":
-        hint = f"{primitive} takes serial loops: do it before the loop gets another kind"
-        raise refuse(func, primitive, loop, f"it is {node.kind} already", at=node, hint=hint)
+        hint = f"nothing takes that back: in a new Schedule, sch.{primitive} before sch.{setter(node)}, or without it"
+        raise refuse(func, primitive, loop, f"it is {kind_of(node)} already", at=node, hint=hint)
     return node
 
 
@@ -225,11 +253,14 @@ def _check_factors(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> 
     if len(factors) < 2 or list(factors).count(None) > 1:
         reason = f"factors {list(factors)}: it takes two or more, at most one of them None"
         raise refuse(func, "split", loop, reason, hint=f"sch.split({loop.name}, [None, 4])")
+    fitting = [factors[0] if factors[0] is None else None, *(f if f and f > 0 else 1 for f in factors[1:])]
+    rest = f"None takes what the others leave: sch.split({loop.name}, {fitting})"
     if any(f is not None and f < 1 for f in factors):
-        raise refuse(func, "split", loop, f"factors {list(factors)}: each is at least 1", hint="None takes the rest")
+        raise refuse(func, "split", loop, f"factors {list(factors)}: each is at least 1", hint=rest)
     known = math.prod(f for f in factors if f is not None)
     if known > LARGEST_INDEX:
-        raise refuse(func, "split", loop, f"factors {list(factors)}: their product is no {INDEX_DTYPE}")
+        reason = f"factors {list(factors)}: their product is more than {INDEX_DTYPE} holds"
+        raise refuse(func, "split", loop, reason, hint=f"take smaller ones: sch.split({loop.name}, [None, 8])")
     return known
 
 
@@ -253,6 +284,53 @@ def _rebind(body: Stmt, old: Var, value: Expr, predicate: Expr | None) -> Stmt:
     return map_stmt(body, guard)
 
 
+def _check_nested(func: PrimFunc, loops: Sequence[Var]) -> None:
+    """Refuse unless each of `loops` holds nothing but the next, and say in which way it does not."""
+    nodes = [node for loop in loops if (node := find_loop(func, loop)) is not None]
+    paths = {loop: loops_on(loop_path(func, loop)) for loop in loops}
+    for outer, inner in pairwise(nodes):
+        if outer is inner:
+            raise refuse(
+                func, "fuse", outer.var, "it is named twice", hint="fuse takes each loop once, outermost first"
+            )
+        around = paths[inner.var]
+        if outer not in around:
+            if inner not in paths[outer.var]:
+                reason = f"{placed(inner)} is not inside {placed(outer)}"
+                raise refuse(
+                    func, "fuse", outer.var, reason, hint="sch.get_loops(block) gives loops that are inside one another"
+                )
+            order = ", ".join(handle(func, each, outer) for each in sorted(set(nodes), key=lambda n: len(paths[n.var])))
+            reason = f"loop {inner.var.name!r} is around it: they are in the wrong order"
+            raise refuse(func, "fuse", outer.var, reason, hint=f"fuse takes the outermost first: sch.fuse({order})")
+        chain = around[around.index(outer) :]
+        _check_chain(func, "fuse", chain)
+        if len(chain) > 2:
+            names = f"{handle(func, outer, inner)}, {handle(func, inner, inner)}"
+            between = ", ".join(handle(func, each, inner) for each in chain[1:-1])
+            reason = (
+                f"{named(chain[1:-1])} stand{'s' if len(chain) == 3 else ''} between it and loop {inner.var.name!r}"
+            )
+            raise refuse(func, "fuse", outer.var, reason, hint=f"sch.reorder({names}, {between}); sch.fuse({names})")
+
+
+def _check_chain(func: PrimFunc, primitive: str, chain: Sequence[For]) -> None:
+    """Refuse unless each loop of `chain` holds nothing but the next."""
+    for outer, inner in pairwise(chain):
+        if outer.body is not inner:
+            rest = [part for part in parts_of(outer) if part is not inner and inner not in loops_in(part)]
+            reason = f"it holds {held_by(outer)}: not just loop {inner.var.name!r}"
+            hint = "take loops of which each holds nothing but the next"
+            if rest:
+                what = named(block for part in rest for block in blocks_in(part))
+                reason = f"besides loop {inner.var.name!r} it holds {what}, which would run more often"
+                hint = (
+                    f"in a new Schedule, sch.{primitive} before what put that there: sch.cache_read, sch.cache_write, "
+                    "sch.compute_at, sch.decompose_reduction"
+                )
+            raise refuse(func, primitive, outer.var, reason, at=chain[0], hint=hint)
+
+
 def _chain(func: PrimFunc, loops: Sequence[Var]) -> list[For]:
     """The perfectly nested loops from the outermost to the innermost of `loops`."""
     paths = {var: loops_on(loop_path(func, var)) for var in loops}
@@ -260,16 +338,13 @@ def _chain(func: PrimFunc, loops: Sequence[Var]) -> list[For]:
     on_path = [loop.var for loop in paths[deepest]]
     for var in loops:
         if var not in on_path:
+            inside = blocks_in(paths[deepest][-1])[0].name
             reason = f"it and {placed(paths[deepest][-1])} are not inside one another"
-            hint = "sch.get_loops(block) gives loops that are"
+            hint = f"loops that are: sch.get_loops({inside})"
             raise refuse(func, "reorder", var, reason, hint=hint)
     first = min(on_path.index(var) for var in loops)
     chain = list(paths[deepest][first:])
-    for outer, inner in pairwise(chain):
-        if outer.body is not inner:
-            reason = f"its body is not just loop {inner.var.name!r} but {held_by(outer)}"
-            hint = "it takes loops of which each is all that is in the one before"
-            raise refuse(func, "reorder", outer.var, reason, at=chain[0], hint=hint)
+    _check_chain(func, "reorder", chain)
     return chain
 
 
@@ -285,8 +360,11 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
         both = loop_vars(block, "spatial") & loop_vars(block, "reduce") if block.init is not None else frozenset()
         mixed = next((var for var in old if var in both), None)
         if mixed is not None:
-            reason = f"block {block.name!r} takes both its output and its reduction from it: what is first may change"
-            raise refuse(func, "reorder", mixed, reason, at=chain[0], hint="reorder before fusing the two")
+            reason = (
+                f"it drives both the output and the reduction of block {block.name!r}: the order of the first updates "
+                "would change"
+            )
+            raise refuse(func, "reorder", mixed, reason, at=chain[0], hint=before_fusing("reorder"))
     if len(blocks) == 1 and (not updates_in_place(blocks[0]) or _is_reduction(blocks[0])):
         # Instances of one block run in any order, its reduction's first value still comes first: as long as those
         # for different outputs store to different places.
@@ -300,7 +378,7 @@ def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> 
         buffer = conflict(func, loop, (*outer, *chain[:position]))
         if buffer is not None:
             reason = f"its iterations may depend on one another through buffer {buffer.name!r}"
-            hint = "loops stay outside of others if one iteration touches an element that another one writes"
+            hint = f"leave loop {loop.var.name!r} where it is, and reorder others"
             raise refuse(func, "reorder", loop.var, reason, at=chain[0], hint=hint)
 
 
@@ -308,20 +386,53 @@ def _is_reduction(block: Block) -> bool:
     return any(it.kind == "reduce" for it in block.iters)
 
 
+def before_fusing(primitive: str) -> str:
+    """The hint where one loop drives too much."""
+    return f"in a new Schedule, sch.{primitive} before sch.fuse of these loops"
+
+
+def over_outputs(func: PrimFunc, node: For, block: Block, then: str) -> str:
+    """The hint where a loop is one of a reduction: another loop, or the reduction in two steps."""
+    reducing = loop_vars(block, "reduce")
+    loops = [each for each in loops_on(block_path(func, block.name)) if each.var not in reducing]
+    others = f"take {named(loops)} over outputs, or " if loops else ""
+    return f"{others}partial = sch.rfactor({block.name}, {node.var.name}), {then} around block partial"
+
+
+def own_copies(func: PrimFunc, node: For, buffer: Buffer) -> str:
+    """The hint where iterations meet in a buffer: each can have its own, if none needs what another wrote."""
+    inside = {id(block) for block in blocks_in(node)}
+    users = [each for each in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(each))]
+    makers = writers(func, buffer)
+    private = intermediate(func, buffer) and all(id(each) in inside for each in users)
+    if private and makers and reduces_over(node) is None:
+        call = f'sch.set_scope({makers[0].name}, "local")'
+        return f"if no iteration uses what another wrote, give each its own {buffer.name!r}: {call}"
+    return "take a loop of which no iteration touches an element that another one writes"
+
+
+def one_for_all(func: PrimFunc, buffer: Buffer) -> str:
+    """The hint where a buffer should be the same for all iterations."""
+    makers = writers(func, buffer)
+    return f'one for all: sch.set_scope({makers[0].name}, "global")' if makers else 'give it scope "global"'
+
+
 def _check_parallel(func: PrimFunc, primitive: str, node: For, new: For, outer: Sequence[For]) -> None:
     """Refuse if iterations of `node` need one another when they run as those of `new`."""
     block = reduces_over(node)
     if block is not None:
         reason = f"block {block.name!r} reduces over it: its iterations update the same elements"
-        hint = f"take a loop over outputs, or that of the block which sch.rfactor(block, {node.var.name}) makes"
+        hint = over_outputs(func, node, block, f"then sch.{primitive} its loop")
         raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     buffer = conflict(func, new, outer)
     if buffer is not None:
         reason = f"its iterations may depend on one another through buffer {buffer.name!r}"
-        hint = "it takes loops of which no iteration touches an element that another one writes"
-        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
+        raise refuse(func, primitive, node.var, reason, at=node, hint=own_copies(func, node, buffer))
     used = dict.fromkeys(a.buffer for a in accesses(node.body))
     shared = next((b for b in used if own_per_iteration(new, b) and not is_private(func, new, b)), None)
     if shared is not None:
-        reason = f"its iterations share {shared.name!r} in {shared.scope} scope, of which each would get one of its own"
-        raise refuse(func, primitive, node.var, reason, at=node, hint="scope 'global' is one for all")
+        reason = (
+            f"each iteration would get its own {shared.name!r}, which is in {shared.scope} scope and is "
+            "used outside of the loop, too"
+        )
+        raise refuse(func, primitive, node.var, reason, at=node, hint=one_for_all(func, shared))

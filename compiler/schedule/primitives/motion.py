@@ -8,23 +8,31 @@ from dataclasses import replace
 from kedge.compiler.schedule.dependence import conflict, fetched_alike, group_loops, reduces_over, tied_to
 from kedge.compiler.schedule.nest import Span, check_unconditional, is_one, moving_together, span_of
 from kedge.compiler.schedule.order import before, overwritten_before, touched_since
+from kedge.compiler.schedule.primitives.inline import IN_PLACE, ONE_STORE
+from kedge.compiler.schedule.remedies import consumers_outside, loops_around, other_way, why_tied
 from kedge.compiler.schedule.tree import (
+    accepted,
     accesses,
     block_path,
     blocks_in,
     check_only_writer,
     enclosing,
     find_loop,
+    handle,
     intermediate,
+    kind_of,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
     named,
+    of_kind,
+    passing,
     placed,
     readers,
     refuse,
     remove,
+    setter,
     swap,
     writers,
 )
@@ -32,7 +40,10 @@ from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const, logical_an
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Ranges, Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
-from kedge.compiler.tir.visitor import free_vars, loads, seq
+from kedge.compiler.tir.visitor import free_vars, loads, seq, stores
+
+_PLAIN = "write it with te.compute, which stores at its iteration variables"
+_STAYS = "leave it where it is, or move the block that stands between the two first"
 
 
 def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
@@ -45,7 +56,10 @@ def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
     block, store = _movable(func, primitive, name, loop)
     buffer = store.buffer
     if not intermediate(func, buffer):
-        hint = "reverse_compute_at moves it into a loop of what it reads"
+        maker = _last_maker(func, block)
+        hint = "an output that reads only arguments stays in its own loops"
+        if maker is not None:
+            hint = f"move it to what it reads: sch.reverse_compute_at({block.name}, {handle(func, maker)})"
         raise refuse(func, primitive, block, f"it computes the output {buffer.name!r}, which no block reads", hint=hint)
     check_only_writer(func, primitive, block, buffer)
     node = find_loop(func, loop)
@@ -55,18 +69,19 @@ def compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
     outside = [each.name for each in consumers if each not in inside]
     if outside or not consumers:
         if not consumers:
-            raise refuse(func, primitive, block, f"nothing reads {buffer.name!r}, which it computes")
+            hint = "leave it where it is: it moves to where its buffer is read"
+            raise refuse(func, primitive, block, f"nothing reads {buffer.name!r}, which it computes", hint=hint)
         reason = f"its consumer {outside[0]!r} is not under {placed(node)}"
-        around = [each for each in loops_in(func.body) if all(c in blocks_in(each) for c in consumers)]
-        hint = f"around all of its consumers ({named(consumers)}): {named(around)}"
-        raise refuse(func, primitive, block, reason, hint=hint)
+        raise refuse(func, primitive, block, reason, hint=_around_consumers(func, block, node, consumers))
     early = next((each for each in consumers if before(func, each, block)), None)
     if early is not None:
-        raise refuse(func, primitive, block, f"its consumer {early.name!r} runs before it, on older values")
+        raise refuse(
+            func, primitive, block, f"its consumer {early.name!r} runs before it, on older values", hint=_STAYS
+        )
     changed = overwritten_before(func, block, node)
     if changed is not None:
         reason = f"block {changed[0].name!r} writes {changed[1].name!r}, which it reads, before loop {loop.name!r} ends"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint=_STAYS)
     outer = loops_on(loop_path(func, loop))
     wanted = [a for a in accesses(node.body) if a.buffer is buffer]
     axes = _index_axes(func, primitive, block, store)
@@ -98,22 +113,77 @@ def reverse_compute_at(func: PrimFunc, name: str, loop: Var) -> PrimFunc:
         for axis, span in _consumed(func, block, source, node, outer).items():
             if not _same_span(spans.setdefault(axis, span), span):
                 reason = f"an iteration of {loop.name!r} makes different values of {axis.name!r} of what it reads"
-                raise refuse(func, primitive, block, reason, at=node, hint="take a loop further out")
+                further = "take a loop further out" if len(outer) > 1 else f"leave it behind loop {loop.name!r}"
+                raise refuse(func, primitive, block, reason, at=node, hint=further)
     missing = [it for it in block.iters if it.var not in spans and not is_one(it.extent)]
     if missing and not all(it.kind == "reduce" or it.var in _stored(store) for it in missing):
         reason = f"its {missing[0].var.name!r} indexes neither what is made there nor its output"
-        raise refuse(func, primitive, block, reason)
+        hint = f"write the block without {missing[0].var.name!r}, or with an output that it indexes"
+        raise refuse(func, primitive, block, reason, hint=hint)
     check_only_writer(func, primitive, block, store.buffer)
     touched = touched_since(func, block, node)
     if touched is not None:
         reason = f"block {touched[0].name!r} uses {touched[1].name!r}, which it writes, after loop {loop.name!r} begins"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint=f"take a loop behind block {touched[0].name!r}, or leave it")
     nest = _nest_over(block, spans, loop_ranges(outer))
     func = remove(func, block)
     moved_into = find_loop(func, loop)
     assert moved_into is not None
     moved = swap(func, moved_into, replace(moved_into, body=seq(moved_into.body, nest)))
     return _checked(func, moved, primitive, block, store.buffer, loop)
+
+
+def _last_maker(func: PrimFunc, block: Block) -> For | None:
+    """The outermost loop around the last block that computes what `block` reads."""
+    read = {load.buffer for load in loads(block.body)}
+    makers = [b for b in blocks_in(func.body) if b is not block and any(s.buffer in read for s in stores(b))]
+    around = loops_around(func, makers[-1]) if makers else ()
+    return around[0] if around else None
+
+
+def _into(func: PrimFunc, block: Block, loop: For) -> str:
+    return f"sch.reverse_compute_at({block.name}, {handle(func, loop)})"
+
+
+def _around_consumers(func: PrimFunc, block: Block, node: For, consumers: Sequence[Block]) -> str:
+    """The hint where consumers are outside of the loop: a loop around all, or they move into it first."""
+    name = handle(func, node)
+    others = consumers_outside(func, node, block)
+    if others:
+        first = "; ".join(f"sch.compute_at({each.name}, {name})" for each in others)
+        return f"move {named(others)} there first: {first}; sch.compute_at({block.name}, {name})"
+    around = [each for each in loops_in(func.body) if all(c in blocks_in(each) for c in consumers)]
+    if not around:
+        return f"no loop is around all of its consumers, {named(consumers)}"
+    return (
+        f"around {named(consumers)} there is {named(around)}: sch.compute_at({block.name}, {handle(func, around[0])})"
+    )
+
+
+def _after_the_others(func: PrimFunc, block: Block, node: For) -> str:
+    """The hint where what a block reads is computed after the loop: these blocks first, or a loop of the last one."""
+    order = blocks_in(func.body)
+    between = order[order.index(blocks_in(node)[-1]) + 1 : order.index(block)]
+    name = handle(func, node)
+    needed = [block]
+    for each in reversed(between):
+        read = {load.buffer for one in needed for load in loads(one.body)}
+        if any(store.buffer in read for store in stores(each)):
+            needed.insert(0, each)
+    ways = []
+    if len(needed) > 1 and accepted(lambda: _moved(func, needed, node)):
+        calls = "; ".join(f"sch.reverse_compute_at({each.name}, {name})" for each in needed)
+        ways.append(f"move {named(needed[:-1])} there first: {calls}")
+    maker = _last_maker(func, block)
+    if maker is not None and accepted(lambda: reverse_compute_at(func, block.name, maker.var)):
+        ways.append(_into(func, block, maker))
+    return "; or ".join(ways) if ways else "leave it behind all that it reads"
+
+
+def _moved(func: PrimFunc, blocks: Sequence[Block], node: For) -> PrimFunc:
+    for each in blocks:
+        func = reverse_compute_at(func, each.name, node.var)
+    return func
 
 
 def _stored(store: Store) -> frozenset[Var]:
@@ -130,26 +200,33 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
         hint = f"it takes a loop {whose}"
         raise refuse(func, primitive, block, f"it is under loop {loop.name!r} already", hint=hint)
     if not isinstance(block.body, Store):
-        raise refuse(func, primitive, block, "its body is more than one store")
+        raise refuse(func, primitive, block, "its body is more than one store", hint=ONE_STORE)
     if block.init is None and any(load.buffer is block.body.buffer for load in loads(block.body)):
-        raise refuse(func, primitive, block, "it updates a buffer in place", hint="move it before decompose_reduction")
+        raise refuse(func, primitive, block, "it updates a buffer in place", hint=IN_PLACE)
+    lost = next((each for each in loops_on(path) if each.kind != "serial" and blocks_in(each) == (block,)), None)
+    if lost is not None:
+        reason = f"its loop {lost.var.name!r} is {kind_of(lost)}, and its new loops would be serial"
+        call = f"sch.{primitive} before sch.{setter(lost)}, which then takes one of its new loops"
+        raise refuse(func, primitive, block, reason, hint=f"in a new Schedule, {call}")
     check_unconditional(func, primitive, block, path)
     tied = tied_to(func, block)
     if tied is not None:
-        reason = f"{tied.name!r} in {tied.scope} scope, used anew in each iteration, ties it to the loops around it"
-        raise refuse(func, primitive, block, reason, hint="move it before caching")
+        reason, hint = why_tied(func, primitive, block, tied)
+        raise refuse(func, primitive, block, reason, hint=hint)
     together = moving_together(block, loops_on(path))
     if together is not None:
         names = " and ".join(repr(var.name) for var in together)
         reason = f"one loop drives both its {names}: it is not known which values they would take elsewhere"
-        raise refuse(func, primitive, block, reason, hint="move it before caching, or before fusing its loops")
+        hint = f"in a new Schedule, sch.{primitive} before sch.fuse of its loops or sch.cache_read"
+        raise refuse(func, primitive, block, reason, hint=hint)
     around = enclosing(loop_path(func, loop))
     if around is not None:
         reason = f"it stands inside block {around.name!r}, which sees nothing of the loops around it"
         raise refuse(func, primitive, loop, reason, hint="take a loop outside of all blocks")
     node = find_loop(func, loop)
     if node is not None and node.kind in ("vectorized", "unrolled"):
-        raise refuse(func, primitive, loop, f"it is {node.kind}", hint="move blocks before setting the kinds of loops")
+        hint = f"in a new Schedule, sch.{primitive} before sch.{setter(node)}"
+        raise refuse(func, primitive, loop, f"it is {node.kind}", hint=hint)
     return block, block.body
 
 
@@ -160,7 +237,8 @@ def _axis(func: PrimFunc, primitive: str, block: Block, buffer: Buffer, index: E
     if isinstance(index, Var) and any(it.var is index for it in block.iters):
         return index
     reason = f"it indexes {buffer.name!r} by {print_expr(index)}, which is none of its iteration variables"
-    raise refuse(func, primitive, block, reason)
+    hint = other_way(func, buffer) if primitive == "reverse_compute_at" else _PLAIN
+    raise refuse(func, primitive, block, reason, hint=hint)
 
 
 def _index_axes(func: PrimFunc, primitive: str, block: Block, store: Store) -> list[Var | None]:
@@ -169,7 +247,7 @@ def _index_axes(func: PrimFunc, primitive: str, block: Block, store: Store) -> l
     spatial = [it.var for it in block.iters if it.kind == "spatial" and not is_one(it.extent)]
     if len(set(named)) < len(named) or any(var not in named for var in spatial):
         reason = f"its iteration variables do not each index {store.buffer.name!r}, which it writes, just once"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint=_PLAIN)
     return axes
 
 
@@ -184,14 +262,19 @@ def _sources(func: PrimFunc, block: Block, node: For) -> tuple[Buffer, ...]:
         late = [b.name for b in made_by if b not in inside and order.index(b) > order.index(inside[0])]
         if late:
             reason = f"it reads {buffer.name!r}, which block {late[0]!r} computes only after loop {node.var.name!r}"
-            hint = f"move it into a loop of block {late[0]!r}"
+            hint = _after_the_others(func, block, node)
             raise refuse(func, "reverse_compute_at", block, reason, hint=hint)
     if not sources:
         reason = f"nothing it reads is written under {placed(node)}"
         read = {load.buffer for load in loads(block.body)}
         makers = [b for b in order if b is not block and any(a.is_write and a.buffer in read for a in accesses(b))]
         around = [each for each in loops_in(func.body) if any(b in blocks_in(each) for b in makers)]
-        hint = f"what it reads is written under {named(around)}" if around else "no loop writes what it reads"
+        hint = "no loop writes what it reads"
+        if around:
+            hint = f"what it reads is written under {named(around)}: {_into(func, block, around[0])}"
+        elif any(a.buffer is store.buffer for store in stores(block) for b in inside for a in accesses(b)):
+            user = next(b for b in inside for s in stores(block) if any(a.buffer is s.buffer for a in accesses(b)))
+            hint = f"block {user.name!r} reads it there: sch.compute_at({block.name}, {handle(func, node)})"
         raise refuse(func, "reverse_compute_at", block, reason, hint=hint)
     return tuple(sources)
 
@@ -205,7 +288,8 @@ def _consumed(func: PrimFunc, block: Block, source: Buffer, node: For, outer: Se
         if any(
             _axis(func, primitive, block, source, i) is not axis for i, axis in zip(load.indices, axes, strict=True)
         ):
-            raise refuse(func, primitive, block, f"it reads several elements of {source.name!r} at once")
+            reason = f"it reads several elements of {source.name!r} at once"
+            raise refuse(func, primitive, block, reason, hint=other_way(func, source))
     made = [a for a in accesses(node.body) if a.buffer is source and a.is_write]
     extents = {it.var: it.extent for it in block.iters}
     spans: dict[Var, Span] = {}
@@ -215,10 +299,12 @@ def _consumed(func: PrimFunc, block: Block, source: Buffer, node: For, outer: Se
         if not prove_equal(extents[axis], source.shape[dim]):
             whole = print_expr(as_expr(source.shape[dim]))
             size = f"its {axis.name!r} takes {print_expr(extents[axis])} values of {whole}"
-            raise refuse(func, primitive, block, f"it does not read all of {source.name!r}: {size}")
+            reason = f"it does not read all of {source.name!r}: {size}"
+            raise refuse(func, primitive, block, reason, hint=other_way(func, source))
         span = _span(func, primitive, block, [a.indices[dim] for a in made], node, outer)
         if not _same_span(spans.setdefault(axis, span), span):
-            raise refuse(func, primitive, block, f"it reads a diagonal of {source.name!r}")
+            reason = f"it reads {source.name!r} at the same index in two dims"
+            raise refuse(func, primitive, block, reason, hint=other_way(func, source))
     return spans
 
 
@@ -233,8 +319,16 @@ def _checked(before: PrimFunc, moved: PrimFunc, primitive: str, block: Block, bu
         together = each.kind == "thread" and fetched_alike(each, buffer)
         at_once = each.kind in ("parallel", "thread") and not together
         if at_once and conflict(moved, each, path[:position], [buffer]) is not None:
-            reason = f"iterations of {each.kind} loop {each.var.name!r} would write the same parts of {buffer.name!r}"
-            hint = f"move it outside of loop {each.var.name!r}, or before that is {each.kind}"
+            reason = f"iterations of {of_kind(before, each)} would write the same parts of {buffer.name!r}"
+            hint = f"take a loop outside of loop {each.var.name!r}"
+            node = find_loop(before, each.var)
+            if each.var is loop and node is not None and intermediate(before, buffer):
+                name = handle(before, node)
+                kind = f'sch.bind({name}, "{each.thread}")' if each.kind == "thread" else f"sch.parallel({name})"
+                hint = (
+                    f"in a new Schedule, give each iteration its own: sch.{primitive}({block.name}, {name}); "
+                    f'sch.set_scope({block.name}, "local"); {kind}'
+                )
             raise refuse(before, primitive, block, reason, hint=hint)
     return moved
 
@@ -248,7 +342,7 @@ def _check_complete(func: PrimFunc, block: Block, source: Buffer, node: For, out
         reason = (
             f"{source.name!r}, which it reads, is written by {named(strangers)} outside of loop {node.var.name!r}, too"
         )
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint=f"leave it behind {named(strangers)} and that loop")
     shared = {id(s) for s in block_path(func, block.name)}
     for position, loop in enumerate(outer):
         if id(loop) in shared:
@@ -256,12 +350,10 @@ def _check_complete(func: PrimFunc, block: Block, source: Buffer, node: For, out
         reducing = reduces_over(loop)
         if reducing is not None and any(s.buffer is source for s in accesses(reducing) if s.is_write):
             reason = f"{source.name!r}, which it reads, is complete only after loop {loop.var.name!r}"
-            hint = f"legal, as far as that goes: {named(outer[:position])}"
-            raise refuse(func, primitive, block, reason, at=node, hint=hint)
+            raise refuse(func, primitive, block, reason, at=node, hint=passing(outer[:position]))
         if conflict(func, loop, outer[:position], [source]) is not None:
             reason = f"iterations of loop {loop.var.name!r} share parts of {source.name!r}, which it reads"
-            hint = f"legal, as far as that goes: {named(outer[:position])}"
-            raise refuse(func, primitive, block, reason, at=node, hint=hint)
+            raise refuse(func, primitive, block, reason, at=node, hint=passing(outer[:position]))
 
 
 def _span(
@@ -272,8 +364,9 @@ def _span(
     span = span_of(indices, outer, (*group, *loops_in(node.body)))
     if span is None:
         places = ", ".join(map(print_expr, indices))
-        reason = f"what an iteration of loop {node.var.name!r} needs, at {places}, is no interval"
-        raise refuse(func, primitive, block, reason, at=node, hint="move it before fusing, or take a loop further out")
+        reason = f"what an iteration of loop {node.var.name!r} needs, at {places}, is not a contiguous range"
+        hint = f"take a loop further out; or, in a new Schedule, sch.{primitive} before sch.fuse"
+        raise refuse(func, primitive, block, reason, at=node, hint=hint)
     return span
 
 

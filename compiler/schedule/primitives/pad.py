@@ -30,7 +30,8 @@ def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
     if len(padding) != len(block.iters) or not all(1 <= step <= LARGEST_INDEX for step in padding):
         names = ", ".join(it.var.name for it in block.iters)
         reason = f"padding {list(padding)}: it takes one number from 1 on for each of {names}"
-        raise refuse(func, primitive, block, reason, hint="1 leaves a variable's extent as it is")
+        hint = f"1 leaves an extent as it is: sch.pad_einsum({block.name}, {[1] * len(block.iters)})"
+        raise refuse(func, primitive, block, reason, hint=hint)
     _check_plain(func, block, loops)
     operands = _check_einsum(func, block)
     extents = {
@@ -57,7 +58,7 @@ def _check_plain(func: PrimFunc, block: Block, loops: Sequence[For]) -> None:
     own = [id(loop.var) for loop in loops] == [id(binding) for binding in block.bindings]
     alone = bool(loops) and all(a.body is b for a, b in zip(loops, (*loops[1:], block), strict=True))
     if not (own and alone and all(loop.kind == "serial" for loop in loops)):
-        hint = "pad before anything else is done to the block"
+        hint = "in a new Schedule, sch.pad_einsum before anything else is done to the block"
         raise refuse(func, "pad_einsum", block, "its loops are not one serial loop per iteration variable", hint=hint)
 
 
@@ -98,7 +99,9 @@ def _check_zeros(func: PrimFunc, block: Block, operands: Sequence[Load], grown: 
             other = next((load.buffer.name for load in operands if it.var not in load.indices), None)
             if other is not None:
                 reason = f"{other!r} does not depend on {it.var.name!r}: its infinities would meet the padding's zeros"
-                raise refuse(func, "pad_einsum", block, reason, hint=f"padding 1 for {it.var.name!r}")
+                padding = [1 if other_it.kind == "reduce" else 8 for other_it in block.iters]
+                hint = f"leave {it.var.name!r} as it is: sch.pad_einsum({block.name}, {padding})"
+                raise refuse(func, "pad_einsum", block, reason, hint=hint)
 
 
 def _padded_copy(

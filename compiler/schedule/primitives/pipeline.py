@@ -13,19 +13,22 @@ from itertools import pairwise
 
 from kedge.compiler.schedule.lifetime import is_kept_from_none
 from kedge.compiler.schedule.nest import fresh, fresh_names, index_ends, is_only_bounded, loop_vars
-from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.primitives.loops import before_fusing, simplify_bindings
 from kedge.compiler.schedule.redirect import Place, redirected
+from kedge.compiler.schedule.remedies import copied_by
 from kedge.compiler.schedule.tree import (
     accesses,
     blocks_in,
     find_loop,
     held_by,
     intermediate,
+    kind_of,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
     refuse,
+    setter,
     swap,
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const
@@ -34,8 +37,10 @@ from kedge.compiler.tir.simplify import prove, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterKind, IterVar, PrimFunc, Seq, Stmt
 from kedge.compiler.tir.visitor import (
     free_vars,
+    loads,
     map_stmt,
     seq,
+    stores,
     substitute,
 )
 
@@ -73,11 +78,15 @@ def _check_stages(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Seque
     """The number of iterations between the first stage and the last, and the loop's extent."""
     primitive = "software_pipeline"
     if node.kind != "serial":
-        raise refuse(func, primitive, node.var, f"it is {node.kind} already", at=node, hint="it takes serial loops")
-    hint = f"such as stages {[*[0] * (len(body) - 1), 1]}: the last statement one iteration behind"
+        again = (
+            f"nothing takes that back: in a new Schedule, sch.software_pipeline before sch.{setter(node)}, or without"
+        )
+        raise refuse(func, primitive, node.var, f"it is {kind_of(node)} already", at=node, hint=again)
+    call = f"sch.software_pipeline({node.var.name}, {[*[0] * (len(body) - 1), 1]})"
+    hint = f"{call}: the last statement one iteration behind"
     if len(body) < 2:
         reason = f"its body is one statement ({held_by(node)}): there is nothing to run ahead of it"
-        raise refuse(func, primitive, node.var, reason, at=node, hint="cache_read into the loop first")
+        raise refuse(func, primitive, node.var, reason, at=node, hint=_cached_first(func, node))
     if len(stages) != len(body):
         reason = f"stages {list(stages)}: its body has {len(body)} statements ({held_by(node)}), and each takes one"
         raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
@@ -85,13 +94,50 @@ def _check_stages(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Seque
         reason = f"stages {list(stages)}: they must begin with 0, never fall, and end above 0"
         raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     if not isinstance(node.extent, Const):
-        hint = f"split it by a constant first, before anything is moved into it: sch.split({node.var.name}, [None, 8])"
+        hint = _constant_part(func, node, body, stages)
         reason = f"its extent {print_expr(node.extent)} is not constant"
         raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     if node.extent.value <= stages[-1]:
         reason = f"stages {list(stages)}: it has {node.extent.value} iterations, too few for {stages[-1] + 1} stages"
-        raise refuse(func, primitive, node.var, reason, at=node, hint=f"the last stage is below {node.extent.value}")
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     return stages[-1], int(node.extent.value)
+
+
+def _cached_first(func: PrimFunc, node: For) -> str:
+    """The hint where a loop has nothing to run ahead."""
+    block = blocks_in(node)[-1]
+    written = {store.buffer for store in stores(node)}
+    source = next((load.buffer for load in loads(block) if load.buffer not in written), None)
+    if source is None:
+        return "it takes loops of two statements or more"
+    name = node.var.name
+    return f'sch.cache_read({block.name}, "{source.name}", {name}); sch.software_pipeline({name}, [0, 1])'
+
+
+def _constant_part(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Sequence[int]) -> str:
+    """The hint where the extent is not constant: pipeline a part of it, into which the same is cached."""
+    name = node.var.name
+    calls = [f"outer, inner = sch.split({name}, [None, {max(8, stages[-1] + 1)}])"]
+    last = blocks_in(body[-1])[-1]
+    for stmt in body[:-1]:
+        source = copied_by(func, blocks_in(stmt)[-1])
+        if source is None or len(blocks_in(stmt)) > 1:
+            return f"in a new Schedule: {calls[0]}; then move or cache into inner, and pipeline that"
+        scope = next(iter(stores(stmt))).buffer.scope
+        calls.insert(1, f'sch.cache_read({last.name}, "{source.name}", inner, "{scope}")')
+    calls.append(f"sch.software_pipeline(inner, {list(stages)})")
+    return f"in a new Schedule: {'; '.join(calls)}"
+
+
+def _ahead_of(func: PrimFunc, node: For, writer: Block, size: int) -> str:
+    """The hint where a buffer cannot have versions: let what fills it be read ahead instead."""
+    inside = {store.buffer for store in stores(node)}
+    source = next((load.buffer for load in loads(writer.body) if load.buffer not in inside), None)
+    if source is None:
+        return "it takes buffers that are filled anew in every iteration, as sch.cache_read has it"
+    name = node.var.name
+    call = f'sch.cache_read({writer.name}, "{source.name}", {name}); sch.software_pipeline({name}, {[0, *[1] * size]})'
+    return f"let what block {writer.name!r} reads run ahead: {call}"
 
 
 def _between(
@@ -104,8 +150,8 @@ def _between(
     primitive = "software_pipeline"
     mixed = next((b for b in blocks_in(node) if node.var in loop_vars(b, "reduce") & loop_vars(b, "spatial")), None)
     if mixed is not None:
-        reason = f"block {mixed.name!r} takes both its output and its reduction from it"
-        raise refuse(func, primitive, node.var, reason, at=node, hint="pipeline before fusing the two")
+        reason = f"it drives both the output and the reduction of block {mixed.name!r}"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=before_fusing(primitive))
     nested = next((block for block in blocks_in(node) if len(blocks_in(block)) > 1), None)
     if nested is not None:
         reason = f"block {nested.name!r} has blocks inside, which see nothing of the loop"
@@ -133,8 +179,12 @@ def _between(
             hint = f"give all statements that touch {buffer.name!r} one stage"
             raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
         if not _fills(func, node, body[writers[0]], buffer, outer):
-            reason = f"block {blocks_in(body[writers[0]])[-1].name!r} does not fill all of {buffer.name!r} each time"
-            hint = "what stands between stages is filled anew in every iteration, as cache_read does"
+            writer = blocks_in(body[writers[0]])[-1]
+            reason = (
+                f"block {writer.name!r} does not fill all of buffer {buffer.name!r} in each iteration, and so gets "
+                "no versions"
+            )
+            hint = _ahead_of(func, node, writer, len(body))
             raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
         found[buffer] = stages[users[-1]] - stages[users[0]]
     return found

@@ -16,7 +16,7 @@ from kedge.compiler.schedule.nest import (
     loop_vars,
 )
 from kedge.compiler.schedule.order import before
-from kedge.compiler.schedule.primitives.loops import simplify_bindings
+from kedge.compiler.schedule.primitives.loops import before_fusing, simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.tree import (
     accesses,
@@ -26,13 +26,15 @@ from kedge.compiler.schedule.tree import (
     buffer_name,
     condition_on,
     find_loop,
+    handle,
     held_by,
     loop_ranges,
     loops_on,
-    named,
+    passing,
     position_around,
     refuse,
     swap,
+    writers,
 )
 from kedge.compiler.tir.expr import Binary, Combiner, Expr, Load, Var, logical_and
 from kedge.compiler.tir.printer import print_expr
@@ -40,6 +42,10 @@ from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, map_stmt, seq, stmt_exprs, stores, substitute_expr, walk_stmt
+
+_EARLIER = (
+    "in a new Schedule, sch.rfactor before sch.cache_read, sch.compute_at or sch.reverse_compute_at put them there"
+)
 
 
 def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
@@ -54,11 +60,12 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     if block.init is None:
         hint = "it takes reductions that have not been decomposed yet"
         raise refuse(func, primitive, block, "it has no initialisation to take out", hint=hint)
-    position = position_around(func, primitive, block, loops, loop)
+    first = next((at for at, each in enumerate(loops) if each.var in loop_vars(block, "reduce")), len(loops) - 1)
+    position = position_around(func, primitive, block, loops, loop, loops[: first + 1])
     condition = condition_on(path)
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and its initialisation would always run"
-        raise refuse(func, primitive, block, reason)
+        raise refuse(func, primitive, block, reason, hint="write the condition as te.select in the value")
     targets = tuple(dict.fromkeys(store.buffer for store in stores(block.init)))
     for user in blocks_in(loops[position]):
         used = next((a.buffer for a in accesses(user) if a.buffer in targets), None)
@@ -70,7 +77,7 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
         if outer.var in reducing:
             reason = f"loop {outer.var.name!r}, around {loop.name!r}, takes part in the reduction"
             legal = loops[: loops.index(outer) + 1]
-            raise refuse(func, primitive, block, reason, hint=f"legal, as far as that goes: {named(legal)}")
+            raise refuse(func, primitive, block, reason, hint=passing(legal))
     for number, each in enumerate(loops[position:], position):
         if each.var in reducing and (each.var not in loop_vars(block, "spatial") or has_own_places(block)):
             continue
@@ -102,30 +109,34 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     op = combiner_of(block)
     if op is None:
         reason = "it is no sum, product, largest or smallest of values that begins at the neutral one"
-        raise refuse(
-            func, primitive, block, reason, hint="rfactor takes a block with its init, before decompose_reduction"
-        )
+        hint = "it takes blocks such as te.sum, te.prod, te.max and te.min make"
+        target = block.body.buffer if isinstance(block.body, Store) else None
+        inits = [each for each in writers(func, target) if each is not block] if target is not None else []
+        if block.init is None and inits:
+            reason = f"its initialisation was taken out already (block {inits[0].name!r})"
+            hint = "in a new Schedule, sch.rfactor before sch.decompose_reduction"
+        raise refuse(func, primitive, block, reason, hint=hint)
     reducing = loop_vars(block, "reduce")
-    node = loops[position_around(func, primitive, block, loops, loop)]
+    legal = [each for each in loops if each.var in reducing]
+    node = loops[position_around(func, primitive, block, loops, loop, legal)]
     if loop not in reducing:
-        legal = [each for each in loops if each.var in reducing]
-        raise refuse(
-            func, primitive, loop, f"block {name!r} does not reduce over it", hint=f"legal here: {named(legal)}"
-        )
+        calls = ", or ".join(f"sch.rfactor({name}, {handle(func, each, each)})" for each in legal)
+        raise refuse(func, primitive, loop, f"block {name!r} does not reduce over it", hint=calls)
     mixed = next((each.var for each in loops if each.var in reducing & loop_vars(block, "spatial")), None)
     if mixed is not None:
-        reason = f"block {name!r} takes both its output and its reduction from it"
-        raise refuse(func, primitive, mixed, reason, hint="rfactor before fusing the two")
+        reason = f"it drives both the output and the reduction of block {name!r}"
+        raise refuse(func, primitive, mixed, reason, hint=before_fusing("rfactor"))
     top = next(position for position, each in enumerate(loops) if each.var in reducing)
     for outer, inner in zip(loops[top:], (*loops[top + 1 :], block), strict=True):
         if outer.body is not inner:
             reason = f"it is not all that is in loop {outer.var.name!r}, which holds {held_by(outer)}"
-            raise refuse(func, primitive, block, reason, hint="rfactor before moving or caching other blocks there")
+            raise refuse(func, primitive, block, reason, hint=_EARLIER)
     store, limits = block.body, limits_of_output(func, primitive, block)
     assert isinstance(store, Store)
     if any(var not in func.symbols for var in free_vars(node.extent)):
         reason = f"its extent {print_expr(node.extent)} depends on other loops"
-        raise refuse(func, primitive, loop, reason, hint="take a loop of fixed extent")
+        hint = "take a loop whose extent is the same in all iterations of others"
+        raise refuse(func, primitive, loop, reason, hint=hint)
     scope = store.buffer.scope
     shape = (*store.buffer.shape, simplify_dim(node.extent))
     partial = Buffer(buffer_name(func, f"{store.buffer.name}_rf"), shape, store.buffer.dtype, scope)

@@ -10,11 +10,22 @@ from typing import Any
 from kedge.compiler.schedule.dependence import conflict, crossing, is_private, own_per_iteration
 from kedge.compiler.schedule.nest import index_ends
 from kedge.compiler.schedule.redirect import Place, redirected
-from kedge.compiler.schedule.tree import LARGEST_INDEX, accesses, block_path, intermediate, loops_in, refuse
+from kedge.compiler.schedule.remedies import cache_write_call
+from kedge.compiler.schedule.tree import (
+    LARGEST_INDEX,
+    accesses,
+    block_path,
+    intermediate,
+    loops_in,
+    of_kind,
+    refuse,
+    setter,
+    writers,
+)
 from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Const, Dim, Expr, ExprLike, Var, as_expr, const
 from kedge.compiler.tir.parser import parse_expr
 from kedge.compiler.tir.printer import print_expr
-from kedge.compiler.tir.simplify import Simplifier, over
+from kedge.compiler.tir.simplify import Simplifier, over, simplify
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Scope, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, map_stmt, replace_buffers, stores, substitute_expr, walk_expr
 
@@ -53,7 +64,8 @@ def map_of(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]
     try:
         indices = function(*axes)
     except TypeError as error:
-        reason = f"index_map does not work on the {len(axes)} indices of {buffer.name!r}: {error}"
+        why = str(error).rpartition("<locals>.")[2]
+        reason = f"index_map does not work on the {len(axes)} indices of {buffer.name!r}: {why}"
         raise refuse(func, "transform_layout", block, reason, hint=_MAP_HINT) from error
     if not isinstance(indices, (tuple, list)) or not all(isinstance(index, (Expr, int)) for index in indices):
         given = print_expr(indices) if isinstance(indices, Expr) else repr(indices)
@@ -61,21 +73,36 @@ def map_of(func: PrimFunc, name: str, function: Callable[..., Sequence[ExprLike]
     return IndexMap(axes, tuple(as_expr(index) for index in indices))
 
 
-def check_allocation(before: PrimFunc, func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
+def check_allocation(
+    before: PrimFunc, func: PrimFunc, primitive: str, block: Block, buffer: Buffer, again: str = ""
+) -> None:
     """Refuse unless `buffer`, an allocation of `func`, fits its scope and the loops that run at once around its users.
 
-    `before` is the function that the refusal shows, `block` the one that the primitive was about.
+    `before` is the function that the refusal shows, `block` the one that the primitive was about, and `again` the call
+    as a hint has it, with {} for the scope.
     """
+
+    def with_scope(scope: str) -> str:
+        return again.format(f'"{scope}"') if again else f'give it scope "{scope}"'
+
     if buffer.scope == "register" and not all(isinstance(dim, int) for dim in buffer.shape):
-        raise refuse(
-            before, primitive, block, f"{buffer.name!r} in register scope has a free dim", hint="scope 'local'"
-        )
+        reason = f"{buffer.name!r} in register scope has a dim of no constant size"
+        raise refuse(before, primitive, block, reason, hint=with_scope("local"))
     loop = crossing(func, buffer)
-    if loop is not None:
-        where = f"{loop.kind} loop {loop.var.name!r}"
-        reason = f"{buffer.name!r} in {buffer.scope} scope does not fit {where}: its iterations would share or miss it"
-        hint = "scope 'local' gives each one of its own, 'global' one to all"
-        raise refuse(before, primitive, block, reason, hint=hint)
+    if loop is None:
+        return
+    where = of_kind(func, loop)
+    if own_per_iteration(loop, buffer):
+        reason = f"{buffer.name!r} is used outside of {where}, too, so that its iterations must share it"
+        hint = with_scope("global")
+    else:
+        reason = (
+            f"each iteration of {where} fills {buffer.name!r} with other values; in {buffer.scope} scope they share it"
+        )
+        hint = with_scope("local")
+        if loop.kind == "vectorized":
+            hint = f"in a new Schedule, sch.{primitive} before sch.vectorize"
+    raise refuse(before, primitive, block, reason, hint=hint)
 
 
 def check_private(before: PrimFunc, func: PrimFunc, primitive: str) -> None:
@@ -84,9 +111,15 @@ def check_private(before: PrimFunc, func: PrimFunc, primitive: str) -> None:
     known = {buffer.name for _, buffer in _astray(before)} if found else frozenset()
     for loop, buffer in found:
         if buffer.name not in known:
-            where = f"each iteration of {loop.kind} loop {loop.var.name!r}"
-            reason = f"{where} has a {buffer.name!r} of its own in {buffer.scope} scope, which would be used outside"
-            hint = "do this before the loops get their kinds, or give the buffer scope 'global'"
+            where = f"each iteration of {of_kind(before, loop)}"
+            reason = (
+                f"{where} would have its own {buffer.name!r}, which is in {buffer.scope} scope and would be used "
+                "outside of the loop"
+            )
+            makers = writers(before, buffer)
+            hint = f"in a new Schedule, sch.{primitive} before sch.{setter(loop)}"
+            if makers:
+                hint = f'give all one: sch.set_scope({makers[0].name}, "global"); or, {hint}'
             raise refuse(before, primitive, loop.var, reason, hint=hint)
 
 
@@ -107,7 +140,7 @@ def set_scope(func: PrimFunc, name: str, scope: Scope) -> PrimFunc:
     block, buffer = _own_buffer(func, "set_scope", name)
     new = replace(buffer, scope=scope)
     moved = with_buffer(func, buffer, new)
-    check_allocation(func, moved, "set_scope", block, new)
+    check_allocation(func, moved, "set_scope", block, new, f"sch.set_scope({name}, {{}})")
     return moved
 
 
@@ -117,24 +150,22 @@ def storage_align(func: PrimFunc, name: str, axis: int, factor: int, offset: int
     block, buffer = _own_buffer(func, primitive, name)
     rank = len(buffer.shape)
     if not -rank <= axis < rank:
-        hint = f"axes 0 to {rank - 2}; the last one has no stride" if rank > 1 else "it takes two dims or more"
+        hint = _aligned(block, rank)
         raise refuse(func, primitive, block, f"axis {axis}: {buffer.name!r} has {rank} dims", hint=hint)
     axis %= rank
     if axis == rank - 1:
         reason = f"axis {axis} is the last of {buffer.name!r}: its elements lie side by side"
-        hint = (
-            f"axis -2, whose stride is the length of a row of {buffer.name!r}"
-            if rank > 1
-            else "it takes two dims or more"
-        )
-        raise refuse(func, primitive, block, reason, hint=hint)
+        raise refuse(func, primitive, block, reason, hint=_aligned(block, rank))
     if not 0 <= offset < factor <= LARGEST_INDEX:
         reason = f"factor {factor}, offset {offset}: it takes 0 <= offset < factor"
-        raise refuse(func, primitive, block, reason, hint="offset 0 aligns rows, offset 1 spreads them over banks")
+        call = f"sch.storage_align({block.name}, {axis}, {max(factor, 2)}"
+        hint = f"offset 0 aligns rows: {call}); offset 1 spreads them over banks: {call}, 1)"
+        raise refuse(func, primitive, block, reason, hint=hint)
     inner = buffer.shape[axis + 1 :]
     if not all(isinstance(dim, int) for dim in inner):
-        reason = f"the dims of {buffer.name!r} after axis {axis} are not all constant"
-        raise refuse(func, primitive, block, reason, hint="take an axis after the free dims")
+        reason = f"the dims of {buffer.name!r} after axis {axis} are not all of constant size"
+        hint = "take an axis after the last dim of no constant size, such as -2"
+        raise refuse(func, primitive, block, reason, hint=hint)
     row = math.prod(dim for dim in inner[1:] if isinstance(dim, int))
     first = inner[0]
     assert isinstance(first, int)
@@ -142,9 +173,14 @@ def storage_align(func: PrimFunc, name: str, axis: int, factor: int, offset: int
     size = next(fitting, None)
     if size is None:
         reason = f"factor {factor}, offset {offset}: whole rows of {row} elements never make such a stride"
-        raise refuse(func, primitive, block, reason, hint=f"offset 0, or multiples of {math.gcd(row, factor)}")
+        hint = f"offset 0 or a multiple of {math.gcd(row, factor)}: sch.storage_align({block.name}, {axis}, {factor})"
+        raise refuse(func, primitive, block, reason, hint=hint)
     shape = (*buffer.shape[: axis + 1], size, *inner[1:])
     return func if size == first else with_buffer(func, buffer, replace(buffer, shape=shape))
+
+
+def _aligned(block: Block, rank: int) -> str:
+    return f"sch.storage_align({block.name}, {rank - 2}, 8)" if rank > 1 else "it takes buffers of two dims or more"
 
 
 def transform_layout(func: PrimFunc, name: str, index_map: IndexMap) -> PrimFunc:
@@ -196,10 +232,15 @@ def _own_buffer(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Buffe
     written = tuple(dict.fromkeys(store.buffer for store in stores(block)))
     if len(written) != 1:
         names = ", ".join(repr(each.name) for each in written) or "nothing"
-        raise refuse(func, primitive, block, f"it writes {names}, not one buffer")
+        hint = "write each buffer with a te.compute of its own"
+        raise refuse(func, primitive, block, f"it writes {names}, not one buffer", hint=hint)
     if not intermediate(func, written[0]):
-        reason = f"{written[0].name!r} is an argument of the function: its place and layout belong to the caller"
-        raise refuse(func, primitive, block, reason, hint="cache_write it, and change the copy")
+        reason = f"{written[0].name!r} is an argument of the function, whose scope and layout the caller decides"
+        call = cache_write_call(func, block)
+        hint = "change the blocks that compute what it reads"
+        if call is not None:
+            hint = f"{call}, then sch.{primitive} on block {name!r} again: it writes the small buffer then"
+        raise refuse(func, primitive, block, reason, hint=hint)
     return block, written[0]
 
 
@@ -215,9 +256,11 @@ def _mapped_shape(func: PrimFunc, block: Block, buffer: Buffer, index_map: Index
     for number, index in enumerate(index_map.indices):
         low, high = simplifier.bounds(index)
         if low is None or low < 0:
-            raise refuse(
-                func, "transform_layout", block, f"index {number} of index_map, {print_expr(index)}, can be below 0"
-            )
+            reason = f"index {number} of index_map, {print_expr(index)}, can be below 0"
+            hint = "add a constant"
+            if low is not None:
+                hint = f"add a constant: {print_expr(simplify(index - const(low)))}"
+            raise refuse(func, "transform_layout", block, reason, hint=hint)
         last: Expr | None = const(high) if high is not None else None
         if last is None:
             ends = index_ends(index, loops, ranges)
@@ -227,8 +270,8 @@ def _mapped_shape(func: PrimFunc, block: Block, buffer: Buffer, index_map: Index
             raise refuse(func, "transform_layout", block, reason, hint="it must rise or fall with each of its indices")
         size = simplifier.simplify(last + 1)
         if any(isinstance(e, Const) and e.value > LARGEST_INDEX for each in (size, index) for e in walk_expr(each)):
-            reason = f"index {number} of index_map, {print_expr(index)}, is beyond {INDEX_DTYPE}"
-            raise refuse(func, "transform_layout", block, reason)
+            reason = f"index {number} of index_map, {print_expr(index)}, is more than {INDEX_DTYPE} holds"
+            raise refuse(func, "transform_layout", block, reason, hint="take smaller factors")
         shape.append(int(size.value) if isinstance(size, Const) else size)
     return tuple(shape)
 
@@ -246,4 +289,6 @@ def _check_injective(func: PrimFunc, block: Block, buffer: Buffer, new: Buffer, 
     for position, loop in enumerate(loops):
         if conflict(func, loop, loops[:position], [new]) is not None:
             reason = f"index_map may send elements of {buffer.name!r} that differ in dim {position} to the same place"
-            raise refuse(func, "transform_layout", block, reason, hint="a map must give each element one of its own")
+            raise refuse(
+                func, "transform_layout", block, reason, hint="give each its own: besides i // 4, return i % 4, too"
+            )

@@ -10,15 +10,19 @@ from types import MappingProxyType
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.dependence import address
 from kedge.compiler.schedule.intrinsics import INTRINSICS, TensorIntrin, nest_of
+from kedge.compiler.schedule.nest import loop_vars
 from kedge.compiler.schedule.tree import (
     Access,
     accesses,
     find_loop,
+    handle,
+    kind_of,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
     refuse,
+    setter,
     swap,
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, const
@@ -26,7 +30,7 @@ from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier
 from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, PrimFunc, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
-from kedge.compiler.tir.visitor import substitute_expr
+from kedge.compiler.tir.visitor import loads, stores, substitute_expr
 
 
 def tensorize(func: PrimFunc, loop: Var, name: str) -> PrimFunc:
@@ -54,12 +58,15 @@ def check_tensorized(before: PrimFunc, func: PrimFunc, primitive: str) -> None:
             continue
         try:
             if name not in INTRINSICS:
-                raise refuse(func, primitive, node.var, f"there is no instruction {name!r}")
+                hint = f"there are {', '.join(INTRINSICS)}"
+                raise refuse(func, primitive, node.var, f"there is no instruction {name!r}", hint=hint)
             _fitting_nest(func, node, INTRINSICS[name], "tensorized")
         except ScheduleError as error:
             why = error.message.splitlines()[0].partition(": ")[2]
             reason = f"{name} computes the nest of this loop, and would not fit any more: {why}"
-            raise refuse(before, primitive, node.var, reason, hint="do this before tensorize") from error
+            raise refuse(
+                before, primitive, node.var, reason, hint=f"in a new Schedule, sch.{primitive} before sch.tensorize"
+            ) from error
 
 
 def _fitting_nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tuple[tuple[For, ...], Block]:
@@ -77,26 +84,62 @@ def _nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tu
     shown = " x ".join(map(print_expr, wanted))
     kinds = next((each for each in loops if each.kind != kind), None)
     if kinds is not None:
-        reason = f"it is {kinds.kind} already, and {intrin.name} computes loops that are {kind}"
-        raise refuse(func, "tensorize", kinds.var, reason, at=node, hint="tensorize before setting the kinds of loops")
+        reason = f"it is {kind_of(kinds)} already, and {intrin.name} computes loops that are {kind}"
+        hint = f"in a new Schedule, sch.tensorize without sch.{setter(kinds)} of that loop"
+        raise refuse(func, "tensorize", kinds.var, reason, at=node, hint=hint)
     if not isinstance(block, Block) or [expr_key(each.extent) for each in loops] != list(map(expr_key, wanted)):
         found = " x ".join(print_expr(each.extent) for each in loops)
         reason = f"{intrin.name} computes loops of {shown} around one block; here are loops of {found}"
-        hint = "split and reorder until just these loops are innermost"
+        hint = f"sch.split and sch.reorder until just loops of {shown} are innermost"
         raise refuse(func, "tensorize", node.var, reason, at=node, hint=hint)
+    _check_dtypes(func, node, block, intrin)
     if block.init is not None:
         reason = f"block {block.name!r} initialises its output, and the instruction only updates it"
-        raise refuse(func, "tensorize", node.var, reason, at=node, hint="decompose_reduction takes that out")
+        outside = handle(func, node, node)
+        for each in reversed(loops_on(loop_path(func, node.var)[:-1])):
+            if each.var not in loop_vars(block, "reduce"):
+                break
+            outside = handle(func, each, node)
+        hint = f"sch.decompose_reduction({block.name}, {outside}) takes that out"
+        raise refuse(func, "tensorize", node.var, reason, at=node, hint=hint)
     if not (isinstance(block.predicate, Const) and block.predicate.value):
         reason = f"block {block.name!r} runs only where {print_expr(block.predicate)}"
-        raise refuse(func, "tensorize", node.var, reason, at=node, hint="pad_einsum makes all tiles whole")
+        tiles = ", ".join(print_expr(each.extent) for each in loops)
+        hint = (
+            f"in a new Schedule, sch.pad_einsum before sch.split and sch.reorder, to multiples of {tiles} in the "
+            "loops that are split, makes all tiles whole"
+        )
+        raise refuse(func, "tensorize", node.var, reason, at=node, hint=hint)
     return loops, block
+
+
+def _check_dtypes(func: PrimFunc, node: For, block: Block, intrin: TensorIntrin) -> None:
+    """Refuse operands of other dtypes than those of the instruction."""
+    wanted = [load.dtype for load in loads(intrin.store.value) if load.buffer is not intrin.store.buffer]
+    written = {store.buffer for store in stores(block)}
+    given = [load.dtype for load in loads(block.body) if load.buffer not in written]
+    if sorted(given) == sorted(wanted):
+        return
+    names = ", ".join(load.buffer.name for load in loads(block.body) if load.buffer not in written)
+    read = f"{names} of {' and '.join(given)}" if given else "nothing"
+    reason = f"block {block.name!r} reads {read}; {intrin.name} takes {' and '.join(wanted)}"
+    fitting = [
+        name
+        for name, each in INTRINSICS.items()
+        if sorted(load.dtype for load in loads(each.store.value) if load.buffer is not each.store.buffer)
+        == sorted(given)
+    ]
+    hint = (
+        f"for these there is {', '.join(fitting)}" if fitting else "no instruction takes these: sch.vectorize the loop"
+    )
+    raise refuse(func, "tensorize", node.var, reason, at=node, hint=hint)
 
 
 def _check_value(func: PrimFunc, node: For, block: Block, intrin: TensorIntrin) -> None:
     if not isinstance(block.body, Store) or intrin.operands(block.body) is None:
         reason = f"block {block.name!r} does not compute what {intrin.name} does:"
-        raise refuse(func, "tensorize", node.var, f"{reason}\n{intrin.func.show()}\nbut", at=node)
+        hint = f"write the block as {intrin.name} computes it, or take another instruction"
+        raise refuse(func, "tensorize", node.var, f"{reason}\n{intrin.func.show()}\nbut", at=node, hint=hint)
 
 
 def _check_strides(func: PrimFunc, node: For, loops: Sequence[For], block: Block, intrin: TensorIntrin) -> None:
@@ -116,7 +159,7 @@ def _check_strides(func: PrimFunc, node: For, loops: Sequence[For], block: Block
                 reason = (
                     f"operand {buffer.name!r} of {intrin.name} moves by {print_expr(stride)} elements, here by {moves}"
                 )
-                hint = "transform_layout or cache_read bring operands into that order"
+                hint = "sch.transform_layout and sch.cache_read bring operands into that order"
                 raise refuse(func, "tensorize", loop.var, reason, at=node, hint=hint)
 
 
