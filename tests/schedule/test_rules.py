@@ -9,8 +9,10 @@ from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.default import RULES, schedule_func
 from kedge.compiler.schedule.rules.analysis import fitting_lanes
+from kedge.compiler.schedule.rules.gpu import GpuThreads
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import accesses, block_path, blocks_in, loops_in, loops_on
+from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Binary, Cast, Const, Var, call, select
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.structural import equal
@@ -317,3 +319,15 @@ def test_a_free_batch_shares_what_is_loaded_of_the_weights(target):
     assert kernel.decisions["vectors"] >= (4 if target.vector_registers > 8 else 3)
     for n in (1, 5):
         assert_same(func, kernel.func, {"n": n})
+
+
+@pytest.mark.parametrize(
+    ("target", "group"),
+    [("opencl", 256), ("cuda", 256), ("opencl -max-threads=16", 16), ("opencl -warp=64 -max-threads=100", 64),
+     ("opencl -warp=512 -max-threads=1024", 512)],
+)  # fmt: skip
+def test_groups_of_a_gpu_are_whole_warps(target, group):
+    gpu = parse(target)
+    rule = GpuThreads()
+    assert rule.default(dense(4, 5, 6), gpu)["group"] == group
+    assert group in rule.space(dense(4, 5, 6), gpu)["group"]

@@ -31,6 +31,10 @@ class GpuModel(Protocol):
     def max_threads(self) -> int:
         """Threads that one group may have."""
 
+    @property
+    def warp(self) -> int:
+        """Threads that run in lockstep; 1 where that is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class GpuThreads:
@@ -44,18 +48,24 @@ class GpuThreads:
 
     def space(self, func: PrimFunc, target: GpuModel) -> Space:
         """Threads of a group, and how long a reduction must be for a group to share it."""
-        sizes = tuple(size for size in (32, 64, 128, 256, 512, 1024) if size <= target.max_threads)
-        return {"group": sizes, "shared_reduction": (32, 128, 512)}
+        return {"group": _sizes(target), "shared_reduction": (32, 128, 512)}
 
     def default(self, func: PrimFunc, target: GpuModel) -> Decisions:
         """Groups of 256 threads; reductions of 128 elements are shared."""
-        return {"group": min(_GROUP, target.max_threads), "shared_reduction": 128}
+        sizes = _sizes(target)
+        return {"group": max((size for size in sizes if size <= _GROUP), default=sizes[0]), "shared_reduction": 128}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: GpuModel) -> None:
         """See the class."""
         inline_producers(sch)
         for name in [block.name for block in blocks_in(sch.func.body)]:
             _spread(sch, sch.get_block(name), decisions["group"], decisions["shared_reduction"])
+
+
+def _sizes(target: GpuModel) -> tuple[int, ...]:
+    """Sizes of groups: whole warps, as far as the target goes; all of it where that is less."""
+    whole = (size for size in (32, 64, 128, 256, 512, 1024) if size % target.warp == 0)
+    return tuple(size for size in whole if size <= target.max_threads) or (target.max_threads,)
 
 
 def _spread(sch: Schedule, ref: BlockRef, group: int, shared: int) -> None:
