@@ -167,7 +167,7 @@ class Simplifier:
 
     def __init__(self, ranges: Ranges | None = None, facts: Iterable[Expr] = ()) -> None:
         self.ranges: Ranges = ranges or {}
-        self.facts = tuple(fact for each in facts for fact in conjuncts(each))
+        self.facts: tuple[Expr, ...] = ()
         self._numbers: dict[Key, int] = {}
         self._atoms: list[Expr] = []
         self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
@@ -178,8 +178,10 @@ class Simplifier:
         self._floors: list[Poly] = []  # what the facts say: each is at least 0
         self._limits: dict[int, Interval] = {}  # and of atoms alone
         self._trying_facts = False
-        for fact in self.facts:
+        for fact in (fact for each in facts for fact in conjuncts(each)):
             self._learn(fact)
+            # Only now: a choice in the fact assumes its own condition and what else is known, of which it is no part.
+            self.facts = (*self.facts, fact)
 
     def within(self, ranges: Ranges) -> Simplifier:
         """One that knows the ranges of more variables."""
