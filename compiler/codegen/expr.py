@@ -196,9 +196,20 @@ class ExprEmitter(AddressEmitter):
         if mask is None:
             self.b.emit(f"store {value.typed}, ptr {address}, align {align}")
             return
+        if memory in ("i8", "i16", "i32") and self.b.target.has("avx512f"):
+            mask = self._unknown(mask)
         name = f"llvm.masked.store.v{value.lanes}{_suffix(memory)}.p0"
         self.b.module.declare(name, f"void @({value.full}, ptr, <{value.lanes} x i1>)")
         self.b.emit(f"call void @{name}({value.typed}, ptr align {align} {address}, {mask.typed})")
+
+    def _unknown(self, mask: Value) -> Value:
+        """The mask, of which LLVM cannot tell that it is constant.
+
+        Under a constant mask of one lane LLVM 22 stores an element as it was before it was made narrower, and so
+        writes over what comes after it. That takes a store that narrows elements, which only AVX-512 has.
+        """
+        on = self.b.result('call i32 asm "", "=r,0"(i32 1)', "i32")
+        return self.b.op("and", mask, self.b.convert("trunc", on, "i1"))
 
     def _scatter(
         self, pointer: Pointer, memory: str, size: int, position: Linear, value: Value, mask: Value | None

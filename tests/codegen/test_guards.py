@@ -68,3 +68,21 @@ def test_addresses_outside_of_a_buffer_make_no_promise():
     code = emit_kernel(te.create_prim_func([x, y], "late"), parse("x86-64"), "k").ir
     assert "getelementptr float, ptr %arg0, i64 %i" in code
     assert "getelementptr inbounds float" not in code
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"), [("int16", "uint8"), ("int32", "int8"), ("int32", "int16"), ("int64", "int32")]
+)
+def test_a_tail_of_one_narrow_element_leaves_its_neighbours_alone(wide, narrow, tmp_path):
+    """Rows of 9 elements in vectors of 8; what comes first of the next row was written before."""
+    x = te.placeholder((9, 6), wide, "x")
+    y = te.compute((6, 9), lambda i, j: te.cast(x[j, i], narrow), name="y")
+    sch = Schedule(te.create_prim_func([x, y], "narrow"))
+    rows, columns = sch.get_loops(sch.get_block("y"))
+    tiles, lanes = sch.split(columns, [None, 8])
+    sch.reorder(tiles, rows, lanes)
+    sch.vectorize(lanes)
+    sch.unroll(tiles)
+    data = -np.arange(1, 55, dtype=wide).reshape(9, 6)
+    with opened(compile_prim_func(sch, "native", cache=KernelCache(tmp_path))) as model:
+        np.testing.assert_array_equal(model.run({"x": data})["y"], data.T.astype(narrow))
