@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kedge.compiler.schedule.dependence import reusing
-from kedge.compiler.schedule.nest import loop_vars
+from kedge.compiler.schedule.dependence import reusing, tied_to
+from kedge.compiler.schedule.nest import is_one, loop_vars
 from kedge.compiler.schedule.tree import block_path, blocks_in, handle, intermediate, loops_on, readers, writers
-from kedge.compiler.tir.expr import Const, Load
+from kedge.compiler.tir.expr import Const, Load, Var
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Store
 from kedge.compiler.tir.visitor import loads, stores
 
@@ -37,7 +37,12 @@ def inline_call(func: PrimFunc, buffer: Buffer) -> str | None:
     """A call that has the readers of a buffer compute it; None where its block is not one for that."""
     makers = writers(func, buffer)
     plain = len(makers) == 1 and intermediate(func, buffer) and isinstance(makers[0].body, Store)
-    if not plain or reduces(makers[0]) or any(load.buffer is buffer for load in loads(makers[0].body)):
+    if (
+        not plain
+        or reduces(makers[0])
+        or tied_to(func, makers[0]) is not None
+        or any(load.buffer is buffer for load in loads(makers[0].body))
+    ):
         return None
     return f"sch.compute_inline({makers[0].name})"
 
@@ -65,6 +70,8 @@ def merge_call(func: PrimFunc, block: Block) -> tuple[str, Block] | None:
         makers = writers(func, buffer)
         if not intermediate(func, buffer) or len(makers) != 1 or readers(func, buffer) != (block,):
             continue
+        if not _reads_each_once(block, buffer):
+            continue
         merge = f"sch.reverse_compute_inline({block.name})"
         if not reduces(makers[0]):
             return merge, makers[0]
@@ -72,6 +79,16 @@ def merge_call(func: PrimFunc, block: Block) -> tuple[str, Block] | None:
         if first is not None:
             return f"{first}; {merge}", makers[0]
     return None
+
+
+def _reads_each_once(block: Block, buffer: Buffer) -> bool:
+    """Whether a block reads one element of `buffer` for each of its own, and another one each time."""
+    wanted = {it.var for it in block.iters if not is_one(it.extent)}
+    return all(
+        wanted.issubset(load.indices) and all(isinstance(index, (Var, Const)) for index in load.indices)
+        for load in loads(block.body)
+        if load.buffer is buffer
+    )
 
 
 def why_tied(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> tuple[str, str]:

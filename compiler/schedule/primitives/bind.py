@@ -122,7 +122,7 @@ def _another_axis(func: PrimFunc, node: For, other: For, thread: str, outer: Seq
     free = _free_axis(node, outer, thread)
     ways = [f"take another axis: sch.bind({node.var.name}, {_quoted(free)})"] if free != thread else []
     pair = (other, node) if other in outer else (node, other)
-    if pair[0].body is pair[1]:
+    if pair[0].body is pair[1] and not any(map(reducing_blocks, pair)):
         names = ", ".join(handle(func, each, node) for each in pair)
         ways.append(f"in a new Schedule, both as one: sch.bind(sch.fuse({names}), {_quoted(thread)})")
     return "; or ".join(ways) if ways else "leave one of them serial"

@@ -133,6 +133,8 @@ def _for_reductions(func: PrimFunc, primitive: str, block: Block) -> str:
     if primitive == "reverse_compute_inline":
         calls = [call for load in loads(block.body) if (call := inline_call(func, load.buffer)) is not None]
         return f"take what it reads into it: {calls[0]}" if calls else "it stays; its loops can be changed"
+    if block.init is None:
+        return "in a new Schedule, sch.compute_at before sch.decompose_reduction moves it to where it is read"
     written = block.body.buffer if isinstance(block.body, Store) else None
     users = [] if written is None else readers(func, written)
     ways = []

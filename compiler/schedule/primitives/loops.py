@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from kedge.compiler.schedule.dependence import conflict, is_private, own_per_iteration, reduces_over, updates_in_place
-from kedge.compiler.schedule.nest import has_own_places, loop_vars
+from kedge.compiler.schedule.nest import combiner_of, has_own_places, loop_vars
+from kedge.compiler.schedule.primitives.storage import set_scope
 from kedge.compiler.schedule.tree import (
     LARGEST_INDEX,
     accepted,
@@ -396,6 +397,8 @@ def over_outputs(func: PrimFunc, node: For, block: Block, then: str) -> str:
     reducing = loop_vars(block, "reduce")
     loops = [each for each in loops_on(block_path(func, block.name)) if each.var not in reducing]
     others = f"take {named(loops)} over outputs, or " if loops else ""
+    if combiner_of(block) is None or node.var in loop_vars(block, "spatial") or "prefetch" in node.annotations:
+        return others.removesuffix(", or ") or "it takes loops over outputs"
     return f"{others}partial = sch.rfactor({block.name}, {node.var.name}), {then} around block partial"
 
 
@@ -405,7 +408,7 @@ def own_copies(func: PrimFunc, node: For, buffer: Buffer) -> str:
     users = [each for each in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(each))]
     makers = writers(func, buffer)
     private = intermediate(func, buffer) and all(id(each) in inside for each in users)
-    if private and makers and reduces_over(node) is None:
+    if private and makers and reduces_over(node) is None and accepted(lambda: set_scope(func, makers[0].name, "local")):
         call = f'sch.set_scope({makers[0].name}, "local")'
         return f"if no iteration uses what another wrote, give each its own {buffer.name!r}: {call}"
     return "take a loop of which no iteration touches an element that another one writes"
@@ -414,7 +417,9 @@ def own_copies(func: PrimFunc, node: For, buffer: Buffer) -> str:
 def one_for_all(func: PrimFunc, buffer: Buffer) -> str:
     """The hint where a buffer should be the same for all iterations."""
     makers = writers(func, buffer)
-    return f'one for all: sch.set_scope({makers[0].name}, "global")' if makers else 'give it scope "global"'
+    if makers and accepted(lambda: set_scope(func, makers[0].name, "global")):
+        return f'one for all: sch.set_scope({makers[0].name}, "global")'
+    return f"take a loop around all that uses {buffer.name!r}"
 
 
 def _check_parallel(func: PrimFunc, primitive: str, node: For, new: For, outer: Sequence[For]) -> None:

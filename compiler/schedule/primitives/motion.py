@@ -322,11 +322,12 @@ def _checked(before: PrimFunc, moved: PrimFunc, primitive: str, block: Block, bu
             reason = f"iterations of {of_kind(before, each)} would write the same parts of {buffer.name!r}"
             hint = f"take a loop outside of loop {each.var.name!r}"
             node = find_loop(before, each.var)
-            if each.var is loop and node is not None and intermediate(before, buffer):
-                name = handle(before, node)
+            if each.var is loop and node is not None and primitive == "compute_at":
+                user = readers(before, buffer)[0]
+                name = f"sch.get_loops({user.name})[{loops_around(before, user).index(node)}]"
                 kind = f'sch.bind({name}, "{each.thread}")' if each.kind == "thread" else f"sch.parallel({name})"
                 hint = (
-                    f"in a new Schedule, give each iteration its own: sch.{primitive}({block.name}, {name}); "
+                    f"in a new Schedule, give each iteration its own: sch.compute_at({block.name}, {name}); "
                     f'sch.set_scope({block.name}, "local"); {kind}'
                 )
             raise refuse(before, primitive, block, reason, hint=hint)

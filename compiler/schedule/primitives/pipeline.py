@@ -17,6 +17,7 @@ from kedge.compiler.schedule.primitives.loops import before_fusing, simplify_bin
 from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.remedies import copied_by
 from kedge.compiler.schedule.tree import (
+    accepted,
     accesses,
     blocks_in,
     find_loop,
@@ -84,6 +85,9 @@ def _check_stages(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Seque
         raise refuse(func, primitive, node.var, f"it is {kind_of(node)} already", at=node, hint=again)
     call = f"sch.software_pipeline({node.var.name}, {[*[0] * (len(body) - 1), 1]})"
     hint = f"{call}: the last statement one iteration behind"
+    plain = [*[0] * (len(body) - 1), 1]
+    if len(body) > 1 and list(stages) != plain and not accepted(lambda: software_pipeline(func, node.var, plain)):
+        hint = f"stages such as {plain}: the last statement one iteration behind"
     if len(body) < 2:
         reason = f"its body is one statement ({held_by(node)}): there is nothing to run ahead of it"
         raise refuse(func, primitive, node.var, reason, at=node, hint=_cached_first(func, node))
@@ -117,6 +121,8 @@ def _cached_first(func: PrimFunc, node: For) -> str:
 def _constant_part(func: PrimFunc, node: For, body: Sequence[Stmt], stages: Sequence[int]) -> str:
     """The hint where the extent is not constant: pipeline a part of it, into which the same is cached."""
     name = node.var.name
+    if not isinstance(node.extent, Var):
+        name = name.removesuffix("_0")  # the outer part of a split: the inner one has a constant extent
     calls = [f"outer, inner = sch.split({name}, [None, {max(8, stages[-1] + 1)}])"]
     last = blocks_in(body[-1])[-1]
     for stmt in body[:-1]:
