@@ -291,6 +291,8 @@ class Schedule(Traced):
     def compute_at(self, block: BlockRef, loop: LoopRef) -> None:
         """The block at the start of the body of `loop`, around all its consumers, computing what they read there.
 
+        Its own loops, which are serial before, are serial afterwards.
+
         Rewrite:
             for p: block a                     for i:
             for i:                        ->     for p in (what this i reads): block a
@@ -301,6 +303,8 @@ class Schedule(Traced):
     @primitive("sch.reverse_compute_at(block, i)")
     def reverse_compute_at(self, block: BlockRef, loop: LoopRef) -> None:
         """The block at the end of the body of `loop`, around its producer, on what was made there.
+
+        Its own loops, which are serial before, are serial afterwards.
 
         Rewrite:
             for i:                             for i:
