@@ -360,7 +360,7 @@ int32_t kedge_check_queue(const kedge_context *context) {
   int32_t status = kedge_check_fork(context->queue->device->driver);
   if (status != KEDGE_OK) return status;
   if (!context->queue->faulted) return KEDGE_OK;
-  return kedge_fail(KEDGE_E_KERNEL, "the device faulted earlier: destroy its contexts (close its models), create new ones");
+  return kedge_fail(KEDGE_E_KERNEL, "the device faulted earlier: %s", context->queue->device->driver->after_fault);
 }
 
 int32_t kedge_drain(kedge_context *context, int32_t status) {

@@ -37,6 +37,7 @@ struct kedge_queue { /* a context's; what is put into it happens in order */
 typedef struct kedge_driver {
   const char *name; /* as people write it */
   int32_t device_type;
+  const char *after_fault; /* what can be done then */
 
   int32_t (*count)(void); /* devices; 0 without a driver, and kedge_last_error says why */
   /* Fills in all but struct_size, for an id below count; the strings are never freed. */

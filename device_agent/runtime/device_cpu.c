@@ -81,6 +81,7 @@ static int32_t synchronize(kedge_queue *queue) {
 const kedge_driver kedge_cpu_driver = {
     .name = "CPU",
     .device_type = kDLCPU,
+    .after_fault = "start a new process",
     .count = count,
     .describe = describe,
     .open = open_device,

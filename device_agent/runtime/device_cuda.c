@@ -190,7 +190,13 @@ static int32_t describe(int32_t id, kedge_device_properties *properties) {
   return done ? KEDGE_OK : kedge_fail(KEDGE_E_MEMORY, "out of memory");
 }
 
+/* A fault stays with the process: the driver gives it back for every call, also after all contexts are gone. */
+static _Atomic bool faulted;
+
 static int32_t open_device(int32_t id, kedge_device **device) {
+  if (atomic_load(&faulted)) {
+    return kedge_fail(KEDGE_E_LOAD, "a CUDA device faulted earlier: %s", kedge_cuda_driver.after_fault);
+  }
   cuda_device *opened = calloc(1, sizeof *opened);
   if (opened == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
   CUresult result = cu.DeviceGet(&opened->device, id);
@@ -376,6 +382,7 @@ static int32_t synchronize(kedge_queue *queue) {
   CUresult result = cu.StreamSynchronize(((cuda_queue *)queue)->stream);
   if (result == CUDA_SUCCESS) return KEDGE_OK;
   queue->faulted = true; /* whatever it was, nobody knows how far the stream came */
+  if (result != CUDA_ERROR_OUT_OF_MEMORY) atomic_store(&faulted, true);
   int32_t status = queue_failed(result, "the device failed");
   return kedge_fail_within(status, "%s", queue->device->properties->name);
 }
@@ -383,6 +390,7 @@ static int32_t synchronize(kedge_queue *queue) {
 const kedge_driver kedge_cuda_driver = {
     .name = "CUDA",
     .device_type = kDLCUDA,
+    .after_fault = "only a new process can use CUDA again",
     .count = count,
     .describe = describe,
     .open = open_device,

@@ -564,6 +564,7 @@ static int32_t synchronize(kedge_queue *queue) {
 const kedge_driver kedge_opencl_driver = {
     .name = "OpenCL",
     .device_type = kDLOpenCL,
+    .after_fault = "destroy its contexts (close its models), create new ones",
     .count = count,
     .describe = describe,
     .open = open_device,

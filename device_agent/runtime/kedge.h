@@ -252,7 +252,8 @@ KEDGE_API int32_t kedge_infer(kedge_context *context, int32_t function, const DL
 /* With a module for a GPU, tensors on the CPU are copied to and from memory that the context keeps there; those on its
  * own device (OpenCL: memory of kedge_device_alloc) are used where they are, and whoever writes them on a stream of
  * their own has waited for it. The call returns when the device is done. After a failure or a cancel no output is
- * copied back. A fault of the device is KEDGE_E_KERNEL, and the context can then only be destroyed. */
+ * copied back. A fault of the device is KEDGE_E_KERNEL, and the context can then only be destroyed; CUDA cannot be used
+ * by this process again. */
 KEDGE_API int32_t kedge_call(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
                              DLTensor *rets, int32_t n_rets);
 /* From any thread: the running call, and only it, ends with KEDGE_E_CANCELLED at the next kernel. On a GPU, that is

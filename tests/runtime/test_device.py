@@ -393,7 +393,7 @@ with gpu.context() as context:
 """
     assert fake_cuda.run(code, FAKE_CUDA_FAULT="999").splitlines() == [
         "Stand-in 0: the device failed: unknown error (?)",
-        "the device faulted earlier: destroy its contexts (close its models), create new ones",
+        "the device faulted earlier: only a new process can use CUDA again",
     ]
 
 

@@ -193,7 +193,7 @@ API int cuDevicePrimaryCtxRetain(void **context, int device) {
 API int cuDevicePrimaryCtxRelease_v2(int device) {
   pthread_mutex_lock(&lock);
   RULE(retained[device] > 0, "it is not retained");
-  if (--retained[device] == 0) fault[device] = 0; /* a new one begins anew */
+  --retained[device]; /* a fault stays, as the real driver's does until the process ends */
   pthread_mutex_unlock(&lock);
   return OK;
 }
