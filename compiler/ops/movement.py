@@ -87,13 +87,19 @@ def _lower_concat(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorTy
         for tensor in tensors:
             ends.append(total([*ends[-1:], tensor.shape[axis]]))
         starts: list[Dim] = [0, *ends[:-1]]
-        result: Expr | None = None
-        for tensor, start, end in reversed(list(zip(tensors, starts, ends, strict=True))):
+        values: list[Expr] = []
+        for tensor, start in zip(tensors, starts, strict=True):
             own = indices[axis] - as_expr(start) if not _is_zero(start) else indices[axis]
-            value = common.read(tensor, (*indices[:axis], own, *indices[axis + 1 :]))
-            result = value if result is None else select(indices[axis] < as_expr(end), value, result)
-        assert result is not None  # the arity says at least one
-        return result
+            values.append(common.read(tensor, (*indices[:axis], own, *indices[axis + 1 :])))
+
+        def among(first: int, last: int) -> Expr:
+            """The value among tensors `[first, last)`: halved, so that hundreds are a few choices deep."""
+            if last - first == 1:
+                return values[first]
+            middle = (first + last) // 2
+            return select(indices[axis] < as_expr(ends[middle - 1]), among(first, middle), among(middle, last))
+
+        return among(0, len(values))
 
     return (common.elementwise(types[0], "concat", element),)
 

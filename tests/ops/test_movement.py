@@ -33,6 +33,11 @@ def test_concat(axis):
     np.testing.assert_array_equal(check_op("concat", *parts, axis=axis)[0], np.concatenate(parts, axis))
 
 
+def test_concat_of_hundreds():
+    parts = [counting(2, 1 + number % 3) + number for number in range(300)]
+    np.testing.assert_array_equal(check_op("concat", *parts, axis=1)[0], np.concatenate(parts, 1))
+
+
 def test_concat_of_free_dims():
     a, b = counting(2, 3), counting(4, 3)
     np.testing.assert_array_equal(check_op("concat", a, b, axis=0, free={0: [0], 1: [0]})[0], np.concatenate([a, b]))
