@@ -281,9 +281,11 @@ def test_an_error_of_the_compiler_is_shown_with_its_line(net: kedge.Module, tmp_
 
 def test_warnings_are_shown_each_time(net: kedge.Module, cached: Path) -> None:
     source = DENSE.replace("return kedge_external_par", "int unused;\n  return kedge_external_par")
+    said: list[str] = []
     for _ in range(2):
         with pytest.warns(CompileWarning, match=r"dense_relu\.c:\d+:7: warning: unused variable 'unused'"):
-            kedge.compile(net, externals=[dense(source)])
+            kedge.compile(net, externals=[dense(source)], progress=said.append)
+    assert said.count("compiling dense_relu.c for x86_64") == 1, "what is compiled is said, what is kept is not"
     assert len([path for path in cached.rglob("*") if path.is_file()]) == 1
 
 
