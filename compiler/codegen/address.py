@@ -50,6 +50,12 @@ class AddressEmitter:
         self.mask: Value | None = None
         self._caches: list[dict[object, Any]] = [{}]
 
+    def bind_symbol(self, var: Var, value: Value) -> None:
+        """Make a free dim known under its LLVM value (i64)."""
+        index = self.b.convert("trunc", value, self.b.index_type) if self.b.index_type != "i64" else value
+        self.env[var] = Linear.atom(index)
+        self.known[index] = (var.lower or 0, var.upper)
+
     # Scopes -----------------------------------------------------------------------------------------------------
 
     @contextmanager

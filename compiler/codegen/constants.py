@@ -35,9 +35,8 @@ class Constants:
 
     def text(self, text: str) -> str:
         """A C string."""
-        data = text.encode() + b"\0"
-        escaped = "".join(chr(c) if 32 <= c < 127 and c not in b'"\\' else f"\\{c:02X}" for c in data)
-        return self.constant(f"[{len(data)} x i8]", f'c"{escaped}"')
+        type_, _, value = c_string(text).partition(" c")
+        return self.constant(type_, f"c{value}")
 
     def numbers(self, values: Sequence[int | float]) -> str:
         """An array of i64, or of doubles where the first number is a float."""
@@ -49,6 +48,13 @@ class Constants:
         program = encode(dim, symbols)
         ops = self.array(EXPR_OP, [f"{{ i64 {code}, i64 {value} }}" for code, value in program])
         return f"{{ ptr {ops}, i64 {len(program)} }}"
+
+
+def c_string(text: str) -> str:
+    """A text that ends in NUL as an LLVM constant, its type in front."""
+    data = text.encode() + b"\0"
+    escaped = "".join(chr(c) if 32 <= c < 127 and c not in b'"\\' else f"\\{c:02X}" for c in data)
+    return f'[{len(data)} x i8] c"{escaped}"'
 
 
 def size_of(type_: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kedge.compiler.codegen.affine import Linear
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.constants import Constants, size_of
 from kedge.compiler.codegen.expr import ExprEmitter
@@ -157,10 +156,7 @@ class _EntryEmitter(ExprEmitter):
             self._pools[field] = self._field(field)
         symbols = self._field("symbols")
         for number, var in enumerate(self.entry.symbols):
-            raw = self._element(symbols, "i64", number)
-            index = self.b.convert("trunc", raw, self.b.index_type) if self.b.index_type != "i64" else raw
-            self.env[var] = Linear.atom(index)
-            self.known[index] = (var.lower or 0, var.upper)
+            self.bind_symbol(var, self._element(symbols, "i64", number))
 
     def _field(self, name: str) -> Value:
         slot = f"getelementptr inbounds {FRAME}, ptr %frame, i32 0, i32 {FRAME_FIELDS[name]}"

@@ -115,12 +115,6 @@ class KernelEmitter(ParallelEmitter):
         self._on_stack: dict[Buffer, Pointer] = {}
         self._in_workspace: dict[Buffer, Dim] = {}  # offsets in bytes
 
-    def bind_symbol(self, var: Var, value: Value) -> None:
-        """Make a free dim known under its LLVM value (i64)."""
-        index = self.b.convert("trunc", value, self.b.index_type) if self.b.index_type != "i64" else value
-        self.env[var] = Linear.atom(index)
-        self.known[index] = (var.lower or 0, var.upper)
-
     def stmt(self, stmt: Stmt) -> None:
         """Emit a statement."""
         match stmt:

@@ -23,6 +23,20 @@ FRAME_FIELDS = {"api": 1, "inputs": 3, "outputs": 4, "symbols": 5, "arena": 6, "
 API_FIELDS = {"parallel_for": 1, "parallel_for_dynamic": 2, "launch": 3, "fail": 4}
 
 
+def call_runtime(b: FunctionBuilder, frame: str, member: str, args: str) -> None:
+    """Call a member of `kedge_runtime_api` with the frame and `args`; its failure is the function's."""
+    api_slot = b.result(f"getelementptr inbounds {FRAME}, ptr {frame}, i32 0, i32 {FRAME_FIELDS['api']}", "ptr")
+    api = b.result(f"load ptr, ptr {api_slot.ref}", "ptr")
+    slot = b.result(f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 {API_FIELDS[member]}", "ptr")
+    function = b.result(f"load ptr, ptr {slot.ref}", "ptr")
+    status = b.result(f"call i32 {function.ref}(ptr {frame}, {args})", "i32")
+    failed, go_on = b.fresh("failed"), b.fresh("ok")
+    b.branch(b.compare("icmp ne", status, b.const(0, "i32")), failed, go_on)
+    b.label(failed)
+    b.emit(f"ret {status.typed}")
+    b.label(go_on)
+
+
 class _Uses:
     """What a statement uses from around it: variables it does not bind, and buffers it does not allocate."""
 
@@ -120,19 +134,11 @@ class ParallelEmitter(ExprEmitter):
         for number, field in enumerate(fields):
             slot = b.result(f"getelementptr inbounds {struct}, ptr {closure}, i32 0, i32 {number}", "ptr")
             b.emit(f"store {field.typed}, ptr {slot.ref}")
-        api_slot = b.result(f"getelementptr inbounds {FRAME}, ptr {self.frame}, i32 0, i32 1", "ptr")
-        api = b.result(f"load ptr, ptr {api_slot.ref}", "ptr")
-        member = API_FIELDS["parallel_for" if chunk is None else "parallel_for_dynamic"]
-        call_slot = b.result(f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 {member}", "ptr")
-        function = b.result(f"load ptr, ptr {call_slot.ref}", "ptr")
-        args = f"ptr {self.frame}, ptr @{name}, ptr {closure}, {count.typed}"
-        args += "" if chunk is None else f", i64 {chunk}"
-        status = b.result(f"call i32 {function.ref}({args})", "i32")
-        failed, go_on = b.fresh("failed"), b.fresh("ok")
-        b.branch(b.compare("icmp ne", status, b.const(0, "i32")), failed, go_on)
-        b.label(failed)
-        b.emit(f"ret {status.typed}")
-        b.label(go_on)
+        args = f"ptr @{name}, ptr {closure}, {count.typed}"
+        if chunk is None:
+            call_runtime(b, self.frame, "parallel_for", args)
+        else:
+            call_runtime(b, self.frame, "parallel_for_dynamic", f"{args}, i64 {chunk}")
 
     def _outline(
         self, name: str, struct: str, loop: For, extent: Linear, buffers: list[Buffer], captured: list[Var],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from kedge.compiler.schedule.dependence import conflict, own_per_iteration
-from kedge.compiler.schedule.nest import conjuncts, spatial_conjuncts
+from kedge.compiler.schedule.nest import spatial_conjuncts
 from kedge.compiler.schedule.tree import (
     Access,
     accesses,
@@ -18,7 +18,7 @@ from kedge.compiler.schedule.tree import (
     writers,
 )
 from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Expr, Load, Select, Var
-from kedge.compiler.tir.simplify import Simplifier, prove
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, prove
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc
 from kedge.compiler.tir.structural import expr_equal, expr_key
 from kedge.compiler.tir.visitor import children, free_vars, stmt_exprs, substitute_expr, walk_stmt

@@ -10,7 +10,7 @@ from kedge.compiler.schedule.tree import blocks_in, condition_on, enclosing, loo
 from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity, maximum, minimum
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import Ranges, Simplifier, prove, prove_equal, simplify
+from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, prove, prove_equal, simplify
 from kedge.compiler.tir.stmt import Block, For, IterKind, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, map_stmt_exprs, stores, substitute_expr
@@ -76,15 +76,6 @@ def combiner_of(block: Block) -> Combiner | None:
     neutral = expr_key(identity(combiner, body.buffer.dtype)) == expr_key(init.value)
     itself = any(load.buffer is body.buffer for load in loads(value))
     return combiner if neutral and not itself else None
-
-
-def conjuncts(condition: Expr) -> tuple[Expr, ...]:
-    """The conditions of which `condition` is the conjunction; none for true."""
-    if isinstance(condition, Const) and condition.value:
-        return ()
-    if isinstance(condition, Binary) and condition.op == "and":
-        return (*conjuncts(condition.a), *conjuncts(condition.b))
-    return (condition,)
 
 
 def is_only_bounded(block: Block) -> bool:

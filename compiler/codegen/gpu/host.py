@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from kedge.compiler.codegen.address import Pointer
 from kedge.compiler.codegen.affine import Linear
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
+from kedge.compiler.codegen.constants import c_string, size_of
 from kedge.compiler.codegen.expr import ExprEmitter
 from kedge.compiler.codegen.gpu.ir import Launch
-from kedge.compiler.codegen.parallel import FRAME, FRAME_FIELDS
+from kedge.compiler.codegen.parallel import call_runtime
 from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.target.model import Target
-from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const
+from kedge.compiler.tir.expr import Binary, Dim, Expr, as_expr, const
 from kedge.compiler.tir.simplify import simplify, simplify_dim
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt
 
 #: Structs of kedge.h.
 KERNEL = "{ i64, ptr, ptr, i64, ptr, i32, i32 }"
 LAUNCH = "{ i64, ptr, [3 x i64], [3 x i64], ptr }"
-_API, _API_LAUNCH = "{ i64, ptr, ptr, ptr }", 3
 
 
 def emit_host(
@@ -53,22 +53,15 @@ def emit_host(
         f"name{i}": one.name for i, one in enumerate(emitter.launches)
     }
     for name, text in texts.items():
-        module.add(f"@{symbol}.{name} = private unnamed_addr constant {_c_string(text)}")
+        module.add(f"@{symbol}.{name} = private unnamed_addr constant {c_string(text)}")
     for number, launch in enumerate(emitter.launches):
         counts = f"i32 {len(launch.buffers)}, i32 {len(launch.scalars)}"
-        size = f"i64 ptrtoint (ptr getelementptr ({KERNEL}, ptr null, i32 1) to i64)"
         module.add(
-            f"@{symbol}.k{number} = hidden constant {KERNEL} {{ {size}, ptr @{symbol}.name{number}, "
+            f"@{symbol}.k{number} = hidden constant {KERNEL} {{ i64 {size_of(KERNEL)}, ptr @{symbol}.name{number}, "
             f"ptr @{symbol}.code, i64 {len(code.encode())}, ptr @{symbol}.features, {counts} }}"
         )
     kernels = tuple(f"{symbol}.k{number}" for number in range(len(emitter.launches)))
     return module.text(), emitter.workspace, kernels
-
-
-def _c_string(text: str) -> str:
-    data = text.encode() + b"\0"
-    escaped = "".join(chr(c) if 32 <= c < 127 and c not in b'"\\' else f"\\{c:02X}" for c in data)
-    return f'[{len(data)} x i8] c"{escaped}"'
 
 
 class _HostEmitter(ExprEmitter):
@@ -79,12 +72,6 @@ class _HostEmitter(ExprEmitter):
         self.symbol = symbol
         self.workspace: Dim = 0
         self.launches: list[Launch] = []
-
-    def bind_symbol(self, var: Var, value: Value) -> None:
-        """Make a free dim known under its LLVM value (i64)."""
-        index = self.b.convert("trunc", value, self.b.index_type) if self.b.index_type != "i64" else value
-        self.env[var] = Linear.atom(index)
-        self.known[index] = (var.lower or 0, var.upper)
 
     def place(self, buffers: Sequence[Buffer]) -> None:
         """Give every array of global memory its part of the workspace."""
@@ -163,24 +150,14 @@ class _HostEmitter(ExprEmitter):
         for position, value in enumerate(values):
             slot = b.result(f"getelementptr inbounds i64, ptr {args}, i32 {position}", "ptr")
             b.emit(f"store {value.typed}, ptr {slot.ref}, align 8")
-        size = f"ptrtoint (ptr getelementptr ({LAUNCH}, ptr null, i32 1) to i64)"
-        self.set_field(record, "i32 0", f"i64 {size}")
+        self.set_field(record, "i32 0", f"i64 {size_of(LAUNCH)}")
         self.set_field(record, "i32 1", f"ptr @{self.symbol}.k{number}")
         for axis in range(3):
             groups = self._widen(self.materialize(self.index(launch.grid[axis])))
             self.set_field(record, f"i32 2, i32 {axis}", groups.typed)
             self.set_field(record, f"i32 3, i32 {axis}", f"i64 {launch.block[axis]}")
         self.set_field(record, "i32 4", f"ptr {args}")
-        api_slot = b.result(f"getelementptr inbounds {FRAME}, ptr %frame, i32 0, i32 {FRAME_FIELDS['api']}", "ptr")
-        api = b.result(f"load ptr, ptr {api_slot.ref}", "ptr")
-        slot = b.result(f"getelementptr inbounds {_API}, ptr {api.ref}, i32 0, i32 {_API_LAUNCH}", "ptr")
-        function = b.result(f"load ptr, ptr {slot.ref}", "ptr")
-        status = b.result(f"call i32 {function.ref}(ptr %frame, ptr {record})", "i32")
-        failed, go_on = b.fresh("failed"), b.fresh("ok")
-        b.branch(b.compare("icmp ne", status, b.const(0, "i32")), failed, go_on)
-        b.label(failed)
-        b.emit(f"ret {status.typed}")
-        b.label(go_on)
+        call_runtime(b, "%frame", "launch", f"ptr {record}")
 
     def set_field(self, record: str, path: str, value: str) -> None:
         slot = self.b.result(f"getelementptr inbounds {LAUNCH}, ptr {record}, i32 0, {path}", "ptr")

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from kedge.compiler.errors import CodegenError
+from kedge.compiler.schedule.dependence import reduces_over
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, binary, const, eq, identity, logical_and
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, over
@@ -40,17 +41,6 @@ def lower_thread_reductions(stmt: Stmt) -> tuple[Stmt, tuple[Buffer, ...]]:
     return lowering.visit(stmt, ()), tuple(lowering.buffers)
 
 
-def reducing_block(loop: For) -> Block | None:
-    """The block under `loop` whose reduction variables depend on the loop, or None."""
-    for block in walk_stmt(loop):
-        if isinstance(block, Block) and any(
-            it.kind == "reduce" and loop.var in free_vars(binding)
-            for it, binding in zip(block.iters, block.bindings, strict=True)
-        ):
-            return block
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class _Lowering:
     buffers: list[Buffer]
@@ -60,7 +50,7 @@ class _Lowering:
         """`stmt` lowered; `threads` are the loops over threads around it."""
         if not (isinstance(stmt, For) and (stmt.thread or "").startswith("threadIdx.")):
             return map_stmt_children(stmt, lambda child: self.visit(child, threads))
-        block = reducing_block(stmt)
+        block = reduces_over(stmt)
         if block is not None:
             return self.reduction(stmt, block, threads)
         return map_stmt_children(stmt, lambda child: self.visit(child, (*threads, stmt)))

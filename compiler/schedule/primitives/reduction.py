@@ -9,7 +9,6 @@ from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict
 from kedge.compiler.schedule.lifetime import is_free
 from kedge.compiler.schedule.nest import (
     combiner_of,
-    conjuncts,
     fresh_nest,
     has_own_places,
     limits_of_output,
@@ -39,7 +38,7 @@ from kedge.compiler.schedule.tree import (
 from kedge.compiler.tir.expr import Binary, Combiner, Expr, Load, Var, logical_and
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
-from kedge.compiler.tir.simplify import Simplifier, simplify_dim
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, simplify_dim
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, map_stmt, seq, stmt_exprs, stores, substitute_expr, walk_stmt
 
@@ -144,7 +143,7 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     nest: Stmt = first
     for each in reversed(loops[top:]):
         nest = replace(each, body=nest)
-    if len(limits) < len(conjuncts(block.predicate)):
+    if len(limits) < len(tuple(conjuncts(block.predicate))):
         # A partial result may have no valid instance at all, and must be there nevertheless.
         init = _init_nest(func, primitive, replace(first, predicate=logical_and(*limits)), loops[top:])
         nest = seq(init, map_stmt(nest, lambda s: with_regions(replace(first, init=None)) if s is first else s))
