@@ -24,7 +24,7 @@ from kedge.compiler.errors import CompileError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
 from kedge.compiler.graph.external import EXTERNAL_RULE, External
 from kedge.compiler.graph.ir import Module
-from kedge.compiler.graph.passes import Partition, Pass, default_passes
+from kedge.compiler.graph.passes import Partition, Pass, TargetPass, default_passes, for_target
 from kedge.compiler.lower.lower import lower, lower_prim_func
 from kedge.compiler.lower.program import ExternalKernel, Kernel, Program
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
@@ -89,13 +89,28 @@ class Pipeline:
             raise CompileError(f"the pipeline has no pass {name!r}", hint=f"it has: {known}")
         return found
 
-    def run(self, module: Module) -> Module:
-        """The module after all passes."""
+    def for_target(self, target: AnyTarget) -> Pipeline:
+        """The pipeline with the passes that depend on a target, such as layouts, bound to `target`."""
+        return replace(self, passes=for_target(self.passes, target))
+
+    def run(self, module: Module, target: TargetLike | None = None) -> Module:
+        """The module after all passes; without a target, those that depend on one change nothing."""
+        bound = self if target is None else self.for_target(parse(target))
         debug.show("00-input", "graph", debug.GRAPH, module.show)
-        for number, step in enumerate(self.passes, 1):
+        return bound._run_from(0, len(bound.passes), module, "")
+
+    def split_run(self, module: Module) -> Callable[[AnyTarget], Module]:
+        """Run what no target matters to, once; what is given runs the rest for a target."""
+        first = next((at for at, step in enumerate(self.passes) if isinstance(step, TargetPass)), len(self.passes))
+        debug.show("00-input", "graph", debug.GRAPH, module.show)
+        common = self._run_from(0, first, module, "")
+        return lambda target: self.for_target(target)._run_from(first, len(self.passes), common, f"-{target.label}")
+
+    def _run_from(self, start: int, end: int, module: Module, suffix: str) -> Module:
+        for number, step in enumerate(self.passes[start:end], start + 1):
             with debug.timed(step.name):
                 module = step(module)
-            debug.show(f"{number:02}-{step.name}", "graph", debug.GRAPH, module.show)
+            debug.show(f"{number:02}-{step.name}{suffix}", "graph", debug.GRAPH, module.show)
         return module
 
 
@@ -125,8 +140,8 @@ def compile_module(
         CompileError: the module or a target is refused; each reason has its own class, see `kedge.compiler.errors`.
     """
     steps = (pipeline if pipeline is not None else Pipeline(default_passes())).partition(externals)
-    optimized = steps.run(module)
-    return compile_programs(lambda one: lower(optimized, one, steps.externals), target, name, cache, progress)
+    optimized = steps.split_run(module)
+    return compile_programs(lambda one: lower(optimized(one), one, steps.externals), target, name, cache, progress)
 
 
 def compile_prim_func(

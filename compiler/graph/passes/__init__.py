@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kedge.compiler.graph.passes.base import Pass, run_passes
+from kedge.compiler.graph.passes.base import Pass, TargetPass, for_target, run_passes
 from kedge.compiler.graph.passes.common import CommonSubexpressions
 from kedge.compiler.graph.passes.fold import FoldConstants
 from kedge.compiler.graph.passes.fold_batch_norm import FoldBatchNorm
@@ -20,7 +20,9 @@ __all__ = [
     "Partition",
     "Pass",
     "Simplify",
+    "TargetPass",
     "default_passes",
+    "for_target",
     "run_passes",
 ]
 

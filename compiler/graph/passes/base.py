@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from kedge.compiler.graph.ir import (
     postorder,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from kedge.compiler.target import AnyTarget
+
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
@@ -38,6 +41,19 @@ class Pass(Protocol):
 
     def __call__(self, module: Module) -> Module:
         """The transformed module; the same object where nothing changed."""
+
+
+@runtime_checkable
+class TargetPass(Pass, Protocol):
+    """A pass whose result depends on the target, such as a choice of layouts; without one it changes nothing."""
+
+    def for_target(self, target: AnyTarget) -> Pass:
+        """The same pass for `target`."""
+
+
+def for_target(passes: Iterable[Pass], target: AnyTarget) -> tuple[Pass, ...]:
+    """The passes, those that depend on a target bound to it."""
+    return tuple(step.for_target(target) if isinstance(step, TargetPass) else step for step in passes)
 
 
 def run_passes(module: Module, passes: Iterable[Pass]) -> Module:
