@@ -21,6 +21,7 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | broadcast_to                                             | x                 | shape (dims)                       |
 | conv: x (N, C, S…), w (O, C/groups, K…), b (O)           | x, w[, b]         | strides=None, pads=None,           |
 |   pads are all begins then all ends; None: 1, 0, 1       |                   | dilations=None, groups=1           |
+| conv_transpose: x (N, C, S…), w (C, O/groups, K…), b (O) | x, w[, b]         | the same, output_padding=None      |
 | matmul (numpy's: batch dims broadcast, 1-D operands)     | a, b              |                                    |
 | gemm: alpha·A·B + beta·C; A, B of rank 2                 | a, b[, c]         | alpha=1.0, beta=1.0,               |
 |                                                          |                   | trans_a=False, trans_b=False       |
@@ -53,6 +54,7 @@ from __future__ import annotations
 from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
     broadcast,
     conv,
+    conv_transpose,
     elementwise,
     matmul,
     movement,

@@ -18,6 +18,7 @@ from kedge.compiler.frontend.nn.modules import (
     AvgPool2d,
     BatchNorm2d,
     Conv2d,
+    ConvTranspose2d,
     Dropout,
     Flatten,
     Linear,
@@ -30,6 +31,7 @@ from kedge.compiler.frontend.nn.modules import (
 )
 
 __all__ = [
-    "AvgPool2d", "BatchNorm2d", "Conv2d", "Dropout", "Flatten", "Linear", "MaxPool2d", "Module", "Parameter", "ReLU",
-    "Sequential", "Sigmoid", "Softmax", "Tanh", "Tensor", "constant_init", "op", "spec", "uniform_init",
+    "AvgPool2d", "BatchNorm2d", "Conv2d", "ConvTranspose2d", "Dropout", "Flatten", "Linear", "MaxPool2d", "Module",
+    "Parameter", "ReLU", "Sequential", "Sigmoid", "Softmax", "Tanh", "Tensor", "constant_init", "op", "spec",
+    "uniform_init",
 ]  # fmt: skip

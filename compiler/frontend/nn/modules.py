@@ -50,6 +50,35 @@ class Conv2d(Module):
         return op.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class ConvTranspose2d(Module):
+    """Transposed convolution of (N, in_channels, H, W); weight is (in_channels, out_channels / groups, KH, KW)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        dtype: str = "float32",
+    ) -> None:
+        shape = (in_channels, out_channels // groups, *per_dim(kernel_size, 2))
+        init = uniform_init(1 / math.sqrt(math.prod(shape[1:])))
+        self.weight = Parameter(shape, dtype, init)
+        self.bias = Parameter((out_channels,), dtype, init) if bias else None
+        self.stride, self.padding, self.output_padding = stride, padding, output_padding
+        self.groups, self.dilation = groups, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
+        sizes = (self.stride, self.padding, self.output_padding)
+        return op.conv_transpose2d(x, self.weight, self.bias, *sizes, self.groups, self.dilation)
+
+
 class BatchNorm2d(Module):
     """(x - running_mean) / sqrt(running_var + eps) * weight + bias, per channel, as at inference."""
 

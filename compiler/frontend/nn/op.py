@@ -175,6 +175,24 @@ def conv2d(
     return emit("conv", *operands, strides=strides, pads=pads, dilations=dilations, groups=groups)
 
 
+def conv_transpose2d(
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The transpose of `conv2d`: (N, C, H, W) with (C, O / groups, KH, KW); `padding` cuts elements off all around."""
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    return emit(
+        "conv_transpose", *operands, strides=per_dim(stride, 2), pads=per_dim(padding, 2) * 2,
+        dilations=per_dim(dilation, 2), groups=groups, output_padding=per_dim(output_padding, 2),
+    )  # fmt: skip
+
+
 def max_pool2d(
     x: Operand,
     kernel_size: int | Sequence[int],

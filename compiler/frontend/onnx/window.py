@@ -5,23 +5,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kedge.compiler.frontend.onnx.node import Node, converter
+from kedge.compiler.graph.dims import format_dim, plain
 from kedge.compiler.graph.ir import Value
-from kedge.compiler.tir.expr import Dim
+from kedge.compiler.tir.expr import Dim, as_expr
 
 
 @converter("Conv")
 def _conv(node: Node) -> Value:
     x, weight = node.value(0), node.value(1)
     _require_image(node, x)
-    kernel = weight.type.shape[2:]
-    stated = node.attr("kernel_shape")
-    if stated is not None and list(stated) != list(kernel):
-        raise node.error(f"kernel_shape {list(stated)} is not that of the weight, {list(kernel)}")
+    kernel = _kernel(node, weight)
     strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
     pads = _pads(node, x, kernel, strides, dilations)
     operands = [x, weight, node.value(2)] if node.has(2) else [x, weight]
     groups = int(node.attr("group", 1))
     return node.emit("conv", *operands, strides=strides, pads=pads, dilations=dilations, groups=groups)
+
+
+@converter("ConvTranspose")
+def _conv_transpose(node: Node) -> Value:
+    x, weight = node.value(0), node.value(1)
+    _require_image(node, x)
+    kernel = _kernel(node, weight)
+    strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
+    added = _per_axis(node, "output_padding", x, default=0)
+    pads, added = _transposed_pads(node, x, kernel, strides, dilations, added)
+    operands = [x, weight, node.value(2)] if node.has(2) else [x, weight]
+    return node.emit(
+        "conv_transpose", *operands, strides=strides, pads=pads, dilations=dilations, output_padding=added,
+        groups=int(node.attr("group", 1)),
+    )  # fmt: skip
+
+
+def _transposed_pads(
+    node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int], added: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is cut off, all begins and then all ends, and what is added at the ends, to get the shape asked for."""
+    spatial = x.type.shape[2:]
+    auto = node.attr("auto_pad", "NOTSET")
+    asked = node.attr("output_shape")
+    if asked is None and not auto.startswith("SAME"):
+        return _pads(node, x, kernel, strides, dilations), tuple(added)
+    if asked is not None and len(asked) not in (len(spatial), x.type.rank):
+        raise node.error(f"output_shape {list(asked)} has {len(asked)} entries for {len(spatial)} spatial dims")
+    totals = []
+    for axis, (size, extent) in enumerate(zip(spatial, kernel, strict=True)):
+        if not isinstance(extent, int):
+            raise node.error("the size of its kernel is not known while compiling")
+        wanted: Dim = plain(as_expr(size) * strides[axis]) if asked is None else asked[axis - len(spatial)]
+        whole = (as_expr(size) - 1) * strides[axis] + added[axis] + (extent - 1) * dilations[axis] + 1
+        total = plain(whole - wanted)
+        if not isinstance(total, int):
+            raise node.error(
+                f"output_shape {list(asked)} of an input with the free spatial dim {format_dim(size)}",
+                hint="fix the spatial dims: shapes={...} or --shape NAME=1,3,224,224, or export with explicit pads",
+            )
+        totals.append(total)
+    # Where the shape asked for is larger than what there is, zeros follow at the end.
+    beyond = tuple(extra + max(-total, 0) for extra, total in zip(added, totals, strict=True))
+    return _shared_out(totals, larger_first=auto != "SAME_UPPER"), beyond
 
 
 @converter("MaxPool")
@@ -70,10 +112,19 @@ def _require_image(node: Node, x: Value) -> None:
         raise node.error(f"its input has rank {x.type.rank}; it needs (N, C, spatial dims…)")
 
 
-def _per_axis(node: Node, name: str, x: Value) -> tuple[int, ...]:
-    """The attribute `name` with one entry for each spatial dim; 1 where it is left out."""
+def _kernel(node: Node, weight: Value) -> tuple[Dim, ...]:
+    """The spatial shape of a weight; what the node says of it must be the same."""
+    kernel = weight.type.shape[2:]
+    stated = node.attr("kernel_shape")
+    if stated is not None and list(stated) != list(kernel):
+        raise node.error(f"kernel_shape {list(stated)} is not that of the weight, {list(kernel)}")
+    return kernel
+
+
+def _per_axis(node: Node, name: str, x: Value, default: int = 1) -> tuple[int, ...]:
+    """The attribute `name` with one entry for each spatial dim; `default` where it is left out."""
     spatial = x.type.rank - 2
-    given = tuple(node.attr(name, (1,) * spatial))
+    given = tuple(node.attr(name, (default,) * spatial))
     if len(given) != spatial:
         raise node.error(f"{name} {list(given)} has {len(given)} entries for {spatial} spatial dims")
     return given
@@ -98,8 +149,14 @@ def _pads(
         _same_padding(node, size, extent, stride, dilation)
         for size, extent, stride, dilation in zip(spatial, kernel, strides, dilations, strict=True)
     ]
-    smaller, larger = [total // 2 for total in totals], [total - total // 2 for total in totals]
-    return (*smaller, *larger) if auto == "SAME_UPPER" else (*larger, *smaller)
+    return _shared_out(totals, larger_first=auto == "SAME_LOWER")
+
+
+def _shared_out(totals: Sequence[int], *, larger_first: bool) -> tuple[int, ...]:
+    """Halves of each total (0 where it is negative), all begins and then all ends."""
+    kept = [max(total, 0) for total in totals]
+    smaller, larger = [total // 2 for total in kept], [total - total // 2 for total in kept]
+    return (*larger, *smaller) if larger_first else (*smaller, *larger)
 
 
 def _same_padding(node: Node, size: Dim, kernel: Dim, stride: int, dilation: int) -> int:

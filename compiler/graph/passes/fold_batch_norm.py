@@ -18,7 +18,7 @@ class FoldBatchNorm:
 
     batch_norm(conv(x, @w, @b), @scale, @bias, @mean, @var) -> conv(x, @w.folded, @b.folded)
 
-    The same for gemm, matmul, and add(matmul, bias). Computed in float64.
+    The same for conv_transpose, gemm, matmul, and add(matmul, bias). Computed in float64.
     """
 
     name: str = "fold-batch-norm"
@@ -41,7 +41,7 @@ def _fold(context: Context, old: Value, new: Value) -> Value | None:
     scale, bias, mean, var = wide
     factor = scale / np.sqrt(var + new.attrs["epsilon"])
     folder = _Folder(context, new, factor, bias - mean * factor)
-    if producer.op in ("conv", "gemm"):
+    if producer.op in ("conv", "conv_transpose", "gemm"):
         return folder.into_weights(producer)
     if producer.op == "matmul":
         return folder.into_matmul(producer, None)
@@ -68,7 +68,7 @@ class _Folder:
         self._shift = shift
 
     def into_weights(self, call: Call) -> Value | None:
-        """conv or gemm: channels are the outputs of the weight, and the addend is per channel."""
+        """conv, conv_transpose or gemm: channels are the outputs of the weight, and the addend is per channel."""
         weight = self._context.known(call.inputs[1])
         addend = self._context.known(call.inputs[2]) if len(call.inputs) == 3 else None
         if weight is None or (len(call.inputs) == 3 and addend is None):
@@ -76,13 +76,14 @@ class _Folder:
         beta = call.attrs.get("beta", 1.0)
         if addend is None or beta == 0:
             beta, addend = 1.0, np.zeros(1)
-        axis = 0 if call.op == "conv" or call.attrs["trans_b"] else 1
+        axis = 0 if call.op == "conv" or call.attrs.get("trans_b") else 1
         if call.op == "gemm" and addend.ndim == 2 and addend.shape[0] != 1:
             return None
-        attrs = dict(call.attrs) if call.op == "conv" else {**call.attrs, "beta": beta}
+        attrs = {**call.attrs, "beta": beta} if call.op == "gemm" else dict(call.attrs)
         bias = addend.reshape(-1).astype(np.float64) * self._factor + self._shift / beta
         was = call.inputs[2] if len(call.inputs) == 3 else None
-        new_weight = self._param(self._scaled(weight, axis), call.inputs[1], weight, ("weight", axis))
+        groups = call.attrs["groups"] if call.op == "conv_transpose" else 1
+        new_weight = self._param(self._scaled(weight, axis, groups), call.inputs[1], weight, ("weight", axis))
         new_bias = self._param(bias, was, weight, ("bias", beta))
         return make_call(call.op, (call.inputs[0], new_weight, new_bias), attrs, (*call.origin, *self._norm.origin))
 
@@ -100,9 +101,12 @@ class _Folder:
         product = make_call("matmul", (call.inputs[0], new_weight), {}, origin)
         return make_call("add", (product, self._param(bias, addend, weight, ("bias", 1.0))), {}, origin)
 
-    def _scaled(self, weight: Array, axis: int) -> Array:
-        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-        return np.asarray(weight.astype(np.float64) * self._factor.reshape(shape))
+    def _scaled(self, weight: Array, axis: int, groups: int = 1) -> Array:
+        """The weight with its outputs, along `axis`, scaled: each of `groups` parts of axis 0 has its own."""
+        shape = [groups, *(1 for _ in weight.shape)]
+        shape[1 + axis] = -1
+        parts = weight.astype(np.float64).reshape(groups, -1, *weight.shape[1:])
+        return np.asarray((parts * self._factor.reshape(shape)).reshape(weight.shape))
 
     def _param(self, data: Array, was: Value | None, weight: Array, what: tuple[str, float]) -> Value:
         data = data.astype(weight.dtype)

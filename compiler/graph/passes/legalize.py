@@ -11,11 +11,13 @@ from kedge.compiler.graph.builder import call
 from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.ir import Call, Constant, Item, Module, Value
 from kedge.compiler.graph.passes.base import Context, rewrite
+from kedge.compiler.graph.passes.subpixel import subpixel
 
 
 @dataclass(frozen=True, slots=True)
 class Legalize:
-    """Rewrite gemm, batch_norm, flatten, squeeze, unsqueeze and split into operators that can be lowered.
+    """Rewrite gemm, batch_norm, flatten, squeeze, unsqueeze and split into operators that can be lowered, and
+    conv_transpose into conv where it can.
 
     gemm(a, b, c) {trans_b: true} -> add(matmul(a, transpose(b)), c)
     """
@@ -82,9 +84,10 @@ def _split_item(split: Call, index: int) -> Value:
     return call("slice", split.inputs[0], starts=(start,), ends=(end,), axes=(axis,), origin=split.origin)
 
 
-_RULES: Mapping[str, Callable[[Call], Value]] = {
+_RULES: Mapping[str, Callable[[Call], Value | None]] = {
     "gemm": _gemm,
     "batch_norm": _batch_norm,
+    "conv_transpose": subpixel,
     "flatten": _reshape,
     "squeeze": _reshape,
     "unsqueeze": _reshape,
