@@ -23,6 +23,7 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 |   pads are all begins then all ends; None: 1, 0, 1       |                   | dilations=None, groups=1           |
 | conv_transpose: x (N, C, S…), w (C, O/groups, K…), b (O) | x, w[, b]         | the same, output_padding=None      |
 | matmul (numpy's: batch dims broadcast, 1-D operands)     | a, b              |                                    |
+| packed_matmul: panels (…, P, K, width) of b's columns    | a, panels         | columns                            |
 | gemm: alpha·A·B + beta·C; A, B of rank 2                 | a, b[, c]         | alpha=1.0, beta=1.0,               |
 |                                                          |                   | trans_a=False, trans_b=False       |
 | batch_norm (inference, channels are axis 1)              | x, scale, bias,   | epsilon=1e-5                       |
@@ -46,6 +47,15 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 |                                                          |                   | axes=None, steps=None              |
 | pad: pads are all begins then all ends, not negative     | x                 | pads (dims), mode="constant"       |
 |                                                          |                   | ("reflect", "edge"), value=0       |
+| resize (ONNX's: mode nearest, linear or cubic)           | x                 | sizes (dims, of all axes),         |
+|   coordinates: those of ONNX but tf_crop_and_resize      |                   | scales=None (those of the sizes),  |
+|   rounding of nearest: ONNX's nearest_mode               |                   | mode="nearest",                    |
+|                                                          |                   | coordinates="half_pixel",          |
+|                                                          |                   | rounding="round_prefer_floor",     |
+|                                                          |                   | cubic_a=-0.75,                     |
+|                                                          |                   | exclude_outside=False              |
+| resample: sums of weights[i, t] · x[…, indices[i, t], …] | x, indices (N, T) | axis                               |
+|   over taps t; without weights T is 1                    | [, weights (N, T)]|                                    |
 | gather (numpy's take; indices are clamped)               | x, indices        | axis=0                             |
 """
 
@@ -62,5 +72,6 @@ from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
     pool,
     reduce,
     reshape,
+    resize,
     softmax,
 )

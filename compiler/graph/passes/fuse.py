@@ -20,7 +20,11 @@ from kedge.compiler.ops.registry import FusionKind
 #: Reshapes rename memory: they cost nothing on their own, and index arithmetic inside a kernel.
 VIEWS = frozenset({"reshape"})
 #: Too dear to compute again for every element of a broadcast.
-_EXPENSIVE = frozenset({"exp", "log", "tanh", "erf", "sigmoid", "pow", "div", "mod", "sqrt", "rsqrt", "sin", "cos"})
+_EXPENSIVE = frozenset({
+    "exp", "log", "tanh", "erf", "sigmoid", "pow", "div", "mod", "sqrt", "rsqrt", "sin", "cos", "resample",
+})  # fmt: skip
+#: Reads elements more than once: what is dear is computed before, not again for each reading.
+_REPEATING = frozenset({"resample"})
 _ANCHORS = (FusionKind.REDUCTION, FusionKind.CONTRACTION)
 
 
@@ -162,7 +166,8 @@ class _Groups:
             return False
         if self._kind[self._find(node)] > FusionKind.INJECTIVE or sum(self._anchors(roots)) > 1:
             return False
-        if self._expensive[self._find(node)] and FusionKind.BROADCAST in edges:
+        repeated = FusionKind.BROADCAST in edges or any(self._calls[other].op in _REPEATING for other in on_the_way)
+        if self._expensive[self._find(node)] and repeated:
             return False
         # A prologue is computed inside the sum: fine where the sum reads every element once.
         return _kind(self._calls[sink]) <= FusionKind.INJECTIVE or self._calls[sink].op.startswith("reduce_")

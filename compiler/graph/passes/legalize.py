@@ -11,13 +11,14 @@ from kedge.compiler.graph.builder import call
 from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.ir import Call, Constant, Item, Module, Value
 from kedge.compiler.graph.passes.base import Context, rewrite
+from kedge.compiler.graph.passes.separate import separate
 from kedge.compiler.graph.passes.subpixel import subpixel
 
 
 @dataclass(frozen=True, slots=True)
 class Legalize:
     """Rewrite gemm, batch_norm, flatten, squeeze, unsqueeze and split into operators that can be lowered, and
-    conv_transpose into conv where it can.
+    conv_transpose into conv and resize into resample where they can be.
 
     gemm(a, b, c) {trans_b: true} -> add(matmul(a, transpose(b)), c)
     """
@@ -88,6 +89,7 @@ _RULES: Mapping[str, Callable[[Call], Value | None]] = {
     "gemm": _gemm,
     "batch_norm": _batch_norm,
     "conv_transpose": subpixel,
+    "resize": separate,
     "flatten": _reshape,
     "squeeze": _reshape,
     "unsqueeze": _reshape,
