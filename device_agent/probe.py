@@ -25,6 +25,7 @@ from kedge.device_agent.cpus import (
     amd_cpu,
 )
 from kedge.rpc.abi import ABI_VERSION
+from kedge.rpc.caches import Caches, read_caches
 from kedge.rpc.selector import label_value
 from kedge.rpc.types import Accelerator, DeviceInfo
 
@@ -76,7 +77,7 @@ def probe(
         memory_bytes=memory,
         target=baseline_target(arch, frozenset(names), cores)
         if emulated
-        else target_string(arch, cpu_name, frozenset(names), cores),
+        else target_string(arch, cpu_name, frozenset(names), cores, read_caches(os.sched_getaffinity(0), root)),
         emulated=emulated,
         os_release=release.get("PRETTY_NAME", platform.release()),
         labels=found,
@@ -151,8 +152,10 @@ def _x86_cpu(fields: Mapping[str, str]) -> str:
     return amd_cpu(family, model) or "" if fields.get("vendor_id") == "AuthenticAMD" else ""
 
 
-def target_string(arch: str, cpu_name: str, features: AbstractSet[str], cores: int) -> str:
-    """The target that compiles for this device.
+def target_string(
+    arch: str, cpu_name: str, features: AbstractSet[str], cores: int, caches: Optional[Caches] = None
+) -> str:
+    """The target that compiles for this device, with its caches where the kernel describes them.
 
     It names the CPU (or its nearest relative) only where the device has everything that name promises, since a
     virtual machine may hide features; then every further feature that is there. It never promises a missing one.
@@ -163,6 +166,11 @@ def target_string(arch: str, cpu_name: str, features: AbstractSet[str], cores: i
     if extra:
         parts.append(f"-mattr={','.join(extra)}")
     parts.append(f"-num-cores={cores}")
+    if caches is not None:
+        parts.append(f"-l1={caches.l1_bytes}")
+        if caches.l2_bytes:
+            parts.append(f"-l2={caches.l2_bytes}")
+        parts.append(f"-l3={caches.l3_bytes}")
     return " ".join(parts)
 
 

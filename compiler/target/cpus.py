@@ -1,7 +1,11 @@
 """The processors that kedge knows by LLVM's names, and boards that carry them.
 
 A CPU's feature list names only what changes the numeric code we emit, and only what every specimen has: each
-feature becomes a requirement of the artifact. Cache sizes are per core; a shared L2 is divided by its sharers.
+feature becomes a requirement of the artifact. Cache sizes are per core; a shared L2 is divided by its sharers. A third
+level is what one core of an ordinary machine reaches, and 0 where many machines have none.
+
+Units and latencies are those of the vendors' optimization guides and of LLVM's scheduling models. Where a processor
+without fused multiply-add multiplies and adds in different units, a pair of both counts as one.
 """
 
 from __future__ import annotations
@@ -11,17 +15,64 @@ from dataclasses import dataclass
 from kedge.compiler.target.arch import AARCH64, ARMV7, RISCV64, X86_64, Arch
 
 KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Execution units that do the same: how many, and how many bits each takes in a cycle."""
+
+    count: int
+    bits: int
+
+    def per_cycle(self, vector_bits: int) -> float:
+        """How many operations on vectors of `vector_bits` start in a cycle, at most."""
+        return self.count * min(1.0, self.bits / vector_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipes:
+    """What bounds a core's inner loops. `fma_latency` is in cycles, from one to the next of the same accumulator."""
+
+    fma: Units
+    fma_latency: int
+    loads: Units
+    stores: Units
+
+
+#: Scalar or of half width: what nothing is known about.
+_SMALL = Pipes(Units(1, 64), 8, Units(1, 128), Units(1, 128))
+_WESTMERE = Pipes(Units(1, 128), 8, Units(1, 128), Units(1, 128))
+_SANDY = Pipes(Units(1, 256), 8, Units(2, 128), Units(1, 128))
+_HASWELL = Pipes(Units(2, 256), 5, Units(2, 256), Units(1, 256))
+_SKYLAKE = Pipes(Units(2, 256), 4, Units(2, 256), Units(1, 256))
+_GOLDEN = Pipes(Units(2, 256), 4, Units(3, 256), Units(2, 256))
+_SKYLAKE_512 = Pipes(Units(2, 512), 4, Units(2, 512), Units(1, 512))
+_ICELAKE_512 = Pipes(Units(2, 512), 4, Units(2, 512), Units(2, 256))
+_ZEN = Pipes(Units(2, 256), 5, Units(2, 256), Units(1, 256))
+_ZEN3 = Pipes(Units(2, 256), 4, Units(2, 256), Units(1, 256))
+_ZEN5 = Pipes(Units(2, 512), 4, Units(2, 512), Units(1, 512))
+_IN_ORDER = Pipes(Units(1, 128), 8, Units(1, 128), Units(1, 128))
+_A55 = Pipes(Units(1, 128), 4, Units(1, 128), Units(1, 128))
+_A72 = Pipes(Units(1, 128), 4, Units(1, 128), Units(1, 64))
+_A76 = Pipes(Units(2, 128), 4, Units(2, 128), Units(1, 128))
+_V1 = Pipes(Units(4, 128), 4, Units(3, 128), Units(2, 128))
+_V2_ARM = Pipes(Units(4, 128), 2, Units(3, 128), Units(2, 128))
+_N2 = Pipes(Units(2, 128), 4, Units(3, 128), Units(2, 128))
+_A9 = Pipes(Units(1, 64), 8, Units(1, 64), Units(1, 64))
 
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """A processor core: LLVM's name, features beyond the architecture's baseline, bytes of data cache."""
+    """A processor core: LLVM's name, features beyond the architecture's baseline, units, bytes of data cache."""
 
     name: str
     arch: Arch
     features: tuple[str, ...] = ()
+    pipes: Pipes = _SMALL
     l1_bytes: int = 32 * KIB
     l2_bytes: int = 256 * KIB
+    l3_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,51 +95,60 @@ _V7 = ("neon", "vfp4", "fp16", "hwdiv", "hwdiv-arm")
 _V8_32 = (*_V7, "crc")
 
 CPUS: tuple[Cpu, ...] = (
-    Cpu("x86-64", X86_64),
-    Cpu("x86-64-v2", X86_64, _V2),
-    Cpu("x86-64-v3", X86_64, _V3),
-    Cpu("x86-64-v4", X86_64, _V4, 32 * KIB, 1024 * KIB),
-    Cpu("nehalem", X86_64, _V2),
-    Cpu("sandybridge", X86_64, (*_V2, "avx")),
-    Cpu("haswell", X86_64, _V3),
-    Cpu("broadwell", X86_64, _V3),
-    Cpu("skylake", X86_64, _V3),
-    Cpu("alderlake", X86_64, (*_V3, "avxvnni"), 48 * KIB, 1280 * KIB),
-    Cpu("skylake-avx512", X86_64, _V4, 32 * KIB, 1024 * KIB),
-    Cpu("cascadelake", X86_64, (*_V4, "avx512vnni"), 32 * KIB, 1024 * KIB),
-    Cpu("icelake-server", X86_64, (*_V4, "avx512vnni"), 48 * KIB, 1280 * KIB),
-    Cpu("sapphirerapids", X86_64, (*_V4, "avx512vnni", "avx512bf16", "avxvnni"), 48 * KIB, 2048 * KIB),
-    Cpu("znver2", X86_64, _V3, 32 * KIB, 512 * KIB),
-    Cpu("znver3", X86_64, _V3, 32 * KIB, 512 * KIB),
-    Cpu("znver4", X86_64, (*_V4, "avx512vnni", "avx512bf16"), 32 * KIB, 1024 * KIB),
-    Cpu("znver5", X86_64, (*_V4, "avx512vnni", "avx512bf16", "avxvnni"), 48 * KIB, 1024 * KIB),
-    Cpu("generic", AARCH64),
-    Cpu("cortex-a35", AARCH64, (), 32 * KIB, 128 * KIB),
-    Cpu("cortex-a53", AARCH64, (), 32 * KIB, 128 * KIB),
-    Cpu("cortex-a55", AARCH64, _ARM82, 32 * KIB, 128 * KIB),
-    Cpu("cortex-a57", AARCH64, (), 32 * KIB, 512 * KIB),
-    Cpu("cortex-a72", AARCH64, (), 32 * KIB, 256 * KIB),
-    Cpu("cortex-a73", AARCH64, (), 32 * KIB, 512 * KIB),
-    Cpu("cortex-a75", AARCH64, _ARM82, 64 * KIB, 256 * KIB),
-    Cpu("cortex-a76", AARCH64, _ARM82, 64 * KIB, 512 * KIB),
-    Cpu("cortex-a78", AARCH64, _ARM82, 64 * KIB, 256 * KIB),
-    Cpu("cortex-a78ae", AARCH64, _ARM82, 64 * KIB, 256 * KIB),
-    Cpu("cortex-x1", AARCH64, _ARM82, 64 * KIB, 1024 * KIB),
-    Cpu("neoverse-n1", AARCH64, _ARM82, 64 * KIB, 1024 * KIB),
+    Cpu("x86-64", X86_64, (), _WESTMERE),
+    Cpu("x86-64-v2", X86_64, _V2, _WESTMERE),
+    Cpu("x86-64-v3", X86_64, _V3, _HASWELL),
+    # Half of these machines split an operation on 512 bits in two.
+    Cpu("x86-64-v4", X86_64, _V4, _ZEN3, 32 * KIB, 1024 * KIB),
+    Cpu("nehalem", X86_64, _V2, _WESTMERE, 32 * KIB, 256 * KIB, 8 * MIB),
+    Cpu("sandybridge", X86_64, (*_V2, "avx"), _SANDY, 32 * KIB, 256 * KIB, 8 * MIB),
+    Cpu("haswell", X86_64, _V3, _HASWELL, 32 * KIB, 256 * KIB, 8 * MIB),
+    Cpu("broadwell", X86_64, _V3, _HASWELL, 32 * KIB, 256 * KIB, 8 * MIB),
+    Cpu("skylake", X86_64, _V3, _SKYLAKE, 32 * KIB, 256 * KIB, 8 * MIB),
+    Cpu("alderlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 1280 * KIB, 24 * MIB),
+    Cpu("skylake-avx512", X86_64, _V4, _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
+    Cpu("cascadelake", X86_64, (*_V4, "avx512vnni"), _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
+    Cpu("icelake-server", X86_64, (*_V4, "avx512vnni"), _ICELAKE_512, 48 * KIB, 1280 * KIB, 24 * MIB),
+    Cpu(
+        "sapphirerapids",
+        X86_64,
+        (*_V4, "avx512vnni", "avx512bf16", "avxvnni"),
+        _ICELAKE_512,
+        48 * KIB,
+        2 * MIB,
+        32 * MIB,
+    ),
+    Cpu("znver2", X86_64, _V3, _ZEN, 32 * KIB, 512 * KIB, 16 * MIB),
+    Cpu("znver3", X86_64, _V3, _ZEN3, 32 * KIB, 512 * KIB, 32 * MIB),
+    Cpu("znver4", X86_64, (*_V4, "avx512vnni", "avx512bf16"), _ZEN3, 32 * KIB, 1024 * KIB, 32 * MIB),
+    Cpu("znver5", X86_64, (*_V4, "avx512vnni", "avx512bf16", "avxvnni"), _ZEN5, 48 * KIB, 1024 * KIB, 32 * MIB),
+    Cpu("generic", AARCH64, (), _A72),
+    Cpu("cortex-a35", AARCH64, (), _IN_ORDER, 32 * KIB, 128 * KIB),
+    Cpu("cortex-a53", AARCH64, (), _IN_ORDER, 32 * KIB, 128 * KIB),
+    Cpu("cortex-a55", AARCH64, _ARM82, _A55, 32 * KIB, 128 * KIB),
+    Cpu("cortex-a57", AARCH64, (), _A72, 32 * KIB, 512 * KIB),
+    Cpu("cortex-a72", AARCH64, (), _A72, 32 * KIB, 256 * KIB),
+    Cpu("cortex-a73", AARCH64, (), _A72, 32 * KIB, 512 * KIB),
+    Cpu("cortex-a75", AARCH64, _ARM82, _A72, 64 * KIB, 256 * KIB),
+    Cpu("cortex-a76", AARCH64, _ARM82, _A76, 64 * KIB, 512 * KIB, 2 * MIB),
+    Cpu("cortex-a78", AARCH64, _ARM82, _A76, 64 * KIB, 256 * KIB, 2 * MIB),
+    Cpu("cortex-a78ae", AARCH64, _ARM82, _A76, 64 * KIB, 256 * KIB, 2 * MIB),
+    Cpu("cortex-x1", AARCH64, _ARM82, _V1, 64 * KIB, 1024 * KIB, 4 * MIB),
+    Cpu("neoverse-n1", AARCH64, _ARM82, _A76, 64 * KIB, 1024 * KIB, 32 * MIB),
     # SVE is present on V1, V2 and N2, but kedge emits fixed 128-bit vectors: not requiring it costs nothing.
-    Cpu("neoverse-v1", AARCH64, _ARM86, 64 * KIB, 1024 * KIB),
-    Cpu("neoverse-n2", AARCH64, _ARM86, 64 * KIB, 1024 * KIB),
-    Cpu("neoverse-v2", AARCH64, _ARM86, 64 * KIB, 2048 * KIB),
+    Cpu("neoverse-v1", AARCH64, _ARM86, _V1, 64 * KIB, 1024 * KIB, 32 * MIB),
+    Cpu("neoverse-n2", AARCH64, _ARM86, _N2, 64 * KIB, 1024 * KIB, 32 * MIB),
+    Cpu("neoverse-v2", AARCH64, _ARM86, _V2_ARM, 64 * KIB, 2 * MIB, 32 * MIB),
     Cpu("generic", ARMV7),
-    Cpu("cortex-a7", ARMV7, _V7, 32 * KIB, 128 * KIB),
-    Cpu("cortex-a8", ARMV7, ("neon",), 32 * KIB, 256 * KIB),
-    Cpu("cortex-a9", ARMV7, ("neon", "fp16"), 32 * KIB, 256 * KIB),
-    Cpu("cortex-a15", ARMV7, _V7, 32 * KIB, 512 * KIB),
-    Cpu("cortex-a53", ARMV7, _V8_32, 32 * KIB, 128 * KIB),
-    Cpu("cortex-a72", ARMV7, _V8_32, 32 * KIB, 256 * KIB),
+    Cpu("cortex-a7", ARMV7, _V7, _SMALL, 32 * KIB, 128 * KIB),
+    Cpu("cortex-a8", ARMV7, ("neon",), _A9, 32 * KIB, 256 * KIB),
+    Cpu("cortex-a9", ARMV7, ("neon", "fp16"), _A9, 32 * KIB, 256 * KIB),
+    Cpu("cortex-a15", ARMV7, _V7, _A72, 32 * KIB, 512 * KIB),
+    Cpu("cortex-a53", ARMV7, _V8_32, _IN_ORDER, 32 * KIB, 128 * KIB),
+    Cpu("cortex-a72", ARMV7, _V8_32, _A72, 32 * KIB, 256 * KIB),
     Cpu("generic-rv64", RISCV64),
-    Cpu("sifive-u74", RISCV64, (), 32 * KIB, 512 * KIB),
-    Cpu("spacemit-x60", RISCV64, ("v",), 32 * KIB, 128 * KIB),
+    Cpu("sifive-u74", RISCV64, (), _SMALL, 32 * KIB, 512 * KIB),
+    Cpu("spacemit-x60", RISCV64, ("v",), _IN_ORDER, 32 * KIB, 128 * KIB),
 )
 
 BOARDS: tuple[Board, ...] = (
@@ -109,6 +169,14 @@ BOARDS: tuple[Board, ...] = (
     Board("visionfive/2", "sifive-u74", RISCV64, 4, "StarFive VisionFive 2"),
     Board("bananapi/f3", "spacemit-x60", RISCV64, 8, "Banana Pi BPI-F3"),
 )
+
+
+def best_cpu(name: str, arch: Arch, features: frozenset[str]) -> Cpu:
+    """The CPU called `name`, or else the highest level of its architecture that promises nothing beyond `features`."""
+    levels = [cpu for cpu in CPUS if cpu.arch is arch and cpu.name.startswith(arch.generic_cpu)]
+    return find_cpu(name, arch) or max(
+        (c for c in levels if features >= set(c.features)), key=lambda c: len(c.features)
+    )
 
 
 def find_cpu(name: str, arch: Arch) -> Cpu | None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from pathlib import Path
 
 from kedge.compiler.errors import TargetError
 from kedge.compiler.target.arch import ARCHS, closure
-from kedge.compiler.target.cpus import find_cpu
-from kedge.compiler.target.model import Target
-
-_CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
+from kedge.compiler.target.cpus import best_cpu
+from kedge.compiler.target.model import Target, throughput_of
+from kedge.rpc.caches import Caches, read_caches
 
 
 @functools.cache
@@ -33,34 +31,27 @@ def native() -> Target:
         )
     name, features = host_cpu()
     usable = closure(arch, frozenset(features) & frozenset(arch.known_features)) & frozenset(features)
-    cpu = find_cpu(name, arch) or find_cpu(arch.generic_cpu, arch)
-    assert cpu is not None, f"no generic CPU for {arch.name}"
+    cpu = best_cpu(name, arch, usable)
+    caches = read_caches(usable_cpus()) or Caches(cpu.l1_bytes, cpu.l2_bytes, cpu.l3_bytes)
     return Target(
         arch,
         cpu.name,
         tuple(sorted(usable)),
         usable_threads(),
-        _cache_bytes(1) or cpu.l1_bytes,
-        _cache_bytes(2) or cpu.l2_bytes,
+        caches.l1_bytes,
+        caches.l2_bytes or cpu.l2_bytes,
+        caches.l3_bytes,
+        throughput_of(arch, cpu.name, usable),
     )
 
 
 def usable_threads() -> int:
     """How many CPUs this process may run on."""
+    return len(usable_cpus())
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """The system's numbers of the CPUs that this process may run on; at least one."""
     if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
-
-
-def _cache_bytes(level: int, root: Path = _CACHE_ROOT) -> int | None:
-    """Bytes of the data cache of `level`, or None where the kernel does not say."""
-    for index in sorted(root.glob("index*")):
-        try:
-            found = int((index / "level").read_text())
-            kind = (index / "type").read_text().strip()
-            size = (index / "size").read_text().strip()
-        except (OSError, ValueError):
-            continue
-        if found == level and kind in ("Data", "Unified") and size.endswith("K"):
-            return int(size[:-1]) * 1024
-    return None
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))

@@ -50,6 +50,22 @@ def positive(name: str, value: str) -> int:
     return number
 
 
+def size(name: str, value: str) -> int:
+    """The value of an option that counts bytes of what may be absent, 0 to `MAX_COUNT`; raises TargetError."""
+    return 0 if value == "0" else positive(name, value)
+
+
+def rate(name: str, value: str) -> float:
+    """The value of an option that says how many in a cycle, above 0 and at most 64; raises TargetError."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise TargetError(f"{name}={value}: not a number") from None
+    if not 0 < number <= 64:
+        raise TargetError(f"{name}={value}: must be above 0 and at most 64")
+    return number
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names what comes close to `word`, or else everything known."""
     names = sorted(set(known))

@@ -10,15 +10,15 @@ from kedge.compiler.errors import TargetError
 from kedge.compiler.target.arch import ARCHS, X86_64, Arch, closure, dependents
 from kedge.compiler.target.cpus import BOARDS, CPUS, Cpu, find_cpu
 from kedge.compiler.target.gpu import GPU_BOARDS, GPU_KINDS, GpuTarget
-from kedge.compiler.target.model import Target
-from kedge.compiler.target.options import nearest, options, positive
+from kedge.compiler.target.model import THROUGHPUT_OPTIONS, Target, Throughput, throughput_of
+from kedge.compiler.target.options import nearest, options, positive, rate, size
 from kedge.compiler.target.parse_gpu import gpu_head, parse_gpu
 
 #: What `parse` gives: a CPU, or a GPU with its host.
 AnyTarget: TypeAlias = Target | GpuTarget
 
 _PLANNED = ("rocm", "c")
-_OPTIONS = ("-mtriple", "-mcpu", "-mattr", "-num-cores", "-l1", "-l2")
+_OPTIONS = ("-mtriple", "-mcpu", "-mattr", "-num-cores", "-l1", "-l2", "-l3", *THROUGHPUT_OPTIONS)
 #: Levels of x86-64 are targets by themselves; other CPUs are named with -mcpu.
 _LEVELS = tuple(cpu for cpu in CPUS if cpu.arch is X86_64 and cpu.name.startswith("x86-64"))
 DEFAULT_CORES = 4
@@ -34,6 +34,7 @@ class _Draft:
     num_cores: int = DEFAULT_CORES
     attrs: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     base: Target | None = None
 
 
@@ -134,12 +135,12 @@ def _apply(draft: _Draft, name: str, value: str) -> None:
         draft.base = None
     elif name == "-mattr":
         draft.attrs += [item for item in value.split(",") if item and item != "none"]
+    elif name == "-num-cores":
+        draft.num_cores = positive(name, value)
+    elif name in ("-fma", "-loads", "-stores"):
+        draft.rates[name] = rate(name, value)
     else:
-        number = positive(name, value)
-        if name == "-num-cores":
-            draft.num_cores = number
-        else:
-            draft.sizes[name] = number
+        draft.sizes[name] = size(name, value) if name == "-l3" else positive(name, value)
 
 
 def _arch_of_triple(triple: str) -> Arch:
@@ -163,22 +164,28 @@ def _finish(draft: _Draft, text: str) -> Target:
         raise TargetError(
             f"target {text!r} does not say which architecture", hint="add -mtriple=aarch64-linux-gnu or -mcpu=…"
         )
-    if draft.base is not None:
-        name, features = draft.base.cpu, frozenset(draft.base.features)
-        l1, l2 = draft.base.l1_bytes, draft.base.l2_bytes
-    else:
-        cpu = draft.cpu or find_cpu(draft.arch.generic_cpu, draft.arch)
-        assert cpu is not None, f"no generic CPU for {draft.arch.name}"
-        name, features, l1, l2 = cpu.name, closure(draft.arch, frozenset(cpu.features)), cpu.l1_bytes, cpu.l2_bytes
+    cpu = draft.cpu or find_cpu(draft.arch.generic_cpu, draft.arch)
+    assert cpu is not None, f"no generic CPU for {draft.arch.name}"
+    known = draft.base or cpu
+    name = draft.base.cpu if draft.base is not None else cpu.name
+    features = closure(draft.arch, frozenset(known.features))
     for attr in draft.attrs:
         features = _change(draft.arch, features, attr)
+    usual = throughput_of(draft.arch, name, features)
     return Target(
         draft.arch,
         name,
         tuple(sorted(features)),
         draft.num_cores,
-        draft.sizes.get("-l1", l1),
-        draft.sizes.get("-l2", l2),
+        draft.sizes.get("-l1", known.l1_bytes),
+        draft.sizes.get("-l2", known.l2_bytes),
+        draft.sizes.get("-l3", known.l3_bytes),
+        Throughput(
+            draft.rates.get("-fma", usual.fma_per_cycle),
+            draft.sizes.get("-fma-latency", usual.fma_latency),
+            draft.rates.get("-loads", usual.loads_per_cycle),
+            draft.rates.get("-stores", usual.stores_per_cycle),
+        ),
     )
 
 

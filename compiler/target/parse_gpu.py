@@ -19,7 +19,7 @@ from kedge.compiler.target.gpu import (
     cuda_level,
     generation_of,
 )
-from kedge.compiler.target.model import Target
+from kedge.compiler.target.model import THROUGHPUT_OPTIONS, Target
 from kedge.compiler.target.options import nearest, options, positive
 
 _OPTIONS: dict[GpuKind, tuple[str, ...]] = {
@@ -28,7 +28,7 @@ _OPTIONS: dict[GpuKind, tuple[str, ...]] = {
 }
 _OF_THE_HOST = {
     name: f'{name} is the host\'s: write -host="llvm {name}=VALUE"'
-    for name in ("-mtriple", "-mcpu", "-mattr", "-num-cores", "-l1", "-l2")
+    for name in ("-mtriple", "-mcpu", "-mattr", "-num-cores", "-l1", "-l2", "-l3", *THROUGHPUT_OPTIONS)
 }
 
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kedge.compiler.codegen.machine import host_cpu
 from kedge.compiler.target.arch import ARCHS, Arch, closure
 from kedge.compiler.target.cpus import CPUS
-from kedge.compiler.target.parse import parse
+from kedge.compiler.target.parse import parse, parse_cpu
 from kedge.device_agent.agent import _find_gpus
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
 from kedge.device_agent.health import read_health
@@ -85,6 +86,35 @@ def test_this_machine_is_described_for_the_compiler() -> None:
     assert target.num_cores == device.num_cores == len(os.sched_getaffinity(0))
     assert not device.emulated
     assert device.memory_bytes > 1 << 28
+
+
+def test_an_agent_and_the_compiler_describe_this_machine_alike() -> None:
+    here = parse_cpu("native")
+    told = parse_cpu(probe("here", host_cpu()[1]).target)
+    assert (told.l1_bytes, told.l2_bytes, told.l3_bytes) == (here.l1_bytes, here.l2_bytes, here.l3_bytes)
+    assert (told.features, told.num_cores) == (here.features, here.num_cores)
+    assert told == here or cpu_of(here.arch.name, Path("/proc/cpuinfo").read_text()) not in TUNED[here.arch.name]
+
+
+def test_caches_go_with_the_target(board: Board) -> None:
+    last = max(os.sched_getaffinity(0))
+    entries = {
+        "index0": ("1", "Data", "32K", str(last)),
+        "index1": ("1", "Instruction", "48K", str(last)),
+        "index2": ("2", "Unified", "1M", "0-3"),
+    }
+    names = ("level", "type", "size", "shared_cpu_list")
+    root = board(
+        {"proc/cpuinfo": PI4_CPUINFO, "proc/sys/kernel/arch": "aarch64\n"}
+        | {
+            f"sys/devices/system/cpu/cpu{last}/cache/{index}/{name}": f"{value}\n"
+            for index, values in entries.items()
+            for name, value in zip(names, values, strict=True)
+        }
+    )
+    told = probe("pi", [], root=root, machine="aarch64").target
+    assert told.endswith("-l1=32768 -l2=262144 -l3=0")
+    assert parse_cpu(told).l2_bytes == parse_cpu("raspberry-pi/4b").l2_bytes
 
 
 def test_big_cores_count() -> None:

@@ -13,7 +13,17 @@ class Model:
     num_cores: int = 4
     vector_registers: int = 16
     l1_bytes: int = 32 * 1024
+    l2_bytes: int = 512 * 1024
+    l3_bytes: int = 8 * 1024 * 1024
+    fma_per_cycle: float = 2.0
+    fma_latency: int = 4
+    loads_per_cycle: float = 2.0
+    stores_per_cycle: float = 1.0
     fma: bool = True
+
+    @property
+    def l3_share_bytes(self) -> int:
+        return self.l3_bytes // self.num_cores
 
 
 AVX2, AVX512 = Model(), Model(vector_bits=512, vector_registers=32)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.compiler.errors import TargetError
-from kedge.compiler.target import ARCHS, Target, known_tags, parse
+from kedge.compiler.target import ARCHS, Target, known_tags, parse, parse_cpu
 from kedge.compiler.target.arch import closure
-from kedge.compiler.target.cpus import BOARDS, CPUS, find_cpu
+from kedge.compiler.target.cpus import BOARDS, CPUS, best_cpu, find_cpu
+from kedge.compiler.target.model import Throughput
 
 
 @pytest.mark.parametrize("tag", known_tags())
@@ -60,6 +61,46 @@ def test_what_schedule_rules_see(text: str, bits: int, registers: int, fma: bool
     assert (target.vector_bits, target.vector_registers, target.fma) == (bits, registers, fma)
 
 
+@pytest.mark.parametrize(
+    ("text", "fma", "latency", "loads", "stores"),
+    [
+        ("llvm -mcpu=znver4", 1, 4, 1, 0.5),  # two units of 256 bits, whatever the vectors are
+        ("llvm -mcpu=znver4 -mattr=-avx512f", 2, 4, 2, 1),
+        ("llvm -mcpu=skylake-avx512", 2, 4, 2, 1),
+        ("llvm -mcpu=haswell", 2, 5, 2, 1),
+        ("llvm -mcpu=haswell -mattr=-fma", 1, 5, 2, 1),  # a multiplication and an addition in the same units
+        ("raspberry-pi/4b", 1, 4, 1, 0.5),
+        ("raspberry-pi/5", 2, 4, 2, 1),
+        ("raspberry-pi/3b", 1, 8, 1, 1),
+        ("llvm -mtriple=armv7-linux-gnueabihf -mcpu=cortex-a9", 0.5, 8, 0.5, 0.5),
+        ("aws/graviton2 -fma=1.5 -fma-latency=7 -loads=1 -stores=0.25", 1.5, 7, 1, 0.25),
+    ],
+)
+def test_what_bounds_an_inner_loop(text: str, fma: float, latency: int, loads: float, stores: float) -> None:
+    target = parse_cpu(text)
+    assert (target.fma_per_cycle, target.fma_latency) == (fma, latency)
+    assert (target.loads_per_cycle, target.stores_per_cycle) == (loads, stores)
+
+
+def test_a_text_says_only_what_the_cpus_table_does_not() -> None:
+    assert "-l2=1048576" in str(parse("aws/graviton2"))
+    assert not re.search(r"-(l3|fma|loads|stores)", str(parse("aws/graviton2")))
+    assert str(parse("aws/graviton2 -l3=0 -fma=0.5")).endswith("-l3=0 -fma=0.5")
+
+
+def test_each_core_has_a_part_of_the_third_level() -> None:
+    assert parse_cpu("aws/graviton2").l3_share_bytes == 512 * 1024
+    assert parse_cpu("raspberry-pi/4b").l3_share_bytes == 0
+
+
+def test_an_unknown_cpu_is_the_highest_level_that_it_can_be() -> None:
+    level = parse_cpu("x86-64-v3")
+    assert best_cpu("gargantua", level.arch, frozenset(level.features)).name == "x86-64-v3"
+    assert best_cpu("gargantua", level.arch, frozenset(level.features) - {"bmi2"}).name == "x86-64-v2"
+    assert best_cpu("gargantua", level.arch, frozenset()).name == "x86-64"
+    assert best_cpu("haswell", level.arch, frozenset()).name == "haswell"
+
+
 def test_features_imply_others_and_go_with_what_they_need() -> None:
     assert {"avx2", "avx", "sse3", "avx512f"} <= set(parse("x86-64 -mattr=+avx512vl").required_features)
     without = parse("x86-64-v4 -mattr=-avx2").required_features
@@ -95,6 +136,11 @@ def test_native_lists_exactly_what_this_machine_has() -> None:
         ("llvm", "which architecture", "-mtriple"),
         ("", "empty target", "native"),
         ("llvm -mcpu='x", "quot", ""),
+        ("x86-64 -fma=fast", "not a number", ""),
+        ("x86-64 -loads=0", "above 0", ""),
+        ("x86-64 -stores=inf", "at most 64", ""),
+        ("x86-64 -fma=nan", "above 0", ""),
+        ("x86-64 -l3=-1", "at least 1", ""),
     ],
 )
 def test_a_wrong_target_is_refused_with_a_remedy(text: str, message: str, hint: str) -> None:
@@ -125,5 +171,15 @@ def test_every_feature_that_can_be_required_is_one_that_agents_report() -> None:
 def test_any_mix_of_features_reads_back(data: st.DataObject) -> None:
     arch = data.draw(st.sampled_from(ARCHS))
     features = data.draw(st.sets(st.sampled_from(arch.known_features)))
-    target = Target(arch, arch.generic_cpu, tuple(sorted(closure(arch, frozenset(features)))), 3, 4096, 65536)
+    rate = st.floats(0, 64, exclude_min=True)
+    target = Target(
+        arch,
+        data.draw(st.sampled_from([cpu.name for cpu in CPUS if cpu.arch is arch])),
+        tuple(sorted(closure(arch, frozenset(features)))),
+        3,
+        4096,
+        65536,
+        data.draw(st.sampled_from([0, 1 << 20, 32 << 20])),
+        Throughput(data.draw(rate), data.draw(st.integers(1, 99)), data.draw(rate), data.draw(rate)),
+    )
     assert parse(str(target)) == target

@@ -23,7 +23,7 @@ from kedge.compiler.codegen.kernel import KernelEmitter
 from kedge.compiler.codegen.machine import LOCK, parse_ir
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.target.arch import Arch
-from kedge.compiler.target.model import Target
+from kedge.compiler.target.model import Target, Throughput
 from kedge.compiler.tir.expr import Const
 from kedge.compiler.tir.simplify import bounds
 from kedge.compiler.tir.stmt import Buffer, Stmt
@@ -58,7 +58,7 @@ def emit_ptx(launches: Sequence[Launch], arch: str) -> str:
 
 def emit_ptx_ir(launches: Sequence[Launch], arch: str) -> str:
     """The LLVM IR of the kernels, before it is optimised."""
-    module = _PtxModule(Target(_NVPTX, arch, (), 1, 0, 0))
+    module = _PtxModule(Target(_NVPTX, arch, (), 1, 0, 0, 0, Throughput(0, 0, 0, 0)))
     for launch in launches:
         _emit_kernel(module, launch)
     return module.text()

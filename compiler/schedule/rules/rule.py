@@ -34,6 +34,34 @@ class TargetModel(Protocol):
         """Bytes of the first-level data cache of a core."""
 
     @property
+    def l2_bytes(self) -> int:
+        """Bytes of second-level cache that a core has to itself."""
+
+    @property
+    def l3_bytes(self) -> int:
+        """Bytes of third-level cache that a core reaches and others share; 0 where there is none."""
+
+    @property
+    def l3_share_bytes(self) -> int:
+        """A core's part of the third level while all cores work."""
+
+    @property
+    def fma_per_cycle(self) -> float:
+        """Multiply-adds of whole vectors that a core starts in a cycle, at most; below 1 where one takes longer."""
+
+    @property
+    def fma_latency(self) -> int:
+        """Cycles from one multiply-add to the next of the same accumulator."""
+
+    @property
+    def loads_per_cycle(self) -> float:
+        """Vectors that a core loads from its first-level cache in a cycle, at most."""
+
+    @property
+    def stores_per_cycle(self) -> float:
+        """Vectors that a core stores in a cycle, at most."""
+
+    @property
     def fma(self) -> bool:
         """Whether multiply and add are one instruction."""
 
