@@ -65,7 +65,7 @@ class Pipeline:
         return replace(self, passes=tuple(step for at, step in enumerate(self.passes) if at not in gone))
 
     def partition(self, externals: Sequence[External]) -> Pipeline:
-        """The pipeline that hands subgraphs to external code right before fusion, where patterns see simple operators.
+        """The pipeline that hands subgraphs to external code where patterns see simple operators: before layouts.
 
         Where a pattern names what is rewritten before (gemm, batch_norm), insert a `Partition` earlier instead.
         """
@@ -74,7 +74,8 @@ class Pipeline:
         if not externals:
             return self
         step = Partition(tuple(externals))
-        return self.insert_before("fuse", step) if "fuse" in self.names else replace(self, passes=(*self.passes, step))
+        at = next((name for name in ("layout", "fuse") if name in self.names), None)
+        return replace(self, passes=(*self.passes, step)) if at is None else self.insert_before(at, step)
 
     @property
     def externals(self) -> tuple[External, ...]:

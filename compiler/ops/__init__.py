@@ -57,11 +57,15 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | resample: sums of weights[i, t] · x[…, indices[i, t], …] | x, indices (N, T) | axis                               |
 |   over taps t; without weights T is 1                    | [, weights (N, T)]|                                    |
 | gather (numpy's take; indices are clamped)               | x, indices        | axis=0                             |
+| conv_blocked: x (N, I/i, S…, i) or (N, I, S…),           | x, w              | strides, pads, dilations, groups   |
+|   w (O/o, I/groups/i, K…, i, o), the pass over layouts's |                   |   as conv                          |
+| depthwise_blocked: x (N, C/c, S…, c), w (C/c, K…, c)     | x, w              | strides, pads, dilations           |
 """
 
 from __future__ import annotations
 
 from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
+    blocked,
     broadcast,
     conv,
     conv_transpose,

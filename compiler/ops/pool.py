@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import numpy as np
@@ -11,12 +11,14 @@ from kedge.compiler import te
 from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry, windows
+from kedge.compiler.ops.blocked import block, unblock
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.ops.windows import Windows
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Dim, Expr, as_expr, const, logical_and, minimum, select
 
-_ATTRS = {"kernel": REQUIRED, "strides": None, "pads": None, "dilations": None, "ceil_mode": False}
+#: With `lanes`, x is blocked, (N, C/c, S…, c): see `ops.blocked`.
+_ATTRS = {"kernel": REQUIRED, "strides": None, "pads": None, "dilations": None, "ceil_mode": False, "lanes": False}
 
 
 def _windows(attrs: Attrs) -> Windows:
@@ -29,9 +31,11 @@ def _windows(attrs: Attrs) -> Windows:
 def _infer_with(allowed: frozenset[str], types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     x = types[0]
     common.require_dtype(x, allowed)
-    rank = len(attrs["kernel"])
-    common.require(rank >= 1 and x.rank == rank + 2, f"a kernel of {rank} dims wants an input of rank {rank + 2}")
-    return (TensorType((*x.shape[:2], *_windows(attrs).output(x.shape[2:])), x.dtype, x.space),)
+    rank, lanes = len(attrs["kernel"]), int(attrs["lanes"])
+    wanted = rank + 2 + lanes
+    common.require(rank >= 1 and x.rank == wanted, f"a kernel of {rank} dims wants an input of rank {wanted}")
+    spatial = _windows(attrs).output(x.shape[2 : 2 + rank])
+    return (TensorType((*x.shape[:2], *spatial, *x.shape[2 + rank :]), x.dtype, x.space),)
 
 
 def _infer_max(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -46,15 +50,26 @@ def _tap_axes(x: Array, window: Windows) -> tuple[int, ...]:
     return tuple(range(x.ndim, x.ndim + len(window.kernel)))
 
 
-def _max_pool(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
-    (x,) = arrays
+def _blockwise(pool: Callable[[Array, Attrs], Array]) -> Callable[[Sequence[Array], Attrs], tuple[Array, ...]]:
+    """The reference that takes blocked arrays apart before `pool` and puts its result together again."""
+
+    def reference(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
+        (x,) = arrays
+        if not attrs["lanes"]:
+            return (pool(x, attrs),)
+        return (np.ascontiguousarray(block(pool(unblock(x), attrs), x.shape[-1])),)
+
+    return reference
+
+
+def _max_pool(x: Array, attrs: Attrs) -> Array:
     window = _windows(attrs)
     slid = windows.view(windows.pad_array(x, window, common.lowest(str(x.dtype))), window)
-    return (slid.max(axis=_tap_axes(x, window)),)
+    return np.asarray(slid.max(axis=_tap_axes(x, window)))
 
 
-def _avg_pool(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
-    x = common.wide(arrays[0])
+def _avg_pool(given: Array, attrs: Attrs) -> Array:
+    x = common.wide(given)
     window = _windows(attrs)
     rank = len(window.kernel)
     ones = np.ones(x.shape[2:], x.dtype)
@@ -66,7 +81,7 @@ def _avg_pool(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
         counted = windows.view(windows.pad_array(ones, window, 0), window)
     totals = windows.view(windows.pad_array(x, window, 0), window).sum(axis=_tap_axes(x, window))
     counts = counted.sum(axis=tuple(range(rank, 2 * rank)))
-    return ((totals / counts).astype(arrays[0].dtype),)
+    return np.asarray((totals / counts).astype(given.dtype))
 
 
 def _pad_to(ones: Array, window: Windows, sizes: tuple[int, ...]) -> Array:
@@ -101,7 +116,9 @@ def _lower_avg(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType,
     def mean(*indices: Expr) -> Expr:
         if not window.padded or (attrs["count_include_pad"] and not window.ceil_mode):
             return totals.at(indices) * const(1 / reduce(lambda a, b: a * b, window.kernel), dtype)
-        counts = [_taps(window, axis, i, x.shape[2 + axis], attrs) for axis, i in enumerate(indices[2:])]
+        counts = [
+            _taps(window, axis, indices[2 + axis], x.shape[2 + axis], attrs) for axis in range(len(window.kernel))
+        ]
         return totals.at(indices) / common.cast(reduce(lambda a, b: a * b, counts), dtype)
 
     return (common.elementwise(types[0], "avg_pool", mean),)
@@ -111,10 +128,11 @@ def _tap(
     x: Tensor, window: Windows, out: Sequence[Expr], taps: Sequence[te.ReduceAxis], fill: Expr
 ) -> Expr:  # fmt: skip
     """The input under one tap of a window, `fill` where that is padding."""
-    at = [window.position(axis, i, tap) for axis, (i, tap) in enumerate(zip(out[2:], taps, strict=True))]
-    value = common.read(x, (*out[:2], *at))
+    end = 2 + len(taps)
+    at = [window.position(axis, i, tap) for axis, (i, tap) in enumerate(zip(out[2:end], taps, strict=True))]
+    value = common.read(x, (*out[:2], *at, *out[end:]))
     guards = [
-        common.inside(index, size) for axis, (index, size) in enumerate(zip(at, x.shape[2:], strict=True))
+        common.inside(index, size) for axis, (index, size) in enumerate(zip(at, x.shape[2:end], strict=True))
         if window.ceil_mode or window.begins[axis] or window.ends[axis]
     ]  # fmt: skip
     return select(logical_and(*guards), value, fill) if guards else value
@@ -127,9 +145,10 @@ def _taps(window: Windows, axis: int, out: Expr, size: Dim, attrs: Attrs) -> Exp
     return minimum(windows.taps_inside(window, axis, out, 0, as_expr(size)), window.kernel[axis])
 
 
-registry.register(OpDef("max_pool", FusionKind.REDUCTION, _infer_max, _max_pool, _lower_max, _ATTRS))
+registry.register(OpDef("max_pool", FusionKind.REDUCTION, _infer_max, _blockwise(_max_pool), _lower_max, _ATTRS))
 registry.register(
     OpDef(
-        "avg_pool", FusionKind.REDUCTION, _infer_avg, _avg_pool, _lower_avg, {**_ATTRS, "count_include_pad": False}
+        "avg_pool", FusionKind.REDUCTION, _infer_avg, _blockwise(_avg_pool), _lower_avg,
+        {**_ATTRS, "count_include_pad": False},
     )
 )  # fmt: skip

@@ -115,23 +115,27 @@ def view(x: Array, windows: Windows) -> Array:
 
 
 def pad_tensor(x: te.Tensor, windows: Windows, fill: float | int) -> te.Tensor:
-    """`x` padded along its spatial axes by the begins and ends of `windows` (without what ceil_mode adds)."""
-    lead = len(x.shape) - len(windows.kernel)
-    spatial = x.shape[lead:]
+    """`x` padded along its spatial axes by the begins and ends of `windows` (without what ceil_mode adds).
+
+    Those come after batch and channels; behind them there may be the lanes of a block of channels.
+    """
+    lead = 2
+    spatial, lanes = x.shape[lead : lead + len(windows.kernel)], x.shape[lead + len(windows.kernel) :]
     shape = [
         plain(size + before + after) for size, before, after in zip(spatial, windows.begins, windows.ends, strict=True)
     ]
 
     def body(*indices: Expr) -> Expr:
-        own = [index - begin for index, begin in zip(indices[lead:], windows.begins, strict=True)]
+        inner = indices[lead + len(spatial) :]
+        own = [index - begin for index, begin in zip(indices[lead : lead + len(spatial)], windows.begins, strict=True)]
         guards: list[Expr] = []
         for index, size, begin, end in zip(own, spatial, windows.begins, windows.ends, strict=True):
             guards += [index >= 0] if begin else []
             guards += [index < as_expr(size)] if end else []
-        value = x.at((*indices[:lead], *own))
+        value = x.at((*indices[:lead], *own, *inner))
         return select(logical_and(*guards), value, const(fill, x.dtype)) if guards else value
 
-    return te.compute((*x.shape[:lead], *shape), body, name="pad")
+    return te.compute((*x.shape[:lead], *shape, *lanes), body, name="pad")
 
 
 def taps_inside(windows: Windows, axis: int, out: Expr, low: int, size: Expr) -> Expr:

@@ -12,7 +12,7 @@ from kedge.compiler.graph import interp, parser, structural
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.ir import Module, TensorType
-from kedge.compiler.graph.passes import default_passes
+from kedge.compiler.graph.passes import default_passes, for_target
 from kedge.compiler.graph.verify import verify
 from kedge.compiler.lower.interp import run_program
 from kedge.compiler.lower.lower import lower
@@ -63,7 +63,7 @@ def check_op(
 def run_lowered(module: Module, inputs: Mapping[str, Array], target: Target = X86, **options: Any) -> dict[str, Array]:
     """The outputs of the lowered program; every pass is given and must give a valid module that means the same."""
     expected = interp.run(module, inputs)
-    for step in default_passes():
+    for step in for_target(default_passes(), target):
         after = verify(step(module))
         assert step(after) is after or structural.equal(step(after), after), f"{step.name} has more to do"
         module = after

@@ -1,0 +1,404 @@
+"""Choosing layouts: convolutional networks run over blocks of channels, from the first convolution on.
+
+The vector registers of a CPU are filled by channels of one place that lie together, (N, C/c, S…, c): every
+convolution is then one loop nest of full vectors, whatever the width of an image (oneDNN's nChw16c, ONNX Runtime's
+NCHWc, Liu et al., "Optimizing CNN Model Inference on CPUs", 2019). What follows a convolution stays in that layout
+as far as it can; a tensor is packed or unpacked at most once, where somebody needs the other form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from kedge.compiler.dtypes import FLOATS
+from kedge.compiler.graph.builder import call, make_call
+from kedge.compiler.graph.dims import same_shape
+from kedge.compiler.graph.ir import Call, Function, Module, Value, operands
+from kedge.compiler.graph.passes.base import Context, Pass, with_functions, with_operands
+from kedge.compiler.ops import common, registry
+from kedge.compiler.ops.movement import slice_plan
+from kedge.compiler.ops.registry import FusionKind
+from kedge.compiler.target import AnyTarget, Target
+from kedge.compiler.tir.expr import Dim
+
+#: The fewest channels in a block.
+_LEAST_LANES = 4
+#: From this many channels on an unblocked input is packed before a convolution; an image with fewer is read as it is.
+_PACKED_CHANNELS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChannels:
+    """Rewrite convolutions and what surrounds them to blocks of channels, where the target is a CPU.
+
+    relu(add(conv(x, @w), b)) -> unpack(relu(add(conv_blocked(pack(x), pack(@w)), pack(b))))
+
+    where pack is a reshape and a transpose (of weights folded away afterwards), and unpack their inverse.
+    """
+
+    target: AnyTarget | None = None
+    name: str = "layout"
+
+    def for_target(self, target: AnyTarget) -> Pass:
+        """The pass for `target`."""
+        return replace(self, target=target)
+
+    def __call__(self, module: Module) -> Module:
+        """The module in the target's layouts; the same without a target, and for GPUs."""
+        if not isinstance(self.target, Target):
+            return module
+        context = Context(module)
+        functions = {name: _Blocker(each, self.target, context).run() for name, each in module.functions.items()}
+        if all(new is module.functions[name] for name, new in functions.items()):
+            return module
+        return with_functions(module, functions)
+
+
+def block_sizes(target: Target, dtype: str) -> tuple[int, ...]:
+    """Channels that a block may have for tensors of `dtype`, the best first: a register, then a half, a quarter."""
+    lanes = max(1, target.vector_bits // (8 * np.dtype(common.wide_dtype(dtype)).itemsize))
+    return tuple(size for size in (lanes, lanes // 2, lanes // 4) if size == lanes or size >= _LEAST_LANES)
+
+
+def block_of(channels: int, sizes: Sequence[int]) -> int | None:
+    """The best block that divides `channels`, or None."""
+    return next((size for size in sizes if size > 1 and channels % size == 0), None)
+
+
+def padded_block(channels: int, sizes: Sequence[int]) -> int:
+    """The block that costs least where channels are padded to a multiple: a narrow vector is not much cheaper."""
+    full = sizes[0]
+    return min(sizes, key=lambda size: (-(-channels // size) * (size + full / 4), -size))
+
+
+class _Blocker:
+    """Rewrites one function: every value has a plain form, a blocked one, or both once both are asked for."""
+
+    def __init__(self, function: Function, target: Target, context: Context) -> None:
+        self._function = function
+        self._target = target
+        self._context = context
+        self._plain: dict[int, Value] = {}
+        self._blocked: dict[int, dict[int, Value]] = {}  # by lanes; what came first is the value's own form
+
+    def run(self) -> Function:
+        for old in self._function.values():
+            blocked = self._convert(old) if isinstance(old, Call) else None
+            if blocked is None and id(old) not in self._plain:
+                self._plain[id(old)] = with_operands(old, [self.plain(operand) for operand in operands(old)])
+            elif blocked is not None:
+                self._blocked[id(old)] = {_lanes(blocked): blocked}
+        outputs = tuple(self.plain(value) for value in self._function.outputs)
+        if all(new is old for new, old in zip(outputs, self._function.outputs, strict=True)):
+            return self._function
+        return replace(self._function, outputs=outputs)
+
+    def _convert(self, old: Call) -> Value | None:
+        """The blocked form of a call's result; None where it stays plain (or its plain form is already entered)."""
+        rule = _RULES.get(old.op)
+        if rule is None and registry.get(old.op).kind <= FusionKind.BROADCAST and old.op != "broadcast_to":
+            rule = _elementwise
+        return None if rule is None or len(old.types) != 1 else rule(self, old)
+
+    # Forms of values ------------------------------------------------------------------------------------------
+
+    def plain(self, old: Value) -> Value:
+        """`old` as the front ends have it."""
+        found = self._plain.get(id(old))
+        if found is None:
+            blocked = self.own(old)
+            assert blocked is not None
+            found = self._plain[id(old)] = unpack(blocked, old.type.shape)
+        return found
+
+    def own(self, old: Value) -> Value | None:
+        """The blocked form that `old` was computed in, or that was packed first."""
+        return next(iter(self._blocked.get(id(old), {}).values()), None)
+
+    def has(self, old: Value, lanes: int) -> bool:
+        """Whether `old` is known in blocks of `lanes`, or is a weight, packed at no cost."""
+        return lanes in self._blocked.get(id(old), {}) or self.known(old)
+
+    def known(self, old: Value) -> bool:
+        """Whether the value's data is known when compiling."""
+        return self._context.known(old) is not None
+
+    def blocked(self, old: Value, lanes: int) -> Value:
+        """`old` (N, C, S…) in blocks of `lanes`, which divide C."""
+        forms = self._blocked.setdefault(id(old), {})
+        if lanes not in forms:
+            forms[lanes] = pack(self.plain(old), lanes)
+        return forms[lanes]
+
+    def enter_plain(self, old: Value, new: Value) -> None:
+        """Say that the plain form of `old` is `new`."""
+        self._plain[id(old)] = new
+
+    def sizes(self, dtype: str) -> tuple[int, ...]:
+        """The blocks of the target for `dtype`."""
+        return block_sizes(self._target, dtype)
+
+    def beside(self, old: Value, rank: int, channels: Dim, lanes: int) -> Value:
+        """An operand of an element-wise operator, to be broadcast to blocked tensors of that (plain) rank."""
+        type_ = old.type
+        axis = type_.rank - (rank - 1)
+        if all(_is_one(dim) for dim in type_.shape):
+            return self.plain(old)
+        if axis < 0 or _is_one(type_.shape[axis]):
+            return _reshaped(self.plain(old), (*type_.shape, 1))
+        if axis == 1:
+            return self.blocked(old, lanes)
+        return _reshaped(pack(_reshaped(self.plain(old), (1, *type_.shape)), lanes), None)
+
+
+def _lanes(blocked: Value) -> int:
+    return int(str(blocked.type.shape[-1]))
+
+
+def _is_one(dim: Dim) -> bool:
+    return isinstance(dim, int) and dim == 1
+
+
+def _origin(value: Value) -> tuple[str, ...]:
+    return value.origin if isinstance(value, Call) else ()
+
+
+def _reshaped(value: Value, shape: tuple[Dim, ...] | None) -> Value:
+    """`value` in another shape (None: without its first dim)."""
+    wanted = value.type.shape[1:] if shape is None else shape
+    if same_shape(value.type.shape, wanted):
+        return value
+    return call("reshape", value, shape=wanted, origin=_origin(value))
+
+
+def pack(plain: Value, lanes: int) -> Value:
+    """(N, C, S…) as (N, C/lanes, S…, lanes)."""
+    batch, channels, *spatial = plain.type.shape
+    blocks = int(str(channels)) // lanes
+    if all(_is_one(dim) for dim in spatial):
+        return _reshaped(plain, (batch, blocks, *spatial, lanes))
+    split = _reshaped(plain, (batch, blocks, lanes, *spatial))
+    rank = split.type.rank
+    return call("transpose", split, perm=(0, 1, *range(3, rank), 2), origin=_origin(plain))
+
+
+def unpack(blocked: Value, shape: tuple[Dim, ...]) -> Value:
+    """(N, C/c, S…, c) as `shape`, which is (N, C, S…)."""
+    rank = blocked.type.rank
+    if not all(_is_one(dim) for dim in shape[2:]):
+        perm = (0, 1, rank - 1, *range(2, rank - 1))
+        blocked = call("transpose", blocked, perm=perm, origin=_origin(blocked))
+    return _reshaped(blocked, shape)
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------
+
+
+def _conv(own: _Blocker, old: Call) -> Value | None:
+    weight = old.inputs[1]
+    if old.type.dtype not in FLOATS or not own.known(weight):
+        return None
+    filters, per_group = (int(str(dim)) for dim in weight.type.shape[:2])
+    groups = old.attrs["groups"]
+    if groups > 1 and per_group == 1 and filters == groups:
+        return _depthwise(own, old)
+    if groups > 1:
+        return _grouped(own, old, filters // groups, per_group)
+    return _dense(own, old, filters, per_group)
+
+
+def _dense(own: _Blocker, old: Call, filters: int, channels: int) -> Value | None:
+    sizes = own.sizes(old.type.dtype)
+    lanes_out = block_of(filters, sizes) or padded_block(filters, sizes)
+    source = _source(own, old.inputs[0], channels, sizes)
+    blocked = source.type.rank > old.type.rank
+    result = _conv_blocked(own, old, source, _lanes(source) if blocked else 1, lanes_out)
+    if filters % lanes_out == 0:
+        return result
+    shape = (*old.type.shape[:1], -(-filters // lanes_out) * lanes_out, *old.type.shape[2:])
+    whole = unpack(result, shape)
+    own.enter_plain(old, call("slice", whole, starts=(0,), ends=(filters,), axes=(1,), origin=old.origin))
+    return None
+
+
+def _source(own: _Blocker, x: Value, channels: int, sizes: Sequence[int]) -> Value:
+    """The input of a convolution: in the blocks it has, packed if it has many channels, or plain."""
+    found = own.own(x)
+    lanes = block_of(channels, sizes)
+    if found is not None:
+        return found
+    if lanes is None or channels < _PACKED_CHANNELS:
+        return own.plain(x)
+    return own.blocked(x, lanes)
+
+
+def _grouped(own: _Blocker, old: Call, filters: int, channels: int) -> Value | None:
+    """Blocks must not reach from one group into the next."""
+    sizes = own.sizes(old.type.dtype)
+    lanes_in, lanes_out = block_of(channels, sizes), block_of(filters, sizes)
+    if lanes_in is None or lanes_out is None:
+        return None
+    return _conv_blocked(own, old, own.blocked(old.inputs[0], lanes_in), lanes_in, lanes_out)
+
+
+def _conv_blocked(own: _Blocker, old: Call, source: Value, lanes_in: int, lanes_out: int) -> Value:
+    weight = pack_weight(own.plain(old.inputs[1]), lanes_in, lanes_out)
+    attrs = {name: old.attrs[name] for name in ("strides", "pads", "dilations", "groups")}
+    result: Value = make_call("conv_blocked", (source, weight), attrs, old.origin)
+    return _with_bias(own, old, result, lanes_out)
+
+
+def pack_weight(weight: Value, lanes_in: int, lanes_out: int) -> Value:
+    """(O, I, K…) as (O/lanes_out, I/lanes_in, K…, lanes_in, lanes_out); O is padded by zeros to a multiple."""
+    filters, channels, *kernel = (int(str(dim)) for dim in weight.type.shape)
+    weight = _padded(weight, -filters % lanes_out)
+    shape = (-(-filters // lanes_out), lanes_out, channels // lanes_in, lanes_in, *kernel)
+    perm = (0, 2, *range(4, 4 + len(kernel)), 3, 1)
+    return call("transpose", _reshaped(weight, shape), perm=perm)
+
+
+def _padded(value: Value, count: int) -> Value:
+    """`value` with `count` zeros behind its first axis."""
+    if count == 0:
+        return value
+    rank = value.type.rank
+    return call("pad", value, pads=(*[0] * rank, count, *[0] * (rank - 1)))
+
+
+def _with_bias(own: _Blocker, old: Call, result: Value, lanes: int) -> Value:
+    if len(old.inputs) < 3:
+        return result
+    bias = own.plain(old.inputs[2])
+    bias = _padded(bias, -int(str(bias.type.shape[0])) % lanes)
+    shape = (result.type.shape[1], *[1] * (result.type.rank - 3), lanes)
+    return call("add", result, _reshaped(bias, shape), origin=old.origin)
+
+
+def _depthwise(own: _Blocker, old: Call) -> Value | None:
+    x, weight = old.inputs[0], own.plain(old.inputs[1])
+    channels, _, *kernel = (int(str(dim)) for dim in weight.type.shape)
+    found = own.own(x)
+    lanes = _lanes(found) if found is not None else block_of(channels, own.sizes(old.type.dtype))
+    if lanes is None:
+        return None
+    packed = call(
+        "transpose",
+        _reshaped(weight, (channels // lanes, lanes, *kernel)),
+        perm=(0, *range(2, 2 + len(kernel)), 1),
+    )
+    attrs = {name: old.attrs[name] for name in ("strides", "pads", "dilations")}
+    result: Value = make_call("depthwise_blocked", (own.blocked(x, lanes), packed), attrs, old.origin)
+    return _with_bias(own, old, result, lanes)
+
+
+# -- what surrounds them -----------------------------------------------------------------------------------------
+
+
+def _elementwise(own: _Blocker, old: Call) -> Value | None:
+    """Stay in blocks where that packs no more tensors than it saves from being unpacked."""
+    full = [each for each in old.inputs if same_shape(each.type.shape, old.type.shape)]
+    choices = {_lanes(found) for each in full if (found := own.own(each)) is not None}
+    if not choices:
+        return None
+    channels = old.type.shape[1]
+
+    def packed(lanes: int) -> int:
+        return sum(1 for each in full if not own.has(each, lanes))
+
+    lanes = min(choices, key=lambda size: (packed(size), -size))
+    unpacked = sum(1 for each in full if id(each) not in own._plain)
+    if packed(lanes) > unpacked:
+        return None
+    rank = old.type.rank
+    inputs = [own.blocked(x, lanes) if x in full else own.beside(x, rank, channels, lanes) for x in old.inputs]
+    return make_call(old.op, inputs, old.attrs, old.origin)
+
+
+def _pool(own: _Blocker, old: Call) -> Value | None:
+    source = own.own(old.inputs[0])
+    return None if source is None else make_call(old.op, (source,), {**old.attrs, "lanes": True}, old.origin)
+
+
+def _reduce(own: _Blocker, old: Call) -> Value | None:
+    """Over places a reduction stays in blocks; over channels too, it gives a plain tensor."""
+    x = old.inputs[0]
+    source = own.own(x)
+    if source is None:
+        return None
+    axes = common.axes_of(old.attrs["axes"], x.type.rank)
+    last = source.type.rank - 1
+    over = (*axes, last) if 1 in axes else axes
+    keep = old.attrs["keepdims"]
+    result: Value = make_call(old.op, (source,), {**old.attrs, "axes": over}, old.origin)
+    spatial = range(2, x.type.rank)
+    if 1 not in axes and keep:
+        return result
+    if 1 in axes or all(axis in axes for axis in spatial):
+        own.enter_plain(old, _reshaped(result, old.type.shape))
+    return None
+
+
+def _concat(own: _Blocker, old: Call) -> Value | None:
+    forms = [own.own(each) for each in old.inputs]
+    found = [_lanes(form) for form in forms if form is not None]
+    axis = common.axis_of(old.attrs["axis"], old.type.rank)
+    counts = [each.type.shape[1] for each in old.inputs]
+    if not found or 2 * len(found) < len(forms):
+        return None
+    lanes = max(set(found), key=lambda size: (found.count(size), size))
+    if not all(isinstance(count, int) and count % lanes == 0 for count in counts):
+        return None
+    inputs = [own.blocked(each, lanes) for each in old.inputs]
+    return make_call("concat", inputs, {"axis": axis}, old.origin)
+
+
+def _slice(own: _Blocker, old: Call) -> Value | None:
+    x = old.inputs[0]
+    source = own.own(x)
+    if source is None:
+        return None
+    lanes = _lanes(source)
+    start, step, count = slice_plan(x.type.shape, old.attrs)[1]
+    whole = (start, step) == (0, 1) and same_shape((count,), x.type.shape[1:2])
+    by_blocks = isinstance(start, int) and isinstance(count, int) and step == 1 and start % lanes == count % lanes == 0
+    if not whole and not by_blocks:
+        return None
+    axes = old.attrs["axes"] or tuple(range(len(old.attrs["starts"])))
+    steps = old.attrs["steps"] or (1,) * len(axes)
+    parts = []
+    for given, begin, end, by in zip(axes, old.attrs["starts"], old.attrs["ends"], steps, strict=True):
+        axis = common.axis_of(given, x.type.rank)
+        if axis != 1:
+            parts.append((axis, begin, end, by))
+        elif not whole:
+            parts.append((1, int(str(start)) // lanes, (int(str(start)) + int(str(count))) // lanes, 1))
+    if not parts:
+        return source
+    names = ("axes", "starts", "ends", "steps")
+    return make_call("slice", (source,), dict(zip(names, zip(*parts, strict=True), strict=True)), old.origin)
+
+
+def _pad(own: _Blocker, old: Call) -> Value | None:
+    source = own.own(old.inputs[0])
+    rank = old.type.rank
+    begins, ends = old.attrs["pads"][:rank], old.attrs["pads"][rank:]
+    if source is None or begins[1] != 0 or ends[1] != 0:
+        return None
+    return make_call("pad", (source,), {**old.attrs, "pads": (*begins, 0, *ends, 0)}, old.origin)
+
+
+_RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyType(
+    {
+        "conv": _conv,
+        "max_pool": _pool,
+        "avg_pool": _pool,
+        "concat": _concat,
+        "slice": _slice,
+        "pad": _pad,
+        **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"), _reduce),
+    }
+)
