@@ -107,8 +107,8 @@ class Operator(Named):
         return isinstance(value, Call) and self._fits(value) and Named.accepts(self, value)
 
     def _fits(self, call: Call) -> bool:
-        if len(call.types) != 1 or len(call.inputs) != len(self.inputs):
-            return False
+        if len(call.types) != 1 or len(call.inputs) != len(self.inputs) or call.attrs.get("absent"):
+            return False  # where an input is left out, the others are not at their places
         # An operator that users defined has a name for each way of fusing: my.domain.Gelu.elementwise.
         if call.op not in self.ops and call.op.rpartition(".")[0] not in self.ops:
             return False

@@ -3,7 +3,8 @@
 An operator of a custom ONNX domain becomes one graph operator per fusion kind, `my.domain.Gelu.elementwise`, because a
 declaration has one kind, and the kind follows from the function and from the types that a node gives it. The attributes
 of such a graph operator are `attributes`, those of the node as pairs, and `result`: each result is a call of its own,
-so that it fuses with what uses it, and what several results share is computed for each.
+so that it fuses with what uses it, and what several results share is computed for each. `absent` has the positions of
+inputs that the node leaves out before others; the function is given None for them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ Attributes: TypeAlias = Mapping[str, Any]
 #: Installed packages name modules in this group that register operators, so that the command line knows them too.
 ENTRY_POINTS: Final = "kedge.operators"
 OperatorT = TypeVar("OperatorT", bound="OnnxOperator")
+ItemT = TypeVar("ItemT")
 _STANDARD_DOMAINS: Final = ("", "ai.onnx")
 
 
@@ -85,8 +87,8 @@ class OnnxOperator:
         """Its graph operators: one for each way of fusing."""
         return tuple(_declaration(self, kind) for kind in FusionKind)
 
-    def results(self, tensors: Sequence[Tensor], attributes: Attributes) -> tuple[Tensor, ...]:
-        """What the function makes of `tensors`, each result a tensor that is computed.
+    def results(self, tensors: Sequence[Tensor | None], attributes: Attributes) -> tuple[Tensor, ...]:
+        """What the function makes of `tensors` (None: left out), each result a tensor that is computed.
 
         Raises:
             ShapeError: the function fails, does not take these attributes, or gives something else than tensors.
@@ -112,15 +114,16 @@ class OnnxOperator:
         return tuple(map(_computed, results))
 
     def infer(
-        self, types: Sequence[TensorType], attributes: Attributes
+        self, types: Sequence[TensorType | None], attributes: Attributes
     ) -> tuple[tuple[TensorType, ...], tuple[FusionKind, ...]]:
-        """The types of all results, and how each may fuse.
+        """The types of all results, and how each may fuse; `types` has None for an input that is left out.
 
         Raises:
             ShapeError: as `results`, and for tensors and symbolic dims that do not come from the inputs.
         """
-        tensors = _placeholders(types)
-        results = self.results(tensors, attributes)
+        places = _placeholders(types)
+        results = self.results(places, attributes)
+        tensors = [tensor for tensor in places if tensor is not None]
         known = {var for tensor in tensors for dim in tensor.shape if isinstance(dim, Expr) for var in free_vars(dim)}
         for result in results:
             try:
@@ -132,15 +135,18 @@ class OnnxOperator:
                 raise ShapeError(
                     f"{self.title}: {unknown} is no dim of its inputs", hint="take dims from the tensors' shapes"
                 )
-        space = types[0].space if types else "host"
+        space = next((type_.space for type_ in types if type_ is not None), "host")
         found = tuple(TensorType(plain_shape(each.shape), each.dtype, space) for each in results)
         return found, tuple(fusion_kind(each, tensors) for each in results)
 
-    def reference(self, arrays: Sequence[Array], attributes: Attributes) -> tuple[Array, ...]:
-        """All results for `arrays`, by the tensor IR's interpreter."""
-        given = [np.asarray(array) for array in arrays]
-        tensors = _placeholders([TensorType(tuple(array.shape), str(array.dtype)) for array in given])
-        results = self.results(tensors, attributes)
+    def reference(self, arrays: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
+        """All results for `arrays` (None: left out), by the tensor IR's interpreter."""
+        places = _placeholders(
+            [None if array is None else TensorType(tuple(array.shape), str(array.dtype)) for array in arrays]
+        )
+        results = self.results(places, attributes)
+        given = [np.asarray(array) for array in arrays if array is not None]
+        tensors = [tensor for tensor in places if tensor is not None]
         funcs = [te.create_prim_func([*tensors, result], self.op_type) for result in results]
         return tuple(interp.run(func, given)[0] for func in funcs)
 
@@ -232,24 +238,24 @@ def _load_installed() -> None:
 
 def _declaration(operator: OnnxOperator, kind: FusionKind) -> OpDef:
     def infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-        found, _ = operator.infer(types, dict(attrs["attributes"]))
+        found, _ = operator.infer(with_gaps(types, attrs["absent"]), dict(attrs["attributes"]))
         return (found[attrs["result"]],)
 
     def reference(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
-        return (operator.reference(arrays, dict(attrs["attributes"]))[attrs["result"]],)
+        return (operator.reference(with_gaps(arrays, attrs["absent"]), dict(attrs["attributes"]))[attrs["result"]],)
 
     def lower(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
         given = [TensorType(tensor.shape, tensor.dtype) for tensor in tensors]
-        found, kinds = operator.infer(given, dict(attrs["attributes"]))
+        found, kinds = operator.infer(with_gaps(given, attrs["absent"]), dict(attrs["attributes"]))
         index = attrs["result"]
         if index >= len(found) or not _same_values(found[index], types[0]) or kinds[index] is not kind:
             raise CompileError(
                 f"{operator.title}: its function does not give what it gave when the model was imported",
                 hint="load the model again; the function must give the same each time",
             )
-        return (operator.results(tensors, dict(attrs["attributes"]))[index],)
+        return (operator.results(with_gaps(tensors, attrs["absent"]), dict(attrs["attributes"]))[index],)
 
-    attrs = MappingProxyType({"attributes": (), "result": 0})
+    attrs = MappingProxyType({"attributes": (), "result": 0, "absent": ()})
     return OpDef(operator.graph_op(kind), kind, infer, reference, lower, attrs, (0, None))
 
 
@@ -257,8 +263,19 @@ def _same_values(a: TensorType, b: TensorType) -> bool:
     return a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
-def _placeholders(types: Sequence[TensorType]) -> list[Tensor]:
-    return [te.placeholder(type_.shape, type_.dtype, f"x{index}") for index, type_ in enumerate(types)]
+def with_gaps(items: Sequence[ItemT], absent: Sequence[int]) -> list[ItemT | None]:
+    """`items` in order, with None at the positions `absent`."""
+    result: list[ItemT | None] = list(items)
+    for position in sorted(absent):
+        result.insert(position, None)
+    return result
+
+
+def _placeholders(types: Sequence[TensorType | None]) -> list[Tensor | None]:
+    return [
+        None if type_ is None else te.placeholder(type_.shape, type_.dtype, f"x{index}")
+        for index, type_ in enumerate(types)
+    ]
 
 
 def _computed(result: Tensor) -> Tensor:

@@ -44,25 +44,31 @@ class OpaqueOperator(OnnxOperator):
         return (OpDef(self.graph_name, FusionKind.OPAQUE, infer, reference, None, attrs, (0, None)),)
 
     def infer(
-        self, types: Sequence[TensorType], attributes: Attributes
+        self, types: Sequence[TensorType | None], attributes: Attributes
     ) -> tuple[tuple[TensorType, ...], tuple[FusionKind, ...]]:
         """The type of the result.
 
         Raises:
-            ShapeError: the function fails, or gives something else than a shape and a dtype.
+            ShapeError: the function fails, or gives something else than a shape and a dtype; an input is left out
+                before others, which external code would not see.
         """
+        if None in types:
+            raise ShapeError(
+                f"{self.title}: input {types.index(None)} is left out before others",
+                hint="external code gets the inputs that there are, in order; leave out the last ones only",
+            )
         given = self._call("infer", self.result, types, attributes)
         try:
             shape, dtype = given
             name = str(np.dtype(dtype))
-            found = TensorType(plain_shape(shape), name, types[0].space if types else "host")
+            found = TensorType(plain_shape(shape), name, "host" if not types or types[0] is None else types[0].space)
         except (TypeError, ValueError) as error:
             raise ShapeError(
                 f"{self.title}: infer gives {given!r}, which is no shape and dtype", hint="return (n, 16), 'float32'"
             ) from error
         return (found,), (FusionKind.OPAQUE,)
 
-    def reference(self, arrays: Sequence[Array], attributes: Attributes) -> tuple[Array, ...]:
+    def reference(self, arrays: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
         """The result for `arrays`, by the user's reference."""
         given = [np.asarray(array) for array in arrays]
         result = np.asarray(self._call("reference", self.function, given, attributes))

@@ -606,3 +606,34 @@ def test_the_command_line_knows_the_operators_of_installed_packages(tmp_path: Pa
 
     assert "every operator is supported" in inspect(str(tmp_path))
     assert "every operator is supported" not in inspect("")
+
+
+def _scale_and_shift(tensors: Sequence[Any]) -> Any:
+    x, scale, shift = tensors
+
+    def element(*i: Any) -> Any:
+        value = x[i] if scale is None else x[i] * scale[i[-1]]
+        return value if shift is None else value + shift[i[-1]]
+
+    return te.compute(x.shape, element, name="scale_and_shift")
+
+
+@pytest.mark.parametrize(("names", "given"), [(["x", "", "b"], {"b"}), (["x", "a", "b"], {"a", "b"})])
+def test_an_input_left_out_before_others_is_none(names: list[str], given: set[str]) -> None:
+    data = {name: np.arange(1, 4, dtype=np.float32) for name in sorted(given)}
+    model = model_of([node("Scale", names, ["y"])], {"x": ("float32", ("N", 3))}, weights=data)
+    x = np.ones((2, 3), np.float32)
+    with te.register_onnx(DOMAIN, "Scale", _scale_and_shift):
+        module = verify(load_onnx(model))
+        assert structural.equal(parser.parse(module.show()).bind(module.params), module)
+        want = x * data.get("a", np.float32(1)) + data["b"]
+        np.testing.assert_array_equal(interp.run(module, {"x": x})["y"], want)
+        np.testing.assert_array_equal(run_lowered(module, {"x": x})["y"], want)
+
+
+def test_external_code_never_takes_one_input_for_another() -> None:
+    given = [np.ones(3, np.float32), np.ones(3, np.float32)]
+    with kedge.register_onnx(DOMAIN, "Odd", infer=lambda types: (types[0].shape, "float32"), reference=lambda a: a[0]):
+        model = model_of([node("Odd", ["x", "", "b"], ["y"])], {"x": ("float32", (3,))}, weights={"b": given[1]})
+        with pytest.raises(FrontendError, match=r"node 'act' \(Odd\).*input 1 is left out before others"):
+            load_onnx(model)

@@ -191,3 +191,11 @@ def test_nothing_to_compute_is_no_reason_to_warn(caplog: pytest.LogCaptureFixtur
     proto = model("g (float[0,3] x) => (float[] y) { y=Pad(x,pads) }", {"pads": i64(0, 1, 0, 1)})
     check(proto, [{"x": f(0, 3)}])
     assert not caplog.records
+
+
+def test_shape_arithmetic_with_an_input_left_out_before_others() -> None:
+    """Slice without axes, but with steps."""
+    body = "g (float[N,3,4,5] x) => (float[] y) { s=Shape(x) r=Slice(s,zero,four,,two) e=Expand(c,r) m=Add(e,k)"
+    body += " t=ReduceSum<keepdims=0>(m) u=ReduceSum<keepdims=0>(x) y=Add(t,u) }"
+    consts = {"zero": i64(0), "four": i64(4), "two": i64(2), "c": f(1, 1), "k": f(1)}
+    check(model(body, consts), [{"x": f(2, 3, 4, 5)}, {"x": f(3, 3, 4, 5)}])

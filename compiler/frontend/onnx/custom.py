@@ -13,7 +13,7 @@ from kedge.compiler.errors import FrontendError
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.ir import Value
 from kedge.compiler.ops import custom
-from kedge.compiler.ops.custom import OnnxOperator
+from kedge.compiler.ops.custom import OnnxOperator, with_gaps
 
 if TYPE_CHECKING:
     from kedge.compiler.frontend.onnx.node import Node
@@ -36,14 +36,17 @@ def convert(node: Node, operator: OnnxOperator) -> tuple[Value, ...]:
     count = len(node.proto.input)
     while count and not node.has(count - 1):
         count -= 1
-    inputs = [node.value(index) for index in range(count)]
-    types, kinds = operator.infer([value.type for value in inputs], attributes)
+    absent = tuple(index for index in range(count) if not node.has(index))
+    inputs = [node.value(index) for index in range(count) if index not in absent]
+    types, kinds = operator.infer(with_gaps([value.type for value in inputs], absent), attributes)
     wanted = [index for index in range(len(node.proto.output)) if node.wants(index)]
     if wanted and wanted[-1] >= len(types):
         raise node.error(f"wants {wanted[-1] + 1} results, but its function gives {len(types)}")
-    pairs = tuple(attributes.items())
+    attrs: dict[str, Any] = {"attributes": tuple(attributes.items())}
+    if absent:
+        attrs["absent"] = absent
     return tuple(
-        make_call(operator.graph_op(kind), inputs, {"attributes": pairs, "result": index}, (node.label,))
+        make_call(operator.graph_op(kind), inputs, {**attrs, "result": index}, (node.label,))
         for index, kind in enumerate(kinds)
     )
 
@@ -76,7 +79,9 @@ def evaluators() -> list[type[OpRun]]:
 
 def _evaluator(operator: OnnxOperator) -> type[OpRun]:
     def _run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
-        given = [np.asarray(array) for array in inputs if array is not None]
+        given = [None if array is None else np.asarray(array) for array in inputs]
+        while given and given[-1] is None:
+            given.pop()
         results = operator.reference(given, attributes_of(self.onnx_node))
         return results[: len(self.onnx_node.output)]
 

@@ -31,7 +31,7 @@ def fold(node: Node) -> Sequence[Entry | None] | None:
         return None
     given = [content for content in contents if content is not None]
     if any(content.dtype == object for content in given):
-        return _fold_symbolic(node, given)
+        return _fold_symbolic(node, contents)
     if node.proto.op_type in _GROWING and _grown(node.proto.op_type, given) > _LARGEST:
         return None
     if sum(content.size for content in given) > _LARGEST or not _is_foldable(node.proto, node.opset):
@@ -65,13 +65,17 @@ def _is_foldable(proto: onnx.NodeProto, opset: int) -> bool:
     return schema is not None and bool(schema.node_determinism != onnx.defs.OpSchema.NodeDeterminism.NonDeterministic)
 
 
-def _fold_symbolic(node: Node, contents: Sequence[Array]) -> Sequence[Entry] | None:
+def _fold_symbolic(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry] | None:
     evaluate = FOLDERS.get(node.proto.op_type)
     dtype = _folded_dtype(node)
     if evaluate is None or not dtype.startswith(("int", "bool")):
         return None
     try:
-        items = evaluate([content.astype(object) for content in contents], node.attributes)
+        # An input that is left out before others is empty.
+        operands = [np.empty(0, object) if content is None else content.astype(object) for content in contents]
+        while contents[len(operands) - 1] is None:
+            operands.pop()
+        items = evaluate(operands, node.attributes)
     except UndecidableError:
         return None
     except (ValueError, IndexError, KeyError, TypeError) as error:
