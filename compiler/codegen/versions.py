@@ -8,14 +8,19 @@
 
 One comparison per tile stands for one per element. What must hold for a tile is the condition in its worst case over
 the lanes, unrolled loops and short loops of the tile.
+
+A tile at the end, where it holds for a part, is a smaller tile wherever its size is known while compiling: of 49 rows
+in tiles of 8 the last has 1, and its condition is `r < 1`, which unrolled code decides. Where the number of rows is
+free, so is the size of the last tile: a tile that does much work gets a version for each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kedge.compiler.tir.expr import Binary, Const, Expr, Select, Var, const, logical_and
+from kedge.compiler.tir.expr import Binary, Const, Expr, Select, Var, const, eq, logical_and
 from kedge.compiler.tir.simplify import Simplifier, conjuncts, negated, over, simplify
 from kedge.compiler.tir.stmt import For, If, Range, Seq, Stmt, Store
 from kedge.compiler.tir.structural import Key, expr_key
@@ -27,12 +32,18 @@ from kedge.compiler.tir.visitor import (
     map_stmt_children,
     map_stmt_exprs,
     stmt_children,
+    substitute_expr,
 )
 
 #: A serial loop is looked through for the worst case of a condition only if it is this short.
 _SHORT = 16
 #: A tile of more stores than this, unrolled loops counted out, is not copied for the sake of a choice.
 _MOST_STORES = 64
+#: Versions of a tile, for all that its conditions may leave of it.
+_MOST_VERSIONS = 9
+#: Sizes of the last tile where its rows are free.
+_MOST_SIZES = 8
+_TRUE, _FALSE = const(True, "bool"), const(False, "bool")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +53,19 @@ class _Claim:
     conjunct: Expr
     sure: Expr
     depth: int  # of the innermost loop that `sure` depends on; 0: none
+    eliminated: tuple[Var, ...]  # what `sure` stands for all values of
+    part: _Part | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What a condition leaves of a tile: of its values of `step`, which begin at 0, those below `count`."""
+
+    step: Expr
+    count: Expr  # the same all over the tile
+    sizes: tuple[int, ...]  # what `count` may be where it cuts the tile
+    always: bool  # whether it is one of these then
+    pays: bool  # whether a version for each is worth its code
 
 
 # Predicates -----------------------------------------------------------------------------------------------------
@@ -49,10 +73,12 @@ class _Claim:
 
 def version_tiles(stmt: Stmt) -> Stmt:
     """`stmt` with each tile once without its predicates, where they provably hold, and once with them."""
-    claims = list(_claims(stmt, ()))
-    if not claims:
-        return stmt
-    return _version(stmt, max(claim.depth for claim in claims), 0, ())
+    return _versioned(stmt, ())
+
+
+def _versioned(stmt: Stmt, path: tuple[For, ...]) -> Stmt:
+    depth = max((claim.depth for claim in _claims(stmt, path)), default=-1)
+    return stmt if depth < len(path) else _version(stmt, depth, len(path), path)
 
 
 def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
@@ -62,14 +88,69 @@ def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
             body = _version(stmt.body, depth, level + 1, (*path, stmt))
             return stmt if body is stmt.body else replace(stmt, body=body)
         return map_stmt_children(stmt, lambda child: _version(child, depth, level, path))
-    sure: dict[Key, Expr] = {}
-    dropped: set[int] = set()
+    groups: dict[Key, list[_Claim]] = {}
     for claim in _claims(stmt, path):
-        # What never holds for a whole tile stays in both versions.
-        if claim.depth <= depth and not _is_false(claim.sure):
-            sure.setdefault(expr_key(claim.sure), claim.sure)
-            dropped.add(id(claim.conjunct))
-    return If(logical_and(*sure.values()), _without(stmt, dropped), stmt) if dropped else stmt
+        # What never holds for a whole tile stays in all versions, if nothing is known of its parts.
+        possible = not _is_false(claim.sure) or (claim.part is not None and claim.depth > 0)
+        if claim.depth <= depth and possible:
+            groups.setdefault(expr_key(claim.sure), []).append(claim)
+    if not groups:
+        return stmt
+    alike = [_Alike(tuple(group)) for group in groups.values()]
+    if math.prod(group.versions for group in alike) <= _MOST_VERSIONS:
+        return _in_parts(stmt, alike, {}, path)
+    whole = {id(claim.conjunct): _TRUE for group in alike for claim in group.claims}
+    return If(logical_and(*(group.sure for group in alike)), _replaced(stmt, whole), stmt)
+
+
+class _Alike:
+    """Claims that hold together."""
+
+    def __init__(self, claims: tuple[_Claim, ...]) -> None:
+        self.claims = claims
+        self.sure = claims[0].sure
+        parts = [claim.part for claim in claims]
+        #: What they leave of the tile, where that is worth versions of its own.
+        self.parts = tuple(part for part in parts if part is not None)
+        if len(self.parts) < len(parts) or not any(part.pays for part in self.parts):
+            self.parts = ()
+
+    @property
+    def versions(self) -> int:
+        """In how many versions a tile comes because of these."""
+        return 1 + len(self.parts[0].sizes) if self.parts else 2
+
+
+def _in_parts(
+    stmt: Stmt, groups: Sequence[_Alike], known: Mapping[int, Expr], path: tuple[For, ...], *, smaller: bool = False
+) -> Stmt:
+    """`stmt` as whole tiles and as each of the smaller ones, with conjuncts (by identity) replaced by what is `known`.
+
+    What stands in a smaller one, as tiles of blocks do, comes in versions of its own.
+    """
+    if not groups:
+        replaced = _replaced(stmt, known)
+        return _versioned(replaced, path) if smaller else replaced
+    group, rest = groups[0], groups[1:]
+    all_true = {**known, **{id(claim.conjunct): _TRUE for claim in group.claims}}
+    whole = _in_parts(stmt, rest, all_true, path, smaller=smaller)
+    if not group.parts:
+        return If(group.sure, whole, _in_parts(stmt, rest, known, path, smaller=smaller))
+    part = group.parts[0]
+    cut: list[tuple[Expr, Stmt]] = []
+    for size in part.sizes:
+        limits = {id(c.conjunct): p.step < size for c, p in zip(group.claims, group.parts, strict=True)}
+        cut.append((eq(part.count, size), _in_parts(stmt, rest, {**known, **limits}, path, smaller=True)))
+    if part.always and not cut:
+        return whole
+    if part.always:
+        other = cut.pop()[1]
+    else:
+        nothing = {**known, **{id(claim.conjunct): _FALSE for claim in group.claims}}
+        other = _in_parts(stmt, rest, nothing, path, smaller=smaller)
+    for condition, version in reversed(cut):
+        other = If(condition, version, other)
+    return If(group.sure, whole, other)
 
 
 def _claims(stmt: Stmt, path: tuple[For, ...]) -> Iterator[_Claim]:
@@ -81,7 +162,7 @@ def _claims(stmt: Stmt, path: tuple[For, ...]) -> Iterator[_Claim]:
         for conjunct in conjuncts(stmt.condition):
             claim = _claim(conjunct, path)
             if claim is not None:
-                yield claim
+                yield replace(claim, part=_part(claim, path))
     for child in stmt_children(stmt):
         yield from _claims(child, path)
 
@@ -102,37 +183,68 @@ def _claim(conjunct: Expr, path: Sequence[For]) -> _Claim | None:
             break
         eliminated.insert(0, loop.var)
     ranges = {loop.var: over(loop.extent) for loop in path}
-    sure = _worst_case(conjunct, eliminated, ranges)
-    if sure is None:
+    least = _least(conjunct, eliminated, ranges)
+    if least is None:
         return None
-    rest = set(free_vars(sure))
+    strict = conjunct.op in ("lt", "gt")
+    sure = simplify(Binary("gt" if strict else "ge", least, const(0)), ranges)
+    rest = set(free_vars(least))
     depth = max((i + 1 for i, loop in enumerate(path) if loop.var in rest), default=0)
     # Directly around the condition a version would save nothing over the condition itself.
-    return _Claim(conjunct, sure, depth) if depth < len(path) else None
+    return _Claim(conjunct, sure, depth, tuple(eliminated)) if depth < len(path) else None
 
 
-def _worst_case(conjunct: Binary, eliminated: Sequence[Var], ranges: Mapping[Var, Range]) -> Expr | None:
-    """A condition without the eliminated variables that implies `conjunct` for all their values, if one is known."""
+def _part(claim: _Claim, path: Sequence[For]) -> _Part | None:
+    """What the condition leaves of a tile, if few sizes are possible."""
+    conjunct, eliminated = claim.conjunct, claim.eliminated
+    assert isinstance(conjunct, Binary)  # as all claims are
+    known = Simplifier({loop.var: over(loop.extent) for loop in path})
+    distance = _distance(conjunct)
+    count = known.simplify(substitute_expr(distance, dict.fromkeys(eliminated, const(0))))
+    step = known.simplify(count - distance)
+    low, high = known.bounds(step)
+    if low != 0 or high is None or not set(free_vars(step)) <= set(eliminated):
+        return None
+    rest = known.simplify(count % (high + 1))
+    always = known.prove(count >= 1)
+    inner = path[claim.depth :]
+    if isinstance(rest, Const):
+        return _Part(step, count, (int(rest.value),) if rest.value else (), always, pays=True)
+    rows = any(loop.var is step and loop.kind == "unrolled" for loop in inner)
+    pays = any(loop.kind == "serial" for loop in inner)
+    return _Part(step, count, tuple(range(1, high + 1)), always, pays) if rows and high < _MOST_SIZES else None
+
+
+def _distance(conjunct: Binary) -> Expr:
+    """What is above 0 where the condition holds."""
+    small, large = (conjunct.a, conjunct.b) if conjunct.op in ("lt", "le") else (conjunct.b, conjunct.a)
+    difference: Expr = Binary("sub", large, small)
+    return difference if conjunct.op in ("lt", "gt") else difference + 1
+
+
+def _least(conjunct: Binary, eliminated: Sequence[Var], ranges: Mapping[Var, Range]) -> Expr | None:
+    """The least difference of the sides for all values of the eliminated variables, if it is known."""
     small, large = (conjunct.a, conjunct.b) if conjunct.op in ("lt", "le") else (conjunct.b, conjunct.a)
     simplifier = Simplifier(ranges)
     span = simplifier.span(Binary("sub", large, small), eliminated)
-    if span is None:
-        return None
-    least = simplifier.expr_of(span[0])
-    return simplify(Binary("gt" if conjunct.op in ("lt", "gt") else "ge", least, const(0)), ranges)
+    return None if span is None else simplifier.expr_of(span[0])
 
 
 def _is_false(condition: Expr) -> bool:
     return isinstance(condition, Const) and not condition.value
 
 
-def _without(stmt: Stmt, dropped: set[int]) -> Stmt:
-    """`stmt` with those conjuncts (by identity) taken for true."""
+def _replaced(stmt: Stmt, known: Mapping[int, Expr]) -> Stmt:
+    """`stmt` with those conjuncts (by identity) replaced."""
     if isinstance(stmt, If) and stmt.orelse is None:
-        terms = [term for term in conjuncts(stmt.condition) if id(term) not in dropped]
-        then = _without(stmt.then, dropped)
-        return If(logical_and(*terms), then) if terms else then
-    return map_stmt_children(stmt, lambda child: _without(child, dropped))
+        terms = list(conjuncts(stmt.condition))
+        new = [known.get(id(term), term) for term in terms]
+        then = _replaced(stmt.then, known)
+        if then is stmt.then and all(a is b for a, b in zip(new, terms, strict=True)):
+            return stmt
+        left = [term for term in new if term is not _TRUE]
+        return If(logical_and(*left), then) if left else then
+    return map_stmt_children(stmt, lambda child: _replaced(child, known))
 
 
 # Choices --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Dim, Expr, Select, Var, logical_and, select
 from kedge.compiler.tir.parser import parse_func
+from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.stmt import For, If, PrimFunc, Stmt
 from kedge.compiler.tir.visitor import walk_expr
 from support import functions
@@ -175,3 +176,51 @@ def test_conditions_of_data_are_let_be() -> None:
     )
     assert "if" not in print_prepared(func, prepare(func))
     assert_prepared(func, func, {})
+
+
+def tiled(m: Dim, n: int, rows: int, lanes: int, *, block: int = 1) -> tuple[PrimFunc, PrimFunc]:
+    """A product as it is, and in register tiles, by blocks of tiles of rows."""
+    func = functions.dense(m, 5, n, relu=False)
+    sch = Schedule(func)
+    i, j, k = sch.get_loops(sch.get_block("y"))
+    i0, i1, i2 = sch.split(i, [None, block, rows])
+    j0, j1, j2 = sch.split(j, [None, 2, lanes])
+    sch.reorder(i0, j0, i1, k, i2, j1, j2)
+    sch.cache_write(sch.get_block("y"), i1, "register")
+    sch.decompose_reduction(sch.get_block("y"), k)
+    for block_name in ("y", "y_init", "y_register"):
+        *_, i2, j1, j2 = sch.get_loops(sch.get_block(block_name))
+        sch.unroll(i2)
+        sch.unroll(j1)
+        sch.vectorize(j2)
+    return func, sch.func
+
+
+def conditions(stmt: Stmt) -> list[str]:
+    """What is asked inside of tiles."""
+    found = [print_expr(stmt.condition)] if isinstance(stmt, If) and stmt.orelse is None else []
+    return found + [each for child in statements_of(stmt) for each in conditions(child)]
+
+
+def test_the_last_tile_is_a_smaller_one() -> None:
+    """11 rows of tiles of 4 leave 3, 21 columns of 16 leave 5, and no loop variable around tiles is asked for."""
+    _, func = tiled(11, 21, 4, 8)
+    asked = conditions(prepare(func))
+    assert {term for each in asked for term in each.split(" and ")} == {"i_2 < 3", "j_1 * 8 + j_2 < 5"}
+
+
+def test_a_free_number_of_rows_has_a_version_for_each_rest() -> None:
+    _, func = tiled(N, 16, 4, 8)
+    assert set(conditions(prepare(func))) == {f"i_2 < {rows}" for rows in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tiles(kernels: KernelCache, seed: int) -> None:
+    rng = random.Random(seed)
+    size = rng.randrange(1, 40)
+    rows, lanes, block = rng.randrange(2, 9), rng.choice([4, 8]), rng.randrange(1, 4)
+    reference, func = tiled(rng.choice([size, N]), rng.randrange(2, 40), rows, lanes, block=block)
+    symbols = {"n": size} if func.symbols else {}
+    assert_prepared(func, reference, symbols)
+    if seed % 4 == 0:
+        assert_compiled(func, reference, symbols, kernels)
