@@ -21,6 +21,7 @@ from kedge.compiler.codegen.compact import compact
 from kedge.compiler.codegen.coverage import written_before_read
 from kedge.compiler.codegen.versions import version_choices, version_tiles
 from kedge.compiler.tir.expr import Const, Expr, Var, eq, logical_and
+from kedge.compiler.tir.flatten import flattened
 from kedge.compiler.tir.simplify import conjuncts, over, simplify_stmt
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Seq, Stmt
 from kedge.compiler.tir.visitor import (
@@ -53,14 +54,18 @@ def _clean(stmt: Stmt) -> Stmt:
 
 def lower_blocks(stmt: Stmt) -> Stmt:
     """`stmt` without blocks."""
+    return _lowered(flattened(stmt))  # loops on both sides of an outer block's border may reduce together
+
+
+def _lowered(stmt: Stmt) -> Stmt:
     if isinstance(stmt, For):
         split = _split_init(stmt)
         if split is not None:
             init, rest = split
-            return seq(lower_blocks(init), lower_blocks(rest))
+            return seq(_lowered(init), _lowered(rest))
     if isinstance(stmt, Block):
         return _lower_block(stmt)
-    return map_stmt_children(stmt, lower_blocks)
+    return map_stmt_children(stmt, _lowered)
 
 
 def _lower_block(block: Block) -> Stmt:
@@ -71,7 +76,7 @@ def _lower_block(block: Block) -> Stmt:
         guarded: Stmt = If(logical_and(*first), block.init) if first else block.init
         body = seq(guarded, body)
     # Inner blocks may use this block's variables, so they are lowered after the substitution.
-    body = lower_blocks(substitute(body, mapping))
+    body = _lowered(substitute(body, mapping))
     predicate = block.predicate
     if isinstance(predicate, Const) and predicate.value:
         return body

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in
+from kedge.compiler.schedule.tree import Access, accesses, blocks_in, loop_ranges, loops_in, users
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr, const
+from kedge.compiler.tir.flatten import flattened
 from kedge.compiler.tir.poly import Poly
 from kedge.compiler.tir.simplify import Simplifier, over
 from kedge.compiler.tir.stmt import Block, Buffer, For, IterVar, PrimFunc, Range, Stmt
@@ -53,8 +54,7 @@ def is_private(func: PrimFunc, loop: For, buffer: Buffer) -> bool:
     if not own_per_iteration(loop, buffer):
         return False
     inside = {id(block) for block in blocks_in(loop)}
-    users = [b for b in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(b))]
-    return all(id(block) in inside for block in users)
+    return all(id(block) in inside for block in users(func.body, buffer))
 
 
 def _placed(pairs: Sequence[tuple[IterVar, Expr]]) -> set[Var]:
@@ -110,14 +110,15 @@ def fetched_alike(loop: For, buffer: Buffer) -> bool:
     """
     if buffer.scope != "shared" or not (loop.thread or "").startswith("threadIdx."):
         return False
-    blocks = [block for block in blocks_in(loop) if any(a.buffer is buffer for a in accesses(block))]
-    written = {store.buffer for store in stores(loop.body)}
+    body = flattened(loop.body)
+    blocks = users(body, buffer)
+    written = {store.buffer for store in stores(body)}
     for number, block in enumerate(blocks):
         if not any(store.buffer is buffer for store in stores(block)):
             if number == 0:
                 return False
             continue
-        around = [each for each in loops_in(loop.body) if any(one is block for one in blocks_in(each))]
+        around = [each for each in loops_in(body) if any(one is block for one in blocks_in(each))]
         steering = (*block.bindings, block.predicate, *(each.extent for each in around))
         if any(loop.var in free_vars(expr) for expr in steering) or updates_in_place(block):
             return False
@@ -130,8 +131,7 @@ def combines(loop: For, buffer: Buffer) -> bool:
     """Whether threads of one group combine their parts of a reduction over `loop` in `buffer`."""
     together = (loop.thread or "").startswith("threadIdx.") and buffer.scope not in PRIVATE_SCOPES
     blocks = reducing_blocks(loop)
-    users = [block for block in blocks_in(loop) if any(a.buffer is buffer for a in accesses(block))]
-    return together and len(blocks) == 1 and users == list(blocks)
+    return together and len(blocks) == 1 and users(loop, buffer) == blocks
 
 
 def tied_to(func: PrimFunc, block: Block) -> Buffer | None:
@@ -150,7 +150,7 @@ def reusing(func: PrimFunc, buffer: Buffer) -> tuple[Block, Var] | None:
 
     A block that computes over loops which do not all tell where it writes puts one value after the other there.
     """
-    for block in blocks_in(func.body):
+    for block in blocks_in(flattened(func.body)):
         for store in stores(block.body):
             if store.buffer is not buffer:
                 continue
@@ -170,15 +170,14 @@ def reduces_over(loop: For) -> Block | None:
 
 
 def reducing_blocks(loop: For) -> tuple[Block, ...]:
-    """The blocks under `loop` whose reduction variables depend on the loop."""
-    return tuple(
-        block
-        for block in blocks_in(loop)
-        if any(
-            it.kind == "reduce" and loop.var in free_vars(binding)
-            for it, binding in zip(block.iters, block.bindings, strict=True)
-        )
-    )
+    """The blocks under `loop` whose reduction variables depend on the loop, be it through those of an outer block."""
+    found = {
+        block.name
+        for block in blocks_in(flattened(loop))
+        for it, binding in zip(block.iters, block.bindings, strict=True)
+        if it.kind == "reduce" and loop.var in free_vars(binding)
+    }
+    return tuple(block for block in blocks_in(loop) if block.name in found)
 
 
 def updates_in_place(block: Block) -> bool:
@@ -193,7 +192,7 @@ def _apart(loop: For, outer: Sequence[For], touching: Sequence[Access]) -> bool:
         return True
     if any(isinstance(node, Load) for a in touching for index in a.indices for node in walk_expr(index)):
         return False
-    inner = loops_in(loop.body)
+    inner = loops_in(flattened(loop.body))
     ranges = loop_ranges((*outer, loop, *inner))
     inside = {each.var: over(each.extent) for each in inner}
     if _separates(loop.var, inside, ranges, touching):

@@ -11,10 +11,12 @@ from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
     blocks_in,
+    enclosing,
     loop_path,
     loop_ranges,
     loops_in,
     loops_on,
+    users,
     writers,
 )
 from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Expr, Load, Select, Var
@@ -31,19 +33,19 @@ def is_free(func: PrimFunc, block: Block, buffer: Buffer, loops: Sequence[For], 
     of the loops further out must use elements of their own. From the innermost loop on that holds every use of the
     buffer they need not, if each of its iterations fills what it reads.
     """
-    if writers(func, buffer) != (block,):
+    if writers(func, buffer) != (block,) or enclosing(block_path(func, block.name)[:-1]) is not None:
         return False
     apart = [conflict(func, loop, loops[:number], [buffer]) is None for number, loop in enumerate(loops[:position])]
     if all(apart):
         return True
-    users = [each for each in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(each))]
-    common = [loop for loop in loops[:position] if set(map(id, users)).issubset(map(id, blocks_in(loop)))]
+    used_by = users(func.body, buffer)
+    common = [loop for loop in loops[:position] if set(map(id, used_by)).issubset(map(id, blocks_in(loop)))]
     if not common or not all(apart[len(common) :]):
         return False
     home = common[-1]
     if home.kind in ("parallel", "thread") and own_per_iteration(home, buffer):
         return True
-    return all(_reads_what_is_filled(func, home, block, each, buffer) for each in users if each is not block)
+    return all(_reads_what_is_filled(func, home, block, each, buffer) for each in used_by if each is not block)
 
 
 def _reads_what_is_filled(func: PrimFunc, home: For, block: Block, reader: Block, buffer: Buffer) -> bool:

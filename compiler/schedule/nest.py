@@ -6,8 +6,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
-from kedge.compiler.schedule.tree import blocks_in, condition_on, enclosing, loop_ranges, loops_on, refuse, unique
+from kedge.compiler.schedule.tree import (
+    before_blockize,
+    block_path,
+    blocks_in,
+    condition_on,
+    enclosing,
+    loop_ranges,
+    loops_on,
+    named,
+    refuse,
+    unique,
+)
 from kedge.compiler.tir.expr import Binary, Combiner, Const, Expr, Load, Var, const, identity, maximum, minimum
+from kedge.compiler.tir.flatten import flattened, holds_blocks
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, prove, prove_equal, simplify
@@ -31,6 +43,22 @@ def loop_vars(block: Block, kind: IterKind) -> frozenset[Var]:
     """The loop variables in the bindings of the block's iteration variables of one kind."""
     pairs = zip(block.iters, block.bindings, strict=True)
     return frozenset(v for it, binding in pairs if it.kind == kind for v in free_vars(binding))
+
+
+def resolved(func: PrimFunc, block: Block) -> Block:
+    """`block` with bindings that are expressions of loops, where an outer block stands between it and some of these."""
+    if enclosing(block_path(func, block.name)[:-1]) is None:
+        return block
+    return next((each for each in blocks_in(flattened(func.body)) if each.name == block.name), block)
+
+
+def check_holds_no_blocks(func: PrimFunc, primitive: str, block: Block) -> None:
+    """Refuse a block that holds others: they compute."""
+    if holds_blocks(block):
+        inside = [each for each in blocks_in(block) if each is not block]
+        reason = f"it holds {named(inside)}, and this takes blocks that hold no other"
+        hint = f"take block {inside[-1].name!r}; where that is refused, {before_blockize(primitive)}"
+        raise refuse(func, primitive, block, reason, hint=hint)
 
 
 def moving_together(block: Block, loops: Sequence[For]) -> tuple[Var, Var] | None:
@@ -106,7 +134,7 @@ def check_unconditional(func: PrimFunc, primitive: str, block: Block, path: Sequ
     outer = enclosing(path[:-1])
     if outer is not None:
         reason = f"it stands inside block {outer.name!r}, whose iteration variables it may use"
-        raise refuse(func, primitive, block, reason, hint=f"leave it there, or move block {outer.name!r}")
+        raise refuse(func, primitive, block, reason, hint=f"leave it there; or, {before_blockize(primitive)}")
     condition = condition_on(path)
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and would lose that condition elsewhere"

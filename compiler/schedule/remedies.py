@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from kedge.compiler.schedule.dependence import reusing, tied_to
-from kedge.compiler.schedule.nest import is_one, loop_vars
-from kedge.compiler.schedule.tree import block_path, blocks_in, handle, intermediate, loops_on, readers, writers
+from kedge.compiler.schedule.nest import is_one, loop_vars, resolved
+from kedge.compiler.schedule.tree import (
+    block_path,
+    blocks_in,
+    enclosing,
+    handle,
+    intermediate,
+    loops_on,
+    readers,
+    writers,
+)
 from kedge.compiler.tir.expr import Const, Load, Var
+from kedge.compiler.tir.flatten import holds_blocks
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Store
 from kedge.compiler.tir.visitor import loads, stores
 
@@ -25,8 +35,14 @@ def cache_write_call(func: PrimFunc, block: Block) -> str | None:
 
     The loop is the outermost one whose part of the output has a constant size.
     """
-    reducing, wanted = loop_vars(block, "reduce"), None
-    for loop in reversed(loops_around(func, block)):
+    if holds_blocks(block):
+        return None
+    reducing, wanted = loop_vars(resolved(func, block), "reduce"), None
+    path = block_path(func, block.name)
+    outer = enclosing(path[:-1])
+    if outer is not None and any(loop.var in reducing for loop in loops_on(path[: path.index(outer)])):
+        return None
+    for loop in reversed(loops_on(path if outer is None else path[path.index(outer) :])):
         wanted = loop if loop.var not in reducing else None
         if not isinstance(loop.extent, Const):
             break
@@ -104,7 +120,7 @@ def why_tied(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> tu
         return reason, f"in a new Schedule, sch.{primitive} before sch.fuse of these loops"
     reason = f"{buffer.name!r} is filled again in each iteration of loop {loop.name!r}, so its blocks cannot leave that"
     value = block.body.value if isinstance(block.body, Store) else None
-    if isinstance(value, Load) and block is writer:
+    if isinstance(value, Load) and block.name == writer.name:
         call = inline_call(func, value.buffer)
         if call is not None:
             return reason, f"inline what it copies: {call}"

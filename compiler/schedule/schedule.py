@@ -23,6 +23,7 @@ from typing import Any
 from kedge.compiler.schedule.drawing import Picture
 from kedge.compiler.schedule.handles import BlockRef, LoopRef, Ref
 from kedge.compiler.schedule.primitives.bind import bind
+from kedge.compiler.schedule.primitives.blockize import blockize
 from kedge.compiler.schedule.primitives.cache import cache_write
 from kedge.compiler.schedule.primitives.cache_read import cache_read
 from kedge.compiler.schedule.primitives.inline import compute_inline, reverse_compute_inline
@@ -190,8 +191,10 @@ class Schedule(Traced):
         self._commit("software_pipeline", software_pipeline(self._func, self._handles.var(loop), stages))
 
     @primitive('sch.tensorize(i, "x86.vnni.dot")')
-    def tensorize(self, loop: LoopRef, intrin: str) -> None:
+    def tensorize(self, loop: Ref, intrin: str) -> None:
         """The nest at `loop` by one instruction of the target, which must compute just the same.
+
+        A block stands for the nest that it holds, as `blockize` makes it.
 
         `kedge.compiler.schedule.intrinsics` describes the instructions. The nest is sealed: nothing may change it, or
         how its operands lie in memory.
@@ -200,7 +203,8 @@ class Schedule(Traced):
             for i in range(16):           ->   for i in tensorized(16):  # intrin='x86.vnni.dot'
               for k in range(4): …                 for k in tensorized(4): …
         """
-        self._commit("tensorize", tensorize(self._func, self._handles.var(loop), intrin))
+        subject = self._handles.var(loop) if isinstance(loop, LoopRef) else self._handles.name(loop)
+        self._commit("tensorize", tensorize(self._func, subject, intrin))
 
     @primitive('sch.prefetch(block, "x", i, 4)')
     def prefetch(self, block: BlockRef, buffer: str, loop: LoopRef, offset: int) -> None:
@@ -357,6 +361,28 @@ class Schedule(Traced):
         func, copy = cache_read(self._func, self._handles.name(block), buffer, self._handles.var(loop), scope)
         self._commit("cache_read", func)
         return self._handles.block(copy)
+
+    @primitive("sch.blockize(i)")
+    def blockize(self, loop: LoopRef) -> BlockRef:
+        """The nest at `loop`, which is around one block alone, as one block; returns that block.
+
+        It has an iteration variable for each of the block inside, of the same kind. Where the nest runs over whole
+        tiles that one counts them, else it is where the nest begins; where loops inside alone move the inner one it is
+        0, of extent 1. What holds the block inside back is asked of the outer one as far as loops inside have no part
+        in it. The initialisation stays with the block inside: it runs where that one's reduction begins, as before.
+
+        Loops around the outer block are changed as before, and those inside among themselves; blocks move, and are
+        cached, only on one side of its border. Do what crosses it before.
+
+        Rewrite:
+            for i0 in range(4):           ->   for i0 in range(4):
+              for i1 in range(8):                block y_o: vi_o = i0
+                block y: vi = i0 * 8 + i1          for i1 in range(8):
+                                                     block y: vi = vi_o * 8 + i1
+        """
+        func, outer = blockize(self._func, self._handles.var(loop))
+        self._commit("blockize", func)
+        return self._handles.block(outer)
 
     # Storage ----------------------------------------------------------------------------------------------------
 

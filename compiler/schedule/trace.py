@@ -13,7 +13,10 @@ from kedge.compiler.schedule.handles import Handles, Ref
 from kedge.compiler.schedule.primitives.prefetch import check_prefetched
 from kedge.compiler.schedule.primitives.storage import check_private
 from kedge.compiler.schedule.primitives.tensorize import check_tensorized
-from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.flatten import holds_blocks
+from kedge.compiler.tir.regions import with_regions
+from kedge.compiler.tir.stmt import Block, PrimFunc
+from kedge.compiler.tir.visitor import map_func
 
 #: One step of a trace: the primitive, its arguments and the ids of the handles it made. Plain JSON.
 Step: TypeAlias = Mapping[str, Any]
@@ -84,6 +87,11 @@ def _primitive_of(number: int, step: object) -> Primitive:
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(PRIMITIVES))}"
         raise _Malformed(f"replay: step {number}: there is no primitive {name!r}: {step!r}", hint=hint)
     return PRIMITIVES[name]
+
+
+def _with_outer_regions(func: PrimFunc) -> PrimFunc:
+    """`func` with the regions of blocks that hold others as these are now."""
+    return map_func(func, lambda s: with_regions(s) if isinstance(s, Block) and holds_blocks(s) else s)
 
 
 def no_function(where: str, value: object) -> ScheduleError:
@@ -164,6 +172,7 @@ class Traced:
 
     def _commit(self, primitive: str, func: PrimFunc) -> None:
         """Take over the new function, and retire the handles of what it no longer has."""
+        func = _with_outer_regions(func)
         check_private(self._func, func, primitive)
         check_tensorized(self._func, func, primitive)
         check_prefetched(self._func, func, primitive)

@@ -15,6 +15,7 @@ from kedge.compiler.tir.visitor import (
     map_stmt_children,
     seq,
     stmt_children,
+    stmt_exprs,
     stores,
     substitute_expr,
     walk_stmt,
@@ -122,6 +123,11 @@ def enclosing(path: Sequence[Stmt], below: Stmt | None = None) -> Block | None:
     return next((s for s in inside if isinstance(s, Block)), None)
 
 
+def before_blockize(primitive: str) -> str:
+    """The hint where an outer block is in the way."""
+    return f"in a new Schedule, sch.{primitive} before sch.blockize"
+
+
 def condition_on(path: Iterable[Stmt]) -> If | None:
     """The innermost `if` among the statements of a path: it decides whether the last of them runs."""
     return next((s for s in reversed(tuple(path)) if isinstance(s, If)), None)
@@ -184,7 +190,8 @@ def position_around(
             between = enclosing(block_path(func, block.name)[:-1], each)
             if between is not None:
                 reason = f"block {between.name!r} stands between loop {loop.name!r} and it"
-                raise refuse(func, primitive, block, reason, hint=f"take a loop inside of block {between.name!r}")
+                hint = f"take a loop inside of block {between.name!r}; or, {before_blockize(primitive)}"
+                raise refuse(func, primitive, block, reason, hint=hint)
             return position
     node = find_loop(func, loop)
     assert node is not None, "handles name loops of the function"
@@ -226,17 +233,19 @@ def buffer_name(func: PrimFunc, name: str) -> str:
 
 
 def writers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
-    """The blocks that write `buffer`, in order of execution."""
-    return tuple(b for b in blocks_in(func.body) if any(s.buffer is buffer for s in stores(b)))
+    """The blocks that write `buffer`, in order of execution; one that only holds such a block is none."""
+    return tuple(b for b in blocks_in(func.body) if any(a.buffer is buffer and a.is_write for a in own_accesses(b)))
 
 
 def readers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
     """The blocks that read `buffer`, in order of execution; a reduction reading its accumulator back is none."""
-    return tuple(
-        b
-        for b in blocks_in(func.body)
-        if any(load.buffer is buffer for load in loads(b)) and not any(s.buffer is buffer for s in stores(b))
-    )
+    written = writers(func, buffer)
+    return tuple(b for b in blocks_in(func.body) if buffer in _read_by(b) and b not in written)
+
+
+def users(stmt: Stmt, buffer: Buffer) -> tuple[Block, ...]:
+    """The blocks under `stmt` that read or write `buffer` themselves, in order of execution."""
+    return tuple(b for b in blocks_in(stmt) if any(a.buffer is buffer for a in own_accesses(b)))
 
 
 def check_only_writer(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
@@ -266,6 +275,17 @@ class Access:
 def accesses(stmt: Stmt) -> tuple[Access, ...]:
     """Every load and store under `stmt` in terms of loop variables: block variables are replaced by their bindings."""
     return tuple(_accesses(stmt, {}, None))
+
+
+def own_accesses(block: Block) -> tuple[Access, ...]:
+    """The loads and stores of a block, without those of the blocks inside."""
+    return tuple(access for access in accesses(block) if access.block is block)
+
+
+def _read_by(block: Block) -> set[Buffer]:
+    """What a block reads itself, to find out whether and where it runs, too."""
+    own = {access.buffer for access in own_accesses(block) if not access.is_write}
+    return own | {load.buffer for expr in stmt_exprs(block) for load in loads(expr)}
 
 
 def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Iterable[Access]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from kedge.compiler.schedule.drawing import Box, Column, Line, Picture, Span, draw
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, as_expr
+from kedge.compiler.tir.flatten import holds_blocks
 from kedge.compiler.tir.printer import Printer, attrs_text, word  # the names and words of the text
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterKind, LoopKind, PrimFunc, Region, Scope, Seq, Stmt
 from kedge.compiler.tir.visitor import free_vars, walk_stmt
@@ -114,8 +115,12 @@ class _Sketch:
                     lines += self._region("" if index else title, region)
             if block.init is not None:
                 lines += _labelled("init", "reduce", self._code(block.init))
-            lines += _labelled("body", "quiet", self._code(block.body))
-        return Box("block", tuple(lines), head=True, title=f"block {word(block.name)}")
+            inside: tuple[Box, ...] = ()
+            if holds_blocks(block):
+                inside = tuple(self._stmt(block.body, (*around, block.predicate) if guarded else around))
+            else:
+                lines += _labelled("body", "quiet", self._code(block.body))
+        return Box("block", tuple(lines), inside, head=True, title=f"block {word(block.name)}")
 
     def _region(self, title: str, region: Region) -> Iterator[Line]:
         first, *more = _wrap(self._names.region(region), WIDE)

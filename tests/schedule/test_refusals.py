@@ -744,6 +744,41 @@ def blocks_in_blocks() -> Refused:
     yield sch, lambda: sch.software_pipeline(outer, [0, 1])
 
 
+SQUARE = TRIANGLE.replace("range(i + 1)", "range(4)")
+TOGETHER = SQUARE.replace("spatial(4, i)", "spatial(4, (i * 4 + j) // 3)")
+UNTOLD = SQUARE.replace("        reads", "        where i + j * 2 < 5\n        reads").replace(
+    "spatial(4, i)", "spatial(4, i // 2)"
+)
+
+
+@topic
+def blockize() -> Refused:
+    sch, _, i, *_ = on(dense(8, 12, 16), "y")
+    rows(sch)
+    yield sch, lambda: sch.blockize(i)
+    sch, *_ = on(NESTED, "a")
+    outer = sch.get_loops(sch.get_block("inner"))[1]
+    yield sch, lambda: sch.blockize(outer)
+    sch, _, i, j = on(TRIANGLE, "y")
+    yield sch, lambda: sch.blockize(j)
+    for text in (TOGETHER, UNTOLD):
+        sch, _, i, j = on(text, "y")
+        yield sch, lambda sch=sch, j=j: sch.blockize(j)
+    sch, y, i, j, _ = on(dense(8, 12, 16), "y")
+    outer = sch.blockize(j)
+    yield sch, lambda: sch.cache_read(outer, "x", i)
+    yield sch, lambda: sch.compute_at(outer, i)
+    yield sch, lambda: sch.tensorize(y, "arm.sdot")
+    sch, c, *loops = on(product(8, 16, 16, "uint8", "int8"), "c")
+    (_, j1), (_, k1) = sch.split(loops[1], [None, 16]), sch.split(loops[2], [None, 4])
+    sch.reorder(sch.get_loops(c)[3], j1)
+    outer = sch.blockize(j1)
+    yield sch, lambda: sch.tensorize(outer, "x86.vnni.dot")
+    yield sch, lambda: sch.decompose_reduction(c, k1)
+    yield sch, lambda: sch.rfactor(c, k1)
+    yield sch, lambda: sch.cache_write(c, j1)
+
+
 def state(sch: Schedule) -> tuple[object, ...]:
     """All that a schedule is."""
     return sch.func, sch.trace, sch._handles.snapshot()

@@ -153,7 +153,10 @@ def test_functions_and_their_schedules(name):
 def dress(sch: Schedule, rng: random.Random) -> None:
     """A thread axis or an annotation somewhere; it may be refused."""
     block = sch.get_block(rng.choice(blocks_in(sch.func.body)).name)
-    loop = rng.choice(sch.get_loops(block))
+    loops = sch.get_loops(block)
+    if not loops:
+        return
+    loop = rng.choice(loops)
     if rng.random() < 0.5:
         sch.bind(loop, rng.choice(["blockIdx.x", "threadIdx.y"]))
     else:

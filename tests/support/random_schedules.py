@@ -36,7 +36,7 @@ FUNCTIONS = {
 #: What a step may be; the more fruitful ones stand there twice.
 STEPS = (
     "split", "split", "fuse", "reorder", "reorder", "kind", "kind", "inline", "move", "move", "decompose", "cache",
-    "fetch", "rfactor", "scope", "layout", "pad", "pipe", "prefetch",
+    "fetch", "rfactor", "scope", "layout", "pad", "pipe", "prefetch", "blockize",
 )  # fmt: skip
 
 
@@ -82,6 +82,8 @@ def random_step(sch: Schedule, rng: random.Random) -> None:
         case "prefetch":
             for region in block_of(sch, block).reads[:1]:
                 sch.prefetch(block, region.buffer.name, loop, rng.choice([1, 3, 50]))
+        case "blockize":
+            sch.blockize(rng.choice(own))
         case "rfactor":
             sch.rfactor(block, rng.choice(own))
         case "scope":

@@ -20,6 +20,7 @@ from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.target.gpu import GpuTarget
 from kedge.compiler.tir.expr import Const, Dim, const
+from kedge.compiler.tir.flatten import flattened
 from kedge.compiler.tir.simplify import simplify_stmt
 from kedge.compiler.tir.stmt import PrimFunc, Stmt
 
@@ -60,7 +61,7 @@ def emit_device(func: PrimFunc, target: GpuTarget, symbol: str) -> DeviceCode:
 
 def device_body(func: PrimFunc, name: str) -> tuple[PrimFunc, Stmt]:
     """The function with the buffers that were added to it, and its body as the host runs it, launches inside."""
-    reduced, added = lower_thread_reductions(func.body)
+    reduced, added = lower_thread_reductions(flattened(func.body))
     func = replace(func, allocs=(*func.allocs, *added), body=reduced)
     plain = drop_empty(simplify_stmt(drop_empty(lower_blocks(reduced))))
     return func, split_launches(plain, name, func.name)

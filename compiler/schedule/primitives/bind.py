@@ -18,6 +18,7 @@ from kedge.compiler.schedule.primitives.loops import one_for_all, over_outputs, 
 from kedge.compiler.schedule.tree import (
     accepted,
     accesses,
+    blocks_in,
     find_loop,
     handle,
     kind_of,
@@ -28,12 +29,14 @@ from kedge.compiler.schedule.tree import (
     refuse,
     setter,
     swap,
+    users,
     which,
 )
 from kedge.compiler.tir.expr import Const, Var
-from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc
+from kedge.compiler.tir.flatten import flattened
+from kedge.compiler.tir.stmt import Buffer, For, PrimFunc
 from kedge.compiler.tir.updates import as_update
-from kedge.compiler.tir.visitor import free_vars, stores, walk_stmt
+from kedge.compiler.tir.visitor import free_vars, stores
 
 #: Axes of a grid of threads. Iterations over "vthread" are one thread's, one after the other.
 THREAD_AXES = tuple(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx", "vthread") for axis in "xyz")
@@ -185,7 +188,8 @@ def _combined(func: PrimFunc, node: For, thread: str) -> frozenset[Buffer]:
     blocks = reducing_blocks(node)
     if not blocks:
         return frozenset()
-    block = blocks[0]
+    flat = flattened(node)
+    block = next(each for each in blocks_in(flat) if each.name == blocks[0].name)
     if len(blocks) > 1:
         reason = f"blocks {block.name!r} and {blocks[1].name!r} both reduce over it"
         raise refuse(func, "bind", node.var, reason, at=node, hint="move one of them out of the loop")
@@ -193,7 +197,7 @@ def _combined(func: PrimFunc, node: For, thread: str) -> frozenset[Buffer]:
     if update is None:
         reason = f"block {block.name!r} reduces over it, and is no sum, product, smallest or largest of values"
         raise refuse(func, "bind", node.var, reason, at=node, hint="bind loops over its outputs")
-    inner = [each for each in loops_in(node.body) if any(one is block for one in walk_stmt(each))]
+    inner = [each for each in loops_in(flat) if each.var is not node.var and block in blocks_in(each)]
     mine = {node.var, *(each.var for each in inner)}
     for it, binding in zip(block.iters, block.bindings, strict=True):
         loop = next((var for var in free_vars(binding) if var in mine), None)
@@ -207,8 +211,8 @@ def _combined(func: PrimFunc, node: For, thread: str) -> frozenset[Buffer]:
         hint = "bind one of them only; or, in a new Schedule, sch.fuse of the two before sch.bind"
         raise refuse(func, "bind", node.var, reason, at=node, hint=hint)
     target = update.store.buffer
-    for each in walk_stmt(node):
-        if isinstance(each, Block) and each is not block and any(a.buffer is target for a in accesses(each)):
+    for each in users(flat, target):
+        if each is not block:
             reason = f"block {each.name!r} inside uses {target.name!r} before all threads have given their part to it"
             hint = f"take block {each.name!r} out of loop {node.var.name!r}: behind it the result is there"
             raise refuse(func, "bind", node.var, reason, at=node, hint=hint)

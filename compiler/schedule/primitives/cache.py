@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import takewhile
 
-from kedge.compiler.schedule.nest import fresh_nest, limits_of_output, loop_vars
+from kedge.compiler.schedule.nest import check_holds_no_blocks, fresh_nest, limits_of_output, loop_vars, resolved
 from kedge.compiler.schedule.primitives.inline import IN_PLACE, ONE_STORE
 from kedge.compiler.schedule.primitives.loops import simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import (
+    before_blockize,
     block_name,
     block_path,
     blocks_in,
     buffer_name,
     check_only_writer,
     condition_on,
+    enclosing,
     handle,
     loop_ranges,
     loops_on,
@@ -43,7 +46,8 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
-    reducing = loop_vars(block, "reduce")
+    check_holds_no_blocks(func, primitive, block)
+    reducing = loop_vars(resolved(func, block), "reduce")
     fitting = list(takewhile(lambda each: each.var not in reducing, loops))
     position = position_around(func, primitive, block, loops, loop, fitting)
     outer, inner = loops[: position + 1], loops[position + 1 :]
@@ -51,7 +55,7 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     if lanes is not None:
         reason = "it is vectorized: its lanes would share the copy"
         raise refuse(func, primitive, lanes.var, reason, hint="in a new Schedule, sch.cache_write before sch.vectorize")
-    target, axes = _written(func, block, outer)
+    target, axes = _written(func, block, outer, reducing)
     offsets, extents = _tile(func, block, axes, loop, inner)
     cache = Buffer(buffer_name(func, f"{target.name}_{scope}"), tuple(extents), target.dtype, scope)
     func = replace(func, allocs=(*func.allocs, cache))
@@ -73,17 +77,20 @@ def cache_write(func: PrimFunc, name: str, loop: Var, scope: Scope) -> tuple[Pri
     return new_func, blocks_in(copy)[0].name
 
 
-def _written(func: PrimFunc, block: Block, outer: tuple[For, ...]) -> tuple[Buffer, tuple[int | None, ...]]:
+def _written(
+    func: PrimFunc, block: Block, outer: tuple[For, ...], reducing: Collection[Var]
+) -> tuple[Buffer, tuple[int | None, ...]]:
     """The buffer that `block` writes, and for each of its dims the iteration variable (by number) that indexes it."""
     primitive = "cache_write"
     body = block.body
     if not isinstance(body, Store):
         raise refuse(func, primitive, block, "its body is more than one store", hint=ONE_STORE)
     for loop in outer:
-        if loop.var in loop_vars(block, "reduce"):
+        if loop.var in reducing:
             reason = f"loop {loop.var.name!r} around the copy takes part in the reduction"
-            legal = list(takewhile(lambda each: each.var not in loop_vars(block, "reduce"), outer))
-            raise refuse(func, primitive, block, reason, hint=passing(legal))
+            legal = list(takewhile(lambda each: each.var not in reducing, outer))
+            inside = enclosing(block_path(func, block.name)[:-1]) is not None
+            raise refuse(func, primitive, block, reason, hint=before_blockize(primitive) if inside else passing(legal))
     condition = condition_on(block_path(func, block.name))
     if condition is not None:
         reason = f"it runs only if {print_expr(condition.condition)}, and its copy would always run"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import group_loops
-from kedge.compiler.schedule.nest import loop_vars, span_of
+from kedge.compiler.schedule.nest import check_holds_no_blocks, loop_vars, span_of
 from kedge.compiler.schedule.primitives.loops import before_fusing, simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.redirect import Place, redirected
@@ -46,6 +46,7 @@ def cache_read(func: PrimFunc, name: str, source_name: str, loop: Var, scope: Sc
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
+    check_holds_no_blocks(func, primitive, block)
     fitting = [each for each in loops if each.kind not in ("vectorized", "unrolled")]
     position = position_around(func, primitive, block, loops, loop, fitting)
     node, outer, inner = loops[position], loops[: position + 1], loops[position + 1 :]
@@ -116,9 +117,10 @@ def _part_read(
                     f'where they are: sch.cache_read({block.name}, "{index.buffer.name}", {loop_name})'
                 )
             raise refuse(func, "cache_read", block, reason, hint=hint)
-        loop = next((each.var for each in outer if each.var in free_vars(span.extent)), None)
+        loop = next((var for var in free_vars(span.extent) if var not in func.symbols), None)
         if loop is not None:
-            reason = f"how much it reads of dim {dim} of {source.name!r} depends on loop {loop.name!r}"
+            what = "loop" if any(each.var is loop for each in outer) else "iteration variable"
+            reason = f"how much it reads of dim {dim} of {source.name!r} depends on {what} {loop.name!r}"
             varies = next((each for each in inner if loop in free_vars(each.extent)), None)
             hint = "split the loop whose extent varies by a constant, and cache inside"
             if varies is not None:

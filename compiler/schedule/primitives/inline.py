@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import tied_to
-from kedge.compiler.schedule.nest import check_unconditional, is_one
+from kedge.compiler.schedule.nest import check_holds_no_blocks, check_unconditional, is_one
 from kedge.compiler.schedule.order import before, overwritten_before, touched_since
 from kedge.compiler.schedule.remedies import inline_call, loops_around, merge_call, other_way, why_tied
 from kedge.compiler.schedule.tree import (
@@ -102,6 +102,7 @@ def reverse_compute_inline(func: PrimFunc, name: str) -> PrimFunc:
 def _simple_block(func: PrimFunc, primitive: str, name: str) -> tuple[Block, Store]:
     """The block `name`, which must compute one element of one buffer from others, and that store."""
     block = next(b for b in blocks_in(func.body) if b.name == name)
+    check_holds_no_blocks(func, primitive, block)
     if block.init is not None or any(it.kind == "reduce" for it in block.iters):
         hint = _for_reductions(func, primitive, block)
         raise refuse(func, primitive, block, "it is a reduction, not one value for each element", hint=hint)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kedge.compiler.schedule.dependence import conflict, is_private, own_per_iteration, reduces_over, updates_in_place
-from kedge.compiler.schedule.nest import combiner_of, has_own_places, loop_vars
+from kedge.compiler.schedule.nest import combiner_of, has_own_places, loop_vars, resolved
 from kedge.compiler.schedule.primitives.storage import set_scope
 from kedge.compiler.schedule.tree import (
     LARGEST_INDEX,
@@ -19,6 +19,7 @@ from kedge.compiler.schedule.tree import (
     accesses,
     block_path,
     blocks_in,
+    enclosing,
     find_loop,
     handle,
     held_by,
@@ -35,10 +36,12 @@ from kedge.compiler.schedule.tree import (
     refuse,
     setter,
     swap,
+    users,
     which,
     writers,
 )
-from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Expr, Var, const, logical_and
+from kedge.compiler.tir.expr import INDEX_DTYPE, Const, Expr, Var, const
+from kedge.compiler.tir.flatten import flattened, guarded
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier, prove, simplify
 from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, LoopSchedule, PrimFunc, Range, Stmt
@@ -272,17 +275,7 @@ def _outer_extent(node: For, known: int, path: Sequence[Stmt]) -> Expr:
 def _rebind(body: Stmt, old: Var, value: Expr, predicate: Expr | None) -> Stmt:
     """`body` with loop variable `old` replaced, and `predicate` added to its blocks."""
     body = substitute(body, {old: value})
-    if predicate is None:
-        return body
-    limit = predicate
-
-    def guard(stmt: Stmt) -> Stmt:
-        if not isinstance(stmt, Block):
-            return stmt
-        always = isinstance(stmt.predicate, Const) and stmt.predicate.value
-        return replace(stmt, predicate=limit if always else logical_and(stmt.predicate, limit))
-
-    return map_stmt(body, guard)
+    return body if predicate is None else guarded(body, predicate)
 
 
 def _check_nested(func: PrimFunc, loops: Sequence[Var]) -> None:
@@ -351,7 +344,7 @@ def _chain(func: PrimFunc, loops: Sequence[Var]) -> list[For]:
 
 def _check_order(func: PrimFunc, chain: Sequence[For], order: Sequence[Var]) -> None:
     """Refuse if two loops change places across which a dependence runs."""
-    blocks = blocks_in(chain[-1])
+    blocks = blocks_in(flattened(chain[-1]))
     old = [loop.var for loop in chain]
     at = {var: position for position, var in enumerate(order)}
     flipped = [(var, other) for var, other in combinations(old, 2) if at[other] < at[var]]
@@ -394,10 +387,14 @@ def before_fusing(primitive: str) -> str:
 
 def over_outputs(func: PrimFunc, node: For, block: Block, then: str) -> str:
     """The hint where a loop is one of a reduction: another loop, or the reduction in two steps."""
-    reducing = loop_vars(block, "reduce")
+    whole = resolved(func, block)
+    reducing = loop_vars(whole, "reduce")
     loops = [each for each in loops_on(block_path(func, block.name)) if each.var not in reducing]
     others = f"take {named(loops)} over outputs, or " if loops else ""
-    if combiner_of(block) is None or node.var in loop_vars(block, "spatial") or "prefetch" in node.annotations:
+    path = block_path(func, block.name)
+    inside = enclosing(path[:-1], node) if node in path else None
+    mixed = node.var in loop_vars(whole, "spatial")
+    if combiner_of(block) is None or mixed or inside is not None or "prefetch" in node.annotations:
         return others.removesuffix(", or ") or "it takes loops over outputs"
     return f"{others}partial = sch.rfactor({block.name}, {node.var.name}), {then} around block partial"
 
@@ -405,9 +402,8 @@ def over_outputs(func: PrimFunc, node: For, block: Block, then: str) -> str:
 def own_copies(func: PrimFunc, node: For, buffer: Buffer) -> str:
     """The hint where iterations meet in a buffer: each can have its own, if none needs what another wrote."""
     inside = {id(block) for block in blocks_in(node)}
-    users = [each for each in blocks_in(func.body) if any(a.buffer is buffer for a in accesses(each))]
     makers = writers(func, buffer)
-    private = intermediate(func, buffer) and all(id(each) in inside for each in users)
+    private = intermediate(func, buffer) and all(id(each) in inside for each in users(func.body, buffer))
     if private and makers and reduces_over(node) is None and accepted(lambda: set_scope(func, makers[0].name, "local")):
         call = f'sch.set_scope({makers[0].name}, "local")'
         return f"if no iteration uses what another wrote, give each its own {buffer.name!r}: {call}"

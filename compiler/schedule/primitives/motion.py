@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kedge.compiler.schedule.dependence import conflict, fetched_alike, group_loops, reduces_over, tied_to
-from kedge.compiler.schedule.nest import Span, check_unconditional, is_one, moving_together, span_of
+from kedge.compiler.schedule.nest import (
+    Span,
+    check_holds_no_blocks,
+    check_unconditional,
+    is_one,
+    moving_together,
+    span_of,
+)
 from kedge.compiler.schedule.order import before, overwritten_before, touched_since
 from kedge.compiler.schedule.primitives.inline import IN_PLACE, ONE_STORE
 from kedge.compiler.schedule.remedies import consumers_outside, loops_around, other_way, why_tied
@@ -37,6 +44,7 @@ from kedge.compiler.schedule.tree import (
     writers,
 )
 from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const, logical_and
+from kedge.compiler.tir.flatten import flattened
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Ranges, Simplifier, over, prove_equal
 from kedge.compiler.tir.stmt import Block, Buffer, For, PrimFunc, Stmt, Store
@@ -195,6 +203,7 @@ def _movable(func: PrimFunc, primitive: str, name: str, loop: Var) -> tuple[Bloc
     path = block_path(func, name)
     block = path[-1]
     assert isinstance(block, Block)
+    check_holds_no_blocks(func, primitive, block)
     if any(each.var is loop for each in loops_on(path)):
         whose = "of its consumers" if primitive == "compute_at" else "of the blocks that it reads from"
         hint = f"it takes a loop {whose}"
@@ -362,7 +371,7 @@ def _span(
     group: Sequence[For] = (),
 ) -> Span:  # fmt: skip
     """The values that `indices` take while the loops inside `node`, and those of the `group`, run."""
-    span = span_of(indices, outer, (*group, *loops_in(node.body)))
+    span = span_of(indices, outer, (*group, *loops_in(flattened(node.body))))
     if span is None:
         places = ", ".join(map(print_expr, indices))
         reason = f"what an iteration of loop {node.var.name!r} needs, at {places}, is not a contiguous range"

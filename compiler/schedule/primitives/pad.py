@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kedge.compiler.schedule.nest import combiner_of
+from kedge.compiler.schedule.nest import check_holds_no_blocks, combiner_of
 from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import LARGEST_INDEX, block_name, block_path, buffer_name, loops_on, refuse, swap
 from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, const, logical_and, select
@@ -27,6 +27,7 @@ def pad_einsum(func: PrimFunc, name: str, padding: Sequence[int]) -> PrimFunc:
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
+    check_holds_no_blocks(func, primitive, block)
     if len(padding) != len(block.iters) or not all(1 <= step <= LARGEST_INDEX for step in padding):
         names = ", ".join(it.var.name for it in block.iters)
         reason = f"padding {list(padding)}: it takes one number from 1 on for each of {names}"

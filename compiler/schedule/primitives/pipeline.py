@@ -19,6 +19,7 @@ from kedge.compiler.schedule.remedies import copied_by
 from kedge.compiler.schedule.tree import (
     accepted,
     accesses,
+    before_blockize,
     blocks_in,
     find_loop,
     held_by,
@@ -32,6 +33,7 @@ from kedge.compiler.schedule.tree import (
     setter,
     swap,
 )
+from kedge.compiler.schedule.tree import users as users_of
 from kedge.compiler.tir.expr import Const, Expr, Var, as_expr, const
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import prove, prove_equal
@@ -161,7 +163,8 @@ def _between(
     nested = next((block for block in blocks_in(node) if len(blocks_in(block)) > 1), None)
     if nested is not None:
         reason = f"block {nested.name!r} has blocks inside, which see nothing of the loop"
-        raise refuse(func, primitive, node.var, reason, at=node, hint="it takes blocks without blocks inside")
+        hint = f"it takes blocks without blocks inside: {before_blockize(primitive)}"
+        raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
     touched = [accesses(stmt) for stmt in body]
     found: dict[Buffer, int] = {}
     for buffer in dict.fromkeys(a.buffer for part in touched for a in part if a.is_write):
@@ -174,11 +177,7 @@ def _between(
             hint = f"give all statements that touch {buffer.name!r} one stage"
             raise refuse(func, primitive, node.var, reason, at=node, hint=hint)
         inside = {id(block) for block in blocks_in(node)}
-        elsewhere = [
-            block.name
-            for block in blocks_in(func.body)
-            if id(block) not in inside and any(a.buffer is buffer for a in accesses(block))
-        ]
+        elsewhere = [block.name for block in users_of(func.body, buffer) if id(block) not in inside]
         if elsewhere or not intermediate(func, buffer):
             user = f"block {elsewhere[0]!r}" if elsewhere else "the caller"
             reason = f"{user} uses {buffer.name!r}, too, outside of the loop: there it could have no versions"

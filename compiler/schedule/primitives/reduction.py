@@ -8,22 +8,26 @@ from dataclasses import replace
 from kedge.compiler.schedule.dependence import PRIVATE_SCOPES, conflict
 from kedge.compiler.schedule.lifetime import is_free
 from kedge.compiler.schedule.nest import (
+    check_holds_no_blocks,
     combiner_of,
     fresh_nest,
     has_own_places,
     limits_of_output,
     loop_vars,
+    resolved,
 )
 from kedge.compiler.schedule.order import before
 from kedge.compiler.schedule.primitives.loops import before_fusing, simplify_bindings
 from kedge.compiler.schedule.primitives.storage import check_allocation
 from kedge.compiler.schedule.tree import (
     accesses,
+    before_blockize,
     block_name,
     block_path,
     blocks_in,
     buffer_name,
     condition_on,
+    enclosing,
     find_loop,
     handle,
     held_by,
@@ -56,10 +60,13 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
+    check_holds_no_blocks(func, primitive, block)
     if block.init is None:
         hint = "it takes reductions that have not been decomposed yet"
         raise refuse(func, primitive, block, "it has no initialisation to take out", hint=hint)
-    first = next((at for at, each in enumerate(loops) if each.var in loop_vars(block, "reduce")), len(loops) - 1)
+    whole = resolved(func, block)
+    reducing = loop_vars(whole, "reduce")
+    first = next((at for at, each in enumerate(loops) if each.var in reducing), len(loops) - 1)
     position = position_around(func, primitive, block, loops, loop, loops[: first + 1])
     condition = condition_on(path)
     if condition is not None:
@@ -71,14 +78,14 @@ def decompose_reduction(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc,
         if used is not None and before(func, user, block):
             reason = f"block {user.name!r} uses {used.name!r} before it under loop {loop.name!r}"
             raise refuse(func, primitive, block, reason, hint="take a loop further in")
-    reducing = loop_vars(block, "reduce")
     for outer in loops[:position]:
         if outer.var in reducing:
             reason = f"loop {outer.var.name!r}, around {loop.name!r}, takes part in the reduction"
             legal = loops[: loops.index(outer) + 1]
-            raise refuse(func, primitive, block, reason, hint=passing(legal))
+            hint = passing(legal) if enclosing(path[:-1]) is None else before_blockize(primitive)
+            raise refuse(func, primitive, block, reason, hint=hint)
     for number, each in enumerate(loops[position:], position):
-        if each.var in reducing and (each.var not in loop_vars(block, "spatial") or has_own_places(block)):
+        if each.var in reducing and (each.var not in loop_vars(whole, "spatial") or has_own_places(block)):
             continue
         reused = conflict(func, each, loops[:number], targets)
         if reused is not None:
@@ -105,6 +112,7 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     path = block_path(func, name)
     block, loops = path[-1], loops_on(path)
     assert isinstance(block, Block)
+    check_holds_no_blocks(func, primitive, block)
     op = combiner_of(block)
     if op is None:
         reason = "it is no sum, product, largest or smallest of values that begins at the neutral one"
@@ -115,13 +123,14 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
             reason = f"its initialisation was taken out already (block {inits[0].name!r})"
             hint = "in a new Schedule, sch.rfactor before sch.decompose_reduction"
         raise refuse(func, primitive, block, reason, hint=hint)
-    reducing = loop_vars(block, "reduce")
+    whole = resolved(func, block)
+    reducing = loop_vars(whole, "reduce")
     legal = [each for each in loops if each.var in reducing]
     node = loops[position_around(func, primitive, block, loops, loop, legal)]
     if loop not in reducing:
         calls = ", or ".join(f"sch.rfactor({name}, {handle(func, each, each)})" for each in legal)
         raise refuse(func, primitive, loop, f"block {name!r} does not reduce over it", hint=calls)
-    mixed = next((each.var for each in loops if each.var in reducing & loop_vars(block, "spatial")), None)
+    mixed = next((each.var for each in loops if each.var in reducing & loop_vars(whole, "spatial")), None)
     if mixed is not None:
         reason = f"it drives both the output and the reduction of block {name!r}"
         raise refuse(func, primitive, mixed, reason, hint=before_fusing("rfactor"))
@@ -129,7 +138,8 @@ def rfactor(func: PrimFunc, name: str, loop: Var) -> tuple[PrimFunc, str]:
     for outer, inner in zip(loops[top:], (*loops[top + 1 :], block), strict=True):
         if outer.body is not inner:
             reason = f"it is not all that is in loop {outer.var.name!r}, which holds {held_by(outer)}"
-            raise refuse(func, primitive, block, reason, hint=_EARLIER)
+            hint = before_blockize(primitive) if isinstance(outer.body, Block) else _EARLIER
+            raise refuse(func, primitive, block, reason, hint=hint)
     store, limits = block.body, limits_of_output(func, primitive, block)
     assert isinstance(store, Store)
     if any(var not in func.symbols for var in free_vars(node.extent)):

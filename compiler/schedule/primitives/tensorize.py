@@ -10,10 +10,13 @@ from types import MappingProxyType
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.dependence import address
 from kedge.compiler.schedule.intrinsics import INTRINSICS, TensorIntrin, nest_of
-from kedge.compiler.schedule.nest import loop_vars
+from kedge.compiler.schedule.nest import loop_vars, resolved
 from kedge.compiler.schedule.tree import (
     Access,
     accesses,
+    before_blockize,
+    block_path,
+    enclosing,
     find_loop,
     handle,
     kind_of,
@@ -33,8 +36,12 @@ from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import loads, stores, substitute_expr
 
 
-def tensorize(func: PrimFunc, loop: Var, name: str) -> PrimFunc:
-    """`func` with the nest at `loop` computed by the instruction `name`, which computes just the same."""
+def tensorize(func: PrimFunc, subject: Var | str, name: str) -> PrimFunc:
+    """`func` with a nest computed by the instruction `name`, which computes just the same.
+
+    It is the nest at a loop, or that which the block of that name holds.
+    """
+    loop = subject if isinstance(subject, Var) else _held_nest(func, subject)
     intrin = INTRINSICS.get(name)
     if intrin is None:
         close = get_close_matches(name, INTRINSICS, 1)
@@ -48,6 +55,17 @@ def tensorize(func: PrimFunc, loop: Var, name: str) -> PrimFunc:
         new = replace(each, kind="tensorized", body=new)
     assert isinstance(new, For)
     return swap(func, node, replace(new, annotations=MappingProxyType({**node.annotations, "intrin": name})))
+
+
+def _held_nest(func: PrimFunc, name: str) -> Var:
+    """The outermost loop of the nest that a block holds."""
+    path = block_path(func, name)
+    block = path[-1]
+    assert isinstance(block, Block)
+    if not isinstance(block.body, For):
+        hint = f"take a loop around it: {', '.join(repr(each.var.name) for each in loops_on(path))}"
+        raise refuse(func, "tensorize", block, "it holds no nest of loops", hint=hint)
+    return block.body.var
 
 
 def check_tensorized(before: PrimFunc, func: PrimFunc, primitive: str) -> None:
@@ -95,9 +113,13 @@ def _nest(func: PrimFunc, node: For, intrin: TensorIntrin, kind: LoopKind) -> tu
     _check_dtypes(func, node, block, intrin)
     if block.init is not None:
         reason = f"block {block.name!r} initialises its output, and the instruction only updates it"
+        path = block_path(func, block.name)[:-1]
+        reducing, outer = loop_vars(resolved(func, block), "reduce"), enclosing(path)
+        if outer is not None and any(each.var in reducing for each in loops_on(path[: path.index(outer)])):
+            raise refuse(func, "tensorize", node.var, reason, at=node, hint=before_blockize("decompose_reduction"))
         outside = handle(func, node, node)
         for each in reversed(loops_on(loop_path(func, node.var)[:-1])):
-            if each.var not in loop_vars(block, "reduce"):
+            if each.var not in reducing:
                 break
             outside = handle(func, each, node)
         hint = f"sch.decompose_reduction({block.name}, {outside}) takes that out"
