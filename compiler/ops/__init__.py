@@ -46,7 +46,8 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | slice (ONNX's clamping; negative steps; huge ends fine)  | x                 | starts (dims), ends (dims),        |
 |                                                          |                   | axes=None, steps=None              |
 | pad: pads are all begins then all ends, not negative     | x                 | pads (dims), mode="constant"       |
-|                                                          |                   | ("reflect", "edge"), value=0       |
+|                                                          |                   | ("reflect", "edge", "wrap"),       |
+|                                                          |                   | value=0                            |
 | resize (ONNX's: mode nearest, linear or cubic)           | x                 | sizes (dims, of all axes),         |
 |   coordinates: those of ONNX but tf_crop_and_resize      |                   | scales=None (those of the sizes),  |
 |   rounding of nearest: ONNX's nearest_mode               |                   | mode="nearest",                    |
@@ -56,6 +57,9 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 |                                                          |                   | exclude_outside=False              |
 | resample: sums of weights[i, t] · x[…, indices[i, t], …] | x, indices (N, T) | axis                               |
 |   over taps t; without weights T is 1                    | [, weights (N, T)]|                                    |
+| cumsum                                                   | x                 | axis, exclusive=False,             |
+|                                                          |                   | reverse=False                      |
+| iota: 0, 1, … (int64)                                    | none              | size (dim)                         |
 | gather (numpy's take; indices are clamped)               | x, indices        | axis=0                             |
 | conv_blocked: x (N, I/i, S…, i) or (N, I, S…),           | x, w              | strides, pads, dilations, groups   |
 |   w (O/o, I/groups/i, K…, i, o), the pass over layouts's |                   |   as conv                          |
@@ -77,5 +81,6 @@ from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
     reduce,
     reshape,
     resize,
+    scan,
     softmax,
 )

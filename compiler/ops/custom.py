@@ -135,7 +135,8 @@ class OnnxOperator:
                 raise ShapeError(
                     f"{self.title}: {unknown} is no dim of its inputs", hint="take dims from the tensors' shapes"
                 )
-        space = next((type_.space for type_ in types if type_ is not None), "host")
+        given = [type_ for type_ in types if type_ is not None]
+        space = given[0].space if given else "host"
         found = tuple(TensorType(plain_shape(each.shape), each.dtype, space) for each in results)
         return found, tuple(fusion_kind(each, tensors) for each in results)
 

@@ -225,6 +225,9 @@ registry.register(
 # -- pad ---------------------------------------------------------------------------------------------------------
 
 
+PAD_MODES = ("constant", "reflect", "edge", "wrap")
+
+
 def _pads(attrs: Attrs, rank: int) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
     pads = attrs["pads"]
     common.require(len(pads) == 2 * rank, f"pads must have {2 * rank} numbers, begins and then ends")
@@ -235,7 +238,7 @@ def _pads(attrs: Attrs, rank: int) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
 def _infer_pad(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
     (x,) = types
     begins, ends = _pads(attrs, x.rank)
-    common.require(attrs["mode"] in ("constant", "reflect", "edge"), f"unknown mode {attrs['mode']!r}")
+    common.require(attrs["mode"] in PAD_MODES, f"unknown mode {attrs['mode']!r}")
     for size, *widths in zip(x.shape, begins, ends, strict=True):
         for width in widths:
             if attrs["mode"] == "reflect" and isinstance(size, int) and isinstance(width, int):
@@ -268,7 +271,7 @@ def _lower_pad(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType,
                 own = _fold_back(own, as_expr(size), attrs["mode"])
             at.append(own)
         value = common.read(x, at)
-        if attrs["mode"] == "edge":
+        if attrs["mode"] in ("edge", "wrap"):
             for size in x.shape:
                 value = _unless_empty(size, value)
         return select(logical_and(*guards), value, const(attrs["value"], value.dtype)) if guards else value
@@ -280,6 +283,8 @@ def _fold_back(index: Expr, size: Expr, mode: str) -> Expr:
     last = size - 1
     if mode == "edge":
         return minimum(maximum(index, 0), last)
+    if mode == "wrap":
+        return index % size
     front = maximum(index, -index)
     return minimum(front, last * 2 - front)
 

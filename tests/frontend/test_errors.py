@@ -86,8 +86,8 @@ def test_every_unsupported_operator_at_once() -> None:
             n = Cast <to = 7> (x)
             b = Reshape (x, n)
             r = Relu (x)
-            [scan_one] c = CumSum (r, r)
-            [scan_two] d = CumSum (c, r)
+            [scan_one] c = CumProd (r, r)
+            [scan_two] d = CumProd (c, r)
             [magic] e = com.acme.Magic (d)
             y = Add (e, r)
             [nz] z = NonZero (u)
@@ -97,7 +97,7 @@ def test_every_unsupported_operator_at_once() -> None:
     with pytest.raises(UnsupportedOperatorError) as caught:
         load_onnx(model)
     assert caught.value.message.splitlines()[1:] == [
-        "  ai.onnx.CumSum (opset 20): scan_one, scan_two",
+        "  ai.onnx.CumProd (opset 20): scan_one, scan_two",
         "  ai.onnx.NonZero (opset 20): nz",
         "  ai.onnx.Unique (opset 20): unique",
         "  com.acme.Magic (opset 2): magic",
@@ -106,7 +106,7 @@ def test_every_unsupported_operator_at_once() -> None:
     assert caught.value.hint is not None and "kedge inspect" in caught.value.hint
     report = coverage(model)
     assert [use.title for use in report.unsupported] == [
-        "ai.onnx.CumSum", "ai.onnx.NonZero", "ai.onnx.Unique", "com.acme.Magic",
+        "ai.onnx.CumProd", "ai.onnx.NonZero", "ai.onnx.Unique", "com.acme.Magic",
     ]  # fmt: skip
     assert not report.supported
     assert "com.acme.Magic" in str(report) and "NO  (scan_one, scan_two)" in str(report)

@@ -76,7 +76,7 @@ def test_slice_shapes_with_symbolic_dims():
     assert format_type(b.call("slice", x, axes=[0], starts=[0], ends=[3]).type) == "float32[3, 8]"
 
 
-@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
 def test_pad(mode):
     x = counting(3, 4)
     pads = [1, 2, 2, 0]

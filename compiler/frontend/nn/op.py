@@ -315,7 +315,10 @@ def broadcast_to(x: Operand, shape: Sequence[Dim]) -> Tensor:
 
 
 def pad(
-    x: Operand, pads: Sequence[int], mode: Literal["constant", "reflect", "edge"] = "constant", value: float = 0.0
+    x: Operand,
+    pads: Sequence[int],
+    mode: Literal["constant", "reflect", "edge", "wrap"] = "constant",
+    value: float = 0.0,
 ) -> Tensor:
     """x with elements added around it; `pads` are all begins and then all ends."""
     return emit("pad", x, pads=tuple(pads), mode=mode, value=value)

@@ -2,14 +2,25 @@
 
 `model` reads and checks files, `inputs` types the inputs and names the symbolic dims, `importer` walks the nodes,
 `fold` and `symbolic` evaluate shape arithmetic, `functions` takes composite operators apart. The converters stand in
-`elementwise`, `linear`, `window`, `reduce`, `resize`, `shape` and `control`, one file per family.
+the modules of `FAMILIES`, one file per family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kedge.compiler.frontend.onnx import control, elementwise, linear, reduce, resize, shape, window
+from kedge.compiler.frontend.onnx import (
+    control,
+    counting,
+    einsum,
+    elementwise,
+    linear,
+    normalize,
+    reduce,
+    resize,
+    shape,
+    window,
+)
 from kedge.compiler.frontend.onnx.coverage import Coverage, OperatorUse, survey
 from kedge.compiler.frontend.onnx.importer import Importer
 from kedge.compiler.frontend.onnx.inputs import ShapeSpec
@@ -18,7 +29,7 @@ from kedge.compiler.frontend.onnx.node import converted_ops
 from kedge.compiler.graph.ir import Module
 
 #: Importing these files declares their converters.
-FAMILIES = (control, elementwise, linear, reduce, resize, shape, window)
+FAMILIES = (control, counting, einsum, elementwise, linear, normalize, reduce, resize, shape, window)
 
 
 def load_onnx(model: Source, shapes: Mapping[str, ShapeSpec] | None = None) -> Module:

@@ -166,6 +166,27 @@ def _exponential_below_zero(node: Node, x: Value, alpha: float, gamma: float) ->
     return result if gamma == 1.0 else node.emit("mul", result, scalar(node, gamma, x))
 
 
+@converter("Swish")
+def _swish(node: Node) -> Value:
+    """x * sigmoid(alpha * x)."""
+    x = node.value(0)
+    alpha = float(node.attr("alpha", 1.0))
+    line = x if alpha == 1.0 else node.emit("mul", x, scalar(node, alpha, x))
+    return node.emit("mul", x, node.emit("sigmoid", line))
+
+
+@converter("IsInf")
+def _is_inf(node: Node) -> Value:
+    x = node.value(0)
+    infinity = scalar(node, float("inf"), x)
+    below, above = bool(node.attr("detect_negative", 1)), bool(node.attr("detect_positive", 1))
+    if below and above:
+        return node.emit("equal", node.emit("abs", x), infinity)
+    if not below and not above:
+        return node.emit("broadcast_to", node.constant(False, "bool"), shape=x.type.shape)
+    return node.emit("equal", x if above else node.emit("neg", x), infinity)
+
+
 @converter("Softplus")
 def _softplus(node: Node) -> Value:
     """log(1 + exp(x)), as max(x, 0) + log(1 + exp(-|x|)) so that it does not overflow."""

@@ -1,4 +1,4 @@
-"""Converters of matrix products and of normalisation."""
+"""Converters of matrix products, and of normalisation by statistics that are known or of neighbours."""
 
 from __future__ import annotations
 
@@ -31,20 +31,6 @@ def _batch_normalization(node: Node) -> Value:
     # Since opset 15 the statistics may have another dtype than the data.
     statistics = [s if s.type.dtype == x.type.dtype else node.emit("cast", s, dtype=x.type.dtype) for s in statistics]
     return node.emit("batch_norm", x, *statistics, epsilon=float(node.attr("epsilon", 1e-5)))
-
-
-@converter("InstanceNormalization")
-def _instance_normalization(node: Node) -> Value:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias, the statistics over the spatial dims of each image."""
-    x, scale, bias = node.values()
-    axes = tuple(range(2, x.type.rank))
-    deviation = node.emit("sub", x, node.emit("reduce_mean", x, axes=axes, keepdims=True))
-    variance = node.emit("reduce_mean", node.emit("mul", deviation, deviation), axes=axes, keepdims=True)
-    stabilized = node.emit("add", variance, node.constant(node.attr("epsilon", 1e-5), x.type.dtype))
-    normal = node.emit("mul", deviation, node.emit("rsqrt", stabilized))
-    per_channel = tuple(range(1, x.type.rank - 1))
-    scaled = node.emit("mul", normal, node.emit("unsqueeze", scale, axes=per_channel))
-    return node.emit("add", scaled, node.emit("unsqueeze", bias, axes=per_channel))
 
 
 @converter("LRN")

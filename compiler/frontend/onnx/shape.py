@@ -11,6 +11,7 @@ from kedge.compiler.frontend.onnx.node import Entry, Node, converter
 from kedge.compiler.frontend.onnx.symbolic import as_items
 from kedge.compiler.graph.dims import broadcast_shape, divide, format_dim, plain, product
 from kedge.compiler.graph.ir import Constant, Value
+from kedge.compiler.ops.movement import PAD_MODES
 from kedge.compiler.tir.expr import Dim, Expr, as_expr
 
 
@@ -137,8 +138,8 @@ def _pad(node: Node) -> Value:
         pads[axis % rank] = given[position]
         pads[axis % rank + rank] = given[position + len(axes)]
     mode = node.attr("mode", "constant")
-    if mode not in ("constant", "reflect", "edge"):
-        raise node.error(f"mode {mode!r} is not supported", hint="kedge pads with a constant, by reflection or edge")
+    if mode not in PAD_MODES:
+        raise node.error(f"mode {mode!r} is not supported", hint=f"it is one of {', '.join(PAD_MODES)}")
     value = node.const(2, "constant_value").reshape(()).item() if node.has(2) and mode == "constant" else 0
     x = _crop(node, x, pads)
     pads = [max(dim, 0) if isinstance(dim, int) else dim for dim in pads]

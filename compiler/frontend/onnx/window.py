@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kedge.compiler.frontend.onnx.node import Node, converter
@@ -70,16 +71,15 @@ def _transposed_pads(
 def _max_pool(node: Node) -> Value:
     if node.wants(1):
         raise node.error("its second output (Indices) is used", hint="kedge computes the maxima only")
-    return _pool(node, "max_pool")
+    return _pool(node, "max_pool", node.value(0))
 
 
 @converter("AveragePool")
 def _average_pool(node: Node) -> Value:
-    return _pool(node, "avg_pool", count_include_pad=bool(node.attr("count_include_pad", 0)))
+    return _pool(node, "avg_pool", node.value(0), count_include_pad=bool(node.attr("count_include_pad", 0)))
 
 
-def _pool(node: Node, op: str, **attrs: bool) -> Value:
-    x = node.value(0)
+def _pool(node: Node, op: str, x: Value, **attrs: bool) -> Value:
     _require_image(node, x)
     kernel = tuple(node.attr("kernel_shape"))
     strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
@@ -105,6 +105,39 @@ def _global(node: Node, op: str) -> Value:
     x = node.value(0)
     _require_image(node, x)
     return node.emit(op, x, axes=tuple(range(2, x.type.rank)), keepdims=True)
+
+
+@converter("LpPool")
+def _lp_pool(node: Node) -> Value:
+    """(sum of |x| ** p over a window) ** (1 / p); padding counts nothing."""
+    order = int(node.attr("p", 2))
+    powers = _powers(node, node.value(0), order)
+    mean = _pool(node, "avg_pool", powers, count_include_pad=True)
+    taps = math.prod(node.attr("kernel_shape"))
+    if bool(node.attr("ceil_mode", 0)):
+        raise node.error("ceil_mode is not supported", hint="export it with pads instead")
+    return _root(node, node.emit("mul", mean, node.constant(taps, mean.type.dtype)), order)
+
+
+@converter("GlobalLpPool")
+def _global_lp_pool(node: Node) -> Value:
+    x, order = node.value(0), int(node.attr("p", 2))
+    _require_image(node, x)
+    axes = tuple(range(2, x.type.rank))
+    return _root(node, node.emit("reduce_sum", _powers(node, x, order), axes=axes, keepdims=True), order)
+
+
+def _powers(node: Node, x: Value, order: int) -> Value:
+    if order == 2:
+        return node.emit("mul", x, x)
+    size = node.emit("abs", x)
+    return size if order == 1 else node.emit("pow", size, node.constant(order, x.type.dtype))
+
+
+def _root(node: Node, x: Value, order: int) -> Value:
+    if order == 2:
+        return node.emit("sqrt", x)
+    return x if order == 1 else node.emit("pow", x, node.constant(1 / order, x.type.dtype))
 
 
 def _require_image(node: Node, x: Value) -> None:
