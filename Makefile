@@ -31,6 +31,8 @@ protos: .venv/.dev ## Generate the kedge.v1 modules again
 
 bench: .venv/.bench ## The benchmarks of benchmarks/, one after the other
 	@$(BIN)/python benchmarks/walking.py
+	@$(BIN)/python benchmarks/cpu_matmul.py
+	@$(BIN)/python benchmarks/cpu_models.py
 
 model: .venv/.train ## Train the digits model of kedge/data again
 	@$(BIN)/python examples/train_digits.py

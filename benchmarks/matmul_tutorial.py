@@ -11,8 +11,6 @@ import datetime
 import json
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from typing import Any
 
 import harness
 import numpy as np
+from limits import Limits
 
 import kedge
 from kedge.compiler.target import parse
@@ -33,16 +32,6 @@ STEPS = ("naive", "vectors", "registers", "panels")
 def code_of(page: Path) -> str:
     """The Python of a page, all its blocks in order."""
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-
-
-def peak_gflops() -> float:
-    """The multiply-adds of one core, measured by a program of them alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "peak")
-        source = Path(__file__).with_name("peak.c")
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-sanitize=all"]
-        subprocess.run([sys.executable, "-m", "ziglang", "cc", *flags, str(source), "-o", str(program)], check=True)
-        return float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
 
 
 def compile_seconds(make: Callable[[], kedge.Schedule]) -> dict[str, float]:
@@ -78,11 +67,13 @@ def main() -> None:
             raise SystemExit(f"step {step} is wrong: largest error {error:g}")
     peaks: list[float] = []
     seconds: dict[str, list[float]] = {step: [] for step in STEPS}
-    for _ in range(1 if options.smoke else 15):  # interleaved: what slows the machine slows all of them
-        peaks.append(peak_gflops())
-        for step in STEPS:
-            timing = models[step].time({"a": a, "b": b}, repeat=1 if options.smoke else 5, min_repeat_ms=20)
-            seconds[step].append(min(timing.samples_ns) / 1e9)
+    with tempfile.TemporaryDirectory() as folder:
+        limits = Limits(Path(folder))
+        for _ in range(1 if options.smoke else 15):  # interleaved: what slows the machine slows all of them
+            peaks.append(limits.peak_gflops())
+            for step in STEPS:
+                timing = models[step].time({"a": a, "b": b}, repeat=1 if options.smoke else 5, min_repeat_ms=20)
+                seconds[step].append(min(timing.samples_ns) / 1e9)
     peak = statistics.median(peaks)
     rows = [
         {"step": step, "gflops": (rate := 2 * n**3 / statistics.median(seconds[step]) / 1e9), "of_peak": rate / peak}

@@ -1,0 +1,343 @@
+"""How well kedge's inner loops for ARM use the multiply-add units: a static estimate by llvm-mca, no measurement.
+
+python benchmarks/arm_mca.py                                    # all cases on all cores; writes a result file
+python benchmarks/arm_mca.py --cases matmul,conv3x3 --cpus neoverse-n1 --show
+python benchmarks/arm_mca.py --smoke                            # one case on two cores, judges no figure
+
+It needs llvm-mca of LLVM 19: on Debian `apt-get install llvm-19` has it as llvm-mca-19; --mca names another program.
+
+Each case is compiled for each core as a user would. Of the assembly, the innermost loop with the most multiply-adds of
+float32 is given to llvm-mca, which knows how many instructions of each kind that core issues, and how long they take,
+but takes every load as one that hits the first cache, and no branch as mispredicted. The model of the Cortex-A9 knows
+no multiple loads and stores: what they stand for is put in their place, vld1 or single loads. The share is the loop's
+multiply-adds per cycle over those of a loop of independent vector multiply-adds alone, by the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+from models import Net
+from rich.console import Console
+from rich.table import Table
+
+import kedge
+
+RESULTS = Path(__file__).with_name("results")
+ITERATIONS = 100
+LANES = 4  # float32 in a vector register of NEON
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A core that is modelled, the share that is wanted of it (None: reported only), and its loop of multiply-adds."""
+
+    name: str
+    triple: str
+    wanted: float | None
+
+    @property
+    def target(self) -> str:
+        return f"llvm -mtriple={self.triple} -mcpu={self.name}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.triple.partition('-')[0]})"
+
+    def peak_loop(self) -> str:
+        """Independent multiply-adds: more than the units have in flight, and as many as there are registers."""
+        if self.triple.startswith("aarch64"):
+            return "\n".join(f"fmla v{n}.4s, v30.4s, v31.4s" for n in range(24))
+        return "\n".join(f"vmla.f32 q{n}, q14, q15" for n in range(12))
+
+
+CPUS = (
+    Cpu("neoverse-n1", "aarch64-linux-gnu", 0.9),
+    Cpu("cortex-a72", "aarch64-linux-gnu", 0.9),
+    Cpu("cortex-a53", "aarch64-linux-gnu", None),
+    Cpu("cortex-a9", "armv7-linux-gnueabihf", 0.75),
+)
+
+
+def matmul(m: int, k: int, n: int, *, constant: bool = True) -> Callable[[], Net]:
+    def make() -> Net:
+        net = Net("matmul")
+        second = net.normal("b", (k, n), 1.0) if constant else net.input("b", (k, n))
+        net.finish(net.node("MatMul", "y", [net.input("a", (m, k)), second], (m, n), float(k)))
+        return net
+
+    return make
+
+
+def conv(channels: int, out: int, size: int, kernel: int, stride: int = 1, groups: int = 1) -> Callable[[], Net]:
+    def make() -> Net:
+        net = Net("conv")
+        x = net.input("x", (1, channels, size, size))
+        net.finish(net.relu("y", net.conv("conv", x, out, kernel, stride, groups=groups, bias=True)))
+        return net
+
+    return make
+
+
+CASES: dict[str, Callable[[], Net]] = {
+    "matmul": matmul(256, 256, 256),
+    "matmul-inputs": matmul(256, 256, 256, constant=False),
+    "conv1x1": conv(128, 128, 28, 1),
+    "conv3x3": conv(64, 64, 56, 3),
+    "conv3x3-stride2": conv(64, 128, 56, 3, 2),
+    "conv7x7-stem": conv(3, 64, 224, 7, 2),
+    "depthwise3x3": conv(144, 144, 56, 3, groups=144),
+    "depthwise5x5": conv(240, 240, 28, 5, groups=240),
+}
+
+
+# Reading assembly ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions from a label to the branch back to it."""
+
+    instructions: tuple[str, ...]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of float32 in one iteration: each lane counts. A multiplication beside an addition counts as well."""
+        counts = {"fused": 0, "product": 0, "sum": 0}
+        for instruction in self.instructions:
+            kind, lanes = arithmetic(instruction)
+            if kind:
+                counts[kind] += lanes
+        return counts["fused"] + min(counts["product"], counts["sum"])
+
+
+_KINDS = {
+    "fmla": "fused", "fmadd": "fused", "vmla.f32": "fused", "vfma.f32": "fused", "fmul": "product", "fadd": "sum",
+    "vmul.f32": "product", "vadd.f32": "sum",
+}  # fmt: skip
+_REGISTER_LANES = {"s": 1, "d": 2, "q": 4}  # by the first letter of ARMv7's; of AArch64's scalars only s is float32
+_LABEL = re.compile(r"^([\w.$]+):")
+_BRANCH = re.compile(
+    r"^(?:b|b\.\w+|b(?:eq|ne|lt|le|gt|ge|lo|ls|hi|hs|mi|pl|cc|cs)|cbn?z|tbn?z)\s+(?:.*,\s*)?([\w.$]+)$"
+)
+
+
+def arithmetic(instruction: str) -> tuple[str, int]:
+    """Whether an instruction is of multiply-adds of float32, and in how many lanes; ("", 0) for any other."""
+    name, _, operands = instruction.partition(" ")
+    kind = _KINDS.get(name, "")
+    if not kind:
+        return "", 0
+    if name.startswith("v"):
+        return kind, _REGISTER_LANES[operands[0]]
+    vector = re.match(r"v\d+\.(\d)s\b", operands)
+    if vector:
+        return kind, int(vector[1])
+    return (kind, 1) if operands.startswith("s") else ("", 0)
+
+
+def loops(assembly: str) -> list[Loop]:
+    """The innermost loops: from a label to a branch back to it, with no such pair inside."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        text = re.split(r"//|@|;", line)[0].strip()
+        label = _LABEL.match(text)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif text and not text.startswith("."):
+            instructions.append(re.sub(r"\s+", " ", text))
+    spans = []
+    for at, instruction in enumerate(instructions):
+        branch = _BRANCH.match(instruction)
+        if branch and labels.get(branch[1], at + 1) <= at:
+            spans.append((labels[branch[1]], at))
+    inner = [
+        (begin, end)
+        for begin, end in spans
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
+    ]
+    return [Loop(tuple(instructions[begin : end + 1])) for begin, end in inner]
+
+
+def hottest(assemblies: Sequence[str]) -> Loop | None:
+    """The innermost loop with the most multiply-adds in an iteration; None where no loop has any."""
+    found = [loop for text in assemblies for loop in loops(text)]
+    best = max(found, key=lambda loop: loop.multiply_adds, default=None)
+    return best if best is not None and best.multiply_adds else None
+
+
+# Compiling and asking llvm-mca --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def dumping(folder: Path) -> Iterator[None]:
+    """Let the compiler write its stages to a folder."""
+    before = os.environ.get("KEDGE_DUMP_DIR")
+    os.environ["KEDGE_DUMP_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KEDGE_DUMP_DIR"]
+        else:
+            os.environ["KEDGE_DUMP_DIR"] = before
+
+
+def assemblies(net: Net, cpu: Cpu) -> tuple[list[str], list[str]]:
+    """Of all kernels of a model: their assembly, and the rules that scheduled them."""
+    with tempfile.TemporaryDirectory(prefix="kedge-bench-") as name:
+        folder = Path(name)
+        with dumping(folder / "stages"):
+            artifact = kedge.compile(net.save(folder / "model.onnx"), target=cpu.target)
+        variants: Any = artifact.manifest.info["variants"]
+        rules = [str(kernel["rule"]) for kernel in variants[0]["kernels"]]
+        return [path.read_text() for path in sorted((folder / "stages").glob("kernel-*.s"))], rules
+
+
+_MULTIPLE = re.compile(r"^(v?)(ld|st)m(?:ia)? (\w+)(!?), \{(.*)\}$")
+
+
+def without_multiples(instruction: str) -> list[str]:
+    """A load or store of several registers as instructions that every model knows; all others as they are."""
+    found = _MULTIPLE.match(instruction)
+    if found is None:
+        return [instruction]
+    vector, way, base, written, registers = found.groups()
+    names = registers.split(", ")
+    if vector:
+        parts = [names[at : at + 4] for at in range(0, len(names), 4)]
+        return [f"v{way}1.64 {{{', '.join(part)}}}, [{base}]{written}" for part in parts]
+    return [f"{way}r {name}, [{base}]{', #4' if written else ''}" for name in names if name != base]
+
+
+def cycles(mca: str, cpu: Cpu, block: str) -> float:
+    """Of one iteration of a block, once its loop is under way."""
+    totals = []
+    for iterations in (ITERATIONS, 2 * ITERATIONS):
+        command = [mca, f"-mtriple={cpu.triple}", f"-mcpu={cpu.name}", f"-iterations={iterations}", "-json"]
+        command += [] if cpu.triple.startswith("aarch64") else ["-mattr=+neon"]  # not of every Cortex-A9
+        done = subprocess.run(command, input=block + "\n", capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{mca} refuses a loop for {cpu.name}:\n{done.stderr}\n{block}")
+        totals.append(json.loads(done.stdout)["CodeRegions"][0]["SummaryView"]["TotalCycles"])
+    return (totals[1] - totals[0]) / ITERATIONS
+
+
+def peak(mca: str, cpu: Cpu) -> float:
+    """Multiply-adds of one cycle at most, in lanes."""
+    block = cpu.peak_loop()
+    return LANES * len(block.splitlines()) / cycles(mca, cpu, block)
+
+
+def estimate(mca: str, name: str, cpu: Cpu, most: float) -> Row:
+    """One case on one core."""
+    print(f"{name} for {cpu.label}", file=sys.stderr, flush=True)
+    texts, rules = assemblies(CASES[name](), cpu)
+    row: Row = {"case": name, "cpu": cpu.name, "triple": cpu.triple, "rules": rules, "peak_per_cycle": most}
+    loop = hottest(texts)
+    if loop is None:
+        return row | {"share": 0.0, "multiply_adds": 0, "loop": []}
+    lines = [line for instruction in loop.instructions for line in without_multiples(instruction)]
+    spent = cycles(mca, cpu, "\n".join(lines))
+    share = loop.multiply_adds / spent / most
+    return row | {
+        "multiply_adds": loop.multiply_adds, "cycles": spent, "share": share, "loop": list(loop.instructions)
+    }  # fmt: skip
+
+
+def find_mca(given: str | None) -> str:
+    """The program; exits with what to install where there is none."""
+    for name in [given] if given else ["llvm-mca-19", "llvm-mca"]:
+        path = shutil.which(name)
+        if path is None:
+            continue
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+        version = re.search(r"LLVM version (\d+)", said)
+        if given or (version and int(version[1]) >= 19):
+            return path
+    raise SystemExit(
+        f"{given or 'llvm-mca'} of LLVM 19 or newer was not found: on Debian and Ubuntu 'apt-get install llvm-19' "
+        "installs it, as llvm-mca-19; or name the program with --mca"
+    )
+
+
+def table(rows: Sequence[Row], cpus: Sequence[Cpu]) -> Table:
+    made = Table(title="Static estimate: share of the core's multiply-adds per cycle in the hottest inner loop")
+    for column in ("case", "core"):
+        made.add_column(column)
+    for column in ("instructions", "multiply-adds", "cycles", "share", "wanted"):
+        made.add_column(column, justify="right")
+    wanted = {(cpu.name, cpu.triple): cpu.wanted for cpu in cpus}
+    for row in rows:
+        least = wanted[row["cpu"], row["triple"]]
+        spent = f"{row['cycles']:.1f}" if "cycles" in row else "-"
+        cells = [str(len(row["loop"])), str(row["multiply_adds"]), spent, f"{row['share']:.0%}"]
+        made.add_row(row["case"], row["cpu"], *cells, f"{least:.0%}" if least else "-")
+    return made
+
+
+def pick(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Reads "a,b" as names that are known."""
+
+    def parse(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+        return text.split(",")
+
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=pick(list(CASES)), metavar="NAME,…", help=f"some of {', '.join(CASES)}")
+    names = [cpu.name for cpu in CPUS]
+    parser.add_argument("--cpus", type=pick(names), metavar="NAME,…", help=f"some of {', '.join(names)}")
+    parser.add_argument("--mca", metavar="PROGRAM", help="llvm-mca-19 unless given")
+    parser.add_argument("--show", action="store_true", help="print each loop")
+    parser.add_argument("--smoke", action="store_true", help="matmul on two cores, no result file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args()
+    mca = find_mca(options.mca)
+    cases = options.cases or (["matmul"] if options.smoke else list(CASES))
+    chosen = options.cpus or (["neoverse-n1", "cortex-a9"] if options.smoke else names)
+    cpus = [cpu for cpu in CPUS if cpu.name in chosen]
+    peaks = {cpu: peak(mca, cpu) for cpu in cpus}
+    rows = [estimate(mca, name, cpu, peaks[cpu]) for name in cases for cpu in cpus]
+    date = datetime.date.today().isoformat()
+    made = {"date": date, "what": "static estimate by llvm-mca", "packages": harness.packages("kedge", "llvmlite")}
+    result = {**made, "loops": rows}
+    if options.show:
+        for row in rows:
+            text = "\n    ".join(row["loop"])
+            print(f"{row['case']}, {row['cpu']}: {row['share']:.0%}\n    {text}")
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120).print(table(rows, cpus))
+        for cpu in cpus:
+            print(f"{cpu.label}: {peaks[cpu]:.2f} multiply-adds of float32 in a cycle at most, by its model")
+    if not (options.smoke or options.cases or options.cpus):
+        path = RESULTS / f"arm-mca-{date}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
