@@ -10,6 +10,7 @@ from kedge.compiler.schedule.rules.analysis import (
     inline_producers,
     is_reduction,
     reductions,
+    spatial,
     store_of,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
@@ -17,9 +18,9 @@ from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.tile import Tile, schedule_tile, tile_by_model, tile_space
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import blocks_in, intermediate, writers
-from kedge.compiler.tir.expr import Binary, Cast, Expr, Load
+from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Select
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
-from kedge.compiler.tir.visitor import loads
+from kedge.compiler.tir.visitor import free_vars, loads, walk_expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,13 @@ class Contraction:
         return {**tile_space(reductions(func)[0], target), "inline_padding": (False, True)}
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
-        """The tile of the model; padding in a buffer of its own, since a choice per element costs more than a copy."""
-        return {**tile_by_model(reductions(func)[0], target).decisions(), "inline_padding": False}
+        """The tile of the model; padding where it is read, if whole vectors are padding or none of their elements.
+
+        Tiles that reach no border then cost nothing. A choice per element would cost more than a padded copy.
+        """
+        main = reductions(func)[0]
+        tile = tile_by_model(main, target)
+        return {**tile.decisions(), "inline_padding": _pads_whole_vectors(func, main, tile)}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
         """See the class."""
@@ -66,6 +72,24 @@ def _sums_products(block: Block) -> bool:
         and update.op == "mul"
         and all(isinstance(_uncast(side), Load) for side in (update.a, update.b))
     )
+
+
+def _pads_whole_vectors(func: PrimFunc, block: Block, tile: Tile) -> bool:
+    """Whether what chooses in the producers of `block` is the same for all lanes of a vector."""
+    if tile.vector is None:
+        return False
+    lane = spatial(block)[tile.vector].var
+    for name in _producers(func, block):
+        producer = block_named(func, name)
+        store = store_of(producer)
+        choices = {
+            var for node in walk_expr(store.value) if isinstance(node, Select) for var in free_vars(node.condition)
+        }
+        chosen = [axis for axis, index in enumerate(store.indices) if index in choices]
+        reads = [load for load in loads(block.body) if load.buffer is store.buffer]
+        if any(lane in free_vars(load.indices[axis]) for load in reads for axis in chosen):
+            return False
+    return True
 
 
 def _uncast(expr: Expr) -> Expr:

@@ -53,7 +53,7 @@ def schedule_map(sch: Schedule, name: str, target: TargetModel, *, fused: int, w
     elif inner is not None:
         outer.append(inner)
     if parallel and outer:
-        parallelize(sch, outer, total)
+        parallelize(sch, outer, total, target)
 
 
 def map_width(block: Block, target: TargetModel, fused: int) -> int:

@@ -116,7 +116,7 @@ def _by_rows(sch: Schedule, target: TargetModel) -> None:
     for name in order[: order.index(first)]:
         schedule_map_by_model(sch, name, target)
     if threads:
-        parallelize(sch, rows, total)
+        parallelize(sch, rows, total, target)
 
 
 def _accumulate(sch: Schedule, name: str, rows: list[LoopRef]) -> None:

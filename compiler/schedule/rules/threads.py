@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kedge.compiler.schedule.rules.analysis import at_least, lanes, work
 from kedge.compiler.schedule.rules.rule import TargetModel
@@ -16,6 +16,9 @@ from kedge.compiler.tir.stmt import Block
 PARALLEL_CYCLES = 1 << 15
 #: Vector operations in a cycle of well scheduled code.
 _PER_CYCLE = 2
+#: Iterations per core with which chunks of whole iterations are balanced well enough, and where they divide evenly.
+_PER_CORE = 16
+_FEW_PER_CORE = 4
 
 
 def cycles(block: Block, target: TargetModel) -> float:
@@ -33,8 +36,11 @@ def is_worth_threads(blocks: Iterable[Block], target: TargetModel) -> bool:
     return sum(cycles(block, target) for block in listed) >= PARALLEL_CYCLES
 
 
-def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float) -> None:
+def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float, target: TargetModel) -> None:
     """Spread perfectly nested `loops` over threads; `total_cycles` is what they cost at their least size.
+
+    Only as many of the outermost are fused as give every core enough iterations: taking an iteration apart again costs
+    divisions, which the loops inside of it then do without.
 
     Where the number of iterations is known only at run time, the loop carries the `grain` below which it is not worth
     the threads and runs on the calling one. Chunks are static: these iterations cost the same, and the next loop finds
@@ -43,12 +49,23 @@ def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float) -> Non
     Rewrite:
         for i: for j: …   ->   for i_j in parallel(…):  # grain=n
     """
-    loop = sch.fuse(*loops) if len(loops) > 1 else loops[0]
+    outermost = loops[: _enough(sch, loops, target.num_cores)]
+    loop = sch.fuse(*outermost) if len(outermost) > 1 else outermost[0]
     sch.parallel(loop)
     extent = sch.extent(loop)
     if not isinstance(extent, Const):
         per_iteration = max(1.0, total_cycles / at_least(extent))
         sch.annotate(loop, "grain", math.ceil(PARALLEL_CYCLES / per_iteration))
+
+
+def _enough(sch: Schedule, loops: Sequence[LoopRef], cores: int) -> int:
+    """How many of the outermost loops have iterations enough to keep all cores equally busy."""
+    count = 1
+    for number, loop in enumerate(loops, 1):
+        count *= at_least(sch.extent(loop))
+        if count >= _PER_CORE * cores or (count >= _FEW_PER_CORE * cores and count % cores == 0):
+            return number
+    return len(loops)
 
 
 def _is_open(block: Block) -> bool:

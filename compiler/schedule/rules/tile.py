@@ -7,7 +7,7 @@ The shape of the tile follows the model of Low et al., "Analytical Modeling Is E
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ from kedge.compiler.tir.visitor import loads
 _LATENCY_TILES = 8
 #: A reduction loop this short is unrolled.
 _SHORT = 4
+#: All reducing loops are, where that gives no more multiply-adds than this: the 3x3 or 7x7 taps of a depthwise tile.
+_MOST_UNROLLED = 512
 _MOST_ROWS = 14
 _MOST_VECTORS = 6
 #: Rows along a dim of unknown size, such as a batch: rows that do not fill a tile cost the most where there is one.
@@ -112,8 +114,8 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
         _take_consumer(sch, blocks[-1])
     if reducing:
         blocks.append(sch.decompose_reduction(ref, reducing[0]))
-        if tile.unroll and _is_short(sch, name):
-            sch.unroll(reducing[-1])
+        for loop in _short(sch, reducing, tile) if tile.unroll else ():
+            sch.unroll(loop)
     for block in blocks if inner else ():
         own = sch.get_loops(block)[-len(inner) :]
         for loop in own if tile.width == 1 else own[:-1]:
@@ -121,7 +123,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
         if tile.width > 1:
             sch.vectorize(own[-1])
     if outer and tile.parallel:
-        parallelize(sch, outer, total)
+        parallelize(sch, outer, total, target)
 
 
 def _check(sch: Schedule, ref: BlockRef, tile: Tile) -> None:
@@ -168,10 +170,13 @@ def _take_consumer(sch: Schedule, copy: BlockRef) -> None:
             return  # it reads the result in another order: it stays a nest of its own
 
 
-def _is_short(sch: Schedule, name: str) -> bool:
-    reduced = [it for it in block_named(sch.func, name).iters if it.kind == "reduce"]
-    size = extent_of(reduced[-1].extent)
-    return size is not None and 1 < size <= _SHORT
+def _short(sch: Schedule, reducing: Sequence[LoopRef], tile: Tile) -> Sequence[LoopRef]:
+    """The reducing loops to be unrolled: the last one if it is short, or all if that makes no long code."""
+    sizes = [extent_of(sch.extent(loop)) for loop in reducing]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes) and math.prod(known) * tile.rows * tile.vectors <= _MOST_UNROLLED:
+        return [loop for loop, size in zip(reducing, known, strict=True) if size > 1]
+    return reducing[-1:] if sizes[-1] is not None and 1 < sizes[-1] <= _SHORT else ()
 
 
 def _vector_dim(block: Block, target: TargetModel) -> int | None:
@@ -201,16 +206,21 @@ def _load_cost(step: int, width: int) -> float:
 
 
 def _row_dim(block: Block, vector: int) -> int | None:
-    """The largest other dim along which the vectors that are loaded can be used again; free dims count as small."""
+    """The other dim along which most of the vectors that are loaded can be used again.
+
+    Of several the innermost that is long enough: what its rows read lies closer together. Free dims count as small.
+    Depthwise convolutions use only their weights again.
+    """
     axes = spatial(block)
     contiguous = [i for i, step in enumerate(strides(block, axes[vector].var)[1:]) if step]
-    best, size = None, 1
+    best, found = None, (0, 1)
     for number, axis in enumerate(axes):
         known = extent_of(axis.extent)
-        extent = _OPEN_ROWS if known is None else known
+        extent = _OPEN_ROWS if known is None else min(known, _MOST_ROWS)
         steps = strides(block, axis.var)[1:]
-        if number != vector and extent > size and all(steps[i] == 0 for i in contiguous):
-            best, size = number, extent
+        again = sum(1 for i in contiguous if steps[i] == 0)
+        if number != vector and again and extent > 1 and (again, extent) >= found:
+            best, found = number, (again, extent)
     return best
 
 
