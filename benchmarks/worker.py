@@ -36,8 +36,12 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Ready:
-    """A loaded model: a call over fixed arrays, what it gives, and kedge's own timing (seconds -> nanoseconds)."""
+    """A loaded model: a call over fixed arrays, what it gives, and kedge's own timing (seconds -> nanoseconds).
 
+    `inputs` live as long as it does: runtimes read their memory, and most keep no reference.
+    """
+
+    inputs: Arrays
     call: Callable[[], object]
     outputs: Callable[[], Arrays]
     native: Callable[[float], list[float]] | None = None
@@ -59,7 +63,7 @@ def kedge_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
         timing = module.time(inputs, repeat=repeat, min_repeat_ms=seconds * 1e3 / repeat)
         return list(timing.samples_ns)
 
-    return Ready(module.bind(inputs), lambda: module.run(inputs), native)
+    return Ready(inputs, module.bind(inputs), lambda: module.run(inputs), native)
 
 
 def onnxruntime_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
@@ -85,7 +89,7 @@ def onnxruntime_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
         session.run_with_iobinding(binding)
         return {name: value.numpy() for name, value in results.items()}
 
-    return Ready(lambda: session.run_with_iobinding(binding), outputs)
+    return Ready(inputs, lambda: session.run_with_iobinding(binding), outputs)
 
 
 def openvino_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
@@ -96,6 +100,8 @@ def openvino_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
         inference_num_threads: threads,
         hint.performance_mode: hint.PerformanceMode.LATENCY,
         hint.inference_precision: ov.Type.f32,
+        # The process has just its cores already. A thread tied to one of them waits where another's work is on it.
+        hint.enable_cpu_pinning: False,
     }
     compiled = ov.Core().compile_model(str(model), "CPU", options)
     request = compiled.create_infer_request()
@@ -110,7 +116,7 @@ def openvino_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
         request.infer(share_outputs=True)
         return results
 
-    return Ready(lambda: request.infer(share_outputs=True), outputs)
+    return Ready(inputs, lambda: request.infer(share_outputs=True), outputs)
 
 
 def numpy_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
@@ -129,7 +135,7 @@ def numpy_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
     def outputs() -> Arrays:
         return {graph.node[0].output[0]: matmul(a, b, out=c)}
 
-    return Ready(lambda: matmul(a, b, out=c), outputs)
+    return Ready(inputs, lambda: matmul(a, b, out=c), outputs)
 
 
 RUNTIMES = {

@@ -192,6 +192,16 @@ def test_last_words_are_the_error_without_its_hint(part: Any) -> None:
     assert part("harness").last_words("") == ""
 
 
+def test_the_plot_names_each_model_and_ratio(part: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'bench'")
+    rows = [row_of("first", median_us=7.0), row_of("refused")]
+    rows[0]["runs"][0]["ratio"] = 0.7
+    part("cpu_models").plot(rows, {"cpu": "a processor"}, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    # Text is drawn as outlines, named in comments.
+    assert all(f"<!-- {each} -->" in text for each in ("first", "refused", "0.70", "1 thread")), text[:2000]
+
+
 # Matrix products ----------------------------------------------------------------------------------------------------
 
 
