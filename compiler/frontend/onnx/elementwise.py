@@ -46,7 +46,9 @@ for _name, _op in _VARIADIC.items():
 
 
 def scalar(node: Node, value: float, like: Value) -> Value:
-    """A literal of rank 0 with the dtype of `like`."""
+    """A literal of rank 0 with the dtype of `like`, which must not cut a fraction off."""
+    if like.type.dtype not in FLOATS and not float(value).is_integer():
+        raise node.error(f"its input is {like.type.dtype}; it takes floats", hint="cast the input to float32")
     return node.constant(value, like.type.dtype)
 
 
@@ -71,7 +73,8 @@ def _sign(node: Node) -> Value:
     if x.type.dtype.startswith("uint"):
         return positive
     negative = node.emit("cast", node.emit("less", x, zero), dtype=x.type.dtype)
-    return node.emit("sub", positive, negative)
+    sign = node.emit("sub", positive, negative)
+    return node.emit("where", node.emit("isnan", x), x, sign) if x.type.dtype in FLOATS else sign
 
 
 @converter("Tan")

@@ -126,7 +126,9 @@ class Importer:
             try:
                 results = convert(node)
             except ShapeError as error:
-                raise node.error(error.message, hint=error.hint) from error
+                # The node is named already; the graph operator that refuses may be one of several that stand for it.
+                _, named, reason = error.message.partition(f" (node {node.label}): ")
+                raise node.error(reason if named else error.message, hint=error.hint) from error
             return results if isinstance(results, tuple) else (results,)
         return self._run_function(node)
 
