@@ -6,7 +6,7 @@ graph passes -> lowering and scheduling -> LLVM IR -> object files -> shared obj
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeAlias
@@ -22,12 +22,13 @@ from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.shapes import encode
 from kedge.compiler.errors import CompileError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
-from kedge.compiler.graph.external import EXTERNAL_RULE, External
+from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Partition, Pass, TargetPass, default_passes, for_target
 from kedge.compiler.lower.lower import lower, lower_prim_func
-from kedge.compiler.lower.program import ExternalKernel, Kernel, Program
+from kedge.compiler.lower.program import Program
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
+from kedge.compiler.report import report_variant
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import AnyTarget, GpuTarget, Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
@@ -65,7 +66,9 @@ class Pipeline:
         return replace(self, passes=tuple(step for at, step in enumerate(self.passes) if at not in gone))
 
     def partition(self, externals: Sequence[External]) -> Pipeline:
-        """The pipeline that hands subgraphs to external code where patterns see simple operators: before layouts.
+        """The pipeline that hands subgraphs to external code where patterns see simple operators.
+
+        That is before the first pass that depends on the target, such as layouts, and before fusion.
 
         Where a pattern names what is rewritten before (gemm, batch_norm), insert a `Partition` earlier instead.
         """
@@ -74,8 +77,8 @@ class Pipeline:
         if not externals:
             return self
         step = Partition(tuple(externals))
-        at = next((name for name in ("layout", "fuse") if name in self.names), None)
-        return replace(self, passes=(*self.passes, step)) if at is None else self.insert_before(at, step)
+        names = [each.name for each in self.passes if isinstance(each, TargetPass) or each.name == "fuse"]
+        return self.insert_before(names[0], step) if names else replace(self, passes=(*self.passes, step))
 
     @property
     def externals(self) -> tuple[External, ...]:
@@ -191,20 +194,8 @@ def compile_programs(
                 else link_shared(objects, host)
             )
         variants.append(CompiledVariant(one, lib, weights, program.entries, features))
-        rows = [_report(kernel) for kernel in program.kernels.values()]
-        rows += [_report_external(name, call, externals) for name, call in program.externals.items()]
-        reports.append({"target": str(one), "kernels": rows})
+        reports.append(report_variant(program, one, externals))
     return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
-
-
-def _report(kernel: Kernel) -> dict[str, object]:
-    return {"name": kernel.func.name, "rule": kernel.rule, "origin": list(kernel.origin)}
-
-
-def _report_external(name: str, call: ExternalKernel, externals: Mapping[str, ExternalObjects]) -> dict[str, object]:
-    code = externals[call.code.function]
-    rule = f"{EXTERNAL_RULE}{code.function}"
-    return {"name": name, "rule": rule, "origin": list(call.call.origin), "sha256": code.digest}
 
 
 def compile_externals(

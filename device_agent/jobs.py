@@ -44,7 +44,6 @@ from kedge.rpc.types import (
     Measurement,
     StageTime,
     Tensor,
-    TimeOptions,
     Verdict,
     plan_inline,
 )
@@ -108,6 +107,7 @@ class _Loadable:
     weights: Optional[Path]
     weights_offset: int
     placement: Placement
+    variant: int
     inputs: Tuple[native.Tensor, ...]
 
 
@@ -188,6 +188,7 @@ class Job:
             paths[1] if len(paths) > 1 else None,
             variant.weights_offset,
             placement,
+            manifest.variants.index(variant),
             tuple(_native(tensor, hold) for tensor in wanted),
         )
 
@@ -248,9 +249,7 @@ class Job:
         if task.return_outputs:
             results = runner.call(what.index, what.inputs, deadline_s=self._left_s())
         before = read_health(self._board.scratch)
-        timed = runner.time(
-            what.index, what.inputs, native.TimeOptions(**_fields(task.options)), deadline_s=self._left_s()
-        )
+        timed = runner.time(what.index, what.inputs, task.options, deadline_s=self._left_s())
         measurement = Measurement(
             options=replace(task.options, number=timed.number),
             samples_ns=timed.samples_ns,
@@ -258,6 +257,7 @@ class Job:
             num_threads=self._threads(what.placement),
             before=before,
             after=read_health(self._board.scratch),
+            profile=None if timed.profile is None else replace(timed.profile, variant=what.variant),
         )
         device = self._board.device
         verdict, reasons = judge(measurement, device.emulated, device.num_cores)
@@ -432,10 +432,6 @@ def _native(tensor: Tensor, hold: Hold) -> native.Tensor:
     else:
         data = tensor.data
     return native.Tensor(tensor.dtype, tensor.shape, data)
-
-
-def _fields(options: TimeOptions) -> Dict[str, int]:
-    return {name: getattr(options, name) for name in options.__dataclass_fields__}
 
 
 def _remove(folder: Path) -> None:

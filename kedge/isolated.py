@@ -29,10 +29,11 @@ from kedge.rpc.artifact import Artifact, Found, Placement, place
 from kedge.rpc.artifact.place import GPU_KINDS, parse_device
 from kedge.rpc.client.inprocess import check_interface, interface, raise_status, scratch_folder, usable_cpus
 from kedge.rpc.client.inputs import Array, arrange
+from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import JobError
 from kedge.rpc.measure import judge
-from kedge.rpc.types import Measurement
+from kedge.rpc.types import Measurement, TimeOptions
 
 #: How long a call may take before its runner is killed, unless the caller says otherwise.
 RUN_TIMEOUT_S = 600.0
@@ -167,6 +168,21 @@ class LocalModel:
             repeats_to_cooldown=repeats_to_cooldown, cache_flush_bytes=cache_flush_bytes,
             limit_zero_time_iterations=limit_zero_time_iterations,
         )  # fmt: skip
+        return self._time(inputs, function, options, timeout_s)
+
+    def profile(
+        self, inputs: Mapping[str, Any], function: str = "", *, timeout_s: float = TIME_TIMEOUT_S, **options: Any
+    ) -> Profile:
+        """Time every kernel of a function; the options are those of `time`, with min_repeat_ms=10.
+
+        Raises:
+            InputError, JobError: as `run`. The kernels of a GPU cannot be profiled.
+            ArtifactError: the artifact does not say what its kernels are.
+        """
+        timing = self._time(inputs, function, profile_options(**options), timeout_s)
+        return profile_of(self.artifact.manifest, function, inputs, timing)
+
+    def _time(self, inputs: Mapping[str, Any], function: str, options: TimeOptions, timeout_s: float) -> Timing:
         index, tensors = self._arrange(function, inputs)
         here = Path(tempfile.gettempdir())
         before = read_health(here)
@@ -181,9 +197,13 @@ class LocalModel:
             num_threads=self.threads,
             before=before,
             after=read_health(here),
+            profile=None if timed.profile is None else replace(timed.profile, variant=self._variant()),
         )
         verdict, reasons = judge(measurement, num_cores=usable_cpus())
         return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))
+
+    def _variant(self) -> int:
+        return self.artifact.manifest.variants.index(self.placement.variant)
 
     def cancel(self) -> None:
         """End the call that another thread has in flight; it raises JobError with the outcome "cancelled"."""

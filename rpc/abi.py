@@ -9,12 +9,16 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Dict, Tuple
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MODULE_MAGIC = 0x4547444B
 MODULE_SYMBOL = "kedge_module"
 ALIGNMENT = 64
 MAX_NDIM = 8
 MAX_PARAMETERS = 256
+MAX_STEPS = 1048576
+ROOFS = 4
+#: The working sets of `kedge_time_result.read_bytes_per_s`, in bytes.
+ROOF_BYTES = (256 << 10, 2 << 20, 16 << 20, 128 << 20)
 
 # kedge_status
 OK = 0
@@ -202,6 +206,7 @@ class RuntimeApi(ctypes.Structure):
         ("parallel_for_dynamic", ctypes.c_void_p),
         ("launch", ctypes.c_void_p),
         ("fail", ctypes.c_void_p),
+        ("mark", ctypes.c_void_p),
     ]
 
 
@@ -218,6 +223,7 @@ class Frame(ctypes.Structure):
         ("arena", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("cancel", ctypes.c_void_p),
+        ("marks", ctypes.POINTER(ctypes.c_int64)),
     ]
 
 
@@ -235,7 +241,7 @@ class FunctionDesc(ctypes.Structure):
         ("n_inputs", ctypes.c_int32),
         ("n_outputs", ctypes.c_int32),
         ("n_symbols", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("n_steps", ctypes.c_int32),
     ]
 
 
@@ -296,6 +302,7 @@ class TimeOptions(ctypes.Structure):
         ("cooldown_ns", ctypes.c_int64),
         ("repeats_to_cooldown", ctypes.c_int64),
         ("cache_flush_bytes", ctypes.c_int64),
+        ("profile", ctypes.c_int64),
     ]
 
 
@@ -308,6 +315,9 @@ class TimeResult(ctypes.Structure):
         ("number", ctypes.c_int64),
         ("n_samples", ctypes.c_int64),
         ("resolution_ns", ctypes.c_int64),
+        ("step_ns", ctypes.POINTER(ctypes.c_double)),
+        ("clock_hz", ctypes.c_double),
+        ("read_bytes_per_s", ctypes.c_double * ROOFS),
     ]
 
 

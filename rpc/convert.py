@@ -278,6 +278,7 @@ def measurement_to_pb(measurement: t.Measurement) -> types_pb2.Measurement:
         after=None if measurement.after is None else health_to_pb(measurement.after),
         verdict=_VERDICT.to_pb(measurement.verdict),
         reasons=measurement.reasons,
+        profile=None if measurement.profile is None else _profile_to_pb(measurement.profile),
     )
 
 
@@ -292,7 +293,20 @@ def measurement_from_pb(pb: types_pb2.Measurement) -> t.Measurement:
         after=health_from_pb(pb.after) if pb.HasField("after") else None,
         verdict=_VERDICT.from_pb(pb.verdict),
         reasons=tuple(pb.reasons),
+        profile=_profile_from_pb(pb.profile) if pb.HasField("profile") else None,
     )
+
+
+def _profile_to_pb(profile: t.StepSamples) -> types_pb2.Profile:
+    steps = [types_pb2.Profile.Step(samples_ns=samples) for samples in profile.steps_ns]
+    return types_pb2.Profile(
+        steps=steps, clock_hz=profile.clock_hz, read_bytes_per_s=profile.read_bytes_per_s, variant=profile.variant
+    )
+
+
+def _profile_from_pb(pb: types_pb2.Profile) -> t.StepSamples:
+    steps = tuple(tuple(step.samples_ns) for step in pb.steps)
+    return t.StepSamples(steps, pb.clock_hz, tuple(pb.read_bytes_per_s), pb.variant)
 
 
 def job_result_to_pb(result: t.JobResult) -> types_pb2.JobResult:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kedge.rpc.artifact.place import parse_device
 from kedge.rpc.errors import InputError
-from kedge.rpc.types import MAX_DEADLINE_MS, MAX_SAMPLES, BenchTask, JobSpec
+from kedge.rpc.types import MAX_DEADLINE_MS, MAX_PROFILE_SAMPLES, MAX_SAMPLES, BenchTask, JobSpec
 
 _INT32 = 2**31 - 1
 
@@ -28,4 +28,5 @@ def check_spec(spec: JobSpec) -> None:
     parse_device(spec.on)
     if isinstance(spec.task, BenchTask):
         hint = "every repeat is a sample that travels back; number= and min_repeat_ms= make each of them longer"
-        check_number("repeat", spec.task.options.repeat, 1, MAX_SAMPLES, hint)
+        most = MAX_PROFILE_SAMPLES if spec.task.options.profile else MAX_SAMPLES
+        check_number("repeat", spec.task.options.repeat, 1, most, hint)

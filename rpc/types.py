@@ -30,6 +30,7 @@ __all__ = [
     "Protocol",
     "RunTask",
     "StageTime",
+    "StepSamples",
     "Task",
     "Tensor",
     "TimeOptions",
@@ -44,6 +45,8 @@ INLINE_MESSAGE_BYTES = 4 << 20
 
 #: Samples of one measurement on a device: as many bytes as a message's inline tensors may have.
 MAX_SAMPLES = INLINE_MESSAGE_BYTES // 8
+#: Of a profile, which has a row of samples for each step.
+MAX_PROFILE_SAMPLES = 200
 #: No stage may take longer.
 MAX_DEADLINE_MS = 366 * 86_400_000
 #: Jobs in one list.
@@ -211,6 +214,7 @@ class TimeOptions:
     cooldown_ns: int = 0
     repeats_to_cooldown: int = 1
     cache_flush_bytes: int = 0
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,22 @@ class Health:
 
 
 @dataclass(frozen=True)
+class StepSamples:
+    """What a profile has beside the samples of the whole call.
+
+    `steps_ns` has a row for each step of the function, in the order they run: nanoseconds of one call, per sample.
+    `clock_hz` is that of a busy core, `read_bytes_per_s` what all threads together read of the working sets
+    `abi.ROOF_BYTES`, 0 where the device had no memory for one; both were measured right after the samples. `variant`
+    is the index of the artifact's variant that ran.
+    """
+
+    steps_ns: Tuple[Tuple[float, ...], ...]
+    clock_hz: float
+    read_bytes_per_s: Tuple[float, ...]
+    variant: int = 0
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A timing with the protocol it used: samples are nanoseconds of one call, averaged over `options.number` calls."""
 
@@ -237,6 +257,7 @@ class Measurement:
     after: Optional[Health] = None
     verdict: Optional[Verdict] = None
     reasons: Tuple[str, ...] = ()
+    profile: Optional[StepSamples] = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The ahead-of-time entry of each function, and the descriptor `kedge_module` that says what a lib.so holds.
 
 An entry calls its kernels in order over the frame that the runtime hands it; between kernels it looks at the cancel
-flag. Structs are those of kedge.h.
+flag, and tells the runtime where it is if the frame has marks. Structs are those of kedge.h.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.constants import Constants, size_of
 from kedge.compiler.codegen.expr import ExprEmitter
 from kedge.compiler.codegen.external import emit_external
-from kedge.compiler.codegen.parallel import FRAME, FRAME_FIELDS
+from kedge.compiler.codegen.parallel import API, API_FIELDS, FRAME, FRAME_FIELDS
 from kedge.compiler.codegen.shapes import Program as ShapeProgram
 from kedge.compiler.codegen.shapes import decode, encode
 from kedge.compiler.errors import CodegenError
@@ -109,11 +109,13 @@ def _emit_entry(
     emitter = _EntryEmitter(module, entry, weights)
     emitter.prologue()
     needs: list[Dim] = []
-    for step in entry.steps:
+    for number, step in enumerate(entry.steps):
         kernel = kernels[step.kernel]
         if kernel.needs_workspace:
             needs.append(decode(kernel.workspace, step.symbols))
+        emitter.mark(number)
         emitter.step(step, kernel)
+    emitter.mark(len(entry.steps))
     emitter.b.emit("ret i32 0")
     module.add(emitter.b.finish(f"define hidden i32 @{name}(ptr noalias %frame) {module.attributes}"))
     return _arena_size(entry, needs)
@@ -149,11 +151,14 @@ class _EntryEmitter(ExprEmitter):
         self.entry = entry
         self.weights = weights
         self._pools: dict[str, Value] = {}
+        self._marked = Value("false", "i1")
 
     def prologue(self) -> None:
         """Read what stays the same for the whole call."""
         for field in ("inputs", "outputs", "arena", "weights", "cancel"):
             self._pools[field] = self._field(field)
+        marks = self._field("marks")
+        self._marked = self.b.compare("icmp ne", marks, Value("null", "ptr"))
         symbols = self._field("symbols")
         for number, var in enumerate(self.entry.symbols):
             self.bind_symbol(var, self._element(symbols, "i64", number))
@@ -165,6 +170,18 @@ class _EntryEmitter(ExprEmitter):
     def _element(self, array: Value, type_: str, index: int) -> Value:
         slot = self.b.result(f"getelementptr inbounds {type_}, ptr {array.ref}, i32 {index}", "ptr")
         return self.b.result(f"load {type_}, ptr {slot.ref}", type_)
+
+    def mark(self, number: int) -> None:
+        """Have the runtime note the time, where it asked for that."""
+        mark, go_on = self.b.fresh("mark"), self.b.fresh("next")
+        self.b.branch(self._marked, mark, go_on)
+        self.b.label(mark)
+        api = self._field("api")
+        slot = f"getelementptr inbounds {API}, ptr {api.ref}, i32 0, i32 {API_FIELDS['mark']}"
+        function = self.b.result(f"load ptr, ptr {self.b.result(slot, 'ptr').ref}", "ptr")
+        self.b.emit(f"call void {function.ref}(ptr %frame, i64 {number})")
+        self.b.emit(f"br label %{go_on}")
+        self.b.label(go_on)
 
     def step(self, step: Step, kernel: CompiledKernel) -> None:
         """Stop if the call was cancelled, then run one kernel; its failure is the entry's."""
@@ -212,7 +229,7 @@ def _describe_function(constants: Constants, entry: Entry, symbol: str, arena: D
         _FUNCTION,
         f"{{ i64 {size_of(_FUNCTION)}, ptr {name}, ptr @{symbol}, ptr {inputs}, ptr {outputs}, ptr {symbols}, "
         f"{_EXPR} {constants.expr(arena, entry.symbols)}, i32 {len(entry.inputs)}, i32 {len(entry.outputs)}, "
-        f"i32 {len(entry.symbols)}, i32 0 }}",
+        f"i32 {len(entry.symbols)}, i32 {len(entry.steps)} }}",
     )
 
 

@@ -17,10 +17,10 @@ from kedge.compiler.tir.stmt import Buffer, For, Range, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, stmt_exprs, walk_expr
 
 #: Struct layouts of kedge.h, as far as compiled code reads them.
-FRAME = "{ i64, ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr }"
-API = "{ i64, ptr, ptr, ptr, ptr }"
-FRAME_FIELDS = {"api": 1, "inputs": 3, "outputs": 4, "symbols": 5, "arena": 6, "weights": 7, "cancel": 8}
-API_FIELDS = {"parallel_for": 1, "parallel_for_dynamic": 2, "launch": 3, "fail": 4}
+FRAME = "{ i64, ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr }"
+API = "{ i64, ptr, ptr, ptr, ptr, ptr }"
+FRAME_FIELDS = {"api": 1, "inputs": 3, "outputs": 4, "symbols": 5, "arena": 6, "weights": 7, "cancel": 8, "marks": 9}
+API_FIELDS = {"parallel_for": 1, "parallel_for_dynamic": 2, "launch": 3, "fail": 4, "mark": 5}
 
 
 def call_runtime(b: FunctionBuilder, frame: str, member: str, args: str) -> None:

@@ -63,7 +63,8 @@ def with_symbols(entry: Entry, mapping: Mapping[Var, Var]) -> Entry:
 
     def step(old: Step) -> Step:
         symbols = tuple(substitute_expr(symbol, mapping) for symbol in old.symbols)
-        return replace(old, args=tuple(map(slot, old.args)), symbols=symbols)
+        flops = None if old.flops is None else dim(old.flops)
+        return replace(old, args=tuple(map(slot, old.args)), symbols=symbols, flops=flops)
 
     return replace(
         entry,

@@ -12,7 +12,7 @@ import numpy as np
 
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.bind import frozen
-from kedge.compiler.graph.cost import nbytes
+from kedge.compiler.graph.cost import flops, nbytes
 from kedge.compiler.graph.external import External, by_function
 from kedge.compiler.graph.ir import (
     Call,
@@ -286,7 +286,7 @@ class _EntryLowering:
             for value, type_ in zip(job.reads, job.types[: len(job.reads)], strict=True)
         ]
         result = Slot("output", job.result.type, job.output) if job.output is not None else self._slot(job.result)
-        return Step(job.kernel, (*slots, result), job.symbols)
+        return Step(job.kernel, (*slots, result), job.symbols, flops(job.result))
 
     def _slot(self, base: Value) -> Slot:
         if isinstance(base, Constant) or (isinstance(base, Param) and self._weights.is_bound(base)):

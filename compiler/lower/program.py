@@ -32,11 +32,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of a kernel or an external function: arguments in their order, then its symbols as expressions."""
+    """One call of a kernel or an external function: arguments in their order, then its symbols as expressions.
+
+    `flops` are the operations that its operators ask for (a multiply-add is two), however a kernel computes them; None
+    where there are no operators to ask.
+    """
 
     kernel: str
     args: tuple[Slot, ...]
     symbols: tuple[Expr, ...] = ()
+    flops: Dim | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,16 @@ int32_t kedge_team_init(kedge_team *team, int32_t num_threads);
 int32_t kedge_usable_cpus(void);
 extern const kedge_runtime_api kedge_api;
 
+/* ---- time.c ------------------------------------------------------------------------------------------------- */
+/* kedge_runtime_api.mark */
+void kedge_mark(kedge_frame *frame, int64_t number);
+
+/* ---- roof.c ------------------------------------------------------------------------------------------------- */
+/* The clock of this thread's core in Hz. */
+double kedge_core_clock(void);
+/* Bytes that the frame's team reads in a second of each working set (see KEDGE_ROOFS). */
+int32_t kedge_read_rates(kedge_frame *frame, double rates[KEDGE_ROOFS]);
+
 /* ---- context.c ---------------------------------------------------------------------------------------------- */
 typedef struct { /* the place of an input or output on the device, where the caller has it on the host */
   void *address;

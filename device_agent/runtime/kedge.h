@@ -16,12 +16,14 @@
 extern "C" {
 #endif
 
-#define KEDGE_ABI_VERSION 2u
+#define KEDGE_ABI_VERSION 3u
 #define KEDGE_MODULE_MAGIC 0x4547444Bu /* "KDGE" */
 #define KEDGE_MODULE_SYMBOL "kedge_module"
 #define KEDGE_ALIGNMENT 64 /* of weights, arena and every planned buffer, in bytes */
 #define KEDGE_MAX_NDIM 8
 #define KEDGE_MAX_PARAMETERS 256 /* buffers, and scalars, of a device kernel */
+#define KEDGE_MAX_STEPS 1048576  /* of a function */
+#define KEDGE_ROOFS 4            /* working sets that kedge_time reads: 256 KiB, 2 MiB, 16 MiB, 128 MiB */
 
 #if defined(__GNUC__)
 #define KEDGE_API __attribute__((visibility("default")))
@@ -159,6 +161,8 @@ typedef struct { /* what compiled code may call; it imports nothing else */
   /* Says for kedge_last_error that external code failed: `what` names it and its operators, `status` is what it gave,
    * `why` its own words or NULL. Who says so first is heard. Returns what the entry must return, a kedge_status. */
   int32_t (*fail)(struct kedge_frame *frame, const char *what, int32_t status, const char *why);
+  /* Writes the time to the frame's marks: number 0 before the first step, n after n steps. Only where there are any. */
+  void (*mark)(struct kedge_frame *frame, int64_t number);
 } kedge_runtime_api;
 
 typedef struct kedge_frame { /* one call, as compiled code sees it; all fields are pointers or 64 bits wide */
@@ -171,6 +175,7 @@ typedef struct kedge_frame { /* one call, as compiled code sees it; all fields a
   uint8_t *arena;         /* arena_size bytes at KEDGE_ALIGNMENT */
   const uint8_t *weights; /* start of the weights' data at KEDGE_ALIGNMENT, or NULL */
   const volatile int32_t *cancel;
+  int64_t *marks; /* n_steps + 1 times in nanoseconds, which the entry marks; NULL where nobody asks for them */
 } kedge_frame;
 
 typedef int32_t (*kedge_entry)(kedge_frame *frame); /* returns a kedge_status */
@@ -186,7 +191,7 @@ typedef struct {
   int32_t n_inputs;
   int32_t n_outputs;
   int32_t n_symbols;
-  int32_t reserved;
+  int32_t n_steps; /* what the entry runs one after the other, at most KEDGE_MAX_STEPS; each is marked */
 } kedge_function_desc;
 
 typedef struct {
@@ -271,6 +276,7 @@ typedef struct { /* the names and meanings of TVM's time_evaluator */
   int64_t cooldown_ns;                /* pause between groups of repeats, never after the warm-up */
   int64_t repeats_to_cooldown;        /* repeats in a group */
   int64_t cache_flush_bytes;          /* walk over so much memory before every timed call; implies number = 1 */
+  int64_t profile;                    /* not 0: time every step of the function too, and what the machine can do */
 } kedge_time_options;
 
 typedef struct {
@@ -279,10 +285,13 @@ typedef struct {
   int64_t number;      /* what was used in the end */
   int64_t n_samples;   /* how many were taken */
   int64_t resolution_ns; /* of the clock */
+  double *step_ns;       /* a profile's: room for `repeat` rows of the function's n_steps values; else NULL */
+  double clock_hz;       /* a profile's: of a busy core, by a chain of additions of one cycle each; 0: the clock stood still */
+  double read_bytes_per_s[KEDGE_ROOFS]; /* a profile's: by all threads together; 0: no memory for a working set */
 } kedge_time_result;
 
 /* On a GPU, what is timed is the `number` calls and, at the end of each repeat, one wait for the device. Tensors on the
- * CPU are copied there before the warm-up and back after the last sample. */
+ * CPU are copied there before the warm-up and back after the last sample. Profiles are of the CPU only. */
 KEDGE_API int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
                              DLTensor *rets, int32_t n_rets, const kedge_time_options *options,
                              kedge_time_result *result);

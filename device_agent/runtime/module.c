@@ -38,7 +38,8 @@ static int32_t check_ports(const kedge_function_desc *function, const char *kind
 
 static int32_t check_function(const kedge_function_desc *function) {
   if (function == NULL || function->struct_size < sizeof *function || function->name == NULL ||
-      function->entry == NULL || function->n_symbols < 0 || (function->n_symbols > 0 && function->symbols == NULL)) {
+      function->entry == NULL || function->n_symbols < 0 || (function->n_symbols > 0 && function->symbols == NULL) || function->n_steps < 0 ||
+      function->n_steps > KEDGE_MAX_STEPS) {
     return kedge_fail(KEDGE_E_LOAD, "a function's descriptor is malformed");
   }
   int32_t status = check_ports(function, "input", function->inputs, function->n_inputs);

@@ -330,4 +330,5 @@ const kedge_runtime_api kedge_api = {
     .parallel_for_dynamic = parallel_for_dynamic,
     .fail = kedge_fail_external,
     .launch = kedge_launch_kernel,
+    .mark = kedge_mark,
 };

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 from kedge.rpc import abi
 from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import Found
-from kedge.rpc.types import TimeOptions
+from kedge.rpc.types import StepSamples, TimeOptions
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = 0x4647444B  # "KDGF"
 
 # Message types.
@@ -145,6 +145,7 @@ class TimeResult:
     samples_ns: Tuple[float, ...]
     number: int
     resolution_ns: int
+    profile: Optional[StepSamples] = None
 
 
 class Cursor:
@@ -153,6 +154,10 @@ class Cursor:
     def __init__(self, data: Buffer) -> None:
         self.data = memoryview(data)
         self.at = 0
+
+    def at_end(self) -> bool:
+        """Whether everything has been read."""
+        return self.at == len(self.data)
 
     def take(self, size: int) -> memoryview:
         """The next `size` bytes."""
@@ -286,17 +291,26 @@ def pack_time(function: int, options: TimeOptions) -> bytes:
     """The start of a time's payload; tensors follow."""
     o = options
     return struct.pack(
-        "<II8q", function, 0, o.number, o.repeat, o.min_repeat_ns, o.warmup, o.limit_zero_time_iterations,
-        o.cooldown_ns, o.repeats_to_cooldown, o.cache_flush_bytes,
+        "<II9q", function, 0, o.number, o.repeat, o.min_repeat_ns, o.warmup, o.limit_zero_time_iterations,
+        o.cooldown_ns, o.repeats_to_cooldown, o.cache_flush_bytes, int(o.profile),
     )  # fmt: skip
 
 
 def unpack_time_result(payload: Buffer) -> TimeResult:
-    """Read the samples."""
+    """Read the samples, and a profile where one was asked for."""
     cursor = Cursor(payload)
     number, resolution = cursor.unpack(struct.Struct("<qq"))
-    count, _ = cursor.u32(), cursor.u32()
-    return TimeResult(struct.unpack(f"<{count}d", cursor.take(8 * count)), number, resolution)
+    count, n_steps = cursor.u32(), cursor.u32()
+
+    def doubles(length: int) -> Tuple[float, ...]:
+        return struct.unpack(f"<{length}d", cursor.take(8 * length))
+
+    samples = doubles(count)
+    if cursor.at_end():
+        return TimeResult(samples, number, resolution)
+    clock, rates, steps = doubles(1)[0], doubles(abi.ROOFS), doubles(count * n_steps)
+    by_step = tuple(steps[step::n_steps] for step in range(n_steps))
+    return TimeResult(samples, number, resolution, StepSamples(by_step, clock, rates))
 
 
 def unpack_error(payload: Buffer) -> Tuple[int, str]:

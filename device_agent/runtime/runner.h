@@ -11,7 +11,7 @@
 
 #include "kedge.h"
 
-#define RUNNER_PROTOCOL_VERSION 2u
+#define RUNNER_PROTOCOL_VERSION 3u
 #define RUNNER_MAGIC 0x4647444Bu /* "KDGF" */
 
 enum {

@@ -375,33 +375,55 @@ static int32_t read_options(cursor *c, kedge_time_options *options, kedge_time_r
   return result->samples_ns != NULL ? KEDGE_OK : kedge_fail(KEDGE_E_MEMORY, "no memory for the samples");
 }
 
+static int32_t make_step_room(const call *k, const kedge_time_options *options, kedge_time_result *result) {
+  uint64_t row = sizeof(double) * (uint64_t)k->function->n_steps, room;
+  if (options->profile == 0) return KEDGE_OK;
+  if (__builtin_mul_overflow((uint64_t)options->repeat, row, &room) || room > PTRDIFF_MAX) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "a malformed request to time");
+  }
+  result->step_ns = malloc(room > 0 ? (size_t)room : 1);
+  return result->step_ns != NULL ? KEDGE_OK : kedge_fail(KEDGE_E_MEMORY, "no memory for the samples of the steps");
+}
+
+static void reply_to_time(const reply *r, const call *k, const kedge_time_result *result) {
+  size_t n_steps = result->step_ns == NULL ? 0 : (size_t)k->function->n_steps, samples = (size_t)result->n_samples;
+  bytes head = {0};
+  bytes_u64(&head, (uint64_t)result->number);
+  bytes_u64(&head, (uint64_t)result->resolution_ns);
+  bytes_u32(&head, (uint32_t)samples);
+  bytes_u32(&head, (uint32_t)n_steps);
+  bytes_add(&head, result->samples_ns, sizeof(double) * samples);
+  if (result->step_ns != NULL) {
+    bytes_add(&head, &result->clock_hz, sizeof result->clock_hz);
+    bytes_add(&head, result->read_bytes_per_s, sizeof result->read_bytes_per_s);
+    bytes_add(&head, result->step_ns, sizeof(double) * samples * n_steps);
+  }
+  reply_result(r, &head, NULL, 0, -1);
+  free(head.data);
+}
+
 static void handle_time(const reply *r, session *s, const frame *f, cursor *c) {
   call k = {.output_file = -1};
   kedge_time_options options;
-  kedge_time_result result = {.samples_ns = NULL};
+  kedge_time_result result = {.samples_ns = NULL, .step_ns = NULL};
   uint32_t index = cursor_u32(c);
   cursor_u32(c);
   int32_t status = read_options(c, &options, &result);
   if (status == KEDGE_OK) status = begin_call(&k, s, index);
   if (status == KEDGE_OK) status = read_inputs(&k, f, c);
   if (status == KEDGE_OK) status = make_outputs(&k, s->context, false);
+  if (status == KEDGE_OK) status = make_step_room(&k, &options, &result);
   if (status == KEDGE_OK) {
     status = kedge_time(s->context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs, &options,
                         &result);
   }
   if (status == KEDGE_OK) {
-    bytes head = {0};
-    bytes_u64(&head, (uint64_t)result.number);
-    bytes_u64(&head, (uint64_t)result.resolution_ns);
-    bytes_u32(&head, (uint32_t)result.n_samples);
-    bytes_u32(&head, 0);
-    bytes_add(&head, result.samples_ns, sizeof(double) * (size_t)result.n_samples);
-    reply_result(r, &head, NULL, 0, -1);
-    free(head.data);
+    reply_to_time(r, &k, &result);
   } else {
     reply_error(r, status, kedge_last_error());
   }
   free(result.samples_ns);
+  free(result.step_ns);
   free_call(&k);
 }
 

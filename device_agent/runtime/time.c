@@ -1,5 +1,6 @@
 /* time.c: timing a function natively. The names and meanings are those of TVM's time_evaluator. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "device.h"
 
@@ -11,11 +12,23 @@ typedef struct {
   const kedge_time_options *options;
   void *flush; /* cache_flush_bytes on the device, or NULL */
   int64_t number;
+  int64_t n_steps;
+  double *steps; /* of the sample that is taken, in nanoseconds of one call; NULL without a profile */
 } run;
+
+void kedge_mark(kedge_frame *frame, int64_t number) { frame->marks[number] = kedge_now_ns(); }
+
+static void add_steps(const run *r) {
+  const int64_t *marks = r->context->frame.marks;
+  for (int64_t i = 0; i < r->n_steps; i++) r->steps[i] += (double)(marks[i + 1] - marks[i]);
+}
 
 static int32_t call_many(run *r, int64_t count) {
   int32_t status = KEDGE_OK;
-  for (int64_t i = 0; i < count && status == KEDGE_OK; i++) status = kedge_enter(r->context);
+  for (int64_t i = 0; i < count && status == KEDGE_OK; i++) {
+    status = kedge_enter(r->context);
+    if (r->steps != NULL && status == KEDGE_OK) add_steps(r);
+  }
   return kedge_drain(r->context, status);
 }
 
@@ -42,12 +55,13 @@ static int64_t grown(int64_t number, int64_t duration, int64_t wanted) {
   return next < 1e15 ? (int64_t)next : (int64_t)1e15;
 }
 
-static int32_t take_sample(run *r, double *sample) {
+static int32_t repeat_calls(run *r, double *sample) {
   const kedge_time_options *options = r->options;
   int64_t zeros = 0;
   for (;;) {
     int32_t status = r->flush != NULL ? flush_caches(r) : KEDGE_OK;
     if (status != KEDGE_OK) return status;
+    if (r->steps != NULL) memset(r->steps, 0, sizeof *r->steps * (size_t)r->n_steps);
     int64_t start = kedge_now_ns();
     status = call_many(r, r->number);
     int64_t duration = kedge_now_ns() - start;
@@ -59,6 +73,14 @@ static int32_t take_sample(run *r, double *sample) {
   }
 }
 
+static int32_t take_sample(run *r, double *sample) {
+  int32_t status = repeat_calls(r, sample);
+  if (r->steps != NULL) {
+    for (int64_t i = 0; i < r->n_steps; i++) r->steps[i] /= (double)r->number;
+  }
+  return status;
+}
+
 static void cool_down(const run *r) {
   for (int64_t left = r->options->cooldown_ns; left > 0 && !kedge_is_cancelled(r->context); left -= SLEEP_SLICE_NS) {
     kedge_sleep_ns(left < SLEEP_SLICE_NS ? left : SLEEP_SLICE_NS);
@@ -67,9 +89,11 @@ static void cool_down(const run *r) {
 
 static int32_t take_samples(run *r, kedge_time_result *result) {
   const kedge_time_options *options = r->options;
+  r->steps = result->step_ns; /* the warm-up's go where the first sample's will be */
   int32_t status = call_many(r, options->warmup);
   for (int64_t i = 0; i < options->repeat && status == KEDGE_OK; i++) {
     if (i > 0 && i % options->repeats_to_cooldown == 0) cool_down(r);
+    if (r->steps != NULL) r->steps = result->step_ns + i * r->n_steps;
     status = take_sample(r, &result->samples_ns[i]);
     if (status == KEDGE_OK) result->n_samples = i + 1;
   }
@@ -83,8 +107,11 @@ static int32_t check_options(const kedge_time_options *o, const kedge_time_resul
     return kedge_fail(KEDGE_E_ARGUMENT, "kedge_time: options, result and room for samples are required");
   }
   if (o->number < 1 || o->repeat < 1 || o->min_repeat_ns < 0 || o->warmup < 0 || o->limit_zero_time_iterations < 0 ||
-      o->cooldown_ns < 0 || o->repeats_to_cooldown < 1 || o->cache_flush_bytes < 0) {
+      o->cooldown_ns < 0 || o->repeats_to_cooldown < 1 || o->cache_flush_bytes < 0 || o->profile < 0) {
     return kedge_fail(KEDGE_E_ARGUMENT, "time options: number, repeat and repeats_to_cooldown start at 1, others at 0");
+  }
+  if ((o->profile != 0) != (result->step_ns != NULL)) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "kedge_time: a profile, and nothing else, needs room for its steps");
   }
   return KEDGE_OK;
 }
@@ -106,6 +133,25 @@ static int32_t time_bound(run *r, kedge_time_result *result) {
   return status != KEDGE_OK ? status : released;
 }
 
+/* The samples with a profile around them: marks for the entry, then what this machine does at most. */
+static int32_t profile_bound(run *r, kedge_time_result *result) {
+  kedge_context *context = r->context;
+  const kedge_driver *driver = context->queue->device->driver;
+  if (driver->device_type != kDLCPU) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "a profile times the kernels of a CPU; on %s one only begins when it is launched",
+                      driver->name);
+  }
+  r->n_steps = context->function->n_steps;
+  int64_t *marks = calloc((size_t)r->n_steps + 1, sizeof *marks);
+  if (marks == NULL) return kedge_fail(KEDGE_E_MEMORY, "no memory for the times of %lld steps", (long long)r->n_steps);
+  context->frame.marks = marks;
+  int32_t status = time_bound(r, result);
+  context->frame.marks = NULL;
+  free(marks);
+  if (status == KEDGE_OK) result->clock_hz = kedge_core_clock();
+  return status == KEDGE_OK ? kedge_read_rates(&context->frame, result->read_bytes_per_s) : status;
+}
+
 int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args, DLTensor *rets,
                    int32_t n_rets, const kedge_time_options *options, kedge_time_result *result) {
   kedge_clear_error();
@@ -113,10 +159,13 @@ int32_t kedge_time(kedge_context *context, int32_t function, const DLTensor *arg
   int32_t status = check_options(options, result);
   if (status != KEDGE_OK) return status;
   result->n_samples = 0;
-  run r = {context, options, NULL, options->number};
+  run r = {.context = context, .options = options, .number = options->number};
   kedge_arm(context);
   status = kedge_begin_call(context, function, args, n_args, rets, n_rets);
-  if (status == KEDGE_OK) status = kedge_end_call(context, time_bound(&r, result));
+  if (status == KEDGE_OK) {
+    status = options->profile != 0 ? profile_bound(&r, result) : time_bound(&r, result);
+    status = kedge_end_call(context, status);
+  }
   kedge_disarm(context);
   return status;
 }

@@ -145,7 +145,7 @@ def size_text(n_bytes: float) -> str:
 
 def target_text(target: str) -> str:
     """A target string without the options that follow from its CPU or GPU, for tables."""
-    details = ("-mattr=", "-l1=", "-l2=", "-max-threads=", "-shared=", "-warp=")
+    details = ("-mattr=", "-l1=", "-l2=", "-l3=", "-fma", "-loads=", "-stores=", "-max-threads=", "-shared=", "-warp=")
     text = " ".join(word for word in target.split() if not word.startswith(details))
     return text + '"' * (text.count('"') % 2)  # the last detail of a quoted host took the closing quote with it
 

@@ -126,6 +126,7 @@ def bench(
         float, typer.Option("--min-repeat-ms", min=0, help="Grow the calls in a sample until it lasts so long.")
     ] = 50,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Untimed calls before the first sample.")] = 1,
+    profile: Annotated[bool, typer.Option("--profile", help="Time every kernel, and show them in a table.")] = False,
     on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
@@ -140,6 +141,8 @@ def bench(
 
       kedge bench digits.kdg --shape image=64,1,8,8 --threads 2 --repeat 50
 
+      kedge bench digits.kdg --profile
+
       kedge bench digits-gpu.kdg --on cuda
 
       kedge bench digits-arm.kdg --device key=rpi4 --tracker tracker:9190 --json
@@ -151,16 +154,28 @@ def bench(
     with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         module = place.load(loaded)
         report(f"timing {repeat} samples on {module.device}")
-        timing = module.time(
+        measure = module.profile if profile else module.time
+        result = measure(
             data, function=function, repeat=repeat, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup
         )
+    timing = result.timing if profile else result
     if as_json:
-        output.emit_json({**timing.to_json(), "on": module.device})
+        output.emit_json({**result.to_json(), "on": module.device})
     else:
+        if profile:
+            _show_profile(result)
         where = "" if module.device == CPU else f"on {module.device}\n"
         output.stdout().print(f"{where}{timing}", soft_wrap=True)
     if timing.verdict == "invalid":
         raise typer.Exit(1)
+
+
+def _show_profile(profile: Any) -> None:
+    table = output.table(*profile.COLUMNS)
+    for row in profile.rows():
+        table.add_row(*row)
+    output.show(table)
+    output.stdout().print(f"{profile.caption}\n", soft_wrap=True)
 
 
 def validate(

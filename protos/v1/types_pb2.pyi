@@ -215,7 +215,7 @@ class Outcome(_message.Message):
     def __init__(self, kind: _Optional[_Union[OutcomeKind, str]] = ..., stage: _Optional[_Union[Stage, str]] = ..., signal: _Optional[int] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class TimeOptions(_message.Message):
-    __slots__ = ("number", "repeat", "min_repeat_ns", "warmup", "limit_zero_time_iterations", "cooldown_ns", "repeats_to_cooldown", "cache_flush_bytes")
+    __slots__ = ("number", "repeat", "min_repeat_ns", "warmup", "limit_zero_time_iterations", "cooldown_ns", "repeats_to_cooldown", "cache_flush_bytes", "profile")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     REPEAT_FIELD_NUMBER: _ClassVar[int]
     MIN_REPEAT_NS_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,7 @@ class TimeOptions(_message.Message):
     COOLDOWN_NS_FIELD_NUMBER: _ClassVar[int]
     REPEATS_TO_COOLDOWN_FIELD_NUMBER: _ClassVar[int]
     CACHE_FLUSH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     number: int
     repeat: int
     min_repeat_ns: int
@@ -232,7 +233,8 @@ class TimeOptions(_message.Message):
     cooldown_ns: int
     repeats_to_cooldown: int
     cache_flush_bytes: int
-    def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ...) -> None: ...
+    profile: bool
+    def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ..., profile: bool = ...) -> None: ...
 
 class Health(_message.Message):
     __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes")
@@ -250,8 +252,25 @@ class Health(_message.Message):
     disk_free_bytes: int
     def __init__(self, load_1min: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., frequency_mhz: _Optional[float] = ..., governor: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ...) -> None: ...
 
+class Profile(_message.Message):
+    __slots__ = ("steps", "clock_hz", "read_bytes_per_s", "variant")
+    class Step(_message.Message):
+        __slots__ = ("samples_ns",)
+        SAMPLES_NS_FIELD_NUMBER: _ClassVar[int]
+        samples_ns: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, samples_ns: _Optional[_Iterable[float]] = ...) -> None: ...
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_HZ_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[Profile.Step]
+    clock_hz: float
+    read_bytes_per_s: _containers.RepeatedScalarFieldContainer[float]
+    variant: int
+    def __init__(self, steps: _Optional[_Iterable[_Union[Profile.Step, _Mapping]]] = ..., clock_hz: _Optional[float] = ..., read_bytes_per_s: _Optional[_Iterable[float]] = ..., variant: _Optional[int] = ...) -> None: ...
+
 class Measurement(_message.Message):
-    __slots__ = ("options", "samples_ns", "resolution_ns", "num_threads", "before", "after", "verdict", "reasons")
+    __slots__ = ("options", "samples_ns", "resolution_ns", "num_threads", "before", "after", "verdict", "reasons", "profile")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_NS_FIELD_NUMBER: _ClassVar[int]
     RESOLUTION_NS_FIELD_NUMBER: _ClassVar[int]
@@ -260,6 +279,7 @@ class Measurement(_message.Message):
     AFTER_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REASONS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     options: TimeOptions
     samples_ns: _containers.RepeatedScalarFieldContainer[float]
     resolution_ns: int
@@ -268,7 +288,8 @@ class Measurement(_message.Message):
     after: Health
     verdict: Verdict
     reasons: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, options: _Optional[_Union[TimeOptions, _Mapping]] = ..., samples_ns: _Optional[_Iterable[float]] = ..., resolution_ns: _Optional[int] = ..., num_threads: _Optional[int] = ..., before: _Optional[_Union[Health, _Mapping]] = ..., after: _Optional[_Union[Health, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+    profile: Profile
+    def __init__(self, options: _Optional[_Union[TimeOptions, _Mapping]] = ..., samples_ns: _Optional[_Iterable[float]] = ..., resolution_ns: _Optional[int] = ..., num_threads: _Optional[int] = ..., before: _Optional[_Union[Health, _Mapping]] = ..., after: _Optional[_Union[Health, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., reasons: _Optional[_Iterable[str]] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
 
 class RunTask(_message.Message):
     __slots__ = ("inputs", "discard_outputs")

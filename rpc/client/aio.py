@@ -26,6 +26,7 @@ from kedge.rpc.client import plan
 from kedge.rpc.client.fleet import CONNECT_S
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
+from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
@@ -364,3 +365,13 @@ class LoadedModel:
         terms, how = self._session._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
         return plan.timing_of(await self._session._fleet._call(self._packed, request))
+
+    async def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
+        """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
+
+        Raises InputError, JobError, ConnectError; ArtifactError where the artifact does not say what its kernels are.
+        """
+        terms, how = self._session._terms(function), profile_options(**options)
+        request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
+        timing = plan.timing_of(await self._session._fleet._call(self._packed, request))
+        return profile_of(self._packed.manifest, function, inputs, timing)

@@ -30,10 +30,11 @@ from kedge.rpc.artifact import Artifact, Function, Manifest, place
 from kedge.rpc.artifact.place import CPU
 from kedge.rpc.client.gpus import find_gpus
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output
+from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from kedge.rpc.measure import judge
-from kedge.rpc.types import Measurement, TimeOptions
+from kedge.rpc.types import Measurement, StepSamples, TimeOptions
 
 Outputs = dict[str, Array]
 
@@ -123,6 +124,10 @@ class LoadedModel:
     def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; the options are those of `LoadedFunction.time`."""
         return self[function].time(inputs, **options)
+
+    def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
+        """Time every kernel of a function; see `LoadedFunction.profile`."""
+        return self[function].profile(inputs, **options)
 
     def cancel(self) -> None:
         """End the calls that other threads have in flight, at their next kernel; they raise JobError."""
@@ -241,10 +246,26 @@ class LoadedFunction:
             repeats_to_cooldown=repeats_to_cooldown, cache_flush_bytes=cache_flush_bytes,
             limit_zero_time_iterations=limit_zero_time_iterations,
         )  # fmt: skip
+        return self._time(inputs, options)
+
+    def profile(self, inputs: Mapping[str, Any] = {}, **options: Any) -> Profile:
+        """Time every kernel in this process; the options are those of `time`, with min_repeat_ms=10.
+
+        Raises:
+            InputError: an input or option is wrong, or the kernels run on a GPU, where none can be timed by itself.
+            ArtifactError: the artifact does not say what its kernels are.
+        """
+        timing = self._time(inputs, profile_options(**options))
+        return profile_of(self._model.artifact.manifest, self.manifest.name, inputs, timing)
+
+    def _time(self, inputs: Mapping[str, Any], options: TimeOptions) -> Timing:
         arrays, shapes = self._slow(inputs)
         context = self._model._context()
-        samples = (ctypes.c_double * repeat)()
+        samples = (ctypes.c_double * options.repeat)()
         result = abi.TimeResult(struct_size=ctypes.sizeof(abi.TimeResult), samples_ns=samples)
+        n_steps = self._model._lib.kedge_describe(self._model._model).contents.functions[self._index].contents.n_steps
+        if options.profile:
+            result.step_ns = (ctypes.c_double * max(1, options.repeat * n_steps))()
         with context.lock:
             plan = self._plan(context, arrays, shapes)
             outputs = plan.new_outputs()
@@ -252,12 +273,18 @@ class LoadedFunction:
             status = self._model._lib.kedge_time(*plan.arguments, time_options(options), result)
         if status:
             context.refuse(status)
-        used = TimeOptions(result.number, *time_fields(options)[1:])
         measurement = Measurement(
-            used, tuple(samples[: result.n_samples]), result.resolution_ns, self._model.threads
+            replace(options, number=result.number), tuple(samples[: result.n_samples]), result.resolution_ns,
+            self._model.threads, profile=self._steps(result, n_steps) if options.profile else None,
         )  # fmt: skip
         verdict, reasons = judge(measurement, num_cores=usable_cpus())
         return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))
+
+    def _steps(self, result: abi.TimeResult, n_steps: int) -> StepSamples:
+        rows = result.step_ns[: result.n_samples * n_steps]
+        variant = self._model.artifact.manifest.variants.index(self._model.variant)
+        by_step = tuple(tuple(rows[step::n_steps]) for step in range(n_steps))
+        return StepSamples(by_step, result.clock_hz, tuple(result.read_bytes_per_s), variant)
 
     def _fast(self, inputs: Mapping[str, Any]) -> tuple[list[Array], tuple[Any, ...]] | None:
         """The arrays in order when all of them are as they should be, at the least cost; None when in doubt."""

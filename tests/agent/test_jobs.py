@@ -23,6 +23,7 @@ from kedge.rpc.blobs import BlobStore, CorruptBlobError, blob_of
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
+    MAX_PROFILE_SAMPLES,
     MAX_SAMPLES,
     BenchTask,
     Blob,
@@ -215,9 +216,17 @@ def test_a_folder_that_cannot_be_made_is_the_devices_fault(board: Board, remote:
     assert outcome.kind is OutcomeKind.DEVICE_FAULT and "No such file" in outcome.message
 
 
-@pytest.mark.parametrize("repeat", [0, MAX_SAMPLES + 1])
-def test_samples_that_no_message_carries_are_refused(board: Board, remote: Remote, made: Artifact, repeat: int) -> None:
-    task = BenchTask((floats(1),), TimeOptions(repeat=repeat))
+@pytest.mark.parametrize(
+    "options",
+    [
+        TimeOptions(repeat=0), TimeOptions(repeat=MAX_SAMPLES + 1),
+        TimeOptions(repeat=MAX_PROFILE_SAMPLES + 1, profile=True),
+    ],
+)  # fmt: skip
+def test_samples_that_no_message_carries_are_refused(
+    board: Board, remote: Remote, made: Artifact, options: TimeOptions
+) -> None:
+    task = BenchTask((floats(1),), options)
     outcome = execute(board, replace(run_spec(remote.publish(made), "add"), task=task)).outcome
     assert (outcome.kind, outcome.stage) == (OutcomeKind.BAD_REQUEST, Stage.TRANSFER)
     assert "repeat" in outcome.message

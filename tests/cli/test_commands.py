@@ -19,7 +19,7 @@ from kedge.cli import EXIT_BUG, main, output
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
 from kedge.diagnosis import diagnose
-from support.commands import Kedge, kedge_command
+from support.commands import Kedge, check_digits_profile, kedge_command
 
 
 def test_run_saves_what_the_reference_computes(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
@@ -51,6 +51,20 @@ def test_bench_reports_samples_with_their_protocol(kedge: Kedge, digits: Path) -
     assert len(report["samples_ns"]) == 7
     assert all(sample > 0 for sample in report["samples_ns"])
     assert report["verdict"] in ("valid", "suspect")
+
+
+def test_bench_shows_where_the_time_goes(kedge: Kedge, digits: Path) -> None:
+    short = ("--profile", "--repeat", "3", "--min-repeat-ms", "1")
+    done = kedge("bench", digits, *short, "--json")
+    assert done.returncode in (0, 1), done.stderr  # 1: the machine is too busy to believe the timing
+    check_digits_profile(json.loads(done.stdout))
+    done = kedge("bench", digits, *short, "--shape", "image=3,1,8,8")
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == [
+        "kernel", "calls", "time/call", "share", "GFLOP/s", "GB/s", "roofline", "rule", "decisions", "from",
+    ]  # fmt: skip
+    assert any("conv2" in row for row in rows) and any("measured reads" in row for row in rows)
+    assert "3 samples of" in done.stdout
 
 
 def test_validate_compares_outputs_and_layers(kedge: Kedge, digits: Path) -> None:

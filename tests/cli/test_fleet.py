@@ -17,7 +17,7 @@ from kedge.data import digits_model, digits_test
 from kedge.demo import processes
 from kedge.diagnosis import diagnose
 from support.agents import wait_for
-from support.commands import Kedge, kedge_command
+from support.commands import Kedge, check_digits_profile, kedge_command
 from support.doubling import gpu_artifact
 
 
@@ -54,11 +54,14 @@ def test_run_bench_validate_and_jobs_on_a_device(kedge: Kedge, fleet: str, digit
     bench = kedge("bench", digits, "--repeat", "5", "--min-repeat-ms", "1", "--json", *there)
     assert bench.returncode == 0, bench.stderr
     assert len(json.loads(bench.stdout)["samples_ns"]) == 5
+    profiled = kedge("bench", digits, "--profile", "--repeat", "3", "--min-repeat-ms", "1", "--json", *there)
+    assert profiled.returncode in (0, 1), profiled.stderr  # 1: the machine is too busy to believe the timing
+    check_digits_profile(json.loads(profiled.stdout))
     validated = kedge("validate", digits_model(), digits, "--json", *there)
     assert validated.returncode == 0, validated.stderr
     assert json.loads(validated.stdout)["ok"]
     jobs = json.loads(kedge("jobs", "--tracker", fleet, "--json").stdout)
-    assert len(jobs) >= 4
+    assert len(jobs) >= 5
     assert all(job["result"]["outcome"]["kind"] == "ok" for job in jobs)
 
 

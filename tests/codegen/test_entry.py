@@ -30,6 +30,7 @@ from support import functions
 
 LOOP = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 POOL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, LOOP, ctypes.c_void_p, ctypes.c_int64)
+MARK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 DYNAMIC_POOL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, LOOP, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 OK, CANCELLED = 0, 7
 
@@ -73,6 +74,7 @@ class Loaded:
         self.module = abi.ModuleDesc.in_dll(self.library, "kedge_module")
         self.function = self.module.functions[0].contents
         self.cancel = ctypes.c_int32(0)
+        self.marks: list[int] | None = None
 
     def call(
         self,
@@ -95,9 +97,12 @@ class Loaded:
         keep = POOL(entry), DYNAMIC_POOL(dynamic_pool)
         functions = (ctypes.cast(each, ctypes.c_void_p).value for each in keep)
         api = abi.RuntimeApi(ctypes.sizeof(abi.RuntimeApi), *functions)
-        fields = (ctypes.c_uint64 * 9)(
-            72, ctypes.addressof(api), 0, ctypes.addressof(inputs), ctypes.addressof(outputs),
+        mark = MARK(lambda frame, number: self.marks.append(number) if self.marks is not None else None)
+        api.mark = ctypes.cast(mark, ctypes.c_void_p).value
+        fields = (ctypes.c_uint64 * 10)(
+            80, ctypes.addressof(api), 0, ctypes.addressof(inputs), ctypes.addressof(outputs),
             ctypes.addressof(symbols), memory.ctypes.data + start, room.ctypes.data + at, ctypes.addressof(self.cancel),
+            0 if self.marks is None else ctypes.addressof(symbols),
         )  # fmt: skip
         address = ctypes.cast(self.function.entry, ctypes.c_void_p).value
         status = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(address)(ctypes.addressof(fields))
@@ -117,7 +122,7 @@ def loaded(tmp_path: Path, kernels: KernelCache) -> Loaded:
 
 def test_the_descriptor_says_what_is_inside(loaded: Loaded) -> None:
     module, function = loaded.module, loaded.function
-    assert (module.magic, module.abi_version) == (0x4547444B, 2)
+    assert (module.magic, module.abi_version) == (0x4547444B, abi.ABI_VERSION)
     assert module.struct_size == ctypes.sizeof(abi.ModuleDesc)
     assert (module.device_type, module.n_kernels, bool(module.kernels)) == (abi.DEVICE_CPU, 0, False)
     assert function.struct_size == ctypes.sizeof(abi.FunctionDesc)
@@ -127,6 +132,7 @@ def test_the_descriptor_says_what_is_inside(loaded: Loaded) -> None:
     assert [(w.offset % 64, w.size) for w in module.weights[:2]] == [(0, 12), (0, 48)]
     assert module.weights_size == loaded.weights.data_size
     assert function.name == b"twice" and (function.n_inputs, function.n_outputs, function.n_symbols) == (1, 1, 1)
+    assert function.n_steps == 2
     port, symbol = function.inputs[0], function.symbols[0]
     assert port.name == b"x" and port.ndim == 2 and (port.dtype.code, port.dtype.bits, port.dtype.lanes) == (2, 32, 1)
     assert [evaluate(port.shape[i], 9) for i in range(2)] == [9, 4]
@@ -140,6 +146,18 @@ def test_steps_run_in_order_inside_the_arena_they_asked_for(loaded: Loaded, n: i
     t = x @ np.arange(12, dtype=np.float32).reshape(4, 3)
     assert status == OK
     np.testing.assert_array_equal(y, (t + 1) * 2 + t)
+
+
+def test_marks_are_made_around_every_step_where_there_are_any(loaded: Loaded) -> None:
+    x = np.ones((4, 4), np.float32)
+    status, plain = loaded.call(x)
+    loaded.marks = []
+    status, y = loaded.call(x)
+    assert (status, loaded.marks) == (OK, [0, 1, 2])
+    np.testing.assert_array_equal(y, plain)
+    loaded.marks = []
+    loaded.cancel.value = 1
+    assert (loaded.call(x)[0], loaded.marks) == (CANCELLED, [0])
 
 
 def test_a_cancelled_call_ends_before_the_next_kernel(loaded: Loaded) -> None:

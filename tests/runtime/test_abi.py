@@ -44,6 +44,8 @@ CONSTANTS = {
     "KEDGE_ALIGNMENT": abi.ALIGNMENT,
     "KEDGE_MAX_NDIM": abi.MAX_NDIM,
     "KEDGE_MAX_PARAMETERS": abi.MAX_PARAMETERS,
+    "KEDGE_MAX_STEPS": abi.MAX_STEPS,
+    "KEDGE_ROOFS": abi.ROOFS,
     "kDLCPU": abi.DEVICE_CPU,
     "kDLCUDA": abi.DEVICE_CUDA,
     "kDLOpenCL": abi.DEVICE_OPENCL,
@@ -118,6 +120,14 @@ def test_every_function_of_the_header_is_declared_and_exported(runtime: RuntimeF
     lib = abi.load_runtime(str(runtime.lib))
     assert {name for name in declared if getattr(lib, name).argtypes is not None} == declared
     assert len(declared) == 21
+
+
+def test_working_sets_are_those_that_the_runtime_reads() -> None:
+    source = (sources.SOURCE_DIR / "roof.c").read_text()
+    sizes = re.search(r"working_sets\[KEDGE_ROOFS\] = \{(.*?)\}", source)
+    assert sizes is not None and len(abi.ROOF_BYTES) == abi.ROOFS
+    pairs = (re.findall(r"\d+", size) for size in sizes[1].split(","))
+    assert tuple(int(number) << int(shift) for number, shift in pairs) == abi.ROOF_BYTES
 
 
 def test_status_names(runtime: RuntimeFiles) -> None:

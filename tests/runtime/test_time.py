@@ -28,6 +28,7 @@ def run(
     kernel_ns: int = 100,
     cancel_at_call: int = 0,
     cancel_at_sleep: int = 0,
+    profile: int = 0,
 ) -> Any:
     arguments = list(map(str, locals().values()))
     program = native.compile_c([PROGRAM, *native.library_sources("clock.c")], f"-I{native.MODULES}")
@@ -83,6 +84,27 @@ def test_a_long_cooldown_is_slept_in_slices() -> None:
 def test_flushing_the_cache_implies_single_calls() -> None:
     result = run(number=50, repeat=3, min_repeat_ns=MS, cache_flush_bytes=1 << 16)
     assert (result["number"], result["calls"]) == (1, 3)
+
+
+def test_a_profile_times_every_step() -> None:
+    result = run(number=5, repeat=3, warmup=2, profile=1)
+    assert result["calls"] == 2 + 5 * 3
+    assert result["samples"] == [100.0] * 3
+    assert result["steps"] == [25.0, 75.0] * 3  # of one call, without those of the warm-up
+
+
+def test_steps_of_a_sample_that_was_too_short_are_forgotten() -> None:
+    result = run(repeat=2, min_repeat_ns=10_000, profile=1)
+    assert (result["number"], result["steps"]) == (101, [25.0, 75.0] * 2)
+
+
+def test_a_profile_needs_room_for_its_steps() -> None:
+    assert run(profile=2)["status"] == abi.E_ARGUMENT
+
+
+def test_cancel_in_a_profile() -> None:
+    result = run(number=10, repeat=10, cancel_at_call=15, profile=1)
+    assert (result["status"], result["steps"]) == (abi.E_CANCELLED, [25.0, 75.0])
 
 
 def test_cancel_between_calls() -> None:

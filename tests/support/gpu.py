@@ -73,6 +73,8 @@ class Context:
         wanted = abi.TimeOptions(ctypes.sizeof(abi.TimeOptions), **chosen)
         samples = (ctypes.c_double * chosen["repeat"])()
         result = abi.TimeResult(ctypes.sizeof(abi.TimeResult), samples)
+        if chosen.get("profile"):
+            result.step_ns = (ctypes.c_double * chosen["repeat"])()
         arguments = self._arguments(function, inputs, outputs)
         self.gpu.check(self.gpu.lib.kedge_time(*arguments, ctypes.byref(wanted), ctypes.byref(result)))
         return list(samples[: result.n_samples])
@@ -330,6 +332,8 @@ def timing(gpu: Gpu) -> None:
         y[:] = 0
         assert len(context.time("chain", [x], [y], cache_flush_bytes=1 << 16)) == 3
         np.testing.assert_array_equal(y, x * -4)
+        failure = refusal(lambda: context.time("chain", [x], [y], profile=1))
+        assert failure.status == abi.E_ARGUMENT and "a profile times the kernels of a CPU; on " in str(failure)
 
 
 def groups_too_large(gpu: Gpu) -> None:

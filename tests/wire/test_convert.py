@@ -36,10 +36,12 @@ statuses = st.builds(t.DeviceStatus, devices, st.sampled_from(t.DeviceState), i6
 health = st.builds(
     t.Health, st.none() | real, st.none() | real, st.none() | real, text, st.none() | i64, st.none() | i64
 )
-options = st.builds(t.TimeOptions, *[i64] * 8)
+options = st.builds(t.TimeOptions, *[i64] * 8, st.booleans())
+rows = st.lists(real, max_size=5).map(tuple)
+steps = st.builds(t.StepSamples, st.lists(rows, max_size=3).map(tuple), real, rows, st.integers(0, 2**31 - 1))
 measurements = st.builds(
     t.Measurement, options, st.lists(real, max_size=5).map(tuple), i64, i32, st.none() | health, st.none() | health,
-    st.none() | st.sampled_from(t.Verdict), texts,
+    st.none() | st.sampled_from(t.Verdict), texts, st.none() | steps,
 )  # fmt: skip
 deadlines = st.builds(t.Deadlines, i64, i64, i64, i64)
 tasks = st.one_of(

@@ -63,6 +63,7 @@ static int32_t touch(kedge_frame *frame);
 static void make_module(void) {
   function = (kedge_function_desc){.struct_size = sizeof function, .name = rarely() ? NULL : "f", .entry = touch};
   function.n_symbols = (int32_t)below(MAX_PORTS + 1);
+  function.n_steps = rarely() ? (int32_t)number() : 0;
   function.n_inputs = rarely() ? -1 : (int32_t)below(MAX_PORTS + 1);
   function.n_outputs = (int32_t)below(MAX_PORTS + 1);
   for (int p = 0; p < 2 * MAX_PORTS; p++) {
@@ -176,7 +177,7 @@ static void use(kedge_context *context, int64_t *calls, int64_t *times) {
   *calls += kedge_call(context, index, tensors, n_inputs, rets, function.n_outputs) == KEDGE_OK;
   double samples[4];
   int64_t flush = rarely() ? number() : 0;
-  kedge_time_options options = {sizeof options, 1, 1 + (int64_t)below(4), 0, number() & 3, 1, 0, 1, flush};
+  kedge_time_options options = {sizeof options, 1, 1 + (int64_t)below(4), 0, number() & 3, 1, 0, 1, flush, 0};
   kedge_time_result result = {.struct_size = sizeof result, .samples_ns = samples};
   /* More memory than there is; on 32 bits a number that becomes small when it is cut. */
   int64_t too_much = sizeof(size_t) < 8 ? ((int64_t)1 << 32) + 64 : INT64_MAX;

@@ -1,7 +1,8 @@
 /* time_semantics.c: kedge_time under a clock that only the kernel moves. In place of clock.c.
  *
  * Arguments: number repeat min_repeat_ns warmup limit_zero cooldown_ns repeats_to_cooldown cache_flush_bytes
- *            kernel_ns cancel_at_call cancel_at_sleep. Prints what happened as JSON.
+ *            kernel_ns cancel_at_call cancel_at_sleep profile. The function has two steps, of a quarter and of the
+ *            rest of kernel_ns. Prints what happened as JSON.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,19 +24,22 @@ void kedge_sleep_ns(int64_t duration_ns) {
 }
 
 static int32_t run_main(kedge_frame *f) {
-  (void)f;
-  now += kernel_ns;
+  if (f->marks != NULL) f->api->mark(f, 0);
+  now += kernel_ns / 4;
+  if (f->marks != NULL) f->api->mark(f, 1);
+  now += kernel_ns - kernel_ns / 4;
+  if (f->marks != NULL) f->api->mark(f, 2);
   if (++calls == cancel_at_call) kedge_cancel(context);
   return KEDGE_OK;
 }
 static const kedge_function_desc main_function = {
-    .struct_size = sizeof(kedge_function_desc), .name = "main", .entry = run_main, .arena_size = EXPR(CONST(0))};
+    .struct_size = sizeof(kedge_function_desc), .name = "main", .entry = run_main, .arena_size = EXPR(CONST(0)), .n_steps = 2};
 MODULE(&main_function);
 
 int main(int argc, char **argv) {
-  int64_t a[11];
-  if (argc != 12) return 2;
-  for (int i = 0; i < 11; i++) a[i] = atoll(argv[i + 1]);
+  int64_t a[12];
+  if (argc != 13) return 2;
+  for (int i = 0; i < 12; i++) a[i] = atoll(argv[i + 1]);
   kernel_ns = a[8];
   cancel_at_call = a[9];
   cancel_at_sleep = a[10];
@@ -43,18 +47,23 @@ int main(int argc, char **argv) {
   kedge_context_options options = {.struct_size = sizeof options, .num_threads = 1};
   if (kedge_open_linked(&kedge_module, NULL, &model) != KEDGE_OK) return 3;
   if (kedge_context_create(model, (DLDevice){kDLCPU, 0}, &options, &context) != KEDGE_OK) return 4;
-  kedge_time_options time = {sizeof time, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]};
+  kedge_time_options time = {sizeof time, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[11]};
   double *samples = calloc((size_t)(a[1] > 0 ? a[1] : 1), sizeof *samples);
   kedge_time_result result = {.struct_size = sizeof result, .samples_ns = samples};
+  if (a[11] == 1) result.step_ns = calloc(2 * (size_t)a[1], sizeof *result.step_ns); /* 2: a profile without room */
   int32_t status = kedge_time(context, 0, NULL, 0, NULL, 0, &time, &result);
   printf("{\"status\": %d, \"number\": %lld, \"resolution\": %lld, \"calls\": %lld, \"slept\": %lld, \"samples\": [",
          status, (long long)result.number, (long long)result.resolution_ns, (long long)calls, (long long)slept_ns);
   for (int64_t i = 0; i < result.n_samples; i++) printf("%s%.3f", i > 0 ? ", " : "", samples[i]);
+  printf("], \"steps\": [");
+  int64_t n_steps = result.step_ns == NULL ? 0 : 2 * result.n_samples;
+  for (int64_t i = 0; i < n_steps; i++) printf("%s%.3f", i > 0 ? ", " : "", result.step_ns[i]);
   printf("], \"calls_at_sleep\": [");
   for (int64_t i = 0; i < sleeps && i < 1000; i++) printf("%s%lld", i > 0 ? ", " : "", (long long)calls_at_sleep[i]);
   printf("]}\n");
   kedge_context_destroy(context);
   kedge_close(model);
   free(samples);
+  free(result.step_ns);
   return 0;
 }
