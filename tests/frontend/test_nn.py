@@ -16,6 +16,7 @@ from kedge.compiler.graph.verify import verify
 from kedge.compiler.tir.expr import Var
 from kedge.data import digits_model, digits_test
 from kedge.rpc.errors import InputError
+from support.onnx_models import one_operator, onnxruntime_outputs
 
 RNG = np.random.default_rng(0)
 
@@ -222,3 +223,45 @@ def test_bad_parameters() -> None:
         mlp.load_state_dict({**state, "fc1.bias": np.zeros(256)})
     with pytest.raises(InputError, match=r"lacks fc2\.bias and has unknown fc3\.bias"):
         mlp.load_state_dict({**{k: v for k, v in state.items() if k != "fc2.bias"}, "fc3.bias": np.zeros(1)})
+
+
+class Decoder(nn.Module):
+    def __init__(self, mode: Any, align_corners: bool) -> None:
+        self.up = nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.resize = nn.Upsample((2, 3), mode, align_corners)
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        return self.resize(self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("mode", "align_corners", "attributes"),
+    [
+        ("nearest", False, {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
+        ("bilinear", False, {"mode": "linear"}),
+        ("bilinear", True, {"mode": "linear", "coordinate_transformation_mode": "align_corners"}),
+        ("bicubic", False, {"mode": "cubic"}),
+    ],
+)
+def test_making_images_larger(mode: str, align_corners: bool, attributes: dict[str, Any]) -> None:
+    """As ONNX Runtime does with the nodes that PyTorch exports for these layers."""
+    decoder = Decoder(mode, align_corners)
+    params = decoder.init_params(seed=0)
+    mod, types = decoder.export({"forward": {"x": nn.spec.Tensor(("n", 6, "h", 5))}})
+    assert {name: type_.shape for name, type_ in types.items()} == {"up.weight": (6, 2, 3, 3), "up.bias": (4,)}
+    x = random(2, 6, 4, 5)
+    weights = [np.asarray(params["up.weight"]), np.asarray(params["up.bias"])]
+    model, feeds = one_operator(
+        "ConvTranspose", [x, *weights], strides=[2, 2], pads=[1] * 4, output_padding=[1, 1], group=2
+    )
+    middle = onnxruntime_outputs(model, feeds)["y0"]
+    scales = np.array([1, 1, 2, 3], np.float32)
+    model, feeds = one_operator("Resize", [middle, None, scales], constant=[2], **attributes)
+    want = onnxruntime_outputs(model, feeds)["y0"]
+    got = interp.run(mod.bind(params), {"x": x}, "forward")["output"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, strict=True)
+
+
+def test_nearest_has_no_corners_to_align() -> None:
+    with pytest.raises(ShapeError, match="mode 'nearest' with align_corners=True"):
+        Decoder("nearest", True).export({"forward": {"x": nn.spec.Tensor(("n", 6, 4, 5))}})

@@ -28,10 +28,11 @@ from kedge.compiler.frontend.nn.modules import (
     Sigmoid,
     Softmax,
     Tanh,
+    Upsample,
 )
 
 __all__ = [
     "AvgPool2d", "BatchNorm2d", "Conv2d", "ConvTranspose2d", "Dropout", "Flatten", "Linear", "MaxPool2d", "Module",
-    "Parameter", "ReLU", "Sequential", "Sigmoid", "Softmax", "Tanh", "Tensor", "constant_init", "op", "spec",
-    "uniform_init",
+    "Parameter", "ReLU", "Sequential", "Sigmoid", "Softmax", "Tanh", "Tensor", "Upsample", "constant_init", "op",
+    "spec", "uniform_init",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kedge.compiler.frontend.nn import op
 from kedge.compiler.frontend.nn.core import Module, Parameter, Tensor, constant_init, per_dim, uniform_init
@@ -77,6 +77,23 @@ class ConvTranspose2d(Module):
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         sizes = (self.stride, self.padding, self.output_padding)
         return op.conv_transpose2d(x, self.weight, self.bias, *sizes, self.groups, self.dilation)
+
+
+class Upsample(Module):
+    """Height and width multiplied by `scale_factor`."""
+
+    def __init__(
+        self,
+        scale_factor: int | Sequence[int],
+        mode: Literal["nearest", "bilinear", "bicubic"] = "nearest",
+        align_corners: bool = False,
+    ) -> None:
+        self.scale_factor, self.align_corners = scale_factor, align_corners
+        self.mode: Literal["nearest", "bilinear", "bicubic"] = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H', W')."""
+        return op.interpolate(x, self.scale_factor, self.mode, self.align_corners)
 
 
 class BatchNorm2d(Module):

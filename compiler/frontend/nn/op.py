@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from kedge.compiler.errors import ShapeError
 from kedge.compiler.frontend.nn.core import Parameter, Tensor, TensorLike, as_value, binary, emit, per_dim
 from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import product
@@ -190,6 +191,28 @@ def conv_transpose2d(
     return emit(
         "conv_transpose", *operands, strides=per_dim(stride, 2), pads=per_dim(padding, 2) * 2,
         dilations=per_dim(dilation, 2), groups=groups, output_padding=per_dim(output_padding, 2),
+    )  # fmt: skip
+
+
+def interpolate(
+    x: Operand,
+    scale_factor: int | Sequence[int],
+    mode: Literal["nearest", "bilinear", "bicubic"] = "nearest",
+    align_corners: bool = False,
+) -> Tensor:
+    """(N, C, H, W) with H and W multiplied by `scale_factor`, as PyTorch's function of that name has it."""
+    shape, factors = as_value(x).type.shape, per_dim(scale_factor, 2)
+    coordinates = "asymmetric" if mode == "nearest" else "align_corners" if align_corners else "half_pixel"
+    names = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}
+    if mode not in names or (mode == "nearest" and align_corners):
+        raise ShapeError(
+            f"interpolate: mode {mode!r} with align_corners={align_corners}",
+            hint=f"mode is one of {', '.join(names)}; nearest has no corners to align",
+        )
+    sizes = (*shape[:2], *(product(pair) for pair in zip(shape[2:], factors, strict=True)))
+    scales = (1.0, 1.0, *map(float, factors))
+    return emit(
+        "resize", x, sizes=sizes, scales=scales, mode=names[mode], coordinates=coordinates, rounding="floor",
     )  # fmt: skip
 
 
