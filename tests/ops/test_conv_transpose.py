@@ -172,6 +172,20 @@ def test_weights_are_rearranged_while_compiling() -> None:
     compare(interp.run(after, {"x": image}), interp.run(module, {"x": image}), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_activation_behind_it_joins_the_convolution(shared: bool) -> None:
+    b = Builder("main")
+    x, w = b.input("x", TensorType((1, 4, 3, 3), "float32")), random(4, 2, 4, 4)
+    up = b.call("conv_transpose", x, b.param("w", TensorType(w.shape, "float32")), strides=[2, 2], pads=[1] * 4)
+    outputs = {"y": b.call("leaky_relu", up, alpha=0.2)} | ({"z": b.call("neg", up)} if shared else {})
+    module = Module({"main": b.finish(outputs)}).bind({"w": w})
+    after = FoldConstants()(Legalize()(module))
+    order = operators(after)
+    assert (order.index("leaky_relu") == order.index("conv") + 1) != shared
+    image = {"x": random(1, 4, 3, 3)}
+    compare(interp.run(after, image), interp.run(module, image), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_batch_norm_behind_it_goes_into_its_weights(groups: int) -> None:
     b = Builder("main")

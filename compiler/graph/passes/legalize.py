@@ -12,7 +12,9 @@ from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.ir import Call, Constant, Item, Module, Value
 from kedge.compiler.graph.passes.base import Context, rewrite
 from kedge.compiler.graph.passes.separate import separate
-from kedge.compiler.graph.passes.subpixel import subpixel
+from kedge.compiler.graph.passes.subpixel import applied_before_order, subpixel
+from kedge.compiler.ops import registry
+from kedge.compiler.ops.registry import FusionKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,17 @@ def _legalize(context: Context, old: Value, new: Value) -> Value | None:
         return _split_item(new.source, new.index)
     if isinstance(new, Call) and new.op in _RULES:
         return _RULES[new.op](new)
+    if isinstance(old, Call) and isinstance(new, Call) and _follows_transposed(context, old):
+        return applied_before_order(new)
     return None
+
+
+def _follows_transposed(context: Context, old: Call) -> bool:
+    """Whether a call works element by element on a transposed convolution that nothing else uses."""
+    if registry.get(old.op).kind is not FusionKind.ELEMENTWISE:
+        return False
+    (source,) = old.inputs
+    return isinstance(source, Call) and source.op == "conv_transpose" and context.uses(source) == 1
 
 
 def _scalar(value: float, like: Value) -> Constant:

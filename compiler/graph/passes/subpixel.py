@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kedge.compiler.graph.builder import call
+from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import plain, product, same_shape
 from kedge.compiler.graph.ir import Call, Value
 from kedge.compiler.ops import windows
@@ -81,6 +81,24 @@ def subpixel(old: Call) -> Value | None:
         return result
     ends = tuple(plain(size + start) for size, start in zip(old.type.shape[2:], starts, strict=True))
     return call("slice", result, starts=starts, ends=ends, axes=spatial, origin=origin)
+
+
+def applied_before_order(function: Call) -> Value | None:
+    """An element-wise `function` of what `subpixel` gives, applied to the convolution itself, whose epilogue it joins.
+
+    relu(depth_to_space(conv(x, w))) -> depth_to_space(relu(conv(x, w)))
+    """
+    moves: list[Call] = []
+    value = function.inputs[0]
+    while isinstance(value, Call) and value.op in ("reshape", "transpose", "slice"):
+        moves.append(value)
+        value = value.inputs[0]
+    if not moves or not isinstance(value, Call) or value.op != "conv":
+        return None
+    result: Value = make_call(function.op, (value,), function.attrs, function.origin)
+    for move in reversed(moves):
+        result = make_call(move.op, (result,), move.attrs, move.origin)
+    return result
 
 
 def _axis(kernel: int, stride: int, dilation: int, begin: int, end: int, extra: int) -> _Axis:
