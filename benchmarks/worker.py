@@ -59,9 +59,9 @@ def kedge_runtime(model: Path, inputs: Arrays, threads: int) -> Ready:
     module = artifact.open(threads=threads)
 
     def native(seconds: float) -> list[float]:
-        repeat = 10
-        timing = module.time(inputs, repeat=repeat, min_repeat_ms=seconds * 1e3 / repeat)
-        return list(timing.samples_ns)
+        once = module.time(inputs, repeat=1, min_repeat_ms=0).samples_ns[0]
+        repeat = max(1, min(10, int(seconds * 1e9 / once)))
+        return list(module.time(inputs, repeat=repeat, min_repeat_ms=seconds * 1e3 / repeat).samples_ns)
 
     return Ready(inputs, module.bind(inputs), lambda: module.run(inputs), native)
 
