@@ -13,6 +13,7 @@ import numpy as np
 from kedge.compiler.errors import CompileError
 from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.cost import flops, nbytes
+from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.external import External, by_function
 from kedge.compiler.graph.ir import (
     Call,
@@ -26,8 +27,10 @@ from kedge.compiler.graph.ir import (
     Param,
     TensorType,
     Value,
+    operands,
 )  # fmt: skip
-from kedge.compiler.graph.passes.fuse import VIEWS, make_group
+from kedge.compiler.graph.passes.fuse import make_group
+from kedge.compiler.graph.placement import VIEWS, Place, base, concats_in_place
 from kedge.compiler.lower.external import external_kernel
 from kedge.compiler.lower.limits import least_sizes, with_symbols
 from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
@@ -229,6 +232,8 @@ class _EntryLowering:
                 self._ports.setdefault(value.name, Port(value.name, value.type))
         self._jobs: list[_Job] = []
         self._written: dict[int, int] = {}  # results that live in the buffer of an output
+        self._in_place = concats_in_place(function)
+        self._parts = self._parts_of_concats()
         self._offsets: dict[int, Dim] = {}
 
     def entry(self) -> Entry:
@@ -243,17 +248,35 @@ class _EntryLowering:
         entry = _callable(Entry(function.name, tuple(self._ports.values()), outputs, function.symbols, steps, arena))
         return with_symbols(entry, least_sizes(function))
 
+    def _parts_of_concats(self) -> dict[int, Place]:
+        """Where the operands of concatenations without a copy live, by id."""
+        concats = (value for value in self._function.values() if id(value) in self._in_place)
+        return {
+            id(base(part)): place
+            for concat in concats
+            for part, place in zip(operands(concat), self._in_place[id(concat)], strict=True)
+        }
+
+    def _root(self, value: Value) -> tuple[Value, int]:
+        """The value that a place in memory is planned for, and the byte offset of `value` in it."""
+        value, offset = base(value), 0
+        while (place := self._parts.get(id(value))) is not None:
+            value, offset = base(place.whole), offset + place.offset
+        return value, offset
+
     def _collect(self) -> None:
         for value in self._function.values():
             if isinstance(value, Item):
                 raise CompileError("operators with several results must be legalized before lowering")
-            if isinstance(value, Fused) or (isinstance(value, Call) and value.op not in VIEWS):
+            if isinstance(value, Fused) or (
+                isinstance(value, Call) and value.op not in VIEWS and id(value) not in self._in_place
+            ):
                 callee = self._kernels.add(value)
                 self._jobs.append(_Job(callee.name, callee.reads, callee.types, callee.symbols, value))
         for index, value in enumerate(self._function.outputs):
-            base = _base(value)
-            if isinstance(base, (Call, Fused)) and id(base) not in self._written:
-                self._written[id(base)] = index
+            owner = base(value)
+            if isinstance(owner, (Call, Fused)) and id(owner) not in self._written:
+                self._written[id(owner)] = index
             else:
                 self._copy(value, index)
 
@@ -266,42 +289,38 @@ class _EntryLowering:
 
     def _plan(self) -> Dim:
         """Place what lives between kernels, and give the arena's size."""
-        last: dict[int, int] = {}
+        lives: dict[int, tuple[Value, int, int]] = {}  # from when to when a value that owns memory is used
         for position, job in enumerate(self._jobs):
-            for value in job.reads:
-                last[id(_base(value))] = position
-        kept: list[int] = []
-        tenants: list[Tenant] = []
-        for position, job in enumerate(self._jobs):
-            if job.output is None and id(job.result) not in self._written:
-                kept.append(id(job.result))
-                tenants.append(Tenant(nbytes(job.result.type), position, last.get(id(job.result), position)))
-        plan = plan_memory(tenants)
+            made = [job.result] if job.output is None and id(job.result) not in self._written else []
+            for value in (*made, *job.reads):
+                owner, _ = self._root(value)
+                first = lives[id(owner)][1] if id(owner) in lives else position
+                lives[id(owner)] = (owner, first, position)
+        kept = [key for key, (owner, _, _) in lives.items() if self._is_planned(owner)]
+        plan = plan_memory([Tenant(nbytes(lives[key][0].type), *lives[key][1:]) for key in kept])
         self._offsets = dict(zip(kept, plan.offsets, strict=True))
         return plan.size
 
+    def _is_planned(self, owner: Value) -> bool:
+        """Whether a value lives in the arena, not in an argument of the function or among the weights."""
+        return isinstance(owner, (Call, Fused)) and id(owner) not in self._written
+
     def _step(self, job: _Job) -> Step:
         slots = [
-            replace(self._slot(_base(value)), type=type_)
+            replace(self._slot(value), type=type_)
             for value, type_ in zip(job.reads, job.types[: len(job.reads)], strict=True)
         ]
         result = Slot("output", job.result.type, job.output) if job.output is not None else self._slot(job.result)
         return Step(job.kernel, (*slots, result), job.symbols, flops(job.result))
 
-    def _slot(self, base: Value) -> Slot:
-        if isinstance(base, Constant) or (isinstance(base, Param) and self._weights.is_bound(base)):
-            return Slot("weight", base.type, self._weights.index(base))
-        if isinstance(base, (Input, Param)):
-            if base.name not in self._ports:
-                raise InputError(f"{base.name!r} is not an input of {self._function.name}")
-            return Slot("input", base.type, list(self._ports).index(base.name))
-        if id(base) in self._written:
-            return Slot("output", base.type, self._written[id(base)])
-        return Slot("arena", base.type, offset=self._offsets[id(base)])
-
-
-def _base(value: Value) -> Value:
-    """The value whose memory `value` is: views share that of their operand."""
-    while isinstance(value, Call) and value.op in VIEWS:
-        value = value.inputs[0]
-    return value
+    def _slot(self, value: Value) -> Slot:
+        owner, offset = self._root(value)
+        if isinstance(owner, Constant) or (isinstance(owner, Param) and self._weights.is_bound(owner)):
+            return Slot("weight", owner.type, self._weights.index(owner))
+        if isinstance(owner, (Input, Param)):
+            if owner.name not in self._ports:
+                raise InputError(f"{owner.name!r} is not an input of {self._function.name}")
+            return Slot("input", owner.type, list(self._ports).index(owner.name))
+        if id(owner) in self._written:
+            return Slot("output", owner.type, self._written[id(owner)])
+        return Slot("arena", base(value).type, offset=total([self._offsets[id(owner)], offset]))

@@ -61,6 +61,8 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 |                                                          |                   | reverse=False                      |
 | iota: 0, 1, … (int64)                                    | none              | size (dim)                         |
 | gather (numpy's take; indices are clamped)               | x, indices        | axis=0                             |
+| depth_to_space: channels are phases first (ONNX's DCR);  | x (N, C, S…)      | blocks (one per spatial axis),     |
+|   with lanes x is blocked, (N, C/c, S…, c)               |                   | lanes=False                        |
 | conv_blocked: x (N, I/i, S…, i) or (N, I, S…),           | x, w              | strides, pads, dilations, groups   |
 |   w (O/o, I/groups/i, K…, i, o), the pass over layouts's |                   |   as conv                          |
 | depthwise_blocked: x (N, C/c, S…, c), w (C/c, K…, c)     | x, w              | strides, pads, dilations           |

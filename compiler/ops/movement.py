@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kedge.compiler.graph.dims import at_least, evaluate_shape, format_dim, plain, total
+from kedge.compiler.graph.dims import at_least, divide, evaluate_shape, format_dim, plain, product, total
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import ANY
@@ -297,6 +297,57 @@ def _unless_empty(size: Dim, value: Expr) -> Expr:
 registry.register(
     OpDef(
         "pad", INJECTIVE, _infer_pad, _pad, _lower_pad, {"pads": REQUIRED, "mode": "constant", "value": 0}
+    )
+)  # fmt: skip
+
+
+# -- depth to space ----------------------------------------------------------------------------------------------
+
+
+def _infer_depth_to_space(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+    (x,) = types
+    blocks = attrs["blocks"]
+    wanted = 2 + len(blocks) + int(attrs["lanes"])
+    common.require(x.rank == wanted, f"blocks of {len(blocks)} axes want an input of rank {wanted}")
+    common.require(all(block > 0 for block in blocks), f"blocks {blocks} must be positive")
+    channels = divide([x.shape[1]], blocks)
+    common.require(channels is not None, f"blocks {blocks} do not divide the {format_dim(x.shape[1])} channels")
+    assert channels is not None
+    spatial = [product(pair) for pair in zip(x.shape[2 : 2 + len(blocks)], blocks, strict=True)]
+    return (TensorType((x.shape[0], channels, *spatial, *x.shape[2 + len(blocks) :]), x.dtype, x.space),)
+
+
+def _depth_to_space(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
+    (x,) = arrays
+    blocks, rank = attrs["blocks"], len(attrs["blocks"])
+    batch, channels, *rest = x.shape
+    spatial, lanes = rest[:rank], rest[rank:]
+    apart = x.reshape(batch, *blocks, channels // int(np.prod(blocks)), *spatial, *lanes)
+    order = [axis for at in range(rank) for axis in (2 + rank + at, 1 + at)]
+    woven = apart.transpose(0, 1 + rank, *order, *range(2 + 2 * rank, apart.ndim))
+    shape = [size * block for size, block in zip(spatial, blocks, strict=True)]
+    return (np.ascontiguousarray(woven).reshape(batch, -1, *shape, *lanes),)
+
+
+def _lower_depth_to_space(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
+    (x,) = tensors
+    blocks, channels = attrs["blocks"], as_expr(types[0].shape[1])
+
+    def element(n: Expr, c: Expr, *rest: Expr) -> Expr:
+        places, lanes = rest[: len(blocks)], rest[len(blocks) :]
+        phase: Expr = const(0)
+        for place, block in zip(places, blocks, strict=True):
+            phase = phase * block + place % block
+        at = [place // block for place, block in zip(places, blocks, strict=True)]
+        return common.read(x, (n, phase * channels + c, *at, *lanes))
+
+    return (common.elementwise(types[0], "depth_to_space", element),)
+
+
+registry.register(
+    OpDef(
+        "depth_to_space", INJECTIVE, _infer_depth_to_space, _depth_to_space, _lower_depth_to_space,
+        {"blocks": REQUIRED, "lanes": False},
     )
 )  # fmt: skip
 

@@ -98,3 +98,26 @@ def test_the_rank_of_blocked_pooling() -> None:
             [TensorType((1, 2, 5, 5), "float32")],
             {"kernel": (2, 2), "strides": None, "pads": None, "dilations": None, "ceil_mode": False, "lanes": True},
         )
+
+
+@pytest.mark.parametrize("blocks", [(2, 2), (3, 1), (2,), (1, 2, 3)])
+@pytest.mark.parametrize("lanes", [False, True])
+def test_depth_to_space(blocks: tuple[int, ...], lanes: bool) -> None:
+    spatial = [2 + axis for axis in range(len(blocks))]
+    phases = int(np.prod(blocks))
+    x = array(2, 8 * phases, *spatial)
+    (got,) = check_op("depth_to_space", block(x, 4) if lanes else x, free={0: [0]}, blocks=blocks, lanes=lanes)
+    got = unblock(got) if lanes else got
+    expected = np.empty((2, 8, *(s * b for s, b in zip(spatial, blocks, strict=True))), np.float32)
+    for index in np.ndindex(*expected.shape[2:]):
+        phase = 0
+        for place, size in zip(index, blocks, strict=True):
+            phase = phase * size + place % size
+        source = tuple(place // size for place, size in zip(index, blocks, strict=True))
+        expected[(slice(None), slice(None), *index)] = x[(slice(None), slice(phase * 8, phase * 8 + 8), *source)]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_depth_to_space_wants_enough_channels() -> None:
+    with pytest.raises(ShapeError, match="do not divide the 6 channels"):
+        module_of("depth_to_space", [(1, 6, 2, 2)], ["float32"], blocks=(2, 2))

@@ -227,11 +227,9 @@ def _depth_to_space(node: Node) -> Value:
     if depth is None:
         raise node.error(f"{format_dim(c)} channels are not a multiple of blocksize² = {b * b}")
     if node.attr("mode", "DCR") == "DCR":
-        blocks = node.emit("reshape", x, shape=(n, b, b, depth, h, w))
-        blocks = node.emit("transpose", blocks, perm=(0, 3, 4, 1, 5, 2))
-    else:
-        blocks = node.emit("reshape", x, shape=(n, depth, b, b, h, w))
-        blocks = node.emit("transpose", blocks, perm=(0, 1, 4, 2, 5, 3))
+        return node.emit("depth_to_space", x, blocks=(b, b))
+    blocks = node.emit("reshape", x, shape=(n, depth, b, b, h, w))
+    blocks = node.emit("transpose", blocks, perm=(0, 1, 4, 2, 5, 3))
     return node.emit("reshape", blocks, shape=(n, depth, product([h, b]), product([w, b])))
 
 

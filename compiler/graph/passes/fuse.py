@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from kedge.compiler.graph.dims import same_shape
 from kedge.compiler.graph.ir import Call, Constant, Function, Fused, Input, Module, Value, operands
 from kedge.compiler.graph.passes.base import with_functions, with_operands
+from kedge.compiler.graph.placement import VIEWS, concats_in_place
 from kedge.compiler.ops import registry
 from kedge.compiler.ops.registry import FusionKind
 
-#: Reshapes rename memory: they cost nothing on their own, and index arithmetic inside a kernel.
-VIEWS = frozenset({"reshape"})
 #: Too dear to compute again for every element of a broadcast.
 _EXPENSIVE = frozenset({
     "exp", "log", "tanh", "erf", "sigmoid", "pow", "div", "mod", "sqrt", "rsqrt", "sin", "cos", "resample",
@@ -99,7 +98,9 @@ class _Groups:
         self._calls = [value for value in function.values() if isinstance(value, Call)]
         self._index = {id(call): index for index, call in enumerate(self._calls)}
         self._parent = list(range(len(self._calls)))
-        self._kind = [_kind(call) for call in self._calls]
+        still = concats_in_place(function)
+        self._own = [FusionKind.OPAQUE if id(call) in still else _kind(call) for call in self._calls]
+        self._kind = list(self._own)  # of the group that a call belongs to
         self._size = [1] * len(self._calls)
         self._expensive = [call.op in _EXPENSIVE for call in self._calls]
         self._users: list[list[int]] = [[] for _ in self._calls]
@@ -162,7 +163,7 @@ class _Groups:
             # The result of a contraction must be used where it is made: element by element.
             calm = all(self._kind[self._find(other)] <= FusionKind.BROADCAST for other in on_the_way)
             return calm and max(edges) == FusionKind.ELEMENTWISE
-        if any(_kind(self._calls[other]) > FusionKind.INJECTIVE for other in (node, *between)):
+        if any(self._own[other] > FusionKind.INJECTIVE for other in (node, *between)):
             return False
         if self._kind[self._find(node)] > FusionKind.INJECTIVE or sum(self._anchors(roots)) > 1:
             return False
@@ -170,14 +171,14 @@ class _Groups:
         if self._expensive[self._find(node)] and repeated:
             return False
         # A prologue is computed inside the sum: fine where the sum reads every element once.
-        return _kind(self._calls[sink]) <= FusionKind.INJECTIVE or self._calls[sink].op.startswith("reduce_")
+        return self._own[sink] <= FusionKind.INJECTIVE or self._calls[sink].op.startswith("reduce_")
 
     def _anchors(self, roots: Iterable[int]) -> list[bool]:
         return [self._kind[root] in _ANCHORS for root in roots]
 
     def _edge(self, source: int, target: int) -> FusionKind:
         """What `target` does to the elements of `source`."""
-        kind = _kind(self._calls[target])
+        kind = self._own[target]
         if kind is FusionKind.BROADCAST:
             same = same_shape(self._calls[source].type.shape, self._calls[target].type.shape)
             return FusionKind.ELEMENTWISE if same else kind

@@ -391,6 +391,14 @@ def _pad(own: _Blocker, old: Call) -> Value | None:
     return make_call("pad", (source,), {**old.attrs, "pads": (*begins, 0, *ends, 0)}, old.origin)
 
 
+def _depth_to_space(own: _Blocker, old: Call) -> Value | None:
+    source = own.own(old.inputs[0])
+    channels = old.type.shape[1]
+    if source is None or not isinstance(channels, int) or channels % _lanes(source):
+        return None
+    return make_call(old.op, (source,), {**old.attrs, "lanes": True}, old.origin)
+
+
 _RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyType(
     {
         "conv": _conv,
@@ -399,6 +407,7 @@ _RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyTyp
         "concat": _concat,
         "slice": _slice,
         "pad": _pad,
+        "depth_to_space": _depth_to_space,
         **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"), _reduce),
     }
 )

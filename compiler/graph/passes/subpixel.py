@@ -17,7 +17,6 @@ from kedge.compiler.graph.dims import plain, product, same_shape
 from kedge.compiler.graph.ir import Call, Value
 from kedge.compiler.ops import windows
 from kedge.compiler.ops.conv_transpose import extra_of
-from kedge.compiler.tir.expr import Dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class _Axis:
 
 
 def subpixel(old: Call) -> Value | None:
-    """`conv_transpose` as conv, reshape, transpose, reshape and slice; None where both stride and dilation are over 1.
+    """`conv_transpose` as conv, depth_to_space and slice; None where both stride and dilation are over 1.
 
     conv_transpose(x, w) {strides: (2, 2)} -> depth_to_space(conv(x, phases(w)))
     """
@@ -69,12 +68,12 @@ def subpixel(old: Call) -> Value | None:
     groups, origin = attrs["groups"], old.origin
     operands = [x, _phases(w, axes, window.begins, groups, origin)]
     if len(old.inputs) == 3:
-        operands.append(_repeated(old.inputs[2], math.prod(strides), origin))
+        operands.append(_repeated(old.inputs[2], math.prod(strides), groups, origin))
     result = call(
         "conv", *operands, pads=[*(axis.begin for axis in axes), *(axis.end for axis in axes)],
         dilations=[axis.dilation for axis in axes], groups=groups, origin=origin,
     )  # fmt: skip
-    result = _depth_to_space(result, filters * groups, strides, origin)
+    result = _woven(result, filters, groups, strides, origin)
     starts = tuple(axis.start for axis in axes)
     spatial = tuple(range(2, 2 + rank))
     if not any(starts) and same_shape(result.type.shape, old.type.shape):
@@ -117,7 +116,7 @@ def _axis(kernel: int, stride: int, dilation: int, begin: int, end: int, extra: 
 
 
 def _phases(w: Value, axes: Sequence[_Axis], begins: Sequence[int], groups: int, origin: tuple[str, ...]) -> Value:
-    """The weight (C, O / groups, K…) as the convolution takes it: (O·phases, C / groups, taps…)."""
+    """The weight (C, O / groups, K…) as the convolution takes it: (groups·phases·O / groups, C / groups, taps…)."""
     channels, filters, *kernel = (int(str(dim)) for dim in w.type.shape)
     rank = len(axes)
     befores = [0 if axis.stride == 1 else axis.shift - begin - axis.first * axis.stride
@@ -129,7 +128,7 @@ def _phases(w: Value, axes: Sequence[_Axis], begins: Sequence[int], groups: int,
     split = [size for axis in axes for size in (axis.taps, axis.stride)]
     w = call("reshape", w, shape=(groups, channels // groups, filters, *split), origin=origin)
     taps, phases = range(3, 3 + 2 * rank, 2), range(4, 4 + 2 * rank, 2)
-    w = call("transpose", w, perm=(0, 2, *phases, 1, *taps), origin=origin)
+    w = call("transpose", w, perm=(0, *phases, 2, 1, *taps), origin=origin)
     rows = groups * filters * math.prod(axis.stride for axis in axes)
     w = call("reshape", w, shape=(rows, channels // groups, *(axis.taps for axis in axes)), origin=origin)
     flipped = tuple(2 + at for at, axis in enumerate(axes) if axis.taps > 1)
@@ -140,24 +139,24 @@ def _phases(w: Value, axes: Sequence[_Axis], begins: Sequence[int], groups: int,
                 origin=origin)  # fmt: skip
 
 
-def _repeated(bias: Value, times: int, origin: tuple[str, ...]) -> Value:
-    """The bias once for each phase of a channel."""
+def _repeated(bias: Value, times: int, groups: int, origin: tuple[str, ...]) -> Value:
+    """The bias of each group's channels once for each phase."""
     if times == 1:
         return bias
-    size = product(bias.type.shape)
-    column = call("reshape", bias, shape=(size, 1), origin=origin)
-    wide = call("broadcast_to", column, shape=(size, times), origin=origin)
-    return call("reshape", wide, shape=(product([size, times]),), origin=origin)
+    size = int(str(product(bias.type.shape)))
+    column = call("reshape", bias, shape=(groups, 1, size // groups), origin=origin)
+    wide = call("broadcast_to", column, shape=(groups, times, size // groups), origin=origin)
+    return call("reshape", wide, shape=(size * times,), origin=origin)
 
 
-def _depth_to_space(x: Value, filters: int, strides: Sequence[int], origin: tuple[str, ...]) -> Value:
-    """(N, filters · phases, S…) with the phases of each axis put between the elements of that axis."""
-    rank = len(strides)
-    if math.prod(strides) == 1:
+def _woven(x: Value, filters: int, groups: int, strides: Sequence[int], origin: tuple[str, ...]) -> Value:
+    """(N, groups · phases · filters, S…) with the phases of each axis put between the elements of that axis."""
+    times = math.prod(strides)
+    if times == 1:
         return x
-    batch, _, *sizes = x.type.shape
-    apart = call("reshape", x, shape=(batch, filters, *strides, *sizes), origin=origin)
-    order = [axis for at in range(rank) for axis in (2 + rank + at, 2 + at)]
-    woven = call("transpose", apart, perm=(0, 1, *order), origin=origin)
-    shape: list[Dim] = [product(pair) for pair in zip(sizes, strides, strict=True)]
-    return call("reshape", woven, shape=(batch, filters, *shape), origin=origin)
+    if groups > 1:  # phases first
+        batch, _, *sizes = x.type.shape
+        apart = call("reshape", x, shape=(batch, groups, times, filters, *sizes), origin=origin)
+        moved = call("transpose", apart, perm=(0, 2, 1, *range(3, apart.type.rank)), origin=origin)
+        x = call("reshape", moved, shape=(batch, groups * times * filters, *sizes), origin=origin)
+    return call("depth_to_space", x, blocks=tuple(strides), origin=origin)

@@ -230,8 +230,9 @@ def _tile_shape(block: Block, vector: int, row: int | None, width: int, target: 
     extent = extent_of(axes[vector].extent)
     chunks = None if extent is None else math.ceil(extent / width)
     height = 1 if row is None else extent_of(axes[row].extent)
-    most_rows = _OPEN_ROWS if height is None else min(_MOST_ROWS, height)
     most_vectors = min(_MOST_VECTORS, chunks or _MOST_VECTORS)
+    open_rows = max(_OPEN_ROWS, -(-_LATENCY_TILES // most_vectors))
+    most_rows = open_rows if height is None else min(_MOST_ROWS, height)
     registers = max(target.vector_registers, 4)
     least_vectors = min(_OPEN_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
 
