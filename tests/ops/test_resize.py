@@ -60,7 +60,9 @@ SCALES = st.sampled_from([0.3, 0.5, 0.6, 0.75, 1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0
 @settings(max_examples=150, deadline=None)
 def test_it_is_onnx_runtimes(data: st.DataObject) -> None:
     mode = data.draw(st.sampled_from(["nearest", "linear", "cubic"]))
-    coordinates = data.draw(st.sampled_from(COORDINATES))
+    # Of half_pixel_symmetric, coordinates that are exactly an element in theory fall on either side of it.
+    modes = [name for name in COORDINATES if (mode, name) != ("nearest", "half_pixel_symmetric")]
+    coordinates = data.draw(st.sampled_from(modes))
     attributes: dict[str, Any] = {"mode": mode, "coordinates": coordinates}
     if mode == "nearest":
         attributes["rounding"] = data.draw(st.sampled_from(ROUNDINGS))
