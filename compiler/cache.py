@@ -1,4 +1,7 @@
-"""Compiled kernels on disk, keyed by what they are made from: a second compile of a model does almost no work."""
+"""Compiled kernels on disk, keyed by what they are made from: a second compile of a model does almost no work.
+
+A draft's key is that of the function before it is scheduled, so that its schedule is not made again either.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,31 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from kedge.compiler.codegen.shapes import Program
 from kedge.compiler.errors import ToolchainError
+from kedge.compiler.lower.program import Draft, Kernel
 from kedge.compiler.target import AnyTarget, GpuTarget
-from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.stmt import Block, PrimFunc
 from kedge.compiler.tir.structural import structural_hash
+from kedge.compiler.tir.visitor import walk_stmt
 from kedge.compiler.toolchain import cache_dir
 
-_MAGIC = b"kedge-kernel 2\n"
+_MAGIC = b"kedge-kernel 3\n"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelObject:
     """A compiled kernel: its linker symbol, object file, and the workspace it needs over its symbols.
 
-    On a GPU the object file is the host's; in it are the kernels of the device, under the symbols `launches`, which
-    need `features` of it.
+    `rule` and `decisions` say how a draft was scheduled. On a GPU the object file is the host's; in it are the kernels
+    of the device, under the symbols `launches`, which need `features` of it.
     """
 
     symbol: str
@@ -35,14 +42,16 @@ class KernelObject:
     workspace: Program
     launches: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+    rule: str = ""
+    decisions: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @functools.cache
 def compiler_version() -> str:
-    """Changes whenever the code generator, or the LLVM below it, does."""
+    """Changes whenever what makes code of a function does: the schedule rules, the code generator, the LLVM below."""
     digest = hashlib.sha256(version("llvmlite").encode())
     root = Path(__file__).parent
-    for folder in ("codegen", "tir", "target"):
+    for folder in ("codegen", "schedule", "target", "tir"):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -56,6 +65,30 @@ def kernel_key(func: PrimFunc, target: AnyTarget) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def draft_key(draft: Draft, target: AnyTarget) -> str:
+    """Names the schedule and the machine code of a draft: all that rules see, which is more than code generation does.
+
+    Decisions and refusals name blocks, and a rule may ask what a function is for: so names of blocks are part of it,
+    and so are the attributes, except where the function comes from.
+    """
+    func = draft.func
+    blocks = [stmt.name for stmt in walk_stmt(func.body) if isinstance(stmt, Block)]
+    facts = sorted((key, value) for key, value in func.attrs.items() if isinstance(value, (str, tuple)))
+    facts = [fact for fact in facts if fact[0] != "origin"]
+    parts = ("draft", draft.form, blocks, facts, repr(target), compiler_version())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def key_of(kernel: Kernel | Draft, target: AnyTarget) -> str:
+    """The name of a kernel's code in the cache."""
+    return draft_key(kernel, target) if isinstance(kernel, Draft) else kernel_key(kernel.func, target)
+
+
+def symbol_of(key: str) -> str:
+    """The linker symbol of the kernel with a key."""
+    return f"kedge_{key[:24]}"
+
+
 class KernelCache:
     """A folder of kernel objects. Files appear whole; any number of processes may share it."""
 
@@ -64,22 +97,25 @@ class KernelCache:
         self.hits = 0
         self.misses = 0
 
-    def get(self, func: PrimFunc, target: AnyTarget, build: Callable[[str], KernelObject]) -> KernelObject:
-        """The object of `func`; `build(symbol)` makes it on a miss.
+    def find(self, key: str) -> KernelObject | None:
+        """The kernel with that key; None if there is none that is whole."""
+        found = _read(self._path(key), symbol_of(key))
+        if found is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return found
+
+    def keep(self, key: str, made: KernelObject) -> None:
+        """Keep the kernel with that key.
 
         Raises:
             ToolchainError: the folder cannot be written.
         """
-        key = kernel_key(func, target)
-        path = self.root / key[:2] / key
-        found = _read(path, f"kedge_{key[:24]}")
-        if found is not None:
-            self.hits += 1
-            return found
-        self.misses += 1
-        made = build(f"kedge_{key[:24]}")
-        _write(path, made)
-        return made
+        _write(self._path(key), made)
+
+    def _path(self, key: str) -> Path:
+        return self.root / key[:2] / key
 
 
 def _read(path: Path, symbol: str) -> KernelObject | None:
@@ -90,11 +126,15 @@ def _read(path: Path, symbol: str) -> KernelObject | None:
     head, code = entry
     facts = json.loads(head)
     workspace = tuple((int(op), int(value)) for op, value in facts["workspace"])
-    return KernelObject(symbol, code, workspace, tuple(facts["launches"]), tuple(facts["features"]))
+    launches, features, decisions = tuple(facts["launches"]), tuple(facts["features"]), facts["decisions"]
+    return KernelObject(symbol, code, workspace, launches, features, facts["rule"], MappingProxyType(decisions))
 
 
 def _write(path: Path, kernel: KernelObject) -> None:
-    facts = {"workspace": kernel.workspace, "launches": kernel.launches, "features": kernel.features}
+    facts = {
+        "workspace": kernel.workspace, "launches": kernel.launches, "features": kernel.features, "rule": kernel.rule,
+        "decisions": dict(kernel.decisions),
+    }  # fmt: skip
     write_entry(path, json.dumps(facts), kernel.code)
 
 

@@ -45,5 +45,9 @@ class ToolchainError(CompileError):
     """The linker or the C compiler is missing or refused its input."""
 
 
+class WorkerError(CompileError):
+    """A process that compiled kernels could not be started, or ended before its work was done."""
+
+
 class CompileWarning(UserWarning):
     """Something that the compiler did, or left, and that its user should know of; nothing is wrong with the result."""

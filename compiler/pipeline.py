@@ -1,31 +1,26 @@
 """From a module to an artifact. Each line of `compile_module` is a floor of the compiler; read on from there.
 
-graph passes -> lowering and scheduling -> LLVM IR -> object files -> shared object -> artifact
+graph passes -> lowering -> kernels (schedules, LLVM IR, object files) -> shared object -> artifact
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeAlias
 
 from kedge.compiler import debug
-from kedge.compiler.cache import KernelCache, KernelObject, compiler_version
-from kedge.compiler.codegen.alloc import print_prepared
+from kedge.compiler.cache import KernelCache, KernelObject, compiler_version, key_of, symbol_of
 from kedge.compiler.codegen.entry import CompiledKernel, emit_module
-from kedge.compiler.codegen.gpu.kernel import emit_device
-from kedge.compiler.codegen.kernel import emit_kernel
-from kedge.compiler.codegen.machine import emit_assembly, emit_object
-from kedge.compiler.codegen.prepare import prepare
-from kedge.compiler.codegen.shapes import encode
+from kedge.compiler.codegen.machine import emit_object
 from kedge.compiler.errors import CompileError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
 from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Partition, Pass, TargetPass, default_passes, for_target
-from kedge.compiler.lower.lower import lower, lower_prim_func
+from kedge.compiler.kernels import stage_name
+from kedge.compiler.lower.lower import draft, draft_prim_func
 from kedge.compiler.lower.program import Program
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
 from kedge.compiler.report import report_variant
@@ -33,6 +28,7 @@ from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import AnyTarget, GpuTarget, Target, parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
+from kedge.compiler.workers import Job, Workers
 from kedge.rpc.artifact import Artifact
 
 Progress: TypeAlias = Callable[[str], None]
@@ -145,7 +141,7 @@ def compile_module(
     """
     steps = (pipeline if pipeline is not None else Pipeline(default_passes())).partition(externals)
     optimized = steps.split_run(module)
-    return compile_programs(lambda one: lower(optimized(one), one, steps.externals), target, name, cache, progress)
+    return compile_programs(lambda one: draft(optimized(one), steps.externals), target, name, cache, progress)
 
 
 def compile_prim_func(
@@ -161,7 +157,7 @@ def compile_prim_func(
     What is scheduled by hand, a `Schedule` or its function, is compiled as it is.
     """
     func = source.func if isinstance(source, Schedule) else source
-    return compile_programs(lambda one: lower_prim_func(source, one), target, name or func.name, cache, progress)
+    return compile_programs(lambda _: draft_prim_func(source), target, name or func.name, cache, progress)
 
 
 def compile_programs(
@@ -180,22 +176,37 @@ def compile_programs(
         raise CompileError("no target was given", hint="name one, for instance native")
     kernels = KernelCache() if cache is None else cache
     variants, reports = [], []
-    for one in targets:
-        with debug.timed(f"lower for {one.label}"):
-            program = make(one)
+    with Workers() as workers:
+        for one in targets:
+            variant, report = _compile_variant(make, one, kernels, progress, workers)
+            variants.append(variant)
+            reports.append(report)
+    with debug.timed("package"):
+        return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
+
+
+def _compile_variant(
+    make: Callable[[AnyTarget], Program], target: AnyTarget, cache: KernelCache, progress: Progress | None,
+    workers: Workers,
+) -> tuple[CompiledVariant, dict[str, object]]:  # fmt: skip
+    """The code for one target, and what the manifest says of it."""
+    with debug.timed(f"lower for {target.label}"):
+        program = make(target)
+    with debug.timed("weights"):
         weights = pack_weights(program.weights)
-        externals = compile_externals(program, one, progress)  # first: a mistake in C shows before kernels take time
-        objects, features = compile_objects(program, one, weights, kernels, progress)
-        with debug.timed("link"):
-            host = one.host
-            lib = (
-                link_with_externals(objects, externals.values(), host, progress)
-                if externals
-                else link_shared(objects, host)
-            )
-        variants.append(CompiledVariant(one, lib, weights, program.entries, features))
-        reports.append(report_variant(program, one, externals))
-    return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
+    externals = compile_externals(program, target, progress)  # first: a mistake in C shows before kernels take time
+    kernels = compile_kernels(program, target, cache, workers, progress)
+    objects = compile_objects(program, target, weights, kernels)
+    host = target.host
+    with debug.timed("link"):
+        lib = (
+            link_with_externals(objects, externals.values(), host, progress)
+            if externals
+            else link_shared(objects, host)
+        )
+    features = tuple(sorted({feature for made in kernels.values() for feature in made.features}))
+    variant = CompiledVariant(target, lib, weights, program.entries, features)
+    return variant, report_variant(program, kernels, target, externals)
 
 
 def compile_externals(
@@ -218,53 +229,45 @@ def compile_externals(
         return {name: external_objects(code, target, progress) for name, code in used.items()}
 
 
-def compile_objects(
-    program: Program, target: AnyTarget, weights: Weights, cache: KernelCache, progress: Progress | None = None
-) -> tuple[tuple[bytes, ...], tuple[str, ...]]:
-    """ELF object files of a program: its entries and descriptor first, then its kernels, each once.
+def compile_kernels(
+    program: Program, target: AnyTarget, cache: KernelCache, workers: Workers, progress: Progress | None = None
+) -> dict[str, KernelObject]:
+    """The machine code of a program's kernels, by their names: from the cache, or made by `workers`.
 
-    With them what the kernels need of a GPU, sorted.
+    Raises:
+        CompileError: code generation refuses a kernel; each reason has its own class.
+        WorkerError: a worker process ended before its work was done.
     """
-    kernels: dict[str, KernelObject] = {}
-    for number, (name, kernel) in enumerate(program.kernels.items(), 1):
+    keys = {name: key_of(kernel, target) for name, kernel in program.kernels.items()}
+    found = {key: cache.find(key) for key in dict.fromkeys(keys.values())}
+    missing = {key: name for name, key in reversed(keys.items()) if found[key] is None}
+    jobs = [Job(program.kernels[name], target, symbol_of(key)) for key, name in missing.items()]
+    done = len(keys) - len(missing)
+
+    def started(job: Job) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress(f"compiling {name} for {target.label} ({number} of {len(program.kernels)})")
-        with debug.timed(f"kernel {name}"):
-            kernels[name] = cache.get(kernel.func, target, functools.partial(_compile, kernel.func, target))
+            progress(f"compiling {job.kernel.func.name} for {target.label} ({done} of {len(keys)})")
+
+    by_symbol = {symbol_of(key): key for key in missing}
+    for made in workers.compile(jobs, started):
+        key = by_symbol[made.symbol]
+        cache.keep(key, made)
+        found[key] = made
+    complete = {key: made for key, made in found.items() if made is not None}
+    return {name: complete[key] for name, key in keys.items()}
+
+
+def compile_objects(
+    program: Program, target: AnyTarget, weights: Weights, kernels: Mapping[str, KernelObject]
+) -> tuple[bytes, ...]:
+    """ELF object files of a program: its entries and descriptor first, then its kernels, each once."""
     known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in kernels.items()}
     launches = tuple(dict.fromkeys(launch for made in kernels.values() for launch in made.launches))
     text = emit_module(program, target, known, weights.places, weights.data_size, launches)
-    debug.show(f"entry-{_stage_name(target)}", "ll", debug.LLVM, lambda: text)
+    debug.show(f"entry-{stage_name(target)}", "ll", debug.LLVM, lambda: text)
     with debug.timed("entry"):
         entry = emit_object(text, target.host, speed=1)
     code = {made.symbol: made.code for made in kernels.values()}
-    features = sorted({feature for made in kernels.values() for feature in made.features})
-    return (entry, *code.values()), tuple(features)
-
-
-def _stage_name(target: AnyTarget) -> str:
-    """A target in the names of stages, where variants for CPUs of one architecture are told apart."""
-    return target.label if isinstance(target, GpuTarget) else f"{target.label}-{target.cpu}"
-
-
-def _compile(func: PrimFunc, target: AnyTarget, symbol: str) -> KernelObject:
-    """One scheduled function to machine code."""
-    stage = f"kernel-{_stage_name(target)}-{func.name}"
-    debug.show(stage, "tir", debug.KERNEL, func.show)
-    if isinstance(target, GpuTarget):
-        return _compile_device(func, target, symbol, stage)
-    debug.show(stage, "loops", debug.KERNEL, lambda: print_prepared(func, prepare(func)))
-    made = emit_kernel(func, target, symbol)
-    debug.show(stage, "ll", debug.LLVM, lambda: made.ir)
-    if debug.wanted(debug.LLVM):
-        debug.show(stage, "s", debug.LLVM, lambda: emit_assembly(made.ir, target))
-    return KernelObject(symbol, emit_object(made.ir, target), encode(made.workspace, func.symbols))
-
-
-def _compile_device(func: PrimFunc, target: GpuTarget, symbol: str, stage: str) -> KernelObject:
-    """One scheduled function to the text of its kernels, inside the host's code that launches them."""
-    made = emit_device(func, target, symbol)
-    debug.show(stage, "cl" if target.kind == "opencl" else "ptx", debug.KERNEL, lambda: made.text)
-    debug.show(f"{stage}-host", "ll", debug.LLVM, lambda: made.ir)
-    code = emit_object(made.ir, target.host, speed=1)
-    return KernelObject(symbol, code, encode(made.workspace, func.symbols), made.kernels, made.features)
+    return (entry, *code.values())

@@ -12,21 +12,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kedge.compiler.cache import KernelObject
 from kedge.compiler.codegen.shapes import encode
 from kedge.compiler.external_code import ExternalObjects
 from kedge.compiler.graph.cost import nbytes
 from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.external import EXTERNAL_RULE
-from kedge.compiler.lower.program import ExternalKernel, Kernel, Program, Step
+from kedge.compiler.lower.program import Draft, ExternalKernel, Kernel, Program, Step
 from kedge.compiler.target import AnyTarget, Target
 from kedge.compiler.tir.expr import Dim, Var
 
 _FLOAT_BITS = 32
 
 
-def report_variant(program: Program, target: AnyTarget, externals: Mapping[str, ExternalObjects]) -> dict[str, object]:
-    """The facts of a compiled program, as plain JSON."""
-    rows = [_kernel(kernel) for kernel in program.kernels.values()]
+def report_variant(
+    program: Program, kernels: Mapping[str, KernelObject], target: AnyTarget, externals: Mapping[str, ExternalObjects]
+) -> dict[str, object]:
+    """The facts of a compiled program, as plain JSON; `kernels` by their names in the program."""
+    rows = [_kernel(kernel, kernels[name]) for name, kernel in program.kernels.items()]
     rows += [_external(name, call, externals) for name, call in program.externals.items()]
     cpu = target if isinstance(target, Target) else None
     return {
@@ -38,11 +41,12 @@ def report_variant(program: Program, target: AnyTarget, externals: Mapping[str, 
     }
 
 
-def _kernel(kernel: Kernel) -> dict[str, object]:
+def _kernel(kernel: Kernel | Draft, made: KernelObject) -> dict[str, object]:
+    how = made if isinstance(kernel, Draft) else kernel
     return {
         "name": kernel.func.name,
-        "rule": kernel.rule,
-        "decisions": dict(kernel.decisions),
+        "rule": how.rule,
+        "decisions": dict(how.decisions),
         "origin": list(kernel.origin),
     }
 

@@ -1,7 +1,11 @@
-"""From a fused graph to a program: one scheduled kernel per group, called in order over a planned arena."""
+"""From a fused graph to a program: one kernel per group, called in order over a planned arena.
+
+`draft` leaves its kernels unscheduled, since the kernel cache often has their code; `lower` schedules them all.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +39,7 @@ from kedge.compiler.lower.external import external_kernel
 from kedge.compiler.lower.limits import least_sizes, with_symbols
 from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
-from kedge.compiler.lower.program import Entry, ExternalKernel, Kernel, Port, Program, Slot, Step
+from kedge.compiler.lower.program import Draft, Entry, ExternalKernel, Kernel, Port, Program, Slot, Step
 from kedge.compiler.schedule.default import is_scheduled, schedule_func
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import Schedule
@@ -47,27 +51,58 @@ from kedge.rpc.abi import MAX_NDIM
 from kedge.rpc.errors import InputError
 
 
-def lower(module: Module, target: TargetModel | GpuTarget, externals: Sequence[External] = ()) -> Program:
+def draft(module: Module, externals: Sequence[External] = ()) -> Program:
     """The program of a module that went through `default_passes`; `externals` have the code of its external calls.
 
-    Kernels that are structurally equal are compiled once. Parameters without data become inputs of the entries that
-    use them, after the declared inputs and in order of first use.
+    Its kernels are drafts, each once where several are structurally equal. Parameters without data become inputs of
+    the entries that use them, after the declared inputs and in order of first use.
 
     Raises:
         CompileError: an operator has no lowering (the module was not legalized), an external call no code, an input
             or output more dims than the ABI has, or two symbolic dims of a function have one name.
     """
-    pool = _Kernels(target, externals)
+    pool = _Kernels(externals)
     weights = _Weights(module)
     entries = tuple(_EntryLowering(function, weights, pool).entry() for function in module.functions.values())
-    return Program(pool.scheduled(), entries, MappingProxyType(weights.arrays), pool.externals())
+    return Program(pool.drafts(), entries, MappingProxyType(weights.arrays), pool.externals())
+
+
+def lower(module: Module, target: TargetModel | GpuTarget, externals: Sequence[External] = ()) -> Program:
+    """The program that `draft` gives, with its kernels scheduled for `target`.
+
+    Raises:
+        CompileError: as `draft`.
+    """
+    return scheduled(draft(module, externals), target)
+
+
+def scheduled(program: Program, target: TargetModel | GpuTarget) -> Program:
+    """The program with each draft scheduled by the first rule that matches."""
+    kernels = {
+        name: schedule_func(kernel.func, target, origin=kernel.origin) if isinstance(kernel, Draft) else kernel
+        for name, kernel in program.kernels.items()
+    }
+    return replace(program, kernels=MappingProxyType(kernels))
 
 
 def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel | GpuTarget) -> Program:
+    """The program that `draft_prim_func` gives, with its kernel scheduled for `target`.
+
+    Raises:
+        CompileError: as `draft_prim_func`.
+    """
+    return scheduled(draft_prim_func(source), target)
+
+
+def draft_prim_func(source: PrimFunc | Schedule) -> Program:
     """The program whose only entry calls a function; inputs and outputs are named as its parameters.
 
     A `Schedule` is taken as it is, and so is a function that shows a schedule already (see `is_scheduled`); any other
-    gets that of the first rule that matches.
+    becomes a draft.
+
+    Raises:
+        CompileError: a symbol of the function is not a whole dim of any input, or an input or output has more dims
+            than the ABI.
     """
     func = source.func if isinstance(source, Schedule) else source
     split = len(func.params) - func.n_outputs
@@ -80,12 +115,13 @@ def lower_prim_func(source: PrimFunc | Schedule, target: TargetModel | GpuTarget
     slots = [Slot("input", port.type, index) for index, port in enumerate(inputs)]
     slots += [Slot("output", port.type, index) for index, port in enumerate(outputs)]
     step = Step(func.name, tuple(slots), func.symbols)
+    kernel: Kernel | Draft
     if isinstance(source, Schedule):
         kernel = Kernel(func, "by hand", MappingProxyType({}), source.trace)
     elif is_scheduled(func):
         kernel = Kernel(func, "by hand", MappingProxyType({}), ())
     else:
-        kernel = schedule_func(func, target)
+        kernel = Draft(func, canonical(func))
     entry = _callable(Entry(func.name, inputs, outputs, func.symbols, (step,), 0))
     return Program(MappingProxyType({func.name: kernel}), (entry,))
 
@@ -115,13 +151,11 @@ def _port(buffer: Buffer) -> Port:
 class _Kernels:
     """The kernels of a program and its calls of external functions, each once."""
 
-    def __init__(self, target: TargetModel | GpuTarget, externals: Sequence[External]) -> None:
-        self._target = target
+    def __init__(self, externals: Sequence[External]) -> None:
         self._codes = by_function(externals)
         self._by_form: dict[str, str] = {}
-        self._funcs: dict[str, PrimFunc] = {}
+        self._drafts: dict[str, Draft] = {}
         self._externals: dict[str, ExternalKernel] = {}
-        self._origins: dict[str, tuple[str, ...]] = {}
 
     def add(self, value: Call | Fused) -> _Callee:
         """What computes `value`."""
@@ -134,8 +168,9 @@ class _Kernels:
         name = self._by_form.get(form)
         if name is None:
             name = self._by_form[form] = self._unique(wanted)
-            self._funcs[name] = replace(func, name=name)
-        self._origins[name] = tuple(dict.fromkeys((*self._origins.get(name, ()), *group.origin)))
+            self._drafts[name] = Draft(replace(func, name=name), form)
+        known = self._drafts[name]
+        self._drafts[name] = replace(known, origin=tuple(dict.fromkeys((*known.origin, *group.origin))))
         types = tuple(TensorType(buffer.shape, buffer.dtype) for buffer in func.params)
         return _Callee(name, group.inputs, types, func.symbols)
 
@@ -151,16 +186,13 @@ class _Kernels:
         """All calls of external functions."""
         return MappingProxyType(self._externals)
 
-    def scheduled(self) -> Mapping[str, Kernel]:
-        """All kernels, scheduled for the target."""
-        kernels = {
-            name: schedule_func(func, self._target, origin=self._origins[name]) for name, func in self._funcs.items()
-        }
-        return MappingProxyType(kernels)
+    def drafts(self) -> Mapping[str, Draft]:
+        """All kernels."""
+        return MappingProxyType(self._drafts)
 
     def _unique(self, wanted: str) -> str:
         name, count = wanted, 0
-        while name in self._funcs or name in self._externals:
+        while name in self._drafts or name in self._externals:
             count += 1
             name = f"{wanted}_{count}"
         return name
@@ -172,6 +204,7 @@ class _Weights:
     def __init__(self, module: Module) -> None:
         self._params = module.params
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
+        self._slots: dict[str, int] = {}
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
 
     def is_bound(self, param: Param) -> bool:
@@ -181,19 +214,24 @@ class _Weights:
     def index(self, value: Param | Constant) -> int:
         """The slot of a weight."""
         name = value.name if isinstance(value, Param) else self._constant(value.data)
-        if name not in self.arrays:
+        if name not in self._slots:
             assert isinstance(value, Param)  # constants are entered when they are named
-            self.arrays[name] = frozen(self._params[name])
-        return list(self.arrays).index(name)
+            self._enter(name, self._params[name])
+        return self._slots[name]
+
+    def _enter(self, name: str, data: np.ndarray[Any, Any]) -> None:
+        self._slots[name] = len(self._slots)
+        self.arrays[name] = frozen(data)
 
     def _constant(self, data: np.ndarray[Any, Any]) -> str:
-        key = (data.tobytes(), str(data.dtype), data.shape)
+        # A digest, since constants may be most of the model: weights that were folded.
+        key = (hashlib.sha256(frozen(data).reshape(-1).view(np.uint8).data).digest(), str(data.dtype), data.shape)
         if key not in self._constants:
             count = len(self._constants)
             while (name := f"constant_{count}") in self.arrays or name in self._params:
                 count += 1
             self._constants[key] = name
-            self.arrays[name] = frozen(data)
+            self._enter(name, data)
         return self._constants[key]
 
 
@@ -230,6 +268,7 @@ class _EntryLowering:
         for value in function.values():
             if isinstance(value, Param) and not weights.is_bound(value):
                 self._ports.setdefault(value.name, Port(value.name, value.type))
+        self._inputs = {name: index for index, name in enumerate(self._ports)}
         self._jobs: list[_Job] = []
         self._written: dict[int, int] = {}  # results that live in the buffer of an output
         self._in_place = concats_in_place(function)
@@ -320,7 +359,7 @@ class _EntryLowering:
         if isinstance(owner, (Input, Param)):
             if owner.name not in self._ports:
                 raise InputError(f"{owner.name!r} is not an input of {self._function.name}")
-            return Slot("input", owner.type, list(self._ports).index(owner.name))
+            return Slot("input", owner.type, self._inputs[owner.name])
         if id(owner) in self._written:
             return Slot("output", owner.type, self._written[id(owner)])
         return Slot("arena", base(value).type, offset=total([self._offsets[id(owner)], offset]))

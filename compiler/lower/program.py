@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from kedge.compiler.graph.external import External
-from kedge.compiler.graph.ir import ExternalCall, TensorType
 from kedge.compiler.tir.expr import Dim, Expr, Var
 from kedge.compiler.tir.stmt import PrimFunc
+
+if TYPE_CHECKING:  # what compiles kernels in a process of its own need not import the graph
+    import numpy as np
+
+    from kedge.compiler.graph.external import External
+    from kedge.compiler.graph.ir import ExternalCall, TensorType
 
 SlotKind = Literal["input", "output", "weight", "arena"]
 
@@ -65,6 +67,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """A function that is not scheduled yet: its schedule, like its code, is made where the kernel cache lacks it.
+
+    `form` is its canonical form (see `tir.structural`).
+    """
+
+    func: PrimFunc
+    form: str
+    origin: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """A scheduled function, and how it came to be: the rule, its decisions and the replayable trace."""
 
@@ -97,7 +111,7 @@ class Program:
     Steps call what `kernels` or `externals` have under their name; no name is in both.
     """
 
-    kernels: Mapping[str, Kernel]
+    kernels: Mapping[str, Kernel | Draft]
     entries: tuple[Entry, ...]
     weights: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     externals: Mapping[str, ExternalKernel] = field(default_factory=dict)

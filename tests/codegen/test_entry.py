@@ -20,11 +20,12 @@ from kedge.compiler.errors import CodegenError
 from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.lower.program import Entry, Kernel, Port, Program, Slot, Step
 from kedge.compiler.package import pack_weights
-from kedge.compiler.pipeline import compile_objects
+from kedge.compiler.pipeline import compile_kernels, compile_objects
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const
 from kedge.compiler.toolchain import link_shared
+from kedge.compiler.workers import Workers
 from kedge.rpc import abi
 from support import functions
 
@@ -69,7 +70,9 @@ class Loaded:
         target = parse("native")
         self.weights = pack_weights(program.weights)
         path = folder / "lib.so"
-        path.write_bytes(link_shared(compile_objects(program, target, self.weights, cache)[0], target))
+        with Workers() as workers:
+            made = compile_kernels(program, target, cache, workers)
+        path.write_bytes(link_shared(compile_objects(program, target, self.weights, made), target))
         self.library = ctypes.CDLL(str(path))
         self.module = abi.ModuleDesc.in_dll(self.library, "kedge_module")
         self.function = self.module.functions[0].contents

@@ -22,10 +22,11 @@ import pytest
 from kedge.compiler.cache import KernelCache
 from kedge.compiler.lower.program import Entry, Program
 from kedge.compiler.package import pack_weights
-from kedge.compiler.pipeline import compile_externals, compile_objects
+from kedge.compiler.pipeline import compile_externals, compile_kernels, compile_objects
 from kedge.compiler.target import Target, parse
 from kedge.compiler.tir.expr import Var, as_expr
 from kedge.compiler.toolchain import c_libraries, cache_dir
+from kedge.compiler.workers import Workers
 from kedge.device_agent import runtime
 from support.functions import evaluate
 
@@ -86,7 +87,9 @@ def run_program(
     weights = pack_weights(program.weights)
     paths = [str(_harness(target))]
     external = [part for made in compile_externals(program, target).values() for part in made.parts]
-    objects, _ = compile_objects(program, target, weights, cache)
+    with Workers() as workers:
+        kernels = compile_kernels(program, target, cache, workers)
+    objects = compile_objects(program, target, weights, kernels)
     for number, data in enumerate([*objects, *external]):
         path = folder / f"{number}.o"
         path.write_bytes(data)
