@@ -1,9 +1,12 @@
 /* roof.c: what a machine does at most, beside which a profile shows its kernels. */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "internal.h"
 
+enum { SHARE = 8 }; /* of the machine's memory that a working set may take is one in so many */
 enum { ADDITIONS = 64, ROUNDS = 4096, TRIES = 5 };
 enum { LEAST_BYTES = 32 << 20 }; /* read in one try, or a small working set is over before the clock has moved */
 static const int64_t working_sets[KEDGE_ROOFS] = {256 << 10, 2 << 20, 16 << 20, 128 << 20};
@@ -60,7 +63,9 @@ static int32_t read_rate(kedge_frame *frame, int64_t bytes, double *rate) {
   reading r = {.blocks = bytes / threads / (int64_t)sizeof(block) / 4 * 4};
   int64_t all = r.blocks * threads * (int64_t)sizeof(block);
   *rate = 0;
-  r.data = all == 0 ? NULL : aligned_alloc(KEDGE_ALIGNMENT, (size_t)all);
+  /* A larger part of a small board's memory may not be there, and it is whoever touches it who is killed. */
+  int64_t memory = (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  r.data = all == 0 || all > memory / SHARE ? NULL : aligned_alloc(KEDGE_ALIGNMENT, (size_t)all);
   if (r.data == NULL) return KEDGE_OK;
   int32_t status = frame->api->parallel_for(frame, read_slice, &r, threads);
   r.passes = all < LEAST_BYTES ? LEAST_BYTES / all : 1;
