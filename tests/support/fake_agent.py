@@ -31,6 +31,7 @@ from kedge.rpc.types import (
     Lease,
     Measurement,
     StageTime,
+    StepSamples,
     Tensor,
     Verdict,
     plan_inline,
@@ -130,6 +131,9 @@ class FakeAgent:
             options = replace(spec.task.options, number=7)
             samples = tuple(1000.0 + i for i in range(options.repeat))
             measurement = Measurement(options, samples, 20, 1, verdict=Verdict.VALID)
+            if options.profile:
+                steps = StepSamples((samples, samples[::-1]), 1e9, (4e9, 3e9, 2e9, 1e9))
+                measurement = replace(measurement, profile=steps)
             if not spec.task.return_outputs:
                 datas = []
         outputs = []

@@ -15,6 +15,15 @@ from kedge.rpc.types import DeviceInfo
 QUICK = Settings(heartbeat_interval_ms=200, silence_ms=5_000, lease_ms=800, cancel_grace_ms=400, deadline_slack_ms=200)
 
 
+#: What the compiler would report of `main`: one kernel that is called twice, over 32 * N bytes a time.
+ECHO = {"name": "echo", "rule": "none", "decisions": {}, "origin": ["x"]}
+STEP = {
+    "kernel": "echo",
+    "flops": None,
+    "bytes": [[abi.EXPR_SYMBOL, 0], [abi.EXPR_CONST, 32], [abi.EXPR_MUL, 0]],
+}
+
+
 def make_artifact(arch: str = "x86_64", features: tuple[str, ...] = (), weight_bytes: int = 5_000) -> Artifact:
     """An artifact with everything but code: `main` (x: f32[N, 4] -> x_out) and `big` (x: f32[N] -> x_out)."""
     lib, weights = b"\x7fELF not really" * 100, bytes(range(256)) * (weight_bytes // 256 + 1)
@@ -29,6 +38,7 @@ def make_artifact(arch: str = "x86_64", features: tuple[str, ...] = (), weight_b
         ),
         variants=(Variant("llvm", arch, f"{arch}-linux-gnu", features, "lib.so", "weights.safetensors", 8),),
         members=members,
+        info={"variants": [{"kernels": [ECHO], "functions": {"main": [STEP, STEP]}}]},
     )
     return Artifact(manifest, {"lib.so": lib, "weights.safetensors": weights})
 

@@ -16,6 +16,7 @@ import pytest
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact, Function, Port, Symbol
 from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect, plan
+from kedge.rpc.client.profile import Profile
 from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
 from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
@@ -148,6 +149,13 @@ def test_lists_have_a_limit(fleet: Fleet) -> None:
             fleet.jobs(limit=limit)
 
 
+def check_profile(profile: Profile) -> None:
+    """That of the toy's `main` by a fake agent: two steps of one kernel, whose samples add up to 2003 ns each."""
+    (kernel,) = profile.kernels
+    assert (kernel.kernel, kernel.calls, kernel.time_ns, kernel.n_bytes) == ("echo", 2, 2003.0, 2 * 32 * len(X))
+    assert profile.timing.repeat == 4 and profile.timing.protocol.profile
+
+
 def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:
     with (
         FakeAgent(tracker.address, device_info("one", rack="a"), work=echo),
@@ -159,6 +167,7 @@ def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: 
         np.testing.assert_array_equal(model.run({"x": X})["x_out"], X)
         np.testing.assert_array_equal(model["big"]({"x": BIG[:7]})["x_out"], BIG[:7])
         assert model.time({"x": X}, repeat=4).repeat == 4
+        check_profile(model.profile({"x": X}, repeat=4))
         assert {(job.device, job.spec.num_threads) for job in fleet.jobs()} == {("two", 3)}
 
 
@@ -281,6 +290,7 @@ def test_the_asyncio_twin(tracker: RunningTracker, artifact: Artifact) -> None:
                 model = await device.load(artifact)
                 np.testing.assert_array_equal((await model.run({"x": BIG}, function="big"))["x_out"], BIG)
                 assert (await model.time({"x": X}, repeat=3)).repeat == 3
+                check_profile(await model.profile({"x": X}, repeat=4))
             assert {job.state for job in await fleet.jobs()} == {JobState.DONE}
             assert (await (await fleet.job(jobs[0].id)).status()).id == jobs[0].id
             blob = await fleet.upload(b"bytes")
