@@ -1,7 +1,7 @@
 """Is an artifact right? Its outputs against the ONNX reference evaluator's, and layer by layer against the graph's.
 
 The layers are the fused groups that became kernels. They are compiled once more with every group as an output, for the
-same targets, and run on the same device; what they should be is computed operator by operator in numpy.
+target that the device takes, and run there; what they should be is computed operator by operator in numpy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Call, ExternalCall, Function, Fused, Module, Value
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client.inputs import arrange
-from kedge.rpc.errors import InputError
+from kedge.rpc.errors import IncompatibleTargetError, InputError
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[str], None]
@@ -175,10 +175,14 @@ def _layers(
     ports = artifact.manifest.function("main").inputs
     module = kedge.load(model, shapes={port.name: port.shape for port in ports})
     pipeline = kedge.pipeline("default").partition(externals).insert_after("fuse", ExposeGroups())
-    targets = [variant.target for variant in artifact.manifest.variants]
-    exposed = kedge.compile(module, targets, pipeline=pipeline, name=artifact.manifest.name)
+    # Layouts, and so layers, are a target's own.
+    loaded, target = _load_first(
+        device,
+        [variant.target for variant in sorted(artifact.manifest.variants, key=lambda each: -len(each.features))],
+        lambda target: kedge.compile(module, target, pipeline=pipeline, name=artifact.manifest.name),
+    )
     progress("running layer by layer")
-    optimized = pipeline.run(module)
+    optimized = pipeline.run(module, target)
     main = optimized.functions["main"]
     functions = {
         name: value.body.name
@@ -186,7 +190,7 @@ def _layers(
         if isinstance(value, ExternalCall)
     }
     expected = run(optimized, inputs)
-    actual = device.load(exposed).run(inputs)
+    actual = loaded.run(inputs)
     final = {port.name for port in artifact.manifest.function("main").outputs}
     return tuple(
         replace(
@@ -196,6 +200,16 @@ def _layers(
         for name in expected
         if name not in final
     )
+
+
+def _load_first(device: Any, targets: Sequence[str], make: Callable[[str], Artifact]) -> tuple[Any, str]:
+    """What `make` gives for the first target that the device takes, loaded there, and that target."""
+    for target in targets[:-1]:
+        try:
+            return device.load(make(target)), target
+        except IncompatibleTargetError:
+            continue
+    return device.load(make(targets[-1])), targets[-1]
 
 
 def _difference(name: str, actual: Array, expected: Array, rtol: float, atol: float) -> Difference:

@@ -89,7 +89,7 @@ def applied_before_order(function: Call) -> Value | None:
     """
     moves: list[Call] = []
     value = function.inputs[0]
-    while isinstance(value, Call) and value.op in ("reshape", "transpose", "slice"):
+    while isinstance(value, Call) and value.op in ("reshape", "transpose", "depth_to_space", "slice"):
         moves.append(value)
         value = value.inputs[0]
     if not moves or not isinstance(value, Call) or value.op != "conv":
