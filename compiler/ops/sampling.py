@@ -1,7 +1,7 @@
 """Where the elements of a resized axis come from: coordinates, rounding and interpolation of ONNX's Resize.
 
-Coordinates are worked out in float32, times the reciprocal of a scale and with one rounding for product and sum, as by
-ONNX Runtime: positions half-way between two elements fall on the same side. Known sizes give tables, free ones
+Coordinates are worked out in float32, times the reciprocal of a scale, as by ONNX Runtime: positions half-way between
+two elements fall on the same side. Known sizes give tables, free ones
 expressions of the tensor IR.
 """
 
@@ -67,21 +67,20 @@ def table(sampling: Sampling, before: int, after: int, scale: float) -> tuple[Ar
         none = np.zeros((0, sampling.taps))
         return none.astype(np.int64), None if sampling.mode == "nearest" else none.astype(np.float32)
     f = np.float32
-    step = np.float64(f(1 / scale))
-    at = np.arange(after, dtype=np.float64)
+    step = f(1 / scale)
+    at = np.arange(after, dtype=f)
     match sampling.coordinates:
         case "asymmetric":
-            position = (at * step).astype(f)
+            position = at * step
         case "tf_half_pixel_for_nn":
-            position = ((at + 0.5) * step).astype(f)
+            position = (at + f(0.5)) * step
         case "align_corners":
-            position = (at * (before - 1)).astype(f) / f(max(after - 1, 1))
+            position = at * f(before - 1) / f(max(after - 1, 1))
         case "half_pixel_symmetric":
             adjustment = f(after) / (f(scale) * f(before))
-            offset = np.float64(f(before) / f(2) * (f(1) - adjustment))
-            position = ((at + 0.5) * step + offset).astype(f) - f(0.5)
+            position = f(before) / f(2) * (f(1) - adjustment) + (at + f(0.5)) * step - f(0.5)
         case _:
-            position = ((at + 0.5) * step - 0.5).astype(f)
+            position = (at + f(0.5)) * step - f(0.5)
             if sampling.coordinates == "pytorch_half_pixel" and after == 1:
                 position = np.zeros_like(position)
     if sampling.mode == "nearest":
@@ -132,20 +131,24 @@ def sampled(
     """As `table` for the element at index `at`, as expressions: for axes whose size is not known while compiling."""
     size, last = common.cast(as_expr(before), _F32), as_expr(before) - 1
     result = common.cast(as_expr(after), _F32)
-    step: Expr = size / result if scale is None else const(float(np.float32(1 / scale)), _F32)
+
+    def unscaled(place: Expr) -> Expr:
+        """A division comes last: no target fuses it with the addition that follows, and shifts what is half-way."""
+        return place * size / result if scale is None else place / const(scale, _F32)
+
     index = common.cast(at, _F32)
     match sampling.coordinates:
         case "asymmetric":
-            position = index * step
+            position = unscaled(index)
         case "tf_half_pixel_for_nn":
-            position = (index + 0.5) * step
+            position = unscaled(index + 0.5)
         case "align_corners":
             position = index * (size - 1.0) / maximum(result - 1.0, const(1, _F32))
         case "half_pixel_symmetric":
-            adjustment = result * step / size
-            position = (index + 0.5) * step + size / 2.0 * (1.0 - adjustment) - 0.5
+            adjustment = unscaled(result) / size
+            position = unscaled(index + 0.5) + size / 2.0 * (1.0 - adjustment) - 0.5
         case _:
-            position = (index + 0.5) * step - 0.5
+            position = unscaled(index + 0.5) - 0.5
             if sampling.coordinates == "pytorch_half_pixel":
                 position = select(as_expr(after) > 1, position, const(0, _F32))
     if sampling.mode == "nearest":
