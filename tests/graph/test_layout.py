@@ -107,6 +107,14 @@ def test_weights_that_are_inputs_stay_plain() -> None:
     assert laid_out(module) is module
 
 
+def test_values_without_channels_stay_as_they_are() -> None:
+    net = Net()
+    x = net.conv(net.input("x", 1, 3, 4, 4), net.param("w", 16, 3, 1, 1))
+    row = net.concat(net.input("a", 3), net.input("b", 4), axis=0)
+    total = net.reduce_sum(row, axes=[0], keepdims=True)
+    blocked(net.module(net.mul(x, total)), ["conv_blocked", "concat", "reduce_sum", "mul", "transpose", "reshape"])
+
+
 @pytest.mark.parametrize(("channels", "block"), [(64, 16), (24, 8), (20, 4), (21, None), (3, None)])
 def test_blocks_of_512_bits(channels: int, block: int | None) -> None:
     assert block_of(channels, block_sizes(AVX512, "float32")) == block

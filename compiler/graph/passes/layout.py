@@ -345,10 +345,10 @@ def _reduce(own: _Blocker, old: Call) -> Value | None:
 def _concat(own: _Blocker, old: Call) -> Value | None:
     forms = [own.own(each) for each in old.inputs]
     found = [_lanes(form) for form in forms if form is not None]
-    axis = common.axis_of(old.attrs["axis"], old.type.rank)
-    counts = [each.type.shape[1] for each in old.inputs]
     if not found or 2 * len(found) < len(forms):
         return None
+    axis = common.axis_of(old.attrs["axis"], old.type.rank)
+    counts = [each.type.shape[1] for each in old.inputs]
     lanes = max(set(found), key=lambda size: (found.count(size), size))
     if not all(isinstance(count, int) and count % lanes == 0 for count in counts):
         return None
