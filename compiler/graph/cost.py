@@ -27,7 +27,7 @@ def flops(value: Value) -> Dim:
         return product([2, *inputs[0].shape, *inputs[1].shape[1:]])
     if value.op in ("conv_blocked", "depthwise_blocked"):
         return product([2, *value.type.shape, *inputs[1].shape[1:-1]])
-    if value.op in ("matmul", "gemm"):
+    if value.op in ("matmul", "packed_matmul", "gemm"):
         inner = inputs[0].shape[-2 if value.attrs.get("trans_a") else -1]
         return product([2, *value.type.shape, inner])
     if value.op in ("max_pool", "avg_pool"):

@@ -1,4 +1,8 @@
-"""Matrix products with numpy's broadcasting of batch dims, and ONNX's Gemm (legalized to a product and a sum)."""
+"""Matrix products with numpy's broadcasting of batch dims, and ONNX's Gemm (legalized to a product and a sum).
+
+`packed_matmul` is what `PackWeights` makes of a product with a constant: the second operand comes in panels of
+neighbouring columns, each of which lies together, row by row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from kedge.compiler.dtypes import INTEGERS
 from kedge.compiler.graph.dims import broadcast_shape, format_dim, same_shape
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
-from kedge.compiler.ops.registry import Array, FusionKind, OpDef
+from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Dim, Expr
 
@@ -52,15 +56,61 @@ def _lower(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...
         b_index = (*_batch(batch, b.shape[:-2]), k, *column)
         return te.sum(common.read(a, a_index) * common.read(b, b_index), k)
 
-    result = te.compute(out.shape, body, name="matmul")
-    if result.dtype != out.dtype:
-        return (common.elementwise(out, "matmul_cast", lambda *i: result.at(i)),)
-    return (result,)
+    return (_narrowed(te.compute(out.shape, body, name="matmul"), out),)
+
+
+def _narrowed(result: Tensor, out: TensorType) -> Tensor:
+    """The sum, which may be wider, in the dtype of the result."""
+    if result.dtype == out.dtype:
+        return result
+    return common.elementwise(out, "matmul_cast", lambda *i: result.at(i))
 
 
 def _batch(indices: Sequence[Expr], dims: Sequence[Dim]) -> list[Expr | int]:
     own = indices[len(indices) - len(dims) :]
     return [0 if common.is_one(dim) else index for index, dim in zip(own, dims, strict=True)]
+
+
+def _infer_packed(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+    a, b = types
+    dtype = common.require_same_dtype(types)
+    common.require_dtype(a, common.NUMBERS)
+    common.require(a.rank > 1 and b.rank > 2, f"operands must have rank 2 and 3 at least, not {a.rank} and {b.rank}")
+    panels, depth, width = b.shape[-3:]
+    common.require(
+        same_dim(a.shape[-1], depth),
+        f"the last dim of a, {format_dim(a.shape[-1])}, is not known to equal {format_dim(depth)} of the panels",
+    )
+    columns = attrs["columns"]
+    fits = isinstance(panels, int) and isinstance(width, int) and (panels - 1) * width < columns <= panels * width
+    common.require(fits, f"{columns} columns are not those of {format_dim(panels)} panels of {format_dim(width)}")
+    batch = broadcast_shape(a.shape[:-2], b.shape[:-3])
+    return (TensorType((*batch, a.shape[-2], columns), dtype, a.space),)
+
+
+def _packed(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
+    a, b = arrays
+    *batch, panels, depth, width = b.shape
+    plain = np.moveaxis(b, -3, -2).reshape(*batch, depth, panels * width)[..., : attrs["columns"]]
+    return _reference((a, plain), attrs)
+
+
+def _lower_packed(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
+    a, b = tensors
+    width = b.shape[-1]
+    k = te.reduce_axis(a.shape[-1], "k")
+
+    def body(*indices: Expr) -> Expr:
+        *batch, row, column = indices
+        panel = (*_batch(batch, b.shape[:-3]), column // width, k, column % width)
+        return te.sum(common.read(a, (*_batch(batch, a.shape[:-2]), row, k)) * common.read(b, panel), k)
+
+    return (_narrowed(te.compute(types[0].shape, body, name="matmul"), types[0]),)
+
+
+registry.register(
+    OpDef("packed_matmul", FusionKind.CONTRACTION, _infer_packed, _packed, _lower_packed, {"columns": REQUIRED}, (2, 2))
+)
 
 
 registry.register(OpDef("matmul", FusionKind.CONTRACTION, _infer, _reference, _lower, {}, (2, 2)))

@@ -12,6 +12,7 @@ from kedge.compiler.schedule.rules.contraction import Contraction
 from kedge.compiler.schedule.rules.fallback import Fallback
 from kedge.compiler.schedule.rules.gpu import GpuThreads
 from kedge.compiler.schedule.rules.injective import Injective
+from kedge.compiler.schedule.rules.matmul import Matmul
 from kedge.compiler.schedule.rules.reduction import Reduction
 from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
 from kedge.compiler.schedule.schedule import Schedule
@@ -24,7 +25,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 #: All rules for CPUs, the more special first. The last one matches everything.
-RULES: tuple[Rule[TargetModel], ...] = (Injective(), Contraction(), Reduction(), Fallback())
+RULES: tuple[Rule[TargetModel], ...] = (Injective(), Matmul(), Contraction(), Reduction(), Fallback())
 #: Those for GPUs, likewise.
 GPU_RULES: tuple[Rule[GpuTarget], ...] = (GpuThreads(),)
 

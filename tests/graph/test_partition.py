@@ -320,7 +320,7 @@ def test_the_operators_of_the_front_end_are_there_earlier() -> None:
     assert pipeline.externals == (gemm,)
     after = verify(pipeline.run(module(build)))
     assert [value.op for value in after.functions["main"].values() if isinstance(value, Call)] == ["relu"]
-    short = Pipeline(default_passes()).without("layout").without("fuse").partition([gemm])
+    short = Pipeline(default_passes()).without("pack-weights").without("layout").without("fuse").partition([gemm])
     assert short.names[-1] == "partition"
     with pytest.raises(TypeError, match=r"a list: \[f\]"):
         short.partition(gemm)  # type: ignore[arg-type]

@@ -101,20 +101,20 @@ def channel_softmax() -> PrimFunc:
 
 
 CASES = {
-    "dense": (dense(N, 20, 12), {"n": 3}, "contraction"),
-    "dense_odd": (dense(5, 7, 9), {}, "contraction"),
-    "dense_tall": (dense(24, 4, 16), {}, "contraction"),
-    "dense_big": (dense(N, 64, 1040), {"n": 1}, "contraction"),
-    "vector_matrix": (dense(1, 30, 10, relu=False), {}, "contraction"),
+    "dense": (dense(N, 20, 12), {"n": 3}, "matmul"),
+    "dense_odd": (dense(5, 7, 9), {}, "matmul"),
+    "dense_tall": (dense(24, 4, 16), {}, "matmul"),
+    "dense_big": (dense(N, 64, 1040), {"n": 1}, "matmul"),
+    "vector_matrix": (dense(1, 30, 10, relu=False), {}, "matmul"),
     "conv": (conv(N, 2, 8, 2), {"n": 1}, "contraction"),
     "conv_14": (conv(1, 1, 14, 3), {}, "contraction"),
     "conv_stride": (conv(N, 2, 7, 3, stride=2), {"n": 1}, "contraction"),
     "conv_1x1": (conv(1, 4, 4, 6, kernel=1, pad=0), {}, "contraction"),
     "depthwise": (depthwise(), {"n": 1}, "contraction"),
-    "batched": (batched(), {"n": 3, "m": 11}, "contraction"),
-    "transposed_epilogue": (transposed_epilogue(), {}, "contraction"),
-    "reshaped_epilogue": (reshaped_epilogue(), {}, "contraction"),
-    "contraction_with_two_outputs": (contraction_with_two_outputs(), {}, "contraction"),
+    "batched": (batched(), {"n": 3, "m": 11}, "matmul"),
+    "transposed_epilogue": (transposed_epilogue(), {}, "matmul"),
+    "reshaped_epilogue": (reshaped_epilogue(), {}, "matmul"),
+    "contraction_with_two_outputs": (contraction_with_two_outputs(), {}, "matmul"),
     "pool": (pool(N, 2, 8), {"n": 2}, "reduction"),
     "mean": (mean(N, 5, 4), {"n": 2}, "reduction"),
     "softmax": (softmax(N, 10), {"n": 3}, "reduction"),
@@ -162,7 +162,7 @@ def assert_contract(func: PrimFunc) -> None:
 def test_right_on_every_target(name, target):
     func, symbols, rule = CASES[name]
     kernel = schedule_func(func, TARGETS[target], origin=("node",))
-    assert kernel.rule == rule
+    assert kernel.rule == ("contraction" if rule == "matmul" and target == "scalar" else rule)
     assert "refused" not in kernel.decisions
     assert kernel.origin == ("node",)
     assert_contract(kernel.func)
@@ -197,14 +197,14 @@ def test_contractions_accumulate_in_registers():
 def test_given_decisions_are_carried_out_or_refused():
     func = dense(8, 12, 16)
     (rule,) = [rule for rule in RULES if rule.name == "contraction"]
-    default = dict(rule.default(func, AVX2))
+    default = dict(rule.default(func, SCALAR))
     for rows in (1, 2, 3, 8):
-        kernel = schedule_func(func, AVX2, decisions={**default, "row": 0, "rows": rows})
+        kernel = schedule_func(func, SCALAR, decisions={**default, "vector": 1, "width": 8, "row": 0, "rows": rows})
         assert kernel.decisions["rows"] == rows
         assert_same(func, kernel.func)
-    for wrong in ({"rows": 0}, {"row": 1}, {"row": 7}, {"vector": 2}, {"width": 3}):
+    for wrong in ({"row": 0, "rows": 0}, {"vector": 1, "row": 1}, {"row": 7}, {"vector": 2}, {"width": 3}):
         with pytest.raises(ScheduleError, match="tile"):
-            schedule_func(func, AVX2, decisions={**default, **wrong})
+            schedule_func(func, SCALAR, decisions={**default, **wrong})
 
 
 def test_defaults_come_from_the_space():

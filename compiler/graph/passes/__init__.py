@@ -9,6 +9,7 @@ from kedge.compiler.graph.passes.fold_batch_norm import FoldBatchNorm
 from kedge.compiler.graph.passes.fuse import Fuse
 from kedge.compiler.graph.passes.layout import BlockChannels
 from kedge.compiler.graph.passes.legalize import Legalize
+from kedge.compiler.graph.passes.pack_weights import PackWeights
 from kedge.compiler.graph.passes.partition import Partition
 from kedge.compiler.graph.passes.simplify import Simplify
 
@@ -19,6 +20,7 @@ __all__ = [
     "FoldConstants",
     "Fuse",
     "Legalize",
+    "PackWeights",
     "Partition",
     "Pass",
     "Simplify",
@@ -45,6 +47,7 @@ def default_passes() -> tuple[Pass, ...]:
         Simplify(),
         FoldConstants(),
         CommonSubexpressions(),
+        PackWeights(),
         BlockChannels(),
         FoldConstants(),
         Simplify(),

@@ -111,7 +111,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
     blocks = [ref]
     if outer:
         blocks.append(sch.cache_write(ref, outer[-1], "register"))
-        _take_consumer(sch, blocks[-1])
+        take_consumer(sch, blocks[-1])
     if reducing:
         blocks.append(sch.decompose_reduction(ref, reducing[0]))
         for loop in _short(sch, reducing, tile) if tile.unroll else ():
@@ -157,7 +157,7 @@ def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], lis
     return axes, reducing, inner
 
 
-def _take_consumer(sch: Schedule, copy: BlockRef) -> None:
+def take_consumer(sch: Schedule, copy: BlockRef) -> None:
     """Let the copy of the tile compute what follows, while there is just one element-wise consumer."""
     while True:
         target = store_of(block_named(sch.func, copy.name)).buffer

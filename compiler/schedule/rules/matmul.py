@@ -1,0 +1,277 @@
+"""Matrix products: register tiles over panels of the second operand, as packed by `PackWeights` or packed here.
+
+The scheme is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (TOMS 2008), with the
+loops that pay where a panel of the second operand fits a core's second-level cache: panels outside, tiles of rows
+inside, so that a panel stays near while the rows of the first operand stream past it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.schedule.rules.analysis import block_named, extent_of, inline_producers, reductions, store_of
+from kedge.compiler.schedule.rules.maps import schedule_map_by_model
+from kedge.compiler.schedule.rules.product import Product, product_of
+from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
+from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
+from kedge.compiler.schedule.rules.tile import take_consumer
+from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
+from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.target.tiles import RegisterTile, tile_for
+from kedge.compiler.tir.stmt import PrimFunc, Store
+
+_FLOATS = ("float32", "float64")
+#: Sums shorter than this are no matter of tiles.
+_LEAST_DEPTH = 4
+_MOST_ROWS = 14
+_MOST_VECTORS = 8
+#: Rows from which packing the second operand pays: each of its elements is then used so often.
+_ROWS_TO_PACK = 32
+#: Bytes between rows that begin in one set of the first-level cache.
+_ALIAS = 4096
+#: Steps of the sum in one iteration of its loop, where they are few instructions each.
+_UNROLL = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Matmul:
+    """Tiles of rows by vectors of columns in registers; what follows element by element happens where a tile is done.
+
+    Decisions: `rows`, `vectors` and `width` of the tile; `row`, the spatial dim that its rows are; `unroll`, steps of
+    the sum at once; `block`, how many tiles of rows go over a panel before the next panel (0: all); `pack_a` and
+    `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `parallel`.
+    """
+
+    name: str = "matmul"
+
+    def match(self, func: PrimFunc, target: TargetModel) -> bool:
+        """Whether the function sums products of two float tensors over one dim, with columns that lie together."""
+        product = _product(func)
+        return product is not None and target.vector_bits > 0
+
+    def space(self, func: PrimFunc, target: TargetModel) -> Space:
+        """See the class."""
+        product = _known(func)
+        most = max(1, target.vector_bits // (8 * product.itemsize))
+        return {
+            "rows": tuple(range(1, _MOST_ROWS + 1)),
+            "vectors": tuple(range(1, _MOST_VECTORS + 1)),
+            "width": tuple(1 << i for i in range(most.bit_length())),
+            "row": (None, *product.rows),
+            "unroll": _UNROLL,
+            "block": (0, 1, 2, 4, 8, 16, 32, 64, 128),
+            "pack_a": (False, True),
+            "pack_b": (False, True) if product.panel is None else (False,),
+            "parallel": (False, True),
+        }
+
+    def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
+        """The tile of the model; packing where elements are used often enough, or rows meet in one set of the cache."""
+        product = _known(func)
+        row = product.longest_row
+        height = 1 if row is None else product.extent(row)
+        tile = tile_for(target, product.itemsize, height, product.extent(product.column), panel=product.panel)
+        pack_b = _pays_to_pack(product, tile, height)
+        pack_a = not pack_b and product.row_bytes(row) % _ALIAS == 0 and tile.rows > 8
+        return {
+            "rows": tile.rows,
+            "vectors": tile.vectors,
+            "width": tile.width,
+            "row": row,
+            "unroll": _unroll(product, tile),
+            "block": _block(product, tile, height, target) if pack_b or pack_a else 0,
+            "pack_a": pack_a,
+            "pack_b": pack_b,
+            "parallel": is_worth_threads([product.block], target),
+        }
+
+    def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
+        """See the class."""
+        _check(_known(sch.func), decisions)
+        inline_producers(sch)
+        product = _known(sch.func)
+        done = _schedule_tiles(sch, product, decisions, target)
+        for block in blocks_in(sch.func.body):
+            if block.name not in done:
+                schedule_map_by_model(sch, block.name, target)
+
+
+def _product(func: PrimFunc) -> Product | None:
+    """The product that the function computes, if it is one for this rule."""
+    found = reductions(func)
+    if len(found) != 1 or not all(isinstance(block.body, Store) for block in blocks_in(func.body)):
+        return None
+    product = product_of(found[0])
+    if product is None or store_of(found[0]).buffer.dtype not in _FLOATS:
+        return None
+    depth, width = extent_of(product.depth.extent), product.extent(product.column)
+    return None if (depth is not None and depth < _LEAST_DEPTH) or width == 1 else product
+
+
+def _known(func: PrimFunc) -> Product:
+    product = _product(func)
+    assert product is not None, f"{func.name} was not matched"
+    return product
+
+
+def _check(product: Product, decisions: Decisions) -> None:
+    """Refuse decisions that no product of this shape can have."""
+    name = product.block.name
+    sizes = {key: decisions[key] for key in ("rows", "vectors", "width", "unroll")}
+    for key, size in sizes.items():
+        if size < 1 or (key == "width" and size & (size - 1)):
+            raise ScheduleError(f"tile of block {name!r}: {key}={size} is below 1, or a width that is no power of two")
+    if decisions["row"] is not None and decisions["row"] not in product.rows:
+        raise ScheduleError(f"tile of block {name!r}: row={decisions['row']} is none of its rows {product.rows}")
+    if decisions["pack_b"] and product.panel is not None:
+        raise ScheduleError(f"tile of block {name!r}: pack_b, but {product.b.buffer.name!r} is packed already")
+
+
+def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None) -> bool:
+    """Whether a panel of the second operand is used for rows enough, and does not lie together already."""
+    if product.panel is not None or height is None or height < _ROWS_TO_PACK:
+        return False
+    columns = product.extent(product.column)
+    return columns is None or columns > tile.columns
+
+
+def _unroll(product: Product, tile: RegisterTile) -> int:
+    """Steps of the sum at once: some tens of multiply-adds, without a rest."""
+    depth = extent_of(product.depth.extent)
+    if depth is None:
+        return 1
+    return max(u for u in _UNROLL if depth % u == 0 and (u == 1 or u * tile.rows * tile.vectors <= 48))
+
+
+def _block(product: Product, tile: RegisterTile, height: int | None, target: TargetModel) -> int:
+    """Tiles of rows that go over a packed panel: all, unless cores would have nothing to do."""
+    columns = product.extent(product.column)
+    if height is None or columns is None or target.num_cores < 2:
+        return 0
+    panels = math.ceil(columns / tile.columns)
+    others = math.prod(
+        product.extent(axis) or 1 for axis in (*product.batch, *product.rows) if axis != product.longest_row
+    )
+    tiles = math.ceil(height / tile.rows)
+    if panels * others >= 4 * target.num_cores or (panels * others) % target.num_cores == 0:
+        return 0
+    return max(_ROWS_TO_PACK // tile.rows, math.ceil(tiles / (2 * target.num_cores)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Nest:
+    """The loops of a tiled product, outermost first."""
+
+    outer: list[LoopRef]  # over dims that no tile has
+    block: LoopRef | None  # over blocks of tiles of rows
+    panel: LoopRef
+    tile: LoopRef | None  # over tiles of rows
+    sums: list[LoopRef]
+    inner: list[LoopRef]  # within a tile
+
+
+def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, target: TargetModel) -> set[str]:
+    """Rewrite the product and what follows it; returns the names of the blocks that are in its tiles.
+
+    Rewrite:
+        for i, j, k: block   ->   for j_0, i_0 in parallel(…):
+                                    tile = 0
+                                    for k: tile += a[…] * panel[…]
+                                    y[…] = tile   (with the consumer's computation)
+    """
+    name = product.block.name
+    ref = sch.get_block(name)
+    total = cycles(block_named(sch.func, name), target)
+    nest = _split(sch, product, decisions)
+    made = [ref]
+    packs: list[BlockRef] = []
+    if decisions["pack_b"]:
+        packs.append(sch.cache_read(ref, product.b.buffer.name, nest.panel, "local"))
+    if decisions["pack_a"] and nest.block is not None:
+        packs.append(sch.cache_read(ref, product.a.buffer.name, nest.block, "local"))
+    innermost = nest.panel if nest.tile is None else nest.tile
+    made.append(sch.cache_write(ref, innermost, "register"))
+    take_consumer(sch, made[-1])
+    made.append(sch.decompose_reduction(ref, nest.sums[0]))
+    for loop in nest.sums[1:]:
+        sch.unroll(loop)
+    for block in made if nest.inner else ():
+        own = sch.get_loops(block)[-len(nest.inner) :]
+        for loop in own if decisions["width"] == 1 else own[:-1]:
+            sch.unroll(loop)
+        if decisions["width"] > 1:
+            sch.vectorize(own[-1])
+    for pack in packs:
+        _schedule_pack(sch, pack, target)
+    if decisions["parallel"]:
+        parallelize(sch, _separable(sch, _spread(nest, decisions)), total, target)
+    return {block.name for block in (*made, *packs)}
+
+
+def _split(sch: Schedule, product: Product, decisions: Decisions) -> _Nest:
+    """Split and reorder the loops."""
+    loops = list(sch.get_loops(sch.get_block(product.block.name)))
+    column, depth = loops[product.column], loops[-1]
+    row = None if decisions["row"] is None else loops[decisions["row"]]
+    outer = [loop for loop in loops[:-1] if loop is not column and loop is not row]
+    inner: list[LoopRef] = []
+    block = tile = None
+    if row is not None:
+        tile = row
+        if decisions["rows"] > 1:
+            tile, step = sch.split(row, [None, decisions["rows"]])
+            inner.append(step)
+        if decisions["block"]:
+            block, tile = sch.split(tile, [None, decisions["block"]])
+    panel = column
+    factors = [factor for factor in (decisions["vectors"], decisions["width"]) if factor > 1]
+    if factors:
+        panel, *lanes = sch.split(column, [None, *factors])
+        inner += lanes
+    sums = list(sch.split(depth, [None, decisions["unroll"]])) if decisions["unroll"] > 1 else [depth]
+    around = [*outer, *([block] if block is not None else []), panel, *([tile] if tile is not None else [])]
+    if [*around, *sums, *inner] != list(sch.get_loops(sch.get_block(product.block.name))):
+        sch.reorder(*around, *sums, *inner)
+    return _Nest(outer, block, panel, tile, sums, inner)
+
+
+def _spread(nest: _Nest, decisions: Decisions) -> list[LoopRef]:
+    """The loops whose iterations are spread over threads: as many as hold nothing but one another."""
+    loops = list(nest.outer)
+    if nest.block is not None:
+        loops.append(nest.block)
+        if decisions["pack_a"]:
+            return loops
+    loops.append(nest.panel)
+    if nest.tile is not None and nest.block is None and not decisions["pack_b"]:
+        loops.append(nest.tile)
+    return loops
+
+
+def _separable(sch: Schedule, loops: list[LoopRef]) -> list[LoopRef]:
+    """As many of the loops, from the outermost, as can be told to be independent when they are one.
+
+    Quotients and remainders by several free dims are more than can be proved.
+    """
+    while sum(extent_of(sch.extent(loop)) is None for loop in loops) > 1:
+        trial = sch.copy()
+        try:
+            trial.parallel(trial.fuse(*loops))
+            break
+        except ScheduleError:
+            loops = loops[:-1]
+    return loops
+
+
+def _schedule_pack(sch: Schedule, pack: BlockRef, target: TargetModel) -> None:
+    """Vectorize the copy along the source's last dim."""
+    source = store_of(block_named(sch.func, pack.name))
+    width = max(1, target.vector_bits // (8 * np.dtype(source.buffer.dtype).itemsize))
+    last = sch.get_loops(pack)[-1]
+    extent = extent_of(sch.extent(last))
+    if width > 1 and extent is not None and extent >= width:
+        sch.vectorize(sch.split(last, [None, width])[1])

@@ -1,0 +1,119 @@
+"""Recognising matrix products: which dims are rows, columns and batches, and how the operands lie in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from kedge.compiler.schedule.rules.analysis import extent_of, spatial, store_of, stride
+from kedge.compiler.tir.expr import Binary, Cast, Const, Expr, Load
+from kedge.compiler.tir.simplify import over
+from kedge.compiler.tir.stmt import Block, IterVar
+from kedge.compiler.tir.visitor import free_vars
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`c[batch…, row…, column] += a[batch…, row…, depth] * b[batch…, depth, column]`, dims in any order.
+
+    Axes are numbers of spatial dims of the block. `panel` is the number of columns that lie together where b is packed
+    as `b[…, column // panel, depth, column % panel]`.
+    """
+
+    block: Block
+    a: Load
+    b: Load
+    depth: IterVar
+    column: int
+    rows: tuple[int, ...]
+    batch: tuple[int, ...]
+    panel: int | None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an accumulator."""
+        return np.dtype(store_of(self.block).buffer.dtype).itemsize
+
+    def extent(self, axis: int) -> int | None:
+        """The size of a dim; None where it is free."""
+        return extent_of(spatial(self.block)[axis].extent)
+
+    @property
+    def longest_row(self) -> int | None:
+        """The dim that tiles have rows along; of two that are free, the inner one."""
+        sizes = {axis: self.extent(axis) for axis in self.rows}
+        wide = [axis for axis, size in sizes.items() if size != 1]
+        return max(wide, key=lambda axis: (math.inf if sizes[axis] is None else sizes[axis] or 0, axis), default=None)
+
+    def row_bytes(self, axis: int | None) -> int:
+        """Bytes between neighbours of `a` along a dim; 0 where that is not known."""
+        if axis is None:
+            return 0
+        ranges = {it.var: over(it.extent) for it in self.block.iters}
+        step = stride(self.a.indices, self.a.buffer.shape, spatial(self.block)[axis].var, ranges)
+        return (step or 0) * np.dtype(self.a.buffer.dtype).itemsize
+
+
+def product_of(block: Block) -> Product | None:
+    """The matrix product that a reduction is, or None."""
+    axes = spatial(block)
+    reduced = [it for it in block.iters if it.kind == "reduce"]
+    operands = _operands(block)
+    if len(reduced) != 1 or block.iters[-1] is not reduced[0] or operands is None or not axes:
+        return None
+    wide = [number for number, axis in enumerate(axes) if extent_of(axis.extent) != 1]
+    column = wide[-1] if wide else len(axes) - 1
+    for a, b in (operands, operands[::-1]):
+        if axes[column].var in _used(b) and axes[column].var not in _used(a):
+            return _with(block, a, b, reduced[0], column)
+    return None
+
+
+def _with(block: Block, a: Load, b: Load, depth: IterVar, column: int) -> Product | None:
+    axes = spatial(block)
+    ranges = {it.var: over(it.extent) for it in block.iters}
+    store, last = store_of(block), axes[column].var
+    if stride(store.indices, store.buffer.shape, last, ranges) != 1:
+        return None
+    panel = _panel(b, axes[column], depth)
+    if panel is None and stride(b.indices, b.buffer.shape, last, ranges) != 1:
+        return None
+    others = [number for number in range(len(axes)) if number != column]
+    rows = tuple(n for n in others if axes[n].var in _used(a) and axes[n].var not in _used(b))
+    batch = tuple(n for n in others if n not in rows)
+    if depth.var not in _used(a) or depth.var not in _used(b):
+        return None
+    return Product(block, a, b, depth, column, rows, batch, panel)
+
+
+def _operands(block: Block) -> tuple[Load, Load] | None:
+    """The two loads whose products the block sums."""
+    value = store_of(block).value
+    if not isinstance(value, Binary) or value.op != "add":
+        return None
+    update = value.b
+    if not isinstance(update, Binary) or update.op != "mul":
+        return None
+    a, b = _uncast(update.a), _uncast(update.b)
+    return (a, b) if isinstance(a, Load) and isinstance(b, Load) and a.buffer is not b.buffer else None
+
+
+def _uncast(expr: Expr) -> Expr:
+    return expr.value if isinstance(expr, Cast) else expr
+
+
+def _used(load: Load) -> set[object]:
+    return {var for index in load.indices for var in free_vars(index)}
+
+
+def _panel(load: Load, column: IterVar, depth: IterVar) -> int | None:
+    """The columns of a panel, if the operand is packed in panels along `column`."""
+    if len(load.indices) < 3 or load.indices[-2] is not depth.var:
+        return None
+    match load.indices[-3], load.indices[-1]:
+        case Binary(op="floordiv", a=x, b=Const(value=n)), Binary(op="floormod", a=y, b=Const(value=m)):
+            same = x is column.var and y is column.var and n == m == load.buffer.shape[-1]
+            return int(n) if same else None
+    return None

@@ -1,0 +1,121 @@
+"""Register tiles of matrix products, by an analytic model of the core.
+
+After Low et al., "Analytical Modeling Is Enough for High-Performance BLIS" (TOMS 2016): a tile of outputs stays in
+registers while a step of the sum loads one element for each of its rows and one vector for each of its vectors of
+columns. The model counts the cycles of such steps for a whole product, smaller tiles at its ends included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+#: Rows of a tile: those of a matrix whose rows are a power of two apart meet in one set of the first-level cache,
+#: which has eight ways nearly everywhere.
+_MOST_ROWS = 8
+_MOST_VECTORS = 4
+#: A matrix with a free number of rows may have this many, or just one.
+_SOME_ROWS = 32
+#: What the cycles of one row count beside those of a row of some: memory often takes longer than either.
+_ONE_ROW = 0.02
+#: Columns that are free may be this many.
+_SOME_COLUMNS = 256
+#: Registers that are neither accumulators nor vectors of the second operand: one for the elements of the first, one
+#: that the compiler may want.
+_OTHER_REGISTERS = 2
+
+
+class Core(Protocol):
+    """What the model may know of a processor."""
+
+    @property
+    def vector_bits(self) -> int:
+        """Bits of a vector register."""
+
+    @property
+    def vector_registers(self) -> int:
+        """Vector registers that a program can name."""
+
+    @property
+    def fma_per_cycle(self) -> float:
+        """Multiply-adds of whole vectors that begin in a cycle."""
+
+    @property
+    def fma_latency(self) -> int:
+        """Cycles from one multiply-add to the next of the same accumulator."""
+
+    @property
+    def loads_per_cycle(self) -> float:
+        """Vectors that are loaded from the first-level cache in a cycle."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterTile:
+    """`rows` times `vectors` accumulators of `width` elements."""
+
+    rows: int
+    vectors: int
+    width: int
+
+    @property
+    def columns(self) -> int:
+        """Elements in a row of the tile."""
+        return self.vectors * self.width
+
+
+def tile_for(
+    target: Core, itemsize: int, rows: int | None, columns: int | None, *, panel: int | None = None
+) -> RegisterTile:
+    """The tile with which a product of so many rows and columns (None: free) takes the fewest cycles.
+
+    `itemsize` is the bytes of an accumulator. With a `panel`, columns lie together in panels of so many: the tile is
+    one of these, or part of one, or several for a product of few rows.
+    """
+    width = max(1, target.vector_bits // (8 * itemsize))
+    if panel is not None:
+        width = min(width, panel)
+    elif columns is not None:
+        while width > 1 and columns <= width // 2:
+            width //= 2
+    tiles = (RegisterTile(r, v, width) for r, v in _shapes(target, rows, columns, width, panel))
+    return min(tiles, key=lambda tile: (_cycles(target, tile, rows, columns), tile.rows * tile.vectors))
+
+
+def _shapes(
+    target: Core, rows: int | None, columns: int | None, width: int, panel: int | None
+) -> Iterator[tuple[int, int]]:
+    """Rows and vectors that the registers hold; one accumulator always is possible."""
+    if panel is None:
+        most = _MOST_VECTORS if columns is None else min(_MOST_VECTORS, -(-columns // width))
+        choices = set(range(1, most + 1))
+    else:
+        count = panel // width
+        choices = {v for v in range(1, count + 1) if count % v == 0}
+        if columns is None or columns > panel:
+            choices.add(2 * count)
+    most_rows = _MOST_ROWS if rows is None else min(_MOST_ROWS, rows)
+    for vectors in sorted(choices):
+        for r in range(1, most_rows + 1):
+            fits = r * vectors + vectors + _OTHER_REGISTERS <= target.vector_registers
+            if fits or (r == 1 and vectors == min(choices)):
+                yield r, vectors
+
+
+def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | None) -> float:
+    """Cycles of a step of the sum, over all tiles; of a free number of rows, those of one and of some together."""
+    if rows is None:
+        return _cycles(target, tile, _SOME_ROWS, columns) / _SOME_ROWS + _ONE_ROW * _cycles(target, tile, 1, columns)
+    vectors = -(-(_SOME_COLUMNS if columns is None else columns) // tile.width)
+    total = 0.0
+    for count, r in ((rows // tile.rows, tile.rows), (1, rows % tile.rows)):
+        for times, v in ((vectors // tile.vectors, tile.vectors), (1, vectors % tile.vectors)):
+            if count and r and times and v:
+                total += count * times * _step(target, r, v)
+    return total
+
+
+def _step(target: Core, rows: int, vectors: int) -> float:
+    """Cycles of one step of a tile, with a little for what comes from the second-level cache in the long run."""
+    arithmetic = max(rows * vectors / target.fma_per_cycle, (rows + vectors) / target.loads_per_cycle)
+    return max(arithmetic, target.fma_latency) + 0.12 * vectors + 0.05 * rows

@@ -1,0 +1,220 @@
+"""The rule for matrix products: right for every decision of its space, and decisions that fit the processor."""
+
+import json
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from kedge.compiler import te
+from kedge.compiler.cache import KernelCache
+from kedge.compiler.errors import ScheduleError
+from kedge.compiler.pipeline import compile_prim_func
+from kedge.compiler.schedule.default import schedule_func
+from kedge.compiler.schedule.rules.matmul import Matmul
+from kedge.compiler.schedule.schedule import Schedule
+from kedge.compiler.schedule.tree import loops_in
+from kedge.compiler.target.tiles import tile_for
+from kedge.compiler.tir import interp
+from kedge.compiler.tir.expr import Cast, Dim, Expr, Var, maximum
+from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.structural import equal
+from support.compiled import opened
+from support.functions import assert_same, inputs
+from support.prepared import assert_compiled, assert_prepared
+from support.targets import AVX2, AVX512, NEON, SCALAR, Model
+
+N, M, K = Var("n", lower=1), Var("m", lower=1), Var("k", lower=1)
+RULE = Matmul()
+ARMV7 = Model(vector_bits=128, vector_registers=16, fma_per_cycle=0.5, fma_latency=8, loads_per_cycle=0.5)
+
+
+def product(m: Dim, k: Dim, n: Dim, dtype: str = "float32") -> PrimFunc:
+    """`x @ w`, summed in float32 at least."""
+    x, w, axis = te.placeholder((m, k), dtype, "x"), te.placeholder((k, n), dtype, "w"), te.reduce_axis(k, "k")
+    wide = "float32" if dtype == "float16" else dtype
+
+    def element(i: Expr, j: Expr) -> Expr:
+        return te.sum(te.cast(x[i, axis], wide) * te.cast(w[axis, j], wide), axis)
+
+    return te.create_prim_func([x, w, te.compute((m, n), element, name="y")], "product")
+
+
+def packed(m: Dim, k: Dim, n: int, width: int) -> PrimFunc:
+    """`relu(x @ w + b) + r` over panels of w."""
+    x, w = te.placeholder((m, k), "float32", "x"), te.placeholder((-(-n // width), k, width), "float32", "w")
+    b, r, axis = te.placeholder((n,), "float32", "b"), te.placeholder((m, n), "float32", "r"), te.reduce_axis(k, "k")
+    y = te.compute((m, n), lambda i, j: te.sum(x[i, axis] * w[j // width, axis, j % width], axis), name="y")
+    z = te.compute((m, n), lambda i, j: maximum(y[i, j] + b[j], 0.0), name="z")
+    return te.create_prim_func([x, w, b, r, te.compute((m, n), lambda i, j: z[i, j] + r[i, j], name="s")], "packed")
+
+
+def batched(b: Dim, m: Dim, k: int, n: int) -> PrimFunc:
+    """Each of a batch by its own matrix; the first operand is the same for all."""
+    x, w, axis = te.placeholder((m, k), "float32", "x"), te.placeholder((b, k, n), "float32", "w"), te.reduce_axis(k)
+    y = te.compute((b, m, n), lambda c, i, j: te.sum(x[i, axis] * w[c, axis, j], axis), name="y")
+    return te.create_prim_func([x, w, y], "batched")
+
+
+def sequences(b: Dim, m: Dim, k: int, n: int) -> PrimFunc:
+    """Two dims of rows by one matrix."""
+    x, w, axis = te.placeholder((b, m, k), "float32", "x"), te.placeholder((k, n), "float32", "w"), te.reduce_axis(k)
+    y = te.compute((b, m, n), lambda c, i, j: te.sum(x[c, i, axis] * w[axis, j], axis), name="y")
+    return te.create_prim_func([x, w, y], "sequences")
+
+
+def turned(m: int, k: int, n: int) -> PrimFunc:
+    """A first operand with its rows along the last dim."""
+    x, w, axis = te.placeholder((k, m), "float32", "x"), te.placeholder((k, n), "float32", "w"), te.reduce_axis(k)
+    y = te.compute((m, n), lambda i, j: te.sum(x[axis, i] * w[axis, j], axis), name="y")
+    return te.create_prim_func([x, w, y], "turned")
+
+
+def squares() -> PrimFunc:
+    """Sums of squares: no two operands."""
+    x, axis = te.placeholder((4, 8), "float32", "x"), te.reduce_axis(8)
+    return te.create_prim_func([x, te.compute((4,), lambda i: te.sum(x[i, axis] * x[i, axis], axis), name="y")], "f")
+
+
+CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
+    "plain": (product(13, 9, 37), {}),
+    "wide": (product(5, 6, 70), {}),
+    "one_row": (product(1, 12, 40), {}),
+    "free_rows": (product(N, 8, 20), {"n": 11}),
+    "free_columns": (product(6, 5, M), {"m": 19}),
+    "free": (product(N, K, M), {"n": 7, "k": 6, "m": 18}),
+    "packed": (packed(10, 7, 45, 16), {}),
+    "packed_free": (packed(N, 6, 30, 8), {"n": 9}),
+    "packed_one": (packed(1, 8, 50, 16), {}),
+    "batched": (batched(3, 10, 6, 21), {}),
+    "batched_free": (batched(N, M, 5, 16), {"n": 2, "m": 5}),
+    "sequences": (sequences(2, 7, 6, 18), {}),
+    "turned": (turned(11, 6, 26), {}),
+    "double": (product(7, 6, 11, "float64"), {}),
+    "half": (product(7, 6, 20, "float16"), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
+    """A cache of this module's own, so that no other test's kernels are used."""
+    return KernelCache(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.mark.parametrize("target", [AVX2, AVX512, NEON, ARMV7])
+@pytest.mark.parametrize("name", CASES)
+def test_the_default_is_right_and_in_the_space(name, target):
+    func, symbols = CASES[name]
+    chosen, space = RULE.default(func, target), RULE.space(func, target)
+    assert set(chosen) == set(space)
+    assert all(value in space[key] for key, value in chosen.items()), chosen
+    kernel = schedule_func(func, target)
+    assert kernel.rule == "matmul"
+    assert "refused" not in kernel.decisions
+    assert_same(func, kernel.func, symbols)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_decisions_are_right(name, kernels: KernelCache):
+    """In the interpreter as scheduled and as prepared, now and then as machine code; the trace replays."""
+    func, symbols = CASES[name]
+    rng = random.Random(name)
+    for trial in range(3):
+        space = RULE.space(func, AVX512 if trial % 2 else NEON)
+        decisions = {key: rng.choice(values) for key, values in space.items()}
+        while decisions["rows"] * decisions["vectors"] * decisions["unroll"] > 40 or decisions["block"] > 4:
+            # Too long to interpret.
+            decisions = {key: rng.choice(values) for key, values in space.items()}
+        kernel = schedule_func(func, AVX512, decisions=decisions)
+        assert_same(func, kernel.func, symbols)
+        if trial == 0:
+            again = Schedule.replay(func, json.loads(json.dumps(kernel.trace)))
+            assert equal(again.func, kernel.func)
+            assert_prepared(kernel.func, func, symbols)
+            assert_compiled(kernel.func, func, symbols, kernels)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 300, 130), (7, 64, 65), (33, 20, 100), (70, 128, 48), (97, 33, 3)])
+@pytest.mark.parametrize("free", [False, True])
+def test_machine_code_of_odd_sizes(m, k, n, free, kernels: KernelCache):
+    func = packed(N if free else m, k, n, 32)
+    data = [array.astype("float32") for array in inputs(func, {"n": m})]
+    want = interp.run(func, data, {"n": m} if free else {})
+    names = [buffer.name for buffer in func.params]
+    with opened(compile_prim_func(func, "native", cache=kernels), threads=2) as model:
+        got = model.run(dict(zip(names, data, strict=False)))
+    np.testing.assert_allclose(got["s"], want[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        product(4, 8, 1),
+        product(4, 2, 16),
+        product(4, 8, 16, "int32"),
+        squares(),
+    ],
+    ids=["one_column", "short", "integers", "no_columns"],
+)
+def test_declines(func):
+    assert not RULE.match(func, AVX2)
+    assert schedule_func(func, AVX2).rule != "matmul"
+
+
+def test_declines_without_vectors():
+    assert not RULE.match(CASES["plain"][0], SCALAR)
+
+
+def test_wrong_decisions_are_refused():
+    func = CASES["plain"][0]
+    chosen = RULE.default(func, AVX2)
+    for wrong in ({"rows": 0}, {"vectors": 0}, {"width": 3}, {"row": 1}, {"unroll": 0}):
+        with pytest.raises(ScheduleError, match="tile of block 'y'"):
+            schedule_func(func, AVX2, decisions={**chosen, **wrong})
+    with pytest.raises(ScheduleError, match="is packed already"):
+        schedule_func(CASES["packed"][0], AVX2, decisions={**RULE.default(CASES["packed"][0], AVX2), "pack_b": True})
+
+
+@pytest.mark.parametrize(
+    ("target", "rows", "columns", "tile"),
+    [
+        (AVX512, 3136, 64, (6, 4)),
+        (AVX512, 49, 2048, (7, 3)),
+        (AVX512, 1, 1000, (1, 4)),
+        (AVX512, None, 1000, (6, 4)),
+        (AVX512, 512, 10, (8, 1)),
+        (AVX2, 512, 512, (6, 2)),
+        (AVX2, 512, 10, (6, 2)),
+        (NEON, 512, 512, (8, 3)),
+        (ARMV7, 512, 512, (6, 2)),
+    ],
+)
+def test_tiles(target, rows, columns, tile):
+    """What fills the processor and wastes least at the ends; never more accumulators than registers hold."""
+    found = tile_for(target, 4, rows, columns)
+    assert (found.rows, found.vectors) == tile
+    assert found.rows * found.vectors + found.vectors < target.vector_registers
+
+
+def test_narrow_products_take_narrow_vectors():
+    assert tile_for(AVX512, 4, 8, 3).width == 4
+    assert tile_for(AVX512, 8, 8, 100).width == 8
+
+
+def test_large_products_are_parallel_and_packed():
+    func = product(512, 512, 512)
+    kernel = schedule_func(func, AVX2)
+    assert kernel.decisions["pack_b"]
+    assert any(loop.kind == "parallel" for loop in loops_in(kernel.func.body))
+    assert not schedule_func(product(8, 512, 512), AVX2).decisions["pack_b"]
+
+
+def test_a_cast_of_an_operand_stays_in_the_sum():
+    assert any(isinstance(node, Cast) for node in _values(schedule_func(CASES["half"][0], AVX2).func))
+
+
+def _values(func: PrimFunc):
+    from kedge.compiler.tir.visitor import stores, walk_expr
+
+    return [node for store in stores(func.body) for node in walk_expr(store.value)]
