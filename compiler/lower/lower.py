@@ -37,7 +37,7 @@ from kedge.compiler.graph.passes.fuse import make_group
 from kedge.compiler.graph.placement import VIEWS, Place, base, concats_in_place
 from kedge.compiler.lower.external import external_kernel
 from kedge.compiler.lower.limits import least_sizes, with_symbols
-from kedge.compiler.lower.lower_group import as_group, kernel_name, lower_group
+from kedge.compiler.lower.lower_group import as_group, group_key, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
 from kedge.compiler.lower.program import Draft, Entry, ExternalKernel, Kernel, Port, Program, Slot, Step
 from kedge.compiler.schedule.default import is_scheduled, schedule_func
@@ -154,6 +154,7 @@ class _Kernels:
     def __init__(self, externals: Sequence[External]) -> None:
         self._codes = by_function(externals)
         self._by_form: dict[str, str] = {}
+        self._by_group: dict[tuple[str, object], _Callee] = {}
         self._drafts: dict[str, Draft] = {}
         self._externals: dict[str, ExternalKernel] = {}
 
@@ -162,15 +163,23 @@ class _Kernels:
         if isinstance(value, ExternalCall):
             return self._add_external(value)
         group = as_group(value)
-        wanted = re.sub(r"\W", "_", kernel_name(value))
+        key = (kernel_name(value), group_key(group))
+        known = self._by_group.get(key)
+        if known is None:
+            known = self._lowered(group, re.sub(r"\W", "_", kernel_name(value)))
+            if key[1] is not None:
+                self._by_group[key] = known
+        draft = self._drafts[known.name]
+        self._drafts[known.name] = replace(draft, origin=tuple(dict.fromkeys((*draft.origin, *group.origin))))
+        return replace(known, reads=group.inputs)
+
+    def _lowered(self, group: Fused, wanted: str) -> _Callee:
         func = lower_group(group, wanted)
         form = canonical(func)
         name = self._by_form.get(form)
         if name is None:
             name = self._by_form[form] = self._unique(wanted)
             self._drafts[name] = Draft(replace(func, name=name), form)
-        known = self._drafts[name]
-        self._drafts[name] = replace(known, origin=tuple(dict.fromkeys((*known.origin, *group.origin))))
         types = tuple(TensorType(buffer.shape, buffer.dtype) for buffer in func.params)
         return _Callee(name, group.inputs, types, func.symbols)
 

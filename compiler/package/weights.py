@@ -48,7 +48,7 @@ def pack_weights(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Weights:
         CompileError: an array's dtype is not one that safetensors has.
     """
     header: dict[str, Any] = {}
-    pieces: list[bytes] = []
+    pieces: list[bytes | memoryview] = []  # views, so that all is copied once
     places: list[WeightPlace] = []
     position = 0
     for name, array in arrays.items():
@@ -59,7 +59,8 @@ def pack_weights(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Weights:
             header[f"kedge.pad.{len(pieces)}"] = _entry("U8", [gap], position, gap)
             pieces.append(bytes(gap))
             position += gap
-        data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        stored = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+        data = stored.reshape(-1).view(np.uint8).data
         header[name] = _entry(_DTYPES[str(array.dtype)], list(array.shape), position, len(data))
         places.append(WeightPlace(name, position, len(data)))
         pieces.append(data)

@@ -14,11 +14,12 @@ from kedge.compiler.errors import CompileError, VerifyError
 from kedge.compiler.graph import interp
 from kedge.compiler.graph.builder import Builder, call
 from kedge.compiler.graph.dims import format_dim
-from kedge.compiler.graph.ir import Module, TensorType
+from kedge.compiler.graph.ir import Call, Input, Module, TensorType
 from kedge.compiler.graph.passes import default_passes, run_passes
+from kedge.compiler.graph.passes.fuse import make_group
 from kedge.compiler.lower.interp import run_program
 from kedge.compiler.lower.lower import lower, lower_prim_func
-from kedge.compiler.lower.lower_group import as_group, lower_group
+from kedge.compiler.lower.lower_group import as_group, group_key, lower_group
 from kedge.compiler.lower.program import Entry, Program
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Var
@@ -301,3 +302,12 @@ def test_a_slice_that_may_be_empty_asks_for_nothing():
     program = lowered(Module({"main": one}))
     assert [symbol.lower for symbol in program.entries[0].symbols] == [1]
     assert run_program(program, {"x": np.ones((1, 3), F32)})["y"].shape == (0, 3)
+
+
+def test_groups_that_differ_in_one_number_are_lowered_apart() -> None:
+    x = Input("x", TensorType((4,), "float32"))
+    calls = [Call("leaky_relu", (x,), {"alpha": alpha}, (x.type,)) for alpha in (0.0, -0.0, 0.5, 0.5)]
+    keys = [group_key(make_group([one])) for one in calls]
+    assert keys[2] == keys[3] and len(set(keys)) == 3
+    free = Input("x", TensorType((N,), "float32"))
+    assert group_key(make_group([Call("relu", (free,), {}, (free.type,))])) is None

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kedge.compiler import debug
-from kedge.compiler.cache import KernelCache, kernel_key
+from kedge.compiler.cache import KernelCache, draft_key, kernel_key
 from kedge.compiler.errors import CodegenError, CompileError, ToolchainError
 from kedge.compiler.frontend import nn
 from kedge.compiler.graph.ir import Module
+from kedge.compiler.lower.program import Draft
 from kedge.compiler.pipeline import compile_module, compile_prim_func, pipeline
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.stmt import Block, PrimFunc
+from kedge.compiler.tir.structural import canonical
+from kedge.compiler.tir.visitor import map_stmt
 from support import functions
 from support.compiled import NativeError, opened
 
@@ -96,6 +100,30 @@ def test_the_key_tells_targets_and_functions_apart_but_not_names() -> None:
     assert kernel_key(func, native) != kernel_key(functions.dense(4, 4, 5), native)
     # The number of cores is for schedules; it changes no instruction of a given schedule.
     assert kernel_key(func, native) == kernel_key(func, parse("x86-64-v3 -num-cores=2"))
+
+
+def test_a_second_compile_schedules_nothing(  # type: ignore[no-untyped-def]
+    net, cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compile_module(net[0], "native", cache=cache)
+    said: list[str] = []
+    monkeypatch.setattr("kedge.compiler.kernels.schedule_func", lambda *_, **__: pytest.fail("scheduled again"))
+    assert compile_module(net[0], "native", cache=cache, progress=said.append).digest == first.digest and not said
+    with pytest.raises(pytest.fail.Exception):  # rules read more of the target than code generation does
+        compile_module(net[0], f"{parse('native')} -l2=12345", cache=cache)
+
+
+def test_the_key_of_a_draft_is_what_rules_see() -> None:
+    def key(func: PrimFunc, target: str = "x86-64-v3") -> str:
+        return draft_key(Draft(func, canonical(func)), parse(target))
+
+    func = functions.dense(4, 4, 4)
+    assert key(func) == key(functions.dense(4, 4, 4)) != key(functions.dense(4, 4, 5))
+    assert key(func) != key(func, "x86-64-v3 -num-cores=2") and key(func) != kernel_key(func, parse("x86-64-v3"))
+    renamed = map_stmt(func.body, lambda one: replace(one, name=f"{one.name}_") if isinstance(one, Block) else one)
+    assert canonical(replace(func, body=renamed)) == canonical(func) and key(replace(func, body=renamed)) != key(func)
+    assert key(replace(func, attrs={"kind": "injective"})) != key(func)
+    assert key(replace(func, attrs={**func.attrs, "origin": ("node",)})) == key(func)
 
 
 @pytest.mark.parametrize("damage", [b"", b"kedge-kernel 1\n{}", None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ OLDEST_OPSET = 13
 NEWEST_OPSET: int = onnx.defs.onnx_opset_version()
 DEFAULT_DOMAINS = ("", "ai.onnx")
 _SMALL_BYTES = 1 << 12
+_WIDEST_BYTES = 16  # of an element: complex128
 _MAX_CHECKED_BYTES = 1 << 30  # the checker serializes the model: protobuf ends at 2 GiB
 _EXPORT_AGAIN = "export the model again, or copy it again and compare its size and checksum with the original"
 
@@ -77,13 +79,13 @@ def check(model: Model) -> None:
     Raises:
         FrontendError: with the checker's own words.
     """
-    if model.proto.ByteSize() > _MAX_CHECKED_BYTES:
-        return
     nodes = all_nodes(model)
     known = [node for node in nodes if _is_known(node, model.opset)]
     try:
         if len(known) == len(nodes):
-            onnx.checker.check_model(_checkable(model))
+            bare = _checkable(model)
+            if bare.ByteSize() <= _MAX_CHECKED_BYTES:
+                onnx.checker.check_model(bare)
         else:
             _check_nodes(model, known)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
@@ -105,22 +107,45 @@ def _check_nodes(model: Model, nodes: Iterable[onnx.NodeProto]) -> None:
 
 def _checkable(model: Model) -> onnx.ModelProto:
     """A copy without data, and without what the checker would stumble over although it is in order."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model.proto)
+    bare, graph = onnx.ModelProto(), model.proto.graph
+    _copy_fields(model.proto, bare, but="graph")
+    _copy_fields(graph, bare.graph, but="initializer")
     for tensor in _tensors(bare.graph):
-        # `tensor_data` checks the data. The checker would look for external data in the current folder, and serializing
-        # large weights for it takes longer than all the rest.
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.raw_data) > _SMALL_BYTES:
-            tensor.ClearField("data_location")
-            tensor.ClearField("external_data")
-            tensor.raw_data = b""
-            del tensor.dims[:]
-            tensor.dims.append(0)
+        if _is_bulky(tensor):
+            tensor.CopyFrom(_hollow(tensor))
+    bare.graph.initializer.extend(_hollow(tensor) if _is_bulky(tensor) else tensor for tensor in graph.initializer)
     for info in (*bare.graph.input, *bare.graph.output, *bare.graph.value_info):
         # A rank may be unknown: `shapes=` gives those of inputs, and the import works out the others.
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.shape.SetInParent()
     return bare
+
+
+def _copy_fields(source: Any, copy: Any, *, but: str) -> None:
+    """Copy the fields of a message but for one: nothing as large as weights is copied to be dropped again."""
+    for field, value in source.ListFields():
+        if field.name == but:
+            continue
+        own = getattr(copy, field.name)
+        if hasattr(own, "MergeFrom"):  # a message, or several of anything
+            own.MergeFrom(value)
+        else:
+            setattr(copy, field.name, value)
+
+
+def _is_bulky(tensor: onnx.TensorProto) -> bool:
+    """Whether the checker should not see the data, which `tensor_data` checks.
+
+    It would look for external data in the current folder, and serializing large weights for it takes longer than all
+    the rest. Their length is worked out, since reading it copies them.
+    """
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return True
+    return bool(tensor.HasField("raw_data")) and math.prod(tensor.dims) * _WIDEST_BYTES > _SMALL_BYTES
+
+
+def _hollow(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0], raw_data=b"")
 
 
 def tensor_data(model: Model, tensor: onnx.TensorProto) -> Array:
