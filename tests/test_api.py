@@ -146,7 +146,7 @@ def test_what_is_scheduled_by_hand_is_compiled_as_it_is() -> None:
     program = lower_prim_func(sch, parse("native"))
     assert program.kernels["main"].rule == "by hand" and program.kernels["main"].func is sch.func
     assert lower_prim_func(sch.func, parse("native")).kernels["main"].rule == "by hand"
-    assert lower_prim_func(func, parse("native")).kernels["main"].rule == "contraction"
+    assert lower_prim_func(func, parse("native")).kernels["main"].rule == "matmul"
 
 
 def test_a_module_is_saved_and_loaded(tmp_path: Path) -> None:

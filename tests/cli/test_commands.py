@@ -393,7 +393,8 @@ def test_one_artifact_for_several_machines(kedge: Kedge, tmp_path: Path) -> None
     assert kedge("compile", digits_model(), *targets, "-o", path).returncode == 0
     facts = json.loads(kedge("inspect", path, "--json").stdout)
     assert [variant["arch"] for variant in facts["variants"]] == ["x86_64", "x86_64", "aarch64"]
-    assert sum(member["name"].endswith(".safetensors") for member in facts["members"]) == 1
+    # Weights are packed for vectors of 128 bits, which two of the machines have, and of 256.
+    assert sum(member["name"].endswith(".safetensors") for member in facts["members"]) == 2
     assert kedge("run", path).returncode == 0
 
 

@@ -6,10 +6,10 @@ entry:
   %buf11 = alloca [16 x float], align 32
   br label %loop1
 loop1:
-  %i3 = phi i64 [ 0, %entry ], [ %t100, %done5 ]
+  %i3 = phi i64 [ 0, %entry ], [ %t93, %done5 ]
   br label %loop4
 loop4:
-  %i6 = phi i64 [ 0, %loop1 ], [ %t98, %join9 ]
+  %i6 = phi i64 [ 0, %loop1 ], [ %t91, %join9 ]
   %t7 = icmp slt i64 %i6, 2
   br i1 %t7, label %then8, label %else10
 then8:
@@ -64,68 +64,61 @@ else10:
   store <8 x float> splat (float 0x0000000000000000), ptr %t48, align 32
   br label %loop49
 loop49:
-  %i51 = phi i64 [ 0, %else10 ], [ %t83, %loop49 ]
-  %t52 = mul nsw i64 %i6, 8
-  %t53 = insertelement <8 x i64> poison, i64 %t52, i64 0
-  %t54 = shufflevector <8 x i64> %t53, <8 x i64> poison, <8 x i32> zeroinitializer
-  %t55 = add <8 x i64> %t54, <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>
-  %t56 = icmp slt <8 x i64> %t55, splat (i64 20)
-  %t57 = mul nsw i64 %i3, 10
-  %t58 = add nsw i64 %t57, %i51
-  %t59 = getelementptr float, ptr %arg0, i64 %t58
-  %t60 = load float, ptr %t59, align 4
-  %t61 = mul nsw i64 %i51, 20
-  %t62 = add nsw i64 %t52, %t61
-  %t63 = getelementptr float, ptr %arg1, i64 %t62
-  %t64 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t63, <8 x i1> %t56, <8 x float> zeroinitializer)
-  %t65 = load <8 x float>, ptr %buf11, align 32
-  %t66 = insertelement <8 x float> poison, float %t60, i64 0
-  %t67 = shufflevector <8 x float> %t66, <8 x float> poison, <8 x i32> zeroinitializer
-  %t68 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t67, <8 x float> %t64, <8 x float> %t65)
-  %t69 = load <8 x float>, ptr %buf11, align 32
-  %t70 = select <8 x i1> %t56, <8 x float> %t68, <8 x float> %t69
-  store <8 x float> %t70, ptr %buf11, align 32
-  %t71 = getelementptr float, ptr %t59, i64 5
-  %t72 = load float, ptr %t71, align 4
-  %t73 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t63, <8 x i1> %t56, <8 x float> zeroinitializer)
-  %t74 = getelementptr float, ptr %buf11, i64 8
-  %t75 = load <8 x float>, ptr %t74, align 32
-  %t76 = insertelement <8 x float> poison, float %t72, i64 0
-  %t77 = shufflevector <8 x float> %t76, <8 x float> poison, <8 x i32> zeroinitializer
-  %t78 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t77, <8 x float> %t73, <8 x float> %t75)
+  %i51 = phi i64 [ 0, %else10 ], [ %t80, %loop49 ]
+  %t52 = icmp slt <8 x i64> <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, splat (i64 4)
+  %t53 = mul nsw i64 %i3, 10
+  %t54 = add nsw i64 %t53, %i51
+  %t55 = getelementptr float, ptr %arg0, i64 %t54
+  %t56 = load float, ptr %t55, align 4
+  %t57 = mul nsw i64 %i6, 8
+  %t58 = mul nsw i64 %i51, 20
+  %t59 = add nsw i64 %t57, %t58
+  %t60 = getelementptr float, ptr %arg1, i64 %t59
+  %t61 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t60, <8 x i1> %t52, <8 x float> zeroinitializer)
+  %t62 = load <8 x float>, ptr %buf11, align 32
+  %t63 = insertelement <8 x float> poison, float %t56, i64 0
+  %t64 = shufflevector <8 x float> %t63, <8 x float> poison, <8 x i32> zeroinitializer
+  %t65 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t64, <8 x float> %t61, <8 x float> %t62)
+  %t66 = load <8 x float>, ptr %buf11, align 32
+  %t67 = select <8 x i1> %t52, <8 x float> %t65, <8 x float> %t66
+  store <8 x float> %t67, ptr %buf11, align 32
+  %t68 = getelementptr float, ptr %t55, i64 5
+  %t69 = load float, ptr %t68, align 4
+  %t70 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t60, <8 x i1> %t52, <8 x float> zeroinitializer)
+  %t71 = getelementptr float, ptr %buf11, i64 8
+  %t72 = load <8 x float>, ptr %t71, align 32
+  %t73 = insertelement <8 x float> poison, float %t69, i64 0
+  %t74 = shufflevector <8 x float> %t73, <8 x float> poison, <8 x i32> zeroinitializer
+  %t75 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t74, <8 x float> %t70, <8 x float> %t72)
+  %t76 = getelementptr float, ptr %buf11, i64 8
+  %t77 = load <8 x float>, ptr %t76, align 32
+  %t78 = select <8 x i1> %t52, <8 x float> %t75, <8 x float> %t77
   %t79 = getelementptr float, ptr %buf11, i64 8
-  %t80 = load <8 x float>, ptr %t79, align 32
-  %t81 = select <8 x i1> %t56, <8 x float> %t78, <8 x float> %t80
-  %t82 = getelementptr float, ptr %buf11, i64 8
-  store <8 x float> %t81, ptr %t82, align 32
-  %t83 = add nuw nsw i64 %i51, 1
-  %t84 = icmp slt i64 %t83, 5
-  br i1 %t84, label %loop49, label %done50
+  store <8 x float> %t78, ptr %t79, align 32
+  %t80 = add nuw nsw i64 %i51, 1
+  %t81 = icmp slt i64 %t80, 5
+  br i1 %t81, label %loop49, label %done50
 done50:
+  %t82 = icmp slt <8 x i64> <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, splat (i64 4)
+  %t83 = load <8 x float>, ptr %buf11, align 32
+  %t84 = mul nsw i64 %i3, 40
   %t85 = mul nsw i64 %i6, 8
-  %t86 = insertelement <8 x i64> poison, i64 %t85, i64 0
-  %t87 = shufflevector <8 x i64> %t86, <8 x i64> poison, <8 x i32> zeroinitializer
-  %t88 = add <8 x i64> %t87, <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>
-  %t89 = icmp slt <8 x i64> %t88, splat (i64 20)
-  %t90 = load <8 x float>, ptr %buf11, align 32
-  %t91 = mul nsw i64 %i3, 40
-  %t92 = mul nsw i64 %i6, 8
-  %t93 = add nsw i64 %t91, %t92
-  %t94 = getelementptr float, ptr %arg2, i64 %t93
-  call void @llvm.masked.store.v8f32.p0(<8 x float> %t90, ptr align 4 %t94, <8 x i1> %t89)
-  %t95 = getelementptr float, ptr %buf11, i64 8
-  %t96 = load <8 x float>, ptr %t95, align 32
-  %t97 = getelementptr float, ptr %t94, i64 20
-  call void @llvm.masked.store.v8f32.p0(<8 x float> %t96, ptr align 4 %t97, <8 x i1> %t89)
+  %t86 = add nsw i64 %t84, %t85
+  %t87 = getelementptr float, ptr %arg2, i64 %t86
+  call void @llvm.masked.store.v8f32.p0(<8 x float> %t83, ptr align 4 %t87, <8 x i1> %t82)
+  %t88 = getelementptr float, ptr %buf11, i64 8
+  %t89 = load <8 x float>, ptr %t88, align 32
+  %t90 = getelementptr float, ptr %t87, i64 20
+  call void @llvm.masked.store.v8f32.p0(<8 x float> %t89, ptr align 4 %t90, <8 x i1> %t82)
   br label %join9
 join9:
-  %t98 = add nuw nsw i64 %i6, 1
-  %t99 = icmp slt i64 %t98, 3
-  br i1 %t99, label %loop4, label %done5
+  %t91 = add nuw nsw i64 %i6, 1
+  %t92 = icmp slt i64 %t91, 3
+  br i1 %t92, label %loop4, label %done5
 done5:
-  %t100 = add nuw nsw i64 %i3, 1
-  %t101 = icmp slt i64 %t100, 3
-  br i1 %t101, label %loop1, label %done2
+  %t93 = add nuw nsw i64 %i3, 1
+  %t94 = icmp slt i64 %t93, 3
+  br i1 %t94, label %loop1, label %done2
 done2:
   ret i32 0
 }
