@@ -9,6 +9,7 @@ from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly, emit_object
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.shapes import encode
+from kedge.compiler.errors import CompileError
 from kedge.compiler.lower.program import Draft, Kernel
 from kedge.compiler.schedule.default import schedule_func
 from kedge.compiler.target import AnyTarget, GpuTarget
@@ -18,12 +19,21 @@ def compile_kernel(kernel: Kernel | Draft, target: AnyTarget, symbol: str) -> Ke
     """The machine code of a kernel under a linker symbol; a draft is scheduled first.
 
     Raises:
-        CompileError: code generation refuses the function; each reason has its own class.
+        CompileError: code generation refuses the function; each reason has its own class. Or its expressions are
+            nested too deeply.
     """
-    with debug.timed(f"kernel {kernel.func.name}"):
-        if isinstance(kernel, Draft):
-            kernel = schedule_func(kernel.func, target, origin=kernel.origin)
-        return _compile(kernel, target, symbol)
+    name = kernel.func.name
+    try:
+        with debug.timed(f"kernel {name}"):
+            if isinstance(kernel, Draft):
+                kernel = schedule_func(kernel.func, target, origin=kernel.origin)
+            return _compile(kernel, target, symbol)
+    except RecursionError as error:
+        nodes = f" (of {', '.join(kernel.origin)})" if kernel.origin else ""
+        raise CompileError(
+            f"{name}{nodes}: an expression is nested deeper than the compiler can follow",
+            hint="compute a part of it in a tensor of its own, or raise sys.setrecursionlimit",
+        ) from error
 
 
 def _compile(kernel: Kernel, target: AnyTarget, symbol: str) -> KernelObject:

@@ -105,7 +105,7 @@ class Workers:
         self._worth_s = worth_s
         self._running: list[_Worker] = []
         self._threads: list[threading.Thread] = []
-        self._waiting: collections.deque[Job] = collections.deque()
+        self._waiting: collections.deque[tuple[Job, bytes]] = collections.deque()
 
     def __enter__(self) -> Workers:
         return self
@@ -133,20 +133,23 @@ class Workers:
             WorkerError: a worker could not be started, or ended before its work was done.
         """
         # What comes with a schedule stays here: it may name instructions that only this process knows.
-        shared = [job for job in jobs if isinstance(job.kernel, Draft)]
+        drafts = [job for job in jobs if isinstance(job.kernel, Draft)]
         limit = worker_limit() if self._limit is None else self._limit
-        count = min(limit, len(shared))
-        if count < 2 or (not self._running and expected_s(shared) < self._worth_s):
-            shared = []
-        else:
-            yield from self._compile_shared(sorted(shared, key=_length, reverse=True), count, started)
-        sent = {job.symbol for job in shared}
+        sent: dict[str, tuple[Job, bytes]] = {}
+        if min(limit, len(drafts)) > 1 and (self._running or expected_s(drafts) >= self._worth_s):
+            for job in sorted(drafts, key=_length, reverse=True):
+                request = _pickled(job)
+                if request is not None:
+                    sent[job.symbol] = (job, request)
+            yield from self._compile_shared(list(sent.values()), min(limit, len(sent)), started)
         for job in jobs:
             if job.symbol not in sent:
                 started(job)
                 yield compile_kernel(job.kernel, job.target, job.symbol)
 
-    def _compile_shared(self, jobs: Sequence[Job], count: int, started: Started) -> Iterator[KernelObject]:
+    def _compile_shared(
+        self, jobs: Sequence[tuple[Job, bytes]], count: int, started: Started
+    ) -> Iterator[KernelObject]:
         while len(self._running) < count:
             self._running.append(_Worker())
         self._waiting.extend(jobs)
@@ -171,11 +174,19 @@ class Workers:
         try:
             while self._waiting:
                 with contextlib.suppress(IndexError):  # another worker took the last one
-                    job = self._waiting.popleft()
+                    job, request = self._waiting.popleft()
                     events.put(job)
-                    events.put(worker.ask(job))
+                    events.put(worker.ask(job, request))
         except Exception as error:  # noqa: BLE001 - the other thread raises it
             events.put(error)
+
+
+def _pickled(job: Job) -> bytes | None:
+    """The request for a job; None where its expressions are deeper than pickling follows, though compiling may."""
+    try:
+        return dumps(Request(job, sys.getrecursionlimit()))
+    except RecursionError:
+        return None
 
 
 def _next(events: queue.SimpleQueue[_Event]) -> _Event:
@@ -206,12 +217,12 @@ class _Worker:
         except OSError as error:
             raise WorkerError(f"cannot start a worker process: {error}", hint=f"set {VARIABLE}=1") from error
 
-    def ask(self, job: Job) -> Reply:
-        """What the worker makes of a job. Raises WorkerError where it ends instead."""
+    def ask(self, job: Job, request: bytes) -> Reply:
+        """What the worker makes of a job, which `request` holds. Raises WorkerError where it ends instead."""
         process = self._process
         requests, replies = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
         try:
-            write_frame(requests, dumps(Request(job, sys.getrecursionlimit())))
+            write_frame(requests, request)
             frame = read_frame(replies)
         except OSError:
             frame = None

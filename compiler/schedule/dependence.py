@@ -255,28 +255,41 @@ def _separates(var: Var, inside: Mapping[Var, Range], ranges: Mapping[Var, Range
         known[copy] = Range(limit.start, substitute_expr(limit.extent, {**renaming, var: later}))
     simplifier = Simplifier(known)
     renaming[var] = later
+    places = _distinct(touching)
+    pairs = [(a, b) for a, first in enumerate(places) for b, second in enumerate(places) if _clash(first, second)]
     rank = len(touching[0].indices)
     for size in range(1, rank + 1):
         for first in range(rank - size + 1):
-            pairs = [
-                (address(a, first, first + size), substitute_expr(address(b, first, first + size), renaming))
-                for a in touching
-                for b in touching
-                if a.is_write or b.is_write
-            ]
-            if not any(var in free_vars(low) for low, _ in pairs):
+            lows = [address(place, first, first + size) for place in places]
+            if not any(var in free_vars(lows[a]) for a, _ in pairs):
                 continue
+            highs = [substitute_expr(low, renaming) for low in lows]
             # Quotients and remainders are worked out while `later` is known to be in range like any other iteration.
-            gaps = [simplifier.poly(high) - simplifier.poly(low) for low, high in pairs]
+            below, above = [simplifier.poly(low) for low in lows], [simplifier.poly(high) for high in highs]
+            gaps = [above[b] - below[a] for a, b in pairs]
             after = {later: var + distance + 1}
             if all(simplifier.prove_positive(gap, after) for gap in gaps):
                 return True
             if all(simplifier.prove_positive(gap.scaled(-1), after) for gap in gaps):
                 return True
-            steps = [(low, substitute_expr(high, after)) for low, high in pairs]
-            if all(_deals_out(var, distance, low, high, simplifier) for low, high in steps):
+            steps = [substitute_expr(high, after) for high in highs]
+            if all(_deals_out(var, distance, lows[a], steps[b], simplifier) for a, b in pairs):
                 return True
     return False
+
+
+def _distinct(touching: Sequence[Place]) -> list[Place]:
+    """One of the accesses for each element, one that stores if any does."""
+    found: dict[object, Place] = {}
+    for place in touching:
+        key = tuple(map(expr_key, place.indices))
+        if key not in found or (place.is_write and not found[key].is_write):
+            found[key] = place
+    return list(found.values())
+
+
+def _clash(a: Place, b: Place) -> bool:
+    return a.is_write or b.is_write
 
 
 def _deals_out(var: Var, distance: Var, low: Expr, high: Expr, simplifier: Simplifier) -> bool:

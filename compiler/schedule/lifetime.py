@@ -35,17 +35,21 @@ def is_free(func: PrimFunc, block: Block, buffer: Buffer, loops: Sequence[For], 
     """
     if writers(func, buffer) != (block,) or enclosing(block_path(func, block.name)[:-1]) is not None:
         return False
-    apart = [conflict(func, loop, loops[:number], [buffer]) is None for number, loop in enumerate(loops[:position])]
-    if all(apart):
-        return True
     used_by = users(func.body, buffer)
     common = [loop for loop in loops[:position] if set(map(id, used_by)).issubset(map(id, blocks_in(loop)))]
-    if not common or not all(apart[len(common) :]):
+
+    def apart(first: int, last: int) -> bool:
+        return all(conflict(func, loops[number], loops[:number], [buffer]) is None for number in range(first, last))
+
+    if not apart(len(common), position):
         return False
-    home = common[-1]
-    if home.kind in ("parallel", "thread") and own_per_iteration(home, buffer):
-        return True
-    return all(_reads_what_is_filled(func, home, block, each, buffer) for each in used_by if each is not block)
+    if common:
+        home = common[-1]
+        if home.kind in ("parallel", "thread") and own_per_iteration(home, buffer):
+            return True
+        if all(_reads_what_is_filled(func, home, block, each, buffer) for each in used_by if each is not block):
+            return True
+    return apart(0, len(common))  # last, since this takes longest
 
 
 def _reads_what_is_filled(func: PrimFunc, home: For, block: Block, reader: Block, buffer: Buffer) -> bool:

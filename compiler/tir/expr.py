@@ -137,7 +137,12 @@ class Binary(Expr):
     @property
     def dtype(self) -> str:  # type: ignore[override]
         """The dtype of the result."""
-        return "bool" if self.op in COMPARISONS or self.op in LOGICAL else self.a.dtype
+        node: Expr = self
+        while isinstance(node, Binary):
+            if node.op in COMPARISONS or node.op in LOGICAL:
+                return "bool"
+            node = node.a
+        return node.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ from kedge.compiler.cache import KernelCache, KernelObject
 from kedge.compiler.errors import CodegenError, CompileError, WorkerError
 from kedge.compiler.frontend import nn
 from kedge.compiler.graph.ir import Module
+from kedge.compiler.kernels import compile_kernel
 from kedge.compiler.lower.program import Draft, Kernel
 from kedge.compiler.target import parse
-from kedge.compiler.tir.expr import Call
-from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.expr import Call, Expr
+from kedge.compiler.tir.stmt import PrimFunc, Store
 from kedge.compiler.tir.structural import canonical
+from kedge.compiler.tir.visitor import map_stmt
 from kedge.compiler.worker import Request, answer, dumps
 from kedge.compiler.workers import Job, Workers, available_bytes, expected_s, worker_limit
 from support import functions
@@ -247,3 +250,24 @@ def test_memory_is_what_the_system_and_the_group_leave(tmp_path: Path) -> None:
     for limit, left in (("max", 4096 << 10), ("3000", 2000), ("500", 0)):
         (group / "memory.max").write_text(f"{limit}\n")
         assert available_bytes(tmp_path) == left
+
+
+def test_what_is_too_deep_to_be_sent_is_compiled_here() -> None:
+    x = te.placeholder((8,), "float32", "x")
+
+    def deep(i: Expr) -> Expr:
+        return functools.reduce(lambda total, _: total + x[i], range(360), x[i])
+
+    func = te.create_prim_func([x, te.compute((8,), deep, name="y")], "deep")
+    work = [job(func, "kedge_deep"), *jobs()]
+    assert workers._pickled(work[0]) is None
+    assert compiled(pair(), work) == compiled(Workers(limit=1), work)
+
+
+def test_an_expression_that_is_too_deep_for_the_compiler_is_a_refusal() -> None:
+    x = te.placeholder((8,), "float32", "x")
+    deep = functools.reduce(lambda total, _: total + x[0], range(2000), x[0])
+    plain = te.create_prim_func([x, te.compute((8,), lambda i: x[i] + 1.0, name="y")], "y")
+    body = map_stmt(plain.body, lambda one: replace(one, value=deep) if isinstance(one, Store) else one)
+    with pytest.raises(CompileError, match=r"y \(of node\): an expression is nested deeper"):
+        compile_kernel(Draft(replace(plain, body=body), "", ("node",)), TARGET, "s")
