@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from kedge.compiler.codegen.address import NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import LANE, Linear
@@ -25,7 +26,7 @@ from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const
 from kedge.compiler.tir.printer import print_expr
-from kedge.compiler.tir.simplify import Simplifier, over, simplify, simplify_dim
+from kedge.compiler.tir.simplify import Simplifier, over, prove_equal, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars
 
@@ -114,6 +115,7 @@ class KernelEmitter(ParallelEmitter):
         self._stack_bytes = 0
         self._on_stack: dict[Buffer, Pointer] = {}
         self._in_workspace: dict[Buffer, Dim] = {}  # offsets in bytes
+        self._idle: list[Buffer] = []  # those of a branch that is not taken where code is emitted now
 
     def stmt(self, stmt: Stmt) -> None:
         """Emit a statement."""
@@ -160,14 +162,18 @@ class KernelEmitter(ParallelEmitter):
         no = b.fresh("else") if stmt.orelse is not None else join
         b.branch(condition, yes, no)
         b.label(yes)
+        known = {*self._on_stack, *self._in_workspace}
         with self.scope():
             self.stmt(stmt.then)
         b.jump(join)
         if stmt.orelse is not None:
+            idle = self._idle
+            self._idle = [*idle, *(buffer for buffer in (*self._on_stack, *self._in_workspace) if buffer not in known)]
             b.label(no)
             with self.scope():
                 self.stmt(stmt.orelse)
             b.jump(join)
+            self._idle = idle
         b.label(join)
 
     # Loops ------------------------------------------------------------------------------------------------------
@@ -323,13 +329,17 @@ class KernelEmitter(ParallelEmitter):
         buffer = stmt.buffer
         if self.lanes > 1:
             raise NotVectorizable
+        if buffer in self._idle:  # this branch has it, too
+            self._idle.remove(buffer)
         if buffer not in self._on_stack and buffer not in self._in_workspace:
             self._reserve(buffer)
         self.pointers[buffer] = self._on_stack.get(buffer) or self._workspace(buffer)
         self.stmt(stmt.body)
 
     def _reserve(self, buffer: Buffer) -> None:
-        """Give the buffer memory: on the stack if it fits, else in the workspace."""
+        """Give the buffer memory: that of one like it which is not in use, or on the stack if it fits, or workspace."""
+        if self._takes_over(buffer):
+            return
         size = static_bytes(buffer)
         if size is not None and size <= _STACK_BUFFER and self._stack_bytes + size <= 4 * _STACK_BUFFER:
             self._stack_bytes += size
@@ -343,10 +353,24 @@ class KernelEmitter(ParallelEmitter):
         if not self.workspace_pointer:
             raise CodegenError(f"internal error: no workspace for buffer {buffer.name!r}")
         total = _rounded_bytes(buffer)
-        if self.parallel is not None and self.parallel_index is not None:
+        if self.parallel is not None and self.first_iteration is not None:
             total = Binary("mul", total, self._most_iterations(buffer, self.parallel))
         self._in_workspace[buffer] = self.workspace
         self.workspace = simplify_dim(Binary("add", as_expr(self.workspace), total))
+
+    def _takes_over(self, buffer: Buffer) -> bool:
+        """Whether a version of the buffer in the branch before had memory that it can have now.
+
+        Tiles in registers keep apart: LLVM tells them apart by their memory.
+        """
+        alike = (each for each in self._idle if each.dtype == buffer.dtype and each.scope == buffer.scope)
+        other = next((each for each in alike if _same_shape(each, buffer)), None)
+        if other is None or buffer.scope == "register":
+            return False
+        self._idle.remove(other)
+        places: dict[Buffer, Any] = self._on_stack if other in self._on_stack else self._in_workspace
+        places[buffer] = places.pop(other)
+        return True
 
     def _most_iterations(self, buffer: Buffer, extent: Expr) -> Expr:
         """The parallel loop's extent, or the largest it has in any iteration of the loops around."""
@@ -366,13 +390,20 @@ class KernelEmitter(ParallelEmitter):
         return extent if known.prove(extent >= 0) else Binary("max", extent, const(0))
 
     def _workspace(self, buffer: Buffer) -> Pointer:
-        """Its place in the workspace; inside a parallel loop one for each iteration."""
+        """Its place in the workspace; inside a parallel loop that of the first iteration of those that run in turn.
+
+        Each of these fills it anew, and finds it in the cache; the places of the others are never touched.
+        """
         offset = self.index(as_expr(self._in_workspace[buffer]))
-        if self.parallel is not None and self.parallel_index is not None:
-            offset = offset + self._product(self.index(_rounded_bytes(buffer)), self.parallel_index)
+        if self.parallel is not None and self.first_iteration is not None:
+            offset = offset + self._product(self.index(_rounded_bytes(buffer)), self.first_iteration)
         at = self.materialize(offset)
         ref = self.b.result(f"getelementptr inbounds i8, ptr {self.workspace_pointer}, {at.typed}", "ptr").ref
         return Pointer(ref, 64, private=True)
+
+
+def _same_shape(a: Buffer, b: Buffer) -> bool:
+    return len(a.shape) == len(b.shape) and all(prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def _rounded_bytes(buffer: Buffer) -> Expr:

@@ -78,7 +78,7 @@ class ParallelEmitter(ExprEmitter):
         self.workspace_pointer = ""
         self.workspace: Dim = 0
         self.parallel: Expr | None = None  # iterations of the parallel loop around, where there is one
-        self.parallel_index: Linear | None = None
+        self.first_iteration: Linear | None = None  # of those that this function runs
         self.ranges: dict[Var, Range] = {}  # of the loops around, from the outermost on
 
     def stmt(self, stmt: Stmt) -> None:
@@ -174,12 +174,8 @@ class ParallelEmitter(ExprEmitter):
 
     def run_parallel(self, loop: For, begin: Linear, end: Linear) -> None:
         """The iterations [begin, end) of a parallel loop, in this function."""
-
-        def body() -> None:
-            self.parallel_index = self.env[loop.var]
-            self.stmt(loop.body)
-
-        self.serial(loop.var, end, body, start=begin)
+        self.first_iteration = begin
+        self.serial(loop.var, end, lambda: self.stmt(loop.body), start=begin)
 
     def _trampoline(self, name: str, struct: str, fields: list[Value]) -> str:
         """`kedge_loop_body`: takes the closure apart. The body's pointers are arguments, so they do not alias."""

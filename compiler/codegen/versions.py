@@ -96,19 +96,23 @@ def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
             groups.setdefault(expr_key(claim.sure), []).append(claim)
     if not groups:
         return stmt
-    alike = [_Alike(tuple(group)) for group in groups.values()]
-    if math.prod(group.versions for group in alike) <= _MOST_VERSIONS:
-        return _in_parts(stmt, alike, {}, path)
-    whole = {id(claim.conjunct): _TRUE for group in alike for claim in group.claims}
-    return If(logical_and(*(group.sure for group in alike)), _replaced(stmt, whole), stmt)
+    alike = [_Alike(group, group[0].sure) for group in groups.values()]
+    cut = [group for group in alike if group.parts]
+    if math.prod(group.versions for group in cut) > _MOST_VERSIONS:
+        cut = []
+    rest = [group for group in alike if group not in cut]
+    if rest:  # all of them hold, or nothing is known
+        claims = [replace(claim, part=None) for group in rest for claim in group.claims]
+        cut.append(_Alike(claims, logical_and(*(group.sure for group in rest))))
+    return _in_parts(stmt, cut, {}, path)
 
 
 class _Alike:
     """Claims that hold together."""
 
-    def __init__(self, claims: tuple[_Claim, ...]) -> None:
-        self.claims = claims
-        self.sure = claims[0].sure
+    def __init__(self, claims: Sequence[_Claim], sure: Expr) -> None:
+        self.claims = tuple(claims)
+        self.sure = sure
         parts = [claim.part for claim in claims]
         #: What they leave of the tile, where that is worth versions of its own.
         self.parts = tuple(part for part in parts if part is not None)
@@ -118,7 +122,7 @@ class _Alike:
     @property
     def versions(self) -> int:
         """In how many versions a tile comes because of these."""
-        return 1 + len(self.parts[0].sizes) if self.parts else 2
+        return 1 + len(self.parts[0].sizes)
 
 
 def _in_parts(

@@ -24,6 +24,9 @@ _SOME_COLUMNS = 256
 #: Registers that are neither accumulators nor vectors of the second operand: one for the elements of the first, one
 #: that the compiler may want.
 _OTHER_REGISTERS = 2
+#: Cores with so few registers of so few bits hold an element of the first operand, in all lanes, for each row: their
+#: code loads all of them ahead of their uses.
+_FEW_REGISTERS, _SHORT_BITS = 16, 128
 
 
 class Core(Protocol):
@@ -97,9 +100,13 @@ def _shapes(
     most_rows = _MOST_ROWS if rows is None else min(_MOST_ROWS, rows)
     for vectors in sorted(choices):
         for r in range(1, most_rows + 1):
-            fits = r * vectors + vectors + _OTHER_REGISTERS <= target.vector_registers
+            fits = r * vectors + vectors + (r if _is_small(target) else _OTHER_REGISTERS) <= target.vector_registers
             if fits or (r == 1 and vectors == min(choices)):
                 yield r, vectors
+
+
+def _is_small(target: Core) -> bool:
+    return target.vector_registers <= _FEW_REGISTERS and target.vector_bits <= _SHORT_BITS
 
 
 def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | None) -> float:
@@ -117,5 +124,7 @@ def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | N
 
 def _step(target: Core, rows: int, vectors: int) -> float:
     """Cycles of one step of a tile, with a little for what comes from the second-level cache in the long run."""
-    arithmetic = max(rows * vectors / target.fma_per_cycle, (rows + vectors) / target.loads_per_cycle)
+    sums, loads = rows * vectors / target.fma_per_cycle, (rows + vectors) / target.loads_per_cycle
+    # To put an element in all lanes takes such cores the unit that multiplies.
+    arithmetic = sums + rows / target.loads_per_cycle if _is_small(target) else max(sums, loads)
     return max(arithmetic, target.fma_latency) + 0.12 * vectors + 0.05 * rows

@@ -177,7 +177,7 @@ def test_memory_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     compacted = [stack_and_workspace(func) for func in (large, small, free)]
     monkeypatch.setattr(preparing, "compact", lambda stmt: stmt)
     whole = [stack_and_workspace(func) for func in (large, small, free)]
-    tile = 2 * 4 * 4 * 10  # with and without predicates
+    tile = 4 * 4 * 10  # of all versions, of which one runs at a time
     assert compacted == [(tile, 0)] * 3
     assert whole[0] == (0, (398 * 500 * 4 + 63) // 64 * 64)  # which both versions use
     assert whole[1][0] == 18 * 30 * 4

@@ -187,7 +187,7 @@ def test_wrong_decisions_are_refused():
         (AVX2, 512, 512, (6, 2)),
         (AVX2, 512, 10, (6, 2)),
         (NEON, 512, 512, (8, 3)),
-        (ARMV7, 512, 512, (6, 2)),
+        (ARMV7, 512, 512, (2, 4)),
     ],
 )
 def test_tiles(target, rows, columns, tile):

@@ -35,6 +35,7 @@ _ROWS_TO_PACK = 32
 _ALIAS = 4096
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
 _UNROLL = (1, 2, 4, 8)
+_UNROLL_REGISTERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Matmul:
             "vectors": tile.vectors,
             "width": tile.width,
             "row": row,
-            "unroll": _unroll(product, tile),
+            "unroll": _unroll(product, tile, target),
             "block": _block(product, tile, height, target) if pack_b or pack_a else 0,
             "pack_a": pack_a,
             "pack_b": pack_b,
@@ -139,10 +140,10 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None) -> b
     return columns is None or columns > tile.columns
 
 
-def _unroll(product: Product, tile: RegisterTile) -> int:
-    """Steps of the sum at once: some tens of multiply-adds, without a rest."""
+def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:
+    """Steps of the sum at once: some tens of multiply-adds, without a rest. They want registers of their own."""
     depth = extent_of(product.depth.extent)
-    if depth is None:
+    if depth is None or target.vector_registers < _UNROLL_REGISTERS:
         return 1
     return max(u for u in _UNROLL if depth % u == 0 and (u == 1 or u * tile.rows * tile.vectors <= 48))
 
