@@ -1,14 +1,18 @@
 """Where the Python time of a compile goes: cProfile's own time, summed by part of the compiler.
 
-python benchmarks/compile_profile.py      # the tutorial's last schedule, then whole models, uncached
+python benchmarks/compile_profile.py                    # the tutorial's last schedule, then whole models, uncached
+python benchmarks/compile_profile.py MODEL.onnx …       # each in new processes: without a cache, then with it
 """
 
 from __future__ import annotations
 
 import cProfile
+import os
 import pstats
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -92,7 +96,33 @@ def model(name: str) -> None:
     profiled(run)
 
 
+#: What a new process does to compile a model, as `kedge compile` does it.
+FRESH = """
+import resource, sys, time
+begin = time.perf_counter()
+import kedge
+kedge.compile(sys.argv[1]).save(sys.argv[2])
+wall = time.perf_counter() - begin
+cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"{wall:.2f} s ({cpu:.2f} s of CPU with its workers), peak {peak:.0f} MiB")
+"""
+
+
+def fresh(path: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "KEDGE_CACHE_DIR": str(Path(folder, "cache"))}
+        for state in ("cold", "warm", "warm"):
+            command = [sys.executable, "-c", FRESH, path, str(Path(folder, "out.kdg"))]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            print(f"{path}, {state}: {done.stdout.strip()}")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        for path in sys.argv[1:]:
+            fresh(path)
+        sys.exit()
     tutorial()
-    for path in sorted((ROOT / "kedge" / "data").glob("*.onnx")):
-        model(path.name)
+    for found in sorted((ROOT / "kedge" / "data").glob("*.onnx")):
+        model(found.name)

@@ -99,12 +99,21 @@ class Pipeline:
         debug.show("00-input", "graph", debug.GRAPH, module.show)
         return bound._run_from(0, len(bound.passes), module, "")
 
-    def split_run(self, module: Module) -> Callable[[AnyTarget], Module]:
-        """Run what no target matters to, once; what is given runs the rest for a target."""
+    def split_run(self, module: Module, count: int) -> Callable[[AnyTarget], Module]:
+        """Run what no target matters to, once; what is given runs the rest for a target, `count` times.
+
+        After the last time it holds nothing: weights that passes have changed take as much memory as the model's.
+        """
         first = next((at for at, step in enumerate(self.passes) if isinstance(step, TargetPass)), len(self.passes))
         debug.show("00-input", "graph", debug.GRAPH, module.show)
         common = self._run_from(0, first, module, "")
-        return lambda target: self.for_target(target)._run_from(first, len(self.passes), common, f"-{target.label}")
+        left = [common] * count
+        del common
+
+        def rest(target: AnyTarget) -> Module:
+            return self.for_target(target)._run_from(first, len(self.passes), left.pop(), f"-{target.label}")
+
+        return rest
 
     def _run_from(self, start: int, end: int, module: Module, suffix: str) -> Module:
         for number, step in enumerate(self.passes[start:end], start + 1):
@@ -134,14 +143,36 @@ def compile_module(
     """The artifact of a module for one target, or with a variant for each of several.
 
     `externals` compute what their patterns match (see `Pipeline.partition`). `progress` is called with a line before
-    each kernel is compiled. `cache` holds compiled kernels (default: the user's cache folder).
+    each stage, and when each kernel begins that is compiled, in this thread. `cache` holds compiled kernels (default:
+    the user's cache folder).
 
     Raises:
         CompileError: the module or a target is refused; each reason has its own class, see `kedge.compiler.errors`.
     """
     steps = (pipeline if pipeline is not None else Pipeline(default_passes())).partition(externals)
-    optimized = steps.split_run(module)
-    return compile_programs(lambda one: draft(optimized(one), steps.externals), target, name, cache, progress)
+    say = progress if progress is not None else _say_nothing
+    say("optimizing the graph")
+    targets = _parsed(target)
+    optimized = steps.split_run(module, len(targets))
+
+    def make(one: AnyTarget) -> Program:
+        say(f"optimizing the graph for {one.label}")
+        return draft(optimized(one), steps.externals)
+
+    return compile_programs(make, targets, name, cache, progress)
+
+
+def _parsed(target: TargetLike | Sequence[TargetLike]) -> list[AnyTarget]:
+    if isinstance(target, (str, Target, GpuTarget)) or not isinstance(target, Iterable):
+        return [parse(target)]
+    targets = list(dict.fromkeys(map(parse, target)))
+    if not targets:
+        raise CompileError("no target was given", hint="name one, for instance native")
+    return targets
+
+
+def _say_nothing(_: str) -> None:
+    """Progress that nobody asked for."""
 
 
 def compile_prim_func(
@@ -168,12 +199,7 @@ def compile_programs(
     progress: Progress | None = None,
 ) -> Artifact:
     """The artifact of lowered programs: `make(target)` gives the one for each target."""
-    if isinstance(target, (str, Target, GpuTarget)) or not isinstance(target, Iterable):
-        targets = [parse(target)]
-    else:
-        targets = list(dict.fromkeys(map(parse, target)))
-    if not targets:
-        raise CompileError("no target was given", hint="name one, for instance native")
+    targets = _parsed(target)
     kernels = KernelCache() if cache is None else cache
     variants, reports = [], []
     with Workers() as workers:
@@ -181,6 +207,8 @@ def compile_programs(
             variant, report = _compile_variant(make, one, kernels, progress, workers)
             variants.append(variant)
             reports.append(report)
+    if progress is not None:
+        progress("packaging")
     with debug.timed("package"):
         return package(name, f"kedge {version('kedge')} ({compiler_version()})", variants, {"variants": reports})
 

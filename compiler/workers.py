@@ -35,8 +35,8 @@ __all__ = ["Job", "Workers", "worker_limit"]
 VARIABLE = "KEDGE_COMPILE_WORKERS"
 #: Bytes that a worker may take while it compiles a large kernel.
 WORKER_BYTES = 400 << 20
-#: A worker needs about 0.3 s to start. Drafts take a tenth of a second and more each, the longer their text the more.
-_DRAFT_S, _CHARACTER_S, _WORTH_S = 0.05, 1e-5, 1.5
+#: A worker needs about 0.2 s to start; drafts take 0.03 to 0.4 s each, the longer their text the more.
+_DRAFT_S, _CHARACTER_S, _WORTH_S = 0.03, 1e-5, 1.0
 #: The paths of the process that starts a worker lead it to the same kedge.
 _START = "import sys; sys.path[:] = {path!r}; from kedge.compiler.worker import main; main()"
 #: Where Ctrl-C cannot interrupt a wait (Windows), it is seen this often.
