@@ -14,11 +14,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kedge.compiler.tir.expr import Binary, Call, Const, Expr, Load, Var, as_expr, const
-from kedge.compiler.tir.simplify import Simplifier, conjuncts, lasting, over
+from kedge.compiler.tir.expr import Binary, Call, Const, Expr, Load, Select, Var, as_expr, const
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, lasting, negated, over
 from kedge.compiler.tir.stmt import Buffer, For, If, Range, Seq, Stmt, Store
-from kedge.compiler.tir.structural import expr_equal
-from kedge.compiler.tir.visitor import free_vars, loads, stmt_exprs, substitute_expr, walk_expr
+from kedge.compiler.tir.structural import Key, expr_equal, expr_key
+from kedge.compiler.tir.visitor import children, free_vars, loads, stmt_exprs, substitute_expr, walk_expr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +92,7 @@ class _Iteration:
         self.conditions.pop()
         if then is None or orelse is None:
             return None
-        both = tuple(joint for a in then for b in orelse if (joint := _in_both(a, b)) is not None)
+        both = _in_either(then, orelse)
         found = (*both, *(replace(each, guards=(*each.guards, *condition)) for each in then))
         # What the first iteration of a loop around did is done for all: an initialisation guarded by `k == 0`.
         guarding = [loop.var for loop in self.loops if any(loop.var in free_vars(term) for term in condition)]
@@ -112,18 +112,31 @@ class _Iteration:
                 yield condition
 
     def _reads_own(self, expr: Expr, known: Simplifier, before: tuple[_Written, ...]) -> bool:
-        own = [node.indices for node in walk_expr(expr) if isinstance(node, Load) and node.buffer is self.buffer]
-        return all(any(self._covers(each, indices, known) for each in before) for indices in own)
+        own: dict[Key, tuple[tuple[Expr, ...], list[tuple[Expr, ...]]]] = {}
+        for load, chosen in _reads(expr, ()):
+            if load.buffer is self.buffer:
+                own.setdefault(expr_key(load), (load.indices, []))[1].append(chosen)
+        return all(
+            self._is_covered(indices, known, before)
+            or all(chosen and self._is_covered(indices, known.assuming(chosen), before) for chosen in where)
+            for indices, where in own.values()
+        )
 
-    def _covers(self, written: _Written, indices: tuple[Expr, ...], known: Simplifier) -> bool:
-        if any(isinstance(node, Load) for index in (*indices, *written.guards) for node in walk_expr(index)):
+    def _is_covered(self, indices: tuple[Expr, ...], known: Simplifier, before: tuple[_Written, ...]) -> bool:
+        if any(isinstance(node, Load) for index in indices for node in walk_expr(index)):
             return False
         inside = [
             fact
             for index, dim in zip(indices, self.buffer.shape, strict=True)
             for fact in (index >= 0, index < as_expr(dim))
+            if not known.prove(fact)
         ]
         inner = known.assuming(inside)
+        return any(self._covers(each, indices, inner) for each in before)
+
+    def _covers(self, written: _Written, indices: tuple[Expr, ...], inner: Simplifier) -> bool:
+        if any(isinstance(node, Load) for guard in written.guards for node in walk_expr(guard)):
+            return False
         pairs = list(zip(written.indices, indices, strict=True))
         # A fused loop counts through several dims: those from `first` on are one by their row-major address.
         return any(
@@ -137,6 +150,33 @@ class _Iteration:
         for (a, b), dim in zip(pairs, self.buffer.shape[first:], strict=True):
             place, index = place * as_expr(dim) + a, index * as_expr(dim) + b
         return [(place, index)] if pairs else []
+
+
+def _reads(expr: Expr, chosen: tuple[Expr, ...]) -> Iterator[tuple[Load, tuple[Expr, ...]]]:
+    """The loads in `expr`, each with the conditions of the choices under which its value counts."""
+    if isinstance(expr, Select):
+        yield from _reads(expr.condition, chosen)
+        opposite = negated(expr.condition)
+        yield from _reads(expr.a, (*chosen, *lasting(expr.condition)))
+        yield from _reads(expr.b, chosen if opposite is None else (*chosen, *lasting(opposite)))
+        return
+    if isinstance(expr, Load):
+        yield expr, chosen
+    for child in children(expr):
+        yield from _reads(child, chosen)
+
+
+def _in_either(then: Sequence[_Written], orelse: Sequence[_Written]) -> tuple[_Written, ...]:
+    """What is written whichever of two branches runs: for each of the second's, that with the fewest conditions.
+
+    All would be more than can be counted where tiles within tiles come in versions.
+    """
+    found = []
+    for b in orelse:
+        joint = [each for a in then if (each := _in_both(a, b)) is not None]
+        if joint:
+            found.append(min(joint, key=lambda each: len(each.guards)))
+    return tuple(found)
 
 
 def _in_both(a: _Written, b: _Written) -> _Written | None:
@@ -162,8 +202,9 @@ def _solved(written: _Written, pairs: Sequence[tuple[Expr, Expr]], known: Simpli
     """Whether there are values of the loops of `written` with which the first of each pair is the second."""
     extents = dict(written.loops)
     values: dict[Var, Expr] = {}
+    storing = known.within({var: over(extent) for var, extent in written.loops})
     for place, index in pairs:
-        place = known.within({var: over(extent) for var, extent in written.loops}).simplify(place)
+        place = storing.simplify(place)
         used = [var for var in free_vars(place) if var in extents]
         if any(var in values for var in used):
             return False

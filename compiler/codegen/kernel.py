@@ -173,7 +173,8 @@ class KernelEmitter(ParallelEmitter):
             with self.scope():
                 self.stmt(stmt.orelse)
             b.jump(join)
-            self._idle = idle
+            # What was taken over by a version further inside has no memory of its own any more.
+            self._idle = [buffer for buffer in idle if buffer in self._on_stack or buffer in self._in_workspace]
         b.label(join)
 
     # Loops ------------------------------------------------------------------------------------------------------

@@ -35,8 +35,9 @@ from kedge.compiler.tir.visitor import (
     substitute_expr,
 )
 
-#: A serial loop is looked through for the worst case of a condition only if it is this short.
-_SHORT = 16
+#: A serial loop is looked through for the worst case of a condition only if it is this short, and holds no more stores
+#: than this beside register tiles: what comes in versions then is all that it holds.
+_SHORT, _SHORT_STORES = 16, 8
 #: A tile of more stores than this, unrolled loops counted out, is not copied for the sake of a choice.
 _MOST_STORES = 64
 #: Versions of a tile, for all that its conditions may leave of it.
@@ -183,7 +184,8 @@ def _claim(conjunct: Expr, path: Sequence[For]) -> _Claim | None:
         if not isinstance(loop.extent, Const):
             break
         short = loop.extent.value <= _SHORT and len(eliminated) < len(inside) - 1
-        if loop.kind not in ("vectorized", "unrolled") and not short:
+        light = short and _stores(loop.body, tiles=False) <= _SHORT_STORES
+        if loop.kind not in ("vectorized", "unrolled") and not light:
             break
         eliminated.insert(0, loop.var)
     ranges = {loop.var: over(loop.extent) for loop in path}
@@ -347,11 +349,12 @@ def _taking(stmt: Stmt, conditions: set[Key], *, first: bool) -> Stmt:
     return map_stmt_children(stmt, lambda child: _taking(child, conditions, first=first))
 
 
-def _stores(stmt: Stmt) -> int:
-    """How many stores become code, unrolled loops counted out."""
+def _stores(stmt: Stmt, *, tiles: bool = True) -> int:
+    """How many stores become code, unrolled loops counted out; `tiles`: with those to and from register tiles."""
     if isinstance(stmt, Store):
-        return 1
+        buffers = (stmt.buffer, *(load.buffer for load in loads(stmt.value)))
+        return int(tiles or all(buffer.scope != "register" for buffer in buffers))
     times = 1
     if isinstance(stmt, For) and stmt.kind == "unrolled" and isinstance(stmt.extent, Const):
         times = int(stmt.extent.value)
-    return times * sum(_stores(child) for child in stmt_children(stmt))
+    return times * sum(_stores(child, tiles=tiles) for child in stmt_children(stmt))

@@ -27,6 +27,9 @@ def flops(value: Value) -> Dim:
         return product([2, *inputs[0].shape, *inputs[1].shape[1:]])
     if value.op in ("conv_blocked", "depthwise_blocked"):
         return product([2, *value.type.shape, *inputs[1].shape[1:-1]])
+    if value.op == "conv_winograd":
+        side, m = int(str(inputs[1].shape[0])), int(value.attrs["m"])
+        return product([2, *value.type.shape, side**2, *inputs[1].shape[3:5]]) // m**2
     if value.op in ("matmul", "packed_matmul", "gemm"):
         inner = inputs[0].shape[-2 if value.attrs.get("trans_a") else -1]
         return product([2, *value.type.shape, inner])

@@ -66,6 +66,9 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | conv_blocked: x (N, I/i, S…, i) or (N, I, S…),           | x, w              | strides, pads, dilations, groups   |
 |   w (O/o, I/groups/i, K…, i, o), the pass over layouts's |                   |   as conv                          |
 | depthwise_blocked: x (N, C/c, S…, c), w (C/c, K…, c)     | x, w              | strides, pads, dilations           |
+| conv_winograd: x (N, I/i, H, W, i), u as given by        | x, u              | m (2 or 4), pads=None              |
+| winograd_weights: (O, I, 3, 3) to                        | w                 | m, lanes (i, o)                    |
+|   (m + 2, m + 2, O/o, I/i, i, o)                         |                   |                                    |
 """
 
 from __future__ import annotations
@@ -85,4 +88,5 @@ from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
     resize,
     scan,
     softmax,
+    winograd,
 )

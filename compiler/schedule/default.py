@@ -15,6 +15,7 @@ from kedge.compiler.schedule.rules.injective import Injective
 from kedge.compiler.schedule.rules.matmul import Matmul
 from kedge.compiler.schedule.rules.reduction import Reduction
 from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
+from kedge.compiler.schedule.rules.winograd import Winograd
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
 from kedge.compiler.target.gpu import GpuTarget
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 #: All rules for CPUs, the more special first. The last one matches everything.
-RULES: tuple[Rule[TargetModel], ...] = (Injective(), Matmul(), Contraction(), Reduction(), Fallback())
+RULES: tuple[Rule[TargetModel], ...] = (Injective(), Winograd(), Matmul(), Contraction(), Reduction(), Fallback())
 #: Those for GPUs, likewise.
 GPU_RULES: tuple[Rule[GpuTarget], ...] = (GpuThreads(),)
 

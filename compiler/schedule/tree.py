@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kedge.compiler.errors import ScheduleError
-from kedge.compiler.tir.expr import Expr, Var
+from kedge.compiler.tir.expr import Expr, Load, Var
 from kedge.compiler.tir.printer import print_stmt
 from kedge.compiler.tir.simplify import over
-from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Seq, Stmt
+from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Seq, Stmt, Store
+from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import (
     loads,
     map_stmt_children,
@@ -273,7 +275,10 @@ class Access:
 
 
 def accesses(stmt: Stmt) -> tuple[Access, ...]:
-    """Every load and store under `stmt` in terms of loop variables: block variables are replaced by their bindings."""
+    """Every load and store under `stmt` in terms of loop variables: block variables are replaced by their bindings.
+
+    What a statement loads several times is there once.
+    """
     return tuple(_accesses(stmt, {}, None))
 
 
@@ -293,15 +298,20 @@ def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Itera
         bindings = [substitute_expr(b, env) for b in stmt.bindings]
         env, block = {**env, **{it.var: b for it, b in zip(stmt.iters, bindings, strict=True)}}, stmt
     elif block is not None and not stmt_children(stmt):
-        for store in stores(stmt):
-            yield Access(store.buffer, tuple(substitute_expr(i, env) for i in store.indices), True, block)
-        for load in loads(stmt):
-            yield Access(load.buffer, tuple(substitute_expr(i, env) for i in load.indices), False, block)
+        for place in _places(stmt):
+            indices = tuple(substitute_expr(i, env) for i in place.indices)
+            yield Access(place.buffer, indices, isinstance(place, Store), block)
     elif block is not None and isinstance(stmt, If):
         for load in loads(stmt.condition):
             yield Access(load.buffer, tuple(substitute_expr(i, env) for i in load.indices), False, block)
     for child in stmt_children(stmt):
         yield from _accesses(child, env, block)
+
+
+@lru_cache(maxsize=1024)  # primitives ask again and again, mostly of what none of them has changed
+def _places(stmt: Stmt) -> tuple[Store | Load, ...]:
+    """What a statement without others inside stores and loads, each place once."""
+    return (*stores(stmt), *{expr_key(load): load for load in loads(stmt)}.values())
 
 
 def unique(name: str, used: Container[str]) -> str:

@@ -228,6 +228,11 @@ def hand_written(*lines: str) -> PrimFunc:
           "      t[i] = 0.0", "    y[i] = t[i]"), True),
         (("for i in range(64):", "if i < 4:", "  t[i] = x[i]", "else:", "  t[i] = 0.0", "y[i] = t[i]"), True),
         (("for i in range(64):", "if i < 4:", "  t[i] = x[i]", "else:", "  t[63 - i] = 0.0", "y[i] = t[i]"), False),
+        # What a choice does not take need not be there.
+        (("for i in range(64):", "if i < 4:", "  t[i] = x[i]", "y[i] = select(i < 4, t[i], 0.0)"), True),
+        (("for i in range(64):", "if i < 4:", "  t[i] = x[i]", "y[i] = select(i >= 4, 0.0, t[i] + t[i])"), True),
+        (("for i in range(64):", "if i < 4:", "  t[i] = x[i]", "y[i] = select(i < 5, t[i], 0.0)"), False),
+        (("for i in range(64):", "if i < 4:", "  t[i] = x[i]", "y[i] = select(i < 4, t[i], t[i] * 2.0)"), False),
     ],
 )  # fmt: skip
 def test_an_iteration_reads_what_it_wrote(lines: tuple[str, ...], own: bool) -> None:

@@ -68,6 +68,17 @@ def test_padding_begins_where_the_loop_ends_not_the_buffer():
     assert_same(func, sch.func)
 
 
+@pytest.mark.parametrize("padding", [[1, 4, 3], [1, 4, 1], [2, 1, 3]])
+def test_padding_of_what_has_one_element_in_a_dim(padding):
+    a, b, k = te.placeholder((1, 5, 7), "float32", "a"), te.placeholder((7,), "float32", "b"), te.reduce_axis(7, "k")
+    y = te.compute((1, 5), lambda n, i: te.sum(a[0, i, k] * b[k], k), name="y")
+    func = te.create_prim_func([a, b, y], "f")
+    sch = Schedule(func)
+    sch.pad_einsum(sch.get_block("y"), padding)
+    assert sch.func is not func
+    assert_same(func, sch.func)
+
+
 @pytest.mark.parametrize("padding", [[3, 1, 4], [3, 4, 1], [4, 3, 2]])
 def test_one_buffer_may_be_two_operands(padding):
     x, k = te.placeholder((5, 5), "float32", "x"), te.reduce_axis(5, "k")

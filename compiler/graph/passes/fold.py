@@ -11,6 +11,9 @@ from kedge.compiler.graph.interp import Array, apply
 from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
 from kedge.compiler.graph.passes.base import Context, rewrite, value_key
 
+#: What lays weights out for kernels.
+_LAYING_OUT = frozenset({"pad", "winograd_weights"})
+
 
 @dataclass(frozen=True, slots=True)
 class FoldConstants:
@@ -19,12 +22,12 @@ class FoldConstants:
     conv(x, transpose(@w)) -> conv(x, @w.folded)
 
     A result of parameters is a new parameter, named after the largest of them. Results of more than `growth` bytes
-    beyond their operands (a broadcast zero, say) are left to run time; weights that are padded may become `padding`
-    times as large, as they are laid out for a kernel then.
+    beyond their operands (a broadcast zero, say) are left to run time; weights that are padded or transformed may
+    become `layout` times as large, as they are laid out for a kernel then.
     """
 
     growth: int = 1 << 20
-    padding: int = 4
+    layout: int = 4
     name: str = "fold-constants"
 
     def __call__(self, module: Module) -> Module:
@@ -41,7 +44,7 @@ class FoldConstants:
             return None
         size = nbytes(new.type)
         assert isinstance(size, int)  # of a static type
-        times = self.padding if new.op == "pad" else 1
+        times = self.layout if new.op in _LAYING_OUT else 1
         if size > times * sum(array.nbytes for array in known) + self.growth:
             return None
         (result,) = apply(new.op, known, new.attrs, {})

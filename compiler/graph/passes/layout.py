@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -19,6 +20,7 @@ from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import same_shape
 from kedge.compiler.graph.ir import Call, Function, Module, Value, operands
 from kedge.compiler.graph.passes.base import Context, Pass, with_functions, with_operands
+from kedge.compiler.graph.passes.winograd import winograd_tile
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.movement import slice_plan
 from kedge.compiler.ops.registry import FusionKind
@@ -80,10 +82,15 @@ class _Blocker:
 
     def __init__(self, function: Function, target: Target, context: Context) -> None:
         self._function = function
-        self._target = target
+        self.target = target
         self._context = context
         self._plain: dict[int, Value] = {}
         self._blocked: dict[int, dict[int, Value]] = {}  # by lanes; what came first is the value's own form
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all that is known when compiling."""
+        return sum(data.nbytes for each in self._function.values() if (data := self._context.known(each)) is not None)
 
     def run(self) -> Function:
         for old in self._function.values():
@@ -140,7 +147,7 @@ class _Blocker:
 
     def sizes(self, dtype: str) -> tuple[int, ...]:
         """The blocks of the target for `dtype`."""
-        return block_sizes(self._target, dtype)
+        return block_sizes(self.target, dtype)
 
     def beside(self, old: Value, rank: int, channels: Dim, lanes: int) -> Value:
         """An operand of an element-wise operator, to be broadcast to blocked tensors of that (plain) rank."""
@@ -216,7 +223,11 @@ def _dense(own: _Blocker, old: Call, filters: int, channels: int) -> Value | Non
     lanes_out = block_of(filters, sizes) or padded_block(filters, sizes)
     source = _source(own, old.inputs[0], channels, sizes)
     blocked = source.type.rank > old.type.rank
-    result = _conv_blocked(own, old, source, _lanes(source) if blocked else 1, lanes_out)
+    m = winograd_tile(old, own.target, own.weight_bytes) if blocked else None
+    if m is not None:
+        result = _conv_winograd(own, old, source, m, lanes_out)
+    else:
+        result = _conv_blocked(own, old, source, _lanes(source) if blocked else 1, lanes_out)
     if filters % lanes_out == 0:
         return result
     shape = (*old.type.shape[:1], -(-filters // lanes_out) * lanes_out, *old.type.shape[2:])
@@ -249,6 +260,15 @@ def _conv_blocked(own: _Blocker, old: Call, source: Value, lanes_in: int, lanes_
     weight = pack_weight(own.plain(old.inputs[1]), lanes_in, lanes_out)
     attrs = {name: old.attrs[name] for name in ("strides", "pads", "dilations", "groups")}
     result: Value = make_call("conv_blocked", (source, weight), attrs, old.origin)
+    return _with_bias(own, old, result, lanes_out)
+
+
+def _conv_winograd(own: _Blocker, old: Call, source: Value, m: int, lanes_out: int) -> Value:
+    weight = own.plain(old.inputs[1])
+    whole = _padded(weight, -int(str(weight.type.shape[0])) % lanes_out)
+    transformed = call("winograd_weights", whole, m=m, lanes=(_lanes(source), lanes_out))
+    attrs = {"m": m, "pads": old.attrs["pads"]}
+    result: Value = make_call("conv_winograd", (source, transformed), attrs, old.origin)
     return _with_bias(own, old, result, lanes_out)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kedge.compiler.schedule.nest import check_holds_no_blocks, combiner_of
 from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.tree import LARGEST_INDEX, block_name, block_path, buffer_name, loops_on, refuse, swap
-from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Var, const, logical_and, select
+from kedge.compiler.tir.expr import Binary, Cast, Const, Dim, Expr, Load, Var, const, logical_and, select
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.regions import with_regions
 from kedge.compiler.tir.simplify import prove, prove_equal, simplify, simplify_dim
@@ -74,11 +74,16 @@ def _check_einsum(func: PrimFunc, block: Block) -> tuple[Load, ...]:
         reason = "what it sums is no product of elements: zeros would not stay zeros"
         raise refuse(func, "pad_einsum", block, reason, hint=_HINT)
     for load in (*operands, Load(body.buffer, body.indices)):
-        if len(set(load.indices)) < len(load.indices) or not all(isinstance(index, Var) for index in load.indices):
+        moving = [index for index in load.indices if not _is_zero(index)]
+        if len(set(moving)) < len(moving) or not all(isinstance(index, Var) for index in moving):
             at = ", ".join(map(print_expr, load.indices))
-            reason = f"it uses {load.buffer.name!r} at [{at}]: each index must be an iteration variable of its own"
+            reason = f"it uses {load.buffer.name!r} at [{at}]: each index must be an iteration variable of its own or 0"
             raise refuse(func, "pad_einsum", block, reason, hint=_HINT)
     return operands
+
+
+def _is_zero(index: Expr) -> bool:
+    return isinstance(index, Const) and index.value == 0
 
 
 def _factors(value: Expr) -> tuple[Load, ...] | None:
@@ -111,16 +116,26 @@ def _padded_copy(
     """An allocation as large as the padded loops need, and the loops that fill it: with zeros beyond `sizes`."""
     source = load.buffer
     axes = [index for index in load.indices if isinstance(index, Var)]
-    shape = tuple(simplify_dim(extents[axis]) for axis in axes)
-    copy = Buffer(buffer_name(func, f"{source.name}_pad"), shape, source.dtype)
+    copy = Buffer(buffer_name(func, f"{source.name}_pad"), _grown_shape(load.indices, extents), source.dtype)
     iters = tuple(IterVar(Var(axis.name), extents[axis], "spatial") for axis in axes)
-    at = tuple(it.var for it in iters)
+    at = _replaced(load.indices, iters)
     limits = [c for it, axis in zip(iters, axes, strict=True) for c in _limits(it, sizes[axis])]
     value: Expr = Load(source, at)
     if limits:
         value = select(logical_and(*limits), value, const(0, source.dtype))
     nest = _nest(block_name(func, copy.name), iters, Store(copy, at, value))
     return replace(func, allocs=(*func.allocs, copy)), copy, nest
+
+
+def _grown_shape(indices: tuple[Expr, ...], extents: Mapping[Var, Expr]) -> tuple[Dim, ...]:
+    """The dims of a buffer used at `indices`: one element where the index is 0."""
+    return tuple(simplify_dim(extents[index]) if isinstance(index, Var) else 1 for index in indices)
+
+
+def _replaced(indices: tuple[Expr, ...], iters: Sequence[IterVar]) -> tuple[Expr, ...]:
+    """`indices` with their variables replaced, in order, by those of `iters`."""
+    new = iter(iters)
+    return tuple(next(new).var if isinstance(index, Var) else index for index in indices)
 
 
 def _limits(it: IterVar, size: Expr) -> list[Expr]:
@@ -140,7 +155,7 @@ def _grown_nest(
     assert isinstance(body, Store)
     target, after = body.buffer, []
     if any(index in grown for index in body.indices):
-        shape = tuple(simplify_dim(extents[index]) for index in body.indices if isinstance(index, Var))
+        shape = _grown_shape(body.indices, extents)
         target = Buffer(buffer_name(func, f"{body.buffer.name}_pad"), shape, body.buffer.dtype)
         func = replace(func, allocs=(*func.allocs, target))
         after.append(_cut(func, block, body, target))
@@ -159,7 +174,7 @@ def _cut(func: PrimFunc, block: Block, body: Store, padded: Buffer) -> Stmt:
     """The loops that copy what is wanted of the padded output."""
     extents = {it.var: it.extent for it in block.iters}
     iters = tuple(IterVar(Var(i.name), extents[i], "spatial") for i in body.indices if isinstance(i, Var))
-    at = tuple(it.var for it in iters)
+    at = _replaced(body.indices, iters)
     return _nest(block_name(func, f"{block.name}_cut"), iters, Store(body.buffer, at, Load(padded, at)))
 
 
