@@ -89,12 +89,14 @@ def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
             body = _version(stmt.body, depth, level + 1, (*path, stmt))
             return stmt if body is stmt.body else replace(stmt, body=body)
         return map_stmt_children(stmt, lambda child: _version(child, depth, level, path))
-    groups: dict[Key, list[_Claim]] = {}
+    groups: dict[tuple[Key, Key | None, tuple[int, ...]], list[_Claim]] = {}
     for claim in _claims(stmt, path):
         # What never holds for a whole tile stays in all versions, if nothing is known of its parts.
         possible = not _is_false(claim.sure) or (claim.part is not None and claim.depth > 0)
         if claim.depth <= depth and possible:
-            groups.setdefault(expr_key(claim.sure), []).append(claim)
+            # Several that no whole tile fulfils, say, are not alike for that: they leave different parts of it.
+            count, sizes = (None, ()) if claim.part is None else (expr_key(claim.part.count), claim.part.sizes)
+            groups.setdefault((expr_key(claim.sure), count, sizes), []).append(claim)
     if not groups:
         return stmt
     alike = [_Alike(group, group[0].sure) for group in groups.values()]

@@ -224,3 +224,15 @@ def test_random_tiles(kernels: KernelCache, seed: int) -> None:
     assert_prepared(func, reference, symbols)
     if seed % 4 == 0:
         assert_compiled(func, reference, symbols, kernels)
+
+
+def test_conditions_that_no_tile_fulfils_are_told_apart(kernels: KernelCache) -> None:
+    x = te.placeholder((4, 1), "float32", "x")
+    k = te.reduce_axis(1, "k")
+    func = te.create_prim_func([x, te.compute((4,), lambda i: te.sum(x[i, k], k), name="y")], "sums")
+    sch = Schedule(func)
+    loop = sch.get_loops(sch.get_block("y"))[1]
+    outer = sch.split(loop, [None, 2, 2])[0]  # three of four iterations are idle, of the inner ones and of the outer
+    sch.split(outer, [None, 2, 2])
+    assert_prepared(sch.func, func, {})
+    assert_compiled(sch.func, func, {}, kernels)
