@@ -151,6 +151,6 @@ def _lower_broadcast_to(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[Te
 registry.register(
     OpDef(
         "broadcast_to", FusionKind.BROADCAST, _infer_broadcast_to, _broadcast_to, _lower_broadcast_to,
-        {"shape": REQUIRED},
+        {"shape": REQUIRED}, uniform=False,
     )
 )  # fmt: skip

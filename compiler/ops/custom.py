@@ -257,7 +257,7 @@ def _declaration(operator: OnnxOperator, kind: FusionKind) -> OpDef:
         return (operator.results(with_gaps(tensors, attrs["absent"]), dict(attrs["attributes"]))[index],)
 
     attrs = MappingProxyType({"attributes": (), "result": 0, "absent": ()})
-    return OpDef(operator.graph_op(kind), kind, infer, reference, lower, attrs, (0, None))
+    return OpDef(operator.graph_op(kind), kind, infer, reference, lower, attrs, (0, None), uniform=False)
 
 
 def _same_values(a: TensorType, b: TensorType) -> bool:

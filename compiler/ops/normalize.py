@@ -33,5 +33,5 @@ def _reference(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
 
 
 registry.register(
-    OpDef("batch_norm", FusionKind.BROADCAST, _infer, _reference, None, {"epsilon": 1e-5}, (5, 5))
+    OpDef("batch_norm", FusionKind.BROADCAST, _infer, _reference, None, {"epsilon": 1e-5}, (5, 5), uniform=False)
 )  # fmt: skip

@@ -48,6 +48,8 @@ class OpDef:
     as te tensors (None: the operator must be rewritten away by legalization before lowering). All three see every
     attribute: those left out have the default given in `attrs`; `reference` sees symbolic dims evaluated.
     `arity` is the least and the most inputs (None: any number). `single` is False where there are several results.
+    `uniform` is False where an element of the result may depend on its indices or on the number of dims, as in
+    operators that users define: such a call keeps the shapes it was given.
     """
 
     name: str
@@ -58,6 +60,7 @@ class OpDef:
     attrs: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     arity: tuple[int, int | None] = (1, 1)
     single: bool = True
+    uniform: bool = True
 
 
 _OPS: dict[str, OpDef] = {}

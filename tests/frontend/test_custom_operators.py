@@ -637,3 +637,44 @@ def test_external_code_never_takes_one_input_for_another() -> None:
         model = model_of([node("Odd", ["x", "", "b"], ["y"])], {"x": ("float32", (3,))}, weights={"b": given[1]})
         with pytest.raises(FrontendError, match=r"node 'act' \(Odd\).*input 1 is left out before others"):
             load_onnx(model)
+
+
+def _doubled(tensors: Sequence[Any]) -> Any:
+    (x,) = tensors
+    return te.compute(x.shape, lambda n, c, h, w: x[n, c, h, w] * 2.0)
+
+
+def _plus_channel(tensors: Sequence[Any]) -> Any:
+    (x,) = tensors
+    return te.compute(x.shape, lambda *i: x[i] + te.cast(i[1], "float32"))
+
+
+def _mixed(tensors: Sequence[Any]) -> Any:
+    a, b = tensors
+    return te.compute(a.shape, lambda *i: a[i] + b[i] * 2.0)
+
+
+def _scaled_channels(tensors: Sequence[Any]) -> Any:
+    x, by = tensors
+    return te.compute(x.shape, lambda n, c, h, w: x[n, c, h, w] * by[c])
+
+
+@pytest.mark.parametrize("conv", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize(
+    ("function", "more"), [(_doubled, []), (_plus_channel, []), (_mixed, ["c"]), (_scaled_channels, ["by"])]
+)
+def test_behind_a_convolution_it_sees_the_channels_of_the_model(
+    tmp_path: Path, conv: str, function: Callable[..., Any], more: list[str]
+) -> None:
+    rng = np.random.default_rng(5)
+    weights = {"w": rng.standard_normal((16, 16, 2, 2)), "by": rng.standard_normal(16)}
+    nodes = [
+        helper.make_node(conv, ["x", "w"], ["c"], strides=[2, 2]),
+        node("Place", ["c", *more], ["y"]),
+    ]
+    model = model_of(
+        nodes, {"x": ("float32", (1, 16, 4, 4))},
+        weights={name: weights[name].astype(np.float32) for name in ("w", *({"by"} & {*more}))},
+    )  # fmt: skip
+    with te.register_onnx(DOMAIN, "Place", function):
+        agree(model, {"x": rng.standard_normal((1, 16, 4, 4)).astype(np.float32)}, tmp_path, rtol=1e-4)

@@ -10,7 +10,7 @@ from graph.test_passes import N, Net, ops, same_meaning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kedge.compiler.graph.ir import Module, Value
+from kedge.compiler.graph.ir import Constant, Module, Value
 from kedge.compiler.graph.passes import BlockChannels, FoldConstants, Simplify, default_passes, run_passes
 from kedge.compiler.graph.passes.layout import block_of, block_sizes, padded_block
 from kedge.compiler.target import parse
@@ -85,6 +85,28 @@ def test_a_dense_block_concatenates_in_blocks() -> None:
     y = net.conv(x, net.param("v", 16, 32, 3, 3), pads=[1] * 4)
     z = net.conv(net.concat(x, y, axis=1), net.param("u", 16, 48, 1, 1))
     blocked(net.module(z), ["conv_blocked", "conv_blocked", "concat", "conv_blocked", "transpose", "reshape"])
+
+
+def test_what_is_concatenated_has_the_blocks_that_fit_all() -> None:
+    net = Net()
+    x = net.conv(net.input("x", 1, 3, 8, 8), net.param("w", 16, 3, 1, 1))
+    y = net.conv(x, net.param("v", 8, 16, 3, 3), pads=[1] * 4)
+    after = laid_out(net.module(net.conv(net.concat(x, y, axis=1), net.param("u", 16, 24, 1, 1))))
+    change = ["reshape", "transpose", "reshape"]  # of 16 channels in one block to two of 8
+    middle = ["conv_blocked", *change, "conv_blocked", "concat", "conv_blocked"]
+    assert sorted(ops(after)) == sorted([*middle, "transpose", "reshape"])
+
+
+def test_resizing_keeps_blocks() -> None:
+    net = Net()
+    x = net.conv(net.input("x", 1, 3, 8, 6), net.param("w", 16, 3, 1, 1))
+    wide = net.resample(x, Constant(np.arange(12).reshape(12, 1) // 2), axis=-1)
+    tall = net.resize(wide, sizes=(1, 16, 16, 12), scales=(1.0, 1.0, 2.0, 1.0), mode="linear")
+    y = net.conv(net.resize(tall, sizes=(1, 16, 8, 24)), net.param("v", 16, 16, 1, 1))
+    middle = ["conv_blocked", "resample", "resize", "resize", "conv_blocked"]
+    blocked(net.module(y), [*middle, "transpose", "reshape"])
+    more = net.module(net.resize(x, sizes=(1, 32, 8, 6)))
+    blocked(more, ["conv_blocked", "transpose", "reshape", "resize"])
 
 
 def test_filters_that_fill_no_block_are_padded_and_cut() -> None:

@@ -206,6 +206,26 @@ def test_moves_combine():
     check(Simplify(), net.module(y), ["transpose"])
 
 
+@pytest.mark.parametrize(
+    ("shape", "first", "between", "second", "left"),
+    [
+        # Out of blocks, channels last: (n, C/c, h, w, c) -> (n, h, w, C); and back.
+        ((N, 3, 5, 6, 4), (0, 1, 4, 2, 3), (N, 12, 5, 6), (0, 2, 3, 1), ["transpose", "reshape"]),
+        ((N, 5, 6, 12), (0, 3, 1, 2), (N, 3, 4, 5, 6), (0, 1, 3, 4, 2), ["reshape", "transpose"]),
+        # From blocks of 6 to such of 4 and 3: all share factors.
+        ((1, 2, 5, 6), (0, 1, 3, 2), (1, 4, 3, 5), (0, 1, 3, 2), ["reshape", "transpose", "reshape"]),
+        # Into and out of one order.
+        ((2, 5, 12), (0, 2, 1), (2, 3, 4, 5), (0, 3, 1, 2), ["reshape"]),
+        # 6 and 4 have no common factors in order.
+        ((5, 6, 4), (1, 2, 0), (4, 6, 5), (2, 0, 1), ["transpose", "reshape", "transpose"]),
+    ],
+)
+def test_transposes_around_a_reshape_are_one(shape, first, between, second, left) -> None:
+    net = Net()
+    y = net.reshape(net.transpose(net.input("x", *shape), perm=first), shape=between)
+    check(Simplify(), net.module(net.transpose(y, perm=second)), left)
+
+
 def test_padding_goes_into_a_convolution():
     net = Net()
     padded = net.pad(net.input("x", N, 2, 5, 5), pads=(0, 0, 1, 2, 0, 0, 0, 1))

@@ -24,6 +24,7 @@ from kedge.compiler.graph.passes.winograd import winograd_tile
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.movement import slice_plan
 from kedge.compiler.ops.registry import FusionKind
+from kedge.compiler.ops.resize import resized_axes
 from kedge.compiler.target import AnyTarget, Target
 from kedge.compiler.tir.expr import Dim
 
@@ -106,8 +107,8 @@ class _Blocker:
 
     def _convert(self, old: Call) -> Value | None:
         """The blocked form of a call's result; None where it stays plain (or its plain form is already entered)."""
-        rule = _RULES.get(old.op)
-        if rule is None and registry.get(old.op).kind <= FusionKind.BROADCAST and old.op != "broadcast_to":
+        rule, operator = _RULES.get(old.op), registry.get(old.op)
+        if rule is None and operator.kind <= FusionKind.BROADCAST and operator.uniform:
             rule = _elementwise
         return None if rule is None or len(old.types) != 1 else rule(self, old)
 
@@ -369,9 +370,10 @@ def _concat(own: _Blocker, old: Call) -> Value | None:
         return None
     axis = common.axis_of(old.attrs["axis"], old.type.rank)
     counts = [each.type.shape[1] for each in old.inputs]
-    lanes = max(set(found), key=lambda size: (found.count(size), size))
-    if not all(isinstance(count, int) and count % lanes == 0 for count in counts):
+    fitting = [size for size in found if all(isinstance(count, int) and count % size == 0 for count in counts)]
+    if not fitting:
         return None
+    lanes = max(fitting, key=lambda size: (found.count(size), size))
     inputs = [own.blocked(each, lanes) for each in old.inputs]
     return make_call("concat", inputs, {"axis": axis}, old.origin)
 
@@ -419,6 +421,30 @@ def _depth_to_space(own: _Blocker, old: Call) -> Value | None:
     return make_call(old.op, (source,), {**old.attrs, "lanes": True}, old.origin)
 
 
+def _resample(own: _Blocker, old: Call) -> Value | None:
+    source = own.own(old.inputs[0])
+    axis = common.axis_of(old.attrs["axis"], old.type.rank)
+    if source is None or axis == 1:
+        return None
+    tables = [own.plain(table) for table in old.inputs[1:]]
+    return make_call("resample", (source, *tables), {**old.attrs, "axis": axis}, old.origin)
+
+
+def _resize(own: _Blocker, old: Call) -> Value | None:
+    """Sizes that only the running program knows: channels, which keep theirs, stay in blocks."""
+    source = own.own(old.inputs[0])
+    if source is None or 1 in resized_axes(old.inputs[0].type.shape, old.attrs):
+        return None
+    batch, _, *places = old.attrs["sizes"]
+    scales = old.attrs["scales"]
+    attrs = {
+        **old.attrs,
+        "sizes": (batch, source.type.shape[1], *places, _lanes(source)),
+        "scales": None if scales is None else (*scales, 1.0),
+    }
+    return make_call("resize", (source,), attrs, old.origin)
+
+
 _RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyType(
     {
         "conv": _conv,
@@ -428,6 +454,8 @@ _RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyTyp
         "slice": _slice,
         "pad": _pad,
         "depth_to_space": _depth_to_space,
+        "resample": _resample,
+        "resize": _resize,
         **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"), _reduce),
     }
 )

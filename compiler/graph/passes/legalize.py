@@ -44,7 +44,8 @@ def _legalize(context: Context, old: Value, new: Value) -> Value | None:
 
 def _follows_transposed(context: Context, old: Call) -> bool:
     """Whether a call works element by element on a transposed convolution that nothing else uses."""
-    if registry.get(old.op).kind is not FusionKind.ELEMENTWISE:
+    operator = registry.get(old.op)
+    if operator.kind is not FusionKind.ELEMENTWISE or not operator.uniform:
         return False
     (source,) = old.inputs
     return isinstance(source, Call) and source.op == "conv_transpose" and context.uses(source) == 1

@@ -13,6 +13,7 @@ from kedge.compiler.graph.dims import same_shape, same_type
 from kedge.compiler.graph.interp import Array
 from kedge.compiler.graph.ir import Call, Module, Value
 from kedge.compiler.graph.passes.base import Context, rewrite
+from kedge.compiler.graph.passes.moves import as_one_move
 from kedge.compiler.ops.movement import permutation, slice_plan
 from kedge.compiler.tir.expr import Dim
 
@@ -74,7 +75,7 @@ def _transpose(context: Context, value: Call) -> Value | None:
     moved = [axis for axis in perm if not _is_one(source.type.shape[axis])]
     if moved == sorted(moved):  # only dims of 1 move: the same elements in the same order
         return call("reshape", source, shape=value.type.shape, origin=value.origin)
-    return None
+    return as_one_move(value)
 
 
 def _is_one(dim: Dim) -> bool:
