@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.compiler.graph.ir import Constant, Module, Value
-from kedge.compiler.graph.passes import BlockChannels, FoldConstants, Simplify, default_passes, run_passes
+from kedge.compiler.graph.passes import BlockChannels, FoldConstants, Legalize, Simplify, default_passes, run_passes
 from kedge.compiler.graph.passes.layout import block_of, block_sizes, padded_block
 from kedge.compiler.target import parse
 
@@ -174,9 +174,10 @@ class Drawn:
     def step(self) -> None:
         net, x = self.net, self.pick(self.values)
         channels, height = x.type.shape[1], x.type.shape[2]
-        kind = self.pick(
-            ["conv", "conv", "depthwise", "unary", "scale", "join", "concat", "pool", "mean", "slice", "pad"]
-        )
+        kind = self.pick([
+            "conv", "conv", "depthwise", "transposed", "unary", "scale", "join", "concat", "pool", "mean", "slice",
+            "pad", "resize", "last",
+        ])  # fmt: skip
         if kind == "conv":
             groups = self.pick([1, 1, 2]) if channels % 2 == 0 else 1
             filters = self.pick([4, 8, 16, 32, 6])
@@ -186,6 +187,8 @@ class Drawn:
             value = net.conv(*args, pads=[k // 2] * 4, groups=groups)
         elif kind == "depthwise":
             value = net.conv(x, self.param(channels, 1, 1, 1), groups=channels)
+        elif kind == "transposed":
+            value = net.conv_transpose(x, self.param(channels, self.pick([3, 4, 16]), 2, 3), strides=[2, 1])
         elif kind == "unary":
             value = getattr(net, self.pick(_UNARY))(x)
         elif kind == "scale":
@@ -204,6 +207,12 @@ class Drawn:
         elif kind == "slice":
             axis = self.pick([1, 2, 3])
             value = net.slice(x, starts=(0,), ends=((x.type.shape[axis] + 1) // 2,), axes=(axis,))
+        elif kind == "resize":
+            sizes = (x.type.shape[0], self.pick([channels, channels, 5]), height + 2, x.type.shape[3])
+            value = net.resize(x, sizes=sizes, mode=self.pick(["nearest", "linear"]))
+        elif kind == "last":
+            value = net.relu(net.transpose(x, perm=(0, 2, 3, 1)))
+            value = net.transpose(net.mul(value, self.param(channels)), perm=(0, 3, 1, 2))
         else:
             value = net.pad(x, pads=[0, 0, 1, 0, 0, 0, 0, 1])
         if int(np.prod([int(str(dim)) for dim in value.type.shape[1:]])) < 6000:
@@ -216,7 +225,7 @@ def test_random_networks_keep_their_meaning(data, steps: int, target, free: bool
     drawn = Drawn(data, N if free else 2)
     for _ in range(steps):
         drawn.step()
-    module = drawn.net.module(*drawn.values[-2:])
+    module = run_passes(drawn.net.module(*drawn.values[-2:]), (Legalize(), FoldConstants()))
     after = laid_out(module, target)
     same_meaning(module, after, rtol=1e-3)
     assert run_passes(after, [BlockChannels(target)]) is after
