@@ -49,6 +49,7 @@ class AddressEmitter:
         self.lanes = 1
         self.mask: Value | None = None
         self._caches: list[dict[object, Any]] = [{}]
+        self._shifted: dict[tuple[str, str], tuple[int, str]] = {}
 
     def bind_symbol(self, var: Var, value: Value) -> None:
         """Make a free dim known under its LLVM value (i64)."""
@@ -234,6 +235,8 @@ class AddressEmitter:
         """
         rest, constant = position.split_constant()
         ref = pointer.ref
+        if constant < 0 and self.b.target.arch.name == "armv7l" and ref.startswith("%arg"):
+            ref, constant = self._ahead(ref, memory, constant)
         if rest.terms:
             key = (ref, memory, tuple(sorted(rest.terms.items(), key=_definition_order)))
             known = self._cached(key)
@@ -245,6 +248,21 @@ class AddressEmitter:
         if constant:
             ref = self.b.result(f"getelementptr {memory}, ptr {ref}, {self.b.index_type} {constant}", "ptr").ref
         return ref
+
+    def _ahead(self, ref: str, memory: str, constant: int) -> tuple[str, int]:
+        """The address of a parameter with a negative constant in it, and what of the constant is left.
+
+        Without that LLVM computes each address of a run of vectors by itself, where every load could step to the next:
+        it does not see that one negative offset follows another.
+        """
+        shift, name = self._shifted.get((ref, memory), (0, ref))
+        if constant < shift:
+            shift = constant
+            name = f"%{self.b.fresh('ahead')}"
+            self.b.emit_entry(f"{name}.at = getelementptr {memory}, ptr {ref}, {self.b.index_type} {shift}")
+            self.b.emit_entry(f'{name} = call ptr asm "", "=r,0"(ptr {name}.at)')
+            self._shifted[ref, memory] = shift, name
+        return name, constant - shift
 
     def _alignment(self, pointer: Pointer, position: Linear, size: int) -> int:
         steps = [abs(c) * size for c in position.terms.values()]

@@ -42,6 +42,8 @@ def const_value(value: int | float | bool, llvm: str, lanes: int = 1) -> Value:
     return Value(text if lanes == 1 else f"splat ({llvm} {text})", llvm, lanes)
 
 
+#: What a loop is marked with that LLVM must not unroll.
+_LOOP_AS_IT_IS = ("!2 = distinct !{!2, !3}", '!3 = !{!"llvm.loop.unroll.disable"}')
 #: Where the code of a helper goes.
 Placing: TypeAlias = Literal["alwaysinline", "noinline", "noinline cold optsize"]
 Helper = Callable[["FunctionBuilder", Sequence[Value]], Value]
@@ -114,7 +116,7 @@ class ModuleBuilder:
             '!0 = !{i32 8, !"PIC Level", i32 2}',
         ]
         abi = f'i32 1, !"target-abi", !"{arch.abi_name}"' if arch.abi_name else 'i32 7, !"uwtable", i32 0'
-        return "\n".join([*head, *self._functions, *declares, *flags, f"!1 = !{{{abi}}}", ""])
+        return "\n".join([*head, *self._functions, *declares, *flags, f"!1 = !{{{abi}}}", *_LOOP_AS_IT_IS, ""])
 
 
 class FunctionBuilder:
@@ -153,9 +155,10 @@ class FunctionBuilder:
         """End the block."""
         self.emit(f"br label %{label}")
 
-    def branch(self, condition: Value, then: str, otherwise: str) -> None:
-        """End the block by a condition."""
-        self.emit(f"br {condition.typed}, label %{then}, label %{otherwise}")
+    def branch(self, condition: Value, then: str, otherwise: str, *, as_it_is: bool = False) -> None:
+        """End the block by a condition. Of a branch back to a loop's start: whether the loop must not be unrolled."""
+        mark = ", !llvm.loop !2" if as_it_is else ""
+        self.emit(f"br {condition.typed}, label %{then}, label %{otherwise}{mark}")
 
     def finish(self, head: str) -> str:
         """The function's text under the line `head`."""

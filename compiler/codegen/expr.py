@@ -6,7 +6,7 @@ A condition that differs between lanes becomes a mask under which memory is touc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -15,8 +15,9 @@ import numpy as np
 from kedge.compiler.codegen import arith, mathlib, power
 from kedge.compiler.codegen.address import AddressEmitter, NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import Interval, Linear
-from kedge.compiler.codegen.builder import Value
+from kedge.compiler.codegen.builder import FunctionBuilder, Value
 from kedge.compiler.codegen.floats import any_lane
+from kedge.compiler.codegen.together import Together
 from kedge.compiler.codegen.types import scalar_type
 from kedge.compiler.dtypes import HALVES
 from kedge.compiler.errors import CodegenError
@@ -42,6 +43,10 @@ _Emit: TypeAlias = Callable[[], Value]
 
 class ExprEmitter(AddressEmitter):
     """Emits expressions into a function."""
+
+    def __init__(self, builder: FunctionBuilder) -> None:
+        super().__init__(builder)
+        self.together: Mapping[Load, Together] = {}  # by the loads under the unrolled loops around
 
     # Memory -----------------------------------------------------------------------------------------------------
 
@@ -101,6 +106,9 @@ class ExprEmitter(AddressEmitter):
 
     def _load_uniform(self, load: Load, pointer: Pointer, memory: str, size: int, position: Linear) -> Value:
         def emit() -> Value:
+            vector = self._element_of_vector(load, pointer, memory, size, position)
+            if vector is not None:
+                return vector
             address = self._address(pointer, memory, position)
             align = self._alignment(pointer, position, size)
             return self.b.result(f"load {memory}, ptr {address}, align {align}", memory)
@@ -108,6 +116,26 @@ class ExprEmitter(AddressEmitter):
         if self.mask is None or self._in_bounds(load) or (pointer.private and self._fits(load.buffer, position)):
             return emit()
         return self.guarded(any_lane(self.b, self.mask), emit, lambda: self.b.const(0, memory))
+
+    def _element_of_vector(
+        self, load: Load, pointer: Pointer, memory: str, size: int, position: Linear
+    ) -> Value | None:
+        """An element for all lanes, out of a vector that other iterations of unrolled loops load as well."""
+        plan = self.together.get(load)
+        if plan is None or self.lanes == 1:
+            return None
+        element = sum(step * (self.env[var].value or 0) for var, step in plan.steps.items())
+        if element not in plan.vectors:
+            return None
+        first, count = plan.vectors[element]
+        start = position + Linear.of(first - element)
+        address = self._address(pointer, memory, start)
+        align = self._alignment(pointer, start, size)
+        vector = self.b.result(f"load <{count} x {memory}>, ptr {address}, align {align}", memory, count)
+        picks = ", ".join([f"i32 {element - first}"] * self.lanes)
+        return self.b.result(
+            f"shufflevector {vector.typed}, {vector.full} poison, <{self.lanes} x i32> <{picks}>", memory, self.lanes
+        )  # fmt: skip
 
     def _fits(self, buffer: Buffer, position: Linear) -> bool:
         """Whether the access stays inside the buffer's memory in every lane."""
@@ -291,7 +319,8 @@ class ExprEmitter(AddressEmitter):
 
     def _multiply_add(self, expr: Binary) -> Value | None:
         """`a * b ± c` with one rounding, where the machine has an instruction for it."""
-        if not self.b.target.fma:
+        intrinsic = "llvm.fma" if self.b.target.fma else "llvm.fmuladd" if self.b.target.fma_by_element else None
+        if intrinsic is None:
             return None
         for product, other in ((expr.a, expr.b), (expr.b, expr.a)):
             if isinstance(product, Binary) and product.op == "mul":
@@ -301,7 +330,7 @@ class ExprEmitter(AddressEmitter):
                         z = self.b.negate(z)
                     else:
                         x = self.b.negate(x)
-                return self.b.intrinsic("llvm.fma", x, y, z)
+                return self.b.intrinsic(intrinsic, x, y, z)
         return None
 
     def _call(self, expr: Call) -> Value:

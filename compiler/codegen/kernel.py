@@ -20,6 +20,7 @@ from kedge.compiler.codegen.parallel import ParallelEmitter
 from kedge.compiler.codegen.prefetch import Prefetch, prefetches
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.tensor import EMITTERS
+from kedge.compiler.codegen.together import MAX_UNROLL, together
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
@@ -33,7 +34,6 @@ from kedge.compiler.tir.visitor import free_vars
 #: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
 _STACK_BUFFER = 32 * 1024
 _MAX_LANES = 64
-_MAX_UNROLL = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +190,8 @@ class KernelEmitter(ParallelEmitter):
         if extent.value is not None and extent.value <= 0:
             return
         match loop.kind:
-            case "unrolled" if extent.value is not None and extent.value <= _MAX_UNROLL:
-                for i in range(extent.value):
-                    self.env[loop.var] = Linear.of(i)
-                    self._iteration(loop)
+            case "unrolled" if extent.value is not None and extent.value <= MAX_UNROLL:
+                self._unrolled(loop, extent.value)
             case "vectorized" if self.lanes == 1:
                 self._vectorized(loop, extent)
             case "parallel" if self.parallel is None and self.lanes == 1:
@@ -207,15 +205,37 @@ class KernelEmitter(ParallelEmitter):
                     f"sch.parallel({loop.var.name}) in place of sch.bind",
                 )
             case _:
-                self.serial(loop.var, extent, lambda: self._iteration(loop))
+                # A tile of registers was made as large as they allow: unrolled once more, it would spill.
+                full = self.b.target.fma_by_element and _has_unrolled(loop.body)
+                self.serial(loop.var, extent, lambda: self._iteration(loop), as_it_is=full)
+
+    def _unrolled(self, loop: For, count: int) -> None:
+        outer = self.together
+        if not outer and self.b.target.fma_by_element:
+            self.together = together(loop, self.ranges, self._vector_lanes())
+        for i in range(count):
+            self.env[loop.var] = Linear.of(i)
+            self._iteration(loop)
+        self.together = outer
+
+    def _vector_lanes(self) -> dict[str, int]:
+        """The elements of a vector, for each dtype of which the target multiplies vectors by an element."""
+        bits = self.b.target.vector_bits
+        dtypes = {"float32": 32} if self.b.target.arch.name == "armv7l" else {"float32": 32, "float64": 64}
+        return {dtype: bits // size for dtype, size in dtypes.items()}
 
     def _iteration(self, loop: For) -> None:
         for ahead in prefetches(loop):
             self.stmt(ahead)
         self.stmt(loop.body)
 
-    def serial(self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None) -> None:
-        """`for var in [start, extent)`, tested at the end; in front, too, unless it surely runs."""
+    def serial(
+        self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None, *, as_it_is: bool = False
+    ) -> None:
+        """`for var in [start, extent)`, tested at the end; in front, too, unless it surely runs.
+
+        One that stays `as_it_is` is not unrolled by LLVM.
+        """
         b = self.b
         if not extent.is_uniform:
             raise NotVectorizable
@@ -244,7 +264,7 @@ class KernelEmitter(ParallelEmitter):
         b.lines[at] = (
             f"  {counter.ref} = phi {counter.type} [ {begin.ref}, %{before} ], [ {following.ref}, %{b.block} ]"
         )
-        b.branch(b.compare("icmp slt", following, end), header, done)
+        b.branch(b.compare("icmp slt", following, end), header, done, as_it_is=as_it_is)
         b.label(done)
 
     # Vectors ----------------------------------------------------------------------------------------------------
@@ -405,6 +425,13 @@ class KernelEmitter(ParallelEmitter):
 
 def _same_shape(a: Buffer, b: Buffer) -> bool:
     return len(a.shape) == len(b.shape) and all(prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _has_unrolled(stmt: Stmt) -> bool:
+    """Whether there is an unrolled loop in a statement."""
+    if isinstance(stmt, For) and stmt.kind == "unrolled":
+        return True
+    return any(_has_unrolled(child) for child in statements_of(stmt))
 
 
 def _rounded_bytes(buffer: Buffer) -> Expr:

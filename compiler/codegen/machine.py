@@ -42,8 +42,11 @@ def _machine(target: Target) -> Any:
 def _features(target: Target) -> tuple[str, ...]:
     """LLVM's switches for just what the target has. An ARMv7 triple by itself would stand for NEON and 32 registers."""
     on = [*target.arch.baseline, *target.features]
-    if target.arch.name != "armv7l" or target.has("neon"):
+    if target.arch.name != "armv7l":
         return tuple(f"+{name}" for name in on)
+    if target.has("neon"):
+        # Unless LLVM schedules machine instructions it moves loads together, far from where they are used, and spills.
+        return (*(f"+{name}" for name in on), "+use-misched")
     return ("-neon", "-d32", *(f"+{'vfp4d16' if name == 'vfp4' else name}" for name in on))
 
 

@@ -85,8 +85,10 @@ class ParallelEmitter(ExprEmitter):
         """Emit a statement."""
         raise NotImplementedError
 
-    def serial(self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None) -> None:
-        """Emit `for var in [start, extent)`."""
+    def serial(
+        self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None, *, as_it_is: bool = False
+    ) -> None:
+        """Emit `for var in [start, extent)`; one that stays `as_it_is` is not unrolled by LLVM."""
         raise NotImplementedError
 
     def parallel_loop(self, loop: For, extent: Linear) -> None:

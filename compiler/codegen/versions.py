@@ -39,7 +39,7 @@ from kedge.compiler.tir.visitor import (
 #: than this beside register tiles: what comes in versions then is all that it holds.
 _SHORT, _SHORT_STORES = 16, 8
 #: A tile of more stores than this, unrolled loops counted out, is not copied for the sake of a choice.
-_MOST_STORES = 64
+_MOST_STORES = 192
 #: Versions of a tile, for all that its conditions may leave of it.
 _MOST_VERSIONS = 9
 #: Sizes of the last tile where its rows are free.

@@ -116,6 +116,11 @@ class Target:
         return needs is None or self.has(needs)
 
     @property
+    def fma_by_element(self) -> bool:
+        """Whether a multiply-add takes one element of a register for all lanes; none of its operands is in memory."""
+        return self.arch.name == "aarch64" or (self.arch.name == "armv7l" and self.has("neon"))
+
+    @property
     def l3_share_bytes(self) -> int:
         """Bytes of the third level that each core has while all of them work; less than is true with several of it."""
         return self.l3_bytes // self.num_cores

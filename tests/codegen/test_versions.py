@@ -126,11 +126,11 @@ def test_a_tail_of_columns_does_not_keep_rows_from_running_whole() -> None:
 
 
 def test_large_tiles_are_not_copied_for_a_choice() -> None:
-    x = te.placeholder((512, 16), "float32", "x")
-    y = te.compute((512, 16), lambda i, j: select(i < 256, x[i, j], 0.0), name="y")
+    x = te.placeholder((1024, 16), "float32", "x")
+    y = te.compute((1024, 16), lambda i, j: select(i < 512, x[i, j], 0.0), name="y")
     sch = Schedule(te.create_prim_func([x, y], "f"))
     i, _ = sch.get_loops(sch.get_block("y"))
-    sch.unroll(sch.split(i, [None, 128])[1])
+    sch.unroll(sch.split(i, [None, 256])[1])
     assert "if" not in print_prepared(sch.func, prepare(sch.func))
 
 

@@ -65,6 +65,10 @@ class TargetModel(Protocol):
     def fma(self) -> bool:
         """Whether multiply and add are one instruction."""
 
+    @property
+    def fma_by_element(self) -> bool:
+        """Whether a multiply-add takes one element of a register for all lanes; none of its operands is in memory."""
+
 
 TargetT = TypeVar("TargetT", contravariant=True)
 
