@@ -52,6 +52,10 @@ class Core(Protocol):
     def loads_per_cycle(self) -> float:
         """Vectors that are loaded from the first-level cache in a cycle."""
 
+    @property
+    def fma_by_element(self) -> bool:
+        """Whether a multiply-add takes one element of a register for all lanes, and no operand from memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class RegisterTile:
@@ -100,13 +104,23 @@ def _shapes(
     most_rows = _MOST_ROWS if rows is None else min(_MOST_ROWS, rows)
     for vectors in sorted(choices):
         for r in range(1, most_rows + 1):
-            fits = r * vectors + vectors + (r if _is_small(target) else _OTHER_REGISTERS) <= target.vector_registers
+            fits = r * vectors + _others(target, r, vectors) <= target.vector_registers
             if fits or (r == 1 and vectors == min(choices)):
                 yield r, vectors
 
 
+def _others(target: Core, rows: int, vectors: int) -> int:
+    """Registers that are no accumulators.
+
+    By element, each row has a vector of the first operand, and one vector of the second is loaded while one is in use.
+    """
+    if target.fma_by_element:
+        return rows + 2 * vectors
+    return vectors + (rows if _is_small(target) else _OTHER_REGISTERS)
+
+
 def _is_small(target: Core) -> bool:
-    return target.vector_registers <= _FEW_REGISTERS and target.vector_bits <= _SHORT_BITS
+    return not target.fma_by_element and target.vector_registers <= _FEW_REGISTERS and target.vector_bits <= _SHORT_BITS
 
 
 def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | None) -> float:
@@ -118,13 +132,16 @@ def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | N
     for count, r in ((rows // tile.rows, tile.rows), (1, rows % tile.rows)):
         for times, v in ((vectors // tile.vectors, tile.vectors), (1, vectors % tile.vectors)):
             if count and r and times and v:
-                total += count * times * _step(target, r, v)
+                total += count * times * _step(target, r, v, tile.width if target.fma_by_element else 1)
     return total
 
 
-def _step(target: Core, rows: int, vectors: int) -> float:
-    """Cycles of one step of a tile, with a little for what comes from the second-level cache in the long run."""
-    sums, loads = rows * vectors / target.fma_per_cycle, (rows + vectors) / target.loads_per_cycle
+def _step(target: Core, rows: int, vectors: int, elements: int) -> float:
+    """Cycles of one step of a tile, with a little for what comes from the second-level cache in the long run.
+
+    A row's load has the `elements` of so many steps.
+    """
+    sums, loads = rows * vectors / target.fma_per_cycle, (rows / elements + vectors) / target.loads_per_cycle
     # To put an element in all lanes takes such cores the unit that multiplies.
     arithmetic = sums + rows / target.loads_per_cycle if _is_small(target) else max(sums, loads)
     return max(arithmetic, target.fma_latency) + 0.12 * vectors + 0.05 * rows

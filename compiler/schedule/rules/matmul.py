@@ -143,6 +143,8 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None) -> b
 def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:
     """Steps of the sum at once: some tens of multiply-adds, without a rest. They want registers of their own."""
     depth = extent_of(product.depth.extent)
+    if depth is not None and target.fma_by_element:
+        return max(u for u in _UNROLL if depth % u == 0 and u <= tile.width)  # the elements of one load
     if depth is None or target.vector_registers < _UNROLL_REGISTERS:
         return 1
     return max(u for u in _UNROLL if depth % u == 0 and (u == 1 or u * tile.rows * tile.vectors <= 48))
@@ -187,7 +189,7 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
     name = product.block.name
     ref = sch.get_block(name)
     total = cycles(block_named(sch.func, name), target)
-    nest = _split(sch, product, decisions)
+    nest = _split(sch, product, decisions, target)
     made = [ref]
     packs: list[BlockRef] = []
     if decisions["pack_b"]:
@@ -213,7 +215,7 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
     return {block.name for block in (*made, *packs)}
 
 
-def _split(sch: Schedule, product: Product, decisions: Decisions) -> _Nest:
+def _split(sch: Schedule, product: Product, decisions: Decisions, target: TargetModel) -> _Nest:
     """Split and reorder the loops."""
     loops = list(sch.get_loops(sch.get_block(product.block.name)))
     column, depth = loops[product.column], loops[-1]
@@ -232,7 +234,9 @@ def _split(sch: Schedule, product: Product, decisions: Decisions) -> _Nest:
     factors = [factor for factor in (decisions["vectors"], decisions["width"]) if factor > 1]
     if factors:
         panel, *lanes = sch.split(column, [None, *factors])
-        inner += lanes
+        # By element, vectors are outside of rows: each is loaded for all of them in turn.
+        first = lanes[:-1] if target.fma_by_element and decisions["width"] > 1 else []
+        inner = [*first, *inner, *lanes[len(first) :]]
     sums = list(sch.split(depth, [None, decisions["unroll"]])) if decisions["unroll"] > 1 else [depth]
     around = [*outer, *([block] if block is not None else []), panel, *([tile] if tile is not None else [])]
     if [*around, *sums, *inner] != list(sch.get_loops(sch.get_block(product.block.name))):

@@ -7,7 +7,7 @@ The shape of the tile follows the model of Low et al., "Analytical Modeling Is E
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,8 +32,12 @@ from kedge.compiler.tir.visitor import loads
 _LATENCY_TILES = 8
 #: A reduction loop this short is unrolled.
 _SHORT = 4
+#: So is one that reads neighbours in memory, where these are elements of one register to multiply by.
+_SHORT_BY_ELEMENT = 8
 #: All reducing loops are, where that gives no more multiply-adds than this: the 3x3 or 7x7 taps of a depthwise tile.
 _MOST_UNROLLED = 512
+#: Where no operand comes from memory, all loads of unrolled code want registers; some tens hide a loop's overhead.
+_MOST_UNROLLED_BY_ELEMENT = 48
 _MOST_ROWS = 14
 _MOST_VECTORS = 6
 #: Rows along a dim of unknown size, such as a batch: rows that do not fill a tile cost the most where there is one.
@@ -44,14 +48,16 @@ _OPEN_VECTORS = 4
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A register tile: `rows` x (`vectors` * `width`) elements, along two spatial dims given by number.
+    """A register tile: `rows` x `vectors` vectors of `width` elements, along spatial dims given by number.
 
-    `vector` is the dim of contiguous elements, or None for scalar code; `row` another dim, or None.
+    `vector` is the dim of contiguous elements, or None for scalar code; `row` another dim, or None. `panel` is the dim
+    along which the tile has its `vectors`: a third one, or None for that of contiguous elements.
     """
 
     vector: int | None = None
     width: int = 1
     vectors: int = 1
+    panel: int | None = None
     row: int | None = None
     rows: int = 1
     unroll: bool = True
@@ -76,8 +82,9 @@ def tile_by_model(block: Block, target: TargetModel) -> Tile:
     extent = extent_of(spatial(block)[vector].extent)
     width = fitting_lanes(lanes(target, block), extent)
     row = _row_dim(block, vector)
-    rows, vectors = _tile_shape(block, vector, row, width, target)
-    return Tile(vector, width, vectors, row, rows, parallel=parallel)
+    panel = _panel_dim(block, vector, row) if target.fma_by_element and width == extent else None
+    rows, vectors = _tile_shape(block, vector, panel, row, width, target)
+    return Tile(vector, width, vectors, panel if vectors > 1 else None, row, rows, parallel=parallel)
 
 
 def tile_space(block: Block, target: TargetModel) -> Space:
@@ -88,6 +95,7 @@ def tile_space(block: Block, target: TargetModel) -> Space:
         "vector": (None, *dims),
         "width": tuple(1 << i for i in range(most.bit_length())),
         "vectors": tuple(range(1, _MOST_VECTORS + 1)),
+        "panel": (None, *dims),
         "row": (None, *dims),
         "rows": tuple(range(1, _MOST_ROWS + 1)),
         "unroll": (False, True),
@@ -114,7 +122,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
         take_consumer(sch, blocks[-1])
     if reducing:
         blocks.append(sch.decompose_reduction(ref, reducing[0]))
-        for loop in _short(sch, reducing, tile) if tile.unroll else ():
+        for loop in _short(sch, reducing, tile, target) if tile.unroll else ():
             sch.unroll(loop)
     for block in blocks if inner else ():
         own = sch.get_loops(block)[-len(inner) :]
@@ -129,7 +137,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
 def _check(sch: Schedule, ref: BlockRef, tile: Tile) -> None:
     """Refuse a tile that no block of this rank can have."""
     rank = len(spatial(block_named(sch.func, ref.name)))
-    dims = [dim for dim in (tile.vector, tile.row) if dim is not None]
+    dims = [dim for dim in (tile.vector, tile.panel, tile.row) if dim is not None]
     sizes = (tile.width, tile.vectors, tile.rows)
     if any(not 0 <= dim < rank for dim in dims) or len(set(dims)) < len(dims):
         raise ScheduleError(f"tile of block {ref.name!r}: {tile} names a dim twice, or one beyond its rank {rank}")
@@ -147,8 +155,11 @@ def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], lis
     if tile.row is not None and tile.rows > 1:
         axes[tile.row], rows = sch.split(axes[tile.row], [None, tile.rows])
         inner.append(rows)
-    if tile.vector is not None and tile.width * tile.vectors > 1:
-        factors = [f for f in (tile.vectors, tile.width) if f > 1]
+    if tile.panel is not None and tile.vectors > 1:
+        axes[tile.panel], vectors = sch.split(axes[tile.panel], [None, tile.vectors])
+        inner.insert(0, vectors)  # what rows multiply by comes once for all of them
+    factors = [f for f in (1 if tile.panel is not None else tile.vectors, tile.width) if f > 1]
+    if tile.vector is not None and factors:
         axes[tile.vector], *steps = sch.split(axes[tile.vector], [None, *factors])
         inner += steps
     order = [*axes, *reducing, *inner]
@@ -170,13 +181,16 @@ def take_consumer(sch: Schedule, copy: BlockRef) -> None:
             return  # it reads the result in another order: it stays a nest of its own
 
 
-def _short(sch: Schedule, reducing: Sequence[LoopRef], tile: Tile) -> Sequence[LoopRef]:
+def _short(sch: Schedule, reducing: Sequence[LoopRef], tile: Tile, target: TargetModel) -> Sequence[LoopRef]:
     """The reducing loops to be unrolled: the last one if it is short, or all if that makes no long code."""
     sizes = [extent_of(sch.extent(loop)) for loop in reducing]
     known = [size for size in sizes if size is not None]
-    if len(known) == len(sizes) and math.prod(known) * tile.rows * tile.vectors <= _MOST_UNROLLED:
+    by_element = target.fma_by_element
+    longest = _MOST_UNROLLED_BY_ELEMENT if by_element else _MOST_UNROLLED
+    if len(known) == len(sizes) and math.prod(known) * tile.rows * tile.vectors <= longest:
         return [loop for loop, size in zip(reducing, known, strict=True) if size > 1]
-    return reducing[-1:] if sizes[-1] is not None and 1 < sizes[-1] <= _SHORT else ()
+    most = _SHORT_BY_ELEMENT if by_element else _SHORT
+    return reducing[-1:] if sizes[-1] is not None and 1 < sizes[-1] <= most else ()
 
 
 def _vector_dim(block: Block, target: TargetModel) -> int | None:
@@ -224,17 +238,41 @@ def _row_dim(block: Block, vector: int) -> int | None:
     return best
 
 
-def _tile_shape(block: Block, vector: int, row: int | None, width: int, target: TargetModel) -> tuple[int, int]:
+def _panel_dim(block: Block, vector: int, row: int | None) -> int | None:
+    """A third dim that takes the lanes' loads further and leaves the rows' ones: other output channels, in blocks."""
+    if row is None:
+        return None
+    axes = spatial(block)
+    by_lane, by_row = (strides(block, axes[dim].var)[1:] for dim in (vector, row))
+    for number, axis in enumerate(axes):
+        extent = extent_of(axis.extent)
+        steps = strides(block, axis.var)
+        if number in (vector, row) or extent is None or extent < 2 or None in steps:
+            continue
+        loaded = zip(by_lane, by_row, steps[1:], strict=True)
+        if all((lane != 0) == (step != 0) and (rows != 0) == (step == 0) for lane, rows, step in loaded):
+            return number
+    return None
+
+
+def _tile_shape(
+    block: Block, vector: int, panel: int | None, row: int | None, width: int, target: TargetModel
+) -> tuple[int, int]:
     """Rows and vectors of the tile: the best ratio of arithmetic to loads among what fits the registers."""
     axes = spatial(block)
     extent = extent_of(axes[vector].extent)
     chunks = None if extent is None else math.ceil(extent / width)
+    if panel is not None:
+        chunks = extent_of(axes[panel].extent)
     height = 1 if row is None else extent_of(axes[row].extent)
     most_vectors = min(_MOST_VECTORS, chunks or _MOST_VECTORS)
     open_rows = max(_OPEN_ROWS, -(-_LATENCY_TILES // most_vectors))
     most_rows = open_rows if height is None else min(_MOST_ROWS, height)
     registers = max(target.vector_registers, 4)
     least_vectors = min(_OPEN_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
+    others = _other_registers(block, vector, row, target)
+    # One vector has the elements of several steps.
+    row_loads = 1 / width if target.fma_by_element else 1.0
 
     def fit(size: int | None, step: int) -> float:
         """The share of useful work, less a fine for a tail."""
@@ -244,13 +282,32 @@ def _tile_shape(block: Block, vector: int, row: int | None, width: int, target: 
 
     def score(rows: int, vectors: int) -> float:
         count = rows * vectors
-        intensity = count / (count + 0.5 * (rows + vectors))
+        intensity = count / (count + 0.5 * (row_loads * rows + vectors))
         return fit(height, rows) * fit(chunks, vectors) * intensity * min(1.0, (count + 1) / (_LATENCY_TILES + 1))
 
     shapes = [
         (rows, vectors)
         for rows in range(1, most_rows + 1)
         for vectors in range(least_vectors, most_vectors + 1)
-        if rows * vectors + vectors + 1 <= registers
+        if rows * vectors + others(rows, vectors) <= registers or rows * vectors == 1
     ]
     return max(shapes, key=lambda shape: (score(*shape), -shape[1]))
+
+
+def _other_registers(block: Block, vector: int, row: int | None, target: TargetModel) -> Callable[[int, int], int]:
+    """The registers that a tile of so many rows and vectors needs beside its accumulators.
+
+    With operands in memory those are for the vectors that rows share, and one for an element of a row. Else they are
+    for all that is loaded: for each row a vector of elements, for each vector one in use and the next; or, where each
+    row has vectors of its own, for the neighbours that the taps of a convolution read again.
+    """
+    if row is None or not target.fma_by_element:
+        return lambda rows, vectors: vectors + 1
+    axes = spatial(block)
+    by_lane, by_row = (strides(block, axes[dim].var)[1:] for dim in (vector, row))
+    if any(lane == 0 and step != 0 for lane, step in zip(by_lane, by_row, strict=True)):
+        return lambda rows, vectors: rows + 2 * vectors
+    width = min(abs(step) for step in by_lane if step) * lanes(target, block)
+    if any(step is None or abs(step) > width for step in by_row):
+        return lambda rows, vectors: vectors + rows + rows // 2 + 5
+    return lambda rows, vectors: vectors + rows // 2 + 4
