@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.lower.program import Kernel
 from kedge.compiler.schedule.rules.contraction import Contraction
+from kedge.compiler.schedule.rules.dot import Dot
 from kedge.compiler.schedule.rules.fallback import Fallback
 from kedge.compiler.schedule.rules.gpu import GpuThreads
 from kedge.compiler.schedule.rules.injective import Injective
@@ -26,7 +27,15 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 #: All rules for CPUs, the more special first. The last one matches everything.
-RULES: tuple[Rule[TargetModel], ...] = (Injective(), Winograd(), Matmul(), Contraction(), Reduction(), Fallback())
+RULES: tuple[Rule[TargetModel], ...] = (
+    Injective(),
+    Winograd(),
+    Matmul(),
+    Dot(),
+    Contraction(),
+    Reduction(),
+    Fallback(),
+)
 #: Those for GPUs, likewise.
 GPU_RULES: tuple[Rule[GpuTarget], ...] = (GpuThreads(),)
 

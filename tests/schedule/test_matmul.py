@@ -12,9 +12,10 @@ from kedge.compiler.cache import KernelCache
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.default import schedule_func
+from kedge.compiler.schedule.rules.analysis import is_reduction
 from kedge.compiler.schedule.rules.matmul import Matmul
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.schedule.tree import loops_in
+from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
 from kedge.compiler.target.tiles import tile_for
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Cast, Dim, Expr, Var, maximum
@@ -50,6 +51,15 @@ def packed(m: Dim, k: Dim, n: int, width: int) -> PrimFunc:
     return te.create_prim_func([x, w, b, r, te.compute((m, n), lambda i, j: z[i, j] + r[i, j], name="s")], "packed")
 
 
+def biased(m: Dim, k: Dim, n: Dim) -> PrimFunc:
+    """`relu(x @ w + b)` with w as it came."""
+    x, w = te.placeholder((m, k), "float32", "x"), te.placeholder((k, n), "float32", "w")
+    b, axis = te.placeholder((n,), "float32", "b"), te.reduce_axis(k, "k")
+    y = te.compute((m, n), lambda i, j: te.sum(x[i, axis] * w[axis, j], axis), name="y")
+    z = te.compute((m, n), lambda i, j: maximum(y[i, j] + b[j], 0.0), name="z")
+    return te.create_prim_func([x, w, b, z], "biased")
+
+
 def batched(b: Dim, m: Dim, k: int, n: int) -> PrimFunc:
     """Each of a batch by its own matrix; the first operand is the same for all."""
     x, w, axis = te.placeholder((m, k), "float32", "x"), te.placeholder((b, k, n), "float32", "w"), te.reduce_axis(k)
@@ -81,6 +91,9 @@ CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
     "plain": (product(13, 9, 37), {}),
     "wide": (product(5, 6, 70), {}),
     "one_row": (product(1, 12, 40), {}),
+    "streamed": (biased(1, 13, 110), {}),
+    "streamed_rows": (biased(3, 9, 130), {}),
+    "streamed_depth": (biased(2, K, 75), {"k": 11}),
     "free_rows": (product(N, 8, 20), {"n": 11}),
     "free_columns": (product(6, 5, M), {"m": 19}),
     "free": (product(N, K, M), {"n": 7, "k": 6, "m": 18}),
@@ -208,6 +221,32 @@ def test_large_products_are_parallel_and_packed():
     assert kernel.decisions["pack_b"]
     assert any(loop.kind == "parallel" for loop in loops_in(kernel.func.body))
     assert not schedule_func(product(8, 512, 512), AVX2).decisions["pack_b"]
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_products_of_few_rows_stream_what_is_not_packed(m):
+    """The sum is outside of the columns, those of one core's block wait in its cache, and the consumer is in there."""
+    kernel = schedule_func(biased(m, 512, 8192), AVX512)
+    chosen = kernel.decisions
+    assert chosen["stream"]
+    assert chosen["rows"] == m
+    assert 4 * chosen["block"] * chosen["vectors"] * chosen["width"] <= AVX512.l1_bytes // 2
+    assert sum(buffer.scope == "local" for buffer in kernel.func.allocs) == len(kernel.func.allocs) == 1
+    (path,) = [block_path(kernel.func, block.name) for block in blocks_in(kernel.func.body) if is_reduction(block)]
+    names = [loop.var.name for loop in loops_on(path)]
+    assert names.index("k_0") < names.index("j_1") < names.index("k_1")
+
+
+def test_other_products_do_not_stream():
+    for func in (packed(1, 512, 2048, 32), product(8, 512, 2048), product(N, 512, 2048), product(1, 512, 60)):
+        assert not RULE.default(func, AVX512)["stream"]
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 300, 1130), (1, 7, 5000), (3, 131, 517), (4, 64, 2048)])
+def test_machine_code_of_streams(m, k, n, kernels: KernelCache):
+    func = biased(m, k, n)
+    assert RULE.default(func, AVX512)["stream"]
+    assert_compiled(schedule_func(func, AVX512).func, func, {}, kernels)
 
 
 def test_a_cast_of_an_operand_stays_in_the_sum():

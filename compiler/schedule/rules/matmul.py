@@ -17,6 +17,7 @@ from kedge.compiler.schedule.rules.analysis import block_named, extent_of, inlin
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.product import Product, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
+from kedge.compiler.schedule.rules.stream import MOST_BLOCK, schedule_stream, stream_decisions, streams
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
@@ -44,7 +45,9 @@ class Matmul:
 
     Decisions: `rows`, `vectors` and `width` of the tile; `row`, the spatial dim that its rows are; `unroll`, steps of
     the sum at once; `block`, how many tiles of rows go over a panel before the next panel (0: all); `pack_a` and
-    `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `parallel`.
+    `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `parallel`;
+    `stream`, whether the sum goes on outside of a block of results instead, for products of few rows: `block` then is
+    how many tiles of columns that block has.
     """
 
     name: str = "matmul"
@@ -64,10 +67,11 @@ class Matmul:
             "width": tuple(1 << i for i in range(most.bit_length())),
             "row": (None, *product.rows),
             "unroll": _UNROLL,
-            "block": (0, 1, 2, 4, 8, 16, 32, 64, 128),
+            "block": (0, *(1 << i for i in range(MOST_BLOCK.bit_length()))),
             "pack_a": (False, True),
             "pack_b": (False, True) if product.panel is None else (False,),
             "parallel": (False, True),
+            "stream": (False, True),
         }
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
@@ -78,7 +82,7 @@ class Matmul:
         tile = tile_for(target, product.itemsize, height, product.extent(product.column), panel=product.panel)
         pack_b = _pays_to_pack(product, tile, height)
         pack_a = not pack_b and product.row_bytes(row) % _ALIAS == 0 and tile.rows > 8
-        return {
+        chosen = {
             "rows": tile.rows,
             "vectors": tile.vectors,
             "width": tile.width,
@@ -88,14 +92,19 @@ class Matmul:
             "pack_a": pack_a,
             "pack_b": pack_b,
             "parallel": is_worth_threads([product.block], target),
+            "stream": False,
         }
+        if streams(product, target):
+            chosen |= {**stream_decisions(product, target), "pack_a": False, "pack_b": False, "stream": True}
+        return chosen
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
         """See the class."""
         _check(_known(sch.func), decisions)
         inline_producers(sch)
         product = _known(sch.func)
-        done = _schedule_tiles(sch, product, decisions, target)
+        schedule = schedule_stream if decisions["stream"] else _schedule_tiles
+        done = schedule(sch, product, decisions, target)
         for block in blocks_in(sch.func.body):
             if block.name not in done:
                 schedule_map_by_model(sch, block.name, target)

@@ -59,13 +59,13 @@ class Product:
 def product_of(block: Block) -> Product | None:
     """The matrix product that a reduction is, or None."""
     axes = spatial(block)
+    found = operands(block)
     reduced = [it for it in block.iters if it.kind == "reduce"]
-    operands = _operands(block)
-    if len(reduced) != 1 or block.iters[-1] is not reduced[0] or operands is None or not axes:
+    if len(reduced) != 1 or block.iters[-1] is not reduced[0] or found is None or not axes:
         return None
     wide = [number for number, axis in enumerate(axes) if extent_of(axis.extent) != 1]
     column = wide[-1] if wide else len(axes) - 1
-    for a, b in (operands, operands[::-1]):
+    for a, b in (found, found[::-1]):
         if axes[column].var in _used(b) and axes[column].var not in _used(a):
             return _with(block, a, b, reduced[0], column)
     return None
@@ -88,7 +88,7 @@ def _with(block: Block, a: Load, b: Load, depth: IterVar, column: int) -> Produc
     return Product(block, a, b, depth, column, rows, batch, panel)
 
 
-def _operands(block: Block) -> tuple[Load, Load] | None:
+def operands(block: Block) -> tuple[Load, Load] | None:
     """The two loads whose products the block sums."""
     value = store_of(block).value
     if not isinstance(value, Binary) or value.op != "add":
