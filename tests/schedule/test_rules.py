@@ -321,6 +321,19 @@ def test_a_free_batch_shares_what_is_loaded_of_the_weights(target):
         assert_same(func, kernel.func, {"n": n})
 
 
+@pytest.mark.parametrize(("taps", "width", "unrolled"), [(3, M, True), (7, M, False), (7, 6, True)])
+def test_taps_are_written_out_where_that_makes_no_long_code(taps, width, unrolled):
+    """Code for rows of unknown size is repeated for borders and ends: 49 taps each time took half a minute."""
+    x, w = te.placeholder((9, width + taps - 1, 16), "float32", "x"), te.placeholder((taps, taps, 16), "float32", "w")
+    r, s = te.reduce_axis(taps, "r"), te.reduce_axis(taps, "s")
+    y = te.compute((3, width, 16), lambda h, v, c: te.sum(x[h + r, v + s, c] * w[r, s, c], (r, s)), name="y")
+    func = te.create_prim_func([x, w, y], "depthwise")
+    kernel = schedule_func(func, AVX512)
+    assert kernel.decisions["rows"] > 1
+    assert all(loop.kind != "serial" for loop in loops_in(kernel.func.body) if loop.var.name in "rs") == unrolled
+    assert_same(func, kernel.func, {"m": 5} if width is M else {})
+
+
 @pytest.mark.parametrize(
     ("target", "group"),
     [("opencl", 256), ("cuda", 256), ("opencl -max-threads=16", 16), ("opencl -warp=64 -max-threads=100", 64),

@@ -36,6 +36,8 @@ _SHORT = 4
 _SHORT_BY_ELEMENT = 8
 #: All reducing loops are, where that gives no more multiply-adds than this: the 3x3 or 7x7 taps of a depthwise tile.
 _MOST_UNROLLED = 512
+#: The same for rows along a dim of unknown size, whose code is written out for borders and for the end of a row, too.
+_MOST_UNROLLED_OPEN = 128
 #: Where no operand comes from memory, all loads of unrolled code want registers; some tens hide a loop's overhead.
 _MOST_UNROLLED_BY_ELEMENT = 48
 _MOST_ROWS = 14
@@ -122,7 +124,8 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
         take_consumer(sch, blocks[-1])
     if reducing:
         blocks.append(sch.decompose_reduction(ref, reducing[0]))
-        for loop in _short(sch, reducing, tile, target) if tile.unroll else ():
+        is_open = tile.row is not None and extent_of(sch.extent(outer[tile.row])) is None
+        for loop in _short(sch, reducing, tile, target, is_open=is_open) if tile.unroll else ():
             sch.unroll(loop)
     for block in blocks if inner else ():
         own = sch.get_loops(block)[-len(inner) :]
@@ -181,12 +184,14 @@ def take_consumer(sch: Schedule, copy: BlockRef) -> None:
             return  # it reads the result in another order: it stays a nest of its own
 
 
-def _short(sch: Schedule, reducing: Sequence[LoopRef], tile: Tile, target: TargetModel) -> Sequence[LoopRef]:
+def _short(
+    sch: Schedule, reducing: Sequence[LoopRef], tile: Tile, target: TargetModel, *, is_open: bool
+) -> Sequence[LoopRef]:
     """The reducing loops to be unrolled: the last one if it is short, or all if that makes no long code."""
     sizes = [extent_of(sch.extent(loop)) for loop in reducing]
     known = [size for size in sizes if size is not None]
     by_element = target.fma_by_element
-    longest = _MOST_UNROLLED_BY_ELEMENT if by_element else _MOST_UNROLLED
+    longest = _MOST_UNROLLED_BY_ELEMENT if by_element else _MOST_UNROLLED_OPEN if is_open else _MOST_UNROLLED
     if len(known) == len(sizes) and math.prod(known) * tile.rows * tile.vectors <= longest:
         return [loop for loop, size in zip(reducing, known, strict=True) if size > 1]
     most = _SHORT_BY_ELEMENT if by_element else _SHORT
