@@ -282,7 +282,7 @@ def _schedule(sch: Schedule, stages: _Stages, sizes: _Sizes, tiling: Tiling, tar
         sch.vectorize(lane)
     for block in (rows, back, product, *(() if tiling.by_outputs else (transformed,))):
         sch.set_scope(block, "local")
-    made = _schedule_product(sch, product, len(nest), tiling)
+    made = _schedule_product(sch, product, len(nest), tiling, target)
     if part is not None:
         if tiling.by_outputs:
             sch.parallel(sch.get_loops(transformed)[0])
@@ -344,7 +344,9 @@ def _schedule_input(sch: Schedule, transformed: BlockRef, rows: BlockRef, around
     sch.compute_at(rows, [*loops[:around], *places][-1])
 
 
-def _schedule_product(sch: Schedule, product: BlockRef, around: int, tiling: Tiling) -> list[BlockRef]:
+def _schedule_product(
+    sch: Schedule, product: BlockRef, around: int, tiling: Tiling, target: TargetModel
+) -> list[BlockRef]:
     """The products as register tiles, in loops of their own `around` loops inside; the blocks that this makes."""
     loops = list(sch.get_loops(product))[around:]
     bindings = block_named(sch.func, product.name).bindings
@@ -356,11 +358,15 @@ def _schedule_product(sch: Schedule, product: BlockRef, around: int, tiling: Til
         _split(sch, outputs, tiling.outputs, tiling.vectors),
     ]
     outer = [loop for loop in (k, l, parts[2][0], batch, parts[0][0], parts[1][0]) if loop is not None]
-    inner = [loop for loop in (*(within for _, within in parts), lane) if loop is not None]
+    # By element, vectors are outside of rows: each is loaded for all of them in turn.
+    within = parts[-1:] + parts[:-1] if target.fma_by_element else parts
+    inner = [loop for loop in (*(loop for _, loop in within), lane) if loop is not None]
     sums = [loop for loop in reducing if loop is not None]
     sch.reorder(*outer, *sums, *inner)
     copy = sch.cache_write(product, outer[-1], "register")
     init = sch.decompose_reduction(product, sums[0])
+    if target.fma_by_element and len(sums) > 1:
+        sch.unroll(sums[-1])  # the elements of one load
     for block in (product, copy, init):
         *unrolled, last = list(sch.get_loops(block))[-len(inner) :]
         for loop in unrolled:
@@ -421,11 +427,16 @@ def _register_tile(tiles: tuple[int, int, int], outputs: int, target: TargetMode
         for across in _divisors(tiles[2])
         for vectors in _divisors(outputs)
         if vectors <= _MOST_VECTORS and down * across <= _MOST_ROWS
-        if down * across * vectors + vectors + 1 <= max(target.vector_registers, 4) or down * across * vectors == 1
+        if _registers(down * across, vectors, target) <= max(target.vector_registers, 4) or down * across * vectors == 1
     ]
     return min(
         found, key=lambda each: (_step_cycles(each[0] * each[1], each[2], target) / math.prod(each), -math.prod(each))
     )
+
+
+def _registers(rows: int, vectors: int, target: TargetModel) -> int:
+    """What a register tile needs: by element, rows have vectors of their own, and the next of the weights is loaded."""
+    return rows * vectors + (rows + 2 * vectors if target.fma_by_element else vectors + 1)
 
 
 def _divisors(size: int) -> list[int]:
@@ -435,7 +446,8 @@ def _divisors(size: int) -> list[int]:
 def _step_cycles(rows: int, vectors: int, target: TargetModel) -> float:
     """Cycles for one channel of a register tile, with what begins and ends the tile spread over 64 channels."""
     busy = rows * vectors / target.fma_per_cycle
-    return max(busy, (rows + vectors) / target.loads_per_cycle, float(target.fma_latency)) + _TILE_CYCLES / 64
+    steps = max(1, target.vector_bits // 32) if target.fma_by_element else 1  # that a row's load has elements for
+    return max(busy, (rows / steps + vectors) / target.loads_per_cycle, float(target.fma_latency)) + _TILE_CYCLES / 64
 
 
 def _spreads(
