@@ -132,3 +132,5 @@ attributes #0 = { nounwind "no-builtins" "tune-cpu"="x86-64-v3" "prefer-vector-w
 !llvm.module.flags = !{!0, !1}
 !0 = !{i32 8, !"PIC Level", i32 2}
 !1 = !{i32 7, !"uwtable", i32 0}
+!2 = distinct !{!2, !3}
+!3 = !{!"llvm.loop.unroll.disable"}
