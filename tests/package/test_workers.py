@@ -183,7 +183,7 @@ def test_an_interrupt_ends_workers_that_are_busy() -> None:
     def started(one: Job) -> None:
         if one is endless[1]:  # both are busy, and this process is about to wait for them
             processes.extend(each._process for each in running._running)
-            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+            threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
 
     with pytest.raises(KeyboardInterrupt), running:
         assert not list(running.compile(endless, started)), "neither ends by itself"
