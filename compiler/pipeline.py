@@ -111,7 +111,7 @@ class Pipeline:
         del common
 
         def rest(target: AnyTarget) -> Module:
-            return self.for_target(target)._run_from(first, len(self.passes), left.pop(), f"-{target.label}")
+            return self.for_target(target)._run_from(first, len(self.passes), left.pop(), f"-{stage_name(target)}")
 
         return rest
 

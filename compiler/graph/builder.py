@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kedge.compiler.errors import CompileError, ShapeError
-from kedge.compiler.graph.dims import attribute_symbols, format_type, plain, plain_shape, same_type
+from kedge.compiler.graph.dims import attribute_symbols, format_type, plain, plain_shape, same_shape, same_type
 from kedge.compiler.graph.ir import Call, Constant, Function, Input, Item, Param, TensorType, Value
 from kedge.compiler.ops import registry
 from kedge.compiler.tir.expr import Dim, Expr
@@ -40,6 +40,13 @@ def make_call(op: str, inputs: Sequence[Value], attrs: Mapping[str, Any], origin
 def call(op: str, *inputs: Value, origin: Sequence[str] = (), **attrs: Any) -> Value:
     """The result of an operator with one result."""
     return make_call(op, inputs, attrs, tuple(origin))
+
+
+def reshaped(value: Value, shape: Sequence[Dim], origin: Sequence[str] = ()) -> Value:
+    """`value` in another shape; the same object where that is its shape already."""
+    if same_shape(value.type.shape, shape):
+        return value
+    return call("reshape", value, shape=tuple(shape), origin=origin)
 
 
 def complete_attrs(definition: registry.OpDef, attrs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,14 +15,20 @@ from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Expr, const
 
 
-def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+def weight_shape(types: Sequence[TensorType]) -> list[int]:
+    """The known shape of the weight of a convolution, transposed or not, over its input; raises `ShapeError`."""
     x, w = types[:2]
-    dtype = common.require_same_dtype(types)
+    common.require_same_dtype(types)
     common.require_dtype(x, common.NUMBERS)
     common.require(x.rank >= 3, "the input must have rank 3 or more: batch, channels, spatial axes")
     common.require(w.rank == x.rank, f"the weight has rank {w.rank}, the input {x.rank}")
-    groups, shape = attrs["groups"], [dim for dim in w.shape if isinstance(dim, int)]
+    shape = [dim for dim in w.shape if isinstance(dim, int)]
     common.require(len(shape) == w.rank, "the weight's shape must be known")
+    return shape
+
+
+def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+    x, groups, shape = types[0], attrs["groups"], weight_shape(types)
     common.require(
         groups > 0 and same_dim(x.shape[1], shape[1] * groups) and shape[0] % groups == 0,
         f"weight {tuple(shape)} and groups={groups} want {shape[1] * groups} input channels and {groups} to divide "
@@ -32,7 +38,7 @@ def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         bias = types[2]
         common.require(bias.rank == 1 and same_dim(bias.shape[0], shape[0]), f"the bias must have shape [{shape[0]}]")
     spatial = windows.of_attrs(attrs, shape[2:]).output(x.shape[2:])
-    return (TensorType((x.shape[0], shape[0], *spatial), dtype, x.space),)
+    return (TensorType((x.shape[0], shape[0], *spatial), x.dtype, x.space),)
 
 
 def _reference(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:

@@ -16,6 +16,7 @@ from kedge.compiler import te
 from kedge.compiler.graph.dims import evaluate, format_dim, plain
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry, windows
+from kedge.compiler.ops.conv import weight_shape
 from kedge.compiler.ops.registry import Array, FusionKind, OpDef
 from kedge.compiler.ops.windows import Windows
 from kedge.compiler.te import Tensor
@@ -48,13 +49,7 @@ def output(window: Windows, extra: Sequence[int], sizes: Sequence[Dim]) -> tuple
 
 
 def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
-    x, w = types[:2]
-    dtype = common.require_same_dtype(types)
-    common.require_dtype(x, common.NUMBERS)
-    common.require(x.rank >= 3, "the input must have rank 3 or more: batch, channels, spatial axes")
-    common.require(w.rank == x.rank, f"the weight has rank {w.rank}, the input {x.rank}")
-    groups, shape = attrs["groups"], [dim for dim in w.shape if isinstance(dim, int)]
-    common.require(len(shape) == w.rank, "the weight's shape must be known")
+    x, groups, shape = types[0], attrs["groups"], weight_shape(types)
     common.require(
         groups > 0 and same_dim(x.shape[1], shape[0]) and shape[0] % groups == 0,
         f"weight {tuple(shape)} and groups={groups} want {shape[0]} input channels, not {format_dim(x.shape[1])}, and "
@@ -66,7 +61,7 @@ def _infer(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
         common.require(bias.rank == 1 and same_dim(bias.shape[0], filters), f"the bias must have shape [{filters}]")
     window = windows.of_attrs(attrs, shape[2:])
     spatial = output(window, extra_of(attrs, len(window.kernel)), x.shape[2:])
-    return (TensorType((x.shape[0], filters, *spatial), dtype, x.space),)
+    return (TensorType((x.shape[0], filters, *spatial), x.dtype, x.space),)
 
 
 def _reference(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+
+from kedge.compiler.target.core import TargetModel, lanes_of
 
 #: Rows of a tile: those of a matrix whose rows are a power of two apart meet in one set of the first-level cache,
 #: which has eight ways nearly everywhere.
@@ -29,34 +30,6 @@ _OTHER_REGISTERS = 2
 _FEW_REGISTERS, _SHORT_BITS = 16, 128
 
 
-class Core(Protocol):
-    """What the model may know of a processor."""
-
-    @property
-    def vector_bits(self) -> int:
-        """Bits of a vector register."""
-
-    @property
-    def vector_registers(self) -> int:
-        """Vector registers that a program can name."""
-
-    @property
-    def fma_per_cycle(self) -> float:
-        """Multiply-adds of whole vectors that begin in a cycle."""
-
-    @property
-    def fma_latency(self) -> int:
-        """Cycles from one multiply-add to the next of the same accumulator."""
-
-    @property
-    def loads_per_cycle(self) -> float:
-        """Vectors that are loaded from the first-level cache in a cycle."""
-
-    @property
-    def fma_by_element(self) -> bool:
-        """Whether a multiply-add takes one element of a register for all lanes, and no operand from memory."""
-
-
 @dataclass(frozen=True, slots=True)
 class RegisterTile:
     """`rows` times `vectors` accumulators of `width` elements."""
@@ -72,14 +45,14 @@ class RegisterTile:
 
 
 def tile_for(
-    target: Core, itemsize: int, rows: int | None, columns: int | None, *, panel: int | None = None
+    target: TargetModel, itemsize: int, rows: int | None, columns: int | None, *, panel: int | None = None
 ) -> RegisterTile:
     """The tile with which a product of so many rows and columns (None: free) takes the fewest cycles.
 
     `itemsize` is the bytes of an accumulator. With a `panel`, columns lie together in panels of so many: the tile is
     one of these, or part of one, or several for a product of few rows.
     """
-    width = max(1, target.vector_bits // (8 * itemsize))
+    width = lanes_of(target, itemsize)
     if panel is not None:
         width = min(width, panel)
     elif columns is not None:
@@ -90,7 +63,7 @@ def tile_for(
 
 
 def _shapes(
-    target: Core, rows: int | None, columns: int | None, width: int, panel: int | None
+    target: TargetModel, rows: int | None, columns: int | None, width: int, panel: int | None
 ) -> Iterator[tuple[int, int]]:
     """Rows and vectors that the registers hold; one accumulator always is possible."""
     if panel is None:
@@ -109,7 +82,7 @@ def _shapes(
                 yield r, vectors
 
 
-def _others(target: Core, rows: int, vectors: int) -> int:
+def _others(target: TargetModel, rows: int, vectors: int) -> int:
     """Registers that are no accumulators.
 
     By element, each row has a vector of the first operand, and one vector of the second is loaded while one is in use.
@@ -119,11 +92,11 @@ def _others(target: Core, rows: int, vectors: int) -> int:
     return vectors + (rows if _is_small(target) else _OTHER_REGISTERS)
 
 
-def _is_small(target: Core) -> bool:
+def _is_small(target: TargetModel) -> bool:
     return not target.fma_by_element and target.vector_registers <= _FEW_REGISTERS and target.vector_bits <= _SHORT_BITS
 
 
-def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | None) -> float:
+def _cycles(target: TargetModel, tile: RegisterTile, rows: int | None, columns: int | None) -> float:
     """Cycles of a step of the sum, over all tiles; of a free number of rows, those of one and of some together."""
     if rows is None:
         return _cycles(target, tile, _SOME_ROWS, columns) / _SOME_ROWS + _ONE_ROW * _cycles(target, tile, 1, columns)
@@ -136,7 +109,7 @@ def _cycles(target: Core, tile: RegisterTile, rows: int | None, columns: int | N
     return total
 
 
-def _step(target: Core, rows: int, vectors: int, elements: int) -> float:
+def _step(target: TargetModel, rows: int, vectors: int, elements: int) -> float:
     """Cycles of one step of a tile, with a little for what comes from the second-level cache in the long run.
 
     A row's load has the `elements` of so many steps.

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from kedge.compiler.dtypes import FLOATS
-from kedge.compiler.graph.builder import call, make_call
+from kedge.compiler.graph.builder import call, make_call, reshaped
 from kedge.compiler.graph.dims import same_shape
 from kedge.compiler.graph.ir import Call, Function, Module, Value, operands
 from kedge.compiler.graph.passes.base import Context, Pass, with_functions, with_operands
@@ -26,6 +26,7 @@ from kedge.compiler.ops.movement import slice_plan
 from kedge.compiler.ops.registry import FusionKind
 from kedge.compiler.ops.resize import resized_axes
 from kedge.compiler.target import AnyTarget, Target
+from kedge.compiler.target.core import lanes_of
 from kedge.compiler.tir.expr import Dim
 
 #: The fewest channels in a block.
@@ -63,7 +64,7 @@ class BlockChannels:
 
 def block_sizes(target: Target, dtype: str) -> tuple[int, ...]:
     """Channels that a block may have for tensors of `dtype`, the best first: a register, then a half, a quarter."""
-    lanes = max(1, target.vector_bits // (8 * np.dtype(common.wide_dtype(dtype)).itemsize))
+    lanes = lanes_of(target, np.dtype(common.wide_dtype(dtype)).itemsize)
     return tuple(size for size in (lanes, lanes // 2, lanes // 4) if size == lanes or size >= _LEAST_LANES)
 
 
@@ -160,7 +161,8 @@ class _Blocker:
             return _reshaped(self.plain(old), (*type_.shape, 1))
         if axis == 1:
             return self.blocked(old, lanes)
-        return _reshaped(pack(_reshaped(self.plain(old), (1, *type_.shape)), lanes), None)
+        packed = pack(_reshaped(self.plain(old), (1, *type_.shape)), lanes)
+        return _reshaped(packed, packed.type.shape[1:])
 
 
 def _lanes(blocked: Value) -> int:
@@ -175,12 +177,8 @@ def _origin(value: Value) -> tuple[str, ...]:
     return value.origin if isinstance(value, Call) else ()
 
 
-def _reshaped(value: Value, shape: tuple[Dim, ...] | None) -> Value:
-    """`value` in another shape (None: without its first dim)."""
-    wanted = value.type.shape[1:] if shape is None else shape
-    if same_shape(value.type.shape, wanted):
-        return value
-    return call("reshape", value, shape=wanted, origin=_origin(value))
+def _reshaped(value: Value, shape: Sequence[Dim]) -> Value:
+    return reshaped(value, shape, _origin(value))
 
 
 def pack(plain: Value, lanes: int) -> Value:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedge.compiler.graph.builder import call
-from kedge.compiler.graph.dims import same_shape
+from kedge.compiler.graph.builder import call, reshaped
 from kedge.compiler.graph.ir import Call, Value, same_dim
 from kedge.compiler.ops.movement import permutation
 from kedge.compiler.tir.expr import Dim
@@ -31,16 +30,10 @@ def as_one_move(second: Call) -> Value | None:
     given = [number for axis in range(x.type.rank) for number in before[inner.index(axis)]]
     wanted = [number for axis in permutation(second.attrs, second.type.rank) for number in after[axis]]
     origin = (*first.origin, *reshape.origin, *second.origin)
-    split = _reshaped(x, [factors[number] for number in given], origin)
+    split = reshaped(x, [factors[number] for number in given], origin)
     perm = tuple(given.index(number) for number in wanted)
     moved = split if perm == tuple(sorted(perm)) else call("transpose", split, perm=perm, origin=origin)
-    return _reshaped(moved, second.type.shape, origin)
-
-
-def _reshaped(value: Value, shape: Sequence[Dim], origin: tuple[str, ...]) -> Value:
-    if same_shape(value.type.shape, shape):
-        return value
-    return call("reshape", value, shape=tuple(shape), origin=origin)
+    return reshaped(moved, second.type.shape, origin)
 
 
 def _common_factors(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[list[Dim], list[list[int]], list[list[int]]] | None:

@@ -11,6 +11,7 @@ from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, intermediate, readers
+from kedge.compiler.target.core import lanes_of
 from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var, as_expr, const
 from kedge.compiler.tir.simplify import Ranges, Simplifier, over
 from kedge.compiler.tir.stmt import Block, IterVar, PrimFunc, Store
@@ -76,8 +77,7 @@ def is_cheap(block: Block) -> bool:
 def lanes(target: TargetModel, block: Block) -> int:
     """Elements of the widest type that the block touches in one vector register; 1 without vectors."""
     dtypes = {store_of(block).buffer.dtype, *(load.dtype for load in loads(block.body))}
-    widest = max(np.dtype(dtype).itemsize for dtype in dtypes) * 8
-    return max(1, target.vector_bits // widest)
+    return lanes_of(target, max(np.dtype(dtype).itemsize for dtype in dtypes))
 
 
 def fitting_lanes(limit: int, extent: int | None) -> int:

@@ -14,11 +14,12 @@ from kedge.compiler.schedule.rules.analysis import (
     store_of,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
+from kedge.compiler.schedule.rules.product import factors
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.tile import Tile, schedule_tile, tile_by_model, tile_space
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import blocks_in, intermediate, writers
-from kedge.compiler.tir.expr import Binary, Cast, Expr, Load, Select
+from kedge.compiler.tir.expr import Select
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.visitor import free_vars, loads, walk_expr
 
@@ -33,7 +34,7 @@ class Contraction:
         """Whether there is exactly one reduction, and it sums products of two tensors."""
         found = reductions(func)
         simple = all(isinstance(block.body, Store) for block in blocks_in(func.body))
-        return simple and len(found) == 1 and bool(found[0].iters) and _sums_products(found[0])
+        return simple and len(found) == 1 and bool(found[0].iters) and factors(found[0]) is not None
 
     def space(self, func: PrimFunc, target: TargetModel) -> Space:
         """The tile, and whether padding is computed inside the inner loop instead of before."""
@@ -62,18 +63,6 @@ class Contraction:
                 schedule_map_by_model(sch, block.name, target)
 
 
-def _sums_products(block: Block) -> bool:
-    value = store_of(block).value
-    if not isinstance(value, Binary) or value.op != "add":
-        return False
-    update = value.b
-    return (
-        isinstance(update, Binary)
-        and update.op == "mul"
-        and all(isinstance(_uncast(side), Load) for side in (update.a, update.b))
-    )
-
-
 def _pads_whole_vectors(func: PrimFunc, block: Block, tile: Tile) -> bool:
     """Whether what chooses in the producers of `block` is the same for all lanes of a vector."""
     if tile.vector is None:
@@ -90,10 +79,6 @@ def _pads_whole_vectors(func: PrimFunc, block: Block, tile: Tile) -> bool:
         if any(lane in free_vars(load.indices[axis]) for load in reads for axis in chosen):
             return False
     return True
-
-
-def _uncast(expr: Expr) -> Expr:
-    return expr.value if isinstance(expr, Cast) else expr
 
 
 def _producers(func: PrimFunc, block: Block) -> list[str]:

@@ -22,6 +22,7 @@ from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, para
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.target.core import lanes_of
 from kedge.compiler.target.tiles import RegisterTile, tile_for
 from kedge.compiler.tir.stmt import PrimFunc, Store
 
@@ -60,7 +61,7 @@ class Matmul:
     def space(self, func: PrimFunc, target: TargetModel) -> Space:
         """See the class."""
         product = _known(func)
-        most = max(1, target.vector_bits // (8 * product.itemsize))
+        most = lanes_of(target, product.itemsize)
         return {
             "rows": tuple(range(1, _MOST_ROWS + 1)),
             "vectors": tuple(range(1, _MOST_VECTORS + 1)),
@@ -284,7 +285,7 @@ def _separable(sch: Schedule, loops: list[LoopRef]) -> list[LoopRef]:
 def _schedule_pack(sch: Schedule, pack: BlockRef, target: TargetModel) -> None:
     """Vectorize the copy along the source's last dim."""
     source = store_of(block_named(sch.func, pack.name))
-    width = max(1, target.vector_bits // (8 * np.dtype(source.buffer.dtype).itemsize))
+    width = lanes_of(target, np.dtype(source.buffer.dtype).itemsize)
     last = sch.get_loops(pack)[-1]
     extent = extent_of(sch.extent(last))
     if width > 1 and extent is not None and extent >= width:

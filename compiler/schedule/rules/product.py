@@ -89,6 +89,12 @@ def _with(block: Block, a: Load, b: Load, depth: IterVar, column: int) -> Produc
 
 
 def operands(block: Block) -> tuple[Load, Load] | None:
+    """The two loads whose products the block sums, where they are of two tensors."""
+    found = factors(block)
+    return found if found is not None and found[0].buffer is not found[1].buffer else None
+
+
+def factors(block: Block) -> tuple[Load, Load] | None:
     """The two loads whose products the block sums."""
     value = store_of(block).value
     if not isinstance(value, Binary) or value.op != "add":
@@ -97,7 +103,7 @@ def operands(block: Block) -> tuple[Load, Load] | None:
     if not isinstance(update, Binary) or update.op != "mul":
         return None
     a, b = _uncast(update.a), _uncast(update.b)
-    return (a, b) if isinstance(a, Load) and isinstance(b, Load) and a.buffer is not b.buffer else None
+    return (a, b) if isinstance(a, Load) and isinstance(b, Load) else None
 
 
 def _uncast(expr: Expr) -> Expr:

@@ -12,6 +12,7 @@ from kedge.compiler.schedule.rules.rule import Decisions, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.target.core import lanes_of
 
 #: Rows up to which memory takes longer than the multiply-adds, their results being stored and loaded in between.
 _MOST_ROWS = 4
@@ -38,7 +39,7 @@ def stream_decisions(product: Product, target: TargetModel) -> dict[str, int]:
     height = (1 if row is None else product.extent(row)) or 1
     depth = extent_of(product.depth.extent)
     vectors = 4 if height == 1 else 1
-    step = vectors * max(1, target.vector_bits // (8 * product.itemsize))
+    step = vectors * lanes_of(target, product.itemsize)
     block = 1 << (max(1, target.l1_bytes // (_PART_OF_L1 * product.itemsize * step)).bit_length() - 1)
     cores = target.num_cores if is_worth_threads([product.block], target) else 1
     if columns is not None:
