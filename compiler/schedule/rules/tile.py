@@ -25,7 +25,7 @@ from kedge.compiler.schedule.rules.rule import Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import intermediate, readers
-from kedge.compiler.tir.stmt import Block
+from kedge.compiler.tir.stmt import Block, Buffer
 from kedge.compiler.tir.visitor import loads
 
 #: Independent accumulators that hide the latency of a multiply-add (4 cycles, 2 a cycle on most cores).
@@ -171,12 +171,14 @@ def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], lis
     return axes, reducing, inner
 
 
-def take_consumer(sch: Schedule, copy: BlockRef) -> None:
-    """Let the copy of the tile compute what follows, while there is just one element-wise consumer."""
+def take_consumer(
+    sch: Schedule, copy: BlockRef, suits: Callable[[Block, Buffer], bool] = lambda user, made: True
+) -> None:
+    """Let the copy of the tile compute what follows, while there is just one element-wise consumer, and it suits."""
     while True:
-        target = store_of(block_named(sch.func, copy.name)).buffer
-        users = readers(sch.func, target)
-        if not intermediate(sch.func, target) or len(users) != 1:
+        made = store_of(block_named(sch.func, copy.name)).buffer
+        users = readers(sch.func, made)
+        if not intermediate(sch.func, made) or len(users) != 1 or not suits(users[0], made):
             return
         try:
             sch.reverse_compute_inline(sch.get_block(users[0].name))

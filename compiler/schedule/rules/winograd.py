@@ -27,6 +27,7 @@ from kedge.compiler.schedule.rules.analysis import (
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, parallelize
+from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in, intermediate, readers, writers
 from kedge.compiler.target.costs import stream_rate, transform_cycles
@@ -162,7 +163,7 @@ class Winograd:
         _check(tiling)
         inline_producers(sch, keep=stages.names)
         output = sch.get_block(stages.output.name)
-        _take_consumers(sch, output)
+        take_consumer(sch, output, _keeps_lanes)  # whose store then keeps lanes together
         sizes = _sizes(stages)
         scheduled = _schedule(sch, stages, sizes, _within(tiling, sizes), target)
         for block in blocks_in(sch.func.body):
@@ -238,19 +239,6 @@ def _check(tiling: Tiling) -> None:
             f"register tiles of {tiling.rows_down}x{tiling.rows_across} and {tiling.vectors}",
             hint="take divisors",
         )
-
-
-def _take_consumers(sch: Schedule, output: BlockRef) -> None:
-    """Let the output transform store what follows, while that is one element-wise block that keeps lanes together."""
-    while True:
-        made = store_of(block_named(sch.func, output.name)).buffer
-        users = readers(sch.func, made)
-        if not intermediate(sch.func, made) or len(users) != 1 or not _keeps_lanes(users[0], made):
-            return
-        try:
-            sch.reverse_compute_inline(sch.get_block(users[0].name))
-        except ScheduleError:
-            return  # it reads the result in another order: it stays a nest of its own
 
 
 def _keeps_lanes(block: Block, made: Buffer) -> bool:
