@@ -1,4 +1,4 @@
-"""A buffer's life as a statement, and the helpers that walk trees with such statements in them."""
+"""The statements that only code generation has, and the helpers that walk trees with such statements in them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ class Alloc(Stmt):
     body: Stmt
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefetch(Stmt):
+    """Ask for the cache line of `buffer[indices]`, which may be outside of it: no address can fail."""
+
+    buffer: Buffer
+    indices: tuple[Expr, ...]
+
+
 def statements_of(stmt: Stmt) -> tuple[Stmt, ...]:
-    """The direct sub-statements, in order, of a statement that may be an `Alloc`."""
+    """The direct sub-statements, in order, of a statement that may be an `Alloc` or a `Prefetch`."""
+    if isinstance(stmt, Prefetch):
+        return ()
     return (stmt.body,) if isinstance(stmt, Alloc) else stmt_children(stmt)
 
 
@@ -33,7 +43,9 @@ def map_statements(stmt: Stmt, f: StmtMap) -> Stmt:
 
 
 def expressions_of(stmt: Stmt) -> tuple[Expr, ...]:
-    """The expressions that a statement, which may be an `Alloc`, holds itself."""
+    """The expressions that a statement, which may be an `Alloc` or a `Prefetch`, holds itself."""
+    if isinstance(stmt, Prefetch):
+        return stmt.indices
     return () if isinstance(stmt, Alloc) else stmt_exprs(stmt)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from kedge.compiler.codegen.address import NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import LANE, Linear
-from kedge.compiler.codegen.alloc import Alloc, statements_of
+from kedge.compiler.codegen.alloc import Alloc, Prefetch, statements_of
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
-from kedge.compiler.codegen.prefetch import Prefetch, prefetches
+from kedge.compiler.codegen.prefetch import prefetches
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.together import MAX_UNROLL, together

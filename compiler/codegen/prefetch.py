@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
-from kedge.compiler.codegen.alloc import Alloc, expressions_of, statements_of
+from kedge.compiler.codegen.alloc import Alloc, Prefetch, expressions_of, statements_of
 from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const, eq
 from kedge.compiler.tir.simplify import simplify
@@ -18,14 +17,6 @@ from kedge.compiler.tir.visitor import free_vars, substitute_expr, walk_expr
 LINE_BYTES: Final = 64
 #: Loops over so many lines are unrolled.
 _SHORT = 8
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefetch(Stmt):
-    """Ask for the cache line of `buffer[indices]`, which may be outside of it: no address can fail."""
-
-    buffer: Buffer
-    indices: tuple[Expr, ...]
 
 
 def prefetches(loop: For) -> Iterator[Stmt]:
