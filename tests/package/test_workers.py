@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,15 @@ def test_a_worker_that_ends_is_an_error_that_names_the_kernel(code: str, how: st
     assert caught.value.hint is not None and hint in caught.value.hint
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, even where this run was started by a shell that lets what is in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_workers_that_are_busy() -> None:
     running, processes = pair(), []
     endless = [spoiled("import signal; signal.pause()", name) for name in "ab"]
