@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import sys
@@ -329,6 +330,11 @@ def main() -> int:
         width=SMOKE_WIDTH if options.smoke else 1.0, seconds=0.0 if options.smoke else options.seconds,
         compile=not options.no_compile,
     )  # fmt: skip
+    whole = not (options.smoke or options.models or options.size or options.batch or options.threads)
+    path = options.output or (RESULTS / f"cpu-models-{date}.json" if whole else None)
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        say("the plot beside the result file needs matplotlib: pip install -e '.[bench]'")  # before measuring
+        return 2
     result: Row = {"date": date, "note": options.note, "machine": harness.machine(), "models": []}
     for name in options.models or MODELS:
         with tempfile.TemporaryDirectory(prefix="kedge-bench-") as folder:
@@ -345,8 +351,6 @@ def main() -> int:
             console.print(table)
         for met, text in judged:
             print(f"{'met    ' if met else 'NOT met'}  {text}")
-    whole = not (options.smoke or options.models or options.size or options.batch or options.threads)
-    path = options.output or (RESULTS / f"cpu-models-{date}.json" if whole else None)
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")
         plot(rows, result["machine"], path.with_suffix(".svg"))
