@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
+PACKAGES := kedge compiler rpc protos device_agent deploy
 export KEDGE_CACHE_DIR ?= $(CURDIR)/.cache/kedge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -53,6 +54,7 @@ clean: ## Remove the virtual environment, caches and build products
 .venv/.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing kedge and what it needs into .venv (about a minute, once) …"
 	@$(BIN)/pip install --quiet --editable .
+	@$(BIN)/python -m compileall -q $(PACKAGES)  # once, also where PYTHONDONTWRITEBYTECODE is set
 	@touch $@
 
 .venv/.dev .venv/.bench .venv/.train: .venv/.%: pyproject.toml | .venv/.installed

@@ -102,14 +102,19 @@ class _Folder:
         return make_call("add", (product, self._param(bias, addend, weight, ("bias", 1.0))), {}, origin)
 
     def _scaled(self, weight: Array, axis: int, groups: int = 1) -> Array:
-        """The weight with its outputs, along `axis`, scaled: each of `groups` parts of axis 0 has its own."""
+        """The weight with its outputs, along `axis`, scaled: each of `groups` parts of axis 0 has its own.
+
+        Factors and products are float64, a cache's worth at a time; results are rounded to the weight's dtype.
+        """
         shape = [groups, *(1 for _ in weight.shape)]
         shape[1 + axis] = -1
-        parts = weight.astype(np.float64).reshape(groups, -1, *weight.shape[1:])
-        return np.asarray((parts * self._factor.reshape(shape)).reshape(weight.shape))
+        parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        result = np.empty_like(parts)
+        np.multiply(parts, self._factor.reshape(shape), out=result, dtype=np.float64, casting="same_kind")
+        return result.reshape(weight.shape)
 
     def _param(self, data: Array, was: Value | None, weight: Array, what: tuple[str, float]) -> Value:
-        data = data.astype(weight.dtype)
+        data = data.astype(weight.dtype, copy=False)
         like = was if was is not None else self._norm.inputs[2]  # the norm's own bias lends its name
         if not isinstance(like, Param):
             return Constant(data)
