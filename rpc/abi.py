@@ -363,6 +363,7 @@ def load_runtime(path: str) -> Any:
         ),
         "kedge_context_destroy": (None, [handle]),
         "kedge_infer": (index, call),
+        "kedge_prepare": (index, call),
         "kedge_call": (index, call),
         "kedge_cancel": (None, [handle]),
         "kedge_time": (index, [*call, ctypes.POINTER(TimeOptions), ctypes.POINTER(TimeResult)]),

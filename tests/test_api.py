@@ -21,6 +21,7 @@ from kedge.compiler.target import parse
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.data import digits_model, digits_test
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError
+from support.memory import resident_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,30 @@ def exported() -> tuple[kedge.Module, dict[str, np.ndarray]]:
     module, params = TwoFunctions().export(spec={"hidden": {"x": x}, "classify": {"x": x}})
     rng = np.random.default_rng(0)
     return module, {name: rng.standard_normal(type_.shape).astype(type_.dtype) for name, type_ in params.items()}
+
+
+class Wide(nn.Module):
+    """Its only intermediate tensor is 4096 times as large as a row of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 4096), nn.Linear(4096, 8)
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        return self.down(nn.op.relu(self.up(x)))
+
+
+def test_opening_makes_the_memory_that_calls_need() -> None:
+    rows = 4096
+    module, params = Wide().export(spec={"forward": {"x": nn.spec.Tensor((rows, 8), "float32")}})
+    arrays = {name: np.zeros(type_.shape, type_.dtype) for name, type_ in params.items()}
+    artifact = kedge.compile(module.bind(arrays), target="native")
+    before = resident_bytes()
+    with artifact.open(threads=1) as m:
+        opened = resident_bytes()
+        m.run({"x": np.ones((rows, 8), np.float32)})
+        assert opened - before > 0.9 * rows * 4096 * 4
+        assert resident_bytes() - opened < 0.1 * rows * 4096 * 4
 
 
 def test_importing_kedge_imports_nothing_heavy() -> None:

@@ -321,6 +321,26 @@ int32_t kedge_infer(kedge_context *context, int32_t index, const DLTensor *args,
   return status;
 }
 
+/* Lets the host give its memory now, a write to each of its smallest pages; a call would wait for that. */
+static void touch(uint8_t *memory, uint64_t bytes) {
+  enum { PAGE = 4096 };
+  for (uint64_t at = 0; at < bytes; at += PAGE) ((volatile uint8_t *)memory)[at] = 0;
+}
+
+int32_t kedge_prepare(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args, DLTensor *rets,
+                      int32_t n_rets) {
+  const kedge_function_desc *function;
+  int32_t status = check_arguments(context, index, args, n_args, rets, n_rets, &function);
+  if (status == KEDGE_OK) status = kedge_check_queue(context);
+  if (status == KEDGE_OK) status = kedge_device_enter(context->queue->device);
+  if (status != KEDGE_OK) return status;
+  uint64_t before = context->arena_size;
+  status = grow_arena(context, function);
+  if (status == KEDGE_OK && on_host(context) && context->arena_size != before) touch(context->arena, context->arena_size);
+  kedge_device_leave(context->queue->device);
+  return status;
+}
+
 /* Everything that needs no device: after it, data of tensors, symbols and slots are those of this call. */
 static int32_t check_call(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args,
                           const DLTensor *rets, int32_t n_rets, const kedge_function_desc **function) {

@@ -254,6 +254,9 @@ KEDGE_API void kedge_context_destroy(kedge_context *context); /* waits for what 
 /* Fills in ndim, dtype and shape[] of every result for these arguments; each rets[i].shape has KEDGE_MAX_NDIM room. */
 KEDGE_API int32_t kedge_infer(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
                               DLTensor *rets, int32_t n_rets);
+/* Makes the memory that a call with arguments of these shapes needs beside its tensors, so that the call makes none. */
+KEDGE_API int32_t kedge_prepare(kedge_context *context, int32_t function, const DLTensor *args, int32_t n_args,
+                                DLTensor *rets, int32_t n_rets);
 /* With a module for a GPU, tensors on the CPU are copied to and from memory that the context keeps there; those on its
  * own device (OpenCL: memory of kedge_device_alloc) are used where they are, and whoever writes them on a stream of
  * their own has waited for it. The call returns when the device is done. After a failure or a cancel no output is

@@ -27,7 +27,6 @@ import numpy as np
 
 from kedge.rpc import abi
 from kedge.rpc.artifact import Artifact, Function, Manifest, place
-from kedge.rpc.artifact.place import CPU
 from kedge.rpc.client.gpus import find_gpus
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
@@ -85,8 +84,10 @@ class LoadedModel:
         self._check_library()
         functions = artifact.manifest.functions
         self.functions = {f.name: LoadedFunction(self, i, f) for i, f in enumerate(functions)}
-        if self.placement.kind != CPU:
-            self._context()  # now, not at the first call: whether the driver takes the kernels, and what that costs
+        #: Made now, not at the first call: whether the driver takes the kernels, their memory, and what both cost.
+        self._first: _Context | None = self._new_context()
+        if len(self.functions) == 1:  # of several, one that needs too much must not take the others with it
+            next(iter(self.functions.values()))._prepare(self._first)
 
     @property
     def device(self) -> str:
@@ -180,8 +181,14 @@ class LoadedModel:
         try:
             context: _Context = self._local.context
         except AttributeError:
-            context = self._local.context = self._new_context()
+            context = self._local.context = self._unused_context()
         return context
+
+    def _unused_context(self) -> _Context:
+        """The one that opening made, for whoever asks first, or a new one."""
+        with self._lock:
+            context, self._first = self._first, None
+        return context or self._new_context()
 
     def _new_context(self) -> _Context:
         with self._lock:
@@ -221,8 +228,9 @@ class LoadedFunction:
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> BoundCall:
         """See `LoadedModel.bind`."""
         arrays, shapes = self._slow(inputs)
-        context = self._model._new_context()
+        context = self._model._unused_context()
         plan = self._plan(context, arrays, shapes)
+        plan.prepare(context)
         outputs = plan.new_outputs() if out is None else plan.given_outputs(out, arrays)
         plan.point(arrays, outputs)
         return BoundCall(self._model, context, plan, arrays, dict(zip(plan.names, outputs, strict=True)))
@@ -302,6 +310,12 @@ class LoadedFunction:
     def _slow(self, inputs: Mapping[str, Any]) -> tuple[list[Array], tuple[Any, ...]]:
         arrays = arrange(self.manifest, inputs)
         return arrays, tuple(array.shape for array in arrays)
+
+    def _prepare(self, context: _Context) -> None:
+        """Make the memory that calls need, where shapes are known before there is one."""
+        if all(isinstance(dim, int) for port in self.manifest.inputs for dim in port.shape):
+            arrays = [np.empty(port.shape, _numpy_dtype(port.dtype)) for port in self.manifest.inputs]
+            self._plan(context, arrays, tuple(array.shape for array in arrays)).prepare(context)
 
     def _plan(self, context: _Context, arrays: Sequence[Array], shapes: tuple[Any, ...]) -> _Plan:
         arrange(self.manifest, {port.name: array for port, array in zip(self.manifest.inputs, arrays, strict=True)})
@@ -396,6 +410,12 @@ class _Plan:
             context.refuse(status)
         shapes = [tuple(tensor.shape[: tensor.ndim]) for tensor in self._rets]
         self._outputs = [(s, np.dtype(p.dtype)) for s, p in zip(shapes, function.outputs, strict=True)]
+
+    def prepare(self, context: _Context) -> None:
+        """Make the memory that a call needs beside its arrays."""
+        status = context.lib.kedge_prepare(*self.arguments)
+        if status != abi.OK:
+            context.refuse(status)
 
     def new_outputs(self) -> list[Array]:
         """Fresh arrays for the outputs."""

@@ -23,6 +23,7 @@ from kedge.rpc.artifact import Function, Port
 from kedge.rpc.client.inprocess import MAX_PLANS, LoadedModel, open_in_process
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from support import native
+from support.memory import resident_bytes
 
 from .conftest import ARITHMETIC, artifact_of
 
@@ -135,6 +136,21 @@ def test_bind(model: LoadedModel) -> None:
     np.testing.assert_allclose(call.outputs["y"], expected(x), rtol=1e-5, atol=1e-5)
     y = np.empty((2, 4), np.float32)
     assert model.bind({"x": x}, out={"y": y})()["y"] is y
+
+
+def test_binding_makes_the_memory_that_calls_need(model: LoadedModel) -> None:
+    rows, columns = 1000, 3000
+    arena = (rows + columns) * rows * 16
+    before = resident_bytes()
+    a, b = np.empty(rows, np.float32), np.empty((columns, 2 * rows), np.float32)
+    call = model.bind({"a": a, "b": b}, function="join")
+    bound = resident_bytes()
+    call.outputs["c"].fill(0)
+    filled = resident_bytes()
+    call()
+    assert bound - before > 0.9 * arena
+    assert resident_bytes() - filled < 0.1 * arena
+    assert call.outputs["c"][0, 0] == rows * 100 + columns
 
 
 def test_time(model: LoadedModel) -> None:
@@ -402,5 +418,5 @@ def test_no_room_for_a_shape(model: LoadedModel) -> None:
 
 def test_threads_out_of_range(arithmetic_artifact: Artifact) -> None:
     for threads in (-1, 257):
-        with arithmetic_artifact.open(threads) as model, pytest.raises(InputError, match=f"num_threads is {threads}"):
-            model.run({"x": data(1)})
+        with pytest.raises(InputError, match=f"num_threads is {threads}"):
+            arithmetic_artifact.open(threads)
