@@ -313,9 +313,11 @@ class LoadedFunction:
 
     def _prepare(self, context: _Context) -> None:
         """Make the memory that calls need, where shapes are known before there is one."""
-        if all(isinstance(dim, int) for port in self.manifest.inputs for dim in port.shape):
-            arrays = [np.empty(port.shape, _numpy_dtype(port.dtype)) for port in self.manifest.inputs]
-            self._plan(context, arrays, tuple(array.shape for array in arrays)).prepare(context)
+        shapes: tuple[Any, ...] = tuple(port.shape for port in self.manifest.inputs)
+        known = all(isinstance(dim, int) for shape in shapes for dim in shape)
+        if known and all(dtype is not None for _, dtype in self._inputs):
+            arrays = [np.empty(shape, dtype) for shape, (_, dtype) in zip(shapes, self._inputs, strict=True)]
+            self._plan(context, arrays, shapes).prepare(context)
 
     def _plan(self, context: _Context, arrays: Sequence[Array], shapes: tuple[Any, ...]) -> _Plan:
         arrange(self.manifest, {port.name: array for port, array in zip(self.manifest.inputs, arrays, strict=True)})
