@@ -1,6 +1,7 @@
 """Compiled kernels on disk, keyed by what they are made from: a second compile of a model does almost no work.
 
-A draft's key is that of the function before it is scheduled, so that its schedule is not made again either.
+A draft's key is that of the function before it is scheduled, so that its schedule is not made again either; and what
+draft a group of the graph becomes is kept beside, so that it is not lowered again.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 
 from kedge.compiler.codegen.shapes import Program
 from kedge.compiler.errors import ToolchainError
-from kedge.compiler.lower.program import Draft, Kernel
+from kedge.compiler.lower.program import Draft, Kernel, Lowered, Recalled
 from kedge.compiler.target import AnyTarget, GpuTarget
-from kedge.compiler.tir.stmt import Block, PrimFunc
+from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import structural_hash
-from kedge.compiler.tir.visitor import walk_stmt
 from kedge.compiler.toolchain import cache_dir
 
 _MAGIC = b"kedge-kernel 3\n"
+#: The folders of the compiler that make code of a function.
+_MAKING_CODE = ("codegen", "schedule", "target", "tir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,21 @@ def compiler_version() -> str:
     """Changes whenever what makes code of a function does: the schedule rules, the code generator, the LLVM below."""
     digest = hashlib.sha256(version("llvmlite").encode())
     root = Path(__file__).parent
-    for folder in ("codegen", "schedule", "target", "tir"):
+    for folder in _MAKING_CODE:
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def lowering_version() -> str:
+    """Changes whenever what lowers groups does: any source that `compiler_version` leaves out, or that itself."""
+    digest = hashlib.sha256(compiler_version().encode())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in _MAKING_CODE:
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def kernel_key(func: PrimFunc, target: AnyTarget) -> str:
@@ -65,23 +78,15 @@ def kernel_key(func: PrimFunc, target: AnyTarget) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def draft_key(draft: Draft, target: AnyTarget) -> str:
-    """Names the schedule and the machine code of a draft: all that rules see, which is more than code generation does.
-
-    Decisions and refusals name blocks, and a rule may ask what a function is for: so names of blocks are part of it,
-    and so are the attributes, except where the function comes from.
-    """
-    func = draft.func
-    blocks = [stmt.name for stmt in walk_stmt(func.body) if isinstance(stmt, Block)]
-    facts = sorted((key, value) for key, value in func.attrs.items() if isinstance(value, (str, tuple)))
-    facts = [fact for fact in facts if fact[0] != "origin"]
-    parts = ("draft", draft.form, blocks, facts, repr(target), compiler_version())
+def draft_key(draft: Draft | Recalled, target: AnyTarget) -> str:
+    """Names the schedule and the machine code of a draft: all that rules see, the target's facts included."""
+    parts = ("draft", draft.digest, repr(target), compiler_version())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def key_of(kernel: Kernel | Draft, target: AnyTarget) -> str:
+def key_of(kernel: Kernel | Draft | Recalled, target: AnyTarget) -> str:
     """The name of a kernel's code in the cache."""
-    return draft_key(kernel, target) if isinstance(kernel, Draft) else kernel_key(kernel.func, target)
+    return kernel_key(kernel.func, target) if isinstance(kernel, Kernel) else draft_key(kernel, target)
 
 
 def symbol_of(key: str) -> str:
@@ -90,7 +95,10 @@ def symbol_of(key: str) -> str:
 
 
 class KernelCache:
-    """A folder of kernel objects. Files appear whole; any number of processes may share it."""
+    """A folder of kernel objects, and of what groups are lowered to (a `lower.Memory`).
+
+    Files appear whole; any number of processes may share it.
+    """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = cache_dir() / "kernels" if root is None else root
@@ -114,8 +122,28 @@ class KernelCache:
         """
         _write(self._path(key), made)
 
+    def recall(self, group: str) -> Lowered | None:
+        """What a group was lowered to; None where unknown."""
+        entry = read_entry(self._group_path(group))
+        if entry is None:
+            return None
+        form, digest, symbols = json.loads(entry[0])
+        return Lowered(form, digest, tuple(symbols))
+
+    def remember(self, group: str, lowered: Lowered) -> None:
+        """Keep what a group is lowered to.
+
+        Raises:
+            ToolchainError: the folder cannot be written.
+        """
+        write_entry(self._group_path(group), json.dumps([lowered.form, lowered.digest, lowered.symbols]), b"")
+
     def _path(self, key: str) -> Path:
         return self.root / key[:2] / key
+
+    def _group_path(self, group: str) -> Path:
+        key = hashlib.sha256(f"{group} {lowering_version()}".encode()).hexdigest()
+        return self.root / "groups" / key[:2] / key
 
 
 def _read(path: Path, symbol: str) -> KernelObject | None:

@@ -21,7 +21,7 @@ from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Partition, Pass, TargetPass, default_passes, for_target
 from kedge.compiler.kernels import stage_name
 from kedge.compiler.lower.lower import draft, draft_prim_func
-from kedge.compiler.lower.program import Program
+from kedge.compiler.lower.program import Draft, Kernel, Program, Recalled
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
 from kedge.compiler.report import report_variant
 from kedge.compiler.schedule.schedule import Schedule
@@ -150,6 +150,7 @@ def compile_module(
         CompileError: the module or a target is refused; each reason has its own class, see `kedge.compiler.errors`.
     """
     steps = (pipeline if pipeline is not None else Pipeline(default_passes())).partition(externals)
+    kernels = KernelCache() if cache is None else cache
     say = progress if progress is not None else _say_nothing
     say("optimizing the graph")
     targets = _parsed(target)
@@ -157,9 +158,9 @@ def compile_module(
 
     def make(one: AnyTarget) -> Program:
         say(f"optimizing the graph for {one.label}")
-        return draft(optimized(one), steps.externals)
+        return draft(optimized(one), steps.externals, kernels)
 
-    return compile_programs(make, targets, name, cache, progress)
+    return compile_programs(make, targets, name, kernels, progress)
 
 
 def _parsed(target: TargetLike | Sequence[TargetLike]) -> list[AnyTarget]:
@@ -266,10 +267,19 @@ def compile_kernels(
         CompileError: code generation refuses a kernel; each reason has its own class.
         WorkerError: a worker process ended before its work was done.
     """
-    keys = {name: key_of(kernel, target) for name, kernel in program.kernels.items()}
-    found = {key: cache.find(key) for key in dict.fromkeys(keys.values())}
-    missing = {key: name for name, key in reversed(keys.items()) if found[key] is None}
-    jobs = [Job(program.kernels[name], target, symbol_of(key)) for key, name in missing.items()]
+    keys: dict[str, str] = {}
+    found: dict[str, KernelObject | None] = {}
+    missing: dict[str, Kernel | Draft] = {}
+    for name, kernel in program.kernels.items():
+        key = key_of(kernel, target)
+        if key not in found:
+            found[key] = cache.find(key)
+        if found[key] is None:
+            whole = kernel.draft if isinstance(kernel, Recalled) else kernel
+            key = key_of(whole, target)
+            missing.setdefault(key, whole)
+        keys[name] = key
+    jobs = [Job(kernel, target, symbol_of(key)) for key, kernel in missing.items()]
     done = len(keys) - len(missing)
 
     def started(job: Job) -> None:

@@ -18,7 +18,7 @@ from kedge.compiler.external_code import ExternalObjects
 from kedge.compiler.graph.cost import nbytes
 from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.external import EXTERNAL_RULE
-from kedge.compiler.lower.program import Draft, ExternalKernel, Kernel, Program, Step
+from kedge.compiler.lower.program import Draft, ExternalKernel, Kernel, Program, Recalled, Step
 from kedge.compiler.target import AnyTarget, Target
 from kedge.compiler.tir.expr import Dim, Var
 
@@ -29,7 +29,7 @@ def report_variant(
     program: Program, kernels: Mapping[str, KernelObject], target: AnyTarget, externals: Mapping[str, ExternalObjects]
 ) -> dict[str, object]:
     """The facts of a compiled program, as plain JSON; `kernels` by their names in the program."""
-    rows = [_kernel(kernel, kernels[name]) for name, kernel in program.kernels.items()]
+    rows = [_kernel(name, kernel, kernels[name]) for name, kernel in program.kernels.items()]
     rows += [_external(name, call, externals) for name, call in program.externals.items()]
     cpu = target if isinstance(target, Target) else None
     return {
@@ -41,10 +41,10 @@ def report_variant(
     }
 
 
-def _kernel(kernel: Kernel | Draft, made: KernelObject) -> dict[str, object]:
-    how = made if isinstance(kernel, Draft) else kernel
+def _kernel(name: str, kernel: Kernel | Draft | Recalled, made: KernelObject) -> dict[str, object]:
+    how = kernel if isinstance(kernel, Kernel) else made
     return {
-        "name": kernel.func.name,
+        "name": name,
         "rule": how.rule,
         "decisions": dict(how.decisions),
         "origin": list(kernel.origin),

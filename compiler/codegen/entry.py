@@ -84,8 +84,9 @@ def emit_module(
 def _declare_kernel(
     module: ModuleBuilder, program: Program, kernels: Mapping[str, CompiledKernel], kernel: CompiledKernel
 ) -> None:
-    func = next(program.kernels[name].func for name, one in kernels.items() if one == kernel)
-    types = ["ptr"] * (1 + len(func.params)) + ["i64"] * len(func.symbols) + ["ptr"] * kernel.needs_workspace
+    steps = (step for entry in program.entries for step in entry.steps)
+    call = next(step for step in steps if kernels.get(step.kernel) == kernel)
+    types = ["ptr"] * (1 + len(call.args)) + ["i64"] * len(call.symbols) + ["ptr"] * kernel.needs_workspace
     module.add(f"declare hidden i32 @{kernel.symbol}({', '.join(types)})")
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,31 +37,53 @@ from kedge.compiler.graph.passes.fuse import make_group
 from kedge.compiler.graph.placement import VIEWS, Place, base, concats_in_place
 from kedge.compiler.lower.external import external_kernel
 from kedge.compiler.lower.limits import least_sizes, with_symbols
-from kedge.compiler.lower.lower_group import as_group, group_key, kernel_name, lower_group
+from kedge.compiler.lower.lower_group import as_group, group_digest, group_key, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
-from kedge.compiler.lower.program import Draft, Entry, ExternalKernel, Kernel, Port, Program, Slot, Step
+from kedge.compiler.lower.program import (
+    Draft,
+    Entry,
+    ExternalKernel,
+    Kernel,
+    Lowered,
+    Port,
+    Program,
+    Recalled,
+    Slot,
+    Step,
+)
 from kedge.compiler.schedule.default import is_scheduled, schedule_func
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target.gpu import GpuTarget
 from kedge.compiler.tir.expr import Dim, Expr
 from kedge.compiler.tir.stmt import Buffer, PrimFunc
-from kedge.compiler.tir.structural import canonical
+from kedge.compiler.tir.structural import canonical, expr_key
 from kedge.rpc.abi import MAX_NDIM
 from kedge.rpc.errors import InputError
 
 
-def draft(module: Module, externals: Sequence[External] = ()) -> Program:
+class Memory(Protocol):
+    """What earlier compiles lowered groups to, by `group_digest`."""
+
+    def recall(self, group: str) -> Lowered | None:
+        """What a group became, if it was lowered before."""
+
+    def remember(self, group: str, lowered: Lowered) -> None:
+        """Keep what a group became."""
+
+
+def draft(module: Module, externals: Sequence[External] = (), memory: Memory | None = None) -> Program:
     """The program of a module that went through `default_passes`; `externals` have the code of its external calls.
 
-    Its kernels are drafts, each once where several are structurally equal. Parameters without data become inputs of
-    the entries that use them, after the declared inputs and in order of first use.
+    Its kernels are drafts, each once where several are structurally equal; those that `memory` knows are not made.
+    Parameters without data become inputs of the entries that use them, after the declared inputs and in order of first
+    use.
 
     Raises:
         CompileError: an operator has no lowering (the module was not legalized), an external call no code, an input
             or output more dims than the ABI has, or two symbolic dims of a function have one name.
     """
-    pool = _Kernels(externals)
+    pool = _Kernels(externals, memory)
     weights = _Weights(module)
     entries = tuple(_EntryLowering(function, weights, pool).entry() for function in module.functions.values())
     return Program(pool.drafts(), entries, MappingProxyType(weights.arrays), pool.externals())
@@ -79,7 +101,7 @@ def lower(module: Module, target: TargetModel | GpuTarget, externals: Sequence[E
 def scheduled(program: Program, target: TargetModel | GpuTarget) -> Program:
     """The program with each draft scheduled by the first rule that matches."""
     kernels = {
-        name: schedule_func(kernel.func, target, origin=kernel.origin) if isinstance(kernel, Draft) else kernel
+        name: kernel if isinstance(kernel, Kernel) else schedule_func(kernel.func, target, origin=kernel.origin)
         for name, kernel in program.kernels.items()
     }
     return replace(program, kernels=MappingProxyType(kernels))
@@ -151,11 +173,12 @@ def _port(buffer: Buffer) -> Port:
 class _Kernels:
     """The kernels of a program and its calls of external functions, each once."""
 
-    def __init__(self, externals: Sequence[External]) -> None:
+    def __init__(self, externals: Sequence[External], memory: Memory | None) -> None:
         self._codes = by_function(externals)
-        self._by_form: dict[str, str] = {}
+        self._memory = memory
+        self._by_form: dict[str, str] = {}  # by SHA-256
         self._by_group: dict[tuple[str, object], _Callee] = {}
-        self._drafts: dict[str, Draft] = {}
+        self._drafts: dict[str, Draft | Recalled] = {}
         self._externals: dict[str, ExternalKernel] = {}
 
     def add(self, value: Call | Fused) -> _Callee:
@@ -166,22 +189,42 @@ class _Kernels:
         key = (kernel_name(value), group_key(group))
         known = self._by_group.get(key)
         if known is None:
-            known = self._lowered(group, re.sub(r"\W", "_", kernel_name(value)))
+            known = self._callee(group, re.sub(r"\W", "_", kernel_name(value)))
             if key[1] is not None:
                 self._by_group[key] = known
         draft = self._drafts[known.name]
         self._drafts[known.name] = replace(draft, origin=tuple(dict.fromkeys((*draft.origin, *group.origin))))
         return replace(known, reads=group.inputs)
 
-    def _lowered(self, group: Fused, wanted: str) -> _Callee:
-        func = lower_group(group, wanted)
-        form = canonical(func)
+    def _callee(self, group: Fused, wanted: str) -> _Callee:
+        """The kernel of a group: a new one, or one that is the same."""
+        named = None if self._memory is None else group_digest(group)
+        if self._memory is None or named is None:
+            return self._lowered(group, wanted)[0]
+        digest, variables = named
+        known = self._memory.recall(digest)
+        if known is None:
+            callee, draft = self._lowered(group, wanted)
+            at = {var: index for index, var in enumerate(variables)}
+            if at.keys() >= set(draft.func.symbols) and _are_same(callee.types, _types(group)):
+                symbols = tuple(at[var] for var in draft.func.symbols)
+                self._memory.remember(digest, Lowered(_sha256(draft.form), draft.digest, symbols))
+            return callee
+        name = self._by_form.get(known.form)
+        if name is None:
+            name = self._by_form[known.form] = self._unique(wanted)
+            self._drafts[name] = Recalled(name, known.digest, lambda own: _drafted(group, own))
+        return _Callee(name, group.inputs, _types(group), tuple(variables[index] for index in known.symbols))
+
+    def _lowered(self, group: Fused, wanted: str) -> tuple[_Callee, Draft]:
+        made = _drafted(group, wanted)
+        form = _sha256(made.form)
         name = self._by_form.get(form)
         if name is None:
             name = self._by_form[form] = self._unique(wanted)
-            self._drafts[name] = Draft(replace(func, name=name), form)
-        types = tuple(TensorType(buffer.shape, buffer.dtype) for buffer in func.params)
-        return _Callee(name, group.inputs, types, func.symbols)
+            self._drafts[name] = replace(made, func=replace(made.func, name=name))
+        types = tuple(TensorType(buffer.shape, buffer.dtype) for buffer in made.func.params)
+        return _Callee(name, group.inputs, types, made.func.symbols), made
 
     def _add_external(self, value: ExternalCall) -> _Callee:
         """Each call by itself, so that a failure names its own operators."""
@@ -195,7 +238,7 @@ class _Kernels:
         """All calls of external functions."""
         return MappingProxyType(self._externals)
 
-    def drafts(self) -> Mapping[str, Draft]:
+    def drafts(self) -> Mapping[str, Draft | Recalled]:
         """All kernels."""
         return MappingProxyType(self._drafts)
 
@@ -205,6 +248,30 @@ class _Kernels:
             count += 1
             name = f"{wanted}_{count}"
         return name
+
+
+def _drafted(group: Fused, name: str) -> Draft:
+    func = lower_group(group, name)
+    return Draft(func, canonical(func))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _types(group: Fused) -> tuple[TensorType, ...]:
+    """The types of what the kernel of a group takes: its inputs, then its results."""
+    own = (*(value.type for value in group.body.inputs), *group.types)
+    return tuple(TensorType(type_.shape, type_.dtype) for type_ in own)
+
+
+def _are_same(a: Sequence[TensorType], b: Sequence[TensorType]) -> bool:
+    """Whether types are written alike: then code that reads their dims is, too."""
+    return [_written(type_) for type_ in a] == [_written(type_) for type_ in b]
+
+
+def _written(type_: TensorType) -> object:
+    return type_.dtype, tuple(expr_key(dim) if isinstance(dim, Expr) else dim for dim in type_.shape)
 
 
 class _Weights:

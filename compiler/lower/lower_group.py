@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from kedge.compiler.graph.cost import flops
 from kedge.compiler.graph.ir import Call, Constant, Fused, Value
 from kedge.compiler.graph.passes.fuse import make_group
 from kedge.compiler.ops import registry
-from kedge.compiler.tir.expr import const
+from kedge.compiler.tir.expr import Expr, Var, const
 from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.structural import numbered_key
 
 
 def as_group(value: Call | Fused) -> Fused:
@@ -48,6 +50,30 @@ def group_key(group: Fused) -> object | None:
 
     Deep networks repeat their blocks, and comparing groups takes a small part of the time that lowering them does.
     """
+    try:
+        return _plain(_rows(group))
+    except TypeError:
+        return None
+
+
+def group_digest(group: Fused) -> tuple[str, tuple[Var, ...]] | None:
+    """SHA-256 of all that lowering a group sees, the same in every process, and its variables in order of appearance.
+
+    None where an operator is not the compiler's own, since nothing tells when what users define has changed, and where
+    an attribute is no plain value.
+    """
+    if not all(registry.is_own(value.op) for value in group.body.values() if isinstance(value, Call)):
+        return None
+    names = tuple(value.name for value in group.body.inputs)
+    numbers: dict[Var, int] = {}
+    try:
+        key = _plain((names, _rows(group)), numbers)
+    except TypeError:
+        return None
+    return hashlib.sha256(repr(key).encode()).hexdigest(), tuple(numbers)
+
+
+def _rows(group: Fused) -> tuple[object, ...]:
     numbers: dict[int, int] = {}
     rows: list[object] = []
     for value in (*group.body.inputs, *group.body.values()):
@@ -61,20 +87,23 @@ def group_key(group: Fused) -> object | None:
         elif isinstance(value, Constant):
             rows.append(value.data.tobytes())
     rows.append(tuple(numbers[id(value)] for value in group.body.outputs))
-    try:
-        return _plain(tuple(rows))
-    except TypeError:
-        return None
+    return tuple(rows)
 
 
-def _plain(key: object) -> object:
-    """`key` with numbers as text, which tells -0.0 from 0.0, and 1 from True; raises TypeError on anything else."""
+def _plain(key: object, symbols: dict[Var, int] | None = None) -> object:
+    """`key` with numbers as text, which tells -0.0 from 0.0, and 1 from True; with `symbols`, expressions over them.
+
+    Raises:
+        TypeError: something else is in it.
+    """
     if isinstance(key, tuple):
-        return tuple(map(_plain, key))
+        return tuple(_plain(one, symbols) for one in key)
     if key is None or isinstance(key, (bytes, str)):
         return key
     if isinstance(key, (int, float)):
-        return type(key), repr(key)
+        return type(key).__name__, repr(key)
+    if isinstance(key, Expr) and symbols is not None:
+        return "expr", numbered_key(key, symbols)
     raise TypeError(f"{type(key).__name__} has no key")
 
 

@@ -47,7 +47,8 @@ class _Size:
 
 def plan_memory(tenants: Sequence[Tenant]) -> Plan:
     """Offsets for all tenants; see the module."""
-    sizes = [_size(tenant.size) for tenant in tenants]
+    order: dict[Key, int] = {}
+    sizes = [_size(tenant.size, order) for tenant in tenants]
     classes: dict[tuple[Key, ...], list[int]] = {}
     for index, size in enumerate(sizes):
         classes.setdefault(size.key, []).append(index)
@@ -98,7 +99,8 @@ def align(size: Dim) -> Dim:
     return plain((as_expr(size) + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT)
 
 
-def _size(size: Dim) -> _Size:
+def _size(size: Dim, order: dict[Key, int]) -> _Size:
+    """A size with its factors in `order`, that of their first appearance, which they are entered in."""
     count, symbolic = 1, list[Expr]()
     for factor in _factors(size):
         if isinstance(factor, int):
@@ -109,7 +111,7 @@ def _size(size: Dim) -> _Size:
         # A sum: its multiples are classes of their own, rounded up as a whole.
         unit = align(size)
         return _Size(1, unit, (expr_key(as_expr(unit)),))
-    symbolic.sort(key=lambda factor: repr(expr_key(factor)))
+    symbolic.sort(key=lambda factor: order.setdefault(expr_key(factor), len(order)))
     aligned = align(count)
     assert isinstance(aligned, int)  # of an int
     return _Size(aligned, product(symbolic), tuple(map(expr_key, symbolic)))

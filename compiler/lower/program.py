@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kedge.compiler.tir.expr import Dim, Expr, Var
-from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.stmt import Block, PrimFunc
+from kedge.compiler.tir.visitor import walk_stmt
 
 if TYPE_CHECKING:  # what compiles kernels in a process of its own need not import the graph
     import numpy as np
@@ -77,6 +79,53 @@ class Draft:
     form: str
     origin: tuple[str, ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that rules see but for the target, which is more than code generation does.
+
+        Decisions and refusals name blocks, and a rule may ask what a function is for: so names of blocks are part of
+        it, and so are the attributes, except where the function comes from.
+        """
+        blocks = [stmt.name for stmt in walk_stmt(self.func.body) if isinstance(stmt, Block)]
+        facts = sorted((key, value) for key, value in self.func.attrs.items() if isinstance(value, (str, tuple)))
+        facts = [fact for fact in facts if fact[0] != "origin"]
+        return hashlib.sha256(repr((self.form, blocks, facts)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """What a group was lowered to: SHA-256 of the canonical form, the draft's digest, and the function's symbols.
+
+    These are positions among the variables of the group, in order of appearance.
+    """
+
+    form: str
+    digest: str
+    symbols: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A draft that an earlier compile made of an equal group: it is made again only where the cache lacks its code.
+
+    `digest` is the draft's; `make` gives the draft under a name, without an origin.
+    """
+
+    name: str
+    digest: str
+    make: Callable[[str], Draft]
+    origin: tuple[str, ...] = ()
+
+    @property
+    def draft(self) -> Draft:
+        """The draft, made now."""
+        return replace(self.make(self.name), origin=self.origin)
+
+    @property
+    def func(self) -> PrimFunc:
+        """The draft's function, made now."""
+        return self.draft.func
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -111,7 +160,7 @@ class Program:
     Steps call what `kernels` or `externals` have under their name; no name is in both.
     """
 
-    kernels: Mapping[str, Kernel | Draft]
+    kernels: Mapping[str, Kernel | Draft | Recalled]
     entries: tuple[Entry, ...]
     weights: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     externals: Mapping[str, ExternalKernel] = field(default_factory=dict)

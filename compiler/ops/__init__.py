@@ -84,9 +84,12 @@ from kedge.compiler.ops import (  # noqa: F401 (declares the operators)
     normalize,
     pool,
     reduce,
+    registry,
     reshape,
     resize,
     scan,
     softmax,
     winograd,
 )
+
+registry.seal()

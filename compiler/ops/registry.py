@@ -64,6 +64,7 @@ class OpDef:
 
 
 _OPS: dict[str, OpDef] = {}
+_OWN: dict[str, OpDef] = {}
 
 
 def register(op: OpDef) -> OpDef:
@@ -72,6 +73,16 @@ def register(op: OpDef) -> OpDef:
         raise ValueError(f"operator {op.name!r} is declared twice")
     _OPS[op.name] = op
     return op
+
+
+def seal() -> None:
+    """What is declared by now is the compiler's own; what comes later is its users'."""
+    _OWN.update(_OPS)
+
+
+def is_own(name: str) -> bool:
+    """Whether the compiler's own sources say all of an operator."""
+    return name in _OWN and _OPS.get(name) is _OWN[name]
 
 
 def forget(name: str) -> None:

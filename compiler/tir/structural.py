@@ -27,6 +27,24 @@ def expr_equal(a: Expr, b: Expr) -> bool:
     return a is b or expr_key(a) == expr_key(b)
 
 
+def numbered_key(expr: Expr, numbers: dict[Var, int]) -> Key:
+    """A key of `expr` that is the same in every process: variables count by their numbers.
+
+    Those that `numbers` lacks get the next ones, and are entered there.
+
+    Raises:
+        TypeError: `expr` loads from a buffer.
+    """
+
+    def var(own: Var) -> object:
+        return numbers.setdefault(own, len(numbers)), own.dtype, own.lower, own.upper
+
+    def buffer(own: Buffer) -> object:
+        raise TypeError(f"a load from {own.name} has no key")
+
+    return _expr_form(expr, var, buffer)
+
+
 def equal(a: PrimFunc, b: PrimFunc) -> bool:
     """Whether two functions are the same but for the names of the function, its variables and buffers."""
     return canonical(a) == canonical(b)

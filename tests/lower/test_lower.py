@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,18 @@ from kedge.compiler import te
 from kedge.compiler.errors import CompileError, VerifyError
 from kedge.compiler.graph import interp
 from kedge.compiler.graph.builder import Builder, call
-from kedge.compiler.graph.dims import format_dim
+from kedge.compiler.graph.dims import format_dim, format_type
 from kedge.compiler.graph.ir import Call, Input, Module, TensorType
 from kedge.compiler.graph.passes import default_passes, run_passes
 from kedge.compiler.graph.passes.fuse import make_group
+from kedge.compiler.lower import lower as lower_module
 from kedge.compiler.lower.interp import run_program
-from kedge.compiler.lower.lower import lower, lower_prim_func
-from kedge.compiler.lower.lower_group import as_group, group_key, lower_group
-from kedge.compiler.lower.program import Entry, Program
+from kedge.compiler.lower.lower import draft, lower, lower_prim_func
+from kedge.compiler.lower.lower_group import as_group, group_digest, group_key, lower_group
+from kedge.compiler.lower.program import Draft, Entry, Lowered, Program, Recalled
+from kedge.compiler.ops import registry
 from kedge.compiler.target import parse
-from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.expr import Dim, Var
 from kedge.compiler.tir.verify import verify as verify_func
 from kedge.rpc.errors import InputError
 from support.graphs import X86, compare, digits_network
@@ -311,3 +314,80 @@ def test_groups_that_differ_in_one_number_are_lowered_apart() -> None:
     assert keys[2] == keys[3] and len(set(keys)) == 3
     free = Input("x", TensorType((N,), "float32"))
     assert group_key(make_group([Call("relu", (free,), {}, (free.type,))])) is None
+
+
+class Memory:
+    """What groups were lowered to, in a dict."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Lowered] = {}
+
+    def recall(self, group: str) -> Lowered | None:
+        return self.known.get(group)
+
+    def remember(self, group: str, lowered: Lowered) -> None:
+        self.known[group] = lowered
+
+
+def free_sizes() -> Module:
+    """Convolutions, resizing and reshapes over free dims, in two functions of variables of their own."""
+    functions = {}
+    for name in ("first", "second"):
+        b = Builder(name)
+        n, h = Var("n", lower=1), Var("h", lower=3)
+        x = b.input("x", TensorType((n, 16, h, h), F32))
+        y = b.call("relu", b.call("conv", x, b.param("w", TensorType((16, 16, 3, 3), F32)), pads=(1, 1, 1, 1)))
+        y = b.call("resize", y, sizes=(n, 16, h * 2, h * 2))
+        functions[name] = b.finish({"y": b.call("softmax", b.call("reshape", y, shape=(n, 16 * h * 2 * h * 2)))})
+    w = np.random.default_rng(0).standard_normal((16, 16, 3, 3)).astype(np.float32)
+    return Module(functions).bind({"w": w})
+
+
+@pytest.mark.parametrize("make", [lambda: digits_network()[0].bind(digits_network()[1]), free_sizes])
+def test_what_was_lowered_before_is_recalled(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    passes = [step.for_target(X86) if hasattr(step, "for_target") else step for step in default_passes()]
+    first = draft(run_passes(make(), passes), memory=memory)
+    assert memory.known and all(isinstance(kernel, Draft) for kernel in first.kernels.values())
+    with monkeypatch.context() as patched:
+        patched.setattr(lower_module, "lower_group", lambda *_: pytest.fail("lowered again"))
+        again = draft(run_passes(make(), passes), memory=memory)
+    assert describe(again) == describe(first)
+    ports = [(port.name, format_type(port.type)) for program in (first, again) for port in program.entries[0].outputs]
+    assert ports[: len(ports) // 2] == ports[len(ports) // 2 :]
+    for name, kernel in again.kernels.items():
+        whole = first.kernels[name]
+        assert isinstance(kernel, Recalled) and isinstance(whole, Draft)
+        assert (kernel.digest, kernel.origin) == (whole.digest, whole.origin)
+        assert kernel.draft.form == whole.form and kernel.func.name == name
+    types = [[format_type(slot.type) for step in p.entries[0].steps for slot in step.args] for p in (first, again)]
+    assert types[0] == types[1]
+
+
+def test_a_group_of_an_operator_that_is_not_the_compiler_s_is_not_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Input("x", TensorType((N, 4), F32))
+    group = make_group([Call("relu", (x,), {}, (x.type,))])
+    found = group_digest(group)
+    assert found is not None and found[1] == (N,)
+    own = registry.get("relu")
+    monkeypatch.setitem(registry._OPS, "relu", replace(own, lower=registry.get("tanh").lower))
+    assert group_digest(group) is None
+    with te.register_onnx("my.domain", "Twice", lambda ts: te.compute(ts[0].shape, lambda *i: ts[0][i] * 2)) as twice:
+        mine = Call(twice.graph_op(registry.FusionKind.ELEMENTWISE), (x,), {"result": 0}, (x.type,))
+        assert group_digest(make_group([mine])) is None
+
+
+def test_groups_are_told_apart_in_every_process_by_what_lowering_sees() -> None:
+    def digest(dim: Dim, attrs: dict[str, Any] | None = None, op: str = "clip", dtype: str = F32) -> str:
+        x = Input("x", TensorType((dim, 4), dtype))
+        found = group_digest(make_group([Call(op, (x,), attrs or {"min": 0.0, "max": None}, (x.type,))]))
+        assert found is not None
+        return found[0]
+
+    assert digest(N) == digest(Var("other", lower=1))
+    assert digest(3) == "1be4b0a463e6678e1e9985ca453733f309ca0045ff1bf8716f5447f6aaa835ce"
+    different = [
+        digest(N), digest(3), digest(N * 2), digest(Var("n", lower=2)), digest(Var("n", lower=1, upper=9)), digest(4),
+        digest(N, {"min": -0.0, "max": None}), digest(N, {"min": 0, "max": None}), digest(N, dtype="float64"),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)

@@ -107,11 +107,25 @@ def test_a_second_compile_schedules_nothing(  # type: ignore[no-untyped-def]
 ) -> None:
     first = compile_module(net[0], "native", cache=cache)
     said: list[str] = []
+    monkeypatch.setattr("kedge.compiler.lower.lower.lower_group", lambda *_: pytest.fail("lowered again"))
     monkeypatch.setattr("kedge.compiler.kernels.schedule_func", lambda *_, **__: pytest.fail("scheduled again"))
     assert compile_module(net[0], "native", cache=cache, progress=said.append).digest == first.digest
     assert not [line for line in said if line.startswith("compiling")]
+    monkeypatch.undo()
+    monkeypatch.setattr("kedge.compiler.kernels.schedule_func", lambda *_, **__: pytest.fail("scheduled again"))
     with pytest.raises(pytest.fail.Exception):  # rules read more of the target than code generation does
         compile_module(net[0], f"{parse('native')} -l2=12345", cache=cache)
+
+
+def test_kernels_that_are_gone_are_lowered_and_made_again(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
+    first = compile_module(net[0], "native", cache=cache)
+    kernels = [path for path in cache.root.rglob("*") if path.is_file() and "groups" not in path.parts]
+    kernels[0].unlink()
+    assert compile_module(net[0], "native", cache=cache).digest == first.digest and kernels[0].exists()
+    for path in (cache.root / "groups").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"cut")
+    assert compile_module(net[0], "native", cache=cache).digest == first.digest
 
 
 def test_the_key_of_a_draft_is_what_rules_see() -> None:
