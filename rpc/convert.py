@@ -234,6 +234,8 @@ def job_spec_to_pb(spec: t.JobSpec) -> types_pb2.JobSpec:
         num_threads=spec.num_threads,
         on=spec.on,
     )
+    if spec.signature is not None:
+        pb.signature.public_key, pb.signature.signature = spec.signature.public_key, spec.signature.signature
     inputs = [tensor_to_pb(tensor) for tensor in spec.task.inputs]
     if isinstance(spec.task, t.BenchTask):
         options = time_options_to_pb(spec.task.options)
@@ -264,6 +266,7 @@ def job_spec_from_pb(pb: types_pb2.JobSpec) -> t.JobSpec:
         priority=pb.priority,
         num_threads=pb.num_threads,
         on=pb.on,
+        signature=t.Signature(pb.signature.public_key, pb.signature.signature) if pb.HasField("signature") else None,
     )
 
 

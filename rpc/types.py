@@ -29,6 +29,7 @@ __all__ = [
     "Measurement",
     "Protocol",
     "RunTask",
+    "Signature",
     "StageTime",
     "StepSamples",
     "Task",
@@ -69,6 +70,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, Word):
         return value.value
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return dict(value) if isinstance(value, Mapping) else value
@@ -281,10 +284,19 @@ Task = Union[RunTask, BenchTask]
 
 
 @dataclass(frozen=True)
+class Signature:
+    """Who vouches for an artifact: an Ed25519 public key (32 bytes) and its signature of the manifest (64 bytes)."""
+
+    public_key: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """What to do: `manifest` is the blob of the artifact's manifest, whose members name their own parts.
 
-    `on` says where on the device: "cpu", "opencl", "cuda:1"; "" as the artifact prefers.
+    `on` says where on the device: "cpu", "opencl", "cuda:1"; "" as the artifact prefers. `signature` is None where
+    nobody signed the artifact.
     """
 
     manifest: Blob
@@ -295,6 +307,7 @@ class JobSpec:
     priority: int = 0
     num_threads: int = 0
     on: str = ""
+    signature: Optional[Signature] = None
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ class BenchTask(_message.Message):
     def __init__(self, inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., options: _Optional[_Union[TimeOptions, _Mapping]] = ..., return_outputs: bool = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "on", "run", "bench")
+    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "on", "signature", "run", "bench")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,7 @@ class JobSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     ON_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     BENCH_FIELD_NUMBER: _ClassVar[int]
     manifest: Blob
@@ -327,9 +328,18 @@ class JobSpec(_message.Message):
     priority: int
     num_threads: int
     on: str
+    signature: Signature
     run: RunTask
     bench: BenchTask
-    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ...) -> None: ...
+    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ..., signature: _Optional[_Union[Signature, _Mapping]] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ...) -> None: ...
+
+class Signature(_message.Message):
+    __slots__ = ("public_key", "signature")
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    public_key: bytes
+    signature: bytes
+    def __init__(self, public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class StageTime(_message.Message):
     __slots__ = ("stage", "duration_ns")

@@ -47,7 +47,8 @@ deadlines = st.builds(t.Deadlines, i64, i64, i64, i64)
 tasks = st.one_of(
     st.builds(t.RunTask, tensor_lists, st.booleans()), st.builds(t.BenchTask, tensor_lists, options, st.booleans())
 )
-specs = st.builds(t.JobSpec, blobs, text, tasks, text, deadlines, i32, i32, text)
+signatures = st.none() | st.builds(t.Signature, st.binary(max_size=40), st.binary(max_size=70))
+specs = st.builds(t.JobSpec, blobs, text, tasks, text, deadlines, i32, i32, text, signatures)
 stage_times = st.lists(st.builds(t.StageTime, st.sampled_from(Stage), i64), max_size=3).map(tuple)
 results = st.builds(t.JobResult, outcomes, tensor_lists, st.none() | measurements, stage_times, text)
 jobs = st.builds(
