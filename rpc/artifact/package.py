@@ -9,6 +9,7 @@ import stat
 import struct
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Mapping, Sequence, Tuple, Type, TypeVar, Union
 
@@ -43,8 +44,14 @@ def make_member(name: str, data: Bytes, cuts: Sequence[int] = ()) -> Member:
     """The manifest entry of a member; `cuts` are the byte offsets at which it is cut into parts."""
     view = memoryview(data)
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < len(view)}), len(view)]
-    parts = tuple(Blob(sha256(view[a:b]), b - a) for a, b in zip(edges, edges[1:]) if b > a)
-    return Member(name, sha256(view), len(view), parts)
+    spans = [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+    if spans == [(0, len(view))]:
+        whole = sha256(view)
+        return Member(name, whole, len(view), (Blob(whole, len(view)),))
+    # hashlib lets other threads go on: a second core hashes the parts while the first one hashes the whole.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        whole, *digests = pool.map(sha256, [view, *(view[a:b] for a, b in spans)])
+    return Member(name, whole, len(view), tuple(Blob(digest, b - a) for digest, (a, b) in zip(digests, spans)))
 
 
 class Artifact:

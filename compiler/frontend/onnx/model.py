@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from onnx import inliner, numpy_helper, version_converter
 
 from kedge.compiler.dtypes import DTYPES
 from kedge.compiler.errors import FrontendError
+from kedge.compiler.frontend.onnx.apart import APART, read_apart
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
@@ -30,11 +31,15 @@ _EXPORT_AGAIN = "export the model again, or copy it again and compare its size a
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A parsed and checked model. `source` names it in messages; `folder` is where its external data lies."""
+    """A parsed and checked model. `source` names it in messages; `folder` is where its external data lies.
+
+    `apart` is the data of initializers that were read apart from the message (see `apart.read_apart`).
+    """
 
     proto: onnx.ModelProto
     source: str
     folder: Path | None
+    apart: tuple[bytes, ...] = ()
 
     @property
     def opsets(self) -> Mapping[str, int]:
@@ -61,13 +66,28 @@ def read_model(source: Source) -> Model:
     elif isinstance(source, bytes):
         model = Model(_parse(source, "model"), "model", None)
     else:
-        path = Path(source)
-        model = Model(_parse(_read(path), str(path)), str(path), path.parent)
+        model = _read_file(Path(source))
     _check_complete(model)
     model = _at_known_opset(model)
     if model.proto.functions:
-        model = Model(_inline(model), model.source, model.folder)
+        model = replace(model, proto=_inline(model))
     return model
+
+
+def _read_file(path: Path) -> Model:
+    """The parsed file, with large weights apart unless ONNX's converter will want them in their places."""
+    source = str(path)
+    if path.is_file():
+        try:
+            split = read_apart(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if split is not None:
+            rest, data = split
+            model = Model(_parse(rest, source), source, path.parent, data)
+            if not data or model.opset >= OLDEST_OPSET:
+                return model
+    return Model(_parse(_read(path), source), source, path.parent)
 
 
 def check(model: Model) -> None:
@@ -159,9 +179,13 @@ def tensor_data(model: Model, tensor: onnx.TensorProto) -> Array:
             f"{model.source}: tensor {tensor.name!r} holds {onnx.TensorProto.DataType.Name(tensor.data_type)} data",
             hint="kedge compiles numeric tensors only; do text processing outside of the model",
         )
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+    apart = _apart_data(model, tensor)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL and apart is None:
         return _external_data(model, tensor)
     try:
+        if apart is not None:
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            return np.frombuffer(apart, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(tensor.dims)
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError, KeyError) as error:
         raise FrontendError(
@@ -209,7 +233,11 @@ def _read(path: Path) -> bytes:
             f"there is no file {path}", hint="check the path; relative paths start at the current folder"
         ) from None
     except OSError as error:
-        raise FrontendError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> FrontendError:
+    return FrontendError(f"{path} cannot be read: {error.strerror}", hint="check its permissions")
 
 
 def _parse(data: bytes, source: str) -> onnx.ModelProto:
@@ -338,6 +366,17 @@ def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
                 yield from body.initializer
 
 
+def _apart_data(model: Model, tensor: onnx.TensorProto) -> bytes | None:
+    """The data of a tensor that was read apart; None for any other."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    number = location.removeprefix(APART)
+    if number == location or not number.isdecimal() or int(number) >= len(model.apart):
+        return None
+    return model.apart[int(number)]
+
+
 def _external_data(model: Model, tensor: onnx.TensorProto) -> Array:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     what = f"{model.source}: tensor {tensor.name!r}"
@@ -368,8 +407,8 @@ def _external_path(model: Model, location: str, what: str) -> Path:
             hint="pass the path of the .onnx file, or load the data first: onnx.load(path)",
         )
     folder = model.folder.resolve()
-    path = (folder / location).resolve()
-    if not location or not path.is_relative_to(folder):
+    path = (folder / location.replace("\0", "")).resolve()
+    if not location or "\0" in location or not path.is_relative_to(folder):
         raise FrontendError(
             f"{what} refers to external data at {location!r}, outside of the model's folder {folder}",
             hint="external data must lie beside or below the model; save it again with onnx.save_model",
