@@ -21,7 +21,7 @@ from typing import Any
 from kedge.compiler.codegen.shapes import Program
 from kedge.compiler.errors import ToolchainError
 from kedge.compiler.lower.program import Draft, Kernel, Lowered, Recalled
-from kedge.compiler.target import AnyTarget, GpuTarget
+from kedge.compiler.target import AnyTarget, GpuTarget, Target
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import structural_hash
 from kedge.compiler.toolchain import cache_dir
@@ -89,6 +89,12 @@ def key_of(kernel: Kernel | Draft | Recalled, target: AnyTarget) -> str:
     return kernel_key(kernel.func, target) if isinstance(kernel, Kernel) else draft_key(kernel, target)
 
 
+def text_key(text: str, host: Target) -> str:
+    """Names the object file of LLVM IR, such as that of a program's entries."""
+    parts = ("text", text, host.triple, host.cpu, host.features, compiler_version())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def symbol_of(key: str) -> str:
     """The linker symbol of the kernel with a key."""
     return f"kedge_{key[:24]}"
@@ -122,6 +128,19 @@ class KernelCache:
         """
         _write(self._path(key), made)
 
+    def find_object(self, key: str) -> bytes | None:
+        """The object file with that key, which is no kernel's; None if there is none that is whole."""
+        entry = read_entry(self._object_path(key))
+        return None if entry is None else entry[1]
+
+    def keep_object(self, key: str, code: bytes) -> None:
+        """Keep the object file with that key.
+
+        Raises:
+            ToolchainError: the folder cannot be written.
+        """
+        write_entry(self._object_path(key), "object", code)
+
     def recall(self, group: str) -> Lowered | None:
         """What a group was lowered to; None where unknown."""
         entry = read_entry(self._group_path(group))
@@ -140,6 +159,9 @@ class KernelCache:
 
     def _path(self, key: str) -> Path:
         return self.root / key[:2] / key
+
+    def _object_path(self, key: str) -> Path:
+        return self.root / "objects" / key[:2] / key
 
     def _group_path(self, group: str) -> Path:
         key = hashlib.sha256(f"{group} {lowering_version()}".encode()).hexdigest()

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TypeAlias
 
 from kedge.compiler import debug
-from kedge.compiler.cache import KernelCache, KernelObject, compiler_version, key_of, symbol_of
+from kedge.compiler.cache import KernelCache, KernelObject, compiler_version, key_of, symbol_of, text_key
 from kedge.compiler.codegen.entry import CompiledKernel, emit_module
 from kedge.compiler.codegen.machine import emit_object
 from kedge.compiler.errors import CompileError
@@ -225,7 +225,7 @@ def _compile_variant(
         weights = pack_weights(program.weights)
     externals = compile_externals(program, target, progress)  # first: a mistake in C shows before kernels take time
     kernels = compile_kernels(program, target, cache, workers, progress)
-    objects = compile_objects(program, target, weights, kernels)
+    objects = compile_objects(program, target, weights, kernels, cache)
     host = target.host
     with debug.timed("link"):
         lib = (
@@ -298,7 +298,7 @@ def compile_kernels(
 
 
 def compile_objects(
-    program: Program, target: AnyTarget, weights: Weights, kernels: Mapping[str, KernelObject]
+    program: Program, target: AnyTarget, weights: Weights, kernels: Mapping[str, KernelObject], cache: KernelCache
 ) -> tuple[bytes, ...]:
     """ELF object files of a program: its entries and descriptor first, then its kernels, each once."""
     known = {name: CompiledKernel(made.symbol, made.workspace) for name, made in kernels.items()}
@@ -306,6 +306,10 @@ def compile_objects(
     text = emit_module(program, target, known, weights.places, weights.data_size, launches)
     debug.show(f"entry-{stage_name(target)}", "ll", debug.LLVM, lambda: text)
     with debug.timed("entry"):
-        entry = emit_object(text, target.host, speed=1)
+        key = text_key(text, target.host)
+        entry = cache.find_object(key)
+        if entry is None:
+            entry = emit_object(text, target.host, speed=1)
+            cache.keep_object(key, entry)
     code = {made.symbol: made.code for made in kernels.values()}
     return (entry, *code.values())

@@ -72,7 +72,7 @@ class Loaded:
         path = folder / "lib.so"
         with Workers() as workers:
             made = compile_kernels(program, target, cache, workers)
-        path.write_bytes(link_shared(compile_objects(program, target, self.weights, made), target))
+        path.write_bytes(link_shared(compile_objects(program, target, self.weights, made, cache), target))
         self.library = ctypes.CDLL(str(path))
         self.module = abi.ModuleDesc.in_dll(self.library, "kedge_module")
         self.function = self.module.functions[0].contents

@@ -102,12 +102,17 @@ def test_the_key_tells_targets_and_functions_apart_but_not_names() -> None:
     assert kernel_key(func, native) == kernel_key(func, parse("x86-64-v3 -num-cores=2"))
 
 
+def kernels_of(cache: KernelCache) -> list[Path]:
+    return [path for path in cache.root.glob("??/*") if path.is_file()]
+
+
 def test_a_second_compile_schedules_nothing(  # type: ignore[no-untyped-def]
     net, cache: KernelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = compile_module(net[0], "native", cache=cache)
     said: list[str] = []
     monkeypatch.setattr("kedge.compiler.lower.lower.lower_group", lambda *_: pytest.fail("lowered again"))
+    monkeypatch.setattr("kedge.compiler.pipeline.emit_object", lambda *_, **__: pytest.fail("compiled again"))
     monkeypatch.setattr("kedge.compiler.kernels.schedule_func", lambda *_, **__: pytest.fail("scheduled again"))
     assert compile_module(net[0], "native", cache=cache, progress=said.append).digest == first.digest
     assert not [line for line in said if line.startswith("compiling")]
@@ -119,12 +124,13 @@ def test_a_second_compile_schedules_nothing(  # type: ignore[no-untyped-def]
 
 def test_kernels_that_are_gone_are_lowered_and_made_again(net, cache: KernelCache) -> None:  # type: ignore[no-untyped-def]
     first = compile_module(net[0], "native", cache=cache)
-    kernels = [path for path in cache.root.rglob("*") if path.is_file() and "groups" not in path.parts]
+    kernels = kernels_of(cache)
     kernels[0].unlink()
     assert compile_module(net[0], "native", cache=cache).digest == first.digest and kernels[0].exists()
-    for path in (cache.root / "groups").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"cut")
+    others = [path for path in cache.root.rglob("*") if path.is_file() and path not in kernels]
+    assert {path.parent.parent.name for path in others} == {"groups", "objects"}
+    for path in others:
+        path.write_bytes(b"cut")
     assert compile_module(net[0], "native", cache=cache).digest == first.digest
 
 
@@ -145,7 +151,7 @@ def test_the_key_of_a_draft_is_what_rules_see() -> None:
 def test_a_damaged_cache_entry_is_made_again(cache: KernelCache, damage: bytes | None) -> None:
     func = functions.chain(8)
     good = compile_prim_func(func, "native", cache=cache)
-    (entry,) = [path for path in cache.root.rglob("*") if path.is_file()]
+    (entry,) = kernels_of(cache)
     data = entry.read_bytes()
     entry.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage is None else damage)
     again = KernelCache(cache.root)

@@ -89,7 +89,7 @@ def run_program(
     external = [part for made in compile_externals(program, target).values() for part in made.parts]
     with Workers() as workers:
         kernels = compile_kernels(program, target, cache, workers)
-    objects = compile_objects(program, target, weights, kernels)
+    objects = compile_objects(program, target, weights, kernels, cache)
     for number, data in enumerate([*objects, *external]):
         path = folder / f"{number}.o"
         path.write_bytes(data)

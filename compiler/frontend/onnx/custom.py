@@ -1,18 +1,15 @@
-"""Nodes of operators that users registered with `te.register_onnx`, and their part of the reference evaluator."""
+"""Nodes of operators that users registered with `te.register_onnx`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
-from onnx.reference.op_run import OpRun
 
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.ir import Value
-from kedge.compiler.ops import custom
 from kedge.compiler.ops.custom import OnnxOperator, with_gaps
 
 if TYPE_CHECKING:
@@ -70,19 +67,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return value if isinstance(value, (int, float, str)) else tuple(map(_plain, value))
-
-
-def evaluators() -> list[type[OpRun]]:
-    """What ONNX's reference evaluator runs for the registered operators: the interpreter of their definition."""
-    return [_evaluator(operator) for operator in custom.registered()]
-
-
-def _evaluator(operator: OnnxOperator) -> type[OpRun]:
-    def _run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
-        given = [None if array is None else np.asarray(array) for array in inputs]
-        while given and given[-1] is None:
-            given.pop()
-        results = operator.reference(given, attributes_of(self.onnx_node))
-        return results[: len(self.onnx_node.output)]
-
-    return type(operator.op_type, (OpRun,), {"op_domain": operator.domain, "_run": _run})

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from kedge.compiler.frontend.onnx.functions import schema_of
 from kedge.compiler.frontend.onnx.model import dtype_name
@@ -96,6 +95,8 @@ def _folded_dtype(node: Node) -> str:
 
 
 def _fold_known(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry | None] | None:
+    from onnx.reference import ReferenceEvaluator  # here, since few models need it and it takes long to import
+
     proto = node.proto
     feeds = {name: content for name, content in zip(proto.input, contents, strict=True) if content is not None}
     infos = [
