@@ -38,6 +38,7 @@ IMAGES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("LpNormalization", [], {"axis": -1}),
     ("MeanVarianceNormalization", [], {}),
     ("LRN", [], {"size": 3}),
+    ("LRN", [], {"size": 3, "alpha": 0.5, "beta": 0.6, "bias": 2.0}),
     ("Gelu", [], {}),
     ("Gelu", [], {"approximate": "tanh"}),
     ("HardSwish", [], {}),

@@ -184,6 +184,15 @@ def test_neutral_elements_and_identities_go():
     check(Simplify(), net.module(y), ["relu", "mul"])
 
 
+def test_small_powers_are_products_and_roots():
+    net = Net()
+    x = net.input("x", N, 4)
+    cube, root = (net.pow(x, net.b.constant(power, F32)) for power in (3.0, 0.5))
+    check(Simplify(), net.module(cube, root), ["mul", "mul", "sqrt"])
+    half = net.cast(x, dtype="float16")
+    check(Simplify(), net.module(net.pow(half, net.b.constant(3.0, "float16"))), ["cast", "pow"])
+
+
 def test_a_neutral_element_that_broadcasts_stays():
     net = Net()
     module = net.module(net.add(net.input("x", 1, 4), net.b.constant(np.zeros((3, 4), F32))))

@@ -129,7 +129,11 @@ def _pow(context: Context, value: Call) -> Value | None:
         return base
     if _filled_with(context, exponent, 2):
         return call("mul", base, base, origin=value.origin)
-    if _filled_with(context, exponent, 0.5) and value.type.dtype not in HALVES:
+    if value.type.dtype in HALVES:
+        return None  # a power is rounded once, the others more often
+    if _filled_with(context, exponent, 3):
+        return call("mul", call("mul", base, base, origin=value.origin), base, origin=value.origin)
+    if _filled_with(context, exponent, 0.5):
         return call("sqrt", base, origin=value.origin)
     return None
 
