@@ -139,11 +139,13 @@ def inputs(func: PrimFunc, symbols: Mapping[str, int] | None = None, seed: int =
     ]
 
 
-def assert_same(before: PrimFunc, after: PrimFunc, symbols: Mapping[str, int] | None = None) -> None:
-    """`after` is valid and computes exactly what `before` does, one iteration at a time and vectorized."""
+def assert_same(
+    before: PrimFunc, after: PrimFunc, symbols: Mapping[str, int] | None = None, *, rtol: float = 0.0
+) -> None:
+    """`after` is valid and computes what `before` does, one iteration at a time and vectorized; exactly, by default."""
     verify(after)
     data = inputs(before, symbols)
     expected = run(before, data, symbols)
     for vectorize in (True, False):
         for got, want in zip(run(after, data, symbols, vectorize=vectorize), expected, strict=True):
-            np.testing.assert_array_equal(got, want)
+            np.testing.assert_allclose(got, want, rtol=rtol)

@@ -20,11 +20,12 @@ from kedge.compiler.schedule.rules.analysis import (
     strides,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
+from kedge.compiler.schedule.rules.partial import halve
 from kedge.compiler.schedule.rules.product import operands
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
-from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.visitor import free_vars
@@ -158,7 +159,7 @@ def _schedule_dots(sch: Schedule, name: str, decisions: Decisions, target: Targe
     sch.reorder(*outer, along, *inner, lane)
     copy = sch.cache_write(ref, outer[-1], "register")
     take_consumer(sch, copy)
-    parts = _halve(sch, ref, lane, wide, decisions)
+    parts = halve(sch, ref, lane, wide, decisions["width"])
     blocks = [(copy, 1), (ref, 1), (sch.decompose_reduction(ref, sch.get_loops(ref)[len(outer)]), 1)]
     for part, size in parts:
         blocks += [(part, size), (sch.decompose_reduction(part, sch.get_loops(part)[len(outer)]), size)]
@@ -176,17 +177,6 @@ def _schedule_dots(sch: Schedule, name: str, decisions: Decisions, target: Targe
     if decisions["parallel"]:
         parallelize(sch, outer, total, target)
     return {block.name for block, _ in blocks}
-
-
-def _halve(sch: Schedule, ref: BlockRef, lane: LoopRef, wide: int, decisions: Decisions) -> list[tuple[BlockRef, int]]:
-    """Partial sums of `wide` lanes, of one vector, of half of it, and so on: the blocks that make them, their lanes."""
-    parts = [(sch.rfactor(ref, lane), wide)]
-    while wide > 2:
-        step = wide // decisions["width"] if wide > decisions["width"] else 2
-        wide //= step
-        _, lane = sch.split(sch.get_loops(ref)[-1], [step, wide])
-        parts.append((sch.rfactor(ref, lane), wide))
-    return parts
 
 
 def _width(block: Block, target: TargetModel) -> int:

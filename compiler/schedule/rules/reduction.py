@@ -19,12 +19,13 @@ from kedge.compiler.schedule.rules.analysis import (
     strides,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
+from kedge.compiler.schedule.rules.partial import halve
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import schedule_tile, tile_by_model
-from kedge.compiler.schedule.schedule import LoopRef, Schedule
-from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on
-from kedge.compiler.tir.stmt import PrimFunc, Store
+from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
+from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on, writers
+from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,15 @@ class Reduction:
         return {"by_rows": (False, True)}
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
-        """By rows, if there are several blocks that can share rows and no vector axis for the first."""
+        """By rows, if what follows can share them, no outputs fill vectors, and there is a reason to.
+
+        That is a second reduction, or a row long enough for a vector of partial results.
+        """
         sch = Schedule(func)
         inline_producers(sch)
         first = reductions(sch.func)[0]
-        several = len(reductions(sch.func)) > 1
-        return {"by_rows": several and tile_by_model(first, target).vector is None and _shares_rows(sch.func)}
+        gains = len(reductions(sch.func)) > 1 or _partial_lanes(first, target)[0] > 1
+        return {"by_rows": gains and tile_by_model(first, target).vector is None and _shares_rows(sch.func)}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
         """See the class."""
@@ -110,7 +114,7 @@ def _by_rows(sch: Schedule, target: TargetModel) -> None:
     rows = _gather_rows(sch)
     for name in order[order.index(first) :]:
         if is_reduction(block_named(sch.func, name)):
-            _accumulate(sch, name, rows)
+            _accumulate(sch, name, rows, target)
         else:
             _vectorize_inner(sch, name, len(rows), target)
     for name in order[: order.index(first)]:
@@ -119,17 +123,65 @@ def _by_rows(sch: Schedule, target: TargetModel) -> None:
         parallelize(sch, rows, total, target)
 
 
-def _accumulate(sch: Schedule, name: str, rows: list[LoopRef]) -> None:
-    """Reduce in a register where what one row gives is a single element or a small fixed number of them."""
+def _accumulate(sch: Schedule, name: str, rows: list[LoopRef], target: TargetModel) -> None:
+    """Reduce in registers where what one row gives is a single element or a small fixed number of them.
+
+    A row whose elements lie together is reduced to vectors of partial results first.
+    """
     ref = sch.get_block(name)
     own = sch.get_loops(ref)[len(rows) :]
     nodes = loops_on(block_path(sch.func, name))[len(rows) :]
     reduced = loop_vars(block_named(sch.func, name), "reduce")
     reducing = [loop for loop, node in zip(own, nodes, strict=True) if node.var in reduced]
-    if len(reducing) == len(own):
-        sch.cache_write(ref, rows[-1], "register")
-    if reducing:
+    if not reducing:
+        return
+    if len(reducing) < len(own):
         sch.decompose_reduction(ref, reducing[0])
+        return
+    vectors, width = _partial_lanes(block_named(sch.func, name), target)
+    if width == 1:
+        sch.cache_write(ref, rows[-1], "register")
+        sch.decompose_reduction(ref, reducing[0])
+        return
+    along, lane = sch.split(reducing[-1], [None, vectors * width])
+    sch.cache_write(ref, rows[-1], "register")
+    done = {*reducing[:-1], along}
+    for block, size in [*halve(sch, ref, lane, vectors * width, width), (ref, 1)]:
+        for each in (_initialize(sch, block, rows), block):
+            loops = list(sch.get_loops(each))[len(rows) :]
+            if size > width:
+                loops[-1:] = sch.split(loops[-1], [None, width])
+            if size > 1:
+                sch.vectorize(loops.pop())
+            for loop in loops:
+                if loop not in done:
+                    done.add(loop)
+                    sch.unroll(loop)
+
+
+def _initialize(sch: Schedule, ref: BlockRef, rows: list[LoopRef]) -> BlockRef:
+    """The block that initialises reduction `ref` within a row; where a vector is not full, there is one already."""
+    block = block_named(sch.func, ref.name)
+    if block.init is not None:
+        return sch.decompose_reduction(ref, sch.get_loops(ref)[len(rows)])
+    (found,) = (each for each in writers(sch.func, store_of(block).buffer) if each is not block)
+    return sch.get_block(found.name)
+
+
+def _partial_lanes(block: Block, target: TargetModel) -> tuple[int, int]:
+    """Vectors of partial results for the last dim that `block` reduces, and their width; (1, 1) where it has none.
+
+    All that it reads lies together along that dim, or is the same.
+    """
+    depth = block.iters[-1]
+    width = lanes(target, block)
+    length = extent_of(depth.extent)
+    steps = strides(block, depth.var)[1:]
+    if depth.kind != "reduce" or set(steps) not in ({1}, {0, 1}) or (length is not None and length < 2 * width):
+        return 1, 1
+    whole = length is not None and length % width == 0
+    most = [count for count in (1, 2, 4) if length is None or count * width <= length]
+    return max(count for count in most if count == 1 or not whole or length % (count * width) == 0), width
 
 
 def _vectorize_inner(sch: Schedule, name: str, depth: int, target: TargetModel) -> None:
