@@ -27,6 +27,9 @@ from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on, writers
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 
+#: Vectors of partial results that hide the latency of adding to one.
+_MOST_VECTORS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
@@ -179,9 +182,11 @@ def _partial_lanes(block: Block, target: TargetModel) -> tuple[int, int]:
     steps = strides(block, depth.var)[1:]
     if depth.kind != "reduce" or set(steps) not in ({1}, {0, 1}) or (length is not None and length < 2 * width):
         return 1, 1
-    whole = length is not None and length % width == 0
-    most = [count for count in (1, 2, 4) if length is None or count * width <= length]
-    return max(count for count in most if count == 1 or not whole or length % (count * width) == 0), width
+    if length is None:
+        return _MOST_VECTORS, width
+    fitting = [count for count in (1, 2, _MOST_VECTORS) if count * width <= length]
+    even = [count for count in fitting if length % (count * width) == 0]
+    return max(even or fitting), width
 
 
 def _vectorize_inner(sch: Schedule, name: str, depth: int, target: TargetModel) -> None:
