@@ -48,8 +48,13 @@ def bind(module: Module, params: Mapping[str, np.ndarray[Any, Any]]) -> Module:
     return replace(module, params=MappingProxyType(bound)) if params else module
 
 
-def frozen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A C-contiguous read-only view of `array`, or a copy where there is no such view."""
-    view = np.ascontiguousarray(array).reshape(array.shape).view()
+def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A read-only view of `array`, with the strides that it has."""
+    view = array.view()
     view.flags.writeable = False
     return view
+
+
+def frozen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A C-contiguous read-only view of `array`, or a copy where there is no such view."""
+    return read_only(np.ascontiguousarray(array).reshape(array.shape))

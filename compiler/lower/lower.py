@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kedge.compiler.errors import CompileError
-from kedge.compiler.graph.bind import frozen
+from kedge.compiler.graph.bind import frozen, read_only
 from kedge.compiler.graph.cost import flops, nbytes
 from kedge.compiler.graph.dims import total
 from kedge.compiler.graph.external import External, by_function
@@ -297,7 +297,7 @@ class _Weights:
 
     def _enter(self, name: str, data: np.ndarray[Any, Any]) -> None:
         self._slots[name] = len(self._slots)
-        self.arrays[name] = frozen(data)
+        self.arrays[name] = read_only(data)
 
     def _constant(self, data: np.ndarray[Any, Any]) -> str:
         # A digest, since constants may be most of the model: weights that were folded.

@@ -155,7 +155,7 @@ class ExternalKernel:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A whole module, ready for code generation. `weights` are in slot order, each a C-contiguous array.
+    """A whole module, ready for code generation. `weights` are in slot order, arrays of any strides.
 
     Steps call what `kernels` or `externals` have under their name; no name is in both.
     """

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kedge.compiler import te
+from kedge.compiler import pages, te
 from kedge.compiler.graph.dims import plain
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry, windows
@@ -129,7 +129,7 @@ def _weights(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
     filters, channels = w.shape[:2]
     line = np.stack([*_WEIGHT[_tile_size(attrs)](list(np.eye(KERNEL)))])
     both, side = np.kron(line, line), len(line)
-    result = np.empty((side * side, filters * channels), w.dtype)
+    result = pages.empty((side * side, filters * channels), w.dtype)
     blocks = w.reshape(filters // o, o, channels // i, i, KERNEL * KERNEL).transpose(4, 0, 2, 3, 1)
     step = max(1, _WEIGHTS_AT_ONCE // max(1, channels * o))
     scratch = np.empty((side * side, _COLUMNS))

@@ -13,7 +13,7 @@ from kedge.compiler.target.model import Target
 from kedge.compiler.target.parse import AnyTarget
 from kedge.compiler.tir.expr import Dim
 from kedge.compiler.tir.printer import print_expr
-from kedge.rpc.artifact import Artifact, Function, Manifest, Symbol, Variant, VariantDevice, make_member
+from kedge.rpc.artifact import Artifact, Bytes, Function, Manifest, Symbol, Variant, VariantDevice, make_member
 from kedge.rpc.artifact import Port as ManifestPort
 
 
@@ -33,7 +33,7 @@ class CompiledVariant:
 
 def package(name: str, compiler: str, variants: Sequence[CompiledVariant], info: Mapping[str, Any]) -> Artifact:
     """The artifact of compiled variants of one model; equal weights are stored once."""
-    members: dict[str, bytes] = {}
+    members: dict[str, Bytes] = {}
     cuts: dict[str, tuple[int, ...]] = {}
     described: list[Variant] = []
     for number, variant in enumerate(variants):
@@ -62,7 +62,7 @@ def _device(variant: CompiledVariant) -> VariantDevice | None:
     return VariantDevice(target.kind, target.arch_name, target.max_threads, target.shared_bytes, features)
 
 
-def _weights_member(weights: Weights, members: dict[str, bytes], cuts: dict[str, tuple[int, ...]]) -> str | None:
+def _weights_member(weights: Weights, members: dict[str, Bytes], cuts: dict[str, tuple[int, ...]]) -> str | None:
     """The name of the member that holds `weights`, added unless another variant has the same."""
     if not weights.places:
         return None

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
+from kedge.compiler import pages
 from kedge.compiler.codegen.entry import WeightPlace
 from kedge.compiler.errors import CompileError
+from kedge.compiler.target.host import usable_threads
 
 ALIGNMENT: Final = 64
 #: Tensors of at least this many bytes are blobs of their own on the wire.
@@ -30,7 +33,7 @@ _DTYPES: Final[Mapping[str, str]] = {
 class Weights:
     """A safetensors file: its bytes, where its data begins, the places of tensors in the data, and where to cut."""
 
-    data: bytes
+    data: memoryview
     data_offset: int
     places: tuple[WeightPlace, ...]
     cuts: tuple[int, ...]
@@ -48,7 +51,6 @@ def pack_weights(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Weights:
         CompileError: an array's dtype is not one that safetensors has.
     """
     header: dict[str, Any] = {}
-    pieces: list[bytes | memoryview] = []  # views, so that all is copied once
     places: list[WeightPlace] = []
     position = 0
     for name, array in arrays.items():
@@ -56,22 +58,32 @@ def pack_weights(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Weights:
             raise CompileError(f"weight {name!r} has dtype {array.dtype}, which cannot be stored")
         gap = -position % ALIGNMENT
         if gap:
-            header[f"kedge.pad.{len(pieces)}"] = _entry("U8", [gap], position, gap)
-            pieces.append(bytes(gap))
+            header[f"kedge.pad.{len(header)}"] = _entry("U8", [gap], position, gap)
             position += gap
-        stored = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-        data = stored.reshape(-1).view(np.uint8).data
-        header[name] = _entry(_DTYPES[str(array.dtype)], list(array.shape), position, len(data))
-        places.append(WeightPlace(name, position, len(data)))
-        pieces.append(data)
-        position += len(data)
+        header[name] = _entry(_DTYPES[str(array.dtype)], list(array.shape), position, array.nbytes)
+        places.append(WeightPlace(name, position, array.nbytes))
+        position += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     start = 8 + len(text)
     large = [place for place in places if place.size >= LARGE_BYTES]
     cuts = {start + edge for place in large for edge in (place.offset, place.offset + place.size)}
-    whole = b"".join([struct.pack("<Q", len(text)), text, *pieces])
-    return Weights(whole, start, tuple(places), tuple(sorted(cuts)))
+    whole = pages.empty((start + position,), np.dtype(np.uint8))
+    whole[:start] = np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
+    end = start
+    copies: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    for place, array in zip(places, arrays.values(), strict=True):
+        begin = start + place.offset
+        whole[end:begin] = 0
+        end = begin + place.size
+        target = whole[begin:end].view(array.dtype.newbyteorder("<")).reshape(array.shape)
+        rows = 1 if array.ndim == 0 else max(1, len(array) * LARGE_BYTES // max(1, array.nbytes))
+        spans = range(0, len(array), rows) if array.ndim else ()
+        copies += [(target[at : at + rows], array[at : at + rows]) for at in spans] or [(target, array)]
+    # The only copy, in whatever order the elements lie: transposed weights are views up to here.
+    with ThreadPoolExecutor(max_workers=usable_threads()) as pool:
+        list(pool.map(lambda copy: np.copyto(*copy), copies))
+    return Weights(whole.data.toreadonly(), start, tuple(places), tuple(sorted(cuts)))
 
 
 def _entry(dtype: str, shape: list[int], start: int, size: int) -> dict[str, Any]:

@@ -71,6 +71,17 @@ def test_functions_share_what_is_folded():
     assert list(after.params) == ["w.folded"]
 
 
+def test_transposed_weights_are_views_until_they_are_stored():
+    b = Builder("main")
+    w = b.call("transpose", b.param("w", TensorType((32, 8), F32)))
+    panels = b.call("transpose", b.call("reshape", w, shape=(8, 2, 16)), perm=(1, 0, 2))
+    data = np.arange(256, dtype=F32).reshape(32, 8)
+    module = Module({"main": b.finish({"y": b.call("add", panels, b.input("x", TensorType((1,), F32)))})})
+    (folded,) = FoldConstants()(module.bind({"w": data})).params.values()
+    assert np.shares_memory(folded, data) and not folded.flags.writeable
+    np.testing.assert_array_equal(folded, data.T.reshape(8, 2, 16).transpose(1, 0, 2))
+
+
 def test_what_grows_too_much_or_is_not_bound_is_left():
     net = Net()
     zeros = net.broadcast_to(net.b.constant(0.0, F32), shape=(1024, 1024))

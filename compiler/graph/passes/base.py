@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from kedge.compiler.graph.bind import frozen, parameters
+from kedge.compiler.graph.bind import parameters, read_only
 from kedge.compiler.graph.ir import (
     Call,
     Constant,
@@ -100,7 +100,7 @@ class Context:
             count += 1
             name = f"{base}{count}"
         self._names.add(name)
-        data = frozen(data)
+        data = read_only(data)
         self._known[name] = self.added[name] = data
         param = Param(name, TensorType(tuple(data.shape), str(data.dtype)))
         if key:

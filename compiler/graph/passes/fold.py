@@ -10,6 +10,7 @@ from kedge.compiler.graph.dims import attribute_symbols
 from kedge.compiler.graph.interp import Array, apply
 from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
 from kedge.compiler.graph.passes.base import Context, rewrite, value_key
+from kedge.compiler.ops.movement import permutation
 
 #: What lays weights out for kernels.
 _LAYING_OUT = frozenset({"pad", "winograd_weights"})
@@ -47,7 +48,11 @@ class FoldConstants:
         times = self.layout if new.op in _LAYING_OUT else 1
         if size > times * sum(array.nbytes for array in known) + self.growth:
             return None
-        (result,) = apply(new.op, known, new.attrs, {})
+        if new.op == "transpose":
+            # A view: laying out a weight takes several, and its elements are moved once, when all of them are known.
+            result = known[0].transpose(permutation(new.attrs, known[0].ndim))
+        else:
+            (result,) = apply(new.op, known, new.attrs, {})
         return self._value(context, new, result)
 
     def _value(self, context: Context, call: Call, result: Array) -> Value:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kedge.compiler import pages
 from kedge.compiler.graph.builder import make_call
 from kedge.compiler.graph.interp import Array
 from kedge.compiler.graph.ir import Call, Constant, Module, Param, Value
@@ -109,7 +110,7 @@ class _Folder:
         shape = [groups, *(1 for _ in weight.shape)]
         shape[1 + axis] = -1
         parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        result = np.empty_like(parts)
+        result = pages.empty(parts.shape, parts.dtype)
         np.multiply(parts, self._factor.reshape(shape), out=result, dtype=np.float64, casting="same_kind")
         return result.reshape(weight.shape)
 
