@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from kedge.compiler.errors import VerifyError
+from kedge.compiler.graph.bind import frozen
 from kedge.compiler.graph.dims import concrete, evaluate_shape, format_type
 from kedge.compiler.graph.ir import (
     Attrs,
@@ -106,7 +107,7 @@ def _evaluate(function: Function, inputs: list[Array], params: Mapping[str, Arra
             case Input() | Item():
                 continue
             case Param(name=name):
-                done[id(value)] = (params[name],)
+                done[id(value)] = (frozen(params[name]),)  # sums must not depend on how a weight lies in memory
             case Constant(data=data):
                 done[id(value)] = (data,)
             case Call(op=op, inputs=operands, attrs=attrs):
