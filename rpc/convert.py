@@ -167,13 +167,41 @@ def device_status_to_pb(status: t.DeviceStatus) -> types_pb2.DeviceStatus:
         state=_DEVICE_STATE.to_pb(status.state),
         last_seen_unix_ms=status.last_seen_unix_ms,
         running_job_id=status.running_job_id,
+        detail=status.detail,
+        health=None if status.health is None else health_to_pb(status.health),
+        reservation=None if status.reservation is None else reservation_to_pb(status.reservation),
     )
 
 
 def device_status_from_pb(pb: types_pb2.DeviceStatus) -> t.DeviceStatus:
     """DeviceStatus, in."""
     state = _need(_DEVICE_STATE.from_pb(pb.state), "device state")
-    return t.DeviceStatus(device_info_from_pb(pb.info), state, pb.last_seen_unix_ms, pb.running_job_id)
+    return t.DeviceStatus(
+        info=device_info_from_pb(pb.info),
+        state=state,
+        last_seen_unix_ms=pb.last_seen_unix_ms,
+        running_job_id=pb.running_job_id,
+        detail=pb.detail,
+        health=health_from_pb(pb.health) if pb.HasField("health") else None,
+        reservation=reservation_from_pb(pb.reservation) if pb.HasField("reservation") else None,
+    )
+
+
+def reservation_to_pb(item: t.Reservation) -> types_pb2.Reservation:
+    """Reservation, out."""
+    return types_pb2.Reservation(
+        id=item.id,
+        device=item.device,
+        user=item.user,
+        from_unix_ms=item.from_unix_ms,
+        until_unix_ms=item.until_unix_ms,
+        reason=item.reason,
+    )
+
+
+def reservation_from_pb(pb: types_pb2.Reservation) -> t.Reservation:
+    """Reservation, in."""
+    return t.Reservation(pb.id, pb.device, pb.user, pb.from_unix_ms, pb.until_unix_ms, pb.reason)
 
 
 _HEALTH_NUMBERS = (
@@ -183,7 +211,7 @@ _HEALTH_NUMBERS = (
 
 def health_to_pb(health: t.Health) -> types_pb2.Health:
     """Health, out."""
-    pb = types_pb2.Health(governor=health.governor)
+    pb = types_pb2.Health(governor=health.governor, problems=health.problems)
     for name in _HEALTH_NUMBERS:
         value = getattr(health, name)
         if value is not None:
@@ -194,7 +222,7 @@ def health_to_pb(health: t.Health) -> types_pb2.Health:
 def health_from_pb(pb: types_pb2.Health) -> t.Health:
     """Health, in."""
     present: Dict[str, Any] = {name: getattr(pb, name) for name in _HEALTH_NUMBERS if pb.HasField(name)}
-    return t.Health(governor=pb.governor, **present)
+    return t.Health(governor=pb.governor, problems=tuple(pb.problems), **present)
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------------------------
@@ -361,6 +389,10 @@ def job_to_pb(job: t.Job) -> types_pb2.Job:
         submitted_unix_ms=job.submitted_unix_ms,
         finished_unix_ms=job.finished_unix_ms,
         detail=job.detail,
+        user=job.user,
+        position=job.position,
+        eta_ms=job.eta_ms,
+        faults=[types_pb2.DeviceFault(device=fault.device, reason=fault.reason) for fault in job.faults],
     )
 
 
@@ -376,6 +408,10 @@ def job_from_pb(pb: types_pb2.Job) -> t.Job:
         submitted_unix_ms=pb.submitted_unix_ms,
         finished_unix_ms=pb.finished_unix_ms,
         detail=pb.detail,
+        user=pb.user,
+        position=pb.position,
+        eta_ms=pb.eta_ms if pb.HasField("eta_ms") else None,
+        faults=tuple(t.DeviceFault(fault.device, fault.reason) for fault in pb.faults),
     )
 
 

@@ -31,9 +31,20 @@ class NotReadyError(errors.KedgeError):
     """A job names blobs that the tracker does not have."""
 
 
+class QueueFullError(errors.KedgeError):
+    """As many jobs of one user wait as may."""
+
+
+class UnknownReservationError(errors.KedgeError):
+    """The tracker knows no reservation with this id."""
+
+
 _CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
     UnknownJobError: grpc.StatusCode.NOT_FOUND,
     NotReadyError: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnknownReservationError: grpc.StatusCode.NOT_FOUND,
+    errors.UsageError: grpc.StatusCode.INVALID_ARGUMENT,
     SelectorError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ArtifactError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InputError: grpc.StatusCode.INVALID_ARGUMENT,

@@ -17,6 +17,7 @@ __all__ = [
     "BenchTask",
     "Blob",
     "Deadlines",
+    "DeviceFault",
     "DeviceInfo",
     "DeviceState",
     "DeviceStatus",
@@ -28,6 +29,7 @@ __all__ = [
     "Lease",
     "Measurement",
     "Protocol",
+    "Reservation",
     "RunTask",
     "Signature",
     "StageTime",
@@ -60,7 +62,7 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 
-_STATUS_FIELDS = ("state", "last_seen_unix_ms", "running_job_id")
+_STATUS_FIELDS = ("state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation")
 
 
 def _plain(value: Any) -> Any:
@@ -93,6 +95,8 @@ class DeviceState(Word):
     IDLE = "idle"
     BUSY = "busy"
     GONE = "gone"
+    MAINTENANCE = "maintenance"
+    QUARANTINED = "quarantined"
 
 
 class JobState(Word):
@@ -177,13 +181,47 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True)
+class Health:
+    """A device's condition at one moment; what could not be read is None (or an empty governor).
+
+    `problems` says in words why nothing should be run or measured there now.
+    """
+
+    load_1min: Optional[float] = None
+    temperature_celsius: Optional[float] = None
+    frequency_mhz: Optional[float] = None
+    governor: str = ""
+    memory_available_bytes: Optional[int] = None
+    disk_free_bytes: Optional[int] = None
+    problems: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """From one time to another only this user's jobs go to the device."""
+
+    id: str
+    device: str
+    user: str
+    from_unix_ms: int
+    until_unix_ms: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class DeviceStatus:
-    """A device as the tracker sees it now."""
+    """A device as the tracker sees it now.
+
+    `detail` says why it is in maintenance or quarantine, `health` is that of its last heartbeat.
+    """
 
     info: DeviceInfo
     state: DeviceState
     last_seen_unix_ms: int = 0
     running_job_id: str = ""
+    detail: str = ""
+    health: Optional[Health] = None
+    reservation: Optional[Reservation] = None
 
     def to_json(self) -> Dict[str, Any]:
         """Plain values for `--json`."""
@@ -218,18 +256,6 @@ class TimeOptions:
     repeats_to_cooldown: int = 1
     cache_flush_bytes: int = 0
     profile: bool = False
-
-
-@dataclass(frozen=True)
-class Health:
-    """A device's condition at one moment; what could not be read is None (or an empty governor)."""
-
-    load_1min: Optional[float] = None
-    temperature_celsius: Optional[float] = None
-    frequency_mhz: Optional[float] = None
-    governor: str = ""
-    memory_available_bytes: Optional[int] = None
-    disk_free_bytes: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -330,8 +356,20 @@ class JobResult:
 
 
 @dataclass(frozen=True)
+class DeviceFault:
+    """A device failed while it had a job, which then went to another one."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Job:
-    """A job as the tracker sees it; `detail` says why it still waits."""
+    """A job as the tracker sees it, and whose it is; `detail` says why it still waits.
+
+    While it is queued, `position` is 1 for the one that goes next (0: not known), and `eta_ms` how long it may take
+    until it starts, as far as earlier jobs tell. `faults` are devices that it was taken from, because they failed.
+    """
 
     id: str
     spec: JobSpec
@@ -342,6 +380,10 @@ class Job:
     submitted_unix_ms: int = 0
     finished_unix_ms: int = 0
     detail: str = ""
+    user: str = ""
+    position: int = 0
+    eta_ms: Optional[int] = None
+    faults: Tuple[DeviceFault, ...] = ()
 
     def to_json(self) -> Dict[str, Any]:
         """Plain values for `--json`, without the contents of tensors."""

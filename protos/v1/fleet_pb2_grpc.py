@@ -71,6 +71,21 @@ class FleetStub(object):
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=kedge_dot_protos_dot_v1_dot_types__pb2.Job.FromString,
                 _registered_method=True)
+        self.SetMaintenance = channel.unary_unary(
+                '/kedge.v1.Fleet/SetMaintenance',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SetMaintenanceRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_types__pb2.DeviceStatus.FromString,
+                _registered_method=True)
+        self.Reserve = channel.unary_unary(
+                '/kedge.v1.Fleet/Reserve',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.ReserveRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.FromString,
+                _registered_method=True)
+        self.EndReservation = channel.unary_unary(
+                '/kedge.v1.Fleet/EndReservation',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.EndReservationRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.FromString,
+                _registered_method=True)
 
 
 class FleetServicer(object):
@@ -121,6 +136,26 @@ class FleetServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetMaintenance(self, request, context):
+        """Take a device out of service once its job is done, or put it back; that ends a quarantine too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reserve(self, request, context):
+        """One device that matches, for one's own jobs only; what runs there for others ends in its own time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndReservation(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +193,21 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.CancelJobRequest.FromString,
                     response_serializer=kedge_dot_protos_dot_v1_dot_types__pb2.Job.SerializeToString,
+            ),
+            'SetMaintenance': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMaintenance,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SetMaintenanceRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_types__pb2.DeviceStatus.SerializeToString,
+            ),
+            'Reserve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reserve,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.ReserveRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.SerializeToString,
+            ),
+            'EndReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndReservation,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.EndReservationRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +400,87 @@ class Fleet(object):
             '/kedge.v1.Fleet/CancelJob',
             kedge_dot_protos_dot_v1_dot_fleet__pb2.CancelJobRequest.SerializeToString,
             kedge_dot_protos_dot_v1_dot_types__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMaintenance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kedge.v1.Fleet/SetMaintenance',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.SetMaintenanceRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_types__pb2.DeviceStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reserve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kedge.v1.Fleet/Reserve',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.ReserveRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kedge.v1.Fleet/EndReservation',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.EndReservationRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,6 +14,8 @@ class DeviceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DEVICE_STATE_IDLE: _ClassVar[DeviceState]
     DEVICE_STATE_BUSY: _ClassVar[DeviceState]
     DEVICE_STATE_GONE: _ClassVar[DeviceState]
+    DEVICE_STATE_MAINTENANCE: _ClassVar[DeviceState]
+    DEVICE_STATE_QUARANTINED: _ClassVar[DeviceState]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -57,6 +59,8 @@ DEVICE_STATE_UNSPECIFIED: DeviceState
 DEVICE_STATE_IDLE: DeviceState
 DEVICE_STATE_BUSY: DeviceState
 DEVICE_STATE_GONE: DeviceState
+DEVICE_STATE_MAINTENANCE: DeviceState
+DEVICE_STATE_QUARANTINED: DeviceState
 STAGE_UNSPECIFIED: Stage
 STAGE_QUEUE: Stage
 STAGE_TRANSFER: Stage
@@ -177,16 +181,38 @@ class DeviceInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., arch: _Optional[str] = ..., cpu_features: _Optional[_Iterable[str]] = ..., cpu_name: _Optional[str] = ..., num_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., target: _Optional[str] = ..., emulated: bool = ..., abi_version: _Optional[int] = ..., os_release: _Optional[str] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
-    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id")
+    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
     info: DeviceInfo
     state: DeviceState
     last_seen_unix_ms: int
     running_job_id: str
-    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ...) -> None: ...
+    detail: str
+    health: Health
+    reservation: Reservation
+    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ..., detail: _Optional[str] = ..., health: _Optional[_Union[Health, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ...) -> None: ...
+
+class Reservation(_message.Message):
+    __slots__ = ("id", "device", "user", "from_unix_ms", "until_unix_ms", "reason")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    FROM_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    device: str
+    user: str
+    from_unix_ms: int
+    until_unix_ms: int
+    reason: str
+    def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ..., user: _Optional[str] = ..., from_unix_ms: _Optional[int] = ..., until_unix_ms: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("queue_ms", "transfer_ms", "load_ms", "run_ms")
@@ -237,20 +263,22 @@ class TimeOptions(_message.Message):
     def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ..., profile: bool = ...) -> None: ...
 
 class Health(_message.Message):
-    __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes")
+    __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes", "problems")
     LOAD_1MIN_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_MHZ_FIELD_NUMBER: _ClassVar[int]
     GOVERNOR_FIELD_NUMBER: _ClassVar[int]
     MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     load_1min: float
     temperature_celsius: float
     frequency_mhz: float
     governor: str
     memory_available_bytes: int
     disk_free_bytes: int
-    def __init__(self, load_1min: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., frequency_mhz: _Optional[float] = ..., governor: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ...) -> None: ...
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, load_1min: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., frequency_mhz: _Optional[float] = ..., governor: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Profile(_message.Message):
     __slots__ = ("steps", "clock_hz", "read_bytes_per_s", "variant")
@@ -364,7 +392,7 @@ class JobResult(_message.Message):
     def __init__(self, outcome: _Optional[_Union[Outcome, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., measurement: _Optional[_Union[Measurement, _Mapping]] = ..., stage_times: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., device: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "spec", "state", "stage", "device", "result", "submitted_unix_ms", "finished_unix_ms", "detail")
+    __slots__ = ("id", "spec", "state", "stage", "device", "result", "submitted_unix_ms", "finished_unix_ms", "detail", "user", "position", "eta_ms", "faults")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -374,6 +402,10 @@ class Job(_message.Message):
     SUBMITTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    ETA_MS_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     spec: JobSpec
     state: JobState
@@ -383,7 +415,19 @@ class Job(_message.Message):
     submitted_unix_ms: int
     finished_unix_ms: int
     detail: str
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., stage: _Optional[_Union[Stage, str]] = ..., device: _Optional[str] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., submitted_unix_ms: _Optional[int] = ..., finished_unix_ms: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+    user: str
+    position: int
+    eta_ms: int
+    faults: _containers.RepeatedCompositeFieldContainer[DeviceFault]
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., stage: _Optional[_Union[Stage, str]] = ..., device: _Optional[str] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., submitted_unix_ms: _Optional[int] = ..., finished_unix_ms: _Optional[int] = ..., detail: _Optional[str] = ..., user: _Optional[str] = ..., position: _Optional[int] = ..., eta_ms: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[DeviceFault, _Mapping]]] = ...) -> None: ...
+
+class DeviceFault(_message.Message):
+    __slots__ = ("device", "reason")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    reason: str
+    def __init__(self, device: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("job_id", "epoch", "duration_ms")

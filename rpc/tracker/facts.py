@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kedge.rpc.artifact import Need
 from kedge.rpc.messages import TrackerBody
-from kedge.rpc.types import Job, JobResult, JobSpec
+from kedge.rpc.types import DeviceFault, Job, JobResult, JobSpec, Reservation
 
 #: What an artifact can run on, by variant.
 Needs = tuple[Need, ...]
@@ -14,7 +14,7 @@ Needs = tuple[Need, ...]
 
 @dataclass(frozen=True, slots=True)
 class JobAccepted:
-    """A client's job, before its reply leaves."""
+    """A client's job, and whose it is, before its reply leaves."""
 
     job_id: str
     seq: int
@@ -22,6 +22,7 @@ class JobAccepted:
     needs: Needs
     key: str
     submitted_ms: int
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,15 @@ class JobAssigned:
 
 @dataclass(frozen=True, slots=True)
 class JobRequeued:
-    """The device gave the job up before it began: it waits again, since `queued_ms`; `requeues` counts the times."""
+    """The job was taken from its device: it waits again, since `queued_ms`.
+
+    `requeues` counts the times that it had not begun, `faults` are the devices that failed while they had it, so far.
+    """
 
     job_id: str
     queued_ms: int
     requeues: int
+    faults: tuple[DeviceFault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,39 @@ class JobDone:
     finished_ms: int
 
 
-Fact = JobAccepted | JobAssigned | JobRequeued | JobWithdrawn | JobCancelling | JobDone
+@dataclass(frozen=True, slots=True)
+class Serviced:
+    """The device is in maintenance."""
+
+    device: str
+    reason: str
+    user: str
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceEnded:
+    """The device is back in service."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The device is a user's for a time."""
+
+    reservation: Reservation
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationEnded:
+    """The reservation is over, or was given up."""
+
+    reservation_id: str
+
+
+JobFact = JobAccepted | JobAssigned | JobRequeued | JobWithdrawn | JobCancelling | JobDone
+Fact = JobFact | Serviced | ServiceEnded | Reserved | ReservationEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +132,8 @@ class Stored:
     keys: tuple[tuple[str, str], ...] = ()
     last_seq: int = 0
     all_keys: bool = True
+    serviced: tuple[Serviced, ...] = ()
+    reservations: tuple[Reservation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
-"""Which waiting job gets which idle device: priority first, then first come, first served. Pure.
+"""Which waiting job gets which idle device: priority first, then whoever has had the least, then first come. Pure.
 
-Jobs that want the same thing (selector, and what their artifact runs on) stand in one line, so that a plan looks at
-the heads of the lines and not at every job.
+Jobs that want the same thing (selector, what their artifact runs on, whose they are) stand in one line, so that a plan
+looks at the heads of the lines and not at every job. Between lines of one priority the user goes first who holds the
+fewest devices, and of those the one who has had the least device time of late: fair share with a memory that fades, as
+in Kay and Lauder, "A Fair Share Scheduler" (CACM 31.1, 1988).
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,15 +18,51 @@ from kedge.rpc.tracker.facts import Needs
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a job asks of a device."""
+    """What a job asks of a device, and for whom; `avoid` names devices that failed while they had it."""
 
     selector: str
     needs: Needs
+    user: str = ""
+    avoid: frozenset[str] = frozenset()
 
 
 Matches = Callable[[Want, str], bool]
-#: Smaller goes first: (-priority, sequence number, job id).
+#: Within a line smaller goes first: (-priority, sequence number, job id).
 Place = tuple[int, int, str]
+
+
+class Shares:
+    """What each user has of the fleet: devices held now, and device time of late, half of it after `half_life_ms`."""
+
+    def __init__(self, half_life_ms: int) -> None:
+        self._half_life_ms = half_life_ms
+        self._held: Counter[str] = Counter()
+        #: User -> (device milliseconds, when they were worth that much).
+        self._used: dict[str, tuple[float, int]] = {}
+
+    def begin(self, user: str) -> None:
+        """The user got a device."""
+        self._held[user] += 1
+
+    def end(self, user: str, held_ms: int, now: int) -> None:
+        """The user gave a device back, after so long."""
+        self._held[user] -= 1
+        if not self._held[user]:
+            del self._held[user]
+        self._used[user] = self.used(user, now) + max(0, held_ms), now
+
+    def held(self, user: str) -> int:
+        """Devices that the user has now."""
+        return self._held[user]
+
+    def used(self, user: str, now: int) -> float:
+        """Device milliseconds that the user had, those of long ago counting less."""
+        amount, when = self._used.get(user, (0.0, now))
+        return float(amount * 0.5 ** ((now - when) / self._half_life_ms))
+
+    def forget(self, now: int) -> None:
+        """Drop whoever has used next to nothing, so that the memory does not grow for ever."""
+        self._used = {user: entry for user, entry in self._used.items() if self.used(user, now) >= 1}
 
 
 class Queue:
@@ -32,6 +71,9 @@ class Queue:
     def __init__(self) -> None:
         self._lines: dict[Want, list[Place]] = {}
         self._waiting: dict[str, Want] = {}
+        self._of_user: Counter[str] = Counter()
+        #: Grows with every change, so that whoever has derived something from the queue knows when it is outdated.
+        self.version = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -43,14 +85,24 @@ class Queue:
         """What is waited for, each once."""
         return self._lines.keys()
 
+    def count(self, user: str) -> int:
+        """How many jobs of a user wait."""
+        return self._of_user[user]
+
     def push(self, job_id: str, want: Want, priority: int, seq: int) -> None:
         """Put a job in its line; a job that was there before keeps its place by its `seq`."""
         self._waiting[job_id] = want
+        self._of_user[want.user] += 1
+        self.version += 1
         heapq.heappush(self._lines.setdefault(want, []), (-priority, seq, job_id))
 
     def remove(self, job_id: str) -> None:
         """The job waits no longer."""
         want = self._waiting.pop(job_id)
+        self._of_user[want.user] -= 1
+        if not self._of_user[want.user]:
+            del self._of_user[want.user]
+        self.version += 1
         line = self._lines[want]
         # A place further back is forgotten when its turn comes.
         while line and line[0][2] not in self._waiting:
@@ -58,7 +110,7 @@ class Queue:
         if not line:
             del self._lines[want]
 
-    def assign(self, idle: Iterable[str], matches: Matches) -> list[tuple[str, str]]:
+    def assign(self, idle: Iterable[str], matches: Matches, shares: Shares, now: int) -> list[tuple[str, str]]:
         """Take out the jobs that can start now, each with its device.
 
         `idle` names devices, longest idle first. A job takes the device that the fewest lines could use, so that a
@@ -66,17 +118,46 @@ class Queue:
         """
         assigned: list[tuple[str, str]] = []
         free = list(idle)
-        usable = {want: [name for name in free if matches(want, name)] for want in self._lines}
-        while True:
-            heads = [(line[0], want) for want, line in self._lines.items() if usable.get(want)]
-            if not heads:
-                return assigned
-            (_, _, job_id), want = min(heads, key=lambda head: head[0])
-            device = min(usable[want], key=lambda name: sum(name in names for names in usable.values()))
-            self.remove(job_id)
-            assigned.append((job_id, device))
-            if want not in self._lines:
-                del usable[want]
-            for names in usable.values():
-                if device in names:
-                    names.remove(device)
+        usable = {want: names for want in self._lines if (names := [name for name in free if matches(want, name)])}
+        rivals = Counter(name for names in usable.values() for name in names)
+        taken: set[str] = set()
+        given: Counter[str] = Counter()
+        used = {want.user: shares.used(want.user, now) for want in usable}
+
+        def rank(want: Want) -> tuple[int, int, float, int]:
+            priority, seq, _ = self._lines[want][0]
+            return priority, shares.held(want.user) + given[want.user], used[want.user], seq
+
+        while usable:
+            want = min(usable, key=rank)
+            names = [name for name in usable[want] if name not in taken]
+            if names:
+                job_id = self._lines[want][0][2]
+                device = min(names, key=rivals.__getitem__)
+                self.remove(job_id)
+                assigned.append((job_id, device))
+                taken.add(device)
+                given[want.user] += 1
+            if len(names) <= 1 or want not in self._lines:
+                rivals.subtract(usable.pop(want))
+            else:
+                usable[want] = names
+        return assigned
+
+    def order(self, shares: Shares, now: int) -> list[tuple[str, Want]]:
+        """All waiting jobs with what they want, in the order in which they are likely to start.
+
+        Each job counts as if those of its user and priority that come before it were running already.
+        """
+        places: dict[tuple[str, int], list[tuple[int, str]]] = defaultdict(list)
+        for want, line in self._lines.items():
+            for priority, seq, job_id in line:
+                # A place of a job that left and came back under another wish is not its own any more.
+                if self._waiting.get(job_id) == want:
+                    places[want.user, priority].append((seq, job_id))
+        ranked = []
+        for (user, priority), line_of_user in places.items():
+            held, used = shares.held(user), shares.used(user, now)
+            for before, (seq, job_id) in enumerate(sorted(set(line_of_user))):
+                ranked.append(((priority, held + before, used, seq), job_id))
+        return [(job_id, self._waiting[job_id]) for _, job_id in sorted(ranked)]

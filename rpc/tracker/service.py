@@ -23,7 +23,7 @@ from kedge.rpc.limits import check_number, check_spec
 from kedge.rpc.messages import Hello, TrackerBody
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
 from kedge.rpc.selector import parse
-from kedge.rpc.status import NotReadyError, to_status
+from kedge.rpc.status import NotReadyError, UnknownReservationError, to_status
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.facts import Needs
 from kedge.rpc.tracker.shell import Shell
@@ -137,6 +137,32 @@ class FleetService:
     async def CancelJob(self, request: fleet_pb2.CancelJobRequest, _context: Context) -> types_pb2.Job:
         """Stop a job."""
         return convert.job_to_pb(await self._shell.cancel(request.job_id, "a client cancelled it"))
+
+    @typed_errors
+    async def SetMaintenance(
+        self, request: fleet_pb2.SetMaintenanceRequest, _context: Context
+    ) -> types_pb2.DeviceStatus:
+        """A device leaves service, or comes back."""
+        status = await self._shell.set_maintenance(request.device, request.enabled, request.reason, "")
+        return convert.device_status_to_pb(status)
+
+    @typed_errors
+    async def Reserve(self, request: fleet_pb2.ReserveRequest, _context: Context) -> types_pb2.Reservation:
+        """A device for one user."""
+        begin, duration_ms = request.from_unix_ms, request.duration_ms
+        reservation = await self._shell.reserve(request.selector, "", begin, duration_ms, request.reason)
+        return convert.reservation_to_pb(reservation)
+
+    @typed_errors
+    async def EndReservation(
+        self, request: fleet_pb2.EndReservationRequest, _context: Context
+    ) -> types_pb2.Reservation:
+        """A device for everybody again."""
+        reservation = self._shell.state.reservation(request.id)
+        if reservation is None:
+            raise UnknownReservationError(f"there is no reservation {request.id!r}", hint="'kedge devices' shows them")
+        await self._shell.end_reservation(request.id)
+        return convert.reservation_to_pb(reservation)
 
 
 class Catalog:

@@ -14,16 +14,19 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
-from kedge.rpc.status import UnknownJobError
+from kedge.rpc.status import QueueFullError, UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.state import Settings, TrackerState
 from kedge.rpc.tracker.store import Store, StoreError
-from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState
+from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState, Reservation
 
 #: A client is not kept waiting for a disk that does not take its job.
 _STORE_PATIENCE_S = 5.0
+#: What many devices do within so long is told at once to those who watch waiting jobs.
+_RETELL_S = 0.1
 
 
 class Clock:
@@ -65,6 +68,7 @@ class Shell:
         self._watchers: dict[str, list[asyncio.Queue[Job | None]]] = defaultdict(list)
         self._device_waiters: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._retelling: asyncio.TimerHandle | None = None
         self._closing = False
         self.state.restore(store.found, self._now())
         self._arm()
@@ -72,8 +76,9 @@ class Shell:
     def close(self) -> None:
         """Stop the timer, and end what every agent and every watcher waits on."""
         self._closing = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._retelling):
+            if timer is not None:
+                timer.cancel()
         for queues in self._watchers.values():
             for changes in queues:
                 changes.put_nowait(None)
@@ -102,19 +107,23 @@ class Shell:
 
     # ---- Clients ----
 
-    async def submit(self, spec: JobSpec, needs: Needs, key: str) -> tuple[str, bool]:
-        """Accept a job, durably; returns its id and whether the idempotency key was known already.
+    async def submit(self, spec: JobSpec, needs: Needs, key: str, user: str = "") -> tuple[str, bool]:
+        """Accept a job of a user, durably; returns its id and whether the idempotency key was known already.
 
         Raises:
             StoreError: jobs cannot be stored at the moment; with the same key it may be tried again.
+            QueueFullError: as many of the user's jobs wait as may.
         """
         while (known := await self._job_of_key(key)) is not None:
             await self._durable(self._barrier())
             if await self._job_of_key(key) == known:  # and has not been withdrawn
                 return known, True
         self._check_store()
+        most = self.state.settings.max_queued_per_user
+        if self.state.queued(user) >= most:
+            raise QueueFullError(f"{most} jobs of {user or 'this user'} wait already", hint="wait, or cancel some")
         job_id = secrets.token_hex(6)
-        stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now()))
+        stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now(), user))
         try:
             await self._durable(stored)
         except StoreError:
@@ -148,6 +157,29 @@ class Shell:
         """Stop a job; returns it as it is then. Raises UnknownJobError, and StoreError as `submit`."""
         await self._durable(self._apply(self.state.cancel(job_id, reason, self._now())))
         return await self.job(job_id)
+
+    async def set_maintenance(self, name: str, enabled: bool, reason: str, user: str) -> DeviceStatus:
+        """Take a device out of service, or put it back; raises NoDeviceError, StoreError."""
+        if not self.state.device_known(name):
+            raise NoDeviceError(f"no device {name!r} is known", hint="'kedge devices --all' lists them")
+        if enabled:
+            effects = self.state.start_maintenance(name, reason, user, self._now())
+        else:
+            effects = self.state.end_maintenance(name, self._now())
+        await self._durable(self._apply(effects))
+        return next(d for d in self.state.devices(include_gone=True) if d.info.name == name)
+
+    async def reserve(self, selector: str, user: str, begin: int, duration_ms: int, reason: str) -> Reservation:
+        """Keep a device for a user; raises as `TrackerState.reserve`, and StoreError."""
+        self._check_store()
+        number = secrets.token_hex(6)
+        reservation, effects = self.state.reserve(number, selector, user, begin, duration_ms, reason, self._now())
+        await self._durable(self._apply(effects))
+        return reservation
+
+    async def end_reservation(self, reservation_id: str) -> None:
+        """Everybody may have the device again; raises StoreError."""
+        await self._durable(self._apply(self.state.end_reservation(reservation_id, self._now())))
 
     async def job(self, job_id: str) -> Job:
         """A job as it is now; raises UnknownJobError."""
@@ -244,12 +276,17 @@ class Shell:
             changes.put_nowait(job)
 
     def _devices_changed(self) -> None:
-        """Why a job waits depends on the devices: those who watch it are told."""
+        """Why a job waits, and for how long, depends on the devices: those who watch it are told before long."""
+        if self._retelling is None and not self._closing:
+            self._retelling = self._loop.call_later(_RETELL_S, self._retell)
+        self._wake_device_waiters()
+
+    def _retell(self) -> None:
+        self._retelling = None
         for job_id in self._watchers:
             job = self.state.job(job_id)
             if job is not None and job.state is JobState.QUEUED:
                 self._publish(job)
-        self._wake_device_waiters()
 
     def _wake_device_waiters(self) -> None:
         for waiter in self._device_waiters:

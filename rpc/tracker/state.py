@@ -6,10 +6,12 @@ to send once those are stored. `restore` builds the state again from what was st
     queued --device--> assigned --JobStarted--> running --JobFinished--> done
        ^------ never began ----'                   '-- lease ran out, deadline, cancelled --> done
 
+When a device fails, its job goes to another one, until `max_device_faults` have failed with it: then the job is to
+blame, and ends.
+
 A lease is (job, epoch). The epoch grows with every assignment, and a message under another one changes nothing, so a
 stale agent can harm nothing. A lease begins when its assignment leaves, which is not before it is stored; it is renewed
-by every heartbeat that names it and outlives a lost connection for `lease_ms`. A device is idle when it is connected
-and holds no lease, wanted or not.
+by every heartbeat that names it and outlives a lost connection for `lease_ms`.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
-from kedge.rpc.errors import UsageError
+from kedge.rpc.errors import NoDeviceError, UsageError
 from kedge.rpc.names import check_name
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import accepts, local_protocol
-from kedge.rpc.selector import Selector, labels_of, parse
+from kedge.rpc.selector import labels_of, parse
+from kedge.rpc.tracker.devices import Device, Key, Roster
+from kedge.rpc.tracker.estimate import Durations, Wait, waits
 from kedge.rpc.tracker.facts import (
     CloseAgent,
     DevicesChanged,
@@ -36,23 +40,30 @@ from kedge.rpc.tracker.facts import (
     JobRequeued,
     JobWithdrawn,
     Needs,
+    ReservationEnded,
+    Reserved,
+    Serviced,
+    ServiceEnded,
     Stored,
     ToAgent,
 )
-from kedge.rpc.tracker.scheduler import Queue, Want
+from kedge.rpc.tracker.scheduler import Queue, Shares, Want
 from kedge.rpc.types import (
     Deadlines,
-    DeviceInfo,
-    DeviceState,
+    DeviceFault,
     DeviceStatus,
     Job,
     JobResult,
     JobSpec,
     JobState,
     Lease,
+    Reservation,
 )
 
-Key = tuple[str, int]
+#: So many can be told anew how long they wait whenever one of them starts.
+_FEW_JOBS = 500
+#: Outcomes that say nothing about the device that had the job.
+_NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,16 @@ class Settings:
         default_factory=lambda: Deadlines(queue_ms=600_000, transfer_ms=300_000, load_ms=60_000, run_ms=300_000)
     )
     max_requeues: int = 2
+    #: After so many devices that failed with it, a job is not given to another one.
+    max_device_faults: int = 2
+    #: So many jobs in a row that fail for the device's sake put it into quarantine, at first for so long.
+    quarantine_after: int = 3
+    quarantine_ms: int = 60_000
+    longest_quarantine_ms: int = 3_600_000
+    fair_half_life_ms: int = 600_000
+    max_queued_per_user: int = 20_000
+    max_reservation_ms: int = 7 * 86_400_000
+    max_reservations_per_user: int = 16
     remembered_jobs: int = 100_000
     remembered_devices: int = 1_000
 
@@ -86,7 +107,9 @@ class _Job:
     #: The assignment has left for its device, and the lease runs.
     sent: bool = False
     lease_ms: int = 0
+    assigned_ms: int = 0
     requeues: int = 0
+    faults: tuple[DeviceFault, ...] = ()
     cancelling: str | None = None
     cancel_ms: int = 0
 
@@ -103,24 +126,6 @@ class _Job:
         return self.id, self.epoch
 
 
-@dataclass(slots=True)
-class _Device:
-    info: DeviceInfo
-    instance_id: str
-    labels: dict[str, str]
-    connection: int | None
-    seen_ms: int
-    idle_ms: int
-    #: Leases that the agent holds or was given, wanted or not.
-    holding: set[Key] = field(default_factory=set)
-    #: Results that were taken, until a heartbeat no longer names them.
-    settled: set[Key] = field(default_factory=set)
-
-    @property
-    def idle(self) -> bool:
-        return self.connection is not None and not self.holding
-
-
 class TrackerState:
     """Everything the tracker knows about work that is not done, and about devices."""
 
@@ -128,7 +133,12 @@ class TrackerState:
         self.settings = settings or Settings()
         self._tracker_id = tracker_id
         self._jobs: dict[str, _Job] = {}
-        self._devices: dict[str, _Device] = {}
+        self._devices = Roster()
+        self._shares = Shares(self.settings.fair_half_life_ms)
+        self._durations = Durations()
+        self._known_waits: tuple[tuple[int, int], dict[str, Wait]] | None = None
+        #: Of the newest event: questions are answered as of then, and whatever changes by itself has an alarm.
+        self._now = 0
         self._connections: dict[int, str] = {}
         self._queue = Queue()
         self._seq = 0
@@ -137,8 +147,6 @@ class TrackerState:
         self._keys: OrderedDict[str, str] = OrderedDict()
         self._knows_all_keys = True
         self._alarms: list[tuple[int, str, str]] = []
-        self._selectors: dict[str, Selector] = {}
-        self._fits: dict[Want, dict[str, bool]] = {}
 
     # ---- Questions -------------------------------------------------------------------------------------------------
 
@@ -163,9 +171,21 @@ class TrackerState:
     def devices(self, selector: str = "", *, include_gone: bool = False) -> list[DeviceStatus]:
         """Devices by name; raises SelectorError."""
         wanted = parse(selector)
-        found = [device for device in self._devices.values() if wanted.matches(device.labels)]
+        found = [device for device in self._devices if wanted.matches(device.labels)]
         found = [device for device in found if include_gone or device.connection is not None]
         return sorted((self._status(device) for device in found), key=lambda status: status.info.name)
+
+    def queued(self, user: str) -> int:
+        """How many jobs of a user wait."""
+        return self._queue.count(user)
+
+    def reservations(self) -> list[Reservation]:
+        """All that have not ended, the next one first."""
+        return sorted(self._devices.reservations(), key=lambda item: (item.from_unix_ms, item.device))
+
+    def device_known(self, name: str) -> bool:
+        """Whether a device of this name was ever connected, as far as is remembered."""
+        return self._devices.get(name) is not None
 
     def next_alarm(self) -> int | None:
         """When `tick` has to be called at the latest."""
@@ -178,13 +198,13 @@ class TrackerState:
             return ""
         if job.cancelling is not None:
             return "being cancelled"
-        return self._why_waiting(job.want)
+        return "; ".join([*_told(job.faults), self._devices.why_waiting(job.want, self._now)])
 
     # ---- Clients ---------------------------------------------------------------------------------------------------
 
-    def submit(self, job_id: str, spec: JobSpec, needs: Needs, key: str, now: int) -> Effects:
+    def submit(self, job_id: str, spec: JobSpec, needs: Needs, key: str, now: int, user: str = "") -> Effects:
         """Accept a job. The caller has checked that `job_of_key(key)` is None and that the spec makes sense."""
-        effects = Effects()
+        effects = self._begin(now)
         self._seq += 1
         given, default = spec.deadlines, self.settings.deadlines
         deadlines = Deadlines(
@@ -193,7 +213,7 @@ class TrackerState:
             given.load_ms or default.load_ms,
             given.run_ms or default.run_ms,
         )
-        accepted = JobAccepted(job_id, self._seq, replace(spec, deadlines=deadlines), needs, key, now)
+        accepted = JobAccepted(job_id, self._seq, replace(spec, deadlines=deadlines), needs, key, now, user)
         effects.facts.append(accepted)
         self._admit(accepted, now)
         self._remember_key(key, job_id)
@@ -202,7 +222,7 @@ class TrackerState:
 
     def cancel(self, job_id: str, reason: str, now: int) -> Effects:
         """Stop a job, at once where it waits; a device is asked to. Ended and unknown jobs stay as they are."""
-        effects = Effects()
+        effects = self._begin(now)
         job = self._jobs.get(job_id)
         if job is None or job.cancelling is not None:
             return effects
@@ -220,10 +240,11 @@ class TrackerState:
 
     def withdraw(self, job_id: str, key: str, now: int) -> Effects:
         """Undo `submit`, whose facts are not stored: the client was told that its job is not accepted."""
-        effects = Effects()
+        effects = self._begin(now)
         job = self._jobs.pop(job_id, None)
         if job is not None:
             self._take_back(job, now, effects)
+            self._leave(job, now)
         if job_id in self._queue:
             self._queue.remove(job_id)
         self._ended.pop(job_id, None)
@@ -234,6 +255,7 @@ class TrackerState:
 
     def assignment_leaves(self, lease: Lease, now: int) -> bool:
         """An assignment is stored and about to be sent: its lease begins. False when it must not be: it is stale."""
+        self._now = now
         job = self._jobs.get(lease.job_id)
         if job is None or job.assigned is None or job.epoch != lease.epoch:
             return False
@@ -241,11 +263,76 @@ class TrackerState:
         self._renew(job, now)
         return True
 
+    # ---- Administrators --------------------------------------------------------------------------------------------
+
+    def start_maintenance(self, name: str, reason: str, user: str, now: int) -> Effects:
+        """Give the device no more jobs; the one that it has ends in its own time."""
+        effects = self._begin(now)
+        serviced = Serviced(name, reason, user, now)
+        self._devices.serve(serviced)
+        effects.facts.append(serviced)
+        effects.sends.append(DevicesChanged())
+        return effects
+
+    def end_maintenance(self, name: str, now: int) -> Effects:
+        """Give the device jobs again, whether it was in maintenance or in quarantine."""
+        effects = self._begin(now)
+        if not self._devices.in_service(name):
+            effects.facts.append(ServiceEnded(name))
+        self._devices.end_service(name)
+        effects.sends.append(DevicesChanged())
+        self._schedule(now, effects)
+        return effects
+
+    def reserve(
+        self, reservation_id: str, selector: str, user: str, begin: int, duration_ms: int, reason: str, now: int
+    ) -> tuple[Reservation, Effects]:
+        """Keep a device that matches for one user's jobs.
+
+        Raises:
+            SelectorError: the selector makes no sense.
+            NoDeviceError: no device matches that is free to be reserved then.
+            UsageError: for too long, in the past, or one more than a user may have.
+        """
+        effects, rules = self._begin(now), self.settings
+        begin = begin or now
+        if not 0 < duration_ms <= rules.max_reservation_ms or begin + duration_ms <= now:
+            longest = _seconds(rules.max_reservation_ms)
+            raise UsageError("a reservation has to end in the future", hint=f"it may last up to {longest}")
+        mine = sum(item.user == user for item in self._devices.reservations())
+        if mine >= rules.max_reservations_per_user:
+            raise UsageError(f"{user} has {mine} reservations already", hint="end one of them first")
+        device = self._devices.reservable(selector, begin, begin + duration_ms, now)
+        if device is None:
+            raise NoDeviceError(
+                f"no device that matches {selector!r} can be reserved for that time",
+                hint="'kedge devices' shows which there are, and whose they are",
+            )
+        reservation = Reservation(reservation_id, device.info.name, user, begin, begin + duration_ms, reason)
+        self._devices.reserve(reservation)
+        self._watch_reservation(reservation)
+        effects.facts.append(Reserved(reservation))
+        effects.sends.append(DevicesChanged())
+        self._schedule(now, effects)
+        return reservation, effects
+
+    def reservation(self, reservation_id: str) -> Reservation | None:
+        """One that has not ended."""
+        return self._devices.reservation(reservation_id)
+
+    def end_reservation(self, reservation_id: str, now: int) -> Effects:
+        """Everybody may have the device again."""
+        effects = self._begin(now)
+        if self._devices.reservation(reservation_id) is not None:
+            self._end_reservation(reservation_id, effects)
+            self._schedule(now, effects)
+        return effects
+
     # ---- Agents ----------------------------------------------------------------------------------------------------
 
     def connect(self, connection: int, hello: m.Hello, now: int) -> Effects:
         """An agent's first message on a new connection."""
-        effects = Effects()
+        effects = self._begin(now)
         name = hello.device.name
         known = self._devices.get(name)
         refusal = self._refusal(hello, known)
@@ -256,11 +343,9 @@ class TrackerState:
             # The same agent again: its old connection is dead, though nobody has noticed yet.
             effects.sends.append(CloseAgent(known.connection))
             del self._connections[known.connection]
-        device = _Device(hello.device, hello.instance_id, labels_of(hello.device), connection, now, now)
-        self._devices[name] = device
+        device = Device(hello.device, hello.instance_id, labels_of(hello.device), connection, now, now)
+        self._devices.add(device)
         self._connections[connection] = name
-        for fits in self._fits.values():
-            fits.pop(name, None)
         welcome = m.Welcome(local_protocol(), self._tracker_id, self.settings.heartbeat_interval_ms)
         effects.sends.append(ToAgent(connection, welcome))
         self._take_stock(device, hello, now, effects)
@@ -271,7 +356,7 @@ class TrackerState:
 
     def receive(self, connection: int, body: m.AgentBody, now: int) -> Effects:
         """Any later message of an agent. One from a connection that was given up changes nothing."""
-        effects = Effects()
+        effects = self._begin(now)
         name = self._connections.get(connection)
         if name is None:
             return effects
@@ -296,23 +381,31 @@ class TrackerState:
 
     def disconnect(self, connection: int, now: int) -> Effects:
         """A connection ended. The agent's leases run on for a while: it may come back."""
-        effects = Effects()
+        effects = self._begin(now)
         name = self._connections.get(connection)
         if name is not None:
             self._part(self._devices[name], now, effects)
         return effects
 
+    def _begin(self, now: int) -> Effects:
+        """An event at this time begins."""
+        self._now = now
+        return Effects()
+
     # ---- Time ------------------------------------------------------------------------------------------------------
 
     def tick(self, now: int) -> Effects:
         """Do what is due: deadlines, leases, cancellations that nobody confirmed, connections gone silent."""
-        effects = Effects()
+        effects = self._begin(now)
         while self._alarms and self._alarms[0][0] <= now:
             _, kind, name = heapq.heappop(self._alarms)
             if kind == "job" and name in self._jobs:
                 self._check_job(self._jobs[name], now, effects)
             elif kind == "device":
                 self._check_device(name, now, effects)
+            elif kind == "fleet":
+                self._check_fleet(now, effects)
+        self._shares.forget(now)
         self._schedule(now, effects)
         return effects
 
@@ -323,22 +416,31 @@ class TrackerState:
 
         Assigned jobs keep their lease for `lease_ms` from now: their agents reconnect and name it.
         """
+        self._now = now
         self._seq = stored.last_seq
         for record in sorted(stored.records, key=lambda record: record.accepted.seq):
             accepted = record.accepted
-            job = self._admit(accepted, now, queued=record.assigned is None)
+            job = self._admit(accepted, now, queued=False)
             job.queued_ms, job.requeues = accepted.submitted_ms, 0
             if record.requeued is not None:
-                job.queued_ms, job.requeues = record.requeued.queued_ms, record.requeued.requeues
+                again = record.requeued
+                job.queued_ms, job.requeues, job.faults = again.queued_ms, again.requeues, again.faults
             # Nobody could take it while the tracker was away: it waits at least until the agents are back.
             job.queued_ms = max(job.queued_ms, now + self.settings.lease_ms - accepted.spec.deadlines.queue_ms)
             job.epoch, job.assigned, job.cancelling = record.epoch, record.assigned, record.cancelling
             if record.assigned is not None:
                 job.started, job.stage, job.stage_ms = None, Stage.TRANSFER, now
-                job.cancel_ms = now
+                job.cancel_ms, job.assigned_ms = now, now
+                self._shares.begin(accepted.user)
                 self._renew(job, now)
             else:
+                self._line_up(job)
                 self._watch_job(job)
+        for serviced in stored.serviced:
+            self._devices.serve(serviced)
+        for reservation in stored.reservations:
+            self._devices.reserve(reservation)
+            self._watch_reservation(reservation)
         for job_id, epoch in stored.ended:
             self._remember_end(job_id, epoch)
         self._knows_all_keys = stored.all_keys
@@ -347,7 +449,7 @@ class TrackerState:
 
     # ---- Devices ---------------------------------------------------------------------------------------------------
 
-    def _refusal(self, hello: m.Hello, known: _Device | None) -> m.Refused | None:
+    def _refusal(self, hello: m.Hello, known: Device | None) -> m.Refused | None:
         name = hello.device.name
         if not accepts(hello.protocol.version):
             ours = local_protocol().version
@@ -361,7 +463,7 @@ class TrackerState:
             return m.Refused(f"another device is connected as {name!r}; start this one with another --name", retry=True)
         return None
 
-    def _take_stock(self, device: _Device, hello: m.Hello, now: int, effects: Effects) -> None:
+    def _take_stock(self, device: Device, hello: m.Hello, now: int, effects: Effects) -> None:
         """After a (re)connection: renew the leases that the agent still holds, give up those that it does not."""
         device.holding = {(lease.job_id, lease.epoch) for lease in hello.running}
         for job_id, epoch in sorted(device.holding):
@@ -380,7 +482,10 @@ class TrackerState:
             never_began = not job.started if same else job.started is False
             self._give_up(job, never_began, "the agent was restarted", now, effects)
 
-    def _heartbeat(self, device: _Device, beat: m.Heartbeat, now: int, effects: Effects) -> None:
+    def _heartbeat(self, device: Device, beat: m.Heartbeat, now: int, effects: Effects) -> None:
+        before, device.health = device.health, beat.health
+        if before.problems != beat.health.problems:
+            effects.sends.append(DevicesChanged())
         listed = {(lease.job_id, lease.epoch) for lease in beat.running}
         device.settled &= listed
         for job_id, epoch in sorted(listed - device.settled):
@@ -396,22 +501,20 @@ class TrackerState:
         device.holding = (listed - device.settled) | crossed
         self._mark(device, was_idle, now, effects)
 
-    def _goodbye(self, device: _Device, goodbye: m.Goodbye, now: int, effects: Effects) -> None:
+    def _goodbye(self, device: Device, goodbye: m.Goodbye, now: int, effects: Effects) -> None:
         self._part(device, now, effects)
         why = f"the agent stopped ({goodbye.reason})" if goodbye.reason else "the agent stopped"
         for job in [job for job in self._jobs.values() if self._owns(device, job)]:
-            self._give_up(job, job.started is False, why, now, effects)
+            self._give_up(job, job.started is False, why, now, effects, meant=True)
 
-    def _part(self, device: _Device, now: int, effects: Effects) -> None:
+    def _part(self, device: Device, now: int, effects: Effects) -> None:
         """The device is no longer connected."""
         del self._connections[_connection(device)]
         device.connection, device.seen_ms = None, now
         effects.sends.append(DevicesChanged())
-        gone = [name for name, other in self._devices.items() if other.connection is None]
-        for name in gone[: max(0, len(gone) - self.settings.remembered_devices)]:
-            del self._devices[name]
+        self._devices.forget(self.settings.remembered_devices)
 
-    def _mark(self, device: _Device, was_idle: bool, now: int, effects: Effects) -> None:
+    def _mark(self, device: Device, was_idle: bool, now: int, effects: Effects) -> None:
         if device.idle != was_idle:
             device.idle_ms = now
             effects.sends.append(DevicesChanged())
@@ -427,34 +530,59 @@ class TrackerState:
         else:
             self._alarm(due, "device", name)
 
+    def _check_fleet(self, now: int, effects: Effects) -> None:
+        """A quarantine or a reservation begins or ends."""
+        for reservation in self._devices.expired(now):
+            self._end_reservation(reservation.id, effects)
+        effects.sends.append(DevicesChanged())
+
+    def _end_reservation(self, reservation_id: str, effects: Effects) -> None:
+        self._devices.end_reservation(reservation_id)
+        effects.facts.append(ReservationEnded(reservation_id))
+        effects.sends.append(DevicesChanged())
+
+    def _watch_reservation(self, reservation: Reservation) -> None:
+        for when in (reservation.from_unix_ms, reservation.until_unix_ms):
+            self._alarm(when, "fleet", "")
+
     # ---- Jobs ------------------------------------------------------------------------------------------------------
 
     def _admit(self, accepted: JobAccepted, now: int, *, queued: bool = True) -> _Job:
-        job = _Job(accepted, Want(accepted.spec.selector, accepted.needs), now)
+        job = _Job(accepted, Want(accepted.spec.selector, accepted.needs, accepted.user), now)
         self._jobs[job.id] = job
         if queued:
-            self._queue.push(job.id, job.want, accepted.spec.priority, accepted.seq)
+            self._line_up(job)
             self._watch_job(job)
         return job
+
+    def _line_up(self, job: _Job) -> None:
+        job.want = replace(job.want, avoid=frozenset(fault.device for fault in job.faults))
+        self._queue.push(job.id, job.want, job.spec.priority, job.accepted.seq)
 
     def _schedule(self, now: int, effects: Effects) -> None:
         if not len(self._queue):
             return
-        idle = sorted((d for d in self._devices.values() if d.idle), key=lambda d: (d.idle_ms, d.info.name))
+        idle = [device.info.name for device in self._devices.available(now)]
         if not idle:
             return
-        for job_id, name in self._queue.assign([device.info.name for device in idle], self._matches):
+
+        def matches(want: Want, name: str) -> bool:
+            return self._devices.matches(want, name, now)
+
+        for job_id, name in self._queue.assign(idle, matches, self._shares, now):
             job, device = self._jobs[job_id], self._devices[name]
             job.epoch += 1
             job.assigned = JobAssigned(job_id, name, device.instance_id, job.epoch)
             job.sent, job.started, job.stage, job.stage_ms = False, False, Stage.TRANSFER, now
+            job.assigned_ms = now
+            self._shares.begin(job.accepted.user)
             device.holding.add(job.key)
             effects.facts.append(job.assigned)
             lease = Lease(job_id, job.epoch, self.settings.lease_ms)
             effects.sends.append(ToAgent(_connection(device), m.AssignJob(lease, job.spec)))
             effects.sends += [JobChanged(self._snapshot(job)), DevicesChanged()]
 
-    def _progress(self, device: _Device, lease: Lease, stage: Stage, now: int, effects: Effects) -> None:
+    def _progress(self, device: Device, lease: Lease, stage: Stage, now: int, effects: Effects) -> None:
         job = self._current(device, lease.job_id, lease.epoch)
         if job is None:
             return
@@ -465,7 +593,7 @@ class TrackerState:
         self._watch_job(job)
         effects.sends.append(JobChanged(self._snapshot(job)))
 
-    def _finished(self, device: _Device, finished: m.JobFinished, now: int, effects: Effects) -> None:
+    def _finished(self, device: Device, finished: m.JobFinished, now: int, effects: Effects) -> None:
         lease = finished.lease
         key = (lease.job_id, lease.epoch)
         was_idle = device.idle
@@ -474,9 +602,21 @@ class TrackerState:
         job = self._current(device, *key)
         stale = job is None and self._ended.get(lease.job_id, 0) != lease.epoch
         if job is not None:
-            self._finish(job, replace(finished.result, device=device.info.name), job.epoch, now, effects)
+            self._report(job, device, finished.result, now, effects)
         effects.sends.append(ToAgent(_connection(device), m.ResultAccepted(lease.job_id, stale)))
         self._mark(device, was_idle, now, effects)
+
+    def _report(self, job: _Job, device: Device, result: JobResult, now: int, effects: Effects) -> None:
+        """What an agent says came of a job: the end of it, unless the device itself was at fault."""
+        name, outcome = device.info.name, result.outcome
+        if outcome.kind is OutcomeKind.DEVICE_FAULT and job.cancelling is None:
+            self._device_failed(job, outcome.kind, outcome.stage, outcome.message, now, effects)
+            return
+        if outcome.kind not in _NEUTRAL:
+            self._devices.breaker(name).success()
+        if outcome.ok:
+            self._durations.learn(job.spec, now - job.assigned_ms)
+        self._finish(job, replace(result, device=name), job.epoch, now, effects)
 
     def _renew(self, job: _Job, now: int) -> None:
         """The device has the lease: it lasts from now on."""
@@ -492,8 +632,9 @@ class TrackerState:
         if now < due:
             self._alarm(due, "job", job.id)
         elif job.assigned is None:
-            why = f"it waited {_seconds(job.spec.deadlines.queue_ms)} ({self._why_waiting(job.want)})"
-            self._end(job, OutcomeKind.TIMEOUT, Stage.QUEUE, why, now, effects)
+            why = f"it waited {_seconds(job.spec.deadlines.queue_ms)} ({self._devices.why_waiting(job.want, now)})"
+            kind = OutcomeKind.DEVICE_LOST if job.faults else OutcomeKind.TIMEOUT
+            self._end(job, kind, Stage.QUEUE, "; ".join([*_told(job.faults), why]), now, effects)
         elif job.cancelling is not None and now >= job.cancel_ms + self.settings.cancel_grace_ms:
             why = f"{job.cancelling} (the device did not confirm)"
             self._end(job, OutcomeKind.CANCELLED, job.stage, why, now, effects)
@@ -505,33 +646,70 @@ class TrackerState:
             limit = _seconds(job.spec.deadlines.of(stage))
             self._abort(job, f"the {stage} deadline passed", effects)
             why = f"stage {stage} took longer than {limit}, and the agent did not end it"
+            self._blame(job, why, now, effects)
             self._end(job, OutcomeKind.TIMEOUT, stage, why, now, effects)
 
-    def _give_up(self, job: _Job, never_began: bool, why: str, now: int, effects: Effects) -> None:
-        """The device that had the job cannot be relied on any more: queue it again, or call it lost."""
+    def _give_up(
+        self, job: _Job, never_began: bool, why: str, now: int, effects: Effects, *, meant: bool = False
+    ) -> None:
+        """The device that had the job left, on purpose (`meant`) or not: queue it again, or call it lost."""
         assert job.assigned is not None
-        name = job.assigned.device
-        device = self._devices.get(name)
         if job.cancelling is not None:
             self._end(job, OutcomeKind.CANCELLED, job.stage, job.cancelling, now, effects)
-        elif never_began and (job.requeues < self.settings.max_requeues or not job.sent):
-            self._release(device, job.key, now, effects)
+        elif (never_began or meant) and (job.requeues < self.settings.max_requeues or not job.sent):
+            if job.sent and not meant:
+                self._blame(job, why, now, effects)
             job.requeues += job.sent
-            job.assigned, job.sent, job.started, job.stage, job.queued_ms = None, False, False, None, now
-            effects.facts.append(JobRequeued(job.id, now, job.requeues))
-            self._queue.push(job.id, job.want, job.spec.priority, job.accepted.seq)
-            self._watch_job(job)
-            effects.sends.append(JobChanged(self._snapshot(job)))
+            self._requeue(job, now, effects)
         else:
-            self._release(device, job.key, now, effects)
-            self._end(job, OutcomeKind.DEVICE_LOST, job.stage, f"device {name}: {why}", now, effects)
+            self._device_failed(job, OutcomeKind.DEVICE_LOST, job.stage, why, now, effects)
+
+    def _device_failed(
+        self, job: _Job, kind: OutcomeKind, stage: Stage | None, why: str, now: int, effects: Effects
+    ) -> None:
+        """The device was at fault: another one shall have the job, unless too many have failed with it."""
+        assert job.assigned is not None
+        self._blame(job, why, now, effects)
+        job.faults += (DeviceFault(job.assigned.device, why),)
+        if len(job.faults) < self.settings.max_device_faults:
+            self._requeue(job, now, effects)
+            return
+        told = _told(job.faults)
+        if len(told) > 1:
+            told.append(f"after {len(told)} devices that failed with it, the job is not given to another one")
+            for fault in job.faults:
+                self._devices.breaker(fault.device).forgive(job.id)
+        self._end(job, kind, stage, "; ".join(told), now, effects)
+
+    def _blame(self, job: _Job, why: str, now: int, effects: Effects) -> None:
+        """Count a failure against the device that has the job."""
+        assert job.assigned is not None
+        breaker, rules = self._devices.breaker(job.assigned.device), self.settings
+        if breaker.fault(job.id, why, now, rules.quarantine_after, rules.quarantine_ms, rules.longest_quarantine_ms):
+            self._alarm(breaker.until_ms, "fleet", "")
+            effects.sends.append(DevicesChanged())
+
+    def _requeue(self, job: _Job, now: int, effects: Effects) -> None:
+        """The job waits again, for another device if it can be."""
+        self._take_back(job, now, effects)
+        self._leave(job, now)
+        job.assigned, job.sent, job.started, job.stage, job.queued_ms = None, False, False, None, now
+        effects.facts.append(JobRequeued(job.id, now, job.requeues, job.faults))
+        self._line_up(job)
+        self._watch_job(job)
+        effects.sends.append(JobChanged(self._snapshot(job)))
 
     def _take_back(self, job: _Job, now: int, effects: Effects) -> None:
-        """The device of an assignment that never left is free again."""
+        """The device that had the job, if any, is free again."""
         if job.assigned is not None:
             self._release(self._devices.get(job.assigned.device), job.key, now, effects)
 
-    def _release(self, device: _Device | None, key: Key, now: int, effects: Effects) -> None:
+    def _leave(self, job: _Job, now: int) -> None:
+        """Its user no longer holds a device with it."""
+        if job.assigned is not None:
+            self._shares.end(job.accepted.user, now - job.assigned_ms, now)
+
+    def _release(self, device: Device | None, key: Key, now: int, effects: Effects) -> None:
         if device is not None:
             was_idle = device.idle
             device.holding.discard(key)
@@ -546,10 +724,21 @@ class TrackerState:
         del self._jobs[job.id]
         if job.id in self._queue:
             self._queue.remove(job.id)
+        self._leave(job, now)
         self._remember_end(job.id, epoch)
         effects.facts.append(JobDone(job.id, result, now))
         submitted = job.accepted.submitted_ms
-        done = Job(job.id, job.spec, JobState.DONE, None, result.device, result, submitted, now)
+        done = Job(
+            id=job.id,
+            spec=job.spec,
+            state=JobState.DONE,
+            device=result.device,
+            result=result,
+            submitted_unix_ms=submitted,
+            finished_unix_ms=now,
+            user=job.accepted.user,
+            faults=job.faults,
+        )
         effects.sends.append(JobChanged(done))
 
     def _abort(self, job: _Job, reason: str, effects: Effects) -> None:
@@ -558,12 +747,12 @@ class TrackerState:
         if device is not None and device.connection is not None:
             effects.sends.append(ToAgent(device.connection, m.AbortJob(Lease(job.id, job.epoch), reason)))
 
-    def _current(self, device: _Device, job_id: str, epoch: int) -> _Job | None:
+    def _current(self, device: Device, job_id: str, epoch: int) -> _Job | None:
         """The job that this device holds under this epoch by right."""
         job = self._jobs.get(job_id)
         return job if job is not None and job.epoch == epoch and self._owns(device, job) else None
 
-    def _owns(self, device: _Device, job: _Job) -> bool:
+    def _owns(self, device: Device, job: _Job) -> bool:
         return job.assigned is not None and job.assigned.device == device.info.name
 
     # ---- Deadlines -------------------------------------------------------------------------------------------------
@@ -583,40 +772,6 @@ class TrackerState:
         """Look at a job or a device then; what is looked at too early is looked at again."""
         heapq.heappush(self._alarms, (when, kind, name))
 
-    # ---- Matching --------------------------------------------------------------------------------------------------
-
-    def _matches(self, want: Want, name: str) -> bool:
-        if len(self._fits) > 1_000:
-            self._fits.clear()
-        fits = self._fits.setdefault(want, {})
-        if name not in fits:
-            device = self._devices[name]
-            fits[name] = self._selector(want.selector).matches(device.labels) and can_run(want.needs, device.info)
-        return fits[name]
-
-    def _selector(self, text: str) -> Selector:
-        if text not in self._selectors:
-            if len(self._selectors) > 1_000:
-                self._selectors.clear()
-            self._selectors[text] = parse(text)
-        return self._selectors[text]
-
-    def _why_waiting(self, want: Want) -> str:
-        here = [device for device in self._devices.values() if device.connection is not None]
-        if not here:
-            return "no device is connected"
-        selector = self._selector(want.selector)
-        chosen = [device for device in here if selector.matches(device.labels)]
-        if not chosen:
-            gone = sum(selector.matches(d.labels) for d in self._devices.values() if d.connection is None)
-            return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
-        able = [device for device in chosen if can_run(want.needs, device.info)]
-        if not able:
-            archs = ", ".join(sorted({str(need) for need in want.needs}))
-            names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
-            return f"no matching device can run the artifact (it is for {archs}; {names})"
-        return "1 matching device is busy" if len(able) == 1 else f"{len(able)} matching devices are busy"
-
     # ---- Pictures --------------------------------------------------------------------------------------------------
 
     def _snapshot(self, job: _Job) -> Job:
@@ -625,15 +780,48 @@ class TrackerState:
         else:
             state, device = (JobState.RUNNING if job.started else JobState.ASSIGNED), job.assigned.device
         stage = job.stage if state is JobState.RUNNING else None
-        submitted, detail = job.accepted.submitted_ms, self.detail(job.id)
-        return Job(job.id, job.spec, state, stage, device, None, submitted, 0, detail)
+        accepted = job.accepted
+        wait = self._waits().get(job.id) if state is JobState.QUEUED else None
+        return Job(
+            id=job.id,
+            spec=job.spec,
+            state=state,
+            stage=stage,
+            device=device,
+            submitted_unix_ms=accepted.submitted_ms,
+            detail=self.detail(job.id),
+            user=accepted.user,
+            position=0 if wait is None else wait.position,
+            eta_ms=None if wait is None else wait.eta_ms,
+            faults=job.faults,
+        )
 
-    def _status(self, device: _Device) -> DeviceStatus:
-        state = DeviceState.IDLE if device.idle else DeviceState.BUSY
-        if device.connection is None:
-            state = DeviceState.GONE
+    def _status(self, device: Device) -> DeviceStatus:
         running = next((job_id for job_id, epoch in device.holding if self._current(device, job_id, epoch)), "")
-        return DeviceStatus(device.info, state, device.seen_ms, running)
+        return self._devices.status(device, running, self._now)
+
+    def _waits(self) -> dict[str, Wait]:
+        """How long every queued job may wait: as of now, or where many wait, as of a few seconds ago."""
+        few = len(self._queue) <= _FEW_JOBS
+        age = (self._queue.version if few else 0), self._now // (1_000 if few else 5_000)
+        if self._known_waits is None or self._known_waits[0] != age:
+            order = self._queue.order(self._shares, self._now)
+            self._known_waits = age, waits(order, self._usable, self._free_in, self._takes)
+        return self._known_waits[1]
+
+    def _usable(self, want: Want) -> frozenset[str]:
+        return frozenset(device.info.name for device in self._devices.candidates(want, self._now))
+
+    def _free_in(self, name: str) -> float | None:
+        device = self._devices[name]
+        holder = next((job for key in device.holding if (job := self._current(device, *key))), None)
+        if holder is None:
+            return 0.0
+        expected = self._durations.expect(holder.spec)
+        return None if expected is None else max(0.0, expected - (self._now - holder.assigned_ms))
+
+    def _takes(self, job_id: str) -> float | None:
+        return self._durations.expect(self._jobs[job_id].spec)
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
@@ -650,19 +838,13 @@ class TrackerState:
             self._knows_all_keys = False
 
 
-def can_run(needs: Needs, info: DeviceInfo) -> bool:
-    """Has the device the architecture, the CPU features and the GPU of any variant?"""
-    return any(need.is_met_by(info) for need in needs)
-
-
-def _machine(info: DeviceInfo) -> str:
-    kinds = sorted({gpu.kind for gpu in info.accelerators})
-    return f"{info.arch} with {', '.join(kinds)}" if kinds else info.arch
-
-
-def _connection(device: _Device) -> int:
+def _connection(device: Device) -> int:
     assert device.connection is not None
     return device.connection
+
+
+def _told(faults: tuple[DeviceFault, ...]) -> list[str]:
+    return [f"device {fault.device}: {fault.reason}" for fault in faults]
 
 
 def _seconds(ms: int) -> str:

@@ -36,18 +36,23 @@ from kedge.rpc.tracker.facts import (
     JobAssigned,
     JobCancelling,
     JobDone,
+    JobFact,
     JobRecord,
     JobRequeued,
     JobWithdrawn,
     Needs,
+    ReservationEnded,
+    Reserved,
+    Serviced,
+    ServiceEnded,
     Stored,
 )
-from kedge.rpc.types import Job, JobState
+from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 #: Pause before a commit that failed (a full disk) is tried again.
 _RETRY_S = 1.0
 
@@ -73,6 +78,9 @@ _jobs = sa.Table(
     # Since when it waits again, and how often a device gave it up.
     sa.Column("queued_ms", sa.BigInteger),
     sa.Column("requeues", sa.Integer, nullable=False, default=0),
+    # Devices that failed with it, as JSON.
+    sa.Column("faults", sa.String, nullable=False, server_default="[]"),
+    sa.Column("user", sa.String, nullable=False, server_default=""),
     # What lists show comes before the whole: SQLite reads a row from its beginning.
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
@@ -91,6 +99,26 @@ _keys = sa.Table(
     _metadata,
     sa.Column("key", sa.String, primary_key=True),
     sa.Column("job_id", sa.String, nullable=False),
+)
+
+
+_serviced = sa.Table(
+    "serviced",
+    _metadata,
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("user", sa.String, nullable=False),
+    sa.Column("since_ms", sa.BigInteger, nullable=False),
+)
+_reservations = sa.Table(
+    "reservations",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("user", sa.String, nullable=False),
+    sa.Column("from_unix_ms", sa.BigInteger, nullable=False),
+    sa.Column("until_unix_ms", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.String, nullable=False),
 )
 
 
@@ -325,9 +353,12 @@ def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
         newest = newest.outerjoin(_keys, _keys.c.job_id == _jobs.c.id).order_by(_jobs.c.seq.desc()).limit(remembered)
         rows = connection.execute(newest).all()[::-1]
         last_seq = connection.execute(sa.select(sa.func.max(_jobs.c.seq))).scalar() or 0
+        serviced = tuple(Serviced(*row) for row in connection.execute(sa.select(_serviced)))
+        reservations = tuple(Reservation(*row) for row in connection.execute(sa.select(_reservations)))
     ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
     keys = tuple((row.key, row.id) for row in rows if row.key)
-    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys=len(rows) < remembered)
+    all_keys = len(rows) < remembered
+    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations)
 
 
 def _prepare(connection: sa.Connection, path: Path) -> str:
@@ -344,7 +375,9 @@ def _prepare(connection: sa.Connection, path: Path) -> str:
         )
     if int(meta["schema"]) < 2:
         _to_schema_2(connection)
-        connection.execute(sa.update(_meta).where(_meta.c.name == "schema").values(value="2"))
+    elif int(meta["schema"]) < 3:
+        _to_schema_3(connection)
+    connection.execute(sa.update(_meta).where(_meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
     return meta["tracker_id"]
 
 
@@ -360,6 +393,12 @@ def _to_schema_2(connection: sa.Connection) -> None:
             row = dict(connection.execute(whole, {"key": one}).mappings().one())
             connection.execute(sa.insert(new), {**row, "brief": _brief(row)})
         connection.execute(sa.text(f"DROP TABLE {old}"))
+
+
+def _to_schema_3(connection: sa.Connection) -> None:
+    """Jobs have a user, and remember the devices that failed with them."""
+    for column, default in (("faults", "[]"), ("user", "")):
+        connection.execute(sa.text(f"ALTER TABLE jobs ADD COLUMN \"{column}\" VARCHAR NOT NULL DEFAULT '{default}'"))
 
 
 def _brief(row: Mapping[str, Any]) -> bytes:
@@ -394,6 +433,24 @@ _UPDATE_JOB = sa.update(_jobs).where(_jobs.c.id == sa.bindparam("job"))
 
 
 def _write(connection: sa.Connection, fact: Fact) -> None:
+    if isinstance(fact, (Serviced, ServiceEnded, Reserved, ReservationEnded)):
+        _write_device(connection, fact)
+    else:
+        _write_job(connection, fact)
+
+
+def _write_device(connection: sa.Connection, fact: Serviced | ServiceEnded | Reserved | ReservationEnded) -> None:
+    if isinstance(fact, (Serviced, ServiceEnded)):
+        connection.execute(sa.delete(_serviced).where(_serviced.c.device == fact.device))
+    if isinstance(fact, Serviced):
+        connection.execute(sa.insert(_serviced), asdict(fact))
+    elif isinstance(fact, Reserved):
+        connection.execute(sa.insert(_reservations), asdict(fact.reservation))
+    elif isinstance(fact, ReservationEnded):
+        connection.execute(sa.delete(_reservations).where(_reservations.c.id == fact.reservation_id))
+
+
+def _write_job(connection: sa.Connection, fact: JobFact) -> None:
     if isinstance(fact, JobAccepted):
         row = {
             "id": fact.job_id,
@@ -403,6 +460,7 @@ def _write(connection: sa.Connection, fact: Fact) -> None:
             "needs": _needs_to_text(fact.needs),
             "submitted_ms": fact.submitted_ms,
             "state": JobState.QUEUED.value,
+            "user": fact.user,
         }
         connection.execute(_INSERT_JOB, row)
         if fact.key:
@@ -430,7 +488,7 @@ def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[
         place = {"device": fact.device, "instance_id": fact.instance_id, "epoch": fact.epoch}
         return {"state": JobState.ASSIGNED.value, **place}
     if isinstance(fact, JobRequeued):
-        waits = {"queued_ms": fact.queued_ms, "requeues": fact.requeues}
+        waits = {"queued_ms": fact.queued_ms, "requeues": fact.requeues, "faults": _faults_to_text(fact.faults)}
         return {"state": JobState.QUEUED.value, "device": "", "instance_id": "", **waits}
     if isinstance(fact, JobCancelling):
         return {"cancelling": fact.reason}
@@ -439,11 +497,14 @@ def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[
 
 def _record(row: Any) -> JobRecord:
     spec = convert.job_spec_from_bytes(row.spec)
-    accepted = JobAccepted(row.id, row.seq, spec, _needs_from_text(row.needs), row.key or "", row.submitted_ms)
+    needs = _needs_from_text(row.needs)
+    accepted = JobAccepted(row.id, row.seq, spec, needs, row.key or "", row.submitted_ms, row.user)
     assigned = None
     if row.state == JobState.ASSIGNED.value:
         assigned = JobAssigned(row.id, row.device, row.instance_id, row.epoch)
-    requeued = None if row.queued_ms is None else JobRequeued(row.id, row.queued_ms, row.requeues)
+    requeued = None
+    if row.queued_ms is not None:
+        requeued = JobRequeued(row.id, row.queued_ms, row.requeues, _faults_from_text(row.faults))
     return JobRecord(accepted, assigned, row.epoch, row.cancelling, requeued)
 
 
@@ -453,6 +514,7 @@ _FULL_JOB = (
 )  # fmt: skip
 _BRIEF_JOBS = (
     sa.select(_jobs.c.id, _jobs.c.brief.label("spec"), _jobs.c.state, _jobs.c.device, _jobs.c.submitted_ms)
+    .add_columns(_jobs.c.user, _jobs.c.faults)
     .add_columns(_results.c.brief.label("result"), _results.c.finished_ms)
     .outerjoin(_results, _results.c.job_id == _jobs.c.id)
     .order_by(_jobs.c.seq.desc())
@@ -482,7 +544,17 @@ def _job(row: Any) -> Job:
         result=convert.job_result_from_bytes(row.result) if row.result is not None else None,
         submitted_unix_ms=row.submitted_ms,
         finished_unix_ms=row.finished_ms or 0,
+        user=row.user,
+        faults=_faults_from_text(row.faults),
     )
+
+
+def _faults_to_text(faults: Sequence[DeviceFault]) -> str:
+    return json.dumps([[fault.device, fault.reason] for fault in faults])
+
+
+def _faults_from_text(text: str) -> tuple[DeviceFault, ...]:
+    return tuple(DeviceFault(*item) for item in json.loads(text))
 
 
 def _needs_to_text(needs: Needs) -> str:

@@ -211,8 +211,7 @@ def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Arti
         with agent:
             ends = [fleet.job(job_id).wait(timeout=30, check=False) for job_id in jobs]
     kinds = [end.outcome.kind.value for end in ends]
-    # What ran while the fake agent was cut off, and forgot it, may be called lost; nothing may vanish.
-    assert len(kinds) == 36 and set(kinds) <= {"ok", "device_lost"} and kinds.count("ok") >= 30
+    # What ran while the fake agent was cut off, and forgot it, was run again; nothing may vanish.
+    assert kinds == ["ok"] * 36
     for number, end in enumerate(ends):
-        if end.outcome.ok:
-            np.testing.assert_array_equal(end["x_out"], X + number)
+        np.testing.assert_array_equal(end["x_out"], X + number)

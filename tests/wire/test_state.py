@@ -8,6 +8,7 @@ import pytest
 
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Need, VariantDevice
+from kedge.rpc.errors import NoDeviceError, UsageError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import SelectorError
@@ -20,11 +21,24 @@ from kedge.rpc.tracker.facts import (
     JobRecord,
     JobRequeued,
     JobWithdrawn,
+    ReservationEnded,
+    Reserved,
     Stored,
     ToAgent,
 )
 from kedge.rpc.tracker.state import Settings, TrackerState
-from kedge.rpc.types import Accelerator, Blob, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, RunTask
+from kedge.rpc.types import (
+    Accelerator,
+    Blob,
+    Deadlines,
+    DeviceState,
+    Health,
+    JobResult,
+    JobSpec,
+    JobState,
+    Lease,
+    RunTask,
+)
 from support.toys import device_info
 
 S = Settings(
@@ -34,6 +48,7 @@ S = Settings(
     cancel_grace_ms=2_000,
     deadline_slack_ms=500,
     deadlines=Deadlines(queue_ms=60_000, transfer_ms=7_000, load_ms=8_000, run_ms=9_000),
+    max_device_faults=1,
 )
 NEEDS = (Need("x86_64", frozenset({"avx2"})),)
 OK = JobResult(Outcome(OutcomeKind.OK))
@@ -186,10 +201,16 @@ def test_a_restarted_agent_has_lost_what_ran(bench: Bench) -> None:
 
 def test_goodbye_gives_everything_up_at_once(bench: Bench) -> None:
     bench.started()
-    effects = bench.state.receive(1, m.Goodbye("SIGTERM"), 10)
+    for connection in range(1, 1 + S.max_requeues):
+        effects = bench.state.receive(connection, m.Goodbye("SIGTERM"), 10)
+        assert [type(f) for f in effects.facts] == [JobRequeued], "nobody was at fault: it is queued again"
+        assert bench.device() is DeviceState.GONE
+        (assign,) = bodies(bench.state.connect(connection + 1, hello("a", str(connection + 1)), 10), m.AssignJob)
+        assert bench.state.assignment_leaves(assign.lease, 10)
+        bench.state.receive(connection + 1, m.JobStarted(assign.lease), 10)
+    effects = bench.state.receive(1 + S.max_requeues, m.Goodbye("SIGTERM"), 20)
     assert ends(effects) == {"j": (OutcomeKind.DEVICE_LOST, Stage.TRANSFER)}
     assert "SIGTERM" in effects.facts[0].result.outcome.message
-    assert bench.device() is DeviceState.GONE
 
 
 def test_heartbeats_renew_the_leases_they_name(bench: Bench) -> None:
@@ -471,3 +492,231 @@ def test_keys_that_memory_has_no_room_for_may_still_be_stored() -> None:
     assert state.knows_all_keys
     state.submit("i", spec(), NEEDS, "k2", 0)
     assert (state.job_of_key("k1"), state.knows_all_keys) == (None, False)
+
+
+# ---- Faults of devices ---------------------------------------------------------------------------------------------
+
+PATIENT = replace(
+    S, silence_ms=10**9, max_device_faults=2, quarantine_after=2, quarantine_ms=30_000, longest_quarantine_ms=100_000
+)
+FAULT = JobResult(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message="the disk is full"))
+CRASH = JobResult(Outcome(OutcomeKind.CRASH, Stage.RUN, signal=11))
+
+
+class Fleet:
+    """A state with devices that are connected, each under the number of its place."""
+
+    def __init__(self, *names: str, settings: Settings = PATIENT) -> None:
+        self.state = TrackerState("t", settings)
+        self.names = dict(enumerate(names, 1))
+        for number, name in self.names.items():
+            self.state.connect(number, hello(name), 0)
+
+    def submit(self, job_id: str, now: int, selector: str = "", user: str = "") -> tuple[str, Lease] | None:
+        """The device that gets it at once, and under which lease."""
+        return self.started(self.state.submit(job_id, spec(selector), NEEDS, "", now, user), now)
+
+    def started(self, effects: Effects, now: int) -> tuple[str, Lease] | None:
+        """The assignment in these effects, taken up by its device."""
+        found = [s for s in effects.sends if isinstance(s, ToAgent) and isinstance(s.body, m.AssignJob)]
+        if not found:
+            return None
+        (send,) = found
+        assert self.state.assignment_leaves(send.body.lease, now)
+        self.state.receive(send.connection, m.JobStarted(send.body.lease), now)
+        return self.names[send.connection], send.body.lease
+
+    def finish(self, device: str, lease: Lease, result: JobResult, now: int) -> Effects:
+        number = next(number for number, name in self.names.items() if name == device)
+        return self.state.receive(number, m.JobFinished(lease, result), now)
+
+    def status(self, name: str) -> tuple[DeviceState, str]:
+        found = next(d for d in self.state.devices(include_gone=True) if d.info.name == name)
+        return found.state, found.detail
+
+
+def test_a_job_whose_device_failed_goes_to_another_one() -> None:
+    fleet = Fleet("a", "b")
+    device, lease = fleet.submit("j", 0)
+    effects = fleet.finish(device, lease, FAULT, 10)
+    assert [type(f) for f in effects.facts] == [JobRequeued, JobAssigned]
+    other, again = fleet.started(effects, 10)
+    assert other != device and again.epoch == 2
+    done = fleet.finish(other, again, OK, 20)
+    assert ends(done) == {"j": (OutcomeKind.OK, None)}
+    (changed,) = [s.job for s in done.sends if isinstance(s, JobChanged)]
+    assert [(fault.device, fault.reason) for fault in changed.faults] == [(device, "the disk is full")]
+
+
+def test_a_job_whose_only_device_failed_is_tried_there_again() -> None:
+    fleet = Fleet("a")
+    device, lease = fleet.submit("j", 0)
+    assert fleet.started(fleet.finish(device, lease, FAULT, 10), 10) == ("a", Lease("j", 2, S.lease_ms))
+
+
+def test_what_is_the_artifacts_fault_is_never_tried_again() -> None:
+    fleet = Fleet("a", "b")
+    device, lease = fleet.submit("j", 0)
+    assert ends(fleet.finish(device, lease, CRASH, 10)) == {"j": (OutcomeKind.CRASH, Stage.RUN)}
+
+
+def test_a_job_that_takes_two_devices_down_ends_and_they_are_forgiven() -> None:
+    fleet = Fleet("a", "b", "c")
+    first, lease = fleet.submit("j", 0)
+    fleet.state.disconnect(1, 10)
+    second, again = fleet.started(fleet.state.tick(5_000), 5_000)
+    assert first == "a" and second != first
+    effects = fleet.finish(second, again, FAULT, 5_100)
+    assert ends(effects) == {"j": (OutcomeKind.DEVICE_FAULT, Stage.RUN)}
+    message = effects.facts[0].result.outcome.message
+    assert "device a: " in message and f"device {second}: the disk is full" in message and "2 devices" in message
+    # Another fault would have been its second one in a row.
+    other, lease = fleet.submit("k", 6_000, selector=second)
+    fleet.finish(other, lease, FAULT, 6_010)
+    assert fleet.status(second)[0] is not DeviceState.QUARANTINED
+
+
+def test_a_device_that_swallows_jobs_is_quarantined_and_tried_again_one_by_one() -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, max_device_faults=1))
+    for number in range(2):
+        fleet.finish(*fleet.submit(f"j{number}", number), FAULT, number)
+    state, why = fleet.status("a")
+    assert state is DeviceState.QUARANTINED and "2 jobs in a row failed there (the disk is full)" in why
+    assert fleet.submit("k", 10) is None
+    assert "quarantine" not in fleet.state.job("k").detail and "jobs in a row failed" in fleet.state.job("k").detail
+    assert fleet.state.next_alarm() <= 30_001
+    assert fleet.started(fleet.state.tick(29_000), 29_000) is None
+    trial = fleet.started(fleet.state.tick(30_001), 30_001)
+    assert trial is not None
+    fleet.finish(*trial, FAULT, 30_010)  # for twice as long now
+    assert fleet.submit("l", 30_020) is None
+    assert fleet.started(fleet.state.tick(89_000), 89_000) is None
+    trial = fleet.started(fleet.state.tick(90_010), 90_010)
+    assert ends(fleet.finish(*trial, OK, 90_020)) == {"l": (OutcomeKind.OK, None)}
+    for number in range(2):
+        assert fleet.submit(f"m{number}", 91_000) is not None or number
+
+
+def test_a_device_that_says_it_is_ill_gets_nothing_until_it_is_well() -> None:
+    fleet = Fleet("a")
+    hot = m.Heartbeat(Health(temperature_celsius=91.0, problems=("91 degrees, at most 85 are allowed",)))
+    fleet.state.receive(1, hot, 10)
+    assert fleet.status("a") == (DeviceState.QUARANTINED, "unhealthy: 91 degrees, at most 85 are allowed")
+    assert fleet.submit("j", 20) is None
+    assert fleet.started(fleet.state.receive(1, m.Heartbeat(Health(temperature_celsius=60.0)), 30), 30)[0] == "a"
+
+
+def test_maintenance_lets_the_job_end_and_gives_no_other_until_it_is_over() -> None:
+    fleet = Fleet("a")
+    device, lease = fleet.submit("j", 0)
+    fleet.state.start_maintenance("a", "a new fan", "root", 10)
+    state, why = fleet.status("a")
+    assert state is DeviceState.MAINTENANCE and "by root: a new fan" in why
+    assert ends(fleet.finish(device, lease, OK, 20)) == {"j": (OutcomeKind.OK, None)}
+    assert fleet.submit("k", 30) is None and "a new fan" in fleet.state.job("k").detail
+    assert fleet.started(fleet.state.end_maintenance("a", 40), 40)[0] == "a"
+
+
+def test_maintenance_and_reservations_survive_a_restart() -> None:
+    fleet = Fleet("a", "b")
+    facts = list(fleet.state.start_maintenance("a", "a new fan", "root", 10).facts)
+    reservation, effects = fleet.state.reserve("r", "b", "ann", 0, 60_000, "a demo", 20)
+    reborn = TrackerState("t", PATIENT)
+    reborn.restore(Stored("t", serviced=tuple(facts), reservations=(reservation,)), 30)
+    fleet.state = reborn
+    for number, name in fleet.names.items():
+        reborn.connect(number, hello(name), 40)
+    assert fleet.submit("j", 50, user="bob") is None
+    assert fleet.submit("k", 60, user="ann")[0] == "b"
+    assert [type(f) for f in effects.facts] == [Reserved]
+
+
+# ---- Shares of users -----------------------------------------------------------------------------------------------
+
+
+def test_users_share_a_device_by_the_time_they_had_it() -> None:
+    fleet = Fleet("a")
+    for number in range(6):
+        fleet.state.submit(f"long{number}", spec(), NEEDS, "", 0, "ann")
+    for number in range(6):
+        fleet.state.submit(f"short{number}", spec(), NEEDS, "", 0, "bob")
+    order, now = [], 0
+    running = fleet.started(fleet.state.tick(0), 0) or ("a", Lease("long0", 1, S.lease_ms))
+    fleet.state.assignment_leaves(running[1], 0)
+    for _ in range(8):
+        now += 4_000 if running[1].job_id.startswith("long") else 1_000
+        fleet.state.receive(1, m.Heartbeat(running=(running[1],)), now)
+        order.append(running[1].job_id)
+        running = fleet.started(fleet.finish(*running, OK, now), now)
+    assert order == ["long0", "short0", "short1", "short2", "short3", "long1", "short4", "short5"]
+
+
+def test_a_user_who_waits_in_vain_does_not_hold_up_the_others() -> None:
+    fleet = Fleet("a")
+    assert fleet.submit("j", 0, selector="nobody", user="ann") is None
+    assert fleet.submit("k", 0, user="bob")[0] == "a"
+
+
+def test_a_queued_job_knows_its_place_and_about_when_it_starts() -> None:
+    fleet = Fleet("a", "b")
+    for number in range(2):
+        fleet.submit(f"j{number}", 0)
+    fleet.submit("k0", 0)
+    assert (fleet.state.job("k0").position, fleet.state.job("k0").eta_ms) == (1, None), "nothing has ended yet"
+    running = fleet.started(fleet.finish("a", Lease("j0", 1), OK, 4_000), 4_000)
+    assert running[1].job_id == "k0"
+    for number in range(1, 4):
+        fleet.submit(f"k{number}", 4_000)
+    waits = [(fleet.state.job(f"k{n}").position, fleet.state.job(f"k{n}").eta_ms) for n in range(1, 4)]
+    # b is due now and a in 4 s; each job is expected to take 4 s.
+    assert waits == [(1, 0), (2, 4_000), (3, 6_000)]
+    fleet.submit("elsewhere", 4_000, selector="nobody")
+    assert fleet.state.job("elsewhere").position == 1, "those who want other devices are not before it"
+    assert fleet.state.job("elsewhere").eta_ms is None
+
+
+# ---- Reservations --------------------------------------------------------------------------------------------------
+
+
+def test_a_reserved_device_is_its_users_alone_until_the_time_is_over() -> None:
+    fleet = Fleet("a")
+    reservation, _ = fleet.state.reserve("r", "", "ann", 0, 10_000, "a demo", 100)
+    assert (reservation.device, reservation.until_unix_ms) == ("a", 10_100)
+    assert fleet.submit("j", 200, user="bob") is None
+    assert "reserved for ann" in fleet.state.job("j").detail
+    device, lease = fleet.submit("k", 300, user="ann")
+    fleet.finish(device, lease, OK, 400)
+    assert fleet.state.next_alarm() <= 10_100
+    effects = fleet.state.tick(10_100)
+    assert [type(f) for f in effects.facts] == [ReservationEnded, JobAssigned]
+
+
+def test_a_reservation_that_is_given_up_lets_the_others_in() -> None:
+    fleet = Fleet("a")
+    fleet.state.reserve("r", "", "ann", 0, 10_000, "", 100)
+    assert fleet.submit("j", 200, user="bob") is None
+    assert fleet.started(fleet.state.end_reservation("r", 300), 300)[0] == "a"
+
+
+def test_a_later_reservation_leaves_the_device_free_until_then() -> None:
+    fleet = Fleet("a")
+    fleet.state.reserve("r", "", "ann", 5_000, 10_000, "", 100)
+    assert fleet.submit("j", 200, user="bob") is not None
+    with pytest.raises(NoDeviceError, match="can be reserved for that time"):
+        fleet.state.reserve("s", "a", "bob", 0, 5_001, "", 300)
+    fleet.state.reserve("s", "a", "bob", 0, 4_000, "", 300)
+
+
+@pytest.mark.parametrize(("begin", "duration"), [(0, 0), (0, S.max_reservation_ms + 1), (1, 50)])
+def test_reservations_that_make_no_sense(begin: int, duration: int) -> None:
+    fleet = Fleet("a")
+    with pytest.raises(UsageError, match="has to end in the future"):
+        fleet.state.reserve("r", "", "ann", begin, duration, "", 100)
+    assert fleet.state.reservations() == []
+
+
+def test_a_user_may_have_only_so_many_reservations() -> None:
+    fleet = Fleet("a", "b", settings=replace(PATIENT, max_reservations_per_user=1))
+    fleet.state.reserve("r", "", "ann", 0, 1_000, "", 0)
+    with pytest.raises(UsageError, match="ann has 1 reservations already"):
+        fleet.state.reserve("s", "", "ann", 0, 1_000, "", 0)

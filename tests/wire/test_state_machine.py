@@ -18,9 +18,11 @@ from hypothesis.stateful import (
 
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Need
+from kedge.rpc.errors import NoDeviceError, UsageError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import labels_of, parse
+from kedge.rpc.tracker.devices import can_run
 from kedge.rpc.tracker.facts import (
     CloseAgent,
     Effects,
@@ -32,11 +34,26 @@ from kedge.rpc.tracker.facts import (
     JobRecord,
     JobRequeued,
     JobWithdrawn,
+    ReservationEnded,
+    Reserved,
+    Serviced,
+    ServiceEnded,
     Stored,
     ToAgent,
 )
-from kedge.rpc.tracker.state import Settings, TrackerState, can_run
-from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, RunTask
+from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.types import (
+    Blob,
+    Deadlines,
+    DeviceState,
+    Health,
+    JobResult,
+    JobSpec,
+    JobState,
+    Lease,
+    Reservation,
+    RunTask,
+)
 from support.toys import device_info
 
 SETTINGS = Settings(
@@ -47,7 +64,14 @@ SETTINGS = Settings(
     deadline_slack_ms=500,
     deadlines=Deadlines(queue_ms=60_000, transfer_ms=8_000, load_ms=8_000, run_ms=8_000),
     max_requeues=2,
+    max_device_faults=2,
+    quarantine_after=2,
+    quarantine_ms=4_000,
+    longest_quarantine_ms=16_000,
+    max_reservation_ms=100_000,
+    max_reservations_per_user=2,
 )
+USERS = ["ann", "bob"]
 DEVICES = {
     "a": device_info("a", "x86_64", soc="one"),
     "b": device_info("b", "x86_64", soc="two"),
@@ -59,6 +83,8 @@ NEEDS = {
     "any": (Need("x86_64"), Need("aarch64")),
 }
 OK = JobResult(Outcome(OutcomeKind.OK))
+FAULT = JobResult(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message="the disk is full"))
+ENDS = {"ok": OK, "crash": JobResult(Outcome(OutcomeKind.CRASH, Stage.RUN, 11)), "fault": FAULT}
 
 
 @dataclass
@@ -80,6 +106,8 @@ class Store:
         self.done: dict[str, tuple[JobDone, int]] = {}
         self.keys: dict[str, str] = {}
         self.last_seq = 0
+        self.serviced: dict[str, Serviced] = {}
+        self.reservations: dict[str, Reservation] = {}
 
     def apply(self, effects: Effects) -> None:
         for fact in effects.facts:
@@ -96,6 +124,19 @@ class Store:
                 self.done.pop(fact.job_id, None)
                 self.keys = {key: job_id for key, job_id in self.keys.items() if job_id != fact.job_id}
                 continue
+            if isinstance(fact, Serviced):
+                self.serviced[fact.device] = fact
+                continue
+            if isinstance(fact, ServiceEnded):
+                del self.serviced[fact.device]
+                continue
+            if isinstance(fact, Reserved):
+                assert fact.reservation.id not in self.reservations
+                self.reservations[fact.reservation.id] = fact.reservation
+                continue
+            if isinstance(fact, ReservationEnded):
+                del self.reservations[fact.reservation_id]
+                continue
             assert fact.job_id in self.records, f"{fact} about a job that is not alive"
             record = self.records[fact.job_id]
             if isinstance(fact, JobAssigned):
@@ -104,6 +145,7 @@ class Store:
                 self.records[fact.job_id] = replace(record, assigned=fact, epoch=fact.epoch)
             elif isinstance(fact, JobRequeued):
                 assert record.assigned is not None
+                assert len(fact.faults) < SETTINGS.max_device_faults
                 self.records[fact.job_id] = replace(record, assigned=None, requeued=fact)
             elif isinstance(fact, JobCancelling):
                 self.records[fact.job_id] = replace(record, cancelling=fact.reason)
@@ -114,7 +156,15 @@ class Store:
     def found(self) -> Stored:
         """What a tracker reads when it starts."""
         ended = tuple((job_id, epoch) for job_id, (_, epoch) in self.done.items())
-        return Stored("t", tuple(self.records.values()), ended, tuple(self.keys.items()), self.last_seq)
+        return Stored(
+            tracker_id="t",
+            records=tuple(self.records.values()),
+            ended=ended,
+            keys=tuple(self.keys.items()),
+            last_seq=self.last_seq,
+            serviced=tuple(self.serviced.values()),
+            reservations=tuple(self.reservations.values()),
+        )
 
 
 class TrackerMachine(RuleBasedStateMachine):
@@ -127,6 +177,8 @@ class TrackerMachine(RuleBasedStateMachine):
         self.numbers = itertools.count(1)
         self.agents = {name: Agent(name) for name in DEVICES}
         self.accepted: dict[str, JobSpec] = {}
+        self.users: dict[str, str] = {}
+        self.problems: dict[str, tuple[str, ...]] = dict.fromkeys(DEVICES, ())
         self.needs_of: dict[str, str] = {}
         self.finished_at_agent: dict[str, int] = {}
         self.state = TrackerState("t", SETTINGS)
@@ -143,7 +195,7 @@ class TrackerMachine(RuleBasedStateMachine):
     def the_disk_has_room_again(self) -> None:
         waiting, self.waiting = self.waiting or [], None
         for effects in waiting:
-            self.perform(effects)
+            self.perform(effects, late=True)
 
     @precondition(lambda self: self.waiting)
     @rule(which=st.integers(0, 9))
@@ -163,13 +215,14 @@ class TrackerMachine(RuleBasedStateMachine):
         needs=st.sampled_from(sorted(NEEDS)),
         priority=st.integers(0, 2),
         repeat=st.booleans(),
+        user=st.sampled_from(USERS),
     )
-    def submit(self, selector: str, needs: str, priority: int, repeat: bool) -> str:
+    def submit(self, selector: str, needs: str, priority: int, repeat: bool, user: str) -> str:
         job_id = f"j{next(self.numbers)}"
         spec = JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector, Deadlines(run_ms=4_000), priority)
         assert self.state.job_of_key(f"key-{job_id}") is None
-        self.accepted[job_id], self.needs_of[job_id] = spec, needs
-        self.perform(self.state.submit(job_id, spec, NEEDS[needs], f"key-{job_id}", self.now))
+        self.accepted[job_id], self.needs_of[job_id], self.users[job_id] = spec, needs, user
+        self.perform(self.state.submit(job_id, spec, NEEDS[needs], f"key-{job_id}", self.now, user))
         if repeat:
             assert self.state.job_of_key(f"key-{job_id}") == job_id
         return job_id
@@ -189,8 +242,8 @@ class TrackerMachine(RuleBasedStateMachine):
         self.perform(self.state.connect(connection, hello, self.now))
         if agent.connection == connection:
             for key, what in list(agent.held.items()):
-                if what == "finished":
-                    self.say(agent, m.JobFinished(Lease(*key), OK))
+                if what in ENDS:
+                    self.say(agent, m.JobFinished(Lease(*key), ENDS[what]))
                 elif what != "assigned":
                     self.say(agent, m.JobStarted(Lease(*key)))
 
@@ -229,24 +282,62 @@ class TrackerMachine(RuleBasedStateMachine):
     def heartbeat(self, name: str) -> None:
         agent = self.agents[name]
         if agent.connection is not None:
-            self.say(agent, m.Heartbeat(running=tuple(Lease(*key) for key in agent.held)))
+            health = Health(problems=self.problems[name])
+            self.say(agent, m.Heartbeat(health, tuple(Lease(*key) for key in agent.held)))
 
-    @rule(name=st.sampled_from(sorted(DEVICES)), steps=st.integers(1, 4))
-    def work(self, name: str, steps: int) -> None:
-        """The agent goes on with what it holds: start, load, run, finish; an aborted job ends at once."""
+    @rule(name=st.sampled_from(sorted(DEVICES)), ill=st.booleans())
+    def health_changes(self, name: str, ill: bool) -> None:
+        self.problems[name] = ("it is too hot",) if ill else ()
+        self.heartbeat(name)
+
+    @rule(name=st.sampled_from(sorted(DEVICES)), enabled=st.booleans())
+    def maintenance(self, name: str, enabled: bool) -> None:
+        if enabled:
+            self.perform(self.state.start_maintenance(name, "new disk", "root", self.now))
+        else:
+            self.perform(self.state.end_maintenance(name, self.now))
+
+    @rule(
+        selector=st.sampled_from(["", "a", "soc=one", "nobody"]),
+        user=st.sampled_from(USERS),
+        wait_ms=st.integers(0, 10_000),
+        duration_ms=st.sampled_from([1, 5_000, 90_000, 200_000]),
+    )
+    def reserve(self, selector: str, user: str, wait_ms: int, duration_ms: int) -> None:
+        number, begin = f"r{next(self.numbers)}", self.now + wait_ms
+        before = self.state.reservations()
+        try:
+            found, effects = self.state.reserve(number, selector, user, begin, duration_ms, "demo", self.now)
+        except (NoDeviceError, UsageError):
+            assert self.state.reservations() == before
+            return
+        assert not [r for r in before if r.device == found.device and r.from_unix_ms < begin + duration_ms
+                    and begin < r.until_unix_ms], "two users have one device"  # fmt: skip
+        assert parse(selector).matches(labels_of(DEVICES[found.device]))
+        self.perform(effects)
+
+    @rule(which=st.integers(0, 9))
+    def end_reservation(self, which: int) -> None:
+        held = self.state.reservations()
+        if held:
+            self.perform(self.state.end_reservation(held[which % len(held)].id, self.now))
+
+    @rule(name=st.sampled_from(sorted(DEVICES)), steps=st.integers(1, 4), end=st.sampled_from(sorted(ENDS)))
+    def work(self, name: str, steps: int, end: str) -> None:
+        """The agent goes on with what it holds: start, load, run, one of the ends; an aborted job ends at once."""
         agent = self.agents[name]
-        order = ["assigned", "started", "load", "run", "finished"]
+        order = ["assigned", "started", "load", "run", end]
         for key, what in list(agent.held.items())[:1]:
             for _ in range(steps):
-                if what == "finished":
+                if what in ENDS:
                     break
-                what = "finished" if key in agent.aborted else order[order.index(what) + 1]
+                what = end if key in agent.aborted else order[order.index(what) + 1]
                 agent.held[key] = what
                 lease = Lease(*key)
                 if what == "started":
                     self.say(agent, m.JobStarted(lease))
-                elif what == "finished":
-                    self.say(agent, m.JobFinished(lease, OK))
+                elif what in ENDS:
+                    self.say(agent, m.JobFinished(lease, ENDS[what]))
                 else:
                     self.say(agent, m.JobProgress(lease, Stage(what)))
 
@@ -287,7 +378,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """A job is accepted and assigned, and the tracker dies between the commit and the message."""
         job_id = f"j{next(self.numbers)}"
         spec = JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector)
-        self.accepted[job_id], self.needs_of[job_id] = spec, "any"
+        self.accepted[job_id], self.needs_of[job_id], self.users[job_id] = spec, "any", ""
         self.store.apply(self.state.submit(job_id, spec, NEEDS["any"], f"key-{job_id}", self.now))
         self.reborn()
         assert self.state.job(job_id) is not None
@@ -307,16 +398,19 @@ class TrackerMachine(RuleBasedStateMachine):
         record = self.store.records.get(lease.job_id)
         owner = record.assigned if record else None
         current = owner is not None and (owner.device, owner.epoch) == (agent.name, lease.epoch)
-        taken = [f for f in effects.facts if isinstance(f, JobDone) and f.job_id == lease.job_id]
+        taken = [f for f in effects.facts if isinstance(f, JobDone | JobRequeued) and f.job_id == lease.job_id]
         assert bool(taken) == current
         answers = [s.body for s in effects.sends if isinstance(s, ToAgent) and isinstance(s.body, m.ResultAccepted)]
         assert [answer.job_id for answer in answers] == [lease.job_id]
         assert not (current and answers[0].stale)
 
-    def perform(self, effects: Effects) -> None:
+    def perform(self, effects: Effects, *, late: bool = False) -> None:
         if self.waiting is not None:
             self.waiting.append(effects)
             return
+        for fact in effects.facts:
+            if isinstance(fact, JobAssigned) and not late:
+                self.check_assignment(fact)
         self.store.apply(effects)
         for send in effects.sends:
             if isinstance(send, ToAgent):
@@ -327,6 +421,13 @@ class TrackerMachine(RuleBasedStateMachine):
                         agent.connection = None
             elif isinstance(send, JobChanged) and send.job.state is JobState.DONE:
                 assert send.job.id in self.store.done
+
+    def check_assignment(self, fact: JobAssigned) -> None:
+        """A device in maintenance, ill or reserved for somebody else gets no job."""
+        status = next(d for d in self.state.devices(include_gone=True) if d.info.name == fact.device)
+        assert status.state in (DeviceState.BUSY, DeviceState.GONE)
+        held = [r for r in self.state.reservations() if r.device == fact.device]
+        assert all(r.user == self.users[fact.job_id] for r in held if r.from_unix_ms <= self.now < r.until_unix_ms)
 
     def deliver(self, send: ToAgent) -> None:
         agent = next((a for a in self.agents.values() if a.connection == send.connection), None)
@@ -349,7 +450,7 @@ class TrackerMachine(RuleBasedStateMachine):
             agent.aborted.add((body.lease.job_id, body.lease.epoch))
         elif isinstance(body, m.ResultAccepted):
             for key in [key for key in agent.held if key[0] == body.job_id]:
-                if agent.held[key] == "finished":
+                if agent.held[key] in ENDS:
                     del agent.held[key]
         elif isinstance(body, m.Refused):
             agent.connection = None
@@ -383,15 +484,34 @@ class TrackerMachine(RuleBasedStateMachine):
     def a_device_has_one_job_and_none_idles_beside_one_that_waits_for_it(self) -> None:
         if not hasattr(self, "accepted") or self.waiting is not None:
             return
+        assert {r.id for r in self.state.reservations()} == set(self.store.reservations)
         devices = [r.assigned.device for r in self.store.records.values() if r.assigned and not r.cancelling]
         connected = [status.info.name for status in self.state.devices()]
         assert all(devices.count(name) <= 1 for name in connected)
-        idle = [status.info for status in self.state.devices() if status.state is DeviceState.IDLE]
+        idle = [status for status in self.state.devices() if status.state is DeviceState.IDLE]
         for job in self.state.live_jobs():
             if job.state is JobState.QUEUED:
                 wanted = parse(job.spec.selector)
                 needs = NEEDS[self.needs_of[job.id]]
-                assert not [d.name for d in idle if wanted.matches(labels_of(d)) and can_run(needs, d)]
+                failed = {fault.device for fault in job.faults}
+                free = [
+                    d.info.name
+                    for d in idle
+                    if wanted.matches(labels_of(d.info))
+                    and can_run(needs, d.info)
+                    and (d.reservation is None or d.reservation.user == self.users[job.id])
+                ]
+                assert set(free) <= failed, "it may wait for another device than those that failed with it"
+                assert job.position >= 1 or job.detail == "being cancelled"
+
+    @invariant()
+    def the_ill_and_the_serviced_say_so(self) -> None:
+        if not hasattr(self, "accepted") or self.waiting is not None:
+            return
+        for status in self.state.devices():
+            serviced = status.info.name in self.store.serviced
+            assert (status.state is DeviceState.MAINTENANCE) == serviced
+            assert bool(status.detail) == (status.state in (DeviceState.MAINTENANCE, DeviceState.QUARANTINED))
 
     @invariant()
     def something_is_going_to_happen_to_every_job(self) -> None:
@@ -413,6 +533,7 @@ class TrackerMachine(RuleBasedStateMachine):
             self.perform(self.state.tick(self.now))
         assert not self.store.records
         assert set(self.store.done) == set(self.accepted)
+        assert not self.store.reservations
 
 
 TestTracker = TrackerMachine.TestCase

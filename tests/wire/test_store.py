@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,20 @@ from kedge.rpc.tracker.facts import (
     JobRecord,
     JobRequeued,
     JobWithdrawn,
+    ReservationEnded,
+    Reserved,
+    Serviced,
+    ServiceEnded,
 )
 from kedge.rpc.tracker.store import Store, StoreError
 from kedge.rpc.types import (
     Blob,
+    DeviceFault,
     JobResult,
     JobSpec,
     JobState,
     Measurement,
+    Reservation,
     RunTask,
     Tensor,
     TimeOptions,
@@ -81,6 +88,23 @@ def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     assert [job.id for job in again.jobs(2, ()).result(10)] == ["q", "d"]
     assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(10)] == ["q", "w"]
     assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(10)] == ["r"]
+    again.close()
+
+
+def test_users_faults_maintenance_and_reservations_are_found_again(tmp_path: Path) -> None:
+    faults = (DeviceFault("a", "the disk is full"), DeviceFault("b", "it was lost"))
+    mine = replace(accepted("j", 1), user="ann")
+    serviced = Serviced("a", "a new disk", "root", 50)
+    kept, ended = (Reservation(name, "b", "ann", 60, 70, "a demo") for name in ("kept", "ended"))
+    store = Store(tmp_path)
+    write(store, mine, JobAssigned("j", "a", "i", 1), JobRequeued("j", 700, 0, faults), Reserved(kept), Reserved(ended))
+    write(store, serviced, Serviced("b", "", "", 51), ServiceEnded("b"), ReservationEnded("ended"))
+    store.close()
+    again = Store(tmp_path)
+    assert again.found.records == (JobRecord(mine, None, 1, requeued=JobRequeued("j", 700, 0, faults)),)
+    assert (again.found.serviced, again.found.reservations) == ((serviced,), (kept,))
+    job = again.job("j").result(10)
+    assert job is not None and (job.user, job.faults) == ("ann", faults)
     again.close()
 
 
@@ -237,6 +261,31 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         assert listed[0].result is not None and listed[0].result.outputs == ()
         job = store.job("d").result(10)
         assert job is not None and (job.spec, job.result) == (SPEC, RESULT)
+        store.close()
+
+
+SCHEMA_2 = """
+CREATE TABLE meta (name VARCHAR NOT NULL PRIMARY KEY, value VARCHAR NOT NULL);
+CREATE TABLE jobs (id VARCHAR NOT NULL PRIMARY KEY, seq BIGINT NOT NULL UNIQUE, needs VARCHAR NOT NULL,
+  submitted_ms BIGINT NOT NULL, state VARCHAR NOT NULL, device VARCHAR NOT NULL, instance_id VARCHAR NOT NULL,
+  epoch BIGINT NOT NULL, cancelling VARCHAR, queued_ms BIGINT, requeues INTEGER NOT NULL, brief BLOB NOT NULL,
+  spec BLOB NOT NULL);
+CREATE INDEX ix_jobs_state ON jobs (state);
+INSERT INTO meta VALUES ('schema', '2'), ('tracker_id', 'old');
+"""
+
+
+def test_a_database_of_the_second_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    spec = convert.job_spec_to_bytes(SPEC)
+    row = "INSERT INTO jobs VALUES ('w', 1, '[]', 100, 'queued', '', '', 1, NULL, 300, 1, ?, ?)"
+    with sqlite3.connect(tmp_path / "tracker.db") as connection:
+        connection.executescript(SCHEMA_2)
+        connection.execute(row, (spec, spec))
+    connection.close()
+    for _ in range(2):
+        store = Store(tmp_path)
+        again = JobRequeued("w", 300, 1)
+        assert store.found.records == (JobRecord(JobAccepted("w", 1, SPEC, (), "", 100), None, 1, requeued=again),)
         store.close()
 
 

@@ -306,20 +306,29 @@ def test_an_agent_that_comes_back_goes_on_with_its_job(fleet: Fleet, agent: Fake
     assert job.wait().device == "bench-1"
 
 
-def test_an_agent_that_stays_away_has_lost_its_job(fleet: Fleet, agent: FakeAgent, artifact: Artifact) -> None:
+def test_an_agent_that_stays_away_loses_its_job_and_may_try_once_more(
+    fleet: Fleet, agent: FakeAgent, artifact: Artifact
+) -> None:
     job = fleet.run(artifact, {"x": X})
     assigned = agent.expect(m.AssignJob)
     agent.say(m.JobStarted(assigned.lease))
     until(job, JobState.RUNNING)
     agent.drop()
-    with pytest.raises(JobError, match="device lost") as caught:
-        job.wait(timeout=10)
-    assert caught.value.outcome == "device_lost"
+    until(job, JobState.QUEUED)
+    assert "nothing was heard of it" in job.status().detail
     agent.connect(assigned.lease)
     assert agent.expect(m.AbortJob).lease.epoch == assigned.lease.epoch
     agent.finish(assigned)
     assert agent.expect(m.ResultAccepted).stale is True
-    assert job.wait(check=False).outcome.kind is OutcomeKind.DEVICE_LOST
+    again = agent.expect(m.AssignJob)
+    assert again.lease.epoch == assigned.lease.epoch + 1
+    agent.say(m.JobStarted(again.lease))
+    until(job, JobState.RUNNING)
+    agent.drop()
+    with pytest.raises(JobError, match="device lost") as caught:
+        job.wait(timeout=10)
+    assert caught.value.outcome == "device_lost"
+    assert len(job.status().faults) == 2
 
 
 def test_another_agent_takes_over_a_job_that_never_began(

@@ -1,0 +1,309 @@
+"""The devices as the tracker knows them, and whether one may take a job now. Pure; times are Unix milliseconds.
+
+A device takes jobs when it is connected, holds no lease, is not in maintenance, reports no problem of its own, and its
+circuit breaker is closed. The breaker opens when job after job fails there for reasons that are the device's: first for
+`quarantine_ms`, then for twice as long each time, until a job succeeds (Nygard, "Release It!", 2007). Between two such
+times one job is let through to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+from kedge.rpc.selector import Selector, parse
+from kedge.rpc.tracker.facts import Needs, Serviced
+from kedge.rpc.tracker.scheduler import Want
+from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Reservation
+
+Key = tuple[str, int]
+#: Answers that are remembered; more than this many start over.
+_REMEMBERED = 1_000
+
+
+@dataclass(slots=True)
+class Breaker:
+    """A device's circuit breaker."""
+
+    #: Jobs that failed there, one after the other, and why.
+    faults: dict[str, str] = field(default_factory=dict)
+    #: How often it opened since a job last succeeded, and until when it is open.
+    opened: int = 0
+    until_ms: int = 0
+
+    def is_open(self, now: int) -> bool:
+        """True while no job is let through."""
+        return now < self.until_ms
+
+    def fault(self, job_id: str, reason: str, now: int, after: int, first_ms: int, longest_ms: int) -> bool:
+        """A job failed there; True when that opens the breaker: after so many, or at once where it was open before."""
+        self.faults[job_id] = reason
+        if self.is_open(now) or (len(self.faults) < after and not self.opened):
+            return False
+        self.until_ms = now + min(longest_ms, first_ms << min(self.opened, 30))
+        self.opened += 1
+        return True
+
+    def success(self) -> None:
+        """A job went well there: the device does what it should."""
+        self.faults.clear()
+        self.opened, self.until_ms = 0, 0
+
+    def forgive(self, job_id: str) -> None:
+        """That job was at fault itself."""
+        if self.faults.pop(job_id, None) is not None and not self.faults:
+            self.success()
+
+
+@dataclass(slots=True)
+class Device:
+    """A device that is connected, or was."""
+
+    info: DeviceInfo
+    instance_id: str
+    labels: dict[str, str]
+    connection: int | None
+    seen_ms: int
+    idle_ms: int
+    #: Leases that the agent holds or was given, wanted or not.
+    holding: set[Key] = field(default_factory=set)
+    #: Results that were taken, until a heartbeat no longer names them.
+    settled: set[Key] = field(default_factory=set)
+    health: Health = field(default_factory=Health)
+
+    @property
+    def idle(self) -> bool:
+        """Connected, and without a lease."""
+        return self.connection is not None and not self.holding
+
+
+class Roster:
+    """All devices by name, with what keeps them from taking jobs."""
+
+    def __init__(self) -> None:
+        self._devices: dict[str, Device] = {}
+        self._breakers: dict[str, Breaker] = {}
+        self._serviced: dict[str, Serviced] = {}
+        self._reservations: dict[str, Reservation] = {}
+        self._selectors: dict[str, Selector] = {}
+        self._fits: dict[tuple[str, Needs], dict[str, bool]] = {}
+
+    def __iter__(self) -> Iterator[Device]:
+        return iter(self._devices.values())
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+    def get(self, name: str) -> Device | None:
+        """A device that is known."""
+        return self._devices.get(name)
+
+    def __getitem__(self, name: str) -> Device:
+        return self._devices[name]
+
+    def add(self, device: Device) -> None:
+        """A device (re)connected: what was known of its machine may be wrong now."""
+        self._devices[device.info.name] = device
+        for fits in self._fits.values():
+            fits.pop(device.info.name, None)
+
+    def forget(self, keep: int) -> None:
+        """Keep only so many of the devices that are gone."""
+        gone = [name for name, device in self._devices.items() if device.connection is None]
+        for name in gone[: max(0, len(gone) - keep)]:
+            del self._devices[name]
+            self._breakers.pop(name, None)
+
+    # ---- What keeps a device from taking jobs ----------------------------------------------------------------------
+
+    def breaker(self, name: str) -> Breaker:
+        """The circuit breaker of a device."""
+        return self._breakers.setdefault(name, Breaker())
+
+    @property
+    def serviced(self) -> Iterable[Serviced]:
+        """Devices in maintenance."""
+        return self._serviced.values()
+
+    def serve(self, serviced: Serviced) -> None:
+        """Take a device out of service."""
+        self._serviced[serviced.device] = serviced
+
+    def end_service(self, name: str) -> None:
+        """Put a device back, whatever kept it away."""
+        self._serviced.pop(name, None)
+        self._breakers.pop(name, None)
+
+    def in_service(self, name: str) -> bool:
+        """True unless it is in maintenance."""
+        return name not in self._serviced
+
+    def obstacle(self, device: Device, now: int) -> tuple[DeviceState, str] | None:
+        """Why a connected device takes no jobs though it may be idle; None when it does."""
+        name = device.info.name
+        serviced = self._serviced.get(name)
+        if serviced is not None:
+            by = f" by {serviced.user}" if serviced.user else ""
+            return DeviceState.MAINTENANCE, f"in maintenance since {_clock(serviced.since_ms)}{by}: {serviced.reason}"
+        if device.health.problems:
+            return DeviceState.QUARANTINED, f"unhealthy: {'; '.join(device.health.problems)}"
+        breaker = self._breakers.get(name)
+        if breaker is not None and breaker.is_open(now):
+            last = list(breaker.faults.values())[-1:]
+            why = f"{len(breaker.faults)} jobs in a row failed there ({last[0]})" if last else "jobs failed there"
+            return DeviceState.QUARANTINED, f"{why}; tried again at {_clock(breaker.until_ms)}"
+        return None
+
+    def available(self, now: int) -> list[Device]:
+        """Devices that take a job now, longest idle first."""
+        able = [device for device in self if device.idle and self.obstacle(device, now) is None]
+        return sorted(able, key=lambda device: (device.idle_ms, device.info.name))
+
+    # ---- Reservations ----------------------------------------------------------------------------------------------
+
+    def reservations(self) -> list[Reservation]:
+        """All that have not ended."""
+        return list(self._reservations.values())
+
+    def reservation(self, reservation_id: str) -> Reservation | None:
+        """One that has not ended."""
+        return self._reservations.get(reservation_id)
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Keep a device for a user."""
+        self._reservations[reservation.id] = reservation
+
+    def end_reservation(self, reservation_id: str) -> None:
+        """Everybody may have the device again."""
+        self._reservations.pop(reservation_id, None)
+
+    def reserved(self, name: str, now: int) -> Reservation | None:
+        """Who the device is kept for at a time."""
+        held = (item for item in self._reservations.values() if item.device == name)
+        return next((item for item in held if item.from_unix_ms <= now < item.until_unix_ms), None)
+
+    def expired(self, now: int) -> list[Reservation]:
+        """Reservations whose time is over."""
+        return [item for item in self._reservations.values() if item.until_unix_ms <= now]
+
+    def reservable(self, selector: str, begin: int, end: int, now: int) -> Device | None:
+        """A device that matches and that nobody has reserved then, best one first; raises SelectorError."""
+        wanted = parse(selector)
+        taken = {
+            item.device
+            for item in self._reservations.values()
+            if item.from_unix_ms < end and begin < item.until_unix_ms
+        }
+        free = [d for d in self if d.info.name not in taken and wanted.matches(d.labels)]
+        best = sorted(
+            free,
+            key=lambda d: (d.connection is None, self.obstacle(d, now) is not None, not d.idle, d.idle_ms, d.info.name),
+        )
+        return best[0] if best else None
+
+    # ---- Matching --------------------------------------------------------------------------------------------------
+
+    def matches(self, want: Want, name: str, now: int) -> bool:
+        """May a job with this want go to the device, if the device takes jobs?
+
+        One that failed while it had the job is taken again only when no other connected one could have it.
+        """
+        if not self._fit(want, name):
+            return False
+        reserved = self.reserved(name, now)
+        if reserved is not None and reserved.user != want.user:
+            return False
+        return name not in want.avoid or not self._has_alternative(want, now)
+
+    def candidates(self, want: Want, now: int) -> list[Device]:
+        """Connected devices that could take such a job, now or later."""
+        here = [device for device in self if device.connection is not None and self.obstacle(device, now) is None]
+        return [device for device in here if self.matches(want, device.info.name, now)]
+
+    def _has_alternative(self, want: Want, now: int) -> bool:
+        return any(
+            device.connection is not None
+            and device.info.name not in want.avoid
+            and self._fit(want, device.info.name)
+            and self.obstacle(device, now) is None
+            for device in self
+        )
+
+    def _fit(self, want: Want, name: str) -> bool:
+        """Whether labels and machine are what is wanted."""
+        if len(self._fits) > _REMEMBERED:
+            self._fits.clear()
+        fits = self._fits.setdefault((want.selector, want.needs), {})
+        if name not in fits:
+            device = self._devices[name]
+            fits[name] = self.selector(want.selector).matches(device.labels) and can_run(want.needs, device.info)
+        return fits[name]
+
+    def selector(self, text: str) -> Selector:
+        """A selector, parsed; raises SelectorError."""
+        if text not in self._selectors:
+            if len(self._selectors) > _REMEMBERED:
+                self._selectors.clear()
+            self._selectors[text] = parse(text)
+        return self._selectors[text]
+
+    def why_waiting(self, want: Want, now: int) -> str:
+        """What keeps a job with this want from starting."""
+        here = [device for device in self if device.connection is not None]
+        if not here:
+            return "no device is connected"
+        selector = self.selector(want.selector)
+        chosen = [device for device in here if selector.matches(device.labels)]
+        if not chosen:
+            gone = sum(selector.matches(d.labels) for d in self if d.connection is None)
+            return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
+        able = [device for device in chosen if can_run(want.needs, device.info)]
+        if not able:
+            archs = ", ".join(sorted({str(need) for need in want.needs}))
+            names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
+            return f"no matching device can run the artifact (it is for {archs}; {names})"
+        return self._why_not(want, able, now)
+
+    def _why_not(self, want: Want, able: list[Device], now: int) -> str:
+        reasons = {d.info.name: reason[1] for d in able if (reason := self.obstacle(d, now)) is not None}
+        for device in able:
+            reserved = self.reserved(device.info.name, now)
+            if reserved is not None and reserved.user != want.user:
+                until = _clock(reserved.until_unix_ms)
+                reasons.setdefault(device.info.name, f"reserved for {reserved.user or 'another user'} until {until}")
+        if len(reasons) == len(able):
+            first, why = next(iter(reasons.items()))
+            more = f", and {len(able) - 1} more" if len(able) > 1 else ""
+            return f"no matching device takes jobs now ({first} is {why}{more})"
+        busy = len(able) - len(reasons)
+        return "1 matching device is busy" if busy == 1 else f"{busy} matching devices are busy"
+
+    # ---- Pictures --------------------------------------------------------------------------------------------------
+
+    def status(self, device: Device, running_job_id: str, now: int) -> DeviceStatus:
+        """The device for whoever asks."""
+        state, detail = DeviceState.IDLE if device.idle else DeviceState.BUSY, ""
+        obstacle = self.obstacle(device, now)
+        if device.connection is None:
+            state = DeviceState.GONE
+        elif obstacle is not None:
+            state = obstacle[0]
+        if obstacle is not None:
+            detail = obstacle[1]
+        reservation = self.reserved(device.info.name, now)
+        return DeviceStatus(device.info, state, device.seen_ms, running_job_id, detail, device.health, reservation)
+
+
+def can_run(needs: Needs, info: DeviceInfo) -> bool:
+    """Has the device the architecture, the CPU features and the GPU of any variant?"""
+    return any(need.is_met_by(info) for need in needs)
+
+
+def _machine(info: DeviceInfo) -> str:
+    kinds = sorted({gpu.kind for gpu in info.accelerators})
+    return f"{info.arch} with {', '.join(kinds)}" if kinds else info.arch
+
+
+def _clock(unix_ms: int) -> str:
+    return datetime.fromtimestamp(unix_ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
