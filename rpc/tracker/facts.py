@@ -65,11 +65,12 @@ class JobCancelling:
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """The end of a job."""
+    """The end of a job, with all devices that failed while they had it."""
 
     job_id: str
     result: JobResult
     finished_ms: int
+    faults: tuple[DeviceFault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

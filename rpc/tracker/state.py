@@ -726,7 +726,7 @@ class TrackerState:
             self._queue.remove(job.id)
         self._leave(job, now)
         self._remember_end(job.id, epoch)
-        effects.facts.append(JobDone(job.id, result, now))
+        effects.facts.append(JobDone(job.id, result, now, job.faults))
         submitted = job.accepted.submitted_ms
         done = Job(
             id=job.id,

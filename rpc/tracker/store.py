@@ -492,7 +492,7 @@ def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[
         return {"state": JobState.QUEUED.value, "device": "", "instance_id": "", **waits}
     if isinstance(fact, JobCancelling):
         return {"cancelling": fact.reason}
-    return {"state": JobState.DONE.value, "device": fact.result.device}
+    return {"state": JobState.DONE.value, "device": fact.result.device, "faults": _faults_to_text(fact.faults)}
 
 
 def _record(row: Any) -> JobRecord:
