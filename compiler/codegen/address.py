@@ -50,6 +50,7 @@ class AddressEmitter:
         self.mask: Value | None = None
         self._caches: list[dict[object, Any]] = [{}]
         self._shifted: dict[tuple[str, str], tuple[int, str]] = {}
+        self._remainders: dict[Value, tuple[Linear, Linear, int]] = {}  # x % d: x, x // d and d
 
     def bind_symbol(self, var: Var, value: Value) -> None:
         """Make a free dim known under its LLVM value (i64)."""
@@ -125,16 +126,40 @@ class AddressEmitter:
             if op == "floordiv":
                 return quotient + Linear.of(whole_part)
             return rest - Linear.of(whole_part * divisor)
-        value = self.materialize(rest)
-        by = self.b.index(divisor)
+        more, rest = rest.reduced(divisor)  # as the simplifier has remainders: both are of one number then
+        quotient, (low, high) = quotient + more, rest.bounds(self.known)
+        bounds = (None if low is None else low // divisor, None if high is None else high // divisor)
+        times = self._opaque(self._divided_by("floordiv", rest, divisor), bounds)
+        if op == "floordiv":
+            return quotient + times
+        remainder = self._divided_by("floormod", rest, divisor)
+        self._remainders[remainder] = (rest, times, divisor)
+        return self._opaque(remainder, (0, divisor - 1))
+
+    def _divided_by(self, op: str, x: Linear, divisor: int) -> Value:
+        """`x // divisor` or `x % divisor`; the same value where it is asked for again."""
+        key = (op, divisor, self.lanes, frozenset(x.terms.items()))
+        known: Value | None = self._cached(key)
+        if known is not None:
+            return known
+        value, by = self.materialize(x), self.b.index(divisor)
+        low = x.bounds(self.known)[0]
         if low is not None and low >= 0:
             result = self.b.op("udiv" if op == "floordiv" else "urem", value, by)
         else:
             result = self._floor_divide(op, value, by)
-        if op == "floormod":
-            return self._opaque(result, (0, divisor - 1))
-        bounds = (None if low is None else low // divisor, None if high is None else high // divisor)
-        return quotient + self._opaque(result, bounds)
+        return self._remember(key, result)
+
+    def _put_together(self, position: Linear) -> Linear:
+        """`x // d * d + x % d` as `x`: the dims of a tensor whose loops were fused, in the order of its elements."""
+        for term, c in position.terms.items():
+            if len(term) != 1 or term[0] not in self._remainders:
+                continue
+            x, whole, divisor = self._remainders[term[0]]
+            if all(position.terms.get(part) == factor for part, factor in whole.scaled(c * divisor).terms.items()):
+                rest = position - whole.scaled(c * divisor) - Linear.atom(term[0]).scaled(c)
+                return self._put_together(rest + x.scaled(c))
+        return position
 
     def _floor_divide(self, op: str, value: Value, by: Value) -> Value:
         b = self.b
@@ -225,7 +250,7 @@ class AddressEmitter:
         total = Linear()
         for index, stride in zip(indices, self.strides(buffer), strict=True):
             total = total + self._product(self.index(index), stride)
-        return total
+        return self._put_together(total)
 
     def _address(self, pointer: Pointer, memory: str, position: Linear) -> str:
         """The address of an element.

@@ -98,6 +98,12 @@ class Linear:
         whole, left = divmod(self.constant, divisor)
         return Linear(quotient) + Linear.of(whole), Linear(rest) + Linear.of(left)
 
+    def reduced(self, divisor: int) -> tuple[Linear, Linear]:
+        """`(q, r)` with `self == q * divisor + r`, no coefficient in `r` above the (positive) divisor."""
+        quotient = {term: c // divisor for term, c in self.terms.items() if c > divisor}
+        rest = {term: c % divisor if c > divisor else c for term, c in self.terms.items()}
+        return Linear(quotient), Linear({term: c for term, c in rest.items() if c})
+
     def bounds(self, known: Mapping[Value, Interval]) -> Interval:
         """Bounds of the sum from bounds of the values in it."""
         low: int | None = 0

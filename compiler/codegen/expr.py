@@ -18,6 +18,7 @@ from kedge.compiler.codegen.affine import Interval, Linear
 from kedge.compiler.codegen.builder import FunctionBuilder, Value
 from kedge.compiler.codegen.floats import any_lane
 from kedge.compiler.codegen.together import Together
+from kedge.compiler.codegen.turned import Turned, columns
 from kedge.compiler.codegen.types import scalar_type
 from kedge.compiler.dtypes import HALVES
 from kedge.compiler.errors import CodegenError
@@ -47,6 +48,7 @@ class ExprEmitter(AddressEmitter):
     def __init__(self, builder: FunctionBuilder) -> None:
         super().__init__(builder)
         self.together: Mapping[Load, Together] = {}  # by the loads under the unrolled loops around
+        self.turned: Mapping[Load, Turned] = {}  # by the loads under the unrolled loop around
 
     # Memory -----------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,8 @@ class ExprEmitter(AddressEmitter):
         if mask is not None and ((pointer.private and self._fits(load.buffer, position)) or self._in_bounds(load)):
             mask = None
         if split is None or split[1] not in (1, 2) or (split[1] == 2 and mask is not None):
-            return self._gather(pointer, memory, size, position, mask)
+            column = None if split is None else self._column(load, pointer, memory, size, *split, mask)
+            return self._gather(pointer, memory, size, position, mask) if column is None else column
         base, stride = split
         if stride == 2:
             return self._load_every_second(pointer, memory, size, base)
@@ -103,6 +106,45 @@ class ExprEmitter(AddressEmitter):
         return self.b.result(
             f"shufflevector {first.typed}, {second.typed}, <{lanes} x i32> <{mask}>", memory, lanes
         )  # fmt: skip
+
+    def _column(
+        self, load: Load, pointer: Pointer, memory: str, size: int, base: Linear, stride: int, mask: Value | None
+    ) -> Value | None:
+        """An element for each lane out of rows that other iterations of an unrolled loop read further elements of."""
+        plan, lanes = self.turned.get(load), self.lanes
+        number = None if plan is None else self.env[plan.var].value
+        if plan is None or number is None or lanes & (lanes - 1):
+            return None
+        part = plan.part(number, lanes)
+        if part is None:
+            return None
+        first, count = part
+        start = base + Linear.of(first - number)
+        key = ("columns", pointer.ref, memory, frozenset(start.terms.items()), stride, count, lanes, mask)
+        found: list[Value] | None = self._cached(key)
+        if found is None:
+            found = columns(self.b, list(self._rows(pointer, memory, size, start, stride, count, mask)))
+            self._remember(key, found)
+        return found[number - first]
+
+    def _rows(
+        self, pointer: Pointer, memory: str, size: int, start: Linear, stride: int, count: int, mask: Value | None
+    ) -> Iterator[Value]:
+        """For each lane `count` elements that lie together; nothing is read for those that are off."""
+        full = f"<{count} x {memory}>"
+        for lane in range(self.lanes):
+            position = start + Linear.of(stride * lane)
+            address = self._address(pointer, memory, position)
+            align = self._alignment(pointer, position, size)
+            if mask is None:
+                yield self.b.result(f"load {full}, ptr {address}, align {align}", memory, count)
+                continue
+            on = self.b.broadcast(self.b.result(f"extractelement {mask.typed}, i64 {lane}", "i1"), count)
+            name = f"llvm.masked.load.v{count}{_suffix(memory)}.p0"
+            self.b.module.declare(name, f"{full} @(ptr, <{count} x i1>, {full})")
+            yield self.b.result(
+                f"call {full} @{name}(ptr align {align} {address}, {on.typed}, {full} zeroinitializer)", memory, count
+            )
 
     def _load_uniform(self, load: Load, pointer: Pointer, memory: str, size: int, position: Linear) -> Value:
         def emit() -> Value:

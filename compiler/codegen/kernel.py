@@ -21,6 +21,7 @@ from kedge.compiler.codegen.prefetch import prefetches
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.together import MAX_UNROLL, together
+from kedge.compiler.codegen.turned import turned
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
@@ -210,13 +211,15 @@ class KernelEmitter(ParallelEmitter):
                 self.serial(loop.var, extent, lambda: self._iteration(loop), as_it_is=full)
 
     def _unrolled(self, loop: For, count: int) -> None:
-        outer = self.together
+        outer, outer_turned = self.together, self.turned
         if not outer and self.b.target.fma_by_element:
             self.together = together(loop, self.ranges, self._vector_lanes())
+        if not outer_turned and self.lanes == 1:
+            self.turned = turned(loop, self.ranges)
         for i in range(count):
             self.env[loop.var] = Linear.of(i)
             self._iteration(loop)
-        self.together = outer
+        self.together, self.turned = outer, outer_turned
 
     def _vector_lanes(self) -> dict[str, int]:
         """The elements of a vector, for each dtype of which the target multiplies vectors by an element."""

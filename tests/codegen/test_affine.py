@@ -46,6 +46,9 @@ def test_forms_mean_what_integers_do(a: Linear, b: Linear, env: dict[Value, int]
     quotient, rest = a.divide(divisor)
     assert evaluate(quotient, env) * divisor + evaluate(rest, env) == x
     assert 0 <= rest.constant < divisor
+    whole, left = rest.reduced(divisor)
+    assert evaluate(whole, env) * divisor + evaluate(left, env) == evaluate(rest, env)
+    assert all(c < divisor for c in left.terms.values())
     low, high = a.bounds(BOUNDS)
     assert low is None or low <= x
     assert high is None or x <= high

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from kedge.compiler.schedule.rules.analysis import (
     block_named,
     extent_of,
@@ -16,8 +19,13 @@ from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, para
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, const
 from kedge.compiler.tir.simplify import over, simplify
-from kedge.compiler.tir.stmt import Block, Range, Store
+from kedge.compiler.tir.stmt import Block, IterVar, Range, Store
 from kedge.compiler.tir.visitor import loads, substitute_expr
+
+#: A square of fewer rows or columns is not worth its shuffles.
+_LEAST_SQUARE = 4
+#: Lanes that read elements so far apart are loaded as whole vectors and shuffled.
+_NEAR = 2
 
 
 def fused_dims(block: Block, target: TargetModel) -> int:
@@ -62,11 +70,87 @@ def map_width(block: Block, target: TargetModel, fused: int) -> int:
 
 
 def schedule_map_by_model(sch: Schedule, name: str, target: TargetModel) -> None:
-    """`schedule_map` with the choices of the analytic model."""
+    """`schedule_map` with the choices of the analytic model; blocks that transpose do so in squares of elements.
+
+    Rewrite:
+        for i, j: y[i, j] = x[j, i]   ->   for i_0, j_0: for i_1 in unrolled(16): for j_1 in vectorized(16): …
+    """
     block = block_named(sch.func, name)
-    fused = fused_dims(block, target)
-    width = map_width(block, target, fused)
-    schedule_map(sch, name, target, fused=fused, width=width, parallel=is_worth_threads([block], target))
+    parallel = is_worth_threads([block], target)
+    square = _square(block, target)
+    if square is None:
+        fused = fused_dims(block, target)
+        schedule_map(sch, name, target, fused=fused, width=map_width(block, target, fused), parallel=parallel)
+        return
+    total = cycles(block, target)
+    loops = list(sch.get_loops(sch.get_block(name)))
+    count = len(loops) - square.fused
+    first, last = square.rows
+    chunk, lane = sch.split(fuse_all(sch, loops[count:]), [None, square.width])
+    rows, row = sch.split(fuse_all(sch, loops[first:last]), [None, square.height])
+    # Of what is stored, neighbours come one after the other as far as that goes.
+    order = [*loops[:first], rows, *loops[last:count], chunk]
+    sch.reorder(*order, row, lane)
+    sch.unroll(row)
+    sch.vectorize(lane)
+    if parallel:
+        parallelize(sch, order, total, target)
+
+
+@dataclass(frozen=True, slots=True)
+class _Square:
+    """A block of elements that are read along one dim and stored along another.
+
+    The `fused` innermost dims are stored in vectors of `width`; along the dims from the first to before the second of
+    `rows`, put together, some load moves by one element, and there are `height` of them.
+    """
+
+    fused: int
+    width: int
+    rows: tuple[int, int]
+    height: int
+
+
+def _square(block: Block, target: TargetModel) -> _Square | None:
+    """The square of a block that stores along one dim what it reads along another; None where it does not."""
+    axes = spatial(block)
+    most = fused_dims(block, target)
+    if most == 0:
+        return None
+    for fused in range(most, 0, -1):
+        extent = _fused_extent(block, fused)
+        width = fitting_lanes(lanes(target, block), extent_of(extent))
+        steps = _lane_strides(block, fused, extent, width)
+        if width < _LEAST_SQUARE or steps is None or steps[0] != 1:
+            continue
+        apart = [number for number, step in enumerate(steps) if number and abs(step) > _NEAR]
+        if not apart:
+            continue
+        for last in range(len(axes) - fused, 0, -1):
+            for first in range(last):
+                height = _height(block, (first, last), apart, width)
+                if height is not None:
+                    return _Square(fused, width, (first, last), height)
+    return None
+
+
+def _height(block: Block, rows: tuple[int, int], apart: Sequence[int], width: int) -> int | None:
+    """How many rows a square has along dims that are put together; None where no load of those `apart` is in order."""
+    axes = spatial(block)[rows[0] : rows[1]]
+    extent: Expr = const(1)
+    for axis in axes:
+        extent = extent * axis.extent
+    extent = simplify(extent)
+    known = extent_of(extent)
+    if known is not None and known < _LEAST_SQUARE:
+        return None
+    height = width
+    while height >= _LEAST_SQUARE:
+        steps = _strides_along(block, axes, extent, height)
+        if any(steps[number] == 1 for number in apart):
+            return height if known is None else min(height, known)
+        height //= 2
+    return None
 
 
 def fuse_all(sch: Schedule, loops: list[LoopRef]) -> LoopRef:
@@ -84,6 +168,12 @@ def _fused_extent(block: Block, count: int) -> Expr:
 def _lane_strides(block: Block, count: int, extent: Expr, width: int) -> list[int] | None:
     """The strides of the store and the loads between lanes, or None where one of them is not fixed."""
     axes = spatial(block)[len(spatial(block)) - count :]
+    found = _strides_along(block, axes, extent, width)
+    return None if None in found else [step for step in found if step is not None]
+
+
+def _strides_along(block: Block, axes: Sequence[IterVar], extent: Expr, width: int) -> list[int | None]:
+    """The strides of the store and the loads within `width` steps of `axes`, put together; None where not fixed."""
     chunk, lane = Var("chunk"), Var("lane")
     chunks = simplify((extent + (width - 1)) // width)
     value: Expr = chunk * width + lane
@@ -96,12 +186,8 @@ def _lane_strides(block: Block, count: int, extent: Expr, width: int) -> list[in
     ranges: dict[Var, Range] = {it.var: over(it.extent) for it in block.iters}
     ranges |= {chunk: over(chunks), lane: over(width)}
     store = store_of(block)
-    found: list[int] = []
     accesses: list[Store | Load] = [store, *loads(store.value)]
-    for access in accesses:
-        indices = [substitute_expr(index, mapping) for index in access.indices]
-        step = stride(indices, access.buffer.shape, lane, ranges)
-        if step is None:
-            return None
-        found.append(step)
-    return found
+    return [
+        stride([substitute_expr(index, mapping) for index in access.indices], access.buffer.shape, lane, ranges)
+        for access in accesses
+    ]
