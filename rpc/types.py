@@ -207,6 +207,11 @@ class Reservation:
     until_unix_ms: int
     reason: str = ""
 
+    def to_json(self) -> Dict[str, Any]:
+        """Plain values for `--json`."""
+        tree: Dict[str, Any] = _plain(self)
+        return tree
+
 
 @dataclass(frozen=True)
 class DeviceStatus:

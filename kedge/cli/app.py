@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kedge
-from kedge.cli import board, compiling, demo, doctor, fleet, running
+from kedge.cli import board, compiling, demo, doctor, fleet, running, scheduling, top
 
 app = typer.Typer(
     name="kedge",
@@ -50,6 +50,12 @@ app.command("bench")(running.bench)
 app.command("validate")(running.validate)
 app.command("devices")(fleet.devices)
 app.command("jobs")(fleet.jobs)
+app.command("top")(top.top)
+app.command("cancel")(scheduling.cancel)
+app.command("drain")(scheduling.drain)
+app.command("resume")(scheduling.resume)
+app.command("reserve")(scheduling.reserve)
+app.command("release")(scheduling.release)
 app.command("doctor")(doctor.doctor)
 tracker_app.command("start")(fleet.tracker_start)
 agent_app.command("start")(fleet.agent_start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,17 @@ def _dim(part: str, text: str) -> int | str:
 
 def _no_shape(text: str) -> UsageError:
     return UsageError(f"--shape {text!r} is not NAME=D0,D1,…", hint="for example --shape x=1,3,224,224 or x=N,784")
+
+
+_UNIT_S = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400}
+
+
+def parse_duration(text: str) -> float:
+    """`90s`, `30min`, `2h` or `1.5d` in seconds; raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text!r} is no duration", hint="a number and a unit: 90s, 30min, 2h, 1d")
+    return float(match[1]) * _UNIT_S[match[2]]
 
 
 def is_artifact(path: Path) -> bool:

@@ -6,15 +6,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 import kedge
 from kedge.cli import output
 from kedge.cli.devices import build_runner, require_tracker
+from kedge.cli.waiting import wait_text
 
 if TYPE_CHECKING:
     from kedge.rpc.artifact.place import Found
@@ -121,7 +123,9 @@ def devices(
     if as_json:
         output.emit_json([device.to_json() for device in found])
     elif found:
-        table = output.table("device", "state", "arch", "CPU", ">cores", ">memory", "GPUs", "target", "labels")
+        table = output.table(
+            "device", "state", "arch", "CPU", ">cores", ">memory", "GPUs", "target", "labels", "detail"
+        )
         for device in found:
             info = device.info
             labels = ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
@@ -136,6 +140,7 @@ def devices(
                 "; ".join(f"{gpu.device} {gpu.name}" for gpu in info.accelerators) or "-",
                 output.target_text(info.target),
                 labels,
+                output.device_detail(device),
             )
         output.show(table)
     if not found:
@@ -205,11 +210,17 @@ def jobs(
     if not found:
         output.stderr().print(f"no job was submitted to {tracker} yet", soft_wrap=True)
         return
-    table = output.table("job", "task", "state", "outcome", "device", ">age", "detail")
+    output.show(jobs_table(found))
+
+
+def jobs_table(found: Sequence[Any]) -> Table:
+    """Jobs for people: what they do, where they are, and what keeps them or came of them."""
+    table = output.table("job", "user", "task", "state", "outcome", "device", ">age", "detail")
     for job in found:
         age = output.age_text(time.time() - job.submitted_unix_ms / 1000)
-        table.add_row(job.id, _task(job), job.state, _outcome(job), job.device or "-", age, _detail(job))
-    output.show(table)
+        user, device = job.user or "-", job.device or "-"
+        table.add_row(job.id, user, _task(job), job.state, _outcome(job), device, age, _detail(job))
+    return table
 
 
 def _outcome(job: Any) -> str:
@@ -224,6 +235,8 @@ def _task(job: Any) -> str:
 
 
 def _detail(job: Any) -> str:
-    """Why it waits, or the first line of why it failed."""
-    said: str = job.detail or (job.result.outcome.message if job.result is not None else "")
+    """Why it waits and for how long, or the first line of why it failed."""
+    if job.detail:
+        return f"{job.detail.partition(chr(10))[0]}{wait_text(job)}"
+    said: str = job.result.outcome.message if job.result is not None else ""
     return said.partition("\n")[0]

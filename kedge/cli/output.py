@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from kedge.rpc.artifact.place import CPU, GPU_KINDS
+from kedge.rpc.types import DeviceStatus
 
 
 def _kinds(incomplete: str) -> list[str]:
@@ -157,6 +159,24 @@ def age_text(seconds: float) -> str:
             return f"{max(0.0, seconds):.0f} {unit}"
         seconds /= length
     return f"{seconds:.0f} d"
+
+
+def clock_text(unix_ms: int) -> str:
+    """A moment in this machine's time zone: "14:05", with the date where it is not today."""
+    when = datetime.fromtimestamp(unix_ms / 1000)
+    return when.strftime("%H:%M" if when.date() == datetime.now().date() else "%Y-%m-%d %H:%M")
+
+
+def device_detail(device: DeviceStatus) -> str:
+    """What a list says of a device beside its state: why it takes no jobs, whose it is, how warm it is."""
+    words = [device.detail] if device.detail else []
+    if device.reservation is not None:
+        whose = device.reservation.user or "somebody"
+        until = clock_text(device.reservation.until_unix_ms)
+        words.append(f"reserved for {whose} until {until} ({device.reservation.id})")
+    if device.health is not None and device.health.temperature_celsius is not None:
+        words.append(f"{device.health.temperature_celsius:.0f} °C")
+    return "; ".join(words)
 
 
 class Report(Protocol):

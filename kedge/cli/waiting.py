@@ -43,6 +43,21 @@ def watching(fleet: Any, device: str, report: output.Report) -> Iterator[None]:
         thread.join(_JOIN_S)
 
 
+#: What a queued job waits for, by the state of its device.
+_WHY = {
+    DeviceState.GONE: "away",
+    DeviceState.BUSY: "busy",
+    DeviceState.MAINTENANCE: "in maintenance",
+    DeviceState.QUARANTINED: "in quarantine",
+}
+
+
+def wait_text(job: Job) -> str:
+    """Of a queued job: its place and about when it starts, as far as they are known; ", 3rd in line, about 12 s"."""
+    place = f", number {job.position} in line" if job.position > 1 else ""
+    return place + (f", about {output.age_text(job.eta_ms / 1000)}" if job.eta_ms else "")
+
+
 def ours(jobs: list[Job], before: set[str], device: str) -> Job | None:
     """The oldest job for this device alone that was not there before: newer ones wait behind it."""
     new = [job for job in jobs if job.id not in before and job.spec.selector == device]
@@ -54,6 +69,6 @@ def state_text(device: str, job: Job | None, state: DeviceState) -> str | None:
     if job is None:
         return None
     if job.state is JobState.QUEUED:
-        away, busy = state is DeviceState.GONE, state is DeviceState.BUSY
-        return f"queued: {device} is away" if away else f"queued: {device} is busy" if busy else f"queued for {device}"
+        why = _WHY.get(state)
+        return (f"queued: {device} is {why}" if why else f"queued for {device}") + wait_text(job)
     return f"{device}: {job.stage}" if job.stage is not None else f"sent to {device}"

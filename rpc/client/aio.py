@@ -32,7 +32,7 @@ from kedge.rpc.errors import KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
 from kedge.rpc.transport import CHANNEL_OPTIONS, Address, open_channel, parse_address
-from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation
 from kedge.rpc.types import Job as JobInfo
 
 Progress = Callable[[JobInfo], None]
@@ -104,6 +104,26 @@ class Fleet:
                     f"no device that matches {selector!r} connected within {timeout:g} s",
                     hint="see whether its agent runs, and reaches the tracker",
                 )
+
+    async def set_maintenance(self, device: str, enabled: bool = True, reason: str = "") -> DeviceStatus:
+        """Take a device out of service, or put it back; errors as the synchronous `Fleet.set_maintenance`."""
+        request = fleet_pb2.SetMaintenanceRequest(device=device, enabled=enabled, reason=reason)
+        return convert.device_status_from_pb(await self._persist(self._stub.SetMaintenance, request))
+
+    async def reserve(
+        self, selector: str, duration_s: float, *, begin_unix_s: float = 0.0, reason: str = ""
+    ) -> Reservation:
+        """One device for one's own jobs only; arguments and errors as the synchronous `Fleet.reserve`."""
+        request = plan.reserve_request(selector, duration_s, begin_unix_s, reason)
+        try:
+            return convert.reservation_from_pb(await self._stub.Reserve(request, timeout=_CALL_S))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+
+    async def end_reservation(self, reservation_id: str) -> Reservation:
+        """Let everybody have the device again; raises UnknownReservationError."""
+        request = fleet_pb2.EndReservationRequest(id=reservation_id)
+        return convert.reservation_from_pb(await self._persist(self._stub.EndReservation, request))
 
     # ---- Jobs ----
 

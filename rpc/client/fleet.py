@@ -33,7 +33,7 @@ from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, open_channel, parse_address
-from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation
 from kedge.rpc.types import Job as JobInfo
 
 Progress = Callable[[JobInfo], None]
@@ -110,6 +110,35 @@ class Fleet:
                     f"no device that matches {selector!r} connected within {timeout:g} s",
                     hint="see whether its agent runs, and reaches the tracker",
                 )
+
+    def set_maintenance(self, device: str, enabled: bool = True, reason: str = "") -> DeviceStatus:
+        """Take a device out of service once its job is done, or put it back; that ends a quarantine too.
+
+        Raises:
+            NoDeviceError: the tracker knows no device of this name.
+        """
+        request = fleet_pb2.SetMaintenanceRequest(device=device, enabled=enabled, reason=reason)
+        return convert.device_status_from_pb(self._persist(self._stub.SetMaintenance, request))
+
+    def reserve(self, selector: str, duration_s: float, *, begin_unix_s: float = 0.0, reason: str = "") -> Reservation:
+        """One device that matches, for one's own jobs only, from `begin_unix_s` (0: now) on.
+
+        What others run there ends in its own time. A lost answer may leave a reservation, which `devices` shows.
+
+        Raises:
+            NoDeviceError: none that matches is free to be reserved then.
+            UsageError: for too long, in the past, or one more than a user may have.
+        """
+        request = plan.reserve_request(selector, duration_s, begin_unix_s, reason)
+        try:
+            return convert.reservation_from_pb(_call(self._stub.Reserve, request, {"timeout": _CALL_S}))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+
+    def end_reservation(self, reservation_id: str) -> Reservation:
+        """Let everybody have the device again; raises UnknownReservationError."""
+        request = fleet_pb2.EndReservationRequest(id=reservation_id)
+        return convert.reservation_from_pb(self._persist(self._stub.EndReservation, request))
 
     # ---- Jobs ----
 

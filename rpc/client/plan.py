@@ -24,6 +24,7 @@ from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.status import from_rpc_error, is_away
 from kedge.rpc.transport import Address, unreachable
 from kedge.rpc.types import (
+    MAX_DEADLINE_MS,
     MAX_LISTED,
     BenchTask,
     Blob,
@@ -156,6 +157,14 @@ def list_request(limit: int, states: Sequence[JobState]) -> fleet_pb2.ListJobsRe
     return fleet_pb2.ListJobsRequest(limit=limit, states=[convert.job_state_to_pb(state) for state in states])
 
 
+def reserve_request(selector: str, duration_s: float, begin_unix_s: float, reason: str) -> fleet_pb2.ReserveRequest:
+    """What asks for a device of one's own; raises InputError for times that no tracker takes."""
+    duration_ms, begin_ms = round(duration_s * 1000), round(begin_unix_s * 1000)
+    check_number("duration_s in milliseconds", duration_ms, 1, MAX_DEADLINE_MS, "how long the device is needed")
+    check_number("begin_unix_s in milliseconds", begin_ms, 0, 2**62, "seconds since 1970; 0 is now")
+    return fleet_pb2.ReserveRequest(selector=selector, from_unix_ms=begin_ms, duration_ms=duration_ms, reason=reason)
+
+
 def _tensors(
     packed: Packed, function: str, inputs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], tuple[tuple[Blob, memoryview], ...]]:
@@ -201,10 +210,14 @@ def check_device(packed: Packed, info: DeviceInfo, on: str = "") -> Placement:
     return place(packed.manifest, info.arch, info.cpu_features, look_at(info), on)
 
 
+#: Of several devices that match, the one that can begin soonest; any other state comes last.
+_PREFERENCE = {DeviceState.IDLE: 0, DeviceState.BUSY: 1}
+
+
 def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[DeviceStatus]) -> DeviceStatus:
     """One device that matches, an idle one if there is any; raises NoDeviceError naming those that there are."""
     if devices:
-        return min(devices, key=lambda device: device.state is not DeviceState.IDLE)
+        return min(devices, key=lambda device: _PREFERENCE.get(device.state, len(_PREFERENCE)))
     if not everyone:
         raise NoDeviceError("no device is connected", hint="start one with 'kedge agent start --tracker HOST:PORT'")
     names = ", ".join(f"{d.info.name} ({d.info.arch})" for d in everyone[:10])

@@ -1,0 +1,154 @@
+"""`kedge cancel`, `kedge drain`, `kedge resume`, `kedge reserve`, `kedge release`: who gets which device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+
+import kedge
+from kedge.cli import output
+from kedge.cli.arguments import parse_duration
+from kedge.cli.devices import require_tracker
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.types import JobState, Reservation
+
+
+def _completed(ask: Callable[[Any], Iterable[str]]) -> Callable[[typer.Context, str], list[str]]:
+    """Completes what the tracker knows. Where it cannot be asked there is nothing to offer: nobody sees an error."""
+
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
+        tracker = context.params.get("tracker")
+        if not tracker:
+            return []
+        try:
+            with kedge.connect(tracker) as fleet:
+                return sorted(word for word in ask(fleet) if word.startswith(incomplete))
+        except KedgeError:
+            return []
+
+    return complete
+
+
+def _device_names(fleet: Any) -> list[str]:
+    return [device.info.name for device in fleet.devices(include_gone=True)]
+
+
+def _job_ids(fleet: Any) -> list[str]:
+    unfinished = tuple(state for state in JobState if state is not JobState.DONE)
+    return [job.id for job in fleet.jobs(states=unfinished)]
+
+
+def _reservation_ids(fleet: Any) -> list[str]:
+    return [device.reservation.id for device in fleet.devices(include_gone=True) if device.reservation is not None]
+
+
+DeviceName = Annotated[
+    str, typer.Argument(metavar="DEVICE", help="The device's name.", autocompletion=_completed(_device_names))
+]
+
+
+def cancel(
+    job: Annotated[
+        list[str],
+        typer.Argument(metavar="JOB…", help="Ids, as 'kedge jobs' shows.", autocompletion=_completed(_job_ids)),
+    ],
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Stop jobs: at once where they wait, otherwise their device is asked to. What is done stays as it is.
+
+    Examples:
+
+      kedge cancel 3f2a9c0b1d22 --tracker 127.0.0.1:9190
+    """
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        stopped = [fleet.job(job_id).cancel() for job_id in job]
+    if as_json:
+        output.emit_json([one.to_json() for one in stopped])
+        return
+    for one in stopped:
+        how = one.result.outcome.kind if one.result is not None else f"{one.device} was asked to stop it"
+        output.stdout().print(f"{one.id}: {how}", soft_wrap=True)
+
+
+def drain(
+    device: DeviceName,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever waits for it.")] = "maintenance",
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Give a device no more jobs; the one that it runs ends in its own time. `kedge resume` puts it back.
+
+    Examples:
+
+      kedge drain rpi4-2 --reason 'new SD card'
+    """
+    _set_maintenance(device, True, reason, tracker, as_json)
+
+
+def resume(device: DeviceName, tracker: output.TrackerOption = None, as_json: output.JsonFlag = False) -> None:
+    """Give a device jobs again, whether it was drained or in quarantine.
+
+    Examples:
+
+      kedge resume rpi4-2
+    """
+    _set_maintenance(device, False, "", tracker, as_json)
+
+
+def _set_maintenance(device: str, enabled: bool, reason: str, tracker: str | None, as_json: bool) -> None:
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        status = fleet.set_maintenance(device, enabled, reason)
+    if as_json:
+        output.emit_json(status.to_json())
+        return
+    busy = f", once job {status.running_job_id} has ended" if enabled and status.running_job_id else ""
+    output.stdout().print(f"{status.info.name}: {status.state}{busy}", soft_wrap=True)
+
+
+def reserve(
+    selector: Annotated[str, typer.Argument(metavar="SELECTOR", help="Which device: by name or labels.")],
+    duration: Annotated[str, typer.Option("--for", metavar="DURATION", help="90s, 30min, 2h, 1d.")] = "1h",
+    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever waits for it.")] = "",
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Keep one device that matches for your own jobs, from now on; what runs there for others ends in its own time.
+
+    Examples:
+
+      kedge reserve rpi4-2 --for 2h --reason 'demo at noon'
+
+      kedge reserve 'arch=aarch64,mem_mb>=2048' --for 30min --json
+    """
+    seconds = parse_duration(duration)
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        _show(fleet.reserve(selector, seconds, reason=reason), as_json, "")
+
+
+def release(
+    reservation: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="As 'kedge reserve' printed.", autocompletion=_completed(_reservation_ids)),
+    ],
+    tracker: output.TrackerOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Give a reserved device back before its time is over.
+
+    Examples:
+
+      kedge release 5d1f0a77c3e2
+    """
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        _show(fleet.end_reservation(reservation), as_json, "released: ")
+
+
+def _show(reservation: Reservation, as_json: bool, prefix: str) -> None:
+    if as_json:
+        output.emit_json(reservation.to_json())
+        return
+    until = output.clock_text(reservation.until_unix_ms)
+    output.stdout().print(f"{prefix}{reservation.device} until {until}, reservation {reservation.id}", soft_wrap=True)
