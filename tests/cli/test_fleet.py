@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kedge import Artifact, connect
 from kedge.data import digits_model, digits_test
 from kedge.demo import processes
 from kedge.diagnosis import diagnose
@@ -63,6 +65,72 @@ def test_run_bench_validate_and_jobs_on_a_device(kedge: Kedge, fleet: str, digit
     jobs = json.loads(kedge("jobs", "--tracker", fleet, "--json").stdout)
     assert len(jobs) >= 5
     assert all(job["result"]["outcome"]["kind"] == "ok" for job in jobs)
+
+
+def test_a_drained_device_lets_jobs_wait_and_says_why(kedge: Kedge, fleet: str, digits: Path) -> None:
+    at = ("--tracker", fleet)
+    drained = kedge("drain", "bench-1", "--reason", "a new fan", *at)
+    assert (drained.returncode, drained.stdout) == (0, "bench-1: maintenance\n"), drained.stderr
+    try:
+        images, _ = digits_test()
+        with connect(fleet) as client:
+            waiting = client.run(Artifact.load(digits), {"image": images[:1]}, device="bench-1")
+        (device,) = json.loads(kedge("devices", *at, "--json").stdout)
+        assert device["state"] == "maintenance" and "a new fan" in device["detail"]
+        listed = next(row for row in kedge("jobs", *at).stdout.splitlines() if waiting.id in row)
+        assert "queued" in listed and "a new fan" in listed
+        seen = kedge("top", "--once", *at).stdout
+        assert "devices: 1 maintenance" in seen and "1 waiting" in seen and waiting.id in seen
+        seen = json.loads(kedge("top", *at, "--json").stdout)
+        assert [job["position"] for job in seen["jobs"]] == [1]
+        cancelled = kedge("cancel", waiting.id, *at)
+        assert (cancelled.returncode, cancelled.stdout) == (0, f"{waiting.id}: cancelled\n"), cancelled.stderr
+    finally:
+        resumed = kedge("resume", "bench-1", *at)
+    assert (resumed.returncode, resumed.stdout) == (0, "bench-1: idle\n"), resumed.stderr
+    unknown = kedge("drain", "bench-9", *at)
+    assert unknown.returncode == 7 and "bench-9" in unknown.stderr and "hint: " in unknown.stderr
+
+
+def test_a_device_is_reserved_and_given_back(kedge: Kedge, fleet: str) -> None:
+    at = ("--tracker", fleet)
+    done = kedge("reserve", f"arch={os.uname().machine}", "--for", "30min", "--reason", "a demo", *at, "--json")
+    assert done.returncode == 0, done.stderr
+    reservation = json.loads(done.stdout)
+    assert reservation["device"] == "bench-1"
+    assert reservation["until_unix_ms"] - reservation["from_unix_ms"] == 1_800_000
+    assert reservation["id"] in kedge("devices", *at).stdout
+    again = kedge("reserve", "bench-1", *at)
+    assert again.returncode == 7 and "can be reserved" in again.stderr
+    released = kedge("release", reservation["id"], *at)
+    assert released.returncode == 0 and released.stdout.startswith("released: bench-1 until "), released.stderr
+    gone = kedge("release", reservation["id"], *at)
+    assert gone.returncode == 1 and reservation["id"] in gone.stderr
+    assert kedge("reserve", "bench-1", "--for", "soon", *at).returncode == 2
+
+
+def test_top_ends_with_ctrl_c_and_gives_the_terminal_back(fleet: str) -> None:
+    here, there = pty.openpty()
+    top = subprocess.Popen(kedge_command("top", "--tracker", fleet), stdout=there, stderr=there, stdin=there)
+    os.close(there)
+    shown = b""
+    while b"bench-1" not in shown:
+        shown += os.read(here, 4096)
+    top.send_signal(signal.SIGINT)
+    while chunk := read_terminal(here):
+        shown += chunk
+    assert top.wait(20) == 0
+    assert shown.rindex(b"\x1b[?1049l") > shown.index(b"\x1b[?1049h"), "the other screen is left"
+    assert shown.rindex(b"\x1b[?25h") > shown.index(b"\x1b[?25l"), "the cursor is back"
+    os.close(here)
+
+
+def read_terminal(fd: int) -> bytes:
+    """What comes next; empty once nobody has the other end (Linux says EIO)."""
+    try:
+        return os.read(fd, 4096)
+    except OSError:
+        return b""
 
 
 def test_an_artifact_for_another_device_is_refused_before_it_is_sent(kedge: Kedge, fleet: str, tmp_path: Path) -> None:
