@@ -2,8 +2,8 @@
 
 blocks     a block's iteration variables are replaced by their bindings; its init moves in front of the loops
            that reduce, or is guarded by "first iteration"; its predicate becomes an `If`
-versions   where the predicate of a tile provably holds, the tile runs without it; where all of a tile takes one side
-           of a choice, as inside of a padding, it runs without the choice
+versions   where the predicate of a tile provably holds, the tile runs without it; what a padding would add to sums is
+           left out; where all of a tile takes one side of a choice, as inside of a padding, it runs without the choice
 places     a buffer that lives only in a function gets the smallest scope that holds all its uses and that hands
            nothing from one iteration to the next, so that each version has registers of its own; one that is
            private to iterations of a parallel loop is always inside of it
@@ -19,6 +19,7 @@ from kedge.compiler.codegen.alloc import Alloc as Alloc  # code generators find 
 from kedge.compiler.codegen.alloc import statements_of as statements_of
 from kedge.compiler.codegen.compact import compact
 from kedge.compiler.codegen.coverage import written_before_read
+from kedge.compiler.codegen.padding import skip_padding
 from kedge.compiler.codegen.versions import version_choices, version_tiles
 from kedge.compiler.tir.expr import Const, Expr, Var, eq, logical_and
 from kedge.compiler.tir.flatten import flattened
@@ -39,7 +40,7 @@ from kedge.compiler.tir.visitor import (
 def prepare(func: PrimFunc) -> Stmt:
     """The body of `func` without blocks, simplified, versioned, with an `Alloc` around the uses of each buffer."""
     body = _clean(lower_blocks(func.body))
-    for version in (version_tiles, version_choices):
+    for version in (version_tiles, skip_padding, version_choices):
         versioned = version(body)
         body = body if versioned is body else _clean(versioned)
     return compact(place_allocs(body, func.allocs))
