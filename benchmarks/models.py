@@ -243,6 +243,19 @@ class Net:
         shape = tuple(self.shapes[x][axis] for axis in perm)
         return self.node("Transpose", name, [x], shape, self.power[x], perm=list(perm))
 
+    def reshape(self, name: str, x: str, shape: tuple[int, ...]) -> str:
+        target = self.constant(f"{name}.shape", np.array(shape, np.int64))
+        return self.node("Reshape", name, [x, target], shape, self.power[x])
+
+    def upsample(self, name: str, x: str) -> str:
+        """Twice the size, each place four times."""
+        batch, channels, *size = self.shapes[x]
+        scales = self.constant(f"{name}.scales", np.array([1, 1, 2, 2], np.float32))
+        return self.node(
+            "Resize", name, [x, "", scales], (batch, channels, *(2 * edge for edge in size)), self.power[x],
+            mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+        )  # fmt: skip
+
     def concat(self, name: str, parts: Sequence[str]) -> str:
         """Along the channels."""
         batch, _, *size = self.shapes[parts[0]]
@@ -265,25 +278,33 @@ def classifier(net: Net, x: str, name: str = "fc", classes: int = 1000) -> str:
     return net.gemm(name, net.flatten("flatten", net.global_pool("avgpool", x)), classes)
 
 
-def resnet(net: Net, x: str, width: float, depths: Sequence[int], *, bottleneck: bool) -> str:
-    """ResNet v1.5 (He et al., arXiv:1512.03385; the stride is in the 3x3 convolution)."""
+def resnet(
+    net: Net, x: str, width: float, depths: Sequence[int], *, bottleneck: bool, groups: int = 1
+) -> str:  # fmt: skip
+    """ResNet v1.5 (He et al., arXiv:1512.03385; the stride is in the 3x3 convolution).
+
+    With `groups` ResNeXt (Xie et al., arXiv:1611.05431): 3x3 convolutions in groups, over twice as many channels.
+    """
     x = net.batch_norm("bn1", net.conv("conv1", x, channels(64, width), 7, 2))
     x = net.pool("MaxPool", "maxpool", net.relu("relu", x), 3, 2, 1)
     for stage, depth in enumerate(depths):
         inner = channels(64 << stage, width)
         for number in range(depth):
             stride = 2 if stage and not number else 1
-            x = residual(net, f"layer{stage + 1}.{number}", x, inner, stride, bottleneck=bottleneck)
+            x = residual(net, f"layer{stage + 1}.{number}", x, inner, stride, bottleneck=bottleneck, groups=groups)
     return classifier(net, x)
 
 
-def residual(net: Net, name: str, x: str, inner: int, stride: int, *, bottleneck: bool) -> str:
+def residual(net: Net, name: str, x: str, inner: int, stride: int, *, bottleneck: bool, groups: int = 1) -> str:
     outer = 4 * inner if bottleneck else inner
+    if groups > 1:
+        inner *= 2
+        groups = min(groups, inner // 4)  # in narrow networks, too, a group has four channels or more
     steps = [(inner, 1, 1), (inner, 3, stride), (outer, 1, 1)] if bottleneck else [(inner, 3, stride), (inner, 3, 1)]
     y = x
     for number, (size, kernel, step) in enumerate(steps, 1):
         last = number == len(steps)
-        y = net.conv(f"{name}.conv{number}", y, size, kernel, step)
+        y = net.conv(f"{name}.conv{number}", y, size, kernel, step, groups=groups if kernel == 3 else 1)
         y = net.batch_norm(f"{name}.bn{number}", y, 0.5 if last else 1.0)
         y = y if last else net.relu(f"{name}.relu{number}", y)
     power = net.power[x] + net.power[y] / 2  # x is nowhere negative: none of it is lost
@@ -299,6 +320,10 @@ def resnet18(net: Net, x: str, width: float) -> str:
 
 def resnet50(net: Net, x: str, width: float) -> str:
     return resnet(net, x, width, (3, 4, 6, 3), bottleneck=True)
+
+
+def resnext50(net: Net, x: str, width: float) -> str:
+    return resnet(net, x, width, (3, 4, 6, 3), bottleneck=True, groups=32)
 
 
 def mobilenet_v2(net: Net, x: str, width: float) -> str:
@@ -458,6 +483,54 @@ def vgg16(net: Net, x: str, width: float) -> str:
     return net.gemm("classifier.6", x, 1000)
 
 
+def detector(net: Net, x: str, width: float) -> str:
+    """A one-stage detector like YOLOv5 (Redmon et al., arXiv:1506.02640, and after): SiLU, cross-stage parts (Wang et
+    al., arXiv:1911.11929), pooling in three sizes, a pyramid down and up, boxes of three scales in one result."""
+
+    def block(name: str, x: str, size: int, kernel: int = 1, stride: int = 1) -> str:
+        x = net.conv(f"{name}.conv", x, size, kernel, stride)
+        return net.swish(f"{name}.act", net.batch_norm(f"{name}.bn", x))
+
+    def parts(name: str, x: str, size: int, depth: int, *, shortcut: bool) -> str:
+        y, half = block(f"{name}.cv1", x, size // 2), size // 2
+        for number in range(depth):
+            z = block(f"{name}.m.{number}.cv2", block(f"{name}.m.{number}.cv1", y, half), half, 3)
+            y = net.add(f"{name}.m.{number}.add", y, z) if shortcut else z
+        return block(f"{name}.cv3", net.concat(f"{name}.concat", [y, block(f"{name}.cv2", x, half)]), size)
+
+    def boxes(name: str, x: str) -> str:
+        """85 numbers (a box, how sure it is one, 80 classes) for each of three boxes at each place."""
+        x = net.conv(name, x, 3 * 85, 1, bias=True)
+        batch, _, height, breadth = net.shapes[x]
+        x = net.reshape(f"{name}.apart", x, (batch, 3, 85, height * breadth))
+        x = net.transpose(f"{name}.last", x, (0, 1, 3, 2))
+        x = net.node("Sigmoid", f"{name}.sigmoid", [x], net.shapes[x], 0.3)
+        return net.reshape(f"{name}.boxes", x, (batch, 3 * height * breadth, 85))
+
+    c8, c16, c32 = sizes = [channels(size, width) for size in (128, 256, 512)]
+    x = block("model.1", block("model.0", x, channels(32, width), 3, 2), channels(64, width), 3, 2)
+    x = parts("model.2", x, channels(64, width), 1, shortcut=True)
+    found = []
+    for level, (size, depth) in enumerate(zip(sizes, (2, 3, 1), strict=True)):
+        x = parts(f"model.{4 + 2 * level}", block(f"model.{3 + 2 * level}", x, size, 3, 2), size, depth, shortcut=True)
+        found.append(x)
+    pooled = [block("model.9.cv1", x, c16)]
+    for number in range(3):
+        pooled.append(net.pool("MaxPool", f"model.9.m{number}", pooled[-1], 5, 1, 2))
+    top = block("model.10", block("model.9.cv2", net.concat("model.9.concat", pooled), c32), c16)
+    x = net.concat("model.12", [net.upsample("model.11", top), found[1]])
+    middle = block("model.14", parts("model.13", x, c16, 1, shortcut=False), c8)
+    x = net.concat("model.16", [net.upsample("model.15", middle), found[0]])
+    outputs = [parts("model.17", x, c8, 1, shortcut=False)]
+    for number, (size, other) in enumerate(((c16, middle), (c32, top))):
+        x = block(f"model.{18 + 3 * number}", outputs[-1], net.shapes[other][1], 3, 2)
+        x = net.concat(f"model.{19 + 3 * number}", [x, other])
+        outputs.append(parts(f"model.{20 + 3 * number}", x, size, 1, shortcut=False))
+    scales = [boxes(f"model.24.m.{number}", x) for number, x in enumerate(outputs)]
+    batch, count = net.shapes[scales[0]][0], sum(net.shapes[each][1] for each in scales)
+    return net.node("Concat", "boxes", scales, (batch, count, 85), 0.3, axis=1)
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -465,12 +538,14 @@ MODELS = {
         Model("mlp-64", "MLP 784-256-10, batch 64", mlp, (), batch=64),
         Model("resnet18", "ResNet-18", resnet18),
         Model("resnet50", "ResNet-50", resnet50),
+        Model("resnext50", "ResNeXt-50 32x4d", resnext50),
         Model("mobilenetv2", "MobileNetV2", mobilenet_v2, (192, 192)),
         Model("efficientnet", "EfficientNet-B0", efficientnet_b0),
         Model("convnext", "ConvNeXt-T", convnext_tiny),
         Model("densenet121", "DenseNet-121", densenet121),
         Model("unet", "U-Net", unet, (192, 256)),
         Model("vgg16", "VGG-16", vgg16),
+        Model("detector", "YOLO-like detector", detector, (416, 352)),
     )
 }
 
