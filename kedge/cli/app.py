@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kedge
-from kedge.cli import board, compiling, demo, doctor, fleet, running, scheduling, top
+from kedge.cli import board, comparing, compiling, demo, doctor, fleet, running, scheduling, top
 
 app = typer.Typer(
     name="kedge",
@@ -48,6 +48,7 @@ app.command("inspect")(compiling.inspect)
 app.command("run")(running.run)
 app.command("bench")(running.bench)
 app.command("validate")(running.validate)
+app.command("compare")(comparing.compare)
 app.command("devices")(fleet.devices)
 app.command("jobs")(fleet.jobs)
 app.command("top")(top.top)

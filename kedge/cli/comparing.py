@@ -1,0 +1,81 @@
+"""`kedge compare`: which of two artifacts is faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kedge.cli import output
+from kedge.cli.arguments import Arrays, function_of, load_artifact, load_inputs, parse_shapes
+from kedge.cli.devices import check_on, open_device, require_device
+from kedge.cli.fleet import state_dir
+from kedge.inputs import random_inputs
+from kedge.rpc.artifact import Function
+from kedge.rpc.errors import UsageError
+
+
+def compare(
+    context: typer.Context,
+    a: Annotated[Path, typer.Argument(metavar="A.kdg", help="What to compare with.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B.kdg", help="What is compared.", show_default=False)],
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--inputs", metavar="IN.npz", help="Arrays for both. Without: seeded random data.", dir_okay=False
+        ),
+    ] = None,
+    function: Annotated[str, typer.Option("--function", help="The function to time.", show_default=False)] = "",
+    shape: output.ShapeOption = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of random inputs and of the order.")] = 0,
+    blocks: Annotated[int, typer.Option("--blocks", min=6, max=10_000, help="Times that each is timed.")] = 10,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, max=10_000, help="Samples of one timing.")] = 3,
+    min_repeat_ms: Annotated[float, typer.Option("--min-repeat-ms", min=0, help="The least length of one.")] = 20,
+    threads: output.ThreadsOption = 1,
+    fail_if_slower: Annotated[bool, typer.Option("--fail-if-slower", help="Exit with 1 where B is slower.")] = False,
+    on: output.OnOption = "",
+    device: output.DeviceOption = None,
+    tracker: output.TrackerOption = None,
+    timeout: output.TimeoutOption = None,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Time two artifacts in turn, here or on a device, and say which is faster, by how much, and how sure that is.
+
+    Each block times A, A once more and B in random order, every one in a process of its own; A beside A says what noise
+    looks like, and the noise of each device is remembered.
+
+    Exits with 1 where the times say nothing, and with --fail-if-slower where B is slower.
+
+    Examples:
+
+      kedge compare old.kdg new.kdg
+
+      kedge compare old-arm.kdg new-arm.kdg --device key=rpi4 --tracker tracker:9190 --blocks 20 --fail-if-slower
+    """
+    from kedge.comparison import Floors
+    from kedge.comparison import compare as compare_artifacts
+
+    require_device(context, device, timeout)
+    check_on(on)
+    if inputs and shape:
+        raise UsageError("--shape says nothing beside --inputs", hint="the arrays of the file have their shapes")
+    artifacts = load_artifact(a), load_artifact(b)
+    of_a, of_b = (_inputs(function_of(artifact, function), inputs, shape, seed) for artifact in artifacts)
+    with output.progress("compare") as report, open_device(device, tracker, threads, report, timeout, on) as place:
+        name = getattr(place, "name", "here")
+        found = compare_artifacts(
+            artifacts, (of_a, of_b), place, function=function, blocks=blocks, repeat=repeat,
+            min_repeat_ms=min_repeat_ms, seed=seed, floors=Floors.of(state_dir() / "noise", name), device=name,
+            progress=report,
+        )  # fmt: skip
+    if as_json:
+        output.emit_json(found.to_json())
+    else:
+        output.stdout().print(str(found), soft_wrap=True)
+    if found.verdict == "invalid" or (fail_if_slower and found.verdict == "slower"):
+        raise typer.Exit(1)
+
+
+def _inputs(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
+    return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
