@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import kedge
-from kedge import te
+from kedge import comparison, te
+from kedge.cli.app import app
 from kedge.comparison import ARMS, MIN_BLOCKS, Floors, compare, judge
+from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import KedgeError, UsageError
+from kedge.rpc.types import Measurement, TimeOptions, Verdict
 from support.commands import kedge_command
 
 
@@ -93,33 +97,68 @@ def summed(length: int) -> kedge.Artifact:
     return kedge.compile(te.create_prim_func([x, y], "summed"), target="native")
 
 
-def test_what_does_ten_times_the_work_is_slower(tmp_path: Path) -> None:
-    few, many, seen = 4_000, 40_000, []
-    with kedge.local(threads=1) as place:
-        found = compare(
-            (summed(few), summed(many)), ({"x": np.ones(few, np.float32)}, {"x": np.ones(many, np.float32)}), place,
-            blocks=MIN_BLOCKS, repeat=2, min_repeat_ms=1, seed=1, floors=Floors.of(tmp_path, "here"), device="here",
-            progress=lambda what, done, total: seen.append((what, done, total)),
-        )  # fmt: skip
-    assert found.verdict == "slower" and found.ratio > 3, found
-    assert "B is slower" in str(found) and found.device == "here"
+class Still:
+    """A device whose time stands still: each artifact takes what it is said to take."""
+
+    def __init__(self, times_ns: dict[int, float], verdict: Verdict = Verdict.VALID) -> None:
+        self.times_ns, self.verdict = times_ns, verdict
+        self.loaded: list[int] = []
+
+    def load(self, artifact: kedge.Artifact) -> Still:
+        self.loaded.append(id(artifact))
+        return self
+
+    def time(self, inputs: object, *, function: str, repeat: int, min_repeat_ms: float) -> Timing:
+        samples = tuple(self.times_ns[self.loaded[-1]] * (1 + 0.001 * i) for i in range(repeat))
+        return Timing(Measurement(TimeOptions(), samples, verdict=self.verdict, reasons=("because",)))
+
+
+def test_each_block_times_all_three_in_random_order(tmp_path: Path) -> None:
+    few, many, seen = summed(8), summed(80), []
+    place = Still({id(few): 1e6, id(many): 3e6})
+    found = compare(
+        (few, many), ({}, {}), place, blocks=MIN_BLOCKS, seed=1, floors=Floors.of(tmp_path, "here"), device="here",
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )  # fmt: skip
+    assert (found.verdict, found.device, round(found.ratio, 6)) == ("slower", "here", 3.0)
+    assert "B is slower" in str(found) and "because" not in str(found)
     assert seen[0] == ("block 1 of 6", 0, 6) and len(seen) == MIN_BLOCKS
-    assert len(Floors.of(tmp_path, "here").found) == 1
+    blocks = [place.loaded[i : i + 3] for i in range(0, len(place.loaded), 3)]
+    assert len(blocks) == MIN_BLOCKS and all(sorted(map(block.count, {*block})) == [1, 2] for block in blocks)
+    assert len({tuple(block) for block in blocks}) > 1, "the order varies"
+    assert Floors.of(tmp_path, "here").found == (0.0,)
 
 
-def test_the_command_fails_where_it_was_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_that_say_nothing_make_an_invalid_comparison(tmp_path: Path) -> None:
+    few, many = summed(8), summed(80)
+    place = Still({id(few): 1e6, id(many): 3e6}, Verdict.INVALID)
+    found = compare((few, many), ({}, {}), place, blocks=MIN_BLOCKS, floors=Floors.of(tmp_path, "here"))
+    assert found.verdict == "invalid" and found.reasons == ("because",)
+    assert Floors.of(tmp_path, "here").found == (), "what says nothing is not remembered"
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     few, many = tmp_path / "few.kdg", tmp_path / "many.kdg"
     summed(4_000).save(few)
     summed(40_000).save(many)
-    quick = ("--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1")
-    slower = run("compare", few, many, *quick, "--fail-if-slower", "--json")
-    assert slower.returncode == 1, slower.stderr
-    said = json.loads(slower.stdout)
-    assert said["verdict"] == "slower" and len(said["blocks_ns"]) == 6 and set(said["blocks_ns"][0]) == set(ARMS)
-    faster = run("compare", many, few, *quick, "--fail-if-slower")
-    assert faster.returncode == 0 and "verdict: B is faster" in faster.stdout, faster.stderr
-    assert len(json.loads((tmp_path / "kedge" / "noise" / "here.json").read_text())["floors"]) == 2
+    done = run("compare", few, many, "--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert len(said["blocks_ns"]) == 6 and set(said["blocks_ns"][0]) == set(ARMS)
+    assert said["interval_95"][0] <= said["ratio"] <= said["interval_95"][1] and said["noise"] > 0
+    assert len(json.loads((tmp_path / "kedge" / "noise" / "here.json").read_text())["floors"]) == 1
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("slower", 1), ("faster", 0), ("inconclusive", 0), ("invalid", 1)])
+def test_the_command_fails_where_it_was_asked_to(
+    verdict: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: replace(judge(blocks_of(1, 0.1)), verdict=verdict))
+    summed(8).save(tmp_path / "x.kdg")
+    path = str(tmp_path / "x.kdg")
+    done = CliRunner().invoke(app, ["compare", path, path, "--fail-if-slower"])
+    assert done.exit_code == status and "verdict: " in done.stdout
 
 
 def test_too_few_blocks_are_refused() -> None:
