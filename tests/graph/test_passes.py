@@ -353,6 +353,33 @@ def test_overlapping_windows_do_not_repeat_their_input():
     check(Fuse(), net.module(net.max_pool(x, kernel=(3, 3))), ["relu", "max_pool"])
 
 
+def test_products_read_operands_before_they_are_transposed():
+    net = Net()
+    x, w, b = net.input("x", 4, N), net.input("w", 6, 4), net.param("b", 6)
+    y = net.add(net.matmul(net.transpose(x), net.transpose(w, perm=(1, 0))), b)
+    check(Fuse(), net.module(y), ["[transpose transpose matmul add]"])
+    net = Net()
+    q, k = net.input("q", N, 5, 2, 8), net.input("k", N, 5, 2, 8)
+    y = net.matmul(net.transpose(q, perm=(0, 2, 1, 3)), net.transpose(k, perm=(0, 2, 3, 1)))
+    check(Fuse(), net.module(y), ["[transpose transpose matmul]"])
+
+
+def test_transposes_that_stay_outside_of_products():
+    """One whose operands are the same, one that others read, one that takes neighbours far apart, one of integers."""
+    net = Net()
+    x = net.input("x", N, 4)
+    check(Fuse(), net.module(net.matmul(x, net.transpose(x, perm=(1, 0)))), ["transpose", "matmul"])
+    net = Net()
+    x, w = net.input("x", N, 4), net.transpose(net.input("w", 6, 4), perm=(1, 0))
+    check(Fuse(), net.module(net.matmul(x, w), w), ["transpose", "matmul"])
+    net = Net()
+    x, w = net.input("x", 3, N, 4), net.transpose(net.input("w", 4, 6, 3), perm=(2, 0, 1))
+    check(Fuse(), net.module(net.matmul(x, w)), ["transpose", "matmul"])
+    net = Net()
+    x, w = (net.b.input(name, TensorType(shape, "int32")) for name, shape in (("x", (N, 4)), ("w", (6, 4))))
+    check(Fuse(), net.module(net.matmul(x, net.transpose(w, perm=(1, 0)))), ["transpose", "matmul"])
+
+
 def test_reshapes_stay_outside():
     net = Net()
     x = net.relu(net.input("x", N, 4, 6))

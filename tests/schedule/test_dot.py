@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -16,9 +18,9 @@ from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import equal
 from support.functions import assert_same
 from support.prepared import assert_compiled, assert_prepared
-from support.targets import AVX2, AVX512, NEON, SCALAR
+from support.targets import AVX2, AVX512, NEON, SCALAR, Model
 
-N, M = Var("n", lower=1), Var("m", lower=1)
+N, M, K = Var("n", lower=1), Var("m", lower=1), Var("k", lower=1)
 RULE = Dot()
 
 
@@ -45,8 +47,20 @@ CASES = {
     "free": (turned(N, 16, M), {"n": 5, "m": 6}),
     "batched": (scores(2, 5, 16), {}),
     "batched_free": (scores(N, M, 16), {"n": 2, "m": 3}),
+    "end": (turned(3, 37, 6), {}),
+    "short": (turned(2, 5, 6), {}),
+    "free_depth": (turned(2, K, 7), {"k": 21}),
+    "all_free": (turned(N, K, M), {"n": 3, "k": 35, "m": 5}),
     "double": (turned(3, 16, 5, "float64"), {}),
 }
+
+
+def scheduled(func: PrimFunc, target: Model, decisions: Mapping[str, Any] | None = None) -> Schedule:
+    """`func` by this rule, whichever one comes first for it."""
+    assert RULE.match(func, target)
+    sch = Schedule(func)
+    RULE.apply(sch, RULE.default(func, target) if decisions is None else decisions, target)
+    return sch
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +76,7 @@ def test_the_default_is_right_and_in_the_space(name, target, kernels: KernelCach
     chosen, space = RULE.default(func, target), RULE.space(func, target)
     assert set(chosen) == set(space)
     assert all(value in space[key] for key, value in chosen.items()), chosen
-    kernel = schedule_func(func, target)
-    assert kernel.rule == "dot"
-    assert "refused" not in kernel.decisions
+    kernel = scheduled(func, target)
     assert_same(func, kernel.func, symbols)
     if target is AVX512:
         assert equal(Schedule.replay(func, json.loads(json.dumps(kernel.trace))).func, kernel.func)
@@ -72,24 +84,36 @@ def test_the_default_is_right_and_in_the_space(name, target, kernels: KernelCach
         assert_compiled(kernel.func, func, symbols, kernels)
 
 
-@pytest.mark.parametrize("name", ["both", "free", "batched"])
+@pytest.mark.parametrize("name", ["both", "free", "batched", "end"])
 def test_decisions_are_right(name):
     """Dims that are tiled or not, tiles that fit or not, one vector of partial sums or several."""
     func, symbols = CASES[name]
     space = RULE.space(func, NEON)
     for row, column, vectors in itertools.product(space["row"], space["column"], space["vectors"]):
         decisions = {**RULE.default(func, NEON), "row": row, "column": column, "vectors": vectors, "columns": 3}
-        assert_same(func, schedule_func(func, NEON, decisions=decisions).func, symbols)
+        assert_same(func, scheduled(func, NEON, decisions).func, symbols)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "rule"),
+    [(1, 1024, 1000, "dot"), (1, 1001, 1000, "dot"), (8, 1023, 333, "dot"), (1, K, 100, "dot"), (500, 511, 1, "dot"),
+     (256, 256, 256, "matmul"), (197, 64, 197, "matmul"), (N, K, M, "matmul")],
+)  # fmt: skip
+def test_few_rows_or_columns_are_dot_products(m, k, n, rule):
+    """More of them are worth turning an operand for."""
+    kernel = schedule_func(turned(m, k, n), AVX512)
+    assert kernel.rule == rule
+    assert "refused" not in kernel.decisions
 
 
 def test_declines():
-    for func in (turned(4, 17, 8), turned(4, N, 8), turned(4, 16, 8, "int32")):
+    for func in (turned(4, 1, 8), turned(4, 16, 8, "int32")):
         assert schedule_func(func, AVX2).rule != "dot"
     assert not RULE.match(CASES["both"][0], SCALAR)
 
 
 def test_wrong_decisions_are_refused():
     func = CASES["both"][0]
-    for wrong in ({"row": 1}, {"column": 0}, {"rows": 0}, {"width": 3}, {"vectors": 8}, {"width": 1}):
+    for wrong in ({"row": 1}, {"column": 0}, {"rows": 0}, {"width": 3}, {"vectors": 3}, {"width": 1}):
         with pytest.raises(ScheduleError, match="dot products of block 'y'"):
-            schedule_func(func, AVX2, decisions={**RULE.default(func, AVX2), **wrong})
+            scheduled(func, AVX2, {**RULE.default(func, AVX2), **wrong})

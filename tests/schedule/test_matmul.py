@@ -81,6 +81,19 @@ def turned(m: int, k: int, n: int) -> PrimFunc:
     return te.create_prim_func([x, w, y], "turned")
 
 
+def by_rows(b: int, m: Dim, k: Dim, n: Dim, dtype: str = "float32") -> PrimFunc:
+    """Each of a batch `relu(x @ transpose(w))`: the second operand's neighbours are along the sum."""
+    x, w, axis = te.placeholder((b, m, k), dtype, "x"), te.placeholder((n, b, k), dtype, "w"), te.reduce_axis(k, "k")
+    t = te.compute((b, k, n), lambda c, i, j: w[j, c, i], name="t")
+    wide = "float32" if dtype == "float16" else dtype
+
+    def element(c: Expr, i: Expr, j: Expr) -> Expr:
+        return te.sum(te.cast(x[c, i, axis], wide) * te.cast(t[c, axis, j], wide), axis)
+
+    y = te.compute((b, m, n), element, name="y")
+    return te.create_prim_func([x, w, te.compute((b, m, n), lambda *i: maximum(y[i], 0.0), name="z")], "by_rows")
+
+
 def squares() -> PrimFunc:
     """Sums of squares: no two operands."""
     x, axis = te.placeholder((4, 8), "float32", "x"), te.reduce_axis(8)
@@ -104,6 +117,10 @@ CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
     "batched_free": (batched(N, M, 5, 16), {"n": 2, "m": 5}),
     "sequences": (sequences(2, 7, 6, 18), {}),
     "turned": (turned(11, 6, 26), {}),
+    "by_rows": (by_rows(2, 7, 21, 35), {}),
+    "by_rows_free": (by_rows(1, N, K, M), {"n": 6, "k": 18, "m": 33}),
+    "by_rows_batched": (by_rows(3, 5, 9, 6), {}),
+    "by_rows_half": (by_rows(1, 9, 33, 17, "float16"), {}),
     "double": (product(7, 6, 11, "float64"), {}),
     "half": (product(7, 6, 20, "float16"), {}),
 }

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.graph.dims import same_shape
 from kedge.compiler.graph.ir import Call, Constant, Function, Fused, Input, Module, Value, operands
 from kedge.compiler.graph.passes.base import with_functions, with_operands
 from kedge.compiler.graph.placement import VIEWS, concats_in_place
 from kedge.compiler.ops import registry
+from kedge.compiler.ops.movement import permutation
 from kedge.compiler.ops.registry import FusionKind
 
 #: Too dear to compute again for every element of a broadcast.
@@ -170,8 +172,29 @@ class _Groups:
         repeated = FusionKind.BROADCAST in edges or any(self._calls[other].op in _REPEATING for other in on_the_way)
         if self._expensive[self._find(node)] and repeated:
             return False
-        # A prologue is computed inside the sum: fine where the sum reads every element once.
-        return self._own[sink] <= FusionKind.INJECTIVE or self._calls[sink].op.startswith("reduce_")
+        if self._own[sink] <= FusionKind.INJECTIVE:
+            return True
+        # A prologue is computed inside the sum: fine where the sum reads every element once, or where nothing is.
+        return self._calls[sink].op.startswith("reduce_") or (not between and self._is_turned_operand(node, sink))
+
+    def _is_turned_operand(self, node: int, sink: int) -> bool:
+        """Whether a transpose alone gives one operand of a product of floats, whose dims that move stay its last two.
+
+        The product then reads the operand as it came, and both come from different places still.
+        """
+        call, product = self._calls[node], self._calls[sink]
+        if call.op != "transpose" or product.op != "matmul" or self._size[self._find(node)] > 1:
+            return False
+        others = [operand for operand in product.inputs if operand is not call]
+        sources = [self._source(operand) for operand in others]
+        rank = call.type.rank
+        near = rank > 1 and rank - 1 in permutation(call.attrs, rank)[-2:]
+        return product.type.dtype in FLOATS and near and len(others) == 1 and call.inputs[0] not in sources
+
+    @staticmethod
+    def _source(value: Value) -> Value:
+        """What a transpose reads; anything else as it is."""
+        return value.inputs[0] if isinstance(value, Call) and value.op == "transpose" else value
 
     def _anchors(self, roots: Iterable[int]) -> list[bool]:
         return [self._kind[root] in _ANCHORS for root in roots]

@@ -130,6 +130,15 @@ def spatial(block: Block) -> tuple[IterVar, ...]:
     return tuple(it for it in block.iters if it.kind == "spatial")
 
 
+def with_operands_inlined(func: PrimFunc) -> PrimFunc:
+    """`func` with its reductions reading what comes from outside, where nothing but cheap blocks stands in between."""
+    if not any(intermediate(func, load.buffer) for block in reductions(func) for load in loads(store_of(block).value)):
+        return func
+    trial = Schedule(func)
+    inline_producers(trial)
+    return trial.func
+
+
 def inline_producers(sch: Schedule, keep: Iterable[str] = ()) -> None:
     """Inline every intermediate element-wise block into its consumers, where that does not repeat costly work.
 

@@ -18,6 +18,7 @@ from kedge.compiler.schedule.rules.analysis import (
     spatial,
     store_of,
     strides,
+    with_operands_inlined,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.partial import halve
@@ -25,14 +26,16 @@ from kedge.compiler.schedule.rules.product import operands
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
-from kedge.compiler.schedule.schedule import LoopRef, Schedule
-from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
+from kedge.compiler.schedule.tree import blocks_in, writers
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.visitor import free_vars
 
 #: Accumulators that hide the latency of a multiply-add on most cores, and stay far from all registers.
 _ACCUMULATORS = 8
 _MOST = 8
+#: Vectors of a sum from which its end is no matter.
+_LONG = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +49,35 @@ class Dot:
     name: str = "dot"
 
     def match(self, func: PrimFunc, target: TargetModel) -> bool:
-        """Whether the one reduction sums products over a dim that is whole vectors, together in both operands."""
-        found = reductions(func)
-        if len(found) != 1 or not all(isinstance(block.body, Store) for block in blocks_in(func.body)):
+        """Whether the one reduction sums products of floats over a dim along which both operands lie together."""
+        if len(reductions(func)) != 1 or not all(isinstance(block.body, Store) for block in blocks_in(func.body)):
             return False
-        (block,) = found
+        block = _main(func)
         depth = block.iters[-1]
         if operands(block) is None or sum(it.kind == "reduce" for it in block.iters) != 1 or depth.kind != "reduce":
             return False
         if store_of(block).buffer.dtype not in ("float32", "float64") or not spatial(block):
             return False
-        width = _width(block, target)
-        return width > 1 and 4 * width >= lanes(target, block) and strides(block, depth.var)[1:] == [1, 1]
+        return _width(block, target) > 1 and strides(block, depth.var)[1:] == [1, 1]
 
     def space(self, func: PrimFunc, target: TargetModel) -> Space:
         """See the class."""
-        block = reductions(func)[0]
+        block = _main(func)
         row, column = _own_dims(block)
-        width, depth = _width(block, target), extent_of(block.iters[-1].extent) or 0
+        most = lanes(target, block)
         return {
             "row": (None, *row),
             "column": (None, *column),
             "rows": tuple(range(1, _MOST + 1)),
             "columns": tuple(range(1, _MOST + 1)),
-            "width": tuple(1 << i for i in range(1, width.bit_length())),
-            "vectors": tuple(v for v in (1, 2, 4) if depth % (v * width) == 0),
+            "width": tuple(1 << i for i in range(1, most.bit_length())),
+            "vectors": (1, 2, 4),
             "parallel": (False, True),
         }
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
         """A tile that has accumulators enough and, of two long dims, elements of both."""
-        block = reductions(func)[0]
+        block = _main(func)
         own = [_longest(block, dims) for dims in _own_dims(block)]
         row, column = own
         most = [1 if dim is None else extent_of(spatial(block)[dim].extent) or 1 for dim in own]
@@ -84,9 +85,10 @@ class Dot:
         rows = min(most[0], side if most[1] >= side else _ACCUMULATORS // max(1, most[1]))
         columns = min(most[1], side if rows >= side else _ACCUMULATORS // rows)
         width = _width(block, target)
-        depth = extent_of(block.iters[-1].extent) or width
+        depth = extent_of(block.iters[-1].extent)
+        known = width if depth is None else depth
         vectors = max(
-            v for v in (1, 2, 4) if v == 1 or (depth % (v * width) == 0 and v * rows * columns <= _ACCUMULATORS)
+            v for v in (1, 2, 4) if v == 1 or (known % (v * width) == 0 and v * rows * columns <= _ACCUMULATORS)
         )
         return {
             "row": row,
@@ -100,13 +102,18 @@ class Dot:
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
         """See the class."""
-        name = reductions(sch.func)[0].name
-        _check(block_named(sch.func, name), decisions)
+        name = _main(sch.func).name
+        _check(_main(sch.func), decisions)
         inline_producers(sch)
         done = _schedule_dots(sch, name, decisions, target)
         for block in blocks_in(sch.func.body):
             if block.name not in done:
                 schedule_map_by_model(sch, block.name, target)
+
+
+def _main(func: PrimFunc) -> Block:
+    """The reduction, with its operands where they come from."""
+    return reductions(with_operands_inlined(func))[0]
 
 
 def _own_dims(block: Block) -> tuple[list[int], list[int]]:
@@ -129,10 +136,9 @@ def _check(block: Block, decisions: Decisions) -> None:
     if decisions["row"] not in (None, *row) or decisions["column"] not in (None, *column):
         raise ScheduleError(f"dot products of block {block.name!r}: row is one of {row}, column one of {column}")
     sizes = {key: decisions[key] for key in ("rows", "columns", "width", "vectors")}
-    depth = extent_of(block.iters[-1].extent)
     wide = sizes["width"] * sizes["vectors"]
-    if min(sizes.values()) < 1 or sizes["width"] < 2 or wide & (wide - 1) or depth is None or depth % wide:
-        hint = "sizes are above 0, width a power of two, vectors times width one that divides the sum"
+    if min(sizes.values()) < 1 or sizes["width"] < 2 or wide & (wide - 1):
+        hint = "sizes are above 0, width and vectors powers of two"
         raise ScheduleError(f"dot products of block {block.name!r}: {sizes} do not suit it", hint=hint)
 
 
@@ -162,7 +168,7 @@ def _schedule_dots(sch: Schedule, name: str, decisions: Decisions, target: Targe
     parts = halve(sch, ref, lane, wide, decisions["width"])
     blocks = [(copy, 1), (ref, 1), (sch.decompose_reduction(ref, sch.get_loops(ref)[len(outer)]), 1)]
     for part, size in parts:
-        blocks += [(part, size), (sch.decompose_reduction(part, sch.get_loops(part)[len(outer)]), size)]
+        blocks += [(part, size), (_init(sch, part, sch.get_loops(part)[len(outer)]), size)]
     seen = {*outer, along}
     for block, size in blocks:
         own = list(sch.get_loops(block))
@@ -179,11 +185,23 @@ def _schedule_dots(sch: Schedule, name: str, decisions: Decisions, target: Targe
     return {block.name for block, _ in blocks}
 
 
+def _init(sch: Schedule, part: BlockRef, loop: LoopRef) -> BlockRef:
+    """What sets the partial sums: a block already where lanes of the last vector have nothing to add."""
+    block = block_named(sch.func, part.name)
+    if block.init is not None:
+        return sch.decompose_reduction(part, loop)
+    (init,) = (each for each in writers(sch.func, store_of(block).buffer) if each is not block)
+    return sch.get_block(init.name)
+
+
 def _width(block: Block, target: TargetModel) -> int:
-    """The lanes of a vector, or of a part of one, such that the sum is whole vectors."""
+    """The lanes of a vector; of a half or a quarter of one, if a short sum is a few of just these."""
     length, width = extent_of(block.iters[-1].extent), lanes(target, block)
-    if not length:
-        return 1
-    while length % width:
+    if length is None or length >= _LONG * width:
+        return width
+    exact = next((part for part in (width, width // 2, width // 4) if part > 1 and length % part == 0), None)
+    if exact is not None:
+        return exact
+    while width > length:
         width //= 2
     return width

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kedge.compiler.errors import ScheduleError
-from kedge.compiler.schedule.rules.analysis import block_named, extent_of, inline_producers, reductions, store_of
+from kedge.compiler.schedule.rules.analysis import (
+    block_named,
+    extent_of,
+    inline_producers,
+    reductions,
+    spatial,
+    store_of,
+    with_operands_inlined,
+)
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.product import Product, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
@@ -33,6 +41,10 @@ _MOST_ROWS = 14
 _MOST_VECTORS = 8
 #: Rows from which packing the second operand pays: each of its elements is then used so often.
 _ROWS_TO_PACK = 32
+#: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
+_DOT_DEPTH = 32
+#: A sum of unknown length may have so many.
+_SOME_DEPTH = 512
 #: Bytes between rows that begin in one set of the first-level cache.
 _ALIAS = 4096
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
@@ -56,7 +68,7 @@ class Matmul:
     def match(self, func: PrimFunc, target: TargetModel) -> bool:
         """Whether the function sums products of two float tensors over one dim, with columns that lie together."""
         product = _product(func)
-        return product is not None and target.vector_bits > 0
+        return product is not None and target.vector_bits > 0 and not (product.turned and _is_dots(product))
 
     def space(self, func: PrimFunc, target: TargetModel) -> Space:
         """See the class."""
@@ -70,9 +82,9 @@ class Matmul:
             "unroll": _UNROLL,
             "block": (0, *(1 << i for i in range(MOST_BLOCK.bit_length()))),
             "pack_a": (False, True),
-            "pack_b": (False, True) if product.panel is None else (False,),
+            "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
             "parallel": (False, True),
-            "stream": (False, True),
+            "stream": (False,) if product.turned else (False, True),
         }
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
@@ -112,12 +124,12 @@ class Matmul:
 
 
 def _product(func: PrimFunc) -> Product | None:
-    """The product that the function computes, if it is one for this rule."""
-    found = reductions(func)
-    if len(found) != 1 or not all(isinstance(block.body, Store) for block in blocks_in(func.body)):
+    """The product that the function computes, with its operands where they come from, if it is one for this rule."""
+    if len(reductions(func)) != 1 or not all(isinstance(block.body, Store) for block in blocks_in(func.body)):
         return None
-    product = product_of(found[0])
-    if product is None or store_of(found[0]).buffer.dtype not in _FLOATS:
+    (main,) = reductions(with_operands_inlined(func))
+    product = product_of(main)
+    if product is None or store_of(main).buffer.dtype not in _FLOATS:
         return None
     depth, width = extent_of(product.depth.extent), product.extent(product.column)
     return None if (depth is not None and depth < _LEAST_DEPTH) or width == 1 else product
@@ -129,6 +141,18 @@ def _known(func: PrimFunc) -> Product:
     return product
 
 
+def _is_dots(product: Product) -> bool:
+    """Whether rows are too few to turn an operand for.
+
+    As dot products nothing is moved, and each has a sum at its end: to move an element takes about 0.4 cycles, to add
+    up a vector for one result 12.
+    """
+    row, depth = product.longest_row, extent_of(product.depth.extent)
+    height = 1 if row is None else product.extent(row)
+    enough = _SOME_DEPTH if depth is None else depth
+    return height is not None and (height == 1 or height * _DOT_DEPTH <= enough)
+
+
 def _check(product: Product, decisions: Decisions) -> None:
     """Refuse decisions that no product of this shape can have."""
     name = product.block.name
@@ -138,12 +162,16 @@ def _check(product: Product, decisions: Decisions) -> None:
             raise ScheduleError(f"tile of block {name!r}: {key}={size} is below 1, or a width that is no power of two")
     if decisions["row"] is not None and decisions["row"] not in product.rows:
         raise ScheduleError(f"tile of block {name!r}: row={decisions['row']} is none of its rows {product.rows}")
+    if product.turned and (not decisions["pack_b"] or decisions["stream"]):
+        raise ScheduleError(f"tile of block {name!r}: {product.b.buffer.name!r} is turned, which pack_b=True is for")
     if decisions["pack_b"] and product.panel is not None:
         raise ScheduleError(f"tile of block {name!r}: pack_b, but {product.b.buffer.name!r} is packed already")
 
 
 def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None) -> bool:
     """Whether a panel of the second operand is used for rows enough, and does not lie together already."""
+    if product.turned:
+        return True
     if product.panel is not None or height is None or height < _ROWS_TO_PACK:
         return False
     columns = product.extent(product.column)
@@ -172,7 +200,8 @@ def _block(product: Product, tile: RegisterTile, height: int | None, target: Tar
     tiles = math.ceil(height / tile.rows)
     if panels * others >= 4 * target.num_cores or (panels * others) % target.num_cores == 0:
         return 0
-    return max(_ROWS_TO_PACK // tile.rows, math.ceil(tiles / (2 * target.num_cores)))
+    least = max(_ROWS_TO_PACK // tile.rows, math.ceil(tiles / (2 * target.num_cores)))
+    return min(MOST_BLOCK, 1 << (least - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +248,10 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
         if decisions["width"] > 1:
             sch.vectorize(own[-1])
     for pack in packs:
-        _schedule_pack(sch, pack, target)
+        if product.turned and pack is packs[0]:
+            _schedule_turning(sch, pack, product, nest.panel, target)
+        else:
+            _schedule_pack(sch, pack, target)
     if decisions["parallel"]:
         parallelize(sch, _separable(sch, _spread(nest, decisions)), total, target)
     return {block.name for block in (*made, *packs)}
@@ -290,3 +322,25 @@ def _schedule_pack(sch: Schedule, pack: BlockRef, target: TargetModel) -> None:
     extent = extent_of(sch.extent(last))
     if width > 1 and extent is not None and extent >= width:
         sch.vectorize(sch.split(last, [None, width])[1])
+
+
+def _schedule_turning(sch: Schedule, pack: BlockRef, product: Product, panel: LoopRef, target: TargetModel) -> None:
+    """Columns together, and the copy in squares that are turned in registers.
+
+    Rewrite:
+        for j, k: panel[j, k] = b[j, k]   ->   for j_0, k_0: for k_1 in unrolled(…): for j_1 in vectorized(…):
+                                                 panel[k, j] = b[j, k]
+    """
+    indices = product.b.indices
+    column = next(at for at, index in enumerate(indices) if index is spatial(product.block)[product.column].var)
+    others = [at for at in range(len(indices) - 1) if at != column]
+    sch.transform_layout(pack, lambda *at: (*(at[other] for other in others), at[-1], at[column]))
+    _, *own = sch.get_loops(pack)[list(sch.get_loops(pack)).index(panel) :]
+    if len(own) < 2:
+        return  # a single column
+    width = lanes_of(target, product.itemsize)
+    columns, lane = sch.split(own[0], [None, width])
+    steps, step = sch.split(own[1], [None, width])
+    sch.reorder(columns, steps, step, lane)
+    sch.unroll(step)
+    sch.vectorize(lane)

@@ -19,7 +19,7 @@ class Product:
     """`c[batch…, row…, column] += a[batch…, row…, depth] * b[batch…, depth, column]`, dims in any order.
 
     Axes are numbers of spatial dims of the block. `panel` is the number of columns that lie together where b is packed
-    as `b[…, column // panel, depth, column % panel]`.
+    as `b[…, column // panel, depth, column % panel]`. Of an operand that is `turned`, neighbours are along the depth.
     """
 
     block: Block
@@ -30,6 +30,7 @@ class Product:
     rows: tuple[int, ...]
     batch: tuple[int, ...]
     panel: int | None
+    turned: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -78,14 +79,15 @@ def _with(block: Block, a: Load, b: Load, depth: IterVar, column: int) -> Produc
     if stride(store.indices, store.buffer.shape, last, ranges) != 1:
         return None
     panel = _panel(b, axes[column], depth)
-    if panel is None and stride(b.indices, b.buffer.shape, last, ranges) != 1:
+    turned = panel is None and stride(b.indices, b.buffer.shape, last, ranges) != 1
+    if turned and not _is_turned(b, axes[column], depth):
         return None
     others = [number for number in range(len(axes)) if number != column]
     rows = tuple(n for n in others if axes[n].var in _used(a) and axes[n].var not in _used(b))
     batch = tuple(n for n in others if n not in rows)
     if depth.var not in _used(a) or depth.var not in _used(b):
         return None
-    return Product(block, a, b, depth, column, rows, batch, panel)
+    return Product(block, a, b, depth, column, rows, batch, panel, turned)
 
 
 def operands(block: Block) -> tuple[Load, Load] | None:
@@ -112,6 +114,12 @@ def _uncast(expr: Expr) -> Expr:
 
 def _used(load: Load) -> set[object]:
     return {var for index in load.indices for var in free_vars(index)}
+
+
+def _is_turned(load: Load, column: IterVar, depth: IterVar) -> bool:
+    """Whether one of the operand's dims is that of columns, and the last one is the sum's."""
+    by_column = [index for index in load.indices if column.var in free_vars(index)]
+    return load.indices[-1] is depth.var and len(by_column) == 1 and by_column[0] is column.var
 
 
 def _panel(load: Load, column: IterVar, depth: IterVar) -> int | None:

@@ -28,7 +28,7 @@ def streams(product: Product, target: TargetModel) -> bool:
     """Whether the product has few rows, and an operand that lies as it came, of more than one tile's columns."""
     row, columns = product.longest_row, product.extent(product.column)
     height = 1 if row is None else product.extent(row)
-    if product.panel is not None or height is None or height > _MOST_ROWS or columns is None:
+    if product.panel is not None or product.turned or height is None or height > _MOST_ROWS or columns is None:
         return False
     return columns * product.itemsize * 8 > 4 * target.vector_bits
 
