@@ -25,7 +25,7 @@ from typing import Any, Callable, Iterator, List, Mapping, Optional, TextIO, Tup
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
-from kedge.device_agent.health import read_health
+from kedge.device_agent.health import examine
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
 from kedge.device_agent.runner import Hello as RunnerHello
@@ -161,7 +161,7 @@ class Agent:
 
     def _send(self, message: m.AgentBody) -> None:
         if isinstance(message, m.Heartbeat):
-            message = replace(message, health=read_health(self._settings.data_dir))
+            message = replace(message, health=examine(self._settings.data_dir))
         if self._link is not None:
             self._link.send(message)
 

@@ -33,12 +33,13 @@ from kedge.rpc.artifact.place import CPU, Placement, look_at, place
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
 from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, InputError, KedgeError
 from kedge.rpc.limits import check_spec
-from kedge.rpc.measure import judge
+from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
     BenchTask,
     Blob,
     DeviceInfo,
+    Health,
     JobResult,
     JobSpec,
     Measurement,
@@ -54,6 +55,8 @@ log = logging.getLogger("kedge.agent")
 DEFAULT_DEADLINES_MS: Mapping[Stage, int] = {Stage.TRANSFER: 300_000, Stage.LOAD: 60_000, Stage.RUN: 300_000}
 #: Between two attempts to reach a tracker that went away in the middle of a transfer.
 _AWAY_PAUSE_S = 0.5
+#: Between two looks at a device that is hot.
+_CALM_PAUSE_S = 1.0
 #: A runner that says nothing for so long is broken.
 _START_S = 30.0
 #: Files a runner may have open: its library, weights, shared tensors, and some to spare.
@@ -85,6 +88,8 @@ class Board:
     cache: ArtifactCache
     scratch: Path
     blobs: Blobs
+    #: How long a measurement waits for a hot or throttled device at most; what it measures then is suspect.
+    calm_s: float = 30.0
 
 
 class _Ended(Exception):
@@ -123,6 +128,7 @@ class Job:
         self._durations: Dict[Stage, int] = {}
         self._lock = threading.Lock()
         self._cancelled: Optional[str] = None
+        self._calling_off = threading.Event()
         self._runner: Optional[native.Runner] = None
 
     def cancel(self, reason: str) -> None:
@@ -131,6 +137,7 @@ class Job:
             if self._cancelled is not None:
                 return
             self._cancelled = reason
+            self._calling_off.set()
             runner = self._runner
         if runner is not None:
             runner.kill()
@@ -248,7 +255,7 @@ class Job:
         results: List[native.Tensor] = []
         if task.return_outputs:
             results = runner.call(what.index, what.inputs, deadline_s=self._left_s())
-        before = read_health(self._board.scratch)
+        before = self._await_calm()
         timed = runner.time(what.index, what.inputs, task.options, deadline_s=self._left_s())
         measurement = Measurement(
             options=replace(task.options, number=timed.number),
@@ -262,6 +269,20 @@ class Job:
         device = self._board.device
         verdict, reasons = judge(measurement, device.emulated, device.num_cores)
         return results, replace(measurement, verdict=verdict, reasons=tuple(reasons))
+
+    def _await_calm(self) -> Health:
+        """The device's condition once nothing slows it down and it is not hot, or after as long as may be waited."""
+        patience = min(self._board.calm_s, self._left_s() / 2)
+        ends = time.monotonic() + patience
+        while True:
+            health = read_health(self._board.scratch)
+            celsius = health.temperature_celsius
+            hot = celsius is not None and celsius > MAX_CELSIUS
+            left = ends - time.monotonic()
+            if left <= 0 or not (hot or health.throttled):
+                return health
+            if self._calling_off.wait(min(left, _CALM_PAUSE_S)):
+                self._check_cancelled()
 
     def _deliver(self, function: Function, results: Sequence[native.Tensor]) -> Tuple[Tensor, ...]:
         """The outputs as they travel; large ones are uploaded, in a second transfer stage."""

@@ -211,7 +211,7 @@ _HEALTH_NUMBERS = (
 
 def health_to_pb(health: t.Health) -> types_pb2.Health:
     """Health, out."""
-    pb = types_pb2.Health(governor=health.governor, problems=health.problems)
+    pb = types_pb2.Health(governor=health.governor, throttled=health.throttled, problems=health.problems)
     for name in _HEALTH_NUMBERS:
         value = getattr(health, name)
         if value is not None:
@@ -222,7 +222,7 @@ def health_to_pb(health: t.Health) -> types_pb2.Health:
 def health_from_pb(pb: types_pb2.Health) -> t.Health:
     """Health, in."""
     present: Dict[str, Any] = {name: getattr(pb, name) for name in _HEALTH_NUMBERS if pb.HasField(name)}
-    return t.Health(governor=pb.governor, problems=tuple(pb.problems), **present)
+    return t.Health(governor=pb.governor, throttled=tuple(pb.throttled), problems=tuple(pb.problems), **present)
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------------------------

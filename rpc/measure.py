@@ -114,6 +114,9 @@ def _health_reasons(m: Measurement, num_cores: int) -> List[str]:
         reasons.append(f"the machine was busy before (load {before.load_1min:.2f} on {cores} cores)")
     if after is not None and after.temperature_celsius is not None and after.temperature_celsius > MAX_CELSIUS:
         reasons.append(f"the device was hot ({after.temperature_celsius:.0f} °C)")
+    slowed = sorted({word for health in (before, after) if health is not None for word in health.throttled})
+    if slowed:
+        reasons.append(f"the device was slowed down ({', '.join(slowed)})")
     clocks = [health.frequency_mhz or 0.0 for health in (before, after) if health is not None]
     if len(clocks) == 2 and 0 < clocks[1] < MIN_FREQUENCY_RATIO * clocks[0]:
         reasons.append(f"its clock fell from {clocks[0]:.0f} to {clocks[1]:.0f} MHz")

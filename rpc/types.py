@@ -184,7 +184,8 @@ class DeviceInfo:
 class Health:
     """A device's condition at one moment; what could not be read is None (or an empty governor).
 
-    `problems` says in words why nothing should be run or measured there now.
+    `throttled` names what slows the device down ("under-voltage", "heat"): it may run, but its timings say little.
+    `problems` says in words why nothing should be run there now.
     """
 
     load_1min: Optional[float] = None
@@ -193,6 +194,7 @@ class Health:
     governor: str = ""
     memory_available_bytes: Optional[int] = None
     disk_free_bytes: Optional[int] = None
+    throttled: Tuple[str, ...] = ()
     problems: Tuple[str, ...] = ()
 
 

@@ -263,13 +263,14 @@ class TimeOptions(_message.Message):
     def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ..., profile: bool = ...) -> None: ...
 
 class Health(_message.Message):
-    __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes", "problems")
+    __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes", "throttled", "problems")
     LOAD_1MIN_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_MHZ_FIELD_NUMBER: _ClassVar[int]
     GOVERNOR_FIELD_NUMBER: _ClassVar[int]
     MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    THROTTLED_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     load_1min: float
     temperature_celsius: float
@@ -277,8 +278,9 @@ class Health(_message.Message):
     governor: str
     memory_available_bytes: int
     disk_free_bytes: int
+    throttled: _containers.RepeatedScalarFieldContainer[str]
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, load_1min: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., frequency_mhz: _Optional[float] = ..., governor: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, load_1min: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., frequency_mhz: _Optional[float] = ..., governor: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., throttled: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Profile(_message.Message):
     __slots__ = ("steps", "clock_hz", "read_bytes_per_s", "variant")

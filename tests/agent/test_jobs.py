@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kedge.device_agent import jobs
 from kedge.device_agent.agent import sendable
 from kedge.device_agent.cache import ArtifactCache, CacheFullError
 from kedge.device_agent.jobs import Board, Job
@@ -28,6 +29,7 @@ from kedge.rpc.types import (
     BenchTask,
     Blob,
     Deadlines,
+    Health,
     JobResult,
     JobSpec,
     Lease,
@@ -478,6 +480,54 @@ def test_a_bench_measures_and_says_what_to_think_of_it(board: Board, remote: Rem
     (y,) = result.outputs
     assert isinstance(y.data, bytes)
     assert struct.unpack("<2f", y.data) == (2.0, 3.0)
+
+
+HOT = Health(temperature_celsius=91.0)
+SLOW = Health(temperature_celsius=60.0, throttled=("under-voltage",))
+CALM = Health(temperature_celsius=60.0)
+
+
+@pytest.mark.parametrize("at_first", [HOT, SLOW])
+def test_a_measurement_waits_for_the_device_to_be_calm(
+    board: Board, remote: Remote, made: Artifact, at_first: Health, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_CALM_PAUSE_S", 0.001)
+    readings = iter([at_first, at_first, CALM])
+    monkeypatch.setattr(jobs, "read_health", lambda _: next(readings, CALM))
+    measured = execute(board, bench_spec(remote.publish(made))).measurement
+    assert measured is not None and measured.before == CALM and next(readings, None) is None
+
+
+def test_a_device_that_stays_hot_is_measured_all_the_same_and_suspected(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "read_health", lambda _: replace(HOT, throttled=("heat",)))
+    measured = execute(replace(board, calm_s=0.01), bench_spec(remote.publish(made))).measurement
+    assert measured is not None and measured.verdict is Verdict.SUSPECT
+    assert "the device was hot (91 °C)" in measured.reasons
+    assert "the device was slowed down (heat)" in measured.reasons
+
+
+def test_whoever_waits_for_a_device_to_cool_down_can_be_cancelled(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Event()
+
+    def hot(_: Path) -> Health:
+        waits.set()
+        return HOT
+
+    monkeypatch.setattr(jobs, "read_health", hot)
+    job = Job(replace(board, calm_s=600.0), bench_spec(remote.publish(made)), lambda _: None)
+    canceller = threading.Thread(target=lambda: waits.wait(20) and job.cancel("enough"))
+    canceller.start()
+    result = job.run()
+    canceller.join()
+    assert result.outcome.kind is OutcomeKind.CANCELLED
+
+
+def bench_spec(manifest: Blob) -> JobSpec:
+    return JobSpec(manifest, "add", BenchTask((floats(1, 2, 3),), LONG))
 
 
 def test_a_measurement_that_says_nothing_is_no_success(board: Board, remote: Remote, made: Artifact) -> None:

@@ -17,11 +17,12 @@ from kedge.compiler.target.cpus import CPUS
 from kedge.compiler.target.parse import parse, parse_cpu
 from kedge.device_agent.agent import _find_gpus
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
-from kedge.device_agent.health import read_health
+from kedge.device_agent.health import Fitness, examine, read_health
 from kedge.device_agent.probe import baseline_target, cpu_of, emulation_reason, probe, target_string, userland_arch
 from kedge.device_agent.runner import Runner, RunnerTimeout
 from kedge.rpc.abi import ABI_VERSION
 from kedge.rpc.artifact import Found
+from kedge.rpc.types import Health
 
 PI4_CPUINFO = """\
 processor\t: 0
@@ -218,6 +219,49 @@ def test_health_reads_what_is_there_and_nothing_else(board: Board) -> None:
     assert (health.load_1min, health.temperature_celsius, health.frequency_mhz) == (0.42, 51.0, 1500.0)
     assert (health.governor, health.memory_available_bytes) == ("ondemand", 600 * 1024)
     assert health.disk_free_bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("files", "throttled"),
+    [
+        ({"sys/devices/platform/soc/soc:firmware/get_throttled": "0x50005\n"}, ("throttling", "under-voltage")),
+        ({"sys/devices/platform/soc/soc:firmware/get_throttled": "0x50000\n"}, ()),
+        ({"sys/devices/platform/soc/soc:firmware/get_throttled": "nonsense\n"}, ()),
+        (
+            {
+                "sys/class/thermal/cooling_device0/type": "thermal-cpufreq-0\n",
+                "sys/class/thermal/cooling_device0/cur_state": "2\n",
+            },
+            ("heat",),
+        ),
+        (
+            {
+                "sys/class/thermal/cooling_device0/type": "pwm-fan\n",
+                "sys/class/thermal/cooling_device0/cur_state": "3\n",
+            },
+            (),
+        ),
+    ],
+)
+def test_what_slows_a_device_down_now(board: Board, files: dict[str, str], throttled: tuple[str, ...]) -> None:
+    root = board(files)
+    assert read_health(root, root=root).throttled == throttled
+
+
+def test_an_unfit_device_says_why(board: Board) -> None:
+    root = board(
+        {
+            "sys/class/thermal/thermal_zone0/temp": "99000\n",
+            "proc/meminfo": "MemTotal: 900000 kB\nMemAvailable: 2048 kB\n",
+        }
+    )
+    hot, memory = examine(root, root=root).problems
+    assert "99 °C" in hot and "cool down" in hot and memory.startswith("2 MiB of memory")
+    (disk,) = Fitness(min_disk_bytes=1 << 60, max_celsius=100, min_memory_bytes=0).problems(
+        read_health(root, root=root)
+    )
+    assert "of its disk are free" in disk
+    assert Fitness().problems(Health()) == (), "what could not be read is no reason"
 
 
 def test_health_of_a_machine_without_sensors(tmp_path: Path) -> None:
