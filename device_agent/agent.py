@@ -28,6 +28,7 @@ from kedge.device_agent.cache import ArtifactCache
 from kedge.device_agent.health import examine
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
+from kedge.device_agent.results import ResultStore
 from kedge.device_agent.runner import Hello as RunnerHello
 from kedge.device_agent.runner import Runner, RunnerError
 from kedge.rpc import messages as m
@@ -107,7 +108,11 @@ class Agent:
             blobs=self._blobs,
         )
         greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
-        self._core = core.AgentCore(greeting, jitter=random.random)
+        self._results = ResultStore(settings.data_dir / "results")
+        kept = self._results.load()
+        if kept:
+            log.info("%d results of an earlier run wait for the tracker", len(kept))
+        self._core = core.AgentCore(greeting, jitter=random.random, results=kept)
 
     def run(self) -> int:
         """Serve until told to stop; the process's exit status."""
@@ -156,6 +161,10 @@ class Agent:
                 log.info("job %s: cancelled (%s)", action.lease.job_id, action.reason)
                 if self._job is not None:
                     self._job.cancel(action.reason)
+            elif isinstance(action, core.Keep):
+                self._results.keep(action.finished)
+            elif isinstance(action, core.Forget):
+                self._results.forget(action.lease)
             else:
                 self._exit = action
 

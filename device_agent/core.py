@@ -5,14 +5,15 @@ are those of `kedge.rpc.messages`, which also states the rules that both ends ke
 
     waiting --Open--> greeting --Welcome--> ready --lost--> waiting ... --stop--> stopped
 
-A lease is held from AssignJob until ResultAccepted names its job: through reconnects, and through a restart of the
-tracker. One job runs at a time; an assignment that arrives while another job still winds down waits for it.
+A lease is held from AssignJob until ResultAccepted names its job: through reconnects, through a restart of the tracker,
+and, once the job has ended, through a restart of the agent, which keeps results. One job runs at a time; an assignment
+that arrives while another job still winds down waits for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Callable, Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 from kedge.rpc import messages as m
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
@@ -59,6 +60,20 @@ class CancelJob:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Make a result durable, before it is sent."""
+
+    finished: m.JobFinished
+
+
+@dataclass(frozen=True)
+class Forget:
+    """A result that was kept is needed no longer."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True)
 class Exit:
     """The agent is done. `failed` when it was not asked to."""
 
@@ -66,7 +81,7 @@ class Exit:
     failed: bool
 
 
-Action = Union[Open, Send, Close, StartJob, CancelJob, Exit]
+Action = Union[Open, Send, Close, StartJob, CancelJob, Keep, Forget, Exit]
 Key = Tuple[str, int]
 
 
@@ -90,15 +105,16 @@ class AgentCore:
     Args:
         hello: the greeting; its `running` is filled in at every connection.
         jitter: draws from [0, 1), so that a fleet does not reconnect in step.
+        results: what an earlier agent kept.
     """
 
-    def __init__(self, hello: m.Hello, *, jitter: Callable[[], float]) -> None:
+    def __init__(self, hello: m.Hello, *, jitter: Callable[[], float], results: Iterable[m.JobFinished] = ()) -> None:
         self._hello = hello
         self._jitter = jitter
         self._phase = "new"
         self._running: Optional[_Job] = None
         self._waiting: List[_Job] = []
-        self._results: Dict[str, m.JobFinished] = {}
+        self._results: Dict[str, m.JobFinished] = {finished.lease.job_id: finished for finished in results}
         self._attempt = 0
         self._alarm: Optional[float] = None
         self._heartbeat_s = 0.0
@@ -167,8 +183,7 @@ class AgentCore:
             return self._assigned(message)
         if isinstance(message, m.AbortJob):
             return self._aborted(message)
-        self._results.pop(message.job_id, None)
-        return []
+        return self._forget(message.job_id)
 
     def progress(self, lease: Lease, stage: Stage) -> List[Action]:
         """The running job entered a stage."""
@@ -233,7 +248,7 @@ class AgentCore:
             return self._remind(lease) if held.epoch == lease.epoch else []
         actions: List[Action] = []
         # The same job under a newer lease: what the older one did, or does, counts no longer.
-        self._results.pop(lease.job_id, None)
+        actions += self._forget(lease.job_id)
         self._waiting = [job for job in self._waiting if job.lease.job_id != lease.job_id]
         if self._running is not None and self._running.lease.job_id == lease.job_id:
             self._running.superseded = True
@@ -274,7 +289,11 @@ class AgentCore:
     def _report(self, lease: Lease, result: JobResult) -> List[Action]:
         finished = m.JobFinished(lease, result)
         self._results[lease.job_id] = finished
-        return [Send(finished)] if self._phase == "ready" else []
+        return [Keep(finished), *([Send(finished)] if self._phase == "ready" else [])]
+
+    def _forget(self, job_id: str) -> List[Action]:
+        finished = self._results.pop(job_id, None)
+        return [] if finished is None else [Forget(finished.lease)]
 
     def _next(self) -> List[Action]:
         if self._running is not None or not self._waiting or self._phase == "stopped":

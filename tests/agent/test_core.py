@@ -15,6 +15,8 @@ from kedge.device_agent.core import (
     CancelJob,
     Close,
     Exit,
+    Forget,
+    Keep,
     Open,
     Send,
     StartJob,
@@ -78,8 +80,9 @@ def test_a_job_from_assignment_to_acceptance() -> None:
     actions = core.received(assign("a"), 1.0)
     assert bodies(actions) == ["StartJob", "JobStarted"]
     assert bodies(core.progress(lease("a"), Stage.LOAD)) == ["JobProgress"]
-    assert bodies(core.finished(lease("a"), result("done"))) == ["JobFinished"]
+    assert bodies(core.finished(lease("a"), result("done"))) == ["Keep", "JobFinished"]
     assert [key(item) for item in core.held()] == [("a", 1)]
+    assert core.received(accept("a"), 2.0) == [Forget(lease("a"))]
     assert core.received(accept("a"), 2.0) == []
     assert core.held() == ()
 
@@ -88,7 +91,7 @@ def test_a_result_survives_a_lost_connection() -> None:
     core = ready_core()
     core.received(assign("a"), 1.0)
     core.disconnected(1.5)
-    assert core.finished(lease("a"), result("done")) == []
+    assert core.finished(lease("a"), result("done")) == [Keep(m.JobFinished(lease("a"), result("done")))]
     alarm = core.alarm()
     assert alarm is not None
     assert core.tick(alarm) == [Open()]
@@ -97,6 +100,16 @@ def test_a_result_survives_a_lost_connection() -> None:
     assert hello.running == (lease("a"),)
     (again,) = sent(core.received(welcome(), alarm))
     assert again == m.JobFinished(lease("a"), result("done"))
+
+
+def test_a_result_survives_its_agent() -> None:
+    kept = m.JobFinished(lease("a", 3), result("done"))
+    core = AgentCore(m.Hello(Protocol(1), DeviceInfo("b", "x86_64"), "new"), jitter=lambda: 0.5, results=[kept])
+    core.start(0.0)
+    (hello,) = sent(core.connected(0.0))
+    assert isinstance(hello, m.Hello) and hello.running == (lease("a", 3),)
+    assert sent(core.received(welcome(), 0.0)) == [kept]
+    assert core.received(accept("a"), 1.0) == [Forget(lease("a", 3))]
 
 
 def test_running_work_is_announced_with_its_stage_after_a_reconnect() -> None:
@@ -199,7 +212,7 @@ def test_stopping_says_goodbye_and_ends_the_job() -> None:
     core.received(assign("a"), 1.0)
     assert bodies(core.stop("SIGTERM")) == ["CancelJob", "Goodbye", "Close", "Exit"]
     assert core.stop("again") == []
-    assert core.finished(lease("a"), result("x")) == []
+    assert bodies(core.finished(lease("a"), result("x"))) == ["Keep"]
     assert core.alarm() is None
 
 
@@ -220,6 +233,7 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         self.delivered: dict[Key, JobResult] = {}  # results as they reached the tracker
         self.produced: dict[Key, JobResult] = {}  # results that jobs made
         self.resent: set[Key] = set()  # results seen on the current connection
+        self.disk: dict[Key, m.JobFinished] = {}
         self.do(self.core.start(self.now))
 
     def do(self, actions: list[Action]) -> None:
@@ -241,8 +255,14 @@ class AgainstAModelTracker(RuleBasedStateMachine):
                 assert key(action.lease) == self.job
                 assert key(action.lease) not in self.cancelled
                 self.cancelled.add(key(action.lease))
+            elif isinstance(action, Keep):
+                self.disk[key(action.finished.lease)] = action.finished
+            elif isinstance(action, Forget):
+                del self.disk[key(action.lease)]
             elif isinstance(action, Send):
                 assert self.open
+                if isinstance(action.message, m.JobFinished):
+                    assert self.disk[key(action.message.lease)] == action.message, "kept before it is sent"
                 self.deliver(action.message)
 
     def deliver(self, message: m.AgentBody) -> None:
@@ -330,13 +350,33 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         unsettled = {(job, epoch) for job, epoch in self.epochs.items() if job not in self.accepted}
         assert set(held) == unsettled
 
+    @rule()
+    def killed_and_started_again(self) -> None:
+        """What ran is gone, and with it its lease; what had ended is not."""
+        self.job, self.open = None, False
+        for job, epoch in list(self.epochs.items()):
+            if job not in self.accepted and (job, epoch) not in self.disk:
+                del self.epochs[job]
+                self.produced.pop((job, epoch), None)
+        self.core = AgentCore(
+            m.Hello(Protocol(1), DeviceInfo("board", "aarch64"), "again"),
+            jitter=lambda: 0.5,
+            results=self.disk.values(),
+        )
+        self.do(self.core.start(self.now))
+
+    @invariant()
+    def the_disk_holds_what_is_not_accepted(self) -> None:
+        ended = {one for one in self.produced if self.epochs.get(one[0]) == one[1] and one[0] not in self.accepted}
+        assert ended <= set(self.disk) <= {key(item) for item in self.core.held()}
+
     @invariant()
     def every_result_is_with_the_tracker_while_connected(self) -> None:
         if not self.ready():
             return
         for one in self.produced:
             job, epoch = one
-            if self.epochs[job] == epoch and job not in self.accepted:
+            if self.epochs.get(job) == epoch and job not in self.accepted:
                 assert one in self.resent
 
     @invariant()

@@ -14,11 +14,13 @@ from typing import Any, cast
 
 import pytest
 
+from kedge.device_agent.results import ResultStore
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc import convert
+from kedge.rpc import messages as m
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
-from kedge.rpc.outcome import OutcomeKind, Stage
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.transport import open_channel, parse_address
 from kedge.rpc.types import (
     BenchTask,
@@ -27,8 +29,10 @@ from kedge.rpc.types import (
     DeviceState,
     DeviceStatus,
     Job,
+    JobResult,
     JobSpec,
     JobState,
+    Lease,
     RunTask,
     Tensor,
     TimeOptions,
@@ -241,17 +245,55 @@ def test_cancelling_a_running_job_frees_the_device(agent: AgentProcess, fleet: F
 
 
 @pytest.mark.parametrize("fleet", [1_500], indirect=True)
-def test_a_killed_agent_is_a_lost_device(agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path) -> None:
+def test_a_job_that_takes_its_agents_down_is_lost_after_the_second(
+    agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path
+) -> None:
     manifest = fleet.publish(module)
     spinning = fleet.submit(spec(manifest, "spin"))
     fleet.wait_stage(spinning, Stage.RUN)
     below = descendants(agent.process.pid)
     agent.stop(signal.SIGKILL)
-    assert kind(fleet.wait(spinning)) is OutcomeKind.DEVICE_LOST
+    wait_for(lambda: fleet.job(spinning).state is JobState.QUEUED, "the job to wait for a device again")
     wait_for(lambda: not any(runs(pid) for pid in below), "the runner to end with its agent")
+    with AgentProcess(fleet.address, runner, agent.data_dir) as second:
+        second.wait_ready()
+        fleet.wait_stage(spinning, Stage.RUN)
+        second.stop(signal.SIGKILL)
+    assert kind(fleet.wait(spinning)) is OutcomeKind.DEVICE_LOST
+    with AgentProcess(fleet.address, runner, agent.data_dir) as third:
+        third.wait_ready()
+        assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+
+
+def test_a_result_survives_the_death_of_tracker_and_agent(
+    agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path
+) -> None:
+    spinning = fleet.submit(spec(fleet.publish(module), "spin", run_ms=1_000))
+    fleet.wait_stage(spinning, Stage.RUN)
+    fleet.stop(signal.SIGKILL)
+    results = agent.data_dir / "results"
+    wait_for(lambda: list(results.glob("*.result")), "the agent to keep the result")
+    agent.stop(signal.SIGKILL)
+    fleet.start()
     with AgentProcess(fleet.address, runner, agent.data_dir) as successor:
         successor.wait_ready()
-        assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
+        job = fleet.wait(spinning)
+        assert kind(job) is OutcomeKind.TIMEOUT and job.faults == ()
+        assert job.result is not None and Stage.RUN in [item.stage for item in job.result.stage_times]
+        wait_for(lambda: list(results.iterdir()) == [], "the result to be forgotten")
+
+
+def test_a_damaged_result_is_removed_and_its_job_runs_again(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "results")
+    finished = m.JobFinished(Lease("j", 2), JobResult(Outcome(OutcomeKind.OK)))
+    store.keep(finished)
+    (tmp_path / "results" / "k-1.result").write_bytes(b"\xff torn")
+    (tmp_path / "results" / "tmp4711").write_bytes(b"half")
+    assert ResultStore(tmp_path / "results").load() == [finished]
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["j-2.result"]
+    store.forget(finished.lease)
+    store.forget(finished.lease)
+    assert store.load() == []
 
 
 def test_work_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:

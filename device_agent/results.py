@@ -1,0 +1,80 @@
+"""Results that the tracker has not accepted yet, on disk: an agent that is killed has not worked in vain.
+
+One file for each, named after its lease, written before the result is sent. It survives the agent, not a loss of power:
+waiting for the disk would cost every job more than running a few of them again. A torn file is found and removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import List
+
+from kedge.rpc import messages as m
+from kedge.rpc.types import Lease
+
+log = logging.getLogger("kedge.agent")
+
+_NAME = re.compile(r"[0-9A-Za-z_-]+")
+_SUFFIX = ".result"
+
+
+class ResultStore:
+    """The results in a folder, which is made when it does not exist; raises OSError where it cannot be."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> List[m.JobFinished]:
+        """What an earlier agent left, oldest first. What cannot be read is removed: its job runs again."""
+        from kedge.protos.v1 import agent_pb2
+        from kedge.rpc import convert
+
+        found = []
+        for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            finished = None
+            if path.suffix == _SUFFIX:
+                try:
+                    finished = convert.agent_message_from_pb(agent_pb2.AgentMessage.FromString(path.read_bytes()))
+                except Exception as error:  # noqa: BLE001 - whatever protobuf makes of a damaged file
+                    log.warning("the result in %s cannot be read, its job is run again: %s", path, error)
+            if isinstance(finished, m.JobFinished):
+                found.append(finished)
+            else:
+                path.unlink()
+        return found
+
+    def keep(self, finished: m.JobFinished) -> None:
+        """Write a result down. A disk that does not take it is reported: the result then lives as long as the agent."""
+        from kedge.rpc import convert
+
+        data = convert.agent_message_to_pb(finished, 0).SerializeToString()
+        path = self._path(finished.lease)
+        try:
+            with tempfile.NamedTemporaryFile(dir=str(self._folder), delete=False) as file:
+                try:
+                    file.write(data)
+                    file.flush()
+                    Path(file.name).replace(path)
+                except BaseException:
+                    Path(file.name).unlink()
+                    raise
+        except OSError as error:
+            log.warning("job %s: its result cannot be kept on disk: %s", finished.lease.job_id, error.strerror)
+
+    def forget(self, lease: Lease) -> None:
+        """The tracker has the result, or does not want it."""
+        try:
+            self._path(lease).unlink()
+        except FileNotFoundError:
+            pass  # it could not be kept
+        except OSError as error:
+            log.warning("job %s: its result cannot be removed: %s", lease.job_id, error.strerror)
+
+    def _path(self, lease: Lease) -> Path:
+        if not _NAME.fullmatch(lease.job_id):
+            raise ValueError(f"{lease.job_id!r} is no job's id")
+        return self._folder / f"{lease.job_id}-{lease.epoch}{_SUFFIX}"
