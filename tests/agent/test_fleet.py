@@ -352,7 +352,7 @@ def test_an_agent_that_leaves_is_gone_at_once(agent: AgentProcess, fleet: Fleet)
     assert fleet.state() is DeviceState.IDLE
     assert agent.stop() == 0
     assert fleet.state() is DeviceState.GONE
-    assert sorted(path.name for path in agent.data_dir.iterdir()) == ["cache", "jobs", "lock"]
+    assert sorted(path.name for path in agent.data_dir.iterdir()) == ["cache", "jobs", "lock", "results"]
     assert list((agent.data_dir / "jobs").iterdir()) == []
 
 
