@@ -2,7 +2,14 @@
 
 python benchmarks/arm_mca.py                                    # all cases on all cores; writes a result file
 python benchmarks/arm_mca.py --cases matmul,conv3x3 --cpus neoverse-n1 --show
+python benchmarks/arm_mca.py --shapes matmul:33x77x129,conv:58x28x28:k1:f96,depthwise:24x113x65:k5:s2
 python benchmarks/arm_mca.py --smoke                            # one case on two cores, judges no figure
+
+Shapes are KIND:SIZES, then options:
+    matmul:MxKxN               (M, K) times constant (K, N); `:inputs`: the second operand is an input as well
+    conv:CxHxW:kN              C channels of H x W, kernels of N x N, padded by N // 2, bias and relu; `:sN`: stride 1
+                               unless given; `:fN`: filters, as many as channels unless given; `:gN`: groups
+    depthwise:CxHxW:kN         the same with as many groups as channels
 
 It needs llvm-mca of LLVM 19: on Debian `apt-get install llvm-19` has it as llvm-mca-19; --mca names another program.
 
@@ -75,35 +82,89 @@ CPUS = (
 )
 
 
-def matmul(m: int, k: int, n: int, *, constant: bool = True) -> Callable[[], Net]:
-    def make() -> Net:
+# Cases --------------------------------------------------------------------------------------------------------------
+
+_MATMUL = re.compile(r"matmul:(?P<m>\d+)x(?P<k>\d+)x(?P<n>\d+)(?P<inputs>:inputs)?")
+_CONV = re.compile(
+    r"(?P<kind>conv|depthwise):(?P<c>\d+)x(?P<h>\d+)x(?P<w>\d+):k(?P<k>\d+)(?::s(?P<s>\d+))?(?::f(?P<f>\d+))?"
+    r"(?::g(?P<g>\d+))?"
+)
+
+
+def network(shape: str) -> Net:
+    """The model of one operator that a shape stands for; raises ValueError where it stands for none."""
+    product = _MATMUL.fullmatch(shape)
+    if product:
+        m, k, n = (int(product[name]) for name in "mkn")
         net = Net("matmul")
-        second = net.normal("b", (k, n), 1.0) if constant else net.input("b", (k, n))
+        second = net.input("b", (k, n)) if product["inputs"] else net.normal("b", (k, n), 1.0)
         net.finish(net.node("MatMul", "y", [net.input("a", (m, k)), second], (m, n), float(k)))
         return net
+    found = _CONV.fullmatch(shape)
+    if not found:
+        raise ValueError(f"{shape!r} is no shape; they look like matmul:33x77x129 and conv:58x28x28:k3:s2:f96")
+    channels, height, width, kernel = (int(found[name]) for name in "chwk")
+    stride, filters = int(found["s"] or 1), int(found["f"] or channels)
+    groups = channels if found["kind"] == "depthwise" else int(found["g"] or 1)
+    if channels % groups or filters % groups:
+        raise ValueError(
+            f"{shape!r}: {groups} groups divide {channels} channels and {filters} filters in no equal parts"
+        )
+    net = Net("conv")
+    x = net.input("x", (1, channels, height, width))
+    net.finish(net.relu("y", net.conv("conv", x, filters, kernel, stride, groups=groups, bias=True)))
+    return net
 
-    return make
 
-
-def conv(channels: int, out: int, size: int, kernel: int, stride: int = 1, groups: int = 1) -> Callable[[], Net]:
-    def make() -> Net:
-        net = Net("conv")
-        x = net.input("x", (1, channels, size, size))
-        net.finish(net.relu("y", net.conv("conv", x, out, kernel, stride, groups=groups, bias=True)))
-        return net
-
-    return make
-
-
-CASES: dict[str, Callable[[], Net]] = {
-    "matmul": matmul(256, 256, 256),
-    "matmul-inputs": matmul(256, 256, 256, constant=False),
-    "conv1x1": conv(128, 128, 28, 1),
-    "conv3x3": conv(64, 64, 56, 3),
-    "conv3x3-stride2": conv(64, 128, 56, 3, 2),
-    "conv7x7-stem": conv(3, 64, 224, 7, 2),
-    "depthwise3x3": conv(144, 144, 56, 3, groups=144),
-    "depthwise5x5": conv(240, 240, 28, 5, groups=240),
+#: Those with names are common layers; the others are odd: tails of rows and of blocks, small and oblong images.
+CASES: dict[str, str] = {
+    "matmul": "matmul:256x256x256",
+    "matmul-inputs": "matmul:256x256x256:inputs",
+    "conv1x1": "conv:128x28x28:k1",
+    "conv3x3": "conv:64x56x56:k3",
+    "conv3x3-stride2": "conv:64x56x56:k3:s2:f128",
+    "conv7x7-stem": "conv:3x224x224:k7:s2:f64",
+    "depthwise3x3": "depthwise:144x56x56:k3",
+    "depthwise5x5": "depthwise:240x28x28:k5",
+} | {
+    shape: shape
+    for shape in (
+        "matmul:100x100x100",
+        "matmul:100x100x100:inputs",
+        "matmul:33x77x129",
+        "matmul:33x77x129:inputs",
+        "matmul:1x512x512",
+        "matmul:1x512x512:inputs",
+        "matmul:7x64x1000",
+        "conv:24x56x56:k1:f58",
+        "conv:58x28x28:k1",
+        "conv:96x14x14:k1:f24",
+        "conv:128x7x7:k1",
+        "conv:96x113x65:k1:f58",
+        "conv:24x56x56:k3",
+        "conv:58x28x28:k3:s2",
+        "conv:96x14x14:k3",
+        "conv:128x7x7:k3",
+        "conv:128x14x14:k3:s2",
+        "conv:24x113x65:k3:f58",
+        "conv:3x113x65:k3:s2:f24",
+        "conv:24x28x28:k5",
+        "conv:58x14x14:k5:f96",
+        "conv:96x7x7:k5",
+        "conv:3x113x65:k7:s2:f96",
+        "conv:24x56x56:k7:s2",
+        "conv:64x28x28:k3:g4",
+        "depthwise:24x56x56:k3:s2",
+        "depthwise:58x28x28:k3",
+        "depthwise:96x14x14:k3",
+        "depthwise:128x7x7:k3",
+        "depthwise:96x113x65:k3:s2",
+        "depthwise:128x14x14:k3:s2",
+        "depthwise:58x28x28:k5:s2",
+        "depthwise:96x7x7:k5",
+        "depthwise:128x14x14:k5",
+        "depthwise:24x113x65:k5:s2",
+    )
 }
 
 
@@ -124,12 +185,18 @@ class Loop:
     @property
     def multiply_adds(self) -> int:
         """Of float32 in one iteration: each lane counts. A multiplication beside an addition counts as well."""
+        counts = self.counts
+        return counts["fused"] + min(counts["product"], counts["sum"])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The lanes of each kind of arithmetic."""
         counts = {"fused": 0, "product": 0, "sum": 0}
         for instruction in self.instructions:
             kind, lanes = arithmetic(instruction)
             if kind:
                 counts[kind] += lanes
-        return counts["fused"] + min(counts["product"], counts["sum"])
+        return counts
 
 
 _KINDS = {
@@ -184,10 +251,11 @@ def loops(assembly: str) -> list[Loop]:
 def hottest(assemblies: Sequence[str]) -> Loop | None:
     """The innermost loop with the most multiply-adds in an iteration; None where no loop has any.
 
-    One that branches inside, as at the borders of images, counts only where there is no other.
+    One that branches inside, as at the borders of images, counts only where there is no other; one that multiplies and
+    adds in different instructions, as transforms do, only where none does both in one.
     """
     found = [loop for text in assemblies for loop in loops(text) if loop.multiply_adds]
-    return max(found, key=lambda loop: (loop.is_straight, loop.multiply_adds), default=None)
+    return max(found, key=lambda loop: (loop.is_straight, loop.counts["fused"], loop.multiply_adds), default=None)
 
 
 # Compiling and asking llvm-mca --------------------------------------------------------------------------------------
@@ -234,13 +302,19 @@ def without_multiples(instruction: str) -> list[str]:
     return [f"{way}r {name}, [{base}]{', #4' if written else ''}" for name in names if name != base]
 
 
+class Crash(Exception):
+    """llvm-mca died by a signal: version 19 does on some loops for the Cortex-A9."""
+
+
 def cycles(mca: str, cpu: Cpu, block: str) -> float:
-    """Of one iteration of a block, once its loop is under way."""
+    """Of one iteration of a block, once its loop is under way; raises Crash."""
     totals = []
     for iterations in (ITERATIONS, 2 * ITERATIONS):
         command = [mca, f"-mtriple={cpu.triple}", f"-mcpu={cpu.name}", f"-iterations={iterations}", "-json"]
         command += [] if cpu.triple.startswith("aarch64") else ["-mattr=+neon"]  # not of every Cortex-A9
         done = subprocess.run(command, input=block + "\n", capture_output=True, text=True, check=False)
+        if done.returncode < 0:  # of its own defects, no fault of the loop
+            raise Crash
         if done.returncode:
             raise SystemExit(f"{mca} refuses a loop for {cpu.name}:\n{done.stderr}\n{block}")
         totals.append(json.loads(done.stdout)["CodeRegions"][0]["SummaryView"]["TotalCycles"])
@@ -254,15 +328,21 @@ def peak(mca: str, cpu: Cpu) -> float:
 
 
 def estimate(mca: str, name: str, cpu: Cpu, most: float) -> Row:
-    """One case on one core."""
+    """One case, or shape, on one core."""
     print(f"{name} for {cpu.label}", file=sys.stderr, flush=True)
-    texts, rules = assemblies(CASES[name](), cpu)
-    row: Row = {"case": name, "cpu": cpu.name, "triple": cpu.triple, "rules": rules, "peak_per_cycle": most}
+    shape = CASES.get(name, name)
+    texts, rules = assemblies(network(shape), cpu)
+    row: Row = {
+        "case": name, "shape": shape, "cpu": cpu.name, "triple": cpu.triple, "rules": rules, "peak_per_cycle": most
+    }  # fmt: skip
     loop = hottest(texts)
     if loop is None:
         return row | {"share": 0.0, "multiply_adds": 0, "loop": []}
     lines = [line for instruction in loop.instructions for line in without_multiples(instruction)]
-    spent = cycles(mca, cpu, "\n".join(lines))
+    try:
+        spent = cycles(mca, cpu, "\n".join(lines))
+    except Crash:
+        return row | {"multiply_adds": loop.multiply_adds, "share": None, "loop": list(loop.instructions)}
     share = loop.multiply_adds / spent / most
     return row | {
         "multiply_adds": loop.multiply_adds, "cycles": spent, "share": share, "loop": list(loop.instructions)
@@ -295,7 +375,8 @@ def table(rows: Sequence[Row], cpus: Sequence[Cpu]) -> Table:
     for row in rows:
         least = wanted[row["cpu"], row["triple"]]
         spent = f"{row['cycles']:.1f}" if "cycles" in row else "-"
-        cells = [str(len(row["loop"])), str(row["multiply_adds"]), spent, f"{row['share']:.0%}"]
+        share = "crash" if row["share"] is None else f"{row['share']:.0%}"
+        cells = [str(len(row["loop"])), str(row["multiply_adds"]), spent, share]
         made.add_row(row["case"], row["cpu"], *cells, f"{least:.0%}" if least else "-")
     return made
 
@@ -312,9 +393,20 @@ def pick(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def shapes(text: str) -> list[str]:
+    """Reads "a,b" as shapes."""
+    for shape in text.split(","):
+        try:
+            network(shape)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return text.split(",")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=pick(list(CASES)), metavar="NAME,…", help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--shapes", type=shapes, metavar="SHAPE,…", help="other cases, as above; alone or with --cases")
     names = [cpu.name for cpu in CPUS]
     parser.add_argument("--cpus", type=pick(names), metavar="NAME,…", help=f"some of {', '.join(names)}")
     parser.add_argument("--mca", metavar="PROGRAM", help="llvm-mca-19 unless given")
@@ -323,7 +415,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
     mca = find_mca(options.mca)
-    cases = options.cases or (["matmul"] if options.smoke else list(CASES))
+    cases = [*(options.cases or []), *(options.shapes or [])] or (["matmul"] if options.smoke else list(CASES))
     chosen = options.cpus or (["neoverse-n1", "cortex-a9"] if options.smoke else names)
     cpus = [cpu for cpu in CPUS if cpu.name in chosen]
     peaks = {cpu: peak(mca, cpu) for cpu in cpus}
@@ -334,14 +426,15 @@ def main() -> None:
     if options.show:
         for row in rows:
             text = "\n    ".join(row["loop"])
-            print(f"{row['case']}, {row['cpu']}: {row['share']:.0%}\n    {text}")
+            share = "llvm-mca crashes" if row["share"] is None else f"{row['share']:.0%}"
+            print(f"{row['case']}, {row['cpu']}: {share}\n    {text}")
     if options.json:
         print(json.dumps(result, indent=2))
     else:
         Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120).print(table(rows, cpus))
         for cpu in cpus:
             print(f"{cpu.label}: {peaks[cpu]:.2f} multiply-adds of float32 in a cycle at most, by its model")
-    if not (options.smoke or options.cases or options.cpus):
+    if not (options.smoke or options.cases or options.shapes or options.cpus):
         path = RESULTS / f"arm-mca-{date}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written to {path}", file=sys.stderr)

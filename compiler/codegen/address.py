@@ -51,6 +51,9 @@ class AddressEmitter:
         self._caches: list[dict[object, Any]] = [{}]
         self._shifted: dict[tuple[str, str], tuple[int, str]] = {}
         self._remainders: dict[Value, tuple[Linear, Linear, int]] = {}  # x % d: x, x // d and d
+        #: By pointers to buffers that are read in runs now: the address of the run's first vector, and the constant in
+        #: its position. All of a run differ in that only.
+        self.runs: dict[str, tuple[str, int] | None] = {}
 
     def bind_symbol(self, var: Var, value: Value) -> None:
         """Make a free dim known under its LLVM value (i64)."""
@@ -258,8 +261,18 @@ class AddressEmitter:
         It is no `inbounds` one: that of a lane that is off, and the sum without its constant, which neighbours share,
         may be outside of the buffer.
         """
+        if pointer.ref not in self.runs:
+            return self._sum(pointer.ref, memory, position)
+        start, constant = self.runs[pointer.ref], position.split_constant()[1]
+        if start is None:  # LLVM steps from here to the next, whatever else is at the same address
+            first = self._sum(pointer.ref, memory, position)
+            start = self.b.result(f'call ptr asm "", "=r,0"(ptr {first})', "ptr").ref, constant
+            self.runs[pointer.ref] = start
+        address, before = start
+        return self._sum(address, memory, Linear.of(constant - before))
+
+    def _sum(self, ref: str, memory: str, position: Linear) -> str:
         rest, constant = position.split_constant()
-        ref = pointer.ref
         if constant < 0 and self.b.target.arch.name == "armv7l" and ref.startswith("%arg"):
             ref, constant = self._ahead(ref, memory, constant)
         if rest.terms:

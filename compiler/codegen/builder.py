@@ -219,14 +219,15 @@ class FunctionBuilder:
         to = type_ if value.lanes == 1 else f"<{value.lanes} x {type_}>"
         return self.result(f"{name} {value.typed} to {to}", type_, value.lanes)
 
-    def intrinsic(self, name: str, *args: Value) -> Value:
-        """An intrinsic whose arguments and result have one type: "llvm.fma", "llvm.sqrt", …"""
+    def intrinsic(self, name: str, *args: Value, flags: str = "") -> Value:
+        """An intrinsic whose arguments and result have one type: "llvm.fma", "llvm.sqrt", …; `flags` of fast math."""
         args = self._match(*args)
         first = args[0]
         kind = {"float": "f32", "double": "f64", "half": "f16"}.get(first.type, first.type)
         full = f"{name}.{kind if first.lanes == 1 else f'v{first.lanes}{kind}'}"
         self.module.declare(full, f"{first.full} @({', '.join(a.full for a in args)})")
-        return self.result(f"call {first.full} @{full}({', '.join(a.typed for a in args)})", first.type, first.lanes)
+        inside = ", ".join(a.typed for a in args)
+        return self.result(f"call {flags}{first.full} @{full}({inside})", first.type, first.lanes)
 
     def call(self, name: str, result: Value, args: Sequence[Value]) -> Value:
         """Call a function of this module; `result` gives the type."""

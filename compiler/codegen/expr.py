@@ -49,6 +49,7 @@ class ExprEmitter(AddressEmitter):
         super().__init__(builder)
         self.together: Mapping[Load, Together] = {}  # by the loads under the unrolled loops around
         self.turned: Mapping[Load, Turned] = {}  # by the loads under the unrolled loop around
+        self._accumulates = False  # what is computed now goes to a register tile
 
     # Memory -----------------------------------------------------------------------------------------------------
 
@@ -224,7 +225,9 @@ class ExprEmitter(AddressEmitter):
     def store(self, buffer: Buffer, indices: Sequence[Expr], expr: Expr) -> None:
         """`buffer[indices] = expr`, in every lane that is on."""
         position = self.offset(buffer, indices)
+        self._accumulates = buffer.scope == "register"
         value = arith.to_memory(self.b, self.value(expr), buffer.dtype)
+        self._accumulates = False
         pointer, kind = self._pointer(buffer), scalar_type(buffer.dtype)
         if self.lanes == 1:
             address = self._address(pointer, kind.memory, position)
@@ -372,7 +375,9 @@ class ExprEmitter(AddressEmitter):
                         z = self.b.negate(z)
                     else:
                         x = self.b.negate(x)
-                return self.b.intrinsic(intrinsic, x, y, z)
+                # Where a sum begins with 0.0 in a register, the first product is it, but for the sign of a zero.
+                by_element = self._accumulates and self.b.target.fma_by_element
+                return self.b.intrinsic(intrinsic, x, y, z, flags="nsz " if by_element else "")
         return None
 
     def _call(self, expr: Call) -> Value:
@@ -441,6 +446,7 @@ class ExprEmitter(AddressEmitter):
         b = self.b
         yes, no, join = b.fresh("then"), b.fresh("else"), b.fresh("join")
         b.branch(condition, yes, no)
+        runs, self.runs = self.runs, {}  # none may begin in a branch
         ends = []
         for label, emit in ((yes, then), (no, otherwise)):
             b.label(label)
@@ -450,6 +456,7 @@ class ExprEmitter(AddressEmitter):
                     value = b.broadcast(value, self.lanes)
             ends.append((value, b.block))
             b.jump(join)
+        self.runs = runs
         b.label(join)
         first = ends[0][0]
         incoming = ", ".join(f"[ {value.ref}, %{block} ]" for value, block in ends)

@@ -19,6 +19,8 @@ from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
 from kedge.compiler.codegen.prefetch import prefetches
 from kedge.compiler.codegen.prepare import prepare
+from kedge.compiler.codegen.runs import in_runs
+from kedge.compiler.codegen.split import split_loops
 from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.together import MAX_UNROLL, together
 from kedge.compiler.codegen.turned import turned
@@ -59,6 +61,8 @@ def emit_kernel(func: PrimFunc, target: Target, symbol: str) -> KernelCode:
     """
     module = ModuleBuilder(target)
     body = prepare(func)
+    if target.fma_by_element:
+        body = split_loops(body)
     needs = _workspace_buffers(body)
     emitter = KernelEmitter(module, symbol)
     params = ["ptr %frame"]
@@ -216,10 +220,14 @@ class KernelEmitter(ParallelEmitter):
             self.together = together(loop, self.ranges, self._vector_lanes())
         if not outer_turned and self.lanes == 1:
             self.turned = turned(loop, self.ranges)
+        around = self.runs
+        by_runs = in_runs(loop, self.ranges) if self.b.target.arch.name == "armv7l" and not around else ()
         for i in range(count):
             self.env[loop.var] = Linear.of(i)
+            if by_runs:
+                self.runs = {self.pointers[buffer].ref: None for buffer in by_runs}
             self._iteration(loop)
-        self.together, self.turned = outer, outer_turned
+        self.together, self.turned, self.runs = outer, outer_turned, around
 
     def _vector_lanes(self) -> dict[str, int]:
         """The elements of a vector, for each dtype of which the target multiplies vectors by an element."""

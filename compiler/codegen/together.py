@@ -11,15 +11,17 @@ four. Only what the unrolled loops surely read is loaded.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kedge.compiler.codegen.alloc import expressions_of, statements_of
 from kedge.compiler.schedule.rules.analysis import stride
-from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Select, Var
-from kedge.compiler.tir.simplify import Ranges, over
+from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Select, Var, const
+from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, over
 from kedge.compiler.tir.stmt import For, If, Range, Stmt
-from kedge.compiler.tir.visitor import children, free_vars, loads
+from kedge.compiler.tir.visitor import children, free_vars, loads, substitute_expr
 
 #: Loops are unrolled up to so many iterations.
 MAX_UNROLL = 512
@@ -46,7 +48,7 @@ def together(loop: For, ranges: Ranges, lanes: Mapping[str, int]) -> dict[Load, 
     `ranges` are those of the variables around; `lanes` the elements of a vector, for each dtype that comes in vectors.
     """
     found: dict[Load, list[_Place]] = {}
-    for place in _places(loop, (), frozenset()):
+    for place in _places(loop, _Around()):
         if place.load.buffer.dtype in lanes:
             found.setdefault(place.load, []).append(place)
     result = {}
@@ -59,68 +61,99 @@ def together(loop: For, ranges: Ranges, lanes: Mapping[str, int]) -> dict[Load, 
 
 
 @dataclass(frozen=True, slots=True)
+class _Around:
+    """What is around a load: unrolled loops, conditions, and variables that decide in other ways whether it happens."""
+
+    loops: tuple[For, ...] = ()
+    conditions: tuple[Expr, ...] = ()
+    guards: frozenset[Var] = frozenset()
+
+    def where(self, condition: Expr) -> _Around:
+        """The same where a condition holds."""
+        if _reads_data(condition):
+            return replace(self, loops=())
+        return replace(self, conditions=(*self.conditions, *conjuncts(condition)))
+
+    def unless(self, condition: Expr) -> _Around:
+        """The same where a condition does not hold."""
+        if _reads_data(condition):
+            return replace(self, loops=())
+        return replace(self, guards=self.guards | set(free_vars(condition)))
+
+
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """A load, the unrolled loops right around it, and the variables that decide whether it happens."""
+    """A load, and what is around it."""
 
     load: Load
-    loops: tuple[For, ...]
-    guards: frozenset[Var]
+    around: _Around
 
 
-def _places(stmt: Stmt, loops: tuple[For, ...], guards: frozenset[Var]) -> Iterator[_Place]:
+def _places(stmt: Stmt, around: _Around) -> Iterator[_Place]:
     for expr in expressions_of(stmt):
-        yield from _read(expr, loops, guards)
+        yield from _read(expr, around)
     match stmt:
+        case If(condition=condition, then=then, orelse=orelse):
+            yield from _places(then, around.where(condition))
+            if orelse is not None:
+                yield from _places(orelse, around.unless(condition))
+            return
         case For(kind="unrolled", extent=Const(value=count)) if count <= MAX_UNROLL:
-            loops = (*loops, stmt)
+            around = replace(around, loops=(*around.loops, stmt))
         case For(kind=kind) if kind != "vectorized":
-            loops = ()
-        case If(condition=condition):
-            loops, guards = _under(condition, loops, guards)
+            around = replace(around, loops=())
     for child in statements_of(stmt):
-        yield from _places(child, loops, guards)
+        yield from _places(child, around)
 
 
-def _read(expr: Expr, loops: tuple[For, ...], guards: frozenset[Var]) -> Iterator[_Place]:
+def _read(expr: Expr, around: _Around) -> Iterator[_Place]:
     match expr:
         case Load():
-            yield _Place(expr, loops, guards)
-        case Select(condition=condition):
-            yield from _read(condition, loops, guards)
-            for side in (expr.a, expr.b):
-                yield from _read(side, *_under(condition, loops, guards))
+            yield _Place(expr, around)
+        case Select(condition=condition, a=first, b=second):
+            yield from _read(condition, around)
+            yield from _read(first, around.where(condition))
+            yield from _read(second, around.unless(condition))
             return
-        case Binary(op="and" | "or", a=first, b=second):
-            yield from _read(first, loops, guards)
-            yield from _read(second, *_under(first, loops, guards))
+        case Binary(op="and" | "or" as op, a=first, b=second):
+            yield from _read(first, around)
+            yield from _read(second, around.where(first) if op == "and" else around.unless(first))
             return
     for child in children(expr):
-        yield from _read(child, loops, guards)
+        yield from _read(child, around)
 
 
-def _under(condition: Expr, loops: tuple[For, ...], guards: frozenset[Var]) -> tuple[tuple[For, ...], frozenset[Var]]:
-    """What is known of a place that is reached under a condition; one on data may change with every iteration."""
-    return () if any(True for _ in loads(condition)) else loops, guards | set(free_vars(condition))
+def _reads_data(condition: Expr) -> bool:
+    """Whether it may change with every iteration, whatever its variables are."""
+    return any(True for _ in loads(condition))
 
 
 def _plan(place: _Place, ranges: Ranges, lanes: int) -> Together | None:
-    load = place.load
-    known: dict[Var, Range] = {**ranges, **{loop.var: over(loop.extent) for loop in place.loops}}
+    load, around = place.load, place.around
+    known: dict[Var, Range] = {**ranges, **{loop.var: over(loop.extent) for loop in around.loops}}
     steps: dict[Var, int] = {}
-    elements = {0}
-    for loop in place.loops:
-        if loop.var in place.guards:
+    counts: dict[Var, int] = {}
+    for loop in around.loops:
+        if loop.var in around.guards:
             continue
         step = stride(load.indices, load.buffer.shape, loop.var, known)
         if step is None:
             return None
         assert isinstance(loop.extent, Const)
-        count = int(loop.extent.value)
-        if step and count * len(elements) > _MOST_ELEMENTS:
-            return None
+        counts[loop.var] = int(loop.extent.value)
         if step:
             steps[loop.var] = step
-            elements = {element + step * i for element in elements for i in range(count)}
+    # What does not depend on the loops is the same in all iterations: the load happens in all of them, or in none.
+    conditions = [each for each in around.conditions if not counts.keys().isdisjoint(free_vars(each))]
+    moving = steps if not conditions else counts
+    if math.prod(counts[var] for var in moving) > _MOST_ELEMENTS:
+        return None
+    simplifier = Simplifier(known)
+    elements = set()
+    for values in itertools.product(*(range(counts[var]) for var in moving)):
+        at = {var: const(value) for var, value in zip(moving, values, strict=True)}
+        if all(simplifier.prove(substitute_expr(each, at)) for each in conditions):
+            elements.add(sum(steps.get(var, 0) * value for var, value in zip(moving, values, strict=True)))
     vectors = dict(_vectors(sorted(elements), lanes))
     return Together(steps, vectors) if vectors else None
 

@@ -264,6 +264,7 @@ class _Choice:
 
     condition: Expr
     first: Expr | None  # where this holds all of the tile takes the first side; None: nowhere, as far as is known
+    left: Expr  # what decides there still, since no whole tile fulfils it: true if nothing does
     second: Expr | None
     depth: int
 
@@ -293,10 +294,11 @@ def _choose(stmt: Stmt, path: tuple[For, ...]) -> Stmt:
     if len(found) == 1:
         ((key, choice),) = found.items()
         if choice.second is not None:
-            result = If(choice.second, _choose(_taking(stmt, {key}, first=False), path), result)
+            result = If(choice.second, _choose(_taking(stmt, {key: _FALSE}), path), result)
     firsts = [choice.first for choice in found.values() if choice.first is not None]
     if len(firsts) == len(found):
-        result = If(logical_and(*firsts), _choose(_taking(stmt, set(found), first=True), path), result)
+        taken = _taking(stmt, {key: choice.left for key, choice in found.items()})
+        result = If(logical_and(*firsts), _choose(taken, path), result)
     return result
 
 
@@ -326,7 +328,8 @@ def _choice(select: Select, path: tuple[For, ...]) -> _Choice | None:
     terms = tuple(conjuncts(select.condition))
     claims = [_claim(term, path) for term in terms]
     sure = [claim for claim in claims if claim is not None and not _is_false(claim.sure)]
-    first = logical_and(*(claim.sure for claim in sure)) if len(sure) == len(terms) else None
+    left = [claim.conjunct for claim in claims if claim is not None and _is_false(claim.sure)]
+    first = logical_and(*(claim.sure for claim in sure)) if sure and len(sure) + len(left) == len(terms) else None
     opposite = negated(terms[0]) if len(terms) == 1 else None
     other = None if opposite is None else _claim(opposite, path)
     if other is not None and _is_false(other.sure):
@@ -334,21 +337,24 @@ def _choice(select: Select, path: tuple[For, ...]) -> _Choice | None:
     if first is None and other is None:
         return None
     depth = max(claim.depth for claim in (*(sure if first is not None else ()), *((other,) if other else ())))
-    return _Choice(select.condition, first, None if other is None else other.sure, depth)
+    return _Choice(select.condition, first, logical_and(*left), None if other is None else other.sure, depth)
 
 
-def _taking(stmt: Stmt, conditions: set[Key], *, first: bool) -> Stmt:
-    """`stmt` with one side of the choices on those conditions."""
+def _taking(stmt: Stmt, left: Mapping[Key, Expr]) -> Stmt:
+    """`stmt` in which choices on those conditions are made by what is left of these."""
 
     def take(expr: Expr) -> Expr:
         new = map_children(expr, take)
-        if isinstance(new, Select) and expr_key(new.condition) in conditions:
-            return new.a if first else new.b
-        return new
+        rest = left.get(expr_key(new.condition)) if isinstance(new, Select) else None
+        if rest is None or not isinstance(new, Select):
+            return new
+        if isinstance(rest, Const):
+            return new.a if rest.value else new.b
+        return replace(new, condition=rest)
 
     if isinstance(stmt, Store):
         return map_stmt_exprs(stmt, take)
-    return map_stmt_children(stmt, lambda child: _taking(child, conditions, first=first))
+    return map_stmt_children(stmt, lambda child: _taking(child, left))
 
 
 def _stores(stmt: Stmt, *, tiles: bool = True) -> int:

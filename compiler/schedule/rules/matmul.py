@@ -50,6 +50,8 @@ _ALIAS = 4096
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
 _UNROLL = (1, 2, 4, 8)
 _UNROLL_REGISTERS = 32
+#: Elements of all rows that are multiplied by in one iteration, where a multiply-add takes one out of a register.
+_UNROLL_ELEMENTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,8 @@ def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:
     """Steps of the sum at once: some tens of multiply-adds, without a rest. They want registers of their own."""
     depth = extent_of(product.depth.extent)
     if depth is not None and target.fma_by_element:
-        return max(u for u in _UNROLL if depth % u == 0 and u <= tile.width)  # the elements of one load
+        # The elements of one load of each row, or of two where rows are few.
+        return max(u for u in _UNROLL if depth % u == 0 and (u <= tile.width or u * tile.rows <= _UNROLL_ELEMENTS))
     if depth is None or target.vector_registers < _UNROLL_REGISTERS:
         return 1
     return max(u for u in _UNROLL if depth % u == 0 and (u == 1 or u * tile.rows * tile.vectors <= 48))

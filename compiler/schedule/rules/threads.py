@@ -36,8 +36,10 @@ def is_worth_threads(blocks: Iterable[Block], target: TargetModel) -> bool:
     return sum(cycles(block, target) for block in listed) >= PARALLEL_CYCLES
 
 
-def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float, target: TargetModel) -> None:
+def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float, target: TargetModel) -> list[LoopRef]:
     """Spread perfectly nested `loops` over threads; `total_cycles` is what they cost at their least size.
+
+    Returns the innermost of them, which stay as they are.
 
     Only as many of the outermost are fused as give every core enough iterations: taking an iteration apart again costs
     divisions, which the loops inside of it then do without.
@@ -49,13 +51,15 @@ def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float, target
     Rewrite:
         for i: for j: …   ->   for i_j in parallel(…):  # grain=n
     """
-    outermost = loops[: _enough(sch, loops, target.num_cores)]
+    count = _enough(sch, loops, target.num_cores)
+    outermost = loops[:count]
     loop = sch.fuse(*outermost) if len(outermost) > 1 else outermost[0]
     sch.parallel(loop)
     extent = sch.extent(loop)
     if not isinstance(extent, Const):
         per_iteration = max(1.0, total_cycles / at_least(extent))
         sch.annotate(loop, "grain", math.ceil(PARALLEL_CYCLES / per_iteration))
+    return loops[count:]
 
 
 def _enough(sch: Schedule, loops: Sequence[LoopRef], cores: int) -> int:

@@ -25,8 +25,9 @@ from kedge.compiler.schedule.rules.rule import Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import intermediate, readers
+from kedge.compiler.tir.expr import Select
 from kedge.compiler.tir.stmt import Block, Buffer
-from kedge.compiler.tir.visitor import loads
+from kedge.compiler.tir.visitor import loads, walk_expr
 
 #: Independent accumulators that hide the latency of a multiply-add (4 cycles, 2 a cycle on most cores).
 _LATENCY_TILES = 8
@@ -40,8 +41,13 @@ _MOST_UNROLLED = 512
 _MOST_UNROLLED_OPEN = 128
 #: Where no operand comes from memory, all loads of unrolled code want registers; some tens hide a loop's overhead.
 _MOST_UNROLLED_BY_ELEMENT = 48
+#: What a step of the sums costs beside multiply-adds and loads, in multiply-adds.
+_STEP_CYCLES = 0.5
+_FEW_REGISTERS = 16
 _MOST_ROWS = 14
 _MOST_VECTORS = 6
+#: With so many tiles in a row of an image there is none between the borders.
+_FEW_TILES = 2
 #: Rows along a dim of unknown size, such as a batch: rows that do not fill a tile cost the most where there is one.
 _OPEN_ROWS = 4
 #: Vectors that such a tile has at least, so that one row alone has accumulators enough to keep the processor busy.
@@ -84,7 +90,7 @@ def tile_by_model(block: Block, target: TargetModel) -> Tile:
     extent = extent_of(spatial(block)[vector].extent)
     width = fitting_lanes(lanes(target, block), extent)
     row = _row_dim(block, vector)
-    panel = _panel_dim(block, vector, row) if target.fma_by_element and width == extent else None
+    panel = _panel_dim(block, vector, row, target) if target.fma_by_element and width == extent else None
     rows, vectors = _tile_shape(block, vector, panel, row, width, target)
     return Tile(vector, width, vectors, panel if vectors > 1 else None, row, rows, parallel=parallel)
 
@@ -133,8 +139,16 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
             sch.unroll(loop)
         if tile.width > 1:
             sch.vectorize(own[-1])
-    if outer and tile.parallel:
-        parallelize(sch, outer, total, target)
+    around = parallelize(sch, outer, total, target) if outer and tile.parallel else outer
+    if tile.row is not None and target.fma_by_element and outer[tile.row] in around:
+        _take_ends_apart(sch, ref, outer[tile.row])
+
+
+def _take_ends_apart(sch: Schedule, ref: BlockRef, tiles: LoopRef) -> None:
+    """Unroll a loop over two tiles of which each reaches another border of an image: code then knows which one."""
+    chooses = any(isinstance(node, Select) for node in walk_expr(store_of(block_named(sch.func, ref.name)).value))
+    if chooses and extent_of(sch.extent(tiles)) == _FEW_TILES:
+        sch.unroll(tiles)
 
 
 def _check(sch: Schedule, ref: BlockRef, tile: Tile) -> None:
@@ -245,8 +259,11 @@ def _row_dim(block: Block, vector: int) -> int | None:
     return best
 
 
-def _panel_dim(block: Block, vector: int, row: int | None) -> int | None:
-    """A third dim that takes the lanes' loads further and leaves the rows' ones: other output channels, in blocks."""
+def _panel_dim(block: Block, vector: int, row: int | None, target: TargetModel) -> int | None:
+    """A third dim that takes the lanes' loads further and leaves the rows' ones: other output channels, in blocks.
+
+    Where both kinds go further, as for depthwise convolutions, it is only for rows that have too few accumulators.
+    """
     if row is None:
         return None
     axes = spatial(block)
@@ -257,7 +274,12 @@ def _panel_dim(block: Block, vector: int, row: int | None) -> int | None:
         if number in (vector, row) or extent is None or extent < 2 or None in steps:
             continue
         loaded = zip(by_lane, by_row, steps[1:], strict=True)
-        if all((lane != 0) == (step != 0) and (rows != 0) == (step == 0) for lane, rows, step in loaded):
+        triples = list(loaded)
+        if all((lane != 0) == (step != 0) and (rows != 0) == (step == 0) for lane, rows, step in triples):
+            return number
+        height = extent_of(axes[row].extent)
+        few = height is not None and height < _LATENCY_TILES and target.vector_registers > _FEW_REGISTERS
+        if few and extent % 2 == 0 and all(lane != 0 and step != 0 for lane, _, step in triples):
             return number
     return None
 
@@ -279,7 +301,12 @@ def _tile_shape(
     least_vectors = min(_OPEN_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
     others = _other_registers(block, vector, row, target)
     # One vector has the elements of several steps.
-    row_loads = 1 / width if target.fma_by_element else 1.0
+    by_element = target.fma_by_element
+    row_loads = 1 / width if by_element else 1.0
+
+    def divmods(size: int, step: int) -> Sequence[tuple[int, int]]:
+        """How often each size of a tile comes along a dim."""
+        return [(count, each) for count, each in ((size // step, step), (1, size % step)) if count and each]
 
     def fit(size: int | None, step: int) -> float:
         """The share of useful work, less a fine for a tail."""
@@ -288,6 +315,16 @@ def _tile_shape(
         return size / (math.ceil(size / step) * step) * (1.0 if size % step == 0 else 0.8)
 
     def score(rows: int, vectors: int) -> float:
+        if by_element and height is not None and chunks is not None:
+            return (
+                height
+                * chunks
+                / sum(
+                    n * m * (max(r * v, _LATENCY_TILES) + 0.5 * (row_loads * r + v) + _STEP_CYCLES)
+                    for n, r in divmods(height, rows)
+                    for m, v in divmods(chunks, vectors)
+                )
+            )
         count = rows * vectors
         intensity = count / (count + 0.5 * (row_loads * rows + vectors))
         return fit(height, rows) * fit(chunks, vectors) * intensity * min(1.0, (count + 1) / (_LATENCY_TILES + 1))
@@ -316,5 +353,7 @@ def _other_registers(block: Block, vector: int, row: int | None, target: TargetM
         return lambda rows, vectors: rows + 2 * vectors
     width = min(abs(step) for step in by_lane if step) * lanes(target, block)
     if any(step is None or abs(step) > width for step in by_row):
+        if target.vector_registers <= _FEW_REGISTERS:  # each is loaded for every tap
+            return lambda rows, vectors: vectors + 6
         return lambda rows, vectors: vectors + rows + rows // 2 + 5
-    return lambda rows, vectors: vectors + rows // 2 + 4
+    return lambda rows, vectors: vectors * (rows // 2 + 1) + 4
