@@ -46,8 +46,9 @@ def _compile(kernel: Kernel, target: AnyTarget, symbol: str) -> KernelObject:
     made = emit_kernel(func, target, symbol)
     debug.show(stage, "ll", debug.LLVM, lambda: made.ir)
     if debug.wanted(debug.LLVM):
-        debug.show(stage, "s", debug.LLVM, lambda: emit_assembly(made.ir, target))
-    code, workspace = emit_object(made.ir, target), encode(made.workspace, func.symbols)
+        debug.show(stage, "s", debug.LLVM, lambda: emit_assembly(made.ir, target, vectorize=made.scalar_loops))
+    code = emit_object(made.ir, target, vectorize=made.scalar_loops)
+    workspace = encode(made.workspace, func.symbols)
     return KernelObject(symbol, code, workspace, rule=kernel.rule, decisions=kernel.decisions)
 
 

@@ -54,6 +54,7 @@ class ModuleBuilder:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.scalar_loops = False  # whether a function has innermost loops that LLVM could vectorize
         self._functions: list[str] = []
         self._declared: dict[str, str] = {}
         self._helpers: dict[str, None] = {}

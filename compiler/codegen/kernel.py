@@ -8,6 +8,7 @@ expression over the function's symbols. The result is a `kedge_status`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,15 +38,21 @@ from kedge.compiler.tir.visitor import free_vars
 #: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
 _STACK_BUFFER = 32 * 1024
 _MAX_LANES = 64
+#: In lines of LLVM IR: the start of a loop, or a vector's type.
+_LOOP_OR_VECTOR = re.compile(r"^loop\d+:|<\d+ x ")
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCode:
-    """LLVM IR of one kernel: its symbol, and the bytes of workspace it needs (over the function's symbols)."""
+    """LLVM IR of one kernel: its symbol, and the bytes of workspace it needs (over the function's symbols).
+
+    `scalar_loops`: innermost loops without vectors are left, which LLVM may be able to vectorize.
+    """
 
     symbol: str
     ir: str
     workspace: Dim
+    scalar_loops: bool
 
     @property
     def needs_workspace(self) -> bool:
@@ -84,7 +91,7 @@ def emit_kernel(func: PrimFunc, target: Target, symbol: str) -> KernelCode:
     workspace = simplify_dim(emitter.workspace)
     if needs and isinstance(workspace, int):
         workspace = max(workspace, 64)  # the pointer is a parameter now, and that is told by the size alone
-    return KernelCode(symbol, module.text(), workspace)
+    return KernelCode(symbol, module.text(), workspace, module.scalar_loops)
 
 
 def _workspace_buffers(stmt: Stmt) -> bool:
@@ -245,7 +252,7 @@ class KernelEmitter(ParallelEmitter):
     ) -> None:
         """`for var in [start, extent)`, tested at the end; in front, too, unless it surely runs.
 
-        One that stays `as_it_is` is not unrolled by LLVM.
+        One that stays `as_it_is` is not unrolled by LLVM, nor is the kernel left to its vectorizer for it.
         """
         b = self.b
         if not extent.is_uniform:
@@ -271,6 +278,8 @@ class KernelEmitter(ParallelEmitter):
         self.known[counter] = (floor, None if top is None else top - 1)
         with self.scope():
             body()
+        if not as_it_is and not any(_LOOP_OR_VECTOR.search(line) for line in b.lines[at:]):
+            self.module.scalar_loops = True
         following = b.op("add nuw nsw", counter, b.index(1))
         b.lines[at] = (
             f"  {counter.ref} = phi {counter.type} [ {begin.ref}, %{before} ], [ {following.ref}, %{b.block} ]"
@@ -292,7 +301,8 @@ class KernelEmitter(ParallelEmitter):
         self.serial(chunk, whole, lambda: self._lanes_or_serial(loop, width, self.env[chunk].scaled(width)))
         done = whole.scaled(width)
         if (extent - done).value != 0:
-            self.serial(loop.var, extent, lambda: self.stmt(loop.body), start=done)
+            # Too few to be worth vectors of LLVM's, or copies of the body.
+            self.serial(loop.var, extent, lambda: self.stmt(loop.body), start=done, as_it_is=True)
 
     def _lanes_or_serial(self, loop: For, lanes: int, base: Linear) -> None:
         """Iterations [base, base + lanes), all at once or else one after the other."""

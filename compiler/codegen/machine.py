@@ -64,28 +64,47 @@ def parse_ir(text: str) -> Any:
     return module
 
 
-def _optimized(text: str, target: Target, *, speed: int) -> tuple[Any, Any]:
+def _optimized(text: str, target: Target, *, speed: int, vectorize: bool) -> tuple[Any, Any]:
     module = parse_ir(text)
     machine = _machine(target)
     options = llvm.create_pipeline_tuning_options(speed_level=speed)
-    options.loop_vectorization = True
+    options.loop_vectorization = vectorize
     # Wide vectors are already explicit; packing scalars again costs more compile time than it ever gains.
     options.slp_vectorization = False
     options.loop_unrolling = True
     builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
+    if vectorize:
+        builder.getModulePassManager().run(module, builder)
+    else:
+        _simplify(module, builder)
     return module, machine
 
 
-def emit_object(text: str, target: Target, *, speed: int = 2) -> bytes:
-    """The ELF object file of LLVM IR `text`."""
+def _simplify(module: Any, builder: Any) -> None:
+    """What code needs whose loops are vectors and unrolled as they should be: every function is simplified once.
+
+    LLVM's whole pipeline finds nothing else to do there, and takes three times as long: the dependences between all
+    accesses of a tile grow with their square.
+    """
+    first = llvm.create_new_module_pass_manager()
+    first.add_always_inliner_pass()
+    first.add_global_dead_code_eliminate_pass()
+    first.run(module, builder)
+    passes = builder.getFunctionPassManager()
+    for function in module.functions:
+        if not function.is_declaration:
+            passes.run(function, builder)
+
+
+def emit_object(text: str, target: Target, *, speed: int = 2, vectorize: bool = True) -> bytes:
+    """The ELF object file of LLVM IR `text`; loops that are left to LLVM are vectorized only if it says so."""
     with LOCK:
-        module, machine = _optimized(text, target, speed=speed)
+        module, machine = _optimized(text, target, speed=speed, vectorize=vectorize)
         return bytes(machine.emit_object(module))
 
 
-def emit_assembly(text: str, target: Target, *, speed: int = 2) -> str:
+def emit_assembly(text: str, target: Target, *, speed: int = 2, vectorize: bool = True) -> str:
     """The assembly of LLVM IR `text`, as the object file would hold it."""
     with LOCK:
-        module, machine = _optimized(text, target, speed=speed)
+        module, machine = _optimized(text, target, speed=speed, vectorize=vectorize)
         return str(machine.emit_assembly(module))

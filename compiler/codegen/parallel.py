@@ -170,8 +170,10 @@ class ParallelEmitter(ExprEmitter):
         self.workspace = inner.workspace
         inner.b.emit("ret i32 0")
         types = ", ".join([*params, "i64 %arg.begin", "i64 %arg.end"])
-        attributes = self.module.attributes
-        self.module.add(inner.b.finish(f"define internal i32 @{name}.body({types}) {attributes}"))
+        # Called once, it is a part of the function that takes the closure apart; LLVM spills less there.
+        placing = "alwaysinline " if loop.annotations.get("grain") is None else ""
+        head = f"define internal i32 @{name}.body({types}) {placing}{self.module.attributes}"
+        self.module.add(inner.b.finish(head))
         self.module.add(self._trampoline(name, struct, fields))
 
     def run_parallel(self, loop: For, begin: Linear, end: Linear) -> None:
