@@ -86,10 +86,19 @@ def test_the_default_is_right_and_in_the_space(name, target, kernels: KernelCach
 
 @pytest.mark.parametrize("name", ["both", "free", "batched", "end"])
 def test_decisions_are_right(name):
-    """Dims that are tiled or not, tiles that fit or not, one vector of partial sums or several."""
+    """Dims that are tiled or not, tiles that fit or not, one vector of partial sums or several.
+
+    Free dims see the whole space, others every tile, and in turn every number of vectors.
+    """
     func, symbols = CASES[name]
     space = RULE.space(func, NEON)
-    for row, column, vectors in itertools.product(space["row"], space["column"], space["vectors"]):
+    tiles = list(itertools.product(space["row"], space["column"]))
+    if name == "free":
+        cases = [(*tile, vectors) for tile in tiles for vectors in space["vectors"]]
+    else:
+        cases = [(*tile, vectors) for tile, vectors in zip(tiles, itertools.cycle(space["vectors"]), strict=False)]
+        assert {vectors for *_, vectors in cases} == set(space["vectors"])
+    for row, column, vectors in cases:
         decisions = {**RULE.default(func, NEON), "row": row, "column": column, "vectors": vectors, "columns": 3}
         assert_same(func, scheduled(func, NEON, decisions).func, symbols)
 
