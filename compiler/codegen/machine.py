@@ -83,7 +83,7 @@ def _optimized(text: str, target: Target, *, speed: int, vectorize: bool) -> tup
 def _simplify(module: Any, builder: Any) -> None:
     """What code needs whose loops are vectors and unrolled as they should be: every function is simplified once.
 
-    LLVM's whole pipeline finds nothing else to do there, and takes three times as long: the dependences between all
+    LLVM's whole pipeline finds nothing else to do there, and takes nearly three times as long: the dependences between all
     accesses of a tile grow with their square.
     """
     first = llvm.create_new_module_pass_manager()
