@@ -83,8 +83,8 @@ def _optimized(text: str, target: Target, *, speed: int, vectorize: bool) -> tup
 def _simplify(module: Any, builder: Any) -> None:
     """What code needs whose loops are vectors and unrolled as they should be: every function is simplified once.
 
-    LLVM's whole pipeline finds nothing else to do there, and takes nearly three times as long: the dependences between all
-    accesses of a tile grow with their square.
+    LLVM's whole pipeline finds nothing else that pays there, and takes nearly three times as long: it looks for
+    dependences between all pairs of a tile's accesses.
     """
     first = llvm.create_new_module_pass_manager()
     first.add_always_inliner_pass()
