@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -60,7 +61,7 @@ def read_apart(path: Path) -> tuple[bytes, tuple[bytes, ...]] | None:
         OSError: the file cannot be read.
     """
     with path.open("rb", buffering=0) as file:
-        reader = _Reader(file.fileno(), os.fstat(file.fileno()).st_size)
+        reader = _Reader(file, file.seek(0, os.SEEK_END))
         try:
             return reader.model(), tuple(reader.apart)
         except _OddError:
@@ -68,8 +69,8 @@ def read_apart(path: Path) -> tuple[bytes, tuple[bytes, ...]] | None:
 
 
 class _Reader:
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd = fd
+    def __init__(self, file: FileIO, size: int) -> None:
+        self._file = file
         self._size = size
         self._window = b""
         self._window_start = 0
@@ -139,7 +140,7 @@ class _Reader:
         for shift in range(0, 70, 7):
             index = at - self._window_start
             if not 0 <= index < len(self._window):
-                self._window, self._window_start, index = os.pread(self._fd, _WINDOW, at), at, 0
+                self._window, self._window_start, index = self._read(at, _WINDOW), at, 0
                 if not self._window:
                     raise _OddError
             byte = self._window[index]
@@ -149,8 +150,12 @@ class _Reader:
                 return result, at
         raise _OddError
 
+    def _read(self, at: int, size: int) -> bytes:
+        self._file.seek(at)
+        return self._file.read(size)
+
     def _bytes(self, start: int, end: int) -> bytes:
-        data = os.pread(self._fd, end - start, start)
+        data = self._read(start, end - start)
         if len(data) != end - start:
             raise _OddError
         return data
