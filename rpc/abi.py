@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Dict, Tuple
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MODULE_MAGIC = 0x4547444B
 MODULE_SYMBOL = "kedge_module"
 ALIGNMENT = 64
@@ -171,6 +171,12 @@ class Symbol(ctypes.Structure):
     ]
 
 
+class Equality(ctypes.Structure):
+    """kedge_equality: two sizes that must be equal, and the operators that need it."""
+
+    _fields_ = [("a", Expr), ("b", Expr), ("of", ctypes.c_char_p)]
+
+
 class DeviceKernel(ctypes.Structure):
     """kedge_device_kernel: a kernel of a GPU with its code."""
 
@@ -242,6 +248,8 @@ class FunctionDesc(ctypes.Structure):
         ("n_outputs", ctypes.c_int32),
         ("n_symbols", ctypes.c_int32),
         ("n_steps", ctypes.c_int32),
+        ("equalities", ctypes.POINTER(Equality)),
+        ("n_equalities", ctypes.c_int64),
     ]
 
 

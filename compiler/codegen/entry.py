@@ -17,7 +17,7 @@ from kedge.compiler.codegen.parallel import API, API_FIELDS, FRAME, FRAME_FIELDS
 from kedge.compiler.codegen.shapes import Program as ShapeProgram
 from kedge.compiler.codegen.shapes import decode, encode
 from kedge.compiler.errors import CodegenError
-from kedge.compiler.lower.program import Entry, Port, Program, Slot, Step
+from kedge.compiler.lower.program import Entry, Equality, Port, Program, Slot, Step
 from kedge.compiler.target import AnyTarget
 from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const, maximum
 from kedge.compiler.tir.simplify import Simplifier, simplify_dim
@@ -33,7 +33,8 @@ _NO_UPPER = 2**63 - 1
 _EXPR = "{ ptr, i64 }"
 _PORT = "{ ptr, ptr, i32, { i8, i8, i16 } }"
 _SYMBOL = "{ ptr, i64, i64, i32, i32 }"
-_FUNCTION = f"{{ i64, ptr, ptr, ptr, ptr, ptr, {_EXPR}, i32, i32, i32, i32 }}"
+_EQUALITY = f"{{ {_EXPR}, {_EXPR}, ptr }}"
+_FUNCTION = f"{{ i64, ptr, ptr, ptr, ptr, ptr, {_EXPR}, i32, i32, i32, i32, ptr, i64 }}"
 _WEIGHT = "{ ptr, i64, i64 }"
 _MODULE = "{ i32, i32, i64, ptr, ptr, ptr, ptr, i64, i32, i32, i32, i32, ptr }"
 
@@ -225,13 +226,19 @@ def _describe_function(constants: Constants, entry: Entry, symbol: str, arena: D
     inputs = constants.array(_PORT, [_describe_port(constants, port, entry.symbols) for port in entry.inputs])
     outputs = constants.array(_PORT, [_describe_port(constants, port, entry.symbols) for port in entry.outputs])
     symbols = constants.array(_SYMBOL, [_describe_symbol(constants, var, entry) for var in entry.symbols])
+    equalities = constants.array(_EQUALITY, [_describe_equality(constants, each, entry) for each in entry.equalities])
     name = constants.text(entry.name)
     return constants.constant(
         _FUNCTION,
         f"{{ i64 {size_of(_FUNCTION)}, ptr {name}, ptr @{symbol}, ptr {inputs}, ptr {outputs}, ptr {symbols}, "
         f"{_EXPR} {constants.expr(arena, entry.symbols)}, i32 {len(entry.inputs)}, i32 {len(entry.outputs)}, "
-        f"i32 {len(entry.symbols)}, i32 {len(entry.steps)} }}",
+        f"i32 {len(entry.symbols)}, i32 {len(entry.steps)}, ptr {equalities}, i64 {len(entry.equalities)} }}",
     )
+
+
+def _describe_equality(constants: Constants, equality: Equality, entry: Entry) -> str:
+    a, b = (constants.expr(dim, entry.symbols) for dim in (equality.a, equality.b))
+    return f"{{ {_EXPR} {a}, {_EXPR} {b}, ptr {constants.text(equality.of)} }}"
 
 
 def _describe_port(constants: Constants, port: Port, symbols: Sequence[Var]) -> str:

@@ -9,6 +9,9 @@
 One comparison per tile stands for one per element. What must hold for a tile is the condition in its worst case over
 the lanes, unrolled loops and short loops of the tile.
 
+Where a tile chooses between values, as at the border of an image, each step of its loops that takes one side has a
+version, too: of the taps of a window most lie inside.
+
 A tile at the end, where it holds for a part, is a smaller tile wherever its size is known while compiling: of 49 rows
 in tiles of 8 the last has 1, and its condition is `r < 1`, which unrolled code decides. Where the number of rows is
 free, so is the size of the last tile: a tile that does much work gets a version for each.
@@ -17,8 +20,9 @@ free, so is the size of the last tile: a tile that does much work gets a version
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from kedge.compiler.tir.expr import Binary, Const, Expr, Select, Var, const, eq, logical_and
 from kedge.compiler.tir.simplify import Simplifier, conjuncts, negated, over, simplify
@@ -174,7 +178,8 @@ def _claims(stmt: Stmt, path: tuple[For, ...]) -> Iterator[_Claim]:
         yield from _claims(child, path)
 
 
-def _claim(conjunct: Expr, path: Sequence[For]) -> _Claim | None:
+def _claim(conjunct: Expr, path: Sequence[For], *, short: bool = True) -> _Claim | None:
+    """What is known of a conjunct; `short`: in its worst case over short loops, too, not only over lanes and rows."""
     if not (isinstance(conjunct, Binary) and conjunct.op in ("lt", "le", "gt", "ge")) or conjunct.a.dtype != "int64":
         return None
     if any(True for _ in loads(conjunct)):
@@ -185,8 +190,8 @@ def _claim(conjunct: Expr, path: Sequence[For]) -> _Claim | None:
     for loop in reversed(inside):
         if not isinstance(loop.extent, Const):
             break
-        short = loop.extent.value <= _SHORT and len(eliminated) < len(inside) - 1
-        light = short and _stores(loop.body, tiles=False) <= _SHORT_STORES
+        few = short and loop.extent.value <= _SHORT and len(eliminated) < len(inside) - 1
+        light = few and _stores(loop.body, tiles=False) <= _SHORT_STORES
         if loop.kind not in ("vectorized", "unrolled") and not light:
             break
         eliminated.insert(0, loop.var)
@@ -274,45 +279,104 @@ def version_choices(stmt: Stmt) -> Stmt:
     return _choose(stmt, ())
 
 
-def _choose(stmt: Stmt, path: tuple[For, ...]) -> Stmt:
+#: The choices below a statement, by their conditions and by where one side of them is taken.
+_Found: TypeAlias = Mapping[tuple[Key, Key | None], _Choice]
+
+
+def _choose(stmt: Stmt, path: tuple[For, ...], found: _Found | None = None) -> Stmt:
     if isinstance(stmt, Seq):
         return map_stmt_children(stmt, lambda child: _choose(child, path))
-    if isinstance(stmt, If) and stmt.orelse is not None:  # a tile in versions: the one that counts
-        then = _choose(stmt.then, path)
-        return stmt if then is stmt.then else replace(stmt, then=then)
-    found = {expr_key(choice.condition): choice for choice in _choices(stmt, path)}
+    if isinstance(stmt, If) and stmt.orelse is not None:  # a tile in versions: the one that counts, and smaller ones
+        then, orelse = _choose(stmt.then, path), _by_step(stmt.orelse, path)
+        return stmt if then is stmt.then and orelse is stmt.orelse else replace(stmt, then=then, orelse=orelse)
+    found = _found(stmt, path) if found is None else found
     if not found:
         return stmt
     if max(choice.depth for choice in found.values()) > len(path):
-        if isinstance(stmt, For):
-            body = _choose(stmt.body, (*path, stmt))
-            return stmt if body is stmt.body else replace(stmt, body=body)
-        return map_stmt_children(stmt, lambda child: _choose(child, path))
+        return _inside(stmt, path, found, _choose)
     if _stores(stmt) > _MOST_STORES:
         return stmt
-    result = stmt
+    result = _by_step(stmt, path)
     if len(found) == 1:
-        ((key, choice),) = found.items()
+        (choice,) = found.values()
         if choice.second is not None:
-            result = If(choice.second, _choose(_taking(stmt, {key: _FALSE}), path), result)
+            result = If(choice.second, _choose(_taking(stmt, dict.fromkeys(_left(found), _FALSE)), path), result)
     firsts = [choice.first for choice in found.values() if choice.first is not None]
     if len(firsts) == len(found):
-        taken = _taking(stmt, {key: choice.left for key, choice in found.items()})
-        result = If(logical_and(*firsts), _choose(taken, path), result)
+        result = If(logical_and(*firsts), _choose(_taking(stmt, _left(found)), path), result)
     return result
 
 
-def _choices(stmt: Stmt, path: tuple[For, ...]) -> Iterator[_Choice]:
-    """The outermost choices of every store below that tiles may be spared."""
+def _by_step(stmt: Stmt, path: tuple[For, ...], found: _Found | None = None) -> Stmt:
+    """`stmt`, a tile that takes both sides of a choice, with each step of its loops that takes one in a version of it.
+
+    Of a tile at the border of an image most taps of a window are inside. A step is all that stands in the innermost of
+    the loops that the choice depends on: where that is another loop, one comparison stands for all its iterations.
+    """
+    if isinstance(stmt, Seq) or (isinstance(stmt, If) and stmt.orelse is not None):
+        return map_stmt_children(stmt, lambda child: _by_step(child, path))
+    found = _found(stmt, path, short=False) if found is None else found
+    if not found:
+        return stmt
+    if max(choice.depth for choice in found.values()) > len(path):
+        return _inside(stmt, path, found, _by_step)
+    firsts = [choice.first for choice in found.values() if choice.first is not None]
+    if len(firsts) < len(found) or not _repeats(stmt):
+        return stmt
+    return If(logical_and(*firsts), _taking(stmt, _left(found)), stmt)
+
+
+def _inside(
+    stmt: Stmt, path: tuple[For, ...], found: _Found, go: Callable[[Stmt, tuple[For, ...], _Found], Stmt]
+) -> Stmt:
+    """`stmt` with what stands in it as `go` makes it, which is told what was found there."""
+    if isinstance(stmt, For):
+        body = go(stmt.body, (*path, stmt), found)
+        return stmt if body is stmt.body else replace(stmt, body=body)
+    return map_stmt_children(stmt, lambda child: go(child, path, found))
+
+
+def _found(stmt: Stmt, path: tuple[For, ...], *, short: bool = True) -> _Found:
+    choices = _choices(stmt, path, short=short)
+    return {(expr_key(one.condition), None if one.first is None else expr_key(one.first)): one for one in choices}
+
+
+def _left(found: _Found) -> Mapping[Key, Expr]:
+    """What is left of each condition where the first sides are taken."""
+    left: dict[Key, Expr] = {}
+    for (condition, _), choice in found.items():
+        left[condition] = logical_and(left[condition], choice.left) if condition in left else choice.left
+    return left
+
+
+def _repeats(stmt: Stmt) -> bool:
+    """Whether `stmt` is a loop that runs in turn."""
+    return isinstance(stmt, For) and stmt.kind == "serial"
+
+
+def _choices(stmt: Stmt, path: tuple[For, ...], *, short: bool = True) -> Iterator[_Choice]:
+    """The outermost choices of every store below that tiles may be spared; `short` as for `_claim`."""
     if isinstance(stmt, For):
         path = (*path, stmt)
+    elif isinstance(stmt, If) and stmt.orelse is None:
+        path = _narrowed(path, stmt.condition)
     elif isinstance(stmt, Store):
         for select in _outermost(stmt.value):
-            choice = _choice(select, path)
+            choice = _choice(select, path, short=short)
             if choice is not None:
                 yield choice
     for child in stmt_children(stmt):
-        yield from _choices(child, path)
+        yield from _choices(child, path, short=short)
+
+
+def _narrowed(path: tuple[For, ...], condition: Expr) -> tuple[For, ...]:
+    """The loops with the extents that a condition such as `r < 3`, of a smaller tile's rows, leaves of them."""
+    limits = {
+        term.a: term.b
+        for term in conjuncts(condition)
+        if isinstance(term, Binary) and term.op == "lt" and isinstance(term.a, Var) and isinstance(term.b, Const)
+    }
+    return tuple(replace(loop, extent=limits[loop.var]) if loop.var in limits else loop for loop in path)
 
 
 def _outermost(expr: Expr) -> Iterator[Select]:
@@ -324,14 +388,14 @@ def _outermost(expr: Expr) -> Iterator[Select]:
         yield from _outermost(child)
 
 
-def _choice(select: Select, path: tuple[For, ...]) -> _Choice | None:
+def _choice(select: Select, path: tuple[For, ...], *, short: bool) -> _Choice | None:
     terms = tuple(conjuncts(select.condition))
-    claims = [_claim(term, path) for term in terms]
+    claims = [_claim(term, path, short=short) for term in terms]
     sure = [claim for claim in claims if claim is not None and not _is_false(claim.sure)]
     left = [claim.conjunct for claim in claims if claim is not None and _is_false(claim.sure)]
     first = logical_and(*(claim.sure for claim in sure)) if sure and len(sure) + len(left) == len(terms) else None
     opposite = negated(terms[0]) if len(terms) == 1 else None
-    other = None if opposite is None else _claim(opposite, path)
+    other = None if opposite is None else _claim(opposite, path, short=short)
     if other is not None and _is_false(other.sure):
         other = None
     if first is None and other is None:

@@ -38,8 +38,17 @@ def make_call(op: str, inputs: Sequence[Value], attrs: Mapping[str, Any], origin
 
 
 def call(op: str, *inputs: Value, origin: Sequence[str] = (), **attrs: Any) -> Value:
-    """The result of an operator with one result."""
-    return make_call(op, inputs, attrs, tuple(origin))
+    """The result of an operator with one result.
+
+    Operands whose dims must be equal, and are not known to be, are expected to have them (see `graph.agree`).
+    """
+    from kedge.compiler.graph.agree import agreed
+
+    operands = [
+        value if shape is None else make_call("expect_shape", (value,), {"shape": shape}, tuple(origin))
+        for value, shape in zip(inputs, agreed(op, inputs, attrs), strict=True)
+    ]
+    return make_call(op, operands, attrs, tuple(origin))
 
 
 def reshaped(value: Value, shape: Sequence[Dim], origin: Sequence[str] = ()) -> Value:

@@ -12,8 +12,8 @@ from kedge.compiler.ops import registry
 from kedge.compiler.ops.common import axis_of
 from kedge.compiler.ops.registry import FusionKind
 
-#: Reshapes rename memory: they cost nothing on their own, and index arithmetic inside a kernel.
-VIEWS = frozenset({"reshape"})
+#: They rename memory: they cost nothing on their own, and index arithmetic inside a kernel.
+VIEWS = frozenset({"reshape", "expect_shape"})
 #: A part begins at a multiple of this many bytes, as everything in an arena does.
 _ALIGNMENT = 64
 

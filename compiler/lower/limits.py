@@ -3,6 +3,8 @@
 A convolution of 5 x 5 without padding takes images of 5 x 5 or more: over free spatial dims it is the caller's shapes
 that decide. Entries state such least sizes, so that smaller inputs are refused by name before anything runs. Without
 them intermediate sizes would be negative, and the arena smaller than what lives in it.
+
+Sizes that must be equal, and are for some shapes only, are stated as equalities (see `graph.agree`).
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from kedge.compiler.graph.dims import evaluate, plain
-from kedge.compiler.graph.ir import Call, Function, Fused, TensorType, Value
-from kedge.compiler.lower.program import Entry, Port, Slot, Step
+from kedge.compiler.graph.ir import Call, Function, Fused, TensorType, Value, same_dim
+from kedge.compiler.lower.program import Entry, Equality, Port, Slot, Step
 from kedge.compiler.tir.expr import Dim, Expr, Var, as_expr
 from kedge.compiler.tir.simplify import prove, simplify_dim
+from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
 #: Larger least sizes are not looked for.
@@ -44,6 +47,22 @@ def least_sizes(function: Function) -> Mapping[Var, Var]:
     return found
 
 
+def equalities(function: Function) -> tuple[Equality, ...]:
+    """What `expect_shape` expects, each pair of dims once, with all the operators that need it."""
+    found: dict[tuple[Key, Key], Equality] = {}
+    for value in function.values():
+        if not isinstance(value, Call) or value.op != "expect_shape":
+            continue
+        of = f"node {', '.join(value.origin)}" if value.origin else "an operator without a name"
+        for a, b in zip(value.type.shape, value.inputs[0].type.shape, strict=True):
+            if same_dim(a, b):
+                continue
+            key = (expr_key(as_expr(a)), expr_key(as_expr(b)))
+            known = found.get(key)
+            found[key] = Equality(a, b, of if known is None else f"{known.of} and {of}")
+    return tuple(found.values())
+
+
 def with_symbols(entry: Entry, mapping: Mapping[Var, Var]) -> Entry:
     """`entry` in terms of other symbols."""
     if not mapping:
@@ -66,6 +85,9 @@ def with_symbols(entry: Entry, mapping: Mapping[Var, Var]) -> Entry:
         flops = None if old.flops is None else dim(old.flops)
         return replace(old, args=tuple(map(slot, old.args)), symbols=symbols, flops=flops)
 
+    def equality(old: Equality) -> Equality:
+        return replace(old, a=dim(old.a), b=dim(old.b))
+
     return replace(
         entry,
         inputs=tuple(map(port, entry.inputs)),
@@ -73,6 +95,7 @@ def with_symbols(entry: Entry, mapping: Mapping[Var, Var]) -> Entry:
         symbols=tuple(mapping.get(symbol, symbol) for symbol in entry.symbols),
         steps=tuple(map(step, entry.steps)),
         arena_size=dim(entry.arena_size),
+        equalities=tuple(equality(each) for each in entry.equalities),
     )
 
 

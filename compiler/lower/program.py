@@ -57,8 +57,20 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class Equality:
+    """Two sizes over a function's symbols that a call must make equal; `of` names the operators that need it."""
+
+    a: Dim
+    b: Dim
+    of: str
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A compiled function: steps in order over an arena of `arena_size` bytes (an expression over `symbols`)."""
+    """A compiled function: steps in order over an arena of `arena_size` bytes (an expression over `symbols`).
+
+    `equalities` are what was not known of shapes while compiling: the runtime refuses a call where one does not hold.
+    """
 
     name: str
     inputs: tuple[Port, ...]
@@ -66,6 +78,7 @@ class Entry:
     symbols: tuple[Var, ...]
     steps: tuple[Step, ...]
     arena_size: Dim
+    equalities: tuple[Equality, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | argmax argmin (int64)                                    | x                 | axis, keepdims=False,              |
 |                                                          |                   | select_last=False                  |
 | reshape (one dim may be -1)                              | x                 | shape (dims)                       |
+| expect_shape (dims that running programs must prove)     | x                 | shape (dims)                       |
 | flatten (to rank 2)                                      | x                 | axis=1                             |
 | squeeze                                                  | x                 | axes=None (all known ones)         |
 | unsqueeze (axes of the result)                           | x                 | axes                               |

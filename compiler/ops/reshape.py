@@ -12,6 +12,7 @@ from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Dim, Expr, as_expr, const
+from kedge.rpc.errors import InputError
 
 
 def _infer_reshape(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -67,6 +68,34 @@ def unravel(flat: Expr, shape: Sequence[Dim]) -> list[Expr]:
 
 registry.register(
     OpDef("reshape", FusionKind.INJECTIVE, _infer_reshape, _reshape, _lower_reshape, {"shape": REQUIRED})
+)  # fmt: skip
+
+
+def _infer_expect(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+    (x,) = types
+    shape = plain_shape(attrs["shape"])
+    common.require(len(shape) == x.rank, f"shape {_show(shape)} is of another rank")
+    for given, wanted in zip(x.shape, shape, strict=True):
+        known = isinstance(given, int) and isinstance(wanted, int) and given != wanted
+        common.require(not known, f"shape {_show(shape)} is not {_show(x.shape)}")
+    return (TensorType(shape, x.dtype, x.space),)
+
+
+def _expect(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
+    shape = evaluate_shape(attrs["shape"], {})
+    if arrays[0].shape != shape:
+        raise InputError(f"a tensor of shape {list(arrays[0].shape)} is expected to have the shape {list(shape)}")
+    return (arrays[0],)
+
+
+def _lower_expect(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
+    return (common.elementwise(types[0], "expect_shape", lambda *indices: common.read(tensors[0], indices)),)
+
+
+registry.register(
+    OpDef(
+        "expect_shape", FusionKind.INJECTIVE, _infer_expect, _expect, _lower_expect, {"shape": REQUIRED}, uniform=False
+    )
 )  # fmt: skip
 
 

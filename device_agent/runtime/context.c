@@ -254,6 +254,35 @@ static int32_t bind_symbols(kedge_context *context, const kedge_function_desc *f
   return KEDGE_OK;
 }
 
+/* Which of the caller's dims an expression is made of: "dim 2 of input x (h) is 33". */
+static void print_symbols(const kedge_function_desc *function, const kedge_equality *equality, const int64_t *values,
+                          kedge_text *text) {
+  for (int32_t i = 0; i < function->n_symbols; i++) {
+    const kedge_symbol *symbol = &function->symbols[i];
+    if (!kedge_expr_uses(&equality->a, i) && !kedge_expr_uses(&equality->b, i)) continue;
+    kedge_text_add(text, "%sdim %d of input %s (%s) is %lld", text->used > 0 ? ", " : "", symbol->dim,
+                   function->inputs[symbol->input].name, symbol->name, (long long)values[i]);
+  }
+}
+
+static int32_t check_equalities(const kedge_function_desc *function, const int64_t *symbols) {
+  for (int64_t i = 0; i < function->n_equalities; i++) {
+    const kedge_equality *equality = &function->equalities[i];
+    int64_t a, b;
+    if (!kedge_expr_eval(&equality->a, symbols, &a) || !kedge_expr_eval(&equality->b, symbols, &b)) {
+      return kedge_fail(KEDGE_E_MEMORY, "a size in function %s overflows for these shapes", function->name);
+    }
+    if (a == b) continue;
+    kedge_text dims = {.used = 0}, left = {.used = 0}, right = {.used = 0};
+    print_symbols(function, equality, symbols, &dims);
+    kedge_expr_print(&equality->a, function->symbols, &left);
+    kedge_expr_print(&equality->b, function->symbols, &right);
+    return kedge_fail(KEDGE_E_INPUT, "%s: %s needs %s and %s to be equal, but they are %lld and %lld", dims.data,
+                      equality->of, left.data, right.data, (long long)a, (long long)b);
+  }
+  return KEDGE_OK;
+}
+
 /* The function, with the dtypes and shapes of its arguments checked and its symbols bound. */
 static int32_t check_arguments(kedge_context *context, int32_t index, const DLTensor *args, int32_t n_args,
                                const DLTensor *rets, int32_t n_rets, const kedge_function_desc **found) {
@@ -275,6 +304,7 @@ static int32_t check_arguments(kedge_context *context, int32_t index, const DLTe
   for (int32_t i = 0; i < n_args && status == KEDGE_OK; i++) {
     status = check_shape(&(place){function, "input", &function->inputs[i], &args[i]}, context->symbols);
   }
+  if (status == KEDGE_OK) status = check_equalities(function, context->symbols);
   *found = function;
   return status;
 }

@@ -64,6 +64,13 @@ bool kedge_expr_eval(const kedge_expr *expr, const int64_t *symbols, int64_t *va
   return true;
 }
 
+bool kedge_expr_uses(const kedge_expr *expr, int64_t symbol) {
+  for (int64_t i = 0; i < expr->n_ops; i++) {
+    if (expr->ops[i].opcode == KEDGE_EXPR_SYMBOL && expr->ops[i].value == symbol) return true;
+  }
+  return false;
+}
+
 /* Where the operand that ends before `end` begins. */
 static int64_t operand_start(const kedge_expr *expr, int64_t end) {
   int64_t wanted = 1, at = end;

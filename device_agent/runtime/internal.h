@@ -57,6 +57,7 @@ static inline void kedge_relax(void) {
 /* Why a program cannot be evaluated with that many symbols, or NULL when it can. */
 const char *kedge_expr_check(const kedge_expr *expr, int32_t n_symbols);
 /* Evaluates a checked program; false on overflow or a division by zero. */
+bool kedge_expr_uses(const kedge_expr *expr, int64_t symbol);
 bool kedge_expr_eval(const kedge_expr *expr, const int64_t *symbols, int64_t *value);
 /* Adds the program to text as people write it: "N*4". */
 void kedge_expr_print(const kedge_expr *expr, const kedge_symbol *symbols, kedge_text *text);

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define KEDGE_ABI_VERSION 3u
+#define KEDGE_ABI_VERSION 4u
 #define KEDGE_MODULE_MAGIC 0x4547444Bu /* "KDGE" */
 #define KEDGE_MODULE_SYMBOL "kedge_module"
 #define KEDGE_ALIGNMENT 64 /* of weights, arena and every planned buffer, in bytes */
@@ -114,6 +114,12 @@ typedef struct { /* a free dim, bound by dim `dim` of input `input`; others that
   int32_t dim;
 } kedge_symbol;
 
+typedef struct { /* two sizes that must be equal, or a call is refused: `of` names the operators that need it */
+  kedge_expr a;
+  kedge_expr b;
+  const char *of;
+} kedge_equality;
+
 struct kedge_frame;
 
 /* A chunk of a parallel loop: iterations [begin, end). Non-zero stops the call with KEDGE_E_KERNEL. */
@@ -192,6 +198,8 @@ typedef struct {
   int32_t n_outputs;
   int32_t n_symbols;
   int32_t n_steps; /* what the entry runs one after the other, at most KEDGE_MAX_STEPS; each is marked */
+  const kedge_equality *equalities;
+  int64_t n_equalities;
 } kedge_function_desc;
 
 typedef struct {

@@ -39,7 +39,8 @@ static int32_t check_ports(const kedge_function_desc *function, const char *kind
 static int32_t check_function(const kedge_function_desc *function) {
   if (function == NULL || function->struct_size < sizeof *function || function->name == NULL ||
       function->entry == NULL || function->n_symbols < 0 || (function->n_symbols > 0 && function->symbols == NULL) || function->n_steps < 0 ||
-      function->n_steps > KEDGE_MAX_STEPS) {
+      function->n_steps > KEDGE_MAX_STEPS || function->n_equalities < 0 ||
+      (function->n_equalities > 0 && function->equalities == NULL)) {
     return kedge_fail(KEDGE_E_LOAD, "a function's descriptor is malformed");
   }
   int32_t status = check_ports(function, "input", function->inputs, function->n_inputs);
@@ -54,6 +55,15 @@ static int32_t check_function(const kedge_function_desc *function) {
   }
   const char *reason = kedge_expr_check(&function->arena_size, function->n_symbols);
   if (reason != NULL) return kedge_fail(KEDGE_E_LOAD, "function %s: its arena size %s", function->name, reason);
+  for (int64_t i = 0; i < function->n_equalities; i++) {
+    const kedge_equality *equality = &function->equalities[i];
+    reason = kedge_expr_check(&equality->a, function->n_symbols);
+    if (reason == NULL) reason = kedge_expr_check(&equality->b, function->n_symbols);
+    if (reason == NULL && equality->of == NULL) reason = "is nobody's";
+    if (reason != NULL) {
+      return kedge_fail(KEDGE_E_LOAD, "function %s: equality %lld %s", function->name, (long long)i, reason);
+    }
+  }
   return KEDGE_OK;
 }
 

@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 import kedge
 from kedge.compiler.errors import CompileError, FrontendError
 from kedge.compiler.frontend.onnx import load_onnx
+from kedge.compiler.graph import interp
 from kedge.rpc.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -199,3 +200,64 @@ def test_shape_arithmetic_with_an_input_left_out_before_others() -> None:
     body += " t=ReduceSum<keepdims=0>(m) u=ReduceSum<keepdims=0>(x) y=Add(t,u) }"
     consts = {"zero": i64(0), "four": i64(4), "two": i64(2), "c": f(1, 1), "k": f(1)}
     check(model(body, consts), [{"x": f(2, 3, 4, 5)}, {"x": f(3, 3, 4, 5)}])
+
+
+SKIP = "g (float[N,3,H,W] x) => (float[] y) { c=Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(x,w) r=Relu(c)"
+SKIP += " p=MaxPool<kernel_shape=[2,2],strides=[2,2]>(r) d=Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(p,v)"
+#: What joins a path that went down and up again with one that did not.
+JOINS = {
+    "concat": " u=ConvTranspose<kernel_shape=[2,2],strides=[2,2]>(d,t) y=Concat<axis=1>(r,u) }",
+    "add": ' u=Resize<mode="nearest">(d,,scales) y=Add(u,r) }',
+    "both": " u=ConvTranspose<kernel_shape=[2,2],strides=[2,2]>(d,t) j=Concat<axis=1>(u,r)"
+    ' q=Resize<mode="nearest">(p,,scales) a=Mul(q,r) s=Concat<axis=1>(a,j)'
+    " y=Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(s,z) }",
+}
+
+
+def skip_connection(join: str) -> onnx.ModelProto:
+    consts = {
+        "w": f(16, 3, 3, 3), "v": f(16, 16, 3, 3), "t": f(16, 16, 2, 2), "z": f(16, 48, 3, 3) * np.float32(0.1),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+    }  # fmt: skip
+    return model(SKIP + JOINS[join], consts)
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_shapes_that_agree_for_some_sizes_are_compared_when_called(join: str) -> None:
+    """h and h // 2 * 2 are equal for even ones: others are refused by the names of the dims and of the operator."""
+    proto = skip_connection(join)
+    feeds = [{"x": f(n, 3, h, w)} for n, h, w in ((1, 2, 4), (2, 16, 34))]
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        reference = ReferenceEvaluator(proto)
+        for feed in feeds:
+            (want,) = reference.run(None, dict(feed))
+            np.testing.assert_allclose(loaded.run(feed)["y"], want, rtol=1e-3, atol=1e-3, strict=True)
+        with pytest.raises(InputError, match=r"dim 2 of input x \(H\) is 33: node .* needs .* but they are 3[23] and"):
+            loaded.run({"x": f(1, 3, 33, 4)})
+        with pytest.raises(InputError, match=r"dim 3 of input x \(W\) is 5: node "):
+            loaded.run({"x": f(1, 3, 8, 5)})
+
+
+def test_inputs_of_dims_that_must_be_equal() -> None:
+    """Names of their own say nothing of sizes; a size of 1 is not spread, since which one was meant is not known."""
+    proto = model("g (float[N,3] x, float[M,3] z, float[4,1] k) => (float[] y) { a=Add(x,z) y=Mul(a,k) }", {})
+    check(proto, [{"x": f(4, 3), "z": f(4, 3), "k": f(4, 1)}])
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        with pytest.raises(InputError, match=r"needs [NM4] and [NM] to be equal, but they are"):
+            loaded.run({"x": f(4, 3), "z": f(5, 3), "k": f(4, 1)})
+        with pytest.raises(InputError, match=r"node .* needs 4 and .* to be equal, but they are 4 and 2"):
+            loaded.run({"x": f(2, 3), "z": f(2, 3), "k": f(4, 1)})
+
+
+def test_dims_that_are_never_equal_are_refused_while_loading() -> None:
+    with pytest.raises(FrontendError, match=r"Concat.*not known to be equal"):
+        load_onnx(
+            model("g (float[N,3] x) => (float[] y) { p=Pad(x,pads) y=Concat<axis=1>(x,p) }", {"pads": i64(1, 0, 0, 0)})
+        )
+
+
+def test_the_interpreter_compares_shapes_too() -> None:
+    module = load_onnx(skip_connection("add"))
+    assert interp.run(module, {"x": f(1, 3, 6, 4)})["y"].shape == (1, 16, 6, 4)
+    with pytest.raises(InputError, match="is expected to have the shape"):
+        interp.run(module, {"x": f(1, 3, 7, 4)})

@@ -29,6 +29,7 @@ STRUCTS = {
     "kedge_launch": abi.Launch,
     "kedge_runtime_api": abi.RuntimeApi,
     "kedge_frame": abi.Frame,
+    "kedge_equality": abi.Equality,
     "kedge_function_desc": abi.FunctionDesc,
     "kedge_weight_desc": abi.WeightDesc,
     "kedge_module_desc": abi.ModuleDesc,

@@ -443,6 +443,15 @@ def _resize(own: _Blocker, old: Call) -> Value | None:
     return make_call("resize", (source,), attrs, old.origin)
 
 
+def _expect_shape(own: _Blocker, old: Call) -> Value | None:
+    source = own.own(old.inputs[0])
+    if source is None:
+        return None
+    batch, _, *places = old.type.shape
+    shape = (batch, source.type.shape[1], *places, _lanes(source))
+    return make_call(old.op, (source,), {"shape": shape}, old.origin)
+
+
 _RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyType(
     {
         "conv": _conv,
@@ -454,6 +463,7 @@ _RULES: Mapping[str, Callable[[_Blocker, Call], Value | None]] = MappingProxyTyp
         "depth_to_space": _depth_to_space,
         "resample": _resample,
         "resize": _resize,
+        "expect_shape": _expect_shape,
         **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"), _reduce),
     }
 )

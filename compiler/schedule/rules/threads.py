@@ -19,6 +19,8 @@ _PER_CYCLE = 2
 #: Iterations per core with which chunks of whole iterations are balanced well enough, and where they divide evenly.
 _PER_CORE = 16
 _FEW_PER_CORE = 4
+#: Iterations that a free dim counts for, such as the height of an image; the outermost, which may be a batch, has one.
+_FREE_SIZE = 16
 
 
 def cycles(block: Block, target: TargetModel) -> float:
@@ -63,10 +65,16 @@ def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float, target
 
 
 def _enough(sch: Schedule, loops: Sequence[LoopRef], cores: int) -> int:
-    """How many of the outermost loops have iterations enough to keep all cores equally busy."""
+    """How many of the outermost loops have iterations enough to keep all cores equally busy.
+
+    Free dims within the outermost loop are taken to have some: where they were all fused for fear of a size of 1, each
+    element of a transpose would be divided out of one number.
+    """
     count = 1
     for number, loop in enumerate(loops, 1):
-        count *= at_least(sch.extent(loop))
+        extent = sch.extent(loop)
+        free = number > 1 and not isinstance(extent, Const)
+        count *= max(at_least(extent), _FREE_SIZE) if free else at_least(extent)
         if count >= _PER_CORE * cores or (count >= _FEW_PER_CORE * cores and count % cores == 0):
             return number
     return len(loops)
