@@ -20,7 +20,7 @@ def compile_kernel(kernel: Kernel | Draft, target: AnyTarget, symbol: str) -> Ke
 
     Raises:
         CompileError: code generation refuses the function; each reason has its own class. Or its expressions are
-            nested too deeply.
+            nested too deeply. All name the nodes of the user's model that the kernel stands for.
     """
     name = kernel.func.name
     try:
@@ -28,10 +28,14 @@ def compile_kernel(kernel: Kernel | Draft, target: AnyTarget, symbol: str) -> Ke
             if isinstance(kernel, Draft):
                 kernel = schedule_func(kernel.func, target, origin=kernel.origin)
             return _compile(kernel, target, symbol)
+    except CompileError as error:
+        if kernel.origin:
+            error.message = f"node {', '.join(kernel.origin)}: {error.message}"
+        raise
     except RecursionError as error:
-        nodes = f" (of {', '.join(kernel.origin)})" if kernel.origin else ""
+        node = f"node {', '.join(kernel.origin)}: " if kernel.origin else ""
         raise CompileError(
-            f"{name}{nodes}: an expression is nested deeper than the compiler can follow",
+            f"{node}{name}: an expression is nested deeper than the compiler can follow",
             hint="compute a part of it in a tensor of its own, or raise sys.setrecursionlimit",
         ) from error
 

@@ -94,7 +94,8 @@ def _by_rules(
             if decisions is not None:
                 raise
             reason = error.message.splitlines()[0]
-            _log.warning("%s: rule %s does not apply: %s", func.name, rule.name, reason)
+            of = f" (node {', '.join(origin)})" if origin else ""
+            _log.warning("%s%s: rule %s does not apply: %s", func.name, of, rule.name, reason)
             refused[rule.name] = reason
             continue
         taken = {**chosen, "refused": refused} if refused else dict(chosen)

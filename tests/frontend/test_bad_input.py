@@ -13,9 +13,11 @@ import onnx
 import pytest
 
 import kedge
-from kedge.compiler.errors import CompileError, FrontendError
+from kedge.compiler import kernels
+from kedge.compiler.errors import CodegenError, CompileError, FrontendError
 from kedge.compiler.frontend.onnx import load_onnx
 from kedge.compiler.graph import interp
+from kedge.compiler.graph.passes import BlockChannels
 from kedge.rpc.errors import InputError
 from support.onnx_models import compiled, one_operator, onnxruntime_outputs
 
@@ -156,6 +158,51 @@ def test_products_with_special_values() -> None:
     x[0, 0, 3, 3], x[0, 1, 0, 5] = np.nan, np.inf
     model, feeds = one_operator("Conv", [x, f(3, 2, 3, 3)], constant=[1], pads=[1] * 4)
     check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38])
+def test_blocked_convolutions_with_special_values(kernel: int, value: float) -> None:
+    """Of one place only the windows that reach it know; so it is without Winograd's algorithm."""
+    x, weights = f(1, 32, 19, 19), f(32, 32, kernel, kernel)
+    x[0, 3, 7, 8] = value
+    model, feeds = one_operator("Conv", [x, weights], constant=[1], pads=[kernel // 2] * 4)
+    want = onnxruntime_outputs(model, feeds)["y0"]
+    direct = kedge.pipeline("default").without("layout").insert_after("pack-weights", BlockChannels(winograd=False))
+    for attrs in ({}, {"group": 32}):
+        if attrs:
+            model, feeds = one_operator("Conv", [x, weights[:, :1]], constant=[1], pads=[kernel // 2] * 4, **attrs)
+            want = onnxruntime_outputs(model, feeds)["y0"]
+        with kedge.compile(load_onnx(model), target="native", pipeline=direct).open(threads=1) as loaded:
+            np.testing.assert_allclose(loaded.run(feeds)["y0"], want, rtol=1e-3, atol=1e-3)
+
+
+def test_winograd_spreads_special_values_over_their_tiles_only() -> None:
+    x = f(1, 64, 56, 56)
+    model, feeds = one_operator("Conv", [x, f(64, 64, 3, 3)], constant=[1], pads=[1] * 4)
+    with compiled(model) as loaded:
+        clean = loaded.run(feeds)["y0"]
+        for value in (np.inf, np.nan):
+            x[0, 3, 20, 21] = value
+            got = loaded.run({"x0": x})["y0"]
+            wrong = np.argwhere(~np.isfinite(got).all(axis=(0, 1)))
+            assert len(wrong) >= 9
+            assert (abs(wrong - [20, 21]) <= 5).all()
+            rest = np.isfinite(got)
+            np.testing.assert_allclose(got[rest], clean[rest], rtol=1e-3, atol=1e-3)
+
+
+def test_refusals_of_code_generation_name_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels have names of their own, which say nothing to whoever wrote the model."""
+
+    def refuse(*_: object) -> None:
+        raise CodegenError("no such instruction", hint="take another")
+
+    monkeypatch.setattr(kernels, "emit_kernel", refuse)
+    model, _ = one_operator("Softmax", [f(3, 5 + 8 * 3)])
+    with pytest.raises(CodegenError, match=r"^node node.*: no such instruction") as caught, compiled(model):
+        pass
+    assert caught.value.hint == "take another"
 
 
 #: Operator, inputs, which of them are constants, attributes.

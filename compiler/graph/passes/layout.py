@@ -42,9 +42,12 @@ class BlockChannels:
     relu(add(conv(x, @w), b)) -> unpack(relu(add(conv_blocked(pack(x), pack(@w)), pack(b))))
 
     where pack is a reshape and a transpose (of weights folded away afterwards), and unpack their inverse.
+
+    `winograd`: whether 3x3 convolutions may run by Winograd's algorithm, where infinities and NaN spread over a tile.
     """
 
     target: AnyTarget | None = None
+    winograd: bool = True
     name: str = "layout"
 
     def for_target(self, target: AnyTarget) -> Pass:
@@ -56,7 +59,10 @@ class BlockChannels:
         if not isinstance(self.target, Target):
             return module
         context = Context(module)
-        functions = {name: _Blocker(each, self.target, context).run() for name, each in module.functions.items()}
+        functions = {
+            name: _Blocker(each, self.target, context, winograd=self.winograd).run()
+            for name, each in module.functions.items()
+        }
         if all(new is module.functions[name] for name, new in functions.items()):
             return module
         return with_functions(module, functions)
@@ -82,8 +88,9 @@ def padded_block(channels: int, sizes: Sequence[int]) -> int:
 class _Blocker:
     """Rewrites one function: every value has a plain form, a blocked one, or both once both are asked for."""
 
-    def __init__(self, function: Function, target: Target, context: Context) -> None:
+    def __init__(self, function: Function, target: Target, context: Context, *, winograd: bool) -> None:
         self._function = function
+        self.winograd = winograd
         self.target = target
         self._context = context
         self._plain: dict[int, Value] = {}
@@ -222,7 +229,7 @@ def _dense(own: _Blocker, old: Call, filters: int, channels: int) -> Value | Non
     lanes_out = block_of(filters, sizes) or padded_block(filters, sizes)
     source = _source(own, old.inputs[0], channels, sizes)
     blocked = source.type.rank > old.type.rank
-    m = winograd_tile(old, own.target, own.weight_bytes) if blocked else None
+    m = winograd_tile(old, own.target, own.weight_bytes) if blocked and own.winograd else None
     if m is not None:
         result = _conv_winograd(own, old, source, m, lanes_out)
     else:
