@@ -201,11 +201,19 @@ def _apart(loop: For, outer: Sequence[For], touching: Sequence[Access]) -> bool:
     if digits is None:
         return False
     # Iterations of a fused loop differ in some digit: each digit alone must tell them apart, whatever the others are.
+    # Where a digit is taken modulo its own extent, simplifying has made that the whole variable: `i % 7 * 16 % 7`.
+    whole: Expr = const(0)
+    for digit in digits:
+        whole = whole + digit.var * digit.weight
     renamed = [
-        Access(a.buffer, tuple(_use_digits(i, digits) for i in a.indices), a.is_write, a.block) for a in touching
+        Access(
+            a.buffer,
+            tuple(substitute_expr(_use_digits(i, digits), {loop.var: whole}) for i in a.indices),
+            a.is_write,
+            a.block,
+        )
+        for a in touching
     ]
-    if any(loop.var in free_vars(index) for a in renamed for index in a.indices):
-        return False
     limits = {digit.var: over(digit.extent) for digit in digits}
     return all(
         _separates(

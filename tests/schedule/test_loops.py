@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kedge.compiler import te
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.tir.expr import Cast, Load, Var, const
@@ -61,6 +62,18 @@ def test_split_of_a_split_comes_out_flat():
     assert "where" not in sch.show()
 
 
+def test_split_takes_what_the_others_leave_of_a_quotient():
+    """ceil(ceil(n / 2) * 8 / 16) * 16 is enough, though no proof of it is found."""
+    func = chain((N + 1) // 2 * 8)
+    sch = Schedule(func)
+    (i,) = loops_of(sch, "a")
+    outer, inner = sch.split(i, [None, 16])
+    sch.vectorize(inner)
+    sch.parallel(outer)
+    for n in (1, 2, 3, 8):
+        assert_same(func, sch.func, {"n": n})
+
+
 def test_split_refusals():
     sch = Schedule(dense(N, 12, 10))
     i, j, _k = loops_of(sch, "y")
@@ -88,6 +101,38 @@ def test_fuse_golden(golden):
     sch.split(fused, [None, 8])
     golden("fuse.txt", sch.show())
     assert_same(func, sch.func, {"n": 3, "m": 5})
+
+
+def test_parallel_where_a_digit_is_taken_modulo_its_own_extent():
+    """105 elements in vectors of 16 are 7 steps, as many as the innermost dim has elements."""
+    x = te.placeholder((N, 4, 5, 7), "float32", "x")
+    y = te.compute((N, 3, 5, 7), lambda *i: te.maximum(x[i], 0.0), name="y")
+    func = te.create_prim_func([x, y], "part")
+    sch = Schedule(func)
+    batch, *rest = loops_of(sch, "y")
+    step, lane = sch.split(sch.fuse(*rest), [None, 16])
+    sch.vectorize(lane)
+    sch.parallel(sch.fuse(batch, step))
+    assert_same(func, sch.func, {"n": 2})
+
+
+def test_parallel_refuses_steps_that_overlap_in_digits():
+    """Windows of 16 that begin 15 apart share an element, whatever digits they are written in."""
+    func = parse_func(
+        """
+func overlap(x: float32[120]) -> (y: float32[2, 120]):
+  for b_s in range(14):
+    for l in range(16):
+      block y:
+        vb = spatial(2, b_s // 7)
+        vi = spatial(120, b_s % 7 * 15 + l)
+        reads x[vi]
+        writes y[vb, vi]
+        y[vb, vi] = x[vi]
+"""
+    )
+    sch = Schedule(func)
+    refused(lambda: sch.parallel(loops_of(sch, "y")[0]), "parallel", "may depend on one another")
 
 
 def test_fuse_undoes_split():

@@ -69,6 +69,7 @@ def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[Pri
     for var, extent in zip(variables, extents, strict=True):
         index, total = index * extent + var, total * extent
     ranges = loop_ranges(loops_on(path[:-1]))
+    # What is rounded up is enough: to prove it of quotients of quotients can be beyond the simplifier.
     if None not in factors and not prove(total >= node.extent, ranges):
         reason = f"factors {list(factors)} make {known} iterations, and may be too few for {print_expr(node.extent)}"
         hint = f"None takes what the others leave: sch.split({loop.name}, {[None, *factors[1:]]})"
