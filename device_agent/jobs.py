@@ -61,6 +61,11 @@ _CALM_PAUSE_S = 1.0
 _START_S = 30.0
 #: Files a runner may have open: its library, weights, shared tensors, and some to spare.
 _OPEN_FILES = 64
+#: The largest file that it may write, of those in memory too: larger outputs travel in pieces.
+_FILE_BYTES = 1 << 30
+#: The stages that a runner lives through, and CPU seconds beyond their deadlines, which end it first and say why.
+_RUNNING = (Stage.LOAD, Stage.RUN)
+_SPARE_CPU_S = 10
 #: What an artifact's code may take of the device's memory, so that the agent and the system survive it.
 _MEMORY_SHARE = 0.9
 
@@ -245,7 +250,14 @@ class Job:
             # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes.
             return native.Limits()
         memory = self._board.device.memory_bytes
-        return native.Limits(memory_bytes=int(memory * _MEMORY_SHARE) or None, open_files=_OPEN_FILES)
+        seconds = sum(self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage] for stage in _RUNNING) / 1000
+        return native.Limits(
+            memory_bytes=int(memory * _MEMORY_SHARE) or None,
+            cpu_s=math.ceil(seconds * self._threads(placement)) + _SPARE_CPU_S,
+            open_files=_OPEN_FILES,
+            file_size_bytes=_FILE_BYTES,
+            sandbox=True,
+        )
 
     def _work(self, runner: native.Runner, what: _Loadable) -> Tuple[List[native.Tensor], Optional[Measurement]]:
         task = self._spec.task

@@ -136,13 +136,15 @@ class Limits:
     """What the process may use; None means no limit of its own.
 
     `memory_bytes` bounds the whole address space: code, mapped weights, thread stacks and arena. Emulators
-    (qemu-user) do not enforce it.
+    (qemu-user) do not enforce it. `sandbox` refuses new processes, sockets, and whatever reaches other processes, where
+    the kernel has seccomp filters (emulators do not).
     """
 
     memory_bytes: Optional[int] = None
     cpu_s: Optional[int] = None
     open_files: Optional[int] = None
     file_size_bytes: Optional[int] = None
+    sandbox: bool = False
 
     def arguments(self) -> List[str]:
         """The command-line options of kedge-runner."""
@@ -152,7 +154,8 @@ class Limits:
             ("--limit-files", self.open_files),
             ("--limit-file-size", self.file_size_bytes),
         )
-        return [word for name, value in named if value is not None for word in (name, str(value))]
+        words = [word for name, value in named if value is not None for word in (name, str(value))]
+        return [*words, "--sandbox"] if self.sandbox else words
 
 
 class _Expired(Exception):

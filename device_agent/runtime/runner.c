@@ -28,13 +28,14 @@ enum { READER_STACK = 256 << 10 };
 
 static const char usage[] =
     "usage: kedge-runner (--fd N | --stdio) [--cpus A,B,...] [--limit-memory BYTES] [--limit-cpu-s SECONDS]\n"
-    "                    [--limit-files COUNT] [--limit-file-size BYTES]\n"
+    "                    [--limit-files COUNT] [--limit-file-size BYTES] [--sandbox]\n"
     "Runs compiled kedge models for the process at the other end of a Unix socket or of its standard streams.\n";
 
 typedef struct {
   int fd; /* -1: the standard streams */
   const char *cpus;
   int64_t memory, cpu_s, files, file_size; /* -1: no limit */
+  bool sandbox;
 } arguments;
 
 static channel stream = {.in = -1, .out = -1, .is_socket = false};
@@ -67,6 +68,10 @@ static arguments parse(int argc, char **argv) {
     }
     if (strcmp(option, "--stdio") == 0) {
       a.fd = -1;
+      continue;
+    }
+    if (strcmp(option, "--sandbox") == 0) {
+      a.sandbox = true;
       continue;
     }
     if (strcmp(option, "--fd") == 0) {
@@ -155,6 +160,10 @@ static void confine(const arguments *a) {
   limit(RLIMIT_NOFILE, "--limit-files", a->files, a->files);
   limit(RLIMIT_FSIZE, "--limit-file-size", a->file_size, a->file_size);
   if (a->cpus != NULL) choose_cpus(a->cpus);
+  /* EINVAL: the kernel, or the emulator in its place, has no filters. */
+  if (a->sandbox && !kedge_confine_calls() && errno != EINVAL && errno != ENOSYS) {
+    refuse(KEDGE_E_ARGUMENT, "--sandbox", strerror(errno));
+  }
 }
 
 static void say_hello(void) {

@@ -94,4 +94,10 @@ void handle_request(const channel *to, session *s, const frame *request);
 void write_error(const channel *to, uint64_t request, int32_t status, const char *text);
 bool shared_memory_works(void);
 
+/* ---- sandbox.c ---------------------------------------------------------------------------------------------- */
+
+/* From now on no new processes, no sockets, nothing that reaches another process. False with errno: there are no
+ * filters (EINVAL, ENOSYS), or this process may not set one. */
+bool kedge_confine_calls(void);
+
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -44,7 +45,13 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 NO_LIMITS = Limits()
 #: The functions of misbehaving.c, in order.
-MISDEEDS = ("segfault", "forever", "slow", "big_arena", "quit", "chatter", "orphan", "scribble", "copy", "grow")
+MISDEEDS = (
+    "segfault", "forever", "slow", "big_arena", "quit", "chatter", "orphan", "scribble", "copy", "grow",
+    "escape", "give_up",
+)  # fmt: skip
+
+#: What escape() tries, in order; each result is an errno.
+ATTEMPTS = ("fork", "inet", "unix", "kill", "ptrace", "execute", "thread", "limit")
 
 
 def floats(*values: float, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -171,6 +178,26 @@ def test_limits_are_set_before_hello(runtime: RuntimeFiles) -> None:
     assert found["Max file size"] == [str(1 << 20)] * 2
     assert found["Max core file size"] == ["0", "0"]
     assert "NoNewPrivs:\t1" in status
+
+
+def test_the_sandbox_lets_nothing_out_but_threads(misbehave: Any) -> None:
+    attempts = len(ATTEMPTS)
+    (made,) = misbehave("escape", limits=Limits(sandbox=True), inputs=[floats(*[0.0] * attempts)])
+    found = dict(zip(ATTEMPTS, struct.unpack(f"<{attempts}f", made.data), strict=True))
+    assert found.pop("thread") == 0
+    assert found == dict.fromkeys(found, errno.EPERM)
+
+
+def test_without_the_sandbox_it_could(misbehave: Any) -> None:
+    (made,) = misbehave("escape", inputs=[floats(*[0.0] * len(ATTEMPTS))])
+    found = dict(zip(ATTEMPTS, struct.unpack(f"<{len(ATTEMPTS)}f", made.data), strict=True))
+    assert (found["fork"], found["unix"], found["kill"], found["execute"]) == (0, 0, 0, errno.ENOENT)
+
+
+def test_a_crash_in_the_sandbox_is_still_told_apart(misbehave: Any) -> None:
+    limits = Limits(sandbox=True, memory_bytes=1 << 31, cpu_s=100, open_files=64)
+    ended = [misbehave(name, limits=limits) for name in ("segfault", "give_up", "quit")]
+    assert [error.signal for error in ended] == [signal.SIGSEGV, signal.SIGABRT, 0]
 
 
 # ---- refusals: the runner lives on ---------------------------------------------------------------------------------

@@ -1,6 +1,14 @@
 /* misbehaving.c: everything that code from elsewhere may do to the process that runs it. */
 #define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "module.h"
@@ -82,4 +90,37 @@ static int32_t run_grow(kedge_frame *f) { /* as code that allocates would */
 }
 FUNCTION(grow, .entry = run_grow, .arena_size = EXPR(CONST(0)));
 
-MODULE(&segfault, &forever, &slow, &big_arena, &quit, &chatter, &orphan, &scribble, &copy, &grow);
+static void *nothing(void *unused) { return unused; }
+
+static float refusal(long result) { return result < 0 ? (float)errno : 0; }
+
+/* What an intruder would try first, as errno each; x has as many elements as there are attempts. */
+static int32_t run_escape(kedge_frame *f) {
+  float *y = f->outputs[0];
+  pid_t child = fork();
+  if (child == 0) _exit(0);
+  if (child > 0) waitpid(child, NULL, 0);
+  y[0] = refusal(child);
+  y[1] = refusal(socket(AF_INET, SOCK_STREAM, 0));
+  y[2] = refusal(socket(AF_UNIX, SOCK_STREAM, 0));
+  y[3] = refusal(kill(getppid(), 0));
+  y[4] = refusal(ptrace(PTRACE_PEEKUSER, getppid(), NULL, NULL)); /* not traced: ESRCH, once it is asked at all */
+  char *const words[] = {"/nowhere", NULL};
+  y[5] = refusal(syscall(SYS_execveat, -1, words[0], words, words, 0)); /* ENOENT, likewise */
+  pthread_t thread;
+  y[6] = (float)pthread_create(&thread, NULL, nothing, NULL);
+  if (y[6] == 0) pthread_join(thread, NULL);
+  struct rlimit limit = {1 << 20, 1 << 20};
+  y[7] = refusal(setrlimit(RLIMIT_CORE, &limit));
+  return KEDGE_OK;
+}
+FUNCTION(escape, .entry = run_escape, .inputs = x_port, .outputs = y_port, .symbols = n_symbol,
+         .arena_size = EXPR(CONST(0)), .n_inputs = 1, .n_outputs = 1, .n_symbols = 1);
+
+static int32_t run_abort(kedge_frame *f) {
+  (void)f;
+  abort();
+}
+FUNCTION(give_up, .entry = run_abort, .arena_size = EXPR(CONST(0)));
+
+MODULE(&segfault, &forever, &slow, &big_arena, &quit, &chatter, &orphan, &scribble, &copy, &grow, &escape, &give_up);
