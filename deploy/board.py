@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kedge.deploy import launch
 from kedge.deploy.bundle import agent_site, agent_zipapp
@@ -49,6 +49,18 @@ RunnerFor = Callable[[BoardInfo], Path]
 Connected = Callable[[str, float], Mapping[str, str] | None]
 """`connected(name, timeout_s)` waits until the tracker sees a device of exactly that name, and gives its labels; None
 when the time is up."""
+
+
+class Joining(Protocol):
+    """How an agent is let in: with a join string, or (None) in plaintext on loopback."""
+
+    @property
+    def join(self) -> str | None:
+        """A secret that is good for one device."""
+
+    @property
+    def agents_port(self) -> int | None:
+        """Where the tracker serves agents, if not where it serves clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,7 @@ def deploy_board(
     destination: Destination,
     *,
     tracker: str,
+    joining: Callable[[str], Joining],
     runner_for: RunnerFor,
     connected: Connected,
     cache_dir: Path,
@@ -110,7 +123,8 @@ def deploy_board(
 ) -> Deployment:
     """Install the agent and start it; return when `tracker` (HOST:PORT, as seen from the board) sees it.
 
-    `name` is the board's host name unless given. Running it again updates what changed and restarts the agent.
+    `joining` says how the device of a name is let in. `name` is the board's host name unless given. Running it again
+    updates what changed and restarts the agent.
 
     Raises:
         UsageError: a name or label that no device can have; nothing was done.
@@ -132,11 +146,12 @@ def deploy_board(
         progress(f"{board.hostname}: {board.arch}, glibc {board.glibc[0]}.{board.glibc[1]}, Python {python}")
         name = check_name(name or board.hostname)
         remote = _Remote(connection, place)
-        with remote.prepared(tracker, standing) as there:
+        how = joining(name)
+        with remote.prepared(tracker, how.agents_port, standing) as there:
             _refuse_taken(name, connected(name, 0), there["agent"], tracker)
             site, uploaded = remote.install(there, board, runner_for(board), cache_dir, progress)
             deployment = secrets.token_hex(4)
-            remote.configure(site, tracker, name, {**(labels or {}), DEPLOYMENT: deployment})
+            remote.configure(site, tracker, how.join, name, {**(labels or {}), DEPLOYMENT: deployment})
             progress(f"starting the agent {name}")
             pid = remote.start(name, tracker, deployment, connected, timeout_s, progress)
             standing.says = standing.running(name)
@@ -204,7 +219,7 @@ class _Remote:
         return DeployError(f"{self._connection.destination}: {name} failed (status {done.status}): {said}")
 
     @contextmanager
-    def prepared(self, tracker: str, standing: Standing) -> Iterator[dict[str, Any]]:
+    def prepared(self, tracker: str, agents_port: int | None, standing: Standing) -> Iterator[dict[str, Any]]:
         """What is installed there, locked against other deployments; an error inside brings back what was there.
 
         What the new agent replaced is forgotten at the end, when there is no way back.
@@ -214,7 +229,7 @@ class _Remote:
         if not host or not port.isdigit():
             raise DeployError(f"{tracker!r} is no address of a tracker", hint="write HOST:PORT")
         bare = host.removeprefix("[").removesuffix("]")
-        holder = self._open("prepare", bare, port)
+        holder = self._open("prepare", bare, port, *([str(agents_port)] if agents_port is not None else []))
         try:
             try:
                 there = self._answer(holder, tracker, bare, port)
@@ -297,12 +312,15 @@ class _Remote:
             sent.append("site")
         return f"site-{site.digest}", tuple(sent)
 
-    def configure(self, site: str, tracker: str, name: str, labels: Mapping[str, str]) -> None:
-        """Write the new `agent.json`: what to start, and how."""
+    def configure(self, site: str, tracker: str, join: str | None, name: str, labels: Mapping[str, str]) -> None:
+        """Write the new `agent.json`: what to start, and how; the join string goes into a file of its own."""
         # One word each: a name may begin with a dash.
         arguments = [f"--tracker={tracker}", f"--name={name}"]
         arguments += [f"--label={key}={value}" for key, value in sorted(labels.items())]
         arguments += [f"--runner={self._path('kedge-runner')}", f"--data-dir={self._path('data')}"]
+        arguments += ["--insecure-loopback" if join is None else f"--join-file={self._path('join')}"]
+        if join is not None:
+            self._connection.put(join.encode(), self._path(launch.NEW, "join"), mode=0o600)
         config = {
             "python": self._place.python,
             "site": site,

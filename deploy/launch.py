@@ -100,15 +100,17 @@ def is_ours(home: str, pid: int) -> bool:
     return (MARK + "=" + home).encode() in environment or bool(programs.intersection(words))
 
 
-def prepare(home: str, host: str, port: str) -> int:
-    """Check that the tracker answers from here, then `setup`; nothing is made if it does not.
+def prepare(home: str, host: str, *ports: str) -> int:
+    """Check that the tracker answers from here on all its ports, then `setup`; nothing is made if it does not.
 
     The installation is locked until standard input is closed. If no agent is installed by then, all that was made goes.
     """
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        for port in ports:
+            where = "port " + port
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except OSError as error:
-        print(error)
+        print("%s: %s" % (where, error))
         return EXIT_UNREACHABLE
     lock = make_home(home)
     if lock is None:
@@ -450,6 +452,8 @@ def launch(home: str) -> int:
 def rollback(home: str) -> int:
     """Bring back what the last `launch` replaced, and start it if it ran then; prints its process id."""
     lock = lock_change(home)
+    if os.path.exists(path(home, "join")):  # not used by the agent that it was for
+        os.unlink(path(home, "join"))
     shutil.rmtree(path(home, NEW), ignore_errors=True)
     old = path(home, OLD)
     ran = os.path.exists(path(old, ".ran"))

@@ -8,17 +8,25 @@ import os
 import platform
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import List, Optional
+from typing import TYPE_CHECKING, List, Optional
 
 from kedge.rpc.errors import KedgeError, UsageError
 from kedge.rpc.names import check_name, parse_labels
+from kedge.rpc.security.files import read_private
+
+if TYPE_CHECKING:
+    from kedge.rpc.security.identity import Identity
+    from kedge.rpc.transport import Address
 
 _EXAMPLES = """\
 examples:
-  python3 -m kedge.device_agent --tracker lab:9190 --runner ./kedge-runner
-  python3 -m kedge.device_agent --tracker 10.0.0.5:9190 --runner ./kedge-runner --name rpi4-1 \\
-      --label rack=a --label camera=yes --threads 3
+  python3 -m kedge.device_agent --join 'kedge1.…' --runner ./kedge-runner
+  python3 -m kedge.device_agent --runner ./kedge-runner --name rpi4-1 --label rack=a --threads 3
+
+The first one enrols the device: the join string is what 'kedge tracker token create --role enrol' prints, and is good
+for one device. From then on the device has a certificate in its data folder, renewed as long as the agent runs.
 
 The agent dials the tracker; nothing needs to reach this device. It runs one job at a time, each in a
 process of its own, and keeps trying when the tracker is away. SIGTERM or Ctrl-C stops it cleanly.
@@ -32,7 +40,30 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tracker", metavar="HOST:PORT", required=True, help="the tracker (port 9190 if left out)")
+    parser.add_argument(
+        "--join", metavar="STRING", help="enrol this device; better in the environment: KEDGE_JOIN (default: enrolled)"
+    )
+    parser.add_argument(
+        "--join-file",
+        metavar="FILE",
+        type=Path,
+        help="a file with the join string, removed once the device is enrolled",
+    )
+    parser.add_argument(
+        "--tracker", metavar="HOST:PORT", help="where the tracker is, if it has moved (default: as it was joined)"
+    )
+    parser.add_argument(
+        "--insecure-loopback",
+        action="store_true",
+        help="speak plaintext with --tracker on this machine, which was started so too (default: no)",
+    )
+    parser.add_argument(
+        "--require-signer",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="run only artifacts that this public key signed; may be repeated (default: everybody's)",
+    )
     parser.add_argument("--runner", metavar="PATH", required=True, type=Path, help="the kedge-runner for this device")
     parser.add_argument(
         "--name", default=platform.node(), help="the device's name (default: the host name, %(default)s)"
@@ -63,6 +94,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     # Runners are forked and executed at once. Before Python 3.10 that runs gRPC's fork handlers, which revive its
     # poller in the child and can end it before it executes. Read when grpc is imported, so not later than here.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    # What fails in a handshake is said in our own words.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # No runner inherits it.
+    options.join = os.environ.pop("KEDGE_JOIN", None) or options.join
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr
     )
@@ -76,7 +111,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from kedge.rpc.transport import parse_address
 
-    tracker = parse_address(options.tracker)
+    tracker = parse_address(options.tracker) if options.tracker else None
     name, labels = check_name(options.name), parse_labels(options.label)
     runner = options.runner.absolute()
     if not runner.is_file():
@@ -89,17 +124,63 @@ def _serve(options: argparse.Namespace) -> int:
     data_dir = options.data_dir or _default_data_dir() / name
 
     from kedge.device_agent.agent import Agent, Settings
+    from kedge.rpc.security.signing import parse_signers
     from kedge.rpc.types import DeviceInfo
+
+    signers = parse_signers(options.require_signer)
+    identity = _identify(options, tracker, name, data_dir)
+    address = identity.address if identity is not None else tracker
+    assert address is not None
 
     def ready(device: DeviceInfo) -> None:
         emulated = ", emulated" if device.emulated else ""
         sys.stdout.write(
             f"kedge agent {device.name} ready: {device.arch} {device.cpu_name}, {device.num_cores} cores{emulated},"
-            f" tracker {tracker}\n"
+            f" tracker {address}\n"
         )
         sys.stdout.flush()
 
-    return Agent(Settings(tracker, name, runner, data_dir, labels, options.threads), on_ready=ready).run()
+    settings = Settings(address, name, runner, data_dir, labels, options.threads, identity, signers)
+    return Agent(settings, on_ready=ready).run()
+
+
+def _identify(options: argparse.Namespace, tracker: Optional[Address], name: str, data_dir: Path) -> Optional[Identity]:
+    """Who this device is: enrolled now, or before; None for a tracker that speaks plaintext."""
+    from kedge.rpc.errors import AuthenticationError
+    from kedge.rpc.security import identity as identities
+    from kedge.rpc.security.join import parse_join
+
+    text = options.join
+    if options.join_file is not None and options.join_file.exists():
+        text = text or read_private(options.join_file).decode(errors="replace")
+    if options.insecure_loopback:
+        if text or tracker is None or not tracker.is_loopback:
+            raise UsageError(
+                "--insecure-loopback goes with --tracker on this machine, and with nothing to join",
+                hint="--tracker 127.0.0.1:9190 --insecure-loopback, for a tracker that was started so too",
+            )
+        return None
+    identity = identities.load(data_dir)
+    if text:
+        join = parse_join(text)
+        if tracker is not None:
+            join = replace(join, address=tracker)
+        if identity is None or not identity.is_from(join) or identity.device != name:
+            identity = identities.enrol(join, name)
+            identity.save(data_dir)
+        if options.join_file is not None and options.join_file.exists():
+            options.join_file.unlink()
+    if identity is None:
+        raise AuthenticationError(
+            f"this device is not enrolled ({data_dir} has no identity)",
+            hint="join a tracker: --join '…', with what 'kedge tracker token create --role enrol' prints",
+        )
+    if identity.device != name:
+        raise AuthenticationError(
+            f"this device is enrolled as {identity.device!r}, not as {name!r}",
+            hint=f"--name {identity.device}, another --data-dir, or enrol it under the new name: --join '…'",
+        )
+    return identity if tracker is None else replace(identity, host=tracker.host)
 
 
 def _default_data_dir() -> Path:

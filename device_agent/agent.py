@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Iterator, List, Mapping, Optional, TextIO, Tuple, Union, cast
+from typing import Any, Callable, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Union, cast
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
@@ -36,10 +36,12 @@ from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import GPU_KINDS
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import BlobStore
-from kedge.rpc.errors import ConnectError, KedgeError
+from kedge.rpc.errors import AuthenticationError, ConnectError, KedgeError, PermissionDeniedError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
-from kedge.rpc.transport import MAX_RESULT_BYTES, Address, open_channel
+from kedge.rpc.security import signing
+from kedge.rpc.security.identity import Identity, explained, renew
+from kedge.rpc.transport import MAX_RESULT_BYTES, Address, Tls, open_channel
 from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease
 
 log = logging.getLogger("kedge.agent")
@@ -47,6 +49,9 @@ log = logging.getLogger("kedge.agent")
 #: How long a goodbye may take to reach the tracker, and a cancelled job to end.
 _FAREWELL_S = 3.0
 _JOB_END_S = 10.0
+#: Between two looks at the certificate, and after a renewal that failed.
+_LOOK_S = 3600.0
+_RENEW_PAUSE_S = 60.0
 
 Event = Callable[[float], List[core.Action]]
 
@@ -57,7 +62,11 @@ class AgentError(KedgeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How an agent was started. `threads` is what jobs may use; 0 means every core this process may run on."""
+    """How an agent was started. `threads` is what jobs may use; 0 means every core this process may run on.
+
+    `tracker` is where agents are served; `identity` is None where that is in plaintext on loopback. With `signers`
+    (public keys) only what one of them signed is run.
+    """
 
     tracker: Address
     name: str
@@ -65,6 +74,8 @@ class Settings:
     data_dir: Path
     labels: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
+    identity: Optional[Identity] = None
+    signers: FrozenSet[bytes] = frozenset()
 
 
 class Agent:
@@ -73,10 +84,15 @@ class Agent:
     Raises:
         AgentError: the data folder cannot be used, or belongs to an agent that runs.
         RunnerUnavailable: the runner cannot be started here.
+        SigningUnavailableError: signers are required, and nothing can be verified here.
     """
 
     def __init__(self, settings: Settings, *, on_ready: Callable[[DeviceInfo], None] = lambda _: None) -> None:
+        if settings.signers:
+            signing.check_available()
         self._settings = settings
+        self._identity = settings.identity
+        self._ended = threading.Event()
         self._on_ready = on_ready
         self._announced = False
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -98,7 +114,7 @@ class Agent:
             machine=hello.machine,
             pointer_bits=elf_bits(settings.runner),
         )
-        self._blobs = BlobLink(settings.tracker)
+        self._blobs = BlobLink(settings.tracker, self._tls)
         self._board = Board(
             device=self.device,
             runner=settings.runner,
@@ -106,6 +122,7 @@ class Agent:
             cache=ArtifactCache(settings.data_dir / "cache"),
             scratch=scratch,
             blobs=self._blobs,
+            signers=settings.signers,
         )
         greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
         self._results = ResultStore(settings.data_dir / "results")
@@ -118,6 +135,8 @@ class Agent:
         """Serve until told to stop; the process's exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if self._identity is not None:
+            threading.Thread(target=self._keep_identity, name="kedge-identity", daemon=True).start()
         try:
             self._perform(self._core.start(time.monotonic()))
             while self._exit is None:
@@ -174,8 +193,31 @@ class Agent:
         if self._link is not None:
             self._link.send(message)
 
+    def _tls(self) -> Optional[Tls]:
+        return None if self._identity is None else self._identity.tls
+
+    def _keep_identity(self) -> None:
+        """Renew the certificate before it expires, for as long as the agent runs."""
+        identity = self._settings.identity
+        assert identity is not None
+        pause_s = 0.0
+        while not self._ended.wait(pause_s):
+            pause_s = _LOOK_S
+            if not identity.needs_renewal(time.time()):
+                continue
+            try:
+                identity = renew(identity)
+                identity.save(self._settings.data_dir)
+            except KedgeError as error:
+                log.warning("the certificate of this device cannot be renewed yet: %s", error)
+                pause_s = _RENEW_PAUSE_S
+            else:
+                # Connections that are open stay so; those to come use it.
+                self._identity = identity
+                log.info("renewed the certificate of this device")
+
     def _open(self) -> None:
-        link = _Link(self._settings.tracker)
+        link = _Link(self._settings.tracker, self._tls())
 
         def received(message: m.TrackerBody) -> None:
             self._events.put(lambda now: self._on_message(link, message, now))
@@ -214,8 +256,12 @@ class Agent:
     def _on_closed(self, link: _Link, error: Optional[KedgeError], now: float) -> List[core.Action]:
         if link is not self._link:
             return []
-        self._warn_away(str(error or "the tracker closed the connection"))
         self._close()
+        if isinstance(error, (AuthenticationError, PermissionDeniedError)):
+            return self._core.refused(f"the tracker refused this agent: {error}")
+        if error is not None:
+            error = explained(error, self._identity)
+        self._warn_away(str(error or "the tracker closed the connection"))
         return self._core.disconnected(now)
 
     def _warn_away(self, why: str) -> None:
@@ -247,6 +293,7 @@ class Agent:
         return self._core.finished(lease, result)
 
     def _shut_down(self) -> None:
+        self._ended.set()
         if self._job is not None:
             self._job.cancel("the agent stops")
         if self._job_thread is not None:
@@ -259,9 +306,9 @@ class Agent:
 class _Link:
     """One connection: messages out of a queue, messages into a callback, and one word when it ends."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, tls: Optional[Tls]) -> None:
         self._address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls)
         self._out: queue.SimpleQueue[Optional[m.AgentBody]] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._call: Any = None
@@ -319,10 +366,14 @@ class _Link:
 
 
 class BlobLink:
-    """The tracker's blobs over a connection of their own, made when first needed, broken off by `interrupt`."""
+    """The tracker's blobs over a connection of their own, made when first needed, broken off by `interrupt`.
 
-    def __init__(self, address: Address) -> None:
+    `tls` says how to talk to it whenever a connection is made.
+    """
+
+    def __init__(self, address: Address, tls: Callable[[], Optional[Tls]] = lambda: None) -> None:
         self._address = address
+        self._tls = tls
         self._lock = threading.Lock()
         self._channel: Any = None
 
@@ -348,7 +399,7 @@ class BlobLink:
     def _do(self, transfer: Callable[[BlobClient], object]) -> object:
         with self._lock:
             if self._channel is None:
-                self._channel = open_channel(self._address)
+                self._channel = open_channel(self._address, self._tls())
             channel = self._channel
         try:
             return transfer(BlobClient(channel, self._address))

@@ -208,6 +208,10 @@ class AgentCore:
         """Leave on purpose: tell the tracker, end the job, exit."""
         return self._stop(reason, failed=False)
 
+    def refused(self, reason: str) -> List[Action]:
+        """The tracker will not have this device, whenever it asks: end the job, exit."""
+        return self._stop(reason, failed=True)
+
     # ---- how it is handled -------------------------------------------------------------------------------------
 
     def _dial(self, now: float) -> List[Action]:

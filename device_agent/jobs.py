@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
+from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
 
 from kedge.device_agent import runner as native
 from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
@@ -35,6 +35,7 @@ from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetErro
 from kedge.rpc.limits import check_spec
 from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.security import signing
 from kedge.rpc.types import (
     BenchTask,
     Blob,
@@ -95,6 +96,8 @@ class Board:
     blobs: Blobs
     #: How long a measurement waits for a hot or throttled device at most; what it measures then is suspect.
     calm_s: float = 30.0
+    #: Public keys of those whose artifacts may run here; empty: everybody's.
+    signers: FrozenSet[bytes] = frozenset()
 
 
 class _Ended(Exception):
@@ -182,7 +185,10 @@ class Job:
 
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
-        manifest = Manifest.from_json(hold.path(self._spec.manifest).read_bytes())
+        text = hold.path(self._spec.manifest).read_bytes()
+        if self._board.signers:
+            signing.verify(text, self._spec.signature, self._board.signers)
+        manifest = Manifest.from_json(text)
         self._check_request()
         info = self._board.device
         placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)

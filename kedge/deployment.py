@@ -38,6 +38,45 @@ class Login:
         return resolve(self.host, identity=self.identity, known_hosts=self.known_hosts)
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """How an agent comes to a tracker: with a join string, as what it is enrolled as, or in plaintext on loopback."""
+
+    join: str | None = None
+    enrolled: bool = False
+    agents_port: int | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the agent's command line, on which no secret is."""
+        return [] if self.join or self.enrolled else ["--insecure-loopback"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the agent's environment."""
+        return {"KEDGE_JOIN": self.join} if self.join else {}
+
+
+def joining(tracker: str, device: str) -> Joining:
+    """How a device may join a tracker whose administrator asks.
+
+    Raises:
+        AuthenticationError: there are no credentials here.
+        PermissionDeniedError: they are not those of an administrator.
+    """
+    from kedge.rpc.client.access import Access
+    from kedge.rpc.security import credentials
+    from kedge.rpc.transport import parse_address
+
+    address = parse_address(tracker)
+    tls = credentials.find(address).tls
+    if tls is None:
+        return Joining()
+    with Access(address, tls) as access:
+        join, agents_port = access.enrol_token(device)
+    return Joining(str(join), agents_port=agents_port)
+
+
 def parse_labels(texts: Sequence[str]) -> dict[str, str]:
     """`["rack=a"]` as `{"rack": "a"}`; raises UsageError on anything else, and on labels that a deployment sets."""
     labels = names.parse_labels(texts)
@@ -62,6 +101,7 @@ def deploy(
     Raises:
         UsageError: a name or label that no device can have.
         ConnectError: no login, or no tracker.
+        AuthenticationError, PermissionDeniedError: whoever deploys is no administrator of the tracker.
         DeployError: the board cannot run the agent, or the tracker did not see it in time; with the agent's log.
         DeploymentInterrupted: Ctrl-C, and what the board is like after it.
     """
@@ -75,6 +115,7 @@ def deploy(
         deployed = deploy_board(
             destination,
             tracker=str(fleet.address),  # with the port, where only a host was named
+            joining=lambda device: joining(tracker, device),
             runner_for=lambda board: runner_for(board.arch, progress),
             connected=lambda device, seconds: labels_of(fleet, device, seconds),
             cache_dir=cache_dir() / "deploy",

@@ -17,7 +17,7 @@ import kedge
 from kedge.rpc.artifact.place import GPU_KINDS
 from kedge.rpc.errors import KedgeError
 
-PACKAGES = ("numpy", "llvmlite", "onnx", "ziglang", "grpcio", "protobuf", "sqlalchemy", "paramiko")
+PACKAGES = ("numpy", "llvmlite", "onnx", "ziglang", "grpcio", "protobuf", "sqlalchemy", "paramiko", "cryptography")
 MIN_FREE_BYTES = 500 << 20
 
 Progress = Callable[[str], None]
@@ -157,7 +157,7 @@ def _tracker(tracker: str, selector: str | None) -> Iterator[Finding]:
 
 
 def _no_device(fleet: Any, tracker: str, selector: str | None) -> Finding:
-    start = f"on the device: kedge agent start --tracker {tracker}"
+    start = f"let one join: kedge tracker token create --role enrol --tracker {tracker}"
     connected = ", ".join(device.info.name for device in fleet.devices()) if selector else ""
     if connected:
         return Finding("devices", "broken", f"no device matches {selector!r}", f"choose one of {connected}, or {start}")

@@ -3,6 +3,7 @@
     root/objects/ab/abcdef…        committed blobs
     root/partial/abcdef…           interrupted uploads, to be gone on with
     root/partial/abcdef….N         a second upload of a blob that another one holds
+    root/partial/abcdef…~TAG       the same for uploads under a tag, which see nothing of others
 
 One process per root. Methods may be called from any thread; those of one `BlobWriter` wait for each other.
 """
@@ -148,22 +149,25 @@ class BlobStore:
 
     def committed_bytes(self, blob: Blob) -> int:
         """How many bytes of an unfinished upload are kept (all of them once it is committed)."""
-        if self.has(blob):
-            return blob.size
+        return blob.size if self.has(blob) else self.unfinished_bytes(blob)
+
+    def unfinished_bytes(self, blob: Blob, tag: str = "") -> int:
+        """How many bytes of an unfinished upload are kept, whether or not the blob is there otherwise."""
         try:
-            return min(self._part(blob.digest).stat().st_size, _check_size(blob))
+            return min(self._part(blob.digest, tag).stat().st_size, _check_size(blob))
         except FileNotFoundError:
             return 0
 
-    def begin(self, blob: Blob, offset: int = 0) -> BlobWriter:
+    def begin(self, blob: Blob, offset: int = 0, tag: str = "") -> BlobWriter:
         """Start an upload, or go on with one from `offset`, which must not lie beyond what is committed.
 
-        While one writer holds the blob, others work beside it on a copy; the first to commit wins.
+        While one writer holds the blob, others work beside it on a copy; the first to commit wins. Uploads under
+        different tags (letters and digits) never go on with each other's bytes.
         """
         check_digest(blob.digest)
         if not 0 <= offset <= _check_size(blob):
             raise UploadOffsetError(f"blob {blob.digest} has {blob.size} bytes; {offset} is not within")
-        part = self._part(blob.digest)
+        part = self._part(blob.digest, tag)
         try:
             with self._lock:
                 kept = part.stat().st_size if part.exists() else 0
@@ -171,13 +175,13 @@ class BlobStore:
                     raise UploadOffsetError(
                         f"blob {blob.digest}: {kept} bytes are committed, the upload wants to go on from {offset}"
                     )
-                if blob.digest not in self._writers:
-                    writer = BlobWriter(self, blob, part)
-                    self._writers[blob.digest] = writer
+                if part.name not in self._writers:
+                    writer = BlobWriter(self, blob, part, part)
+                    self._writers[part.name] = writer
                 else:
                     self._scratch += 1
-                    writer = BlobWriter(self, blob, part.with_name(f"{blob.digest}.{self._scratch}"))
-            writer._start(part, offset)
+                    writer = BlobWriter(self, blob, part.with_name(f"{part.name}.{self._scratch}"), part)
+            writer._start(offset)
         except OSError as error:
             raise _explain(error, self.root) from error
         return writer
@@ -198,18 +202,18 @@ class BlobStore:
     def _object(self, digest: str) -> Path:
         return self._objects / check_digest(digest)[:2] / digest
 
-    def _part(self, digest: str) -> Path:
-        return self._partial / check_digest(digest)
+    def _part(self, digest: str, tag: str = "") -> Path:
+        return self._partial / (f"{check_digest(digest)}~{tag}" if tag else check_digest(digest))
 
     def _release(self, writer: BlobWriter) -> None:
         """A writer ends without a commit: keep the longer of its bytes and what was kept before."""
-        part = self._part(writer.blob.digest)
+        part = writer.part
         with self._lock:
-            if self._writers.get(writer.blob.digest) is writer:
-                del self._writers[writer.blob.digest]
+            if self._writers.get(part.name) is writer:
+                del self._writers[part.name]
             elif writer.path != part and writer.path.exists():
                 kept = part.stat().st_size if part.exists() else 0
-                if writer.blob.digest in self._writers or writer.size <= kept:
+                if part.name in self._writers or writer.size <= kept:
                     writer.path.unlink()
                 else:
                     writer.path.replace(part)
@@ -219,10 +223,10 @@ class BlobStore:
         final.parent.mkdir(exist_ok=True)
         with self._lock:
             writer.path.replace(final)
-            if self._writers.get(writer.blob.digest) is writer:
-                del self._writers[writer.blob.digest]
-            elif writer.blob.digest not in self._writers:
-                self._part(writer.blob.digest).unlink(missing_ok=True)
+            if self._writers.get(writer.part.name) is writer:
+                del self._writers[writer.part.name]
+            elif writer.part.name not in self._writers:
+                writer.part.unlink(missing_ok=True)
         for folder in (final.parent, self._objects):
             _sync_folder(folder)
 
@@ -234,9 +238,11 @@ class BlobWriter:
     refused. Nobody else can have the file before.
     """
 
-    def __init__(self, store: BlobStore, blob: Blob, path: Path) -> None:
+    def __init__(self, store: BlobStore, blob: Blob, path: Path, part: Path) -> None:
         self.blob = blob
         self.path = path
+        #: Where an interrupted upload of this kind is kept: `path`, unless another writer has it.
+        self.part = part
         self.size = 0
         self._store = store
         self._hash = hashlib.sha256()
@@ -302,18 +308,18 @@ class BlobWriter:
         if self._fd < 0:
             raise BlobError(f"blob {self.blob.digest}: this upload has ended", hint="begin another one")
 
-    def _start(self, part: Path, offset: int) -> None:
+    def _start(self, offset: int) -> None:
         """Open the file at `offset`, having hashed (and, beside another writer, copied) what lies before it."""
         try:
             self._fd = os.open(str(self.path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
             if offset:
-                with part.open("rb") as source:
+                with self.part.open("rb") as source:
                     while self.size < offset:
                         data = source.read(min(_READ_BYTES, offset - self.size))
                         if not data:
                             raise UploadOffsetError(f"blob {self.blob.digest}: another upload of it started again")
                         self._hash.update(data)
-                        if self.path != part:
+                        if self.path != self.part:
                             os.write(self._fd, data)
                         self.size += len(data)
             os.lseek(self._fd, offset, os.SEEK_SET)

@@ -67,3 +67,21 @@ class JobError(KedgeError):
     def __init__(self, message: str, *, outcome: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.outcome = outcome
+
+
+class AuthenticationError(KedgeError):
+    """The tracker does not know who asks: no token or certificate, or one that is expired, revoked or another's."""
+
+    exit_status = 9
+
+
+class PermissionDeniedError(KedgeError):
+    """The tracker knows who asks, and this is not for them."""
+
+    exit_status = 10
+
+
+class LimitError(KedgeError):
+    """More of something than one user may have at a time."""
+
+    exit_status = 11

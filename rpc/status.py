@@ -12,7 +12,7 @@ import grpc
 from kedge.rpc import blobs, errors
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.selector import SelectorError
-from kedge.rpc.transport import Address, unreachable
+from kedge.rpc.transport import Address, handshake_error, unreachable
 
 _CLASS_KEY = "kedge-error"
 #: Hints are text in any language: gRPC's metadata wants bytes for that.
@@ -25,6 +25,14 @@ class UnknownJobError(errors.KedgeError):
 
 class RemoteError(errors.KedgeError):
     """The tracker failed in a way that has no class of its own; the message carries the status."""
+
+
+class NameTakenError(errors.KedgeError):
+    """Another device is enrolled under this name."""
+
+
+class UnknownTokenError(errors.KedgeError):
+    """The tracker knows no token, or no enrolled device, of this name."""
 
 
 class NotReadyError(errors.KedgeError):
@@ -50,6 +58,12 @@ _CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
     errors.InputError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.IncompatibleTargetError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NoDeviceError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UsageError: grpc.StatusCode.INVALID_ARGUMENT,
+    NameTakenError: grpc.StatusCode.ALREADY_EXISTS,
+    UnknownTokenError: grpc.StatusCode.NOT_FOUND,
     ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
     blobs.BadDigestError: grpc.StatusCode.INVALID_ARGUMENT,
     blobs.MissingBlobError: grpc.StatusCode.NOT_FOUND,
@@ -83,6 +97,9 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
     if _CLASS_KEY in said:
         cls, hint = _BY_NAME.get(said[_CLASS_KEY], RemoteError), said.get(_HINT_KEY)
         return cls(details, hint=hint.decode() if hint else None)
+    failed = handshake_error(address, details) if code is grpc.StatusCode.UNAVAILABLE else None
+    if failed is not None:
+        return failed
     if code in _AWAY:
         if address is None:
             return errors.ConnectError(f"the tracker went away ({details})", hint="see whether it still runs")
@@ -99,7 +116,7 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
 
 def is_away(error: grpc.RpcError) -> bool:
     """True when the tracker could not be reached or went away, so that the same call may succeed later."""
-    return error.code() in _AWAY
+    return error.code() in _AWAY and handshake_error(None, error.details() or "") is None
 
 
 def _reason(details: str) -> str:

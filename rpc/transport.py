@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import grpc
 
-from kedge.rpc.errors import ConnectError
+from kedge.rpc.errors import AuthenticationError, ConnectError
 
+#: Where clients are served, and where agents are.
 DEFAULT_PORT = 9190
+DEFAULT_AGENTS_PORT = 9191
+#: In a tracker's certificate: its CA vouches for one tracker only, so it needs no other name, whatever its address.
+TRACKER_NAME = "tracker.kedge"
 #: A chunk of a blob; a protocol constant.
 CHUNK_BYTES = 1 << 20
 #: Above what one message carries: inline tensors are limited by `kedge.rpc.types.plan_inline`.
 MAX_MESSAGE_BYTES = 16 << 20
 #: Of a job's result, as a message: what the tracker says of a job holds the job's inline inputs too.
 MAX_RESULT_BYTES = 11 << 20
+#: Calls that are under way at a time, on one connection.
+MAX_STREAMS = 1_000
 
 
 class AddressError(ConnectError):
@@ -55,6 +61,9 @@ SERVER_OPTIONS: Options = (
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # Of one connection; what one user may have at a time is limited beside this.
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_metadata_size", 16 << 10),
 )
 
 
@@ -71,7 +80,7 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """True when only this machine can reach it."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", self.host) is not None
 
 
 def parse_address(text: str) -> Address:
@@ -100,9 +109,80 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def open_channel(address: Address) -> grpc.Channel:
-    """A lazily connecting plaintext channel to a tracker."""
-    return grpc.insecure_channel(str(address), options=CHANNEL_OPTIONS)
+@dataclass(frozen=True)
+class Tls:
+    """How a connection is encrypted and who we are on it: `ca` vouches for the tracker, all certificates are PEM.
+
+    A client has a `token`, an agent a `certificate` with its `key`.
+    """
+
+    ca: bytes
+    token: str = ""
+    certificate: bytes = b""
+    key: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"<Tls {'agent' if self.certificate else 'client'}>"
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        channel = grpc.ssl_channel_credentials(self.ca, self.key or None, self.certificate or None)
+        if not self.token:
+            return channel
+        return grpc.composite_channel_credentials(channel, grpc.access_token_call_credentials(self.token))
+
+
+_TLS_OPTIONS: Options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", TRACKER_NAME))
+
+
+def open_channel(address: Address, tls: Optional[Tls] = None) -> grpc.Channel:
+    """A lazily connecting channel to a tracker, without `tls` in plaintext; ConnectError for that beyond loopback."""
+    if tls is None:
+        _check_plaintext(address)
+        return grpc.insecure_channel(str(address), options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(str(address), tls._credentials(), options=_TLS_OPTIONS)
+
+
+def open_aio_channel(address: Address, tls: Optional[Tls] = None) -> Any:
+    """The same for asyncio."""
+    if tls is None:
+        _check_plaintext(address)
+        return grpc.aio.insecure_channel(str(address), options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(str(address), tls._credentials(), options=_TLS_OPTIONS)
+
+
+def _check_plaintext(address: Address) -> None:
+    if not address.is_loopback:
+        raise ConnectError(f"{address} is not on loopback: nothing is sent there in plaintext", hint="join the tracker")
+
+
+def handshake_error(address: Optional[Address], details: str) -> Optional[ConnectError]:
+    """What a failed TLS handshake means, from gRPC's words for it; None where it did not fail."""
+    if "Tls handshake failed" not in details and "Ssl handshake failed" not in details:
+        return None
+    who = "the tracker" if address is None else f"the tracker at {address}"
+    if "WRONG_VERSION_NUMBER" in details:
+        return HandshakeError(
+            f"{who} does not encrypt, and the credentials here are for one that does",
+            hint="is another program at that address, or was the tracker started with --insecure-loopback?",
+        )
+    if "not yet valid" in details or "has expired" in details:
+        what = "is not valid yet" if "not yet valid" in details else "has expired"
+        return HandshakeError(
+            f"by the clock of this machine the certificate of {who} {what}",
+            hint="set the clock here if it is wrong: timedatectl set-ntp true; otherwise restart the tracker",
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in details or "certificate signature failure" in details:
+        return HandshakeError(
+            f"{who} is not the one that was joined: another authority made its certificate",
+            hint="if it was set up anew, join it again: kedge join '…' for a user, --join '…' for an agent",
+        )
+    return HandshakeError(f"no encrypted connection to {who}: {details[-200:]}", hint="its log may say more")
+
+
+class HandshakeError(ConnectError):
+    """Somebody answers, but not as the tracker that is known here would; trying again does not help."""
+
+    exit_status = AuthenticationError.exit_status
 
 
 def unreachable(address: Address, why: str = "") -> ConnectError:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Credentials of trackers that tests start stay out of the user's own folder, in subprocesses too."""
+    folder = tempfile.TemporaryDirectory(prefix="kedge-tests-config-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["KEDGE_CONFIG_DIR"] = folder.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,6 +15,8 @@ EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 def main() -> int:
     """Run the `kedge` command and give its exit status; expected errors are one message on stderr, no traceback."""
     _open_streams()
+    # What fails in a TLS handshake is said in our own words, and not in gRPC's beside them.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         status = _run()
         sys.stdout.flush()

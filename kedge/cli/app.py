@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kedge
-from kedge.cli import board, comparing, compiling, demo, doctor, fleet, running, scheduling, top
+from kedge.cli import access, board, comparing, compiling, demo, doctor, fleet, running, scheduling, top
 
 app = typer.Typer(
     name="kedge",
@@ -19,7 +19,9 @@ app = typer.Typer(
 tracker_app = typer.Typer(no_args_is_help=True, help="The tracker: where agents and clients meet.")
 agent_app = typer.Typer(no_args_is_help=True, help="The agent: offers this machine to a tracker.")
 deploy_app = typer.Typer(no_args_is_help=True, help="Put agents on boards over SSH.")
+token_app = typer.Typer(no_args_is_help=True, help="Tokens: who may do what on a tracker.")
 app.add_typer(tracker_app, name="tracker")
+tracker_app.add_typer(token_app, name="token")
 app.add_typer(agent_app, name="agent")
 app.add_typer(deploy_app, name="deploy")
 
@@ -58,6 +60,13 @@ app.command("resume")(scheduling.resume)
 app.command("reserve")(scheduling.reserve)
 app.command("release")(scheduling.release)
 app.command("doctor")(doctor.doctor)
+app.command("join")(access.join)
+app.command("signer")(access.signer)
 tracker_app.command("start")(fleet.tracker_start)
+tracker_app.command("enrolled")(access.enrolled)
+tracker_app.command("revoke")(access.revoke)
+token_app.command("create")(access.token_create)
+token_app.command("list")(access.token_list)
+token_app.command("revoke")(access.token_revoke)
 agent_app.command("start")(fleet.agent_start)
 deploy_app.command("board")(board.deploy_board)

@@ -17,8 +17,10 @@ import kedge
 from kedge.cli import output
 from kedge.cli.devices import build_runner, require_tracker
 from kedge.cli.waiting import wait_text
+from kedge.rpc.names import check_name
 
 if TYPE_CHECKING:
+    from kedge.deployment import Joining
     from kedge.rpc.artifact.place import Found
 
 DEFAULT_PORT = 9190
@@ -30,66 +32,129 @@ def state_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "kedge"
 
 
+InsecureFlag = Annotated[
+    bool,
+    typer.Option("--insecure-loopback", help="Plaintext, without asking who is there; on this machine only."),
+]
+
+
 def tracker_start(
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0: any free one.")] = DEFAULT_PORT,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="The port for clients and for joining; 0: any free one.")
+    ] = DEFAULT_PORT,
+    agents_port: Annotated[
+        int | None,
+        typer.Option("--agents-port", min=0, max=65535, help="The port for agents; 0: any.", show_default="--port + 1"),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option("--data-dir", help="Jobs, results and blobs.", show_default="~/.local/state/kedge/tracker"),
     ] = None,
+    insecure_loopback: InsecureFlag = False,
 ) -> None:
     """Start the tracker in the foreground; Ctrl-C stops it, and jobs and results survive.
 
-    The wire has neither encryption nor authentication yet: listen beyond loopback only on a network you trust.
+    A new tracker makes a certificate authority and a token for its owner, and prints a command that lets one device
+    join. Clients have tokens ('kedge tracker token create'), agents have certificates, all connections are encrypted.
 
     Examples:
 
-      kedge tracker start
+      kedge tracker start --host 0.0.0.0
 
       kedge tracker start --port 0 --data-dir /srv/kedge
     """
     from kedge.rpc.tracker.main import run
 
-    raise typer.Exit(run(host, port, data_dir or state_dir() / "tracker"))
+    folder = data_dir or state_dir() / "tracker"
+    raise typer.Exit(run(host, port, folder, agents_port=agents_port, insecure_loopback=insecure_loopback))
 
 
 def agent_start(
     tracker: output.TrackerOption = None,
+    join: Annotated[
+        str | None, typer.Option("--join", metavar="STRING", envvar="KEDGE_JOIN", help="Enrol with this join string.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The device's name.", show_default="the host name")] = None,
     label: Annotated[
         list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; repeatable.")
     ] = None,
     threads: output.ThreadsOption = 0,
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Its cache.", show_default="~/.local/state/kedge/agent/NAME")
+        Path | None,
+        typer.Option("--data-dir", help="Its identity and cache.", show_default="~/.local/state/kedge/agent/NAME"),
     ] = None,
     runner: Annotated[
         Path | None, typer.Option("--runner", help="The native runner.", show_default="built for this machine")
     ] = None,
+    require_signer: Annotated[
+        list[str] | None,
+        typer.Option("--require-signer", metavar="KEY", help="Run only what this key signed; repeatable."),
+    ] = None,
 ) -> None:
     """Offer this machine to a tracker, in the foreground; Ctrl-C stops the agent.
 
+    A device is enrolled once, with a join string, or by an administrator of the tracker who runs this with --tracker.
+
     Examples:
 
-      kedge agent start --tracker 127.0.0.1:9190
+      kedge agent start --join 'kedge1.…'
 
-      kedge agent start --tracker tracker:9190 --name bench-1 --label rack=a --threads 2
+      kedge agent start --tracker 127.0.0.1:9190 --name bench-1 --label rack=a --threads 2
     """
     from kedge.deployment import parse_labels
+    from kedge.rpc.security.join import parse_join
+    from kedge.rpc.transport import parse_address
 
-    address = require_tracker(tracker)
     parse_labels(label or [])
+    if tracker:
+        parse_address(tracker)
+    if join is not None:
+        parse_join(join)
+    device = check_name(name or platform.node())
+    how = _how_to_join(tracker, join, device, data_dir or state_dir() / "agent" / device)
     if runner is None:
         with output.progress("agent") as report:
             runner = build_runner(report)
-    arguments = ["--tracker", address, "--runner", str(runner), "--threads", str(threads)]
+    arguments = ["--runner", str(runner), "--threads", str(threads), *how.arguments]
+    arguments += ["--tracker", tracker] if tracker else []
     arguments += ["--data-dir", str(data_dir)] if data_dir else []
-    arguments += ["--name", name] if name else []
-    for item in label or ():
-        arguments += ["--label", item]
+    arguments += ["--name", device]
+    for option, values in (("--label", label), ("--require-signer", require_signer)):
+        for item in values or ():
+            arguments += [option, item]
     # The agent replaces this process: it needs none of what the command line has imported. Without -P, a queue.py in
     # the folder where it is started would take the place of Python's.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "kedge.device_agent", *arguments])
+    command = [sys.executable, "-P", "-m", "kedge.device_agent", *arguments]
+    os.execve(sys.executable, command, {**os.environ, **how.environment})
+
+
+def _how_to_join(tracker: str | None, join: str | None, device: str, data_dir: Path) -> Joining:
+    """What an agent is told: a join string, nothing where it is enrolled already, or that there is none to be had."""
+    from kedge.deployment import Joining, joining
+    from kedge.rpc.errors import AuthenticationError, ConnectError
+    from kedge.rpc.security import credentials, identity
+    from kedge.rpc.transport import parse_address
+
+    if join is not None:
+        return Joining(join)
+    known = identity.load(data_dir)
+    if tracker is None:
+        if known is None:
+            raise ConnectError(
+                "no tracker is named, and this device is not enrolled",
+                hint="--join '…' with a join string; an administrator of the tracker may use --tracker HOST:PORT",
+            )
+        return Joining(enrolled=True)
+    try:
+        tls = credentials.find(parse_address(tracker)).tls
+    except (AuthenticationError, ConnectError):
+        if known is None:
+            raise
+        return Joining(enrolled=True)
+    if tls is not None and known is not None and known.device == device and known.ca.encode() == tls.ca:
+        return Joining(enrolled=True)
+    return joining(tracker, device)
 
 
 def devices(
@@ -145,7 +210,7 @@ def devices(
         output.show(table)
     if not found:
         asked = f"no device matches {selector!r}" if selector else "no device is connected"
-        hint = f"on a device: kedge agent start --tracker {tracker}; --gone lists those that left"
+        hint = "'kedge tracker token create --role enrol' lets a device join; --gone lists those that left"
         output.stderr().print(f"{asked}\nhint: {hint}", soft_wrap=True)
         raise typer.Exit(1)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +20,12 @@ STOP_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
-def service(what: str, *command: str, log: Path) -> Iterator[subprocess.Popen[str]]:
+def service(
+    what: str, *command: str, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A Python module that writes one line to stdout when it is ready; stopped with SIGTERM at the end.
 
-    It ends with this process, too, if this one is killed.
+    `environment` is added to this process's. It ends with this process, too, if this one is killed.
 
     Raises:
         KedgeError: it ended or said nothing within the time; the message carries the end of its log.
@@ -35,6 +38,7 @@ def service(what: str, *command: str, log: Path) -> Iterator[subprocess.Popen[st
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
     try:
@@ -83,12 +87,15 @@ def agent(address: str, name: str, folder: Path, say: Callable[[str], None] = la
     """An agent on this machine, connected to the tracker at `address`; `say` is told what takes long."""
     from kedge.compiler.target import parse
     from kedge.compiler.toolchain import build_runtime
+    from kedge.deployment import joining
 
     folder.mkdir(parents=True)
     log = folder / "log"
     runner = build_runtime(parse("native"), progress=say).runner
+    how = joining(address, name)
     arguments = [f"--tracker={address}", f"--name={name}", f"--runner={runner}", f"--data-dir={folder / 'data'}"]
-    with service("agent", "kedge.device_agent", *arguments, log=log) as process:
+    arguments += how.arguments
+    with service("agent", "kedge.device_agent", *arguments, log=log, environment=how.environment) as process:
         ready_line("agent", process, log)
         yield
 

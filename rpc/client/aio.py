@@ -30,8 +30,9 @@ from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
+from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
-from kedge.rpc.transport import CHANNEL_OPTIONS, Address, open_channel, parse_address
+from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_address
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation
 from kedge.rpc.types import Job as JobInfo
 
@@ -43,7 +44,8 @@ _LONG_POLL_S = 30.0
 
 async def connect(address: str | Address) -> Fleet:
     """The fleet of the tracker at HOST:PORT; raises ConnectError as the synchronous `connect` does."""
-    fleet = Fleet(address if isinstance(address, Address) else parse_address(address))
+    where = address if isinstance(address, Address) else parse_address(address)
+    fleet = Fleet(where, credentials.find(where).tls)
     try:
         await fleet.hello()
     except BaseException:
@@ -55,12 +57,13 @@ async def connect(address: str | Address) -> Fleet:
 class Fleet:
     """A connection to a tracker, of one event loop; an async context manager that closes it."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, tls: Tls | None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(str(address), options=CHANNEL_OPTIONS)
+        self._channel = open_aio_channel(address, tls)
         self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
-        self._bulk = open_channel(address)
+        self._bulk = open_channel(address, tls)
         self._blobs = BlobClient(self._bulk, address)
+        self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
 
@@ -225,7 +228,7 @@ class Fleet:
 
     async def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
         """Check the artifact against the devices, and put everything on the tracker that the job needs."""
-        spec = request.spec
+        spec = plan.signed(request.spec, packed, self._signing_key)
         if (packed.blob.digest, spec.selector, spec.on) not in self._fitting:
             devices = await self.devices(spec.selector)
             plan.check_devices(packed, spec.selector, devices, spec.on)

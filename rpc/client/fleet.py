@@ -31,8 +31,9 @@ from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
+from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
-from kedge.rpc.transport import Address, open_channel, parse_address
+from kedge.rpc.transport import Address, Tls, open_channel, parse_address
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation
 from kedge.rpc.types import Job as JobInfo
 
@@ -48,10 +49,14 @@ _LONG_POLL_S = 30.0
 def connect(address: str | Address) -> Fleet:
     """The fleet of the tracker at HOST:PORT.
 
+    Who asks is told by the credentials that `kedge join` has left (see `kedge.rpc.security.credentials`).
+
     Raises:
         ConnectError: the address is malformed, nobody answers there, or it speaks another protocol version.
+        AuthenticationError: there are no credentials for it, or the tracker does not accept them.
     """
-    fleet = Fleet(address if isinstance(address, Address) else parse_address(address))
+    where = address if isinstance(address, Address) else parse_address(address)
+    fleet = Fleet(where, credentials.find(where).tls)
     try:
         fleet.hello()
     except BaseException:
@@ -61,14 +66,19 @@ def connect(address: str | Address) -> Fleet:
 
 
 class Fleet:
-    """A connection to a tracker. Safe from several threads; a context manager that closes it."""
+    """A connection to a tracker, with `tls` None in plaintext on loopback.
 
-    def __init__(self, address: Address) -> None:
+    Safe from several threads; a context manager that closes it.
+    """
+
+    def __init__(self, address: Address, tls: Tls | None) -> None:
         self.address = address
-        self._channel = open_channel(address)
+        self.tls = tls
+        self._channel = open_channel(address, tls)
         self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
         self._blobs = BlobClient(self._channel, address)
         #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
+        self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
 
@@ -264,7 +274,7 @@ class Fleet:
 
     def _prepare(self, packed: Packed, request: Request) -> fleet_pb2.SubmitJobRequest:
         """Check the artifact against the devices, and put everything on the tracker that the job needs."""
-        spec = request.spec
+        spec = plan.signed(request.spec, packed, self._signing_key)
         if (packed.blob.digest, spec.selector, spec.on) not in self._fitting:
             devices = self.devices(spec.selector)
             plan.check_devices(packed, spec.selector, devices, spec.on)

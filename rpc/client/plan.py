@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
 from kedge.rpc.limits import check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.security import signing
 from kedge.rpc.status import from_rpc_error, is_away
 from kedge.rpc.transport import Address, unreachable
 from kedge.rpc.types import (
@@ -36,6 +37,7 @@ from kedge.rpc.types import (
     JobSpec,
     JobState,
     RunTask,
+    Signature,
     StageTime,
     Task,
     Tensor,
@@ -92,6 +94,8 @@ class Packed:
             yield part, data
 
 
+#: By artifact, and then by private key.
+_signatures: weakref.WeakKeyDictionary[Artifact, dict[bytes, Signature]] = weakref.WeakKeyDictionary()
 _manifests: weakref.WeakKeyDictionary[Artifact, tuple[Blob, bytes]] = weakref.WeakKeyDictionary()
 
 
@@ -123,6 +127,16 @@ class Terms:
     priority: int = 0
     deadlines: Deadlines = Deadlines()  # noqa: RUF009 - frozen
     on: str = ""
+
+
+def signed(spec: JobSpec, packed: Packed, key: bytes | None) -> JobSpec:
+    """The spec with a signature of its artifact, where the user has a key (see `kedge.rpc.security.signing`)."""
+    if key is None:
+        return spec
+    signatures = _signatures.setdefault(packed.artifact, {})
+    if key not in signatures:
+        signatures[key] = signing.sign(key, packed.json)
+    return replace(spec, signature=signatures[key])
 
 
 def run_request(packed: Packed, inputs: Mapping[str, Any], terms: Terms) -> Request:

@@ -8,34 +8,55 @@ import signal
 import sys
 from pathlib import Path
 
-from kedge.rpc.tracker.server import serve, stop
+from kedge.rpc.tracker.server import Serving, machine_addresses, serve, stop
 from kedge.rpc.transport import Address
 
 log = logging.getLogger("kedge.tracker")
 
 
-def run(host: str, port: int, data_dir: Path) -> int:
+def run(
+    host: str, port: int, data_dir: Path, *, agents_port: int | None = None, insecure_loopback: bool = False
+) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status.
 
-    Writes one line to stdout once it listens, "kedge tracker ready at HOST:PORT", and its log to stderr.
+    Writes one line to stdout once it listens, "kedge tracker ready at HOST:PORT", a new tracker also the command that
+    lets a first device join, and its log to stderr.
 
     Raises:
         ConnectError: the address cannot be listened on.
-        StoreError, BlobError: the data folder cannot be used, another tracker uses it, or it failed meanwhile.
+        StoreError, BlobError, SecretFileError: the data folder cannot be used, another tracker uses it, or it failed
+            meanwhile.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    return asyncio.run(_run(host, port, data_dir))
+    return asyncio.run(_run(host, port, data_dir, agents_port, insecure_loopback))
 
 
-async def _run(host: str, port: int, data_dir: Path) -> int:
-    if not Address(host, port).is_loopback:
-        log.warning("listening on %s without encryption or authentication: only for networks you trust", host)
-    async with serve(host, port, data_dir) as (address, stopped):
-        _on_signals(stopped)
-        sys.stdout.write(f"kedge tracker ready at {address}\n")
+async def _run(host: str, port: int, data_dir: Path, agents_port: int | None, insecure_loopback: bool) -> int:
+    async with serve(host, port, data_dir, agents_port=agents_port, insecure_loopback=insecure_loopback) as serving:
+        _on_signals(serving.stopped)
+        sys.stdout.write(f"kedge tracker ready at {serving.address}\n")
+        sys.stdout.write(_welcome(serving))
         sys.stdout.flush()
-        log.info("stopping: %s", await stopped)
+        log.info("stopping: %s", await serving.stopped)
     return 0
+
+
+def _welcome(serving: Serving) -> str:
+    """What a new tracker tells whoever started it."""
+    if serving.security is None:
+        log.warning("everybody on this machine is let in, in plaintext (--insecure-loopback)")
+        return ""
+    if not serving.security.is_new:
+        return ""
+    host = serving.address.host
+    if host in ("0.0.0.0", "::"):
+        host = machine_addresses()[-1]
+    join = serving.security.first_join(Address(host, serving.address.port))
+    return (
+        f"On the first device, within a day (the string is a secret, and lets one device in):\n"
+        f"  kedge agent start --join '{join}'\n"
+        f"For more devices and users: kedge tracker token create --help\n"
+    )
 
 
 def _on_signals(stopped: asyncio.Future[str]) -> None:

@@ -15,10 +15,17 @@ from typing import Any, Self, cast
 
 import grpc
 
-from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, fleet_pb2_grpc
+from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc
 from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ConnectError
-from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
+from kedge.rpc.security.credentials import Credentials
+from kedge.rpc.tracker.security.audit import Audit
+from kedge.rpc.tracker.security.devices import LIFETIME_S
+from kedge.rpc.tracker.security.folder import Limits, Security
+from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certificate, by_token, trust
+from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
+from kedge.rpc.tracker.service import AgentsService, BlobsService, Catalog, FleetService
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store, StoreError
@@ -30,20 +37,53 @@ _GRACE_S = 0.5
 _BLOB_THREADS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A tracker that listens. `security` is None for one that speaks plaintext on loopback.
+
+    `stopped` is for whoever stops it: a reason to stop in order. If the store fails it carries the error, and the
+    tracker has to be stopped.
+    """
+
+    address: Address
+    agents_address: Address
+    stopped: asyncio.Future[str]
+    security: Security | None
+
+
 @asynccontextmanager
 async def serve(
-    host: str, port: int, data_dir: Path, settings: Settings | None = None
-) -> AsyncIterator[tuple[Address, asyncio.Future[str]]]:
+    host: str,
+    port: int,
+    data_dir: Path,
+    settings: Settings | None = None,
+    *,
+    agents_port: int | None = None,
+    insecure_loopback: bool = False,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    device_lifetime_s: int = LIFETIME_S,
+) -> AsyncIterator[Serving]:
     """A tracker in this event loop while the context lasts.
 
-    Gives the address it is bound to, and a future for whoever stops it: a reason to stop in order. If the store
-    fails, that future carries the error, and the tracker has to be stopped.
+    Clients and devices that enrol are served on `port`, agents on `agents_port` (None: the next one; 0: any). With
+    `insecure_loopback` everybody on this machine is served on `port`, in plaintext and without being asked who they
+    are. While it lasts, the user that started it has credentials in the configuration folder.
 
     Raises:
-        ConnectError: the address cannot be listened on.
-        StoreError, BlobError: the data folder cannot be used.
+        ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
+        StoreError, BlobError, SecretFileError: the data folder cannot be used.
     """
+    address = Address(host, port)
+    if insecure_loopback and not address.is_loopback:
+        raise ConnectError(
+            f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
+            hint="listen on 127.0.0.1, or leave --insecure-loopback out",
+        )
+    if agents_port is None:
+        agents_port = port + 1 if port else 0
     _check_free(host, port)
+    if not insecure_loopback:
+        _check_free(host, agents_port)
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
 
@@ -56,26 +96,144 @@ async def serve(
 
     store = Store(data_dir, on_failure=on_failure)
     try:
+        security = None if insecure_loopback else Security(data_dir, device_lifetime_s=device_lifetime_s)
+        audit = security.audit if security is not None else Audit(data_dir / "audit.jsonl")
         blobs = BlobStore(data_dir / "blobs", write_behind=True)
         shell = Shell(store, settings)
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
-            server = grpc.aio.server(options=SERVER_OPTIONS)
-            cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(FleetService(shell, blobs), server)
-            cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(AgentsService(shell), server)
-            cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(BlobsService(blobs, threads), server)
+            services = _Services(shell, blobs, Owners(data_dir / "owners"), audit, threads, limits)
+            servers = _Servers(host)
             try:
-                bound = server.add_insecure_port(str(Address(host, port)))
-            except RuntimeError as error:
-                raise ConnectError(f"cannot listen on {Address(host, port)}: {error}") from error
-            try:
-                await server.start()
-                yield Address(host, bound), stopped
+                if security is None:
+                    bound = agents_bound = servers.add(services.everybody(), port, None)
+                else:
+                    clients, agents = services.clients(security), services.agents(security)
+                    bound = servers.add(clients, port, _server_tls(security))
+                    agents_bound = servers.add(agents, agents_port, _server_tls(security, mutual=True))
+                    security.agents_port = agents_bound
+                await servers.start()
+                serving = Serving(Address(host, bound), Address(host, agents_bound), stopped, security)
+                known = _own_credentials(serving)
+                known.save()
+                audit.write("tracker started", address=str(serving.address), plaintext=security is None)
+                try:
+                    yield serving
+                finally:
+                    known.remove()
+                    audit.write("tracker stopped")
             finally:
                 shell.close()
-                await server.stop(_GRACE_S)
+                await servers.stop()
+                audit.close()
     finally:
         # The store's thread may still call into this loop: it must not stand still meanwhile.
         await loop.run_in_executor(None, store.close)
+
+
+class _Services:
+    """Which services are offered to whom."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        blobs: BlobStore,
+        owners: Owners,
+        audit: Audit,
+        threads: ThreadPoolExecutor,
+        limits: Limits,
+    ) -> None:
+        self._audit = audit
+        self._limits = limits
+        catalog = Catalog(blobs, owners)
+        self._fleet = FleetService(shell, catalog, audit)
+        self._agents = AgentsService(shell, owners, audit)
+        self._blobs = BlobsService(shell, blobs, catalog, owners, threads, limits.max_blob_bytes)
+
+    def everybody(self) -> grpc.aio.Server:
+        """Of a tracker that speaks plaintext."""
+        server = self._server(trust)
+        cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
+        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
+        cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
+        return server
+
+    def clients(self, security: Security) -> grpc.aio.Server:
+        """Whoever has a token."""
+        server = self._server(by_token(security.tokens))
+        access = AccessService(security, self._agents.drop)
+        cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
+        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
+        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
+        cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(access, server)
+        return server
+
+    def agents(self, security: Security) -> grpc.aio.Server:
+        """Whoever has a certificate."""
+        server = self._server(by_certificate(security.devices, security.now_s))
+        cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
+        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
+        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
+        return server
+
+    def _server(self, authenticate: Authenticate) -> grpc.aio.Server:
+        gate = Gate(authenticate, self._audit, self._limits.max_calls)
+        return grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate])
+
+
+class _Servers:
+    """The listeners of one tracker."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._servers: list[grpc.aio.Server] = []
+
+    def add(self, server: grpc.aio.Server, port: int, tls: grpc.ServerCredentials | None) -> int:
+        """Listen on a port; returns which it is."""
+        place = str(Address(self._host, port))
+        try:
+            bound = server.add_insecure_port(place) if tls is None else server.add_secure_port(place, tls)
+        except RuntimeError as error:
+            raise ConnectError(f"cannot listen on {place}: {error}") from error
+        self._servers.append(server)
+        return bound
+
+    async def start(self) -> None:
+        """Serve."""
+        for server in self._servers:
+            await server.start()
+
+    async def stop(self) -> None:
+        """Let what is under way go on for a moment, then end it."""
+        await asyncio.gather(*(server.stop(_GRACE_S) for server in self._servers))
+
+
+def _server_tls(security: Security, *, mutual: bool = False) -> grpc.ServerCredentials:
+    own = security.certificate
+    ca = security.authority.certificate_pem if mutual else None
+    return grpc.ssl_server_credentials([(own.key, own.certificate)], ca, require_client_auth=mutual)
+
+
+def _own_credentials(serving: Serving) -> Credentials:
+    """What the user that starts a tracker needs to talk to it, under every address that this machine has for it."""
+    port = serving.address.port
+    hosts = [serving.address.host]
+    if serving.security is None or serving.address.host in ("127.0.0.1", "::1", "0.0.0.0", "::"):
+        hosts += ["127.0.0.1", "localhost", "::1"]
+    if serving.address.host in ("0.0.0.0", "::"):
+        hosts += machine_addresses()
+    addresses = tuple(dict.fromkeys(Address(host, port) for host in hosts))
+    return Credentials(addresses, None if serving.security is None else serving.security.admin_tls(), own=True)
+
+
+def machine_addresses() -> list[str]:
+    """How others may call this machine: its name, and its addresses as far as name and routes tell."""
+    found = [socket.gethostname()]
+    with suppress(OSError):
+        found += [str(place[0]) for *_, place in socket.getaddrinfo(found[0], None, type=socket.SOCK_STREAM)]
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: it asks which address a route outside begins at
+        found.append(str(probe.getsockname()[0]))
+    return [host for host in dict.fromkeys(found) if "%" not in host]
 
 
 def _check_free(host: str, port: int) -> None:
@@ -106,11 +264,15 @@ def _check_free(host: str, port: int) -> None:
 class RunningTracker:
     """A tracker in a thread of its own; a context manager that stops it."""
 
-    address: Address
+    serving: Serving
     data_dir: Path
     _loop: asyncio.AbstractEventLoop
-    _stopped: asyncio.Future[str]
     _thread: threading.Thread
+
+    @property
+    def address(self) -> Address:
+        """Where clients are served."""
+        return self.serving.address
 
     @property
     def port(self) -> int:
@@ -121,7 +283,7 @@ class RunningTracker:
         """Stop it in order; jobs and results stay in the data folder. May be called again."""
         if self._thread.is_alive():
             with suppress(RuntimeError):  # its loop ended just now
-                self._loop.call_soon_threadsafe(stop, self._stopped, "asked to")
+                self._loop.call_soon_threadsafe(stop, self.serving.stopped, "asked to")
             self._thread.join()
 
     def __enter__(self) -> Self:
@@ -136,20 +298,21 @@ def start(
     port: int = DEFAULT_PORT,
     data_dir: Path | str = "kedge-tracker",
     settings: Settings | None = None,
+    **options: Any,
 ) -> RunningTracker:
-    """Start a tracker in a thread and return once it listens; port 0 takes any free one.
+    """Start a tracker in a thread and return once it listens. Port 0 takes any free one; `options` are those of serve.
 
     Raises:
         ConnectError: the address cannot be listened on.
-        StoreError, BlobError: the data folder cannot be used, or another tracker uses it.
+        StoreError, BlobError, SecretFileError: the data folder cannot be used, or another tracker uses it.
     """
-    ready: Future[tuple[Address, asyncio.AbstractEventLoop, asyncio.Future[str]]] = Future()
+    ready: Future[tuple[Serving, asyncio.AbstractEventLoop]] = Future()
     folder = Path(data_dir)
 
     async def main() -> None:
-        async with serve(host, port, folder, settings) as (address, stopped):
-            ready.set_result((address, asyncio.get_running_loop(), stopped))
-            await stopped
+        async with serve(host, port, folder, settings, **options) as serving:
+            ready.set_result((serving, asyncio.get_running_loop()))
+            await serving.stopped
 
     def body() -> None:
         try:
@@ -161,8 +324,8 @@ def start(
 
     thread = threading.Thread(target=body, name="kedge-tracker", daemon=True)
     thread.start()
-    address, loop, stopped = ready.result()
-    return RunningTracker(address, folder, loop, stopped, thread)
+    serving, loop = ready.result()
+    return RunningTracker(serving, folder, loop, thread)
 
 
 def stop(stopped: asyncio.Future[str], reason: str) -> None:

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -18,17 +18,23 @@ from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.artifact import Manifest, needs_of
 from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, CorruptBlobError, MissingBlobError
-from kedge.rpc.errors import ArtifactError, InputError, KedgeError
+from kedge.rpc.errors import ArtifactError, InputError, KedgeError, LimitError, PermissionDeniedError
 from kedge.rpc.limits import check_number, check_spec
-from kedge.rpc.messages import Hello, TrackerBody
+from kedge.rpc.messages import AgentBody, Hello, JobFinished, TrackerBody
+from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
 from kedge.rpc.selector import parse
 from kedge.rpc.status import NotReadyError, UnknownReservationError, to_status
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.facts import Needs
-from kedge.rpc.tracker.shell import Shell
+from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
+from kedge.rpc.tracker.security.audit import Audit
+from kedge.rpc.tracker.security.interceptor import who
+from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.security.principal import Principal, Role, caller, owner_of
+from kedge.rpc.tracker.shell import Shell, unknown_job
 from kedge.rpc.transport import CHUNK_BYTES
-from kedge.rpc.types import MAX_LISTED, Blob, JobSpec, JobState
+from kedge.rpc.types import MAX_LISTED, Blob, DeviceStatus, Job, JobResult, JobSpec, JobState
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -42,42 +48,13 @@ _MAX_WAIT_MS = 60_000
 _MAX_MANIFEST_BYTES = 64 << 20
 
 
-def typed_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """A unary handler whose KedgeErrors arrive at the client as what they are."""
-
-    @functools.wraps(method)
-    async def wrapped(self: Any, request: Any, context: Context) -> T:
-        try:
-            return await method(self, request, context)
-        except KedgeError as error:
-            code, details, metadata = to_status(error)
-            await context.abort(code, details, metadata)
-            raise AssertionError("abort always raises") from error
-
-    return wrapped
-
-
-def typed_stream_errors(method: Callable[..., AsyncIterator[T]]) -> Callable[..., AsyncIterator[T]]:
-    """The same for a handler that streams its responses."""
-
-    @functools.wraps(method)
-    async def wrapped(self: Any, request: Any, context: Context) -> AsyncIterator[T]:
-        try:
-            async for response in method(self, request, context):
-                yield response
-        except KedgeError as error:
-            code, details, metadata = to_status(error)
-            await context.abort(code, details, metadata)
-
-    return wrapped
-
-
 class FleetService:
-    """What clients ask."""
+    """What clients ask. Others' jobs do not exist, for those who are no administrators."""
 
-    def __init__(self, shell: Shell, blobs: BlobStore) -> None:
+    def __init__(self, shell: Shell, catalog: Catalog, audit: Audit) -> None:
         self._shell = shell
-        self._catalog = Catalog(blobs)
+        self._catalog = catalog
+        self._audit = audit
 
     @typed_errors
     async def Hello(self, request: fleet_pb2.HelloRequest, _context: Context) -> fleet_pb2.HelloResponse:
@@ -93,20 +70,29 @@ class FleetService:
         """Devices by selector, waiting for the first if asked to."""
         wait_s = max(0, min(request.wait_ms, _MAX_WAIT_MS)) / 1000
         found = await self._shell.devices(request.selector, request.include_gone, wait_s)
-        return fleet_pb2.ListDevicesResponse(devices=[convert.device_status_to_pb(status) for status in found])
+        return fleet_pb2.ListDevicesResponse(devices=[convert.device_status_to_pb(self._seen(each)) for each in found])
 
     @typed_errors
-    async def SubmitJob(self, request: fleet_pb2.SubmitJobRequest, _context: Context) -> fleet_pb2.SubmitJobResponse:
-        """Accept a job whose artifact and inputs are here already."""
+    async def SubmitJob(self, request: fleet_pb2.SubmitJobRequest, context: Context) -> fleet_pb2.SubmitJobResponse:
+        """Accept a job whose artifact and inputs the caller has sent already."""
+        principal = caller()
         spec = convert.job_spec_from_pb(request.spec)
-        needs = self._catalog.check(spec)
-        job_id, existed = await self._shell.submit(spec, needs, request.idempotency_key)
+        needs = self._catalog.check(spec, principal)
+        key = request.idempotency_key
+        if key and not principal.trusted:
+            key = f"{principal.name}/{key}"  # one user's keys say nothing of another's jobs
+        job_id, existed = await self._shell.submit(spec, needs, key, principal.name)
+        if not existed:
+            signer = spec.signature.public_key.hex() if spec.signature is not None else ""
+            said = {"job": job_id, "artifact": spec.manifest.digest, "selector": spec.selector, "signer": signer}
+            self._audit.write("job submitted", **said, **who(principal, context))
         job = await self._shell.job(job_id)
         return fleet_pb2.SubmitJobResponse(job=convert.job_to_pb(without_inputs(job)), existed=existed)
 
     @typed_stream_errors
     async def WatchJob(self, request: fleet_pb2.WatchJobRequest, context: Context) -> AsyncIterator[types_pb2.Job]:
         """The job now, and on every change until it is done."""
+        await self._own_job(request.job_id)
         changes = self._shell.watch(request.job_id)
         try:
             job = await self._shell.job(request.job_id)
@@ -124,63 +110,95 @@ class FleetService:
     @typed_errors
     async def GetJob(self, request: fleet_pb2.GetJobRequest, _context: Context) -> types_pb2.Job:
         """The job now."""
-        return convert.job_to_pb(await self._shell.job(request.job_id))
+        return convert.job_to_pb(await self._own_job(request.job_id))
 
     @typed_errors
     async def ListJobs(self, request: fleet_pb2.ListJobsRequest, _context: Context) -> fleet_pb2.ListJobsResponse:
         """The newest jobs in brief."""
         states = tuple(convert.job_state_from_pb(state) for state in request.states)
-        jobs = await self._shell.jobs(max(1, min(request.limit or 100, MAX_LISTED)), states)
+        whose = None if caller().sees_all else caller().name
+        jobs = await self._shell.jobs(max(1, min(request.limit or 100, MAX_LISTED)), states, whose)
         return fleet_pb2.ListJobsResponse(jobs=[convert.job_to_pb(job) for job in jobs])
 
     @typed_errors
-    async def CancelJob(self, request: fleet_pb2.CancelJobRequest, _context: Context) -> types_pb2.Job:
+    async def CancelJob(self, request: fleet_pb2.CancelJobRequest, context: Context) -> types_pb2.Job:
         """Stop a job."""
+        job = await self._own_job(request.job_id)
+        self._audit.write("job cancelled", job=job.id, user=job.user, **who(caller(), context))
         return convert.job_to_pb(await self._shell.cancel(request.job_id, "a client cancelled it"))
 
     @typed_errors
     async def SetMaintenance(
-        self, request: fleet_pb2.SetMaintenanceRequest, _context: Context
+        self, request: fleet_pb2.SetMaintenanceRequest, context: Context
     ) -> types_pb2.DeviceStatus:
         """A device leaves service, or comes back."""
-        status = await self._shell.set_maintenance(request.device, request.enabled, request.reason, "")
+        name = caller().name
+        status = await self._shell.set_maintenance(request.device, request.enabled, request.reason, name)
+        said = {"device": request.device, "enabled": request.enabled, "reason": request.reason}
+        self._audit.write("maintenance", **said, **who(caller(), context))
         return convert.device_status_to_pb(status)
 
     @typed_errors
-    async def Reserve(self, request: fleet_pb2.ReserveRequest, _context: Context) -> types_pb2.Reservation:
+    async def Reserve(self, request: fleet_pb2.ReserveRequest, context: Context) -> types_pb2.Reservation:
         """A device for one user."""
         begin, duration_ms = request.from_unix_ms, request.duration_ms
-        reservation = await self._shell.reserve(request.selector, "", begin, duration_ms, request.reason)
+        reservation = await self._shell.reserve(request.selector, caller().name, begin, duration_ms, request.reason)
+        said = {"device": reservation.device, "reservation": reservation.id, "until_ms": reservation.until_unix_ms}
+        self._audit.write("device reserved", **said, **who(caller(), context))
         return convert.reservation_to_pb(reservation)
 
     @typed_errors
-    async def EndReservation(
-        self, request: fleet_pb2.EndReservationRequest, _context: Context
-    ) -> types_pb2.Reservation:
+    async def EndReservation(self, request: fleet_pb2.EndReservationRequest, context: Context) -> types_pb2.Reservation:
         """A device for everybody again."""
         reservation = self._shell.state.reservation(request.id)
-        if reservation is None:
+        if reservation is None or not caller().may_see(reservation.user):
             raise UnknownReservationError(f"there is no reservation {request.id!r}", hint="'kedge devices' shows them")
+        self._audit.write("reservation ended", reservation=request.id, **who(caller(), context))
         await self._shell.end_reservation(request.id)
         return convert.reservation_to_pb(reservation)
 
+    def _seen(self, status: DeviceStatus) -> DeviceStatus:
+        """A device without the number of another's job that it runs."""
+        job = self._shell.state.job(status.running_job_id) if status.running_job_id else None
+        return status if job is None or caller().may_see(job.user) else replace(status, running_job_id="")
+
+    async def _own_job(self, job_id: str) -> Job:
+        """A job that is open to the caller; for another's, the error is that of a job that does not exist."""
+        job = await self._shell.job(job_id)
+        if not caller().may_see(job.user):
+            raise unknown_job(job_id)
+        return job
+
 
 class Catalog:
-    """What the tracker knows of the artifacts it was sent: whether they are complete, and what they run on."""
+    """What the tracker knows of the artifacts it was sent: whether they are complete, whose, and what they run on."""
 
-    def __init__(self, blobs: BlobStore) -> None:
+    def __init__(self, blobs: BlobStore, owners: Owners) -> None:
         self._blobs = blobs
+        self._owners = owners
         self._manifests: dict[str, tuple[Manifest, list[Blob]]] = {}
 
-    def check(self, spec: JobSpec) -> Needs:
+    def missing(self, blobs: Sequence[Blob], principal: Principal) -> list[Blob]:
+        """Those that are not here, as far as the principal may know: what others have sent is missing too."""
+        gone = {blob.digest for blob in self._blobs.find_missing(blobs)}
+        distinct = {blob.digest: blob for blob in blobs}.values()
+        return [blob for blob in distinct if blob.digest in gone or not self._owners.has(principal, blob.digest)]
+
+    def digests_of(self, spec: JobSpec) -> set[str]:
+        """Every blob that a device needs for an accepted job."""
+        _, parts = self._manifests.get(spec.manifest.digest) or self._read_manifest(spec.manifest)
+        inputs = {tensor.data.digest for tensor in spec.task.inputs if isinstance(tensor.data, Blob)}
+        return {spec.manifest.digest, *(part.digest for part in parts)} | inputs
+
+    def check(self, spec: JobSpec, principal: Principal) -> Needs:
         """What `spec` needs of a device.
 
         Raises:
-            NotReadyError: blobs are missing; it names them.
+            NotReadyError: blobs are missing, or the principal has not sent them; it names them.
             ArtifactError, InputError, SelectorError, BlobError, IncompatibleTargetError: the spec makes no sense.
         """
         parse(spec.selector)
-        manifest = self._manifest(spec.manifest)
+        manifest = self._manifest(spec.manifest, principal)
         manifest.function(spec.function)
         check_spec(spec)
         held = []
@@ -191,14 +209,14 @@ class Catalog:
                 raise InputError(str(error)) from error
             if isinstance(tensor.data, Blob):
                 held.append(tensor.data)
-        self._require(held, "inputs")
+        self._require(held, "inputs", principal)
         return needs_of(manifest, spec.on)
 
-    def _manifest(self, blob: Blob) -> Manifest:
+    def _manifest(self, blob: Blob, principal: Principal) -> Manifest:
         # Also what was complete before: somebody may have removed blobs, or they were found damaged.
-        self._require([blob], "manifest")
+        self._require([blob], "manifest", principal)
         manifest, parts = self._manifests.get(blob.digest) or self._read_manifest(blob)
-        self._require(parts, f"artifact {manifest.name!r}")
+        self._require(parts, f"artifact {manifest.name!r}", principal)
         return manifest
 
     def _read_manifest(self, blob: Blob) -> tuple[Manifest, list[Blob]]:
@@ -209,8 +227,8 @@ class Catalog:
         self._manifests[blob.digest] = manifest, parts
         return manifest, parts
 
-    def _require(self, blobs: list[Blob], what: str) -> None:
-        missing = self._blobs.find_missing(blobs)
+    def _require(self, blobs: list[Blob], what: str, principal: Principal) -> None:
+        missing = self.missing(blobs, principal)
         if missing:
             names = ", ".join(blob.digest for blob in missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise NotReadyError(
@@ -220,31 +238,52 @@ class Catalog:
 
 
 class AgentsService:
-    """The agents' streams."""
+    """The agents' streams. An agent speaks for the device in its certificate, and for no other."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell, owners: Owners, audit: Audit) -> None:
         self._shell = shell
+        self._owners = owners
+        self._audit = audit
+        self._outs: dict[str, set[asyncio.Queue[TrackerBody | None]]] = {}
+
+    def drop(self, device: str) -> None:
+        """End the connections of a device."""
+        for out in self._outs.get(device, ()):
+            out.put_nowait(None)
 
     async def Connect(self, requests: AsyncIterator[agent_pb2.AgentMessage], context: Context) -> None:
         """One agent, from its hello to the end of its stream."""
         try:
+            await self._talk(await self._greeted(requests, context), requests, context)
+        except KedgeError as error:
+            code, details, metadata = to_status(error)
+            await context.abort(code, details, metadata)
+
+    async def _greeted(self, requests: AsyncIterator[agent_pb2.AgentMessage], context: Context) -> Hello:
+        try:
             async with asyncio.timeout(_HELLO_S):
                 hello = convert.agent_message_from_pb(await anext(requests))
         except (TimeoutError, StopAsyncIteration, KedgeError) as error:
-            code, details, metadata = to_status(ProtocolError(f"an agent has to say hello first ({error!r})"))
-            await context.abort(code, details, metadata)
-            return
+            raise ProtocolError(f"an agent has to say hello first ({error!r})") from error
         if not isinstance(hello, Hello):
-            code, details, metadata = to_status(ProtocolError("an agent has to say hello first"))
-            await context.abort(code, details, metadata)
-            return
-        await self._talk(hello, requests, context)
+            raise ProtocolError("an agent has to say hello first")
+        principal = caller()
+        if not principal.trusted and hello.device.name != principal.name:
+            self._audit.refused("device refused", device=hello.device.name, **who(principal, context))
+            raise PermissionDeniedError(
+                f"the certificate is that of {principal.name!r}, and the agent calls itself {hello.device.name!r}",
+                hint="start it under the name that it was enrolled with, or enrol it under this one",
+            )
+        return hello
 
     async def _talk(self, hello: Hello, requests: AsyncIterator[agent_pb2.AgentMessage], context: Context) -> None:
         out: asyncio.Queue[TrackerBody | None] = asyncio.Queue()
+        principal, name = caller(), hello.device.name
         connection = self._shell.agent_connected(hello, out.put_nowait)
+        self._outs.setdefault(name, set()).add(out)
+        self._audit.write("device connected", device=name, **who(principal, context))
         log.info("device %s says hello (%s)", hello.device.name, hello.protocol.software)
-        listening = asyncio.create_task(self._listen(connection, requests))
+        listening = asyncio.create_task(self._listen(connection, requests, principal))
         talking = asyncio.create_task(self._speak(out, context))
         try:
             await asyncio.wait([listening, talking], return_when=asyncio.FIRST_COMPLETED)
@@ -253,6 +292,10 @@ class AgentsService:
                 task.cancel()
             ends = await asyncio.gather(listening, talking, return_exceptions=True)
             self._shell.agent_left(connection)
+            self._outs[name].discard(out)
+            if not self._outs[name]:
+                del self._outs[name]
+            self._audit.write("device disconnected", device=name, **who(principal, context))
             log.info("device %s: its connection ended", hello.device.name)
             for end in ends:
                 if isinstance(end, KedgeError):
@@ -260,11 +303,33 @@ class AgentsService:
                 elif isinstance(end, Exception) and not isinstance(end, grpc.aio.UsageError):
                     log.error("device %s", hello.device.name, exc_info=end)
 
-    async def _listen(self, connection: int, requests: AsyncIterator[agent_pb2.AgentMessage]) -> None:
+    async def _listen(
+        self, connection: int, requests: AsyncIterator[agent_pb2.AgentMessage], principal: Principal
+    ) -> None:
         async for message in requests:
             body = convert.agent_message_from_pb(message)
+            if isinstance(body, JobFinished) and not principal.trusted:
+                body = self._vetted(body, principal)
             if body is not None:
                 self._shell.agent_said(connection, body)
+
+    def _vetted(self, finished: JobFinished, principal: Principal) -> AgentBody:
+        """A result whose blobs the device has sent itself, open to the job's user from now on.
+
+        Without this, an agent could hand any blob of any user to its job's user by naming it.
+        """
+        accepted = self._shell.state.held_by(principal.name).get((finished.lease.job_id, finished.lease.epoch))
+        if accepted is None:
+            return finished  # it is stale, and nothing of it is used
+        named = {tensor.data.digest for tensor in finished.result.outputs if isinstance(tensor.data, Blob)}
+        foreign = sorted(digest for digest in named if not self._owners.has(principal, digest))
+        if foreign:
+            text = f"the device named outputs that it has not sent: {', '.join(foreign[:3])}"
+            self._audit.write("result refused", device=principal.name, job=finished.lease.job_id, reason=text)
+            return JobFinished(finished.lease, JobResult(Outcome(OutcomeKind.DEVICE_FAULT, message=text)))
+        for digest in named:
+            self._owners.add(owner_of(accepted.user), digest)
+        return finished
 
     async def _speak(self, out: asyncio.Queue[TrackerBody | None], context: Context) -> None:
         number = 0
@@ -274,19 +339,35 @@ class AgentsService:
 
 
 class BlobsService:
-    """Uploads and downloads. Files are touched in threads of their own."""
+    """Uploads and downloads. Files are touched in threads of their own.
 
-    def __init__(self, blobs: BlobStore, threads: ThreadPoolExecutor) -> None:
+    A blob is open to whoever has sent it, to the user whose job it came of, and to a device that holds a job which
+    needs it. To everybody else it is not there.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        blobs: BlobStore,
+        catalog: Catalog,
+        owners: Owners,
+        threads: ThreadPoolExecutor,
+        max_bytes: int,
+    ) -> None:
+        self._shell = shell
         self._blobs = blobs
+        self._catalog = catalog
+        self._owners = owners
         self._threads = threads
+        self._max_bytes = max_bytes
 
     @typed_errors
     async def FindMissing(
         self, request: blobs_pb2.FindMissingRequest, _context: Context
     ) -> blobs_pb2.FindMissingResponse:
-        """Which of these are not here."""
+        """Which of these are not here, or not the caller's."""
         asked = [convert.blob_from_pb(pb) for pb in request.blobs]
-        missing = await self._in_thread(self._blobs.find_missing, asked)
+        missing = await self._in_thread(self._catalog.missing, asked, caller())
         return blobs_pb2.FindMissingResponse(missing=[convert.blob_to_pb(blob) for blob in missing])
 
     @typed_errors
@@ -294,27 +375,43 @@ class BlobsService:
         self, request: blobs_pb2.QueryUploadRequest, _context: Context
     ) -> blobs_pb2.QueryUploadResponse:
         """How much of an upload is here."""
-        blob = convert.blob_from_pb(request.blob)
-        committed = await self._in_thread(self._blobs.committed_bytes, blob)
-        return blobs_pb2.QueryUploadResponse(committed_bytes=committed, complete=self._blobs.has(blob))
+        blob, principal = convert.blob_from_pb(request.blob), caller()
+        if not await self._in_thread(self._catalog.missing, [blob], principal):
+            return blobs_pb2.QueryUploadResponse(committed_bytes=blob.size, complete=True)
+        committed = await self._in_thread(self._blobs.unfinished_bytes, blob, principal.tag)
+        return blobs_pb2.QueryUploadResponse(committed_bytes=committed, complete=False)
 
     @typed_errors
     async def Upload(
         self, requests: AsyncIterator[blobs_pb2.UploadRequest], _context: Context
     ) -> blobs_pb2.UploadResponse:
         """One blob; while some chunks are hashed and written, the next ones gather."""
+        principal = caller()
+        if principal.role is Role.AGENT and not self._shell.state.held_by(principal.name):
+            raise PermissionDeniedError("a device sends blobs only while it holds a job")
         try:
             first = await anext(requests)
         except StopAsyncIteration:
             raise BlobError("an upload without a message") from None
-        begun = self._threads.submit(self._blobs.begin, convert.blob_from_pb(first.blob), first.offset_bytes)
+        blob = convert.blob_from_pb(first.blob)
+        if blob.size > self._max_bytes:
+            raise LimitError(f"a blob of {blob.size} bytes is not accepted: at most {self._max_bytes}")
+        begun = self._threads.submit(self._blobs.begin, blob, first.offset_bytes, principal.tag)
         try:
             writer = await asyncio.wrap_future(begun)
             await self._receive(writer, first.data, requests)
+            if not principal.trusted:
+                await self._in_thread(self._owners.add, principal.owner, blob.digest)
         finally:
             # A call may be broken off while a thread works for it: the writer is closed all the same, and after that.
             await asyncio.shield(self._start(_close, begun))
         return blobs_pb2.UploadResponse(committed_bytes=writer.size)
+
+    def _open_to(self, principal: Principal, digest: str) -> bool:
+        if self._owners.has(principal, digest):
+            return True
+        held = self._shell.state.held_by(principal.name) if principal.role is Role.AGENT else {}
+        return any(digest in self._catalog.digests_of(accepted.spec) for accepted in held.values())
 
     async def _receive(
         self, writer: BlobWriter, first: bytes, requests: AsyncIterator[blobs_pb2.UploadRequest]
@@ -343,7 +440,7 @@ class BlobsService:
         A whole blob is verified. One that the disk has damaged is forgotten: whoever has it may upload it again.
         """
         blob = convert.blob_from_pb(request.blob)
-        if not self._blobs.has(blob):
+        if not self._blobs.has(blob) or not self._open_to(caller(), blob.digest):
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
         check_number("offset_bytes", request.offset_bytes, 0, blob.size, "0 is the beginning of the blob")
         with self._blobs.open(blob.digest) as file:

@@ -187,12 +187,12 @@ class Shell:
         if job is None:
             job = await asyncio.wrap_future(self._store.job(job_id))
         if job is None:
-            raise UnknownJobError(f"the tracker knows no job {job_id!r}", hint="kedge jobs lists them")
+            raise unknown_job(job_id)
         return job
 
-    async def jobs(self, limit: int, states: tuple[JobState, ...]) -> list[Job]:
-        """The newest jobs in brief, newest first."""
-        stored = await asyncio.wrap_future(self._store.jobs(limit, states))
+    async def jobs(self, limit: int, states: tuple[JobState, ...], user: str | None = None) -> list[Job]:
+        """The newest jobs in brief, newest first; those of one user, unless that is None."""
+        stored = await asyncio.wrap_future(self._store.jobs(limit, states, user))
         found = [self.state.job(job.id) or job for job in stored]
         return [brief_job(job) for job in found if not states or job.state in states]
 
@@ -305,3 +305,8 @@ class Shell:
     def _tick(self) -> None:
         self._timer = None
         self._apply(self.state.tick(self._now()))
+
+
+def unknown_job(job_id: str) -> UnknownJobError:
+    """The error for a job that is not there, or not the caller's: nobody can tell which."""
+    return UnknownJobError(f"the tracker knows no job {job_id!r}", hint="kedge jobs lists them")

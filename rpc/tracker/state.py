@@ -163,6 +163,11 @@ class TrackerState:
         """The job that was submitted under this idempotency key."""
         return self._keys.get(key)
 
+    def held_by(self, device: str) -> dict[Key, JobAccepted]:
+        """The jobs that a device has by right, by lease."""
+        jobs = (job for job in self._jobs.values() if job.assigned is not None and job.assigned.device == device)
+        return {job.key: job.accepted for job in jobs}
+
     @property
     def knows_all_keys(self) -> bool:
         """False when a key that `job_of_key` does not know may be stored all the same."""

@@ -192,9 +192,9 @@ class Store:
         """A stored job with its result."""
         return self._read(lambda connection: _load_job(connection, job_id))
 
-    def jobs(self, limit: int, states: Sequence[JobState]) -> Future[list[Job]]:
-        """The newest jobs, newest first, as stored and in brief (see `kedge.rpc.tracker.brief`)."""
-        return self._read(lambda connection: _list_jobs(connection, limit, states))
+    def jobs(self, limit: int, states: Sequence[JobState], user: str | None = None) -> Future[list[Job]]:
+        """The newest jobs (of one user), newest first, as stored and in brief (see `kedge.rpc.tracker.brief`)."""
+        return self._read(lambda connection: _list_jobs(connection, limit, states, user))
 
     def job_of_key(self, key: str) -> Future[str | None]:
         """The job that was ever submitted under this idempotency key."""
@@ -526,8 +526,10 @@ def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
     return None if row is None else _job(row)
 
 
-def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState]) -> list[Job]:
+def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState], user: str | None) -> list[Job]:
     query = _BRIEF_JOBS.limit(limit)
+    if user is not None:
+        query = query.where(_jobs.c.user == user)
     if states:
         # The database does not know who has started: that is asked of the living.
         wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states}

@@ -52,10 +52,11 @@ from kedge.rpc.tracker.state import Settings
 
 async def main():
     settings = Settings(heartbeat_interval_ms=200, lease_ms=int(sys.argv[3]))
-    async with serve("127.0.0.1", int(sys.argv[1]), pathlib.Path(sys.argv[2]), settings) as (address, stopped):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set_result, "SIGTERM")
-        print(address.port, flush=True)
-        await stopped
+    folder = pathlib.Path(sys.argv[2])
+    async with serve("127.0.0.1", int(sys.argv[1]), folder, settings, insecure_loopback=True) as serving:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.stopped.set_result, "SIGTERM")
+        print(serving.address.port, flush=True)
+        await serving.stopped
 
 asyncio.run(main())
 """

@@ -297,7 +297,15 @@ def test_no_tracker_is_said_once_and_tried_again(runner: Path, tmp_path: Path) -
 def test_bad_arguments_have_clear_errors(runner: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a runner")
-    good = ["--tracker", "127.0.0.1:1", "--runner", str(runner), "--data-dir", str(tmp_path / "data")]
+    good = [
+        "--tracker",
+        "127.0.0.1:1",
+        "--insecure-loopback",
+        "--runner",
+        str(runner),
+        "--data-dir",
+        str(tmp_path / "data"),
+    ]
     cases: list[tuple[list[str], str]] = [
         (["--tracker", "http://x"], "is not a tracker's address: it has a scheme"),
         (["--runner", str(tmp_path / "absent")], "there is no runner at"),
@@ -320,7 +328,8 @@ def test_a_runner_for_another_machine_is_refused_at_the_start(tmp_path: Path) ->
     foreign = tmp_path / "kedge-runner"
     foreign.write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 100)
     foreign.chmod(0o755)
-    done = start("--tracker", "127.0.0.1:1", "--runner", str(foreign), "--data-dir", str(tmp_path / "data"))
+    local = ("--tracker", "127.0.0.1:1", "--insecure-loopback")
+    done = start(*local, "--runner", str(foreign), "--data-dir", str(tmp_path / "data"))
     assert done.returncode != 0
     assert "cannot start" in done.stderr
     assert "Traceback" not in done.stderr
@@ -329,7 +338,8 @@ def test_a_runner_for_another_machine_is_refused_at_the_start(tmp_path: Path) ->
 def test_one_agent_per_data_folder(agent: AgentProcess, script: Script, runner: Path) -> None:
     script.greet()
     agent.wait_ready()
-    done = start("--tracker", "127.0.0.1:1", "--runner", str(runner), "--data-dir", str(agent.data_dir))
+    local = ("--tracker", "127.0.0.1:1", "--insecure-loopback")
+    done = start(*local, "--runner", str(runner), "--data-dir", str(agent.data_dir))
     assert done.returncode != 0
     assert "another agent uses the data folder" in done.stderr
 

@@ -24,7 +24,7 @@ from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.errors import BoardUnsuitableError, DeployError, DeploymentInterrupted, NameTakenError
 from kedge.deploy.probe import BoardInfo
 from kedge.deploy.ssh import Completed
-from kedge.deployment import labels_of
+from kedge.deployment import joining, labels_of
 from kedge.rpc.client import Fleet
 from kedge.rpc.errors import UsageError
 from kedge.rpc.tracker import server
@@ -44,7 +44,7 @@ def runner_for(info: BoardInfo) -> Path:
 
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server.start(port=0, data_dir=tmp_path_factory.mktemp("tracker")) as running:
+    with server.start(port=0, data_dir=tmp_path_factory.mktemp("tracker")) as running:  # as users have it
         yield str(running.address)
 
 
@@ -62,6 +62,7 @@ def deploy(fleet: Fleet, tracker: str) -> Deploy:
     def call(board: EmulatedBoard, **changes: object) -> Deployment:
         settings: dict[str, object] = {
             "tracker": tracker,
+            "joining": lambda name: joining(tracker, name),
             "runner_for": runner_for,
             "connected": lambda name, timeout_s: labels_of(fleet, name, timeout_s),
             "cache_dir": CACHE,

@@ -8,9 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kedge.demo import processes
+from kedge.rpc.security import credentials
 from kedge.rpc.transport import parse_address
 from support.commands import Kedge
 
@@ -55,6 +57,9 @@ def far_away(address: str, one_way_s: float) -> Iterator[str]:
 
 def test_a_tracker_behind_a_slow_link_answers(kedge: Kedge, tmp_path: Path) -> None:
     with processes.tracker(tmp_path / "tracker") as address, far_away(address, ONE_WAY_S) as far:
+        peer = parse_address(far)
+        known = credentials.find(parse_address(address))
+        credentials.remember(replace(known, addresses=(peer,), own=False))
         done = kedge("devices", "--tracker", far)
     assert done.returncode == 1 and "no device is connected" in done.stderr, done.stderr
 

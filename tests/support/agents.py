@@ -62,11 +62,13 @@ class AgentProcess:
         name: str = "here",
         command: Sequence[str] = (sys.executable,),
         env: dict[str, str] | None = None,
+        secure: bool = False,
     ) -> None:
         self.name = name
         self.data_dir = data_dir
         self.lines: list[str] = []
         words = ["--tracker", tracker, "--runner", str(runner), "--data-dir", str(data_dir), "--name", name]
+        words += [] if secure else ["--insecure-loopback"]
         self.process = subprocess.Popen(
             [*command, "-m", "kedge.device_agent", *words, *arguments],
             stdout=subprocess.PIPE,

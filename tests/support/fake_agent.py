@@ -21,7 +21,7 @@ from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
-from kedge.rpc.transport import Address, open_channel
+from kedge.rpc.transport import Address, Tls, open_channel
 from kedge.rpc.types import (
     BenchTask,
     Blob,
@@ -51,8 +51,10 @@ class FakeAgent:
         *,
         work: Callable[[FakeAgent, m.AssignJob], None] | None = None,
         instance_id: str | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self.address = address
+        self.tls = tls
         self.info = info
         self.instance_id = instance_id or secrets.token_hex(4)
         self._work = work
@@ -75,7 +77,7 @@ class FakeAgent:
 
     def connect(self, *running: Lease, hello: m.Hello | None = None) -> m.TrackerBody | None:
         """Dial and say hello; returns the tracker's answer."""
-        self._channel = open_channel(self.address)
+        self._channel = open_channel(self.address, self.tls)
         self._outbox = queue.SimpleQueue()
         self._inbox = queue.Queue()
         self._number = 0

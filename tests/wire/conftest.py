@@ -18,7 +18,7 @@ def artifact() -> Artifact:
 
 @pytest.fixture
 def tracker(tmp_path: Path) -> Iterator[RunningTracker]:
-    with start(port=0, data_dir=tmp_path / "tracker", settings=QUICK) as running:
+    with start(port=0, data_dir=tmp_path / "tracker", settings=QUICK, insecure_loopback=True) as running:
         yield running
 
 

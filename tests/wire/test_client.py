@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_waiting_has_an_end_and_the_job_goes_on(tracker: RunningTracker, fleet: 
 
 
 def test_nobody_there(tmp_path: Path) -> None:
-    with start(port=0, data_dir=tmp_path) as tracker:
+    with start(port=0, data_dir=tmp_path, insecure_loopback=True) as tracker:
         address = tracker.address
     with pytest.raises(ConnectError, match=f"no tracker answers at {address} .*Connection refused") as caught:
         connect(str(address))
@@ -207,12 +208,12 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def test_another_tracker_in_its_place_gets_everything_again(tmp_path: Path, artifact: Artifact) -> None:
-    with start(port=0, data_dir=tmp_path / "one", settings=QUICK) as first:
+    with start(port=0, data_dir=tmp_path / "one", settings=QUICK, insecure_loopback=True) as first:
         fleet = connect(first.address)
         fleet.run(artifact, {"x": BIG}, function="big").cancel()
     with (
         fleet,
-        start(port=first.port, data_dir=tmp_path / "two", settings=QUICK) as second,
+        start(port=first.port, data_dir=tmp_path / "two", settings=QUICK, insecure_loopback=True) as second,
         FakeAgent(second.address, device_info(), work=echo),
     ):
         result = fleet.run(artifact, {"x": BIG}, function="big").wait(timeout=20)
@@ -333,6 +334,8 @@ def test_the_asyncio_twin_waits_and_gives_up_as_it_should(tracker: RunningTracke
 
 
 def test_the_asyncio_twin_survives_a_restart(tmp_path: Path, artifact: Artifact) -> None:
+    restart = partial(start, settings=QUICK, insecure_loopback=True)
+
     async def main(tracker: RunningTracker) -> None:
         async with await aio.connect(tracker.address) as fleet:
             job = await fleet.run(artifact, {"x": X})
@@ -340,14 +343,14 @@ def test_the_asyncio_twin_survives_a_restart(tmp_path: Path, artifact: Artifact)
             waiting = asyncio.create_task(job.wait(progress=lambda _: watching.set()))
             await watching.wait()
             await asyncio.to_thread(tracker.stop)
-            again = await asyncio.to_thread(start, port=tracker.port, data_dir=tmp_path, settings=QUICK)
+            again = await asyncio.to_thread(restart, port=tracker.port, data_dir=tmp_path)
             agent = FakeAgent(again.address, device_info(), work=echo)
             await asyncio.to_thread(agent.connect)
             assert (await asyncio.wait_for(waiting, 20)).outcome.ok
             await asyncio.to_thread(agent.drop)
             await asyncio.to_thread(again.stop)
 
-    asyncio.run(main(start(port=0, data_dir=tmp_path, settings=QUICK)))
+    asyncio.run(main(restart(port=0, data_dir=tmp_path)))
     with pytest.raises(ConnectError, match="no tracker answers"):
         asyncio.run(aio.connect("127.0.0.1:1"))  # type: ignore[arg-type]
 

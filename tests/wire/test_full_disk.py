@@ -33,9 +33,9 @@ from kedge.rpc.tracker.state import Settings
 
 async def main():
     settings = Settings(silence_ms=120_000, lease_ms=800, deadline_slack_ms=100)
-    async with serve("127.0.0.1", 0, pathlib.Path(sys.argv[1]), settings) as (address, stopped):
-        print(address, flush=True)
-        await stopped
+    async with serve("127.0.0.1", 0, pathlib.Path(sys.argv[1]), settings, insecure_loopback=True) as serving:
+        print(serving.address, flush=True)
+        await serving.stopped
 
 asyncio.run(main())
 """

@@ -31,7 +31,7 @@ from .test_client import INTERRUPTED
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 MAIN = "import sys; from pathlib import Path; from kedge.rpc.tracker.main import run; "
-MAIN += "sys.exit(run('127.0.0.1', int(sys.argv[1]), Path(sys.argv[2])))"
+MAIN += "sys.exit(run('127.0.0.1', int(sys.argv[1]), Path(sys.argv[2]), insecure_loopback=True))"
 
 
 class Process:

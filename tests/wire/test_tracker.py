@@ -134,12 +134,18 @@ def test_a_key_is_known_however_old_it_is(tmp_path: Path, artifact: Artifact) ->
         answer = stub.SubmitJob(request, timeout=10)
         return answer.job.id, answer.existed
 
-    with start(port=0, data_dir=tmp_path, settings=settings) as tracker, connect(tracker.address) as fleet:
+    with (
+        start(port=0, data_dir=tmp_path, settings=settings, insecure_loopback=True) as tracker,
+        connect(tracker.address) as fleet,
+    ):
         fleet._ensure_uploaded(pack(artifact))
         first, _ = submit(fleet._stub, "nightly")
         others = [submit(fleet._stub, key) for key in "abcd"]
         assert submit(fleet._stub, "nightly") == (first, True)
-    with start(port=0, data_dir=tmp_path, settings=settings) as tracker, connect(tracker.address) as fleet:
+    with (
+        start(port=0, data_dir=tmp_path, settings=settings, insecure_loopback=True) as tracker,
+        connect(tracker.address) as fleet,
+    ):
         assert submit(fleet._stub, "nightly") == (first, True)
         assert submit(fleet._stub, "a") == (others[0][0], True)
         assert len(fleet.jobs()) == 5
@@ -552,7 +558,7 @@ def test_bad_blobs_have_typed_errors(tracker: RunningTracker, blobs: BlobClient)
 
 def test_a_port_in_use_is_an_error_with_a_remedy(tracker: RunningTracker, tmp_path: Path) -> None:
     with pytest.raises(ConnectError, match=f"cannot listen on 127.0.0.1:{tracker.port}") as caught:
-        start(port=tracker.port, data_dir=tmp_path / "other")
+        start(port=tracker.port, data_dir=tmp_path / "other", insecure_loopback=True)
     assert "--port" in str(caught.value.hint)
     assert not (tmp_path / "other").exists()
 
@@ -565,7 +571,7 @@ def test_an_address_of_another_machine_is_an_error(tmp_path: Path) -> None:
 
 def test_two_trackers_do_not_share_a_folder(tracker: RunningTracker) -> None:
     with pytest.raises(StoreError, match="another tracker uses"):
-        start(port=0, data_dir=tracker.data_dir)
+        start(port=0, data_dir=tracker.data_dir, insecure_loopback=True)
 
 
 def test_by_default_only_this_machine_can_reach_it(tracker: RunningTracker) -> None:
@@ -575,7 +581,7 @@ def test_by_default_only_this_machine_can_reach_it(tracker: RunningTracker) -> N
 
 
 def test_stopping_with_agents_and_watchers_is_prompt_and_keeps_everything(tmp_path: Path, artifact: Artifact) -> None:
-    tracker = start(port=0, data_dir=tmp_path, settings=QUICK)
+    tracker = start(port=0, data_dir=tmp_path, settings=QUICK, insecure_loopback=True)
     agent = FakeAgent(tracker.address, device_info("idle", "aarch64"))
     agent.connect()
     with connect(tracker.address) as fleet:
@@ -588,7 +594,7 @@ def test_stopping_with_agents_and_watchers_is_prompt_and_keeps_everything(tmp_pa
         tracker.stop()
         tracker.stop()
         agent.ended()
-        with start(port=tracker.port, data_dir=tmp_path, settings=QUICK) as again:
+        with start(port=tracker.port, data_dir=tmp_path, settings=QUICK, insecure_loopback=True) as again:
             assert job.status().state is JobState.QUEUED
             with FakeAgent(again.address, device_info(), work=echo):
                 waiter.join(20)

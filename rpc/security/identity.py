@@ -1,0 +1,159 @@
+"""Who a device is to its tracker: a certificate and its key, in a file of the agent's data folder, mode 0600."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import grpc
+
+from kedge.protos.v1 import enrolment_pb2, enrolment_pb2_grpc
+from kedge.rpc.errors import AuthenticationError, ConnectError, KedgeError
+from kedge.rpc.security.files import SecretFileError, make_private_folder, read_private, write_private
+from kedge.rpc.security.join import DEVICE, Join
+from kedge.rpc.status import from_rpc_error
+from kedge.rpc.transport import Address, HandshakeError, Tls, open_channel
+
+_FILE = "identity.json"
+#: A certificate is renewed when less than this share of its time is left.
+_RENEW_SHARE = 1 / 3
+_CALL_S = 20.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A device's name, certificate and key; `host` and `agents_port` say where agents are served."""
+
+    device: str
+    host: str
+    agents_port: int
+    ca: str
+    certificate: str
+    key: str
+    not_before_s: int
+    not_after_s: int
+    #: The beginning of the SHA-256 of the token that it was enrolled with: an agent may be started with it again.
+    joined: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Identity {self.device} of {self.host}:{self.agents_port}>"
+
+    @property
+    def address(self) -> Address:
+        """Where the tracker serves agents."""
+        return Address(self.host, self.agents_port)
+
+    @property
+    def tls(self) -> Tls:
+        """How to talk to it."""
+        return Tls(self.ca.encode(), certificate=self.certificate.encode(), key=self.key.encode())
+
+    def is_from(self, join: Join) -> bool:
+        """Whether this is what the join string gave."""
+        return self.joined == _mark(join)
+
+    def needs_renewal(self, now_s: float) -> bool:
+        """Whether the certificate expires before long."""
+        return now_s >= self.not_after_s - (self.not_after_s - self.not_before_s) * _RENEW_SHARE
+
+    def check_clock(self, now_s: float) -> None:
+        """Raise HandshakeError where the certificate is not valid by the clock of this machine."""
+        if self.not_before_s <= now_s <= self.not_after_s:
+            return
+        begins, ends, now = (_day(moment) for moment in (self.not_before_s, self.not_after_s, now_s))
+        raise HandshakeError(
+            f"the certificate of {self.device} is valid from {begins} to {ends}, and by the clock here it is {now}",
+            hint="set the clock if it is wrong ('timedatectl set-ntp true'); otherwise enrol the device again: --join",
+        )
+
+    def save(self, data_dir: Path) -> None:
+        """Write the file; raises SecretFileError."""
+        make_private_folder(data_dir)
+        write_private(data_dir / _FILE, json.dumps(asdict(self), indent=1).encode())
+
+
+def load(data_dir: Path) -> Optional[Identity]:
+    """The identity kept in an agent's data folder, None where there is none; raises SecretFileError."""
+    path = data_dir / _FILE
+    try:
+        return Identity(**json.loads(read_private(path)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise SecretFileError(f"{path} is damaged", hint=f"remove it, and enrol the device again: {path}") from error
+
+
+def enrol(join: Join, device: str) -> Identity:
+    """Become `device`, spending the token in the join string.
+
+    Raises:
+        AuthenticationError, PermissionDeniedError: the token is of another kind, spent, expired or revoked.
+        NameTakenError: the name is another device's.
+        ConnectError: the tracker does not answer, or is not the one that made the join string.
+    """
+    if join.kind != DEVICE:
+        raise AuthenticationError(
+            "this join string is a user's: no device enrols with it",
+            hint="make one with 'kedge tracker token create --role enrol'; a user runs: kedge join '…'",
+        )
+
+    def call(channel: grpc.Channel) -> Any:
+        stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
+        return stub.Enrol(enrolment_pb2.EnrolRequest(device=device), timeout=_CALL_S)
+
+    found = _ask(call, join.address, Tls(join.ca, token=join.token), join.address.host)
+    return replace(found, joined=_mark(join))
+
+
+def renew(identity: Identity) -> Identity:
+    """A new certificate for the same device; raises as `enrol`."""
+
+    def call(channel: grpc.Channel) -> Any:
+        stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
+        return stub.Renew(enrolment_pb2.RenewRequest(), timeout=_CALL_S)
+
+    return replace(_ask(call, identity.address, identity.tls, identity.host), joined=identity.joined)
+
+
+def _ask(call: Callable[[grpc.Channel], Any], address: Address, tls: Tls, host: str) -> Identity:
+    with open_channel(address, tls) as channel:
+        try:
+            pb = call(channel)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address) from error
+    return Identity(
+        device=pb.device,
+        host=host,
+        agents_port=pb.agents_port,
+        ca=pb.ca_pem.decode(),
+        certificate=pb.certificate_pem.decode(),
+        key=pb.private_key_pem.decode(),
+        not_before_s=pb.not_before_unix_s,
+        not_after_s=pb.not_after_unix_s,
+    )
+
+
+def explained(error: KedgeError, identity: Optional[Identity]) -> KedgeError:
+    """`error`, or what is behind it: whom a tracker refuses in the handshake is not told why."""
+    if identity is None or not isinstance(error, ConnectError):
+        return error
+    try:
+        identity.check_clock(time.time())
+    except HandshakeError as reason:
+        return reason
+    if "Socket closed" in error.message:
+        why = f"the tracker at {identity.address} closed the connection: it may not know this device's certificate"
+        return ConnectError(why, hint="if its log says so, enrol the device again: --join")
+    return error
+
+
+def _mark(join: Join) -> str:
+    return hashlib.sha256(join.token.encode()).hexdigest()[:16]
+
+
+def _day(moment_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment_s))

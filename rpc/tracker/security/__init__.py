@@ -1,0 +1,1 @@
+"""Who may do what on a tracker: its CA, tokens, enrolled devices, the interceptor that checks every call, the audit."""

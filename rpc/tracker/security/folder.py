@@ -1,0 +1,74 @@
+"""Everything that makes a tracker secure, in the folder `security` of its data folder (mode 0700, files 0600)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kedge.rpc.errors import AuthenticationError
+from kedge.rpc.security.files import make_private_folder, read_private, write_private
+from kedge.rpc.security.join import DEVICE, Join
+from kedge.rpc.tracker.security.audit import Audit
+from kedge.rpc.tracker.security.ca import Authority
+from kedge.rpc.tracker.security.devices import LIFETIME_S, Devices
+from kedge.rpc.tracker.security.principal import Role
+from kedge.rpc.tracker.security.tokens import Tokens
+from kedge.rpc.transport import MAX_STREAMS, Address, Tls
+
+ADMIN = "admin"
+#: The token that a new tracker prints is good for so long.
+_FIRST_JOIN_S = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one principal may have of a tracker (how many jobs may wait is in the state's settings)."""
+
+    max_blob_bytes: int = 16 << 30
+    max_calls: int = MAX_STREAMS
+
+
+class Security:
+    """A tracker's own CA, tokens and devices, made where they are not there yet.
+
+    Raises:
+        SecretFileError: the folder cannot be used, is damaged, or is open to others.
+    """
+
+    def __init__(
+        self, data_dir: Path, *, now_s: Callable[[], float] = time.time, device_lifetime_s: int = LIFETIME_S
+    ) -> None:
+        self.folder = data_dir / "security"
+        make_private_folder(self.folder)
+        self.now_s = now_s
+        self.is_new = not (self.folder / "ca.pem").exists()
+        self.authority = Authority(self.folder, now_s())
+        self.certificate = self.authority.tracker(now_s())
+        self.tokens = Tokens(self.folder / "tokens.json", now_s)
+        self.devices = Devices(self.folder / "devices.json", self.authority, now_s, device_lifetime_s)
+        self.audit = Audit(self.folder / "audit.jsonl", now_s)
+        self.admin_secret = self._admin_secret()
+        #: Told to agents that enrol; known once the tracker listens.
+        self.agents_port = 0
+
+    def _admin_secret(self) -> str:
+        """The token of whoever owns the data folder; another one where the last was revoked."""
+        path = self.folder / "admin.token"
+        try:
+            secret = read_private(path).decode().strip()
+            self.tokens.check(secret)
+        except (FileNotFoundError, AuthenticationError):
+            _, secret = self.tokens.create(ADMIN, Role.ADMIN, lifetime_s=0)
+            write_private(path, f"{secret}\n".encode())
+        return secret
+
+    def admin_tls(self) -> Tls:
+        """How the owner of the data folder talks to the tracker."""
+        return Tls(self.authority.certificate_pem, token=self.admin_secret)
+
+    def first_join(self, address: Address) -> Join:
+        """What a new tracker prints: it lets one device in."""
+        _, secret = self.tokens.create(ADMIN, Role.ENROL, lifetime_s=_FIRST_JOIN_S)
+        return Join(DEVICE, address, secret, self.authority.certificate_pem)

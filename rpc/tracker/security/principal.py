@@ -1,0 +1,134 @@
+"""Who makes a call, and what each call needs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from kedge.rpc.errors import AuthenticationError, PermissionDeniedError, UsageError
+from kedge.rpc.outcome import Word
+
+_USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Role(Word):
+    """What a token or a certificate lets its holder be."""
+
+    ADMIN = "admin"
+    SUBMIT = "submit"
+    READ = "read"
+    ENROL = "enrol"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who makes a call: a user by name and role, or a device by the name in its certificate.
+
+    `trusted` is whoever reaches a tracker that was started with --insecure-loopback: everybody on that machine.
+    """
+
+    name: str
+    role: Role
+    token_id: str = ""
+    trusted: bool = False
+
+    @property
+    def owner(self) -> str:
+        """The name under which blobs are owned: users and devices of one name are not the same."""
+        return f"agent.{self.name}" if self.role is Role.AGENT else owner_of(self.name)
+
+    @property
+    def tag(self) -> str:
+        """Keeps interrupted uploads of different owners apart; "" where everybody is one."""
+        return "" if self.trusted else hashlib.sha256(self.owner.encode()).hexdigest()[:16]
+
+    @property
+    def sees_all(self) -> bool:
+        """Everybody's jobs and blobs are open to administrators."""
+        return self.role is Role.ADMIN
+
+    def may_see(self, user: str) -> bool:
+        """Whether what belongs to this user is open to the principal."""
+        return self.sees_all or (self.role is not Role.AGENT and self.name == user)
+
+
+def owner_of(user: str) -> str:
+    """The name under which a user owns blobs."""
+    return f"user.{user}"
+
+
+#: Of a tracker without authentication.
+LOCAL = Principal("local", Role.ADMIN, trusted=True)
+
+_USERS = frozenset({Role.ADMIN, Role.SUBMIT, Role.READ})
+_SUBMITTERS = frozenset({Role.ADMIN, Role.SUBMIT})
+_ADMINS = frozenset({Role.ADMIN})
+_AGENTS = frozenset({Role.AGENT})
+
+#: Every call of every service. One that is not here is refused to everybody (and a test says that it is missing).
+RULES: dict[str, frozenset[Role]] = {
+    "/kedge.v1.Fleet/Hello": _USERS,
+    "/kedge.v1.Fleet/ListDevices": _USERS,
+    "/kedge.v1.Fleet/SubmitJob": _SUBMITTERS,
+    "/kedge.v1.Fleet/WatchJob": _USERS,
+    "/kedge.v1.Fleet/GetJob": _USERS,
+    "/kedge.v1.Fleet/ListJobs": _USERS,
+    "/kedge.v1.Fleet/CancelJob": _SUBMITTERS,
+    "/kedge.v1.Fleet/SetMaintenance": _ADMINS,
+    "/kedge.v1.Fleet/Reserve": _SUBMITTERS,
+    "/kedge.v1.Fleet/EndReservation": _SUBMITTERS,
+    "/kedge.v1.Blobs/FindMissing": _SUBMITTERS | _AGENTS,
+    "/kedge.v1.Blobs/QueryUpload": _SUBMITTERS | _AGENTS,
+    "/kedge.v1.Blobs/Upload": _SUBMITTERS | _AGENTS,
+    "/kedge.v1.Blobs/Download": _USERS | _AGENTS,
+    "/kedge.v1.Agents/Connect": _AGENTS,
+    "/kedge.v1.Enrolment/Enrol": frozenset({Role.ENROL}),
+    "/kedge.v1.Enrolment/Renew": _AGENTS,
+    "/kedge.v1.Access/CreateToken": _ADMINS,
+    "/kedge.v1.Access/ListTokens": _ADMINS,
+    "/kedge.v1.Access/RevokeToken": _ADMINS,
+    "/kedge.v1.Access/ListEnrolled": _ADMINS,
+    "/kedge.v1.Access/RevokeDevice": _ADMINS,
+}
+
+_current: ContextVar[Principal] = ContextVar("principal")
+
+
+def enter(principal: Principal) -> None:
+    """The call that is handled here is the principal's."""
+    _current.set(principal)
+
+
+def caller() -> Principal:
+    """Who makes the call that is handled here; raises AuthenticationError where nobody was admitted."""
+    try:
+        return _current.get()
+    except LookupError:
+        raise AuthenticationError("this call was not admitted by anybody") from None
+
+
+def check_rule(principal: Principal, method: str) -> None:
+    """Raise PermissionDeniedError unless the principal may make this call."""
+    allowed = RULES.get(method)
+    if allowed is None:
+        raise PermissionDeniedError(f"nobody may call {method[:120]!r}")
+    if principal.trusted or principal.role in allowed:
+        return
+    wanted = " or ".join(sorted(role.value for role in allowed))
+    who = f"{'device' if principal.role is Role.AGENT else 'user'} {principal.name!r} with the role {principal.role}"
+    raise PermissionDeniedError(
+        f"{method.rpartition('/')[2]} is for the role {wanted}; this is {who}",
+        hint="an administrator makes tokens of other roles: kedge tracker token create",
+    )
+
+
+def check_user(name: str) -> str:
+    """The name of a user as it is; raises UsageError where no user may be called so."""
+    if not _USER.fullmatch(name):
+        raise UsageError(
+            f"{name[:80]!r} cannot be a user's name", hint="letters, digits, dots, dashes and underscores: --user ann"
+        )
+    return name

@@ -1,0 +1,141 @@
+"""The services by which devices get certificates, and administrators rule over tokens and devices."""
+
+# ruff: noqa: N802 - the .proto files name the methods.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from kedge.protos.v1 import enrolment_pb2 as pb
+from kedge.rpc.errors import PermissionDeniedError, UsageError
+from kedge.rpc.names import check_name
+from kedge.rpc.tracker.handlers import typed_errors
+from kedge.rpc.tracker.security.ca import Issued
+from kedge.rpc.tracker.security.devices import Enrolled
+from kedge.rpc.tracker.security.folder import Security
+from kedge.rpc.tracker.security.interceptor import who
+from kedge.rpc.tracker.security.principal import Role, caller
+from kedge.rpc.tracker.security.tokens import Token
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_ROLES = {
+    Role.ADMIN: pb.ROLE_ADMIN,
+    Role.SUBMIT: pb.ROLE_SUBMIT,
+    Role.READ: pb.ROLE_READ,
+    Role.ENROL: pb.ROLE_ENROL,
+}
+_FROM_PB = {number: role for role, number in _ROLES.items()}
+
+
+class EnrolmentService:
+    """Certificates for devices."""
+
+    def __init__(self, security: Security) -> None:
+        self._security = security
+
+    @typed_errors
+    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.Identity:
+        """A first certificate, for a one-time token."""
+        security, principal = self._security, caller()
+        name = check_name(request.device)
+        token = security.tokens.get(principal.token_id)
+        if token.device and token.device != name:
+            raise PermissionDeniedError(
+                f"this token enrols {token.device!r}, not {name!r}", hint=f"start the agent with --name {token.device}"
+            )
+        security.devices.check_free(name, replaces=bool(token.device))
+        security.tokens.spend(token.id)
+        issued = security.devices.enrol(name, replaces=bool(token.device))
+        security.audit.write("device enrolled", device=name, serial=issued.serial, **who(principal, context))
+        return self._identity(name, issued)
+
+    @typed_errors
+    async def Renew(self, _request: pb.RenewRequest, context: Context) -> pb.Identity:
+        """The next certificate, for the one before."""
+        security, principal = self._security, caller()
+        issued = security.devices.renew(principal.name, principal.token_id)
+        security.audit.write("certificate renewed", serial=issued.serial, **who(principal, context))
+        return self._identity(principal.name, issued)
+
+    def _identity(self, name: str, issued: Issued) -> pb.Identity:
+        return pb.Identity(
+            device=name,
+            certificate_pem=issued.certificate,
+            private_key_pem=issued.key,
+            ca_pem=self._security.authority.certificate_pem,
+            not_before_unix_s=issued.not_before_s,
+            not_after_unix_s=issued.not_after_s,
+            agents_port=self._security.agents_port,
+        )
+
+
+class AccessService:
+    """Tokens and devices, for administrators. `drop` ends a device's connection."""
+
+    def __init__(self, security: Security, drop: Callable[[str], None]) -> None:
+        self._security = security
+        self._drop = drop
+
+    @typed_errors
+    async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenResponse:
+        """A token, whose secret is told this once."""
+        role = _FROM_PB.get(request.role)
+        if role is None:
+            raise UsageError("a token needs a role", hint="--role admin, submit, read or enrol")
+        user = request.user or (caller().name if role is Role.ENROL else "")
+        lifetime = request.lifetime_s or None
+        token, secret = self._security.tokens.create(user, role, device=request.device, lifetime_s=lifetime)
+        said = {"token_id": token.id, "user": token.user, "token_role": role.value, "device": token.device}
+        self._security.audit.write("token created", expires_s=token.expires_s, **said, **who(caller(), context))
+        return pb.CreateTokenResponse(token=_token(token), secret=secret, agents_port=self._security.agents_port)
+
+    @typed_errors
+    async def ListTokens(self, _request: pb.ListTokensRequest, _context: Context) -> pb.ListTokensResponse:
+        """Every token, without its secret."""
+        return pb.ListTokensResponse(tokens=[_token(token) for token in self._security.tokens.all()])
+
+    @typed_errors
+    async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.Token:
+        """A token is refused from now on."""
+        token = self._security.tokens.revoke(request.id)
+        self._security.audit.write("token revoked", token_id=token.id, user=token.user, **who(caller(), context))
+        return _token(token)
+
+    @typed_errors
+    async def ListEnrolled(self, _request: pb.ListEnrolledRequest, _context: Context) -> pb.ListEnrolledResponse:
+        """Every device that was enrolled."""
+        return pb.ListEnrolledResponse(devices=[_enrolled(device) for device in self._security.devices.all()])
+
+    @typed_errors
+    async def RevokeDevice(self, request: pb.RevokeDeviceRequest, context: Context) -> pb.Enrolled:
+        """A device is refused from now on, and its connection ends."""
+        device = self._security.devices.revoke(request.device)
+        self._security.audit.write("device revoked", device=device.name, **who(caller(), context))
+        self._drop(device.name)
+        return _enrolled(device)
+
+
+def _token(token: Token) -> pb.Token:
+    return pb.Token(
+        id=token.id,
+        user=token.user,
+        role=_ROLES[token.role],
+        device=token.device,
+        created_unix_s=token.created_s,
+        expires_unix_s=token.expires_s,
+        revoked_unix_s=token.revoked_s,
+        used_unix_s=token.used_s,
+    )
+
+
+def _enrolled(device: Enrolled) -> pb.Enrolled:
+    return pb.Enrolled(
+        device=device.name,
+        enrolled_unix_s=device.enrolled_s,
+        not_after_unix_s=device.not_after_s,
+        revoked_unix_s=device.revoked_s,
+    )

@@ -1,0 +1,258 @@
+"""One user's jobs, results and blobs are nobody else's, and knowing a name or a digest is not enough."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc, fleet_pb2
+from kedge.rpc import convert
+from kedge.rpc import messages as m
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import MissingBlobError, blob_of
+from kedge.rpc.client import Fleet, Job
+from kedge.rpc.client.access import Access
+from kedge.rpc.client.plan import pack
+from kedge.rpc.errors import PermissionDeniedError
+from kedge.rpc.security.identity import Identity
+from kedge.rpc.status import NotReadyError, UnknownJobError, from_rpc_error
+from kedge.rpc.tracker.server import RunningTracker
+from kedge.rpc.transport import open_channel
+from kedge.rpc.types import Blob, JobState, Tensor
+from support.agents import wait_for
+from support.fake_agent import FakeAgent, echo
+from support.toys import device_info, spec_message
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+#: Too large to travel inline: outputs come back as a blob.
+BIG = np.arange(400_000, dtype=np.float32)
+
+FleetOf = Callable[..., Fleet]
+Enrolled = Callable[[str], Identity]
+
+
+def missing(fleet: Fleet, *blobs: Blob) -> list[Blob]:
+    return fleet._blobs.find_missing(blobs)
+
+
+def test_a_job_is_its_users_alone(fleet_of: FleetOf, agent: FakeAgent, artifact: Artifact) -> None:
+    ann, bob, root = fleet_of("ann"), fleet_of("bob"), fleet_of("root", "admin")
+    job = ann.run(artifact, {"x": X})
+    np.testing.assert_array_equal(job.wait(timeout=20)["x_out"], X)
+    assert job.id in {each.id for each in ann.jobs()} and job.id not in {each.id for each in bob.jobs()}
+    never = "0" * len(job.id)
+    for ask in (bob.job, lambda it: Job(bob, it).cancel(), lambda it: Job(bob, it).wait(5)):
+        with pytest.raises(UnknownJobError) as foreign:
+            ask(job.id)
+        with pytest.raises(UnknownJobError) as absent:
+            ask(never)
+        assert str(foreign.value).replace(job.id, never) == str(absent.value), "nobody can tell which"
+    assert root.job(job.id).status().user == "ann" and job.id in {each.id for each in root.jobs()}
+
+
+def test_readers_only_read_and_only_their_own(fleet_of: FleetOf, agent: FakeAgent, artifact: Artifact) -> None:
+    ann, reader, other = fleet_of("ann"), fleet_of("ann", "read"), fleet_of("bob", "read")
+    job = ann.run(artifact, {"x": BIG}, function="big")
+    job.wait(timeout=20)
+    np.testing.assert_array_equal(Job(reader, job.id).wait(20)["x_out"], BIG)
+    with pytest.raises(UnknownJobError):
+        other.job(job.id)
+    with pytest.raises(PermissionDeniedError, match="is for the role"):
+        reader.run(artifact, {"x": X})
+    with pytest.raises(PermissionDeniedError):
+        Job(reader, job.id).cancel()
+
+
+def test_a_blob_is_there_for_whoever_sent_it(fleet_of: FleetOf) -> None:
+    ann, bob = fleet_of("ann"), fleet_of("bob")
+    data = secrets.token_bytes(3 << 20)
+    blob = ann.upload(data)
+    assert missing(ann, blob) == [] and missing(bob, blob) == [blob]
+    assert bytes(ann._blobs.read(blob)) == data
+    with pytest.raises(MissingBlobError) as foreign:
+        bob._blobs.read(blob)
+    absent = Blob("0" * 64, blob.size)
+    with pytest.raises(MissingBlobError) as nothing:
+        bob._blobs.read(absent)
+    assert foreign.value.message.replace(blob.digest, absent.digest) == nothing.value.message
+    bob.upload(data)  # he has the bytes: now it is his too
+    assert missing(bob, blob) == [] and bytes(bob._blobs.read(blob)) == data
+
+
+def test_nobody_goes_on_with_anothers_upload(fleet_of: FleetOf, tracker: RunningTracker) -> None:
+    """Whoever knows the digest and the end of a blob must not get the beginning by completing its upload."""
+    ann, bob = fleet_of("ann"), fleet_of("bob")
+    data = secrets.token_bytes(4 << 20)
+    blob, half = blob_of(data), len(data) // 2
+    pb = convert.blob_to_pb(blob)
+    first = blobs_pb2.UploadRequest(blob=pb, data=data[:half])
+    stubs = [blobs_pb2_grpc.BlobsStub(fleet._channel) for fleet in (ann, bob)]
+    with pytest.raises(Exception, match="arrived"):
+        stubs[0].Upload(iter([first]))
+    asked = [stub.QueryUpload(blobs_pb2.QueryUploadRequest(blob=pb)) for stub in stubs]
+    assert [answer.committed_bytes for answer in asked] == [half, 0]
+    with pytest.raises(Exception, match="0 bytes are committed"):
+        stubs[1].Upload(iter([blobs_pb2.UploadRequest(blob=pb, offset_bytes=half, data=data[half:])]))
+    assert missing(bob, blob) == [blob]
+    # Nor does another's new beginning cost her what she has sent.
+    with pytest.raises(Exception, match="arrived"):
+        stubs[1].Upload(iter([blobs_pb2.UploadRequest(blob=pb, data=data[:10])]))
+    assert stubs[0].QueryUpload(blobs_pb2.QueryUploadRequest(blob=pb)).committed_bytes == half
+    stubs[0].Upload(iter([blobs_pb2.UploadRequest(blob=pb, offset_bytes=half, data=data[half:])]))
+    assert missing(ann, blob) == [] and missing(bob, blob) == [blob]
+
+
+def test_no_job_reads_what_its_user_could_not(fleet_of: FleetOf, agent: FakeAgent, artifact: Artifact) -> None:
+    """Naming another's blobs as artifact, weights or inputs gives what naming absent ones gives."""
+    ann, bob = fleet_of("ann"), fleet_of("bob")
+    packed = pack(artifact)
+    secret = ann.upload(secrets.token_bytes(2 << 20))
+    ann._ensure_uploaded(packed)
+    message = fleet_pb2.SubmitJobRequest(spec=nobodys(artifact))
+    with pytest.raises(NotReadyError, match="manifest: 1 of 1 blobs are missing"):
+        submit(bob, message)
+    for blob, data in packed.blobs():
+        if blob != packed.blob:
+            continue
+        bob._blobs.upload_missing([(blob, data)])  # the manifest, but none of what it names
+    with pytest.raises(NotReadyError, match="artifact 'toy'"):
+        submit(bob, message)
+    bob._ensure_uploaded(packed)
+    spec = convert.job_spec_from_pb(message.spec)
+    tensor = Tensor("x", "float32", (secret.size // 16, 4), secret)
+    thief = replace(spec, task=replace(spec.task, inputs=(tensor,)))
+    message.spec.CopyFrom(convert.job_spec_to_pb(thief))
+    with pytest.raises(NotReadyError, match="inputs: 1 of 1 blobs are missing"):
+        submit(bob, message)
+    assert submit(ann, message)
+
+
+def nobodys(artifact: Artifact) -> Any:
+    """A job that no device takes."""
+    spec = spec_message(artifact)
+    spec.selector = "no-such-device"
+    return spec
+
+
+def submit(fleet: Fleet, message: fleet_pb2.SubmitJobRequest) -> str:
+    try:
+        job_id: str = fleet._stub.SubmitJob(message).job.id
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+    return job_id
+
+
+def test_idempotency_keys_say_nothing_of_others_jobs(fleet_of: FleetOf, artifact: Artifact) -> None:
+    ann, bob = fleet_of("ann"), fleet_of("bob")
+    message = fleet_pb2.SubmitJobRequest(spec=nobodys(artifact), idempotency_key="k" * 32)
+    for fleet in (ann, bob):
+        fleet._ensure_uploaded(pack(artifact))
+    first = submit(ann, message)
+    assert submit(ann, message) == first and submit(bob, message) != first
+
+
+def test_devices_run_others_jobs_without_saying_which(
+    fleet_of: FleetOf, enrolled: Enrolled, artifact: Artifact
+) -> None:
+    ann, bob = fleet_of("ann"), fleet_of("bob")
+    known = enrolled("quiet-1")
+    with FakeAgent(known.address, device_info("quiet-1"), tls=known.tls) as agent:
+        job = ann.run(artifact, {"x": X}, device="quiet-1")
+        assigned = agent.expect(m.AssignJob)
+        (seen,), (hidden,) = ann.devices("quiet-1"), bob.devices("quiet-1")
+        assert seen.running_job_id == job.id and hidden.running_job_id == "" and hidden.state == seen.state
+        agent.finish(assigned)
+        job.wait(timeout=20)
+
+
+# ---- Devices -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_reads_what_its_job_needs_while_it_has_it(
+    fleet_of: FleetOf, enrolled: Enrolled, artifact: Artifact
+) -> None:
+    ann = fleet_of("ann")
+    foreign = ann.upload(secrets.token_bytes(1 << 20))
+    known = enrolled("nosy-1")
+    packed = pack(artifact)
+    with FakeAgent(known.address, device_info("nosy-1"), tls=known.tls) as agent:
+        ann._ensure_uploaded(packed)
+        for blob in (foreign, packed.blob):
+            with pytest.raises(MissingBlobError):
+                agent.blobs().read(blob)
+        with pytest.raises(PermissionDeniedError, match="only while it holds a job"):
+            agent.blobs().upload(blob_of(b"anything"), b"anything")
+        job = ann.run(artifact, {"x": BIG}, function="big", device="nosy-1")
+        assigned = agent.expect(m.AssignJob)
+        for part, data in packed.blobs():
+            assert bytes(agent.blobs().read(part)) == bytes(data)
+        with pytest.raises(MissingBlobError):
+            agent.blobs().read(foreign)
+        agent.finish(assigned)
+        np.testing.assert_array_equal(job.wait(timeout=20)["x_out"], BIG)
+        with pytest.raises(MissingBlobError):
+            agent.blobs().read(packed.blob)
+
+
+def test_a_device_cannot_hand_over_anothers_blob_as_a_result(
+    fleet_of: FleetOf, enrolled: Enrolled, artifact: Artifact
+) -> None:
+    """An agent in league with bob names ann's blob as the output of his job."""
+    ann, bob = fleet_of("ann"), fleet_of("bob")
+    secret = ann.upload(secrets.token_bytes(1 << 20))
+    known = enrolled("crook-1")
+    with FakeAgent(known.address, device_info("crook-1"), tls=known.tls) as agent:
+        job = bob.run(artifact, {"x": X}, device="crook-1")
+        assigned = agent.expect(m.AssignJob)
+        result = agent.result(assigned.spec)
+        stolen = replace(result, outputs=(Tensor("x_out", "float32", (secret.size // 16, 4), secret),))
+        agent.say(m.JobFinished(assigned.lease, stolen))
+        wait_for(lambda: job.status().faults, "the result to be refused")
+        (fault,) = job.status().faults
+        assert fault.device == "crook-1" and "named outputs that it has not sent" in fault.reason
+        assert missing(bob, secret) == [secret]
+        job.cancel()
+
+
+def test_a_device_speaks_for_itself_alone(enrolled: Enrolled, fleet_of: FleetOf, artifact: Artifact) -> None:
+    """Neither under another's name nor about another's job."""
+    liar, honest = enrolled("liar-1"), enrolled("honest-1")
+    with FakeAgent(liar.address, device_info("honest-1"), tls=liar.tls) as agent:
+        agent.ended()
+        error = from_rpc_error(agent.status)
+        assert isinstance(error, PermissionDeniedError) and "certificate is that of 'liar-1'" in error.message
+    ann = fleet_of("ann")
+    with (
+        FakeAgent(honest.address, device_info("honest-1"), tls=honest.tls) as owner,
+        FakeAgent(liar.address, device_info("liar-1"), tls=liar.tls) as other,
+    ):
+        job = ann.run(artifact, {"x": X}, device="honest-1")
+        assigned = owner.expect(m.AssignJob)
+        other.say(m.JobFinished(assigned.lease, other.result(assigned.spec)))
+        assert other.expect(m.ResultAccepted).stale
+        assert job.status().state is not JobState.DONE
+        owner.finish(assigned)
+        assert job.wait(timeout=20).device == "honest-1"
+
+
+def test_a_revoked_device_is_disconnected_at_once(enrolled: Enrolled, access: Access) -> None:
+    known = enrolled("lost-1")
+    with FakeAgent(known.address, device_info("lost-1"), work=echo, tls=known.tls) as agent:
+        access.revoke_device("lost-1")
+        agent.ended()
+    with FakeAgent(known.address, device_info("lost-1"), tls=known.tls) as agent:
+        agent.ended()
+        assert "was revoked" in from_rpc_error(agent.status).message
+
+
+def test_blobs_of_agents_go_by_their_own_channel(enrolled: Enrolled) -> None:
+    known = enrolled("idle-1")
+    with open_channel(known.address, known.tls) as channel, pytest.raises(PermissionDeniedError):
+        BlobClient(channel, known.address).upload(blob_of(b"x"), b"x")
