@@ -263,6 +263,27 @@ class Net:
         power = sum(count * self.power[part] for count, part in zip(channels, parts, strict=True)) / sum(channels)
         return self.node("Concat", name, parts, (batch, sum(channels), *size), power, axis=1)
 
+    def halves(self, name: str, x: str) -> tuple[str, str]:
+        """The first and the second half of the channels."""
+        batch, count, *size = self.shapes[x]
+        names = (f"{name}.0", f"{name}.1")
+        self._nodes.append(helper.make_node("Split", [x], list(names), name=name, axis=1, num_outputs=2))
+        for half in names:
+            self.shapes[half], self.power[half] = (batch, count // 2, *size), self.power[x]
+        return names
+
+    def shuffle(self, name: str, x: str) -> str:
+        """Channels of both halves in turn: reshape, transpose, reshape."""
+        batch, count, height, width = self.shapes[x]
+        for step, shape in (
+            ("apart", (batch, 2, count // 2, height, width)),
+            ("together", (batch, count, height, width)),
+        ):
+            sizes = self.constant(f"{name}.{step}.shape", np.array(shape, np.int64))
+            x = self.node("Reshape", f"{name}.{step}", [x, sizes], shape, self.power[x])
+            x = self.transpose(f"{name}.turned", x, (0, 2, 1, 3, 4)) if step == "apart" else x
+        return x
+
 
 def channels(count: int, width: float) -> int:
     """A layer's channels in a network of another width: multiples of 8, at least 8."""
@@ -356,6 +377,31 @@ def mobilenet_v2(net: Net, x: str, width: float) -> str:
             if stride == 1 and net.shapes[before] == net.shapes[x]:
                 x = net.add(f"{name}.add", before, x)
     return classifier(net, block("features.18", x, channels(1280, width), 1), "classifier.1")
+
+
+def shufflenet_v2(net: Net, x: str, width: float) -> str:
+    """ShuffleNetV2 x1.0 (Ma et al., arXiv:1807.11164): half of the channels at a time, 58 of them and multiples."""
+
+    def layer(name: str, x: str, size: int, kernel: int = 1, stride: int = 1, *, depthwise: bool = False) -> str:
+        x = net.conv(f"{name}.conv", x, size, kernel, stride, groups=size if depthwise else 1)
+        x = net.batch_norm(f"{name}.bn", x)
+        return x if depthwise else net.relu(f"{name}.relu", x)
+
+    x = net.pool("MaxPool", "maxpool", layer("conv1", x, channels(24, width), 3, 2), 3, 2, 1)
+    for stage, depth in enumerate((4, 8, 4)):
+        half = channels(58 << stage, width)
+        for number in range(depth):
+            name, stride = f"stage{stage + 2}.{number}", 1 if number else 2
+            if number:
+                kept, y = net.halves(f"{name}.split", x)
+            else:
+                kept = layer(f"{name}.branch1.0", x, net.shapes[x][1], 3, 2, depthwise=True)
+                kept, y = layer(f"{name}.branch1.2", kept, half), x
+            y = layer(f"{name}.branch2.0", y, half)
+            y = layer(f"{name}.branch2.3", y, half, 3, stride, depthwise=True)
+            y = layer(f"{name}.branch2.5", y, half)
+            x = net.shuffle(f"{name}.shuffle", net.concat(f"{name}.concat", [kept, y]))
+    return classifier(net, layer("conv5", x, channels(1024, width)))
 
 
 def efficientnet_b0(net: Net, x: str, width: float) -> str:
@@ -540,6 +586,7 @@ MODELS = {
         Model("resnet50", "ResNet-50", resnet50),
         Model("resnext50", "ResNeXt-50 32x4d", resnext50),
         Model("mobilenetv2", "MobileNetV2", mobilenet_v2, (192, 192)),
+        Model("shufflenetv2", "ShuffleNetV2 x1.0", shufflenet_v2),
         Model("efficientnet", "EfficientNet-B0", efficientnet_b0),
         Model("convnext", "ConvNeXt-T", convnext_tiny),
         Model("densenet121", "DenseNet-121", densenet121),

@@ -22,8 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 NAMES = (
-    "mlp", "mlp-64", "resnet18", "resnet50", "resnext50", "mobilenetv2", "efficientnet", "convnext", "densenet121",
-    "unet", "vgg16", "detector",
+    "mlp", "mlp-64", "resnet18", "resnet50", "resnext50", "mobilenetv2", "shufflenetv2", "efficientnet", "convnext",
+    "densenet121", "unet", "vgg16", "detector",
 )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class AddressEmitter:
         #: By pointers to buffers that are read in runs now: the address of the run's first vector, and the constant in
         #: its position. All of a run differ in that only.
         self.runs: dict[str, tuple[str, int] | None] = {}
+        self._divided: set[Value] = set()  # quotients and remainders
 
     def bind_symbol(self, var: Var, value: Value) -> None:
         """Make a free dim known under its LLVM value (i64)."""
@@ -105,6 +106,8 @@ class AddressEmitter:
                 return self.index(a) - self.index(b)
             case Binary(op="mul", a=a, b=b):
                 return self._product(self.index(a), self.index(b))
+            case Binary(op="floormod", a=Binary(op="floordiv", a=a, b=Const(value=inner)), b=Const(value=outer)):
+                return self._digit(expr, a, int(inner), int(outer))
             case Binary(op="floordiv" | "floormod", a=a, b=b):
                 return self._divide(expr.op, self.index(a), self.index(b))
             case Binary(op="min" | "max", a=a, b=b):
@@ -130,7 +133,13 @@ class AddressEmitter:
                 return quotient + Linear.of(whole_part)
             return rest - Linear.of(whole_part * divisor)
         more, rest = rest.reduced(divisor)  # as the simplifier has remainders: both are of one number then
-        quotient, (low, high) = quotient + more, rest.bounds(self.known)
+        quotient = quotient + more
+        coarse = self._in_steps(rest, divisor)
+        if coarse is not None:
+            steps, step, fine = coarse
+            part = self._divide(op, steps, Linear.of(divisor // step))
+            return quotient + part if op == "floordiv" else part.scaled(step) + fine
+        low, high = rest.bounds(self.known)
         bounds = (None if low is None else low // divisor, None if high is None else high // divisor)
         times = self._opaque(self._divided_by("floordiv", rest, divisor), bounds)
         if op == "floordiv":
@@ -138,6 +147,31 @@ class AddressEmitter:
         remainder = self._divided_by("floormod", rest, divisor)
         self._remainders[remainder] = (rest, times, divisor)
         return self._opaque(remainder, (0, divisor - 1))
+
+    def _in_steps(self, x: Linear, divisor: int) -> tuple[Linear, int, Linear] | None:
+        """`(n, step, r)` with `x == n * step + r`, 0 <= r < step, and a step above 1 that divides the divisor.
+
+        Then `x // divisor` is `n // (divisor // step)`: of 16 lanes in rows of 784, whole vectors are counted.
+        """
+        for step in sorted({math.gcd(c, divisor) for c in x.terms.values()} - {1}, reverse=True):
+            whole = {term: c // step for term, c in x.terms.items() if term and c % step == 0}
+            fine = Linear({term: c for term, c in x.terms.items() if term and c % step}) + Linear.of(x.constant % step)
+            low, high = fine.bounds(self.known)
+            if whole and low is not None and high is not None and low >= 0 and high < step:
+                return Linear(whole) + Linear.of(x.constant // step), step, fine
+        return None
+
+    def _digit(self, expr: Binary, x: Expr, inner: int, outer: int) -> Linear:
+        """`x // inner % outer`, whose quotient is `x // (inner * outer)`, as the digit before has it."""
+        digit = self._divide("floormod", self.index(expr.a), Linear.of(outer))
+        if inner > 0 and outer > 0 and len(digit.terms) == 1:
+            (term,) = digit.terms
+            if len(term) == 1 and term[0] in self._remainders:
+                number = self._remainders[term[0]][0]
+                whole = self._divide("floordiv", self.index(x), Linear.of(inner * outer))
+                left = self.index(expr.a) - number  # what of the number was known to be whole
+                self._remainders[term[0]] = (number, whole - self._divide("floordiv", left, Linear.of(outer)), outer)
+        return digit
 
     def _divided_by(self, op: str, x: Linear, divisor: int) -> Value:
         """`x // divisor` or `x % divisor`; the same value where it is asked for again."""
@@ -151,18 +185,31 @@ class AddressEmitter:
             result = self.b.op("udiv" if op == "floordiv" else "urem", value, by)
         else:
             result = self._floor_divide(op, value, by)
+        self._divided.add(result)
         return self._remember(key, result)
 
     def _put_together(self, position: Linear) -> Linear:
-        """`x // d * d + x % d` as `x`: the dims of a tensor whose loops were fused, in the order of its elements."""
-        for term, c in position.terms.items():
-            if len(term) != 1 or term[0] not in self._remainders:
-                continue
-            x, whole, divisor = self._remainders[term[0]]
-            if all(position.terms.get(part) == factor for part, factor in whole.scaled(c * divisor).terms.items()):
-                rest = position - whole.scaled(c * divisor) - Linear.atom(term[0]).scaled(c)
-                return self._put_together(rest + x.scaled(c))
-        return position
+        """`x // d * d + x % d` as `x`: the dims of a tensor whose loops were fused, in the order of its elements.
+
+        A remainder is what a quotient leaves. That is put in its place, for one or for all of them, where it leaves
+        fewer of either: of those that differ between lanes, then of all.
+        """
+
+        def divided(form: Linear) -> tuple[int, int]:
+            found = [{value.lanes for value in term if value in self._divided} for term in form.terms]
+            return sum(max(lanes) > 1 for lanes in found if lanes), sum(bool(lanes) for lanes in found)
+
+        while True:
+            changes = []
+            for term, c in position.terms.items():
+                if len(term) == 1 and term[0] in self._remainders:
+                    x, whole, divisor = self._remainders[term[0]]
+                    changes.append((x - whole.scaled(divisor) - Linear.atom(term[0])).scaled(c))
+            forms = [position, *(position + change for change in changes), sum(changes, position)]
+            best = min(forms, key=divided)
+            if divided(best) == divided(position):
+                return position
+            position = best
 
     def _floor_divide(self, op: str, value: Value, by: Value) -> Value:
         b = self.b

@@ -65,7 +65,9 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | depth_to_space: channels are phases first (ONNX's DCR);  | x (N, C, S…)      | blocks (one per spatial axis),     |
 |   with lanes x is blocked, (N, C/c, S…, c)               |                   | lanes=False                        |
 | conv_blocked: x (N, I/i, S…, i) or (N, I, S…),           | x, w              | strides, pads, dilations, groups   |
-|   w (O/o, I/groups/i, K…, i, o), the pass over layouts's |                   |   as conv                          |
+|   w (O/o, I/groups/i, K…, i, o), the pass over layouts's |                   |   as conv; channels=None (all)     |
+| to_blocks: (N, C, S…) to (N, ceil(C/c), S…, c)           | x                 | lanes (c)                          |
+| from_blocks: (N, B, S…, c) to (N, channels, S…)          | x                 | channels                           |
 | depthwise_blocked: x (N, C/c, S…, c), w (C/c, K…, c)     | x, w              | strides, pads, dilations           |
 | conv_winograd: x (N, I/i, H, W, i), u as given by        | x, u              | m (2 or 4), pads=None              |
 | winograd_weights: (O, I, 3, 3) to                        | w                 | m, lanes (i, o)                    |

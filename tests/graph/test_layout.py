@@ -113,7 +113,37 @@ def test_filters_that_fill_no_block_are_padded_and_cut() -> None:
     net = Net()
     x = net.conv(net.input("x", 1, 3, 4, 4), net.param("w", 16, 3, 1, 1))
     module = net.module(net.conv(x, net.param("v", 21, 16, 1, 1), net.param("b", 21)))
-    blocked(module, ["conv_blocked", "conv_blocked", "add", "transpose", "reshape", "slice"])
+    blocked(module, ["conv_blocked", "conv_blocked", "add", "from_blocks"])
+
+
+def test_channels_that_no_block_divides_stay_in_blocks() -> None:
+    net = Net()
+    x = net.relu(net.conv(net.input("x", N, 58, 5, 5), net.param("w", 58, 58, 1, 1), net.param("b", 58)))
+    y = net.conv(net.sigmoid(x), net.param("d", 58, 1, 3, 3), net.param("c", 58), pads=[1] * 4, groups=58)
+    y = net.add(net.conv(y, net.param("v", 58, 58, 3, 3), pads=[1] * 4), x)
+    y = net.mul(y, net.sigmoid(net.reduce_mean(y, axes=[2, 3], keepdims=True)))
+    chain = ["conv_blocked", "add", "relu", "sigmoid", "depthwise_blocked", "add", "conv_blocked", "add"]
+    after = blocked(net.module(y), ["to_blocks", *chain, "reduce_mean", "sigmoid", "mul", "from_blocks"])
+    assert after.functions["main"].outputs[0].inputs[0].type.shape[1:] == (4, 5, 5, 16)
+
+
+def test_narrow_blocks_are_for_what_is_concatenated() -> None:
+    net = Net()
+    x = net.conv(net.input("x", 1, 3, 4, 4), net.param("w", 36, 3, 1, 1))
+    alone = laid_out(net.module(net.conv(x, net.param("v", 32, 36, 1, 1))))
+    assert alone.functions["main"].outputs[0].inputs[0].inputs[0].inputs[0].type.shape == (1, 3, 4, 4, 16)
+    both = net.concat(x, net.relu(x), axis=1)
+    blocked(net.module(net.conv(both, net.param("u", 32, 72, 1, 1))),
+            ["conv_blocked", "relu", "concat", "conv_blocked", "transpose", "reshape"])  # fmt: skip
+
+
+def test_what_lanes_without_a_channel_hold_spreads_to_no_other() -> None:
+    """1 / 0 in them, say: the next convolution would multiply it by zeros."""
+    net = Net()
+    x = net.conv(net.input("x", 1, 3, 4, 4), net.param("w", 21, 3, 1, 1))
+    y = net.div(net.param("one", 1), net.mul(x, x))
+    module = net.module(net.conv(y, net.param("v", 16, 21, 1, 1)))
+    blocked(module, ["conv_blocked", "mul", "div", "conv_blocked", "transpose", "reshape"])
 
 
 def test_groups_that_share_a_block_stay_plain() -> None:
@@ -180,7 +210,7 @@ class Drawn:
         ])  # fmt: skip
         if kind == "conv":
             groups = self.pick([1, 1, 2]) if channels % 2 == 0 else 1
-            filters = self.pick([4, 8, 16, 32, 6])
+            filters = self.pick([4, 8, 16, 32, 6, 22, 36])
             k = 3 if height >= 3 else 1
             args = [x, self.param(filters, channels // groups, k, k)]
             args += [self.param(filters)] if self.pick([True, False]) else []

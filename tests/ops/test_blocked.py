@@ -53,6 +53,25 @@ def test_convolution(data, spatial: int, blocked: bool, groups: int, stride: int
     np.testing.assert_allclose(unblock(got), plain_conv(x, plain_weight(w), **attrs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
+def test_lanes_without_a_channel_are_not_read(kernel: tuple[int, int]) -> None:
+    x, w = array(2, 6, 5, 5), array(2, 2, *kernel, 4, 8)
+    packed = block(np.pad(x, [(0, 0), (0, 2), (0, 0), (0, 0)], constant_values=np.nan), 4)
+    (got,) = check_op("conv_blocked", packed, w, rtol=1e-4, atol=1e-4, channels=6, pads=(1, 1, 0, 1))
+    wanted = plain_conv(x, plain_weight(w)[:, :6], pads=(1, 1, 0, 1))
+    np.testing.assert_allclose(unblock(got), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "lanes"), [(6, 4), (8, 4), (3, 16), (58, 16)])
+def test_blocks_that_do_not_divide_the_channels(channels: int, lanes: int) -> None:
+    x = array(2, channels, 3, 5)
+    (packed,) = check_op("to_blocks", x, lanes=lanes)
+    assert packed.shape == (2, -(-channels // lanes), 3, 5, lanes)
+    np.testing.assert_array_equal(unblock(packed)[:, channels:], 0)
+    (plain,) = check_op("from_blocks", packed, channels=channels)
+    np.testing.assert_array_equal(plain, x)
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), spatial=st.integers(1, 2), stride=st.integers(1, 2), dilation=st.integers(1, 2))
 def test_depthwise(data, spatial: int, stride: int, dilation: int) -> None:

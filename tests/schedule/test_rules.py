@@ -151,9 +151,9 @@ CASES = {
     "two_outputs": (two_outputs(), {}, "injective"),
     "scalar_add": (scalar_add(), {}, "injective"),
     "no_elements": (no_elements(), {}, "fallback"),
-    "one_element": (softmax(1, 1), {}, "reduction"),
-    "one_row": (softmax(1, 9), {}, "reduction"),
-    "one_column": (softmax(N, 1), {"n": 5}, "reduction"),
+    "softmax_one_element": (softmax(1, 1), {}, "reduction"),
+    "softmax_one_row": (softmax(1, 9), {}, "reduction"),
+    "softmax_one_column": (softmax(N, 1), {"n": 5}, "reduction"),
 }
 BIG = {"chain_long", "dense_big"}
 

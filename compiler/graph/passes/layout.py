@@ -95,6 +95,7 @@ class _Blocker:
         self._context = context
         self._plain: dict[int, Value] = {}
         self._blocked: dict[int, dict[int, Value]] = {}  # by lanes; what came first is the value's own form
+        self._joined = _joined(function)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -144,7 +145,7 @@ class _Blocker:
         return self._context.known(old) is not None
 
     def blocked(self, old: Value, lanes: int) -> Value:
-        """`old` (N, C, S…) in blocks of `lanes`, which divide C."""
+        """`old` (N, C, S…) in blocks of `lanes`."""
         forms = self._blocked.setdefault(id(old), {})
         if lanes not in forms:
             forms[lanes] = pack(self.plain(old), lanes)
@@ -153,6 +154,17 @@ class _Blocker:
     def enter_plain(self, old: Value, new: Value) -> None:
         """Say that the plain form of `old` is `new`."""
         self._plain[id(old)] = new
+
+    def lanes_for(self, old: Value) -> int:
+        """Lanes of the blocks that `old` is computed in.
+
+        They divide its channels, unless narrow vectors cost more than lanes that mean nothing do.
+        """
+        sizes, channels = self.sizes(old.type.dtype), int(str(old.type.shape[1]))
+        exact = block_of(channels, sizes)
+        if exact is not None and (2 * exact >= sizes[0] or id(old) in self._joined):
+            return exact
+        return padded_block(channels, sizes)
 
     def sizes(self, dtype: str) -> tuple[int, ...]:
         """The blocks of the target for `dtype`."""
@@ -188,9 +200,39 @@ def _reshaped(value: Value, shape: Sequence[Dim]) -> Value:
     return reshaped(value, shape, _origin(value))
 
 
+def _is_ragged(old: Value, blocked: Value) -> bool:
+    """Whether the last block has lanes beyond the channels."""
+    return int(str(old.type.shape[1])) % _lanes(blocked) != 0
+
+
+def _joined(function: Function) -> set[int]:
+    """The `id`s of values whose channels are put beside others', which blocks must divide to be left where they are.
+
+    Where channels are moved one by one afterwards, as in a channel shuffle, that is not so.
+    """
+    values = list(function.values())
+    moved = {id(operand) for value in values if _moves_channels(value) for operand in operands(value)}
+    found: set[int] = set()
+    for value in reversed(values):
+        if not isinstance(value, Call):
+            continue
+        if value.op == "concat" and common.axis_of(value.attrs["axis"], value.type.rank) == 1:
+            if id(value) not in moved:
+                found |= {id(each) for each in value.inputs}
+        elif id(value) in found and (value.op in _RULES or registry.get(value.op).kind <= FusionKind.BROADCAST):
+            found |= {id(each) for each in value.inputs if each.type.shape[1:2] == value.type.shape[1:2]}
+    return found
+
+
+def _moves_channels(value: Value) -> bool:
+    return isinstance(value, Call) and value.op in ("reshape", "transpose")
+
+
 def pack(plain: Value, lanes: int) -> Value:
-    """(N, C, S…) as (N, C/lanes, S…, lanes)."""
+    """(N, C, S…) as (N, ceil(C / lanes), S…, lanes)."""
     batch, channels, *spatial = plain.type.shape
+    if int(str(channels)) % lanes:
+        return call("to_blocks", plain, lanes=lanes, origin=_origin(plain))
     blocks = int(str(channels)) // lanes
     if all(_is_one(dim) for dim in spatial):
         return _reshaped(plain, (batch, blocks, *spatial, lanes))
@@ -201,7 +243,9 @@ def pack(plain: Value, lanes: int) -> Value:
 
 def unpack(blocked: Value, shape: tuple[Dim, ...]) -> Value:
     """(N, C/c, S…, c) as `shape`, which is (N, C, S…)."""
-    rank = blocked.type.rank
+    rank, channels = blocked.type.rank, int(str(shape[1]))
+    if channels % _lanes(blocked):
+        return call("from_blocks", blocked, channels=channels, origin=_origin(blocked))
     if not all(_is_one(dim) for dim in shape[2:]):
         perm = (0, 1, rank - 1, *range(2, rank - 1))
         blocked = call("transpose", blocked, perm=perm, origin=_origin(blocked))
@@ -225,32 +269,22 @@ def _conv(own: _Blocker, old: Call) -> Value | None:
 
 
 def _dense(own: _Blocker, old: Call, filters: int, channels: int) -> Value | None:
-    sizes = own.sizes(old.type.dtype)
-    lanes_out = block_of(filters, sizes) or padded_block(filters, sizes)
-    source = _source(own, old.inputs[0], channels, sizes)
+    lanes_out = own.lanes_for(old)
+    source = _source(own, old.inputs[0], channels)
     blocked = source.type.rank > old.type.rank
-    m = winograd_tile(old, own.target, own.weight_bytes) if blocked and own.winograd else None
+    ragged = blocked and _is_ragged(old.inputs[0], source)
+    m = winograd_tile(old, own.target, own.weight_bytes) if blocked and not ragged and own.winograd else None
     if m is not None:
-        result = _conv_winograd(own, old, source, m, lanes_out)
-    else:
-        result = _conv_blocked(own, old, source, _lanes(source) if blocked else 1, lanes_out)
-    if filters % lanes_out == 0:
-        return result
-    shape = (*old.type.shape[:1], -(-filters // lanes_out) * lanes_out, *old.type.shape[2:])
-    whole = unpack(result, shape)
-    own.enter_plain(old, call("slice", whole, starts=(0,), ends=(filters,), axes=(1,), origin=old.origin))
-    return None
+        return _conv_winograd(own, old, source, m, lanes_out)
+    return _conv_blocked(own, old, source, _lanes(source) if blocked else 1, lanes_out, channels if ragged else None)
 
 
-def _source(own: _Blocker, x: Value, channels: int, sizes: Sequence[int]) -> Value:
+def _source(own: _Blocker, x: Value, channels: int) -> Value:
     """The input of a convolution: in the blocks it has, packed if it has many channels, or plain."""
     found = own.own(x)
-    lanes = block_of(channels, sizes)
     if found is not None:
         return found
-    if lanes is None or channels < _PACKED_CHANNELS:
-        return own.plain(x)
-    return own.blocked(x, lanes)
+    return own.plain(x) if channels < _PACKED_CHANNELS else own.blocked(x, own.lanes_for(x))
 
 
 def _grouped(own: _Blocker, old: Call, filters: int, channels: int) -> Value | None:
@@ -262,10 +296,12 @@ def _grouped(own: _Blocker, old: Call, filters: int, channels: int) -> Value | N
     return _conv_blocked(own, old, own.blocked(old.inputs[0], lanes_in), lanes_in, lanes_out)
 
 
-def _conv_blocked(own: _Blocker, old: Call, source: Value, lanes_in: int, lanes_out: int) -> Value:
+def _conv_blocked(
+    own: _Blocker, old: Call, source: Value, lanes_in: int, lanes_out: int, channels: int | None = None
+) -> Value:
     weight = pack_weight(own.plain(old.inputs[1]), lanes_in, lanes_out)
     attrs = {name: old.attrs[name] for name in ("strides", "pads", "dilations", "groups")}
-    result: Value = make_call("conv_blocked", (source, weight), attrs, old.origin)
+    result: Value = make_call("conv_blocked", (source, weight), {**attrs, "channels": channels}, old.origin)
     return _with_bias(own, old, result, lanes_out)
 
 
@@ -279,20 +315,21 @@ def _conv_winograd(own: _Blocker, old: Call, source: Value, m: int, lanes_out: i
 
 
 def pack_weight(weight: Value, lanes_in: int, lanes_out: int) -> Value:
-    """(O, I, K…) as (O/lanes_out, I/lanes_in, K…, lanes_in, lanes_out); O is padded by zeros to a multiple."""
+    """(O, I, K…) as (O/lanes_out, I/lanes_in, K…, lanes_in, lanes_out); O and I are padded by zeros to multiples."""
     filters, channels, *kernel = (int(str(dim)) for dim in weight.type.shape)
-    weight = _padded(weight, -filters % lanes_out)
-    shape = (-(-filters // lanes_out), lanes_out, channels // lanes_in, lanes_in, *kernel)
+    weight = _padded(_padded(weight, -filters % lanes_out), -channels % lanes_in, 1)
+    shape = (-(-filters // lanes_out), lanes_out, -(-channels // lanes_in), lanes_in, *kernel)
     perm = (0, 2, *range(4, 4 + len(kernel)), 3, 1)
     return call("transpose", _reshaped(weight, shape), perm=perm)
 
 
-def _padded(value: Value, count: int) -> Value:
-    """`value` with `count` zeros behind its first axis."""
+def _padded(value: Value, count: int, axis: int = 0) -> Value:
+    """`value` with `count` zeros behind an axis."""
     if count == 0:
         return value
-    rank = value.type.rank
-    return call("pad", value, pads=(*[0] * rank, count, *[0] * (rank - 1)))
+    ends = [0] * value.type.rank
+    ends[axis] = count
+    return call("pad", value, pads=(*[0] * value.type.rank, *ends))
 
 
 def _with_bias(own: _Blocker, old: Call, result: Value, lanes: int) -> Value:
@@ -308,12 +345,11 @@ def _depthwise(own: _Blocker, old: Call) -> Value | None:
     x, weight = old.inputs[0], own.plain(old.inputs[1])
     channels, _, *kernel = (int(str(dim)) for dim in weight.type.shape)
     found = own.own(x)
-    lanes = _lanes(found) if found is not None else block_of(channels, own.sizes(old.type.dtype))
-    if lanes is None:
-        return None
+    lanes = _lanes(found) if found is not None else own.lanes_for(x)
+    blocks = -(-channels // lanes)
     packed = call(
         "transpose",
-        _reshaped(weight, (channels // lanes, lanes, *kernel)),
+        _reshaped(_padded(weight, blocks * lanes - channels), (blocks, lanes, *kernel)),
         perm=(0, *range(2, 2 + len(kernel)), 1),
     )
     attrs = {name: old.attrs[name] for name in ("strides", "pads", "dilations")}
@@ -331,6 +367,9 @@ def _elementwise(own: _Blocker, old: Call) -> Value | None:
     if not choices:
         return None
     channels = old.type.shape[1]
+    floats = all(each.type.dtype in FLOATS or each.type.dtype == "bool" for each in (old, *old.inputs))
+    if not floats and any(int(str(channels)) % size for size in choices):
+        return None  # integers may not be divided by what is in lanes that mean nothing
 
     def packed(lanes: int) -> int:
         return sum(1 for each in full if not own.has(each, lanes))
@@ -356,6 +395,9 @@ def _reduce(own: _Blocker, old: Call) -> Value | None:
     if source is None:
         return None
     axes = common.axes_of(old.attrs["axes"], x.type.rank)
+    ragged = _is_ragged(x, source)
+    if ragged and 1 in axes:
+        return None
     last = source.type.rank - 1
     over = (*axes, last) if 1 in axes else axes
     keep = old.attrs["keepdims"]
@@ -364,6 +406,8 @@ def _reduce(own: _Blocker, old: Call) -> Value | None:
     if 1 not in axes and keep:
         return result
     if 1 in axes or all(axis in axes for axis in spatial):
+        if ragged:
+            result = call("from_blocks", result, channels=int(str(x.type.shape[1])), origin=old.origin)
         own.enter_plain(old, _reshaped(result, old.type.shape))
     return None
 
