@@ -125,7 +125,7 @@ def token_revoke(
     token: Annotated[str, typer.Argument(metavar="TOKEN", help="As 'list' names it.")],
     tracker: output.TrackerOption = None,
 ) -> None:
-    """Refuse a token from now on; calls that are under way end by themselves.
+    """Refuse a token from now on, and end what it has under way. Jobs that it has submitted go on.
 
     Examples:
 

@@ -6,7 +6,8 @@ import asyncio
 import errno
 import socket
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import grpc
 
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc
 from kedge.rpc.blobs import BlobStore
-from kedge.rpc.errors import ConnectError
+from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.devices import LIFETIME_S
@@ -107,7 +108,8 @@ async def serve(
                 if security is None:
                     bound = agents_bound = servers.add(services.everybody(), port, None)
                 else:
-                    clients, agents = services.clients(security), services.agents(security)
+                    agents, agents_gate = services.agents(security)
+                    clients = services.clients(security, agents_gate)
                     bound = servers.add(clients, port, _server_tls(security))
                     agents_bound = servers.add(agents, agents_port, _server_tls(security, mutual=True))
                     security.agents_port = agents_bound
@@ -151,33 +153,40 @@ class _Services:
 
     def everybody(self) -> grpc.aio.Server:
         """Of a tracker that speaks plaintext."""
-        server = self._server(trust)
+        server, _ = self._server(trust)
         cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
         cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
         return server
 
-    def clients(self, security: Security) -> grpc.aio.Server:
+    def clients(self, security: Security, agents: Gate) -> grpc.aio.Server:
         """Whoever has a token."""
-        server = self._server(by_token(security.tokens))
-        access = AccessService(security, self._agents.drop)
+        server, gate = self._server(by_token(security.tokens), security.now_s)
+
+        def end(owner: str, token_id: str, error: KedgeError) -> None:
+            for each in (gate, agents):
+                each.end(owner, token_id, error)
+
+        access = AccessService(security, end)
         cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
         cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
         cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(access, server)
         return server
 
-    def agents(self, security: Security) -> grpc.aio.Server:
+    def agents(self, security: Security) -> tuple[grpc.aio.Server, Gate]:
         """Whoever has a certificate."""
-        server = self._server(by_certificate(security.devices, security.now_s))
+        server, gate = self._server(by_certificate(security.devices, security.now_s), security.now_s)
         cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
         cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
-        return server
+        return server, gate
 
-    def _server(self, authenticate: Authenticate) -> grpc.aio.Server:
-        gate = Gate(authenticate, self._audit, self._limits.max_calls)
-        return grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate])
+    def _server(
+        self, authenticate: Authenticate, now_s: Callable[[], float] = time.time
+    ) -> tuple[grpc.aio.Server, Gate]:
+        gate = Gate(authenticate, self._audit, self._limits.max_calls, now_s)
+        return grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate]), gate
 
 
 class _Servers:

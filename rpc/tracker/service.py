@@ -42,6 +42,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 #: An agent has so long to say hello.
 _HELLO_S = 10.0
+#: What is being written to an agent that leaves has so long to be on its way.
+_LAST_WRITE_S = 2.0
 #: Chunks of one upload that may wait in memory for the disk.
 _GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
@@ -244,12 +246,6 @@ class AgentsService:
         self._shell = shell
         self._owners = owners
         self._audit = audit
-        self._outs: dict[str, set[asyncio.Queue[TrackerBody | None]]] = {}
-
-    def drop(self, device: str) -> None:
-        """End the connections of a device."""
-        for out in self._outs.get(device, ()):
-            out.put_nowait(None)
 
     async def Connect(self, requests: AsyncIterator[agent_pb2.AgentMessage], context: Context) -> None:
         """One agent, from its hello to the end of its stream."""
@@ -280,7 +276,6 @@ class AgentsService:
         out: asyncio.Queue[TrackerBody | None] = asyncio.Queue()
         principal, name = caller(), hello.device.name
         connection = self._shell.agent_connected(hello, out.put_nowait)
-        self._outs.setdefault(name, set()).add(out)
         self._audit.write("device connected", device=name, **who(principal, context))
         log.info("device %s says hello (%s)", hello.device.name, hello.protocol.software)
         listening = asyncio.create_task(self._listen(connection, requests, principal))
@@ -288,13 +283,15 @@ class AgentsService:
         try:
             await asyncio.wait([listening, talking], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (listening, talking):
-                task.cancel()
+            listening.cancel()
+            while not out.empty():
+                out.get_nowait()
+            out.put_nowait(None)
+            # gRPC never ends a call whose handler returns in the middle of a write.
+            await asyncio.wait([talking], timeout=_LAST_WRITE_S)
+            talking.cancel()
             ends = await asyncio.gather(listening, talking, return_exceptions=True)
             self._shell.agent_left(connection)
-            self._outs[name].discard(out)
-            if not self._outs[name]:
-                del self._outs[name]
             self._audit.write("device disconnected", device=name, **who(principal, context))
             log.info("device %s: its connection ended", hello.device.name)
             for end in ends:

@@ -12,12 +12,15 @@ import pytest
 
 from kedge.protos.v1 import blobs_pb2, enrolment_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
+from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
 from kedge.rpc.client.plan import pack
 from kedge.rpc.errors import AuthenticationError, LimitError, PermissionDeniedError, UsageError
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.protocol import local_protocol
 from kedge.rpc.security import identity
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.status import NameTakenError, QueueFullError, from_rpc_error
@@ -25,8 +28,9 @@ from kedge.rpc.tracker.security.folder import Limits
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import MAX_MESSAGE_BYTES, Tls, open_channel
+from kedge.rpc.types import JobResult, Lease, Tensor
 from support.services import Rpc, rpcs, send
-from support.toys import spec_message
+from support.toys import device_info, spec_message
 
 RPCS = {str(rpc): rpc for rpc in rpcs()}
 FleetOf = Callable[..., Fleet]
@@ -244,6 +248,21 @@ def seeds(artifact: Artifact) -> dict[str, bytes]:
     }
 
 
+def agents_talk(device: str) -> list[bytes]:
+    """What an agent says, its hello first."""
+    lease = Lease("a" * 12, 1)
+    result = JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "float32", (1,), bytes(4)),))
+    bodies = (
+        m.Hello(local_protocol(), device_info(device), "instance", (lease,)),
+        m.Heartbeat(m.Health(load_1min=1.0), (lease,)),
+        m.JobStarted(lease),
+        m.JobProgress(lease, Stage.RUN),
+        m.JobFinished(lease, result),
+        m.Goodbye("tired"),
+    )
+    return [convert.agent_message_to_pb(body, number).SerializeToString() for number, body in enumerate(bodies, 1)]
+
+
 def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: Artifact) -> None:
     """Ten thousand mutated messages, on every call, by an administrator, a device and somebody without a token."""
     rng = random.Random(20261126)
@@ -256,6 +275,7 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
         (open_channel(device.address, device.tls), ("Agents", "Blobs", "Enrolment")),
     ]
     known = seeds(artifact)
+    hello, *talk = agents_talk("fuzz-0")
     sent, answers = 0, set[tuple[str, str]]()
 
     def attempt(channel: grpc.Channel, rpc: Rpc, messages: list[bytes]) -> tuple[str, str, str]:
@@ -272,6 +292,8 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
             messages = [mutated(rng, seed or rng.randbytes(rng.randint(0, 40)))]
             if rpc.client_streams:
                 messages += [mutated(rng, rng.choice((seed, messages[0], b""))) for _ in range(rng.randint(0, 6))]
+            if name == "Agents/Connect" and rng.random() < 0.7:
+                messages = [hello, *(mutated(rng, rng.choice(talk)) for _ in range(rng.randint(1, 8)))]
             if name == "Fleet/ListDevices" and fleet_waits(messages[0]):
                 continue
             sent += len(messages)

@@ -20,11 +20,11 @@ from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client import Fleet, Job
 from kedge.rpc.client.access import Access
 from kedge.rpc.client.plan import pack
-from kedge.rpc.errors import PermissionDeniedError
+from kedge.rpc.errors import AuthenticationError, PermissionDeniedError
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.status import NotReadyError, UnknownJobError, from_rpc_error
 from kedge.rpc.tracker.server import RunningTracker
-from kedge.rpc.transport import open_channel
+from kedge.rpc.transport import Tls, open_channel
 from kedge.rpc.types import Blob, JobState, Tensor
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
@@ -250,6 +250,37 @@ def test_a_revoked_device_is_disconnected_at_once(enrolled: Enrolled, access: Ac
     with FakeAgent(known.address, device_info("lost-1"), tls=known.tls) as agent:
         agent.ended()
         assert "was revoked" in from_rpc_error(agent.status).message
+
+
+def test_what_is_under_way_ends_with_its_token(
+    tracker: RunningTracker, fleet_of: FleetOf, access: Access, artifact: Artifact
+) -> None:
+    """A watch that waits for a job ends when its token is revoked, or expires; another token's does not."""
+    ann, root = fleet_of("ann"), fleet_of("root", "admin")
+    job = submit(ann, request_of(ann, artifact))
+    watches = []
+    for lifetime_s in (0, 2, 0):
+        token, join = access.create_token("read", "ann", lifetime_s=lifetime_s)
+        fleet = Fleet(tracker.address, Tls(join.ca, token=join.token))
+        watch = fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=job))
+        next(watch)
+        watches.append((token, fleet, watch))
+    (revoked, _, first), (_, _, expiring), (_, _, going_on) = watches
+    access.revoke_token(revoked.id)
+    for watch, words in ((first, "was revoked"), (expiring, "has expired meanwhile")):
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch)
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, AuthenticationError) and words in error.message
+    Job(root, job).cancel()
+    assert convert.job_from_pb(next(going_on)).state is JobState.DONE
+    for _, fleet, _ in watches:
+        fleet.close()
+
+
+def request_of(fleet: Fleet, artifact: Artifact) -> fleet_pb2.SubmitJobRequest:
+    fleet._ensure_uploaded(pack(artifact))
+    return fleet_pb2.SubmitJobRequest(spec=nobodys(artifact))
 
 
 def test_blobs_of_agents_go_by_their_own_channel(enrolled: Enrolled) -> None:

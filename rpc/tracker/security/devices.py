@@ -82,11 +82,11 @@ class Devices:
         """Raise AuthenticationError unless this is a good certificate of the device."""
         known = self._by_name.get(name)
         if known is None:
-            raise AuthenticationError(f"no device {name!r} is enrolled here", hint=_HINT)
+            raise AuthenticationError(f"no device {name!r} is enrolled here", hint=REVOKED_HINT)
         if known.revoked_s:
-            raise AuthenticationError(f"the device {name!r} was revoked", hint=_HINT)
+            raise AuthenticationError(f"the device {name!r} was revoked", hint=REVOKED_HINT)
         if serial not in known.serials:
-            raise AuthenticationError(f"another certificate took the place of this one of {name!r}", hint=_HINT)
+            raise AuthenticationError(f"another certificate took the place of this one of {name!r}", hint=REVOKED_HINT)
 
     def revoke(self, name: str) -> Enrolled:
         """Refuse a device from now on; raises UnknownTokenError where none is enrolled."""
@@ -113,4 +113,4 @@ class Devices:
         return device
 
 
-_HINT = "enrol it (again) with a join string of 'kedge tracker token create --role enrol': --join '…'"
+REVOKED_HINT = "enrol it (again) with a join string of 'kedge tracker token create --role enrol': --join '…'"

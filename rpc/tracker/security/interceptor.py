@@ -5,10 +5,14 @@ Messages are read only after their sender was admitted: no stranger gets to feed
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -28,17 +32,45 @@ Context = grpc.aio.ServicerContext[Any, Any]
 #: Says who makes a call; raises AuthenticationError.
 Authenticate = Callable[[Context], Principal]
 
+log = logging.getLogger("kedge.tracker")
+
 _BEARER = "Bearer "
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One call that is under way; `ended` says why it must not go on."""
+
+    principal: Principal
+    task: asyncio.Task[Any]
+    #: While what it sends is on its way, its task is gRPC's own.
+    inside: bool = True
+    ended: KedgeError | None = None
+
+    def end(self, error: KedgeError) -> None:
+        """Stop it, at its next message at the latest."""
+        self.ended = error
+        if self.inside:
+            self.task.cancel()
 
 
 class Gate(grpc.aio.ServerInterceptor):
     """Admits calls, one gate per listener. `most_calls` is how many one principal may have under way."""
 
-    def __init__(self, authenticate: Authenticate, audit: Audit, most_calls: int) -> None:
+    def __init__(
+        self, authenticate: Authenticate, audit: Audit, most_calls: int, now_s: Callable[[], float] = time.time
+    ) -> None:
         self._authenticate = authenticate
         self._audit = audit
         self._most_calls = most_calls
-        self._calls: Counter[str] = Counter()
+        self._now_s = now_s
+        self._calls: dict[str, set[_Call]] = defaultdict(set)
+
+    def end(self, owner: str, token_id: str, error: KedgeError) -> None:
+        """End what a principal has under way, by this token or (empty) by any; but not the call that asks for it."""
+        for call in list(self._calls.get(owner, ())):
+            if token_id in ("", call.principal.token_id) and call.task is not asyncio.current_task():
+                call.end(error)
 
     async def intercept_service(
         self,
@@ -69,52 +101,77 @@ class Gate(grpc.aio.ServerInterceptor):
         if inspect.isasyncgenfunction(inner):
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-                with self._under_way(await self._admit(method, context), context) as problem:
-                    await _abort_if(problem, context)
-                    async for response in inner(await _read(read, request, context), context):
+                async with self._passed(method, context) as under_way:
+                    async for response in inner(read(request), context):
+                        under_way.inside = False
                         yield response
+                        under_way.inside = True
+                        if under_way.ended is not None:
+                            raise under_way.ended
 
             return stream
 
         async def call(request: Any, context: Context) -> Any:
-            with self._under_way(await self._admit(method, context), context) as problem:
-                await _abort_if(problem, context)
-                return await inner(await _read(read, request, context), context)
+            async with self._passed(method, context):
+                return await inner(read(request), context)
 
         return call
 
-    async def _admit(self, method: str, context: Context) -> Principal:
+    @asynccontextmanager
+    async def _passed(self, method: str, context: Context) -> AsyncIterator[_Call]:
+        """Let a call through; what goes wrong inside is what it ends with, and says nothing of the tracker's inside."""
+        try:
+            principal = self._admit(method, context)
+            task = asyncio.current_task()
+            assert task is not None
+            call = _Call(principal, task)
+            calls = self._calls[principal.owner]
+            calls.add(call)
+            timer = None
+            if principal.expires_s:
+                error = AuthenticationError("the token or certificate of this call has expired meanwhile")
+                left_s = max(0.0, principal.expires_s - self._now_s())
+                timer = asyncio.get_running_loop().call_later(left_s, call.end, error)
+            try:
+                yield call
+            except asyncio.CancelledError:
+                if call.ended is None:
+                    raise
+                task.uncancel()
+                raise call.ended from None
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                calls.discard(call)
+                if not calls:
+                    self._calls.pop(principal.owner, None)
+        except KedgeError as error:
+            code, details, metadata = to_status(error)
+            await context.abort(code, details, metadata)
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            raise
+        except Exception:
+            log.exception("%s failed", method)
+            await context.abort(grpc.StatusCode.INTERNAL, "the tracker failed; its log says how")
+
+    def _admit(self, method: str, context: Context) -> Principal:
         try:
             principal = self._authenticate(context)
         except AuthenticationError as error:
             self._audit.refused("call refused", method=method, peer=context.peer(), reason=error.message)
-            await _abort_if(error, context)
-            raise AssertionError("abort always raises") from error
+            raise
         try:
             check_rule(principal, method)
+            if len(self._calls.get(principal.owner, ())) >= self._most_calls and not principal.trusted:
+                raise LimitError(
+                    f"{principal.name!r} has {self._most_calls} calls under way, and more are not accepted",
+                    hint="wait for some of them to end",
+                )
         except KedgeError as error:
             self._audit.refused("call refused", method=method, reason=error.message, **who(principal, context))
-            await _abort_if(error, context)
+            raise
         enter(principal)
         return principal
-
-    @contextmanager
-    def _under_way(self, principal: Principal, context: Context) -> Iterator[KedgeError | None]:
-        """Count the call; gives an error where it is one too many."""
-        problem = None
-        if self._calls[principal.owner] >= self._most_calls and not principal.trusted:
-            problem = LimitError(
-                f"{principal.name!r} has {self._most_calls} calls under way, and more are not accepted",
-                hint="wait for some of them to end",
-            )
-            self._audit.refused("too many calls", **who(principal, context))
-        self._calls[principal.owner] += 1
-        try:
-            yield problem
-        finally:
-            self._calls[principal.owner] -= 1
-            if not self._calls[principal.owner]:
-                del self._calls[principal.owner]
 
 
 def _one(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
@@ -127,21 +184,6 @@ def _one(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
 async def _each(deserialize: Callable[[bytes], Any], raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for message in raw:
         yield _one(deserialize, message)
-
-
-async def _read(read: Callable[[Any], Any], raw: Any, context: Context) -> Any:
-    """The request; a stream of them is read as it comes."""
-    try:
-        return read(raw)
-    except ProtocolError as error:
-        await _abort_if(error, context)
-        raise AssertionError("abort always raises") from error
-
-
-async def _abort_if(error: KedgeError | None, context: Context) -> None:
-    if error is not None:
-        code, details, metadata = to_status(error)
-        await context.abort(code, details, metadata)
 
 
 def who(principal: Principal, context: Context) -> dict[str, str]:
@@ -169,7 +211,7 @@ def by_token(tokens: Tokens) -> Authenticate:
         if len(given) > 1 or not text.startswith(_BEARER):
             raise AuthenticationError("the authorization of this call is no token")
         token = tokens.check(text[len(_BEARER) :])
-        return Principal(token.user, token.role, token.id)
+        return Principal(token.user, token.role, token.id, expires_s=token.expires_s)
 
     return authenticate
 
@@ -188,6 +230,6 @@ def by_certificate(devices: Devices, now_s: Callable[[], float]) -> Authenticate
         if now_s() >= expires_s:
             raise AuthenticationError("the certificate of this device has expired", hint="enrol it again: --join '…'")
         devices.check(name.decode(errors="replace"), serial)
-        return Principal(name.decode(), Role.AGENT, serial)
+        return Principal(name.decode(), Role.AGENT, serial, expires_s=expires_s)
 
     return authenticate

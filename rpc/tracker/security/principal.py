@@ -27,6 +27,7 @@ class Role(Word):
 class Principal:
     """Who makes a call: a user by name and role, or a device by the name in its certificate.
 
+    `token_id` is that of the token, or the certificate's serial number; `expires_s` (Unix seconds, 0: never) its end.
     `trusted` is whoever reaches a tracker that was started with --insecure-loopback: everybody on that machine.
     """
 
@@ -34,11 +35,12 @@ class Principal:
     role: Role
     token_id: str = ""
     trusted: bool = False
+    expires_s: int = 0
 
     @property
     def owner(self) -> str:
         """The name under which blobs are owned: users and devices of one name are not the same."""
-        return f"agent.{self.name}" if self.role is Role.AGENT else owner_of(self.name)
+        return agent_owner(self.name) if self.role is Role.AGENT else owner_of(self.name)
 
     @property
     def tag(self) -> str:
@@ -53,6 +55,11 @@ class Principal:
     def may_see(self, user: str) -> bool:
         """Whether what belongs to this user is open to the principal."""
         return self.sees_all or (self.role is not Role.AGENT and self.name == user)
+
+
+def agent_owner(device: str) -> str:
+    """The name under which a device owns blobs."""
+    return f"agent.{device}"
 
 
 def owner_of(user: str) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 import grpc
 
 from kedge.protos.v1 import enrolment_pb2 as pb
-from kedge.rpc.errors import PermissionDeniedError, UsageError
+from kedge.rpc.errors import AuthenticationError, KedgeError, PermissionDeniedError, UsageError
 from kedge.rpc.names import check_name
 from kedge.rpc.tracker.handlers import typed_errors
 from kedge.rpc.tracker.security.ca import Issued
-from kedge.rpc.tracker.security.devices import Enrolled
+from kedge.rpc.tracker.security.devices import REVOKED_HINT, Enrolled
 from kedge.rpc.tracker.security.folder import Security
 from kedge.rpc.tracker.security.interceptor import who
-from kedge.rpc.tracker.security.principal import Role, caller
+from kedge.rpc.tracker.security.principal import Role, agent_owner, caller, owner_of
 from kedge.rpc.tracker.security.tokens import Token
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -74,11 +74,11 @@ class EnrolmentService:
 
 
 class AccessService:
-    """Tokens and devices, for administrators. `drop` ends a device's connection."""
+    """Tokens and devices, for administrators. `end` ends what an owner has under way, by one token or all."""
 
-    def __init__(self, security: Security, drop: Callable[[str], None]) -> None:
+    def __init__(self, security: Security, end: Callable[[str, str, KedgeError], None]) -> None:
         self._security = security
-        self._drop = drop
+        self._end = end
 
     @typed_errors
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenResponse:
@@ -100,8 +100,9 @@ class AccessService:
 
     @typed_errors
     async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.Token:
-        """A token is refused from now on."""
+        """A token is refused from now on, and what it has under way ends."""
         token = self._security.tokens.revoke(request.id)
+        self._end(owner_of(token.user), token.id, AuthenticationError(f"the token {token.id} was revoked"))
         self._security.audit.write("token revoked", token_id=token.id, user=token.user, **who(caller(), context))
         return _token(token)
 
@@ -115,7 +116,8 @@ class AccessService:
         """A device is refused from now on, and its connection ends."""
         device = self._security.devices.revoke(request.device)
         self._security.audit.write("device revoked", device=device.name, **who(caller(), context))
-        self._drop(device.name)
+        error = AuthenticationError(f"the device {device.name!r} was revoked", hint=REVOKED_HINT)
+        self._end(agent_owner(device.name), "", error)
         return _enrolled(device)
 
 
