@@ -32,6 +32,7 @@ protos: .venv/.dev ## Generate the kedge.v1 modules again
 
 bench: .venv/.bench ## The benchmarks of benchmarks/, one after the other
 	@$(BIN)/python benchmarks/walking.py
+	@$(BIN)/python benchmarks/fleet.py
 	@$(BIN)/python benchmarks/cpu_matmul.py
 	@$(BIN)/python benchmarks/cpu_models.py
 

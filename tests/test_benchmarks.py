@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,18 @@ def test_the_walking_benchmark_runs() -> None:
     for figure in ("overhead of a job", "idle agent", "upload", "digits compile"):
         assert f"{figure}: " in done.stdout or f"{figure}, " in done.stdout, done.stdout
     assert "written to" not in done.stdout
+
+
+def test_the_fleet_benchmark_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "fleet.py"), "--smoke", "--only", "throughput,crowd,restart"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\w+): (\{.*\})$", done.stdout, re.MULTILINE))
+    rows = {part: json.loads(row) for part, row in found.items()}
+    assert rows["throughput"]["simulated_jobs_s"] > 0 and rows["throughput"]["real_jobs_s"] > 0
+    assert rows["crowd"]["resident_mb"] > 10
+    # Each agent has one job when all are back, and no job is lost.
+    assert rows["restart"]["queued_then"] == rows["restart"]["jobs"] - rows["restart"]["agents"]
 
 
 def test_the_fork_join_benchmark_runs() -> None:
