@@ -159,6 +159,7 @@ def connect(tracker: str) -> Fleet:
 
     Raises:
         ConnectError: nobody answers there, or somebody who speaks another protocol version.
+        AuthenticationError: `kedge join` has left no credentials for it, or the tracker does not accept them.
     """
     from kedge.rpc.client import connect as dial
 

@@ -74,6 +74,9 @@ _CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
 }
 _BY_NAME: Mapping[str, Type[errors.KedgeError]] = {cls.__name__: cls for cls in _CODES}
 
+#: Of a message or a hint: at most four bytes each, and gRPC takes 16 KiB together.
+_MAX_CHARS = 1_500
+
 #: The peer is away, or went away in mid-call; trying again can help.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
@@ -85,8 +88,13 @@ def to_status(error: errors.KedgeError) -> Tuple[grpc.StatusCode, str, Metadata]
     code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
     metadata: Metadata = ((_CLASS_KEY, type(error).__name__),)
     if error.hint:
-        metadata += ((_HINT_KEY, error.hint.encode()),)
-    return code, error.message, metadata
+        metadata += ((_HINT_KEY, _cut(error.hint).encode()),)
+    return code, _cut(error.message), metadata
+
+
+def _cut(text: str) -> str:
+    """A message may quote what somebody sent; more than this no peer takes."""
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…"
 
 
 def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> errors.KedgeError:

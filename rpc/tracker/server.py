@@ -20,13 +20,14 @@ from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, 
 from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.security.credentials import Credentials
+from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.devices import LIFETIME_S
 from kedge.rpc.tracker.security.folder import Limits, Security
 from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certificate, by_token, trust
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
-from kedge.rpc.tracker.service import AgentsService, BlobsService, Catalog, FleetService
+from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store, StoreError

@@ -16,17 +16,15 @@ import grpc
 
 from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
-from kedge.rpc.artifact import Manifest, needs_of
 from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, CorruptBlobError, MissingBlobError
-from kedge.rpc.errors import ArtifactError, InputError, KedgeError, LimitError, PermissionDeniedError
-from kedge.rpc.limits import check_number, check_spec
+from kedge.rpc.errors import KedgeError, LimitError, PermissionDeniedError
+from kedge.rpc.limits import check_number
 from kedge.rpc.messages import AgentBody, Hello, JobFinished, TrackerBody
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
-from kedge.rpc.selector import parse
-from kedge.rpc.status import NotReadyError, UnknownReservationError, to_status
+from kedge.rpc.status import UnknownReservationError, to_status
 from kedge.rpc.tracker.brief import without_inputs
-from kedge.rpc.tracker.facts import Needs
+from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
@@ -34,7 +32,7 @@ from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal, Role, caller, owner_of
 from kedge.rpc.tracker.shell import Shell, unknown_job
 from kedge.rpc.transport import CHUNK_BYTES
-from kedge.rpc.types import MAX_LISTED, Blob, DeviceStatus, Job, JobResult, JobSpec, JobState
+from kedge.rpc.types import MAX_LISTED, Blob, DeviceStatus, Job, JobResult, JobState
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -47,7 +45,6 @@ _LAST_WRITE_S = 2.0
 #: Chunks of one upload that may wait in memory for the disk.
 _GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
-_MAX_MANIFEST_BYTES = 64 << 20
 
 
 class FleetService:
@@ -79,7 +76,7 @@ class FleetService:
         """Accept a job whose artifact and inputs the caller has sent already."""
         principal = caller()
         spec = convert.job_spec_from_pb(request.spec)
-        needs = self._catalog.check(spec, principal)
+        needs = await self._catalog.check(spec, principal)
         key = request.idempotency_key
         if key and not principal.trusted:
             key = f"{principal.name}/{key}"  # one user's keys say nothing of another's jobs
@@ -170,73 +167,6 @@ class FleetService:
         if not caller().may_see(job.user):
             raise unknown_job(job_id)
         return job
-
-
-class Catalog:
-    """What the tracker knows of the artifacts it was sent: whether they are complete, whose, and what they run on."""
-
-    def __init__(self, blobs: BlobStore, owners: Owners) -> None:
-        self._blobs = blobs
-        self._owners = owners
-        self._manifests: dict[str, tuple[Manifest, list[Blob]]] = {}
-
-    def missing(self, blobs: Sequence[Blob], principal: Principal) -> list[Blob]:
-        """Those that are not here, as far as the principal may know: what others have sent is missing too."""
-        gone = {blob.digest for blob in self._blobs.find_missing(blobs)}
-        distinct = {blob.digest: blob for blob in blobs}.values()
-        return [blob for blob in distinct if blob.digest in gone or not self._owners.has(principal, blob.digest)]
-
-    def digests_of(self, spec: JobSpec) -> set[str]:
-        """Every blob that a device needs for an accepted job."""
-        _, parts = self._manifests.get(spec.manifest.digest) or self._read_manifest(spec.manifest)
-        inputs = {tensor.data.digest for tensor in spec.task.inputs if isinstance(tensor.data, Blob)}
-        return {spec.manifest.digest, *(part.digest for part in parts)} | inputs
-
-    def check(self, spec: JobSpec, principal: Principal) -> Needs:
-        """What `spec` needs of a device.
-
-        Raises:
-            NotReadyError: blobs are missing, or the principal has not sent them; it names them.
-            ArtifactError, InputError, SelectorError, BlobError, IncompatibleTargetError: the spec makes no sense.
-        """
-        parse(spec.selector)
-        manifest = self._manifest(spec.manifest, principal)
-        manifest.function(spec.function)
-        check_spec(spec)
-        held = []
-        for tensor in spec.task.inputs:
-            try:
-                tensor.check()
-            except ValueError as error:
-                raise InputError(str(error)) from error
-            if isinstance(tensor.data, Blob):
-                held.append(tensor.data)
-        self._require(held, "inputs", principal)
-        return needs_of(manifest, spec.on)
-
-    def _manifest(self, blob: Blob, principal: Principal) -> Manifest:
-        # Also what was complete before: somebody may have removed blobs, or they were found damaged.
-        self._require([blob], "manifest", principal)
-        manifest, parts = self._manifests.get(blob.digest) or self._read_manifest(blob)
-        self._require(parts, f"artifact {manifest.name!r}", principal)
-        return manifest
-
-    def _read_manifest(self, blob: Blob) -> tuple[Manifest, list[Blob]]:
-        if blob.size > _MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"a manifest of {blob.size} bytes is not accepted (at most {_MAX_MANIFEST_BYTES})")
-        manifest = Manifest.from_json(self._blobs.read(blob.digest))
-        parts = [Blob(part.digest, part.size) for member in manifest.members for part in member.parts]
-        self._manifests[blob.digest] = manifest, parts
-        return manifest, parts
-
-    def _require(self, blobs: list[Blob], what: str, principal: Principal) -> None:
-        missing = self.missing(blobs, principal)
-        if missing:
-            names = ", ".join(blob.digest for blob in missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise NotReadyError(
-                f"{what}: {len(missing)} of {len(set(blobs))} blobs are missing on the tracker: {names}",
-                hint="upload them before the job",
-            )
 
 
 class AgentsService:

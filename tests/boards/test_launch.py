@@ -429,6 +429,8 @@ def test_the_tracker_is_tried_from_the_board_before_anything_is_made(tmp_path: P
             "sites": [],
             "agent": {"installed": False, "pid": None, "name": None, "tracker": None, "deployment": None},
         }
+        agents = call("prepare", str(tmp_path / "c"), "127.0.0.1", port, "1")
+        assert agents.returncode == launch.EXIT_UNREACHABLE and agents.stdout.startswith("port 1: ")
     refused = call("prepare", str(tmp_path / "b"), "127.0.0.1", port)
     assert refused.returncode == launch.EXIT_UNREACHABLE
     assert "refused" in refused.stdout

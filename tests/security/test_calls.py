@@ -14,6 +14,7 @@ from kedge.rpc.security import identity
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.tracker.security.ca import Authority
 from kedge.rpc.tracker.security.principal import RULES, Role
+from kedge.rpc.tracker.security.tokens import Tokens
 from kedge.rpc.tracker.server import RunningTracker
 from kedge.rpc.transport import TRACKER_NAME, Address, HandshakeError, Tls, open_channel
 from support.services import Rpc, rpcs, send
@@ -155,6 +156,22 @@ def test_no_agent_can_take_the_trackers_place(device: Identity, tracker: Running
             fleet.hello()
         server.stop(0).wait()
     assert TRACKER_NAME not in device.certificate
+
+
+def test_what_fails_inside_is_logged_and_not_told(
+    tracker: RunningTracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tracker.serving.security is not None
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the inside of the tracker")
+
+    monkeypatch.setattr(Tokens, "all", broken)
+    listing = next(rpc for rpc in RPCS if rpc.path.endswith("Access/ListTokens"))
+    with open_channel(tracker.address, tracker.serving.security.admin_tls()) as channel:
+        status, said = send(channel, listing)
+    assert status == "INTERNAL" and "inside" not in said and "its log says how" in said
+    assert "the inside of the tracker" in caplog.text
 
 
 def test_a_call_without_a_rule_is_refused_to_everybody(

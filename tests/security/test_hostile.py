@@ -146,6 +146,41 @@ def test_a_device_or_a_user_never_names_a_path(access: Access, name: str) -> Non
     access.revoke_device("fine-1")
 
 
+def test_manifests_that_make_no_sense_are_refused(fleet_of: FleetOf, artifact: Artifact) -> None:
+    """Mutated ones, endless ones, and some that quote so much of themselves that no answer could carry it."""
+    ann = fleet_of("ann")
+    packed = pack(artifact)
+    ann._ensure_uploaded(packed)
+    rng = random.Random(7)
+    tree = json.loads(packed.json)
+    bad = [
+        b"",
+        b"{}",
+        b"[" * 200_000,
+        b'{"format":1}',
+        b"\xff" * 9,
+        json.dumps({**tree, "name": ["x" * 100_000]}).encode(),
+    ]
+    bad.append(json.dumps({**tree, "functions": [{"name": "x" * 200_000}]}).encode())
+    digits = [at for at, byte in enumerate(packed.json) if byte in b"0123456789"]
+    for _ in range(150):
+        data = bytearray(packed.json)
+        if rng.random() < 0.5:
+            data[rng.choice(digits)] = rng.choice(b'-9"[{x')
+        else:
+            data[rng.randrange(len(data))] = rng.choice(b'-9"[]{},x\x00')
+        bad.append(bytes(data))
+    answers = set()
+    for data in bad:
+        message = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact))
+        message.spec.selector = "nobody"
+        message.spec.manifest.CopyFrom(convert.blob_to_pb(ann.upload(data)))
+        status, said = send(ann._channel, RPCS["Fleet/SubmitJob"], [message.SerializeToString()])
+        answers.add(status)
+        assert status in SENSIBLE and len(said) < 2_000, said[:300]
+    assert "INVALID_ARGUMENT" in answers
+
+
 # ---- Tokens --------------------------------------------------------------------------------------------------------
 
 

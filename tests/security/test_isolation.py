@@ -22,7 +22,7 @@ from kedge.rpc.client.access import Access
 from kedge.rpc.client.plan import pack
 from kedge.rpc.errors import AuthenticationError, PermissionDeniedError
 from kedge.rpc.security.identity import Identity
-from kedge.rpc.status import NotReadyError, UnknownJobError, from_rpc_error
+from kedge.rpc.status import NotReadyError, UnknownJobError, UnknownReservationError, from_rpc_error
 from kedge.rpc.tracker.server import RunningTracker
 from kedge.rpc.transport import Tls, open_channel
 from kedge.rpc.types import Blob, JobState, Tensor
@@ -250,6 +250,20 @@ def test_a_revoked_device_is_disconnected_at_once(enrolled: Enrolled, access: Ac
     with FakeAgent(known.address, device_info("lost-1"), tls=known.tls) as agent:
         agent.ended()
         assert "was revoked" in from_rpc_error(agent.status).message
+
+
+def test_a_reservation_is_its_users_to_give_back(fleet_of: FleetOf, enrolled: Enrolled) -> None:
+    ann, bob, reader = fleet_of("ann"), fleet_of("bob"), fleet_of("ann", "read")
+    known = enrolled("wanted-1")
+    with FakeAgent(known.address, device_info("wanted-1"), tls=known.tls):
+        kept = ann.reserve("wanted-1", duration_s=60)
+        assert kept.user == "ann"
+        with pytest.raises(UnknownReservationError):
+            bob.end_reservation(kept.id)
+        for refused in (lambda: reader.end_reservation(kept.id), lambda: bob.set_maintenance("wanted-1")):
+            with pytest.raises(PermissionDeniedError):
+                refused()
+        assert ann.end_reservation(kept.id).id == kept.id
 
 
 def test_what_is_under_way_ends_with_its_token(

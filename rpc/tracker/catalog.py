@@ -1,0 +1,105 @@
+"""What the tracker knows of the artifacts it was sent: whether they are complete, whose, and what they run on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from kedge.rpc.artifact import Manifest, needs_of
+from kedge.rpc.blobs import BlobStore
+from kedge.rpc.errors import ArtifactError, InputError
+from kedge.rpc.limits import check_spec
+from kedge.rpc.selector import parse
+from kedge.rpc.status import NotReadyError
+from kedge.rpc.tracker.facts import Needs
+from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.security.principal import Principal
+from kedge.rpc.types import Blob, JobSpec
+
+_MAX_MANIFEST_BYTES = 16 << 20
+#: Of manifests that are kept in memory, as text.
+_REMEMBERED_BYTES = 64 << 20
+
+#: A manifest, the blobs that it names, and its bytes.
+_Known = tuple[Manifest, list[Blob], int]
+
+
+class Catalog:
+    """The artifacts in `blobs`, as far as each principal may know of them."""
+
+    def __init__(self, blobs: BlobStore, owners: Owners) -> None:
+        self._blobs = blobs
+        self._owners = owners
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known_bytes = 0
+
+    def missing(self, blobs: Sequence[Blob], principal: Principal) -> list[Blob]:
+        """Those that are not here, as far as the principal may know: what others have sent is missing too."""
+        gone = {blob.digest for blob in self._blobs.find_missing(blobs)}
+        distinct = {blob.digest: blob for blob in blobs}.values()
+        return [blob for blob in distinct if blob.digest in gone or not self._owners.has(principal, blob.digest)]
+
+    def digests_of(self, spec: JobSpec) -> set[str]:
+        """Every blob that a device needs for an accepted job."""
+        _, parts, _ = self._known.get(spec.manifest.digest) or self._remember(spec.manifest, self._read(spec.manifest))
+        inputs = {tensor.data.digest for tensor in spec.task.inputs if isinstance(tensor.data, Blob)}
+        return {spec.manifest.digest, *(part.digest for part in parts)} | inputs
+
+    async def check(self, spec: JobSpec, principal: Principal) -> Needs:
+        """What `spec` needs of a device.
+
+        Raises:
+            NotReadyError: blobs are missing, or the principal has not sent them; it names them.
+            ArtifactError, InputError, SelectorError, BlobError, IncompatibleTargetError: the spec makes no sense.
+        """
+        parse(spec.selector)
+        manifest = await self._manifest(spec.manifest, principal)
+        manifest.function(spec.function)
+        check_spec(spec)
+        held = []
+        for tensor in spec.task.inputs:
+            try:
+                tensor.check()
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            if isinstance(tensor.data, Blob):
+                held.append(tensor.data)
+        self._require(held, "inputs", principal)
+        return needs_of(manifest, spec.on)
+
+    async def _manifest(self, blob: Blob, principal: Principal) -> Manifest:
+        # Also what was complete before: somebody may have removed blobs, or they were found damaged.
+        self._require([blob], "manifest", principal)
+        known = self._known.get(blob.digest)
+        if known is None:
+            # A large one takes a while: others are served meanwhile.
+            known = self._remember(blob, await asyncio.to_thread(self._read, blob))
+        self._known.move_to_end(blob.digest)
+        manifest, parts, _ = known
+        self._require(parts, f"artifact {manifest.name!r}", principal)
+        return manifest
+
+    def _read(self, blob: Blob) -> Manifest:
+        if blob.size > _MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"a manifest of {blob.size} bytes is not accepted (at most {_MAX_MANIFEST_BYTES})")
+        return Manifest.from_json(self._blobs.read(blob.digest))
+
+    def _remember(self, blob: Blob, manifest: Manifest) -> _Known:
+        parts = [Blob(part.digest, part.size) for member in manifest.members for part in member.parts]
+        if blob.digest not in self._known:
+            self._known_bytes += blob.size
+        self._known[blob.digest] = known = manifest, parts, blob.size
+        while self._known_bytes > _REMEMBERED_BYTES and len(self._known) > 1:
+            _, (_, _, forgotten_bytes) = self._known.popitem(last=False)
+            self._known_bytes -= forgotten_bytes
+        return known
+
+    def _require(self, blobs: list[Blob], what: str, principal: Principal) -> None:
+        missing = self.missing(blobs, principal)
+        if missing:
+            names = ", ".join(blob.digest for blob in missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise NotReadyError(
+                f"{what}: {len(missing)} of {len(set(blobs))} blobs are missing on the tracker: {names}",
+                hint="upload them before the job",
+            )
