@@ -21,8 +21,10 @@ CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 16 << 20
 #: Of a job's result, as a message: what the tracker says of a job holds the job's inline inputs too.
 MAX_RESULT_BYTES = 11 << 20
-#: Calls that are under way at a time, on one connection.
-MAX_STREAMS = 1_000
+#: Calls that are under way at a time, of one user or device: one more is refused.
+MAX_CALLS = 4_000
+#: The same on one connection: there more would wait, without a word.
+MAX_STREAMS = MAX_CALLS + 96
 
 
 class AddressError(ConnectError):

@@ -15,7 +15,7 @@ from kedge.rpc.tracker.security.ca import Authority
 from kedge.rpc.tracker.security.devices import LIFETIME_S, Devices
 from kedge.rpc.tracker.security.principal import Role
 from kedge.rpc.tracker.security.tokens import Tokens
-from kedge.rpc.transport import MAX_STREAMS, Address, Tls
+from kedge.rpc.transport import MAX_CALLS, Address, Tls
 
 ADMIN = "admin"
 #: The token that a new tracker prints is good for so long.
@@ -27,7 +27,7 @@ class Limits:
     """What one principal may have of a tracker (how many jobs may wait is in the state's settings)."""
 
     max_blob_bytes: int = 16 << 30
-    max_calls: int = MAX_STREAMS
+    max_calls: int = MAX_CALLS
 
 
 class Security:
