@@ -52,6 +52,10 @@ def tracker_start(
         typer.Option("--data-dir", help="Jobs, results and blobs.", show_default="~/.local/state/kedge/tracker"),
     ] = None,
     insecure_loopback: InsecureFlag = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="HOST:PORT", help="Metrics for Prometheus there.", show_default="none"),
+    ] = None,
 ) -> None:
     """Start the tracker in the foreground; Ctrl-C stops it, and jobs and results survive.
 
@@ -63,11 +67,16 @@ def tracker_start(
       kedge tracker start --host 0.0.0.0
 
       kedge tracker start --port 0 --data-dir /srv/kedge
+
+      kedge tracker start --metrics 127.0.0.1:9192
     """
     from kedge.rpc.tracker.main import run
+    from kedge.rpc.transport import parse_address
 
     folder = data_dir or state_dir() / "tracker"
-    raise typer.Exit(run(host, port, folder, agents_port=agents_port, insecure_loopback=insecure_loopback))
+    scraped = parse_address(metrics) if metrics else None
+    started = run(host, port, folder, agents_port=agents_port, insecure_loopback=insecure_loopback, metrics=scraped)
+    raise typer.Exit(started)
 
 
 def agent_start(

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from kedge.rpc.tracker.server import Serving, machine_addresses, serve, stop
 from kedge.rpc.transport import Address
@@ -15,7 +16,13 @@ log = logging.getLogger("kedge.tracker")
 
 
 def run(
-    host: str, port: int, data_dir: Path, *, agents_port: int | None = None, insecure_loopback: bool = False
+    host: str,
+    port: int,
+    data_dir: Path,
+    *,
+    agents_port: int | None = None,
+    insecure_loopback: bool = False,
+    metrics: Address | None = None,
 ) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status.
 
@@ -28,12 +35,15 @@ def run(
             meanwhile.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    return asyncio.run(_run(host, port, data_dir, agents_port, insecure_loopback))
+    options = {"agents_port": agents_port, "insecure_loopback": insecure_loopback, "metrics": metrics}
+    return asyncio.run(_run(host, port, data_dir, options))
 
 
-async def _run(host: str, port: int, data_dir: Path, agents_port: int | None, insecure_loopback: bool) -> int:
-    async with serve(host, port, data_dir, agents_port=agents_port, insecure_loopback=insecure_loopback) as serving:
+async def _run(host: str, port: int, data_dir: Path, options: dict[str, Any]) -> int:
+    async with serve(host, port, data_dir, **options) as serving:
         _on_signals(serving.stopped)
+        if serving.metrics is not None:
+            log.info("metrics at http://%s/metrics", serving.metrics)
         sys.stdout.write(f"kedge tracker ready at {serving.address}\n")
         sys.stdout.write(_welcome(serving))
         sys.stdout.flush()

@@ -9,18 +9,22 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 import grpc
+from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc
 from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
+from kedge.rpc.tracker.metrics import Metrics, exported
+from kedge.rpc.tracker.observer import SILENT
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.devices import LIFETIME_S
 from kedge.rpc.tracker.security.folder import Limits, Security
@@ -37,6 +41,7 @@ LOOPBACK = "127.0.0.1"
 #: Calls that are under way when the tracker stops may go on for so long.
 _GRACE_S = 0.5
 _BLOB_THREADS = 8
+_SERVICES = tuple(f"kedge.v1.{name}" for name in ("Fleet", "Blobs", "Agents", "Enrolment", "Access"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class Serving:
     agents_address: Address
     stopped: asyncio.Future[str]
     security: Security | None
+    #: Where Prometheus finds metrics.
+    metrics: Address | None = None
 
 
 @asynccontextmanager
@@ -64,12 +71,14 @@ async def serve(
     insecure_loopback: bool = False,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     device_lifetime_s: int = LIFETIME_S,
+    metrics: Address | None = None,
 ) -> AsyncIterator[Serving]:
     """A tracker in this event loop while the context lasts.
 
     Clients and devices that enrol are served on `port`, agents on `agents_port` (None: the next one; 0: any). With
     `insecure_loopback` everybody on this machine is served on `port`, in plaintext and without being asked who they
-    are. While it lasts, the user that started it has credentials in the configuration folder.
+    are. While it lasts, the user that started it has credentials in the configuration folder. Prometheus may scrape
+    `metrics` (None: nothing is counted).
 
     Raises:
         ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
@@ -96,14 +105,22 @@ async def serve(
     def on_failure(error: BaseException) -> None:
         loop.call_soon_threadsafe(fail, error)
 
-    store = Store(data_dir, on_failure=on_failure)
+    health = HealthService(_SERVICES)
+
+    def on_trouble(troubled: bool) -> None:
+        loop.call_soon_threadsafe(health.set_serving, not troubled)
+
+    counting = Metrics() if metrics is not None else None
+    observer = counting or SILENT
+    store = Store(data_dir, on_failure=on_failure, on_trouble=on_trouble, observer=observer)
     try:
         security = None if insecure_loopback else Security(data_dir, device_lifetime_s=device_lifetime_s)
         audit = security.audit if security is not None else Audit(data_dir / "audit.jsonl")
         blobs = BlobStore(data_dir / "blobs", write_behind=True)
-        shell = Shell(store, settings)
+        shell = Shell(store, settings, observer=observer)
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
-            services = _Services(shell, blobs, Owners(data_dir / "owners"), audit, threads, limits)
+            services = _Services(shell, blobs, Owners(data_dir / "owners"), audit, threads, limits, health, counting)
+            exporter = ExitStack()
             servers = _Servers(host)
             try:
                 if security is None:
@@ -115,7 +132,11 @@ async def serve(
                     agents_bound = servers.add(agents, agents_port, _server_tls(security, mutual=True))
                     security.agents_port = agents_bound
                 await servers.start()
-                serving = Serving(Address(host, bound), Address(host, agents_bound), stopped, security)
+                scraped = None
+                if counting is not None and metrics is not None:
+                    counting.serve_state(shell, data_dir)
+                    scraped = exporter.enter_context(exported(counting, metrics))
+                serving = Serving(Address(host, bound), Address(host, agents_bound), stopped, security, scraped)
                 known = _own_credentials(serving)
                 known.save()
                 audit.write("tracker started", address=str(serving.address), plaintext=security is None)
@@ -125,8 +146,10 @@ async def serve(
                     known.remove()
                     audit.write("tracker stopped")
             finally:
+                health.stop()
                 shell.close()
                 await servers.stop()
+                await loop.run_in_executor(None, exporter.close)
                 audit.close()
     finally:
         # The store's thread may still call into this loop: it must not stand still meanwhile.
@@ -144,17 +167,21 @@ class _Services:
         audit: Audit,
         threads: ThreadPoolExecutor,
         limits: Limits,
+        health: HealthService,
+        counting: Metrics | None,
     ) -> None:
+        self._health = health
+        self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
         self._audit = audit
         self._limits = limits
         catalog = Catalog(blobs, owners)
         self._fleet = FleetService(shell, catalog, audit)
         self._agents = AgentsService(shell, owners, audit)
-        self._blobs = BlobsService(shell, blobs, catalog, owners, threads, limits.max_blob_bytes)
+        self._blobs = BlobsService(shell, blobs, catalog, owners, threads, limits.max_blob_bytes, counting or SILENT)
 
     def everybody(self) -> grpc.aio.Server:
         """Of a tracker that speaks plaintext."""
-        server, _ = self._server(trust)
+        server, _ = self._server(trust, ("Fleet", "Blobs", "Agents"))
         cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
         cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
@@ -162,7 +189,9 @@ class _Services:
 
     def clients(self, security: Security, agents: Gate) -> grpc.aio.Server:
         """Whoever has a token."""
-        server, gate = self._server(by_token(security.tokens), security.now_s)
+        server, gate = self._server(
+            by_token(security.tokens), ("Fleet", "Blobs", "Enrolment", "Access"), security.now_s
+        )
 
         def end(owner: str, token_id: str, error: KedgeError) -> None:
             for each in (gate, agents):
@@ -177,17 +206,22 @@ class _Services:
 
     def agents(self, security: Security) -> tuple[grpc.aio.Server, Gate]:
         """Whoever has a certificate."""
-        server, gate = self._server(by_certificate(security.devices, security.now_s), security.now_s)
+        authenticate = by_certificate(security.devices, security.now_s)
+        server, gate = self._server(authenticate, ("Agents", "Blobs", "Enrolment"), security.now_s)
         cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
         cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
         return server, gate
 
     def _server(
-        self, authenticate: Authenticate, now_s: Callable[[], float] = time.time
+        self, authenticate: Authenticate, services: tuple[str, ...], now_s: Callable[[], float] = time.time
     ) -> tuple[grpc.aio.Server, Gate]:
+        """One that lets in whom `authenticate` knows, and tells which services of kedge.v1 it will have."""
         gate = Gate(authenticate, self._audit, self._limits.max_calls, now_s)
-        return grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate]), gate
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*self._before, gate])
+        self._health.add_to(server)
+        enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
+        return server, gate
 
 
 class _Servers:

@@ -26,6 +26,7 @@ from kedge.rpc.status import UnknownReservationError, to_status
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
+from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.owners import Owners
@@ -280,6 +281,7 @@ class BlobsService:
         owners: Owners,
         threads: ThreadPoolExecutor,
         max_bytes: int,
+        observer: Observer = SILENT,
     ) -> None:
         self._shell = shell
         self._blobs = blobs
@@ -287,6 +289,7 @@ class BlobsService:
         self._owners = owners
         self._threads = threads
         self._max_bytes = max_bytes
+        self._observer = observer
 
     @typed_errors
     async def FindMissing(
@@ -295,6 +298,7 @@ class BlobsService:
         """Which of these are not here, or not the caller's."""
         asked = [convert.blob_from_pb(pb) for pb in request.blobs]
         missing = await self._in_thread(self._catalog.missing, asked, caller())
+        self._observer.looked_up(len(set(asked)) - len(missing), len(missing))
         return blobs_pb2.FindMissingResponse(missing=[convert.blob_to_pb(blob) for blob in missing])
 
     @typed_errors
@@ -332,6 +336,7 @@ class BlobsService:
         finally:
             # A call may be broken off while a thread works for it: the writer is closed all the same, and after that.
             await asyncio.shield(self._start(_close, begun))
+        self._observer.uploaded(writer.size - first.offset_bytes)
         return blobs_pb2.UploadResponse(committed_bytes=writer.size)
 
     def _open_to(self, principal: Principal, digest: str) -> bool:
@@ -384,6 +389,7 @@ class BlobsService:
                 while data := await reading:
                     reading = self._start(read)
                     yield blobs_pb2.DownloadResponse(data=data)
+                    self._observer.downloaded(len(data))
             finally:
                 await asyncio.wait([reading])
         if request.offset_bytes == 0 and digest.hexdigest() != blob.digest:

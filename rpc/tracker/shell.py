@@ -19,6 +19,7 @@ from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
 from kedge.rpc.status import QueueFullError, UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
+from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.state import Settings, TrackerState
 from kedge.rpc.tracker.store import Store, StoreError
 from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState, Reservation
@@ -56,10 +57,17 @@ ToOneAgent = Callable[[TrackerBody | None], None]
 class Shell:
     """The running mind of a tracker. All methods belong to the event loop's thread."""
 
-    def __init__(self, store: Store, settings: Settings | None = None, clock: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings | None = None,
+        clock: Callable[[], int] | None = None,
+        observer: Observer = SILENT,
+    ) -> None:
         self.tracker_id = store.found.tracker_id
         self.state = TrackerState(self.tracker_id, settings)
         self._store = store
+        self._observer = observer
         self._now = clock or Clock()
         self._loop = asyncio.get_running_loop()
         self._pending: deque[_Outbox] = deque()
@@ -71,7 +79,13 @@ class Shell:
         self._retelling: asyncio.TimerHandle | None = None
         self._closing = False
         self.state.restore(store.found, self._now())
+        observer.found(store.found)
         self._arm()
+
+    @property
+    def store_problem(self) -> str | None:
+        """Why nothing can be stored at the moment."""
+        return self._store.problem
 
     def close(self) -> None:
         """Stop the timer, and end what every agent and every watcher waits on."""
@@ -252,6 +266,8 @@ class Shell:
     def _release(self) -> None:
         while self._pending and self._pending[0].durable:
             outbox = self._pending.popleft()
+            for fact in outbox.effects.facts:
+                self._observer.stored(fact, self._now())
             for send in outbox.effects.sends:
                 if isinstance(send, ToAgent):
                     self._tell(send.connection, send.body)

@@ -17,7 +17,7 @@ by every heartbeat that names it and outlives a lost connection for `lease_ms`.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
@@ -58,6 +58,7 @@ from kedge.rpc.types import (
     JobState,
     Lease,
     Reservation,
+    Task,
 )
 
 #: So many can be told anew how long they wait whenever one of them starts.
@@ -125,6 +126,12 @@ class _Job:
     def key(self) -> Key:
         return self.id, self.epoch
 
+    @property
+    def state(self) -> JobState:
+        if self.assigned is None:
+            return JobState.QUEUED
+        return JobState.RUNNING if self.started else JobState.ASSIGNED
+
 
 class TrackerState:
     """Everything the tracker knows about work that is not done, and about devices."""
@@ -158,6 +165,10 @@ class TrackerState:
     def live_jobs(self) -> list[Job]:
         """Every job that is not done."""
         return [self._snapshot(job) for job in self._jobs.values()]
+
+    def census(self) -> Counter[tuple[JobState, str]]:
+        """How many jobs are not done, by state and kind of task."""
+        return Counter((job.state, task_kind(job.spec.task)) for job in self._jobs.values())
 
     def job_of_key(self, key: str) -> str | None:
         """The job that was submitted under this idempotency key."""
@@ -780,10 +791,7 @@ class TrackerState:
     # ---- Pictures --------------------------------------------------------------------------------------------------
 
     def _snapshot(self, job: _Job) -> Job:
-        if job.assigned is None:
-            state, device = JobState.QUEUED, ""
-        else:
-            state, device = (JobState.RUNNING if job.started else JobState.ASSIGNED), job.assigned.device
+        state, device = job.state, "" if job.assigned is None else job.assigned.device
         stage = job.stage if state is JobState.RUNNING else None
         accepted = job.accepted
         wait = self._waits().get(job.id) if state is JobState.QUEUED else None
@@ -841,6 +849,11 @@ class TrackerState:
         while len(self._keys) > self.settings.remembered_jobs:
             self._keys.popitem(last=False)
             self._knows_all_keys = False
+
+
+def task_kind(task: Task) -> str:
+    """What a job does, in a word: "run", "bench"."""
+    return type(task).__name__.removesuffix("Task").lower()
 
 
 def _connection(device: Device) -> int:

@@ -47,6 +47,7 @@ from kedge.rpc.tracker.facts import (
     ServiceEnded,
     Stored,
 )
+from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")
@@ -151,7 +152,8 @@ class Store:
     """The database in `folder`; it is made when it does not exist.
 
     `on_failure` is called from the store's thread if that ends unexpectedly: nothing is stored any more, and whoever
-    uses the store has to stop too.
+    uses the store has to stop too. `on_trouble` is told from there when commits begin to fail, and when one succeeds
+    again.
 
     Raises:
         StoreError: the folder cannot be used, belongs to a running tracker, or was written by a newer kedge.
@@ -163,9 +165,13 @@ class Store:
         *,
         remembered: int = 100_000,
         on_failure: Callable[[BaseException], None] = lambda error: None,
+        on_trouble: Callable[[bool], None] = lambda troubled: None,
+        observer: Observer = SILENT,
     ) -> None:
         self._path = folder / "tracker.db"
         self._on_failure = on_failure
+        self._on_trouble = on_trouble
+        self._observer = observer
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -275,6 +281,7 @@ class Store:
         attempt only: if that fails, they see what is stored.
         """
         while True:
+            began = time.perf_counter()
             try:
                 with connection.begin():
                     for append in group:
@@ -282,7 +289,10 @@ class Store:
                             _write(connection, fact)
             except OperationalError as error:
                 self.problem = str(error.orig)
-                self.troubled.set()
+                self._observer.commit_failed()
+                if not self.troubled.is_set():
+                    self.troubled.set()
+                    self._on_trouble(True)
                 log.error("cannot store jobs in %s: %s; trying again", self._path, self.problem)
                 while reads:
                     self._answer(connection, reads.pop())
@@ -291,7 +301,11 @@ class Store:
                     return False
             else:
                 self.problem = None
-                self.troubled.clear()
+                if self.troubled.is_set():
+                    self.troubled.clear()
+                    self._on_trouble(False)
+                facts = sum(len(append.facts) for append in group)
+                self._observer.committed(facts, time.perf_counter() - began)
                 return True
 
     def _pause(self, connection: sa.Connection, group: list[_Append]) -> None:

@@ -22,8 +22,9 @@ from support.services import Rpc, rpcs, send
 RPCS = rpcs()
 REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 #: Where each service is served.
-AT_CLIENTS = ("Fleet", "Blobs", "Enrolment", "Access")
-AT_AGENTS = ("Agents", "Blobs", "Enrolment")
+EVERYWHERE = ("Blobs", "Enrolment", "Health", "ServerReflection")
+AT_CLIENTS = ("Fleet", "Access", *EVERYWHERE)
+AT_AGENTS = ("Agents", *EVERYWHERE)
 TOKEN_ROLES = ("admin", "submit", "read", "enrol")
 
 

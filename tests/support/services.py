@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 import kedge.protos.v1
 
@@ -27,12 +29,18 @@ class Rpc:
     def __str__(self) -> str:
         return self.path.removeprefix("/kedge.v1.")
 
+    @property
+    def endless(self) -> bool:
+        """Whether it ends only when its caller has enough."""
+        return self.path.endswith("Health/Watch")
+
 
 def rpcs() -> list[Rpc]:
-    """All that the .proto files say."""
+    """All that the .proto files say, gRPC's own for health and reflection among them."""
     found = []
-    for source in sorted(Path(kedge.protos.v1.__path__[0]).glob("*_pb2.py")):
-        module = import_module(f"kedge.protos.v1.{source.stem}")
+    ours = sorted(Path(kedge.protos.v1.__path__[0]).glob("*_pb2.py"))
+    modules = [import_module(f"kedge.protos.v1.{source.stem}") for source in ours]
+    for module in (*modules, health_pb2, reflection_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 path = f"/{service.full_name}/{method.name}"
@@ -44,7 +52,7 @@ def rpcs() -> list[Rpc]:
 
 def send(channel: grpc.Channel, rpc: Rpc, messages: Iterable[bytes] = (b"",), **options: Any) -> tuple[str, str]:
     """Make a call with these bytes as its messages; the status it ends with ("OK" too) and what that says."""
-    options.setdefault("timeout", PATIENCE_S)
+    options.setdefault("timeout", 0.5 if rpc.endless else PATIENCE_S)
     kind = f"{'stream' if rpc.client_streams else 'unary'}_{'stream' if rpc.server_streams else 'unary'}"
     method = getattr(channel, kind)(rpc.path)
     requests = iter(messages)

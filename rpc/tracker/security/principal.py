@@ -74,6 +74,8 @@ _USERS = frozenset({Role.ADMIN, Role.SUBMIT, Role.READ})
 _SUBMITTERS = frozenset({Role.ADMIN, Role.SUBMIT})
 _ADMINS = frozenset({Role.ADMIN})
 _AGENTS = frozenset({Role.AGENT})
+#: Whoever has a token or a certificate.
+_ANYBODY = frozenset(Role)
 
 #: Every call of every service. One that is not here is refused to everybody (and a test says that it is missing).
 RULES: dict[str, frozenset[Role]] = {
@@ -99,6 +101,9 @@ RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Access/RevokeToken": _ADMINS,
     "/kedge.v1.Access/ListEnrolled": _ADMINS,
     "/kedge.v1.Access/RevokeDevice": _ADMINS,
+    "/grpc.health.v1.Health/Check": _ANYBODY,
+    "/grpc.health.v1.Health/Watch": _ANYBODY,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANYBODY,
 }
 
 _current: ContextVar[Principal] = ContextVar("principal")
