@@ -21,13 +21,13 @@ from kedge.compiler.schedule.rules.analysis import (
     with_operands_inlined,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
-from kedge.compiler.schedule.rules.partial import halve
+from kedge.compiler.schedule.rules.partial import halve, initialize, vectorize_lanes
 from kedge.compiler.schedule.rules.product import operands
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
-from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
-from kedge.compiler.schedule.tree import blocks_in, writers
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.visitor import free_vars
 
@@ -168,30 +168,11 @@ def _schedule_dots(sch: Schedule, name: str, decisions: Decisions, target: Targe
     parts = halve(sch, ref, lane, wide, decisions["width"])
     blocks = [(copy, 1), (ref, 1), (sch.decompose_reduction(ref, sch.get_loops(ref)[len(outer)]), 1)]
     for part, size in parts:
-        blocks += [(part, size), (_init(sch, part, sch.get_loops(part)[len(outer)]), size)]
-    seen = {*outer, along}
-    for block, size in blocks:
-        own = list(sch.get_loops(block))
-        if size > decisions["width"]:
-            own[-1:] = sch.split(own[-1], [None, decisions["width"]])
-        if size > 1:
-            sch.vectorize(own.pop())
-        for loop in own:
-            if loop not in seen:
-                seen.add(loop)
-                sch.unroll(loop)
+        blocks += [(part, size), (initialize(sch, part, len(outer)), size)]
+    vectorize_lanes(sch, blocks, decisions["width"], (*outer, along))
     if decisions["parallel"]:
         parallelize(sch, outer, total, target)
     return {block.name for block, _ in blocks}
-
-
-def _init(sch: Schedule, part: BlockRef, loop: LoopRef) -> BlockRef:
-    """What sets the partial sums: a block already where lanes of the last vector have nothing to add."""
-    block = block_named(sch.func, part.name)
-    if block.init is not None:
-        return sch.decompose_reduction(part, loop)
-    (init,) = (each for each in writers(sch.func, store_of(block).buffer) if each is not block)
-    return sch.get_block(init.name)
 
 
 def _width(block: Block, target: TargetModel) -> int:

@@ -19,12 +19,12 @@ from kedge.compiler.schedule.rules.analysis import (
     strides,
 )
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
-from kedge.compiler.schedule.rules.partial import halve
+from kedge.compiler.schedule.rules.partial import halve, initialize, vectorize_lanes
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import schedule_tile, tile_by_model
-from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
-from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on, writers
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.schedule.tree import block_path, blocks_in, loops_on
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 
 #: Vectors of partial results that hide the latency of adding to one.
@@ -148,27 +148,9 @@ def _accumulate(sch: Schedule, name: str, rows: list[LoopRef], target: TargetMod
         return
     along, lane = sch.split(reducing[-1], [None, vectors * width])
     sch.cache_write(ref, rows[-1], "register")
-    done = {*reducing[:-1], along}
-    for block, size in [*halve(sch, ref, lane, vectors * width, width), (ref, 1)]:
-        for each in (_initialize(sch, block, rows), block):
-            loops = list(sch.get_loops(each))[len(rows) :]
-            if size > width:
-                loops[-1:] = sch.split(loops[-1], [None, width])
-            if size > 1:
-                sch.vectorize(loops.pop())
-            for loop in loops:
-                if loop not in done:
-                    done.add(loop)
-                    sch.unroll(loop)
-
-
-def _initialize(sch: Schedule, ref: BlockRef, rows: list[LoopRef]) -> BlockRef:
-    """The block that initialises reduction `ref` within a row; where a vector is not full, there is one already."""
-    block = block_named(sch.func, ref.name)
-    if block.init is not None:
-        return sch.decompose_reduction(ref, sch.get_loops(ref)[len(rows)])
-    (found,) = (each for each in writers(sch.func, store_of(block).buffer) if each is not block)
-    return sch.get_block(found.name)
+    parts = [*halve(sch, ref, lane, vectors * width, width), (ref, 1)]
+    blocks = [(each, size) for part, size in parts for each in (initialize(sch, part, len(rows)), part)]
+    vectorize_lanes(sch, blocks, width, (*rows, *reducing[:-1], along))
 
 
 def _partial_lanes(block: Block, target: TargetModel) -> tuple[int, int]:
