@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional
 
+from kedge.rpc import logs
 from kedge.rpc.errors import KedgeError, UsageError
 from kedge.rpc.names import check_name, parse_labels
 from kedge.rpc.security.files import read_private
@@ -19,6 +20,8 @@ from kedge.rpc.security.files import read_private
 if TYPE_CHECKING:
     from kedge.rpc.security.identity import Identity
     from kedge.rpc.transport import Address
+
+log = logging.getLogger("kedge.agent")
 
 _EXAMPLES = """\
 examples:
@@ -83,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--log-format", choices=logs.FORMATS, default="text", help="lines, or JSON objects (default: %(default)s)"
+    )
     return parser
 
 
@@ -98,13 +104,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # No runner inherits it.
     options.join = os.environ.pop("KEDGE_JOIN", None) or options.join
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr
-    )
+    level = logging.getLevelName(options.log_level.upper())
+    logs.configure(options.log_format, "%(asctime)s %(levelname).1s %(message)s", level)
     try:
         return _serve(options)
     except KedgeError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if options.log_format == "json":
+            log.critical("%s", error)
+        else:
+            sys.stderr.write(f"error: {error}\n")
         return error.exit_status
 
 

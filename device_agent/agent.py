@@ -177,7 +177,9 @@ class Agent:
             elif isinstance(action, core.StartJob):
                 self._start_job(action.lease, action.spec)
             elif isinstance(action, core.CancelJob):
-                log.info("job %s: cancelled (%s)", action.lease.job_id, action.reason)
+                log.info(
+                    "job %s: cancelled (%s)", action.lease.job_id, action.reason, extra={"job": action.lease.job_id}
+                )
                 if self._job is not None:
                     self._job.cancel(action.reason)
             elif isinstance(action, core.Keep):
@@ -242,7 +244,8 @@ class Agent:
         elif isinstance(message, m.Refused) and message.retry:
             self._warn_away(f"the tracker refused this agent: {message.reason}")
         elif isinstance(message, m.ResultAccepted) and message.stale:
-            log.info("job %s: the tracker had given it up, its result is not used", message.job_id)
+            about = {"job": message.job_id}
+            log.info("job %s: the tracker had given it up, its result is not used", message.job_id, extra=about)
         return self._core.received(message, now)
 
     def _on_welcome(self) -> None:
@@ -282,13 +285,14 @@ class Agent:
             result = sendable(lease, _run(job, self.device.name))
             self._events.put(lambda _: self._on_finished(lease, result))
 
-        log.info("job %s: function %s", lease.job_id, spec.function)
+        log.info("job %s: function %s", lease.job_id, spec.function, extra={"job": lease.job_id})
         self._job = job
         self._job_thread = threading.Thread(target=work, name="kedge-job", daemon=True)
         self._job_thread.start()
 
     def _on_finished(self, lease: Lease, result: JobResult) -> List[core.Action]:
-        log.info("job %s: %s", lease.job_id, result.outcome)
+        about = {"job": lease.job_id, "outcome": result.outcome.kind, "stage": result.outcome.stage}
+        log.info("job %s: %s", lease.job_id, result.outcome, extra=about)
         self._job = None
         return self._core.finished(lease, result)
 
@@ -431,7 +435,7 @@ def sendable(lease: Lease, result: JobResult) -> JobResult:
         if size <= MAX_RESULT_BYTES:
             return result
         why = f"the result of this job has {size} bytes; a message takes {MAX_RESULT_BYTES}"
-    log.error("job %s: %s", lease.job_id, why)
+    log.error("job %s: %s", lease.job_id, why, extra={"job": lease.job_id})
     return JobResult(
         Outcome(OutcomeKind.DEVICE_FAULT, message=why), stage_times=result.stage_times, device=result.device
     )

@@ -17,6 +17,8 @@ import kedge
 from kedge.cli import output
 from kedge.cli.devices import build_runner, require_tracker
 from kedge.cli.waiting import wait_text
+from kedge.rpc.errors import UsageError
+from kedge.rpc.logs import FORMATS
 from kedge.rpc.names import check_name
 
 if TYPE_CHECKING:
@@ -38,6 +40,18 @@ InsecureFlag = Annotated[
 ]
 
 
+LogFormatOption = Annotated[
+    str, typer.Option("--log-format", metavar="text|json", help="The log on stderr: lines, or JSON objects.")
+]
+
+
+def check_log_format(text: str) -> str:
+    """The value of `--log-format`; raises UsageError where it is none."""
+    if text not in FORMATS:
+        raise UsageError(f"--log-format {text!r}", hint=f"one of {', '.join(FORMATS)}")
+    return text
+
+
 def tracker_start(
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -56,6 +70,7 @@ def tracker_start(
         str | None,
         typer.Option("--metrics", metavar="HOST:PORT", help="Metrics for Prometheus there.", show_default="none"),
     ] = None,
+    log_format: LogFormatOption = "text",
 ) -> None:
     """Start the tracker in the foreground; Ctrl-C stops it, and jobs and results survive.
 
@@ -75,8 +90,16 @@ def tracker_start(
 
     folder = data_dir or state_dir() / "tracker"
     scraped = parse_address(metrics) if metrics else None
-    started = run(host, port, folder, agents_port=agents_port, insecure_loopback=insecure_loopback, metrics=scraped)
-    raise typer.Exit(started)
+    status = run(
+        host,
+        port,
+        folder,
+        agents_port=agents_port,
+        insecure_loopback=insecure_loopback,
+        metrics=scraped,
+        log_format=check_log_format(log_format),
+    )
+    raise typer.Exit(status)
 
 
 def agent_start(
@@ -100,6 +123,7 @@ def agent_start(
         list[str] | None,
         typer.Option("--require-signer", metavar="KEY", help="Run only what this key signed; repeatable."),
     ] = None,
+    log_format: LogFormatOption = "text",
 ) -> None:
     """Offer this machine to a tracker, in the foreground; Ctrl-C stops the agent.
 
@@ -115,6 +139,7 @@ def agent_start(
     from kedge.rpc.security.join import parse_join
     from kedge.rpc.transport import parse_address
 
+    check_log_format(log_format)
     parse_labels(label or [])
     if tracker:
         parse_address(tracker)
@@ -125,7 +150,7 @@ def agent_start(
     if runner is None:
         with output.progress("agent") as report:
             runner = build_runner(report)
-    arguments = ["--runner", str(runner), "--threads", str(threads), *how.arguments]
+    arguments = ["--runner", str(runner), "--threads", str(threads), "--log-format", log_format, *how.arguments]
     arguments += ["--tracker", tracker] if tracker else []
     arguments += ["--data-dir", str(data_dir)] if data_dir else []
     arguments += ["--name", device]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kedge.rpc import logs
 from kedge.rpc.tracker.server import Serving, machine_addresses, serve, stop
 from kedge.rpc.transport import Address
 
@@ -23,18 +24,19 @@ def run(
     agents_port: int | None = None,
     insecure_loopback: bool = False,
     metrics: Address | None = None,
+    log_format: str = "text",
 ) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status.
 
     Writes one line to stdout once it listens, "kedge tracker ready at HOST:PORT", a new tracker also the command that
-    lets a first device join, and its log to stderr.
+    lets a first device join, and its log to stderr, in one of `kedge.rpc.logs.FORMATS`.
 
     Raises:
         ConnectError: the address cannot be listened on.
         StoreError, BlobError, SecretFileError: the data folder cannot be used, another tracker uses it, or it failed
             meanwhile.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.configure(log_format, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     options = {"agents_port": agents_port, "insecure_loopback": insecure_loopback, "metrics": metrics}
     return asyncio.run(_run(host, port, data_dir, options))
 

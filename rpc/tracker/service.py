@@ -208,7 +208,8 @@ class AgentsService:
         principal, name = caller(), hello.device.name
         connection = self._shell.agent_connected(hello, out.put_nowait)
         self._audit.write("device connected", device=name, **who(principal, context))
-        log.info("device %s says hello (%s)", hello.device.name, hello.protocol.software)
+        about = {"device": name}
+        log.info("device %s says hello (%s)", name, hello.protocol.software, extra=about)
         listening = asyncio.create_task(self._listen(connection, requests, principal))
         talking = asyncio.create_task(self._speak(out, context))
         try:
@@ -224,12 +225,12 @@ class AgentsService:
             ends = await asyncio.gather(listening, talking, return_exceptions=True)
             self._shell.agent_left(connection)
             self._audit.write("device disconnected", device=name, **who(principal, context))
-            log.info("device %s: its connection ended", hello.device.name)
+            log.info("device %s: its connection ended", name, extra=about)
             for end in ends:
                 if isinstance(end, KedgeError):
-                    log.warning("device %s: %s", hello.device.name, end)
+                    log.warning("device %s: %s", name, end, extra=about)
                 elif isinstance(end, Exception) and not isinstance(end, grpc.aio.UsageError):
-                    log.error("device %s", hello.device.name, exc_info=end)
+                    log.error("device %s", name, exc_info=end, extra=about)
 
     async def _listen(
         self, connection: int, requests: AsyncIterator[agent_pb2.AgentMessage], principal: Principal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import secrets
 import time
 from collections import defaultdict, deque
@@ -20,9 +21,11 @@ from kedge.rpc.status import QueueFullError, UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.observer import SILENT, Observer
-from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
 from kedge.rpc.tracker.store import Store, StoreError
 from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState, Reservation
+
+log = logging.getLogger("kedge.tracker")
 
 #: A client is not kept waiting for a disk that does not take its job.
 _STORE_PATIENCE_S = 5.0
@@ -275,6 +278,7 @@ class Shell:
                     self._tell(send.connection, None)
                 elif isinstance(send, JobChanged):
                     self._publish(send.job)
+                    _log_end(send.job)
             if any(isinstance(send, DevicesChanged) for send in outbox.effects.sends):
                 self._devices_changed()
             if not outbox.released.done():
@@ -321,6 +325,15 @@ class Shell:
     def _tick(self) -> None:
         self._timer = None
         self._apply(self.state.tick(self._now()))
+
+
+def _log_end(job: Job) -> None:
+    if job.result is None:
+        return
+    outcome = job.result.outcome
+    about = {"job": job.id, "user": job.user, "device": job.device, "kind": task_kind(job.spec.task)}
+    about |= {"outcome": outcome.kind.value, "stage": outcome.stage.value if outcome.stage else ""}
+    log.info("job %s of %s on %s: %s", job.id, job.user or "nobody", job.device or "no device", outcome, extra=about)
 
 
 def unknown_job(job_id: str) -> UnknownJobError:

@@ -1,0 +1,70 @@
+"""Logs for machines: one JSON object per line, whatever is logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.client import Fleet
+from kedge.rpc.logs import JsonFormatter
+from kedge.rpc.tracker.server import RunningTracker
+from support.fake_agent import FakeAgent, echo
+from support.toys import device_info
+
+
+def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
+    made = logging.LogRecord("kedge.tracker", logging.WARNING, "file.py", 1, message, arguments, None)
+    made.__dict__.update(more)
+    return made
+
+
+def test_a_record_is_one_line_with_its_fields() -> None:
+    line = JsonFormatter().format(record("job %s:\nfailed \u2026", "a1", job="a1", user="ann", stage=None, secret="s"))
+    assert "\n" not in line
+    found = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("time"))
+    assert found == {
+        "level": "warning",
+        "logger": "kedge.tracker",
+        "message": "job a1:\nfailed \u2026",
+        "job": "a1",
+        "user": "ann",
+    }
+
+
+def test_an_exception_is_within_the_line() -> None:
+    try:
+        raise ValueError("planted")
+    except ValueError:
+        failed = record("it failed")
+        failed.exc_info = sys.exc_info()
+    assert json.loads(JsonFormatter().format(failed))["exception"].endswith("ValueError: planted")
+
+
+def test_a_tracker_says_what_became_of_a_job(
+    tracker: RunningTracker, fleet: Fleet, artifact: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "kedge.tracker"), FakeAgent(tracker.address, device_info(), work=echo):
+        job = fleet.run(artifact, {"x": np.zeros((2, 4), np.float32)})
+        job.wait()
+    found = [json.loads(JsonFormatter().format(each)) for each in caplog.records]
+    (ended,) = [each for each in found if "job" in each]
+    assert ended["message"] == f"job {job.id} of local on bench-1: ok"
+    about = {"job": job.id, "user": "local", "device": "bench-1", "kind": "run", "outcome": "ok"}
+    assert about.items() <= ended.items()
+    assert any(each.get("device") == "bench-1" and "says hello" in each["message"] for each in found)
+
+
+def test_an_agent_that_cannot_start_says_so_in_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kedge.device_agent", "--runner", str(tmp_path / "none"), "--log-format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode != 0 and json.loads(line)["level"] == "critical" and "no runner" in line
