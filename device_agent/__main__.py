@@ -168,25 +168,22 @@ def _identify(options: argparse.Namespace, tracker: Optional[Address], name: str
                 hint="--tracker 127.0.0.1:9190 --insecure-loopback, for a tracker that was started so too",
             )
         return None
-    identity = identities.load(data_dir)
+    identity = identities.load(data_dir, name, tracker)
     if text:
         join = parse_join(text)
         if tracker is not None:
             join = replace(join, address=tracker)
-        if identity is None or not identity.is_from(join) or identity.device != name:
+        if identity is None or not identity.is_from(join):
             identity = identities.enrol(join, name)
             identity.save(data_dir)
         if options.join_file is not None and options.join_file.exists():
             options.join_file.unlink()
     if identity is None:
+        others = identities.names(data_dir)
+        as_others = f", only as {', '.join(others)}: see --name" if others else ""
         raise AuthenticationError(
-            f"this device is not enrolled ({data_dir} has no identity)",
+            f"this device is not enrolled as {name!r} ({data_dir}){as_others}",
             hint="join a tracker: --join '…', with what 'kedge tracker token create --role enrol' prints",
-        )
-    if identity.device != name:
-        raise AuthenticationError(
-            f"this device is enrolled as {identity.device!r}, not as {name!r}",
-            hint=f"--name {identity.device}, another --data-dir, or enrol it under the new name: --join '…'",
         )
     return identity if tracker is None else replace(identity, host=tracker.host)
 

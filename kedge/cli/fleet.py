@@ -172,8 +172,9 @@ def _how_to_join(tracker: str | None, join: str | None, device: str, data_dir: P
 
     if join is not None:
         return Joining(join)
-    known = identity.load(data_dir)
-    if tracker is None:
+    address = parse_address(tracker) if tracker is not None else None
+    known = identity.load(data_dir, device, address)
+    if tracker is None or address is None:
         if known is None:
             raise ConnectError(
                 "no tracker is named, and this device is not enrolled",
@@ -181,12 +182,12 @@ def _how_to_join(tracker: str | None, join: str | None, device: str, data_dir: P
             )
         return Joining(enrolled=True)
     try:
-        tls = credentials.find(parse_address(tracker)).tls
+        tls = credentials.find(address).tls
     except (AuthenticationError, ConnectError):
         if known is None:
             raise
         return Joining(enrolled=True)
-    if tls is not None and known is not None and known.device == device and known.ca.encode() == tls.ca:
+    if tls is not None and known is not None and known.ca.encode() == tls.ca:
         return Joining(enrolled=True)
     return joining(tracker, device)
 

@@ -1,4 +1,9 @@
-"""Who a device is to its tracker: a certificate and its key, in a file of the agent's data folder, mode 0600."""
+"""Who a device is to its tracker: a certificate and its key, in a file of the agent's data folder, mode 0600.
+
+    DATA/identity/NAME@CA.json      CA: the beginning of its certificate's SHA-256
+
+One for each name and tracker: a deployment that tries another and fails finds the agent's own where it was.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, List, Optional
 
 import grpc
 
@@ -18,7 +23,8 @@ from kedge.rpc.security.join import DEVICE, Join
 from kedge.rpc.status import from_rpc_error
 from kedge.rpc.transport import Address, HandshakeError, Tls, open_channel
 
-_FILE = "identity.json"
+_FOLDER = "identity"
+_NAMED = 12
 #: A certificate is renewed when less than this share of its time is left.
 _RENEW_SHARE = 1 / 3
 _CALL_S = 20.0
@@ -26,10 +32,11 @@ _CALL_S = 20.0
 
 @dataclass(frozen=True)
 class Identity:
-    """A device's name, certificate and key; `host` and `agents_port` say where agents are served."""
+    """A device's name, certificate and key; the tracker is at `host`, agents are served on `agents_port` there."""
 
     device: str
     host: str
+    port: int
     agents_port: int
     ca: str
     certificate: str
@@ -41,6 +48,11 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"<Identity {self.device} of {self.host}:{self.agents_port}>"
+
+    @property
+    def tracker(self) -> Address:
+        """Where it was joined."""
+        return Address(self.host, self.port)
 
     @property
     def address(self) -> Address:
@@ -72,17 +84,31 @@ class Identity:
 
     def save(self, data_dir: Path) -> None:
         """Write the file; raises SecretFileError."""
+        folder = data_dir / _FOLDER
         make_private_folder(data_dir)
-        write_private(data_dir / _FILE, json.dumps(asdict(self), indent=1).encode())
+        make_private_folder(folder)
+        authority = hashlib.sha256(self.ca.encode()).hexdigest()[:_NAMED]
+        write_private(folder / f"{self.device}@{authority}.json", json.dumps(asdict(self), indent=1).encode())
 
 
-def load(data_dir: Path) -> Optional[Identity]:
-    """The identity kept in an agent's data folder, None where there is none; raises SecretFileError."""
-    path = data_dir / _FILE
+def load(data_dir: Path, device: str, tracker: Optional[Address] = None) -> Optional[Identity]:
+    """What a device of this name is known by: to the tracker at that address, if it is, or to the last it has joined.
+
+    None where it has joined none under this name; raises SecretFileError.
+    """
+    known = [(path.stat().st_mtime_ns, _read(path)) for path in (data_dir / _FOLDER).glob(f"{device}@*.json")]
+    here = [item for item in known if item[1].tracker == tracker]
+    return max(here or known, key=lambda item: item[0], default=(0, None))[1]
+
+
+def names(data_dir: Path) -> List[str]:
+    """Under which names a device has joined trackers."""
+    return sorted({path.name.rpartition("@")[0] for path in (data_dir / _FOLDER).glob("*@*.json")})
+
+
+def _read(path: Path) -> Identity:
     try:
         return Identity(**json.loads(read_private(path)))
-    except FileNotFoundError:
-        return None
     except (ValueError, TypeError) as error:
         raise SecretFileError(f"{path} is damaged", hint=f"remove it, and enrol the device again: {path}") from error
 
@@ -105,7 +131,7 @@ def enrol(join: Join, device: str) -> Identity:
         stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
         return stub.Enrol(enrolment_pb2.EnrolRequest(device=device), timeout=_CALL_S)
 
-    found = _ask(call, join.address, Tls(join.ca, token=join.token), join.address.host)
+    found = _ask(call, join.address, Tls(join.ca, token=join.token), join.address)
     return replace(found, joined=_mark(join))
 
 
@@ -116,10 +142,10 @@ def renew(identity: Identity) -> Identity:
         stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
         return stub.Renew(enrolment_pb2.RenewRequest(), timeout=_CALL_S)
 
-    return replace(_ask(call, identity.address, identity.tls, identity.host), joined=identity.joined)
+    return replace(_ask(call, identity.address, identity.tls, identity.tracker), joined=identity.joined)
 
 
-def _ask(call: Callable[[grpc.Channel], Any], address: Address, tls: Tls, host: str) -> Identity:
+def _ask(call: Callable[[grpc.Channel], Any], address: Address, tls: Tls, tracker: Address) -> Identity:
     with open_channel(address, tls) as channel:
         try:
             pb = call(channel)
@@ -127,7 +153,8 @@ def _ask(call: Callable[[grpc.Channel], Any], address: Address, tls: Tls, host: 
             raise from_rpc_error(error, address) from error
     return Identity(
         device=pb.device,
-        host=host,
+        host=tracker.host,
+        port=tracker.port,
         agents_port=pb.agents_port,
         ca=pb.ca_pem.decode(),
         certificate=pb.certificate_pem.decode(),

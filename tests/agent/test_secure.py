@@ -18,7 +18,7 @@ from kedge.rpc.client import Fleet, connect
 from kedge.rpc.client.access import Access
 from kedge.rpc.errors import JobError
 from kedge.rpc.security import credentials, identity, signing
-from kedge.rpc.security.join import DEVICE, Join
+from kedge.rpc.security.join import DEVICE, Join, parse_join
 from kedge.rpc.tracker.server import RunningTracker, start
 from support.agents import AgentProcess, wait_for
 from support.handmade import artifact
@@ -71,8 +71,9 @@ def test_an_agent_joins_works_renews_and_comes_back(
         environment = Path(f"/proc/{process.process.pid}/cmdline").read_bytes()
         assert b"kedge1." not in environment, "no secret is where everybody can read it"
     assert len(serials(tracker)) == 2
-    assert (data / "identity.json").stat().st_mode & 0o077 == 0
-    assert join.split(".")[1][:40] not in (data / "identity.json").read_text()
+    (kept,) = (data / "identity").iterdir()
+    assert kept.name.startswith("here@") and kept.stat().st_mode & 0o077 == 0 and data.stat().st_mode & 0o077 == 0
+    assert parse_join(join).token not in kept.read_text()
     # The spent join string does no harm, as it is still in whatever starts the agent.
     for again in (join, ""):
         with agent(tracker, runner, data, join=again) as process:
@@ -125,7 +126,7 @@ def test_an_agent_that_may_not_join_says_what_to_do(
         done = started(*place, KEDGE_JOIN=join) if join else started(*place)
         assert done.returncode == status and words in done.stderr and "hint:" in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr and "kdg_" not in done.stderr
-    assert not (tmp_path / "data" / "identity.json").exists()
+    assert not (tmp_path / "data").exists()
     for wrong in (("--tracker", "lab:9190"), (), ("--tracker", "127.0.0.1:1", "--join", str(spent))):
         done = started(*place, *wrong, "--insecure-loopback")
         assert done.returncode == 2 and "--insecure-loopback goes with --tracker" in done.stderr
@@ -143,6 +144,22 @@ def test_a_join_file_is_removed_once_it_is_used(
     file.touch(mode=0o644)
     done = started("--runner", runner, "--data-dir", tmp_path / "new", "--name", "here", "--join-file", file)
     assert done.returncode != 0 and "others may read" in done.stderr
+
+
+def test_what_a_failed_attempt_joined_does_not_replace_what_was_joined(
+    tracker: RunningTracker, access: Access, runner: Path, tmp_path: Path
+) -> None:
+    """A deployment under another name, or to another tracker, was undone: the agent that was there starts again."""
+    data = tmp_path / "data"
+    with start(port=0, data_dir=tmp_path / "other") as other:
+        assert other.serving.security is not None
+        with Access(other.address, other.serving.security.admin_tls()) as elsewhere:
+            for name, there in (("here", access), ("there", access), ("here", elsewhere)):
+                identity.enrol(there.enrol_token(name)[0], name).save(data)
+    with agent(tracker, runner, data) as process:
+        process.wait_ready()
+    lost = started("--runner", runner, "--data-dir", data, "--name", "nowhere")
+    assert lost.returncode == 9 and "not enrolled as 'nowhere'" in lost.stderr and "here, there" in lost.stderr
 
 
 def test_another_trackers_agent_waits_and_says_why(

@@ -109,7 +109,8 @@ def test_nothing_runs_or_lies_where_it_need_not(board: EmulatedBoard, deployed: 
     with ssh.connect(destination(board)) as connection:
         assert connection.run(["stat", "-c", "%a", home]).stdout == "700\n"
         # How it joined is known to nobody else, and spent.
-        assert connection.run(["stat", "-c", "%a", f"{home}/data/identity.json"]).stdout == "600\n"
+        (kept,) = [path for path in listing(board) if path.startswith(f"{home}/data/identity/")]
+        assert connection.run(["stat", "-c", "%a", kept]).stdout == "600\n"
     assert f"{home}/join" not in listing(board) and not [line for line in board.processes() if "kedge1." in line]
     told = status(destination(board), directory=PLACES[board.arch])
     assert (told.installed, told.pid, told.name) == (True, deployed.pid, deployed.name)

@@ -196,7 +196,7 @@ def test_encryption_where_there_is_none_is_named(tmp_path: Path, folder: Path, c
 
 
 def test_a_device_explains_its_own_clock() -> None:
-    known = Identity("rpi", "lab", 9191, "", "", "", 1_800_000_000, 1_800_000_000 + 90 * DAY_S)
+    known = Identity("rpi", "lab", 9190, 9191, "", "", "", 1_800_000_000, 1_800_000_000 + 90 * DAY_S)
     known.check_clock(1_800_000_001)
     for now_s in (0, 1_900_000_000):
         with pytest.raises(HandshakeError, match="by the clock here it is") as caught:
