@@ -34,7 +34,8 @@ import threading
 print(json.dumps({"roots": sorted(roots), "threads": threading.active_count(), "version": sys.version_info[:2]}))
 """
 BANNED = [
-    *("numpy", "llvmlite", "onnx", "ziglang", "paramiko", "sqlalchemy", "typer", "rich", "cryptography", "grpc_tools"),
+    *("numpy", "llvmlite", "onnx", "ziglang", "paramiko", "sqlalchemy", "typer", "rich", "cryptography"),
+    *("grpc_tools", "grpc_health", "grpc_reflection", "prometheus_client"),
     *("kedge.compiler", "kedge.deploy", "kedge.cli", "kedge.demo", "kedge.rpc.client", "kedge.rpc.tracker"),
 ]
 
