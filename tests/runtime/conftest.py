@@ -91,6 +91,8 @@ MISBEHAVING = (
     Function("scribble", (Port("x", "float32", ("N",)),), (), (ANY_N,)),
     Function("copy", (Port("x", "float32", ("N",)),), (Port("y", "float32", ("N",)),), (ANY_N,)),
     Function("grow", (), ()),
+    Function("escape", (Port("x", "float32", ("N",)),), (Port("y", "float32", ("N",)),), (ANY_N,)),
+    Function("give_up", (), ()),
 )
 
 
