@@ -55,6 +55,10 @@ class DiskFullError(BlobError):
     """No space is left for blobs."""
 
 
+class BlobQuotaError(BlobError):
+    """A store may not hold as much as that."""
+
+
 def check_digest(digest: str) -> str:
     """`digest` itself; raises BadDigestError unless it is one, so that it can never name another path."""
     if not _DIGEST.fullmatch(digest):
@@ -167,20 +171,8 @@ class BlobStore:
         check_digest(blob.digest)
         if not 0 <= offset <= _check_size(blob):
             raise UploadOffsetError(f"blob {blob.digest} has {blob.size} bytes; {offset} is not within")
-        part = self._part(blob.digest, tag)
         try:
-            with self._lock:
-                kept = part.stat().st_size if part.exists() else 0
-                if offset > kept:
-                    raise UploadOffsetError(
-                        f"blob {blob.digest}: {kept} bytes are committed, the upload wants to go on from {offset}"
-                    )
-                if part.name not in self._writers:
-                    writer = BlobWriter(self, blob, part, part)
-                    self._writers[part.name] = writer
-                else:
-                    self._scratch += 1
-                    writer = BlobWriter(self, blob, part.with_name(f"{part.name}.{self._scratch}"), part)
+            writer = self._claim(blob, offset, self._part(blob.digest, tag))
             writer._start(offset)
         except OSError as error:
             raise _explain(error, self.root) from error
@@ -204,6 +196,20 @@ class BlobStore:
 
     def _part(self, digest: str, tag: str = "") -> Path:
         return self._partial / (f"{check_digest(digest)}~{tag}" if tag else check_digest(digest))
+
+    def _claim(self, blob: Blob, offset: int, part: Path) -> BlobWriter:
+        """A writer for `part`, or for a file beside it while another writer has that."""
+        with self._lock:
+            kept = part.stat().st_size if part.exists() else 0
+            if offset > kept:
+                raise UploadOffsetError(
+                    f"blob {blob.digest}: {kept} bytes are committed, the upload wants to go on from {offset}"
+                )
+            if part.name in self._writers:
+                self._scratch += 1
+                return BlobWriter(self, blob, part.with_name(f"{part.name}.{self._scratch}"), part)
+            self._writers[part.name] = BlobWriter(self, blob, part, part)
+            return self._writers[part.name]
 
     def _release(self, writer: BlobWriter) -> None:
         """A writer ends without a commit: keep the longer of its bytes and what was kept before."""

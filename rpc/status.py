@@ -69,6 +69,7 @@ _CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
     blobs.MissingBlobError: grpc.StatusCode.NOT_FOUND,
     blobs.CorruptBlobError: grpc.StatusCode.DATA_LOSS,
     blobs.UploadOffsetError: grpc.StatusCode.ABORTED,
+    blobs.BlobQuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     blobs.DiskFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     blobs.BlobError: grpc.StatusCode.INTERNAL,
 }

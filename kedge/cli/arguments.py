@@ -78,6 +78,27 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _UNIT_S[match[2]]
 
 
+_UNIT_BYTES = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`50GiB`, `500 MB` or `1.5T` in bytes; raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text!r} is no number of bytes", hint="a number and a unit: 50GiB, 500MB")
+    return round(float(match[1]) * _UNIT_BYTES[match[2] or ""])
+
+
 def is_artifact(path: Path) -> bool:
     """Whether a file holds an artifact, whatever it is called; what is no file is judged by its name."""
     try:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 import kedge
 from kedge.cli import output
+from kedge.cli.arguments import parse_bytes
 from kedge.cli.devices import build_runner, require_tracker
 from kedge.cli.waiting import wait_text
 from kedge.rpc.errors import UsageError
@@ -65,6 +66,15 @@ def tracker_start(
         Path | None,
         typer.Option("--data-dir", help="Jobs, results and blobs.", show_default="~/.local/state/kedge/tracker"),
     ] = None,
+    blob_quota: Annotated[
+        str | None,
+        typer.Option(
+            "--blob-quota",
+            metavar="SIZE",
+            help="Keep at most so many bytes of blobs; the longest unused go first.",
+            show_default="three quarters of the disk space that is free for them",
+        ),
+    ] = None,
     insecure_loopback: InsecureFlag = False,
     metrics: Annotated[
         str | None,
@@ -83,23 +93,19 @@ def tracker_start(
 
       kedge tracker start --port 0 --data-dir /srv/kedge
 
-      kedge tracker start --metrics 127.0.0.1:9192
+      kedge tracker start --blob-quota 50GiB --metrics 127.0.0.1:9192
     """
     from kedge.rpc.tracker.main import run
     from kedge.rpc.transport import parse_address
 
+    options = {
+        "agents_port": agents_port,
+        "insecure_loopback": insecure_loopback,
+        "metrics": parse_address(metrics) if metrics else None,
+        "blob_quota": None if blob_quota is None else parse_bytes(blob_quota),
+    }
     folder = data_dir or state_dir() / "tracker"
-    scraped = parse_address(metrics) if metrics else None
-    status = run(
-        host,
-        port,
-        folder,
-        agents_port=agents_port,
-        insecure_loopback=insecure_loopback,
-        metrics=scraped,
-        log_format=check_log_format(log_format),
-    )
-    raise typer.Exit(status)
+    raise typer.Exit(run(host, port, folder, log_format=check_log_format(log_format), **options))
 
 
 def agent_start(

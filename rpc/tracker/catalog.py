@@ -7,11 +7,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from kedge.rpc.artifact import Manifest, needs_of
-from kedge.rpc.blobs import BlobStore
 from kedge.rpc.errors import ArtifactError, InputError
 from kedge.rpc.limits import check_spec
 from kedge.rpc.selector import parse
 from kedge.rpc.status import NotReadyError
+from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import Needs
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal
@@ -28,23 +28,30 @@ _Known = tuple[Manifest, list[Blob], int]
 class Catalog:
     """The artifacts in `blobs`, as far as each principal may know of them."""
 
-    def __init__(self, blobs: BlobStore, owners: Owners) -> None:
+    def __init__(self, blobs: TrackerBlobs, owners: Owners) -> None:
         self._blobs = blobs
         self._owners = owners
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._known_bytes = 0
 
     def missing(self, blobs: Sequence[Blob], principal: Principal) -> list[Blob]:
-        """Those that are not here, as far as the principal may know: what others have sent is missing too."""
-        gone = {blob.digest for blob in self._blobs.find_missing(blobs)}
+        """Those that are not here, as far as the principal may know: what others have sent is missing too.
+
+        The others stay until a job needs them, or for some minutes.
+        """
         distinct = {blob.digest: blob for blob in blobs}.values()
-        return [blob for blob in distinct if blob.digest in gone or not self._owners.has(principal, blob.digest)]
+        there = self._blobs.promise(blob for blob in distinct if self._owners.has(principal, blob.digest))
+        return [blob for blob in distinct if blob.digest not in there]
 
     def digests_of(self, spec: JobSpec) -> set[str]:
         """Every blob that a device needs for an accepted job."""
-        _, parts, _ = self._known.get(spec.manifest.digest) or self._remember(spec.manifest, self._read(spec.manifest))
         inputs = {tensor.data.digest for tensor in spec.task.inputs if isinstance(tensor.data, Blob)}
-        return {spec.manifest.digest, *(part.digest for part in parts)} | inputs
+        return inputs.union(self.members_of(spec.manifest))
+
+    def members_of(self, manifest: Blob) -> tuple[str, ...]:
+        """The manifest itself and the parts of all its members; raises MissingBlobError, ArtifactError."""
+        _, parts, _ = self._known.get(manifest.digest) or self._remember(manifest, self._read(manifest))
+        return (manifest.digest, *{part.digest for part in parts})
 
     async def check(self, spec: JobSpec, principal: Principal) -> Needs:
         """What `spec` needs of a device.

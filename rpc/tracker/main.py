@@ -16,20 +16,11 @@ from kedge.rpc.transport import Address
 log = logging.getLogger("kedge.tracker")
 
 
-def run(
-    host: str,
-    port: int,
-    data_dir: Path,
-    *,
-    agents_port: int | None = None,
-    insecure_loopback: bool = False,
-    metrics: Address | None = None,
-    log_format: str = "text",
-) -> int:
+def run(host: str, port: int, data_dir: Path, *, log_format: str = "text", **options: Any) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status.
 
     Writes one line to stdout once it listens, "kedge tracker ready at HOST:PORT", a new tracker also the command that
-    lets a first device join, and its log to stderr, in one of `kedge.rpc.logs.FORMATS`.
+    lets a first device join, and its log to stderr, in one of `kedge.rpc.logs.FORMATS`. `options` are those of `serve`.
 
     Raises:
         ConnectError: the address cannot be listened on.
@@ -37,7 +28,6 @@ def run(
             meanwhile.
     """
     logs.configure(log_format, "%(asctime)s %(levelname)s %(name)s: %(message)s")
-    options = {"agents_port": agents_port, "insecure_loopback": insecure_loopback, "metrics": metrics}
     return asyncio.run(_run(host, port, data_dir, options))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 import threading
 import time
@@ -18,13 +19,16 @@ import grpc
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc
-from kedge.rpc.blobs import BlobStore
+from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.security.credentials import Credentials
+from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
 from kedge.rpc.tracker.metrics import Metrics, exported
+from kedge.rpc.tracker.needed import Needed
 from kedge.rpc.tracker.observer import SILENT
+from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.devices import LIFETIME_S
 from kedge.rpc.tracker.security.folder import Limits, Security
@@ -34,9 +38,10 @@ from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
 from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.state import Settings
-from kedge.rpc.tracker.store import Store, StoreError
+from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address
 
+log = logging.getLogger("kedge.tracker")
 LOOPBACK = "127.0.0.1"
 #: Calls that are under way when the tracker stops may go on for so long.
 _GRACE_S = 0.5
@@ -70,6 +75,7 @@ async def serve(
     agents_port: int | None = None,
     insecure_loopback: bool = False,
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    blob_quota: int | None = None,
     device_lifetime_s: int = LIFETIME_S,
     metrics: Address | None = None,
 ) -> AsyncIterator[Serving]:
@@ -78,7 +84,7 @@ async def serve(
     Clients and devices that enrol are served on `port`, agents on `agents_port` (None: the next one; 0: any). With
     `insecure_loopback` everybody on this machine is served on `port`, in plaintext and without being asked who they
     are. While it lasts, the user that started it has credentials in the configuration folder. Prometheus may scrape
-    `metrics` (None: nothing is counted).
+    `metrics` (None: nothing is counted). `blob_quota` is in bytes; None means a share of the disk.
 
     Raises:
         ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
@@ -116,10 +122,14 @@ async def serve(
     try:
         security = None if insecure_loopback else Security(data_dir, device_lifetime_s=device_lifetime_s)
         audit = security.audit if security is not None else Audit(data_dir / "audit.jsonl")
-        blobs = BlobStore(data_dir / "blobs", write_behind=True)
+        owners = Owners(data_dir / "owners")
+        blobs = TrackerBlobs(data_dir / "blobs", blob_quota, on_evict=owners.forget)
+        catalog = Catalog(blobs, owners)
+        store.keep_needed(Needed(blobs, catalog.members_of))
+        _fit(blobs)
         shell = Shell(store, settings, observer=observer)
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
-            services = _Services(shell, blobs, Owners(data_dir / "owners"), audit, threads, limits, health, counting)
+            services = _Services(shell, blobs, catalog, owners, audit, threads, limits, health, counting)
             exporter = ExitStack()
             servers = _Servers(host)
             try:
@@ -156,13 +166,23 @@ async def serve(
         await loop.run_in_executor(None, store.close)
 
 
+def _fit(blobs: TrackerBlobs) -> None:
+    """Drop what a quota leaves no room for; what is needed stays, and new uploads are refused."""
+    try:
+        blobs.make_room()
+    except BlobQuotaError as error:
+        log.warning("%s", error)
+    log.info("blobs take %d of %d bytes", blobs.taken_bytes(), blobs.quota_bytes())
+
+
 class _Services:
     """Which services are offered to whom."""
 
     def __init__(
         self,
         shell: Shell,
-        blobs: BlobStore,
+        blobs: TrackerBlobs,
+        catalog: Catalog,
         owners: Owners,
         audit: Audit,
         threads: ThreadPoolExecutor,
@@ -174,7 +194,6 @@ class _Services:
         self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
         self._audit = audit
         self._limits = limits
-        catalog = Catalog(blobs, owners)
         self._fleet = FleetService(shell, catalog, audit)
         self._agents = AgentsService(shell, owners, audit)
         self._blobs = BlobsService(shell, blobs, catalog, owners, threads, limits.max_blob_bytes, counting or SILENT)

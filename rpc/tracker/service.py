@@ -16,13 +16,14 @@ import grpc
 
 from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
-from kedge.rpc.blobs import BlobError, BlobStore, BlobWriter, CorruptBlobError, MissingBlobError
+from kedge.rpc.blobs import BlobError, BlobWriter, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import KedgeError, LimitError, PermissionDeniedError
 from kedge.rpc.limits import check_number
 from kedge.rpc.messages import AgentBody, Hello, JobFinished, TrackerBody
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
 from kedge.rpc.status import UnknownReservationError, to_status
+from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
@@ -277,7 +278,7 @@ class BlobsService:
     def __init__(
         self,
         shell: Shell,
-        blobs: BlobStore,
+        blobs: TrackerBlobs,
         catalog: Catalog,
         owners: Owners,
         threads: ThreadPoolExecutor,

@@ -21,8 +21,9 @@ from kedge.rpc.status import QueueFullError, UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
-from kedge.rpc.tracker.store import Store, StoreError
+from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")

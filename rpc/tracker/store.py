@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from kedge.rpc import convert
 from kedge.rpc.artifact import Need
 from kedge.rpc.artifact.manifest import device_from_json
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker import schema as t
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.facts import (
     Fact,
@@ -47,84 +47,16 @@ from kedge.rpc.tracker.facts import (
     ServiceEnded,
     Stored,
 )
+from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.schema import StoreError, prepare
 from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3
 #: Pause before a commit that failed (a full disk) is tried again.
 _RETRY_S = 1.0
-
-_metadata = sa.MetaData()
-_meta = sa.Table(
-    "meta",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("value", sa.String, nullable=False),
-)
-_jobs = sa.Table(
-    "jobs",
-    _metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
-    sa.Column("needs", sa.String, nullable=False),
-    sa.Column("submitted_ms", sa.BigInteger, nullable=False),
-    sa.Column("state", sa.String, nullable=False, index=True),
-    sa.Column("device", sa.String, nullable=False, default=""),
-    sa.Column("instance_id", sa.String, nullable=False, default=""),
-    sa.Column("epoch", sa.BigInteger, nullable=False, default=0),
-    sa.Column("cancelling", sa.String),
-    # Since when it waits again, and how often a device gave it up.
-    sa.Column("queued_ms", sa.BigInteger),
-    sa.Column("requeues", sa.Integer, nullable=False, default=0),
-    # Devices that failed with it, as JSON.
-    sa.Column("faults", sa.String, nullable=False, server_default="[]"),
-    sa.Column("user", sa.String, nullable=False, server_default=""),
-    # What lists show comes before the whole: SQLite reads a row from its beginning.
-    sa.Column("brief", sa.LargeBinary, nullable=False),
-    sa.Column("spec", sa.LargeBinary, nullable=False),
-)
-_results = sa.Table(
-    "results",
-    _metadata,
-    sa.Column("job_id", sa.String, primary_key=True),
-    sa.Column("outcome", sa.String, nullable=False),
-    sa.Column("finished_ms", sa.BigInteger, nullable=False),
-    sa.Column("brief", sa.LargeBinary, nullable=False),
-    sa.Column("result", sa.LargeBinary, nullable=False),
-)
-_keys = sa.Table(
-    "idempotency_keys",
-    _metadata,
-    sa.Column("key", sa.String, primary_key=True),
-    sa.Column("job_id", sa.String, nullable=False),
-)
-
-
-_serviced = sa.Table(
-    "serviced",
-    _metadata,
-    sa.Column("device", sa.String, primary_key=True),
-    sa.Column("reason", sa.String, nullable=False),
-    sa.Column("user", sa.String, nullable=False),
-    sa.Column("since_ms", sa.BigInteger, nullable=False),
-)
-_reservations = sa.Table(
-    "reservations",
-    _metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("device", sa.String, nullable=False),
-    sa.Column("user", sa.String, nullable=False),
-    sa.Column("from_unix_ms", sa.BigInteger, nullable=False),
-    sa.Column("until_unix_ms", sa.BigInteger, nullable=False),
-    sa.Column("reason", sa.String, nullable=False),
-)
-
-
-class StoreError(KedgeError):
-    """The tracker's data folder cannot be used."""
 
 
 @dataclass(slots=True)
@@ -172,6 +104,7 @@ class Store:
         self._on_failure = on_failure
         self._on_trouble = on_trouble
         self._observer = observer
+        self._needed: Needed | None = None
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -190,8 +123,15 @@ class Store:
         self._thread.start()
         self.found = opened.result()
 
+    def keep_needed(self, needed: Needed) -> None:
+        """From now on, and before anything is appended: `needed` holds the blobs of all jobs that are stored."""
+        needed.restore((record.accepted for record in self.found.records), self._read(_outputs).result())
+        self._needed = needed
+
     def append(self, facts: Sequence[Fact], done: Callable[[], None]) -> None:
         """Store facts; `done` is called from the store's thread once they are durable. Keeps the order of calls."""
+        if self._needed is not None:
+            self._needed.expected(facts)
         self._work.put(_Append(facts, done))
 
     def job(self, job_id: str) -> Future[Job | None]:
@@ -204,7 +144,7 @@ class Store:
 
     def job_of_key(self, key: str) -> Future[str | None]:
         """The job that was ever submitted under this idempotency key."""
-        query = sa.select(_keys.c.job_id).where(_keys.c.key == key)
+        query = sa.select(t.keys.c.job_id).where(t.keys.c.key == key)
         return self._read(lambda connection: connection.execute(query).scalar_one_or_none())
 
     def close(self) -> None:
@@ -261,6 +201,8 @@ class Store:
             if group and not self._commit(connection, group, reads):
                 return
             for append in group:
+                if self._needed is not None:
+                    self._needed.stored(append.facts)
                 append.done()
             for read in reads:
                 self._answer(connection, read)
@@ -360,66 +302,21 @@ def _engine(path: Path) -> sa.Engine:
 
 def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
     with connection.begin():
-        tracker_id = _prepare(connection, path)
-        live = sa.select(_jobs, _keys.c.key).outerjoin(_keys, _keys.c.job_id == _jobs.c.id)
-        records = [_record(row) for row in connection.execute(live.where(_jobs.c.state != JobState.DONE.value))]
-        newest = sa.select(_jobs.c.id, _jobs.c.epoch, _jobs.c.state, _keys.c.key)
-        newest = newest.outerjoin(_keys, _keys.c.job_id == _jobs.c.id).order_by(_jobs.c.seq.desc()).limit(remembered)
+        tracker_id = prepare(connection, str(path))
+        live = sa.select(t.jobs, t.keys.c.key).outerjoin(t.keys, t.keys.c.job_id == t.jobs.c.id)
+        records = [_record(row) for row in connection.execute(live.where(t.jobs.c.state != JobState.DONE.value))]
+        newest = sa.select(t.jobs.c.id, t.jobs.c.epoch, t.jobs.c.state, t.keys.c.key)
+        newest = (
+            newest.outerjoin(t.keys, t.keys.c.job_id == t.jobs.c.id).order_by(t.jobs.c.seq.desc()).limit(remembered)
+        )
         rows = connection.execute(newest).all()[::-1]
-        last_seq = connection.execute(sa.select(sa.func.max(_jobs.c.seq))).scalar() or 0
-        serviced = tuple(Serviced(*row) for row in connection.execute(sa.select(_serviced)))
-        reservations = tuple(Reservation(*row) for row in connection.execute(sa.select(_reservations)))
+        last_seq = connection.execute(sa.select(sa.func.max(t.jobs.c.seq))).scalar() or 0
+        serviced = tuple(Serviced(*row) for row in connection.execute(sa.select(t.serviced)))
+        reservations = tuple(Reservation(*row) for row in connection.execute(sa.select(t.reservations)))
     ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
     keys = tuple((row.key, row.id) for row in rows if row.key)
     all_keys = len(rows) < remembered
     return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations)
-
-
-def _prepare(connection: sa.Connection, path: Path) -> str:
-    """Tables as this kedge knows them, made or brought up to date; the tracker's id."""
-    _metadata.create_all(connection)
-    meta: dict[str, str] = {row.name: row.value for row in connection.execute(sa.select(_meta))}
-    if not meta:
-        meta = {"schema": str(SCHEMA_VERSION), "tracker_id": secrets.token_hex(8)}
-        connection.execute(sa.insert(_meta), [{"name": name, "value": value} for name, value in meta.items()])
-    if int(meta["schema"]) > SCHEMA_VERSION:
-        raise StoreError(
-            f"{path} was written by a newer kedge (schema {meta['schema']}, this one knows {SCHEMA_VERSION})",
-            hint="use that kedge, or another --data-dir",
-        )
-    if int(meta["schema"]) < 2:
-        _to_schema_2(connection)
-    elif int(meta["schema"]) < 3:
-        _to_schema_3(connection)
-    connection.execute(sa.update(_meta).where(_meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
-    return meta["tracker_id"]
-
-
-def _to_schema_2(connection: sa.Connection) -> None:
-    """The tables made anew: lists had to read whole jobs, and what a requeue changed was not stored."""
-    connection.execute(sa.text("DROP INDEX ix_jobs_state"))
-    for name in ("jobs", "results"):
-        connection.execute(sa.text(f"ALTER TABLE {name} RENAME TO old_{name}"))
-    _metadata.create_all(connection)
-    for key, old, new in (("id", "old_jobs", _jobs), ("job_id", "old_results", _results)):
-        whole = sa.text(f"SELECT * FROM {old} WHERE {key} = :key")
-        for one in connection.execute(sa.text(f"SELECT {key} FROM {old}")).scalars().all():
-            row = dict(connection.execute(whole, {"key": one}).mappings().one())
-            connection.execute(sa.insert(new), {**row, "brief": _brief(row)})
-        connection.execute(sa.text(f"DROP TABLE {old}"))
-
-
-def _to_schema_3(connection: sa.Connection) -> None:
-    """Jobs have a user, and remember the devices that failed with them."""
-    for column, default in (("faults", "[]"), ("user", "")):
-        connection.execute(sa.text(f"ALTER TABLE jobs ADD COLUMN \"{column}\" VARCHAR NOT NULL DEFAULT '{default}'"))
-
-
-def _brief(row: Mapping[str, Any]) -> bytes:
-    """What lists show of a stored job or result."""
-    if "spec" in row:
-        return convert.job_spec_to_bytes(brief_spec(convert.job_spec_from_bytes(row["spec"])))
-    return convert.job_result_to_bytes(brief_result(convert.job_result_from_bytes(row["result"])))
 
 
 def _explain(error: Exception, path: Path) -> KedgeError:
@@ -440,10 +337,11 @@ def _explain(error: Exception, path: Path) -> KedgeError:
 
 
 # Made once: what SQLAlchemy does per statement is more than what SQLite does.
-_INSERT_JOB = sa.insert(_jobs)
-_INSERT_KEY = sa.insert(_keys)
-_INSERT_RESULT = sa.insert(_results)
-_UPDATE_JOB = sa.update(_jobs).where(_jobs.c.id == sa.bindparam("job"))
+_INSERT_JOB = sa.insert(t.jobs)
+_INSERT_KEY = sa.insert(t.keys)
+_INSERT_RESULT = sa.insert(t.results)
+_INSERT_OUTPUT = sa.insert(t.outputs)
+_UPDATE_JOB = sa.update(t.jobs).where(t.jobs.c.id == sa.bindparam("job"))
 
 
 def _write(connection: sa.Connection, fact: Fact) -> None:
@@ -455,13 +353,13 @@ def _write(connection: sa.Connection, fact: Fact) -> None:
 
 def _write_device(connection: sa.Connection, fact: Serviced | ServiceEnded | Reserved | ReservationEnded) -> None:
     if isinstance(fact, (Serviced, ServiceEnded)):
-        connection.execute(sa.delete(_serviced).where(_serviced.c.device == fact.device))
+        connection.execute(sa.delete(t.serviced).where(t.serviced.c.device == fact.device))
     if isinstance(fact, Serviced):
-        connection.execute(sa.insert(_serviced), asdict(fact))
+        connection.execute(sa.insert(t.serviced), asdict(fact))
     elif isinstance(fact, Reserved):
-        connection.execute(sa.insert(_reservations), asdict(fact.reservation))
+        connection.execute(sa.insert(t.reservations), asdict(fact.reservation))
     elif isinstance(fact, ReservationEnded):
-        connection.execute(sa.delete(_reservations).where(_reservations.c.id == fact.reservation_id))
+        connection.execute(sa.delete(t.reservations).where(t.reservations.c.id == fact.reservation_id))
 
 
 def _write_job(connection: sa.Connection, fact: JobFact) -> None:
@@ -481,8 +379,7 @@ def _write_job(connection: sa.Connection, fact: JobFact) -> None:
             connection.execute(_INSERT_KEY, {"key": fact.key, "job_id": fact.job_id})
         return
     if isinstance(fact, JobWithdrawn):
-        for table, column in ((_results, _results.c.job_id), (_keys, _keys.c.job_id), (_jobs, _jobs.c.id)):
-            connection.execute(sa.delete(table).where(column == fact.job_id))
+        _delete_jobs(connection, [fact.job_id])
         return
     if isinstance(fact, JobDone):
         row = {
@@ -493,7 +390,20 @@ def _write_job(connection: sa.Connection, fact: JobFact) -> None:
             "finished_ms": fact.finished_ms,
         }
         connection.execute(_INSERT_RESULT, row)
+        if digests := outputs_of(fact.result):
+            connection.execute(_INSERT_OUTPUT, [{"job_id": fact.job_id, "digest": digest} for digest in digests])
     connection.execute(_UPDATE_JOB, {"job": fact.job_id, **_changes(fact)})
+
+
+def _delete_jobs(connection: sa.Connection, job_ids: Sequence[str]) -> None:
+    """Jobs with all that is stored of them."""
+    for column in (t.outputs.c.job_id, t.results.c.job_id, t.keys.c.job_id, t.jobs.c.id):
+        connection.execute(sa.delete(column.table).where(column.in_(job_ids)))
+
+
+def _outputs(connection: sa.Connection) -> list[tuple[str, str]]:
+    """The blobs of all results that are kept: job and digest."""
+    return [(row.job_id, row.digest) for row in connection.execute(sa.select(t.outputs))]
 
 
 def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[str, Any]:
@@ -523,31 +433,31 @@ def _record(row: Any) -> JobRecord:
 
 
 _FULL_JOB = (
-    sa.select(_jobs, _results.c.result, _results.c.finished_ms)
-    .outerjoin(_results, _results.c.job_id == _jobs.c.id)
+    sa.select(t.jobs, t.results.c.result, t.results.c.finished_ms)
+    .outerjoin(t.results, t.results.c.job_id == t.jobs.c.id)
 )  # fmt: skip
 _BRIEF_JOBS = (
-    sa.select(_jobs.c.id, _jobs.c.brief.label("spec"), _jobs.c.state, _jobs.c.device, _jobs.c.submitted_ms)
-    .add_columns(_jobs.c.user, _jobs.c.faults)
-    .add_columns(_results.c.brief.label("result"), _results.c.finished_ms)
-    .outerjoin(_results, _results.c.job_id == _jobs.c.id)
-    .order_by(_jobs.c.seq.desc())
+    sa.select(t.jobs.c.id, t.jobs.c.brief.label("spec"), t.jobs.c.state, t.jobs.c.device, t.jobs.c.submitted_ms)
+    .add_columns(t.jobs.c.user, t.jobs.c.faults)
+    .add_columns(t.results.c.brief.label("result"), t.results.c.finished_ms)
+    .outerjoin(t.results, t.results.c.job_id == t.jobs.c.id)
+    .order_by(t.jobs.c.seq.desc())
 )
 
 
 def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
-    row = connection.execute(_FULL_JOB.where(_jobs.c.id == job_id)).one_or_none()
+    row = connection.execute(_FULL_JOB.where(t.jobs.c.id == job_id)).one_or_none()
     return None if row is None else _job(row)
 
 
 def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState], user: str | None) -> list[Job]:
     query = _BRIEF_JOBS.limit(limit)
     if user is not None:
-        query = query.where(_jobs.c.user == user)
+        query = query.where(t.jobs.c.user == user)
     if states:
         # The database does not know who has started: that is asked of the living.
         wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states}
-        query = query.where(_jobs.c.state.in_([state.value for state in wanted]))
+        query = query.where(t.jobs.c.state.in_([state.value for state in wanted]))
     return [_job(row) for row in connection.execute(query)]
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from kedge.rpc import convert
 from kedge.rpc.artifact import Need, VariantDevice
+from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import (
     Fact,
     JobAccepted,
@@ -27,7 +29,9 @@ from kedge.rpc.tracker.facts import (
     Serviced,
     ServiceEnded,
 )
-from kedge.rpc.tracker.store import Store, StoreError
+from kedge.rpc.tracker.needed import Needed
+from kedge.rpc.tracker.schema import StoreError
+from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import (
     Blob,
     DeviceFault,
@@ -287,6 +291,32 @@ def test_a_database_of_the_second_schema_is_brought_up_to_date(tmp_path: Path) -
         again = JobRequeued("w", 300, 1)
         assert store.found.records == (JobRecord(JobAccepted("w", 1, SPEC, (), "", 100), None, 1, requeued=again),)
         store.close()
+
+
+def test_blobs_of_results_are_found_again_and_listed_in_a_database_of_the_third_schema(tmp_path: Path) -> None:
+    blobs = TrackerBlobs(tmp_path / "blobs", 100)
+    made, other = blobs.put(b"made" * 10), blobs.put(b"other" * 10)
+    result = replace(RESULT, outputs=(Tensor("y", "int8", (40,), made), Tensor("z", "int8", (40,), made)))
+    store = Store(tmp_path)
+    write(store, accepted("j", 1), JobDone("j", result, 5), accepted("i", 2), JobDone("i", RESULT, 5))
+    store.close()
+    for _ in range(2):
+        store = Store(tmp_path)
+        store.keep_needed(Needed(blobs, lambda manifest: (manifest.digest,)))
+        blobs.redeem([made.digest, other.digest])
+        with pytest.raises(BlobQuotaError):
+            blobs.make_room(70)
+        blobs.make_room(60)
+        assert blobs.has(made) and not blobs.has(other)
+        store.close()
+        other = blobs.put(b"other" * 10)
+        blobs = TrackerBlobs(tmp_path / "blobs", 100)
+        with sqlite3.connect(tmp_path / "tracker.db") as connection:
+            connection.executescript(
+                "DROP TABLE outputs; DROP INDEX ix_results_finished_ms; DROP INDEX ix_idempotency_keys_job_id;"
+                "UPDATE meta SET value = '3' WHERE name = 'schema';"
+            )
+        connection.close()
 
 
 def test_bringing_it_up_to_date_is_done_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ from kedge.rpc.errors import ArtifactError, ConnectError, InputError, JobError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.selector import SelectorError
 from kedge.rpc.status import NotReadyError, UnknownJobError, from_rpc_error
+from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.tracker.store import StoreError
 from kedge.rpc.transport import CHUNK_BYTES, open_channel
 from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobState, Lease
 from support.agents import wait_for

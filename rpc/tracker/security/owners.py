@@ -31,5 +31,10 @@ class Owners:
         """Whether the principal may know of the blob and read it."""
         return principal.sees_all or self._path(principal.owner, digest).exists()
 
+    def forget(self, digest: str) -> None:
+        """Nobody has these bytes: they are about to go."""
+        for owner in self._root.iterdir():
+            self._path(owner.name, digest).unlink(missing_ok=True)
+
     def _path(self, owner: str, digest: str) -> Path:
         return self._root / owner / check_digest(digest)[:2] / digest

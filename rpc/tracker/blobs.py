@@ -1,0 +1,227 @@
+"""The tracker's blobs: a store that stays within a number of bytes by dropping what nobody has used for longest.
+
+What counts is everything below the folder: committed blobs, what is left of uploads that broke off, and, for each
+upload that is under way, the size it has announced. Room is made before an upload begins, so that one which cannot fit
+is refused before its bytes are sent. Leftovers go first, then blobs, the longest unused first; never one that
+
+- a job holds, as long as it does (`hold`, see `kedge.rpc.tracker.needed`),
+- somebody was just told is there, or has just sent: a job that needs it is on its way (`promise`),
+- is being uploaded once more.
+
+When a blob was used last is its file's time of modification; all else is counted anew at every start, so that a crash
+leaves nothing to repair.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from kedge.rpc.blobs import BlobQuotaError, BlobStore, BlobWriter
+from kedge.rpc.types import Blob
+
+#: Without a quota: the share of the disk's free space (what the store holds counted as free) that it may take.
+DISK_SHARE = 0.75
+#: What was sent, or was said to be there, stays for so long without a job that needs it.
+PROMISE_S = 300.0
+
+
+class TrackerBlobs(BlobStore):
+    """A store of at most `quota_bytes`; None means `DISK_SHARE` of the disk that is free for it, as it is then.
+
+    `on_evict` is told each digest before its blob goes, from whichever thread makes room. `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        quota_bytes: int | None = None,
+        *,
+        on_evict: Callable[[str], None] = lambda digest: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(root, write_behind=True)
+        self._quota_bytes = quota_bytes
+        self._on_evict = on_evict
+        self._clock = clock
+        self._books = threading.RLock()
+        self._sizes: dict[str, int] = {}
+        self._stored = 0
+        #: Blobs that may go, the longest unused first.
+        self._free: OrderedDict[str, None] = OrderedDict()
+        self._holds: Counter[str] = Counter()
+        #: Until when: the soonest first, as all promises last equally long.
+        self._promised: OrderedDict[str, float] = OrderedDict()
+        #: What is left of broken-off uploads: the oldest first.
+        self._leftovers: OrderedDict[str, int] = OrderedDict()
+        self._under_way: dict[BlobWriter, int] = {}
+        self._take_stock()
+
+    # ---- What has to stay ----
+
+    def hold(self, digests: Iterable[str]) -> None:
+        """Keep these blobs, and those among them that come later, until they are let go as often as they were held."""
+        with self._books:
+            for digest in digests:
+                self._holds[digest] += 1
+                self._free.pop(digest, None)
+
+    def let_go(self, digests: Iterable[str]) -> None:
+        """Undo one `hold`. What nobody holds any more may go, after all that was unused for longer."""
+        with self._books:
+            for digest in digests:
+                self._holds[digest] -= 1
+                if self._holds[digest] <= 0:
+                    del self._holds[digest]
+                    if digest in self._sizes:
+                        self._free[digest] = None
+                        self._touch(digest)
+
+    def promise(self, blobs: Iterable[Blob]) -> set[str]:
+        """The digests of those that are there; they stay for `PROMISE_S`, or until a job holds them."""
+        with self._books:
+            there = {blob.digest for blob in blobs if self.has(blob)}
+            for digest in there:
+                self._promise(digest, self._clock() + PROMISE_S)
+            return there
+
+    def redeem(self, digests: Iterable[str]) -> None:
+        """The job that these were promised for is there, and holds them."""
+        with self._books:
+            for digest in digests:
+                if self._promised.pop(digest, None) is not None:
+                    self.let_go((digest,))
+
+    def _promise(self, digest: str, until: float) -> None:
+        if self._promised.pop(digest, None) is None:
+            self.hold((digest,))
+        self._promised[digest] = until
+
+    # ---- How full it is ----
+
+    def quota_bytes(self) -> int:
+        """How much may be kept now."""
+        if self._quota_bytes is not None:
+            return self._quota_bytes
+        here = self._stored + sum(self._leftovers.values())
+        return int((shutil.disk_usage(str(self.root)).free + here) * DISK_SHARE)
+
+    def taken_bytes(self) -> int:
+        """What counts against the quota, uploads that are under way with all that they have announced."""
+        with self._books:
+            return self._stored + sum(self._leftovers.values()) + sum(self._under_way.values())
+
+    def make_room(self, needed_bytes: int = 0) -> None:
+        """Drop what may go until `needed_bytes` more fit; raises BlobQuotaError, and drops nothing, if they cannot."""
+        with self._books:
+            while self._promised and next(iter(self._promised.values())) <= self._clock():
+                self.let_go((self._promised.popitem(last=False)[0],))
+            quota = self.quota_bytes()
+            excess = self.taken_bytes() + needed_bytes - quota
+            leftovers, blobs = [], []
+            for name, size in self._leftovers.items():
+                if excess <= 0:
+                    break
+                leftovers.append(name)
+                excess -= size
+            for digest in self._free:
+                if excess <= 0:
+                    break
+                blobs.append(digest)
+                excess -= self._sizes[digest]
+            if excess > 0:
+                raise BlobQuotaError(
+                    f"{needed_bytes} more bytes do not fit into the tracker's blob store: {excess} of the {quota} that "
+                    "it may hold would have to go, and jobs, kept results and uploads need them",
+                    hint="wait for jobs to end, send less, or start the tracker with a larger --blob-quota",
+                )
+            for name in leftovers:
+                (self._partial / name).unlink(missing_ok=True)
+                del self._leftovers[name]
+            for digest in blobs:
+                self._on_evict(digest)
+                self.discard(digest)
+
+    # ---- Reading and writing ----
+
+    def open(self, digest: str) -> BinaryIO:
+        """As of every store; the blob counts as used now."""
+        with self._books:
+            file = super().open(digest)
+            if digest in self._free:
+                self._free.move_to_end(digest)
+            self._touch(digest)
+            return file
+
+    def discard(self, digest: str) -> None:
+        """As of every store."""
+        with self._books:
+            super().discard(digest)
+            self._stored -= self._sizes.pop(digest, 0)
+            self._free.pop(digest, None)
+
+    def _claim(self, blob: Blob, offset: int, part: Path) -> BlobWriter:
+        with self._books:
+            # What is gone on with must not go to make room for itself.
+            resumed = self._leftovers.pop(part.name, None)
+            try:
+                self.make_room(blob.size)
+                writer = super()._claim(blob, offset, part)
+            except BaseException:
+                if resumed is not None:
+                    self._count_leftover(part)
+                raise
+            self._under_way[writer] = blob.size
+            self.hold((blob.digest,))
+            return writer
+
+    def _publish(self, writer: BlobWriter) -> None:
+        try:
+            super()._publish(writer)
+        finally:  # also when the last step, making it durable, has failed
+            with self._books:
+                digest = writer.blob.digest
+                if self._object(digest).exists():
+                    self._stored += writer.blob.size - self._sizes.get(digest, 0)
+                    self._sizes[digest] = writer.blob.size
+                    self._touch(digest)
+                    self._promise(digest, self._clock() + PROMISE_S)
+                self._ended(writer)
+
+    def _release(self, writer: BlobWriter) -> None:
+        super()._release(writer)
+        with self._books:
+            self._ended(writer)
+
+    def _ended(self, writer: BlobWriter) -> None:
+        if self._under_way.pop(writer, None) is not None:
+            self._count_leftover(writer.part)
+            self.let_go((writer.blob.digest,))
+
+    def _count_leftover(self, part: Path) -> None:
+        self._leftovers.pop(part.name, None)
+        if part.name not in self._writers and part.exists():
+            self._leftovers[part.name] = part.stat().st_size
+
+    def _touch(self, digest: str) -> None:
+        with suppress(FileNotFoundError):  # somebody has removed it by hand
+            os.utime(self._object(digest), (self._clock(),) * 2)
+
+    def _take_stock(self) -> None:
+        """Count what an earlier process has left."""
+        found = sorted((path.stat().st_mtime, path.name, path.stat().st_size) for path in self._objects.glob("*/*"))
+        for used_s, digest, size in found:
+            self._sizes[digest] = size
+            self._free[digest] = None
+            if used_s + PROMISE_S > self._clock():
+                self._promise(digest, min(used_s, self._clock()) + PROMISE_S)
+        self._stored = sum(self._sizes.values())
+        parts = sorted((path.stat().st_mtime, path.name, path.stat().st_size) for path in self._partial.iterdir())
+        self._leftovers.update((name, size) for _, name, size in parts)

@@ -1,0 +1,154 @@
+"""The tables of the tracker's database, and how those of an older kedge become them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+
+from kedge.rpc import convert
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.brief import brief_result, brief_spec
+from kedge.rpc.tracker.needed import outputs_of
+
+SCHEMA_VERSION = 4
+
+metadata = sa.MetaData()
+meta = sa.Table(
+    "meta",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),
+)
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("needs", sa.String, nullable=False),
+    sa.Column("submitted_ms", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.String, nullable=False, index=True),
+    sa.Column("device", sa.String, nullable=False, default=""),
+    sa.Column("instance_id", sa.String, nullable=False, default=""),
+    sa.Column("epoch", sa.BigInteger, nullable=False, default=0),
+    sa.Column("cancelling", sa.String),
+    # Since when it waits again, and how often a device gave it up.
+    sa.Column("queued_ms", sa.BigInteger),
+    sa.Column("requeues", sa.Integer, nullable=False, default=0),
+    # Devices that failed with it, as JSON.
+    sa.Column("faults", sa.String, nullable=False, server_default="[]"),
+    sa.Column("user", sa.String, nullable=False, server_default=""),
+    # What lists show comes before the whole: SQLite reads a row from its beginning.
+    sa.Column("brief", sa.LargeBinary, nullable=False),
+    sa.Column("spec", sa.LargeBinary, nullable=False),
+)
+results = sa.Table(
+    "results",
+    metadata,
+    sa.Column("job_id", sa.String, primary_key=True),
+    sa.Column("outcome", sa.String, nullable=False),
+    sa.Column("finished_ms", sa.BigInteger, nullable=False, index=True),
+    sa.Column("brief", sa.LargeBinary, nullable=False),
+    sa.Column("result", sa.LargeBinary, nullable=False),
+)
+keys = sa.Table(
+    "idempotency_keys",
+    metadata,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("job_id", sa.String, nullable=False, index=True),
+)
+# The blobs that a result names: they stay as long as it does.
+outputs = sa.Table(
+    "outputs",
+    metadata,
+    sa.Column("job_id", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, primary_key=True),
+)
+serviced = sa.Table(
+    "serviced",
+    metadata,
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("user", sa.String, nullable=False),
+    sa.Column("since_ms", sa.BigInteger, nullable=False),
+)
+reservations = sa.Table(
+    "reservations",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("user", sa.String, nullable=False),
+    sa.Column("from_unix_ms", sa.BigInteger, nullable=False),
+    sa.Column("until_unix_ms", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.String, nullable=False),
+)
+
+
+class StoreError(KedgeError):
+    """The tracker's database cannot be used."""
+
+
+def prepare(connection: sa.Connection, place: str) -> str:
+    """Make the tables as this kedge knows them, or bring them up to date; returns the tracker's id.
+
+    Raises StoreError where a newer kedge has written `place`.
+    """
+    metadata.create_all(connection)
+    known: dict[str, str] = {row.name: row.value for row in connection.execute(sa.select(meta))}
+    if not known:
+        known = {"schema": str(SCHEMA_VERSION), "tracker_id": secrets.token_hex(8)}
+        connection.execute(sa.insert(meta), [{"name": name, "value": value} for name, value in known.items()])
+    if int(known["schema"]) > SCHEMA_VERSION:
+        raise StoreError(
+            f"{place} was written by a newer kedge (schema {known['schema']}, this one knows {SCHEMA_VERSION})",
+            hint="use that kedge, or another --data-dir",
+        )
+    found = int(known["schema"])
+    if found < 2:
+        _to_schema_2(connection)
+    elif found < 3:
+        _to_schema_3(connection)
+    if found < 4:
+        _to_schema_4(connection)
+    connection.execute(sa.update(meta).where(meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
+    return known["tracker_id"]
+
+
+def _to_schema_2(connection: sa.Connection) -> None:
+    """The tables made anew: lists had to read whole jobs, and what a requeue changed was not stored."""
+    connection.execute(sa.text("DROP INDEX ix_jobs_state"))
+    for name in ("jobs", "results"):
+        connection.execute(sa.text(f"ALTER TABLE {name} RENAME TO old_{name}"))
+    metadata.create_all(connection)
+    for key, old, new in (("id", "old_jobs", jobs), ("job_id", "old_results", results)):
+        whole = sa.text(f"SELECT * FROM {old} WHERE {key} = :key")
+        for one in connection.execute(sa.text(f"SELECT {key} FROM {old}")).scalars().all():
+            row = dict(connection.execute(whole, {"key": one}).mappings().one())
+            connection.execute(sa.insert(new), {**row, "brief": _brief(row)})
+        connection.execute(sa.text(f"DROP TABLE {old}"))
+
+
+def _to_schema_3(connection: sa.Connection) -> None:
+    """Jobs have a user, and remember the devices that failed with them."""
+    for column, default in (("faults", "[]"), ("user", "")):
+        connection.execute(sa.text(f"ALTER TABLE jobs ADD COLUMN \"{column}\" VARCHAR NOT NULL DEFAULT '{default}'"))
+
+
+def _to_schema_4(connection: sa.Connection) -> None:
+    """The blobs of results are listed, and what retention looks for has indices."""
+    for index in (*results.indexes, *keys.indexes):
+        index.create(connection, checkfirst=True)
+    for job_id in connection.execute(sa.select(results.c.job_id)).scalars().all():
+        whole = connection.execute(sa.select(results.c.result).where(results.c.job_id == job_id)).scalar_one()
+        digests = outputs_of(convert.job_result_from_bytes(whole))
+        if digests:
+            connection.execute(sa.insert(outputs), [{"job_id": job_id, "digest": digest} for digest in digests])
+
+
+def _brief(row: Mapping[str, Any]) -> bytes:
+    """What lists show of a stored job or result."""
+    if "spec" in row:
+        return convert.job_spec_to_bytes(brief_spec(convert.job_spec_from_bytes(row["spec"])))
+    return convert.job_result_to_bytes(brief_result(convert.job_result_from_bytes(row["result"])))

@@ -1,0 +1,297 @@
+"""The tracker's store of blobs stays within its quota, and never drops what a job needs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kedge.rpc import messages as m
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import BlobQuotaError, BlobWriter, blob_of
+from kedge.rpc.client import connect
+from kedge.rpc.client.plan import pack
+from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.tracker.blobs import DISK_SHARE, PROMISE_S, TrackerBlobs
+from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.facts import JobAccepted, JobDone, JobWithdrawn
+from kedge.rpc.tracker.needed import Needed
+from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.server import start
+from kedge.rpc.transport import open_channel
+from kedge.rpc.types import JobResult, JobSpec, RunTask, Tensor
+from support.fake_agent import FakeAgent
+from support.toys import QUICK, device_info
+
+QUOTA = 100
+DATA = [bytes([65 + number]) * size for number, size in enumerate((0, 10, 10, 20, 30, 30, 45, 60, 120))]
+BLOBS = [blob_of(data) for data in DATA]
+any_blob = st.integers(0, len(DATA) - 1)
+
+
+class Clock:
+    """Unix seconds that stand still unless told."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3  # files' times must differ
+        return self.now
+
+
+def files(store: TrackerBlobs) -> dict[str, int]:
+    """Every file of the store: `objects` or `partial`, a slash, its name."""
+    found = (path for path in store.root.rglob("*") if path.is_file())
+    return {f"{path.relative_to(store.root).parts[0]}/{path.name}": path.stat().st_size for path in found}
+
+
+class Quota(RuleBasedStateMachine):
+    """Uploads that are done, broken off, gone on with and refused, while jobs come and go and the tracker dies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = TemporaryDirectory()
+        self.clock = Clock()
+        self.holds: Counter[str] = Counter()
+        self.promised: dict[str, float] = {}
+        self.writers: list[BlobWriter] = []
+        self.open_store()
+
+    def open_store(self) -> None:
+        root = Path(self.folder.name) / "blobs"
+        self.store = TrackerBlobs(root, QUOTA, on_evict=self.evict, clock=self.clock)
+        self.store.hold(self.holds.elements())
+
+    def evict(self, digest: str) -> None:
+        assert digest not in self.protected()
+
+    def teardown(self) -> None:
+        for writer in self.writers:
+            writer.close()
+        self.folder.cleanup()
+
+    def protected(self) -> set[str]:
+        """What must not go."""
+        promised = {digest for digest, until in self.promised.items() if until > self.clock.now}
+        return promised | set(self.holds) | {writer.blob.digest for writer in self.writers}
+
+    def idle(self) -> set[str]:
+        """Files of uploads that nobody goes on with now."""
+        busy = {f"partial/{writer.path.name}" for writer in self.writers}
+        return {name for name in files(self.store) if name.startswith("partial/")} - busy
+
+    def begin(self, number: int, *, resume: bool) -> BlobWriter | None:
+        """An upload, if it fits, having checked what went to make room for it."""
+        blob, before, taken = BLOBS[number], files(self.store), self.store.taken_bytes()
+        own = f"partial/{blob.digest}"
+        resumed = before[own] if own in self.idle() else 0
+        kept = {f"objects/{digest}" for digest in self.protected()}
+        try:
+            writer = self.store.begin(blob, self.store.unfinished_bytes(blob) if resume else 0)
+        except BlobQuotaError as error:
+            assert error.hint is not None and "--blob-quota" in error.hint
+            assert files(self.store) == before, "what is refused costs nobody anything"
+            needed = sum(before.get(name, 0) for name in kept) + sum(each.blob.size for each in self.writers)
+            assert needed + blob.size > QUOTA
+            return None
+        self.writers.append(writer)
+        gone = before.keys() - files(self.store).keys()
+        assert not gone & kept
+        assert not gone or taken - resumed + blob.size > QUOTA, "nothing goes before it must"
+        if any(name.startswith("objects/") for name in gone):
+            assert not self.idle(), "leftovers go first"
+        return writer
+
+    @rule(number=any_blob, resume=st.booleans())
+    def upload(self, number: int, resume: bool) -> None:
+        writer = self.begin(number, resume=resume)
+        if writer is not None:
+            self.finish(writer)
+
+    @rule(number=any_blob, share=st.floats(0, 1), resume=st.booleans())
+    def begin_upload(self, number: int, share: float, resume: bool) -> None:
+        writer = self.begin(number, resume=resume)
+        if writer is not None:
+            left = DATA[number][writer.size :]
+            writer.append(left[: int(len(left) * share)])
+
+    @precondition(lambda self: self.writers)
+    @rule(data=st.data(), whole=st.booleans())
+    def end_upload(self, data: st.DataObject, whole: bool) -> None:
+        writer = data.draw(st.sampled_from(self.writers))
+        if whole:
+            self.finish(writer)
+        else:
+            writer.close()
+            self.writers.remove(writer)
+
+    def finish(self, writer: BlobWriter) -> None:
+        writer.append(DATA[BLOBS.index(writer.blob)][writer.size :])
+        writer.commit()
+        writer.close()
+        self.promised[writer.blob.digest] = self.clock.now + PROMISE_S
+        self.writers.remove(writer)
+
+    @rule(number=any_blob)
+    def job_begins(self, number: int) -> None:
+        self.store.hold([BLOBS[number].digest])
+        self.store.redeem([BLOBS[number].digest])
+        self.holds[BLOBS[number].digest] += 1
+        self.promised.pop(BLOBS[number].digest, None)
+
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data())
+    def job_ends(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.holds)))
+        self.store.let_go([digest])
+        self.holds = self.holds - Counter([digest])
+
+    @rule(numbers=st.sets(any_blob))
+    def find_missing(self, numbers: set[int]) -> None:
+        asked = [BLOBS[number] for number in numbers]
+        there = self.store.promise(asked)
+        assert there == {blob.digest for blob in asked if self.store.has(blob)}
+        self.promised.update((digest, self.clock.now + PROMISE_S - 1) for digest in there)
+
+    @rule(number=any_blob)
+    def download(self, number: int) -> None:
+        if self.store.has(BLOBS[number]):
+            with self.store.open(BLOBS[number].digest) as file:
+                assert file.read() == DATA[number]
+
+    @rule(seconds=st.sampled_from([1.0, PROMISE_S / 2, PROMISE_S + 1]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def tracker_dies(self) -> None:
+        """What was promised is as good as its files' times."""
+        for writer in self.writers:
+            os.close(writer._fd)
+        self.writers.clear()
+        self.open_store()
+        self.promised = {blob.digest: self.store.path(blob.digest).stat().st_mtime + PROMISE_S for blob in self.store}
+
+    @invariant()
+    def books_are_those_of_the_disk(self) -> None:
+        on_disk = sum(files(self.store).values())
+        ahead = sum(writer.blob.size - writer.path.stat().st_size for writer in self.writers)
+        assert self.store.taken_bytes() == on_disk + ahead <= QUOTA
+
+
+Quota.TestCase.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestQuota = Quota.TestCase
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_the_longest_unused_goes_first_also_after_a_restart(tmp_path: Path, clock: Clock) -> None:
+    gone: list[str] = []
+    store = TrackerBlobs(tmp_path, QUOTA, clock=clock)
+    a, b, c = (store.put(text * 30) for text in (b"a", b"b", b"c"))
+    store.open(a.digest).close()
+    clock.now += PROMISE_S + 1
+    again = TrackerBlobs(tmp_path, QUOTA, on_evict=gone.append, clock=clock)
+    again.put(b"d" * 30)
+    assert gone == [b.digest] and not again.has(b) and again.has(a) and again.has(c)
+    again.put(b"e" * 60)
+    assert gone == [b.digest, c.digest, a.digest]
+
+
+def test_leftovers_go_before_blobs(tmp_path: Path, clock: Clock) -> None:
+    store = TrackerBlobs(tmp_path, QUOTA, clock=clock)
+    old = store.put(b"o" * 40)
+    clock.now += PROMISE_S + 1
+    with store.begin(blob_of(b"half" * 10)) as writer:
+        writer.append(b"half" * 9)
+    assert store.taken_bytes() == 76
+    store.put(b"n" * 50)
+    assert store.has(old) and list(store.unfinished()) == []
+
+
+def test_what_was_just_sent_waits_for_its_job(tmp_path: Path, clock: Clock) -> None:
+    store = TrackerBlobs(tmp_path, QUOTA, clock=clock)
+    sent = store.put(b"s" * 80)
+    with pytest.raises(BlobQuotaError, match=r"80 more bytes do not fit.*60 of the 100"):
+        store.put(b"t" * 80)
+    clock.now += PROMISE_S + 1
+    store.put(b"t" * 80)
+    assert not store.has(sent)
+
+
+def test_without_a_quota_it_takes_a_share_of_the_disk(tmp_path: Path) -> None:
+    store = TrackerBlobs(tmp_path)
+    status = os.statvfs(tmp_path)
+    assert store.quota_bytes() == pytest.approx(status.f_bavail * status.f_frsize * DISK_SHARE, rel=0.05)
+
+
+def test_jobs_hold_what_they_need_and_kept_results_their_outputs(
+    tmp_path: Path, clock: Clock, artifact: Artifact
+) -> None:
+    packed = pack(artifact)
+    store = TrackerBlobs(tmp_path / "blobs", 1 << 20, clock=clock)
+    parts = [store.put(data) for _, data in packed.blobs()]
+    given, made = store.put(b"input"), store.put(b"output")
+    spec = JobSpec(packed.blob, "main", RunTask((Tensor("x", "int8", (5,), given),)))
+    catalog = Catalog(store, Owners(tmp_path / "owners"))
+    needed = Needed(store, catalog.members_of)
+    jobs = [JobAccepted(name, seq, spec, (), "", 0) for seq, name in enumerate(("one", "two"))]
+    done = JobDone("one", JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "int8", (6,), made),)), 5)
+    inputs = {blob.digest for blob in (*parts, given)}
+
+    def left() -> set[str]:
+        """What is there after all that may go has gone."""
+        clock.now += PROMISE_S + 1
+        while list(store):
+            try:
+                store.make_room((1 << 20) - store.taken_bytes() + 1)
+            except BlobQuotaError:
+                break
+        return {blob.digest for blob in store}
+
+    needed.expected(jobs)
+    store.promise([made])
+    needed.expected([done])
+    assert left() == inputs | {made.digest}
+    needed.stored([done])
+    assert left() == inputs | {made.digest}, "the other job needs the same"
+    needed.stored([JobWithdrawn("two")])
+    assert left() == {made.digest}
+    again = Needed(store, catalog.members_of)
+    again.restore((), [("one", made.digest)])
+    needed.forgotten(["one"])
+    assert left() == {made.digest}
+    again.forgotten(["one"])
+    assert left() == set()
+
+
+def test_a_full_tracker_refuses_an_upload_and_takes_it_when_the_job_is_done(tmp_path: Path, artifact: Artifact) -> None:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    with (
+        start(port=0, data_dir=tmp_path, settings=QUICK, insecure_loopback=True, blob_quota=1 << 20) as tracker,
+        connect(tracker.address) as fleet,
+        FakeAgent(tracker.address, device_info()) as agent,
+        open_channel(tracker.address) as channel,
+    ):
+        job = fleet.run(artifact, {"x": x})
+        assigned = agent.expect(m.AssignJob)
+        blobs = BlobClient(channel, tracker.address)
+        large = b"l" * (1 << 20)
+        with pytest.raises(BlobQuotaError, match=r"do not fit into the tracker's blob store") as caught:
+            blobs.upload(blob_of(large), large)
+        assert caught.value.hint is not None and "--blob-quota" in caught.value.hint
+        agent.finish(assigned)
+        job.wait(timeout=10)
+        blobs.upload(blob_of(large), large)
