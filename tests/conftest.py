@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,17 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Credentials of trackers that tests start stay out of the user's own folder, in subprocesses too."""
+    """Credentials of trackers that tests start stay out of the user's own folder, in subprocesses too.
+
+    Behind `nohup`, or in the background of a script, tests run with signals ignored, and so would every process that
+    they start and interrupt. A handler that does nothing is not inherited.
+    """
     folder = tempfile.TemporaryDirectory(prefix="kedge-tests-config-")
     config.add_cleanup(folder.cleanup)
     os.environ["KEDGE_CONFIG_DIR"] = folder.name
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
