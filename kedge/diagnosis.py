@@ -17,8 +17,23 @@ import kedge
 from kedge.rpc.artifact.place import GPU_KINDS
 from kedge.rpc.errors import KedgeError
 
-PACKAGES = ("numpy", "llvmlite", "onnx", "ziglang", "grpcio", "protobuf", "sqlalchemy", "paramiko", "cryptography")
+PACKAGES = (
+    "numpy",
+    "llvmlite",
+    "onnx",
+    "ziglang",
+    "grpcio",
+    "protobuf",
+    "sqlalchemy",
+    "paramiko",
+    "cryptography",
+    "grpcio-health-checking",
+    "grpcio-reflection",
+    "prometheus-client",
+)
 MIN_FREE_BYTES = 500 << 20
+#: Less than this will not last.
+LOW_FREE_BYTES = 5 << 30
 
 Progress = Callable[[str], None]
 Status = Literal["ok", "note", "broken"]
@@ -44,12 +59,13 @@ def diagnose(tracker: str | None, device: str | None, progress: Progress = lambd
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("packages", _packages),
         ("cache", _cache),
-        ("compile and run here", lambda: _compile_and_run(progress)),
+        ("toolchain", lambda: _toolchain(progress)),
+        ("compile and run here", _compile_and_run),
         *((f"{kind} devices", partial(_gpus, kind)) for kind in GPU_KINDS),
         ("emulated boards", _boards),
     ]
     if tracker:
-        checks.append(("tracker", lambda: _tracker(tracker, device)))
+        checks.append(("tracker", lambda: _hops(tracker, device)))
     for name, check in checks:
         progress(name)
         try:
@@ -90,32 +106,41 @@ def _cache() -> Iterator[Finding]:
     yield Finding("cache", status, f"{folder}, {free / (1 << 30):.1f} GiB free", remedy)
 
 
-def _compile_and_run(progress: Progress) -> Iterator[Finding]:
+def _toolchain(progress: Progress) -> Iterator[Finding]:
+    """The linker, the C compiler and the runner that they make."""
     from kedge.compiler.target import parse
-    from kedge.compiler.toolchain import build_runtime
+    from kedge.compiler.toolchain import build_runtime, zig_version
 
-    build_runtime(parse("native"), progress=progress)
-    artifact, inputs, expected = _trivial_job("native")
+    runner = build_runtime(parse("native"), progress=progress).runner
+    yield Finding("toolchain", "ok", f"zig {zig_version()} compiles and links")
+    yield Finding("runner", "ok", str(runner))
+
+
+def _compile_and_run() -> Iterator[Finding]:
     with kedge.local(threads=1) as device:
-        result = device.load(artifact).run(inputs)["y"]
-        yield _compare("compile and run here", result, expected, device.target)
+        yield try_on("compile and run here", device, "native")
 
 
-def _trivial_job(target: str) -> tuple[Any, dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """A function small enough to blame nobody but the road: y = 2 x + 1."""
+def try_on(check: str, device: Any, target: str) -> Finding:
+    """Compile y = 2 x + 1, small enough to blame nobody but the road, and run it on the device."""
     from kedge.compiler import te
 
     x = te.placeholder((64,), "float32", name="x")
     y = te.compute((64,), lambda i: x[i] * 2.0 + 1.0, name="y")
     artifact = kedge.compile(te.create_prim_func([x, y], name="main"), target=target, name="doctor")
     data = np.arange(64, dtype=np.float32)
-    return artifact, {"x": data}, data * 2 + 1
+    result = device.load(artifact).run({"x": data})["y"]
+    if np.array_equal(result, data * 2 + 1):
+        return Finding(check, "ok", device.target)
+    return Finding(
+        check, "broken", f"{device.target} computed 2 x + 1 wrongly", "report this with the output of --json"
+    )
 
 
-def _compare(check: str, result: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], where: str) -> Finding:
-    if np.array_equal(result, expected):
-        return Finding(check, "ok", where)
-    return Finding(check, "broken", f"{where} computed 2 x + 1 wrongly", "report this with the output of --json")
+def _hops(tracker: str, selector: str | None) -> Iterator[Finding]:
+    from kedge.fleet_diagnosis import hops
+
+    return hops(tracker, selector)
 
 
 def _gpus(kind: str) -> Iterator[Finding]:
@@ -139,26 +164,3 @@ def _boards() -> Iterator[Finding]:
             yield Finding(f"emulated {arch} board", "note", missing, "only needed for `kedge demo` and the board tests")
         else:
             yield Finding(f"emulated {arch} board", "ok", "qemu and user land tools are there")
-
-
-def _tracker(tracker: str, selector: str | None) -> Iterator[Finding]:
-    with kedge.connect(tracker) as fleet:
-        yield Finding("tracker", "ok", f"{tracker} answers")
-        devices = fleet.devices(selector or "")
-        if not devices:
-            yield _no_device(fleet, tracker, selector)
-            return
-        yield Finding("devices", "ok", ", ".join(f"{d.info.name} ({d.state})" for d in devices))
-        if selector:
-            target = devices[0].info.target
-            artifact, inputs, expected = _trivial_job(target)
-            with fleet.session(devices[0].info.name) as device:
-                yield _compare("a job on the device", device.load(artifact).run(inputs)["y"], expected, target)
-
-
-def _no_device(fleet: Any, tracker: str, selector: str | None) -> Finding:
-    start = f"let one join: kedge tracker token create --role enrol --tracker {tracker}"
-    connected = ", ".join(device.info.name for device in fleet.devices()) if selector else ""
-    if connected:
-        return Finding("devices", "broken", f"no device matches {selector!r}", f"choose one of {connected}, or {start}")
-    return Finding("devices", "broken", "no device is connected", start)

@@ -10,7 +10,7 @@ import dataclasses
 import enum
 from typing import Any, Dict, Generic, Iterable, Mapping, Optional, Tuple, Type, TypeVar
 
-from kedge.protos.v1 import agent_pb2, types_pb2
+from kedge.protos.v1 import agent_pb2, fleet_pb2, types_pb2
 from kedge.rpc import messages as m
 from kedge.rpc import types as t
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
@@ -68,6 +68,38 @@ def protocol_to_pb(protocol: t.Protocol) -> types_pb2.Protocol:
 def protocol_from_pb(pb: types_pb2.Protocol) -> t.Protocol:
     """Protocol, in."""
     return t.Protocol(pb.version, tuple(pb.capabilities), pb.software)
+
+
+def tracker_status_to_pb(status: t.TrackerStatus) -> fleet_pb2.StatusResponse:
+    """TrackerStatus, out."""
+    agents = [
+        fleet_pb2.ConnectedAgent(device=device, protocol=protocol_to_pb(spoken))
+        for device, spoken in status.agents.items()
+    ]
+    return fleet_pb2.StatusResponse(
+        protocol=protocol_to_pb(status.protocol),
+        unix_ms=status.unix_ms,
+        user=status.user,
+        role=status.role,
+        expires_unix_s=status.expires_unix_s,
+        store_problem=status.store_problem,
+        disk_free_bytes=status.disk_free_bytes,
+        agents=agents,
+    )
+
+
+def tracker_status_from_pb(pb: fleet_pb2.StatusResponse) -> t.TrackerStatus:
+    """TrackerStatus, in."""
+    return t.TrackerStatus(
+        protocol=protocol_from_pb(pb.protocol),
+        unix_ms=pb.unix_ms,
+        user=pb.user,
+        role=pb.role,
+        expires_unix_s=pb.expires_unix_s,
+        store_problem=pb.store_problem,
+        disk_free_bytes=pb.disk_free_bytes,
+        agents={agent.device: protocol_from_pb(agent.protocol) for agent in pb.agents},
+    )
 
 
 def tensor_to_pb(tensor: t.Tensor) -> types_pb2.Tensor:

@@ -37,6 +37,7 @@ __all__ = [
     "Task",
     "Tensor",
     "TimeOptions",
+    "TrackerStatus",
     "Verdict",
     "plan_inline",
 ]
@@ -233,6 +234,24 @@ class DeviceStatus:
     def to_json(self) -> Dict[str, Any]:
         """Plain values for `--json`."""
         return {**_plain(self.info), **{name: _plain(getattr(self, name)) for name in _STATUS_FIELDS}}
+
+
+@dataclass(frozen=True)
+class TrackerStatus:
+    """How a tracker is, and as whom it knows the one who asks.
+
+    `expires_unix_s` is the end of the token (0: never), `store_problem` says why nothing can be stored now. `agents`
+    tells what each connected device speaks.
+    """
+
+    protocol: Protocol
+    unix_ms: int
+    user: str
+    role: str
+    expires_unix_s: int = 0
+    store_problem: str = ""
+    disk_free_bytes: int = 0
+    agents: Mapping[str, Protocol] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

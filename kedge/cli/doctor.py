@@ -15,6 +15,10 @@ def doctor(
 ) -> None:
     """Check this installation, the tracker and a device, and say what to fix. Exits with 1 when something is broken.
 
+    Here: packages, cache, compiler and toolchain, runner, GPUs. With --tracker also the way there: network,
+    credentials, TLS, versions, what you may do and until when, clocks, the tracker's store and disk, and every device
+    that is connected. With --device one of them runs a job.
+
     Examples:
 
       kedge doctor

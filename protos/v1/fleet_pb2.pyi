@@ -22,6 +22,38 @@ class HelloResponse(_message.Message):
     tracker_id: str
     def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., tracker_id: _Optional[str] = ...) -> None: ...
 
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("protocol", "unix_ms", "user", "role", "expires_unix_s", "store_problem", "disk_free_bytes", "agents")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    STORE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGENTS_FIELD_NUMBER: _ClassVar[int]
+    protocol: _types_pb2.Protocol
+    unix_ms: int
+    user: str
+    role: str
+    expires_unix_s: int
+    store_problem: str
+    disk_free_bytes: int
+    agents: _containers.RepeatedCompositeFieldContainer[ConnectedAgent]
+    def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., unix_ms: _Optional[int] = ..., user: _Optional[str] = ..., role: _Optional[str] = ..., expires_unix_s: _Optional[int] = ..., store_problem: _Optional[str] = ..., disk_free_bytes: _Optional[int] = ..., agents: _Optional[_Iterable[_Union[ConnectedAgent, _Mapping]]] = ...) -> None: ...
+
+class ConnectedAgent(_message.Message):
+    __slots__ = ("device", "protocol")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    protocol: _types_pb2.Protocol
+    def __init__(self, device: _Optional[str] = ..., protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ...) -> None: ...
+
 class ListDevicesRequest(_message.Message):
     __slots__ = ("selector", "include_gone", "wait_ms")
     SELECTOR_FIELD_NUMBER: _ClassVar[int]

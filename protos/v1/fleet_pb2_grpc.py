@@ -41,6 +41,11 @@ class FleetStub(object):
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.HelloRequest.SerializeToString,
                 response_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.HelloResponse.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/kedge.v1.Fleet/Status',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.StatusRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.StatusResponse.FromString,
+                _registered_method=True)
         self.ListDevices = channel.unary_unary(
                 '/kedge.v1.Fleet/ListDevices',
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.ListDevicesRequest.SerializeToString,
@@ -94,6 +99,13 @@ class FleetServicer(object):
 
     def Hello(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """How the tracker is, and who asks.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -163,6 +175,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Hello,
                     request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.HelloRequest.FromString,
                     response_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.HelloResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.StatusRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.StatusResponse.SerializeToString,
             ),
             'ListDevices': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDevices,
@@ -238,6 +255,33 @@ class Fleet(object):
             '/kedge.v1.Fleet/Hello',
             kedge_dot_protos_dot_v1_dot_fleet__pb2.HelloRequest.SerializeToString,
             kedge_dot_protos_dot_v1_dot_fleet__pb2.HelloResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kedge.v1.Fleet/Status',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.StatusRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

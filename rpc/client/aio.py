@@ -33,7 +33,7 @@ from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_address
-from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
 
 Progress = Callable[[JobInfo], None]
@@ -86,6 +86,10 @@ class Fleet:
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from error
         check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
+
+    async def status(self) -> TrackerStatus:
+        """How the tracker is, and as whom it knows us; raises ProtocolError where it is too old to say."""
+        return convert.tracker_status_from_pb(await self._persist(self._stub.Status, fleet_pb2.StatusRequest()))
 
     # ---- Devices ----
 

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from kedge.rpc.selector import Selector, parse
 from kedge.rpc.tracker.facts import Needs, Serviced
 from kedge.rpc.tracker.scheduler import Want
-from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Reservation
+from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol, Reservation
 
 Key = tuple[str, int]
 #: Answers that are remembered; more than this many start over.
@@ -71,6 +71,7 @@ class Device:
     #: Results that were taken, until a heartbeat no longer names them.
     settled: set[Key] = field(default_factory=set)
     health: Health = field(default_factory=Health)
+    protocol: Protocol = field(default_factory=lambda: Protocol(0))
 
     @property
     def idle(self) -> bool:

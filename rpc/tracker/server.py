@@ -194,7 +194,7 @@ class _Services:
         self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
         self._audit = audit
         self._limits = limits
-        self._fleet = FleetService(shell, catalog, audit)
+        self._fleet = FleetService(shell, catalog, audit, blobs.root)
         self._agents = AgentsService(shell, owners, audit)
         self._blobs = BlobsService(shell, blobs, catalog, owners, threads, limits.max_blob_bytes, counting or SILENT)
 

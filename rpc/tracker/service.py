@@ -7,9 +7,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -34,7 +36,7 @@ from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal, Role, caller, owner_of
 from kedge.rpc.tracker.shell import Shell, unknown_job
 from kedge.rpc.transport import CHUNK_BYTES
-from kedge.rpc.types import MAX_LISTED, Blob, DeviceStatus, Job, JobResult, JobState
+from kedge.rpc.types import MAX_LISTED, Blob, DeviceStatus, Job, JobResult, JobState, TrackerStatus
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -52,8 +54,9 @@ _MAX_WAIT_MS = 60_000
 class FleetService:
     """What clients ask. Others' jobs do not exist, for those who are no administrators."""
 
-    def __init__(self, shell: Shell, catalog: Catalog, audit: Audit) -> None:
+    def __init__(self, shell: Shell, catalog: Catalog, audit: Audit, data_dir: Path) -> None:
         self._shell = shell
+        self._data_dir = data_dir
         self._catalog = catalog
         self._audit = audit
 
@@ -63,6 +66,22 @@ class FleetService:
         check_peer(convert.protocol_from_pb(request.protocol), "the client")
         ours = convert.protocol_to_pb(local_protocol())
         return fleet_pb2.HelloResponse(protocol=ours, tracker_id=self._shell.tracker_id)
+
+    @typed_errors
+    async def Status(self, _request: fleet_pb2.StatusRequest, _context: Context) -> fleet_pb2.StatusResponse:
+        """How the tracker is, and who asks."""
+        principal = caller()
+        status = TrackerStatus(
+            protocol=local_protocol(),
+            unix_ms=self._shell.now_ms,
+            user=principal.name,
+            role=principal.role.value,
+            expires_unix_s=principal.expires_s,
+            store_problem=self._shell.store_problem or "",
+            disk_free_bytes=shutil.disk_usage(self._data_dir).free,
+            agents=self._shell.state.agents(),
+        )
+        return convert.tracker_status_to_pb(status)
 
     @typed_errors
     async def ListDevices(

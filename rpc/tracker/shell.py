@@ -91,6 +91,11 @@ class Shell:
         """Why nothing can be stored at the moment."""
         return self._store.problem
 
+    @property
+    def now_ms(self) -> int:
+        """The tracker's clock, in Unix milliseconds."""
+        return self._now()
+
     def close(self) -> None:
         """Stop the timer, and end what every agent and every watcher waits on."""
         self._closing = True

@@ -57,6 +57,7 @@ from kedge.rpc.types import (
     JobSpec,
     JobState,
     Lease,
+    Protocol,
     Reservation,
     Task,
 )
@@ -190,6 +191,10 @@ class TrackerState:
         found = [device for device in self._devices if wanted.matches(device.labels)]
         found = [device for device in found if include_gone or device.connection is not None]
         return sorted((self._status(device) for device in found), key=lambda status: status.info.name)
+
+    def agents(self) -> dict[str, Protocol]:
+        """What each connected device speaks."""
+        return {device.info.name: device.protocol for device in self._devices if device.connection is not None}
 
     def queued(self, user: str) -> int:
         """How many jobs of a user wait."""
@@ -360,6 +365,7 @@ class TrackerState:
             effects.sends.append(CloseAgent(known.connection))
             del self._connections[known.connection]
         device = Device(hello.device, hello.instance_id, labels_of(hello.device), connection, now, now)
+        device.protocol = hello.protocol
         self._devices.add(device)
         self._connections[connection] = name
         welcome = m.Welcome(local_protocol(), self._tracker_id, self.settings.heartbeat_interval_ms)

@@ -80,6 +80,7 @@ _ANYBODY = frozenset(Role)
 #: Every call of every service. One that is not here is refused to everybody (and a test says that it is missing).
 RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Fleet/Hello": _USERS,
+    "/kedge.v1.Fleet/Status": _USERS,
     "/kedge.v1.Fleet/ListDevices": _USERS,
     "/kedge.v1.Fleet/SubmitJob": _SUBMITTERS,
     "/kedge.v1.Fleet/WatchJob": _USERS,

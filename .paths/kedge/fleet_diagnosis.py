@@ -1,0 +1,1 @@
+../../kedge/fleet_diagnosis.py
