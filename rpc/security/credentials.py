@@ -69,7 +69,10 @@ def config_dir() -> Path:
     own, xdg = os.environ.get("KEDGE_CONFIG_DIR"), os.environ.get("XDG_CONFIG_HOME")
     if own:
         return Path(own)
-    return (Path(xdg) if xdg else Path.home() / ".config") / "kedge"
+    try:
+        return (Path(xdg) if xdg else Path.home() / ".config") / "kedge"
+    except RuntimeError as error:
+        raise SecretFileError("this user has no home directory", hint="set KEDGE_CONFIG_DIR to a folder") from error
 
 
 def _folder() -> Path:

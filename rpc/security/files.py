@@ -52,7 +52,7 @@ def read_private(path: Path) -> bytes:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
                 raise SecretFileError(f"others may read {path}, which holds a secret", hint=f"chmod 600 {path}")
             return file.read()
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
         raise SecretFileError(f"cannot read {path}: {error.strerror}", hint="check its owner and its rights") from error

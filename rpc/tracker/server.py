@@ -8,9 +8,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -22,6 +22,7 @@ from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, 
 from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.security.credentials import Credentials
+from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
@@ -147,13 +148,11 @@ async def serve(
                     counting.serve_state(shell, data_dir)
                     scraped = exporter.enter_context(exported(counting, metrics))
                 serving = Serving(Address(host, bound), Address(host, agents_bound), stopped, security, scraped)
-                known = _own_credentials(serving)
-                known.save()
                 audit.write("tracker started", address=str(serving.address), plaintext=security is None)
                 try:
-                    yield serving
+                    with _left_to_its_owner(_own_credentials(serving)):
+                        yield serving
                 finally:
-                    known.remove()
                     audit.write("tracker stopped")
             finally:
                 health.stop()
@@ -286,6 +285,25 @@ def _own_credentials(serving: Serving) -> Credentials:
         hosts += machine_addresses()
     addresses = tuple(dict.fromkeys(Address(host, port) for host in hosts))
     return Credentials(addresses, None if serving.security is None else serving.security.admin_tls(), own=True)
+
+
+@contextmanager
+def _left_to_its_owner(known: Credentials) -> Iterator[None]:
+    """The credentials of the user that started the tracker, who may be a service without a folder of its own."""
+    try:
+        known.save()
+    except SecretFileError as error:
+        log.warning(
+            "the user that runs this tracker has no credentials for it: %s\n"
+            "  KEDGE_CONFIG_DIR names a folder for them, which its administrator's commands then use, too",
+            error,
+        )
+        yield
+        return
+    try:
+        yield
+    finally:
+        known.remove()
 
 
 def machine_addresses() -> list[str]:

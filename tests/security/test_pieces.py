@@ -17,7 +17,7 @@ import pytest
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.client import connect, plan
+from kedge.rpc.client import Fleet, connect, plan
 from kedge.rpc.client.access import Access
 from kedge.rpc.errors import AuthenticationError, ConnectError, UsageError
 from kedge.rpc.security import credentials, signing
@@ -155,6 +155,18 @@ def test_a_tracker_leaves_credentials_while_it_runs(config: Path, tmp_path: Path
     assert not list((config / "trackers").iterdir())
     with start(port=0, data_dir=tmp_path / "t") as again, connect(again.address) as fleet:
         fleet.hello()
+
+
+def test_a_service_without_a_folder_of_its_own_runs_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "file"))
+    with start(port=0, data_dir=tmp_path / "t") as running:
+        assert running.serving.security is not None
+        with Fleet(running.address, running.serving.security.admin_tls()) as fleet:
+            fleet.hello()
+    assert "has no credentials for it" in caplog.text and "KEDGE_CONFIG_DIR" in caplog.text
 
 
 # ---- What a failed handshake says ----------------------------------------------------------------------------------
