@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from kedge.compiler.target.core import TargetModel
 
+#: Places that a second-level cache has for lines of one set, at least, nearly everywhere.
+_WAYS = 8
 #: Bytes that a core gets in a cycle from its second cache, from the third and from memory: what a Zen 4 was seen to
 #: get, and of that order elsewhere. Boards without a third cache have slower memory: some gigabytes in a second.
 _L2_RATE, _L3_RATE, _MEMORY_RATE, _BOARD_RATE = 32.0, 10.0, 6.0, 3.0
@@ -16,6 +20,17 @@ def stream_rate(core: TargetModel, size: int) -> float:
     if size <= core.l3_share_bytes:
         return _L3_RATE
     return _MEMORY_RATE if core.l3_share_bytes else _BOARD_RATE
+
+
+def stays_near(core: TargetModel, rows: int, row_bytes: int, step: int) -> bool:
+    """Whether `rows` rows, whose starts are `step` bytes apart, stay in the second cache of a core while it uses them.
+
+    They take half of it at most, and no set has more of their lines than there are ways: rows a power of two apart meet
+    in few sets.
+    """
+    way = core.l2_bytes // _WAYS
+    apart = math.gcd(step, way)
+    return 2 * rows * row_bytes <= core.l2_bytes and rows * max(apart, row_bytes) <= _WAYS * way
 
 
 def transform_cycles(core: TargetModel) -> float:

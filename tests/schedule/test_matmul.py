@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kedge.compiler.schedule.rules.analysis import is_reduction
 from kedge.compiler.schedule.rules.matmul import Matmul
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
+from kedge.compiler.target.costs import stays_near
 from kedge.compiler.target.tiles import tile_for
 from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Cast, Dim, Expr, Var, maximum
@@ -238,6 +240,40 @@ def test_large_products_are_parallel_and_packed():
     assert kernel.decisions["pack_b"]
     assert any(loop.kind == "parallel" for loop in loops_in(kernel.func.body))
     assert not schedule_func(product(8, 512, 512), AVX2).decisions["pack_b"]
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "packs"),
+    [
+        (96, 96, 96, False),
+        (512, 256, 500, False),  # a panel stays in half of the second cache
+        (512, 512, 512, True),  # rows 2048 bytes apart: 256 of them have all places of their sets
+        (64, 512, 512, False),  # too few rows to pay for the copy
+        (512, 256, 512, False),
+        (512, 5000, 500, True),  # a panel of more than half of it
+        (512, 2048, 16, False),  # one panel, which lies together
+    ],
+)
+def test_panels_that_stay_near_as_they_lie_are_not_packed(m, k, n, packs):
+    func = product(m, k, n)
+    assert RULE.default(func, AVX2)["pack_b"] is packs
+    assert RULE.default(func, replace(AVX2, l2_bytes=64 << 20))["pack_b"] is False
+
+
+def test_without_a_third_cache_few_rows_are_worth_packing():
+    func = product(64, 512, 512)
+    assert RULE.default(func, replace(AVX2, l3_bytes=0))["pack_b"]
+    assert not RULE.default(product(31, 512, 512), replace(AVX2, l3_bytes=0))["pack_b"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "near"),
+    [(1024, 64 * 3, True), (256, 2048, True), (257, 2048, False), (128, 4096, True), (129, 4096, False),
+     (1024, 4096 + 64, True), (1400, 192, False)],
+)  # fmt: skip
+def test_rows_stay_near_where_they_fill_all_sets_of_the_cache(rows, step, near):
+    """A second cache of 512 KiB, rows of three lines."""
+    assert stays_near(AVX2, rows, 192, step) is near
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])

@@ -50,11 +50,17 @@ class Product:
 
     def row_bytes(self, axis: int | None) -> int:
         """Bytes between neighbours of `a` along a dim; 0 where that is not known."""
-        if axis is None:
-            return 0
+        return 0 if axis is None else self._bytes(self.a, spatial(self.block)[axis])
+
+    @property
+    def depth_bytes(self) -> int:
+        """Bytes between neighbours of `b` along the sum; 0 where that is not known."""
+        return self._bytes(self.b, self.depth)
+
+    def _bytes(self, operand: Load, axis: IterVar) -> int:
         ranges = {it.var: over(it.extent) for it in self.block.iters}
-        step = stride(self.a.indices, self.a.buffer.shape, spatial(self.block)[axis].var, ranges)
-        return (step or 0) * np.dtype(self.a.buffer.dtype).itemsize
+        step = stride(operand.indices, operand.buffer.shape, axis.var, ranges)
+        return (step or 0) * np.dtype(operand.buffer.dtype).itemsize
 
 
 def product_of(block: Block) -> Product | None:
