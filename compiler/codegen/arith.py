@@ -68,6 +68,9 @@ def _float_extreme(b: FunctionBuilder, op: str, x: Value, y: Value) -> Value:
     for p, q in ((x, y), (y, x)):
         if p.is_const:
             return b.select(b.compare(order, p, q), p, q)
+    if x.lanes > 1 and b.target.has("avx512f"):
+        # Two selects of x would become one by two masks put together, which takes longer than max and one mask.
+        return b.intrinsic("llvm.maximum" if op == "max" else "llvm.minimum", x, y, flags="nsz ")
     return b.select(b.compare("fcmp uno", x, x), x, b.select(b.compare(order, x, y), x, y))
 
 

@@ -57,13 +57,27 @@ def clamp(b: FunctionBuilder, x: Value, low: float, high: float) -> Value:
 
 
 def scale(b: FunctionBuilder, p: Value, k: Value) -> Value:
-    """`p * 2**k` for |k| up to twice the exponent range: in two steps, so that only the last one rounds."""
+    """`p * 2**k` for |k| up to twice the exponent range: in two steps, so that only the last one rounds.
+
+    AVX-512 has one instruction for it, which rounds alike.
+    """
+    if p.lanes == (16 if is_single(p) else 8) and b.target.has("avx512dq"):  # which converts 64-bit integers, too
+        return _scalef(b, p, b.convert("sitofp", k, p.type))
     bias, shift = (127, 23) if is_single(p) else (1023, 52)
     half = b.op("ashr", k, b.const(1, k))
     for part in (half, b.op("sub", k, half)):
         power = b.op("shl", b.op("add", part, b.const(bias, k)), b.const(shift, k))
         p = b.op("fmul", p, b.convert("bitcast", power, p.type))
     return p
+
+
+def _scalef(b: FunctionBuilder, p: Value, k: Value) -> Value:
+    """`p * 2**k` of a vector of 512 bits, all lanes, in the rounding mode that is set (4)."""
+    name, mask = ("ps", "i16") if is_single(p) else ("pd", "i8")
+    full = f"llvm.x86.avx512.mask.scalef.{name}.512"
+    b.module.declare(full, f"{p.full} @({p.full}, {p.full}, {p.full}, {mask}, i32)")
+    inside = f"{p.typed}, {k.typed}, {p.full} zeroinitializer, {mask} -1, i32 4"
+    return b.result(f"call {p.full} @{full}({inside})", p.type, p.lanes)
 
 
 def _rounds_natively(b: FunctionBuilder) -> bool:

@@ -53,7 +53,8 @@ def _lower(
         )  # fmt: skip
     powers = te.compute(x.shape, lambda *i: call("exp", common.read(x, i) - largest.at(row(i))), name="exp")
     sums = te.compute(rows, lambda *i: te.sum(powers.at(along(i, j)), j), name="row_sum")
-    return (common.elementwise(types[0], "softmax", lambda *i: powers.at(i) / sums.at(row(i))),)
+    # One division a row: code generation takes it out of the loop over the row.
+    return (common.elementwise(types[0], "softmax", lambda *i: powers.at(i) * (1.0 / sums.at(row(i)))),)
 
 
 def _declare(name: str, *, log: bool) -> None:
