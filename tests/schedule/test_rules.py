@@ -380,3 +380,31 @@ def test_groups_of_a_gpu_are_whole_warps(target, group):
     rule = GpuThreads()
     assert rule.default(dense(4, 5, 6), gpu)["group"] == group
     assert group in rule.space(dense(4, 5, 6), gpu)["group"]
+
+
+def pointwise(channels: int) -> PrimFunc:
+    """A 1x1 convolution of one block of filters over blocks of channels, 28x28."""
+    x, w = te.placeholder((channels // 16, 28, 28, 16), "float32", "x"), te.placeholder((channels, 16), "float32", "w")
+    c, i = te.reduce_axis(channels // 16, "c"), te.reduce_axis(16, "i")
+    y = te.compute((28, 28, 16), lambda h, v, o: te.sum(x[c, h, v, i] * w[c * 16 + i, o], (c, i)), name="y")
+    return te.create_prim_func([x, w, y], "pointwise")
+
+
+def taps(kernel: int) -> PrimFunc:
+    """A depthwise convolution of one block of channels, 28x28, without padding."""
+    size = 27 + kernel
+    x, w = te.placeholder((size, size, 16), "float32", "x"), te.placeholder((kernel, kernel, 16), "float32", "w")
+    r, s = te.reduce_axis(kernel, "r"), te.reduce_axis(kernel, "s")
+    y = te.compute((28, 28, 16), lambda h, v, o: te.sum(x[h + r, v + s, o] * w[r, s, o], (r, s)), name="y")
+    return te.create_prim_func([x, w, y], "taps")
+
+
+@pytest.mark.parametrize(
+    ("func", "unrolled"), [(pointwise(16), True), (pointwise(32), False), (pointwise(64), False), (taps(5), True)]
+)
+def test_long_sums_of_elements_times_vectors_stay_loops(func, unrolled):
+    kernel = schedule_func(func, AVX512)
+    assert kernel.decisions["rows"] == 14
+    inner = [loop for loop in loops_in(kernel.func.body) if loop.var.name.split("_")[0] in ("c", "i", "r", "s")]
+    assert inner
+    assert all(loop.kind == "unrolled" for loop in inner if loop.extent.value > 1) is unrolled

@@ -39,6 +39,9 @@ _SHORT_BY_ELEMENT = 8
 _MOST_UNROLLED = 512
 #: The same for rows along a dim of unknown size, whose code is written out for borders and for the end of a row, too.
 _MOST_UNROLLED_OPEN = 128
+#: Sums of products of an element and a vector, as of 1x1 convolutions: LLVM orders longer code by sums, which then wait
+#: for themselves.
+_MOST_UNROLLED_DENSE = 256
 #: Where no operand comes from memory, all loads of unrolled code want registers; some tens hide a loop's overhead.
 _MOST_UNROLLED_BY_ELEMENT = 48
 #: What a step of the sums costs beside multiply-adds and loads, in multiply-adds.
@@ -122,7 +125,8 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
     """
     ref = sch.get_block(name)
     _check(sch, ref, tile)
-    total = cycles(block_named(sch.func, name), target)
+    main = block_named(sch.func, name)
+    total, is_dense = cycles(main, target), _is_dense(main, tile)
     outer, reducing, inner = _order(sch, ref, tile)
     blocks = [ref]
     if outer:
@@ -131,7 +135,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
     if reducing:
         blocks.append(sch.decompose_reduction(ref, reducing[0]))
         is_open = tile.row is not None and extent_of(sch.extent(outer[tile.row])) is None
-        for loop in _short(sch, reducing, tile, target, is_open=is_open) if tile.unroll else ():
+        for loop in _short(sch, reducing, tile, target, is_open=is_open, is_dense=is_dense) if tile.unroll else ():
             sch.unroll(loop)
     for block in blocks if inner else ():
         own = sch.get_loops(block)[-len(inner) :]
@@ -142,6 +146,13 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
     around = parallelize(sch, outer, total, target) if outer and tile.parallel else outer
     if tile.row is not None and target.fma_by_element and outer[tile.row] in around:
         _take_ends_apart(sch, ref, outer[tile.row])
+
+
+def _is_dense(block: Block, tile: Tile) -> bool:
+    """Whether vectors of the tile are multiplied by single elements, and no padding makes loops of its own."""
+    if tile.vector is None or any(isinstance(node, Select) for node in walk_expr(store_of(block).value)):
+        return False
+    return 0 in strides(block, spatial(block)[tile.vector].var)[1:]
 
 
 def _take_ends_apart(sch: Schedule, ref: BlockRef, tiles: LoopRef) -> None:
@@ -201,13 +212,14 @@ def take_consumer(
 
 
 def _short(
-    sch: Schedule, reducing: Sequence[LoopRef], tile: Tile, target: TargetModel, *, is_open: bool
+    sch: Schedule, reducing: Sequence[LoopRef], tile: Tile, target: TargetModel, *, is_open: bool, is_dense: bool
 ) -> Sequence[LoopRef]:
     """The reducing loops to be unrolled: the last one if it is short, or all if that makes no long code."""
     sizes = [extent_of(sch.extent(loop)) for loop in reducing]
     known = [size for size in sizes if size is not None]
     by_element = target.fma_by_element
-    longest = _MOST_UNROLLED_BY_ELEMENT if by_element else _MOST_UNROLLED_OPEN if is_open else _MOST_UNROLLED
+    usual = _MOST_UNROLLED_OPEN if is_open else _MOST_UNROLLED_DENSE if is_dense else _MOST_UNROLLED
+    longest = _MOST_UNROLLED_BY_ELEMENT if by_element else usual
     if len(known) == len(sizes) and math.prod(known) * tile.rows * tile.vectors <= longest:
         return [loop for loop, size in zip(reducing, known, strict=True) if size > 1]
     most = _SHORT_BY_ELEMENT if by_element else _SHORT
