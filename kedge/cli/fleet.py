@@ -75,6 +75,12 @@ def tracker_start(
             show_default="three quarters of the disk space that is free for them",
         ),
     ] = None,
+    keep_jobs: Annotated[
+        int, typer.Option("--keep-jobs", min=1, help="Forget the oldest jobs that are done when there are more.")
+    ] = 100_000,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0.01, help="Forget jobs that were done so many days ago.")
+    ] = 30.0,
     insecure_loopback: InsecureFlag = False,
     metrics: Annotated[
         str | None,
@@ -93,16 +99,18 @@ def tracker_start(
 
       kedge tracker start --port 0 --data-dir /srv/kedge
 
-      kedge tracker start --blob-quota 50GiB --metrics 127.0.0.1:9192
+      kedge tracker start --keep-jobs 20000 --keep-days 7 --blob-quota 50GiB --metrics 127.0.0.1:9192
     """
     from kedge.rpc.tracker.main import run
+    from kedge.rpc.tracker.retention import Retention
     from kedge.rpc.transport import parse_address
 
-    options = {
+    options: dict[str, Any] = {
         "agents_port": agents_port,
         "insecure_loopback": insecure_loopback,
         "metrics": parse_address(metrics) if metrics else None,
         "blob_quota": None if blob_quota is None else parse_bytes(blob_quota),
+        "keep": Retention(keep_jobs, keep_days),
     }
     folder = data_dir or state_dir() / "tracker"
     raise typer.Exit(run(host, port, folder, log_format=check_log_format(log_format), **options))

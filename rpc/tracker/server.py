@@ -29,6 +29,7 @@ from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
 from kedge.rpc.tracker.metrics import Metrics, exported
 from kedge.rpc.tracker.needed import Needed
 from kedge.rpc.tracker.observer import SILENT
+from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.devices import LIFETIME_S
@@ -77,6 +78,7 @@ async def serve(
     insecure_loopback: bool = False,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     blob_quota: int | None = None,
+    keep: Retention = Retention(),  # noqa: B008 - frozen
     device_lifetime_s: int = LIFETIME_S,
     metrics: Address | None = None,
 ) -> AsyncIterator[Serving]:
@@ -85,7 +87,8 @@ async def serve(
     Clients and devices that enrol are served on `port`, agents on `agents_port` (None: the next one; 0: any). With
     `insecure_loopback` everybody on this machine is served on `port`, in plaintext and without being asked who they
     are. While it lasts, the user that started it has credentials in the configuration folder. Prometheus may scrape
-    `metrics` (None: nothing is counted). `blob_quota` is in bytes; None means a share of the disk.
+    `metrics` (None: nothing is counted). `blob_quota` is in bytes; None means a share of the disk. Jobs that
+    are done are kept as `keep` says.
 
     Raises:
         ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
@@ -119,7 +122,7 @@ async def serve(
 
     counting = Metrics() if metrics is not None else None
     observer = counting or SILENT
-    store = Store(data_dir, on_failure=on_failure, on_trouble=on_trouble, observer=observer)
+    store = Store(data_dir, on_failure=on_failure, on_trouble=on_trouble, observer=observer, keep=keep)
     try:
         security = None if insecure_loopback else Security(data_dir, device_lifetime_s=device_lifetime_s)
         audit = security.audit if security is not None else Audit(data_dir / "audit.jsonl")

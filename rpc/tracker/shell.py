@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kedge.rpc.errors import NoDeviceError
@@ -83,6 +83,7 @@ class Shell:
         self._retelling: asyncio.TimerHandle | None = None
         self._closing = False
         self.state.restore(store.found, self._now())
+        store.when_forgotten(self._tell_forgotten)
         observer.found(store.found)
         self._arm()
 
@@ -266,6 +267,10 @@ class Shell:
     def _tell_stored(self, outbox: _Outbox) -> None:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self._stored, outbox)
+
+    def _tell_forgotten(self, keys: Sequence[str]) -> None:
+        """From the store's thread."""
+        self._loop.call_soon_threadsafe(self.state.forget_keys, keys)
 
     def _stored(self, outbox: _Outbox) -> None:
         outbox.durable = True

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
@@ -273,6 +274,11 @@ class TrackerState:
         effects.facts.append(JobWithdrawn(job_id))
         self._schedule(now, effects)
         return effects
+
+    def forget_keys(self, keys: Iterable[str]) -> None:
+        """The jobs of these idempotency keys are kept no longer."""
+        for key in keys:
+            self._keys.pop(key, None)
 
     def assignment_leaves(self, lease: Lease, now: int) -> bool:
         """An assignment is stored and about to be sent: its lease begins. False when it must not be: it is stale."""

@@ -49,6 +49,7 @@ from kedge.rpc.tracker.facts import (
 )
 from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some
 from kedge.rpc.tracker.schema import StoreError, prepare
 from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
 
@@ -57,6 +58,8 @@ T = TypeVar("T")
 
 #: Pause before a commit that failed (a full disk) is tried again.
 _RETRY_S = 1.0
+#: Between two pieces of what is forgotten.
+_PIECE_PAUSE_S = 0.05
 
 
 @dataclass(slots=True)
@@ -87,6 +90,8 @@ class Store:
     uses the store has to stop too. `on_trouble` is told from there when commits begin to fail, and when one succeeds
     again.
 
+    Jobs that are done are forgotten by the rules of `keep` (None: never), by `clock` in Unix seconds.
+
     Raises:
         StoreError: the folder cannot be used, belongs to a running tracker, or was written by a newer kedge.
     """
@@ -99,12 +104,19 @@ class Store:
         on_failure: Callable[[BaseException], None] = lambda error: None,
         on_trouble: Callable[[bool], None] = lambda troubled: None,
         observer: Observer = SILENT,
+        keep: Retention | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = folder / "tracker.db"
         self._on_failure = on_failure
         self._on_trouble = on_trouble
         self._observer = observer
         self._needed: Needed | None = None
+        self._keep = keep
+        self._clock = clock
+        #: By the steady clock; None before somebody listens.
+        self._sweep_due: float | None = None
+        self._on_forgotten: Callable[[Sequence[str]], None] = lambda keys: None
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -127,6 +139,12 @@ class Store:
         """From now on, and before anything is appended: `needed` holds the blobs of all jobs that are stored."""
         needed.restore((record.accepted for record in self.found.records), self._read(_outputs).result())
         self._needed = needed
+
+    def when_forgotten(self, told: Callable[[Sequence[str]], None]) -> None:
+        """Begin to forget; from the store's thread, `told` hears of the idempotency keys that are gone."""
+        self._on_forgotten = told
+        self._sweep_due = time.monotonic()
+        self._work.put(_Idle())
 
     def append(self, facts: Sequence[Fact], done: Callable[[], None]) -> None:
         """Store facts; `done` is called from the store's thread once they are durable. Keeps the order of calls."""
@@ -192,7 +210,7 @@ class Store:
 
     def _serve(self, connection: sa.Connection) -> None:
         while True:
-            item = self._work.get()
+            item = self._next()
             group: list[_Append] = []
             while isinstance(item, _Append):
                 group.append(item)
@@ -208,6 +226,32 @@ class Store:
                 self._answer(connection, read)
             if item is None:
                 return
+            if self._keep is not None and self._sweep_due is not None and time.monotonic() >= self._sweep_due:
+                self._sweep(connection, self._keep)
+
+    def _next(self) -> _Item:
+        """The next piece of work, or _Idle when it is time to forget something."""
+        if self._keep is None or self._sweep_due is None:
+            return self._work.get()
+        try:
+            return self._work.get(timeout=max(0.0, self._sweep_due - time.monotonic()))
+        except queue.Empty:
+            return _Idle()
+
+    def _sweep(self, connection: sa.Connection, keep: Retention) -> None:
+        """Forget a small number of old jobs; others follow soon, after what was queued meanwhile."""
+        try:
+            with connection.begin():
+                gone, keys = forget_some(connection, keep, round(self._clock() * 1000))
+        except OperationalError as error:
+            log.warning("cannot forget old jobs in %s now: %s", self._path, error.orig)
+            self._sweep_due = time.monotonic() + keep.every_s
+            return
+        self._sweep_due = time.monotonic() + (_PIECE_PAUSE_S if len(gone) == PIECE else keep.every_s)
+        if gone and self._needed is not None:
+            self._needed.forgotten(gone)
+        if keys:
+            self._on_forgotten(keys)
 
     def _poll(self) -> _Item:
         """The next piece of work, or _Idle where there is none yet."""
@@ -379,7 +423,7 @@ def _write_job(connection: sa.Connection, fact: JobFact) -> None:
             connection.execute(_INSERT_KEY, {"key": fact.key, "job_id": fact.job_id})
         return
     if isinstance(fact, JobWithdrawn):
-        _delete_jobs(connection, [fact.job_id])
+        delete_jobs(connection, [fact.job_id])
         return
     if isinstance(fact, JobDone):
         row = {
@@ -393,12 +437,6 @@ def _write_job(connection: sa.Connection, fact: JobFact) -> None:
         if digests := outputs_of(fact.result):
             connection.execute(_INSERT_OUTPUT, [{"job_id": fact.job_id, "digest": digest} for digest in digests])
     connection.execute(_UPDATE_JOB, {"job": fact.job_id, **_changes(fact)})
-
-
-def _delete_jobs(connection: sa.Connection, job_ids: Sequence[str]) -> None:
-    """Jobs with all that is stored of them."""
-    for column in (t.outputs.c.job_id, t.results.c.job_id, t.keys.c.job_id, t.jobs.c.id):
-        connection.execute(sa.delete(column.table).where(column.in_(job_ids)))
 
 
 def _outputs(connection: sa.Connection) -> list[tuple[str, str]]:

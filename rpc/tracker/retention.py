@@ -1,0 +1,48 @@
+"""Which jobs are forgotten, with their results and idempotency keys: the oldest, by age and by number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kedge.rpc.tracker.schema import jobs, keys, outputs, results
+
+#: So many are forgotten in one transaction: commits of new facts wait no longer than that takes.
+PIECE = 100
+_MS_PER_DAY = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The newest `jobs` of those that are done are kept, none longer than `days`, and all for `least_s`.
+
+    The last keeps whoever waits for a result from finding its job gone. It is looked for what may go `every_s` seconds.
+    """
+
+    jobs: int = 100_000
+    days: float = 30.0
+    least_s: float = 600.0
+    every_s: float = 60.0
+
+
+def forget_some(connection: sa.Connection, keep: Retention, now_ms: int) -> tuple[list[str], list[str]]:
+    """Delete up to `PIECE` of the jobs that need not be kept; returns them, and their idempotency keys."""
+    oldest = sa.select(results.c.job_id).order_by(results.c.finished_ms, results.c.job_id)
+    stored = connection.execute(sa.select(sa.func.count()).select_from(results)).scalar_one()
+    too_many = max(0, min(PIECE, stored - keep.jobs))
+    aged = oldest.where(results.c.finished_ms < now_ms - round(keep.days * _MS_PER_DAY)).limit(PIECE)
+    spare = oldest.where(results.c.finished_ms < now_ms - round(keep.least_s * 1000)).limit(too_many)
+    # Both begin with the oldest: the longer one contains the other.
+    gone = max((list(connection.execute(query).scalars()) for query in (aged, spare)), key=len)
+    if not gone:
+        return [], []
+    their_keys = list(connection.execute(sa.select(keys.c.key).where(keys.c.job_id.in_(gone))).scalars())
+    delete_jobs(connection, gone)
+    return gone, their_keys
+
+
+def delete_jobs(connection: sa.Connection, job_ids: list[str]) -> None:
+    """Delete jobs with all that is stored of them."""
+    for column in (outputs.c.job_id, results.c.job_id, keys.c.job_id, jobs.c.id):
+        connection.execute(sa.delete(column.table).where(column.in_(job_ids)))
