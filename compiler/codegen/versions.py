@@ -164,18 +164,22 @@ def _in_parts(
     return If(group.sure, whole, other)
 
 
-def _claims(stmt: Stmt, path: tuple[For, ...]) -> Iterator[_Claim]:
-    """The conjuncts of every `If` below whose worst case depends on fewer loops than they do."""
+def _claims(stmt: Stmt, path: tuple[For, ...], tile: int | None = None) -> Iterator[_Claim]:
+    """The conjuncts of every `If` below whose worst case depends on fewer loops than they do.
+
+    `tile`: how many of the loops in `path` are around the tile, if not all of them.
+    """
+    tile = len(path) if tile is None else tile
     if isinstance(stmt, For):
-        yield from _claims(stmt.body, (*path, stmt))
+        yield from _claims(stmt.body, (*path, stmt), tile)
         return
     if isinstance(stmt, If) and stmt.orelse is None:
         for conjunct in conjuncts(stmt.condition):
             claim = _claim(conjunct, path)
             if claim is not None:
-                yield replace(claim, part=_part(claim, path))
+                yield replace(claim, part=_part(claim, path, tile))
     for child in stmt_children(stmt):
-        yield from _claims(child, path)
+        yield from _claims(child, path, tile)
 
 
 def _claim(conjunct: Expr, path: Sequence[For], *, short: bool = True) -> _Claim | None:
@@ -207,8 +211,12 @@ def _claim(conjunct: Expr, path: Sequence[For], *, short: bool = True) -> _Claim
     return _Claim(conjunct, sure, depth, tuple(eliminated)) if depth < len(path) else None
 
 
-def _part(claim: _Claim, path: Sequence[For]) -> _Part | None:
-    """What the condition leaves of a tile, if few sizes are possible."""
+def _part(claim: _Claim, path: Sequence[For], tile: int) -> _Part | None:
+    """What the condition leaves of a tile, if few sizes are possible.
+
+    A version for each pays where a loop inside of the tile, the one under `tile` loops, comes to the condition again
+    and again, as the sum of a product does. Once for each row, as where results are stored, it costs what it costs.
+    """
     conjunct, eliminated = claim.conjunct, claim.eliminated
     assert isinstance(conjunct, Binary)  # as all claims are
     known = Simplifier({loop.var: over(loop.extent) for loop in path})
@@ -220,7 +228,7 @@ def _part(claim: _Claim, path: Sequence[For]) -> _Part | None:
         return None
     rest = known.simplify(count % (high + 1))
     always = known.prove(count >= 1)
-    inner = path[claim.depth :]
+    inner = path[max(claim.depth, tile) :]
     if isinstance(rest, Const):
         return _Part(step, count, (int(rest.value),) if rest.value else (), always, pays=True)
     rows = any(loop.var is step and loop.kind == "unrolled" for loop in inner)

@@ -63,9 +63,9 @@ def divide(above: Sequence[Dim], below: Sequence[Dim]) -> Dim | None:
 
     Symbolic factors on both sides cancel: (n, 32, 4) over (n, 16) is 8.
     """
-    rest = [factor for dim in above for factor in _factors(dim)]
+    rest = [factor for dim in above for factor in factors(dim)]
     known = 1
-    for factor in (factor for dim in below for factor in _factors(dim)):
+    for factor in (factor for dim in below for factor in factors(dim)):
         if isinstance(factor, int):
             known *= factor
             continue
@@ -196,9 +196,10 @@ def _format(dim: Dim, outer: int) -> str:
     return str(dim)
 
 
-def _factors(dim: Dim) -> list[Dim]:
+def factors(dim: Dim) -> list[Dim]:
+    """What `dim` is the product of: numbers as ints, and expressions that are no products."""
     if isinstance(dim, Binary) and dim.op == "mul":
-        return _factors(dim.a) + _factors(dim.b)
+        return factors(dim.a) + factors(dim.b)
     return [int(dim.value) if isinstance(dim, Const) else dim]
 
 

@@ -39,6 +39,7 @@ from kedge.compiler.lower.external import external_kernel
 from kedge.compiler.lower.limits import equalities, least_sizes, with_symbols
 from kedge.compiler.lower.lower_group import as_group, group_digest, group_key, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
+from kedge.compiler.lower.own_symbols import with_own_symbols
 from kedge.compiler.lower.program import (
     Draft,
     Entry,
@@ -58,6 +59,7 @@ from kedge.compiler.target.gpu import GpuTarget
 from kedge.compiler.tir.expr import Dim, Expr
 from kedge.compiler.tir.stmt import Buffer, PrimFunc
 from kedge.compiler.tir.structural import canonical, expr_key
+from kedge.compiler.tir.visitor import substitute_expr
 from kedge.rpc.abi import MAX_NDIM
 from kedge.rpc.errors import InputError
 
@@ -178,6 +180,7 @@ class _Kernels:
         self._memory = memory
         self._by_form: dict[str, str] = {}  # by SHA-256
         self._by_group: dict[tuple[str, object], _Callee] = {}
+        self._by_digest: dict[tuple[str, str], Lowered] = {}  # groups that differ in their symbols only
         self._drafts: dict[str, Draft | Recalled] = {}
         self._externals: dict[str, ExternalKernel] = {}
 
@@ -189,7 +192,11 @@ class _Kernels:
         key = (kernel_name(value), group_key(group))
         known = self._by_group.get(key)
         if known is None:
-            known = self._callee(group, re.sub(r"\W", "_", kernel_name(value)))
+            own, meanings = with_own_symbols(group)
+            known = self._callee(own, re.sub(r"\W", "_", kernel_name(value)))
+            if meanings:
+                symbols = tuple(substitute_expr(symbol, meanings) for symbol in known.symbols)
+                known = replace(known, types=_types(group), symbols=symbols)
             if key[1] is not None:
                 self._by_group[key] = known
         draft = self._drafts[known.name]
@@ -198,17 +205,21 @@ class _Kernels:
 
     def _callee(self, group: Fused, wanted: str) -> _Callee:
         """The kernel of a group: a new one, or one that is the same."""
-        named = None if self._memory is None else group_digest(group)
-        if self._memory is None or named is None:
+        named = group_digest(group)
+        if named is None:
             return self._lowered(group, wanted)[0]
         digest, variables = named
-        known = self._memory.recall(digest)
+        known = self._by_digest.get((wanted, digest))
+        if known is None and self._memory is not None:
+            known = self._memory.recall(digest)
         if known is None:
             callee, draft = self._lowered(group, wanted)
             at = {var: index for index, var in enumerate(variables)}
             if at.keys() >= set(draft.func.symbols) and _are_same(callee.types, _types(group)):
                 symbols = tuple(at[var] for var in draft.func.symbols)
-                self._memory.remember(digest, Lowered(_sha256(draft.form), draft.digest, symbols))
+                known = self._by_digest[wanted, digest] = Lowered(_sha256(draft.form), draft.digest, symbols)
+                if self._memory is not None:
+                    self._memory.remember(digest, known)
             return callee
         name = self._by_form.get(known.form)
         if name is None:

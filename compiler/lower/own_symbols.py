@@ -1,0 +1,95 @@
+"""Symbols of a kernel's own: `h` where a tensor is `(h + 3) // 4` long.
+
+A network halves its images again and again, so the dims of its tensors are quotients. A kernel need not know of what:
+with a symbol for each, its index arithmetic has no divisions, code generation proves what it must of plain variables,
+and layers that are the same but for the sizes of their images share a kernel. The function that calls it computes the
+quotients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kedge.compiler.errors import ShapeError
+from kedge.compiler.graph.builder import make_call
+from kedge.compiler.graph.dims import factors, plain, product, same_type, substitute
+from kedge.compiler.graph.ir import Call, Function, Fused, Input, TensorType, Value
+from kedge.compiler.tir.expr import Dim, Expr, Var
+from kedge.compiler.tir.simplify import bounds
+from kedge.compiler.tir.structural import Key, expr_key
+from kedge.compiler.tir.visitor import free_vars
+
+
+def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
+    """The group over symbols of its own, and what they stand for; the group itself where that says too little of dims.
+
+    Each factor of its inputs' dims that is neither a number nor a symbol becomes one. All other types follow by shape
+    inference, which refuses what needs to be known of the factors (that one is half of the other, say); what it gives
+    must be what the group had.
+    """
+    own = _Own()
+    for value in group.body.inputs:
+        for dim in value.type.shape:
+            own.enter(dim)
+    meanings = own.meanings()
+    if not meanings:
+        return group, meanings
+    made: dict[int, Value] = {id(value): Input(value.name, _type_over(own, value.type)) for value in group.body.inputs}
+    for value in group.body.values():
+        if isinstance(value, Call):
+            attrs = {name: own.over(attr) for name, attr in value.attrs.items()}
+            try:
+                new = make_call(value.op, [made[id(one)] for one in value.inputs], attrs, value.origin)
+            except ShapeError:
+                return group, {}
+            made[id(value)] = new
+        new = made.setdefault(id(value), value)
+        if not same_type(_type_of(new.type, meanings), value.type):
+            return group, {}
+    outputs = tuple(made[id(value)] for value in group.body.outputs)
+    inputs = tuple(value for each in group.body.inputs if isinstance(value := made[id(each)], Input))
+    body = Function(group.body.name, inputs, outputs, group.body.output_names)
+    return Fused(body, group.inputs, tuple(value.type for value in outputs), group.origin), meanings
+
+
+class _Own:
+    """A symbol for each factor."""
+
+    def __init__(self) -> None:
+        self._symbols: dict[Key, tuple[Expr, Var]] = {}
+
+    def enter(self, dim: Dim) -> None:
+        """Give each factor of `dim` a symbol, if it is never negative."""
+        for factor in factors(dim):
+            if isinstance(factor, (int, Var)) or expr_key(factor) in self._symbols:
+                continue
+            low, high = bounds(factor)
+            if low is not None and low >= 0:
+                name = next((var.name for var in free_vars(factor)), "size")
+                self._symbols[expr_key(factor)] = factor, Var(name, lower=low, upper=high)
+
+    def meanings(self) -> Mapping[Var, Expr]:
+        """What the symbols stand for."""
+        return {symbol: factor for factor, symbol in self._symbols.values()}
+
+    def over(self, value: Any) -> Any:
+        """A dim, an attribute or a tuple of them, with symbols for the factors that have one."""
+        if isinstance(value, tuple):
+            return tuple(self.over(each) for each in value)
+        if not isinstance(value, Expr):
+            return value
+        new = [self._symbol(factor) for factor in factors(value)]
+        return product(new) if any(isinstance(each, Var) for each in new) else value
+
+    def _symbol(self, factor: Dim) -> Dim:
+        found = self._symbols.get(expr_key(factor)) if isinstance(factor, Expr) else None
+        return factor if found is None else found[1]
+
+
+def _type_over(own: _Own, type_: TensorType) -> TensorType:
+    return TensorType(own.over(type_.shape), type_.dtype, type_.space)
+
+
+def _type_of(type_: TensorType, meanings: Mapping[Var, Expr]) -> TensorType:
+    return TensorType(tuple(plain(substitute(dim, meanings)) for dim in type_.shape), type_.dtype, type_.space)
