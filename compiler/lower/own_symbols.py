@@ -29,13 +29,14 @@ def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
     must be what the group had.
     """
     own = _Own()
-    for value in group.body.inputs:
-        for dim in value.type.shape:
+    for argument in group.body.inputs:
+        for dim in argument.type.shape:
             own.enter(dim)
     meanings = own.meanings()
     if not meanings:
         return group, meanings
-    made: dict[int, Value] = {id(value): Input(value.name, _type_over(own, value.type)) for value in group.body.inputs}
+    inputs = tuple(Input(value.name, _type_over(own, value.type)) for value in group.body.inputs)
+    made: dict[int, Value] = {id(old): new for old, new in zip(group.body.inputs, inputs, strict=True)}
     for value in group.body.values():
         if isinstance(value, Call):
             attrs = {name: own.over(attr) for name, attr in value.attrs.items()}
@@ -44,11 +45,9 @@ def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
             except ShapeError:
                 return group, {}
             made[id(value)] = new
-        new = made.setdefault(id(value), value)
-        if not same_type(_type_of(new.type, meanings), value.type):
+        if not same_type(_type_of(made.setdefault(id(value), value).type, meanings), value.type):
             return group, {}
     outputs = tuple(made[id(value)] for value in group.body.outputs)
-    inputs = tuple(value for each in group.body.inputs if isinstance(value := made[id(each)], Input))
     body = Function(group.body.name, inputs, outputs, group.body.output_names)
     return Fused(body, group.inputs, tuple(value.type for value in outputs), group.origin), meanings
 
