@@ -17,7 +17,7 @@ import posixpath
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,9 +137,10 @@ def deploy_board(
     parse_labels(f"{key}={value}" for key, value in (labels or {}).items())
     if name is not None:
         check_name(name)
-    progress(f"connecting to {destination}")
     standing = Standing()
-    with standing.told(), connect(destination) as connection:
+    with standing.told(), ExitStack() as stack:
+        progress(f"connecting to {destination}")
+        connection = stack.enter_context(connect(destination))
         place = locate(connection, directory)
         board = probe(connection, place)
         python = ".".join(map(str, board.python_version))
