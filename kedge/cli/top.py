@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -60,21 +61,27 @@ def top(
         if once or not console.is_terminal:
             console.print(_picture(address, devices, jobs, None))
             return
-        with ended_in_order(), _screen(_picture(address, devices, jobs, console.height)) as live:
+        # Around the whole: whoever sees the first picture may press Ctrl-C at once.
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            ended_in_order(),
+            _screen(_picture(address, devices, jobs, console.height)) as live,
+        ):
             stopped = threading.Event()
-            try:
-                while not stopped.wait(interval):
-                    live.update(_next(fleet, address, selector, live.console.height), refresh=True)
-            except KeyboardInterrupt:
-                return
+            while not stopped.wait(interval):
+                live.update(_next(fleet, address, selector, live.console.height), refresh=True)
 
 
 @contextmanager
 def _screen(first: RenderableType) -> Iterator[Live]:
     """The whole terminal, given back as it was."""
-    with Live(first, console=output.stdout(), screen=True, auto_refresh=False) as live:
-        live.refresh()
+    live = Live(first, console=output.stdout(), screen=True, auto_refresh=False)
+    try:
+        # Its own `with` would leave the screen as it is where Ctrl-C comes while this shows the first picture.
+        live.start(refresh=True)
         yield live
+    finally:
+        live.stop()
 
 
 def _look(fleet: Any, selector: str) -> tuple[Sequence[DeviceStatus], Sequence[Job]]:

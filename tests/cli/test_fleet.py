@@ -265,16 +265,17 @@ def test_whoever_stops_a_command_stops_its_job(kedge: Kedge, fleet: str, digits:
     slow = ("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000", "--device", "bench-1", "--tracker", fleet)
     process = subprocess.Popen(kedge_command(*slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def newest() -> tuple[str, str | None]:
-        job = json.loads(kedge("jobs", "--limit", "1", "--tracker", fleet, "--json").stdout)[0]
-        return job["state"], job["result"] and job["result"]["outcome"]["kind"]
+    def newest() -> list[tuple[str, str | None]]:
+        """The last job; none before the command has started."""
+        jobs = json.loads(kedge("jobs", "--limit", "1", "--tracker", fleet, "--json").stdout)
+        return [(job["state"], job["result"] and job["result"]["outcome"]["kind"]) for job in jobs]
 
-    wait_for(lambda: newest() == ("running", None), "the job to run")
+    wait_for(lambda: newest() == [("running", None)], "the job to run")
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGTERM), errors
     assert "Traceback" not in errors
-    wait_for(lambda: newest() == ("done", "cancelled"), "the job to be cancelled")
+    wait_for(lambda: newest() == [("done", "cancelled")], "the job to be cancelled")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
