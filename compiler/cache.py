@@ -2,6 +2,8 @@
 
 A draft's key is that of the function before it is scheduled, so that its schedule is not made again either; and what
 draft a group of the graph becomes is kept beside, so that it is not lowered again.
+
+Each version of the compiler has folders of its own, which others remove when it does not use them any more.
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ import functools
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,6 +35,15 @@ from kedge.compiler.toolchain import cache_dir
 _MAGIC = b"kedge-kernel 3\n"
 #: The folders of the compiler that make code of a function.
 _MAKING_CODE = ("codegen", "schedule", "target", "tir")
+_DAY = 24 * 3600.0
+#: Seconds after which what another version of the compiler kept and did not use is removed.
+_FORGOTTEN = 30 * _DAY
+#: Files that nothing is read from: their times say when a version was used, and when the cache was cleaned.
+_USED, _CLEANED = ".used", ".cleaned"
+_FOLDERS = re.compile(r"(code|lowered)-[0-9a-f]{16}|\.gone-[0-9a-f]{16}")
+#: Folders of before each version had its own, and the files in them.
+_EARLIER_FOLDERS = re.compile(r"[0-9a-f]{2}|objects|groups")
+_EARLIER_FILES = re.compile(r"[0-9a-f]{64}|\.kernel-\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +172,74 @@ class KernelCache:
         """
         write_entry(self._group_path(group), json.dumps([lowered.form, lowered.digest, lowered.symbols]), b"")
 
+    def clean(self) -> None:
+        """Remove what other versions of the compiler keep here and have not used for 30 days; looks once a day.
+
+        Other processes may read, write and clean meanwhile: at worst they compile something again.
+        """
+        now, own = time.time(), (self._code, self._lowered)
+        try:
+            for folder in own:
+                if folder.is_dir():
+                    _mark(folder / _USED, now)
+            if not self.root.is_dir() or not _mark(self.root / _CLEANED, now):
+                return
+            folders = [path for path in self.root.iterdir() if path not in own]
+        except OSError:
+            return  # kernels can be read from a cache that this user may not write to; it is its owner's to clean
+        for folder in folders:
+            _remove_forgotten(folder, now)
+
+    @property
+    def _code(self) -> Path:
+        return self.root / f"code-{compiler_version()}"
+
+    @property
+    def _lowered(self) -> Path:
+        return self.root / f"lowered-{lowering_version()[:16]}"
+
     def _path(self, key: str) -> Path:
-        return self.root / key[:2] / key
+        return self._code / key[:2] / key
 
     def _object_path(self, key: str) -> Path:
-        return self.root / "objects" / key[:2] / key
+        return self._code / "objects" / key[:2] / key
 
     def _group_path(self, group: str) -> Path:
         key = hashlib.sha256(f"{group} {lowering_version()}".encode()).hexdigest()
-        return self.root / "groups" / key[:2] / key
+        return self._lowered / key[:2] / key
+
+
+def _mark(path: Path, now: float) -> bool:
+    """Whether the last time of a mark is a day ago; if so, or if there was none, it is now."""
+    if path.exists() and now - path.stat().st_mtime < _DAY:
+        return False
+    path.touch()
+    return True
+
+
+def _remove_forgotten(folder: Path, now: float) -> None:
+    """Remove a folder of the cache in which nothing was made, and which no version marked as used, for long."""
+    try:
+        if not _is_cache(folder):
+            return
+        if now - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < _FORGOTTEN:
+            return
+        # At once gone for others, of which none then finds a part.
+        gone = folder.rename(folder.with_name(f".gone-{secrets.token_hex(8)}"))
+    except OSError:
+        return  # another process was faster, or it is another user's
+    shutil.rmtree(gone, ignore_errors=True)  # what is left, the next one to clean removes
+
+
+def _is_cache(folder: Path) -> bool:
+    """Whether a folder, and all that is in it, was made by a cache: somebody may keep other things beside."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    if _FOLDERS.fullmatch(folder.name):
+        return True
+    if not _EARLIER_FOLDERS.fullmatch(folder.name):
+        return False
+    return all(path.is_dir() or _EARLIER_FILES.fullmatch(path.name) for path in folder.rglob("*"))
 
 
 def _read(path: Path, symbol: str) -> KernelObject | None:
@@ -228,15 +302,22 @@ def write_entry(path: Path, head: str, code: bytes) -> None:
     """
     body = head.encode() + b"\n" + code
     data = _MAGIC + hashlib.sha256(body).digest() + body
-    make_folder(path.parent)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernel-")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            _write_whole(path, data)
+        except FileNotFoundError:  # another process has just removed the folder, as one that nobody used for long
+            _write_whole(path, data)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    make_folder(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernel-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -61,6 +61,15 @@ class Pipeline:
         gone = set(self._positions(name))
         return replace(self, passes=tuple(step for at, step in enumerate(self.passes) if at not in gone))
 
+    def replace(self, name: str, step: Pass) -> Pipeline:
+        """`step` in the place of the pass called `name`, the first of several, and the pipeline without the others.
+
+        `pipeline("default").replace("layout", BlockChannels(winograd=False))` is the one without Winograd's algorithm.
+        """
+        first, *others = self._positions(name)
+        passes = [step if at == first else each for at, each in enumerate(self.passes) if at not in others]
+        return replace(self, passes=tuple(passes))
+
     def partition(self, externals: Sequence[External]) -> Pipeline:
         """The pipeline that hands subgraphs to external code where patterns see simple operators.
 
@@ -208,6 +217,7 @@ def compile_programs(
             variant, report = _compile_variant(make, one, kernels, progress, workers)
             variants.append(variant)
             reports.append(report)
+    kernels.clean()
     if progress is not None:
         progress("packaging")
     with debug.timed("package"):
@@ -268,17 +278,18 @@ def compile_kernels(
         WorkerError: a worker process ended before its work was done.
     """
     keys: dict[str, str] = {}
+    made_as: dict[str, str] = {}  # of what was lowered again: the key of what came out
     found: dict[str, KernelObject | None] = {}
     missing: dict[str, Kernel | Draft] = {}
     for name, kernel in program.kernels.items():
         key = key_of(kernel, target)
         if key not in found:
             found[key] = cache.find(key)
-        if found[key] is None:
+        if found[key] is None and key not in made_as:
             whole = kernel.draft if isinstance(kernel, Recalled) else kernel
-            key = key_of(whole, target)
-            missing.setdefault(key, whole)
-        keys[name] = key
+            made_as[key] = key_of(whole, target)
+            missing.setdefault(made_as[key], whole)
+        keys[name] = made_as.get(key, key)
     jobs = [Job(kernel, target, symbol_of(key)) for key, kernel in missing.items()]
     done = len(keys) - len(missing)
 

@@ -329,7 +329,7 @@ def _by_step(stmt: Stmt, path: tuple[For, ...], found: _Found | None = None) -> 
     if max(choice.depth for choice in found.values()) > len(path):
         return _inside(stmt, path, found, _by_step)
     firsts = [choice.first for choice in found.values() if choice.first is not None]
-    if len(firsts) < len(found) or not _repeats(stmt):
+    if len(firsts) < len(found) or not _repeats(stmt) or _stores(stmt) > _MOST_STORES:
         return stmt
     return If(logical_and(*firsts), _taking(stmt, _left(found)), stmt)
 

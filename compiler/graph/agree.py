@@ -13,6 +13,7 @@ from typing import Any
 from kedge.compiler.graph.dims import plain
 from kedge.compiler.graph.ir import Value, same_dim
 from kedge.compiler.ops import registry
+from kedge.compiler.ops.common import is_one
 from kedge.compiler.ops.registry import FusionKind
 from kedge.compiler.tir.expr import Binary, Dim, Expr, as_expr
 from kedge.compiler.tir.simplify import prove
@@ -49,11 +50,7 @@ def _shared_axes(op: str, shapes: Sequence[Sequence[Dim]], attrs: Mapping[str, A
 
 
 def _is_spread(op: str, dim: Dim) -> bool:
-    return op != "concat" and _is_one(dim)
-
-
-def _is_one(dim: Dim) -> bool:
-    return isinstance(dim, int) and dim == 1
+    return op != "concat" and is_one(dim)
 
 
 def _size(dim: Dim) -> int:

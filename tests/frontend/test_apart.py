@@ -102,11 +102,16 @@ def test_data_of_another_size_than_the_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reference_of_the_file_s_own_is_no_data(tmp_path: Path) -> None:
+    """Nor is one that an earlier read of the file has made."""
     tensor = numpy_helper.from_array(weight("float32"), "w")
-    other = TensorProto(name="v", data_type=TensorProto.FLOAT, dims=[3, 40], data_location=TensorProto.EXTERNAL)
-    other.external_data.add(key="location", value=f"{apart.APART}7")
-    with pytest.raises(FrontendError, match=r"'v' refers to external data at .* outside"):
-        load_onnx(written(tmp_path, model_of({"w": tensor, "v": other})))
+    split = apart.read_apart(written(tmp_path, model_of({"w": tensor})))
+    assert split is not None
+    (earlier,) = split[1]
+    for location in ("\0apart 0", earlier):
+        other = TensorProto(name="v", data_type=TensorProto.FLOAT, dims=[3, 40], data_location=TensorProto.EXTERNAL)
+        other.external_data.add(key="location", value=location)
+        with pytest.raises(FrontendError, match=r"'v' refers to external data at .* outside"):
+            load_onnx(written(tmp_path, model_of({"w": tensor, "v": other})))
 
 
 def test_an_unusual_layout_is_parsed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

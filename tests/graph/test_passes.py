@@ -199,9 +199,19 @@ def test_small_powers_are_products_and_roots():
     net = Net()
     x = net.input("x", N, 4)
     cube, root = (net.pow(x, net.b.constant(power, F32)) for power in (3.0, 0.5))
-    check(Simplify(), net.module(cube, root), ["mul", "mul", "sqrt"])
+    check(Simplify(), net.module(cube, root), ["mul", "mul", "equal", "sqrt", "abs", "where"])
     half = net.cast(x, dtype="float16")
     check(Simplify(), net.module(net.pow(half, net.b.constant(3.0, "float16"))), ["cast", "pow"])
+
+
+@pytest.mark.parametrize("dtype", [F32, "float64"])
+def test_a_power_of_a_half_has_the_special_values_of_powers(dtype: str) -> None:
+    net = Net()
+    root = net.pow(net.b.input("x", TensorType((8,), dtype)), net.b.constant(0.5, dtype))
+    x = np.array([-np.inf, -0.0, 0.0, np.inf, np.nan, -1.0, 4.0, 2.0], dtype)
+    (got,) = interp.run(Simplify()(net.module(root)), {"x": x}).values()
+    np.testing.assert_array_equal(got, [np.inf, 0, 0, np.inf, np.nan, np.nan, 2, np.sqrt(x.dtype.type(2))])
+    assert not np.signbit(got[[0, 1, 2]]).any()
 
 
 def test_a_neutral_element_that_broadcasts_stays():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +107,7 @@ def test_the_key_tells_targets_and_functions_apart_but_not_names() -> None:
 
 
 def kernels_of(cache: KernelCache) -> list[Path]:
-    return [path for path in cache.root.glob("??/*") if path.is_file()]
+    return [path for path in cache.root.glob("code-*/??/*") if path.is_file()]
 
 
 def test_a_second_compile_schedules_nothing(  # type: ignore[no-untyped-def]
@@ -127,11 +131,63 @@ def test_kernels_that_are_gone_are_lowered_and_made_again(net, cache: KernelCach
     kernels = kernels_of(cache)
     kernels[0].unlink()
     assert compile_module(net[0], "native", cache=cache).digest == first.digest and kernels[0].exists()
-    others = [path for path in cache.root.rglob("*") if path.is_file() and path not in kernels]
-    assert {path.parent.parent.name for path in others} == {"groups", "objects"}
+    others = [path for path in cache.root.rglob("[0-9a-f]*") if path.is_file() and path not in kernels]
+    assert {path.parent.parent.name.partition("-")[0] for path in others} == {"lowered", "objects"}
     for path in others:
         path.write_bytes(b"cut")
     assert compile_module(net[0], "native", cache=cache).digest == first.digest
+
+
+def old(path: Path, days: float) -> Path:
+    """`path`, and all below, as if last changed so long ago."""
+    at = time.time() - days * 24 * 3600
+    for each in (*path.rglob("*"), path):
+        os.utime(each, (at, at))
+    return path
+
+
+def test_what_other_versions_kept_and_do_not_use_is_removed(cache: KernelCache) -> None:
+    compile_prim_func(functions.chain(8), "native", cache=cache)
+    (own,) = cache.root.glob("code-*")
+    assert (own / ".used").exists()
+    key = "ab" * 32
+    names = ("code-" + "0" * 16, "lowered-" + "1" * 16, ".gone-" + "2" * 16, "ab", "objects/ab", "groups/ab")
+    for name in names:
+        (cache.root / name).mkdir(parents=True)
+        (cache.root / name / key).write_bytes(b"kept")
+    gone = [old(cache.root / name.partition("/")[0], 31) for name in names]
+    used = old(shutil.copytree(cache.root / names[0], cache.root / ("code-" + "3" * 16)), 31)
+    (used / ".used").touch()
+    young = old(shutil.copytree(cache.root / names[0], cache.root / ("code-" + "4" * 16)), 29)
+    (cache.root / "cd").mkdir()
+    (cache.root / "cd" / "notes.txt").write_text("somebody's")
+    foreign = [old(cache.root / "cd", 31), old(shutil.copytree(cache.root / "cd", cache.root / "mine"), 31)]
+    old(own, 31)
+    cache.clean()
+    assert all(path.exists() for path in gone), "the cache was cleaned on the same day"
+    old(cache.root / ".cleaned", 1.1)
+    cache.clean()
+    assert not any(path.exists() for path in gone) and not list(cache.root.glob(".gone-*"))
+    assert all(path.exists() for path in (own, used, young, *foreign))
+    assert time.time() - (own / ".used").stat().st_mtime < 3600
+    again = KernelCache(cache.root)
+    compile_prim_func(functions.chain(8), "native", cache=again)
+    assert again.misses == 0
+
+
+def test_a_folder_that_is_removed_while_it_is_written_to_is_made_again(
+    cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tempfile.mkstemp
+
+    def late(**where: Any) -> tuple[int, str]:
+        shutil.rmtree(cache.root)
+        monkeypatch.undo()
+        return made(**where)
+
+    monkeypatch.setattr("kedge.compiler.cache.tempfile.mkstemp", late)
+    cache.keep_object("ab" * 32, b"code")
+    assert cache.find_object("ab" * 32) == b"code"
 
 
 def test_the_key_of_a_draft_is_what_rules_see() -> None:
@@ -181,6 +237,10 @@ def test_pipelines_can_be_changed(net, cache: KernelCache) -> None:  # type: ign
     default = pipeline("default")
     assert default.insert_after("fuse", Witness()).names == (*default.names, "witness")
     assert default.insert_before(default.names[0], Witness()).names[0] == "witness"
+    at = default.names.index("fuse")
+    assert default.replace("fuse", Witness()).names == (*default.names[:at], "witness", *default.names[at + 1 :])
+    twice = default.insert_before("fuse", Witness()).insert_after("fuse", Witness())
+    assert twice.replace("witness", Witness("one")).names == default.insert_before("fuse", Witness("one")).names
     assert "fuse" not in default.without("fuse").names and "fuse" in default.names
     SEEN.clear()
     compile_module(net[0], "native", pipeline=default.insert_after("fuse", Witness()), cache=cache)
@@ -188,6 +248,8 @@ def test_pipelines_can_be_changed(net, cache: KernelCache) -> None:  # type: ign
     with pytest.raises(CompileError, match="has no pass 'fuze'") as caught:
         default.insert_after("fuze", Witness())
     assert "fuse" in str(caught.value)
+    with pytest.raises(CompileError, match="has no pass 'fuze'"):
+        default.replace("fuze", Witness())
     with pytest.raises(CompileError, match="no pipeline 'fast'"):
         pipeline("fast")
 

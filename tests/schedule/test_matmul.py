@@ -96,6 +96,13 @@ def by_rows(b: int, m: Dim, k: Dim, n: Dim, dtype: str = "float32") -> PrimFunc:
     return te.create_prim_func([x, w, te.compute((b, m, n), lambda *i: maximum(y[i], 0.0), name="z")], "by_rows")
 
 
+def both_turned(m: Dim, k: Dim, n: Dim) -> PrimFunc:
+    """`transpose(x) @ transpose(w)`."""
+    x, w, axis = te.placeholder((k, m), "float32", "x"), te.placeholder((n, k), "float32", "w"), te.reduce_axis(k)
+    y = te.compute((m, n), lambda i, j: te.sum(x[axis, i] * w[j, axis], axis), name="y")
+    return te.create_prim_func([x, w, y], "both_turned")
+
+
 def squares() -> PrimFunc:
     """Sums of squares: no two operands."""
     x, axis = te.placeholder((4, 8), "float32", "x"), te.reduce_axis(8)
@@ -110,6 +117,8 @@ CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
     "streamed_rows": (biased(3, 9, 130), {}),
     "streamed_depth": (biased(2, K, 75), {"k": 11}),
     "free_rows": (product(N, 8, 20), {"n": 11}),
+    "both_turned": (both_turned(3, 101, 37), {}),
+    "both_turned_free": (both_turned(N, K, 20), {"n": 2, "k": 67}),
     "free_columns": (product(6, 5, M), {"m": 19}),
     "free": (product(N, K, M), {"n": 7, "k": 6, "m": 18}),
     "packed": (packed(10, 7, 45, 16), {}),

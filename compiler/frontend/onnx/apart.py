@@ -2,13 +2,15 @@
 
 Parsing a file whole has its weights in memory three times: in the file's bytes, in the message, and in the array that
 the message hands out. The wire format says how long each field is, so the fields around weights are found without
-reading these: what is parsed then has, instead of data, a reference that no file can have.
+reading these: what is parsed then has, instead of data, a reference with a token that is drawn for each
+read: no file can name it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -16,8 +18,6 @@ from typing import Final
 
 import onnx
 
-#: A location of external data that no path is: with a number behind it, one of the tensors that were read apart.
-APART: Final = "\0apart "
 #: Tensors of at least this many bytes are read apart.
 LEAST_BYTES: Final = 1 << 16
 _WINDOW: Final = 1 << 14
@@ -52,8 +52,8 @@ class _Field:
     end: int
 
 
-def read_apart(path: Path) -> tuple[bytes, tuple[bytes, ...]] | None:
-    """A serialized model without the data of its large initializers, and that data.
+def read_apart(path: Path) -> tuple[bytes, Mapping[str, bytes]] | None:
+    """A serialized model without the data of its large initializers, and that data by the locations it refers to.
 
     None for a file that is laid out in an unusual way or cut off: what parses it whole knows what it is worth.
 
@@ -63,7 +63,7 @@ def read_apart(path: Path) -> tuple[bytes, tuple[bytes, ...]] | None:
     with path.open("rb", buffering=0) as file:
         reader = _Reader(file, file.seek(0, os.SEEK_END))
         try:
-            return reader.model(), tuple(reader.apart)
+            return reader.model(), reader.apart
         except _OddError:
             return None
 
@@ -74,7 +74,8 @@ class _Reader:
         self._size = size
         self._window = b""
         self._window_start = 0
-        self.apart: list[bytes] = []
+        self._token = secrets.token_hex(16)
+        self.apart: dict[str, bytes] = {}
 
     def model(self) -> bytes:
         """The message of the whole file without large data."""
@@ -108,9 +109,10 @@ class _Reader:
         types = [self._read_varint(field.value)[0] for field in fields if field.number == _TYPE]
         if len(types) != 1 or types[0] not in _PLAIN or any(field.number == _LOCATION for field in fields):
             return None
-        entry = onnx.StringStringEntryProto(key="location", value=f"{APART}{len(self.apart)}")
+        location = f"\0apart {self._token} {len(self.apart)}"
+        entry = onnx.StringStringEntryProto(key="location", value=location)
         reference = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL, external_data=[entry])
-        self.apart.append(self._bytes(data[0].value, data[0].end))
+        self.apart[location] = self._bytes(data[0].value, data[0].end)
         kept = [self._bytes(tensor.value, data[0].start), self._bytes(data[0].end, tensor.end)]
         return b"".join([*kept, reference.SerializeToString()])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx import inliner, numpy_helper, version_converter
 
 from kedge.compiler.dtypes import DTYPES
 from kedge.compiler.errors import FrontendError
-from kedge.compiler.frontend.onnx.apart import APART, read_apart
+from kedge.compiler.frontend.onnx.apart import read_apart
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
@@ -33,13 +34,13 @@ _EXPORT_AGAIN = "export the model again, or copy it again and compare its size a
 class Model:
     """A parsed and checked model. `source` names it in messages; `folder` is where its external data lies.
 
-    `apart` is the data of initializers that were read apart from the message (see `apart.read_apart`).
+    `apart` is the data of initializers that were read apart from the message, by location (see `apart.read_apart`).
     """
 
     proto: onnx.ModelProto
     source: str
     folder: Path | None
-    apart: tuple[bytes, ...] = ()
+    apart: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def opsets(self) -> Mapping[str, int]:
@@ -143,14 +144,14 @@ def _checkable(model: Model) -> onnx.ModelProto:
 
 def _copy_fields(source: Any, copy: Any, *, but: str) -> None:
     """Copy the fields of a message but for one: nothing as large as weights is copied to be dropped again."""
-    for field, value in source.ListFields():
-        if field.name == but:
+    for known, value in source.ListFields():
+        if known.name == but:
             continue
-        own = getattr(copy, field.name)
+        own = getattr(copy, known.name)
         if hasattr(own, "MergeFrom"):  # a message, or several of anything
             own.MergeFrom(value)
         else:
-            setattr(copy, field.name, value)
+            setattr(copy, known.name, value)
 
 
 def _is_bulky(tensor: onnx.TensorProto) -> bool:
@@ -371,10 +372,7 @@ def _apart_data(model: Model, tensor: onnx.TensorProto) -> bytes | None:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return None
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-    number = location.removeprefix(APART)
-    if number == location or not number.isdecimal() or int(number) >= len(model.apart):
-        return None
-    return model.apart[int(number)]
+    return model.apart.get(location)
 
 
 def _external_data(model: Model, tensor: onnx.TensorProto) -> Array:

@@ -174,9 +174,9 @@ class _Blocker:
         """An operand of an element-wise operator, to be broadcast to blocked tensors of that (plain) rank."""
         type_ = old.type
         axis = type_.rank - (rank - 1)
-        if all(_is_one(dim) for dim in type_.shape):
+        if all(common.is_one(dim) for dim in type_.shape):
             return self.plain(old)
-        if axis < 0 or _is_one(type_.shape[axis]):
+        if axis < 0 or common.is_one(type_.shape[axis]):
             return _reshaped(self.plain(old), (*type_.shape, 1))
         if axis == 1:
             return self.blocked(old, lanes)
@@ -186,10 +186,6 @@ class _Blocker:
 
 def _lanes(blocked: Value) -> int:
     return int(str(blocked.type.shape[-1]))
-
-
-def _is_one(dim: Dim) -> bool:
-    return isinstance(dim, int) and dim == 1
 
 
 def _origin(value: Value) -> tuple[str, ...]:
@@ -234,7 +230,7 @@ def pack(plain: Value, lanes: int) -> Value:
     if int(str(channels)) % lanes:
         return call("to_blocks", plain, lanes=lanes, origin=_origin(plain))
     blocks = int(str(channels)) // lanes
-    if all(_is_one(dim) for dim in spatial):
+    if all(common.is_one(dim) for dim in spatial):
         return _reshaped(plain, (batch, blocks, *spatial, lanes))
     split = _reshaped(plain, (batch, blocks, lanes, *spatial))
     rank = split.type.rank
@@ -246,7 +242,7 @@ def unpack(blocked: Value, shape: tuple[Dim, ...]) -> Value:
     rank, channels = blocked.type.rank, int(str(shape[1]))
     if channels % _lanes(blocked):
         return call("from_blocks", blocked, channels=channels, origin=_origin(blocked))
-    if not all(_is_one(dim) for dim in shape[2:]):
+    if not all(common.is_one(dim) for dim in shape[2:]):
         perm = (0, 1, rank - 1, *range(2, rank - 1))
         blocked = call("transpose", blocked, perm=perm, origin=_origin(blocked))
     return _reshaped(blocked, shape)

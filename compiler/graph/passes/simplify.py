@@ -11,11 +11,11 @@ from kedge.compiler.dtypes import FLOATS, HALVES
 from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import same_shape, same_type
 from kedge.compiler.graph.interp import Array
-from kedge.compiler.graph.ir import Call, Module, Value
+from kedge.compiler.graph.ir import Call, Constant, Module, Value
 from kedge.compiler.graph.passes.base import Context, rewrite
 from kedge.compiler.graph.passes.moves import as_one_move
+from kedge.compiler.ops.common import is_one
 from kedge.compiler.ops.movement import permutation, slice_plan
-from kedge.compiler.tir.expr import Dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,10 @@ def _transpose(context: Context, value: Call) -> Value | None:
         inner = permutation(source.attrs, source.type.rank)
         attrs = {"perm": tuple(inner[axis] for axis in perm)}
         return make_call("transpose", source.inputs, attrs, (*source.origin, *value.origin))
-    moved = [axis for axis in perm if not _is_one(source.type.shape[axis])]
+    moved = [axis for axis in perm if not is_one(source.type.shape[axis])]
     if moved == sorted(moved):  # only dims of 1 move: the same elements in the same order
         return call("reshape", source, shape=value.type.shape, origin=value.origin)
     return as_one_move(value)
-
-
-def _is_one(dim: Dim) -> bool:
-    return isinstance(dim, int) and dim == 1
 
 
 def _slice(context: Context, value: Call) -> Value | None:
@@ -134,8 +130,15 @@ def _pow(context: Context, value: Call) -> Value | None:
     if _filled_with(context, exponent, 3):
         return call("mul", call("mul", base, base, origin=value.origin), base, origin=value.origin)
     if _filled_with(context, exponent, 0.5):
-        return call("sqrt", base, origin=value.origin)
+        return _root(base, value)
     return None
+
+
+def _root(base: Value, value: Call) -> Value:
+    """The power of 0.5 that `value` is: IEEE 754 has square roots differ from it for -inf and -0.0."""
+    least, most = (Constant(np.array(x, base.type.dtype)) for x in (-np.inf, np.inf))
+    positive = call("abs", call("sqrt", base, origin=value.origin), origin=value.origin)
+    return call("where", call("equal", base, least, origin=value.origin), most, positive, origin=value.origin)
 
 
 def _conv(context: Context, value: Call) -> Value | None:

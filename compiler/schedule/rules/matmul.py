@@ -22,6 +22,7 @@ from kedge.compiler.schedule.rules.analysis import (
     store_of,
     with_operands_inlined,
 )
+from kedge.compiler.schedule.rules.dot import Dot
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.product import Product, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
@@ -74,7 +75,9 @@ class Matmul:
     def match(self, func: PrimFunc, target: TargetModel) -> bool:
         """Whether the function sums products of two float tensors over one dim, with columns that lie together."""
         product = _product(func)
-        return product is not None and target.vector_bits > 0 and not (product.turned and _is_dots(product))
+        if product is None or target.vector_bits == 0:
+            return False
+        return not (product.turned and _is_dots(product) and Dot().match(func, target))
 
     def space(self, func: PrimFunc, target: TargetModel) -> Space:
         """See the class."""
