@@ -241,6 +241,7 @@ def test_no_secret_is_in_any_file_of_the_tracker_but_its_own(tracker: RunningTra
         for hidden in (secret, enrolling.token, known.key):
             assert hidden.encode() not in text, path
     assert folder.stat().st_mode & 0o077 == 0
+    assert tracker.data_dir.stat().st_mode & 0o077 == 0, "what users sent is for nobody else on this machine"
     hashes = [item["hash"] for item in json.loads((folder / "tokens.json").read_text())]
     assert all(len(digest) == 64 for digest in hashes)
 

@@ -40,6 +40,7 @@ class Security:
     def __init__(
         self, data_dir: Path, *, now_s: Callable[[], float] = time.time, device_lifetime_s: int = LIFETIME_S
     ) -> None:
+        make_private_folder(data_dir)  # jobs, results and blobs are nobody else's either
         self.folder = data_dir / "security"
         make_private_folder(self.folder)
         self.now_s = now_s
