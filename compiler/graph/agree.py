@@ -7,14 +7,14 @@ before anything runs (see `lower.limits`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedge.compiler.graph.dims import plain
 from kedge.compiler.graph.ir import Value, same_dim
 from kedge.compiler.ops import registry
-from kedge.compiler.ops.common import is_one
-from kedge.compiler.ops.registry import FusionKind
+from kedge.compiler.ops.common import broadcasting, is_one
+from kedge.compiler.ops.registry import Agreement, FusionKind
 from kedge.compiler.tir.expr import Binary, Dim, Expr, as_expr
 from kedge.compiler.tir.simplify import prove
 from kedge.compiler.tir.visitor import walk_expr
@@ -27,30 +27,23 @@ def agreed(op: str, inputs: Sequence[Value], attrs: Mapping[str, Any]) -> tuple[
     """
     shapes = [list(value.type.shape) for value in inputs]
     changed = [False] * len(shapes)
-    for axis in _shared_axes(op, shapes, attrs):
-        # A dim of 1 is spread over the others where shapes broadcast.
-        there = [n for n, shape in enumerate(shapes) if len(shape) >= -axis and not _is_spread(op, shape[axis])]
-        common = min((shapes[n][axis] for n in there), key=_size, default=1)
-        for n in there:
+    for agreement in _agreements(op, shapes, attrs):
+        there = [(n, axis) for n, axis in agreement.dims if not (agreement.spread and is_one(shapes[n][axis]))]
+        common = min((shapes[n][axis] for n, axis in there), key=_size, default=1)
+        for n, axis in there:
             if not same_dim(shapes[n][axis], common) and not _differ(shapes[n][axis], common):
                 shapes[n][axis] = common
                 changed[n] = True
     return tuple(tuple(shape) if new else None for shape, new in zip(shapes, changed, strict=True))
 
 
-def _shared_axes(op: str, shapes: Sequence[Sequence[Dim]], attrs: Mapping[str, Any]) -> Sequence[int]:
-    """The axes, counted from the end, along which all operands must be equally long."""
-    rank = max((len(shape) for shape in shapes), default=0)
+def _agreements(op: str, shapes: Sequence[Sequence[Dim]], attrs: Mapping[str, Any]) -> Iterable[Agreement]:
     definition = registry.get(op)
+    if definition.agree is not None:
+        return definition.agree(shapes, attrs)
     if definition.kind is FusionKind.BROADCAST and definition.uniform:
-        return range(-rank, 0)
-    if op == "concat" and all(len(shape) == rank for shape in shapes):
-        return [axis - rank for axis in range(rank) if axis not in (attrs["axis"], attrs["axis"] + rank)]
+        return broadcasting(shapes, -1)
     return ()
-
-
-def _is_spread(op: str, dim: Dim) -> bool:
-    return op != "concat" and is_one(dim)
 
 
 def _size(dim: Dim) -> int:

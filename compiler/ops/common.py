@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from kedge.compiler import te
 from kedge.compiler.dtypes import FLOATS, HALVES, INTEGERS
 from kedge.compiler.errors import ShapeError
+from kedge.compiler.ops.registry import Agreement
 from kedge.compiler.tir.expr import (
     Const,
     Dim,
@@ -85,6 +86,12 @@ def aligned(tensor: te.Tensor, indices: Sequence[Expr]) -> Expr:
     """The element that numpy broadcasting puts at `indices` of the result."""
     own = indices[len(indices) - len(tensor.shape) :]
     return read(tensor, [0 if is_one(dim) else index for index, dim in zip(own, tensor.shape, strict=True)])
+
+
+def broadcasting(shapes: Sequence[Sequence[Dim]], last: int) -> Iterator[Agreement]:
+    """What numpy's broadcasting asks of dims: those up to axis `last`, a negative number, meet."""
+    for axis in range(last, -max(map(len, shapes), default=0) - 1, -1):
+        yield Agreement(tuple((n, axis) for n, shape in enumerate(shapes) if len(shape) >= -axis), spread=True)
 
 
 def is_one(dim: Dim) -> bool:

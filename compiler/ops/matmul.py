@@ -6,7 +6,7 @@ neighbouring columns, each of which lies together, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from kedge.compiler.dtypes import INTEGERS
 from kedge.compiler.graph.dims import broadcast_shape, format_dim, same_shape
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
-from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
+from kedge.compiler.ops.registry import REQUIRED, Agreement, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Dim, Expr
 
@@ -113,7 +113,13 @@ registry.register(
 )
 
 
-registry.register(OpDef("matmul", FusionKind.CONTRACTION, _infer, _reference, _lower, {}, (2, 2)))
+def _agree(shapes: Sequence[Sequence[Dim]], attrs: Attrs) -> Iterator[Agreement]:
+    if len(shapes) == 2 and all(shapes):
+        yield Agreement(((0, -1), (1, -min(2, len(shapes[1])))))
+        yield from common.broadcasting(shapes, -3)
+
+
+registry.register(OpDef("matmul", FusionKind.CONTRACTION, _infer, _reference, _lower, {}, (2, 2), agree=_agree))
 
 
 def _infer_gemm(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -148,9 +154,14 @@ def _gemm(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
     return (result.astype(arrays[0].dtype),)
 
 
+def _agree_gemm(shapes: Sequence[Sequence[Dim]], attrs: Attrs) -> Iterator[Agreement]:
+    if all(len(shape) == 2 for shape in shapes[:2]):
+        yield Agreement(((0, -2 if attrs.get("trans_a") else -1), (1, -1 if attrs.get("trans_b") else -2)))
+
+
 registry.register(
     OpDef(
         "gemm", FusionKind.CONTRACTION, _infer_gemm, _gemm, None,
-        {"alpha": 1.0, "beta": 1.0, "trans_a": False, "trans_b": False}, (2, 3),
+        {"alpha": 1.0, "beta": 1.0, "trans_a": False, "trans_b": False}, (2, 3), agree=_agree_gemm,
     )
 )  # fmt: skip

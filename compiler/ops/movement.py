@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from kedge.compiler.graph.dims import at_least, divide, evaluate_shape, format_d
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import ANY
-from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
+from kedge.compiler.ops.registry import REQUIRED, Agreement, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Cast, Dim, Expr, as_expr, const, logical_and, maximum, minimum, select
 
@@ -108,8 +108,18 @@ def _is_zero(dim: Dim) -> bool:
     return isinstance(dim, int) and dim == 0
 
 
+def _agree_concat(shapes: Sequence[Sequence[Dim]], attrs: Attrs) -> Iterator[Agreement]:
+    rank = max(map(len, shapes), default=0)
+    if all(len(shape) == rank for shape in shapes):
+        for axis in range(-rank, 0):
+            if attrs["axis"] not in (axis, axis + rank):
+                yield Agreement(tuple((n, axis) for n in range(len(shapes))))
+
+
 registry.register(
-    OpDef("concat", INJECTIVE, _infer_concat, _concat, _lower_concat, {"axis": REQUIRED}, (1, None))
+    OpDef(
+        "concat", INJECTIVE, _infer_concat, _concat, _lower_concat, {"axis": REQUIRED}, (1, None), agree=_agree_concat
+    )
 )  # fmt: skip
 
 

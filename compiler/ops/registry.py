@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -14,6 +14,7 @@ from kedge.compiler.graph.ir import EMPTY, Attrs, TensorType
 
 if TYPE_CHECKING:
     from kedge.compiler.te import Tensor
+    from kedge.compiler.tir.expr import Dim
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -41,6 +42,17 @@ class FusionKind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Agreement:
+    """Dims of an operator's inputs that must be equal: of each the input's number and the axis, counted from the end.
+
+    `spread` says that dims of 1 need not, which are spread over the others.
+    """
+
+    dims: tuple[tuple[int, int], ...]
+    spread: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class OpDef:
     """One operator.
 
@@ -50,6 +62,8 @@ class OpDef:
     `arity` is the least and the most inputs (None: any number). `single` is False where there are several results.
     `uniform` is False where an element of the result may depend on its indices or on the number of dims, as in
     operators that users define: such a call keeps the shapes it was given.
+    `agree` says for inputs of given shapes which of their dims must be equal (None: all that meet in an operator that
+    broadcasts, and none in others); what is not known of these while compiling is checked when a program is called.
     """
 
     name: str
@@ -61,6 +75,7 @@ class OpDef:
     arity: tuple[int, int | None] = (1, 1)
     single: bool = True
     uniform: bool = True
+    agree: Callable[[Sequence[Sequence[Dim]], Attrs], Iterable[Agreement]] | None = None
 
 
 _OPS: dict[str, OpDef] = {}

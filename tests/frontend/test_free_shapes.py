@@ -249,6 +249,25 @@ def test_inputs_of_dims_that_must_be_equal() -> None:
             loaded.run({"x": f(2, 3), "z": f(2, 3), "k": f(4, 1)})
 
 
+@pytest.mark.parametrize("optype", ["MatMul(x,z)", "Gemm<transA=1>(t,z)"])
+def test_inner_dims_of_products_that_must_be_equal(optype: str) -> None:
+    proto = model(f"g (float[N,K] x, float[L,3] z) => (float[] y) {{ t=Transpose(x) y={optype} }}", {})
+    check(proto, [{"x": f(4, 5), "z": f(5, 3)}])
+    artifact = kedge.compile(load_onnx(proto), target="native")
+    message = r"needs [KL] and [KL] to be equal, but they are [56] and [56]"
+    with artifact.open(threads=1) as loaded, pytest.raises(InputError, match=message):
+        loaded.run({"x": f(4, 5), "z": f(6, 3)})
+
+
+def test_batch_dims_of_products_that_must_be_equal() -> None:
+    proto = model("g (float[B,1,2,K] x, float[C,7,K,3] z) => (float[] y) { y=MatMul(x,z) }", {})
+    check(proto, [{"x": f(4, 1, 2, 5), "z": f(4, 7, 5, 3)}])
+    artifact = kedge.compile(load_onnx(proto), target="native")
+    message = r"needs [BC] and [BC] to be equal, but they are [45] and [45]"
+    with artifact.open(threads=1) as loaded, pytest.raises(InputError, match=message):
+        loaded.run({"x": f(4, 1, 2, 5), "z": f(5, 7, 5, 3)})
+
+
 def test_dims_that_are_never_equal_are_refused_while_loading() -> None:
     with pytest.raises(FrontendError, match=r"Concat.*not known to be equal"):
         load_onnx(

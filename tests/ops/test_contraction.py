@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.compiler.errors import ShapeError
-from kedge.compiler.graph.builder import Builder
-from kedge.compiler.graph.ir import TensorType
+from kedge.compiler.graph.builder import Builder, call
+from kedge.compiler.graph.ir import Call, TensorType
 from kedge.compiler.tir.expr import Var
 from support.graphs import check_op
 
@@ -43,11 +43,16 @@ def test_matmul_with_free_rows_and_columns():
     check_op("matmul", normal(7, 4), normal(4, 5), free={0: [0], 1: [1]})
 
 
-def test_matmul_refuses_inner_dims_that_may_differ():
+def test_matmul_expects_inner_dims_to_be_equal_and_refuses_those_that_never_are():
     b = Builder("f")
-    x = b.input("x", TensorType((2, Var("k", lower=1)), "float32"))
-    with pytest.raises(ShapeError, match="the last dim of a, k, is not known to equal 4 of b"):
-        b.call("matmul", x, b.input("y", TensorType((4, 2), "float32")))
+    k = Var("k", lower=1)
+    x, y = b.input("x", TensorType((2, k), "float32")), b.input("y", TensorType((4, 2), "float32"))
+    product = call("matmul", x, y)
+    assert isinstance(product, Call) and isinstance(product.inputs[0], Call)
+    assert product.inputs[0].op == "expect_shape" and product.inputs[0].type.shape == (2, 4)
+    assert product.inputs[1] is y
+    with pytest.raises(ShapeError, match=r"the last dim of a, k \+ 4, is not known to equal 4 of b"):
+        call("matmul", b.input("z", TensorType((2, k + 4), "float32")), y)
 
 
 @pytest.mark.parametrize("trans_a", [False, True])
