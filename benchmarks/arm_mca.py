@@ -13,12 +13,12 @@ Shapes are KIND:SIZES, then options:
 
 It needs llvm-mca of LLVM 19: on Debian `apt-get install llvm-19` has it as llvm-mca-19; --mca names another program.
 
-Each case is compiled for each core as a user would. Of the assembly, the innermost loop without branches that has the
-most multiply-adds of float32 is given to llvm-mca, which knows how many instructions of each kind that core issues, and
-how long they take, but takes every load as one that hits the first cache, and no branch as mispredicted. The model of
-the Cortex-A9 knows no multiple loads and stores: what they stand for is put in their place, vld1 or single loads. The
-share is the loop's multiply-adds per cycle over those of a loop of independent vector multiply-adds alone, by the same
-model.
+Each case is compiled for each core as a user would. Of the assembly, the innermost loop without branches inside that
+has the most multiply-adds of float32 is given to llvm-mca; one with branches where there is no other, as the table then
+says. llvm-mca knows how many instructions of each kind that core issues, and how long they take, but takes every load
+as one that hits the first cache, and no branch as mispredicted. The model of the Cortex-A9 knows no multiple loads and
+stores: what they stand for is put in their place, vld1 or single loads. The share is the loop's multiply-adds per cycle
+over those of a loop of independent vector multiply-adds alone, by the same model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,14 +173,10 @@ CASES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions from a label to the branch back to it."""
+    """Instructions from a label to the last branch back to it, and whether each iteration runs all of them."""
 
     instructions: tuple[str, ...]
-
-    @property
-    def is_straight(self) -> bool:
-        """Whether each iteration runs all instructions."""
-        return not any(_BRANCH.match(instruction) for instruction in self.instructions[:-1])
+    is_straight: bool
 
     @property
     def multiply_adds(self) -> int:
@@ -225,7 +221,7 @@ def arithmetic(instruction: str) -> tuple[str, int]:
 
 
 def loops(assembly: str) -> list[Loop]:
-    """The innermost loops: from a label to a branch back to it, with no such pair inside."""
+    """The innermost loops: from a label to the last branch back to it, with no other such pair inside."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in assembly.splitlines():
@@ -235,17 +231,30 @@ def loops(assembly: str) -> list[Loop]:
             labels[label[1]] = len(instructions)
         elif text and not text.startswith("."):
             instructions.append(re.sub(r"\s+", " ", text))
-    spans = []
+    # A loop may go on from several places: where an iteration does nothing, and at its end.
+    ends: dict[int, int] = {}
     for at, instruction in enumerate(instructions):
         branch = _BRANCH.match(instruction)
         if branch and labels.get(branch[1], at + 1) <= at:
-            spans.append((labels[branch[1]], at))
+            ends[labels[branch[1]]] = at
     inner = [
         (begin, end)
-        for begin, end in spans
-        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
+        for begin, end in ends.items()
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in ends.items())
     ]
-    return [Loop(tuple(instructions[begin : end + 1])) for begin, end in inner]
+    return [
+        Loop(tuple(instructions[begin : end + 1]), _is_straight(instructions, labels, begin, end))
+        for begin, end in inner
+    ]
+
+
+def _is_straight(instructions: Sequence[str], labels: Mapping[str, int], begin: int, end: int) -> bool:
+    """Whether the loop has no branch but the one back and, if that is taken always, the one that leaves the loop."""
+    branches = [found for found in map(_BRANCH.match, instructions[begin:end]) if found]
+    if not instructions[end].startswith("b "):
+        return not branches
+    targets = [labels.get(branch[1], end + 1) for branch in branches]
+    return len(targets) == 1 and not begin <= targets[0] <= end
 
 
 def hottest(assemblies: Sequence[str]) -> Loop | None:
@@ -338,6 +347,7 @@ def estimate(mca: str, name: str, cpu: Cpu, most: float) -> Row:
     loop = hottest(texts)
     if loop is None:
         return row | {"share": 0.0, "multiply_adds": 0, "loop": []}
+    row["straight"] = loop.is_straight
     lines = [line for instruction in loop.instructions for line in without_multiples(instruction)]
     try:
         spent = cycles(mca, cpu, "\n".join(lines))
@@ -369,14 +379,15 @@ def table(rows: Sequence[Row], cpus: Sequence[Cpu]) -> Table:
     made = Table(title="Static estimate: share of the core's multiply-adds per cycle in the hottest inner loop")
     for column in ("case", "core"):
         made.add_column(column)
-    for column in ("instructions", "multiply-adds", "cycles", "share", "wanted"):
+    for column in ("loop", "instructions", "multiply-adds", "cycles", "share", "wanted"):
         made.add_column(column, justify="right")
     wanted = {(cpu.name, cpu.triple): cpu.wanted for cpu in cpus}
     for row in rows:
         least = wanted[row["cpu"], row["triple"]]
         spent = f"{row['cycles']:.1f}" if "cycles" in row else "-"
         share = "crash" if row["share"] is None else f"{row['share']:.0%}"
-        cells = [str(len(row["loop"])), str(row["multiply_adds"]), spent, share]
+        kind = {True: "straight", False: "branches", None: "none"}[row.get("straight")]
+        cells = [kind, str(len(row["loop"])), str(row["multiply_adds"]), spent, share]
         made.add_row(row["case"], row["cpu"], *cells, f"{least:.0%}" if least else "-")
     return made
 

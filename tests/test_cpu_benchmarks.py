@@ -264,6 +264,25 @@ def test_the_hottest_inner_loop_is_found(part: Any) -> None:
     assert arm_mca.hottest(["kernel:\n\tret\n"]) is None
 
 
+@pytest.mark.parametrize(
+    ("inside", "last", "straight"),
+    [
+        (("cmp x4, #2", "b.eq .LBB0_3"), "b .LBB0_1", True),  # leaves the loop, which goes on at its end
+        (("cbz x5, .LBB0_1",), "b.ne .LBB0_1", False),  # leaves out what is behind
+        (("b.eq .LBB0_3", "b.hi .LBB0_1"), "b .LBB0_1", False),
+        (("b.hi .LBB0_2", "ldr q30, [x1]"), "b .LBB0_1", False),
+        (("b.eq .LBB0_3",), "b.ne .LBB0_1", False),
+    ],
+)
+def test_loops_that_go_on_from_several_places_are_one(
+    inside: tuple[str, ...], last: str, straight: bool, part: Any
+) -> None:
+    body = (*inside, ".LBB0_2:", "fmla v0.4s, v30.4s, v31.4s", last)
+    (loop,) = part("arm_mca").loops("\n".join((".LBB0_1:", "add x4, x4, #1", *body, ".LBB0_3:", "ret")))
+    assert loop.instructions[0] == "add x4, x4, #1" and loop.instructions[-1] == last
+    assert (loop.multiply_adds, loop.is_straight) == (4, straight)
+
+
 def test_products_and_additions_of_armv7_are_counted(part: Any) -> None:
     arm_mca = part("arm_mca")
     text = "k:\n.L1:\n\tvmla.f32\tq0, q1, q2\n\tvmul.f32 q3, q1, q2\n\tvadd.f32 d0, d1, d2 @ sum\n\tbne\t.L1\n"

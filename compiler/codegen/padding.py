@@ -23,14 +23,18 @@ from kedge.compiler.tir.visitor import free_vars, loads, map_children, map_stmt_
 
 def skip_padding(stmt: Stmt) -> Stmt:
     """`stmt` where an iteration of a serial loop that only adds zeros to sums does nothing."""
+    return map_stmt_children(skip_iterations(stmt), skip_padding)
+
+
+def skip_iterations(stmt: Stmt) -> Stmt:
+    """The same for `stmt` alone, if it is such a loop, and not for those inside."""
     if not (isinstance(stmt, For) and stmt.kind == "serial"):
-        return map_stmt_children(stmt, skip_padding)
-    body = stmt.body
-    terms = _common_terms(body, stmt.var)
-    if terms:
-        body = If(logical_and(*terms), _granted(body, {expr_key(term) for term in terms}))
-    body = map_stmt_children(body, skip_padding) if terms else skip_padding(body)
-    return stmt if body is stmt.body else replace(stmt, body=body)
+        return stmt
+    terms = _common_terms(stmt.body, stmt.var)
+    if not terms:
+        return stmt
+    body = _granted(stmt.body, {expr_key(term) for term in terms})
+    return replace(stmt, body=If(logical_and(*terms), body))
 
 
 def _common_terms(body: Stmt, var: Var) -> Sequence[Expr]:

@@ -40,7 +40,7 @@ from kedge.compiler.tir.visitor import (
 def prepare(func: PrimFunc) -> Stmt:
     """The body of `func` without blocks, simplified, versioned, with an `Alloc` around the uses of each buffer."""
     body = _clean(lower_blocks(func.body))
-    for version in (version_tiles, skip_padding, version_choices):
+    for version in (version_tiles, version_choices, skip_padding):
         versioned = version(body)
         body = body if versioned is body else _clean(versioned)
     return compact(place_allocs(body, func.allocs))

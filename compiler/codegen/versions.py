@@ -10,7 +10,7 @@ One comparison per tile stands for one per element. What must hold for a tile is
 the lanes, unrolled loops and short loops of the tile.
 
 Where a tile chooses between values, as at the border of an image, each step of its loops that takes one side has a
-version, too: of the taps of a window most lie inside.
+version, too: of the taps of a window most lie inside. The taps that add only zeros there are skipped (padding.py).
 
 A tile at the end, where it holds for a part, is a smaller tile wherever its size is known while compiling: of 49 rows
 in tiles of 8 the last has 1, and its condition is `r < 1`, which unrolled code decides. Where the number of rows is
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from kedge.compiler.codegen.padding import skip_iterations, skip_padding
 from kedge.compiler.tir.expr import Binary, Const, Expr, Select, Var, const, eq, logical_and
 from kedge.compiler.tir.simplify import Simplifier, conjuncts, negated, over, simplify
 from kedge.compiler.tir.stmt import For, If, Range, Seq, Stmt, Store
@@ -43,7 +44,7 @@ from kedge.compiler.tir.visitor import (
 #: than this beside register tiles: what comes in versions then is all that it holds.
 _SHORT, _SHORT_STORES = 16, 8
 #: A tile of more stores than this, unrolled loops counted out, is not copied for the sake of a choice.
-_MOST_STORES = 192
+_MOST_STORES = 256
 #: Versions of a tile, for all that its conditions may leave of it.
 _MOST_VERSIONS = 9
 #: Sizes of the last tile where its rows are free.
@@ -295,23 +296,28 @@ def _choose(stmt: Stmt, path: tuple[For, ...], found: _Found | None = None) -> S
     if isinstance(stmt, Seq):
         return map_stmt_children(stmt, lambda child: _choose(child, path))
     if isinstance(stmt, If) and stmt.orelse is not None:  # a tile in versions: the one that counts, and smaller ones
-        then, orelse = _choose(stmt.then, path), _by_step(stmt.orelse, path)
+        then, orelse = _choose(stmt.then, path), _by_step(skip_padding(stmt.orelse), path)
         return stmt if then is stmt.then and orelse is stmt.orelse else replace(stmt, then=then, orelse=orelse)
     found = _found(stmt, path) if found is None else found
     if not found:
         return stmt
     if max(choice.depth for choice in found.values()) > len(path):
-        return _inside(stmt, path, found, _choose)
+        skipping = skip_iterations(stmt)  # versions are inside of this loop: none of them decides this
+        return _inside(stmt, path, found, _choose) if skipping is stmt else _choose(skipping, path)
     if _stores(stmt) > _MOST_STORES:
         return stmt
-    result = _by_step(stmt, path)
-    if len(found) == 1:
+    skipping = skip_padding(stmt)  # a tile that is inside has nothing to skip, and asks in no iteration
+    result = _by_step(stmt, path) if skipping is stmt else _choose(skipping, path)
+    if len(found) == 1 and skipping is stmt:
         (choice,) = found.values()
         if choice.second is not None:
             result = If(choice.second, _choose(_taking(stmt, dict.fromkeys(_left(found), _FALSE)), path), result)
     firsts = [choice.first for choice in found.values() if choice.first is not None]
     if len(firsts) == len(found):
-        result = If(logical_and(*firsts), _choose(_taking(stmt, _left(found)), path), result)
+        inside = logical_and(*firsts)
+        if isinstance(result, If) and result.orelse is not None and expr_key(result.condition) == expr_key(inside):
+            result = result.orelse  # the tile is one step, which asks the same
+        result = If(inside, _choose(_taking(stmt, _left(found)), path), result)
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kedge.compiler import te
@@ -69,6 +71,17 @@ def test_rows_of_a_kernel_that_lie_in_the_padding_are_left_out() -> None:
     lines = print_prepared(func, prepare(func)).splitlines()
     asked = [line.strip() for line in lines if "r >= 1" in line]
     assert asked == ["if r >= 1 and r < 2:"], "\n".join(lines)
+
+
+def test_only_rows_at_the_border_ask_for_the_padding() -> None:
+    """In the middle of an image a tile has all its taps: its loops ask nothing."""
+    func = schedule_func(conv(6, 50), SMALL).func
+    text = print_prepared(func, prepare(func))
+    asking = re.findall(r"^ *(if .*|else:)$", text, re.MULTILINE)
+    row = "i_j_0_o_0 // 5"
+    assert asking[0].startswith(f"if {row} >= 1 and {row} < 5 and "), text
+    assert asking[1] == "else:" and f"if {row} + r >= 1 and {row} + r < 7:" in asking[2:], text
+    assert "select" not in text[: text.index("else:")]
 
 
 LOOP = """
