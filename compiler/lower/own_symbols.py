@@ -9,6 +9,7 @@ quotients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from kedge.compiler.errors import ShapeError
@@ -28,7 +29,7 @@ def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
     inference, which refuses what needs to be known of the factors (that one is half of the other, say); what it gives
     must be what the group had.
     """
-    own = _Own()
+    own = _Own(_names(group))
     for argument in group.body.inputs:
         for dim in argument.type.shape:
             own.enter(dim)
@@ -55,18 +56,24 @@ def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
 class _Own:
     """A symbol for each factor."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: set[str]) -> None:
+        self._taken = taken
         self._symbols: dict[Key, tuple[Expr, Var]] = {}
 
     def enter(self, dim: Dim) -> None:
         """Give each factor of `dim` a symbol, if it is never negative."""
         for factor in factors(dim):
-            if isinstance(factor, (int, Var)) or expr_key(factor) in self._symbols:
-                continue
-            low, high = bounds(factor)
-            if low is not None and low >= 0:
-                name = next((var.name for var in free_vars(factor)), "size")
+            if isinstance(factor, Expr) and _is_replaced(factor) and expr_key(factor) not in self._symbols:
+                low, high = bounds(factor)
+                name = self._name(next((var.name for var in free_vars(factor)), "size"))
                 self._symbols[expr_key(factor)] = factor, Var(name, lower=low, upper=high)
+
+    def _name(self, wanted: str) -> str:
+        """A name of its own: symbols are told apart by their names where a kernel is printed or interpreted."""
+        names = (wanted if number == 0 else f"{wanted}_{number}" for number in count())
+        name = next(name for name in names if name not in self._taken)
+        self._taken.add(name)
+        return name
 
     def meanings(self) -> Mapping[Var, Expr]:
         """What the symbols stand for."""
@@ -84,6 +91,20 @@ class _Own:
     def _symbol(self, factor: Dim) -> Dim:
         found = self._symbols.get(expr_key(factor)) if isinstance(factor, Expr) else None
         return factor if found is None else found[1]
+
+
+def _names(group: Fused) -> set[str]:
+    """Of all variables that may stay in the group."""
+    types = [value.type for value in (*group.body.inputs, *group.body.values())]
+    return {var.name for type_ in types for dim in type_.shape if isinstance(dim, Expr) for var in free_vars(dim)}
+
+
+def _is_replaced(factor: Dim) -> bool:
+    """Whether a factor gets a symbol: it is neither a number nor a symbol, and never negative."""
+    if isinstance(factor, (int, Var)):
+        return False
+    low, _ = bounds(factor)
+    return low is not None and low >= 0
 
 
 def _type_over(own: _Own, type_: TensorType) -> TensorType:
