@@ -245,7 +245,7 @@ def test_cancelling_a_running_job_frees_the_device(agent: AgentProcess, fleet: F
     assert descendants(agent.process.pid) == []
 
 
-@pytest.mark.parametrize("fleet", [1_500], indirect=True)
+@pytest.mark.parametrize("fleet", [5_000], indirect=True)
 def test_a_job_that_takes_its_agents_down_is_lost_after_the_second(
     agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path
 ) -> None:
