@@ -84,7 +84,7 @@ async def one_agent(
     instance, pause = secrets.token_hex(8), 0.2
     while True:
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        with contextlib.suppress(grpc.RpcError):
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the latter: it ended while we wrote
             call = cast(Any, agent_pb2_grpc).AgentsStub(channel).Connect()
             await call.write(convert.agent_message_to_pb(m.Hello(local_protocol(), info, instance), 1))
             await _converse(call, number, idle, greet)
