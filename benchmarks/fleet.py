@@ -30,12 +30,10 @@ from typing import Any, cast
 
 import grpc
 import harness
-import numpy as np
 import walking
 
 import kedge
 import kedge.aio
-from kedge.compiler import te
 from kedge.demo import processes
 from kedge.protos.v1 import agent_pb2_grpc
 from kedge.rpc import convert
@@ -170,26 +168,16 @@ def tracker(folder: Path, port: int = 0, *options: str) -> Iterator[tuple[str, s
         log.close()
 
 
-def trivial() -> kedge.Artifact:
-    """One kernel under a microsecond."""
-    x = te.placeholder((16,), "float32", name="x")
-    y = te.compute((16,), lambda i: x[i] + 1.0, name="y")
-    return kedge.compile(te.create_prim_func([x, y], name="main"), target="native", name="trivial")
-
-
-INPUTS = {"x": np.zeros(16, np.float32)}
-
-
 async def flood(address: str, jobs: int, together: int) -> float:
     """Jobs per second from submit to result, so many in flight."""
-    artifact = trivial()
+    artifact = walking.trivial()
     async with await kedge.aio.connect(address) as fleet:
-        await (await fleet.run(artifact, INPUTS)).wait()
+        await (await fleet.run(artifact, walking.TRIVIAL_INPUTS)).wait()
         room = asyncio.Semaphore(together)
 
         async def one() -> None:
             async with room:
-                await (await fleet.run(artifact, INPUTS)).wait()
+                await (await fleet.run(artifact, walking.TRIVIAL_INPUTS)).wait()
 
         began = time.perf_counter()
         await asyncio.gather(*(one() for _ in range(jobs)))
@@ -223,12 +211,12 @@ def jobs(folder: Path, smoke: bool) -> Row:
     """A trivial job's overhead, over TLS, in a new runner each; and what an idle agent occupies."""
     (folder / "jobs").mkdir()
     with walking.fleet_of_one(folder / "jobs") as address:
-        artifact, samples = trivial(), []
+        artifact, samples = walking.trivial(), []
         with kedge.connect(address) as fleet:
             fleet.wait_for_device(walking.DEVICE, timeout=30)
             for number in range(20 if smoke else 1_000):
                 began = time.perf_counter()
-                fleet.run(artifact, INPUTS, device=walking.DEVICE).wait()
+                fleet.run(artifact, walking.TRIVIAL_INPUTS, device=walking.DEVICE).wait()
                 if number >= 5:
                     samples.append((time.perf_counter() - began) * 1e3)
         samples.sort()
@@ -307,14 +295,14 @@ def restart(folder: Path, smoke: bool) -> Row:
 
 async def submit(address: str, jobs: int) -> None:
     """Put jobs into the queue of a tracker without agents."""
-    artifact = trivial()
+    artifact = walking.trivial()
     async with await kedge.aio.connect(address) as fleet:
-        await fleet.run(artifact, INPUTS)
+        await fleet.run(artifact, walking.TRIVIAL_INPUTS)
         room = asyncio.Semaphore(64)
 
         async def one() -> None:
             async with room:
-                await fleet.run(artifact, INPUTS)
+                await fleet.run(artifact, walking.TRIVIAL_INPUTS)
 
         await asyncio.gather(*(one() for _ in range(jobs - 1)))
 

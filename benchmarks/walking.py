@@ -35,6 +35,7 @@ from kedge.demo import processes
 RESULTS = Path(__file__).with_name("results")
 CHUNK = 1 << 20
 DEVICE = "bench-agent"
+TRIVIAL_INPUTS = {"x": np.zeros(16, np.float32)}
 
 
 def mlp(path: Path) -> Path:
@@ -99,13 +100,16 @@ def fleet_of_one(folder: Path) -> Iterator[str]:
         yield address
 
 
-def job_overhead(address: str, smoke: bool) -> dict[str, float]:
-    """Milliseconds from submit to result: a cached one-kernel artifact in a new runner, its kernel under 1 µs."""
+def trivial() -> kedge.Artifact:
+    """One kernel under a microsecond, called with TRIVIAL_INPUTS."""
     x = te.placeholder((16,), "float32", name="x")
     y = te.compute((16,), lambda i: x[i] + 1.0, name="y")
-    artifact = kedge.compile(te.create_prim_func([x, y], name="main"), target="native", name="trivial")
-    inputs = {"x": np.zeros(16, np.float32)}
-    samples = []
+    return kedge.compile(te.create_prim_func([x, y], name="main"), target="native", name="trivial")
+
+
+def job_overhead(address: str, smoke: bool) -> dict[str, float]:
+    """Milliseconds from submit to result: a cached one-kernel artifact in a new runner, its kernel under 1 µs."""
+    artifact, inputs, samples = trivial(), TRIVIAL_INPUTS, []
     with kedge.connect(address) as fleet:
         fleet.wait_for_device(DEVICE, timeout=30)
         for _ in range(5):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import kedge
+from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function, Manifest
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError, UsageError
 from kedge.rpc.types import ITEM_BYTES
@@ -219,6 +220,15 @@ def load_inputs(path: Path) -> Arrays:
         raise InputError(
             f"{path} is not an .npz file ({error})", hint="numpy.savez(path, NAME=array) makes one"
         ) from error
+
+
+def inputs_of(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
+    """What a function is called with: the arrays of `path`, or random data of `shapes`; raises UsageError for both."""
+    if path and shapes:
+        raise UsageError(
+            "--shape says nothing beside --inputs", hint="the arrays of the file have their shapes; drop one"
+        )
+    return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
 
 
 def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

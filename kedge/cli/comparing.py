@@ -8,12 +8,9 @@ from typing import Annotated
 import typer
 
 from kedge.cli import output
-from kedge.cli.arguments import Arrays, function_of, load_artifact, load_inputs, parse_shapes
+from kedge.cli.arguments import function_of, inputs_of, load_artifact
 from kedge.cli.devices import check_on, open_device, require_device
 from kedge.cli.fleet import state_dir
-from kedge.inputs import random_inputs
-from kedge.rpc.artifact import Function
-from kedge.rpc.errors import UsageError
 
 
 def compare(
@@ -58,10 +55,8 @@ def compare(
 
     require_device(context, device, timeout)
     check_on(on)
-    if inputs and shape:
-        raise UsageError("--shape says nothing beside --inputs", hint="the arrays of the file have their shapes")
     artifacts = load_artifact(a), load_artifact(b)
-    of_a, of_b = (_inputs(function_of(artifact, function), inputs, shape, seed) for artifact in artifacts)
+    of_a, of_b = (inputs_of(function_of(artifact, function), inputs, shape, seed) for artifact in artifacts)
     with output.progress("compare") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         name = getattr(place, "name", "here")
         found = compare_artifacts(
@@ -75,7 +70,3 @@ def compare(
         output.stdout().print(str(found), soft_wrap=True)
     if found.verdict == "invalid" or (fail_if_slower and found.verdict == "slower"):
         raise typer.Exit(1)
-
-
-def _inputs(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
-    return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)

@@ -11,21 +11,16 @@ from rich.text import Text
 
 from kedge.cli import output
 from kedge.cli.arguments import (
-    Arrays,
     check_outputs,
     function_of,
+    inputs_of,
     load_artifact,
-    load_inputs,
-    parse_shapes,
     reading,
     save_outputs,
 )
 from kedge.cli.devices import check_on, open_device, require_device
 from kedge.cli.externals import load_externals
-from kedge.inputs import random_inputs
-from kedge.rpc.artifact import Function
 from kedge.rpc.artifact.place import CPU
-from kedge.rpc.errors import UsageError
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT.kdg", help="A compiled artifact.", show_default=False)]
 InputsOption = Annotated[
@@ -39,14 +34,6 @@ FunctionOption = Annotated[
     typer.Option("--function", help="The function to call; the only one, or main, unless named.", show_default=False),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of random inputs.")]
-
-
-def _inputs(function: Function, path: Path | None, shapes: list[str] | None, seed: int) -> Arrays:
-    if path and shapes:
-        raise UsageError(
-            "--shape says nothing beside --inputs", hint="the arrays of the file have their shapes; drop one"
-        )
-    return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
 
 
 def run(
@@ -82,7 +69,7 @@ def run(
     check_on(on)
     check_outputs(outputs)
     loaded = load_artifact(artifact)
-    data = _inputs(function_of(loaded, function), inputs, shape, seed)
+    data = inputs_of(function_of(loaded, function), inputs, shape, seed)
     with output.progress("run") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         results = place.load(loaded).run(data, function=function)
     if outputs:
@@ -150,7 +137,7 @@ def bench(
     require_device(context, device, timeout)
     check_on(on)
     loaded = load_artifact(artifact)
-    data = _inputs(function_of(loaded, function), inputs, shape, seed)
+    data = inputs_of(function_of(loaded, function), inputs, shape, seed)
     with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         module = place.load(loaded)
         report(f"timing {repeat} samples on {module.device}")
@@ -214,7 +201,7 @@ def validate(
     check_on(on)
     externals = load_externals(external)
     loaded = load_artifact(artifact)
-    data = _inputs(function_of(loaded, "main"), inputs, shape, seed)
+    data = inputs_of(function_of(loaded, "main"), inputs, shape, seed)
     with (
         output.compile_warnings(),
         reading(model),

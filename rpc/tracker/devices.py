@@ -8,7 +8,7 @@ times one job is let through to find out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -93,9 +93,6 @@ class Roster:
     def __iter__(self) -> Iterator[Device]:
         return iter(self._devices.values())
 
-    def __len__(self) -> int:
-        return len(self._devices)
-
     def get(self, name: str) -> Device | None:
         """A device that is known."""
         return self._devices.get(name)
@@ -121,11 +118,6 @@ class Roster:
     def breaker(self, name: str) -> Breaker:
         """The circuit breaker of a device."""
         return self._breakers.setdefault(name, Breaker())
-
-    @property
-    def serviced(self) -> Iterable[Serviced]:
-        """Devices in maintenance."""
-        return self._serviced.values()
 
     def serve(self, serviced: Serviced) -> None:
         """Take a device out of service."""
