@@ -49,6 +49,7 @@ class ExprEmitter(AddressEmitter):
         super().__init__(builder)
         self.together: Mapping[Load, Together] = {}  # by the loads under the unrolled loops around
         self.turned: Mapping[Load, Turned] = {}  # by the loads under the unrolled loop around
+        self.written_freely: set[Buffer] = set()  # those whose elements beyond masks nothing reads
         self._accumulates = False  # what is computed now goes to a register tile
 
     # Memory -----------------------------------------------------------------------------------------------------
@@ -248,7 +249,8 @@ class ExprEmitter(AddressEmitter):
         mask = self.mask
         if mask is not None and pointer.private and self._fits(buffer, position):
             # Nobody else looks: writing back what the other lanes hold is cheaper than a masked store.
-            value = self.b.select(mask, value, self._load_unmasked(pointer, kind.memory, kind.size, position))
+            if buffer not in self.written_freely:
+                value = self.b.select(mask, value, self._load_unmasked(pointer, kind.memory, kind.size, position))
             mask = None
         if split[1] == 1:
             self._store_lanes(pointer, kind.memory, kind.size, split[0], value, mask)

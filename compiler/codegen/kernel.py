@@ -26,6 +26,7 @@ from kedge.compiler.codegen.tensor import EMITTERS
 from kedge.compiler.codegen.together import MAX_UNROLL, together
 from kedge.compiler.codegen.turned import turned
 from kedge.compiler.codegen.types import byte_size, scalar_type
+from kedge.compiler.codegen.unread import writes_freely
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
@@ -376,7 +377,10 @@ class KernelEmitter(ParallelEmitter):
         if buffer not in self._on_stack and buffer not in self._in_workspace:
             self._reserve(buffer)
         self.pointers[buffer] = self._on_stack.get(buffer) or self._workspace(buffer)
+        if buffer.scope == "register" and writes_freely(stmt):
+            self.written_freely.add(buffer)
         self.stmt(stmt.body)
+        self.written_freely.discard(buffer)
 
     def _reserve(self, buffer: Buffer) -> None:
         """Give the buffer memory: that of one like it which is not in use, or on the stack if it fits, or workspace."""

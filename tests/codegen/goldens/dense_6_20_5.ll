@@ -6,10 +6,10 @@ entry:
   %buf11 = alloca [16 x float], align 32
   br label %loop1
 loop1:
-  %i3 = phi i64 [ 0, %entry ], [ %t93, %done5 ]
+  %i3 = phi i64 [ 0, %entry ], [ %t88, %done5 ]
   br label %loop4
 loop4:
-  %i6 = phi i64 [ 0, %loop1 ], [ %t91, %join9 ]
+  %i6 = phi i64 [ 0, %loop1 ], [ %t86, %join9 ]
   %t7 = icmp slt i64 %i6, 2
   br i1 %t7, label %then8, label %else10
 then8:
@@ -64,7 +64,7 @@ else10:
   store <8 x float> splat (float 0x0000000000000000), ptr %t48, align 32
   br label %loop49
 loop49:
-  %i51 = phi i64 [ 0, %else10 ], [ %t80, %loop49 ]
+  %i51 = phi i64 [ 0, %else10 ], [ %t75, %loop49 ]
   %t52 = icmp slt <8 x i64> <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, splat (i64 4)
   %t53 = mul nsw i64 %i3, 10
   %t54 = add nsw i64 %t53, %i51
@@ -79,46 +79,41 @@ loop49:
   %t63 = insertelement <8 x float> poison, float %t56, i64 0
   %t64 = shufflevector <8 x float> %t63, <8 x float> poison, <8 x i32> zeroinitializer
   %t65 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t64, <8 x float> %t61, <8 x float> %t62)
-  %t66 = load <8 x float>, ptr %buf11, align 32
-  %t67 = select <8 x i1> %t52, <8 x float> %t65, <8 x float> %t66
-  store <8 x float> %t67, ptr %buf11, align 32
-  %t68 = getelementptr float, ptr %t55, i64 5
-  %t69 = load float, ptr %t68, align 4
-  %t70 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t60, <8 x i1> %t52, <8 x float> zeroinitializer)
-  %t71 = getelementptr float, ptr %buf11, i64 8
-  %t72 = load <8 x float>, ptr %t71, align 32
-  %t73 = insertelement <8 x float> poison, float %t69, i64 0
-  %t74 = shufflevector <8 x float> %t73, <8 x float> poison, <8 x i32> zeroinitializer
-  %t75 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t74, <8 x float> %t70, <8 x float> %t72)
-  %t76 = getelementptr float, ptr %buf11, i64 8
-  %t77 = load <8 x float>, ptr %t76, align 32
-  %t78 = select <8 x i1> %t52, <8 x float> %t75, <8 x float> %t77
-  %t79 = getelementptr float, ptr %buf11, i64 8
-  store <8 x float> %t78, ptr %t79, align 32
-  %t80 = add nuw nsw i64 %i51, 1
-  %t81 = icmp slt i64 %t80, 5
-  br i1 %t81, label %loop49, label %done50
+  store <8 x float> %t65, ptr %buf11, align 32
+  %t66 = getelementptr float, ptr %t55, i64 5
+  %t67 = load float, ptr %t66, align 4
+  %t68 = call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %t60, <8 x i1> %t52, <8 x float> zeroinitializer)
+  %t69 = getelementptr float, ptr %buf11, i64 8
+  %t70 = load <8 x float>, ptr %t69, align 32
+  %t71 = insertelement <8 x float> poison, float %t67, i64 0
+  %t72 = shufflevector <8 x float> %t71, <8 x float> poison, <8 x i32> zeroinitializer
+  %t73 = call <8 x float> @llvm.fma.v8f32(<8 x float> %t72, <8 x float> %t68, <8 x float> %t70)
+  %t74 = getelementptr float, ptr %buf11, i64 8
+  store <8 x float> %t73, ptr %t74, align 32
+  %t75 = add nuw nsw i64 %i51, 1
+  %t76 = icmp slt i64 %t75, 5
+  br i1 %t76, label %loop49, label %done50
 done50:
-  %t82 = icmp slt <8 x i64> <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, splat (i64 4)
-  %t83 = load <8 x float>, ptr %buf11, align 32
-  %t84 = mul nsw i64 %i3, 40
-  %t85 = mul nsw i64 %i6, 8
-  %t86 = add nsw i64 %t84, %t85
-  %t87 = getelementptr float, ptr %arg2, i64 %t86
-  call void @llvm.masked.store.v8f32.p0(<8 x float> %t83, ptr align 4 %t87, <8 x i1> %t82)
-  %t88 = getelementptr float, ptr %buf11, i64 8
-  %t89 = load <8 x float>, ptr %t88, align 32
-  %t90 = getelementptr float, ptr %t87, i64 20
-  call void @llvm.masked.store.v8f32.p0(<8 x float> %t89, ptr align 4 %t90, <8 x i1> %t82)
+  %t77 = icmp slt <8 x i64> <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, splat (i64 4)
+  %t78 = load <8 x float>, ptr %buf11, align 32
+  %t79 = mul nsw i64 %i3, 40
+  %t80 = mul nsw i64 %i6, 8
+  %t81 = add nsw i64 %t79, %t80
+  %t82 = getelementptr float, ptr %arg2, i64 %t81
+  call void @llvm.masked.store.v8f32.p0(<8 x float> %t78, ptr align 4 %t82, <8 x i1> %t77)
+  %t83 = getelementptr float, ptr %buf11, i64 8
+  %t84 = load <8 x float>, ptr %t83, align 32
+  %t85 = getelementptr float, ptr %t82, i64 20
+  call void @llvm.masked.store.v8f32.p0(<8 x float> %t84, ptr align 4 %t85, <8 x i1> %t77)
   br label %join9
 join9:
-  %t91 = add nuw nsw i64 %i6, 1
-  %t92 = icmp slt i64 %t91, 3
-  br i1 %t92, label %loop4, label %done5
+  %t86 = add nuw nsw i64 %i6, 1
+  %t87 = icmp slt i64 %t86, 3
+  br i1 %t87, label %loop4, label %done5
 done5:
-  %t93 = add nuw nsw i64 %i3, 1
-  %t94 = icmp slt i64 %t93, 3
-  br i1 %t94, label %loop1, label %done2
+  %t88 = add nuw nsw i64 %i3, 1
+  %t89 = icmp slt i64 %t88, 3
+  br i1 %t89, label %loop1, label %done2
 done2:
   ret i32 0
 }
