@@ -269,6 +269,25 @@ def test_panels_that_stay_near_as_they_lie_are_not_packed(m, k, n, packs):
     assert RULE.default(func, replace(AVX2, l2_bytes=64 << 20))["pack_b"] is False
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block"),
+    [
+        (1000, 1000, 1000, 7),  # 10 stay, and 7 keep two cores equally busy
+        (60, 1000, 1000, 0),  # all rows stay
+        (1000, 1000, 16, 0),  # one panel
+        (1000, 4000, 1000, 0),  # two tiles would stay, and read panels as often as they save rows
+        (2000, 300, 500, 36),  # the most that stay are 10 blocks
+    ],
+)
+def test_rows_that_do_not_stay_go_in_blocks_that_do(m, k, n, block):
+    func = product(m, k, n)
+    target = replace(AVX2, num_cores=2)
+    chosen = RULE.default(func, target)
+    assert (chosen["pack_b"], chosen["block"]) == (False, block)
+    assert chosen["block"] in RULE.space(func, target)["block"]
+    assert 2 * chosen["block"] * chosen["rows"] * k * 4 <= target.l2_bytes
+
+
 def test_without_a_third_cache_few_rows_are_worth_packing():
     func = product(64, 512, 512)
     assert RULE.default(func, replace(AVX2, l3_bytes=0))["pack_b"]

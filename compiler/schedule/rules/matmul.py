@@ -26,8 +26,8 @@ from kedge.compiler.schedule.rules.dot import Dot
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.product import Product, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
-from kedge.compiler.schedule.rules.stream import MOST_BLOCK, schedule_stream, stream_decisions, streams
-from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
+from kedge.compiler.schedule.rules.stream import ALIAS, MOST_BLOCK, schedule_stream, stream_decisions, streams
+from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, keeps_busy, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
@@ -50,13 +50,13 @@ _TILES_TO_PACK = 24
 _DOT_DEPTH = 32
 #: A sum of unknown length may have so many.
 _SOME_DEPTH = 512
-#: Bytes between rows that begin in one set of the first-level cache.
-_ALIAS = 4096
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
 _UNROLL = (1, 2, 4, 8)
 _UNROLL_REGISTERS = 32
 #: Elements of all rows that are multiplied by in one iteration, where a multiply-add takes one out of a register.
 _UNROLL_ELEMENTS = 32
+#: Tiles of rows in a block, one by one; larger blocks have powers of two.
+_MOST_TILES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,10 @@ class Matmul:
             "width": tuple(1 << i for i in range(most.bit_length())),
             "row": (None, *product.rows),
             "unroll": _UNROLL,
-            "block": (0, *(1 << i for i in range(MOST_BLOCK.bit_length()))),
+            "block": (
+                *range(_MOST_TILES + 1),
+                *(1 << i for i in range(_MOST_TILES.bit_length(), MOST_BLOCK.bit_length())),
+            ),
             "pack_a": (False, True),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
             "parallel": (False, True),
@@ -103,14 +106,14 @@ class Matmul:
         height = 1 if row is None else product.extent(row)
         tile = tile_for(target, product.itemsize, height, product.extent(product.column), panel=product.panel)
         pack_b = _pays_to_pack(product, tile, height, target)
-        pack_a = not pack_b and product.row_bytes(row) % _ALIAS == 0 and tile.rows > 8
+        pack_a = not pack_b and product.row_bytes(row) % ALIAS == 0 and tile.rows > 8
         chosen = {
             "rows": tile.rows,
             "vectors": tile.vectors,
             "width": tile.width,
             "row": row,
             "unroll": _unroll(product, tile, target),
-            "block": _block(product, tile, height, target) if pack_b or pack_a else 0,
+            "block": (_block if pack_b or pack_a else _block_that_stays)(product, tile, height, target),
             "pack_a": pack_a,
             "pack_b": pack_b,
             "parallel": is_worth_threads([product.block], target),
@@ -220,6 +223,25 @@ def _block(product: Product, tile: RegisterTile, height: int | None, target: Tar
         return 0
     least = max(_ROWS_TO_PACK // tile.rows, math.ceil(tiles / (2 * target.num_cores)))
     return min(MOST_BLOCK, 1 << (least - 1).bit_length())
+
+
+def _block_that_stays(product: Product, tile: RegisterTile, height: int | None, target: TargetModel) -> int:
+    """Tiles of rows that have half of the second cache, so that the first operand is not read again from further away.
+
+    None where all rows fit in there, where panels would be read as often as blocks save, and where cores would not have
+    blocks enough: panels would be spread with them, and the last ones not told from the others.
+    """
+    columns, depth = product.extent(product.column), extent_of(product.depth.extent)
+    if height is None or columns is None or depth is None or columns <= tile.columns:
+        return 0
+    tiles, tile_bytes = math.ceil(height / tile.rows), tile.rows * depth * product.itemsize
+    most = min(_MOST_TILES, target.l2_bytes // 2 // tile_bytes)
+    if tiles <= most or most * tile.rows <= 2 * tile.columns:
+        return 0
+    enough = [block for block in range(most, most // 2, -1) if keeps_busy(math.ceil(tiles / block), target.num_cores)]
+    if not enough:
+        return 0
+    return next((block for block in enough if tiles % block == 0), enough[0])
 
 
 @dataclass(frozen=True, slots=True)

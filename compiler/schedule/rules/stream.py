@@ -18,6 +18,8 @@ from kedge.compiler.target.core import lanes_of
 _MOST_ROWS = 4
 #: Steps of the sum for which a result stays in its register: as many rows of the second operand are read at once.
 _STEPS = 8
+#: Bytes between rows that begin in one set of the first-level cache: half as many of them are read at once.
+ALIAS = 4096
 #: The part of the first-level cache that results may take: rows of the second operand pass through the rest.
 _PART_OF_L1 = 2
 #: Tiles of columns that a block has at most.
@@ -45,7 +47,8 @@ def stream_decisions(product: Product, target: TargetModel) -> dict[str, int]:
     if columns is not None:
         block = min(block, 1 << (-(-columns // (step * cores)) - 1).bit_length())
     block = min(block, MOST_BLOCK)
-    unroll = _STEPS if depth is None else min(_STEPS, 1 << (depth.bit_length() - 1))
+    steps = _STEPS // 2 if product.depth_bytes and product.depth_bytes % ALIAS == 0 else _STEPS
+    unroll = steps if depth is None else min(steps, 1 << (depth.bit_length() - 1))
     return {"rows": height, "vectors": vectors, "unroll": unroll, "block": block}
 
 

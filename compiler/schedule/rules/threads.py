@@ -64,6 +64,11 @@ def parallelize(sch: Schedule, loops: list[LoopRef], total_cycles: float, target
     return loops[count:]
 
 
+def keeps_busy(count: int, cores: int) -> bool:
+    """Whether `count` equal iterations keep all cores equally busy."""
+    return count >= _PER_CORE * cores or (count >= _FEW_PER_CORE * cores and count % cores == 0)
+
+
 def _enough(sch: Schedule, loops: Sequence[LoopRef], cores: int) -> int:
     """How many of the outermost loops have iterations enough to keep all cores equally busy.
 
@@ -75,7 +80,7 @@ def _enough(sch: Schedule, loops: Sequence[LoopRef], cores: int) -> int:
         extent = sch.extent(loop)
         free = number > 1 and not isinstance(extent, Const)
         count *= max(at_least(extent), _FREE_SIZE) if free else at_least(extent)
-        if count >= _PER_CORE * cores or (count >= _FEW_PER_CORE * cores and count % cores == 0):
+        if keeps_busy(count, cores):
             return number
     return len(loops)
 
