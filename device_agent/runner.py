@@ -1,4 +1,4 @@
-"""`Runner`: one `kedge-runner` process, loaded with at most one artifact, behind calls that always come back.
+"""`Runner`: one `kedge-runner` process, its modules and the tensors that stay in it, behind calls that always come back.
 
 Native code from an artifact runs in that process and nowhere else. Every call has a deadline; a runner that misses
 it is asked to cancel, given a moment, then killed with everything it started, and always reaped. What can go wrong
@@ -31,7 +31,9 @@ from typing import Callable, List, Optional, Sequence, Tuple, TypeVar, Union
 from kedge.device_agent.runtime import protocol
 from kedge.device_agent.runtime.protocol import (
     FunctionInfo,
+    Given,
     Hello,
+    Kept,
     ModuleInfo,
     PortInfo,
     ProtocolError,
@@ -45,7 +47,9 @@ from kedge.rpc.types import TimeOptions
 
 __all__ = [
     "FunctionInfo",
+    "Given",
     "Hello",
+    "Kept",
     "Limits",
     "ModuleInfo",
     "PortInfo",
@@ -250,15 +254,17 @@ class Runner:
         *,
         device: Tuple[int, int] = (abi.DEVICE_CPU, 0),
     ) -> ModuleInfo:
-        """Load a lib.so, map its weights, and make it ready on `device`, a DLDeviceType and an id; one per runner.
+        """Load a lib.so, map its weights, and make it ready on `device`, a DLDeviceType and an id.
+
+        Several may be open; `ModuleInfo.module` names this one, and the first one's is 0.
 
         Raises:
-            RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when one is open already.
+            RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when too many are open.
             RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: loading did that.
         """
         path = "" if weights is None else str(Path(weights).absolute())
         head = protocol.pack_open(str(Path(lib).absolute()), path, weights_offset, self.threads, device)
-        payload, _ = self._request(protocol.OPEN, head, (), deadline_s, "load")
+        payload, _ = self._request(protocol.OPEN, head, None, deadline_s, "load")
         return self._decode("load", lambda: protocol.unpack_open_result(payload))
 
     def devices(self, kind: str, deadline_s: float = 60.0) -> Found:
@@ -268,15 +274,16 @@ class Runner:
             RunnerCrashed, RunnerTimeout: the driver did that.
         """
         head = protocol.pack_devices(DEVICE_TYPES[kind])
-        payload, _ = self._request(protocol.DEVICES, head, (), deadline_s, "load")
+        payload, _ = self._request(protocol.DEVICES, head, None, deadline_s, "load")
         return self._decode("load", lambda: protocol.unpack_devices(payload, kind))
 
     def call(
         self,
         function_index: int,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Given],
         deadline_s: float = 60.0,
         *,
+        module: int = 0,
         discard_outputs: bool = False,
     ) -> List[Tensor]:
         """Call a function; returns its outputs, or nothing with `discard_outputs`.
@@ -287,24 +294,65 @@ class Runner:
             RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: the call did that.
         """
         options = protocol.CALL_DISCARD_OUTPUTS if discard_outputs else 0
-        options |= protocol.CALL_SHARED_OUTPUTS if self.hello.shared_memory else 0
-        head = protocol.pack_call(function_index, options)
-        payload, section = self._request(protocol.CALL, head, inputs, deadline_s, "run")
+        options |= self._sharing()
+        payload, section = self._run(
+            protocol.CALL, protocol.pack_call(module, function_index, options), inputs, deadline_s
+        )
         duration, outputs = self._decode("run", lambda: protocol.unpack_call_result(payload, section))
         self.last_call_ns = duration
         return outputs
 
+    def call_keeping(
+        self, function_index: int, inputs: Sequence[Given], deadline_s: float = 60.0, *, module: int = 0
+    ) -> List[Kept]:
+        """Call a function whose outputs stay in the runner until they are released; raises like `call`."""
+        head = protocol.pack_call(module, function_index, protocol.CALL_KEEP_OUTPUTS)
+        payload, _ = self._run(protocol.CALL, head, inputs, deadline_s)
+        duration, kept = self._decode("run", lambda: protocol.unpack_kept_call(payload))
+        self.last_call_ns = duration
+        return kept
+
     def time(
         self,
         function_index: int,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Given],
         options: TimeOptions = _DEFAULT_TIMING,
         deadline_s: float = 300.0,
+        *,
+        module: int = 0,
     ) -> TimeResult:
         """Time a function by the runtime's native loop; raises like `call`."""
-        head = protocol.pack_time(function_index, options)
-        payload, _ = self._request(protocol.TIME, head, inputs, deadline_s, "run")
+        head = protocol.pack_time(module, function_index, options)
+        payload, _ = self._run(protocol.TIME, head, inputs, deadline_s)
         return self._decode("run", lambda: protocol.unpack_time_result(payload))
+
+    def keep(self, tensors: Sequence[Tensor], deadline_s: float = 60.0) -> List[Kept]:
+        """Copy tensors into the runner, where they stay until they are released; 256 at a time at most.
+
+        Raises:
+            RunnerRefused, RunnerCrashed, RunnerTimeout, RunnerOutOfMemory.
+        """
+        payload, _ = self._request(protocol.KEEP, b"", tensors, deadline_s, "run")
+        return self._decode("run", lambda: protocol.unpack_kept(payload))
+
+    def fetch(self, kept: Kept, deadline_s: float = 60.0) -> Tensor:
+        """The content of a tensor that stays; raises like `keep`."""
+        payload, section = self._request(
+            protocol.FETCH, protocol.pack_fetch(kept.handle, self._sharing()), None, deadline_s, "run"
+        )
+        tensors = self._decode("run", lambda: protocol.unpack_tensors(protocol.Cursor(payload), section))
+        if len(tensors) != 1:
+            self._process.kill()
+            raise self._broke_protocol("run", f"{len(tensors)} tensors for one handle")
+        return tensors[0]
+
+    def release(self, handles: Sequence[int], deadline_s: float = 60.0) -> None:
+        """Free tensors that stayed; all of them, or none where the runner does not know one. Raises like `keep`."""
+        self._request(protocol.RELEASE, protocol.pack_release(handles), None, deadline_s, "run")
+
+    def close_module(self, module: int, deadline_s: float = 60.0) -> None:
+        """Unload a module; tensors that it computed stay. Raises like `keep`."""
+        self._request(protocol.CLOSE, protocol.pack_close(module), None, deadline_s, "load")
 
     def cancel(self) -> None:
         """End the call that another thread has in flight, if any: it raises RunnerCancelled within `grace_s`.
@@ -366,8 +414,17 @@ class Runner:
             raise
         return hello
 
+    def _sharing(self) -> int:
+        return protocol.CALL_SHARED_OUTPUTS if self.hello.shared_memory else 0
+
+    def _run(
+        self, kind: int, head: bytes, inputs: Sequence[Given], deadline_s: float
+    ) -> Tuple[memoryview, Optional[memoryview]]:
+        kept, by_value = protocol.pack_inputs(inputs)
+        return self._request(kind, head + kept, by_value, deadline_s, "run")
+
     def _request(
-        self, kind: int, head: bytes, tensors: Sequence[Tensor], deadline_s: float, stage: str
+        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]], deadline_s: float, stage: str
     ) -> Tuple[memoryview, Optional[memoryview]]:
         with self._lock:
             if self._process.ended:
@@ -392,7 +449,7 @@ class Runner:
                     self._in_flight = False
 
     def _exchange(
-        self, kind: int, head: bytes, tensors: Sequence[Tensor], limit: _Limit, stage: str, deadline_s: float
+        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]], limit: _Limit, stage: str, deadline_s: float
     ) -> Tuple[memoryview, Optional[memoryview]]:
         whole = False
         try:
@@ -424,9 +481,11 @@ class Runner:
     def _cannot(self, what: str, stage: str, reason: OSError) -> RunnerUnavailable:
         return RunnerUnavailable(f"cannot {what}: {reason.strerror}", stage=stage, hint="this device lacks resources")
 
-    def _frame(self, kind: int, head: bytes, tensors: Sequence[Tensor]) -> Tuple[List[protocol.Buffer], Optional[int]]:
-        """The buffers of a request, and the file that holds its tensors where they are large."""
-        if kind in (protocol.OPEN, protocol.DEVICES):
+    def _frame(
+        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]]
+    ) -> Tuple[List[protocol.Buffer], Optional[int]]:
+        """The buffers of a request, and the file that holds its tensors where they are large; None: it has none."""
+        if tensors is None:
             return [protocol.Header(kind, 0, self._request_id, len(head)).pack() + head], None
         descriptors, offsets, size = protocol.pack_tensors(tensors)
         head += descriptors

@@ -15,7 +15,7 @@ from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import Found
 from kedge.rpc.types import StepSamples, TimeOptions
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAGIC = 0x4647444B  # "KDGF"
 
 # Message types.
@@ -28,17 +28,23 @@ ERROR = 6
 RESULT = 7
 BYE = 8
 DEVICES = 9
+KEEP = 10
+FETCH = 11
+RELEASE = 12
+CLOSE = 13
 
 #: Flag of a frame: the data of its tensors lies in the file whose descriptor comes with it.
 FLAG_SHARED = 1
 
-#: Options of a call.
+#: Options of a call; a fetch knows the second.
 CALL_DISCARD_OUTPUTS = 1
 CALL_SHARED_OUTPUTS = 2
+CALL_KEEP_OUTPUTS = 4
 
 HEADER = struct.Struct("<IHHQQ")
 _TENSOR = struct.Struct("<BBHIQQ")
 _U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
 _SIZES = struct.Struct("<4Q")
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -98,6 +104,27 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A tensor that stays in its runner, by its handle there."""
+
+    handle: int
+    dtype: str
+    shape: Tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        size = abi.dtype_size(self.dtype)
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+#: What a function can be given: a tensor's content, or one that the runner has.
+Given = Union[Tensor, Kept]
+
+
+@dataclass(frozen=True)
 class Hello:
     """What a runner says first."""
 
@@ -136,6 +163,8 @@ class ModuleInfo:
     target: str
     features: Tuple[str, ...]
     functions: Tuple[FunctionInfo, ...]
+    #: Names it in later requests.
+    module: int = 0
 
 
 @dataclass(frozen=True)
@@ -265,6 +294,7 @@ def unpack_devices(payload: Buffer, kind: str) -> Found:
 def unpack_open_result(payload: Buffer) -> ModuleInfo:
     """Read what was loaded."""
     cursor = Cursor(payload)
+    module = cursor.u32()
     target, features = cursor.text(), _features(cursor.text())
     functions = []
     for _ in range(cursor.u32()):
@@ -272,26 +302,77 @@ def unpack_open_result(payload: Buffer) -> ModuleInfo:
         inputs = tuple(_port(cursor) for _ in range(cursor.u32()))
         outputs = tuple(_port(cursor) for _ in range(cursor.u32()))
         functions.append(FunctionInfo(name, inputs, outputs))
-    return ModuleInfo(target, features, tuple(functions))
+    return ModuleInfo(target, features, tuple(functions), module)
 
 
-def pack_call(function: int, options: int) -> bytes:
-    """The start of a call's payload; tensors follow."""
-    return struct.pack("<II", function, options)
+def pack_inputs(inputs: Sequence[Given]) -> Tuple[bytes, List[Tensor]]:
+    """Which inputs the runner has already, and those whose tensors follow."""
+    handles = [given.handle if isinstance(given, Kept) else 0 for given in inputs]
+    by_value = [given for given in inputs if isinstance(given, Tensor)]
+    return struct.pack(f"<I{len(handles)}Q", len(handles), *handles), by_value
+
+
+def pack_call(module: int, function: int, options: int) -> bytes:
+    """The start of a call's payload; inputs follow."""
+    return struct.pack("<III", module, function, options)
+
+
+def pack_fetch(handle: int, options: int) -> bytes:
+    """The payload of a request for a kept tensor's content."""
+    return struct.pack("<QI", handle, options)
+
+
+def pack_release(handles: Sequence[int]) -> bytes:
+    """The payload of a request to release kept tensors."""
+    return struct.pack(f"<I{len(handles)}Q", len(handles), *handles)
+
+
+def pack_close(module: int) -> bytes:
+    """The payload of a request to close a module."""
+    return _U32.pack(module)
+
+
+def unpack_kept(payload: Buffer) -> List[Kept]:
+    """Tensors that the runner keeps from now on."""
+    return _kept(Cursor(payload))
+
+
+def unpack_kept_call(payload: Buffer) -> Tuple[int, List[Kept]]:
+    """The duration of a call in nanoseconds, and its outputs, which stay."""
+    cursor = Cursor(payload)
+    return cursor.unpack(_U64)[0], _kept(cursor)
+
+
+def _kept(cursor: Cursor) -> List[Kept]:
+    found = []
+    for _ in range(cursor.u32()):
+        handle = cursor.unpack(_U64)[0]
+        code, bits, lanes, ndim, _, nbytes = cursor.unpack(_TENSOR)
+        if ndim > abi.MAX_NDIM:
+            raise ProtocolError(f"a tensor has {ndim} dims")
+        shape = struct.unpack(f"<{ndim}q", cursor.take(8 * ndim))
+        try:
+            kept = Kept(handle, abi.dtype_name(code, bits, lanes), shape)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        if any(dim < 0 for dim in shape) or kept.nbytes != nbytes:
+            raise ProtocolError(f"a kept {kept.dtype}{list(shape)} has {nbytes} bytes")
+        found.append(kept)
+    return found
 
 
 def unpack_call_result(payload: Buffer, section: Union[memoryview, None]) -> Tuple[int, List[Tensor]]:
     """The call's duration in nanoseconds, and its outputs."""
     cursor = Cursor(payload)
-    duration = cursor.unpack(struct.Struct("<Q"))[0]
+    duration = cursor.unpack(_U64)[0]
     return duration, unpack_tensors(cursor, section)
 
 
-def pack_time(function: int, options: TimeOptions) -> bytes:
-    """The start of a time's payload; tensors follow."""
+def pack_time(module: int, function: int, options: TimeOptions) -> bytes:
+    """The start of a time's payload; inputs follow."""
     o = options
     return struct.pack(
-        "<II9q", function, 0, o.number, o.repeat, o.min_repeat_ns, o.warmup, o.limit_zero_time_iterations,
+        "<II9q", module, function, o.number, o.repeat, o.min_repeat_ns, o.warmup, o.limit_zero_time_iterations,
         o.cooldown_ns, o.repeats_to_cooldown, o.cache_flush_bytes, int(o.profile),
     )  # fmt: skip
 

@@ -184,28 +184,32 @@ static void say_hello(void) {
 
 /* ---- Serving ------------------------------------------------------------------------------------------------ */
 
+static session held;
+
 static struct {
   pthread_mutex_t lock;
   pthread_cond_t arrived;
   bool waiting, busy; /* a request waits to be begun; one waits or runs */
   frame request;
-  session session;
+  kedge_context *context; /* that it runs in, if any */
 } desk = {.lock = PTHREAD_MUTEX_INITIALIZER, .arrived = PTHREAD_COND_INITIALIZER};
 
 static void cancel_request(uint64_t request) {
   pthread_mutex_lock(&desk.lock);
-  if (desk.busy && desk.request.header.request == request) kedge_cancel(desk.session.context);
+  if (desk.busy && desk.request.header.request == request) kedge_cancel(desk.context);
   pthread_mutex_unlock(&desk.lock);
 }
 
-/* Hands a request to the other thread; armed here, so that a cancel right behind it finds something to cancel. */
+/* Hands a request to the other thread; armed here, so that a cancel right behind it finds something to cancel. What is
+ * held belongs to the other thread while it is busy, and to this one otherwise. */
 static bool enqueue(const frame *f) {
   pthread_mutex_lock(&desk.lock);
   bool free_desk = !desk.busy;
   if (free_desk) {
     desk.request = *f;
     desk.waiting = desk.busy = true;
-    if (desk.session.context != NULL) kedge_arm(desk.session.context);
+    desk.context = context_of(&held, f);
+    if (desk.context != NULL) kedge_arm(desk.context);
     pthread_cond_signal(&desk.arrived);
   }
   pthread_mutex_unlock(&desk.lock);
@@ -213,12 +217,17 @@ static bool enqueue(const frame *f) {
 }
 
 /* After the request ran, before its reply is written. */
-static void leave_desk(const session *s) {
+static void leave_desk(void) {
   pthread_mutex_lock(&desk.lock);
-  desk.session = *s;
   desk.busy = false;
-  if (s->context != NULL) kedge_disarm(s->context);
+  if (desk.context != NULL) kedge_disarm(desk.context);
+  desk.context = NULL;
   pthread_mutex_unlock(&desk.lock);
+}
+
+static bool is_request(uint16_t type) {
+  return type == MESSAGE_OPEN || type == MESSAGE_CALL || type == MESSAGE_TIME ||
+         (type >= MESSAGE_DEVICES && type < MESSAGE_END);
 }
 
 static void *read_frames(void *unused) {
@@ -235,7 +244,7 @@ static void *read_frames(void *unused) {
     if (type == MESSAGE_CANCEL) {
       cancel_request(f.header.request);
       frame_free(&f);
-    } else if (type != MESSAGE_OPEN && type != MESSAGE_CALL && type != MESSAGE_TIME && type != MESSAGE_DEVICES) {
+    } else if (!is_request(type)) {
       write_error(&stream, f.header.request, KEDGE_E_ARGUMENT, "unknown message");
       frame_free(&f);
     } else if (!enqueue(&f)) {
@@ -256,7 +265,6 @@ static void start_reader(void) {
 }
 
 static _Noreturn void serve(void) {
-  session session = {.done = leave_desk};
   for (;;) {
     pthread_mutex_lock(&desk.lock);
     while (!desk.waiting) pthread_cond_wait(&desk.arrived, &desk.lock);
@@ -264,7 +272,7 @@ static _Noreturn void serve(void) {
     frame request = desk.request;
     pthread_mutex_unlock(&desk.lock);
 
-    handle_request(&stream, &session, &request);
+    handle_request(&stream, &held, &request);
     frame_free(&request);
   }
 }
@@ -274,6 +282,7 @@ int main(int argc, char **argv) {
   open_stream(a.fd);
   confine(&a);
   say_hello();
+  held.done = leave_desk;
   start_reader();
   serve();
 }

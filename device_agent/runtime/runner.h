@@ -1,4 +1,4 @@
-/* runner.h: the frames of the runner's protocol and what its two files share.
+/* runner.h: the frames of the runner's protocol and what its files share.
  *
  * The protocol is described in docs/decisions/0002-runner-protocol.md; protocol.py is its other end.
  */
@@ -11,7 +11,7 @@
 
 #include "kedge.h"
 
-#define RUNNER_PROTOCOL_VERSION 3u
+#define RUNNER_PROTOCOL_VERSION 4u
 #define RUNNER_MAGIC 0x4647444Bu /* "KDGF" */
 
 enum {
@@ -23,10 +23,16 @@ enum {
   MESSAGE_ERROR = 6,
   MESSAGE_RESULT = 7,
   MESSAGE_BYE = 8,
-  MESSAGE_DEVICES = 9
+  MESSAGE_DEVICES = 9,
+  MESSAGE_KEEP = 10,
+  MESSAGE_FETCH = 11,
+  MESSAGE_RELEASE = 12,
+  MESSAGE_CLOSE = 13,
+  MESSAGE_END /* one beyond the last */
 };
 enum { FLAG_SHARED = 1 };                                      /* of a frame */
-enum { CALL_DISCARD_OUTPUTS = 1, CALL_SHARED_OUTPUTS = 2 };    /* of a call */
+/* Of a call; a fetch knows the second. */
+enum { CALL_DISCARD_OUTPUTS = 1, CALL_SHARED_OUTPUTS = 2, CALL_KEEP_OUTPUTS = 4 };
 
 /* ---- frame.c ------------------------------------------------------------------------------------------------ */
 
@@ -81,15 +87,49 @@ uint32_t cursor_u32(cursor *c);
 uint64_t cursor_u64(cursor *c);
 char *cursor_text(cursor *c); /* a new string, or NULL when broken or out of memory */
 
+/* ---- runner_tensors.c --------------------------------------------------------------------------------------- */
+
+typedef struct { /* a tensor that stays, in memory of its own that nobody can write to once it is kept */
+  uint64_t handle;
+  DLTensor tensor; /* its shape is the one below, its data the mapping */
+  int64_t shape[KEDGE_MAX_NDIM];
+  size_t size; /* of the mapping; 0: there is none */
+} kept_tensor;
+
+typedef struct { /* by handle, which grows and is never given out twice */
+  kept_tensor **items;
+  size_t count, room;
+  uint64_t last;
+} tensor_store;
+
+/* A tensor like this one, with writable memory; not in the store yet. NULL with the error set. */
+kept_tensor *tensor_new(const DLTensor *like);
+void tensor_destroy(kept_tensor *t);
+/* From now on the store's, and read-only. */
+int32_t tensors_keep(tensor_store *store, kept_tensor *t);
+kept_tensor *tensors_find(const tensor_store *store, uint64_t handle);
+bool tensors_release(tensor_store *store, uint64_t handle);
+
 /* ---- runner_requests.c -------------------------------------------------------------------------------------- */
 
-typedef struct session { /* what is loaded */
+enum { MAX_MODULES = 64 };
+
+typedef struct { /* a free place has no model */
+  uint32_t id;
   kedge_model *model;
   kedge_context *context;
-  void (*done)(const struct session *); /* called before the reply is written: the next request may follow it at once */
+} loaded_module;
+
+typedef struct { /* what is loaded, and what is kept */
+  loaded_module modules[MAX_MODULES];
+  uint32_t n_opened; /* so far: the next one's id */
+  tensor_store tensors;
+  void (*done)(void); /* called before the reply is written: the next request may follow it at once */
 } session;
 
-/* Handles an open, call, time or devices and writes its reply. */
+/* The context that a request runs in; NULL where it runs in none. */
+kedge_context *context_of(const session *s, const frame *request);
+/* Handles a request of any type but cancel and bye, and writes its reply. */
 void handle_request(const channel *to, session *s, const frame *request);
 void write_error(const channel *to, uint64_t request, int32_t status, const char *text);
 bool shared_memory_works(void);

@@ -1,4 +1,4 @@
-/* runner_requests.c: what the runner does with an open, a call, a time and a question about devices. */
+/* runner_requests.c: what the runner does with each request: modules, calls, timings, tensors that stay, devices. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -51,7 +51,7 @@ typedef struct { /* whom a request is answered */
 } reply;
 
 static void reply_error(const reply *r, int32_t status, const char *text) {
-  r->session->done(r->session);
+  r->session->done();
   write_error(r->to, r->request, status, text);
 }
 
@@ -60,11 +60,34 @@ static void reply_result(const reply *r, const bytes *head, const void *tail, si
     reply_error(r, KEDGE_E_MEMORY, "out of memory for the reply");
     return;
   }
-  r->session->done(r->session);
+  r->session->done();
   frame_write(r->to, MESSAGE_RESULT, r->request, head, tail, tail_size, file);
 }
 
-/* ---- Open --------------------------------------------------------------------------------------------------- */
+/* ---- Modules ------------------------------------------------------------------------------------------------ */
+
+static const loaded_module *find_module(const session *s, uint32_t id) {
+  for (size_t i = 0; i < MAX_MODULES; i++) {
+    if (s->modules[i].model != NULL && s->modules[i].id == id) return &s->modules[i];
+  }
+  return NULL;
+}
+
+static loaded_module *free_place(session *s) {
+  for (size_t i = 0; i < MAX_MODULES; i++) {
+    if (s->modules[i].model == NULL) return &s->modules[i];
+  }
+  return NULL;
+}
+
+kedge_context *context_of(const session *s, const frame *request) {
+  if (request->payload == NULL) return NULL;
+  if (request->header.type != MESSAGE_CALL && request->header.type != MESSAGE_TIME) return NULL;
+  cursor c = {request->payload, (size_t)request->header.length, 0, false};
+  uint32_t id = cursor_u32(&c);
+  const loaded_module *module = c.broken ? NULL : find_module(s, id);
+  return module == NULL ? NULL : module->context;
+}
 
 static void describe_ports(bytes *to, const kedge_port *ports, int32_t count) {
   bytes_u32(to, (uint32_t)count);
@@ -87,16 +110,20 @@ static void describe_module(bytes *to, const kedge_module_desc *module) {
   }
 }
 
-static int32_t open_session(session *s, const char *lib, const char *weights, uint64_t offset, int32_t threads,
-                            DLDevice device) {
+static int32_t open_module(loaded_module *m, const char *lib, const char *weights, uint64_t offset, int32_t threads,
+                           DLDevice device) {
   kedge_open_options options = {sizeof options, lib, weights[0] == '\0' ? NULL : weights, offset, NULL};
-  int32_t status = kedge_open(&options, &s->model);
-  if (status != KEDGE_OK) return status;
+  int32_t status = kedge_open(&options, &m->model);
+  if (status != KEDGE_OK) {
+    m->model = NULL;
+    return status;
+  }
   kedge_context_options context = {.struct_size = sizeof context, .num_threads = threads};
-  status = kedge_context_create(s->model, device, &context, &s->context);
+  status = kedge_context_create(m->model, device, &context, &m->context);
   if (status == KEDGE_OK) return status;
-  kedge_close(s->model);
-  s->model = NULL;
+  kedge_close(m->model);
+  m->model = NULL;
+  m->context = NULL;
   return status;
 }
 
@@ -105,23 +132,44 @@ static void handle_open(const reply *r, session *s, cursor *c) {
   uint64_t offset = cursor_u64(c);
   char *lib = cursor_text(c), *weights = cursor_text(c);
   uint32_t type = cursor_u32(c), id = cursor_u32(c);
-  if (s->model != NULL) {
-    reply_error(r, KEDGE_E_ARGUMENT, "a module is open already; one runner holds one");
-  } else if (lib == NULL || weights == NULL || c->broken) {
+  loaded_module *place = free_place(s);
+  if (lib == NULL || weights == NULL || c->broken) {
     reply_error(r, KEDGE_E_ARGUMENT, "a malformed open");
+  } else if (place == NULL) {
+    reply_error(r, KEDGE_E_ARGUMENT, "as many modules are open as one runner holds; close one");
   } else {
-    int32_t status = open_session(s, lib, weights, offset, threads, (DLDevice){(int32_t)type, (int32_t)id});
+    int32_t status = open_module(place, lib, weights, offset, threads, (DLDevice){(int32_t)type, (int32_t)id});
     if (status != KEDGE_OK) {
       reply_error(r, status, kedge_last_error());
     } else {
+      place->id = s->n_opened++;
       bytes head = {0};
-      describe_module(&head, kedge_describe(s->model));
+      bytes_u32(&head, place->id);
+      describe_module(&head, kedge_describe(place->model));
       reply_result(r, &head, NULL, 0, -1);
       free(head.data);
     }
   }
   free(lib);
   free(weights);
+}
+
+static void reply_done(const reply *r) {
+  bytes head = {0};
+  reply_result(r, &head, NULL, 0, -1);
+}
+
+static void handle_close(const reply *r, session *s, cursor *c) {
+  uint32_t id = cursor_u32(c);
+  loaded_module *module = c->broken ? NULL : (loaded_module *)find_module(s, id);
+  if (module == NULL) {
+    reply_error(r, KEDGE_E_ARGUMENT, "there is no such module to close");
+    return;
+  }
+  kedge_context_destroy(module->context);
+  kedge_close(module->model);
+  *module = (loaded_module){0, NULL, NULL};
+  reply_done(r);
 }
 
 /* ---- Devices ------------------------------------------------------------------------------------------------ */
@@ -174,9 +222,12 @@ static void handle_devices(const reply *r, cursor *c) {
 
 typedef struct {
   const kedge_function_desc *function;
+  kedge_context *context;
   int32_t index;
   DLTensor *args, *rets;
   int64_t *shapes;     /* KEDGE_MAX_NDIM for each of args, then of rets */
+  uint64_t *handles;   /* of args: that of a tensor that is kept, or 0 */
+  kept_tensor **kept;  /* outputs that are to stay, until the session has them; NULL where none is */
   void *input_memory;  /* a mapping, or NULL where the frame's payload holds the data */
   size_t input_size;
   uint8_t *outputs; /* output_size bytes: a mapping of output_file, or of none when that is -1 */
@@ -185,6 +236,9 @@ typedef struct {
 } call;
 
 static void free_call(call *k) {
+  for (int32_t i = 0; k->kept != NULL && i < k->function->n_outputs; i++) tensor_destroy(k->kept[i]);
+  free(k->kept);
+  free(k->handles);
   free(k->args);
   free(k->shapes);
   if (k->input_memory != NULL) munmap(k->input_memory, k->input_size);
@@ -192,22 +246,28 @@ static void free_call(call *k) {
   if (k->output_file >= 0) close(k->output_file);
 }
 
-static int32_t begin_call(call *k, const session *s, uint32_t index) {
-  if (s->model == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "no module is open");
-  const kedge_module_desc *module = kedge_describe(s->model);
-  if (index >= (uint32_t)module->n_functions) return kedge_fail(KEDGE_E_ARGUMENT, "there is no function %u", index);
-  k->index = (int32_t)index;
-  k->function = module->functions[index];
-  size_t inputs = (size_t)k->function->n_inputs, outputs = (size_t)k->function->n_outputs;
+static int32_t make_room(call *k, size_t inputs, size_t outputs) {
   k->args = calloc(inputs + outputs + 1, sizeof *k->args);
   k->shapes = calloc((inputs + outputs + 1) * KEDGE_MAX_NDIM, sizeof *k->shapes);
-  if (k->args == NULL || k->shapes == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
+  k->handles = calloc(inputs + 1, sizeof *k->handles);
+  if (k->args == NULL || k->shapes == NULL || k->handles == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
   k->rets = k->args + inputs;
   for (size_t i = 0; i < inputs + outputs; i++) {
     k->args[i].shape = k->shapes + i * KEDGE_MAX_NDIM;
     k->args[i].device = (DLDevice){kDLCPU, 0};
   }
   return KEDGE_OK;
+}
+
+static int32_t begin_call(call *k, const session *s, uint32_t module_id, uint32_t index) {
+  const loaded_module *loaded = find_module(s, module_id);
+  if (loaded == NULL) return kedge_fail(KEDGE_E_ARGUMENT, "no module %u is open", module_id);
+  const kedge_module_desc *module = kedge_describe(loaded->model);
+  if (index >= (uint32_t)module->n_functions) return kedge_fail(KEDGE_E_ARGUMENT, "there is no function %u", index);
+  k->context = loaded->context;
+  k->index = (int32_t)index;
+  k->function = module->functions[index];
+  return make_room(k, (size_t)k->function->n_inputs, (size_t)k->function->n_outputs);
 }
 
 /* The data section: the file that came along, or what follows the descriptors in the payload. */
@@ -233,42 +293,69 @@ static int32_t find_data(call *k, const frame *f, const cursor *c, const uint8_t
   return KEDGE_OK;
 }
 
-static int32_t read_inputs(call *k, const frame *f, cursor *c) {
+/* A descriptor; its offset into the data section stays in byte_offset. */
+static void read_tensor(DLTensor *tensor, cursor *c) {
+  uint64_t bytes_sent, needed;
+  cursor_take(c, &tensor->dtype, sizeof tensor->dtype);
+  tensor->ndim = (int32_t)cursor_u32(c);
+  tensor->byte_offset = cursor_u64(c);
+  bytes_sent = cursor_u64(c);
+  if (tensor->ndim < 0 || tensor->ndim > KEDGE_MAX_NDIM) {
+    tensor->ndim = 0;
+    c->broken = true;
+    return;
+  }
+  cursor_take(c, tensor->shape, sizeof *tensor->shape * (size_t)tensor->ndim);
+  if (!kedge_tensor_bytes(tensor, &needed) || needed != bytes_sent) c->broken = true;
+}
+
+/* The tensors of args that came by value, in order: descriptors, then data. */
+static int32_t read_values(call *k, size_t n_args, const frame *f, cursor *c) {
+  uint32_t count = cursor_u32(c), expected = 0;
+  for (size_t i = 0; i < n_args; i++) expected += k->handles[i] == 0;
+  if (count != expected) c->broken = true;
+  for (size_t i = 0; i < n_args && !c->broken; i++) {
+    if (k->handles[i] == 0) read_tensor(&k->args[i], c);
+  }
+  const uint8_t *data = NULL;
+  uint64_t size = 0;
+  if (c->broken) return kedge_fail(KEDGE_E_ARGUMENT, "a malformed request");
+  int32_t status = find_data(k, f, c, &data, &size);
+  for (size_t i = 0; i < n_args && status == KEDGE_OK; i++) {
+    DLTensor *tensor = &k->args[i];
+    uint64_t needed, end;
+    if (k->handles[i] != 0) continue;
+    kedge_tensor_bytes(tensor, &needed);
+    if (__builtin_add_overflow(tensor->byte_offset, needed, &end) || (needed > 0 && end > size)) {
+      const char *name = k->function == NULL ? "(to be kept)" : k->function->inputs[i].name;
+      return kedge_fail(KEDGE_E_ARGUMENT, "the data of input %s is cut off", name);
+    }
+    tensor->data = needed > 0 ? (void *)(data + tensor->byte_offset) : NULL;
+    tensor->byte_offset = 0;
+  }
+  return status;
+}
+
+static int32_t read_inputs(call *k, const session *s, const frame *f, cursor *c) {
   uint32_t count = cursor_u32(c);
   if (!c->broken && count != (uint32_t)k->function->n_inputs) {
     return kedge_fail(KEDGE_E_ARGUMENT, "function %s takes %d inputs, but %u came", k->function->name,
                       k->function->n_inputs, count);
   }
   for (uint32_t i = 0; i < count && !c->broken; i++) {
-    DLTensor *tensor = &k->args[i];
-    uint64_t bytes_sent;
-    cursor_take(c, &tensor->dtype, sizeof tensor->dtype);
-    tensor->ndim = (int32_t)cursor_u32(c);
-    tensor->byte_offset = cursor_u64(c);
-    bytes_sent = cursor_u64(c);
-    if (tensor->ndim < 0 || tensor->ndim > KEDGE_MAX_NDIM) {
-      c->broken = true;
-      break;
+    k->handles[i] = cursor_u64(c);
+    if (k->handles[i] == 0 || c->broken) continue;
+    const kept_tensor *kept = tensors_find(&s->tensors, k->handles[i]);
+    if (kept == NULL) {
+      return kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)k->handles[i]);
     }
-    cursor_take(c, tensor->shape, sizeof *tensor->shape * (size_t)tensor->ndim);
-    uint64_t needed;
-    if (!kedge_tensor_bytes(tensor, &needed) || needed != bytes_sent) c->broken = true;
+    int64_t *shape = k->args[i].shape;
+    k->args[i] = kept->tensor;
+    k->args[i].shape = shape;
+    if (kept->tensor.ndim > 0) memcpy(shape, kept->shape, sizeof *shape * (size_t)kept->tensor.ndim);
   }
-  const uint8_t *data = NULL;
-  uint64_t size = 0;
   if (c->broken) return kedge_fail(KEDGE_E_ARGUMENT, "a malformed request");
-  int32_t status = find_data(k, f, c, &data, &size);
-  for (uint32_t i = 0; i < count && status == KEDGE_OK; i++) {
-    DLTensor *tensor = &k->args[i];
-    uint64_t needed, end;
-    kedge_tensor_bytes(tensor, &needed);
-    if (__builtin_add_overflow(tensor->byte_offset, needed, &end) || (needed > 0 && end > size)) {
-      return kedge_fail(KEDGE_E_ARGUMENT, "the data of input %s is cut off", k->function->inputs[i].name);
-    }
-    tensor->data = needed > 0 ? (void *)(data + tensor->byte_offset) : NULL;
-    tensor->byte_offset = 0;
-  }
-  return status;
+  return read_values(k, count, f, c);
 }
 
 /* Shared memory is offered, not promised: a limit on file sizes holds for it too, and then the data goes inline. */
@@ -282,9 +369,28 @@ static void *map_outputs(call *k, bool shared) {
   return mmap(NULL, k->output_size, PROT_READ | PROT_WRITE, flags, k->output_file, 0);
 }
 
-static int32_t make_outputs(call *k, kedge_context *context, bool shared) {
+static int32_t infer_outputs(call *k) {
+  return kedge_infer(k->context, k->index, k->args, k->function->n_inputs, k->rets, k->function->n_outputs);
+}
+
+/* Outputs that are to stay, each in memory of its own. */
+static int32_t make_kept_outputs(call *k) {
+  int32_t status = infer_outputs(k);
+  if (status != KEDGE_OK) return status;
+  k->kept = calloc((size_t)k->function->n_outputs + 1, sizeof *k->kept);
+  if (k->kept == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
+  for (int32_t i = 0; i < k->function->n_outputs; i++) {
+    k->kept[i] = tensor_new(&k->rets[i]);
+    if (k->kept[i] == NULL) return KEDGE_E_MEMORY;
+    k->rets[i].data = k->kept[i]->tensor.data;
+    k->rets[i].byte_offset = 0;
+  }
+  return KEDGE_OK;
+}
+
+static int32_t make_outputs(call *k, bool shared) {
   int32_t n_outputs = k->function->n_outputs;
-  int32_t status = kedge_infer(context, k->index, k->args, k->function->n_inputs, k->rets, n_outputs);
+  int32_t status = infer_outputs(k);
   if (status != KEDGE_OK) return status;
   size_t total = 0;
   for (int32_t i = 0; i < n_outputs; i++) {
@@ -303,22 +409,37 @@ static int32_t make_outputs(call *k, kedge_context *context, bool shared) {
   return KEDGE_OK;
 }
 
+static void describe_tensor(bytes *to, const DLTensor *tensor) {
+  uint64_t size = 0;
+  kedge_tensor_bytes(tensor, &size);
+  bytes_add(to, &tensor->dtype, sizeof tensor->dtype);
+  bytes_u32(to, (uint32_t)tensor->ndim);
+  bytes_u64(to, tensor->byte_offset);
+  bytes_u64(to, size);
+  bytes_add(to, tensor->shape, sizeof *tensor->shape * (size_t)tensor->ndim);
+}
+
 static void describe_outputs(bytes *to, const call *k, bool discard) {
   uint32_t count = discard ? 0 : (uint32_t)k->function->n_outputs;
   bytes_u32(to, count);
-  for (uint32_t i = 0; i < count; i++) {
-    const DLTensor *tensor = &k->rets[i];
-    uint64_t size = 0;
-    kedge_tensor_bytes(tensor, &size);
-    bytes_add(to, &tensor->dtype, sizeof tensor->dtype);
-    bytes_u32(to, (uint32_t)tensor->ndim);
-    bytes_u64(to, tensor->byte_offset);
-    bytes_u64(to, size);
-    bytes_add(to, tensor->shape, sizeof *tensor->shape * (size_t)tensor->ndim);
-  }
+  for (uint32_t i = 0; i < count; i++) describe_tensor(to, &k->rets[i]);
 }
 
 /* ---- Call --------------------------------------------------------------------------------------------------- */
+
+/* What was computed, as one section: sealed where it is a file, so that the other end can map it without fear that it
+ * shrinks or changes. */
+static void reply_section(const reply *r, bytes *head, call *k) {
+  if (k->output_file >= 0) {
+    munmap(k->outputs, k->output_size);
+    k->outputs = NULL;
+    fcntl(k->output_file, ADD_SEALS, SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_WRITE);
+    reply_result(r, head, NULL, 0, k->output_file);
+  } else {
+    bytes_pad(head, KEDGE_ALIGNMENT);
+    reply_result(r, head, k->outputs, k->output_size, -1);
+  }
+}
 
 static void reply_to_call(const reply *r, call *k, uint64_t duration_ns, bool discard) {
   bytes head = {0};
@@ -326,38 +447,146 @@ static void reply_to_call(const reply *r, call *k, uint64_t duration_ns, bool di
   describe_outputs(&head, k, discard);
   if (discard) {
     reply_result(r, &head, NULL, 0, -1);
-  } else if (k->output_file >= 0) {
-    /* Sealed, so that the other end can map it without fear that it shrinks or changes. */
-    munmap(k->outputs, k->output_size);
-    k->outputs = NULL;
-    fcntl(k->output_file, ADD_SEALS, SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_WRITE);
-    reply_result(r, &head, NULL, 0, k->output_file);
   } else {
-    bytes_pad(&head, KEDGE_ALIGNMENT);
-    reply_result(r, &head, k->outputs, k->output_size, -1);
+    reply_section(r, &head, k);
+  }
+  free(head.data);
+}
+
+/* Hands tensors to the session, all of them or none, and appends the handle and descriptor of each to head. */
+static int32_t keep_all(session *s, kept_tensor **tensors, uint32_t count, bytes *head) {
+  int32_t status = KEDGE_OK;
+  uint32_t kept = 0;
+  bytes_u32(head, count);
+  for (; kept < count; kept++) {
+    status = tensors_keep(&s->tensors, tensors[kept]);
+    if (status != KEDGE_OK) break;
+    bytes_u64(head, tensors[kept]->handle);
+    describe_tensor(head, &tensors[kept]->tensor);
+  }
+  if (status == KEDGE_OK && head->failed) status = kedge_fail(KEDGE_E_MEMORY, "out of memory for the reply");
+  for (uint32_t i = 0; i < kept; i++) {
+    if (status != KEDGE_OK) tensors_release(&s->tensors, tensors[i]->handle);
+    tensors[i] = NULL;
+  }
+  return status;
+}
+
+static void keep_outputs(const reply *r, session *s, call *k, uint64_t duration_ns) {
+  bytes head = {0};
+  bytes_u64(&head, duration_ns);
+  int32_t status = keep_all(s, k->kept, (uint32_t)k->function->n_outputs, &head);
+  if (status == KEDGE_OK) {
+    reply_result(r, &head, NULL, 0, -1);
+  } else {
+    reply_error(r, status, kedge_last_error());
   }
   free(head.data);
 }
 
 static void handle_call(const reply *r, session *s, const frame *f, cursor *c) {
   call k = {.output_file = -1};
-  uint32_t index = cursor_u32(c), options = cursor_u32(c);
-  bool discard = (options & CALL_DISCARD_OUTPUTS) != 0;
+  uint32_t module = cursor_u32(c), index = cursor_u32(c), options = cursor_u32(c);
+  bool discard = (options & CALL_DISCARD_OUTPUTS) != 0, keep = (options & CALL_KEEP_OUTPUTS) != 0 && !discard;
   bool shared = (options & CALL_SHARED_OUTPUTS) != 0 && !discard && r->to->is_socket;
-  int32_t status = begin_call(&k, s, index);
-  if (status == KEDGE_OK) status = read_inputs(&k, f, c);
-  if (status == KEDGE_OK) status = make_outputs(&k, s->context, shared);
+  int32_t status = begin_call(&k, s, module, index);
+  if (status == KEDGE_OK) status = read_inputs(&k, s, f, c);
+  if (status == KEDGE_OK) status = keep ? make_kept_outputs(&k) : make_outputs(&k, shared);
   int64_t start = kedge_now_ns();
   if (status == KEDGE_OK) {
-    status = kedge_call(s->context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs);
+    status = kedge_call(k.context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs);
   }
   int64_t duration = kedge_now_ns() - start;
-  if (status == KEDGE_OK) {
+  if (status != KEDGE_OK) {
+    reply_error(r, status, kedge_last_error());
+  } else if (keep) {
+    keep_outputs(r, s, &k, (uint64_t)duration);
+  } else {
     reply_to_call(r, &k, (uint64_t)duration, discard);
+  }
+  free_call(&k);
+}
+
+/* ---- Tensors that stay --------------------------------------------------------------------------------------- */
+
+enum { MAX_TENSORS_AT_ONCE = 256 };
+
+/* Without a function a call is a list of tensors. */
+static int32_t copy_values(call *k, uint32_t count, kept_tensor **copies) {
+  for (uint32_t i = 0; i < count; i++) {
+    copies[i] = tensor_new(&k->args[i]);
+    if (copies[i] == NULL) return KEDGE_E_MEMORY;
+    if (copies[i]->size > 0) memcpy(copies[i]->tensor.data, k->args[i].data, copies[i]->size);
+  }
+  return KEDGE_OK;
+}
+
+static void handle_keep(const reply *r, session *s, const frame *f, cursor *c) {
+  call k = {.output_file = -1};
+  kept_tensor *copies[MAX_TENSORS_AT_ONCE] = {NULL};
+  bytes head = {0};
+  cursor ahead = *c;
+  uint32_t count = cursor_u32(&ahead);
+  int32_t status = KEDGE_OK;
+  if (ahead.broken || count > MAX_TENSORS_AT_ONCE) status = kedge_fail(KEDGE_E_ARGUMENT, "a malformed request to keep");
+  if (status == KEDGE_OK) status = make_room(&k, count, 0);
+  if (status == KEDGE_OK) status = read_values(&k, count, f, c);
+  if (status == KEDGE_OK) status = copy_values(&k, count, copies);
+  if (status == KEDGE_OK) status = keep_all(s, copies, count, &head);
+  if (status == KEDGE_OK) {
+    reply_result(r, &head, NULL, 0, -1);
+  } else {
+    reply_error(r, status, kedge_last_error());
+  }
+  for (uint32_t i = 0; i < MAX_TENSORS_AT_ONCE; i++) tensor_destroy(copies[i]);
+  free(head.data);
+  free_call(&k);
+}
+
+static void handle_fetch(const reply *r, const session *s, cursor *c) {
+  call k = {.output_file = -1};
+  uint64_t handle = cursor_u64(c);
+  uint32_t options = cursor_u32(c);
+  const kept_tensor *kept = c->broken ? NULL : tensors_find(&s->tensors, handle);
+  int32_t status = KEDGE_OK;
+  if (kept == NULL) {
+    status = kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)handle);
+  } else {
+    k.output_size = kept->size > 0 ? kept->size : KEDGE_ALIGNMENT;
+    void *memory = map_outputs(&k, (options & CALL_SHARED_OUTPUTS) != 0 && kept->size > 0 && r->to->is_socket);
+    k.outputs = memory == MAP_FAILED ? NULL : memory;
+    if (k.outputs == NULL) status = kedge_fail(KEDGE_E_MEMORY, "cannot allocate %zu bytes for a tensor", kept->size);
+  }
+  if (status == KEDGE_OK) {
+    if (kept->size > 0) memcpy(k.outputs, kept->tensor.data, kept->size);
+    bytes head = {0};
+    bytes_u32(&head, 1);
+    describe_tensor(&head, &kept->tensor);
+    reply_section(r, &head, &k);
+    free(head.data);
   } else {
     reply_error(r, status, kedge_last_error());
   }
   free_call(&k);
+}
+
+static void handle_release(const reply *r, session *s, cursor *c) {
+  uint32_t count = cursor_u32(c);
+  cursor check = *c;
+  for (uint32_t i = 0; i < count && !check.broken; i++) {
+    uint64_t handle = cursor_u64(&check);
+    if (!check.broken && tensors_find(&s->tensors, handle) == NULL) {
+      kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept; none was released", (unsigned long long)handle);
+      reply_error(r, KEDGE_E_ARGUMENT, kedge_last_error());
+      return;
+    }
+  }
+  if (check.broken) {
+    reply_error(r, KEDGE_E_ARGUMENT, "a malformed request to release");
+    return;
+  }
+  for (uint32_t i = 0; i < count; i++) tensors_release(&s->tensors, cursor_u64(c)); /* one named twice is gone once */
+  reply_done(r);
 }
 
 /* ---- Time --------------------------------------------------------------------------------------------------- */
@@ -402,19 +631,18 @@ static void reply_to_time(const reply *r, const call *k, const kedge_time_result
   free(head.data);
 }
 
-static void handle_time(const reply *r, session *s, const frame *f, cursor *c) {
+static void handle_time(const reply *r, const session *s, const frame *f, cursor *c) {
   call k = {.output_file = -1};
   kedge_time_options options;
   kedge_time_result result = {.samples_ns = NULL, .step_ns = NULL};
-  uint32_t index = cursor_u32(c);
-  cursor_u32(c);
+  uint32_t module = cursor_u32(c), index = cursor_u32(c);
   int32_t status = read_options(c, &options, &result);
-  if (status == KEDGE_OK) status = begin_call(&k, s, index);
-  if (status == KEDGE_OK) status = read_inputs(&k, f, c);
-  if (status == KEDGE_OK) status = make_outputs(&k, s->context, false);
+  if (status == KEDGE_OK) status = begin_call(&k, s, module, index);
+  if (status == KEDGE_OK) status = read_inputs(&k, s, f, c);
+  if (status == KEDGE_OK) status = make_outputs(&k, false);
   if (status == KEDGE_OK) status = make_step_room(&k, &options, &result);
   if (status == KEDGE_OK) {
-    status = kedge_time(s->context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs, &options,
+    status = kedge_time(k.context, k.index, k.args, k.function->n_inputs, k.rets, k.function->n_outputs, &options,
                         &result);
   }
   if (status == KEDGE_OK) {
@@ -432,13 +660,16 @@ void handle_request(const channel *to, session *s, const frame *request) {
   reply r = {to, s, request->header.request};
   if (request->payload == NULL) {
     reply_error(&r, KEDGE_E_MEMORY, "no memory for the request");
-  } else if (request->header.type == MESSAGE_OPEN) {
-    handle_open(&r, s, &c);
-  } else if (request->header.type == MESSAGE_CALL) {
-    handle_call(&r, s, request, &c);
-  } else if (request->header.type == MESSAGE_DEVICES) {
-    handle_devices(&r, &c);
-  } else {
-    handle_time(&r, s, request, &c);
+    return;
+  }
+  switch (request->header.type) {
+    case MESSAGE_OPEN: handle_open(&r, s, &c); break;
+    case MESSAGE_CALL: handle_call(&r, s, request, &c); break;
+    case MESSAGE_DEVICES: handle_devices(&r, &c); break;
+    case MESSAGE_KEEP: handle_keep(&r, s, request, &c); break;
+    case MESSAGE_FETCH: handle_fetch(&r, s, &c); break;
+    case MESSAGE_RELEASE: handle_release(&r, s, &c); break;
+    case MESSAGE_CLOSE: handle_close(&r, s, &c); break;
+    default: handle_time(&r, s, request, &c); break;
   }
 }

@@ -60,8 +60,12 @@ def pipes(runtime: RuntimeFiles) -> Iterator[Pipes]:
 
 
 def call_payload(function: int, *tensors: Tensor) -> bytes:
+    return with_data(protocol.pack_call(0, function, 0) + protocol.pack_inputs(tensors)[0], *tensors)
+
+
+def with_data(head: bytes, *tensors: Tensor) -> bytes:
     descriptors, offsets, size = protocol.pack_tensors(tensors)
-    head = protocol.pack_call(function, 0) + descriptors
+    head += descriptors
     data = bytearray(size)
     for tensor, offset in zip(tensors, offsets, strict=True):
         data[offset : offset + tensor.nbytes] = tensor.data
@@ -169,17 +173,71 @@ def test_shared_inputs_without_a_file(pipes: Pipes, arithmetic: Path, weights: P
     assert pipes.error() == (2, abi.E_ARGUMENT, "no file came with shared inputs")
 
 
-@settings(max_examples=60, deadline=None)
+def kept(pipes: Pipes, *tensors: Tensor) -> list[protocol.Kept]:
+    pipes.send(protocol.KEEP, 3, with_data(b"", *tensors))
+    header, payload = pipes.receive()
+    assert header.type == protocol.RESULT
+    return protocol.unpack_kept(payload)
+
+
+def test_handles_of_others_are_none(pipes: Pipes, arithmetic: Path, weights: Path) -> None:
+    opened(pipes, arithmetic, weights)
+    (x,) = kept(pipes, Tensor("float32", (1, 8), bytes(32)))
+    stranger = protocol.Kept(x.handle + 1, "float32", (1, 8))
+    pipes.send(protocol.CALL, 4, with_data(protocol.pack_call(0, 0, 0) + protocol.pack_inputs([stranger])[0]))
+    assert pipes.error() == (4, abi.E_ARGUMENT, f"no tensor {stranger.handle} is kept")
+    pipes.send(protocol.FETCH, 5, protocol.pack_fetch(stranger.handle, 0))
+    assert pipes.error() == (5, abi.E_ARGUMENT, f"no tensor {stranger.handle} is kept")
+    # A release of several is of all or of none.
+    pipes.send(protocol.RELEASE, 6, protocol.pack_release([x.handle, stranger.handle]))
+    assert pipes.error()[2] == f"no tensor {stranger.handle} is kept; none was released"
+    pipes.send(protocol.RELEASE, 7, protocol.pack_release([x.handle, x.handle]))
+    assert pipes.receive()[0].type == protocol.RESULT
+    pipes.send(protocol.FETCH, 8, protocol.pack_fetch(x.handle, 0))
+    assert pipes.error()[1] == abi.E_ARGUMENT
+
+
+def test_requests_about_tensors_that_are_cut_off(pipes: Pipes) -> None:
+    whole = with_data(b"", Tensor("float32", (4,), bytes(16)))
+    for kind, payload, why in (
+        (protocol.KEEP, whole[:-1], "the data of input (to be kept) is cut off"),
+        (protocol.KEEP, whole[:20], "a malformed request"),
+        (protocol.KEEP, struct.pack("<I", 257), "a malformed request to keep"),
+        (protocol.KEEP, b"", "a malformed request to keep"),
+        (protocol.FETCH, bytes(7), "no tensor 0 is kept"),
+        (protocol.RELEASE, struct.pack("<I", 1 << 31) + bytes(4), "a malformed request to release"),
+        (protocol.CLOSE, b"", "there is no such module to close"),
+        (protocol.CLOSE, protocol.pack_close(0), "there is no such module to close"),
+    ):
+        pipes.send(kind, 9, payload)
+        assert pipes.error() == (9, abi.E_ARGUMENT, why)
+
+
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_mangled_requests_are_errors(data: st.DataObject, fuzzed: Pipes) -> None:
-    """Whatever bytes a call or a time holds, the runner answers and lives."""
+    """Whatever bytes a request holds, the runner answers and lives."""
     good = call_payload(0, Tensor("float32", (2, 8), bytes(64)))
-    timed = protocol.pack_time(0, TimeOptions(repeat=1)) + good[8:]
-    kind, payload = data.draw(st.sampled_from([(protocol.CALL, good), (protocol.TIME, timed)]))
+    timed = protocol.pack_time(0, 0, TimeOptions(repeat=1)) + good[12:]
+    kept = with_data(b"", Tensor("float32", (2, 8), bytes(64)), Tensor("int8", (3,), b"abc"))
+    # The options are tested elsewhere: a huge repeat takes its time.
+    kind, payload, start = data.draw(
+        st.sampled_from(
+            [
+                (protocol.CALL, good, 0),
+                (protocol.TIME, timed, 80),
+                (protocol.KEEP, kept, 0),
+                (protocol.FETCH, protocol.pack_fetch(1, 0), 0),
+                (protocol.RELEASE, protocol.pack_release([1, 2, 3]), 0),
+                (protocol.CLOSE, protocol.pack_close(3), 0),
+            ]
+        )
+    )
     mangled = bytearray(payload)
-    start = 8 if kind == protocol.CALL else 72  # the options are tested elsewhere; a huge repeat takes its time
     for _ in range(data.draw(st.integers(1, 4))):
         mangled[data.draw(st.integers(start, len(mangled) - 1))] = data.draw(st.integers(0, 255))
+    if kind == protocol.CLOSE:
+        mangled[0] |= 1  # module 0 is for the other requests
     fuzzed.send(kind, 7, bytes(mangled[: data.draw(st.integers(start, len(mangled)))]))
     header, _ = fuzzed.receive()
     assert header.request == 7
@@ -235,7 +293,7 @@ def test_tensors_round_trip(kinds: list[tuple[str, tuple[int, ...]]]) -> None:
         tensors.append(Tensor(dtype, shape, bytes(i % 251 for i in range(size))))
     payload = call_payload(0, *tensors)
     cursor = protocol.Cursor(payload)
-    cursor.take(8)
+    cursor.take(12 + 4 + 8 * len(tensors))
     back = protocol.unpack_tensors(cursor, None)
     assert [(t.dtype, t.shape, bytes(t.data)) for t in back] == [(t.dtype, t.shape, bytes(t.data)) for t in tensors]
 
@@ -249,6 +307,8 @@ def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
         protocol.unpack_time_result,
         protocol.unpack_error,
         lambda data: protocol.unpack_devices(data, "opencl"),
+        protocol.unpack_kept,
+        protocol.unpack_kept_call,
         lambda data: protocol.unpack_call_result(data, None),
     ):
         try:

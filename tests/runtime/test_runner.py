@@ -200,6 +200,73 @@ def test_a_crash_in_the_sandbox_is_still_told_apart(misbehave: Any) -> None:
     assert [error.signal for error in ended] == [signal.SIGSEGV, signal.SIGABRT, 0]
 
 
+# ---- what stays ----------------------------------------------------------------------------------------------------
+
+
+def test_two_modules_share_tensors(loaded: Runner, misbehaving: Path) -> None:
+    other = loaded.open(misbehaving).module
+    assert other == 1
+    (x,) = loaded.keep([ones(1)])
+    (y,) = loaded.call_keeping(0, [x])
+    assert (y.dtype, y.shape, y.nbytes) == ("float32", (1, 4), 16)
+    flat = Tensor("float32", (4,), loaded.fetch(y).data)
+    (z,) = loaded.call(MISDEEDS.index("copy"), [flat], module=other)
+    assert struct.unpack("<4f", z.data) == (56.0, 64.0) * 2
+    loaded.close_module(0)
+    # What a module computed stays when it is gone.
+    assert loaded.fetch(y).shape == (1, 4)
+    with pytest.raises(RunnerRefused, match="no module 0 is open"):
+        loaded.call(0, [x])
+
+
+def test_inputs_that_stay_and_inputs_that_come_along(loaded: Runner) -> None:
+    a, b = floats(1, 2), floats(*range(12), shape=(3, 4))
+    (wanted,) = loaded.call(1, [a, b])
+    (kept_a,), (kept_b,) = loaded.keep([a]), loaded.keep([b])
+    for given in ([kept_a, b], [a, kept_b], [kept_a, kept_b]):
+        (found,) = loaded.call(1, given)
+        assert (found.shape, bytes(found.data)) == (wanted.shape, bytes(wanted.data))
+    timed = loaded.time(1, [kept_a, b], TimeOptions(repeat=3))
+    assert len(timed.samples_ns) == 3
+    with pytest.raises(RunnerRefused, match=r"input x has shape \[2\], expected \[N, 8\]"):
+        loaded.call(0, [kept_a])
+
+
+@pytest.mark.parametrize("count", [0, 3, 1 << 18])
+def test_a_tensor_comes_back_as_it_went(loaded: Runner, count: int) -> None:
+    data = bytes(i % 251 for i in range(count * 4))
+    (kept,) = loaded.keep([Tensor("float32", (count,), data)])
+    assert kept.nbytes == len(data)
+    assert bytes(loaded.fetch(kept).data) == data
+    loaded.release([kept.handle])
+    with pytest.raises(RunnerRefused, match=f"no tensor {kept.handle} is kept"):
+        loaded.fetch(kept)
+
+
+def test_a_tensor_that_stays_cannot_be_written_to(runtime: RuntimeFiles, misbehaving: Path) -> None:
+    with Runner(runtime.runner) as runner:
+        runner.open(misbehaving)
+        (kept,) = runner.keep([floats(1)])
+        with pytest.raises(RunnerCrashed) as caught:
+            runner.call(MISDEEDS.index("scribble"), [kept])
+        assert caught.value.signal == signal.SIGSEGV
+
+
+def test_what_is_released_is_memory_again(runtime: RuntimeFiles) -> None:
+    with Runner(runtime.runner, limits=Limits(memory_bytes=512 << 20)) as runner:
+        large = Tensor("uint8", (64 << 20,), bytes(64 << 20))
+        for _ in range(12):
+            (kept,) = runner.keep([large])
+            runner.release([kept.handle])
+        held = []
+        with pytest.raises(RunnerOutOfMemory):
+            for _ in range(12):
+                held += runner.keep([large])
+        assert len(held) > 2
+        runner.release([kept.handle for kept in held])
+        assert runner.keep([large])[0].handle > held[-1].handle  # never given out twice
+
+
 # ---- refusals: the runner lives on ---------------------------------------------------------------------------------
 
 
@@ -230,13 +297,20 @@ def test_a_size_that_overflows_is_out_of_memory(loaded: Runner) -> None:
 
 
 def test_nothing_open(runtime: RuntimeFiles) -> None:
-    with Runner(runtime.runner) as runner, pytest.raises(RunnerRefused, match="no module is open"):
+    with Runner(runtime.runner) as runner, pytest.raises(RunnerRefused, match="no module 0 is open"):
         runner.call(0, [])
 
 
-def test_one_module_per_runner(loaded: Runner, misbehaving: Path) -> None:
-    with pytest.raises(RunnerRefused, match="one runner holds one"):
-        loaded.open(misbehaving)
+def test_more_modules_than_a_runner_holds(runtime: RuntimeFiles) -> None:
+    lib = native.module("minimal")
+    with Runner(runtime.runner) as runner:
+        assert [runner.open(lib).module for _ in range(64)] == list(range(64))
+        with pytest.raises(RunnerRefused, match="as many modules are open as one runner holds"):
+            runner.open(lib)
+        runner.close_module(17)
+        assert runner.open(lib).module == 64
+        with pytest.raises(RunnerRefused, match="no module 17 is open"):
+            runner.call(0, [], module=17)
 
 
 @pytest.mark.parametrize(
