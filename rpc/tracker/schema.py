@@ -13,33 +13,47 @@ from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+#: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
+_PREPARING = 0x6B656467650001
+
+
+class Text(sa.TypeDecorator[str]):
+    """Text in any language. PostgreSQL stores no NUL character: a sign for what is unreadable takes its place."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        """As it is stored."""
+        return value if value is None else value.replace("\0", "\ufffd")
+
 
 metadata = sa.MetaData()
 meta = sa.Table(
     "meta",
     metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("value", sa.String, nullable=False),
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("value", Text, nullable=False),
 )
 jobs = sa.Table(
     "jobs",
     metadata,
-    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("id", Text, primary_key=True),
     sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
-    sa.Column("needs", sa.String, nullable=False),
+    sa.Column("needs", Text, nullable=False),
     sa.Column("submitted_ms", sa.BigInteger, nullable=False),
-    sa.Column("state", sa.String, nullable=False, index=True),
-    sa.Column("device", sa.String, nullable=False, default=""),
-    sa.Column("instance_id", sa.String, nullable=False, default=""),
+    sa.Column("state", Text, nullable=False, index=True),
+    sa.Column("device", Text, nullable=False, default=""),
+    sa.Column("instance_id", Text, nullable=False, default=""),
     sa.Column("epoch", sa.BigInteger, nullable=False, default=0),
-    sa.Column("cancelling", sa.String),
+    sa.Column("cancelling", Text),
     # Since when it waits again, and how often a device gave it up.
     sa.Column("queued_ms", sa.BigInteger),
     sa.Column("requeues", sa.Integer, nullable=False, default=0),
     # Devices that failed with it, as JSON.
-    sa.Column("faults", sa.String, nullable=False, server_default="[]"),
-    sa.Column("user", sa.String, nullable=False, server_default=""),
+    sa.Column("faults", Text, nullable=False, server_default="[]"),
+    sa.Column("user", Text, nullable=False, server_default=""),
     # What lists show comes before the whole: SQLite reads a row from its beginning.
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
@@ -47,8 +61,8 @@ jobs = sa.Table(
 results = sa.Table(
     "results",
     metadata,
-    sa.Column("job_id", sa.String, primary_key=True),
-    sa.Column("outcome", sa.String, nullable=False),
+    sa.Column("job_id", Text, primary_key=True),
+    sa.Column("outcome", Text, nullable=False),
     sa.Column("finished_ms", sa.BigInteger, nullable=False, index=True),
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("result", sa.LargeBinary, nullable=False),
@@ -56,33 +70,68 @@ results = sa.Table(
 keys = sa.Table(
     "idempotency_keys",
     metadata,
-    sa.Column("key", sa.String, primary_key=True),
-    sa.Column("job_id", sa.String, nullable=False, index=True),
+    sa.Column("key", Text, primary_key=True),
+    sa.Column("job_id", Text, nullable=False, index=True),
 )
 # The blobs that a result names: they stay as long as it does.
 outputs = sa.Table(
     "outputs",
     metadata,
-    sa.Column("job_id", sa.String, primary_key=True),
-    sa.Column("digest", sa.String, primary_key=True),
+    sa.Column("job_id", Text, primary_key=True),
+    sa.Column("digest", Text, primary_key=True),
 )
 serviced = sa.Table(
     "serviced",
     metadata,
-    sa.Column("device", sa.String, primary_key=True),
-    sa.Column("reason", sa.String, nullable=False),
-    sa.Column("user", sa.String, nullable=False),
+    sa.Column("device", Text, primary_key=True),
+    sa.Column("reason", Text, nullable=False),
+    sa.Column("user", Text, nullable=False),
     sa.Column("since_ms", sa.BigInteger, nullable=False),
 )
 reservations = sa.Table(
     "reservations",
     metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("device", sa.String, nullable=False),
-    sa.Column("user", sa.String, nullable=False),
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("device", Text, nullable=False),
+    sa.Column("user", Text, nullable=False),
     sa.Column("from_unix_ms", sa.BigInteger, nullable=False),
     sa.Column("until_unix_ms", sa.BigInteger, nullable=False),
-    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("reason", Text, nullable=False),
+)
+#: Which tracker leads (one row), as `kedge.rpc.tracker.epoch` says; only where several share a database.
+leadership = sa.Table(
+    "leadership",
+    metadata,
+    sa.Column("row", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("transactions", sa.BigInteger, nullable=False),
+    sa.Column("tracker", Text, nullable=False),
+    sa.Column("since_ms", sa.BigInteger, nullable=False),
+)
+#: The trackers that share the database, each with the addresses at which others reach it.
+trackers = sa.Table(
+    "trackers",
+    metadata,
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("address", Text, nullable=False),
+    sa.Column("peers_address", Text, nullable=False),
+    sa.Column("software", Text, nullable=False),
+    sa.Column("started_ms", sa.BigInteger, nullable=False),
+    sa.Column("seen_ms", sa.BigInteger, nullable=False),
+)
+#: What a tracker without others keeps in files of its data folder: tokens, enrolled devices.
+documents = sa.Table(
+    "documents",
+    metadata,
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+#: Whose blobs are whose.
+owners = sa.Table(
+    "owners",
+    metadata,
+    sa.Column("digest", Text, primary_key=True),
+    sa.Column("owner", Text, primary_key=True),
 )
 
 
@@ -95,7 +144,13 @@ def prepare(connection: sa.Connection, place: str) -> str:
 
     Raises StoreError where a newer kedge has written `place`.
     """
+    if connection.dialect.name == "postgresql":
+        # Two trackers that start at once would both make the tables.
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _PREPARING})
     metadata.create_all(connection)
+    if connection.execute(sa.select(leadership)).one_or_none() is None:
+        nobody = {"row": 1, "epoch": 0, "transactions": 0, "tracker": "", "since_ms": 0}
+        connection.execute(sa.insert(leadership), nobody)
     known: dict[str, str] = {row.name: row.value for row in connection.execute(sa.select(meta))}
     if not known:
         known = {"schema": str(SCHEMA_VERSION), "tracker_id": secrets.token_hex(8)}
@@ -103,7 +158,7 @@ def prepare(connection: sa.Connection, place: str) -> str:
     if int(known["schema"]) > SCHEMA_VERSION:
         raise StoreError(
             f"{place} was written by a newer kedge (schema {known['schema']}, this one knows {SCHEMA_VERSION})",
-            hint="use that kedge, or another --data-dir",
+            hint="use that kedge, or another --data-dir or --database",
         )
     found = int(known["schema"])
     if found < 2:

@@ -1,11 +1,12 @@
-"""What outlives the tracker: jobs, results, idempotency keys, in SQLite through SQLAlchemy Core.
+"""What outlives the tracker: jobs, results, idempotency keys, in SQLite or PostgreSQL through SQLAlchemy Core.
 
 One thread owns the connection. Facts are queued to it and committed in groups: whatever has gathered while the last
 commit was under way goes into the next, so that no fact waits for a timer and many share one fsync. Reading goes
 through the same queue and therefore sees everything that was queued before; while the disk takes nothing, it sees
 what is stored.
 
-The database is opened exclusively: a second tracker on the same folder is refused.
+An SQLite file is opened exclusively: a second tracker on the same folder is refused. Of several trackers on one
+PostgreSQL database one leads, and only what it writes in its own epoch is stored (see `kedge.rpc.tracker.epoch`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from kedge.rpc import convert
 from kedge.rpc.artifact import Need
@@ -30,6 +31,8 @@ from kedge.rpc.artifact.manifest import device_from_json
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker import schema as t
 from kedge.rpc.tracker.brief import brief_result, brief_spec
+from kedge.rpc.tracker.database import Database, Sqlite
+from kedge.rpc.tracker.epoch import Epoch
 from kedge.rpc.tracker.facts import (
     Fact,
     JobAccepted,
@@ -84,7 +87,10 @@ _Item = _Append | _Read | _Idle | None
 
 
 class Store:
-    """The database in `folder`; it is made when it does not exist.
+    """The tables in `where`, a database or the folder of an SQLite file; they are made when they do not exist.
+
+    With an `epoch` nothing is written once another tracker leads: the store fails with FencedError instead. A database
+    on another machine that does not answer fails it too, after some seconds.
 
     `on_failure` is called from the store's thread if that ends unexpectedly: nothing is stored any more, and whoever
     uses the store has to stop too. `on_trouble` is told from there when commits begin to fail, and when one succeeds
@@ -93,13 +99,14 @@ class Store:
     Jobs that are done are forgotten by the rules of `keep` (None: never), by `clock` in Unix seconds.
 
     Raises:
-        StoreError: the folder cannot be used, belongs to a running tracker, or was written by a newer kedge.
+        StoreError: the database cannot be used, belongs to a running tracker, or was written by a newer kedge.
     """
 
     def __init__(
         self,
-        folder: Path,
+        where: Path | Database,
         *,
+        epoch: Epoch | None = None,
         remembered: int = 100_000,
         on_failure: Callable[[BaseException], None] = lambda error: None,
         on_trouble: Callable[[bool], None] = lambda troubled: None,
@@ -107,7 +114,9 @@ class Store:
         keep: Retention | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = folder / "tracker.db"
+        self._database = Sqlite(where) if isinstance(where, Path) else where
+        self._engine = self._database.engine()
+        self._epoch = epoch
         self._on_failure = on_failure
         self._on_trouble = on_trouble
         self._observer = observer
@@ -124,12 +133,6 @@ class Store:
         self.problem: str | None = None
         #: Set as long as there is a problem.
         self.troubled = threading.Event()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"cannot make the data folder {folder}: {error.strerror}", hint="name another with --data-dir"
-            ) from error
         opened: Future[Stored] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened, remembered), name="kedge-store", daemon=True)
         self._thread.start()
@@ -181,24 +184,23 @@ class Store:
     # ---- The thread ------------------------------------------------------------------------------------------------
 
     def _run(self, opened: Future[Stored], remembered: int) -> None:
-        engine = _engine(self._path)
         try:
-            with engine.connect() as connection:
+            with self._engine.connect() as connection:
                 try:
-                    found = _open(connection, self._path, remembered)
+                    found = _open(connection, self._database.name, remembered)
                 except (SQLAlchemyError, KedgeError) as error:
-                    opened.set_exception(_explain(error, self._path))
+                    opened.set_exception(self._database.explain(error))
                     return
                 opened.set_result(found)
                 self._serve(connection)
         except Exception as error:
             if opened.done():
-                log.critical("the store %s failed", self._path, exc_info=error)
+                log.critical("the store %s failed", self._database.name, exc_info=error)
                 self._on_failure(error)
             else:
-                opened.set_exception(_explain(error, self._path))
+                opened.set_exception(self._database.explain(error))
         finally:
-            engine.dispose()
+            self._engine.dispose()
             self._ended.set()
             self._refuse_reads()
 
@@ -206,7 +208,7 @@ class Store:
         """Tell readers that nobody will answer them."""
         while not isinstance(item := self._poll(), _Idle):
             if isinstance(item, _Read) and item.future.set_running_or_notify_cancel():
-                item.future.set_exception(StoreError(f"the store in {self._path.parent} is closed"))
+                item.future.set_exception(StoreError(f"the store in {self._database.name} is closed"))
 
     def _serve(self, connection: sa.Connection) -> None:
         while True:
@@ -242,9 +244,13 @@ class Store:
         """Forget a small number of old jobs; others follow soon, after what was queued meanwhile."""
         try:
             with connection.begin():
+                if self._epoch is not None:
+                    self._epoch.enter(connection)
                 gone, keys = forget_some(connection, keep, round(self._clock() * 1000))
-        except OperationalError as error:
-            log.warning("cannot forget old jobs in %s now: %s", self._path, error.orig)
+        except DBAPIError as error:
+            if not _may_pass(error):
+                raise
+            log.warning("cannot forget old jobs in %s now: %s", self._database.name, error.orig)
             self._sweep_due = time.monotonic() + keep.every_s
             return
         self._sweep_due = time.monotonic() + (_PIECE_PAUSE_S if len(gone) == PIECE else keep.every_s)
@@ -266,22 +272,29 @@ class Store:
         What comes in between two attempts joins the group. `reads`, which came right after it, wait for the first
         attempt only: if that fails, they see what is stored.
         """
+        since, tried, transaction = time.monotonic(), 0, 0
+        stored = 0  # of the group: known to be committed although the answer was lost
         while True:
             began = time.perf_counter()
             try:
                 with connection.begin():
-                    for append in group:
+                    if self._epoch is not None:
+                        if tried > stored and self._epoch.committed(connection, transaction):
+                            stored = tried
+                        transaction = self._epoch.enter(connection)
+                    tried = len(group)
+                    for append in group[stored:]:
                         for fact in append.facts:
                             _write(connection, fact)
-            except OperationalError as error:
-                self.problem = str(error.orig)
-                self._observer.commit_failed()
-                if not self.troubled.is_set():
-                    self.troubled.set()
-                    self._on_trouble(True)
-                log.error("cannot store jobs in %s: %s; trying again", self._path, self.problem)
+            except DBAPIError as error:
+                if not _may_pass(error):
+                    raise
+                self._tell_trouble(error)
                 while reads:
                     self._answer(connection, reads.pop())
+                patience_s = self._database.patience_s
+                if patience_s is not None and time.monotonic() >= since + patience_s:
+                    raise self._database.explain(error) from error
                 self._pause(connection, group)
                 if self._stopping.is_set():
                     return False
@@ -293,6 +306,14 @@ class Store:
                 facts = sum(len(append.facts) for append in group)
                 self._observer.committed(facts, time.perf_counter() - began)
                 return True
+
+    def _tell_trouble(self, error: DBAPIError) -> None:
+        self.problem = " ".join(str(error.orig).split())
+        self._observer.commit_failed()
+        if not self.troubled.is_set():
+            self.troubled.set()
+            self._on_trouble(True)
+        log.error("cannot store jobs in %s: %s; trying again", self._database.name, self.problem)
 
     def _pause(self, connection: sa.Connection, group: list[_Append]) -> None:
         """Wait for the next attempt to store `group`, which later facts join; readers do not wait with it."""
@@ -315,7 +336,7 @@ class Store:
             with connection.begin():
                 found = item.query(connection)
         except SQLAlchemyError as error:
-            item.future.set_exception(_explain(error, self._path))
+            item.future.set_exception(self._database.explain(error))
         except Exception as error:  # noqa: BLE001 - one row that cannot be read must not end the store
             item.future.set_exception(error)
         else:
@@ -325,30 +346,12 @@ class Store:
 # ---- Opening -------------------------------------------------------------------------------------------------------
 
 
-def _engine(path: Path) -> sa.Engine:
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 0.5}, poolclass=sa.StaticPool
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def prepare(connection: Any, _record: Any) -> None:
-        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}").close()
-        # sqlite3 would begin by itself, but not before statements that change tables: those would stay half done.
-        connection.isolation_level = None
-
-    @sa.event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    return engine
-
-
-def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
+def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
     with connection.begin():
-        tracker_id = prepare(connection, str(path))
+        tracker_id = prepare(connection, place)
         live = sa.select(t.jobs, t.keys.c.key).outerjoin(t.keys, t.keys.c.job_id == t.jobs.c.id)
-        records = [_record(row) for row in connection.execute(live.where(t.jobs.c.state != JobState.DONE.value))]
+        live = live.where(t.jobs.c.state != JobState.DONE.value).order_by(t.jobs.c.seq)
+        records = [_record(row) for row in connection.execute(live)]
         newest = sa.select(t.jobs.c.id, t.jobs.c.epoch, t.jobs.c.state, t.keys.c.key)
         newest = (
             newest.outerjoin(t.keys, t.keys.c.job_id == t.jobs.c.id).order_by(t.jobs.c.seq.desc()).limit(remembered)
@@ -363,18 +366,9 @@ def _open(connection: sa.Connection, path: Path, remembered: int) -> Stored:
     return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations)
 
 
-def _explain(error: Exception, path: Path) -> KedgeError:
-    if isinstance(error, KedgeError):
-        return error
-    text = str(getattr(error, "orig", None) or error)
-    if "locked" in text:
-        return StoreError(
-            f"another tracker uses the data folder {path.parent}",
-            hint="stop it, or name another folder with --data-dir",
-        )
-    if "full" in text:
-        return StoreError(f"no space is left for {path} ({text})", hint="free space on that disk")
-    return StoreError(f"cannot use {path}: {text}", hint="name another folder with --data-dir")
+def _may_pass(error: DBAPIError) -> bool:
+    """Whether the same may succeed later: the disk is full, the connection was lost, the server ended the session."""
+    return isinstance(error, OperationalError) or error.connection_invalidated
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from kedge.rpc.artifact import Need, VariantDevice
 from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.facts import (
     Fact,
     JobAccepted,
@@ -45,6 +46,10 @@ from kedge.rpc.types import (
     TimeOptions,
     Verdict,
 )
+from support.postgres import PostgresServer
+
+#: Where a store's tables are: everything that is not SQLite's own business holds for both.
+Place = Path | Postgres
 
 NEEDS = (
     Need("x86_64", frozenset({"avx2", "fma"})),
@@ -53,6 +58,14 @@ NEEDS = (
 )
 SPEC = JobSpec(Blob("0" * 64, 9), "main", RunTask((Tensor("x", "int8", (3,), b"abc"),)), "arch=x86_64", priority=3)
 RESULT = JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "int8", (1,), b"z"),), device="a")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "sqlite":
+        return tmp_path
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return Postgres(server.new_database())
 
 
 def accepted(job_id: str, seq: int, key: str = "") -> JobAccepted:
@@ -65,8 +78,8 @@ def write(store: Store, *facts: Fact) -> None:
     assert durable.wait(10)
 
 
-def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_what_is_stored_is_found_again(place: Place) -> None:
+    store = Store(place)
     tracker_id = store.found.tracker_id
     waiting, running = accepted("w", 1, "kw"), accepted("r", 2)
     assigned = JobAssigned("r", "a", "instance", 1)
@@ -74,7 +87,7 @@ def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     write(store, JobAssigned("d", "a", "i", 1), JobDone("d", RESULT, 500))
     write(store, JobAssigned("q", "a", "i", 1), JobRequeued("q", 700, 1), JobCancelling("r", "enough"))
     store.close()
-    again = Store(tmp_path)
+    again = Store(place)
     assert again.found.tracker_id == tracker_id
     assert again.found.records == (
         JobRecord(waiting),
@@ -95,16 +108,16 @@ def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     again.close()
 
 
-def test_users_faults_maintenance_and_reservations_are_found_again(tmp_path: Path) -> None:
+def test_users_faults_maintenance_and_reservations_are_found_again(place: Place) -> None:
     faults = (DeviceFault("a", "the disk is full"), DeviceFault("b", "it was lost"))
     mine = replace(accepted("j", 1), user="ann")
     serviced = Serviced("a", "a new disk", "root", 50)
     kept, ended = (Reservation(name, "b", "ann", 60, 70, "a demo") for name in ("kept", "ended"))
-    store = Store(tmp_path)
+    store = Store(place)
     write(store, mine, JobAssigned("j", "a", "i", 1), JobRequeued("j", 700, 0, faults), Reserved(kept), Reserved(ended))
     write(store, serviced, Serviced("b", "", "", 51), ServiceEnded("b"), ReservationEnded("ended"))
     store.close()
-    again = Store(tmp_path)
+    again = Store(place)
     assert again.found.records == (JobRecord(mine, None, 1, requeued=JobRequeued("j", 700, 0, faults)),)
     assert (again.found.serviced, again.found.reservations) == ((serviced,), (kept,))
     job = again.job("j").result(10)
@@ -112,18 +125,18 @@ def test_users_faults_maintenance_and_reservations_are_found_again(tmp_path: Pat
     again.close()
 
 
-def test_sequence_numbers_are_remembered_when_every_job_is_done(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_sequence_numbers_are_remembered_when_every_job_is_done(place: Place) -> None:
+    store = Store(place)
     assert store.found.last_seq == 0
     write(store, accepted("d", 7), JobAssigned("d", "a", "i", 1), JobDone("d", RESULT, 500))
     store.close()
-    again = Store(tmp_path)
+    again = Store(place)
     assert (again.found.records, again.found.last_seq) == ((), 7)
     again.close()
 
 
-def test_facts_are_durable_in_the_order_in_which_they_came(tmp_path: Path) -> None:
-    store, order, all_done = Store(tmp_path), [], threading.Event()
+def test_facts_are_durable_in_the_order_in_which_they_came(place: Place) -> None:
+    store, order, all_done = Store(place), [], threading.Event()
     for number in range(200):
 
         def done(number: int = number) -> None:
@@ -138,20 +151,20 @@ def test_facts_are_durable_in_the_order_in_which_they_came(tmp_path: Path) -> No
     store.close()
 
 
-def test_reading_sees_what_was_queued_before(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_reading_sees_what_was_queued_before(place: Place) -> None:
+    store = Store(place)
     store.append([accepted("j", 1)], lambda: None)
     job = store.job("j").result(10)
     assert job is not None and job.id == "j"
     store.close()
 
 
-def test_closing_stores_what_was_queued(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_closing_stores_what_was_queued(place: Place) -> None:
+    store = Store(place)
     for number in range(50):
         store.append([accepted(f"j{number}", number)], lambda: None)
     store.close()
-    again = Store(tmp_path)
+    again = Store(place)
     assert len(again.found.records) == 50
     again.close()
 
@@ -165,9 +178,9 @@ def test_a_second_tracker_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
 
 
-def test_a_reader_that_gave_up_does_no_harm(tmp_path: Path) -> None:
+def test_a_reader_that_gave_up_does_no_harm(place: Place) -> None:
     failures: queue.Queue[BaseException] = queue.Queue()
-    store = Store(tmp_path, on_failure=failures.put)
+    store = Store(place, on_failure=failures.put)
     busy, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -198,8 +211,8 @@ def test_a_row_that_cannot_be_read_is_its_readers_trouble_alone(tmp_path: Path) 
     again.close()
 
 
-def test_lists_are_brief(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_lists_are_brief(place: Place) -> None:
+    store = Store(place)
     measured = Measurement(TimeOptions(repeat=3), (1.0, 2.0, 3.0), verdict=Verdict.VALID)
     long = JobResult(Outcome(OutcomeKind.CRASH, message="x" * 4_000), RESULT.outputs, measured, device="a")
     write(store, accepted("j", 1), JobDone("j", long, 5))
@@ -212,8 +225,8 @@ def test_lists_are_brief(tmp_path: Path) -> None:
     store.close()
 
 
-def test_what_was_withdrawn_is_not_found_again(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_what_was_withdrawn_is_not_found_again(place: Place) -> None:
+    store = Store(place)
     write(store, accepted("j", 1, "k"), JobDone("j", RESULT, 5), JobWithdrawn("j"))
     assert store.job("j").result(10) is None and store.job_of_key("k").result(10) is None
     write(store, accepted("i", 2, "k"))
@@ -221,12 +234,12 @@ def test_what_was_withdrawn_is_not_found_again(tmp_path: Path) -> None:
     store.close()
 
 
-def test_it_says_whether_it_found_every_key(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_it_says_whether_it_found_every_key(place: Place) -> None:
+    store = Store(place)
     write(store, accepted("a", 1, "k1"), accepted("b", 2, "k2"), accepted("c", 3, "k3"))
     assert store.found.all_keys
     store.close()
-    few = Store(tmp_path, remembered=2)
+    few = Store(place, remembered=2)
     assert few.found.keys == (("k2", "b"), ("k3", "c")) and not few.found.all_keys
     few.close()
 
@@ -338,8 +351,8 @@ def test_bringing_it_up_to_date_is_done_whole_or_not_at_all(tmp_path: Path) -> N
     store.close()
 
 
-def test_nobody_waits_for_a_closed_store(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_nobody_waits_for_a_closed_store(place: Place) -> None:
+    store = Store(place)
     store.close()
     with pytest.raises(StoreError, match="is closed"):
         store.job("j").result(10)
@@ -366,16 +379,16 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "file" / "data")
 
 
-def test_a_failure_of_the_store_does_not_go_unnoticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_the_store_does_not_go_unnoticed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     failures: queue.Queue[BaseException] = queue.Queue()
-    store = Store(tmp_path, on_failure=failures.put)
+    store = Store(place, on_failure=failures.put)
     write(store, accepted("j", 1))
     durable = threading.Event()
     store.append([accepted("j", 2)], durable.set)
-    assert "UNIQUE" in str(failures.get(timeout=10))
+    assert "unique" in str(failures.get(timeout=10)).lower()
     assert not durable.is_set() and "failed" in caplog.text
     store.close()
-    again = Store(tmp_path)
+    again = Store(place)
     assert [record.accepted.seq for record in again.found.records] == [1]
     again.close()
 

@@ -1,0 +1,188 @@
+"""What holds for the store on PostgreSQL alone: fencing, lost connections, and what it refuses."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+
+from kedge.rpc.errors import UsageError
+from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.tracker import database as databases
+from kedge.rpc.tracker.database import Postgres, database
+from kedge.rpc.tracker.epoch import Epoch, FencedError, take_lead
+from kedge.rpc.tracker.facts import Fact, JobAccepted, JobDone, Serviced
+from kedge.rpc.tracker.schema import StoreError, prepare
+from kedge.rpc.tracker.store import Store
+from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask
+from support.postgres import PostgresServer, postgres_server
+
+SPEC = JobSpec(Blob("0" * 64, 9), "main", RunTask(()), "")
+
+
+@pytest.fixture
+def place(postgres: PostgresServer) -> Postgres:
+    return Postgres(postgres.new_database())
+
+
+def accepted(job_id: str, seq: int) -> JobAccepted:
+    return JobAccepted(job_id, seq, SPEC, (), f"key-{job_id}", 100 + seq)
+
+
+def lead(place: Postgres) -> Epoch:
+    engine = place.engine()
+    with engine.begin() as connection:
+        prepare(connection, place.name)
+        return take_lead(connection, "a", 5)
+
+
+def write(store: Store, *facts: Fact) -> None:
+    durable = threading.Event()
+    store.append(facts, durable.set)
+    assert durable.wait(20)
+
+
+def end_sessions(postgres: PostgresServer, place: Postgres) -> None:
+    name = place.name.rpartition("/")[2]
+    postgres.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+    )
+
+
+def test_epochs_grow_and_only_the_newest_writes(place: Postgres) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+    old = Store(place, epoch=lead(place), on_failure=failures.put)
+    write(old, accepted("a", 1))
+    newer = lead(place)
+    assert newer.number == 2
+    told = threading.Event()
+    old.append([accepted("b", 2)], told.set)
+    assert isinstance(failures.get(timeout=20), FencedError)
+    new = Store(place, epoch=newer)
+    assert [record.accepted.job_id for record in new.found.records] == ["a"] and not told.is_set()
+    write(new, accepted("c", 2))
+    with pytest.raises(StoreError, match="is closed"):
+        old.job("a").result(10)
+    old.close()
+    new.close()
+
+
+def test_what_an_old_leader_has_in_mid_transaction_is_whole_or_nothing_and_never_late(place: Postgres) -> None:
+    """One that stands still there is ended by the server: the next leader waits no longer than that takes."""
+    epoch = lead(place)
+    engine = place.engine()
+    with engine.connect() as stopped:
+        transaction = stopped.begin()
+        epoch.enter(stopped)
+        stopped.execute(sa.text("INSERT INTO idempotency_keys VALUES ('late', 'j')"))
+        began = time.monotonic()
+        newer = lead(place)
+        assert newer.number == 2 and time.monotonic() - began < 8
+        with pytest.raises(sa.exc.DBAPIError) as ended:
+            transaction.commit()
+        assert ended.value.connection_invalidated
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT count(*) FROM idempotency_keys")).scalar_one() == 0
+
+
+def test_a_lost_connection_is_made_again_and_nothing_is_stored_twice(postgres: PostgresServer, place: Postgres) -> None:
+    troubles: queue.Queue[bool] = queue.Queue()
+    store = Store(place, epoch=lead(place), on_trouble=troubles.put)
+    for number in range(1, 9):
+        end_sessions(postgres, place)
+        write(store, accepted(f"j{number}", number))
+    assert troubles.get(timeout=10) is True and troubles.get(timeout=10) is False
+    assert len(store.jobs(100, ()).result(10)) == 8
+    store.close()
+
+
+def test_a_commit_whose_answer_was_lost_counts(place: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(place, epoch=lead(place))
+    commit = sa.engine.base.RootTransaction._connection_commit_impl  # type: ignore[attr-defined]
+    lost = [True, True]
+
+    def answer_lost(transaction: sa.engine.base.RootTransaction) -> None:
+        commit(transaction)
+        if lost and lost.pop():
+            raise sa.exc.OperationalError("COMMIT", {}, Exception("the connection was lost"))
+
+    monkeypatch.setattr(sa.engine.base.RootTransaction, "_connection_commit_impl", answer_lost)
+    write(store, accepted("a", 1))
+    write(store, accepted("b", 2), JobDone("b", JobResult(Outcome(OutcomeKind.OK)), 5))
+    assert not lost
+    assert [job.id for job in store.jobs(10, ()).result(10)] == ["b", "a"]
+    store.close()
+
+
+def test_a_server_that_is_gone_is_tried_for_some_seconds_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+    monkeypatch.setattr(Postgres, "patience_s", 2.0)
+    with postgres_server() as server:
+        place = Postgres(server.new_database())
+        store = Store(place, epoch=lead(place), on_failure=failures.put)
+        write(store, accepted("a", 1))
+        server.stop()
+        told = threading.Event()
+        store.append([accepted("b", 2)], told.set)
+        error = failures.get(timeout=30)
+        assert isinstance(error, StoreError) and "PostgreSQL server runs" in str(error)
+        store.close()
+        server.start()
+        again = Store(place, epoch=lead(place))
+        assert [record.accepted.job_id for record in again.found.records] == ["a"] and not told.is_set()
+        again.close()
+
+
+def test_text_with_a_nul_character_is_stored(place: Postgres) -> None:
+    store = Store(place)
+    key = "k\0ey"
+    write(store, replace(accepted("a", 1), key=key), Serviced("d", "why\0so", "root", 5))
+    assert store.job_of_key(key).result(10) == "a"
+    store.close()
+    again = Store(place)
+    assert again.found.serviced == (Serviced("d", "why\ufffdso", "root", 5),)
+    again.close()
+
+
+def test_trackers_that_start_at_once_make_the_tables_once(place: Postgres) -> None:
+    ids: queue.Queue[str] = queue.Queue()
+
+    def start() -> None:
+        with place.engine().begin() as connection:
+            ids.put(prepare(connection, place.name))
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len({ids.get(timeout=10) for _ in threads}) == 1
+
+
+def test_a_newer_schema_is_refused(postgres: PostgresServer, place: Postgres) -> None:
+    Store(place).close()
+    postgres.execute("UPDATE meta SET value = '99' WHERE name = 'schema'", place.name.rpartition("/")[2])
+    with pytest.raises(StoreError, match="newer kedge"):
+        Store(place)
+
+
+def test_what_is_no_database_is_refused_with_a_remedy(postgres: PostgresServer) -> None:
+    with pytest.raises(UsageError, match="no URL") as caught:
+        Postgres("not a url")
+    assert "postgresql://" in str(caught.value)
+    with pytest.raises(UsageError, match="'mysql' are not known"):
+        Postgres("mysql://db/kedge")
+    with pytest.raises(StoreError, match="PostgreSQL server runs there") as caught_store:
+        Store(Postgres(postgres.url("no_such").replace("kedge@", "kedge:secret@")))
+    assert "no_such" in str(caught_store.value) and "secret" not in str(caught_store.value)
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StoreError, match="'psycopg', which is not installed") as caught:
+        database("postgresql://db/kedge", None)  # type: ignore[arg-type]
+    assert "kedge[postgres]" in str(caught.value)
