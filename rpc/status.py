@@ -12,7 +12,7 @@ import grpc
 from kedge.rpc import blobs, errors
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.selector import SelectorError
-from kedge.rpc.transport import Address, handshake_error, unreachable
+from kedge.rpc.transport import Address, HandshakeError, handshake_error, unreachable
 
 _CLASS_KEY = "kedge-error"
 #: Hints are text in any language: gRPC's metadata wants bytes for that.
@@ -80,6 +80,8 @@ _MAX_CHARS = 1_500
 
 #: The peer is away, or went away in mid-call; trying again can help.
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+#: gRPC's own words for a connection that broke under a call, where it has not made up its mind to say UNAVAILABLE.
+_TORN = {grpc.StatusCode.UNKNOWN: "Stream removed", grpc.StatusCode.INTERNAL: "RST_STREAM"}
 
 Metadata = Tuple[Tuple[str, Any], ...]
 
@@ -109,7 +111,7 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
     failed = handshake_error(address, details) if code is grpc.StatusCode.UNAVAILABLE else None
     if failed is not None:
         return failed
-    if code in _AWAY:
+    if code in _AWAY or _is_torn(code, details):
         if address is None:
             return errors.ConnectError(f"the tracker went away ({details})", hint="see whether it still runs")
         return unreachable(address, _reason(details))
@@ -125,7 +127,14 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
 
 def is_away(error: grpc.RpcError) -> bool:
     """True when the tracker could not be reached or went away, so that the same call may succeed later."""
-    return error.code() in _AWAY and handshake_error(None, error.details() or "") is None
+    code, details = error.code(), error.details() or ""
+    if _is_torn(code, details):
+        return True
+    return code in _AWAY and not isinstance(handshake_error(None, details), HandshakeError)
+
+
+def _is_torn(code: grpc.StatusCode, details: str) -> bool:
+    return code in _TORN and _TORN[code] in details
 
 
 def _reason(details: str) -> str:

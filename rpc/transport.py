@@ -158,7 +158,10 @@ def _check_plaintext(address: Address) -> None:
 
 
 def handshake_error(address: Optional[Address], details: str) -> Optional[ConnectError]:
-    """What a failed TLS handshake means, from gRPC's words for it; None where it did not fail."""
+    """What a failed TLS handshake means, from gRPC's words for it; None where it did not fail.
+
+    A HandshakeError is one that fails again; any other may have been the fault of what lies between.
+    """
     if "Tls handshake failed" not in details and "Ssl handshake failed" not in details:
         return None
     who = "the tracker" if address is None else f"the tracker at {address}"
@@ -178,7 +181,7 @@ def handshake_error(address: Optional[Address], details: str) -> Optional[Connec
             f"{who} is not the one that was joined: another authority made its certificate",
             hint="if it was set up anew, join it again: kedge join '…' for a user, --join '…' for an agent",
         )
-    return HandshakeError(f"no encrypted connection to {who}: {details[-200:]}", hint="its log may say more")
+    return ConnectError(f"no encrypted connection to {who}: {details[-200:]}", hint="its log may say more")
 
 
 class HandshakeError(ConnectError):
