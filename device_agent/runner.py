@@ -76,6 +76,8 @@ _T = TypeVar("_T")
 _DEFAULT_TIMING = TimeOptions()
 #: How often to look whether a silent runner still exists: a process it left behind may hold its socket open.
 _ALIVE_CHECK_S = 0.5
+#: How long the rest of a reply may take to be read that was there when its deadline had passed.
+_LAST_CALL_S = 0.5
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # fcntl names them only where the C library did when Python was built
 _SEAL_SHRINK, _SEAL_GROW, _SEAL_WRITE = 2, 4, 8
 _SEALED = _SEAL_SHRINK | _SEAL_GROW | _SEAL_WRITE
@@ -176,6 +178,19 @@ class _Limit:
 
     moment: float
     cancelled: bool = False
+    #: Once the moment has passed: until when may be taken what has come already.
+    last_call: Optional[float] = None
+
+    def left_s(self) -> float:
+        """How long may be waited, in seconds: 0 for a look at what is there; raises _Expired after that."""
+        now = time.monotonic()
+        if now < self.moment:
+            return self.moment - now
+        # This process may have been the one that slept: a reply in time is not late because it was read late.
+        self.last_call = now + _LAST_CALL_S if self.last_call is None else self.last_call
+        if now > self.last_call:
+            raise _Expired
+        return 0.0
 
 
 class Runner:
@@ -697,10 +712,8 @@ class _Process:
         if cancellable and not limit.cancelled:
             poller.register(self._wake_read, select.POLLIN)
         while True:
-            left = limit.moment - time.monotonic()
-            if left <= 0:
-                raise _Expired
-            ready = [fd for fd, _ in poller.poll(min(left, _ALIVE_CHECK_S) * 1000)]
+            left_s = limit.left_s()
+            ready = [fd for fd, _ in poller.poll(min(left_s, _ALIVE_CHECK_S) * 1000)]
             if not self._stderr.closed and self._stderr.fileno() in ready:
                 fd = self._stderr.fileno()
                 if not self._drain_stderr():
@@ -712,6 +725,8 @@ class _Process:
                 raise _Cancel
             if not ready and self._has_exited():
                 raise _Closed
+            if not ready and left_s <= 0:
+                raise _Expired
 
     def _has_exited(self) -> bool:
         try:

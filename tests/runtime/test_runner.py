@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import signal
 import struct
 import subprocess
@@ -483,6 +484,19 @@ def wait_until_busy(runner: Runner) -> None:
     start = int(stat.read_text().rsplit(")")[-1].split()[11])
     while int(stat.read_text().rsplit(")")[-1].split()[11]) == start:
         assert time.monotonic() < deadline
+
+
+def test_a_reply_in_time_is_not_late_because_it_is_read_late(loaded: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was stopped in mid-call finds the deadline over, and the reply there."""
+    send = loaded._process.send
+
+    def stopped_after(*arguments: Any) -> None:
+        send(*arguments)
+        assert select.select([loaded._process._socket], [], [], 10)[0]
+        time.sleep(0.3)
+
+    monkeypatch.setattr(loaded._process, "send", stopped_after)
+    assert loaded.call(0, [ones(1 << 16)], deadline_s=0.25)[0].nbytes == 16 << 16
 
 
 def test_cancel(runtime: RuntimeFiles, misbehaving: Path) -> None:
