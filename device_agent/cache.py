@@ -3,24 +3,28 @@
     root/blobs/…                   parts as they travel (kedge.rpc.blobs)
     root/members/abcdef…           members of several parts, put together; named by their own digest
 
-Everything is verified before it is used for the first time after a start: a disk may rot while a board is off. The
-cache is bounded, interrupted transfers included; the longest unused goes first, never anything that a job holds.
+Everything is verified before it is used for the first time after a start, as a disk may rot while a board is off, and
+again whenever anybody has written to its file. The cache is bounded, interrupted transfers included; the longest unused
+goes first, never anything that a job holds.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from kedge.rpc.artifact.manifest import Blob, Member
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, DiskFullError
 from kedge.rpc.errors import KedgeError
+
+log = logging.getLogger("kedge.agent")
 
 #: Without a limit given, the share of the disk's free space (what the cache holds counted as free) it may take.
 DISK_SHARE = 0.5
@@ -55,7 +59,8 @@ class ArtifactCache:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._held: Dict[str, int] = {}
-        self._verified: Set[str] = set()
+        #: What was verified, and how its file looked then.
+        self._verified: Dict[str, Tuple[int, ...]] = {}
 
     def hold(self) -> Hold:
         """A job's claim on what it uses; use it as a context manager."""
@@ -87,7 +92,7 @@ class ArtifactCache:
                 if excess <= 0:
                     break
                 path.unlink()
-                self._verified.discard(digest)
+                self._verified.pop(digest, None)
                 excess -= size
 
     def _entries(self) -> Iterator[Tuple[float, str, int, Path]]:
@@ -111,12 +116,16 @@ class ArtifactCache:
 
     def _verify(self, digest: str, path: Path) -> None:
         """Raise CorruptBlobError, and forget the file, unless its bytes are those of `digest`."""
-        if digest in self._verified:
-            return
-        if _hash(path) != digest:
+        if self._verified.get(digest) != _look(path) and _hash(path) != digest:
+            self._verified.pop(digest, None)
             path.unlink()
             raise CorruptBlobError(f"{path} was damaged on the device's disk", hint="run the job again")
-        self._verified.add(digest)
+        self._trust(digest, path)
+
+    def _trust(self, digest: str, path: Path) -> None:
+        """The file's bytes are those of `digest`; it counts as used now."""
+        os.utime(str(path))
+        self._verified[digest] = _look(path)
 
 
 class Hold:
@@ -151,9 +160,7 @@ class Hold:
             self._cache.make_room(sum(blob.size - store.committed_bytes(blob) for blob in missing))
         for blob in missing:
             fetch(blob, store)
-            self._cache._verified.add(blob.digest)
-        for digest in distinct:
-            os.utime(str(store.path(digest)))
+            self._cache._trust(blob.digest, store.path(blob.digest))
 
     def path(self, blob: Blob) -> Path:
         """The file of a blob that `fetch` brought."""
@@ -177,7 +184,6 @@ class Hold:
                 self._assemble(member, path)
         else:
             self._assemble(member, path)
-        os.utime(str(path))
         return path
 
     def _assemble(self, member: Member, path: Path) -> None:
@@ -197,7 +203,7 @@ class Hold:
                     hint="compile the model again",
                 )
             scratch.replace(path)
-            self._cache._verified.add(member.digest)
+            self._cache._trust(member.digest, path)
         except OSError as error:
             scratch.unlink(missing_ok=True)
             kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else BlobError
@@ -209,12 +215,18 @@ class Hold:
     def _drop_if_damaged(self, blob: Blob) -> None:
         try:
             self._cache._verify(blob.digest, self._cache.store.path(blob.digest))
-        except CorruptBlobError:
-            self._cache._verified.discard(blob.digest)
+        except CorruptBlobError as error:
+            log.warning("%s", error.message)
 
     def _claim(self, digest: str) -> None:
         self._cache._claim(digest)
         self._claimed.append(digest)
+
+
+def _look(path: Path) -> Tuple[int, ...]:
+    """What changes whenever a file is written to, renamed over, or marked as used."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _hash(path: Path) -> str:

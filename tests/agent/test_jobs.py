@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import subprocess
@@ -372,16 +373,19 @@ def test_a_blob_that_arrives_corrupt(board: Board, remote: Remote, made: Artifac
     assert lib.digest in outcome.message
 
 
+@pytest.mark.parametrize("restarted", [True, False], ids=["while-it-was-off", "while-it-ran"])
 def test_a_blob_that_rotted_on_the_devices_disk_is_fetched_again(
-    board: Board, remote: Remote, made: Artifact, tmp_path: Path
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path, restarted: bool
 ) -> None:
     manifest = remote.publish(made)
     assert execute(board, run_spec(manifest, "weigh")).outcome.ok
     cache = tmp_path / "cache"
     for path in (*cache.glob("blobs/objects/*/*"), *cache.glob("members/*")):
         path.write_bytes(b"\xff" + path.read_bytes()[1:])
-    restarted = replace(board, cache=ArtifactCache(cache, 1 << 28))
-    assert execute(restarted, run_spec(manifest, "weigh")).outcome.ok
+    later = replace(board, cache=ArtifactCache(cache, 1 << 28)) if restarted else board
+    assert execute(later, run_spec(manifest, "weigh")).outcome.ok
+    for path in (*cache.glob("blobs/objects/*/*"), *cache.glob("members/*")):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
 @pytest.mark.parametrize(
