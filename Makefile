@@ -10,7 +10,7 @@ PACKAGES := kedge compiler rpc protos device_agent deploy
 export KEDGE_CACHE_DIR ?= $(CURDIR)/.cache/kedge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint protos bench model wheel clean
+.PHONY: help demo test faults lint protos bench model wheel clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,6 +20,11 @@ demo: .venv/.installed ## The main job: compile, dispatch, run, check and time a
 
 test: .venv/.dev lint ## Lint, type check, then all tests
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+FAULTS ?=
+
+faults: .venv/.dev ## Half an hour of faults done to a fleet of real processes (FAULTS="--fault-hours 8 -k agent")
+	@$(BIN)/pytest -m faults tests/faults --fault-report .cache/faults.jsonl $(FAULTS)
 
 lint: .venv/.dev ## Ruff, mypy strict, the floors, the generated modules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -28,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite golden files with what the tests print")
+    faults = parser.getgroup("faults", "the fault suite (-m faults)")
+    faults.addoption("--fault-seed", type=int, help="what is done when (default: drawn, and printed)")
+    faults.addoption("--fault-jobs", type=int, default=1_000, help="jobs under each kind of fault (%(default)s)")
+    faults.addoption("--fault-injections", type=int, default=20, help="faults of each kind (%(default)s)")
+    faults.addoption("--fault-hours", type=float, default=0.0, help="go on for so long, all kinds together")
+    faults.addoption("--fault-report", metavar="FILE", help="add a line of JSON for each kind")
 
 
 @pytest.fixture

@@ -1,0 +1,39 @@
+"""A tracker whose leases and silences are short: FOLDER PORT AGENTS_PORT (0: any) secure|plain. Says both ports."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from kedge.rpc import logs
+from kedge.rpc.tracker.server import serve
+from kedge.rpc.tracker.state import Settings
+
+#: An agent that lost the tracker tries again within 5 s: its lease outlives that.
+SETTINGS = Settings(
+    heartbeat_interval_ms=250,
+    silence_ms=4_000,
+    lease_ms=8_000,
+    cancel_grace_ms=3_000,
+    deadline_slack_ms=3_000,
+    quarantine_ms=500,
+    longest_quarantine_ms=1_000,
+)
+
+
+async def main(folder: str, port: str, agents_port: str, how: str) -> None:
+    plain = how == "plain"
+    serving_on = None if plain else int(agents_port)
+    async with serve(
+        "127.0.0.1", int(port), Path(folder), SETTINGS, agents_port=serving_on, insecure_loopback=plain
+    ) as serving:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.stopped.set_result, "SIGTERM")
+        sys.stdout.write(f"{serving.address.port} {serving.agents_address.port}\n")
+        sys.stdout.flush()
+        await serving.stopped
+
+
+logs.configure("json", "")
+asyncio.run(main(*sys.argv[1:]))
