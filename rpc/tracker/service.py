@@ -49,6 +49,8 @@ _LAST_WRITE_S = 2.0
 #: Chunks of one upload that may wait in memory for the disk.
 _GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
+#: What gRPC raises where a message is written to a peer that is there no longer.
+_GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
 
 
 class FleetService:
@@ -249,7 +251,7 @@ class AgentsService:
             for end in ends:
                 if isinstance(end, KedgeError):
                     log.warning("device %s: %s", name, end, extra=about)
-                elif isinstance(end, Exception) and not isinstance(end, grpc.aio.UsageError):
+                elif isinstance(end, Exception) and not isinstance(end, _GONE):
                     log.error("device %s", name, exc_info=end, extra=about)
 
     async def _listen(
