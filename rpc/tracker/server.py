@@ -38,7 +38,7 @@ from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certif
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
 from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
-from kedge.rpc.tracker.shell import Shell
+from kedge.rpc.tracker.shell import Clock, Shell
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address
@@ -122,7 +122,16 @@ async def serve(
 
     counting = Metrics() if metrics is not None else None
     observer = counting or SILENT
-    store = Store(data_dir, on_failure=on_failure, on_trouble=on_trouble, observer=observer, keep=keep)
+    # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.
+    clock = Clock()
+    store = Store(
+        data_dir,
+        on_failure=on_failure,
+        on_trouble=on_trouble,
+        observer=observer,
+        keep=keep,
+        clock=lambda: clock() / 1000,
+    )
     try:
         security = None if insecure_loopback else Security(data_dir, device_lifetime_s=device_lifetime_s)
         audit = security.audit if security is not None else Audit(data_dir / "audit.jsonl")
@@ -131,7 +140,7 @@ async def serve(
         catalog = Catalog(blobs, owners)
         store.keep_needed(Needed(blobs, catalog.members_of))
         _fit(blobs)
-        shell = Shell(store, settings, observer=observer)
+        shell = Shell(store, settings, clock, observer)
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
             services = _Services(shell, blobs, catalog, owners, audit, threads, limits, health, counting)
             exporter = ExitStack()
