@@ -320,7 +320,12 @@ def fill_agent_disk(world: World, rng: random.Random) -> None:
 
 @kind("clock-jumped", needs="clock")
 def jump_clock(world: World, rng: random.Random) -> None:
-    """Forward or back by seconds to hours; now and then the tracker begins anew under the wrong time."""
+    """By seconds to hours, now and then with a tracker that begins under the wrong time; or by weeks, for a moment."""
+    if rng.random() < 0.3:
+        world.shift_clock(40 * 86_400)
+        rest(rng, 0.5, 1.5)
+        world.shift_clock(0)
+        return
     world.shift_clock(rng.choice((-1, 1)) * rng.choice((3, 60, 3_600, 20_000)))
     rest(rng, 0.0, 0.5)
     if rng.random() < 0.3:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from kedge.rpc import logs
+from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.server import serve
 from kedge.rpc.tracker.state import Settings
 
@@ -27,7 +28,13 @@ async def main(folder: str, port: str, agents_port: str, how: str) -> None:
     plain = how == "plain"
     serving_on = None if plain else int(agents_port)
     async with serve(
-        "127.0.0.1", int(port), Path(folder), SETTINGS, agents_port=serving_on, insecure_loopback=plain
+        "127.0.0.1",
+        int(port),
+        Path(folder),
+        SETTINGS,
+        agents_port=serving_on,
+        insecure_loopback=plain,
+        keep=Retention(every_s=0.5),
     ) as serving:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.stopped.set_result, "SIGTERM")
         sys.stdout.write(f"{serving.address.port} {serving.agents_address.port}\n")
