@@ -60,7 +60,9 @@ class _Iteration:
             return None
         match stmt:
             case Store():
-                return (_Written(stmt.indices),) if stmt.buffer is self.buffer else ()
+                # What adds to an element writes nothing that was not written before it: of sums, only their
+                # initialisations are followed through the conditions and loops around.
+                return (_Written(stmt.indices),) if stmt.buffer is self.buffer and not _updates(stmt) else ()
             case Seq(stmts=stmts):
                 return self._in_order(stmts, known, before)
             case If():
@@ -164,6 +166,14 @@ def _reads(expr: Expr, chosen: tuple[Expr, ...]) -> Iterator[tuple[Load, tuple[E
         yield expr, chosen
     for child in children(expr):
         yield from _reads(child, chosen)
+
+
+def _updates(store: Store) -> bool:
+    """Whether the store reads, whatever its value chooses, the element that it replaces."""
+    own = expr_key(Load(store.buffer, store.indices))
+    return any(
+        load.buffer is store.buffer and not chosen and expr_key(load) == own for load, chosen in _reads(store.value, ())
+    )
 
 
 def _in_either(then: Sequence[_Written], orelse: Sequence[_Written]) -> tuple[_Written, ...]:

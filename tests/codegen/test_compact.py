@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen import coverage
 from kedge.compiler.codegen import prepare as preparing
 from kedge.compiler.codegen.alloc import print_prepared
 from kedge.compiler.codegen.coverage import written_before_read
@@ -19,10 +20,10 @@ from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import parse
-from kedge.compiler.tir.expr import Dim, Load, Var, const
+from kedge.compiler.tir.expr import Dim, Expr, Load, Var, const
 from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.stmt import Buffer, For, PrimFunc, Scope, Store
-from kedge.compiler.tir.visitor import seq, walk_stmt
+from kedge.compiler.tir.visitor import seq, substitute_expr, walk_stmt
 from support import functions
 from support.prepared import allocs, assert_compiled, assert_prepared
 from support.random_schedules import FUNCTIONS, scheduled
@@ -239,6 +240,31 @@ def test_an_iteration_reads_what_it_wrote(lines: tuple[str, ...], own: bool) -> 
     func = hand_written(*lines)
     assert written_before_read(only_loop(func), func.allocs[0], {}) is own
     assert ({"t": {(64,)}} == shapes(func)) is not own
+
+
+def test_conditions_around_a_sum_cost_no_more_each_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the border of an image in many dims has them: facts about the sum itself doubled with each."""
+    made = 0
+
+    def counted(expr: Expr, values: Mapping[Var, Expr]) -> Expr:
+        nonlocal made
+        made += 1
+        return substitute_expr(expr, values)
+
+    def expressions(depth: int) -> int:
+        nonlocal made
+        nest = [line for d in range(depth) for line in (f"for k{d} in range(3):", f"  if i + k{d} >= 1:")]
+        nested = [" " * 4 * (number // 2) + line for number, line in enumerate(nest)]
+        func = hand_written(
+            "for i in range(64):", "  t[i] = 0.0", *(f"  {line}" for line in nested),
+            f"  {' ' * 4 * depth}t[i] = t[i] + x[i]", "  y[i] = t[i]",
+        )  # fmt: skip
+        made = 0
+        assert written_before_read(only_loop(func), func.allocs[0], {})
+        return made
+
+    monkeypatch.setattr(coverage, "substitute_expr", counted)
+    assert expressions(8) < 4 * expressions(4)
 
 
 def test_a_fused_loop_that_fills_several_dims_is_seen_through() -> None:
