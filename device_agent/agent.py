@@ -31,6 +31,7 @@ from kedge.device_agent.probe import probe
 from kedge.device_agent.results import ResultStore
 from kedge.device_agent.runner import Hello as RunnerHello
 from kedge.device_agent.runner import Runner, RunnerError
+from kedge.device_agent.sessions import Session
 from kedge.rpc import messages as m
 from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import GPU_KINDS
@@ -42,7 +43,7 @@ from kedge.rpc.protocol import local_protocol
 from kedge.rpc.security import signing
 from kedge.rpc.security.identity import Identity, explained, renew
 from kedge.rpc.transport import MAX_RESULT_BYTES, Address, Tls, open_channel
-from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease
+from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease, SessionTask
 
 log = logging.getLogger("kedge.agent")
 
@@ -97,7 +98,7 @@ class Agent:
         self._announced = False
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._link: Optional[_Link] = None
-        self._job: Optional[Job] = None
+        self._job: Union[Job, Session, None] = None
         self._job_thread: Optional[threading.Thread] = None
         self._exit: Optional[core.Exit] = None
         self._away = False
@@ -279,16 +280,22 @@ class Agent:
         def progress(stage: Stage) -> None:
             self._events.put(lambda _: self._core.progress(lease, stage))
 
-        job = Job(self._board, spec, progress)
+        job = self._make_job(lease, spec, progress)
 
         def work() -> None:
             result = sendable(lease, _run(job, self.device.name))
             self._events.put(lambda _: self._on_finished(lease, result))
 
-        log.info("job %s: function %s", lease.job_id, spec.function, extra={"job": lease.job_id})
+        what = f"function {spec.function}" if spec.function else "a session"
+        log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
         self._job = job
         self._job_thread = threading.Thread(target=work, name="kedge-job", daemon=True)
         self._job_thread.start()
+
+    def _make_job(self, lease: Lease, spec: JobSpec, progress: Callable[[Stage], None]) -> Union[Job, Session]:
+        if not isinstance(spec.task, SessionTask):
+            return Job(self._board, spec, progress)
+        return Session(self._board, lease, spec, lambda: open_channel(self._settings.tracker, self._tls()))
 
     def _on_finished(self, lease: Lease, result: JobResult) -> List[core.Action]:
         about = {"job": lease.job_id, "outcome": result.outcome.kind, "stage": result.outcome.stage}
@@ -414,7 +421,7 @@ class BlobLink:
             raise ConnectError("the transfer was interrupted") from error
 
 
-def _run(job: Job, device: str) -> JobResult:
+def _run(job: Union[Job, Session], device: str) -> JobResult:
     """A job's result, also where the agent itself fails: a lease must never stay open."""
     try:
         return job.run()

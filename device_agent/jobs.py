@@ -37,15 +37,17 @@ from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.security import signing
 from kedge.rpc.types import (
-    BenchTask,
     Blob,
     DeviceInfo,
     Health,
     JobResult,
     JobSpec,
     Measurement,
+    RunTask,
+    SessionTask,
     StageTime,
     Tensor,
+    TimeOptions,
     Verdict,
     plan_inline,
 )
@@ -181,7 +183,7 @@ class Job:
                     runner.close()
                 return self._deliver(what.function, results), measurement
         finally:
-            _remove(scratch)
+            remove_folder(scratch)
 
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
@@ -195,7 +197,7 @@ class Job:
         variant = placement.variant
         function, index = _find(manifest, self._spec.function)
         wanted = _arrange(function, self._spec.task.inputs)
-        members = _members(manifest, variant)
+        members = members_of(manifest, variant)
         parts = [part for member in members for part in member.parts]
         hold.fetch([*parts, *(t.data for t in wanted if isinstance(t.data, Blob))], self._download)
         paths = [hold.member(member) for member in members]
@@ -230,7 +232,7 @@ class Job:
             self._check_deadline()  # it was given no more time than the stage had left
             raise
         try:
-            _offer_to_oom_killer(runner.pid)
+            offer_to_oom_killer(runner.pid)
             with self._lock:
                 self._runner = runner
             self._check_cancelled()
@@ -252,22 +254,13 @@ class Job:
         return placement.threads(self._spec.num_threads, self._board.threads)
 
     def _limits(self, placement: Placement) -> native.Limits:
-        if placement.kind != CPU:
-            # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes.
-            return native.Limits()
-        memory = self._board.device.memory_bytes
         seconds = sum(self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage] for stage in _RUNNING) / 1000
-        return native.Limits(
-            memory_bytes=int(memory * _MEMORY_SHARE) or None,
-            cpu_s=math.ceil(seconds * self._threads(placement)) + _SPARE_CPU_S,
-            open_files=_OPEN_FILES,
-            file_size_bytes=_FILE_BYTES,
-            sandbox=True,
-        )
+        return limits_of(self._board, placement.kind, seconds * self._threads(placement))
 
     def _work(self, runner: native.Runner, what: _Loadable) -> Tuple[List[native.Tensor], Optional[Measurement]]:
         task = self._spec.task
-        if not isinstance(task, BenchTask):
+        assert not isinstance(task, SessionTask)  # those are no jobs of one artifact
+        if isinstance(task, RunTask):
             call = runner.call(what.index, what.inputs, deadline_s=self._left_s(), discard_outputs=task.discard_outputs)
             return call, None
         results: List[native.Tensor] = []
@@ -275,32 +268,13 @@ class Job:
             results = runner.call(what.index, what.inputs, deadline_s=self._left_s())
         before = self._await_calm()
         timed = runner.time(what.index, what.inputs, task.options, deadline_s=self._left_s())
-        measurement = Measurement(
-            options=replace(task.options, number=timed.number),
-            samples_ns=timed.samples_ns,
-            resolution_ns=timed.resolution_ns,
-            num_threads=self._threads(what.placement),
-            before=before,
-            after=read_health(self._board.scratch),
-            profile=None if timed.profile is None else replace(timed.profile, variant=what.variant),
-        )
-        device = self._board.device
-        verdict, reasons = judge(measurement, device.emulated, device.num_cores)
-        return results, replace(measurement, verdict=verdict, reasons=tuple(reasons))
+        threads = self._threads(what.placement)
+        return results, measurement_of(self._board, task.options, timed, before, threads, what.variant)
 
     def _await_calm(self) -> Health:
-        """The device's condition once nothing slows it down and it is not hot, or after as long as may be waited."""
-        patience = min(self._board.calm_s, self._left_s() / 2)
-        ends = time.monotonic() + patience
-        while True:
-            health = read_health(self._board.scratch)
-            celsius = health.temperature_celsius
-            hot = celsius is not None and celsius > MAX_CELSIUS
-            left = ends - time.monotonic()
-            if left <= 0 or not (hot or health.throttled):
-                return health
-            if self._calling_off.wait(min(left, _CALM_PAUSE_S)):
-                self._check_cancelled()
+        health = await_calm(self._board, self._left_s() / 2, self._calling_off)
+        self._check_cancelled()
+        return health
 
     def _deliver(self, function: Function, results: Sequence[native.Tensor]) -> Tuple[Tensor, ...]:
         """The outputs as they travel; large ones are uploaded, in a second transfer stage."""
@@ -379,7 +353,7 @@ class Job:
         if isinstance(error, _Ended):
             return Outcome(error.kind, error.stage or self._stage, message=error.message)
         if isinstance(error, native.RunnerError):
-            return _runner_outcome(error)
+            return runner_outcome(error)
         if self._stage is Stage.TRANSFER and time.monotonic() >= self._stage_ends:
             took = self._spec.deadlines.of(self._stage) or DEFAULT_DEADLINES_MS[self._stage]
             return Outcome(OutcomeKind.TIMEOUT, self._stage, message=f"transfer took longer than {took} ms")
@@ -395,6 +369,49 @@ class Job:
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
 
 
+def limits_of(board: Board, kind: str, cpu_s: float) -> native.Limits:
+    """What a runner for "cpu" or a GPU's kind may use, with so many seconds of all its threads together."""
+    if kind != CPU:
+        # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes.
+        return native.Limits()
+    return native.Limits(
+        memory_bytes=int(board.device.memory_bytes * _MEMORY_SHARE) or None,
+        cpu_s=math.ceil(cpu_s) + _SPARE_CPU_S,
+        open_files=_OPEN_FILES,
+        file_size_bytes=_FILE_BYTES,
+        sandbox=True,
+    )
+
+
+def await_calm(board: Board, longest_s: float, called_off: threading.Event) -> Health:
+    """The device's condition once nothing slows it down and it is not hot, or after as long as may be waited."""
+    ends = time.monotonic() + min(board.calm_s, longest_s)
+    while True:
+        health = read_health(board.scratch)
+        celsius = health.temperature_celsius
+        hot = celsius is not None and celsius > MAX_CELSIUS
+        left = ends - time.monotonic()
+        if left <= 0 or not (hot or health.throttled) or called_off.wait(min(left, _CALM_PAUSE_S)):
+            return health
+
+
+def measurement_of(
+    board: Board, options: TimeOptions, timed: native.TimeResult, before: Health, threads: int, variant: int
+) -> Measurement:
+    """What a runner timed, judged with the device's condition before and now."""
+    measurement = Measurement(
+        options=replace(options, number=timed.number),
+        samples_ns=timed.samples_ns,
+        resolution_ns=timed.resolution_ns,
+        num_threads=threads,
+        before=before,
+        after=read_health(board.scratch),
+        profile=None if timed.profile is None else replace(timed.profile, variant=variant),
+    )
+    verdict, reasons = judge(measurement, board.device.emulated, board.device.num_cores)
+    return replace(measurement, verdict=verdict, reasons=tuple(reasons))
+
+
 def _measured(measurement: Optional[Measurement]) -> Outcome:
     """A job that went well is ok, unless what it measured says nothing."""
     if measurement is not None and measurement.verdict is Verdict.INVALID:
@@ -402,7 +419,7 @@ def _measured(measurement: Optional[Measurement]) -> Outcome:
     return Outcome(OutcomeKind.OK)
 
 
-def _runner_outcome(error: native.RunnerError) -> Outcome:
+def runner_outcome(error: native.RunnerError) -> Outcome:
     """A runner's failure as an outcome."""
     stage = Stage.RUN if error.stage == "run" else Stage.LOAD
     text = str(error)
@@ -429,7 +446,7 @@ def _find(manifest: Manifest, name: str) -> Tuple[Function, int]:
     return function, manifest.functions.index(function)
 
 
-def _members(manifest: Manifest, variant: Variant) -> List[Member]:
+def members_of(manifest: Manifest, variant: Variant) -> List[Member]:
     """The variant's library and, where it has any, its weights."""
     return [manifest.member(name) for name in (variant.lib, variant.weights) if name is not None]
 
@@ -473,14 +490,15 @@ def _native(tensor: Tensor, hold: Hold) -> native.Tensor:
     return native.Tensor(tensor.dtype, tensor.shape, data)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
+    """Remove it with all that is in it, as far as that can be done."""
     try:
         shutil.rmtree(str(folder))
     except OSError as error:
         log.warning("cannot remove %s: %s", folder, error)
 
 
-def _offer_to_oom_killer(pid: int) -> None:
+def offer_to_oom_killer(pid: int) -> None:
     """When memory runs out, the kernel should end the runner first, not the agent or the system."""
     try:
         fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""`Runner`: one `kedge-runner` process, its modules and the tensors that stay in it, behind calls that always come back.
+"""`Runner`: one `kedge-runner` process, the modules and tensors in it, behind calls that always come back.
 
 Native code from an artifact runs in that process and nowhere else. Every call has a deadline; a runner that misses
 it is asked to cancel, given a moment, then killed with everything it started, and always reaped. What can go wrong
@@ -268,17 +268,21 @@ class Runner:
         deadline_s: float = 60.0,
         *,
         device: Tuple[int, int] = (abi.DEVICE_CPU, 0),
+        threads: Optional[int] = None,
     ) -> ModuleInfo:
         """Load a lib.so, map its weights, and make it ready on `device`, a DLDeviceType and an id.
 
-        Several may be open; `ModuleInfo.module` names this one, and the first one's is 0.
+        Several may be open; `ModuleInfo.module` names this one, and the first one's is 0. `threads` is for this module,
+        by default as of the runner.
 
         Raises:
             RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when too many are open.
             RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: loading did that.
         """
         path = "" if weights is None else str(Path(weights).absolute())
-        head = protocol.pack_open(str(Path(lib).absolute()), path, weights_offset, self.threads, device)
+        head = protocol.pack_open(
+            str(Path(lib).absolute()), path, weights_offset, self.threads if threads is None else threads, device
+        )
         payload, _ = self._request(protocol.OPEN, head, None, deadline_s, "load")
         return self._decode("load", lambda: protocol.unpack_open_result(payload))
 

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from kedge.rpc.client import Result, Timing, WaitTimeoutError
-from kedge.rpc.client.aio import Fleet, Job, LoadedModel, Session, connect
+from kedge.rpc.client.aio import Fleet, Job, PinnedDevice, PinnedModel, connect
+from kedge.rpc.client.aio_session import DeviceTensor, Session, SessionModel
 
-__all__ = ["Fleet", "Job", "LoadedModel", "Result", "Session", "Timing", "WaitTimeoutError", "connect"]
+__all__ = [
+    "DeviceTensor",
+    "Fleet",
+    "Job",
+    "PinnedDevice",
+    "PinnedModel",
+    "Result",
+    "Session",
+    "SessionModel",
+    "Timing",
+    "WaitTimeoutError",
+    "connect",
+]

@@ -186,7 +186,7 @@ def _said(name: str, step: Callable[[], Iterator[Finding]]) -> Iterator[Finding]
 
 
 def _run_there(fleet: Fleet, name: str, target: str) -> Iterator[Finding]:
-    with fleet.session(name) as device:
+    with fleet.pin(name) as device:
         yield try_on("a job on the device", device, target)
 
 

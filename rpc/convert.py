@@ -301,9 +301,19 @@ def job_spec_to_pb(spec: t.JobSpec) -> types_pb2.JobSpec:
         options = time_options_to_pb(spec.task.options)
         task = types_pb2.BenchTask(inputs=inputs, options=options, return_outputs=spec.task.return_outputs)
         pb.bench.CopyFrom(task)
+    elif isinstance(spec.task, t.SessionTask):
+        pb.session.lease_ms = spec.task.lease_ms
+        pb.session.SetInParent()
     else:
         pb.run.CopyFrom(types_pb2.RunTask(inputs=inputs, discard_outputs=spec.task.discard_outputs))
     return pb
+
+
+def signature_from_pb(holder: Any) -> Optional[t.Signature]:
+    """The signature in a message that may have one."""
+    if not holder.HasField("signature"):
+        return None
+    return t.Signature(holder.signature.public_key, holder.signature.signature)
 
 
 def job_spec_from_pb(pb: types_pb2.JobSpec) -> t.JobSpec:
@@ -315,6 +325,8 @@ def job_spec_from_pb(pb: types_pb2.JobSpec) -> t.JobSpec:
     elif which == "bench":
         options = time_options_from_pb(pb.bench.options)
         task = t.BenchTask(_tensors_from_pb(pb.bench.inputs), options, pb.bench.return_outputs)
+    elif which == "session":
+        task = t.SessionTask(pb.session.lease_ms)
     else:
         raise ProtocolError("a job without a task that this kedge knows", hint="update the older of the two kedges")
     return t.JobSpec(
@@ -326,7 +338,7 @@ def job_spec_from_pb(pb: types_pb2.JobSpec) -> t.JobSpec:
         priority=pb.priority,
         num_threads=pb.num_threads,
         on=pb.on,
-        signature=t.Signature(pb.signature.public_key, pb.signature.signature) if pb.HasField("signature") else None,
+        signature=signature_from_pb(pb),
     )
 
 

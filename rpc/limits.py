@@ -7,7 +7,15 @@ from typing import Any
 
 from kedge.rpc.artifact.place import parse_device
 from kedge.rpc.errors import InputError
-from kedge.rpc.types import MAX_DEADLINE_MS, MAX_PROFILE_SAMPLES, MAX_SAMPLES, BenchTask, JobSpec
+from kedge.rpc.types import (
+    MAX_DEADLINE_MS,
+    MAX_LEASE_MS,
+    MAX_PROFILE_SAMPLES,
+    MAX_SAMPLES,
+    BenchTask,
+    JobSpec,
+    SessionTask,
+)
 
 _INT32 = 2**31 - 1
 
@@ -26,6 +34,8 @@ def check_spec(spec: JobSpec) -> None:
     check_number("threads", spec.num_threads, 0, _INT32, "0 means all that the device offers")
     check_number("priority", spec.priority, -_INT32, _INT32, "higher runs first; 0 is usual")
     parse_device(spec.on)
+    if isinstance(spec.task, SessionTask):
+        check_number("lease_ms", spec.task.lease_ms, 0, MAX_LEASE_MS, "0 means the tracker's default")
     if isinstance(spec.task, BenchTask):
         hint = "every repeat is a sample that travels back; number= and min_repeat_ms= make each of them longer"
         most = MAX_PROFILE_SAMPLES if spec.task.options.profile else MAX_SAMPLES

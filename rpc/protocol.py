@@ -11,7 +11,7 @@ from kedge.rpc.types import Protocol
 VERSION = 1
 
 #: What a peer may rely on beyond the version.
-CAPABILITIES = ("bench", "blobs", "run")
+CAPABILITIES = ("bench", "blobs", "run", "sessions")
 
 
 class ProtocolError(ConnectError):

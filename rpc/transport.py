@@ -17,6 +17,8 @@ DEFAULT_AGENTS_PORT = 9191
 TRACKER_NAME = "tracker.kedge"
 #: A chunk of a blob; a protocol constant.
 CHUNK_BYTES = 1 << 20
+#: A frame of a session: large tensors come in chunks, small ones and samples within a message.
+MAX_SESSION_FRAME_BYTES = 5 << 20
 #: Above what one message carries: inline tensors are limited by `kedge.rpc.types.plan_inline`.
 MAX_MESSAGE_BYTES = 16 << 20
 #: Of a job's result, as a message: what the tracker says of a job holds the job's inline inputs too.

@@ -13,6 +13,7 @@ from kedge.rpc.artifact.manifest import Blob
 from kedge.rpc.outcome import Outcome, Stage, Word
 
 __all__ = [
+    "NO_BLOB",
     "Accelerator",
     "BenchTask",
     "Blob",
@@ -31,6 +32,7 @@ __all__ = [
     "Protocol",
     "Reservation",
     "RunTask",
+    "SessionTask",
     "Signature",
     "StageTime",
     "StepSamples",
@@ -53,6 +55,8 @@ MAX_SAMPLES = INLINE_MESSAGE_BYTES // 8
 MAX_PROFILE_SAMPLES = 200
 #: No stage may take longer.
 MAX_DEADLINE_MS = 366 * 86_400_000
+#: So long a session may live without a word from its client.
+MAX_LEASE_MS = 3_600_000
 #: Jobs in one list.
 MAX_LISTED = 10_000
 
@@ -332,7 +336,24 @@ class BenchTask:
     return_outputs: bool = False
 
 
-Task = Union[RunTask, BenchTask]
+@dataclass(frozen=True)
+class SessionTask:
+    """Have a device of one's own, until nothing is heard of the client for `lease_ms` (0: the tracker's default).
+
+    The artifacts are named later, on the session's own stream.
+    """
+
+    lease_ms: int = 0
+
+    @property
+    def inputs(self) -> Tuple[Tensor, ...]:
+        """None: they come with the calls."""
+        return ()
+
+
+Task = Union[RunTask, BenchTask, SessionTask]
+#: In the place of a session's artifact.
+NO_BLOB = Blob("", 0)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def open_device(
     with (
         ended_in_order(),
         kedge.connect(address) as fleet,
-        fleet.session(selector, threads=threads, deadlines=deadlines, on=on) as device,
+        fleet.pin(selector, threads=threads, deadlines=deadlines, on=on) as device,
     ):
         report(f"sending the job to {device.name}")
         with watching(fleet, device.name, report):

@@ -342,8 +342,10 @@ def _outcome(job: Any) -> str:
 
 
 def _task(job: Any) -> str:
-    from kedge.rpc.types import BenchTask
+    from kedge.rpc.types import BenchTask, SessionTask
 
+    if isinstance(job.spec.task, SessionTask):
+        return "session"
     kind = "bench" if isinstance(job.spec.task, BenchTask) else "run"
     return f"{kind} {job.spec.function}"
 

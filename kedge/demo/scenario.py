@@ -164,7 +164,7 @@ def _row(fleet: Any, name: str, joined: Future[Any], held_out: HeldOut, say: Say
 def _measure(fleet: Any, name: str, info: Any, held_out: HeldOut, say: Say) -> Row:
     say(f"compiling the digits model for {name}: {info.target}")
     artifact = kedge.compile(digits_model(), target=info.target, name="digits")
-    with fleet.session(name, threads=1) as device:
+    with fleet.pin(name, threads=1) as device:
         module = device.load(artifact)
         say(f"{name}: classifying {len(held_out.labels)} held-out images")
         probabilities = module.run({"image": held_out.images})["probabilities"]

@@ -339,8 +339,14 @@ class BenchTask(_message.Message):
     return_outputs: bool
     def __init__(self, inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., options: _Optional[_Union[TimeOptions, _Mapping]] = ..., return_outputs: bool = ...) -> None: ...
 
+class SessionTask(_message.Message):
+    __slots__ = ("lease_ms",)
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    lease_ms: int
+    def __init__(self, lease_ms: _Optional[int] = ...) -> None: ...
+
 class JobSpec(_message.Message):
-    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "on", "signature", "run", "bench")
+    __slots__ = ("manifest", "function", "selector", "deadlines", "priority", "num_threads", "on", "signature", "run", "bench", "session")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +357,7 @@ class JobSpec(_message.Message):
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     BENCH_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     manifest: Blob
     function: str
     selector: str
@@ -361,7 +368,8 @@ class JobSpec(_message.Message):
     signature: Signature
     run: RunTask
     bench: BenchTask
-    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ..., signature: _Optional[_Union[Signature, _Mapping]] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ...) -> None: ...
+    session: SessionTask
+    def __init__(self, manifest: _Optional[_Union[Blob, _Mapping]] = ..., function: _Optional[str] = ..., selector: _Optional[str] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., priority: _Optional[int] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ..., signature: _Optional[_Union[Signature, _Mapping]] = ..., run: _Optional[_Union[RunTask, _Mapping]] = ..., bench: _Optional[_Union[BenchTask, _Mapping]] = ..., session: _Optional[_Union[SessionTask, _Mapping]] = ...) -> None: ...
 
 class Signature(_message.Message):
     __slots__ = ("public_key", "signature")

@@ -23,12 +23,14 @@ from kedge.rpc import convert
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import plan
-from kedge.rpc.client.fleet import CONNECT_S
+from kedge.rpc.client.aio_session import Attached, Session
+from kedge.rpc.client.fleet import CONNECT_S, LEASE_S
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
+from kedge.rpc.client.session_link import SessionLink
 from kedge.rpc.client.timing import Timing
-from kedge.rpc.errors import KedgeError, NoDeviceError
+from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
@@ -187,12 +189,39 @@ class Fleet:
 
     @asynccontextmanager
     async def session(
-        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
+        self,
+        selector: str = "",
+        *,
+        threads: int = 0,
+        deadlines: Deadlines | None = None,
+        on: str = "",
+        priority: int = 0,
+        lease_s: float = LEASE_S,
+        progress: Progress | None = None,
     ) -> AsyncIterator[Session]:
-        """One device, chosen now, for several calls in turn; see the synchronous `Fleet.session`."""
-        everyone = await self.devices()
-        matching = await self.devices(selector) if selector else everyone
-        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines(), on)
+        """A device of one's own while the context lasts; arguments and errors as the synchronous `Fleet.session`.
+
+        `progress` is called in the event loop.
+        """
+        terms = deadlines or Deadlines()
+        spec = plan.session_request(selector, terms, priority, threads, on, lease_s)
+        await self._check_matches(selector)
+        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        job_id = (await self._persist(self._stub.SubmitJob, message)).job.id
+        attached = await self._attach(job_id, lease_s, progress)
+        session = Session(attached, job_id, threads, terms, on, self._send_parts, self._signing_key)
+        try:
+            yield session
+        finally:
+            await session.close()
+
+    @asynccontextmanager
+    async def pin(
+        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
+    ) -> AsyncIterator[PinnedDevice]:
+        """One device, chosen now, for several jobs in turn; see the synchronous `Fleet.pin`."""
+        info = (await self._check_matches(selector)).info
+        yield PinnedDevice(self, info, threads, deadlines or Deadlines(), on)
 
     # ---- Blobs ----
 
@@ -202,7 +231,39 @@ class Fleet:
         await asyncio.to_thread(self._blobs.upload_missing, [(blob, data)])
         return blob
 
-    # ---- Internals, shared with Job and Session ----
+    # ---- Internals, shared with Job and PinnedDevice ----
+
+    async def _check_matches(self, selector: str) -> DeviceStatus:
+        everyone = await self.devices()
+        return plan.choose(selector, await self.devices(selector) if selector else everyone, everyone)
+
+    async def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> Attached:
+        """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""
+        loop = asyncio.get_running_loop()
+
+        def tell(job: JobInfo) -> None:
+            if progress is not None:
+                loop.call_soon_threadsafe(progress, job)
+
+        while True:
+            link = SessionLink(self._bulk, self.address, job_id, lease_s)
+            try:
+                return Attached(link, await asyncio.to_thread(link.wait, tell))
+            except ConnectError:
+                link.abort()
+                request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+                await self._persist(self._stub.Hello, request)
+            except BaseException:
+                link.abort()
+                raise
+
+    def _send_parts(self, packed: Packed, again: bool) -> None:
+        """Put an artifact on the tracker; in a thread of a session's."""
+        if again:
+            self._uploaded.clear()
+        if packed.blob.digest not in self._uploaded:
+            self._blobs.upload_missing(packed.blobs())
+            self._uploaded.add(packed.blob.digest)
 
     async def _devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
         request = fleet_pb2.ListDevicesRequest(
@@ -337,8 +398,8 @@ class Job:
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
 
 
-class Session:
-    """One device for several calls in turn. `target` is what the agent says compiles for its CPU."""
+class PinnedDevice:
+    """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
@@ -365,40 +426,40 @@ class Session:
     def _terms(self, function: str) -> plan.Terms:
         return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
 
-    async def load(self, artifact: ArtifactOrPath) -> LoadedModel:
+    async def load(self, artifact: ArtifactOrPath) -> PinnedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
         placement = plan.check_device(packed, self.info, self._on)
         await self._fleet._ensure_uploaded(packed)
-        return LoadedModel(self, packed, placement.device)
+        return PinnedModel(self, packed, placement.device)
 
 
-class LoadedModel:
-    """An artifact on a session's device; every call is a job of its own."""
+class PinnedModel:
+    """An artifact for a pinned device; every call is a job of its own."""
 
-    def __init__(self, session: Session, packed: Packed, device: str) -> None:
+    def __init__(self, pinned: PinnedDevice, packed: Packed, device: str) -> None:
         #: Where the kernels run: "cpu", "opencl:0", "cuda:1".
         self.device = device
-        self._session = session
+        self._pinned = pinned
         self._packed = packed
 
     async def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
-        request = plan.run_request(self._packed, inputs, self._session._terms(function))
-        return dict((await self._session._fleet._call(self._packed, request)).outputs)
+        request = plan.run_request(self._packed, inputs, self._pinned._terms(function))
+        return dict((await self._pinned._fleet._call(self._packed, request)).outputs)
 
     async def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` as for `Fleet.bench`. Raises InputError, JobError, ConnectError."""
-        terms, how = self._session._terms(function), plan.time_options(**options)
+        terms, how = self._pinned._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        return plan.timing_of(await self._session._fleet._call(self._packed, request))
+        return plan.timing_of(await self._pinned._fleet._call(self._packed, request))
 
     async def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
         """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
 
         Raises InputError, JobError, ConnectError; ArtifactError where the artifact does not say what its kernels are.
         """
-        terms, how = self._session._terms(function), profile_options(**options)
+        terms, how = self._pinned._terms(function), profile_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        timing = plan.timing_of(await self._session._fleet._call(self._packed, request))
+        timing = plan.timing_of(await self._pinned._fleet._call(self._packed, request))
         return profile_of(self._packed.manifest, function, inputs, timing)

@@ -6,8 +6,8 @@
             m = device.load(artifact)
             print(m.time({"x": x}))
 
-A tracker that restarts is waited for; jobs survive that. Ctrl-C in `wait` leaves the job alone; in a session's `run`
-and `time` it cancels the job.
+A tracker that restarts is waited for; jobs survive that, sessions do not. Ctrl-C in `wait` leaves the job alone; in the
+`run` and `time` of a session it stops the call, in those of a pinned device it cancels the job.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from kedge.rpc.client import interrupts, plan
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
+from kedge.rpc.client.session import Session
+from kedge.rpc.client.session_link import SessionLink
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
@@ -41,6 +43,8 @@ Progress = Callable[[JobInfo], None]
 
 #: How long to wait for the first answer.
 CONNECT_S = 10.0
+#: Of a session whose client does not say otherwise.
+LEASE_S = 10.0
 _CALL_S = 60.0
 #: One question about devices is left open for so long.
 _LONG_POLL_S = 30.0
@@ -220,11 +224,53 @@ class Fleet:
         answer = self._persist(self._stub.ListJobs, request)
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 
-    @contextmanager
     def session(
+        self,
+        selector: str = "",
+        *,
+        threads: int = 0,
+        deadlines: Deadlines | None = None,
+        on: str = "",
+        priority: int = 0,
+        lease_s: float = LEASE_S,
+        progress: Progress | None = None,
+    ) -> Session:
+        """A device of one's own for interactive work, once one that matches is free.
+
+        Args:
+            selector: of the device; "" is any.
+            threads: of kernels; 0 means all that the device offers.
+            deadlines: `queue_ms` is how long to wait for the device, the others are those of each call.
+            on: where on the device kernels run: "cpu", "opencl", "cuda:1"; "" leaves it to each artifact.
+            priority: among those who wait; higher goes first.
+            lease_s: when this process is stopped or cut off for so many seconds, others may have the device.
+            progress: is called with the session's job while it waits, on every change.
+
+        Raises:
+            NoDeviceError: none that is connected matches.
+            InputError: a number that no tracker takes.
+            JobError: none became free in time, or somebody cancelled the session.
+            ConnectError: the tracker went away.
+        """
+        terms = deadlines or Deadlines()
+        spec = plan.session_request(selector, terms, priority, threads, on, lease_s)
+        self._check_matches(selector)
+        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        job_id = self._persist(self._stub.SubmitJob, message).job.id
+        link, info = self._attach(job_id, lease_s, progress)
+
+        def send(packed: Packed, again: bool) -> None:
+            if again:
+                self._uploaded.clear()
+            self._ensure_uploaded(packed)
+
+        return Session(link, job_id, info, threads, terms, on, send, self._signing_key)
+
+    @contextmanager
+    def pin(
         self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
-    ) -> Iterator[Session]:
-        """One device, chosen now, for several calls in turn.
+    ) -> Iterator[PinnedDevice]:
+        """One device, chosen now, for several jobs in turn.
 
         Each call is a job pinned to the device, in a fresh runner and with these deadlines; jobs of others may come in
         between.
@@ -232,9 +278,8 @@ class Fleet:
         Raises:
             NoDeviceError: none that is connected matches.
         """
-        everyone = self.devices()
-        matching = self.devices(selector) if selector else everyone
-        yield Session(self, plan.choose(selector, matching, everyone).info, threads, deadlines or Deadlines(), on)
+        found = self._check_matches(selector).info
+        yield PinnedDevice(self, found, threads, deadlines or Deadlines(), on)
 
     # ---- Blobs ----
 
@@ -244,7 +289,35 @@ class Fleet:
         self._blobs.upload_missing([(blob, data)])
         return blob
 
-    # ---- Internals, shared with Job and Session ----
+    # ---- Internals, shared with Job and PinnedDevice ----
+
+    def _check_matches(self, selector: str) -> DeviceStatus:
+        everyone = self.devices()
+        return plan.choose(selector, self.devices(selector) if selector else everyone, everyone)
+
+    def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> tuple[SessionLink, DeviceInfo]:
+        """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""
+        while True:
+            with _open_channel():
+                link = SessionLink(self._channel, self.address, job_id, lease_s)
+            try:
+                return link, link.wait(progress)
+            except ConnectError:
+                link.abort()
+                self._await_tracker(None)
+            except BaseException:
+                link.abort()
+                raise
+
+    def _await_tracker(self, deadline: float | None) -> None:
+        """Return once the tracker answers again, or the deadline has passed; raises ConnectError."""
+        left = plan.RECONNECT_S if deadline is None else max(0.0, deadline - time.monotonic())
+        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        try:
+            self._persist(self._stub.Hello, request, min(left, plan.RECONNECT_S))
+        except ConnectError:
+            if deadline is None or time.monotonic() < deadline:
+                raise
 
     def _devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
         request = fleet_pb2.ListDevicesRequest(
@@ -382,7 +455,7 @@ class Job:
                 break
             except grpc.RpcError as error:
                 if is_away(error):
-                    self._await_tracker(deadline)
+                    self._fleet._await_tracker(deadline)
                 elif error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or deadline is None:
                     raise from_rpc_error(error, self._fleet.address) from error
         result = self._fleet._result(job)
@@ -408,19 +481,9 @@ class Job:
                 call.cancel()
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
 
-    def _await_tracker(self, deadline: float | None) -> None:
-        """Return once the tracker answers again, or the deadline has passed; raises ConnectError."""
-        left = plan.RECONNECT_S if deadline is None else max(0.0, deadline - time.monotonic())
-        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
-        try:
-            self._fleet._persist(self._fleet._stub.Hello, request, min(left, plan.RECONNECT_S))
-        except ConnectError:
-            if deadline is None or time.monotonic() < deadline:
-                raise
 
-
-class Session:
-    """One device for several calls in turn. `target` is what the agent says compiles for its CPU."""
+class PinnedDevice:
+    """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
@@ -430,7 +493,7 @@ class Session:
         self._on = on
 
     def __repr__(self) -> str:
-        return f"<Session on {self.info.name} at {self._fleet.address}>"
+        return f"<PinnedDevice {self.info.name} at {self._fleet.address}>"
 
     @property
     def name(self) -> str:
@@ -450,21 +513,21 @@ class Session:
     def _terms(self, function: str) -> plan.Terms:
         return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
 
-    def load(self, artifact: ArtifactOrPath) -> LoadedModel:
+    def load(self, artifact: ArtifactOrPath) -> PinnedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
         placement = plan.check_device(packed, self.info, self._on)
         self._fleet._ensure_uploaded(packed)
-        return LoadedModel(self, packed, placement.device)
+        return PinnedModel(self, packed, placement.device)
 
 
-class LoadedModel:
-    """An artifact on a session's device; every call is a job of its own."""
+class PinnedModel:
+    """An artifact for a pinned device; every call is a job of its own."""
 
-    def __init__(self, session: Session, packed: Packed, device: str) -> None:
+    def __init__(self, pinned: PinnedDevice, packed: Packed, device: str) -> None:
         #: Where the kernels run: "cpu", "opencl:0", "cuda:1".
         self.device = device
-        self._session = session
+        self._pinned = pinned
         self._packed = packed
 
     def __getitem__(self, function: str) -> Callable[[Mapping[str, Any]], Mapping[str, Array]]:
@@ -474,24 +537,24 @@ class LoadedModel:
 
     def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
-        request = plan.run_request(self._packed, inputs, self._session._terms(function))
-        return dict(self._session._fleet._call(self._packed, request).outputs)
+        request = plan.run_request(self._packed, inputs, self._pinned._terms(function))
+        return dict(self._pinned._fleet._call(self._packed, request).outputs)
 
     def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
 
         Raises InputError, JobError, ConnectError.
         """
-        terms, how = self._session._terms(function), plan.time_options(**options)
+        terms, how = self._pinned._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        return plan.timing_of(self._session._fleet._call(self._packed, request))
+        return plan.timing_of(self._pinned._fleet._call(self._packed, request))
 
     def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
         """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
 
         Raises InputError, JobError, ConnectError; ArtifactError where the artifact does not say what its kernels are.
         """
-        terms, how = self._session._terms(function), profile_options(**options)
+        terms, how = self._pinned._terms(function), profile_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        timing = plan.timing_of(self._session._fleet._call(self._packed, request))
+        timing = plan.timing_of(self._pinned._fleet._call(self._packed, request))
         return profile_of(self._packed.manifest, function, inputs, timing)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes  # noqa: F401  # for np.dtype("bfloat16")
 import numpy as np
 
 from kedge.rpc.artifact import Function, Port
+from kedge.rpc.client.tensors import DeviceTensor
 from kedge.rpc.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -47,8 +48,19 @@ def arrange(function: Function, inputs: Mapping[str, Any]) -> list[Array]:
     Raises:
         InputError: naming the input that is unknown, missing, or of the wrong dtype or shape, and what was expected.
     """
+    arrays = arrange_given(function, inputs)
+    for port, array in zip(function.inputs, arrays, strict=True):
+        if isinstance(array, DeviceTensor):
+            raise InputError(
+                f"input {port.name!r} is on another device", hint="fetch it with .numpy(), or call the function there"
+            )
+    return cast("list[Array]", arrays)
+
+
+def arrange_given(function: Function, inputs: Mapping[str, Any]) -> list[Array | DeviceTensor]:
+    """The same, where tensors that are on the device already may be among the inputs."""
     _check_names(function, inputs)
-    arrays = [np.require(_given(port, inputs[port.name]), None, ["C", "A"]) for port in function.inputs]
+    arrays = [_taken(port, inputs[port.name]) for port in function.inputs]
     sizes: dict[str, tuple[int, str]] = {}
     for port, array in zip(function.inputs, arrays, strict=True):
         if array.dtype != _dtype(port):
@@ -93,7 +105,7 @@ def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
         raise InputError(f"function {function.name!r} lacks input {lacking}", hint=known)
 
 
-def _check_shape(port: Port, array: Array, sizes: dict[str, tuple[int, str]], symbols: set[str]) -> None:
+def _check_shape(port: Port, array: Array | DeviceTensor, sizes: dict[str, tuple[int, str]], symbols: set[str]) -> None:
     """Compare the dims that are numbers or symbols; the runtime checks those that are computed."""
     problem = "" if array.ndim == len(port.shape) else f"{array.ndim} dims"
     if not problem:
@@ -106,6 +118,10 @@ def _check_shape(port: Port, array: Array, sizes: dict[str, tuple[int, str]], sy
                     problem = f"{dim} = {size}, but {where!r} has {dim} = {bound}"
     if problem:
         raise InputError(f"input {port.name!r} has shape {list(array.shape)}, expected {port}: it has {problem}")
+
+
+def _taken(port: Port, value: Any) -> Array | DeviceTensor:
+    return value if isinstance(value, DeviceTensor) else np.require(_given(port, value), None, ["C", "A"])
 
 
 def _given(port: Port, value: Any) -> Array:

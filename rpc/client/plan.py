@@ -26,7 +26,9 @@ from kedge.rpc.status import from_rpc_error, is_away
 from kedge.rpc.transport import Address, unreachable
 from kedge.rpc.types import (
     MAX_DEADLINE_MS,
+    MAX_LEASE_MS,
     MAX_LISTED,
+    NO_BLOB,
     BenchTask,
     Blob,
     Deadlines,
@@ -37,6 +39,7 @@ from kedge.rpc.types import (
     JobSpec,
     JobState,
     RunTask,
+    SessionTask,
     Signature,
     StageTime,
     Task,
@@ -129,14 +132,31 @@ class Terms:
     on: str = ""
 
 
-def signed(spec: JobSpec, packed: Packed, key: bytes | None) -> JobSpec:
-    """The spec with a signature of its artifact, where the user has a key (see `kedge.rpc.security.signing`)."""
+def signature_of(packed: Packed, key: bytes | None) -> Signature | None:
+    """The user's signature of an artifact, where the user has a key (see `kedge.rpc.security.signing`)."""
     if key is None:
-        return spec
+        return None
     signatures = _signatures.setdefault(packed.artifact, {})
     if key not in signatures:
         signatures[key] = signing.sign(key, packed.json)
-    return replace(spec, signature=signatures[key])
+    return signatures[key]
+
+
+def signed(spec: JobSpec, packed: Packed, key: bytes | None) -> JobSpec:
+    """The spec with the user's signature of its artifact."""
+    return replace(spec, signature=signature_of(packed, key))
+
+
+def session_request(
+    selector: str, deadlines: Deadlines, priority: int, threads: int, on: str, lease_s: float
+) -> JobSpec:
+    """A job that is a session; raises InputError for numbers that no tracker takes."""
+    lease_ms = round(lease_s * 1000)
+    check_number("lease_s in milliseconds", lease_ms, 1, MAX_LEASE_MS, "how long the tracker waits for a word")
+    queue = Deadlines(queue_ms=deadlines.queue_ms)
+    spec = JobSpec(NO_BLOB, "", SessionTask(lease_ms), selector, queue, priority, threads, on)
+    check_spec(replace(spec, deadlines=deadlines))
+    return spec
 
 
 def run_request(packed: Packed, inputs: Mapping[str, Any], terms: Terms) -> Request:
@@ -301,7 +321,12 @@ def raise_unless_ok(result: Result) -> None:
     if not result.outcome.ok:
         where = f" on {result.device}" if result.device else ""
         kind = result.outcome.kind
-        raise JobError(f"job {result.job_id}{where}: {result.outcome}", outcome=kind.value, hint=_HINTS.get(kind))
+        raise JobError(f"job {result.job_id}{where}: {result.outcome}", outcome=kind.value, hint=hint_for(kind))
+
+
+def hint_for(kind: OutcomeKind) -> str | None:
+    """What to do about such an outcome, where that can be said."""
+    return _HINTS.get(kind)
 
 
 _HINTS: Mapping[OutcomeKind, str] = {

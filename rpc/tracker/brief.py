@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kedge.rpc.types import Job, JobResult, JobSpec
+from kedge.rpc.types import Job, JobResult, JobSpec, SessionTask
 
 #: Of what an outcome says; a crash brings the end of its standard error along.
 _MESSAGE_CHARS = 500
@@ -12,6 +12,8 @@ _MESSAGE_CHARS = 500
 
 def brief_spec(spec: JobSpec) -> JobSpec:
     """The spec without the tensors that its client sent."""
+    if isinstance(spec.task, SessionTask):
+        return spec
     return replace(spec, task=replace(spec.task, inputs=()))
 
 

@@ -12,10 +12,10 @@ from kedge.rpc.limits import check_spec
 from kedge.rpc.selector import parse
 from kedge.rpc.status import NotReadyError
 from kedge.rpc.tracker.blobs import TrackerBlobs
-from kedge.rpc.tracker.facts import Needs
+from kedge.rpc.tracker.facts import ANYWHERE, Needs
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal
-from kedge.rpc.types import Blob, JobSpec
+from kedge.rpc.types import Blob, JobSpec, SessionTask
 
 _MAX_MANIFEST_BYTES = 16 << 20
 #: Of manifests that are kept in memory, as text.
@@ -44,7 +44,9 @@ class Catalog:
         return [blob for blob in distinct if blob.digest not in there]
 
     def digests_of(self, spec: JobSpec) -> set[str]:
-        """Every blob that a device needs for an accepted job."""
+        """Every blob that a device needs for an accepted job; a session names its own as it goes."""
+        if isinstance(spec.task, SessionTask):
+            return set()
         inputs = {tensor.data.digest for tensor in spec.task.inputs if isinstance(tensor.data, Blob)}
         return inputs.union(self.members_of(spec.manifest))
 
@@ -61,6 +63,9 @@ class Catalog:
             ArtifactError, InputError, SelectorError, BlobError, IncompatibleTargetError: the spec makes no sense.
         """
         parse(spec.selector)
+        if isinstance(spec.task, SessionTask):
+            check_spec(spec)
+            return ANYWHERE
         manifest = await self._manifest(spec.manifest, principal)
         manifest.function(spec.function)
         check_spec(spec)
@@ -74,6 +79,11 @@ class Catalog:
                 held.append(tensor.data)
         self._require(held, "inputs", principal)
         return needs_of(manifest, spec.on)
+
+    async def members_for(self, manifest: Blob, principal: Principal) -> tuple[str, ...]:
+        """All of an artifact that the principal has sent; raises NotReadyError, ArtifactError, BlobError."""
+        await self._manifest(manifest, principal)
+        return self.members_of(manifest)
 
     async def _manifest(self, blob: Blob, principal: Principal) -> Manifest:
         # Also what was complete before: somebody may have removed blobs, or they were found damaged.

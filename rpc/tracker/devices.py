@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from kedge.rpc.selector import Selector, parse
-from kedge.rpc.tracker.facts import Needs, Serviced
+from kedge.rpc.tracker.facts import ANYWHERE, Needs, Serviced
 from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol, Reservation
 
@@ -230,7 +230,7 @@ class Roster:
         fits = self._fits.setdefault((want.selector, want.needs), {})
         if name not in fits:
             device = self._devices[name]
-            fits[name] = self.selector(want.selector).matches(device.labels) and can_run(want.needs, device.info)
+            fits[name] = self.selector(want.selector).matches(device.labels) and able(want, device)
         return fits[name]
 
     def selector(self, text: str) -> Selector:
@@ -251,12 +251,14 @@ class Roster:
         if not chosen:
             gone = sum(selector.matches(d.labels) for d in self if d.connection is None)
             return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
-        able = [device for device in chosen if can_run(want.needs, device.info)]
-        if not able:
+        fit = [device for device in chosen if able(want, device)]
+        if not fit and want.needs == ANYWHERE:
+            return "no matching device serves sessions: update kedge on it"
+        if not fit:
             archs = ", ".join(sorted({str(need) for need in want.needs}))
             names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
             return f"no matching device can run the artifact (it is for {archs}; {names})"
-        return self._why_not(want, able, now)
+        return self._why_not(want, fit, now)
 
     def _why_not(self, want: Want, able: list[Device], now: int) -> str:
         reasons = {d.info.name: reason[1] for d in able if (reason := self.obstacle(d, now)) is not None}
@@ -286,6 +288,13 @@ class Roster:
             detail = obstacle[1]
         reservation = self.reserved(device.info.name, now)
         return DeviceStatus(device.info, state, device.seen_ms, running_job_id, detail, device.health, reservation)
+
+
+def able(want: Want, device: Device) -> bool:
+    """Is the device one for such a job? A session, which names no artifact, needs an agent that serves sessions."""
+    if want.needs == ANYWHERE:
+        return "sessions" in device.protocol.capabilities
+    return can_run(want.needs, device.info)
 
 
 def can_run(needs: Needs, info: DeviceInfo) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kedge.rpc.tracker.scheduler import Want
-from kedge.rpc.types import BenchTask, JobSpec
+from kedge.rpc.types import BenchTask, JobSpec, SessionTask
 
 #: How much the newest duration counts beside all before it.
 _NEWEST = 0.3
@@ -29,7 +29,9 @@ class Durations:
         self._mean: OrderedDict[Kind, float] = OrderedDict()
 
     def learn(self, spec: JobSpec, duration_ms: int) -> None:
-        """A job took so long."""
+        """A job took so long; how long people take says nothing about others."""
+        if isinstance(spec.task, SessionTask):
+            return
         for kind in (_ALL, kind_of(spec)):
             before = self._mean.get(kind, float(duration_ms))
             self._mean[kind] = before + _NEWEST * (duration_ms - before)
@@ -39,7 +41,9 @@ class Durations:
             self._mean.popitem(last=False)
 
     def expect(self, spec: JobSpec) -> float | None:
-        """How long a job will hold its device; None before the first one has ended."""
+        """How long a job will hold its device; None before the first one has ended, and for a session."""
+        if isinstance(spec.task, SessionTask):
+            return None
         return self._mean.get(kind_of(spec), self._mean.get(_ALL))
 
 

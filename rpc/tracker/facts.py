@@ -10,6 +10,8 @@ from kedge.rpc.types import DeviceFault, Job, JobResult, JobSpec, Reservation
 
 #: What an artifact can run on, by variant.
 Needs = tuple[Need, ...]
+#: Of a session, which takes any device that its selector names.
+ANYWHERE: Needs = ()
 
 
 @dataclass(frozen=True, slots=True)

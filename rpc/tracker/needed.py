@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import Fact, JobAccepted, JobDone, JobWithdrawn
-from kedge.rpc.types import Blob, JobResult, JobSpec
+from kedge.rpc.types import Blob, JobResult, JobSpec, SessionTask
 
 log = logging.getLogger("kedge.tracker")
 
@@ -72,6 +72,8 @@ class Needed:
                 self._forget(job_id)
 
     def _accept(self, job_id: str, spec: JobSpec) -> None:
+        if isinstance(spec.task, SessionTask):
+            return  # what it loads is named later, and held while it lasts
         manifest = spec.manifest.digest
         inputs = tuple({tensor.data.digest for tensor in spec.task.inputs if isinstance(tensor.data, Blob)})
         self._live[job_id] = manifest, inputs

@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 import grpc
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
-from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc
+from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc, sessions_pb2_grpc
 from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.security.credentials import Credentials
@@ -38,6 +38,7 @@ from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certif
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
 from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
+from kedge.rpc.tracker.sessions import Grants, SessionsService
 from kedge.rpc.tracker.shell import Clock, Shell
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
@@ -48,7 +49,7 @@ LOOPBACK = "127.0.0.1"
 #: Calls that are under way when the tracker stops may go on for so long.
 _GRACE_S = 0.5
 _BLOB_THREADS = 8
-_SERVICES = tuple(f"kedge.v1.{name}" for name in ("Fleet", "Blobs", "Agents", "Enrolment", "Access"))
+_SERVICES = tuple(f"kedge.v1.{name}" for name in ("Fleet", "Blobs", "Agents", "Sessions", "Enrolment", "Access"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,20 +208,25 @@ class _Services:
         self._limits = limits
         self._fleet = FleetService(shell, catalog, audit, blobs.root)
         self._agents = AgentsService(shell, owners, audit)
-        self._blobs = BlobsService(shell, blobs, catalog, owners, threads, limits.max_blob_bytes, counting or SILENT)
+        grants = Grants(blobs)
+        self._sessions = SessionsService(shell, catalog, grants, audit)
+        self._blobs = BlobsService(
+            shell, blobs, catalog, owners, grants, threads, limits.max_blob_bytes, counting or SILENT
+        )
 
     def everybody(self) -> grpc.aio.Server:
         """Of a tracker that speaks plaintext."""
-        server, _ = self._server(trust, ("Fleet", "Blobs", "Agents"))
+        server, _ = self._server(trust, ("Fleet", "Blobs", "Agents", "Sessions"))
         cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
         cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
+        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, server)
         return server
 
     def clients(self, security: Security, agents: Gate) -> grpc.aio.Server:
         """Whoever has a token."""
         server, gate = self._server(
-            by_token(security.tokens), ("Fleet", "Blobs", "Enrolment", "Access"), security.now_s
+            by_token(security.tokens), ("Fleet", "Blobs", "Sessions", "Enrolment", "Access"), security.now_s
         )
 
         def end(owner: str, token_id: str, error: KedgeError) -> None:
@@ -230,6 +236,7 @@ class _Services:
         access = AccessService(security, end)
         cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
+        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, server)
         cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
         cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(access, server)
         return server
@@ -237,9 +244,10 @@ class _Services:
     def agents(self, security: Security) -> tuple[grpc.aio.Server, Gate]:
         """Whoever has a certificate."""
         authenticate = by_certificate(security.devices, security.now_s)
-        server, gate = self._server(authenticate, ("Agents", "Blobs", "Enrolment"), security.now_s)
+        server, gate = self._server(authenticate, ("Agents", "Blobs", "Sessions", "Enrolment"), security.now_s)
         cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
+        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, server)
         cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
         return server, gate
 

@@ -34,6 +34,7 @@ from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal, Role, caller, owner_of
+from kedge.rpc.tracker.sessions import Grants
 from kedge.rpc.tracker.shell import Shell, unknown_job
 from kedge.rpc.transport import CHUNK_BYTES
 from kedge.rpc.types import MAX_LISTED, Blob, DeviceStatus, Job, JobResult, JobState, TrackerStatus
@@ -302,6 +303,7 @@ class BlobsService:
         blobs: TrackerBlobs,
         catalog: Catalog,
         owners: Owners,
+        grants: Grants,
         threads: ThreadPoolExecutor,
         max_bytes: int,
         observer: Observer = SILENT,
@@ -310,6 +312,7 @@ class BlobsService:
         self._blobs = blobs
         self._catalog = catalog
         self._owners = owners
+        self._grants = grants
         self._threads = threads
         self._max_bytes = max_bytes
         self._observer = observer
@@ -366,7 +369,10 @@ class BlobsService:
         if self._owners.has(principal, digest):
             return True
         held = self._shell.state.held_by(principal.name) if principal.role is Role.AGENT else {}
-        return any(digest in self._catalog.digests_of(accepted.spec) for accepted in held.values())
+        return any(
+            digest in self._grants.of(accepted.job_id) or digest in self._catalog.digests_of(accepted.spec)
+            for accepted in held.values()
+        )
 
     async def _receive(
         self, writer: BlobWriter, first: bytes, requests: AsyncIterator[blobs_pb2.UploadRequest]

@@ -205,6 +205,24 @@ class Shell:
         """Everybody may have the device again; raises StoreError."""
         await self._durable(self._apply(self.state.end_reservation(reservation_id, self._now())))
 
+    def session_heard(self, job_id: str) -> None:
+        """A session's client said something."""
+        self.state.session_heard(job_id, self._now())
+
+    def session_begins(self, job_id: str, epoch: int) -> None:
+        """A session's device is there for its client."""
+        self._apply(self.state.session_begins(job_id, epoch, self._now()))
+
+    def session_broke(self, job_id: str, epoch: int, why: str) -> None:
+        """A session's device left without a word."""
+        if not self._closing:
+            self._apply(self.state.session_broke(job_id, epoch, why, self._now()))
+
+    def session_left(self, job_id: str, why: str) -> None:
+        """A session's client left without a word."""
+        if not self._closing:
+            self._apply(self.state.cancel(job_id, why, self._now()))
+
     async def job(self, job_id: str) -> Job:
         """A job as it is now; raises UnknownJobError."""
         job = self.state.job(job_id)

@@ -60,11 +60,14 @@ from kedge.rpc.types import (
     Lease,
     Protocol,
     Reservation,
+    SessionTask,
     Task,
 )
 
 #: So many can be told anew how long they wait whenever one of them starts.
 _FEW_JOBS = 500
+#: Later than any time.
+_NEVER = 1 << 62
 #: Outcomes that say nothing about the device that had the job.
 _NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT)
 
@@ -76,6 +79,9 @@ class Settings:
     heartbeat_interval_ms: int = 3_000
     silence_ms: int = 10_000
     lease_ms: int = 15_000
+    #: Without a word from its client a session ends; and however much is said, after this time.
+    session_lease_ms: int = 10_000
+    longest_session_ms: int = 12 * 3_600_000
     cancel_grace_ms: int = 10_000
     deadline_slack_ms: int = 5_000
     deadlines: Deadlines = field(
@@ -115,6 +121,17 @@ class _Job:
     faults: tuple[DeviceFault, ...] = ()
     cancelling: str | None = None
     cancel_ms: int = 0
+    #: A session's client was heard of.
+    client_ms: int = 0
+
+    @property
+    def is_session(self) -> bool:
+        return isinstance(self.spec.task, SessionTask)
+
+    @property
+    def is_under_way(self) -> bool:
+        """A session whose client has the device: what is there is nowhere else."""
+        return self.is_session and self.stage is Stage.RUN
 
     @property
     def id(self) -> str:
@@ -229,11 +246,12 @@ class TrackerState:
         effects = self._begin(now)
         self._seq += 1
         given, default = spec.deadlines, self.settings.deadlines
+        run_ms = self.settings.longest_session_ms if isinstance(spec.task, SessionTask) else default.run_ms
         deadlines = Deadlines(
             given.queue_ms or default.queue_ms,
             given.transfer_ms or default.transfer_ms,
             given.load_ms or default.load_ms,
-            given.run_ms or default.run_ms,
+            given.run_ms or run_ms,
         )
         accepted = JobAccepted(job_id, self._seq, replace(spec, deadlines=deadlines), needs, key, now, user)
         effects.facts.append(accepted)
@@ -248,17 +266,20 @@ class TrackerState:
         job = self._jobs.get(job_id)
         if job is None or job.cancelling is not None:
             return effects
+        self._call_off(job, reason, now, effects)
+        self._schedule(now, effects)
+        return effects
+
+    def _call_off(self, job: _Job, reason: str, now: int, effects: Effects) -> None:
         if not job.sent:
             self._take_back(job, now, effects)
             self._end(job, OutcomeKind.CANCELLED, Stage.QUEUE, reason, now, effects)
-            self._schedule(now, effects)
-            return effects
+            return
         job.cancelling, job.cancel_ms = reason, now
-        effects.facts.append(JobCancelling(job_id, reason))
+        effects.facts.append(JobCancelling(job.id, reason))
         self._abort(job, reason, effects)
         self._watch_job(job)
         effects.sends.append(JobChanged(self._snapshot(job)))
-        return effects
 
     def withdraw(self, job_id: str, key: str, now: int) -> Effects:
         """Undo `submit`, whose facts are not stored: the client was told that its job is not accepted."""
@@ -289,6 +310,48 @@ class TrackerState:
         job.stage_ms = now
         self._renew(job, now)
         return True
+
+    # ---- Sessions --------------------------------------------------------------------------------------------------
+
+    def session_of(self, job_id: str, epoch: int) -> tuple[str, JobAccepted] | None:
+        """The device that holds a session under this epoch by right, and whose session it is."""
+        job = self._jobs.get(job_id)
+        if job is None or not job.is_session or job.assigned is None or job.epoch != epoch:
+            return None
+        return job.assigned.device, job.accepted
+
+    def session_heard(self, job_id: str, now: int) -> None:
+        """Its client said something: the lease of the session lasts from now on."""
+        self._now = now
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.client_ms = now
+
+    def session_begins(self, job_id: str, epoch: int, now: int) -> Effects:
+        """The device is there for the client: from now on the session cannot go to another one."""
+        effects = self._begin(now)
+        job = self._jobs.get(job_id)
+        if job is not None and job.is_session and job.assigned is not None and job.epoch == epoch:
+            job.started, job.stage, job.stage_ms = True, Stage.RUN, now
+            self._watch_job(job)
+            effects.sends.append(JobChanged(self._snapshot(job)))
+        return effects
+
+    def session_broke(self, job_id: str, epoch: int, why: str, now: int) -> Effects:
+        """The device's stream ended without a word: what the client had there is lost."""
+        effects = self._begin(now)
+        job = self._jobs.get(job_id)
+        if job is None or job.epoch != epoch or not job.is_under_way or job.cancelling is not None:
+            return effects
+        self._abort(job, why, effects)
+        self._lose_session(job, why, now, effects)
+        self._schedule(now, effects)
+        return effects
+
+    def _lose_session(self, job: _Job, why: str, now: int, effects: Effects, *, meant: bool = False) -> None:
+        if not meant:
+            self._blame(job, why, now, effects)
+        self._end(job, OutcomeKind.DEVICE_LOST, job.stage, why, now, effects)
 
     # ---- Administrators --------------------------------------------------------------------------------------------
 
@@ -459,6 +522,8 @@ class TrackerState:
             if record.assigned is not None:
                 job.started, job.stage, job.stage_ms = None, Stage.TRANSFER, now
                 job.cancel_ms, job.assigned_ms = now, now
+                if job.is_session and job.cancelling is None:
+                    job.cancelling = "the tracker was restarted, which no session outlives"
                 self._shares.begin(accepted.user)
                 self._renew(job, now)
             else:
@@ -576,7 +641,7 @@ class TrackerState:
     # ---- Jobs ------------------------------------------------------------------------------------------------------
 
     def _admit(self, accepted: JobAccepted, now: int, *, queued: bool = True) -> _Job:
-        job = _Job(accepted, Want(accepted.spec.selector, accepted.needs, accepted.user), now)
+        job = _Job(accepted, Want(accepted.spec.selector, accepted.needs, accepted.user), now, client_ms=now)
         self._jobs[job.id] = job
         if queued:
             self._line_up(job)
@@ -615,7 +680,7 @@ class TrackerState:
         if job is None:
             return
         self._renew(job, now)
-        if job.started and job.stage is stage:
+        if (job.started and job.stage is stage) or job.is_under_way:
             return
         job.started, job.stage, job.stage_ms = True, stage, now
         self._watch_job(job)
@@ -659,6 +724,9 @@ class TrackerState:
         due = self._due(job)
         if now < due:
             self._alarm(due, "job", job.id)
+        elif job.cancelling is None and now >= self._client_due(job):
+            why = f"nothing was heard of its client for {_seconds(self._client_due(job) - job.client_ms)}"
+            self._call_off(job, why, now, effects)
         elif job.assigned is None:
             why = f"it waited {_seconds(job.spec.deadlines.queue_ms)} ({self._devices.why_waiting(job.want, now)})"
             kind = OutcomeKind.DEVICE_LOST if job.faults else OutcomeKind.TIMEOUT
@@ -669,6 +737,9 @@ class TrackerState:
         elif now >= job.lease_ms:
             why = "nothing was heard of it for as long as its lease lasts"
             self._give_up(job, job.started is False, why, now, effects)
+        elif job.is_under_way:
+            longest = _seconds(job.spec.deadlines.run_ms)
+            self._call_off(job, f"it lasted {longest}, which is as long as it may", now, effects)
         else:
             stage = job.stage or Stage.TRANSFER
             limit = _seconds(job.spec.deadlines.of(stage))
@@ -684,6 +755,8 @@ class TrackerState:
         assert job.assigned is not None
         if job.cancelling is not None:
             self._end(job, OutcomeKind.CANCELLED, job.stage, job.cancelling, now, effects)
+        elif job.is_under_way:
+            self._lose_session(job, why, now, effects, meant=meant)
         elif (never_began or meant) and (job.requeues < self.settings.max_requeues or not job.sent):
             if job.sent and not meant:
                 self._blame(job, why, now, effects)
@@ -698,6 +771,9 @@ class TrackerState:
         """The device was at fault: another one shall have the job, unless too many have failed with it."""
         assert job.assigned is not None
         self._blame(job, why, now, effects)
+        if job.is_under_way:
+            self._end(job, kind, stage, why, now, effects)
+            return
         job.faults += (DeviceFault(job.assigned.device, why),)
         if len(job.faults) < self.settings.max_device_faults:
             self._requeue(job, now, effects)
@@ -788,10 +864,18 @@ class TrackerState:
     def _due(self, job: _Job) -> int:
         """When something has to happen to the job."""
         if job.assigned is None:
-            return job.queued_ms + job.spec.deadlines.queue_ms
+            return min(job.queued_ms + job.spec.deadlines.queue_ms, self._client_due(job))
         stage = job.stage or Stage.TRANSFER
         due = min(job.lease_ms, job.stage_ms + job.spec.deadlines.of(stage) + self.settings.deadline_slack_ms)
-        return due if job.cancelling is None else min(due, job.cancel_ms + self.settings.cancel_grace_ms)
+        if job.cancelling is not None:
+            return min(due, job.cancel_ms + self.settings.cancel_grace_ms)
+        return min(due, self._client_due(job))
+
+    def _client_due(self, job: _Job) -> int:
+        """When a session ends for want of its client; other jobs need none."""
+        if not isinstance(job.spec.task, SessionTask):
+            return _NEVER
+        return job.client_ms + (job.spec.task.lease_ms or self.settings.session_lease_ms)
 
     def _watch_job(self, job: _Job) -> None:
         self._alarm(self._due(job), "job", job.id)

@@ -22,7 +22,7 @@ from support.services import Rpc, rpcs, send
 RPCS = rpcs()
 REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 #: Where each service is served.
-EVERYWHERE = ("Blobs", "Enrolment", "Health", "ServerReflection")
+EVERYWHERE = ("Blobs", "Sessions", "Enrolment", "Health", "ServerReflection")
 AT_CLIENTS = ("Fleet", "Access", *EVERYWHERE)
 AT_AGENTS = ("Agents", *EVERYWHERE)
 TOKEN_ROLES = ("admin", "submit", "read", "enrol")

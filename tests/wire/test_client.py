@@ -103,7 +103,7 @@ def test_an_artifact_for_another_machine_is_refused_before_it_is_sent(
 ) -> None:
     with pytest.raises(IncompatibleTargetError, match=f"device bench-1: .*{why}"):
         fleet.run(artifact, {"x": X})
-    with fleet.session() as device, pytest.raises(IncompatibleTargetError, match=why):
+    with fleet.pin() as device, pytest.raises(IncompatibleTargetError, match=why):
         device.load(artifact)
     assert fleet.jobs() == []
 
@@ -161,7 +161,7 @@ def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: 
     with (
         FakeAgent(tracker.address, device_info("one", rack="a"), work=echo),
         FakeAgent(tracker.address, device_info("two", rack="b"), work=echo),
-        fleet.session("rack=b", threads=3) as device,
+        fleet.pin("rack=b", threads=3) as device,
     ):
         assert (device.name, device.target) == ("two", "llvm -mtriple=x86_64-linux-gnu")
         model = device.load(artifact)
@@ -173,7 +173,7 @@ def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: 
 
 
 def test_a_session_without_a_device_names_those_there_are(fleet: Fleet, worker: FakeAgent) -> None:
-    with pytest.raises(NoDeviceError, match="no connected device matches 'rack=z'") as caught, fleet.session("rack=z"):
+    with pytest.raises(NoDeviceError, match="no connected device matches 'rack=z'") as caught, fleet.pin("rack=z"):
         pass
     assert "bench-1 (x86_64)" in str(caught.value.hint)
 
@@ -232,7 +232,7 @@ with connect(sys.argv[1]) as fleet:
         if sys.argv[3] == "wait":
             fleet.run(make_artifact(), x, device="bench-1").wait(progress=lambda job: print(job.state, flush=True))
         else:
-            with fleet.session("bench-1") as device:
+            with fleet.pin("bench-1") as device:
                 device.load(make_artifact()).run(x)
     except KeyboardInterrupt:
         print("interrupted")
@@ -287,7 +287,7 @@ def test_the_asyncio_twin(tracker: RunningTracker, artifact: Artifact) -> None:
             results = await asyncio.gather(*(job.wait(timeout=20) for job in jobs))
             for number, result in enumerate(results):
                 np.testing.assert_array_equal(result["x_out"], X + number)
-            async with fleet.session("bench-1") as device:
+            async with fleet.pin("bench-1") as device:
                 model = await device.load(artifact)
                 np.testing.assert_array_equal((await model.run({"x": BIG}, function="big"))["x_out"], BIG)
                 assert (await model.time({"x": X}, repeat=3)).repeat == 3
@@ -320,7 +320,7 @@ def test_the_asyncio_twin_waits_and_gives_up_as_it_should(tracker: RunningTracke
             await waiting.cancel()
             with pytest.raises(JobError, match="cancelled"):
                 await waiting.wait()
-            async with fleet.session("bench-1") as device:
+            async with fleet.pin("bench-1") as device:
                 call = asyncio.create_task((await device.load(artifact)).run({"x": X}))
                 await asyncio.to_thread(agent.expect, m.ResultAccepted)
                 await asyncio.to_thread(agent.expect, m.AssignJob)

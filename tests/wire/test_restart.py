@@ -140,7 +140,7 @@ import numpy as np
 from kedge.rpc.client import aio
 from support.toys import make_artifact
 async def main():
-    async with await aio.connect(sys.argv[1]) as fleet, fleet.session("bench-1") as device:
+    async with await aio.connect(sys.argv[1]) as fleet, fleet.pin("bench-1") as device:
         model = await device.load(make_artifact())
         await model.run({"x": np.zeros((1, 4), np.float32)})
 try:

@@ -95,6 +95,8 @@ RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Blobs/Upload": _SUBMITTERS | _AGENTS,
     "/kedge.v1.Blobs/Download": _USERS | _AGENTS,
     "/kedge.v1.Agents/Connect": _AGENTS,
+    "/kedge.v1.Sessions/Attach": _SUBMITTERS,
+    "/kedge.v1.Sessions/Serve": _AGENTS,
     "/kedge.v1.Enrolment/Enrol": frozenset({Role.ENROL}),
     "/kedge.v1.Enrolment/Renew": _AGENTS,
     "/kedge.v1.Access/CreateToken": _ADMINS,

@@ -1,0 +1,649 @@
+"""Serves one interactive session: artifacts, tensors and files that stay on the device while its client holds it.
+
+    the session's stream ─ reader (this thread) ─▶ requests ─▶ worker ─▶ runner
+                         ◀─ gRPC's own thread ─── replies ◀───┘
+
+One runner holds all artifacts of a session, so that they share tensors; those on a GPU have another one, without the
+sandbox that a GPU's driver does not bear. A runner that ends takes its artifacts and tensors with it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
+
+from kedge.device_agent import runner as native
+from kedge.device_agent.cache import CacheFullError, Hold
+from kedge.device_agent.jobs import (
+    DEFAULT_DEADLINES_MS,
+    Board,
+    await_calm,
+    limits_of,
+    measurement_of,
+    members_of,
+    offer_to_oom_killer,
+    remove_folder,
+    runner_outcome,
+)
+from kedge.device_agent.session_files import SessionFiles
+from kedge.protos.v1 import sessions_pb2 as pb
+from kedge.rpc import convert
+from kedge.rpc.artifact.manifest import Function, Manifest, Port
+from kedge.rpc.artifact.place import CPU, Placement, look_at, parse_device, place
+from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError
+from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, KedgeError, LimitError
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
+from kedge.rpc.pipe import Pipe, PipeClosed
+from kedge.rpc.security import signing
+from kedge.rpc.transport import CHUNK_BYTES
+from kedge.rpc.types import Blob, JobResult, JobSpec, Lease, plan_inline
+
+log = logging.getLogger("kedge.agent")
+
+#: Requests that wait for the worker, and replies for the wire.
+_WAITING = 4
+#: Seconds that the stream has to end after its last word.
+_FAREWELL_S = 2.0
+#: Of one request, of the device's memory.
+_TENSOR_SHARE = 0.5
+_GPU = "gpu"
+
+
+class _Failed(Exception):
+    """A request that cannot be done; the session goes on."""
+
+    def __init__(self, kind: OutcomeKind, message: str, stage: Stage = Stage.RUN) -> None:
+        super().__init__(message)
+        self.outcome = Outcome(kind, stage, message=message)
+
+
+class _Broken(Exception):
+    """What the client says makes no sense in this order: the session ends."""
+
+
+class _Cage:
+    """A runner of the session and what is in it."""
+
+    def __init__(self, runner: native.Runner) -> None:
+        self.runner = runner
+
+
+class _Loaded:
+    """An artifact in a runner."""
+
+    def __init__(self, cage: _Cage, module: int, manifest: Manifest, placement: Placement, threads: int) -> None:
+        self.cage = cage
+        self.module = module
+        self.manifest = manifest
+        self.placement = placement
+        self.threads = threads
+
+    @property
+    def variant(self) -> int:
+        return self.manifest.variants.index(self.placement.variant)
+
+
+_Kept = Tuple[_Cage, native.Kept]
+
+
+class Session:
+    """One session under one lease. `run` blocks until it is over; `cancel` may come from any thread at any time.
+
+    `open_channel` connects to the tracker.
+    """
+
+    def __init__(self, board: Board, lease: Lease, spec: JobSpec, open_channel: Callable[[], Any]) -> None:
+        self._board = board
+        self._lease = lease
+        self._spec = spec
+        self._open_channel = open_channel
+        self._lock = threading.Lock()
+        self._cancelled: Optional[str] = None
+        self._calling_off = threading.Event()
+        self._call: Any = None
+        self._requests: Pipe[pb.SessionRequest] = Pipe(_WAITING)
+        self._frames: Pipe[pb.DeviceFrame] = Pipe(_WAITING)
+        self._cages: Dict[str, _Cage] = {}
+        self._newest = _GPU if parse_device(spec.on)[0] not in ("", CPU) else CPU
+        self._artifacts: Dict[int, _Loaded] = {}
+        self._tensors: Dict[int, _Kept] = {}
+        self._last_artifact = 0
+        self._last_tensor = 0
+        #: The request that is worked on, and one that its client has no use for any more.
+        self._current = 0
+        self._unwanted = 0
+        self._began = 0
+
+    def cancel(self, reason: str) -> None:
+        """End the session soon; it reports `cancelled`."""
+        with self._lock:
+            if self._cancelled is not None:
+                return
+            self._cancelled = reason
+            call, cages = self._call, list(self._cages.values())
+        self._calling_off.set()
+        self._end_streams()
+        for cage in cages:
+            cage.runner.kill()
+        self._board.blobs.interrupt()
+        if call is not None:
+            call.cancel()
+
+    def run(self) -> JobResult:
+        """Serve it to its end; always returns."""
+        try:
+            outcome = self._serve()
+        except Exception as error:
+            if not isinstance(error, (KedgeError, OSError)):
+                log.error("a session failed in a way that has no name", exc_info=error)
+            outcome = Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=str(error) or type(error).__name__)
+        if self._cancelled is not None:
+            outcome = Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=self._cancelled)
+        return JobResult(outcome, device=self._board.device.name)
+
+    # ---- streams -----------------------------------------------------------------------------------------------
+
+    def _serve(self) -> Outcome:
+        scratch = Path(tempfile.mkdtemp(prefix="session-", dir=str(self._board.scratch)))
+        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=str(self._board.scratch)))
+        try:
+            with ExitStack() as stack:
+                channel = self._open_channel()
+                stack.callback(channel.close)
+                hold = stack.enter_context(self._board.cache.hold())
+                stack.callback(self._close_runners)
+                return self._converse(channel, hold, scratch, SessionFiles(scratch, staging))
+        finally:
+            remove_folder(scratch)
+            remove_folder(staging)
+
+    def _converse(self, channel: Any, hold: Hold, scratch: Path, files: SessionFiles) -> Outcome:
+        from kedge.protos.v1 import sessions_pb2_grpc
+
+        stub: Any = cast(Any, sessions_pb2_grpc.SessionsStub)(channel)
+        self._frames.put(pb.DeviceFrame(serve=convert.lease_to_pb(self._lease)))
+        with self._lock:
+            if self._cancelled is not None:
+                return Outcome(OutcomeKind.CANCELLED)
+            self._call = stub.Serve(iter(self._frames))
+        worker = threading.Thread(
+            target=self._work, args=(hold, scratch, files), name="kedge-session-worker", daemon=True
+        )
+        worker.start()
+        try:
+            outcome = self._listen()
+        finally:
+            self._end_streams()
+            self._call.cancel()
+            self._calling_off.set()
+            for cage in list(self._cages.values()):
+                cage.runner.cancel()
+            if worker.is_alive():
+                self._board.blobs.interrupt()
+            worker.join()
+        return outcome
+
+    def _listen(self) -> Outcome:
+        """Hand requests on until the stream ends, and say how it ended."""
+        import grpc
+
+        ended = threading.Event()
+        self._call.add_callback(ended.set)
+        try:
+            for event in self._call:
+                if event.WhichOneof("body") == "close":
+                    self._frames.put(pb.DeviceFrame(done=pb.CloseSession()))
+                    self._frames.close()
+                    ended.wait(_FAREWELL_S)
+                    return Outcome(OutcomeKind.OK)
+                request = pb.SessionRequest.FromString(event.data)
+                if request.WhichOneof("body") == "cancel":
+                    self._call_off_request(request.id)
+                else:
+                    self._requests.put(request)
+        except grpc.RpcError as error:
+            why = f"the session's connection to the tracker broke ({error.code().name}: {error.details()})"
+            return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=why)
+        except PipeClosed:
+            return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message="the session was broken off")
+        return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message="the session's client went away")
+
+    def _end_streams(self) -> None:
+        self._requests.abort()
+        self._frames.close()
+
+    def _call_off_request(self, number: int) -> None:
+        self._unwanted = number
+        if self._current == number:
+            for cage in list(self._cages.values()):
+                cage.runner.cancel()
+            self._board.blobs.interrupt()
+
+    def _close_runners(self) -> None:
+        for cage in self._cages.values():
+            cage.runner.close()
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def _work(self, hold: Hold, scratch: Path, files: SessionFiles) -> None:
+        try:
+            for request in self._requests:
+                self._current, self._began = request.id, time.monotonic_ns()
+                self._answer(request, hold, scratch, files)
+        except PipeClosed:
+            pass  # the session is over
+        except Exception as error:
+            if not isinstance(error, _Broken):
+                log.error("a session's worker failed", exc_info=error)
+            self.cancel(f"the session cannot go on: {error}")
+
+    def _answer(self, request: pb.SessionRequest, hold: Hold, scratch: Path, files: SessionFiles) -> None:
+        which = request.WhichOneof("body")
+        self._free(request.freed)
+        try:
+            if which == "put_file":
+                self._put_file(request, files)
+            elif which == "fetch_file":
+                self._fetch_file(request, files)
+            elif which == "call":
+                self._run(request)
+            elif which == "time":
+                self._time(request)
+            elif which == "put":
+                self._put(request, scratch)
+            elif which == "fetch":
+                self._fetch(request)
+            elif which == "free":
+                self._free(request.free.handles)
+                self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
+            elif which == "load":
+                self._load(request, hold, scratch)
+            elif which == "unload":
+                self._unload(request)
+            elif which == "list_files":
+                self._list(request.id, files)
+            elif which == "remove_file":
+                files.remove(request.remove_file.name)
+                self._list(request.id, files)
+            else:
+                raise _Broken(f"a request that this agent does not know ({which})")
+        except (PipeClosed, _Broken):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a request does, it has an answer
+            self._fail(request.id, error, loading=which == "load")
+
+    def _reply(self, reply: pb.SessionReply) -> None:
+        self._frames.put(pb.DeviceFrame(data=reply.SerializeToString()))
+
+    def _fail(self, number: int, error: Exception, loading: bool) -> None:
+        ended = self._bury()
+        outcome = self._outcome(error, Stage.LOAD if loading else Stage.RUN)
+        if self._unwanted == number and outcome.kind is not OutcomeKind.OK:
+            outcome = Outcome(OutcomeKind.CANCELLED, outcome.stage, message="its client called it off")
+        failed = pb.RequestFailed(outcome=convert.outcome_to_pb(outcome), runner_ended=ended)
+        self._reply(pb.SessionReply(id=number, failed=failed))
+
+    def _outcome(self, error: Exception, stage: Stage) -> Outcome:
+        if isinstance(error, _Failed):
+            return error.outcome
+        if isinstance(error, native.RunnerError):
+            return runner_outcome(error)
+        text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, (ArtifactError, CorruptBlobError, IncompatibleTargetError)):
+            return Outcome(OutcomeKind.LOAD_ERROR, stage, message=text)
+        if isinstance(error, (InputError, LimitError, MissingBlobError)):
+            return Outcome(OutcomeKind.BAD_REQUEST, stage, message=text)
+        if isinstance(error, MemoryError):
+            return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message="the agent has no memory for it")
+        if not isinstance(error, (CacheFullError, BlobError, KedgeError, OSError)):
+            log.error("a session's request failed in a way that has no name", exc_info=error)
+        return Outcome(OutcomeKind.DEVICE_FAULT, stage, message=text)
+
+    def _bury(self) -> bool:
+        """Forget what was in runners that ended; whether there were any."""
+        dead = {kind for kind, cage in self._cages.items() if not cage.runner.alive}
+        for kind in dead:
+            cage = self._cages.pop(kind)
+            self._artifacts = {key: each for key, each in self._artifacts.items() if each.cage is not cage}
+            self._tensors = {key: each for key, each in self._tensors.items() if each[0] is not cage}
+        return bool(dead)
+
+    # ---- artifacts ---------------------------------------------------------------------------------------------
+
+    def _load(self, request: pb.SessionRequest, hold: Hold, scratch: Path) -> None:
+        wanted = request.load
+        manifest, placement, paths = self._transfer(wanted, hold)
+        if wanted.num_threads > self._board.threads:
+            text = f"{wanted.num_threads} threads are wanted; {self._board.device.name} offers {self._board.threads}"
+            raise _Failed(OutcomeKind.BAD_REQUEST, text, Stage.LOAD)
+        threads = placement.threads(wanted.num_threads, self._board.threads)
+        cage = self._cage(CPU if placement.kind == CPU else _GPU, scratch)
+        deadline_s = _seconds(wanted.load_ms, Stage.LOAD)
+        info = cage.runner.open(
+            paths[0],
+            paths[1] if len(paths) > 1 else None,
+            placement.variant.weights_offset,
+            deadline_s,
+            device=placement.dl_device,
+            threads=threads,
+        )
+        names = [function.name for function in info.functions]
+        promised = [function.name for function in manifest.functions]
+        if names[: len(promised)] != promised:
+            cage.runner.close_module(info.module)
+            text = f"the manifest promises the functions {promised}; lib.so has {names}"
+            raise _Failed(OutcomeKind.LOAD_ERROR, text, Stage.LOAD)
+        self._last_artifact += 1
+        self._artifacts[self._last_artifact] = _Loaded(cage, info.module, manifest, placement, threads)
+        loaded = pb.ArtifactLoaded(artifact=self._last_artifact, device=placement.device)
+        self._reply(pb.SessionReply(id=request.id, loaded=loaded))
+
+    def _transfer(self, wanted: pb.LoadArtifact, hold: Hold) -> Tuple[Manifest, Placement, List[Path]]:
+        blob = convert.blob_from_pb(wanted.manifest)
+        limit_s = _seconds(wanted.transfer_ms, Stage.TRANSFER)
+        timer = threading.Timer(limit_s, self._board.blobs.interrupt)
+        timer.daemon = True
+        timer.start()
+        try:
+            hold.fetch([blob], self._download)
+            text = hold.path(blob).read_bytes()
+            if self._board.signers:
+                signing.verify(text, convert.signature_from_pb(wanted), self._board.signers)
+            manifest = Manifest.from_json(text)
+            info = self._board.device
+            placement = place(manifest, info.arch, info.cpu_features, look_at(info), wanted.on)
+            members = members_of(manifest, placement.variant)
+            hold.fetch([part for member in members for part in member.parts], self._download)
+            return manifest, placement, [hold.member(member) for member in members]
+        except Exception as error:
+            if time.monotonic_ns() - self._began >= limit_s * 1e9:
+                why = f"transfer took longer than {limit_s:g} s"
+                raise _Failed(OutcomeKind.TIMEOUT, why, Stage.TRANSFER) from error
+            raise
+        finally:
+            timer.cancel()
+
+    def _download(self, blob: Blob, store: BlobStore) -> None:
+        self._check_wanted()
+        self._board.blobs.download(blob, store)
+
+    def _check_wanted(self) -> None:
+        if self._unwanted == self._current:
+            raise _Failed(OutcomeKind.CANCELLED, "its client called it off")
+
+    def _cage(self, kind: str, scratch: Path) -> _Cage:
+        self._newest = kind
+        cage = self._cages.get(kind)
+        if cage is None:
+            cores = self._board.threads
+            seconds = self._spec.deadlines.of(Stage.RUN) / 1000 * cores
+            limits = limits_of(self._board, kind, seconds)
+            cage = _Cage(native.Runner(self._board.runner, cores, limits, cwd=str(scratch)))
+            with self._lock:
+                self._cages[kind] = cage
+                over = self._cancelled is not None
+            offer_to_oom_killer(cage.runner.pid)
+            if over:
+                cage.runner.kill()
+        return cage
+
+    def _unload(self, request: pb.SessionRequest) -> None:
+        loaded = self._artifacts.pop(request.unload.artifact, None)
+        if loaded is not None:
+            loaded.cage.runner.close_module(loaded.module)
+        self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
+
+    def _find(self, artifact: int, name: str) -> Tuple[_Loaded, Function, int]:
+        loaded = self._artifacts.get(artifact)
+        if loaded is None:
+            raise _Failed(
+                OutcomeKind.BAD_REQUEST,
+                "this artifact is not on the device any more: it was unloaded, or its runner ended; load it again",
+            )
+        try:
+            function = loaded.manifest.function(name)
+        except ArtifactError as error:
+            raise _Failed(OutcomeKind.BAD_REQUEST, str(error)) from error
+        return loaded, function, loaded.manifest.functions.index(function)
+
+    # ---- calls -------------------------------------------------------------------------------------------------
+
+    def _run(self, request: pb.SessionRequest) -> None:
+        wanted = request.call
+        data = self._gather(request.id, wanted.inputs)
+        loaded, function, index = self._find(wanted.artifact, wanted.function)
+        inputs = self._inputs(loaded, function, wanted.inputs, data)
+        self._check_wanted()
+        deadline_s = _seconds(wanted.run_ms, Stage.RUN)
+        runner = loaded.cage.runner
+        if wanted.keep:
+            kept = runner.call_keeping(index, inputs, deadline_s, module=loaded.module)
+            outputs = [self._keep(loaded.cage, port.name, each) for port, each in zip(function.outputs, kept)]
+            called = pb.FunctionCalled(outputs=outputs, duration_ns=runner.last_call_ns)
+            self._reply(pb.SessionReply(id=request.id, called=called))
+            return
+        results = runner.call(index, inputs, deadline_s, module=loaded.module)
+        values, streamed = _values([port.name for port in function.outputs], results)
+        called = pb.FunctionCalled(outputs=values, duration_ns=runner.last_call_ns)
+        self._reply(pb.SessionReply(id=request.id, called=called))
+        self._stream(request.id, streamed)
+
+    def _time(self, request: pb.SessionRequest) -> None:
+        wanted = request.time
+        data = self._gather(request.id, wanted.inputs)
+        loaded, function, index = self._find(wanted.artifact, wanted.function)
+        inputs = self._inputs(loaded, function, wanted.inputs, data)
+        options = convert.time_options_from_pb(wanted.options)
+        deadline_s = _seconds(wanted.run_ms, Stage.RUN)
+        ends = time.monotonic() + deadline_s
+        before = await_calm(self._board, deadline_s / 2, self._calling_off)
+        self._check_wanted()
+        left_s = max(0.001, ends - time.monotonic())
+        timed = loaded.cage.runner.time(index, inputs, options, left_s, module=loaded.module)
+        measured = measurement_of(self._board, options, timed, before, loaded.threads, loaded.variant)
+        self._reply(pb.SessionReply(id=request.id, measured=convert.measurement_to_pb(measured)))
+
+    def _inputs(
+        self, loaded: _Loaded, function: Function, values: Any, data: Optional[memoryview]
+    ) -> List[native.Given]:
+        """The inputs in the function's order, checked against its ports as far as those are known before the call."""
+        given = {value.name: value for value in values}
+        wanted = [port.name for port in function.inputs]
+        if set(given) != set(wanted) or len(given) != len(values):
+            takes, came = ", ".join(wanted) or "(none)", ", ".join(value.name for value in values) or "(none)"
+            raise _Failed(OutcomeKind.BAD_REQUEST, f"{function.name} takes the inputs {takes}; given: {came}")
+        tensors = dict(zip((value.name for value in values), self._tensors_of(values, data)))
+        inputs: List[native.Given] = []
+        for port in function.inputs:
+            tensor = tensors[port.name]
+            if isinstance(tensor, tuple):
+                cage, kept = tensor
+                # A tensor of the other runner is copied over.
+                inputs.append(kept if cage is loaded.cage else cage.runner.fetch(kept))
+            else:
+                inputs.append(tensor)
+            _check_port(port, inputs[-1])
+        return inputs
+
+    def _tensors_of(self, values: Any, data: Optional[memoryview]) -> List[Union[native.Tensor, _Kept]]:
+        found: List[Union[native.Tensor, _Kept]] = []
+        at = 0
+        for value in values:
+            which = value.WhichOneof("data")
+            if which == "handle":
+                found.append(self._kept(value.handle))
+                continue
+            content: Union[bytes, memoryview] = value.inline
+            if which == "streamed_bytes":
+                assert data is not None
+                content, at = data[at : at + value.streamed_bytes], at + value.streamed_bytes
+            try:
+                found.append(native.Tensor(value.dtype, tuple(value.shape), content))
+            except (KeyError, ValueError) as error:
+                raise _Failed(OutcomeKind.BAD_REQUEST, f"tensor {value.name!r}: {error}") from error
+        return found
+
+    # ---- tensors -----------------------------------------------------------------------------------------------
+
+    def _put(self, request: pb.SessionRequest, scratch: Path) -> None:
+        value = request.put.tensor
+        data = self._gather(request.id, [value])
+        (tensor,) = self._tensors_of([value], data)
+        if not isinstance(tensor, native.Tensor):
+            raise _Failed(OutcomeKind.BAD_REQUEST, "this tensor is on the device already")
+        cage = self._cage(self._newest, scratch)
+        (kept,) = cage.runner.keep([tensor])
+        self._reply(pb.SessionReply(id=request.id, tensor=self._keep(cage, value.name, kept)))
+
+    def _fetch(self, request: pb.SessionRequest) -> None:
+        cage, kept = self._kept(request.fetch.handle)
+        values, streamed = _values([""], [cage.runner.fetch(kept)])
+        self._reply(pb.SessionReply(id=request.id, tensor=values[0]))
+        self._stream(request.id, streamed)
+
+    def _keep(self, cage: _Cage, name: str, kept: native.Kept) -> pb.Value:
+        self._last_tensor += 1
+        self._tensors[self._last_tensor] = (cage, kept)
+        return pb.Value(name=name, dtype=kept.dtype, shape=kept.shape, handle=self._last_tensor)
+
+    def _kept(self, handle: int) -> _Kept:
+        found = self._tensors.get(handle)
+        if found is None:
+            raise _Failed(
+                OutcomeKind.BAD_REQUEST, "this tensor is not on the device any more: it was freed, or its runner ended"
+            )
+        return found
+
+    def _free(self, handles: Any) -> None:
+        """Free tensors; those that went with their runner are gone already."""
+        by_cage: Dict[_Cage, List[int]] = {}
+        for handle in set(handles):
+            found = self._tensors.pop(handle, None)
+            if found is not None:
+                by_cage.setdefault(found[0], []).append(found[1].handle)
+        for cage, native_handles in by_cage.items():
+            if cage.runner.alive:
+                cage.runner.release(native_handles)
+
+    # ---- pieces ------------------------------------------------------------------------------------------------
+
+    def _gather(self, number: int, values: Any) -> Optional[memoryview]:
+        """The bytes that follow a request in pieces: all of its tensors that are streamed, one behind the other."""
+        total = sum(value.streamed_bytes for value in values)
+        if total == 0:
+            return None
+        most = int(self._board.device.memory_bytes * _TENSOR_SHARE)
+        if total > most:
+            self._take_pieces(number, total, lambda at, piece: None)
+            text = f"{total} bytes of tensors at once; {self._board.device.name} takes {most}"
+            raise _Failed(OutcomeKind.OUT_OF_MEMORY, text)
+        data = memoryview(bytearray(total))
+
+        def store(at: int, piece: bytes) -> None:
+            data[at : at + len(piece)] = piece
+
+        self._take_pieces(number, total, store)
+        return data
+
+    def _take_pieces(self, number: int, total: int, store: Callable[[int, bytes], None]) -> None:
+        at = 0
+        while at < total:
+            request = self._requests.get()
+            if request.id != number or request.WhichOneof("body") != "piece" or not request.piece:
+                raise _Broken("a request ended before all of its pieces came")
+            if at + len(request.piece) > total:
+                raise _Broken("a request has more bytes than it said")
+            store(at, request.piece)
+            at += len(request.piece)
+
+    def _stream(self, number: int, buffers: List[memoryview]) -> None:
+        for buffer in buffers:
+            for at in range(0, len(buffer), CHUNK_BYTES):
+                self._reply(pb.SessionReply(id=number, piece=bytes(buffer[at : at + CHUNK_BYTES])))
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def _put_file(self, request: pb.SessionRequest, files: SessionFiles) -> None:
+        """Take a file in; one that is refused is read to its end all the same, as it is on its way already."""
+        name, size = request.put_file.file.name, request.put_file.file.size_bytes
+        if size < 0:
+            raise _Broken("a file of less than no bytes")
+        problem: Optional[Exception] = None
+        file = None
+        try:
+            file = files.begin(name, size)
+        except (KedgeError, OSError) as error:
+            problem = error
+
+        def store(_at: int, piece: bytes) -> None:
+            nonlocal problem
+            if file is not None and problem is None:
+                try:
+                    file.write(piece)
+                except OSError as error:
+                    problem = error
+
+        try:
+            self._take_pieces(request.id, size, store)
+        finally:
+            if file is not None:
+                try:
+                    file.close()
+                except OSError as error:
+                    problem = problem or error
+        if problem is not None:
+            if file is not None:
+                files.discard(name)
+            raise problem
+        files.commit(name)
+        self._list(request.id, files)
+
+    def _fetch_file(self, request: pb.SessionRequest, files: SessionFiles) -> None:
+        name = request.fetch_file.name
+        file, size = files.open(name)
+        with file:
+            listed = pb.FileList(files=[pb.SessionFile(name=name, size_bytes=size)])
+            self._reply(pb.SessionReply(id=request.id, files=listed))
+            left = size
+            while left:
+                piece = file.read(min(left, CHUNK_BYTES))
+                if not piece:
+                    raise _Broken(f"file {name!r} shrank while it was read")
+                left -= len(piece)
+                self._reply(pb.SessionReply(id=request.id, piece=piece))
+
+    def _list(self, number: int, files: SessionFiles) -> None:
+        listed = [pb.SessionFile(name=name, size_bytes=size) for name, size in files.list()]
+        self._reply(pb.SessionReply(id=number, files=pb.FileList(files=listed)))
+
+
+def _seconds(given_ms: int, stage: Stage) -> float:
+    return (given_ms if given_ms > 0 else DEFAULT_DEADLINES_MS[stage]) / 1000
+
+
+def _values(names: List[str], tensors: List[native.Tensor]) -> Tuple[List[pb.Value], List[memoryview]]:
+    """Tensors as they travel: small ones in the message, the bytes of the others to follow it."""
+    values, streamed = [], []
+    for name, tensor, inline in zip(names, tensors, plan_inline(tensor.nbytes for tensor in tensors)):
+        value = pb.Value(name=name, dtype=tensor.dtype, shape=tensor.shape)
+        if inline:
+            value.inline = bytes(tensor.data)
+        else:
+            value.streamed_bytes = tensor.nbytes
+            streamed.append(memoryview(tensor.data).cast("B"))
+        values.append(value)
+    return values, streamed
+
+
+def _check_port(port: Port, tensor: native.Given) -> None:
+    """Refuse what the manifest rules out; symbolic dims are the runtime's to check."""
+    fits = len(tensor.shape) == len(port.shape) and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(port.shape, tensor.shape)
+    )
+    if tensor.dtype != port.dtype or not fits:
+        raise _Failed(OutcomeKind.BAD_REQUEST, f"input {port} does not take {tensor.dtype}{list(tensor.shape)}")

@@ -1,0 +1,326 @@
+"""The two ends of interactive sessions: what one says is handed to the other, unread, and little of it at a time.
+
+A session is a job, so the state machine decides who gets which device, and when it ends. Here are its streams: the
+client's, which is the session's lease, and that of the device's agent.
+
+    client --Attach--> [at most a few frames] --Serve--> agent
+           <---------  [at most a few frames] <---------
+
+Whoever does not read holds up the other end through gRPC's flow control, and nobody else.
+"""
+
+# ruff: noqa: N802 - the .proto files name the methods.
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from kedge.protos.v1 import sessions_pb2 as pb
+from kedge.rpc import convert
+from kedge.rpc.errors import KedgeError, LimitError, PermissionDeniedError
+from kedge.rpc.protocol import ProtocolError
+from kedge.rpc.status import to_status
+from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.security.audit import Audit
+from kedge.rpc.tracker.security.interceptor import who
+from kedge.rpc.tracker.security.principal import Principal, caller
+from kedge.rpc.tracker.shell import Shell, unknown_job
+from kedge.rpc.transport import MAX_SESSION_FRAME_BYTES
+from kedge.rpc.types import Job, JobState, SessionTask
+
+log = logging.getLogger("kedge.tracker")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+#: Either end has so long to say what it is there for.
+_FIRST_FRAME_S = 10.0
+#: What is being written to an end that leaves has so long to be on its way.
+_LAST_WRITE_S = 2.0
+#: A client that is done waits so long for its device to be free, no longer.
+_END_S = 10.0
+#: How often a client's lease is renewed while its device holds up what it says.
+_HELD_UP_S = 1.0
+#: Frames that may wait for an end that does not read.
+_WAITING_FRAMES = 2
+
+
+class Grants:
+    """Which blobs the device of each session may read, and that they stay as long as it lasts."""
+
+    def __init__(self, blobs: TrackerBlobs) -> None:
+        self._blobs = blobs
+        self._of: dict[str, set[str]] = {}
+
+    def add(self, job_id: str, digests: Iterable[str]) -> None:
+        """The device may read these."""
+        known = self._of.setdefault(job_id, set())
+        fresh = set(digests) - known
+        self._blobs.hold(fresh)
+        self._blobs.redeem(fresh)
+        known |= fresh
+
+    def of(self, job_id: str) -> frozenset[str]:
+        """What the device may read for a session."""
+        return frozenset(self._of.get(job_id, ()))
+
+    def end(self, job_id: str) -> None:
+        """The session is over."""
+        self._blobs.let_go(self._of.pop(job_id, ()))
+
+
+class _Relay:
+    """What is on its way between the two ends of one session."""
+
+    def __init__(self) -> None:
+        self.to_client: asyncio.Queue[pb.ClientEvent] = asyncio.Queue(_WAITING_FRAMES)
+        self.to_device: asyncio.Queue[pb.DeviceEvent] = asyncio.Queue(_WAITING_FRAMES)
+        self.has_client = self.has_device = False
+        #: The client is there no more, or the job is over: the device has nobody to talk to.
+        self.over = asyncio.Event()
+
+
+class SessionsService:
+    """Both ends of all sessions. A session is its user's alone: to others, administrators included, it is not there."""
+
+    def __init__(self, shell: Shell, catalog: Catalog, grants: Grants, audit: Audit) -> None:
+        self._shell = shell
+        self._catalog = catalog
+        self._grants = grants
+        self._audit = audit
+        self._relays: dict[str, _Relay] = {}
+
+    # ---- The client's end ----
+
+    async def Attach(self, requests: AsyncIterator[pb.ClientFrame], context: Context) -> None:
+        """One client, from before it has its device until its session ends."""
+        await _told(self._attach(requests, context), context)
+
+    async def _attach(self, requests: AsyncIterator[pb.ClientFrame], context: Context) -> None:
+        first = await _first(requests, "attach")
+        principal = caller()
+        job = await self._session(first.attach.job_id, principal)
+        relay = self._relays.setdefault(job.id, _Relay())
+        if relay.has_client:
+            raise PermissionDeniedError(f"session {job.id} has a client already", hint="open a session of your own")
+        relay.has_client = True
+        self._shell.session_heard(job.id)
+        self._audit.write("session attached", job=job.id, **who(principal, context))
+        try:
+            await self._serve_client(job.id, relay, requests, context)
+        finally:
+            relay.has_client = False
+            relay.over.set()
+            self._grants.end(job.id)
+            self._shell.session_left(job.id, "its client went away")
+            self._audit.write("session left", job=job.id, **who(principal, context))
+            self._tidy(job.id, relay)
+
+    async def _session(self, job_id: str, principal: Principal) -> Job:
+        job = await self._shell.job(job_id)
+        mine = principal.trusted or job.user == principal.name
+        if not mine or not isinstance(job.spec.task, SessionTask):
+            raise unknown_job(job_id)
+        return job
+
+    async def _serve_client(
+        self, job_id: str, relay: _Relay, requests: AsyncIterator[pb.ClientFrame], context: Context
+    ) -> None:
+        changes = self._shell.watch(job_id)
+        writing = asyncio.Lock()
+
+        async def write(event: pb.ClientEvent) -> None:
+            async with writing:
+                await context.write(event)
+
+        async def speak() -> None:
+            while True:
+                await write(await relay.to_client.get())
+
+        async def watch() -> None:
+            """Until the job is done."""
+            job = await self._shell.job(job_id)
+            while job.state is not JobState.DONE:
+                if job.state is not JobState.RUNNING:
+                    await write(pb.ClientEvent(waiting=convert.job_to_pb(job)))
+                newer = await changes.get()
+                if newer is None:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the tracker stops")
+                else:
+                    job = newer
+            assert job.result is not None
+            ended = pb.SessionEnded(outcome=convert.outcome_to_pb(job.result.outcome))
+            await write(pb.ClientEvent(ended=ended))
+
+        watching = asyncio.create_task(watch())
+        listening = asyncio.create_task(self._hear_client(job_id, relay, requests))
+        speaking = asyncio.create_task(speak())
+        tasks = (watching, listening, speaking)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if listening.done() and not listening.cancelled() and listening.exception() is None and listening.result():
+                await asyncio.wait([watching], timeout=_END_S)
+        finally:
+            self._shell.unwatch(job_id, changes)
+            await _settle(tasks, writing)
+        for task in (listening, watching, speaking):
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                _raise(task.exception())
+
+    async def _hear_client(self, job_id: str, relay: _Relay, requests: AsyncIterator[pb.ClientFrame]) -> bool:
+        """Hand on what the client says, to the end of its stream; whether it said that it is done."""
+        principal = caller()
+        async for frame in requests:
+            self._shell.session_heard(job_id)
+            said = frame.WhichOneof("body")
+            if said == "data":
+                _check_size(frame.data)
+                await self._hand_over(job_id, relay, pb.DeviceEvent(data=frame.data))
+            elif said == "grant":
+                await relay.to_client.put(pb.ClientEvent(granted=await self._grant(job_id, frame.grant, principal)))
+            elif said == "close":
+                await self._hand_over(job_id, relay, pb.DeviceEvent(close=frame.close))
+                if not relay.has_device:
+                    self._shell.session_left(job_id, "its client gave up waiting")
+                return True
+            elif said != "renew":
+                raise ProtocolError(f"a session's client said {said or 'nothing'}")
+        return False
+
+    async def _hand_over(self, job_id: str, relay: _Relay, event: pb.DeviceEvent) -> None:
+        """Hand an event on. While the device does not take it, the client's lease is not its own to renew."""
+        putting = asyncio.ensure_future(relay.to_device.put(event))
+        try:
+            while not (await asyncio.wait([putting], timeout=_HELD_UP_S))[0]:
+                self._shell.session_heard(job_id)
+        finally:
+            putting.cancel()
+
+    async def _grant(self, job_id: str, grant: pb.GrantArtifact, principal: Principal) -> pb.ArtifactGranted:
+        manifest = convert.blob_from_pb(grant.manifest)
+        try:
+            self._grants.add(job_id, await self._catalog.members_for(manifest, principal))
+        except KedgeError as error:
+            return pb.ArtifactGranted(problem=error.message or "refused", hint=error.hint or "")
+        self._audit.write("artifact granted", job=job_id, artifact=manifest.digest, by=principal.name)
+        return pb.ArtifactGranted()
+
+    # ---- The device's end ----
+
+    async def Serve(self, requests: AsyncIterator[pb.DeviceFrame], context: Context) -> None:
+        """The agent that has the session's job, until the session ends."""
+        await _told(self._serve(requests, context), context)
+
+    async def _serve(self, requests: AsyncIterator[pb.DeviceFrame], context: Context) -> None:
+        first = await _first(requests, "serve")
+        lease, principal = convert.lease_from_pb(first.serve), caller()
+        held = self._shell.state.session_of(lease.job_id, lease.epoch)
+        if held is None or (not principal.trusted and held[0] != principal.name):
+            raise PermissionDeniedError("this device holds no such session")
+        relay = self._relays.setdefault(lease.job_id, _Relay())
+        if relay.has_device:
+            raise PermissionDeniedError("this session has its device already")
+        relay.has_device = True
+        ended_itself = False
+        try:
+            ended_itself = await self._serve_device(held[0], relay, requests, context, lease.job_id, lease.epoch)
+        finally:
+            if not ended_itself:
+                why = f"device {held[0]} was lost in the middle of the session"
+                self._shell.session_broke(lease.job_id, lease.epoch, why)
+            relay.has_device = False
+            self._tidy(lease.job_id, relay)
+
+    async def _serve_device(
+        self,
+        device: str,
+        relay: _Relay,
+        requests: AsyncIterator[pb.DeviceFrame],
+        context: Context,
+        job_id: str,
+        epoch: int,
+    ) -> bool:
+        """Until one side ends it; whether that was done in order."""
+        info = next(each.info for each in self._shell.state.devices(include_gone=True) if each.info.name == device)
+        self._shell.session_begins(job_id, epoch)
+        await relay.to_client.put(pb.ClientEvent(ready=pb.SessionReady(device=convert.device_info_to_pb(info))))
+        writing = asyncio.Lock()
+
+        async def listen() -> bool:
+            async for frame in requests:
+                said = frame.WhichOneof("body")
+                if said == "done":
+                    return True
+                if said != "data":
+                    raise ProtocolError(f"a session's device said {said or 'nothing'}")
+                _check_size(frame.data)
+                await relay.to_client.put(pb.ClientEvent(data=frame.data))
+            return False
+
+        async def speak() -> None:
+            while True:
+                event = await relay.to_device.get()
+                async with writing:
+                    await context.write(event)
+
+        listening = asyncio.create_task(listen())
+        tasks = (listening, asyncio.create_task(speak()), asyncio.create_task(relay.over.wait()))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _settle(tasks, writing)
+        for task in tasks:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                _raise(task.exception())
+        in_order = listening.done() and not listening.cancelled() and listening.exception() is None
+        return relay.over.is_set() or (in_order and listening.result())
+
+    def _tidy(self, job_id: str, relay: _Relay) -> None:
+        if not relay.has_client and not relay.has_device and self._relays.get(job_id) is relay:
+            del self._relays[job_id]
+
+
+async def _told(handling: Coroutine[Any, Any, None], context: Context) -> None:
+    """What a handler raises on purpose arrives at the other end as what it is."""
+    try:
+        await handling
+    except KedgeError as error:
+        code, details, metadata = to_status(error)
+        await context.abort(code, details, metadata)
+
+
+async def _first(requests: AsyncIterator[Any], wanted: str) -> Any:
+    try:
+        async with asyncio.timeout(_FIRST_FRAME_S):
+            frame = await anext(requests)
+    except (TimeoutError, StopAsyncIteration) as error:
+        raise ProtocolError(f"a session's stream begins with {wanted!r}") from error
+    if frame.WhichOneof("body") != wanted:
+        raise ProtocolError(f"a session's stream begins with {wanted!r}")
+    return frame
+
+
+async def _settle(tasks: Iterable[asyncio.Task[Any]], writing: asyncio.Lock) -> None:
+    """End what still goes on. gRPC never ends a call whose handler returns in the middle of a write."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WRITE_S):
+            await writing.acquire()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _raise(error: BaseException | None) -> None:
+    """An end that vanished is no error of the tracker's: the state machine knows what it means."""
+    if error is not None and not isinstance(error, (grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError)):
+        raise error
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_SESSION_FRAME_BYTES:
+        raise LimitError(f"a session's frame of {len(data)} bytes is not relayed: at most {MAX_SESSION_FRAME_BYTES}")
