@@ -14,6 +14,9 @@ from kedge.rpc.status import to_status
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
+#: What gRPC raises where something is said to a peer that is there no longer.
+GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
+
 
 def typed_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
     """A unary handler whose KedgeErrors arrive at the client as what they are."""

@@ -28,7 +28,7 @@ from kedge.rpc.status import UnknownReservationError, to_status
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
-from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
+from kedge.rpc.tracker.handlers import GONE, typed_errors, typed_stream_errors
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
@@ -50,8 +50,6 @@ _LAST_WRITE_S = 2.0
 #: Chunks of one upload that may wait in memory for the disk.
 _GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
-#: What gRPC raises where a message is written to a peer that is there no longer.
-_GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
 
 
 class FleetService:
@@ -252,7 +250,7 @@ class AgentsService:
             for end in ends:
                 if isinstance(end, KedgeError):
                     log.warning("device %s: %s", name, end, extra=about)
-                elif isinstance(end, Exception) and not isinstance(end, _GONE):
+                elif isinstance(end, Exception) and not isinstance(end, GONE):
                     log.error("device %s", name, exc_info=end, extra=about)
 
     async def _listen(

@@ -175,6 +175,21 @@ def test_what_fails_inside_is_logged_and_not_told(
     assert "the inside of the tracker" in caplog.text
 
 
+def test_a_caller_that_is_gone_is_no_failure_of_the_tracker(
+    tracker: RunningTracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tracker.serving.security is not None
+
+    def gone(*_: object) -> None:
+        raise grpc.aio.InternalError("what gRPC says where nobody is there to be answered")
+
+    monkeypatch.setattr(Tokens, "all", gone)
+    listing = next(rpc for rpc in RPCS if rpc.path.endswith("Access/ListTokens"))
+    with open_channel(tracker.address, tracker.serving.security.admin_tls()) as channel:
+        send(channel, listing)
+    assert not [record for record in caplog.records if record.name == "kedge.tracker" and record.levelname == "ERROR"]
+
+
 def test_a_call_without_a_rule_is_refused_to_everybody(
     tracker: RunningTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

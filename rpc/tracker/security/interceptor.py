@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
+from kedge.rpc.tracker.handlers import GONE
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import serial_of
 from kedge.rpc.tracker.security.devices import Devices
@@ -148,7 +149,7 @@ class Gate(grpc.aio.ServerInterceptor):
         except KedgeError as error:
             code, details, metadata = to_status(error)
             await context.abort(code, details, metadata)
-        except (grpc.aio.AbortError, grpc.aio.UsageError):
+        except (grpc.aio.AbortError, *GONE):
             raise
         except Exception:
             log.exception("%s failed", method)
