@@ -156,6 +156,24 @@ def test_it_introduces_itself_and_keeps_saying_that_it_lives(agent: AgentProcess
     assert agent.log.count("ready: ") == 1
 
 
+def test_nothing_has_to_reach_a_device(agent: AgentProcess, script: Script, module: bytes) -> None:
+    """Neither the agent nor a runner of its listens anywhere: it dials out, from behind whatever router."""
+    script.greet()
+    script.say(m.AssignJob(Lease("job-1", 1, 10_000), spec(script.publish(module), "spin")))
+    script.hear(m.JobStarted)
+    wait_for(lambda: descendants(agent.process.pid), "a runner")
+    pids = [agent.process.pid, *descendants(agent.process.pid)]
+    held = {str(path.readlink()) for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/{agent.process.pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    own = [row for row in rows if f"socket:[{row[9]}]" in held]
+    listening = "0A"
+    assert own and [row for row in own if row[3] == listening] == []
+
+
 def test_a_job_its_result_and_its_end(agent: AgentProcess, script: Script, module: bytes) -> None:
     script.greet()
     lease = Lease("job-1", 3, 10_000)

@@ -262,6 +262,27 @@ def test_a_silent_connection_is_closed(bench: Bench) -> None:
     assert bench.state.receive(1, m.Heartbeat(), 1_001).sends == []
 
 
+def test_waiting_is_no_run_time(bench: Bench) -> None:
+    """A job that may run for 10 ms waits for 8 s, is fetched for 6 s and loaded for 7 s: each on its own account."""
+    first = bench.started()
+    bench.state.receive(1, m.JobProgress(first, Stage.RUN), 0)
+    bench.state.submit("k", spec(run_ms=10), NEEDS, "", 0)
+    for now in range(0, 8_000, 500):
+        bench.state.receive(1, m.Heartbeat(running=(first,)), now)
+        assert ends(bench.state.tick(now)) == {}
+    (assign,) = bodies(bench.state.receive(1, m.JobFinished(first, OK), 8_000), m.AssignJob)
+    lease = assign.lease
+    assert lease.job_id == "k" and bench.state.assignment_leaves(lease, 8_000)
+    bench.state.receive(1, m.JobStarted(lease), 8_000)
+    for now in range(8_000, 21_000, 500):
+        bench.state.receive(1, m.Heartbeat(running=(lease,)), now)
+        if now == 14_000:
+            bench.state.receive(1, m.JobProgress(lease, Stage.LOAD), now)
+        assert ends(bench.state.tick(now)) == {}
+    bench.state.receive(1, m.JobProgress(lease, Stage.RUN), 21_000)
+    assert ends(bench.state.receive(1, m.JobFinished(lease, OK), 21_009)) == {"k": (OutcomeKind.OK, None)}
+
+
 def test_the_queue_deadline_names_what_was_waited_for() -> None:
     state = TrackerState("t", S)
     state.submit("j", spec("arch=riscv64", queue_ms=2_000), NEEDS, "", 0)
