@@ -120,18 +120,33 @@ static uint64_t saved_by_os(void) {
   return ((uint64_t)edx << 32) | eax;
 }
 
+/* The registers of a leaf; false where this CPU has none. A virtual machine traps each CPUID, which takes it
+ * microseconds: features of one leaf stand together in the table, and the last answer is kept for the next of them. */
+static bool ask(uint32_t leaf, uint32_t subleaf, const uint32_t **answer) {
+  static struct {
+    uint32_t leaf, subleaf, regs[4];
+    bool asked, found;
+  } last;
+  if (!last.asked || last.leaf != leaf || last.subleaf != subleaf) {
+    uint32_t highest = 0, ignored, *regs = last.regs;
+    last.asked = true, last.leaf = leaf, last.subleaf = subleaf;
+    last.found = __get_cpuid_count(leaf, subleaf, &regs[EAX], &regs[EBX], &regs[ECX], &regs[EDX]);
+    if (leaf == 7 && subleaf > 0 && last.found) {
+      __cpuid_count(7, 0, highest, ignored, ignored, ignored);
+      last.found = highest >= subleaf;
+    }
+  }
+  *answer = last.regs;
+  return last.found;
+}
+
 static void detect(feature_list *list) {
   static const uint64_t masks[] = {[OS_NONE] = 0, [OS_AVX] = 0x6, [OS_AVX512] = 0xe6, [OS_AMX] = 0x60000};
   uint64_t saved = saved_by_os();
   for (size_t i = 0; i < sizeof x86_features / sizeof *x86_features; i++) {
     const x86_feature *feature = &x86_features[i];
-    uint32_t regs[4] = {0, 0, 0, 0};
-    if (!__get_cpuid_count(feature->leaf, feature->subleaf, &regs[EAX], &regs[EBX], &regs[ECX], &regs[EDX])) continue;
-    if (feature->leaf == 7 && feature->subleaf > 0) {
-      uint32_t highest, ignored;
-      __cpuid_count(7, 0, highest, ignored, ignored, ignored);
-      if (highest < feature->subleaf) continue;
-    }
+    const uint32_t *regs;
+    if (!ask(feature->leaf, feature->subleaf, &regs)) continue;
     uint64_t mask = masks[feature->os];
     if ((regs[feature->reg] >> feature->bit & 1) && (saved & mask) == mask) add(list, feature->name);
   }

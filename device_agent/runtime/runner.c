@@ -281,8 +281,8 @@ int main(int argc, char **argv) {
   arguments a = parse(argc, argv);
   open_stream(a.fd);
   confine(&a);
-  say_hello();
   held.done = leave_desk;
-  start_reader();
+  start_reader(); /* a new thread may wait for a core: it does while the CPU is asked what it can do */
+  say_hello();
   serve();
 }
