@@ -171,7 +171,7 @@ Send = ToAgent | CloseAgent | JobChanged | DevicesChanged
 
 @dataclass(slots=True)
 class Effects:
-    """One event's consequences: `sends` leave, in order, only when `facts` are stored."""
+    """One event's consequences: `sends` leave, in order, only when `facts` are stored (but see outbox.py)."""
 
     facts: list[Fact] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """Between the state machine and the world: one event loop that feeds events in, stores facts, lets messages out.
 
-Effects leave in the order in which they were decided, each only when its facts are durable. Nothing here polls: one
-timer is armed for the state's next alarm.
+Effects leave through the outbox (outbox.py). Nothing here polls: one timer is armed for the state's next alarm.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import functools
 import logging
 import secrets
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
@@ -21,6 +19,7 @@ from kedge.rpc.status import QueueFullError, UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.outbox import Outbox, Parcel
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
 from kedge.rpc.tracker.store import Store
@@ -45,15 +44,6 @@ class Clock:
         return int((time.monotonic() + self._offset) * 1000)
 
 
-@dataclass(slots=True)
-class _Outbox:
-    """Effects on their way out."""
-
-    effects: Effects
-    durable: bool
-    released: asyncio.Future[None]
-
-
 #: Takes a message for one agent; None ends its connection.
 ToOneAgent = Callable[[TrackerBody | None], None]
 
@@ -74,7 +64,7 @@ class Shell:
         self._observer = observer
         self._now = clock or Clock()
         self._loop = asyncio.get_running_loop()
-        self._pending: deque[_Outbox] = deque()
+        self._outbox = Outbox()
         self._agents: dict[int, ToOneAgent] = {}
         self._next_connection = 0
         self._watchers: dict[str, list[asyncio.Queue[Job | None]]] = defaultdict(list)
@@ -270,10 +260,12 @@ class Shell:
     def _apply(self, effects: Effects) -> asyncio.Future[None]:
         """Store facts, then send; the future is done when both are."""
         released: asyncio.Future[None] = self._loop.create_future()
-        outbox = _Outbox(effects, not effects.facts, released)
-        self._pending.append(outbox)
+        parcel = Parcel(effects.facts, list(effects.sends), not effects.facts, released)
+        early = self._outbox.put(parcel, hasten=self._store.problem is None)
         if effects.facts:
-            self._store.append(effects.facts, functools.partial(self._tell_stored, outbox))
+            self._store.append(effects.facts, functools.partial(self._tell_stored, parcel))
+        for send in early:
+            self._tell(send.connection, send.body)
         self._release()
         self._arm()
         return released
@@ -282,25 +274,24 @@ class Shell:
         """Done when everything decided so far is durable."""
         return self._apply(Effects())
 
-    def _tell_stored(self, outbox: _Outbox) -> None:
+    def _tell_stored(self, parcel: Parcel) -> None:
         """From the store's thread."""
-        self._loop.call_soon_threadsafe(self._stored, outbox)
+        self._loop.call_soon_threadsafe(self._stored, parcel)
 
     def _tell_forgotten(self, keys: Sequence[str]) -> None:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self.state.forget_keys, keys)
 
-    def _stored(self, outbox: _Outbox) -> None:
-        outbox.durable = True
+    def _stored(self, parcel: Parcel) -> None:
+        parcel.durable = True
         self._release()
         self._arm()
 
     def _release(self) -> None:
-        while self._pending and self._pending[0].durable:
-            outbox = self._pending.popleft()
-            for fact in outbox.effects.facts:
+        for parcel in self._outbox.released():
+            for fact in parcel.facts:
                 self._observer.stored(fact, self._now())
-            for send in outbox.effects.sends:
+            for send in parcel.sends:
                 if isinstance(send, ToAgent):
                     self._tell(send.connection, send.body)
                 elif isinstance(send, CloseAgent):
@@ -308,10 +299,10 @@ class Shell:
                 elif isinstance(send, JobChanged):
                     self._publish(send.job)
                     _log_end(send.job)
-            if any(isinstance(send, DevicesChanged) for send in outbox.effects.sends):
+            if any(isinstance(send, DevicesChanged) for send in parcel.sends):
                 self._devices_changed()
-            if not outbox.released.done():
-                outbox.released.set_result(None)
+            if parcel.released is not None and not parcel.released.done():
+                parcel.released.set_result(None)
 
     def _tell(self, connection: int, body: TrackerBody | None) -> None:
         if isinstance(body, AssignJob) and not self.state.assignment_leaves(body.lease, self._now()):

@@ -302,7 +302,7 @@ class TrackerState:
             self._keys.pop(key, None)
 
     def assignment_leaves(self, lease: Lease, now: int) -> bool:
-        """An assignment is stored and about to be sent: its lease begins. False when it must not be: it is stale."""
+        """An assignment is about to be sent: its lease begins. False when it must not be: it is stale."""
         self._now = now
         job = self._jobs.get(lease.job_id)
         if job is None or job.assigned is None or job.epoch != lease.epoch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
@@ -26,6 +27,7 @@ from kedge.rpc.tracker.devices import can_run
 from kedge.rpc.tracker.facts import (
     CloseAgent,
     Effects,
+    Fact,
     JobAccepted,
     JobAssigned,
     JobCancelling,
@@ -41,6 +43,7 @@ from kedge.rpc.tracker.facts import (
     Stored,
     ToAgent,
 )
+from kedge.rpc.tracker.outbox import Outbox, Parcel
 from kedge.rpc.tracker.state import Settings, TrackerState
 from kedge.rpc.types import (
     Blob,
@@ -109,8 +112,8 @@ class Store:
         self.serviced: dict[str, Serviced] = {}
         self.reservations: dict[str, Reservation] = {}
 
-    def apply(self, effects: Effects) -> None:
-        for fact in effects.facts:
+    def apply(self, facts: Sequence[Fact]) -> None:
+        for fact in facts:
             if isinstance(fact, JobAccepted):
                 assert fact.job_id not in self.records and fact.job_id not in self.done
                 assert fact.key not in self.keys
@@ -182,26 +185,31 @@ class TrackerMachine(RuleBasedStateMachine):
         self.needs_of: dict[str, str] = {}
         self.finished_at_agent: dict[str, int] = {}
         self.state = TrackerState("t", SETTINGS)
-        #: What waits for room on a full disk; None while there is room.
-        self.waiting: list[Effects] | None = None
+        #: What waits for a disk that is full or slow; None while facts are stored at once.
+        self.waiting: list[Parcel] | None = None
+        self.outbox = Outbox()
+        self.hasten = False
 
     # ---- What happens ----
 
-    @rule()
-    def the_disk_fills_up(self) -> None:
-        self.waiting = self.waiting or []
+    @rule(slow=st.booleans())
+    def the_disk_keeps_waiting(self, slow: bool) -> None:
+        """It is full, or just slow: then assignments leave meanwhile."""
+        self.waiting, self.hasten = self.waiting or [], slow
 
     @rule()
-    def the_disk_has_room_again(self) -> None:
+    def the_disk_has_it_all(self) -> None:
         waiting, self.waiting = self.waiting or [], None
-        for effects in waiting:
-            self.perform(effects, late=True)
+        for parcel in waiting:
+            parcel.durable = True
+        for parcel in self.outbox.released():
+            self.carry_out(parcel)
 
     @precondition(lambda self: self.waiting)
     @rule(which=st.integers(0, 9))
     def the_client_of_an_unstored_job_is_refused(self, which: int) -> None:
         assert self.waiting is not None
-        unstored = [f for effects in self.waiting for f in effects.facts if isinstance(f, JobAccepted)]
+        unstored = [f for parcel in self.waiting for f in parcel.facts if isinstance(f, JobAccepted)]
         unstored = [fact for fact in unstored if fact.job_id in self.accepted]
         if unstored:
             fact = unstored[which % len(unstored)]
@@ -379,7 +387,7 @@ class TrackerMachine(RuleBasedStateMachine):
         job_id = f"j{next(self.numbers)}"
         spec = JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector)
         self.accepted[job_id], self.needs_of[job_id], self.users[job_id] = spec, "any", ""
-        self.store.apply(self.state.submit(job_id, spec, NEEDS["any"], f"key-{job_id}", self.now))
+        self.store.apply(self.state.submit(job_id, spec, NEEDS["any"], f"key-{job_id}", self.now).facts)
         self.reborn()
         assert self.state.job(job_id) is not None
 
@@ -404,15 +412,22 @@ class TrackerMachine(RuleBasedStateMachine):
         assert [answer.job_id for answer in answers] == [lease.job_id]
         assert not (current and answers[0].stale)
 
-    def perform(self, effects: Effects, *, late: bool = False) -> None:
-        if self.waiting is not None:
-            self.waiting.append(effects)
-            return
+    def perform(self, effects: Effects) -> None:
         for fact in effects.facts:
-            if isinstance(fact, JobAssigned) and not late:
+            if isinstance(fact, JobAssigned):
                 self.check_assignment(fact)
-        self.store.apply(effects)
-        for send in effects.sends:
+        parcel = Parcel(effects.facts, list(effects.sends), durable=self.waiting is None)
+        early = self.outbox.put(parcel, hasten=self.hasten)
+        if self.waiting is not None:
+            self.waiting.append(parcel)
+        for send in early:
+            self.deliver(send)
+        for ready in self.outbox.released():
+            self.carry_out(ready)
+
+    def carry_out(self, parcel: Parcel) -> None:
+        self.store.apply(parcel.facts)
+        for send in parcel.sends:
             if isinstance(send, ToAgent):
                 self.deliver(send)
             elif isinstance(send, CloseAgent):
@@ -456,11 +471,11 @@ class TrackerMachine(RuleBasedStateMachine):
             agent.connection = None
 
     def reborn(self) -> None:
-        for effects in self.waiting or ():
-            for fact in effects.facts:
+        for parcel in self.waiting or ():
+            for fact in parcel.facts:
                 if isinstance(fact, JobAccepted):  # nobody was promised anything
                     self.accepted.pop(fact.job_id, None)
-        self.waiting = None
+        self.waiting, self.outbox = None, Outbox()
         self.state = TrackerState("t", SETTINGS)
         self.state.restore(self.store.found(), self.now)
         for agent in self.agents.values():
@@ -522,7 +537,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """When all agents are gone, every job comes to an end."""
         if not hasattr(self, "accepted"):
             return
-        self.the_disk_has_room_again()
+        self.the_disk_has_it_all()
         for name in DEVICES:
             self.lose_connection(name, True)
         for _ in range(10_000):

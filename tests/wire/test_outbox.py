@@ -1,0 +1,70 @@
+"""What waits for the disk, and what does not."""
+
+from kedge.rpc import messages as m
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, JobWithdrawn, Send, ToAgent
+from kedge.rpc.tracker.outbox import Outbox, Parcel
+from kedge.rpc.types import Blob, JobSpec, Lease, RunTask
+
+FACT = JobWithdrawn("j")
+
+
+def assign(connection: int, job: str = "a") -> ToAgent:
+    return ToAgent(connection, m.AssignJob(Lease(job, 1), JobSpec(Blob("0" * 64, 1), "main", RunTask())))
+
+
+def welcome(connection: int) -> ToAgent:
+    return ToAgent(connection, m.Welcome(local_protocol(), "t", 1000))
+
+
+def parcel(*sends: Send, durable: bool = False) -> Parcel:
+    return Parcel([FACT], list(sends), durable)
+
+
+def left(outbox: Outbox) -> list[Send]:
+    return [send for each in outbox.released() for send in each.sends]
+
+
+def test_an_assignment_leaves_at_once_and_the_rest_when_it_is_durable():
+    outbox, changed = Outbox(), DevicesChanged()
+    one = parcel(assign(1), changed)
+    assert outbox.put(one) == [assign(1)]
+    assert left(outbox) == []
+    one.durable = True
+    assert left(outbox) == [changed], "and the assignment not again"
+
+
+def test_parcels_leave_in_order():
+    outbox = Outbox()
+    first, second = parcel(welcome(1)), parcel(welcome(2), durable=True)
+    outbox.put(first), outbox.put(second)
+    assert left(outbox) == []
+    first.durable = True
+    assert left(outbox) == [welcome(1), welcome(2)]
+
+
+def test_an_assignment_overtakes_nothing_that_its_agent_could_notice():
+    outbox = Outbox()
+    assert outbox.put(parcel(welcome(1), assign(1), assign(2))) == [assign(2)], "no job before the greeting"
+    assert outbox.put(parcel(assign(1, "b"))) == []
+    closing = parcel(CloseAgent(3))
+    outbox.put(closing)
+    assert outbox.put(parcel(assign(3))) == []
+
+
+def test_an_assignment_overtakes_the_receipt_of_the_last_result():
+    outbox = Outbox()
+    outbox.put(parcel(ToAgent(1, m.ResultAccepted("a"))))
+    assert outbox.put(parcel(ToAgent(1, m.ResultAccepted("b")), assign(1, "c"))) == [assign(1, "c")]
+
+
+def test_what_has_left_holds_up_nothing():
+    outbox, greeting = Outbox(), parcel(welcome(1))
+    outbox.put(greeting)
+    greeting.durable = True
+    assert left(outbox) == [welcome(1)]
+    assert outbox.put(parcel(assign(1))) == [assign(1)]
+
+
+def test_where_the_disk_takes_nothing_all_waits():
+    assert Outbox().put(parcel(assign(1)), hasten=False) == []
