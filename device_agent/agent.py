@@ -278,13 +278,18 @@ class Agent:
 
     def _start_job(self, lease: Lease, spec: JobSpec) -> None:
         def progress(stage: Stage) -> None:
-            self._events.put(lambda _: self._core.progress(lease, stage))
+            self._events.put(lambda now: self._core.progress(lease, stage, now))
 
         job = self._make_job(lease, spec, progress)
 
+        before = self._job_thread
+
         def work() -> None:
+            if before is not None:
+                before.join()  # the job before has cleaned up: two runners would disturb each other
             result = sendable(lease, _run(job, self.device.name))
             self._events.put(lambda _: self._on_finished(lease, result))
+            job.clean_up()
 
         what = f"function {spec.function}" if spec.function else "a session"
         log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})

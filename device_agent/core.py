@@ -24,6 +24,8 @@ LAST_DELAY_S = 5.0
 #: A connection that lasted this long was a good one: the next attempt starts with a short delay again.
 STABLE_S = 5.0
 GREETING_S = 10.0
+#: Stages shorter than this are not worth a message: the result says how long they took.
+TELL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Job:
     spec: JobSpec
     stage: Optional[Stage] = None
     cancelling: bool = False
+    tell_at: Optional[float] = None  # when the tracker is told of the stage; None: it knows
     superseded: bool = False  # by a newer lease of the same job: its result is nobody's
 
 
@@ -132,7 +135,10 @@ class AgentCore:
 
     def alarm(self) -> Optional[float]:
         """When to call `tick` at the latest; None while there is nothing to wait for."""
-        return self._alarm
+        running = self._running
+        if self._alarm is None or self._phase != "ready" or running is None or running.tell_at is None:
+            return self._alarm
+        return min(self._alarm, running.tell_at)
 
     def held(self) -> Tuple[Lease, ...]:
         """Every lease that is not settled: running, waiting, or finished and not yet accepted."""
@@ -159,15 +165,16 @@ class AgentCore:
         return self._wait(now)
 
     def tick(self, now: float) -> List[Action]:
-        """The alarm: dial, give up on a greeting, or send a heartbeat."""
+        """The alarm: dial, give up on a greeting, tell the running job's stage, or send a heartbeat."""
+        told = self._told(now)
         if self._alarm is None or now < self._alarm:
-            return []
+            return told
         if self._phase == "waiting":
             return self._dial(now)
         if self._phase == "greeting":
             return [Close(), *self._wait(now)]
         self._alarm = now + self._heartbeat_s
-        return [Send(m.Heartbeat(running=self.held()))]
+        return [*told, Send(m.Heartbeat(running=self.held()))]
 
     def received(self, message: m.TrackerBody, now: float) -> List[Action]:
         """A message from the tracker."""
@@ -185,16 +192,14 @@ class AgentCore:
             return self._aborted(message)
         return self._forget(message.job_id)
 
-    def progress(self, lease: Lease, stage: Stage) -> List[Action]:
-        """The running job entered a stage."""
+    def progress(self, lease: Lease, stage: Stage, now: float) -> List[Action]:
+        """The running job entered a stage; the tracker is told if it takes its time there."""
         if self._running is None or key(self._running.lease) != key(lease):
             return []
         if stage is Stage.TRANSFER and self._running.stage is None:
             return []  # JobStarted says that
-        self._running.stage = stage
-        if self._phase != "ready" or self._running.superseded:
-            return []
-        return [Send(m.JobProgress(lease, stage))]
+        self._running.stage, self._running.tell_at = stage, now + TELL_S
+        return []
 
     def finished(self, lease: Lease, result: JobResult) -> List[Action]:
         """The running job ended. Its result is kept until the tracker has it."""
@@ -213,6 +218,15 @@ class AgentCore:
         return self._stop(reason, failed=True)
 
     # ---- how it is handled -------------------------------------------------------------------------------------
+
+    def _told(self, now: float) -> List[Action]:
+        running = self._running
+        if running is None or running.tell_at is None or now < running.tell_at or self._phase != "ready":
+            return []
+        running.tell_at = None
+        if running.superseded or running.stage is None:
+            return []
+        return [Send(m.JobProgress(running.lease, running.stage))]
 
     def _dial(self, now: float) -> List[Action]:
         self._phase, self._alarm = "greeting", now + GREETING_S
@@ -236,6 +250,7 @@ class AgentCore:
         if running is not None and not running.superseded:
             actions.append(Send(m.JobStarted(running.lease)))
             if running.stage:
+                running.tell_at = None
                 actions.append(Send(m.JobProgress(running.lease, running.stage)))
         return actions
 
@@ -293,7 +308,7 @@ class AgentCore:
     def _report(self, lease: Lease, result: JobResult) -> List[Action]:
         finished = m.JobFinished(lease, result)
         self._results[lease.job_id] = finished
-        return [Keep(finished), *([Send(finished)] if self._phase == "ready" else [])]
+        return [*([Send(finished)] if self._phase == "ready" else []), Keep(finished)]
 
     def _forget(self, job_id: str) -> List[Action]:
         finished = self._results.pop(job_id, None)

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,10 @@ class _Loadable:
 
 
 class Job:
-    """One run of one spec. `run` blocks; `cancel` may come from any thread, at any time, more than once."""
+    """One run of one spec. `run` blocks; `cancel` may come from any thread, at any time, more than once.
+
+    After `run`, whether or not its result was sent, comes `clean_up`.
+    """
 
     def __init__(self, board: Board, spec: JobSpec, progress: Callable[[Stage], None]) -> None:
         self._board = board
@@ -140,6 +143,7 @@ class Job:
         self._cancelled: Optional[str] = None
         self._calling_off = threading.Event()
         self._runner: Optional[native.Runner] = None
+        self._afterwards = ExitStack()
 
     def cancel(self, reason: str) -> None:
         """End the job soon; it reports `cancelled`, unless it ended otherwise before."""
@@ -166,24 +170,23 @@ class Job:
         times = tuple(StageTime(stage, duration) for stage, duration in self._durations.items())
         return JobResult(outcome, outputs, measurement, times, self._board.device.name)
 
+    def clean_up(self) -> None:
+        """End the runner and remove the job's files: nobody who waits for the result waits for that."""
+        self._afterwards.close()
+
     # ---- the stages --------------------------------------------------------------------------------------------
 
     def _execute(self) -> Tuple[Tuple[Tensor, ...], Optional[Measurement]]:
         scratch = Path(tempfile.mkdtemp(prefix="job-", dir=str(self._board.scratch)))
-        try:
-            with self._board.cache.hold() as hold:
-                with self._in(Stage.TRANSFER):
-                    what = self._transfer(hold)
-                with self._in(Stage.LOAD):
-                    runner = self._load(what, scratch)
-                try:
-                    with self._in(Stage.RUN):
-                        results, measurement = self._work(runner, what)
-                finally:
-                    runner.close()
-                return self._deliver(what.function, results), measurement
-        finally:
-            remove_folder(scratch)
+        self._afterwards.callback(remove_folder, scratch)
+        hold = self._afterwards.enter_context(self._board.cache.hold())
+        with self._in(Stage.TRANSFER):
+            what = self._transfer(hold)
+        with self._in(Stage.LOAD):
+            runner = self._load(what, scratch)
+        with self._in(Stage.RUN):
+            results, measurement = self._work(runner, what)
+        return self._deliver(what.function, results, runner), measurement
 
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
@@ -231,23 +234,20 @@ class Job:
         except native.RunnerUnavailable:
             self._check_deadline()  # it was given no more time than the stage had left
             raise
-        try:
-            offer_to_oom_killer(runner.pid)
-            with self._lock:
-                self._runner = runner
-            self._check_cancelled()
-            module = runner.open(
-                what.lib, what.weights, what.weights_offset, self._left_s(), device=what.placement.dl_device
+        self._afterwards.callback(runner.close)
+        offer_to_oom_killer(runner.pid)
+        with self._lock:
+            self._runner = runner
+        self._check_cancelled()
+        module = runner.open(
+            what.lib, what.weights, what.weights_offset, self._left_s(), device=what.placement.dl_device
+        )
+        names = [function.name for function in module.functions]
+        if names[what.index : what.index + 1] != [what.function.name]:
+            raise _Ended(
+                OutcomeKind.LOAD_ERROR,
+                f"the manifest promises {what.function.name!r} as function {what.index}; lib.so has {names}",
             )
-            names = [function.name for function in module.functions]
-            if names[what.index : what.index + 1] != [what.function.name]:
-                raise _Ended(
-                    OutcomeKind.LOAD_ERROR,
-                    f"the manifest promises {what.function.name!r} as function {what.index}; lib.so has {names}",
-                )
-        except BaseException:
-            runner.close()
-            raise
         return runner
 
     def _threads(self, placement: Placement) -> int:
@@ -276,8 +276,10 @@ class Job:
         self._check_cancelled()
         return health
 
-    def _deliver(self, function: Function, results: Sequence[native.Tensor]) -> Tuple[Tensor, ...]:
-        """The outputs as they travel; large ones are uploaded, in a second transfer stage."""
+    def _deliver(
+        self, function: Function, results: Sequence[native.Tensor], runner: native.Runner
+    ) -> Tuple[Tensor, ...]:
+        """The outputs as they travel; large ones are uploaded, in a second transfer stage without the runner."""
         tensors = []
         uploads = []
         for port, result, inline in zip(function.outputs, results, plan_inline(r.nbytes for r in results)):
@@ -286,6 +288,7 @@ class Job:
             if isinstance(data, Blob):
                 uploads.append((data, memoryview(result.data)))
         if uploads:
+            runner.close()
             with self._in(Stage.TRANSFER):
                 for blob, view in uploads:
                     self._patiently(partial(self._board.blobs.upload, blob, view))
@@ -295,24 +298,18 @@ class Job:
 
     @contextmanager
     def _in(self, stage: Stage) -> Iterator[None]:
-        """Spend a stage's time; transfers are interrupted at its end, calls to the runner get what is left of it."""
+        """Spend a stage's time."""
         limit_s = (self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage]) / 1000
         self._stage = stage
         began = time.monotonic()
         self._stage_ends = began + limit_s
         self._check_cancelled()
         self._progress(stage)
-        timer = threading.Timer(limit_s, self._board.blobs.interrupt) if stage is Stage.TRANSFER else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
         try:
             yield
             if stage is Stage.TRANSFER:
                 self._check_deadline()
         finally:
-            if timer is not None:
-                timer.cancel()
             self._durations[stage] = self._durations.get(stage, 0) + int((time.monotonic() - began) * 1e9)
 
     def _left_s(self) -> float:
@@ -332,17 +329,23 @@ class Job:
         self._patiently(partial(self._board.blobs.download, blob, store))
 
     def _patiently(self, transfer: Callable[[], object]) -> None:
-        """Transfer; a tracker that went away may come back until the stage's deadline."""
-        while True:
-            try:
-                self._check_cancelled()
-                self._check_deadline()
-                transfer()
-                return
-            except ConnectError:
-                self._check_cancelled()
-                self._check_deadline()
-                time.sleep(min(_AWAY_PAUSE_S, self._left_s()))
+        """Transfer, at most until the stage's deadline; a tracker that went away may come back until then."""
+        timer = threading.Timer(self._left_s(), self._board.blobs.interrupt)
+        timer.daemon = True
+        timer.start()
+        try:
+            while True:
+                try:
+                    self._check_cancelled()
+                    self._check_deadline()
+                    transfer()
+                    return
+                except ConnectError:
+                    self._check_cancelled()
+                    self._check_deadline()
+                    time.sleep(min(_AWAY_PAUSE_S, self._left_s()))
+        finally:
+            timer.cancel()
 
     # ---- what it was -------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Results that the tracker has not accepted yet, on disk: an agent that is killed has not worked in vain.
 
-One file for each, named after its lease, written before the result is sent. It survives the agent, not a loss of power:
-waiting for the disk would cost every job more than running a few of them again. A torn file is found and removed.
+One file for each, named after its lease, written while the result travels. It survives the agent, not a loss of power:
+waiting for the disk would cost every job more than running a few of them again. A torn file is found and removed. An
+agent that is killed before it is written is one that was killed a moment before the job's end: the job runs again.
 """
 
 from __future__ import annotations

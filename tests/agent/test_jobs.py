@@ -120,9 +120,17 @@ def run_spec(manifest: Blob, function: str, deadlines: Deadlines | None = None) 
     return JobSpec(manifest, function, RunTask((floats(1, 2, 3),)), deadlines=deadlines or Deadlines())
 
 
+def run_job(job: Job) -> JobResult:
+    """The result of a job that has cleaned up."""
+    try:
+        return job.run()
+    finally:
+        job.clean_up()
+
+
 def execute(board: Board, spec: JobSpec) -> JobResult:
     stages: list[Stage] = []
-    result = Job(board, spec, stages.append).run()
+    result = run_job(Job(board, spec, stages.append))
     assert list(board.scratch.iterdir()) == [], "a job's folder is removed, whatever happened"
     order = [Stage.TRANSFER, Stage.LOAD, Stage.RUN, Stage.TRANSFER]
     assert stages == order[: len(stages)], "stages come in their order"
@@ -157,7 +165,7 @@ def test_large_tensors_travel_as_blobs_both_ways(board: Board, remote: Remote, m
     blob = remote.store.put(values)
     spec = replace(run_spec(remote.publish(made), "add"), task=RunTask((Tensor("x", "float32", (count,), blob),)))
     stages: list[Stage] = []
-    result = Job(board, spec, stages.append).run()
+    result = run_job(Job(board, spec, stages.append))
     assert stages[2:] == [Stage.RUN, Stage.TRANSFER], "the time of the upload is not that of the run"
     assert result.outcome.ok, result.outcome
     (y,) = result.outputs
@@ -215,7 +223,7 @@ def test_a_runner_that_the_deadline_left_no_time_to_start(
 
 def test_a_folder_that_cannot_be_made_is_the_devices_fault(board: Board, remote: Remote, made: Artifact) -> None:
     board.scratch.rmdir()
-    outcome = Job(board, run_spec(remote.publish(made), "add"), lambda _: None).run().outcome
+    outcome = run_job(Job(board, run_spec(remote.publish(made), "add"), lambda _: None)).outcome
     assert outcome.kind is OutcomeKind.DEVICE_FAULT and "No such file" in outcome.message
 
 
@@ -281,7 +289,7 @@ def test_cancelling(board: Board, remote: Remote, made: Artifact, function: str)
         entered = threading.Event()
     job = Job(board, run_spec(manifest, function), lambda stage: entered.set() if stage is Stage.RUN else None)
     results: list[JobResult] = []
-    thread = threading.Thread(target=lambda: results.append(job.run()))
+    thread = threading.Thread(target=lambda: results.append(run_job(job)))
     thread.start()
     assert entered.wait(20)
     job.cancel("enough")
@@ -296,7 +304,7 @@ def test_cancelling(board: Board, remote: Remote, made: Artifact, function: str)
 def test_cancelled_before_it_began(board: Board, remote: Remote, made: Artifact) -> None:
     job = Job(board, run_spec(remote.publish(made), "add"), lambda _: None)
     job.cancel("never mind")
-    assert job.run().outcome.kind is OutcomeKind.CANCELLED
+    assert run_job(job).outcome.kind is OutcomeKind.CANCELLED
 
 
 def test_native_code_starts_no_process_and_leaves_no_file(board: Board, remote: Remote, made: Artifact) -> None:
@@ -513,7 +521,7 @@ def test_whoever_waits_for_a_device_to_cool_down_can_be_cancelled(
     job = Job(replace(board, calm_s=600.0), bench_spec(remote.publish(made)), lambda _: None)
     canceller = threading.Thread(target=lambda: waits.wait(20) and job.cancel("enough"))
     canceller.start()
-    result = job.run()
+    result = run_job(job)
     canceller.join()
     assert result.outcome.kind is OutcomeKind.CANCELLED
 
