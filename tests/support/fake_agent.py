@@ -59,6 +59,7 @@ class FakeAgent:
         self.instance_id = instance_id or secrets.token_hex(4)
         self._work = work
         self._inbox: queue.Queue[m.TrackerBody | None] = queue.Queue()
+        self._aside: list[m.TrackerBody] = []
         self._outbox: queue.SimpleQueue[agent_pb2.AgentMessage | None] = queue.SimpleQueue()
         self._channel: Any = None
         self._call: Any = None
@@ -79,7 +80,7 @@ class FakeAgent:
         """Dial and say hello; returns the tracker's answer."""
         self._channel = open_channel(self.address, self.tls)
         self._outbox = queue.SimpleQueue()
-        self._inbox = queue.Queue()
+        self._inbox, self._aside = queue.Queue(), []
         self._number = 0
         stub: Any = cast(Any, agent_pb2_grpc.AgentsStub)(self._channel)
         self._call = stub.Connect(self._requests(self._outbox))
@@ -109,14 +110,22 @@ class FakeAgent:
         self._outbox.put(convert.agent_message_to_pb(body, self._number))
 
     def expect(self, kind: type[B]) -> B:
-        """The next message, which is of this kind."""
-        body = self._inbox.get(timeout=PATIENCE_S)
-        assert isinstance(body, kind), f"expected {kind.__name__}, got {body}"
-        return body
+        """The next message, which is of this kind; only an assignment and the receipt of a result may change places."""
+        for body in self._aside:
+            if isinstance(body, kind):
+                self._aside.remove(body)
+                return body
+        while True:
+            body = self._inbox.get(timeout=PATIENCE_S)
+            if isinstance(body, kind):
+                return body
+            assert {kind, type(body)} == {m.AssignJob, m.ResultAccepted}, f"expected {kind.__name__}, got {body}"
+            assert body is not None
+            self._aside.append(body)
 
     def heard_nothing(self) -> bool:
         """True when no message is waiting."""
-        return self._inbox.empty()
+        return self._inbox.empty() and not self._aside
 
     # ---- Work ----
 
