@@ -379,7 +379,7 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         for job, epoch in list(self.epochs.items()):
             if job not in self.accepted and (job, epoch) not in self.disk:
                 del self.epochs[job]
-                self.produced.pop((job, epoch), None)
+                self.produced = {one: made for one, made in self.produced.items() if one[0] != job}
         self.core = AgentCore(
             m.Hello(Protocol(1), DeviceInfo("board", "aarch64"), "again"),
             jitter=lambda: 0.5,
