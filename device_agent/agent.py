@@ -281,7 +281,6 @@ class Agent:
             self._events.put(lambda now: self._core.progress(lease, stage, now))
 
         job = self._make_job(lease, spec, progress)
-
         before = self._job_thread
 
         def work() -> None:
@@ -289,7 +288,8 @@ class Agent:
                 before.join()  # the job before has cleaned up: two runners would disturb each other
             result = sendable(lease, _run(job, self.device.name))
             self._events.put(lambda _: self._on_finished(lease, result))
-            job.clean_up()
+            if isinstance(job, Job):
+                job.clean_up()  # a session has cleaned up before it is over
 
         what = f"function {spec.function}" if spec.function else "a session"
         log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
