@@ -21,7 +21,7 @@ from kedge.device_agent.probe import probe
 from kedge.device_agent.runner import Runner
 from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.blobs import BlobStore, CorruptBlobError, blob_of
+from kedge.rpc.blobs import BlobError, BlobQuotaError, BlobStore, CorruptBlobError, DiskFullError, blob_of
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
@@ -276,6 +276,30 @@ def test_a_tracker_that_stays_away_is_a_transfer_timeout(board: Board, remote: R
     remote.away = 1 << 30
     outcome = execute(board, run_spec(remote.publish(made), "add", Deadlines(transfer_ms=300))).outcome
     assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
+
+
+@pytest.mark.parametrize("error", [DiskFullError, BlobQuotaError])
+def test_a_tracker_without_room_for_a_result_is_waited_for(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch, error: type[BlobError]
+) -> None:
+    data = struct.pack("<f", 1.5) * ((1 << 18) + 1)
+    x = Tensor("x", "float32", (len(data) // 4,), remote.store.put(data))
+    take, refusals = remote.upload, 1
+
+    def upload(blob: Blob, source: bytes | memoryview) -> None:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise error("no room on the tracker")
+        take(blob, source)
+
+    monkeypatch.setattr(remote, "upload", upload)
+    spec = replace(run_spec(remote.publish(made), "add", Deadlines(transfer_ms=3_000)), task=RunTask((x,)))
+    assert execute(board, spec).outcome.ok
+    refusals = 1 << 30
+    outcome = execute(board, replace(spec, deadlines=Deadlines(transfer_ms=600))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
+    assert "no room on the tracker" in outcome.message
 
 
 @pytest.mark.parametrize("function", ["spin", "add"])
