@@ -39,7 +39,14 @@ from kedge.rpc.blobs import (
     MissingBlobError,
     blob_of,
 )
-from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, InputError, KedgeError
+from kedge.rpc.errors import (
+    ArtifactError,
+    ConnectError,
+    IncompatibleTargetError,
+    InputError,
+    KedgeError,
+    PermissionDeniedError,
+)
 from kedge.rpc.limits import check_spec
 from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
@@ -344,6 +351,7 @@ class Job:
         timer = threading.Timer(self._left_s(), self._board.blobs.interrupt)
         timer.daemon = True
         timer.start()
+        passing: Tuple[Type[KedgeError], ...] = (ConnectError, *also)
         why = ""
         try:
             while True:
@@ -352,7 +360,7 @@ class Job:
                     self._check_deadline(why)
                     transfer()
                     return
-                except (ConnectError, *also) as error:
+                except passing as error:
                     why = error.message
                     self._check_cancelled()
                     self._check_deadline(why)
@@ -380,7 +388,8 @@ class Job:
             return Outcome(OutcomeKind.LOAD_ERROR, self._stage, message=text)
         if isinstance(error, MissingBlobError):
             return Outcome(OutcomeKind.BAD_REQUEST, self._stage, message=text)
-        if not isinstance(error, (CacheFullError, BlobError, OSError)):
+        # The tracker takes nothing of a job that it has given to somebody else meanwhile.
+        if not isinstance(error, (CacheFullError, BlobError, PermissionDeniedError, OSError)):
             log.error("a job failed in a way that has no name", exc_info=error)
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
 

@@ -22,7 +22,7 @@ from kedge.device_agent.runner import Runner
 from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import BlobError, BlobQuotaError, BlobStore, CorruptBlobError, DiskFullError, blob_of
-from kedge.rpc.errors import ConnectError
+from kedge.rpc.errors import ConnectError, PermissionDeniedError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
     MAX_PROFILE_SAMPLES,
@@ -300,6 +300,22 @@ def test_a_tracker_without_room_for_a_result_is_waited_for(
     outcome = execute(board, replace(spec, deadlines=Deadlines(transfer_ms=600))).outcome
     assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
     assert "no room on the tracker" in outcome.message
+
+
+def test_a_result_of_a_job_that_others_have_by_now(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device was cut off for longer than its lease: what it has is not wanted, and that is no bug."""
+    data = struct.pack("<f", 1.5) * ((1 << 18) + 1)
+    x = Tensor("x", "float32", (len(data) // 4,), remote.store.put(data))
+
+    def refuse(_blob: Blob, _source: bytes | memoryview) -> None:
+        raise PermissionDeniedError("a device sends blobs only while it holds a job")
+
+    monkeypatch.setattr(remote, "upload", refuse)
+    outcome = execute(board, replace(run_spec(remote.publish(made), "add"), task=RunTask((x,)))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.DEVICE_FAULT, Stage.TRANSFER)
+    assert "only while it holds a job" in outcome.message and caplog.records == []
 
 
 @pytest.mark.parametrize("function", ["spin", "add"])
