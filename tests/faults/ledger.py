@@ -149,17 +149,21 @@ def _check_log(world: World, jobs: Mapping[str, Job]) -> None:
     assert not twice, f"ended more than once: {twice}"
 
 
+#: gRPC's own words for a message to a peer that has just gone: nobody's failure.
+_NOBODY_THERE = "ExecuteBatchError raised in core"
+_SPEAK_OF_A_BUG = ('"exception"', "in a way that has no name", "worker failed", "thread failed")
+
+
 def complaints(world: World) -> list[str]:
     """Lines of the logs that speak of a bug: exceptions that nobody caught."""
     found = []
     for path in sorted((world.folder / "logs").iterdir()):
         lines = path.read_text(errors="replace").splitlines()
         for number, line in enumerate(lines):
-            if line.startswith("Traceback"):
-                found.append(f"{path.name}: " + "\n".join(lines[max(0, number - 2) : number + 60]))
-            elif '"exception"' in line or "failed in a way that has no name" in line:
-                found.append(f"{path.name}: {line[:2000]}")
-    return found
+            bug = line.startswith("Traceback") or any(words in line for words in _SPEAK_OF_A_BUG)
+            if bug and _NOBODY_THERE not in line:
+                found.append(f"{path.name}: " + "\n".join(lines[max(0, number - 2) : number + 60])[:6_000])
+    return found[:5]
 
 
 def close(world: World) -> None:
