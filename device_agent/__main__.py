@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a file with the join string, removed once the device is enrolled",
     )
     parser.add_argument(
-        "--tracker",
-        metavar="HOST:PORT",
-        help="where the tracker is, if it has moved; several of one fleet: a:9190,b:9190 (default: as it was joined)",
+        "--tracker", metavar="HOST:PORT", help="where the tracker is, if it has moved (default: as it was joined)"
     )
     parser.add_argument(
         "--insecure-loopback",
@@ -68,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="run only artifacts that this public key signed; may be repeated (default: everybody's)",
+    )
+    parser.add_argument(
+        "--runner-user",
+        metavar="NAME",
+        help="whom jobs run as when root starts the agent; 'root' keeps them root (default: kedge-runner where that"
+        " user exists, else a number that is nobody's)",
     )
     parser.add_argument("--runner", metavar="PATH", required=True, type=Path, help="the kedge-runner for this device")
     parser.add_argument(
@@ -119,9 +123,9 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from kedge.rpc.transport import parse_trackers
+    from kedge.rpc.transport import parse_address
 
-    tracker = parse_trackers(options.tracker) if options.tracker else None
+    tracker = parse_address(options.tracker) if options.tracker else None
     name, labels = check_name(options.name), parse_labels(options.label)
     runner = options.runner.absolute()
     if not runner.is_file():
@@ -134,14 +138,13 @@ def _serve(options: argparse.Namespace) -> int:
     data_dir = options.data_dir or _default_data_dir() / name
 
     from kedge.device_agent.agent import Agent, Settings
+    from kedge.device_agent.cage import choose_user
     from kedge.rpc.security.signing import parse_signers
     from kedge.rpc.types import DeviceInfo
 
-    signers = parse_signers(options.require_signer)
+    signers, user = parse_signers(options.require_signer), choose_user(options.runner_user)
     identity = _identify(options, tracker, name, data_dir)
     address = identity.address if identity is not None else tracker
-    if identity is not None and tracker is not None and tracker.others:
-        address = identity.addresses(tracker)
     assert address is not None
 
     def ready(device: DeviceInfo) -> None:
@@ -152,7 +155,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
         sys.stdout.flush()
 
-    settings = Settings(address, name, runner, data_dir, labels, options.threads, identity, signers)
+    settings = Settings(address, name, runner, data_dir, labels, options.threads, identity, signers, user)
     return Agent(settings, on_ready=ready).run()
 
 

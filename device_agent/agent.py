@@ -13,7 +13,6 @@ import os
 import queue
 import random
 import secrets
-import shutil
 import signal
 import struct
 import threading
@@ -25,12 +24,13 @@ from typing import Any, Callable, FrozenSet, Iterator, List, Mapping, Optional, 
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
+from kedge.device_agent.cage import Cage, User, remove_tree
 from kedge.device_agent.health import examine
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
 from kedge.device_agent.results import ResultStore
 from kedge.device_agent.runner import Hello as RunnerHello
-from kedge.device_agent.runner import Runner, RunnerError
+from kedge.device_agent.runner import Limits, Runner, RunnerError, RunnerUnavailable
 from kedge.device_agent.sessions import Session
 from kedge.rpc import messages as m
 from kedge.rpc.accelerator import Accelerator
@@ -43,7 +43,7 @@ from kedge.rpc.protocol import local_protocol
 from kedge.rpc.security import signing
 from kedge.rpc.security.identity import Identity, explained, renew
 from kedge.rpc.transport import MAX_RESULT_BYTES, Address, Tls, open_channel
-from kedge.rpc.types import Blob, DeviceInfo, JobResult, JobSpec, Lease, SessionTask
+from kedge.rpc.types import Blob, Confinement, DeviceInfo, JobResult, JobSpec, Lease, SessionTask
 
 log = logging.getLogger("kedge.agent")
 
@@ -66,7 +66,7 @@ class Settings:
     """How an agent was started. `threads` is what jobs may use; 0 means every core this process may run on.
 
     `tracker` is where agents are served; `identity` is None where that is in plaintext on loopback. With `signers`
-    (public keys) only what one of them signed is run.
+    (public keys) only what one of them signed is run. `user` is whom runners run as; None: as the agent.
     """
 
     tracker: Address
@@ -77,6 +77,7 @@ class Settings:
     threads: int = 0
     identity: Optional[Identity] = None
     signers: FrozenSet[bytes] = frozenset()
+    user: Optional[User] = None
 
 
 class Agent:
@@ -105,9 +106,9 @@ class Agent:
         self._lock_file = _claim(settings.data_dir)
         scratch = settings.data_dir / "jobs"
         _clean(scratch)
-        hello = _greet_runner(settings.runner)
-        accelerators = [gpu for kind in GPU_KINDS for gpu in _find_gpus(settings.runner, kind)]
-        self.device = probe(
+        self._cage, hello, confinement = _confine(settings, scratch)
+        accelerators = [gpu for kind in GPU_KINDS for gpu in _find_gpus(settings.runner, kind, self._cage, scratch)]
+        device = probe(
             settings.name,
             hello.features,
             labels=settings.labels,
@@ -115,6 +116,7 @@ class Agent:
             machine=hello.machine,
             pointer_bits=elf_bits(settings.runner),
         )
+        self.device = replace(device, confinement=confinement)
         self._blobs = BlobLink(settings.tracker, self._tls)
         self._board = Board(
             device=self.device,
@@ -124,6 +126,7 @@ class Agent:
             scratch=scratch,
             blobs=self._blobs,
             signers=settings.signers,
+            cage=self._cage,
         )
         greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
         self._results = ResultStore(settings.data_dir / "results")
@@ -209,7 +212,7 @@ class Agent:
             if not identity.needs_renewal(time.time()):
                 continue
             try:
-                identity = renew(identity, self._settings.tracker)
+                identity = renew(identity)
                 identity.save(self._settings.data_dir)
             except KedgeError as error:
                 log.warning("the certificate of this device cannot be renewed yet: %s", error)
@@ -316,6 +319,7 @@ class Agent:
             self._job_thread.join(_JOB_END_S)
         self._close()
         self._blobs.close()
+        self._cage.close()
         self._lock_file.close()
 
 
@@ -453,15 +457,39 @@ def sendable(lease: Lease, result: JobResult) -> JobResult:
     )
 
 
-def _greet_runner(path: Path) -> RunnerHello:
-    with Runner(path) as runner:
-        return runner.hello
-
-
-def _find_gpus(path: Path, kind: str) -> Tuple[Accelerator, ...]:
-    """The GPUs of a kind; a driver that fails costs the device its GPUs, not its CPU."""
+def _confine(settings: Settings, scratch: Path) -> Tuple[Cage, RunnerHello, Confinement]:
+    """What surrounds runners here, and what one that is in it says and shows."""
+    cage = Cage.build(settings.runner, settings.data_dir, scratch, settings.user)
     try:
-        with Runner(path) as runner:
+        hello, confinement = _greet_runner(settings.runner, cage, scratch)
+    except RunnerUnavailable as error:
+        if cage.groups is None:
+            raise
+        # The one part that a runner may find missing: groups that it cannot be born into, before Linux 5.7.
+        cage.forgo_groups(error.message)
+        hello, confinement = _greet_runner(settings.runner, cage, scratch)
+    log.info("runners are held by: %s", confinement)
+    for missing in confinement.missing:
+        log.warning("runners are not held by %s", missing)
+    if os.geteuid() == 0 and settings.user is None:
+        log.warning("runners run as root: what an artifact may do is bounded by its limits and filters alone")
+    return cage, hello, confinement
+
+
+def _greet_runner(path: Path, cage: Cage, scratch: Path) -> Tuple[RunnerHello, Confinement]:
+    try:
+        with Runner(path, limits=Limits(sandbox=True), cwd=scratch, cage=cage) as runner:
+            return runner.hello, cage.describe(runner.hello.pid)
+    except RunnerUnavailable as error:
+        if cage.user is not None and "--user" in error.message:
+            error.hint = "this container has no such user; --runner-user root leaves runners what the agent is"
+        raise
+
+
+def _find_gpus(path: Path, kind: str, cage: Cage, scratch: Path) -> Tuple[Accelerator, ...]:
+    """The GPUs of a kind that a job would find; a driver that fails costs the device its GPUs, not its CPU."""
+    try:
+        with Runner(path, cwd=scratch, cage=cage) as runner:
             found = runner.devices(kind)
     except RunnerError as error:
         log.warning("this device offers no %s: looking for it failed: %s", kind, error)
@@ -482,6 +510,7 @@ def _claim(data_dir: Path) -> TextIO:
     """Make the folder ours for as long as the returned file is open."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.chmod(0o700)  # its keys, and the artifacts of all users
         file = (data_dir / "lock").open("a")
     except OSError as error:
         raise AgentError(
@@ -501,8 +530,7 @@ def _claim(data_dir: Path) -> TextIO:
 def _clean(scratch: Path) -> None:
     """An empty folder for jobs: what a killed agent left there is nobody's."""
     try:
-        if scratch.exists():
-            shutil.rmtree(str(scratch))
+        remove_tree(scratch)
         scratch.mkdir()
     except OSError as error:
         raise AgentError(f"cannot empty {scratch}: {error.strerror}", hint="remove it by hand") from error

@@ -14,7 +14,6 @@ import logging
 import math
 import mmap
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -22,31 +21,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union
+from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
 
 from kedge.device_agent import runner as native
 from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
+from kedge.device_agent.cage import Cage, remove_tree
 from kedge.device_agent.health import read_health
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
 from kedge.rpc.artifact.place import CPU, Placement, look_at, place
-from kedge.rpc.blobs import (
-    BlobError,
-    BlobQuotaError,
-    BlobStore,
-    CorruptBlobError,
-    DiskFullError,
-    MissingBlobError,
-    blob_of,
-)
-from kedge.rpc.errors import (
-    ArtifactError,
-    ConnectError,
-    IncompatibleTargetError,
-    InputError,
-    KedgeError,
-    PermissionDeniedError,
-)
+from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
+from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, InputError, KedgeError
 from kedge.rpc.limits import check_spec
 from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
@@ -73,8 +58,6 @@ log = logging.getLogger("kedge.agent")
 DEFAULT_DEADLINES_MS: Mapping[Stage, int] = {Stage.TRANSFER: 300_000, Stage.LOAD: 60_000, Stage.RUN: 300_000}
 #: Between two attempts to reach a tracker that went away in the middle of a transfer.
 _AWAY_PAUSE_S = 0.5
-#: A tracker that cannot take a result now may have room for it soon; computing it again would not help.
-_NO_ROOM = (DiskFullError, BlobQuotaError)
 #: Between two looks at a device that is hot.
 _CALM_PAUSE_S = 1.0
 #: A runner that says nothing for so long is broken.
@@ -86,6 +69,8 @@ _FILE_BYTES = 1 << 30
 #: The stages that a runner lives through, and CPU seconds beyond their deadlines, which end it first and say why.
 _RUNNING = (Stage.LOAD, Stage.RUN)
 _SPARE_CPU_S = 10
+#: Beyond those of the kernels: the runner's own, and what libraries may start.
+_SPARE_THREADS = 64
 #: What an artifact's code may take of the device's memory, so that the agent and the system survive it.
 _MEMORY_SHARE = 0.9
 
@@ -117,6 +102,35 @@ class Board:
     calm_s: float = 30.0
     #: Public keys of those whose artifacts may run here; empty: everybody's.
     signers: FrozenSet[bytes] = frozenset()
+    #: What surrounds runners; None: their limits alone.
+    cage: Optional[Cage] = None
+
+    def new_folder(self, prefix: str) -> Path:
+        """A folder for one job, in which its runner may write; raises OSError."""
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=str(self.scratch)))
+        if self.cage is not None:
+            self.cage.furnish(folder)
+        return folder
+
+    def remove_folder(self, folder: Path) -> None:
+        """Remove it with all that is in it, as far as that can be done."""
+        try:
+            if self.cage is not None:
+                self.cage.clear(folder)
+            else:
+                remove_tree(folder)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", folder, error)
+
+    def show(self, path: Path, folder: Path, name: str) -> Path:
+        """Where the runner of the job with that folder finds a file of the cache; raises OSError."""
+        return path if self.cage is None else self.cage.admit(path, folder, name)
+
+    def start_runner(
+        self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S
+    ) -> native.Runner:
+        """A runner for the job with that folder; raises RunnerUnavailable."""
+        return native.Runner(self.runner, threads, limits, cwd=folder, start_deadline_s=patience_s, cage=self.cage)
 
 
 class _Ended(Exception):
@@ -194,8 +208,8 @@ class Job:
     # ---- the stages --------------------------------------------------------------------------------------------
 
     def _execute(self) -> Tuple[Tuple[Tensor, ...], Optional[Measurement]]:
-        scratch = Path(tempfile.mkdtemp(prefix="job-", dir=str(self._board.scratch)))
-        self._afterwards.callback(remove_folder, scratch)
+        scratch = self._board.new_folder("job-")
+        self._afterwards.callback(self._board.remove_folder, scratch)
         hold = self._afterwards.enter_context(self._board.cache.hold())
         with self._in(Stage.TRANSFER):
             what = self._transfer(hold)
@@ -247,18 +261,18 @@ class Job:
         threads = self._threads(what.placement)
         patience_s = min(_START_S, self._left_s())
         try:
-            runner = native.Runner(self._board.runner, threads, limits, cwd=str(scratch), start_deadline_s=patience_s)
+            runner = self._board.start_runner(limits, scratch, threads, patience_s)
         except native.RunnerUnavailable:
             self._check_deadline()  # it was given no more time than the stage had left
             raise
         self._afterwards.callback(runner.close)
-        offer_to_oom_killer(runner.pid)
+        offer_to_oom_killer(runner.hello.pid)
         with self._lock:
             self._runner = runner
         self._check_cancelled()
-        module = runner.open(
-            what.lib, what.weights, what.weights_offset, self._left_s(), device=what.placement.dl_device
-        )
+        lib = self._board.show(what.lib, scratch, "lib.so")
+        weights = None if what.weights is None else self._board.show(what.weights, scratch, "weights")
+        module = runner.open(lib, weights, what.weights_offset, self._left_s(), device=what.placement.dl_device)
         names = [function.name for function in module.functions]
         if names[what.index : what.index + 1] != [what.function.name]:
             raise _Ended(
@@ -308,7 +322,7 @@ class Job:
             runner.close()
             with self._in(Stage.TRANSFER):
                 for blob, view in uploads:
-                    self._patiently(partial(self._board.blobs.upload, blob, view), _NO_ROOM)
+                    self._patiently(partial(self._board.blobs.upload, blob, view))
         return tuple(tensors)
 
     # ---- deadlines and cancelling ------------------------------------------------------------------------------
@@ -333,11 +347,10 @@ class Job:
         """What is left of the stage, in seconds, and always some: the runner itself says when it is too late."""
         return max(self._stage_ends - time.monotonic(), 0.001)
 
-    def _check_deadline(self, why: str = "") -> None:
+    def _check_deadline(self) -> None:
         if time.monotonic() >= self._stage_ends:
             took = self._spec.deadlines.of(self._stage) or DEFAULT_DEADLINES_MS[self._stage]
-            text = f"{self._stage.value} took longer than {took} ms"
-            raise _Ended(OutcomeKind.TIMEOUT, f"{text}: {why}" if why else text)
+            raise _Ended(OutcomeKind.TIMEOUT, f"{self._stage.value} took longer than {took} ms")
 
     def _check_cancelled(self) -> None:
         if self._cancelled is not None:
@@ -346,24 +359,21 @@ class Job:
     def _download(self, blob: Blob, store: BlobStore) -> None:
         self._patiently(partial(self._board.blobs.download, blob, store))
 
-    def _patiently(self, transfer: Callable[[], object], also: Tuple[Type[KedgeError], ...] = ()) -> None:
-        """Transfer, at most until the stage's deadline; what errors of `also` say may pass, as a lost tracker may."""
+    def _patiently(self, transfer: Callable[[], object]) -> None:
+        """Transfer, at most until the stage's deadline; a tracker that went away may come back until then."""
         timer = threading.Timer(self._left_s(), self._board.blobs.interrupt)
         timer.daemon = True
         timer.start()
-        passing: Tuple[Type[KedgeError], ...] = (ConnectError, *also)
-        why = ""
         try:
             while True:
                 try:
                     self._check_cancelled()
-                    self._check_deadline(why)
+                    self._check_deadline()
                     transfer()
                     return
-                except passing as error:
-                    why = error.message
+                except ConnectError:
                     self._check_cancelled()
-                    self._check_deadline(why)
+                    self._check_deadline()
                     time.sleep(min(_AWAY_PAUSE_S, self._left_s()))
         finally:
             timer.cancel()
@@ -388,22 +398,24 @@ class Job:
             return Outcome(OutcomeKind.LOAD_ERROR, self._stage, message=text)
         if isinstance(error, MissingBlobError):
             return Outcome(OutcomeKind.BAD_REQUEST, self._stage, message=text)
-        # The tracker takes nothing of a job that it has given to somebody else meanwhile.
-        if not isinstance(error, (CacheFullError, BlobError, PermissionDeniedError, OSError)):
+        if not isinstance(error, (CacheFullError, BlobError, OSError)):
             log.error("a job failed in a way that has no name", exc_info=error)
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
 
 
 def limits_of(board: Board, kind: str, cpu_s: float) -> native.Limits:
     """What a runner for "cpu" or a GPU's kind may use, with so many seconds of all its threads together."""
+    memory = int(board.device.memory_bytes * _MEMORY_SHARE) or None
     if kind != CPU:
-        # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes.
-        return native.Limits()
+        # A GPU's driver reserves address space for all memory there is, on either side, and opens what it likes: only a
+        # control group can hold it.
+        return native.Limits(memory_bytes=memory if board.cage is not None else None)
     return native.Limits(
-        memory_bytes=int(board.device.memory_bytes * _MEMORY_SHARE) or None,
+        memory_bytes=memory,
         cpu_s=math.ceil(cpu_s) + _SPARE_CPU_S,
         open_files=_OPEN_FILES,
         file_size_bytes=_FILE_BYTES,
+        processes=board.threads + _SPARE_THREADS,
         sandbox=True,
     )
 
@@ -513,14 +525,6 @@ def _native(tensor: Tensor, hold: Hold) -> native.Tensor:
     else:
         data = tensor.data
     return native.Tensor(tensor.dtype, tensor.shape, data)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove it with all that is in it, as far as that can be done."""
-    try:
-        shutil.rmtree(str(folder))
-    except OSError as error:
-        log.warning("cannot remove %s: %s", folder, error)
 
 
 def offer_to_oom_killer(pid: int) -> None:

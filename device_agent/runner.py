@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import select
@@ -24,10 +25,11 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Callable, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
+from kedge.device_agent.cage import Cage, Entry
 from kedge.device_agent.runtime import protocol
 from kedge.device_agent.runtime.protocol import (
     FunctionInfo,
@@ -65,6 +67,8 @@ __all__ = [
     "TimeOptions",
     "TimeResult",
 ]
+
+log = logging.getLogger("kedge.agent")
 
 #: Tensors that add up to more than this travel in shared memory where the runner can map it.
 SHARED_MEMORY_BYTES = 256 << 10
@@ -141,15 +145,17 @@ class RunnerCancelled(RunnerRefused):
 class Limits:
     """What the process may use; None means no limit of its own.
 
-    `memory_bytes` bounds the whole address space: code, mapped weights, thread stacks and arena. Emulators
-    (qemu-user) do not enforce it. `sandbox` refuses new processes, sockets, and whatever reaches other processes, where
-    the kernel has seccomp filters (emulators do not).
+    `memory_bytes` bounds what a cage's control group holds in memory; where there is none, the whole address space:
+    code, mapped weights, thread stacks and arena, which emulators (qemu-user) do not enforce. `processes` counts
+    threads too, and needs a control group or a user of its own. `sandbox` refuses new processes, sockets, and whatever
+    reaches other processes, where the kernel has seccomp filters (emulators do not).
     """
 
     memory_bytes: Optional[int] = None
     cpu_s: Optional[int] = None
     open_files: Optional[int] = None
     file_size_bytes: Optional[int] = None
+    processes: Optional[int] = None
     sandbox: bool = False
 
     def arguments(self) -> List[str]:
@@ -205,6 +211,7 @@ class Runner:
         limits: what the process may use, set before it loads anything.
         cpus: the CPUs it may run on; None means those of this process.
         cwd: its working directory.
+        cage: what surrounds it; None: nothing but its limits.
         start_deadline_s: seconds until it must have said hello.
         grace_s: seconds between a cancel (or an end of file) and SIGKILL.
 
@@ -221,6 +228,7 @@ class Runner:
         cwd: Optional[Union[str, Path]] = None,
         start_deadline_s: float = 30.0,
         grace_s: float = 0.5,
+        cage: Optional[Cage] = None,
     ) -> None:
         self.path = Path(path)
         self.threads = threads
@@ -233,10 +241,13 @@ class Runner:
         self._in_flight = False
         self._request_id = 0
         self._oom_kills = _oom_kills()
-        arguments = [str(self.path), *limits.arguments()]
+        self._cwd = None if cwd is None else Path(cwd).absolute()
+        entry = None if cage is None else self._enter(cage, cpus)
+        own = limits if entry is None else replace(limits, memory_bytes=None)
+        arguments = [str(self.path), *own.arguments(), *(() if entry is None else entry.arguments)]
         if cpus is not None:
             arguments += ["--cpus", ",".join(str(cpu) for cpu in cpus)]
-        self._process = _Process(arguments, self.path, cwd)
+        self._process = _Process(arguments, self.path, self._cwd, entry, _environment(cage, self._cwd))
         self._finalizer = weakref.finalize(self, _Process.kill, self._process)
         self.hello = self._receive_hello(start_deadline_s)
 
@@ -250,9 +261,27 @@ class Runner:
         state = f"pid {self.pid}" if self.alive else "ended"
         return f"<Runner {self.path} {state}>"
 
+    def _enter(self, cage: Cage, cpus: Optional[Sequence[int]]) -> Entry:
+        limits = self.limits
+        try:
+            return cage.enter(
+                sandbox=limits.sandbox, memory_bytes=limits.memory_bytes, processes=limits.processes, cpus=cpus
+            )
+        except OSError as error:
+            where = error.filename or "its control group"
+            raise RunnerUnavailable(f"cannot make {where}: {error.strerror}", stage="start") from error
+
+    def _seen(self, path: Union[str, Path]) -> str:
+        """A path as the runner is told it: relative where it lies in its working directory, as its user may not be let
+        into the folders that lead there."""
+        absolute = Path(path).absolute()
+        if self._cwd is not None and self._cwd in absolute.parents:
+            return f"./{absolute.relative_to(self._cwd)}"
+        return str(absolute)
+
     @property
     def pid(self) -> int:
-        """Its process id, which is also its process group and session."""
+        """The id of its process group and session: its own, or that of the process that brought it into its group."""
         return self._process.pid
 
     @property
@@ -279,10 +308,9 @@ class Runner:
             RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when too many are open.
             RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: loading did that.
         """
-        path = "" if weights is None else str(Path(weights).absolute())
-        head = protocol.pack_open(
-            str(Path(lib).absolute()), path, weights_offset, self.threads if threads is None else threads, device
-        )
+        path = "" if weights is None else self._seen(weights)
+        wanted = self.threads if threads is None else threads
+        head = protocol.pack_open(self._seen(lib), path, weights_offset, wanted, device)
         payload, _ = self._request(protocol.OPEN, head, None, deadline_s, "load")
         return self._decode("load", lambda: protocol.unpack_open_result(payload))
 
@@ -572,7 +600,8 @@ class Runner:
         if number == signal.SIGXCPU:
             seconds = self.limits.cpu_s
             return RunnerTimeout(f"{stage} used up its {seconds} CPU seconds", stage=stage, alive=False)
-        if number == signal.SIGKILL and _oom_kills() > self._oom_kills:
+        grouped = self._process.out_of_memory
+        if number == signal.SIGKILL and (_oom_kills() > self._oom_kills if grouped is None else grouped):
             return RunnerOutOfMemory(f"the kernel ended the runner during {stage}: out of memory", stage=stage)
         return self._crashed(stage, f"the runner ended during {stage} ({_describe(ending)})", ending)
 
@@ -615,12 +644,23 @@ class _Process:
     It belongs to the process that made it: in the child of a fork it counts as ended, and nothing touches it.
     """
 
-    def __init__(self, arguments: Sequence[str], path: Path, cwd: Optional[Union[str, Path]]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        path: Path,
+        cwd: Optional[Path],
+        entry: Optional[Entry],
+        environment: Optional[Mapping[str, str]],
+    ) -> None:
         self._tail = b""
+        #: Whether its control group had no memory left, known once it ended; None where it has no group.
+        self.out_of_memory: Optional[bool] = None
+        self._group = None if entry is None else entry.group
         self._reap_lock = threading.Lock()
         self._returncode: Optional[int] = None
         self._owner = os.getpid()
         with contextlib.ExitStack() as opened:  # closes all of them again where one fails
+            opened.callback(self._leave_group)
             try:
                 self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
                 opened.callback(os.close, self._wake_read)
@@ -628,7 +668,8 @@ class _Process:
                 self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                 opened.callback(self._socket.close)
                 with theirs:
-                    self._popen = _spawn([*arguments, "--fd", str(theirs.fileno())], theirs.fileno(), cwd)
+                    fds = (theirs.fileno(), *(() if entry is None else entry.fds))
+                    self._popen = _spawn([*arguments, "--fd", str(theirs.fileno())], fds, cwd, environment)
             except OSError as error:
                 built = error.errno in (errno.ENOENT, errno.ENOEXEC, errno.EACCES)
                 raise RunnerUnavailable(
@@ -796,8 +837,20 @@ class _Process:
                 self._socket.close()
                 os.close(self._wake_read)
                 os.close(self._wake_write)
+                self._leave_group()
                 self._returncode = returncode
             return self._returncode
+
+    def _leave_group(self) -> None:
+        """See whether memory ran out in the control group, end what is left in it, and remove it."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        try:
+            self.out_of_memory = group.out_of_memory()
+            group.remove()
+        except OSError as error:
+            log.warning("%s cannot be cleared away before the next start: %s", group.path, error)
 
     def _pending_stderr(self) -> bool:
         # Not until its end: a process that escaped the group could hold it open for ever.
@@ -812,7 +865,9 @@ _spawner_lock = threading.Lock()
 _spawner: Optional[Tuple[int, ThreadPoolExecutor]] = None
 
 
-def _spawn(command: List[str], fd: int, cwd: Optional[Union[str, Path]]) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: List[str], fds: Sequence[int], cwd: Optional[Path], environment: Optional[Mapping[str, str]]
+) -> subprocess.Popen[bytes]:
     """Start a runner from a thread that lives as long as this process.
 
     The runner asks the kernel to kill it when its parent dies, and to the kernel the parent is the *thread* that
@@ -834,8 +889,9 @@ def _spawn(command: List[str], fd: int, cwd: Optional[Union[str, Path]]) -> subp
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                cwd=cwd,
-                pass_fds=(fd,),
+                cwd=None if cwd is None else str(cwd),
+                env=environment,
+                pass_fds=tuple(fds),
                 start_new_session=True,
             )
         except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
@@ -849,6 +905,15 @@ def _spawn(command: List[str], fd: int, cwd: Optional[Union[str, Path]]) -> subp
     except BaseException:  # an interrupt, perhaps: what is being started would belong to nobody
         process.add_done_callback(_discard)
         raise
+
+
+def _environment(cage: Optional[Cage], cwd: Optional[Path]) -> Optional[Mapping[str, str]]:
+    """The environment of a runner in a cage: what it keeps for a while goes into its working directory."""
+    if cage is None or cwd is None:
+        return None
+    if cage.user is None:
+        return {**os.environ, "TMPDIR": str(cwd)}
+    return {**os.environ, "TMPDIR": ".", "HOME": "."}
 
 
 def _discard(process: Future[subprocess.Popen[bytes]]) -> None:

@@ -27,7 +27,6 @@ from kedge.device_agent.jobs import (
     measurement_of,
     members_of,
     offer_to_oom_killer,
-    remove_folder,
     runner_outcome,
 )
 from kedge.device_agent.session_files import SessionFiles
@@ -149,7 +148,7 @@ class Session:
     # ---- streams -----------------------------------------------------------------------------------------------
 
     def _serve(self) -> Outcome:
-        scratch = Path(tempfile.mkdtemp(prefix="session-", dir=str(self._board.scratch)))
+        scratch = self._board.new_folder("session-")
         staging = Path(tempfile.mkdtemp(prefix="staging-", dir=str(self._board.scratch)))
         try:
             with ExitStack() as stack:
@@ -159,8 +158,8 @@ class Session:
                 stack.callback(self._close_runners)
                 return self._converse(channel, hold, scratch, SessionFiles(scratch, staging))
         finally:
-            remove_folder(scratch)
-            remove_folder(staging)
+            self._board.remove_folder(scratch)
+            self._board.remove_folder(staging)
 
     def _converse(self, channel: Any, hold: Hold, scratch: Path, files: SessionFiles) -> Outcome:
         from kedge.protos.v1 import sessions_pb2_grpc
@@ -244,8 +243,8 @@ class Session:
 
     def _answer(self, request: pb.SessionRequest, hold: Hold, scratch: Path, files: SessionFiles) -> None:
         which = request.WhichOneof("body")
+        self._free(request.freed)
         try:
-            self._free(request.freed)
             if which == "put_file":
                 self._put_file(request, files)
             elif which == "fetch_file":
@@ -324,9 +323,11 @@ class Session:
         threads = placement.threads(wanted.num_threads, self._board.threads)
         cage = self._cage(CPU if placement.kind == CPU else _GPU, scratch)
         deadline_s = _seconds(wanted.load_ms, Stage.LOAD)
+        number = self._last_artifact + 1
+        shown = [self._board.show(path, scratch, f"{number}-{index}") for index, path in enumerate(paths)]
         info = cage.runner.open(
-            paths[0],
-            paths[1] if len(paths) > 1 else None,
+            shown[0],
+            shown[1] if len(shown) > 1 else None,
             placement.variant.weights_offset,
             deadline_s,
             device=placement.dl_device,
@@ -338,7 +339,7 @@ class Session:
             cage.runner.close_module(info.module)
             text = f"the manifest promises the functions {promised}; lib.so has {names}"
             raise _Failed(OutcomeKind.LOAD_ERROR, text, Stage.LOAD)
-        self._last_artifact += 1
+        self._last_artifact = number
         self._artifacts[self._last_artifact] = _Loaded(cage, info.module, manifest, placement, threads)
         loaded = pb.ArtifactLoaded(artifact=self._last_artifact, device=placement.device)
         self._reply(pb.SessionReply(id=request.id, loaded=loaded))
@@ -383,11 +384,11 @@ class Session:
             cores = self._board.threads
             seconds = self._spec.deadlines.of(Stage.RUN) / 1000 * cores
             limits = limits_of(self._board, kind, seconds)
-            cage = _Cage(native.Runner(self._board.runner, cores, limits, cwd=str(scratch)))
+            cage = _Cage(self._board.start_runner(limits, scratch, cores))
             with self._lock:
                 self._cages[kind] = cage
                 over = self._cancelled is not None
-            offer_to_oom_killer(cage.runner.pid)
+            offer_to_oom_killer(cage.runner.hello.pid)
             if over:
                 cage.runner.kill()
         return cage

@@ -66,9 +66,9 @@ def joining(tracker: str, device: str) -> Joining:
     """
     from kedge.rpc.client.access import Access
     from kedge.rpc.security import credentials
-    from kedge.rpc.transport import parse_trackers
+    from kedge.rpc.transport import parse_address
 
-    address = parse_trackers(tracker)
+    address = parse_address(tracker)
     tls = credentials.find(address).tls
     if tls is None:
         return Joining()

@@ -85,8 +85,6 @@ def tracker_status_to_pb(status: t.TrackerStatus) -> fleet_pb2.StatusResponse:
         store_problem=status.store_problem,
         disk_free_bytes=status.disk_free_bytes,
         agents=agents,
-        epoch=status.epoch,
-        trackers=[fleet_pb2.TrackerMember(**dataclasses.asdict(member)) for member in status.trackers],
     )
 
 
@@ -101,19 +99,6 @@ def tracker_status_from_pb(pb: fleet_pb2.StatusResponse) -> t.TrackerStatus:
         store_problem=pb.store_problem,
         disk_free_bytes=pb.disk_free_bytes,
         agents={agent.device: protocol_from_pb(agent.protocol) for agent in pb.agents},
-        epoch=pb.epoch,
-        trackers=tuple(
-            t.TrackerMember(
-                name=member.name,
-                address=member.address,
-                software=member.software,
-                leads=member.leads,
-                started_unix_ms=member.started_unix_ms,
-                seen_unix_ms=member.seen_unix_ms,
-                gone=member.gone,
-            )
-            for member in pb.trackers
-        ),
     )
 
 
@@ -171,6 +156,23 @@ def _accelerator_from_pb(pb: types_pb2.Accelerator) -> t.Accelerator:
     return t.Accelerator(features=tuple(pb.features), **{name: getattr(pb, name) for name in _ACCELERATOR_FIELDS})
 
 
+def _confinement_to_pb(item: t.Confinement) -> types_pb2.Confinement:
+    return types_pb2.Confinement(
+        memory=item.memory,
+        user=item.user,
+        network=item.network,
+        files=item.files,
+        calls=item.calls,
+        measuring_cpus=item.measuring_cpus,
+        missing=item.missing,
+    )
+
+
+def _confinement_from_pb(pb: types_pb2.Confinement) -> t.Confinement:
+    cpus = tuple(pb.measuring_cpus)
+    return t.Confinement(pb.memory, pb.user, pb.network, pb.files, pb.calls, cpus, tuple(pb.missing))
+
+
 def device_info_to_pb(info: t.DeviceInfo) -> types_pb2.DeviceInfo:
     """DeviceInfo, out."""
     return types_pb2.DeviceInfo(
@@ -186,6 +188,7 @@ def device_info_to_pb(info: t.DeviceInfo) -> types_pb2.DeviceInfo:
         abi_version=info.abi_version,
         os_release=info.os_release,
         accelerators=[_accelerator_to_pb(gpu) for gpu in info.accelerators],
+        confinement=None if info.confinement is None else _confinement_to_pb(info.confinement),
     )
 
 
@@ -204,6 +207,7 @@ def device_info_from_pb(pb: types_pb2.DeviceInfo) -> t.DeviceInfo:
         abi_version=pb.abi_version,
         os_release=pb.os_release,
         accelerators=tuple(_accelerator_from_pb(gpu) for gpu in pb.accelerators),
+        confinement=_confinement_from_pb(pb.confinement) if pb.HasField("confinement") else None,
     )
 
 
@@ -369,6 +373,7 @@ def measurement_to_pb(measurement: t.Measurement) -> types_pb2.Measurement:
         verdict=_VERDICT.to_pb(measurement.verdict),
         reasons=measurement.reasons,
         profile=None if measurement.profile is None else _profile_to_pb(measurement.profile),
+        pinning=None if measurement.pinning is None else _pinning_to_pb(measurement.pinning),
     )
 
 
@@ -384,7 +389,19 @@ def measurement_from_pb(pb: types_pb2.Measurement) -> t.Measurement:
         verdict=_VERDICT.from_pb(pb.verdict),
         reasons=tuple(pb.reasons),
         profile=_profile_from_pb(pb.profile) if pb.HasField("profile") else None,
+        pinning=_pinning_from_pb(pb.pinning) if pb.HasField("pinning") else None,
     )
+
+
+def _pinning_to_pb(item: t.Pinning) -> types_pb2.Pinning:
+    return types_pb2.Pinning(
+        cpus=item.cpus, reserved=item.reserved, enforced=item.enforced, others_share=item.others_share
+    )
+
+
+def _pinning_from_pb(pb: types_pb2.Pinning) -> t.Pinning:
+    share = pb.others_share if pb.HasField("others_share") else None
+    return t.Pinning(tuple(pb.cpus), pb.reserved, pb.enforced, share)
 
 
 def _profile_to_pb(profile: t.StepSamples) -> types_pb2.Profile:

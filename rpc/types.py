@@ -17,6 +17,7 @@ __all__ = [
     "Accelerator",
     "BenchTask",
     "Blob",
+    "Confinement",
     "Deadlines",
     "DeviceFault",
     "DeviceInfo",
@@ -29,6 +30,7 @@ __all__ = [
     "JobState",
     "Lease",
     "Measurement",
+    "Pinning",
     "Protocol",
     "Reservation",
     "RunTask",
@@ -39,7 +41,6 @@ __all__ = [
     "Task",
     "Tensor",
     "TimeOptions",
-    "TrackerMember",
     "TrackerStatus",
     "Verdict",
     "plan_inline",
@@ -163,6 +164,35 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Confinement:
+    """What holds the native code of a job on a device.
+
+    Attributes:
+        memory: "cgroup", or "address space" where there is no control group.
+        user: whom it runs as, "" where that is the agent's own user.
+        network: it has a network of its own, with nothing in it.
+        files: it may write in its job's folder only, and read what belongs to the system.
+        calls: a filter refuses system calls that reach further.
+        measuring_cpus: the cores that are kept for timings.
+        missing: in words, what does not hold, why, and what would help.
+    """
+
+    memory: str = ""
+    user: str = ""
+    network: bool = False
+    files: bool = False
+    calls: bool = False
+    measuring_cpus: Tuple[int, ...] = ()
+    missing: Tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        words = [f"memory by {self.memory}"] if self.memory else []
+        words += [f"user {self.user}"] if self.user else []
+        words += [name for name in ("network", "files", "calls") if getattr(self, name)]
+        return ", ".join(words) or "none"
+
+
+@dataclass(frozen=True)
 class DeviceInfo:
     """What an agent reports about its machine. `arch` is what `uname -m` prints, features have LLVM's names."""
 
@@ -178,6 +208,7 @@ class DeviceInfo:
     abi_version: int = 0
     os_release: str = ""
     accelerators: Tuple[Accelerator, ...] = ()
+    confinement: Optional[Confinement] = None
 
     @property
     def targets(self) -> Tuple[str, ...]:
@@ -242,28 +273,11 @@ class DeviceStatus:
 
 
 @dataclass(frozen=True)
-class TrackerMember:
-    """One of several trackers on a database: `address` serves clients, times are those of the database's clock.
-
-    `gone` says that it has not been seen for a while.
-    """
-
-    name: str
-    address: str
-    software: str
-    leads: bool
-    started_unix_ms: int
-    seen_unix_ms: int
-    gone: bool = False
-
-
-@dataclass(frozen=True)
 class TrackerStatus:
     """How a tracker is, and as whom it knows the one who asks.
 
     `expires_unix_s` is the end of the token (0: never), `store_problem` says why nothing can be stored now. `agents`
-    tells what each connected device speaks. `trackers` are those that share a database, in the `epoch` of the one that
-    leads; a tracker without others has none, and epoch 0.
+    tells what each connected device speaks.
     """
 
     protocol: Protocol
@@ -274,8 +288,6 @@ class TrackerStatus:
     store_problem: str = ""
     disk_free_bytes: int = 0
     agents: Mapping[str, Protocol] = field(default_factory=dict)
-    epoch: int = 0
-    trackers: Tuple[TrackerMember, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -325,6 +337,20 @@ class StepSamples:
 
 
 @dataclass(frozen=True)
+class Pinning:
+    """The cores that a measurement ran on.
+
+    `reserved`: the agent keeps them for timings; `enforced`: by a control group, else by affinity. `others_share` is
+    the share of their time, from 0 to 1, that others used during the samples; None where the kernel does not say.
+    """
+
+    cpus: Tuple[int, ...]
+    reserved: bool = False
+    enforced: bool = False
+    others_share: Optional[float] = None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A timing with the protocol it used: samples are nanoseconds of one call, averaged over `options.number` calls."""
 
@@ -337,6 +363,7 @@ class Measurement:
     verdict: Optional[Verdict] = None
     reasons: Tuple[str, ...] = ()
     profile: Optional[StepSamples] = None
+    pinning: Optional[Pinning] = None
 
 
 @dataclass(frozen=True)

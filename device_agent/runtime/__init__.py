@@ -13,6 +13,6 @@ LIBRARY_SOURCES = (
     "addresses.c", "clock.c", "context.c", "cpu.c", "device.c", "device_cpu.c", "device_cuda.c", "device_opencl.c",
     "error.c", "expr.c", "module.c", "placement.c", "pool.c", "roof.c", "staging.c", "sync.c", "tensor.c", "time.c",
 )  # fmt: skip
-RUNNER_SOURCES = ("frame.c", "runner.c", "runner_requests.c", "runner_tensors.c", "sandbox.c")
+RUNNER_SOURCES = ("cage.c", "frame.c", "runner.c", "runner_requests.c", "runner_tensors.c", "sandbox.c")
 #: kedge.h is the public one; a change of any of them changes the products.
 HEADERS = ("device.h", "internal.h", "kedge.h", "runner.h")

@@ -28,14 +28,17 @@ enum { READER_STACK = 256 << 10 };
 
 static const char usage[] =
     "usage: kedge-runner (--fd N | --stdio) [--cpus A,B,...] [--limit-memory BYTES] [--limit-cpu-s SECONDS]\n"
-    "                    [--limit-files COUNT] [--limit-file-size BYTES] [--sandbox]\n"
+    "                    [--limit-files COUNT] [--limit-file-size BYTES] [--limit-processes COUNT] [--sandbox]\n"
+    "                    [--group FD] [--user UID:GID[:GID...]] [--user-space FD] [--network FD] [--ruleset FD]\n"
+    "       kedge-runner --build-cage FD [--readable PATH]... [--writable PATH]...\n"
     "Runs compiled kedge models for the process at the other end of a Unix socket or of its standard streams.\n";
 
 typedef struct {
   int fd; /* -1: the standard streams */
   const char *cpus;
-  int64_t memory, cpu_s, files, file_size; /* -1: no limit */
+  int64_t memory, cpu_s, files, file_size, processes; /* -1: no limit */
   bool sandbox;
+  cage cage;
 } arguments;
 
 static channel stream = {.in = -1, .out = -1, .is_socket = false};
@@ -58,8 +61,33 @@ static int64_t number(const char *option, const char *text) {
   return value;
 }
 
+static int descriptor(const char *option, const char *text) {
+  int64_t fd = number(option, text);
+  if (fd > INT_MAX) refuse(KEDGE_E_ARGUMENT, option, "needs a descriptor");
+  return (int)fd;
+}
+
+/* An option that names what surrounds this process; false: it is another one. */
+static bool parse_cage(cage *c, const char *option, const char *value) {
+  if (strcmp(option, "--group") == 0) {
+    c->group = descriptor(option, value);
+  } else if (strcmp(option, "--user-space") == 0) {
+    c->user_space = descriptor(option, value);
+  } else if (strcmp(option, "--network") == 0) {
+    c->network = descriptor(option, value);
+  } else if (strcmp(option, "--ruleset") == 0) {
+    c->ruleset = descriptor(option, value);
+  } else if (strcmp(option, "--user") == 0 && value != NULL) {
+    c->user = value;
+  } else {
+    return false;
+  }
+  return true;
+}
+
 static arguments parse(int argc, char **argv) {
-  arguments a = {.fd = -2, .memory = -1, .cpu_s = -1, .files = -1, .file_size = -1};
+  arguments a = {.fd = -2, .memory = -1, .cpu_s = -1, .files = -1, .file_size = -1, .processes = -1};
+  a.cage = (cage){.group = -1, .user_space = -1, .network = -1, .ruleset = -1};
   for (int i = 1; i < argc; i++) {
     const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
     if (strcmp(option, "--help") == 0) {
@@ -87,7 +115,9 @@ static arguments parse(int argc, char **argv) {
       a.files = number(option, value);
     } else if (strcmp(option, "--limit-file-size") == 0) {
       a.file_size = number(option, value);
-    } else {
+    } else if (strcmp(option, "--limit-processes") == 0) {
+      a.processes = number(option, value);
+    } else if (!parse_cage(&a.cage, option, value)) {
       refuse(KEDGE_E_ARGUMENT, option, "unknown option; try --help");
     }
     i++;
@@ -145,10 +175,15 @@ static void offer_to_oom_killer(void) {
   close(file);
 }
 
+static void check(const char *failed) {
+  if (failed != NULL) refuse(KEDGE_E_ARGUMENT, failed, strerror(errno));
+}
+
 static void confine(const arguments *a) {
+  pid_t parent = getppid();
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   offer_to_oom_killer();
-  prctl(PR_SET_DUMPABLE, 0); /* no core files, no crash handlers: a crash is an outcome here */
+  check(kedge_enter_namespaces(&a->cage));
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) refuse(KEDGE_E_ARGUMENT, "no_new_privs", strerror(errno));
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);
@@ -159,7 +194,13 @@ static void confine(const arguments *a) {
   limit(RLIMIT_CPU, "--limit-cpu-s", a->cpu_s, a->cpu_s < INT64_MAX ? a->cpu_s + 1 : a->cpu_s);
   limit(RLIMIT_NOFILE, "--limit-files", a->files, a->files);
   limit(RLIMIT_FSIZE, "--limit-file-size", a->file_size, a->file_size);
+  limit(RLIMIT_NPROC, "--limit-processes", a->processes, a->processes);
   if (a->cpus != NULL) choose_cpus(a->cpus);
+  check(kedge_become_nobody(&a->cage));
+  prctl(PR_SET_PDEATHSIG, SIGKILL); /* a change of user forgets it */
+  if (getppid() != parent) _exit(EXIT_SETUP);
+  prctl(PR_SET_DUMPABLE, 0); /* no core files, no crash handlers: a crash is an outcome here */
+  check(kedge_confine_files(&a->cage));
   /* EINVAL: the kernel, or the emulator in its place, has no filters. */
   if (a->sandbox && !kedge_confine_calls() && errno != EINVAL && errno != ENOSYS) {
     refuse(KEDGE_E_ARGUMENT, "--sandbox", strerror(errno));
@@ -278,7 +319,11 @@ static _Noreturn void serve(void) {
 }
 
 int main(int argc, char **argv) {
+  if (argc > 2 && strcmp(argv[1], "--build-cage") == 0) {
+    return kedge_build_cage(descriptor(argv[1], argv[2]), argc - 3, argv + 3);
+  }
   arguments a = parse(argc, argv);
+  if (!kedge_enter_group(&a.cage, a.fd)) refuse(KEDGE_E_ARGUMENT, "--group", strerror(errno));
   open_stream(a.fd);
   confine(&a);
   held.done = leave_desk;

@@ -140,4 +140,24 @@ bool shared_memory_works(void);
  * filters (EINVAL, ENOSYS), or this process may not set one. */
 bool kedge_confine_calls(void);
 
+/* ---- cage.c --------------------------------------------------------------------------------------------------- */
+
+typedef struct { /* descriptors, or -1 where there is none; `user` may be NULL */
+  int group, user_space, network, ruleset;
+  const char *user; /* "user:group[:more groups]" in numbers */
+} cage;
+
+/* Goes on as a child that is in the control group; the parent closes `fd`, if not -1, and ends as the child ends. */
+bool kedge_enter_group(const cage *c, int fd);
+
+/* In this order, each before the other threads: the option that failed (and errno), or NULL. The first needs the
+ * rights that the second gives away; the last needs no_new_privs. */
+const char *kedge_enter_namespaces(const cage *c);
+const char *kedge_become_nobody(const cage *c);
+const char *kedge_confine_files(const cage *c);
+
+/* Makes what can be entered, from `--readable PATH` and `--writable PATH`, and sends the descriptors over the socket
+ * `to`, with a line for each: r (ruleset), u (user namespace), n (network), or ! and why there is none. */
+int kedge_build_cage(int to, int argc, char **argv);
+
 #endif

@@ -42,7 +42,8 @@ static const uint32_t refused[] = {
     __NR_chroot,      __NR_bpf,         __NR_perf_event_open, __NR_userfaultfd,   __NR_keyctl,
     __NR_add_key,     __NR_request_key, __NR_init_module,   __NR_finit_module,    __NR_delete_module,
     __NR_reboot,      __NR_swapon,      __NR_swapoff,       __NR_kexec_load,      __NR_personality,
-    __NR_prlimit64,   NR_PIDFD_OPEN,
+    __NR_prlimit64,   NR_PIDFD_OPEN,    __NR_shmget,        __NR_semget,          __NR_msgget,
+    __NR_mq_open, /* these four outlive their process */
 #ifdef __NR_setrlimit
     __NR_setrlimit,
 #endif

@@ -86,32 +86,6 @@ def tracker_start(
         str | None,
         typer.Option("--metrics", metavar="HOST:PORT", help="Metrics for Prometheus there.", show_default="none"),
     ] = None,
-    database: Annotated[
-        str | None,
-        typer.Option(
-            "--database",
-            metavar="URL",
-            envvar="KEDGE_DATABASE",
-            help="A PostgreSQL database, which several trackers may share.",
-            show_default="a file in the data folder",
-        ),
-    ] = None,
-    join: Annotated[
-        str | None,
-        typer.Option("--join", metavar="STRING", help="With --database: join its trackers, once."),
-    ] = None,
-    peers_port: Annotated[
-        int | None,
-        typer.Option(
-            "--peers-port", min=0, max=65535, help="With --database: the port for other trackers.", show_default="any"
-        ),
-    ] = None,
-    advertise: Annotated[
-        str | None,
-        typer.Option(
-            "--advertise", metavar="HOST", help="With --database: how other trackers reach this.", show_default="--host"
-        ),
-    ] = None,
     log_format: LogFormatOption = "text",
 ) -> None:
     """Start the tracker in the foreground; Ctrl-C stops it, and jobs and results survive.
@@ -126,30 +100,17 @@ def tracker_start(
       kedge tracker start --port 0 --data-dir /srv/kedge
 
       kedge tracker start --keep-jobs 20000 --keep-days 7 --blob-quota 50GiB --metrics 127.0.0.1:9192
-
-      kedge tracker start --host 0.0.0.0 --database postgresql://kedge@db.lab/kedge --join 'kedge1.…'
     """
-    from kedge.rpc.security.join import parse_join
     from kedge.rpc.tracker.main import run
     from kedge.rpc.tracker.retention import Retention
     from kedge.rpc.transport import parse_address
 
-    if database is None and (join is not None or peers_port is not None or advertise is not None):
-        raise UsageError(
-            "--join, --peers-port and --advertise are for one of several trackers", hint="name their --database"
-        )
-    if insecure_loopback and join is not None:
-        raise UsageError("--insecure-loopback: there is nothing to join", hint="leave --join out")
     options: dict[str, Any] = {
         "agents_port": agents_port,
         "insecure_loopback": insecure_loopback,
         "metrics": parse_address(metrics) if metrics else None,
         "blob_quota": None if blob_quota is None else parse_bytes(blob_quota),
         "keep": Retention(keep_jobs, keep_days),
-        "database": database,
-        "join": None if join is None else parse_join(join),
-        "peers_port": peers_port,
-        "advertise": advertise,
     }
     folder = data_dir or state_dir() / "tracker"
     raise typer.Exit(run(host, port, folder, log_format=check_log_format(log_format), **options))
@@ -176,6 +137,15 @@ def agent_start(
         list[str] | None,
         typer.Option("--require-signer", metavar="KEY", help="Run only what this key signed; repeatable."),
     ] = None,
+    runner_user: Annotated[
+        str | None,
+        typer.Option(
+            "--runner-user",
+            metavar="NAME",
+            help="Whom jobs run as when root starts the agent; 'root' keeps them root.",
+            show_default="kedge-runner, or a number that is nobody's",
+        ),
+    ] = None,
     log_format: LogFormatOption = "text",
 ) -> None:
     """Offer this machine to a tracker, in the foreground; Ctrl-C stops the agent.
@@ -190,12 +160,12 @@ def agent_start(
     """
     from kedge.deployment import parse_labels
     from kedge.rpc.security.join import parse_join
-    from kedge.rpc.transport import parse_trackers
+    from kedge.rpc.transport import parse_address
 
     check_log_format(log_format)
     parse_labels(label or [])
     if tracker:
-        parse_trackers(tracker)
+        parse_address(tracker)
     if join is not None:
         parse_join(join)
     device = check_name(name or platform.node())
@@ -206,6 +176,7 @@ def agent_start(
     arguments = ["--runner", str(runner), "--threads", str(threads), "--log-format", log_format, *how.arguments]
     arguments += ["--tracker", tracker] if tracker else []
     arguments += ["--data-dir", str(data_dir)] if data_dir else []
+    arguments += ["--runner-user", runner_user] if runner_user else []
     arguments += ["--name", device]
     for option, values in (("--label", label), ("--require-signer", require_signer)):
         for item in values or ():
@@ -221,11 +192,11 @@ def _how_to_join(tracker: str | None, join: str | None, device: str, data_dir: P
     from kedge.deployment import Joining, joining
     from kedge.rpc.errors import AuthenticationError, ConnectError
     from kedge.rpc.security import credentials, identity
-    from kedge.rpc.transport import parse_trackers
+    from kedge.rpc.transport import parse_address
 
     if join is not None:
         return Joining(join)
-    address = parse_trackers(tracker) if tracker is not None else None
+    address = parse_address(tracker) if tracker is not None else None
     known = identity.load(data_dir, device, address)
     if tracker is None or address is None:
         if known is None:
@@ -254,6 +225,9 @@ def devices(
         bool, typer.Option("--local", help="Instead: what kernels can run on here, with the names that --on takes.")
     ] = False,
     tracker: output.TrackerOption = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also what holds the code of jobs on each, and what does not.")
+    ] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
     """List the devices of a tracker, or with --local the CPU and the GPUs of this machine.
@@ -265,6 +239,8 @@ def devices(
       kedge devices --tracker 127.0.0.1:9190
 
       kedge devices 'arch=aarch64,mem_mb>=2048' --json
+
+      kedge devices -v
 
       kedge devices --local
     """
@@ -296,11 +272,24 @@ def devices(
                 output.device_detail(device),
             )
         output.show(table)
+        for device in found if verbose else ():
+            output.stdout().print("\n".join(_more(device)), soft_wrap=True)
     if not found:
         asked = f"no device matches {selector!r}" if selector else "no device is connected"
         hint = "'kedge tracker token create --role enrol' lets a device join; --gone lists those that left"
         output.stderr().print(f"{asked}\nhint: {hint}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _more(device: Any) -> list[str]:
+    """What `--verbose` says of a device beyond its row."""
+    held = device.info.confinement
+    if held is None:
+        return [f"{device.info.name}: its agent is older and does not say what holds the code of jobs"]
+    lines = [f"{device.info.name}: jobs are held by {held}"]
+    if held.measuring_cpus:
+        lines.append(f"  cores kept for timings: {', '.join(str(cpu) for cpu in held.measuring_cpus)}")
+    return lines + [f"  not by {missing}" for missing in held.missing]
 
 
 def _show_here(as_json: bool) -> None:

@@ -146,7 +146,7 @@ class Accelerator(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., driver: _Optional[str] = ..., arch: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., max_threads: _Optional[int] = ..., compute_units: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceInfo(_message.Message):
-    __slots__ = ("name", "labels", "arch", "cpu_features", "cpu_name", "num_cores", "memory_bytes", "target", "emulated", "abi_version", "os_release", "accelerators")
+    __slots__ = ("name", "labels", "arch", "cpu_features", "cpu_name", "num_cores", "memory_bytes", "target", "emulated", "abi_version", "os_release", "accelerators", "confinement")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,7 @@ class DeviceInfo(_message.Message):
     ABI_VERSION_FIELD_NUMBER: _ClassVar[int]
     OS_RELEASE_FIELD_NUMBER: _ClassVar[int]
     ACCELERATORS_FIELD_NUMBER: _ClassVar[int]
+    CONFINEMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     labels: _containers.ScalarMap[str, str]
     arch: str
@@ -178,7 +179,26 @@ class DeviceInfo(_message.Message):
     abi_version: int
     os_release: str
     accelerators: _containers.RepeatedCompositeFieldContainer[Accelerator]
-    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., arch: _Optional[str] = ..., cpu_features: _Optional[_Iterable[str]] = ..., cpu_name: _Optional[str] = ..., num_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., target: _Optional[str] = ..., emulated: bool = ..., abi_version: _Optional[int] = ..., os_release: _Optional[str] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ...) -> None: ...
+    confinement: Confinement
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., arch: _Optional[str] = ..., cpu_features: _Optional[_Iterable[str]] = ..., cpu_name: _Optional[str] = ..., num_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., target: _Optional[str] = ..., emulated: bool = ..., abi_version: _Optional[int] = ..., os_release: _Optional[str] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ..., confinement: _Optional[_Union[Confinement, _Mapping]] = ...) -> None: ...
+
+class Confinement(_message.Message):
+    __slots__ = ("memory", "user", "network", "files", "calls", "measuring_cpus", "missing")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    MEASURING_CPUS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    user: str
+    network: bool
+    files: bool
+    calls: bool
+    measuring_cpus: _containers.RepeatedScalarFieldContainer[int]
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, memory: _Optional[str] = ..., user: _Optional[str] = ..., network: bool = ..., files: bool = ..., calls: bool = ..., measuring_cpus: _Optional[_Iterable[int]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
     __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation")
@@ -300,7 +320,7 @@ class Profile(_message.Message):
     def __init__(self, steps: _Optional[_Iterable[_Union[Profile.Step, _Mapping]]] = ..., clock_hz: _Optional[float] = ..., read_bytes_per_s: _Optional[_Iterable[float]] = ..., variant: _Optional[int] = ...) -> None: ...
 
 class Measurement(_message.Message):
-    __slots__ = ("options", "samples_ns", "resolution_ns", "num_threads", "before", "after", "verdict", "reasons", "profile")
+    __slots__ = ("options", "samples_ns", "resolution_ns", "num_threads", "before", "after", "verdict", "reasons", "profile", "pinning")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_NS_FIELD_NUMBER: _ClassVar[int]
     RESOLUTION_NS_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +330,7 @@ class Measurement(_message.Message):
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REASONS_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    PINNING_FIELD_NUMBER: _ClassVar[int]
     options: TimeOptions
     samples_ns: _containers.RepeatedScalarFieldContainer[float]
     resolution_ns: int
@@ -319,7 +340,20 @@ class Measurement(_message.Message):
     verdict: Verdict
     reasons: _containers.RepeatedScalarFieldContainer[str]
     profile: Profile
-    def __init__(self, options: _Optional[_Union[TimeOptions, _Mapping]] = ..., samples_ns: _Optional[_Iterable[float]] = ..., resolution_ns: _Optional[int] = ..., num_threads: _Optional[int] = ..., before: _Optional[_Union[Health, _Mapping]] = ..., after: _Optional[_Union[Health, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., reasons: _Optional[_Iterable[str]] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+    pinning: Pinning
+    def __init__(self, options: _Optional[_Union[TimeOptions, _Mapping]] = ..., samples_ns: _Optional[_Iterable[float]] = ..., resolution_ns: _Optional[int] = ..., num_threads: _Optional[int] = ..., before: _Optional[_Union[Health, _Mapping]] = ..., after: _Optional[_Union[Health, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., reasons: _Optional[_Iterable[str]] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ..., pinning: _Optional[_Union[Pinning, _Mapping]] = ...) -> None: ...
+
+class Pinning(_message.Message):
+    __slots__ = ("cpus", "reserved", "enforced", "others_share")
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    ENFORCED_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_SHARE_FIELD_NUMBER: _ClassVar[int]
+    cpus: _containers.RepeatedScalarFieldContainer[int]
+    reserved: bool
+    enforced: bool
+    others_share: float
+    def __init__(self, cpus: _Optional[_Iterable[int]] = ..., reserved: bool = ..., enforced: bool = ..., others_share: _Optional[float] = ...) -> None: ...
 
 class RunTask(_message.Message):
     __slots__ = ("inputs", "discard_outputs")

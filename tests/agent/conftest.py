@@ -9,13 +9,14 @@ import pytest
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from support import handmade
-from support.postgres import postgres
 from support.python39 import python39
 
-__all__ = ["postgres", "python39"]
+__all__ = ["python39"]
 
 #: In the order of tests/agent/module.c.
-FUNCTIONS = ("add", "crash", "leave", "spin", "refuse", "hog", "litter", "weigh")
+FUNCTIONS = (
+    "add", "crash", "leave", "spin", "refuse", "hog", "litter", "weigh", "pry", "reach", "eat", "swarm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -200,9 +200,9 @@ def test_what_no_message_can_carry_does_not_take_the_device_along(
     with AgentProcess(fleet.address, runner, folder / "agent") as agent:
         agent.wait_ready()
         assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
-        (folder / "agent" / "jobs").rmdir()
+        (folder / "agent" / "jobs").rename(folder / "away")
         assert kind(fleet.wait(fleet.submit(spec(manifest, "add")))) is OutcomeKind.DEVICE_FAULT
-        (folder / "agent" / "jobs").mkdir()
+        (folder / "away").rename(folder / "agent" / "jobs")
         assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
 
 
@@ -353,7 +353,7 @@ def test_an_agent_that_leaves_is_gone_at_once(agent: AgentProcess, fleet: Fleet)
     assert fleet.state() is DeviceState.IDLE
     assert agent.stop() == 0
     assert fleet.state() is DeviceState.GONE
-    assert sorted(path.name for path in agent.data_dir.iterdir()) == ["cache", "jobs", "lock", "results"]
+    assert sorted(path.name for path in agent.data_dir.iterdir()) == ["cache", "jobs", "loaded", "lock", "results"]
     assert list((agent.data_dir / "jobs").iterdir()) == []
 
 

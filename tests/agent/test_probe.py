@@ -16,6 +16,7 @@ from kedge.compiler.target.arch import ARCHS, Arch, closure
 from kedge.compiler.target.cpus import CPUS
 from kedge.compiler.target.parse import parse, parse_cpu
 from kedge.device_agent.agent import _find_gpus
+from kedge.device_agent.cage import Cage
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
 from kedge.device_agent.health import Fitness, examine, read_health
 from kedge.device_agent.probe import baseline_target, cpu_of, emulation_reason, probe, target_string, userland_arch
@@ -282,11 +283,12 @@ def test_this_kernel_answers_what_the_emulation_check_asks() -> None:
 
 
 def test_a_driver_that_fails_costs_the_gpus_and_nothing_else(
-    runner: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def hang(self: Runner, kind: str) -> Found:
         raise RunnerTimeout("load took longer than 60 s", stage="load", alive=False)
 
     monkeypatch.setattr(Runner, "devices", hang)
-    assert _find_gpus(runner, "opencl") == ()
+    with Cage.build(runner, tmp_path, tmp_path, None) as cage:
+        assert _find_gpus(runner, "opencl", cage, tmp_path) == ()
     assert "this device offers no opencl: looking for it failed: load took longer" in caplog.text

@@ -35,8 +35,7 @@ from .relay import Relay
 PROGRAMS = Path(__file__).with_name("programs")
 #: By this every process of a world is known, whoever started it.
 MARK = "KEDGE_FAULT_WORLD"
-#: With room for all that a campaign keeps.
-DISK_BYTES = 768 << 20
+DISK_BYTES = 192 << 20
 
 
 class Process:
