@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a file with the join string, removed once the device is enrolled",
     )
     parser.add_argument(
-        "--tracker", metavar="HOST:PORT", help="where the tracker is, if it has moved (default: as it was joined)"
+        "--tracker",
+        metavar="HOST:PORT",
+        help="where the tracker is, if it has moved; several of one fleet: a:9190,b:9190 (default: as it was joined)",
     )
     parser.add_argument(
         "--insecure-loopback",
@@ -123,9 +125,9 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from kedge.rpc.transport import parse_address
+    from kedge.rpc.transport import parse_trackers
 
-    tracker = parse_address(options.tracker) if options.tracker else None
+    tracker = parse_trackers(options.tracker) if options.tracker else None
     name, labels = check_name(options.name), parse_labels(options.label)
     runner = options.runner.absolute()
     if not runner.is_file():
@@ -145,6 +147,8 @@ def _serve(options: argparse.Namespace) -> int:
     signers, user = parse_signers(options.require_signer), choose_user(options.runner_user)
     identity = _identify(options, tracker, name, data_dir)
     address = identity.address if identity is not None else tracker
+    if identity is not None and tracker is not None and tracker.others:
+        address = identity.addresses(tracker)
     assert address is not None
 
     def ready(device: DeviceInfo) -> None:

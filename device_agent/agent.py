@@ -212,7 +212,7 @@ class Agent:
             if not identity.needs_renewal(time.time()):
                 continue
             try:
-                identity = renew(identity)
+                identity = renew(identity, self._settings.tracker)
                 identity.save(self._settings.data_dir)
             except KedgeError as error:
                 log.warning("the certificate of this device cannot be renewed yet: %s", error)

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
+from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union
 
 from kedge.device_agent import runner as native
 from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
@@ -30,8 +30,23 @@ from kedge.device_agent.health import read_health
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
 from kedge.rpc.artifact.place import CPU, Placement, look_at, place
-from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError, blob_of
-from kedge.rpc.errors import ArtifactError, ConnectError, IncompatibleTargetError, InputError, KedgeError
+from kedge.rpc.blobs import (
+    BlobError,
+    BlobQuotaError,
+    BlobStore,
+    CorruptBlobError,
+    DiskFullError,
+    MissingBlobError,
+    blob_of,
+)
+from kedge.rpc.errors import (
+    ArtifactError,
+    ConnectError,
+    IncompatibleTargetError,
+    InputError,
+    KedgeError,
+    PermissionDeniedError,
+)
 from kedge.rpc.limits import check_spec
 from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
@@ -58,6 +73,8 @@ log = logging.getLogger("kedge.agent")
 DEFAULT_DEADLINES_MS: Mapping[Stage, int] = {Stage.TRANSFER: 300_000, Stage.LOAD: 60_000, Stage.RUN: 300_000}
 #: Between two attempts to reach a tracker that went away in the middle of a transfer.
 _AWAY_PAUSE_S = 0.5
+#: A tracker that cannot take a result now may have room for it soon; computing it again would not help.
+_NO_ROOM = (DiskFullError, BlobQuotaError)
 #: Between two looks at a device that is hot.
 _CALM_PAUSE_S = 1.0
 #: A runner that says nothing for so long is broken.
@@ -322,7 +339,7 @@ class Job:
             runner.close()
             with self._in(Stage.TRANSFER):
                 for blob, view in uploads:
-                    self._patiently(partial(self._board.blobs.upload, blob, view))
+                    self._patiently(partial(self._board.blobs.upload, blob, view), _NO_ROOM)
         return tuple(tensors)
 
     # ---- deadlines and cancelling ------------------------------------------------------------------------------
@@ -347,10 +364,11 @@ class Job:
         """What is left of the stage, in seconds, and always some: the runner itself says when it is too late."""
         return max(self._stage_ends - time.monotonic(), 0.001)
 
-    def _check_deadline(self) -> None:
+    def _check_deadline(self, why: str = "") -> None:
         if time.monotonic() >= self._stage_ends:
             took = self._spec.deadlines.of(self._stage) or DEFAULT_DEADLINES_MS[self._stage]
-            raise _Ended(OutcomeKind.TIMEOUT, f"{self._stage.value} took longer than {took} ms")
+            text = f"{self._stage.value} took longer than {took} ms"
+            raise _Ended(OutcomeKind.TIMEOUT, f"{text}: {why}" if why else text)
 
     def _check_cancelled(self) -> None:
         if self._cancelled is not None:
@@ -359,21 +377,24 @@ class Job:
     def _download(self, blob: Blob, store: BlobStore) -> None:
         self._patiently(partial(self._board.blobs.download, blob, store))
 
-    def _patiently(self, transfer: Callable[[], object]) -> None:
-        """Transfer, at most until the stage's deadline; a tracker that went away may come back until then."""
+    def _patiently(self, transfer: Callable[[], object], also: Tuple[Type[KedgeError], ...] = ()) -> None:
+        """Transfer, at most until the stage's deadline; what errors of `also` say may pass, as a lost tracker may."""
         timer = threading.Timer(self._left_s(), self._board.blobs.interrupt)
         timer.daemon = True
         timer.start()
+        passing: Tuple[Type[KedgeError], ...] = (ConnectError, *also)
+        why = ""
         try:
             while True:
                 try:
                     self._check_cancelled()
-                    self._check_deadline()
+                    self._check_deadline(why)
                     transfer()
                     return
-                except ConnectError:
+                except passing as error:
+                    why = error.message
                     self._check_cancelled()
-                    self._check_deadline()
+                    self._check_deadline(why)
                     time.sleep(min(_AWAY_PAUSE_S, self._left_s()))
         finally:
             timer.cancel()
@@ -398,7 +419,8 @@ class Job:
             return Outcome(OutcomeKind.LOAD_ERROR, self._stage, message=text)
         if isinstance(error, MissingBlobError):
             return Outcome(OutcomeKind.BAD_REQUEST, self._stage, message=text)
-        if not isinstance(error, (CacheFullError, BlobError, OSError)):
+        # The tracker takes nothing of a job that it has given to somebody else meanwhile.
+        if not isinstance(error, (CacheFullError, BlobError, PermissionDeniedError, OSError)):
             log.error("a job failed in a way that has no name", exc_info=error)
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
 

@@ -243,8 +243,8 @@ class Session:
 
     def _answer(self, request: pb.SessionRequest, hold: Hold, scratch: Path, files: SessionFiles) -> None:
         which = request.WhichOneof("body")
-        self._free(request.freed)
         try:
+            self._free(request.freed)
             if which == "put_file":
                 self._put_file(request, files)
             elif which == "fetch_file":

@@ -66,9 +66,9 @@ def joining(tracker: str, device: str) -> Joining:
     """
     from kedge.rpc.client.access import Access
     from kedge.rpc.security import credentials
-    from kedge.rpc.transport import parse_address
+    from kedge.rpc.transport import parse_trackers
 
-    address = parse_address(tracker)
+    address = parse_trackers(tracker)
     tls = credentials.find(address).tls
     if tls is None:
         return Joining()

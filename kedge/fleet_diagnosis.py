@@ -12,7 +12,7 @@ from kedge.rpc.client.fleet import Fleet
 from kedge.rpc.errors import AuthenticationError, ConnectError, KedgeError
 from kedge.rpc.protocol import ProtocolError, accepts, local_protocol
 from kedge.rpc.security import credentials
-from kedge.rpc.transport import TRACKER_NAME, Address, handshake_error, parse_address, unreachable
+from kedge.rpc.transport import TRACKER_NAME, Address, handshake_error, parse_trackers, unreachable
 from kedge.rpc.types import DeviceState, DeviceStatus, Protocol, TrackerStatus
 
 _PATIENCE_S = 5.0
@@ -61,17 +61,24 @@ class Hops:
     # ---- The way there ----
 
     def _reach(self) -> Iterator[Finding]:
-        self._address = parse_address(self._text)
-        try:
-            socket.create_connection((self._address.host, self._address.port), timeout=_PATIENCE_S).close()
-        except socket.gaierror as error:
-            raise ConnectError(
-                f"the host of {self._address} is not known here ({error.strerror})",
-                hint="check its name, or use its IP address",
-            ) from error
-        except OSError as error:
-            raise unreachable(self._address, error.strerror or str(error)) from error
-        yield Finding("network", "ok", f"something listens at {self._address}")
+        self._address = parse_trackers(self._text)
+        answering, failed = [], []
+        for each in self._address.each:
+            try:
+                socket.create_connection((each.host, each.port), timeout=_PATIENCE_S).close()
+            except socket.gaierror as error:
+                why = f"the host of {each} is not known here ({error.strerror})"
+                failed.append(ConnectError(why, hint="check its name, or use its IP address"))
+            except OSError as error:
+                failed.append(unreachable(each, error.strerror or str(error)))
+            else:
+                answering.append(each)
+        if not answering:
+            raise failed[0]
+        for refusal in failed:
+            yield Finding("network", "note", f"one of several: {refusal.message}", refusal.hint or "")
+        yield Finding("network", "ok", f"something listens at {', '.join(map(str, answering))}")
+        self._there = answering[0]
 
     def _credentials(self) -> Iterator[Finding]:
         self._known = known = credentials.find(self._address)
@@ -91,7 +98,7 @@ class Hops:
         # As gRPC's own check, which is the one that counts.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         context.set_alpn_protocols(["h2"])
-        place = (self._address.host, self._address.port)
+        place = (self._there.host, self._there.port)
         try:
             with (
                 socket.create_connection(place, timeout=_PATIENCE_S) as plain,
@@ -132,6 +139,7 @@ class Hops:
             yield Finding("tracker's store", "broken", status.store_problem, remedy)
         else:
             yield Finding("tracker's store", "ok", "takes jobs and results")
+        yield from _trackers(status)
         yield _disk("tracker's disk", status.disk_free_bytes, "free space on the tracker's disk")
 
     def _account(self, status: TrackerStatus, now_s: float) -> Finding:
@@ -198,6 +206,23 @@ def _protocol(theirs: Protocol) -> Finding:
     if theirs.software != ours.software:
         return Finding("versions", "note", found, "they work together; update the older one when you can")
     return Finding("versions", "ok", found)
+
+
+def _trackers(status: TrackerStatus) -> Iterator[Finding]:
+    """Several trackers on one database: who leads, and who is gone."""
+    if not status.trackers:
+        return
+    gone = [tracker.address for tracker in status.trackers if tracker.gone]
+    alive = [tracker for tracker in status.trackers if not tracker.gone]
+    leader = ", ".join(tracker.address for tracker in alive if tracker.leads)
+    found = f"{len(alive)} alive; {leader or 'nobody'} leads, in epoch {status.epoch}"
+    if gone:
+        yield Finding("trackers", "note", f"{found}; gone: {', '.join(gone)}", "start them again, if they are to stay")
+    elif len(alive) == 1:
+        remedy = "let another join, or nobody takes its place: kedge tracker token create --role tracker"
+        yield Finding("trackers", "note", found, remedy)
+    else:
+        yield Finding("trackers", "ok", found)
 
 
 def _clock(skew_s: float) -> Finding:

@@ -85,6 +85,8 @@ def tracker_status_to_pb(status: t.TrackerStatus) -> fleet_pb2.StatusResponse:
         store_problem=status.store_problem,
         disk_free_bytes=status.disk_free_bytes,
         agents=agents,
+        epoch=status.epoch,
+        trackers=[fleet_pb2.TrackerMember(**dataclasses.asdict(member)) for member in status.trackers],
     )
 
 
@@ -99,6 +101,19 @@ def tracker_status_from_pb(pb: fleet_pb2.StatusResponse) -> t.TrackerStatus:
         store_problem=pb.store_problem,
         disk_free_bytes=pb.disk_free_bytes,
         agents={agent.device: protocol_from_pb(agent.protocol) for agent in pb.agents},
+        epoch=pb.epoch,
+        trackers=tuple(
+            t.TrackerMember(
+                name=member.name,
+                address=member.address,
+                software=member.software,
+                leads=member.leads,
+                started_unix_ms=member.started_unix_ms,
+                seen_unix_ms=member.seen_unix_ms,
+                gone=member.gone,
+            )
+            for member in pb.trackers
+        ),
     )
 
 

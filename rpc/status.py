@@ -47,8 +47,13 @@ class UnknownReservationError(errors.KedgeError):
     """The tracker knows no reservation with this id."""
 
 
+class TrackerAwayError(errors.KedgeError):
+    """The tracker cannot decide now, and will before long, or another one does: the same call may be made again."""
+
+
 _CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
     UnknownJobError: grpc.StatusCode.NOT_FOUND,
+    TrackerAwayError: grpc.StatusCode.UNAVAILABLE,
     NotReadyError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnknownReservationError: grpc.StatusCode.NOT_FOUND,
@@ -75,6 +80,9 @@ _CODES: Mapping[Type[errors.KedgeError], grpc.StatusCode] = {
 }
 _BY_NAME: Mapping[str, Type[errors.KedgeError]] = {cls.__name__: cls for cls in _CODES}
 
+#: gRPC's own key, which its retries heed: when to try again, in milliseconds.
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_PUSHBACK_MS = 500
 #: Of a message or a hint: at most four bytes each, and gRPC takes 16 KiB together.
 _MAX_CHARS = 1_500
 
@@ -90,6 +98,8 @@ def to_status(error: errors.KedgeError) -> Tuple[grpc.StatusCode, str, Metadata]
     """The code, details and trailing metadata that say `error` to the other end."""
     code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
     metadata: Metadata = ((_CLASS_KEY, type(error).__name__),)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        metadata += ((_PUSHBACK_KEY, str(_PUSHBACK_MS)),)
     if error.hint:
         metadata += ((_HINT_KEY, _cut(error.hint).encode()),)
     return code, _cut(error.message), metadata

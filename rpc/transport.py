@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
-from typing import Any, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import grpc
 
@@ -73,17 +74,28 @@ SERVER_OPTIONS: Options = (
 
 @dataclass(frozen=True)
 class Address:
-    """Where a tracker listens."""
+    """Where a tracker listens; `others` are more trackers of the same fleet, for when that one is gone."""
 
     host: str
     port: int
+    others: Tuple[Address, ...] = ()
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        first = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return ",".join([first, *map(str, self.others)])
+
+    @property
+    def each(self) -> Tuple[Address, ...]:
+        """One address for each tracker."""
+        return (Address(self.host, self.port), *self.others)
 
     @property
     def is_loopback(self) -> bool:
         """True when only this machine can reach it."""
+        return all(address._is_loopback for address in self.each)
+
+    @property
+    def _is_loopback(self) -> bool:
         return self.host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", self.host) is not None
 
 
@@ -111,6 +123,36 @@ def parse_address(text: str) -> Address:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise refuse(f"the port {port!r} is not a number from 1 to 65535")
     return Address(host, int(port))
+
+
+def parse_trackers(text: str) -> Address:
+    """The trackers of one fleet, as in `a:9190,b:9190`, or one; raises AddressError."""
+    first, *others = (parse_address(part) for part in text.split(","))
+    return Address(first.host, first.port, tuple(others))
+
+
+def _target(address: Address) -> str:
+    """What gRPC connects to. Of several it takes the first that answers, and after a loss the first that does then.
+
+    Several names are looked up here and now; those that nobody knows are left out, unless that is all of them.
+    """
+    if not address.others:
+        return str(address)
+    found: List[Tuple[str, int]] = []
+    unknown = ""
+    for each in address.each:
+        try:
+            known = socket.getaddrinfo(each.host, each.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            unknown = f"the host {each.host!r} is not known here ({error.strerror})"
+            continue
+        found += [(str(place[0]), each.port) for *_, place in known if "%" not in str(place[0])]
+    if not found:
+        raise ConnectError(unknown, hint="check its name, or use its IP address")
+    places = list(dict.fromkeys(found))
+    if all(":" not in host for host, _ in places):
+        return "ipv4:" + ",".join(f"{host}:{port}" for host, port in places)
+    return "ipv6:" + ",".join(f"[{host if ':' in host else '::ffff:' + host}]:{port}" for host, port in places)
 
 
 @dataclass(frozen=True)
@@ -142,16 +184,16 @@ def open_channel(address: Address, tls: Optional[Tls] = None) -> grpc.Channel:
     """A lazily connecting channel to a tracker, without `tls` in plaintext; ConnectError for that beyond loopback."""
     if tls is None:
         _check_plaintext(address)
-        return grpc.insecure_channel(str(address), options=CHANNEL_OPTIONS)
-    return grpc.secure_channel(str(address), tls._credentials(), options=_TLS_OPTIONS)
+        return grpc.insecure_channel(_target(address), options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(_target(address), tls._credentials(), options=_TLS_OPTIONS)
 
 
 def open_aio_channel(address: Address, tls: Optional[Tls] = None) -> Any:
     """The same for asyncio."""
     if tls is None:
         _check_plaintext(address)
-        return grpc.aio.insecure_channel(str(address), options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(str(address), tls._credentials(), options=_TLS_OPTIONS)
+        return grpc.aio.insecure_channel(_target(address), options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(_target(address), tls._credentials(), options=_TLS_OPTIONS)
 
 
 def _check_plaintext(address: Address) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "Task",
     "Tensor",
     "TimeOptions",
+    "TrackerMember",
     "TrackerStatus",
     "Verdict",
     "plan_inline",
@@ -273,11 +274,28 @@ class DeviceStatus:
 
 
 @dataclass(frozen=True)
+class TrackerMember:
+    """One of several trackers on a database: `address` serves clients, times are those of the database's clock.
+
+    `gone` says that it has not been seen for a while.
+    """
+
+    name: str
+    address: str
+    software: str
+    leads: bool
+    started_unix_ms: int
+    seen_unix_ms: int
+    gone: bool = False
+
+
+@dataclass(frozen=True)
 class TrackerStatus:
     """How a tracker is, and as whom it knows the one who asks.
 
     `expires_unix_s` is the end of the token (0: never), `store_problem` says why nothing can be stored now. `agents`
-    tells what each connected device speaks.
+    tells what each connected device speaks. `trackers` are those that share a database, in the `epoch` of the one that
+    leads; a tracker without others has none, and epoch 0.
     """
 
     protocol: Protocol
@@ -288,6 +306,8 @@ class TrackerStatus:
     store_problem: str = ""
     disk_free_bytes: int = 0
     agents: Mapping[str, Protocol] = field(default_factory=dict)
+    epoch: int = 0
+    trackers: Tuple[TrackerMember, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ def agreed(op: str, inputs: Sequence[Value], attrs: Mapping[str, Any]) -> tuple[
     changed = [False] * len(shapes)
     for agreement in _agreements(op, shapes, attrs):
         there = [(n, axis) for n, axis in agreement.dims if not (agreement.spread and is_one(shapes[n][axis]))]
-        common = min((shapes[n][axis] for n, axis in there), key=_size, default=1)
+        common = agreement.size
+        if common is None:
+            common = min((shapes[n][axis] for n, axis in there), key=_size, default=1)
         for n, axis in there:
             if not same_dim(shapes[n][axis], common) and not _differ(shapes[n][axis], common):
                 shapes[n][axis] = common

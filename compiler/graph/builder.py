@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kedge.compiler.errors import CompileError, ShapeError
+from kedge.compiler.graph.agree import agreed
 from kedge.compiler.graph.dims import attribute_symbols, format_type, plain, plain_shape, same_shape, same_type
 from kedge.compiler.graph.ir import Call, Constant, Function, Input, Item, Param, TensorType, Value
 from kedge.compiler.ops import registry
@@ -42,8 +43,6 @@ def call(op: str, *inputs: Value, origin: Sequence[str] = (), **attrs: Any) -> V
 
     Operands whose dims must be equal, and are not known to be, are expected to have them (see `graph.agree`).
     """
-    from kedge.compiler.graph.agree import agreed
-
     operands = [
         value if shape is None else make_call("expect_shape", (value,), {"shape": shape}, tuple(origin))
         for value, shape in zip(inputs, agreed(op, inputs, attrs), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from kedge.compiler import te
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry, windows
-from kedge.compiler.ops.registry import Array, FusionKind, OpDef
+from kedge.compiler.ops.registry import Agreement, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
-from kedge.compiler.tir.expr import Expr, const
+from kedge.compiler.tir.expr import Dim, Expr, const
 
 
 def weight_shape(types: Sequence[TensorType]) -> list[int]:
@@ -91,9 +91,23 @@ def _group(o: Expr, per_group: int, groups: int) -> Expr:
     return o if per_group == 1 else o // per_group
 
 
+def agree(shapes: Sequence[Sequence[Dim]], attrs: Attrs, *, turned: bool = False) -> Iterator[Agreement]:
+    """What the weight of a convolution (`turned`: a transposed one) says of its input's channels, and of its bias."""
+    if len(shapes) < 2 or len(shapes[0]) != len(shapes[1]) or len(shapes[1]) < 3:
+        return
+    first, second = shapes[1][:2]
+    if not (isinstance(first, int) and isinstance(second, int)):
+        return
+    in_groups = second * attrs.get("groups", 1)
+    channels, filters = (first, in_groups) if turned else (in_groups, first)
+    yield Agreement(((0, 1 - len(shapes[0])),), size=channels)
+    if len(shapes) == 3 and len(shapes[2]) == 1:
+        yield Agreement(((2, -1),), size=filters)
+
+
 registry.register(
     OpDef(
         "conv", FusionKind.CONTRACTION, _infer, _reference, _lower,
-        {"strides": None, "pads": None, "dilations": None, "groups": 1}, (2, 3),
+        {"strides": None, "pads": None, "dilations": None, "groups": 1}, (2, 3), agree=agree,
     )
 )  # fmt: skip

@@ -9,6 +9,7 @@ gathers the input elements that reach it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from kedge.compiler import te
 from kedge.compiler.graph.dims import evaluate, format_dim, plain
 from kedge.compiler.graph.ir import Attrs, TensorType, same_dim
 from kedge.compiler.ops import common, registry, windows
-from kedge.compiler.ops.conv import weight_shape
+from kedge.compiler.ops.conv import agree, weight_shape
 from kedge.compiler.ops.registry import Array, FusionKind, OpDef
 from kedge.compiler.ops.windows import Windows
 from kedge.compiler.te import Tensor
@@ -121,5 +122,6 @@ registry.register(
     OpDef(
         "conv_transpose", FusionKind.CONTRACTION, _infer, _reference, _lower,
         {"strides": None, "pads": None, "dilations": None, "groups": 1, "output_padding": None}, (2, 3),
+        agree=partial(agree, turned=True),
     )
 )  # fmt: skip

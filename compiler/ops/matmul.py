@@ -155,8 +155,15 @@ def _gemm(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
 
 
 def _agree_gemm(shapes: Sequence[Sequence[Dim]], attrs: Attrs) -> Iterator[Agreement]:
-    if all(len(shape) == 2 for shape in shapes[:2]):
-        yield Agreement(((0, -2 if attrs.get("trans_a") else -1), (1, -1 if attrs.get("trans_b") else -2)))
+    if any(len(shape) != 2 for shape in shapes[:2]):
+        return
+    rows, inner = (-1, -2) if attrs.get("trans_a") else (-2, -1)
+    other, columns = (-1, -2) if attrs.get("trans_b") else (-2, -1)
+    yield Agreement(((0, inner), (1, other)))
+    addend = shapes[2] if len(shapes) == 3 else ()
+    for axis, of in ((-1, (1, columns)), (-2, (0, rows))):
+        if len(addend) >= -axis:
+            yield Agreement((of, (2, axis)), spread=True)
 
 
 registry.register(

@@ -45,11 +45,13 @@ class FusionKind(IntEnum):
 class Agreement:
     """Dims of an operator's inputs that must be equal: of each the input's number and the axis, counted from the end.
 
-    `spread` says that dims of 1 need not, which are spread over the others.
+    `spread` says that dims of 1 need not, which are spread over the others. `size` is what all are, where something
+    else than the dims says so, such as the weight of a convolution in groups.
     """
 
     dims: tuple[tuple[int, int], ...]
     spread: bool = False
+    size: Dim | None = None
 
 
 @dataclass(frozen=True, slots=True)

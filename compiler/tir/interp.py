@@ -8,8 +8,10 @@ never written holds NaN (floats) or a conspicuous value (integers), so wrong sch
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -28,6 +30,10 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Value: TypeAlias = Any
 #: The lanes that are active; None is all of them.
 Mask: TypeAlias = Any
+
+#: What computes an expression, given the lanes that are active.
+_Evaluator: TypeAlias = Callable[[Mask], Value]
+_Places: TypeAlias = Callable[[Mask], tuple[Value, ...]]
 
 #: A nest of more iterations than this is taken apart, to bound memory.
 _MAX_LANES: Final = 1 << 20
@@ -51,6 +57,13 @@ _BINARY: Final[Mapping[str, Callable[[Value, Value], Value]]] = {
     "min": np.minimum, "max": np.maximum,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
+#: The same of Python's own numbers, as loop variables and indices are: several times as fast as numpy's.
+_OF_NUMBERS: Final[Mapping[str, Callable[[int, int], int]]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul,
+    "floordiv": operator.floordiv, "floormod": operator.mod, "min": min, "max": max,
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+_LEAST, _LARGEST = -(1 << 63), (1 << 63) - 1  # beyond these numpy wraps around
 _COMBINE: Final[Mapping[str, np.ufunc]] = {
     "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
 }  # fmt: skip
@@ -171,6 +184,8 @@ class _Machine:
         self.memory: dict[Buffer, Array] = {}
         self.vectorize = vectorize
         self._nests: dict[int, _Nest | None] = {}
+        self._evaluators: dict[Expr, _Evaluator] = {}
+        self._places: dict[tuple[Buffer, tuple[Expr, ...]], _Places] = {}
 
     def shape(self, buffer: Buffer) -> tuple[int, ...]:
         return tuple(self.dim(dim) for dim in buffer.shape)
@@ -288,65 +303,145 @@ class _Machine:
 
     def expr(self, expr: Expr, mask: Mask) -> Value:
         """The value of `expr`; lanes outside `mask` may hold anything."""
+        return self.evaluator(expr)(mask)
+
+    def evaluator(self, expr: Expr) -> _Evaluator:
+        """What computes `expr` where a mask holds: made once, since loops come to an expression again and again."""
+        found = self._evaluators.get(expr)
+        if found is None:
+            found = self._evaluators[expr] = self._make(expr)
+        return found
+
+    def _make(self, expr: Expr) -> _Evaluator:
         match expr:
             case Const(value=value, dtype=dtype):
-                return value if dtype in ("int64", "bool") else np.dtype(dtype).type(value)
+                literal = value if dtype in ("int64", "bool") else np.dtype(dtype).type(value)
+                return lambda mask: literal
             case Var():
-                return self.env[expr]
+                return partial(self._variable, expr)
+            case Binary(op="and" | "or"):
+                return self._logic(expr)
             case Binary():
-                return self.binary(expr, mask)
+                return self._binary(expr)
             case Load(buffer=buffer, indices=indices):
-                return self.memory[buffer][self.indices(buffer, indices, mask)]
+                at, memory = self.places_of(buffer, indices), self.memory
+                return lambda mask: memory[buffer][at(mask)]
             case Select():
-                return self.select(expr, mask)
+                return self._select(expr)
             case Cast(value=value, dtype=dtype):
-                return _cast(self.expr(value, mask), dtype)
-            case Call(name=name, args=args, dtype=dtype):
-                given = [self.expr(arg, mask) for arg in args]
-                if dtype in HALVES:  # several steps in numpy, and one rounding here
-                    given = [_cast(value, "float32") for value in given]
-                return _cast(_INTRINSIC[name](*given), dtype)
+                given = self.evaluator(value)
+                return lambda mask: _cast(given(mask), dtype)
+            case Call():
+                return self._call(expr)
         raise TypeError(f"not an expression of the tensor IR: {expr!r}")
 
-    def binary(self, expr: Binary, mask: Mask) -> Value:
-        a = self.expr(expr.a, mask)
-        if expr.op in ("and", "or"):
+    def _variable(self, var: Var, mask: Mask) -> Value:
+        return self.env[var]
+
+    def _binary(self, expr: Binary) -> _Evaluator:
+        left, right = self.evaluator(expr.a), self.evaluator(expr.b)
+        compute = _operation(expr)
+        whole = _OF_NUMBERS.get(expr.op)
+        if whole is None or expr.a.dtype != "int64":
+            return lambda mask: compute(left(mask), right(mask))
+
+        def indexing(mask: Mask) -> Value:
+            a, b = left(mask), right(mask)
+            if type(a) is int and type(b) is int and (b or expr.op not in _REMAINDERS):
+                result = whole(a, b)
+                if _LEAST <= result <= _LARGEST:
+                    return result
+            return compute(a, b)
+
+        return indexing
+
+    def _logic(self, expr: Binary) -> _Evaluator:
+        left, right = self.evaluator(expr.a), self.evaluator(expr.b)
+        decides = expr.op == "or"  # the value of the left side with which the right one does not count
+
+        def logic(mask: Mask) -> Value:
+            a = left(mask)
+            if type(a) is bool:
+                return a if a is decides else right(mask)
             # The right side counts, and is safe to evaluate, only where the left one does not decide.
-            rest = _meet(mask, a if expr.op == "and" else np.logical_not(a))
+            rest = _meet(mask, np.logical_not(a) if decides else a)
             if not np.any(rest):
                 return a
-            b = self.expr(expr.b, rest)
-            return np.logical_and(a, b) if expr.op == "and" else np.logical_or(a, b)
-        b = self.expr(expr.b, mask)
-        if expr.op == "truncdiv":
-            return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
-        if expr.op in _REMAINDERS and expr.dtype in HALVES:
-            return _cast(_BINARY[expr.op](_cast(a, "float32"), _cast(b, "float32")), expr.dtype)
-        return _BINARY[expr.op](a, b)
+            b = right(rest)
+            return np.logical_or(a, b) if decides else np.logical_and(a, b)
 
-    def select(self, expr: Select, mask: Mask) -> Value:
-        condition = self.expr(expr.condition, mask)
-        if np.ndim(condition) == 0:
-            return self.expr(expr.a if condition else expr.b, mask)
-        yes, no = _meet(mask, condition), _meet(mask, np.logical_not(condition))
-        if not np.any(yes):
-            return self.expr(expr.b, no)
-        if not np.any(no):
-            return self.expr(expr.a, yes)
-        return np.where(condition, self.expr(expr.a, yes), self.expr(expr.b, no))
+        return logic
+
+    def _select(self, expr: Select) -> _Evaluator:
+        asked, first, second = self.evaluator(expr.condition), self.evaluator(expr.a), self.evaluator(expr.b)
+
+        def select(mask: Mask) -> Value:
+            condition = asked(mask)
+            if type(condition) is bool or np.ndim(condition) == 0:
+                return first(mask) if condition else second(mask)
+            yes, no = _meet(mask, condition), _meet(mask, np.logical_not(condition))
+            if not np.any(yes):
+                return second(no)
+            if not np.any(no):
+                return first(yes)
+            return np.where(condition, first(yes), second(no))
+
+        return select
+
+    def _call(self, expr: Call) -> _Evaluator:
+        args, compute, dtype = [self.evaluator(arg) for arg in expr.args], _INTRINSIC[expr.name], expr.dtype
+
+        def call(mask: Mask) -> Value:
+            given = [arg(mask) for arg in args]
+            if dtype in HALVES:  # several steps in numpy, and one rounding here
+                given = [_cast(value, "float32") for value in given]
+            return _cast(compute(*given), dtype)
+
+        return call
 
     def indices(self, buffer: Buffer, indices: tuple[Expr, ...], mask: Mask) -> tuple[Value, ...]:
-        shape = self.memory[buffer].shape
-        values = []
-        for index, size in zip(indices, shape, strict=True):
-            value = self.expr(index, mask)
-            outside = np.logical_or(np.less(value, 0), np.greater_equal(value, size))
-            if np.any(outside):
-                if np.any(_meet(mask, outside)):
-                    raise VerifyError(f"index {print_expr(index)} of {buffer.name} leaves its dim of size {size}")
-                value = np.where(outside, 0, value)
-            values.append(value)
-        return tuple(np.broadcast_arrays(*values)) if len(values) > 1 else tuple(values)
+        """The indices as numbers, or as arrays of one shape; those of lanes outside `mask` are inside of the buffer."""
+        return self.places_of(buffer, indices)(mask)
+
+    def places_of(self, buffer: Buffer, indices: tuple[Expr, ...]) -> _Places:
+        """What computes `indices` where a mask holds, as `indices` does."""
+        found = self._places.get((buffer, indices))
+        if found is not None:
+            return found
+        evaluators, memory = [self.evaluator(index) for index in indices], self.memory
+
+        def places(mask: Mask) -> tuple[Value, ...]:
+            values = tuple(index(mask) for index in evaluators)
+            shape = memory[buffer].shape
+            if all(type(value) is int and 0 <= value < size for value, size in zip(values, shape, strict=True)):
+                return values
+            inside = tuple(
+                _inside(value, size, mask, index, buffer)
+                for value, size, index in zip(values, shape, indices, strict=True)
+            )
+            return tuple(np.broadcast_arrays(*inside)) if len(inside) > 1 else inside
+
+        self._places[buffer, indices] = places
+        return places
+
+
+def _operation(expr: Binary) -> Callable[[Value, Value], Value]:
+    """What computes an operator of numbers from its sides."""
+    if expr.op == "truncdiv":
+        return lambda a, b: np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+    compute = _BINARY[expr.op]
+    if expr.op in _REMAINDERS and expr.dtype in HALVES:
+        return lambda a, b: _cast(compute(_cast(a, "float32"), _cast(b, "float32")), expr.dtype)
+    return compute
+
+
+def _inside(value: Value, size: int, mask: Mask, index: Expr, buffer: Buffer) -> Value:
+    outside = np.logical_or(np.less(value, 0), np.greater_equal(value, size))
+    if not np.any(outside):
+        return value
+    if np.any(_meet(mask, outside)):
+        raise VerifyError(f"index {print_expr(index)} of {buffer.name} leaves its dim of size {size}")
+    return np.where(outside, 0, value)
 
 
 def _meet(mask: Mask, condition: Value) -> Mask:

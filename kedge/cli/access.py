@@ -33,17 +33,18 @@ def join(
     """
     from kedge.rpc.client.fleet import Fleet
     from kedge.rpc.security import credentials, signing
-    from kedge.rpc.security.join import USER, parse_join
-    from kedge.rpc.transport import Tls, parse_address
+    from kedge.rpc.security.join import DEVICE, USER, parse_join
+    from kedge.rpc.transport import Tls, parse_trackers
 
     found = parse_join(string)
     if found.kind != USER:
-        raise UsageError("this join string lets a device in", hint="on the device: kedge agent start --join '…'")
-    address = parse_address(tracker) if tracker else found.address
+        use = "agent start" if found.kind == DEVICE else "tracker start --database URL"
+        raise UsageError(f"this join string lets a {found.kind} in", hint=f"there: kedge {use} --join '…'")
+    address = parse_trackers(tracker) if tracker else found.address
     tls = Tls(found.ca, token=found.token)
     with Fleet(address, tls) as fleet:
         fleet.hello()
-    path = credentials.remember(credentials.Credentials((address,), tls))
+    path = credentials.remember(credentials.Credentials(address.each, tls))
     signing.own_key(credentials.config_dir(), make=True)
     output.stdout().print(f"joined the tracker at {address}; its credentials are in {path}", soft_wrap=True)
     output.stderr().print(f"hint: export KEDGE_TRACKER={address}", soft_wrap=True)
@@ -70,14 +71,21 @@ def signer(as_json: output.JsonFlag = False) -> None:
 
 
 def token_create(
-    role: Annotated[str, typer.Option("--role", help="'submit', 'read', 'admin', or 'enrol' for one device.")],
+    role: Annotated[
+        str,
+        typer.Option(
+            "--role", help="'submit', 'read', 'admin', 'enrol' for one device, 'tracker' for another tracker."
+        ),
+    ],
     user: Annotated[str, typer.Option("--user", help="Whose it is; not needed to enrol.")] = "",
     device: Annotated[
         str, typer.Option("--device", help="With enrol: the device's name, also where one has it already.")
     ] = "",
     expires: Annotated[
         str | None,
-        typer.Option("--expires", metavar="TIME", help="30d, 12h, 45min.", show_default="90d; admin 365d; enrol 1h"),
+        typer.Option(
+            "--expires", metavar="TIME", help="30d, 12h, 45min.", show_default="90d; admin 365d; enrol and tracker 1h"
+        ),
     ] = None,
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,
@@ -89,6 +97,8 @@ def token_create(
       kedge tracker token create --role submit --user ann --expires 30d
 
       kedge tracker token create --role enrol --device rpi4-1
+
+      kedge tracker token create --role tracker
     """
     lifetime_s = 0 if expires is None else max(1, round(parse_duration(expires)))
     with _access(tracker) as access:
@@ -96,8 +106,11 @@ def token_create(
     if as_json:
         output.emit_json({**asdict(token), "join": str(found)})
         return
-    command = "kedge agent start --join" if token.role == "enrol" else "kedge join"
-    whose = f"device {token.device or 'of any free name'}" if token.role == "enrol" else f"user {token.user}"
+    command, whose = "kedge join", f"user {token.user}"
+    if token.role == "enrol":
+        command, whose = "kedge agent start --join", f"device {token.device or 'of any free name'}"
+    elif token.role == "tracker":
+        command, whose = "kedge tracker start --database URL --join", "one more tracker"
     output.stderr().print(f"token {token.id}: {token.role}, {whose}, until {_moment(token.expires_s)}", soft_wrap=True)
     output.stdout().print(f"{command} '{found}'", soft_wrap=True)
 
@@ -173,9 +186,9 @@ def revoke(
 def _access(tracker: str | None) -> Any:
     from kedge.rpc.client.access import Access
     from kedge.rpc.security import credentials
-    from kedge.rpc.transport import parse_address
+    from kedge.rpc.transport import parse_trackers
 
-    address = parse_address(require_tracker(tracker))
+    address = parse_trackers(require_tracker(tracker))
     return Access(address, credentials.find(address).tls)
 
 

@@ -86,6 +86,32 @@ def tracker_start(
         str | None,
         typer.Option("--metrics", metavar="HOST:PORT", help="Metrics for Prometheus there.", show_default="none"),
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            "--database",
+            metavar="URL",
+            envvar="KEDGE_DATABASE",
+            help="A PostgreSQL database, which several trackers may share.",
+            show_default="a file in the data folder",
+        ),
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option("--join", metavar="STRING", help="With --database: join its trackers, once."),
+    ] = None,
+    peers_port: Annotated[
+        int | None,
+        typer.Option(
+            "--peers-port", min=0, max=65535, help="With --database: the port for other trackers.", show_default="any"
+        ),
+    ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            "--advertise", metavar="HOST", help="With --database: how other trackers reach this.", show_default="--host"
+        ),
+    ] = None,
     log_format: LogFormatOption = "text",
 ) -> None:
     """Start the tracker in the foreground; Ctrl-C stops it, and jobs and results survive.
@@ -100,17 +126,30 @@ def tracker_start(
       kedge tracker start --port 0 --data-dir /srv/kedge
 
       kedge tracker start --keep-jobs 20000 --keep-days 7 --blob-quota 50GiB --metrics 127.0.0.1:9192
+
+      kedge tracker start --host 0.0.0.0 --database postgresql://kedge@db.lab/kedge --join 'kedge1.…'
     """
+    from kedge.rpc.security.join import parse_join
     from kedge.rpc.tracker.main import run
     from kedge.rpc.tracker.retention import Retention
     from kedge.rpc.transport import parse_address
 
+    if database is None and (join is not None or peers_port is not None or advertise is not None):
+        raise UsageError(
+            "--join, --peers-port and --advertise are for one of several trackers", hint="name their --database"
+        )
+    if insecure_loopback and join is not None:
+        raise UsageError("--insecure-loopback: there is nothing to join", hint="leave --join out")
     options: dict[str, Any] = {
         "agents_port": agents_port,
         "insecure_loopback": insecure_loopback,
         "metrics": parse_address(metrics) if metrics else None,
         "blob_quota": None if blob_quota is None else parse_bytes(blob_quota),
         "keep": Retention(keep_jobs, keep_days),
+        "database": database,
+        "join": None if join is None else parse_join(join),
+        "peers_port": peers_port,
+        "advertise": advertise,
     }
     folder = data_dir or state_dir() / "tracker"
     raise typer.Exit(run(host, port, folder, log_format=check_log_format(log_format), **options))
@@ -160,12 +199,12 @@ def agent_start(
     """
     from kedge.deployment import parse_labels
     from kedge.rpc.security.join import parse_join
-    from kedge.rpc.transport import parse_address
+    from kedge.rpc.transport import parse_trackers
 
     check_log_format(log_format)
     parse_labels(label or [])
     if tracker:
-        parse_address(tracker)
+        parse_trackers(tracker)
     if join is not None:
         parse_join(join)
     device = check_name(name or platform.node())
@@ -192,11 +231,11 @@ def _how_to_join(tracker: str | None, join: str | None, device: str, data_dir: P
     from kedge.deployment import Joining, joining
     from kedge.rpc.errors import AuthenticationError, ConnectError
     from kedge.rpc.security import credentials, identity
-    from kedge.rpc.transport import parse_address
+    from kedge.rpc.transport import parse_trackers
 
     if join is not None:
         return Joining(join)
-    address = parse_address(tracker) if tracker is not None else None
+    address = parse_trackers(tracker) if tracker is not None else None
     known = identity.load(data_dir, device, address)
     if tracker is None or address is None:
         if known is None:

@@ -48,7 +48,9 @@ OnOption = Annotated[
 ]
 TrackerOption = Annotated[
     str | None,
-    typer.Option("--tracker", metavar="HOST:PORT", envvar="KEDGE_TRACKER", help="The tracker to ask."),
+    typer.Option(
+        "--tracker", metavar="HOST:PORT", envvar="KEDGE_TRACKER", help="The tracker, or several: a:9190,b:9190."
+    ),
 ]
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=0, max=4096, help="Threads to use; 0: all that are allowed.")

@@ -24,43 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkedge/protos/v1/enrolment.proto\x12\x08kedge.v1\"\x1e\n\x0c\x45nrolRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x0e\n\x0cRenewRequest\"\xa6\x01\n\x08Identity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x02 \x01(\x0c\x12\x17\n\x0fprivate_key_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\x0c\x12\x19\n\x11not_before_unix_s\x18\x05 \x01(\x03\x12\x18\n\x10not_after_unix_s\x18\x06 \x01(\x03\x12\x13\n\x0b\x61gents_port\x18\x07 \x01(\r\"\xac\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x1c\n\x04role\x18\x03 \x01(\x0e\x32\x0e.kedge.v1.Role\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x05 \x01(\x03\x12\x16\n\x0e\x65xpires_unix_s\x18\x06 \x01(\x03\x12\x16\n\x0erevoked_unix_s\x18\x07 \x01(\x03\x12\x13\n\x0bused_unix_s\x18\x08 \x01(\x03\"d\n\x12\x43reateTokenRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.kedge.v1.Role\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nlifetime_s\x18\x04 \x01(\x03\"Z\n\x13\x43reateTokenResponse\x12\x1e\n\x05token\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x13\n\x0b\x61gents_port\x18\x03 \x01(\r\"\x13\n\x11ListTokensRequest\"5\n\x12ListTokensResponse\x12\x1f\n\x06tokens\x18\x01 \x03(\x0b\x32\x0f.kedge.v1.Token\" \n\x12RevokeTokenRequest\x12\n\n\x02id\x18\x01 \x01(\t\"e\n\x08\x45nrolled\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x17\n\x0f\x65nrolled_unix_s\x18\x02 \x01(\x03\x12\x18\n\x10not_after_unix_s\x18\x03 \x01(\x03\x12\x16\n\x0erevoked_unix_s\x18\x04 \x01(\x03\"\x15\n\x13ListEnrolledRequest\";\n\x14ListEnrolledResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.kedge.v1.Enrolled\"%\n\x13RevokeDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t*\\\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_ADMIN\x10\x01\x12\x0f\n\x0bROLE_SUBMIT\x10\x02\x12\r\n\tROLE_READ\x10\x03\x12\x0e\n\nROLE_ENROL\x10\x04\x32u\n\tEnrolment\x12\x33\n\x05\x45nrol\x12\x16.kedge.v1.EnrolRequest\x1a\x12.kedge.v1.Identity\x12\x33\n\x05Renew\x12\x16.kedge.v1.RenewRequest\x1a\x12.kedge.v1.Identity2\xed\x02\n\x06\x41\x63\x63\x65ss\x12J\n\x0b\x43reateToken\x12\x1c.kedge.v1.CreateTokenRequest\x1a\x1d.kedge.v1.CreateTokenResponse\x12G\n\nListTokens\x12\x1b.kedge.v1.ListTokensRequest\x1a\x1c.kedge.v1.ListTokensResponse\x12<\n\x0bRevokeToken\x12\x1c.kedge.v1.RevokeTokenRequest\x1a\x0f.kedge.v1.Token\x12M\n\x0cListEnrolled\x12\x1d.kedge.v1.ListEnrolledRequest\x1a\x1e.kedge.v1.ListEnrolledResponse\x12\x41\n\x0cRevokeDevice\x12\x1d.kedge.v1.RevokeDeviceRequest\x1a\x12.kedge.v1.Enrolledb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkedge/protos/v1/enrolment.proto\x12\x08kedge.v1\"\x1e\n\x0c\x45nrolRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x0e\n\x0cRenewRequest\"\xa6\x01\n\x08Identity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x02 \x01(\x0c\x12\x17\n\x0fprivate_key_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\x0c\x12\x19\n\x11not_before_unix_s\x18\x05 \x01(\x03\x12\x18\n\x10not_after_unix_s\x18\x06 \x01(\x03\x12\x13\n\x0b\x61gents_port\x18\x07 \x01(\r\"\x14\n\x12JoinTrackerRequest\"R\n\x0fTrackerIdentity\x12\x0e\n\x06\x63\x61_pem\x18\x01 \x01(\x0c\x12\x1a\n\x12\x63\x61_private_key_pem\x18\x02 \x01(\x0c\x12\x13\n\x0b\x61\x64min_token\x18\x03 \x01(\t\"\xac\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x1c\n\x04role\x18\x03 \x01(\x0e\x32\x0e.kedge.v1.Role\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x05 \x01(\x03\x12\x16\n\x0e\x65xpires_unix_s\x18\x06 \x01(\x03\x12\x16\n\x0erevoked_unix_s\x18\x07 \x01(\x03\x12\x13\n\x0bused_unix_s\x18\x08 \x01(\x03\"d\n\x12\x43reateTokenRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.kedge.v1.Role\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nlifetime_s\x18\x04 \x01(\x03\"Z\n\x13\x43reateTokenResponse\x12\x1e\n\x05token\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x13\n\x0b\x61gents_port\x18\x03 \x01(\r\"\x13\n\x11ListTokensRequest\"5\n\x12ListTokensResponse\x12\x1f\n\x06tokens\x18\x01 \x03(\x0b\x32\x0f.kedge.v1.Token\" \n\x12RevokeTokenRequest\x12\n\n\x02id\x18\x01 \x01(\t\"e\n\x08\x45nrolled\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x17\n\x0f\x65nrolled_unix_s\x18\x02 \x01(\x03\x12\x18\n\x10not_after_unix_s\x18\x03 \x01(\x03\x12\x16\n\x0erevoked_unix_s\x18\x04 \x01(\x03\"\x15\n\x13ListEnrolledRequest\";\n\x14ListEnrolledResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.kedge.v1.Enrolled\"%\n\x13RevokeDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t*n\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_ADMIN\x10\x01\x12\x0f\n\x0bROLE_SUBMIT\x10\x02\x12\r\n\tROLE_READ\x10\x03\x12\x0e\n\nROLE_ENROL\x10\x04\x12\x10\n\x0cROLE_TRACKER\x10\x05\x32\xbd\x01\n\tEnrolment\x12\x33\n\x05\x45nrol\x12\x16.kedge.v1.EnrolRequest\x1a\x12.kedge.v1.Identity\x12\x33\n\x05Renew\x12\x16.kedge.v1.RenewRequest\x1a\x12.kedge.v1.Identity\x12\x46\n\x0bJoinTracker\x12\x1c.kedge.v1.JoinTrackerRequest\x1a\x19.kedge.v1.TrackerIdentity2\xed\x02\n\x06\x41\x63\x63\x65ss\x12J\n\x0b\x43reateToken\x12\x1c.kedge.v1.CreateTokenRequest\x1a\x1d.kedge.v1.CreateTokenResponse\x12G\n\nListTokens\x12\x1b.kedge.v1.ListTokensRequest\x1a\x1c.kedge.v1.ListTokensResponse\x12<\n\x0bRevokeToken\x12\x1c.kedge.v1.RevokeTokenRequest\x1a\x0f.kedge.v1.Token\x12M\n\x0cListEnrolled\x12\x1d.kedge.v1.ListEnrolledRequest\x1a\x1e.kedge.v1.ListEnrolledResponse\x12\x41\n\x0cRevokeDevice\x12\x1d.kedge.v1.RevokeDeviceRequest\x1a\x12.kedge.v1.Enrolledb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kedge.protos.v1.enrolment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=967
-  _globals['_ROLE']._serialized_end=1059
+  _globals['_ROLE']._serialized_start=1073
+  _globals['_ROLE']._serialized_end=1183
   _globals['_ENROLREQUEST']._serialized_start=45
   _globals['_ENROLREQUEST']._serialized_end=75
   _globals['_RENEWREQUEST']._serialized_start=77
   _globals['_RENEWREQUEST']._serialized_end=91
   _globals['_IDENTITY']._serialized_start=94
   _globals['_IDENTITY']._serialized_end=260
-  _globals['_TOKEN']._serialized_start=263
-  _globals['_TOKEN']._serialized_end=435
-  _globals['_CREATETOKENREQUEST']._serialized_start=437
-  _globals['_CREATETOKENREQUEST']._serialized_end=537
-  _globals['_CREATETOKENRESPONSE']._serialized_start=539
-  _globals['_CREATETOKENRESPONSE']._serialized_end=629
-  _globals['_LISTTOKENSREQUEST']._serialized_start=631
-  _globals['_LISTTOKENSREQUEST']._serialized_end=650
-  _globals['_LISTTOKENSRESPONSE']._serialized_start=652
-  _globals['_LISTTOKENSRESPONSE']._serialized_end=705
-  _globals['_REVOKETOKENREQUEST']._serialized_start=707
-  _globals['_REVOKETOKENREQUEST']._serialized_end=739
-  _globals['_ENROLLED']._serialized_start=741
-  _globals['_ENROLLED']._serialized_end=842
-  _globals['_LISTENROLLEDREQUEST']._serialized_start=844
-  _globals['_LISTENROLLEDREQUEST']._serialized_end=865
-  _globals['_LISTENROLLEDRESPONSE']._serialized_start=867
-  _globals['_LISTENROLLEDRESPONSE']._serialized_end=926
-  _globals['_REVOKEDEVICEREQUEST']._serialized_start=928
-  _globals['_REVOKEDEVICEREQUEST']._serialized_end=965
-  _globals['_ENROLMENT']._serialized_start=1061
-  _globals['_ENROLMENT']._serialized_end=1178
-  _globals['_ACCESS']._serialized_start=1181
-  _globals['_ACCESS']._serialized_end=1546
+  _globals['_JOINTRACKERREQUEST']._serialized_start=262
+  _globals['_JOINTRACKERREQUEST']._serialized_end=282
+  _globals['_TRACKERIDENTITY']._serialized_start=284
+  _globals['_TRACKERIDENTITY']._serialized_end=366
+  _globals['_TOKEN']._serialized_start=369
+  _globals['_TOKEN']._serialized_end=541
+  _globals['_CREATETOKENREQUEST']._serialized_start=543
+  _globals['_CREATETOKENREQUEST']._serialized_end=643
+  _globals['_CREATETOKENRESPONSE']._serialized_start=645
+  _globals['_CREATETOKENRESPONSE']._serialized_end=735
+  _globals['_LISTTOKENSREQUEST']._serialized_start=737
+  _globals['_LISTTOKENSREQUEST']._serialized_end=756
+  _globals['_LISTTOKENSRESPONSE']._serialized_start=758
+  _globals['_LISTTOKENSRESPONSE']._serialized_end=811
+  _globals['_REVOKETOKENREQUEST']._serialized_start=813
+  _globals['_REVOKETOKENREQUEST']._serialized_end=845
+  _globals['_ENROLLED']._serialized_start=847
+  _globals['_ENROLLED']._serialized_end=948
+  _globals['_LISTENROLLEDREQUEST']._serialized_start=950
+  _globals['_LISTENROLLEDREQUEST']._serialized_end=971
+  _globals['_LISTENROLLEDRESPONSE']._serialized_start=973
+  _globals['_LISTENROLLEDRESPONSE']._serialized_end=1032
+  _globals['_REVOKEDEVICEREQUEST']._serialized_start=1034
+  _globals['_REVOKEDEVICEREQUEST']._serialized_end=1071
+  _globals['_ENROLMENT']._serialized_start=1186
+  _globals['_ENROLMENT']._serialized_end=1375
+  _globals['_ACCESS']._serialized_start=1378
+  _globals['_ACCESS']._serialized_end=1743
 # @@protoc_insertion_point(module_scope)

@@ -15,11 +15,13 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_SUBMIT: _ClassVar[Role]
     ROLE_READ: _ClassVar[Role]
     ROLE_ENROL: _ClassVar[Role]
+    ROLE_TRACKER: _ClassVar[Role]
 ROLE_UNSPECIFIED: Role
 ROLE_ADMIN: Role
 ROLE_SUBMIT: Role
 ROLE_READ: Role
 ROLE_ENROL: Role
+ROLE_TRACKER: Role
 
 class EnrolRequest(_message.Message):
     __slots__ = ("device",)
@@ -48,6 +50,20 @@ class Identity(_message.Message):
     not_after_unix_s: int
     agents_port: int
     def __init__(self, device: _Optional[str] = ..., certificate_pem: _Optional[bytes] = ..., private_key_pem: _Optional[bytes] = ..., ca_pem: _Optional[bytes] = ..., not_before_unix_s: _Optional[int] = ..., not_after_unix_s: _Optional[int] = ..., agents_port: _Optional[int] = ...) -> None: ...
+
+class JoinTrackerRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TrackerIdentity(_message.Message):
+    __slots__ = ("ca_pem", "ca_private_key_pem", "admin_token")
+    CA_PEM_FIELD_NUMBER: _ClassVar[int]
+    CA_PRIVATE_KEY_PEM_FIELD_NUMBER: _ClassVar[int]
+    ADMIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ca_pem: bytes
+    ca_private_key_pem: bytes
+    admin_token: str
+    def __init__(self, ca_pem: _Optional[bytes] = ..., ca_private_key_pem: _Optional[bytes] = ..., admin_token: _Optional[str] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("id", "user", "role", "device", "created_unix_s", "expires_unix_s", "revoked_unix_s", "used_unix_s")

@@ -45,6 +45,11 @@ class EnrolmentStub(object):
                 request_serializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.RenewRequest.SerializeToString,
                 response_deserializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.Identity.FromString,
                 _registered_method=True)
+        self.JoinTracker = channel.unary_unary(
+                '/kedge.v1.Enrolment/JoinTracker',
+                request_serializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.JoinTrackerRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.TrackerIdentity.FromString,
+                _registered_method=True)
 
 
 class EnrolmentServicer(object):
@@ -65,6 +70,13 @@ class EnrolmentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JoinTracker(self, request, context):
+        """Where clients are served: another tracker of the same fleet, whose one-time token is spent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnrolmentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_EnrolmentServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.RenewRequest.FromString,
                     response_serializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.Identity.SerializeToString,
+            ),
+            'JoinTracker': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinTracker,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.JoinTrackerRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_enrolment__pb2.TrackerIdentity.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class Enrolment(object):
             '/kedge.v1.Enrolment/Renew',
             kedge_dot_protos_dot_v1_dot_enrolment__pb2.RenewRequest.SerializeToString,
             kedge_dot_protos_dot_v1_dot_enrolment__pb2.Identity.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinTracker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kedge.v1.Enrolment/JoinTracker',
+            kedge_dot_protos_dot_v1_dot_enrolment__pb2.JoinTrackerRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_enrolment__pb2.TrackerIdentity.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("protocol", "unix_ms", "user", "role", "expires_unix_s", "store_problem", "disk_free_bytes", "agents")
+    __slots__ = ("protocol", "unix_ms", "user", "role", "expires_unix_s", "store_problem", "disk_free_bytes", "agents", "epoch", "trackers")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,8 @@ class StatusResponse(_message.Message):
     STORE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     AGENTS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRACKERS_FIELD_NUMBER: _ClassVar[int]
     protocol: _types_pb2.Protocol
     unix_ms: int
     user: str
@@ -44,7 +46,27 @@ class StatusResponse(_message.Message):
     store_problem: str
     disk_free_bytes: int
     agents: _containers.RepeatedCompositeFieldContainer[ConnectedAgent]
-    def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., unix_ms: _Optional[int] = ..., user: _Optional[str] = ..., role: _Optional[str] = ..., expires_unix_s: _Optional[int] = ..., store_problem: _Optional[str] = ..., disk_free_bytes: _Optional[int] = ..., agents: _Optional[_Iterable[_Union[ConnectedAgent, _Mapping]]] = ...) -> None: ...
+    epoch: int
+    trackers: _containers.RepeatedCompositeFieldContainer[TrackerMember]
+    def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., unix_ms: _Optional[int] = ..., user: _Optional[str] = ..., role: _Optional[str] = ..., expires_unix_s: _Optional[int] = ..., store_problem: _Optional[str] = ..., disk_free_bytes: _Optional[int] = ..., agents: _Optional[_Iterable[_Union[ConnectedAgent, _Mapping]]] = ..., epoch: _Optional[int] = ..., trackers: _Optional[_Iterable[_Union[TrackerMember, _Mapping]]] = ...) -> None: ...
+
+class TrackerMember(_message.Message):
+    __slots__ = ("name", "address", "software", "leads", "started_unix_ms", "seen_unix_ms", "gone")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    LEADS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    SEEN_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    software: str
+    leads: bool
+    started_unix_ms: int
+    seen_unix_ms: int
+    gone: bool
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., software: _Optional[str] = ..., leads: bool = ..., started_unix_ms: _Optional[int] = ..., seen_unix_ms: _Optional[int] = ..., gone: bool = ...) -> None: ...
 
 class ConnectedAgent(_message.Message):
     __slots__ = ("device", "protocol")

@@ -10,13 +10,14 @@ import grpc
 from kedge.protos.v1 import enrolment_pb2 as pb
 from kedge.protos.v1 import enrolment_pb2_grpc
 from kedge.rpc.errors import UsageError
-from kedge.rpc.security.join import DEVICE, USER, Join
+from kedge.rpc.security.join import DEVICE, TRACKER, USER, Join
 from kedge.rpc.status import from_rpc_error
 from kedge.rpc.transport import Address, Tls, open_channel
 
 _CALL_S = 20.0
-ROLES = ("admin", "submit", "read", "enrol")
-_ENROL = "enrol"
+ROLES = ("admin", "submit", "read", "enrol", "tracker")
+#: Whoever joins with a token that is no user's.
+_JOINS = {"enrol": DEVICE, "tracker": TRACKER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,7 @@ class Access:
             raise UsageError(f"{role!r} is no role", hint=f"one of {', '.join(ROLES)}")
         request = pb.CreateTokenRequest(user=user, role=f"ROLE_{role.upper()}", device=device, lifetime_s=lifetime_s)
         answer = self._call(self._stub.CreateToken, request)
-        kind = DEVICE if role == _ENROL else USER
-        return _token(answer.token), Join(kind, self._address, answer.secret, self._ca)
+        return _token(answer.token), Join(_JOINS.get(role, USER), self._address, answer.secret, self._ca)
 
     def enrol_token(self, device: str) -> tuple[Join, int]:
         """What lets this device in, taking the place of one of the same name, and the port that serves agents."""

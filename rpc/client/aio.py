@@ -34,7 +34,7 @@ from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
-from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_address
+from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_trackers
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
 
@@ -46,7 +46,7 @@ _LONG_POLL_S = 30.0
 
 async def connect(address: str | Address) -> Fleet:
     """The fleet of the tracker at HOST:PORT; raises ConnectError as the synchronous `connect` does."""
-    where = address if isinstance(address, Address) else parse_address(address)
+    where = address if isinstance(address, Address) else parse_trackers(address)
     fleet = Fleet(where, credentials.find(where).tls)
     try:
         await fleet.hello()

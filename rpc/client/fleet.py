@@ -35,7 +35,7 @@ from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
-from kedge.rpc.transport import Address, Tls, open_channel, parse_address
+from kedge.rpc.transport import Address, Tls, open_channel, parse_trackers
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
 
@@ -51,7 +51,9 @@ _LONG_POLL_S = 30.0
 
 
 def connect(address: str | Address) -> Fleet:
-    """The fleet of the tracker at HOST:PORT.
+    """The fleet of the tracker at HOST:PORT, or of several that share a database: "a:9190,b:9190".
+
+    Of several one is talked to, and another one when that is gone.
 
     Who asks is told by the credentials that `kedge join` has left (see `kedge.rpc.security.credentials`).
 
@@ -59,7 +61,7 @@ def connect(address: str | Address) -> Fleet:
         ConnectError: the address is malformed, nobody answers there, or it speaks another protocol version.
         AuthenticationError: there are no credentials for it, or the tracker does not accept them.
     """
-    where = address if isinstance(address, Address) else parse_address(address)
+    where = address if isinstance(address, Address) else parse_trackers(address)
     fleet = Fleet(where, credentials.find(where).tls)
     try:
         fleet.hello()

@@ -2,7 +2,7 @@
 
     ~/.config/kedge/trackers/NAME.json        (KEDGE_CONFIG_DIR or XDG_CONFIG_HOME say otherwise)
 
-`kedge join` writes them; a tracker that runs writes one for the user that started it (NAME-own.json). NAME tells
+`kedge join` writes them; a tracker that runs writes one for the user that started it (NAME-PORT-own.json). NAME tells
 trackers apart: it is the beginning of the CA's SHA-256. A tracker that was started with --insecure-loopback has a file
 that says so: without it nothing is ever sent in plaintext.
 """
@@ -46,6 +46,8 @@ class Credentials:
             name = f"plaintext-{self.addresses[0].port}"
         else:
             name = hashlib.sha256(pem_to_der(self.tls.ca)).hexdigest()[:16]
+            # Several trackers of one fleet may run here.
+            name += f"-{self.addresses[0].port}" if self.own else ""
         return _folder() / f"{name}{_OWN if self.own else ''}{_SUFFIX}"
 
     def save(self) -> Path:
@@ -80,14 +82,15 @@ def _folder() -> Path:
 
 
 def find(address: Address) -> Credentials:
-    """The credentials for a tracker's address: of several the ones that were joined with, and of those the newest.
+    """The credentials for a tracker, or for one of several: those that were joined with first, and the newest of them.
 
     Raises:
         ConnectError: there are none, and nobody listens there either.
         AuthenticationError: there are none.
         SecretFileError: a file is damaged, or others may read it.
     """
-    found = [(not known.own, written, known) for written, known in _all() if address in known.addresses]
+    there = set(address.each)
+    found = [(not known.own, written, known) for written, known in _all() if there & set(known.addresses)]
     if found:
         return max(found, key=lambda item: item[:2])[2]
     _check_somebody_listens(address)
@@ -127,7 +130,13 @@ def _read(path: Path) -> Credentials:
 
 
 def _check_somebody_listens(address: Address) -> None:
-    try:
-        socket.create_connection((address.host, address.port), timeout=_PROBE_S).close()
-    except OSError as error:
-        raise unreachable(address, error.strerror or str(error)) from error
+    failed: Optional[OSError] = None
+    for each in address.each:
+        try:
+            socket.create_connection((each.host, each.port), timeout=_PROBE_S).close()
+        except OSError as error:
+            failed = error
+        else:
+            return
+    assert failed is not None
+    raise unreachable(address, failed.strerror or str(failed)) from failed

@@ -59,6 +59,11 @@ class Identity:
         """Where the tracker serves agents."""
         return Address(self.host, self.agents_port)
 
+    def addresses(self, trackers: Address) -> Address:
+        """Where several trackers serve agents: as far from their clients' ports as the one that was joined does."""
+        first, *others = (Address(each.host, each.port + self.agents_port - self.port) for each in trackers.each)
+        return Address(first.host, first.port, tuple(others))
+
     @property
     def tls(self) -> Tls:
         """How to talk to it."""
@@ -97,7 +102,7 @@ def load(data_dir: Path, device: str, tracker: Optional[Address] = None) -> Opti
     None where it has joined none under this name; raises SecretFileError.
     """
     known = [(path.stat().st_mtime_ns, _read(path)) for path in (data_dir / _FOLDER).glob(f"{device}@*.json")]
-    here = [item for item in known if item[1].tracker == tracker]
+    here = [item for item in known if tracker is not None and item[1].tracker in tracker.each]
     return max(here or known, key=lambda item: item[0], default=(0, None))[1]
 
 
@@ -135,14 +140,14 @@ def enrol(join: Join, device: str) -> Identity:
     return replace(found, joined=_mark(join))
 
 
-def renew(identity: Identity) -> Identity:
-    """A new certificate for the same device; raises as `enrol`."""
+def renew(identity: Identity, address: Optional[Address] = None) -> Identity:
+    """A new certificate for the same device, from the tracker that serves agents at `address`; raises as `enrol`."""
 
     def call(channel: grpc.Channel) -> Any:
         stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
         return stub.Renew(enrolment_pb2.RenewRequest(), timeout=_CALL_S)
 
-    return replace(_ask(call, identity.address, identity.tls, identity.tracker), joined=identity.joined)
+    return replace(_ask(call, address or identity.address, identity.tls, identity.tracker), joined=identity.joined)
 
 
 def _ask(call: Callable[[grpc.Channel], Any], address: Address, tls: Tls, tracker: Address) -> Identity:

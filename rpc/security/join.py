@@ -20,7 +20,8 @@ from kedge.rpc.transport import Address
 
 DEVICE = "device"
 USER = "user"
-_KINDS = (DEVICE, USER)
+TRACKER = "tracker"
+_KINDS = (DEVICE, USER, TRACKER)
 _PREFIX = "kedge1."
 _CHECK_BYTES = 4
 _HEAD = struct.Struct(">BHBB")
@@ -29,7 +30,10 @@ _PEM_HEAD, _PEM_TAIL = "-----BEGIN CERTIFICATE-----\n", "-----END CERTIFICATE---
 
 @dataclass(frozen=True)
 class Join:
-    """`kind` says who is to use it: DEVICE (an agent, once) or USER (a client). `ca` is the CA's certificate in PEM."""
+    """`kind` says who is to use it: DEVICE (an agent, once), USER (a client) or TRACKER (one more tracker, once).
+
+    `ca` is the CA's certificate in PEM.
+    """
 
     kind: str
     address: Address

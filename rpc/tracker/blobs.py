@@ -64,6 +64,10 @@ class TrackerBlobs(BlobStore):
         self._under_way: dict[BlobWriter, int] = {}
         self._take_stock()
 
+    def when_evicted(self, told: Callable[[str], None]) -> None:
+        """From now on `told` instead hears of blobs that are about to go."""
+        self._on_evict = told
+
     # ---- What has to stay ----
 
     def hold(self, digests: Iterable[str]) -> None:

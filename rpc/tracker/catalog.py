@@ -43,6 +43,14 @@ class Catalog:
         there = self._blobs.promise(blob for blob in distinct if self._owners.has(principal, blob.digest))
         return [blob for blob in distinct if blob.digest not in there]
 
+    def named_by(self, spec: JobSpec, principal: Principal) -> list[Blob]:
+        """The principal's own blobs that a spec names and, where its manifest is known, that needs."""
+        named = [spec.manifest, *(tensor.data for tensor in spec.task.inputs if isinstance(tensor.data, Blob))]
+        known = self._known.get(spec.manifest.digest)
+        if known is not None:
+            named += known[1]
+        return [blob for blob in named if self._owners.has(principal, blob.digest)]
+
     def digests_of(self, spec: JobSpec) -> set[str]:
         """Every blob that a device needs for an accepted job; a session names its own as it goes."""
         if isinstance(spec.task, SessionTask):

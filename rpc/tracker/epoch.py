@@ -35,6 +35,10 @@ class Epoch:
             )
         return self._count
 
+    def check(self, connection: sa.Connection) -> None:
+        """For a transaction beside those of the store's thread, which are counted; raises FencedError."""
+        self.committed(connection, 0)
+
     def committed(self, connection: sa.Connection, transaction: int) -> bool:
         """Whether the newest transaction of this epoch is that one, or a later one; raises FencedError."""
         # Locked: it waits for a transaction whose connection was lost while it ended.

@@ -106,8 +106,23 @@ class ReservationEnded:
     reservation_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class BlobOwned:
+    """The bytes are open to an owner (`kedge.rpc.tracker.security.owners`)."""
+
+    digest: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlobForgotten:
+    """The bytes are nobody's any more."""
+
+    digest: str
+
+
 JobFact = JobAccepted | JobAssigned | JobRequeued | JobWithdrawn | JobCancelling | JobDone
-Fact = JobFact | Serviced | ServiceEnded | Reserved | ReservationEnded
+Fact = JobFact | Serviced | ServiceEnded | Reserved | ReservationEnded | BlobOwned | BlobForgotten
 
 
 @dataclass(frozen=True, slots=True)

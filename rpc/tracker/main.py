@@ -45,10 +45,10 @@ async def _run(host: str, port: int, data_dir: Path, options: dict[str, Any]) ->
 
 def _welcome(serving: Serving) -> str:
     """What a new tracker tells whoever started it."""
-    if serving.security is None:
+    if serving.keys is None:
         log.warning("everybody on this machine is let in, in plaintext (--insecure-loopback)")
         return ""
-    if not serving.security.is_new:
+    if serving.security is None or not serving.keys.is_new:
         return ""
     host = serving.address.host
     if host in ("0.0.0.0", "::"):

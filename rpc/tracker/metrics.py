@@ -95,19 +95,49 @@ class Metrics(Observer):
         )
         self._in = Counter("kedge_blob_uploaded_bytes", "Bytes of blobs that came in.", registry=registry)
         self._out = Counter("kedge_blob_downloaded_bytes", "Bytes of blobs that went out.", registry=registry)
+        self._is_leader = Gauge("kedge_tracker_is_leader", "1 while this tracker leads.", registry=registry)
+        self._epoch = Gauge(
+            "kedge_tracker_epoch", "The newest leadership; 0 for a tracker that shares no database.", registry=registry
+        )
+        self._failovers = Counter(
+            "kedge_tracker_leaderships", "Times that this tracker began to lead.", registry=registry
+        )
+        self._trackers = Gauge("kedge_trackers_alive", "Trackers that share the database.", registry=registry)
         for result in ("hit", "miss"):
             self._lookups.labels(result)
         #: An interceptor, to be the outermost.
         self.calls = CountCalls(registry)
+        self._census: _Census | None = None
         #: Of jobs that are not done: the kind, and since when they wait.
         self._live: dict[str, tuple[str, int]] = {}
 
     def serve_state(self, shell: Shell, data_dir: Path) -> None:
         """Also tell how things are at the moment of a scrape. Called in the event loop's thread."""
-        self.registry.register(_Census(shell, data_dir, asyncio.get_running_loop()))
+        self.follows()
+        self._census = _Census(shell, data_dir, asyncio.get_running_loop())
+        self.registry.register(self._census)
+
+    def leads(self, epoch: int) -> None:
+        """This tracker leads, in an epoch."""
+        self._is_leader.set(1)
+        self._epoch.set(epoch)
+        self._failovers.inc()
+
+    def follows(self) -> None:
+        """It does not: what the one that leads counts is not counted here too."""
+        self._is_leader.set(0)
+        if self._census is not None:
+            self.registry.unregister(self._census)
+            self._census = None
+
+    def sees(self, epoch: int, trackers: int) -> None:
+        """The newest epoch, and how many trackers are alive."""
+        self._epoch.set(epoch)
+        self._trackers.set(trackers)
 
     def found(self, stored: Stored) -> None:
         """Jobs of an earlier tracker."""
+        self._live.clear()
         for record in stored.records:
             accepted, again = record.accepted, record.requeued
             since = accepted.submitted_ms if again is None else again.queued_ms

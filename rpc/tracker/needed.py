@@ -47,6 +47,21 @@ class Needed:
             for job_id, digests in by_job.items():
                 self._keep_outputs(job_id, tuple(digests))
 
+    def release(self) -> None:
+        """Let everything go: the jobs are another tracker's business."""
+        with self._lock:
+            for job_id in list(self._live):
+                self._end(job_id)
+            for job_id in list(self._outputs):
+                self._forget(job_id)
+
+    def digests(self) -> set[str]:
+        """All that is needed now."""
+        with self._lock:
+            inputs = {digest for _, digests in self._live.values() for digest in digests}
+            members = {digest for digests in self._members.values() for digest in digests}
+            return inputs | members | {digest for digests in self._outputs.values() for digest in digests}
+
     def expected(self, facts: Sequence[Fact]) -> None:
         """These facts are about to be stored."""
         with self._lock:

@@ -5,47 +5,49 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import secrets
 import socket
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import grpc
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
-from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc, sessions_pb2_grpc
-from kedge.rpc.blobs import BlobQuotaError
-from kedge.rpc.errors import ConnectError, KedgeError
+from kedge.rpc.errors import ConnectError
+from kedge.rpc.protocol import software
 from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.security.files import SecretFileError
+from kedge.rpc.security.join import Join
 from kedge.rpc.tracker.blobs import TrackerBlobs
-from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.cluster import Cluster, check_database
+from kedge.rpc.tracker.database import Postgres
+from kedge.rpc.tracker.election import Member
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
+from kedge.rpc.tracker.leading import Leadership, Premises
+from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics, exported
-from kedge.rpc.tracker.needed import Needed
 from kedge.rpc.tracker.observer import SILENT
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.devices import LIFETIME_S
-from kedge.rpc.tracker.security.folder import Limits, Security
-from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certificate, by_token, trust
-from kedge.rpc.tracker.security.owners import Owners
-from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
-from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
-from kedge.rpc.tracker.sessions import Grants, SessionsService
-from kedge.rpc.tracker.shell import Clock, Shell
+from kedge.rpc.tracker.security.folder import Keys, Limits, Security
+from kedge.rpc.tracker.security.joining import join_fleet
+from kedge.rpc.tracker.security.owners import FileOwners
+from kedge.rpc.tracker.shell import Clock
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address
 
 log = logging.getLogger("kedge.tracker")
 LOOPBACK = "127.0.0.1"
+_ANY = ("0.0.0.0", "::")
+_PLAIN = ("Fleet", "Blobs", "Agents", "Sessions")
 #: Calls that are under way when the tracker stops may go on for so long.
 _GRACE_S = 0.5
 _BLOB_THREADS = 8
@@ -54,7 +56,8 @@ _SERVICES = tuple(f"kedge.v1.{name}" for name in ("Fleet", "Blobs", "Agents", "S
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A tracker that listens. `security` is None for one that speaks plaintext on loopback.
+    """A tracker that listens. `keys` is None for one that speaks plaintext on loopback; `security` also for one of
+    several that did not lead when it started.
 
     `stopped` is for whoever stops it: a reason to stop in order. If the store fails it carries the error, and the
     tracker has to be stopped.
@@ -64,6 +67,7 @@ class Serving:
     agents_address: Address
     stopped: asyncio.Future[str]
     security: Security | None
+    keys: Keys | None = None
     #: Where Prometheus finds metrics.
     metrics: Address | None = None
 
@@ -82,6 +86,10 @@ async def serve(
     keep: Retention = Retention(),  # noqa: B008 - frozen
     device_lifetime_s: int = LIFETIME_S,
     metrics: Address | None = None,
+    database: str | None = None,
+    peers_port: int | None = None,
+    advertise: str | None = None,
+    join: Join | None = None,
 ) -> AsyncIterator[Serving]:
     """A tracker in this event loop while the context lasts.
 
@@ -91,9 +99,14 @@ async def serve(
     `metrics` (None: nothing is counted). `blob_quota` is in bytes; None means a share of the disk. Jobs that
     are done are kept as `keep` says.
 
+    With a `database` (the URL of a PostgreSQL database; None: a file in the data folder) this may be one of several
+    trackers: one leads, the others relay. It is served to them on `peers_port` (None: any free one) of the host
+    `advertise` (None: `host`, or what this machine is called). The second one and every later one begins with what
+    `join` is for; where that was done before, it is not needed, and not used.
+
     Raises:
         ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
-        StoreError, BlobError, SecretFileError: the data folder cannot be used.
+        StoreError, BlobError, SecretFileError: the data folder or the database cannot be used.
     """
     address = Address(host, port)
     if insecure_loopback and not address.is_loopback:
@@ -122,46 +135,64 @@ async def serve(
         loop.call_soon_threadsafe(health.set_serving, not troubled)
 
     counting = Metrics() if metrics is not None else None
-    observer = counting or SILENT
+    shared = None if database is None else Postgres(database)
+    keys = None
+    if not insecure_loopback:
+        if join is not None:
+            join_fleet(data_dir, join)
+        keys = Keys(data_dir)
+    if shared is not None:
+        await loop.run_in_executor(None, check_database, shared, keys)
     # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.
     clock = Clock()
-    store = Store(
-        data_dir,
-        on_failure=on_failure,
-        on_trouble=on_trouble,
-        observer=observer,
-        keep=keep,
-        clock=lambda: clock() / 1000,
-    )
+    store = None
+    if shared is None:
+        store = Store(
+            data_dir,
+            on_failure=on_failure,
+            on_trouble=on_trouble,
+            observer=counting or SILENT,
+            keep=keep,
+            clock=lambda: clock() / 1000,
+        )
     try:
-        security = None if insecure_loopback else Security(data_dir, device_lifetime_s=device_lifetime_s)
-        audit = security.audit if security is not None else Audit(data_dir / "audit.jsonl")
-        owners = Owners(data_dir / "owners")
-        blobs = TrackerBlobs(data_dir / "blobs", blob_quota, on_evict=owners.forget)
-        catalog = Catalog(blobs, owners)
-        store.keep_needed(Needed(blobs, catalog.members_of))
-        _fit(blobs)
-        shell = Shell(store, settings, clock, observer)
+        audit = keys.audit if keys is not None else Audit(data_dir / "audit.jsonl")
+        owners = FileOwners(data_dir / "owners")
+        blobs = TrackerBlobs(data_dir / "blobs", blob_quota, on_evict=owners.forget if store is not None else _unheard)
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
-            services = _Services(shell, blobs, catalog, owners, audit, threads, limits, health, counting)
+            premises = Premises(data_dir, blobs, audit, threads, limits, settings, clock, counting)
+            house: _Alone | _Shared
+            if store is not None:
+                house = _Alone(premises, store, keys, owners, device_lifetime_s)
+            else:
+                assert shared is not None
+                cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s)
+                house = _Shared(cluster, host, advertise or _known_as(host))
             exporter = ExitStack()
-            servers = _Servers(host)
+            servers = _Servers(host, health, counting)
             try:
-                if security is None:
-                    bound = agents_bound = servers.add(services.everybody(), port, None)
+                if keys is None:
+                    bound = agents_bound = servers.add(house.clients, port, None, _PLAIN)
                 else:
-                    agents, agents_gate = services.agents(security)
-                    clients = services.clients(security, agents_gate)
-                    bound = servers.add(clients, port, _server_tls(security))
-                    agents_bound = servers.add(agents, agents_port, _server_tls(security, mutual=True))
-                    security.agents_port = agents_bound
+                    agents = ("Agents", "Blobs", "Sessions", "Enrolment")
+                    clients = ("Fleet", "Blobs", "Sessions", "Enrolment", "Access")
+                    bound = servers.add(house.clients, port, _server_tls(keys), clients)
+                    agents_bound = servers.add(house.agents, agents_port, _server_tls(keys, mutual=True), agents)
+                    keys.agents_port = agents_bound
+                if isinstance(house, _Shared):
+                    tls = None if keys is None else _server_tls(keys, mutual=True)
+                    peers_bound = servers.add(house.cluster.peers, peers_port or 0, tls, _PLAIN)
                 await servers.start()
+                if isinstance(house, _Shared):
+                    await house.start(bound, peers_bound)
                 scraped = None
                 if counting is not None and metrics is not None:
-                    counting.serve_state(shell, data_dir)
+                    if isinstance(house, _Alone):
+                        counting.serve_state(house.leadership.shell, data_dir)
                     scraped = exporter.enter_context(exported(counting, metrics))
-                serving = Serving(Address(host, bound), Address(host, agents_bound), stopped, security, scraped)
-                audit.write("tracker started", address=str(serving.address), plaintext=security is None)
+                here, for_agents = Address(host, bound), Address(host, agents_bound)
+                serving = Serving(here, for_agents, stopped, house.security, keys, scraped)
+                audit.write("tracker started", address=str(serving.address), plaintext=keys is None)
                 try:
                     with _left_to_its_owner(_own_credentials(serving)):
                         yield serving
@@ -169,109 +200,82 @@ async def serve(
                     audit.write("tracker stopped")
             finally:
                 health.stop()
-                shell.close()
+                await house.stop()
                 await servers.stop()
                 await loop.run_in_executor(None, exporter.close)
                 audit.close()
     finally:
-        # The store's thread may still call into this loop: it must not stand still meanwhile.
-        await loop.run_in_executor(None, store.close)
+        if store is not None:
+            # The store's thread may still call into this loop: it must not stand still meanwhile.
+            await loop.run_in_executor(None, store.close)
 
 
-def _fit(blobs: TrackerBlobs) -> None:
-    """Drop what a quota leaves no room for; what is needed stays, and new uploads are refused."""
-    try:
-        blobs.make_room()
-    except BlobQuotaError as error:
-        log.warning("%s", error)
-    log.info("blobs take %d of %d bytes", blobs.taken_bytes(), blobs.quota_bytes())
+def _unheard(_digest: str) -> None:
+    """Whose blobs are whose is the business of the tracker that leads."""
 
 
-class _Services:
-    """Which services are offered to whom."""
+class _Alone:
+    """A tracker whose state is its own: it leads as long as it runs."""
 
     def __init__(
-        self,
-        shell: Shell,
-        blobs: TrackerBlobs,
-        catalog: Catalog,
-        owners: Owners,
-        audit: Audit,
-        threads: ThreadPoolExecutor,
-        limits: Limits,
-        health: HealthService,
-        counting: Metrics | None,
+        self, premises: Premises, store: Store, keys: Keys | None, owners: FileOwners, device_lifetime_s: int
     ) -> None:
-        self._health = health
-        self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
-        self._audit = audit
-        self._limits = limits
-        self._fleet = FleetService(shell, catalog, audit, blobs.root)
-        self._agents = AgentsService(shell, owners, audit)
-        grants = Grants(blobs)
-        self._sessions = SessionsService(shell, catalog, grants, audit)
-        self._blobs = BlobsService(
-            shell, blobs, catalog, owners, grants, threads, limits.max_blob_bytes, counting or SILENT
-        )
+        self.security = None if keys is None else Security(keys, device_lifetime_s=device_lifetime_s)
+        self.leadership = Leadership(premises, store, self.security, owners)
+        if self.security is None:
+            self.clients = self.agents = Switch(self.leadership.everybody())
+        else:
+            self.clients, self.agents = Switch(self.leadership.clients()), Switch(self.leadership.agents())
 
-    def everybody(self) -> grpc.aio.Server:
-        """Of a tracker that speaks plaintext."""
-        server, _ = self._server(trust, ("Fleet", "Blobs", "Agents", "Sessions"))
-        cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
-        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
-        cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
-        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, server)
-        return server
+    async def stop(self) -> None:
+        """Decide nothing any more."""
+        self.leadership.close()
 
-    def clients(self, security: Security, agents: Gate) -> grpc.aio.Server:
-        """Whoever has a token."""
-        server, gate = self._server(
-            by_token(security.tokens), ("Fleet", "Blobs", "Sessions", "Enrolment", "Access"), security.now_s
-        )
 
-        def end(owner: str, token_id: str, error: KedgeError) -> None:
-            for each in (gate, agents):
-                each.end(owner, token_id, error)
+class _Shared:
+    """One of several trackers on a database."""
 
-        access = AccessService(security, end)
-        cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, server)
-        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
-        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, server)
-        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
-        cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(access, server)
-        return server
+    def __init__(self, cluster: Cluster, host: str, advertised: str) -> None:
+        self.cluster = cluster
+        self.clients, self.agents = cluster.clients, cluster.agents
+        self._advertised = advertised
 
-    def agents(self, security: Security) -> tuple[grpc.aio.Server, Gate]:
-        """Whoever has a certificate."""
-        authenticate = by_certificate(security.devices, security.now_s)
-        server, gate = self._server(authenticate, ("Agents", "Blobs", "Sessions", "Enrolment"), security.now_s)
-        cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, server)
-        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, server)
-        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, server)
-        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), server)
-        return server, gate
+    @property
+    def security(self) -> Security | None:
+        """Of the tracker that leads."""
+        return self.cluster.security
 
-    def _server(
-        self, authenticate: Authenticate, services: tuple[str, ...], now_s: Callable[[], float] = time.time
-    ) -> tuple[grpc.aio.Server, Gate]:
-        """One that lets in whom `authenticate` knows, and tells which services of kedge.v1 it will have."""
-        gate = Gate(authenticate, self._audit, self._limits.max_calls, now_s)
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*self._before, gate])
-        self._health.add_to(server)
-        enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
-        return server, gate
+    async def start(self, port: int, peers_port: int) -> None:
+        """Take part; returns once somebody leads, or nobody did for a while."""
+        name = f"{socket.gethostname()}-{secrets.token_hex(3)}"
+        here, for_peers = (Address(self._advertised, number) for number in (port, peers_port))
+        await self.cluster.start(Member(name, here, for_peers, software()))
+
+    async def stop(self) -> None:
+        """Leave the others to themselves."""
+        await self.cluster.stop()
+
+
+def _known_as(host: str) -> str:
+    """The host by which other machines reach this one."""
+    return machine_addresses()[-1] if host in _ANY else host
 
 
 class _Servers:
     """The listeners of one tracker."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, health: HealthService, counting: Metrics | None) -> None:
         self._host = host
+        self._health = health
+        self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
         self._servers: list[grpc.aio.Server] = []
 
-    def add(self, server: grpc.aio.Server, port: int, tls: grpc.ServerCredentials | None) -> int:
-        """Listen on a port; returns which it is."""
+    def add(self, switch: Switch, port: int, tls: grpc.ServerCredentials | None, services: tuple[str, ...]) -> int:
+        """Serve what the switch says on a port, and tell that it has these services; returns which port it is."""
         place = str(Address(self._host, port))
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*self._before, switch])
+        self._health.add_to(server)
+        enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
         try:
             bound = server.add_insecure_port(place) if tls is None else server.add_secure_port(place, tls)
         except RuntimeError as error:
@@ -289,9 +293,9 @@ class _Servers:
         await asyncio.gather(*(server.stop(_GRACE_S) for server in self._servers))
 
 
-def _server_tls(security: Security, *, mutual: bool = False) -> grpc.ServerCredentials:
-    own = security.certificate
-    ca = security.authority.certificate_pem if mutual else None
+def _server_tls(keys: Keys, *, mutual: bool = False) -> grpc.ServerCredentials:
+    own = keys.certificate
+    ca = keys.authority.certificate_pem if mutual else None
     return grpc.ssl_server_credentials([(own.key, own.certificate)], ca, require_client_auth=mutual)
 
 
@@ -299,12 +303,12 @@ def _own_credentials(serving: Serving) -> Credentials:
     """What the user that starts a tracker needs to talk to it, under every address that this machine has for it."""
     port = serving.address.port
     hosts = [serving.address.host]
-    if serving.security is None or serving.address.host in ("127.0.0.1", "::1", "0.0.0.0", "::"):
+    if serving.keys is None or serving.address.host in ("127.0.0.1", "::1", *_ANY):
         hosts += ["127.0.0.1", "localhost", "::1"]
-    if serving.address.host in ("0.0.0.0", "::"):
+    if serving.address.host in _ANY:
         hosts += machine_addresses()
     addresses = tuple(dict.fromkeys(Address(host, port) for host in hosts))
-    return Credentials(addresses, None if serving.security is None else serving.security.admin_tls(), own=True)
+    return Credentials(addresses, None if serving.keys is None else serving.keys.admin_tls(), own=True)
 
 
 @contextmanager

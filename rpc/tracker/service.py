@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,8 @@ from kedge.rpc.status import UnknownReservationError, to_status
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.facts import JobAccepted
+from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
 from kedge.rpc.tracker.handlers import GONE, typed_errors, typed_stream_errors
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.security.audit import Audit
@@ -55,8 +57,9 @@ _MAX_WAIT_MS = 60_000
 class FleetService:
     """What clients ask. Others' jobs do not exist, for those who are no administrators."""
 
-    def __init__(self, shell: Shell, catalog: Catalog, audit: Audit, data_dir: Path) -> None:
+    def __init__(self, shell: Shell, catalog: Catalog, audit: Audit, data_dir: Path, mates: Fleetmates = ALONE) -> None:
         self._shell = shell
+        self._mates = mates
         self._data_dir = data_dir
         self._catalog = catalog
         self._audit = audit
@@ -81,6 +84,8 @@ class FleetService:
             store_problem=self._shell.store_problem or "",
             disk_free_bytes=shutil.disk_usage(self._data_dir).free,
             agents=self._shell.state.agents(),
+            epoch=self._mates.epoch,
+            trackers=self._mates.members,
         )
         return convert.tracker_status_to_pb(status)
 
@@ -98,6 +103,7 @@ class FleetService:
         """Accept a job whose artifact and inputs the caller has sent already."""
         principal = caller()
         spec = convert.job_spec_from_pb(request.spec)
+        await self._mates.fetch(self._catalog.named_by(spec, principal))
         needs = await self._catalog.check(spec, principal)
         key = request.idempotency_key
         if key and not principal.trusted:
@@ -292,12 +298,14 @@ class BlobsService:
     """Uploads and downloads. Files are touched in threads of their own.
 
     A blob is open to whoever has sent it, to the user whose job it came of, and to a device that holds a job which
-    needs it. To everybody else it is not there.
+    needs it. To everybody else it is not there. One that another tracker of the fleet has is fetched from there.
+
+    `held_by` tells the jobs that a device has.
     """
 
     def __init__(
         self,
-        shell: Shell,
+        held_by: Callable[[str], Mapping[Any, JobAccepted]],
         blobs: TrackerBlobs,
         catalog: Catalog,
         owners: Owners,
@@ -305,8 +313,10 @@ class BlobsService:
         threads: ThreadPoolExecutor,
         max_bytes: int,
         observer: Observer = SILENT,
+        mates: Fleetmates = ALONE,
     ) -> None:
-        self._shell = shell
+        self._held_by = held_by
+        self._mates = mates
         self._blobs = blobs
         self._catalog = catalog
         self._owners = owners
@@ -321,6 +331,8 @@ class BlobsService:
     ) -> blobs_pb2.FindMissingResponse:
         """Which of these are not here, or not the caller's."""
         asked = [convert.blob_from_pb(pb) for pb in request.blobs]
+        if caller().role is not Role.PEER:
+            await self._mates.fetch([blob for blob in asked if self._owners.has(caller(), blob.digest)])
         missing = await self._in_thread(self._catalog.missing, asked, caller())
         self._observer.looked_up(len(set(asked)) - len(missing), len(missing))
         return blobs_pb2.FindMissingResponse(missing=[convert.blob_to_pb(blob) for blob in missing])
@@ -342,7 +354,7 @@ class BlobsService:
     ) -> blobs_pb2.UploadResponse:
         """One blob; while some chunks are hashed and written, the next ones gather."""
         principal = caller()
-        if principal.role is Role.AGENT and not self._shell.state.held_by(principal.name):
+        if principal.role is Role.AGENT and not self._held_by(principal.name):
             raise PermissionDeniedError("a device sends blobs only while it holds a job")
         try:
             first = await anext(requests)
@@ -355,8 +367,11 @@ class BlobsService:
         try:
             writer = await asyncio.wrap_future(begun)
             await self._receive(writer, first.data, requests)
-            if not principal.trusted:
-                await self._in_thread(self._owners.add, principal.owner, blob.digest)
+            if principal.role is not Role.PEER:
+                await self._mates.copy(blob)
+                if not principal.trusted:
+                    self._owners.add(principal.owner, blob.digest)
+                    await self._in_thread(self._owners.settle)
         finally:
             # A call may be broken off while a thread works for it: the writer is closed all the same, and after that.
             await asyncio.shield(self._start(_close, begun))
@@ -366,7 +381,7 @@ class BlobsService:
     def _open_to(self, principal: Principal, digest: str) -> bool:
         if self._owners.has(principal, digest):
             return True
-        held = self._shell.state.held_by(principal.name) if principal.role is Role.AGENT else {}
+        held = self._held_by(principal.name) if principal.role is Role.AGENT else {}
         return any(
             digest in self._grants.of(accepted.job_id) or digest in self._catalog.digests_of(accepted.spec)
             for accepted in held.values()
@@ -399,7 +414,11 @@ class BlobsService:
         A whole blob is verified. One that the disk has damaged is forgotten: whoever has it may upload it again.
         """
         blob = convert.blob_from_pb(request.blob)
-        if not self._blobs.has(blob) or not self._open_to(caller(), blob.digest):
+        if not self._open_to(caller(), blob.digest):
+            raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
+        if caller().role is not Role.PEER:
+            await self._mates.fetch([blob])
+        if not self._blobs.has(blob):
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
         check_number("offset_bytes", request.offset_bytes, 0, blob.size, "0 is the beginning of the blob")
         with self._blobs.open(blob.digest) as file:

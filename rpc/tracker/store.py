@@ -34,6 +34,8 @@ from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.database import Database, Sqlite
 from kedge.rpc.tracker.epoch import Epoch
 from kedge.rpc.tracker.facts import (
+    BlobForgotten,
+    BlobOwned,
     Fact,
     JobAccepted,
     JobAssigned,
@@ -151,9 +153,13 @@ class Store:
 
     def append(self, facts: Sequence[Fact], done: Callable[[], None]) -> None:
         """Store facts; `done` is called from the store's thread once they are durable. Keeps the order of calls."""
-        if self._needed is not None:
+        if self._needed is not None and any(isinstance(fact, JobFact) for fact in facts):
             self._needed.expected(facts)
         self._work.put(_Append(facts, done))
+
+    def owners(self) -> Future[list[tuple[str, str]]]:
+        """Whose blobs are whose: digest and owner."""
+        return self._read(lambda connection: [(row.digest, row.owner) for row in connection.execute(_OWNERS)])
 
     def job(self, job_id: str) -> Future[Job | None]:
         """A stored job with its result."""
@@ -167,6 +173,11 @@ class Store:
         """The job that was ever submitted under this idempotency key."""
         query = sa.select(t.keys.c.job_id).where(t.keys.c.key == key)
         return self._read(lambda connection: connection.execute(query).scalar_one_or_none())
+
+    @property
+    def passes(self) -> bool:
+        """Whether a problem ends by itself before long: the database comes back, or another tracker leads."""
+        return self._database.patience_s is not None
 
     def close(self) -> None:
         """Store what was queued and close the database."""
@@ -379,11 +390,20 @@ _INSERT_JOB = sa.insert(t.jobs)
 _INSERT_KEY = sa.insert(t.keys)
 _INSERT_RESULT = sa.insert(t.results)
 _INSERT_OUTPUT = sa.insert(t.outputs)
+_OWNERS = sa.select(t.owners)
+_INSERT_OWNER = sa.insert(t.owners)
+_FORGET_BLOB = sa.delete(t.owners).where(t.owners.c.digest == sa.bindparam("of"))
+_FORGET_OWNER = _FORGET_BLOB.where(t.owners.c.owner == sa.bindparam("whom"))
 _UPDATE_JOB = sa.update(t.jobs).where(t.jobs.c.id == sa.bindparam("job"))
 
 
 def _write(connection: sa.Connection, fact: Fact) -> None:
-    if isinstance(fact, (Serviced, ServiceEnded, Reserved, ReservationEnded)):
+    if isinstance(fact, BlobOwned):
+        connection.execute(_FORGET_OWNER, {"of": fact.digest, "whom": fact.owner})
+        connection.execute(_INSERT_OWNER, asdict(fact))
+    elif isinstance(fact, BlobForgotten):
+        connection.execute(_FORGET_BLOB, {"of": fact.digest})
+    elif isinstance(fact, (Serviced, ServiceEnded, Reserved, ReservationEnded)):
         _write_device(connection, fact)
     else:
         _write_job(connection, fact)

@@ -9,9 +9,10 @@ import pytest
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from support import handmade
+from support.postgres import postgres
 from support.python39 import python39
 
-__all__ = ["python39"]
+__all__ = ["postgres", "python39"]
 
 #: In the order of tests/agent/module.c.
 FUNCTIONS = (

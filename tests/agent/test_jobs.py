@@ -23,8 +23,8 @@ from kedge.device_agent.probe import probe
 from kedge.device_agent.runner import Runner
 from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.blobs import BlobStore, CorruptBlobError, blob_of
-from kedge.rpc.errors import ConnectError
+from kedge.rpc.blobs import BlobError, BlobQuotaError, BlobStore, CorruptBlobError, DiskFullError, blob_of
+from kedge.rpc.errors import ConnectError, PermissionDeniedError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
     MAX_PROFILE_SAMPLES,
@@ -282,6 +282,46 @@ def test_a_tracker_that_stays_away_is_a_transfer_timeout(board: Board, remote: R
     remote.away = 1 << 30
     outcome = execute(board, run_spec(remote.publish(made), "add", Deadlines(transfer_ms=300))).outcome
     assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
+
+
+@pytest.mark.parametrize("error", [DiskFullError, BlobQuotaError])
+def test_a_tracker_without_room_for_a_result_is_waited_for(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch, error: type[BlobError]
+) -> None:
+    data = struct.pack("<f", 1.5) * ((1 << 18) + 1)
+    x = Tensor("x", "float32", (len(data) // 4,), remote.store.put(data))
+    take, refusals = remote.upload, 1
+
+    def upload(blob: Blob, source: bytes | memoryview) -> None:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise error("no room on the tracker")
+        take(blob, source)
+
+    monkeypatch.setattr(remote, "upload", upload)
+    spec = replace(run_spec(remote.publish(made), "add", Deadlines(transfer_ms=3_000)), task=RunTask((x,)))
+    assert execute(board, spec).outcome.ok
+    refusals = 1 << 30
+    outcome = execute(board, replace(spec, deadlines=Deadlines(transfer_ms=600))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER)
+    assert "no room on the tracker" in outcome.message
+
+
+def test_a_result_of_a_job_that_others_have_by_now(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device was cut off for longer than its lease: what it has is not wanted, and that is no bug."""
+    data = struct.pack("<f", 1.5) * ((1 << 18) + 1)
+    x = Tensor("x", "float32", (len(data) // 4,), remote.store.put(data))
+
+    def refuse(_blob: Blob, _source: bytes | memoryview) -> None:
+        raise PermissionDeniedError("a device sends blobs only while it holds a job")
+
+    monkeypatch.setattr(remote, "upload", refuse)
+    outcome = execute(board, replace(run_spec(remote.publish(made), "add"), task=RunTask((x,)))).outcome
+    assert (outcome.kind, outcome.stage) == (OutcomeKind.DEVICE_FAULT, Stage.TRANSFER)
+    assert "only while it holds a job" in outcome.message and caplog.records == []
 
 
 @pytest.mark.parametrize("function", ["spin", "add"])

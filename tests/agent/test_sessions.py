@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.security import credentials
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.types import Deadlines, DeviceState, Job, JobState, SessionTask
-from support.agents import AgentProcess, wait_for
+from support.agents import AgentProcess, descendants, runs, wait_for
 from support.handmade import artifact
 
 from .conftest import FUNCTIONS
@@ -183,6 +184,21 @@ def test_a_crash_ends_its_runner_and_not_the_session(fleet: Fleet, agent: AgentP
             m["hog"]({"x": X})
         assert caught.value.outcome == "out_of_memory"
         np.testing.assert_array_equal(m["add"]({"x": X})["y"], X + 1)
+    assert outcome(fleet, device.id) is OutcomeKind.OK
+
+
+def test_a_runner_that_ends_between_two_requests(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
+    """The next request finds that out, be it while it lets go of tensors that nobody has any more."""
+    with fleet.session("here") as device:
+        m, kept = device.load(made), device.tensor(X)
+        device.forget(kept._handle)
+        (runner_pid,) = descendants(agent.process.pid)
+        os.kill(runner_pid, signal.SIGKILL)
+        wait_for(lambda: not runs(runner_pid), "the runner to end")
+        with pytest.raises(JobError, match="its runner ended") as caught:
+            m["add"]({"x": X})
+        assert caught.value.outcome == "crash"
+        np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
     assert outcome(fleet, device.id) is OutcomeKind.OK
 
 

@@ -46,6 +46,8 @@ class Report:
             "outcomes": dict(sorted(self.found.outcomes.items())),
             "otherwise": dict(sorted(self.found.otherwise.items())),
             "client_errors": dict(sorted(self.found.errors.items())),
+            "sessions": dict(sorted(self.found.sessions.items())),
+            "session_errors": dict(sorted(self.found.session_errors.items())),
         }
 
 
@@ -88,6 +90,11 @@ def _judge(report: Report, kinds: Sequence[Kind], injected: Counter[str]) -> Non
         were[ended.split(": ")[1]] += count
     beyond = {outcome: count for outcome, count in were.items() if count > may[outcome]}
     assert not beyond, f"outcomes that nothing explains: {beyond}; there may be {may}; {report}"
+    may_end = sum(kind.sessions * injected[kind.name] for kind in kinds)
+    ended = report.found.sessions.total() - report.found.sessions["ok"]
+    told = report.found.session_errors
+    assert ended <= may_end, f"{ended} sessions ended, and {may_end} may have: {report}"
+    assert told.total() <= may_end, f"of sessions, clients were told what nothing explains: {told}"
     allowed = tuple(error for kind in kinds for error in kind.errors)
     unexplained = [error for error in report.found.errors if error.split(":")[0] not in allowed]
     assert not unexplained, f"clients were told what nothing explains: {unexplained}"

@@ -1,7 +1,7 @@
 """The kinds of fault, each a function that does one to a world and returns once the fault itself is over.
 
 What may come of jobs meanwhile is part of the kind: `extra` are outcomes that it may cause, at most so many per
-injection, and `errors` are what clients may be told.
+injection, and `errors` are what clients may be told. `sessions` is how many sessions one injection may end.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from .world import World, full
 
 Inject = Callable[[World, random.Random], None]
 PATIENCE_S = 60.0
+#: Sessions that one client may have at a time, and all clients together.
+THREADS = 3
+ALL = 2 * THREADS
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Kind:
     errors: tuple[str, ...] = ()
     needs: str = ""  # "relay", "disks" or "clock"
     large_share: float = 0.06
+    sessions: int = 0
 
 
 KINDS: dict[str, Kind] = {}
@@ -52,9 +56,10 @@ def kind(
     errors: tuple[str, ...] = (),
     needs: str = "",
     large_share: float = 0.06,
+    sessions: int = 0,
 ) -> Callable[[Inject], Inject]:
     def add(inject: Inject) -> Inject:
-        KINDS[name] = Kind(name, inject, extra or {}, errors, needs, large_share)
+        KINDS[name] = Kind(name, inject, extra or {}, errors, needs, large_share, sessions)
         return inject
 
     return add
@@ -68,7 +73,7 @@ def rest(rng: random.Random, least_s: float, most_s: float) -> None:
 # ---- Processes -----------------------------------------------------------------------------------------------------
 
 
-@kind("agent-killed", extra={"device_lost": 1})
+@kind("agent-killed", extra={"device_lost": 1}, sessions=1)
 def kill_agent(world: World, rng: random.Random) -> None:
     agent = rng.choice(world.agents)
     agent.kill()
@@ -76,7 +81,7 @@ def kill_agent(world: World, rng: random.Random) -> None:
     world.start_agent(agent)
 
 
-@kind("agent-stopped", extra={"device_lost": 1})
+@kind("agent-stopped", extra={"device_lost": 1}, sessions=1)
 def stop_agent(world: World, rng: random.Random) -> None:
     """One time in five for longer than its lease lasts."""
     agent = rng.choice(world.agents)
@@ -85,12 +90,12 @@ def stop_agent(world: World, rng: random.Random) -> None:
     agent.signal(signal.SIGCONT)
 
 
-@kind("runner-killed", extra={"crash": 1})
+@kind("runner-killed", extra={"crash": 1}, sessions=1)
 def kill_runner(world: World, rng: random.Random) -> None:
     _signal_runner(world, rng, signal.SIGKILL)
 
 
-@kind("runner-stopped", extra={"timeout": 1})
+@kind("runner-stopped", extra={"timeout": 1}, sessions=1)
 def stop_runner(world: World, rng: random.Random) -> None:
     """Half of them are never woken again."""
     pid = _signal_runner(world, rng, signal.SIGSTOP)
@@ -122,7 +127,7 @@ def _send(pid: int, number: int) -> bool:
     return True
 
 
-@kind("client-killed")
+@kind("client-killed", sessions=THREADS)
 def kill_client(world: World, rng: random.Random) -> None:
     client = rng.choice(world.clients)
     world.clients.remove(client)
@@ -138,7 +143,7 @@ def stop_client(world: World, rng: random.Random) -> None:
     client.signal(signal.SIGCONT)
 
 
-@kind("tracker-killed")
+@kind("tracker-killed", sessions=ALL)
 def kill_tracker(world: World, rng: random.Random) -> None:
     world.tracker.kill()
     rest(rng, 0.0, 0.5)
@@ -155,19 +160,19 @@ def stop_tracker(world: World, rng: random.Random) -> None:
 # ---- Connections ---------------------------------------------------------------------------------------------------
 
 
-@kind("upload-cut", large_share=0.3)
+@kind("upload-cut", large_share=0.3, sessions=1)
 def cut_upload(world: World, rng: random.Random) -> None:
     _spring(world, "clients", rng.choice(("cut", "abort")), "up", rng.randrange(100_000, 3_000_000))
 
 
-@kind("result-cut", large_share=0.2)
+@kind("result-cut", large_share=0.2, sessions=1)
 def cut_result(world: World, rng: random.Random) -> None:
     """Now in a message, now in an output that is uploaded."""
     after = rng.randrange(1, 2_000) if rng.random() < 0.5 else rng.randrange(100_000, 2_000_000)
     _spring(world, "agents", rng.choice(("cut", "abort")), "up", after)
 
 
-@kind("streams-cut")
+@kind("streams-cut", sessions=ALL)
 def cut_streams(world: World, rng: random.Random) -> None:
     """All connections of one side at once, in order or by a reset."""
     world.proxies[rng.choice(("clients", "agents"))].cut_all(reset=rng.random() < 0.5)
@@ -181,13 +186,13 @@ def stall(world: World, rng: random.Random) -> None:
     proxy.flow()
 
 
-@kind("half-closed")
+@kind("half-closed", sessions=1)
 def half_close(world: World, rng: random.Random) -> None:
     side, direction = rng.choice(("clients", "agents")), rng.choice(("up", "down"))
     _spring(world, side, "half-close", direction, rng.randrange(1, 3_000))
 
 
-@kind("wire-corrupted")
+@kind("wire-corrupted", sessions=1)
 def corrupt_wire(world: World, rng: random.Random) -> None:
     side, direction = rng.choice(("clients", "agents")), rng.choice(("up", "down"))
     _spring(world, side, "flip", direction, rng.randrange(1, 20_000))
@@ -211,7 +216,7 @@ def delay(world: World, rng: random.Random) -> None:
     _meddle(world, Order("delay", rng.choice(("up", "down")), rng.uniform(0.05, 1.5)))
 
 
-@kind("message-late", needs="relay")
+@kind("message-late", needs="relay", sessions=1)
 def deliver_late(world: World, rng: random.Random) -> None:
     """An agent's last message on a connection arrives when it is back on another one."""
     _meddle(world, Order("late", "up", rng.uniform(0.05, 1.5)))
@@ -234,6 +239,7 @@ def _meddle(world: World, order: Order) -> None:
     extra={"load_error": 8, "bad_request": 8},
     errors=("CorruptBlobError", "MissingBlobError"),
     large_share=0.15,
+    sessions=ALL,
 )
 def corrupt_tracker_blob(world: World, rng: random.Random) -> None:
     """Of any job, or of the artifact, which an agent that begins anew has to fetch."""
@@ -267,9 +273,10 @@ def corrupt_agent_blob(world: World, rng: random.Random) -> None:
     with world.fleet() as fleet:
 
         def idle() -> bool:
-            (device,) = [device for device in fleet.devices() if device.info.name == agent.name]
-            return not device.running_job_id and not world.runners(agent)
+            free = [d.info.name for d in fleet.devices() if not d.running_job_id]
+            return agent.name in free and not world.runners(agent)
 
+        fleet.wait_for_device(agent.name, timeout=PATIENCE_S)
         fleet.set_maintenance(agent.name, True, "a fault")
         wait_for(idle, f"{agent.name} to be idle", PATIENCE_S)
         _flip_byte(rng, files)
@@ -303,13 +310,14 @@ def _flip_byte(rng: random.Random, files: Callable[[], list[Path]]) -> None:
     extra={"device_fault": 4},
     errors=("DiskFullError", "StoreError", "BlobQuotaError", "RemoteError"),
     needs="disks",
+    sessions=ALL,
 )
 def fill_tracker_disk(world: World, rng: random.Random) -> None:
     with full(world.data):
         rest(rng, 0.1, 2.5)
 
 
-@kind("agent-disk-full", extra={"device_fault": 8}, needs="disks")
+@kind("agent-disk-full", extra={"device_fault": 8}, needs="disks", sessions=1)
 def fill_agent_disk(world: World, rng: random.Random) -> None:
     with full(world.agent_data(rng.choice(world.agents))):
         rest(rng, 0.1, 1.5)
@@ -318,7 +326,7 @@ def fill_agent_disk(world: World, rng: random.Random) -> None:
 # ---- Clocks --------------------------------------------------------------------------------------------------------
 
 
-@kind("clock-jumped", needs="clock")
+@kind("clock-jumped", needs="clock", sessions=ALL)
 def jump_clock(world: World, rng: random.Random) -> None:
     """By seconds to hours, now and then with a tracker that begins under the wrong time; or by weeks, for a moment."""
     if rng.random() < 0.3:

@@ -16,7 +16,7 @@ from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet
 from kedge.rpc.errors import KedgeError
-from kedge.rpc.types import Blob, DeviceState, Job, JobState, Tensor
+from kedge.rpc.types import Blob, DeviceState, Job, JobState, SessionTask, Tensor
 from support.agents import wait_for
 
 from .world import World
@@ -33,12 +33,17 @@ ENDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Found:
-    """What came of it all: jobs by outcome, those that ended otherwise than their function does, clients' errors."""
+    """What came of it all: jobs by outcome, those that ended otherwise than their function does, clients' errors.
+
+    Sessions are counted apart: by outcome, as the tracker has it, and by what clients were told.
+    """
 
     jobs: int
     outcomes: Counter[str]
     otherwise: Counter[str]
     errors: Counter[str]
+    sessions: Counter[str]
+    session_errors: Counter[str]
 
 
 def settle(world: World) -> None:
@@ -87,10 +92,14 @@ def audit(world: World) -> Found:
     wanted = {said["x"]: said for said in world.lines if said["what"] == "submit"}
     of_number: dict[int, list[Job]] = defaultdict(list)
     outcomes: Counter[str] = Counter()
+    sessions: Counter[str] = Counter()
     otherwise: Counter[str] = Counter()
     for job in jobs.values():
         assert job.result is not None
         outcome = job.result.outcome
+        if isinstance(job.spec.task, SessionTask):
+            sessions[outcome.kind.value] += 1
+            continue
         outcomes[outcome.kind.value] += 1
         said = wanted.get(_digest(job.spec.task.inputs[0]))
         if said is not None:
@@ -101,10 +110,16 @@ def audit(world: World) -> Found:
             assert _digest(job.result.outputs[0]) == (said["y"] if said else _plus_one(job)), f"wrong: {job}"
     _check_clients(world, jobs, of_number)
     _check_log(world, jobs)
-    errors = Counter(
-        f"{said['error']}: {said['text'].splitlines()[0][:90]}" for said in world.lines if said["what"] == "error"
-    )
-    return Found(len(jobs), outcomes, otherwise, errors)
+    wrong = [said for said in world.lines if said["what"] == "session-done" and not said["right"]]
+    assert not wrong, f"sessions that computed something else: {wrong}"
+    count = outcomes.total()
+    return Found(count, outcomes, otherwise, _told(world, "error"), sessions, _told(world, "session-error"))
+
+
+def _told(world: World, what: str) -> Counter[str]:
+    """What clients were told, by class and first line."""
+    lines = [said for said in world.lines if said["what"] == what]
+    return Counter(f"{said['error']}: {said['text'].splitlines()[0][:90]}" for said in lines)
 
 
 def _check_clients(world: World, jobs: Mapping[str, Job], of_number: Mapping[int, list[Job]]) -> None:
@@ -134,17 +149,21 @@ def _check_log(world: World, jobs: Mapping[str, Job]) -> None:
     assert not twice, f"ended more than once: {twice}"
 
 
+#: gRPC's own words for a message to a peer that has just gone: nobody's failure.
+_NOBODY_THERE = "ExecuteBatchError raised in core"
+_SPEAK_OF_A_BUG = ('"exception"', "in a way that has no name", "worker failed", "thread failed")
+
+
 def complaints(world: World) -> list[str]:
     """Lines of the logs that speak of a bug: exceptions that nobody caught."""
     found = []
     for path in sorted((world.folder / "logs").iterdir()):
         lines = path.read_text(errors="replace").splitlines()
         for number, line in enumerate(lines):
-            if line.startswith("Traceback"):
-                found.append(f"{path.name}: " + "\n".join(lines[max(0, number - 2) : number + 60]))
-            elif '"exception"' in line or "failed in a way that has no name" in line:
-                found.append(f"{path.name}: {line[:2000]}")
-    return found
+            bug = line.startswith("Traceback") or any(words in line for words in _SPEAK_OF_A_BUG)
+            if bug and _NOBODY_THERE not in line:
+                found.append(f"{path.name}: " + "\n".join(lines[max(0, number - 2) : number + 60])[:6_000])
+    return found[:5]
 
 
 def close(world: World) -> None:

@@ -35,7 +35,8 @@ from .relay import Relay
 PROGRAMS = Path(__file__).with_name("programs")
 #: By this every process of a world is known, whoever started it.
 MARK = "KEDGE_FAULT_WORLD"
-DISK_BYTES = 192 << 20
+#: With room for all that a campaign keeps.
+DISK_BYTES = 768 << 20
 
 
 class Process:

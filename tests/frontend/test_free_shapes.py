@@ -261,6 +261,31 @@ def test_inner_dims_of_products_that_must_be_equal(optype: str) -> None:
         loaded.run({"x": f(4, 5), "z": f(6, 3)})
 
 
+def test_addends_that_must_be_as_long_as_the_product() -> None:
+    proto = model("g (float[N,5] x, float[5,P] z, float[M,C] c) => (float[] y) { y=Gemm<beta=0.5>(x,z,c) }", {})
+    check(proto, [{"x": f(4, 5), "z": f(5, 3), "c": f(4, 3)}])
+    body = "g (float[N,5] x, float[5,P] z, float[C] c) => (float[] y)"
+    body += " { v=Transpose(x) w=Transpose(z) y=Gemm<transA=1,transB=1>(v,w,c) }"
+    check(model(body, {}), [{"x": f(4, 5), "z": f(5, 3), "c": f(3)}])
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        for shape, there in (((3, 3), "[NM] and [NM]"), ((4, 2), "[PC] and [PC]"), ((4, 1), "[PC] and [PC]")):
+            with pytest.raises(InputError, match=rf"node .* needs {there} to be equal, but they are"):
+                loaded.run({"x": f(4, 5), "z": f(5, 3), "c": f(*shape)})
+
+
+@pytest.mark.parametrize(("optype", "weight"), [("Conv<group=2>", (6, 2, 3, 3)), ("ConvTranspose", (4, 6, 3, 3))])
+def test_channels_that_must_be_those_of_a_weight(optype: str, weight: tuple[int, ...]) -> None:
+    """Those of an input, and a bias."""
+    body = f"g (float[N,C,H,7] x, float[B] b) => (float[] y) {{ y={optype}(x,w,b) }}"
+    proto = model(body, {"w": f(*weight)})
+    check(proto, [{"x": f(n, 4, h, 7), "b": f(6)} for n, h in ((2, 5), (1, 3))])
+    with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+        with pytest.raises(InputError, match=r"node .* needs 4 and C to be equal, but they are 4 and 3"):
+            loaded.run({"x": f(2, 3, 5, 7), "b": f(6)})
+        with pytest.raises(InputError, match=r"node .* needs 6 and B to be equal, but they are 6 and 1"):
+            loaded.run({"x": f(2, 4, 5, 7), "b": f(1)})
+
+
 def test_batch_dims_of_products_that_must_be_equal() -> None:
     proto = model("g (float[B,1,2,K] x, float[C,7,K,3] z) => (float[] y) { y=MatMul(x,z) }", {})
     check(proto, [{"x": f(4, 1, 2, 5), "z": f(4, 7, 5, 3)}])

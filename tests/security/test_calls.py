@@ -112,7 +112,7 @@ def test_strangers_get_nothing_from_the_agents_port(
     other = Authority(tmp_path_factory.mktemp("other"), security.now_s()).device("rpi4-1", security.now_s(), 1e6)
     never = security.authority.device("never-enrolled", security.now_s(), 1e6)
     expired = security.authority.device("rpi4-1", security.now_s() - 1e6, 1e5)
-    own = security.certificate
+    own = security.keys.certificate
     ca = security.authority.certificate_pem
     bad = {
         "no certificate": Tls(ca),

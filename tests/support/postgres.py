@@ -135,3 +135,10 @@ def postgres_server() -> Iterator[PostgresServer]:
             yield server
         finally:
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server that the tests of a session share; each makes databases of its own."""
+    with postgres_server() as server:
+        yield server

@@ -349,6 +349,6 @@ def test_spans_of_affine_indices_are_tight():
 
 def test_a_choice_that_stands_in_its_own_condition():
     value = Load(Buffer("x", (4,), "int64"), (const(0),))
-    inner = minimum(value, select(value > 0, value, 1 - value))
-    outer = select(maximum(inner, 0) > 0, maximum(inner, 0), 1 - maximum(inner, 0))
+    inner = select(value > 0, value, 1 - value)
+    outer = select(inner > 2, inner, 1 - inner)
     assert simplify(select(outer > 3, outer, inner)).dtype == "int64"

@@ -8,8 +8,10 @@ import pytest
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet, connect
 from kedge.rpc.tracker.server import RunningTracker, start
-from support.postgres import PostgresServer, postgres_server
+from support.postgres import postgres
 from support.toys import QUICK, make_artifact
+
+__all__ = ["postgres"]
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +29,3 @@ def tracker(tmp_path: Path) -> Iterator[RunningTracker]:
 def fleet(tracker: RunningTracker) -> Iterator[Fleet]:
     with connect(tracker.address) as fleet:
         yield fleet
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL server that the tests of a session share; each makes databases of its own."""
-    with postgres_server() as server:
-        yield server

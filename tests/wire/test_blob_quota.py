@@ -24,7 +24,7 @@ from kedge.rpc.tracker.blobs import DISK_SHARE, PROMISE_S, TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.facts import JobAccepted, JobDone, JobWithdrawn
 from kedge.rpc.tracker.needed import Needed
-from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.server import start
 from kedge.rpc.transport import open_channel
 from kedge.rpc.types import JobResult, JobSpec, RunTask, Tensor
@@ -245,7 +245,7 @@ def test_jobs_hold_what_they_need_and_kept_results_their_outputs(
     parts = [store.put(data) for _, data in packed.blobs()]
     given, made = store.put(b"input"), store.put(b"output")
     spec = JobSpec(packed.blob, "main", RunTask((Tensor("x", "int8", (5,), given),)))
-    catalog = Catalog(store, Owners(tmp_path / "owners"))
+    catalog = Catalog(store, FileOwners(tmp_path / "owners"))
     needed = Needed(store, catalog.members_of)
     jobs = [JobAccepted(name, seq, spec, (), "", 0) for seq, name in enumerate(("one", "two"))]
     done = JobDone("one", JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "int8", (6,), made),)), 5)

@@ -23,6 +23,8 @@ _DAY = datetime.timedelta(days=1)
 _CA_LIFE = 7300 * _DAY
 _TRACKER_LIFE = 3650 * _DAY
 _EARLY = _DAY
+#: No device can have this name.
+PEER_NAME = "kedge tracker (peer)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,12 @@ class Issued:
     serial: str
     not_before_s: int
     not_after_s: int
+
+
+def adopt(folder: Path, certificate_pem: bytes, key_pem: bytes) -> None:
+    """Make another tracker's CA that of `folder`, which has none; raises SecretFileError."""
+    write_private(folder / "ca.key", key_pem)
+    write_private(folder / "ca.pem", certificate_pem)
 
 
 class Authority:
@@ -78,6 +86,15 @@ class Authority:
         write_private(self._folder / "ca.key", _pem(self._key))
         write_private(self._folder / "ca.pem", self.certificate_pem)
 
+    @property
+    def key_pem(self) -> bytes:
+        """The CA's private key: for another tracker of the fleet."""
+        return _pem(self._key)
+
+    def peer(self, now_s: float) -> Issued:
+        """A certificate with which this tracker dials the fleet's others, with a new key that is kept in memory."""
+        return self._issue(PEER_NAME, ExtendedKeyUsageOID.CLIENT_AUTH, "peer.kedge", now_s, _TRACKER_LIFE)
+
     def tracker(self, now_s: float) -> Issued:
         """The tracker's own certificate, kept beside the CA; a new one where that is damaged or over its half."""
         try:
@@ -118,6 +135,13 @@ def serial_of(certificate_pem: bytes) -> tuple[str, int]:
     """A certificate's serial number in hexadecimal, and when it expires (Unix seconds)."""
     certificate = x509.load_pem_x509_certificate(certificate_pem)
     return f"{certificate.serial_number:x}", int(certificate.not_valid_after_utc.timestamp())
+
+
+def described(certificate_pem: bytes) -> tuple[str, str, int]:
+    """Whose a certificate is, its serial number in hexadecimal, and when it expires (Unix seconds)."""
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return (str(names[0].value) if names else "", *serial_of(certificate_pem))
 
 
 def _described(certificate_pem: bytes, key: bytes) -> Issued:

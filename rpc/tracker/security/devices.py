@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from kedge.rpc.errors import AuthenticationError
-from kedge.rpc.security.files import SecretFileError, read_private, write_private
+from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.status import NameTakenError, UnknownTokenError
 from kedge.rpc.tracker.security.ca import Authority, Issued
+from kedge.rpc.tracker.security.shelf import Shelf
 
 LIFETIME_S = 90 * 86_400
 
@@ -30,23 +30,23 @@ class Enrolled:
 
 
 class Devices:
-    """The devices in `path`, a file that is written whole at every change."""
+    """The devices on a shelf, which is written whole at every change."""
 
     def __init__(
-        self, path: Path, authority: Authority, now_s: Callable[[], float], lifetime_s: int = LIFETIME_S
+        self, shelf: Shelf, authority: Authority, now_s: Callable[[], float], lifetime_s: int = LIFETIME_S
     ) -> None:
-        self._path = path
+        self._shelf = shelf
         self._authority = authority
         self._now_s = now_s
         self._lifetime_s = lifetime_s
         self._by_name: dict[str, Enrolled] = {}
         try:
-            for item in json.loads(read_private(path)):
+            for item in json.loads(shelf.read()):
                 self._by_name[item["name"]] = Enrolled(**{**item, "serials": tuple(item["serials"])})
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError) as error:
-            raise SecretFileError(f"{path} is damaged: {error!r}", hint="restore it from a backup") from error
+            raise SecretFileError(f"{shelf.name} is damaged: {error!r}", hint="restore it from a backup") from error
 
     def check_free(self, name: str, *, replaces: bool) -> None:
         """Raise NameTakenError where another device has the name.
@@ -103,7 +103,7 @@ class Devices:
         before = self._by_name.get(device.name)
         self._by_name[device.name] = device
         try:
-            write_private(self._path, json.dumps([asdict(each) for each in self._by_name.values()], indent=1).encode())
+            self._shelf.write(json.dumps([asdict(each) for each in self._by_name.values()], indent=1).encode())
         except BaseException:
             if before is None:
                 del self._by_name[device.name]

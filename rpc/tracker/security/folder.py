@@ -14,10 +14,12 @@ from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import Authority
 from kedge.rpc.tracker.security.devices import LIFETIME_S, Devices
 from kedge.rpc.tracker.security.principal import Role
+from kedge.rpc.tracker.security.shelf import FileShelf, Shelf
 from kedge.rpc.tracker.security.tokens import Tokens
 from kedge.rpc.transport import MAX_CALLS, Address, Tls
 
 ADMIN = "admin"
+ADMIN_FILE = "admin.token"
 #: The token that a new tracker prints is good for so long.
 _FIRST_JOIN_S = 86_400
 
@@ -30,16 +32,14 @@ class Limits:
     max_calls: int = MAX_CALLS
 
 
-class Security:
-    """A tracker's own CA, tokens and devices, made where they are not there yet.
+class Keys:
+    """A tracker's CA and its own certificate, made where they are not there yet, and its audit log.
 
     Raises:
         SecretFileError: the folder cannot be used, is damaged, or is open to others.
     """
 
-    def __init__(
-        self, data_dir: Path, *, now_s: Callable[[], float] = time.time, device_lifetime_s: int = LIFETIME_S
-    ) -> None:
+    def __init__(self, data_dir: Path, *, now_s: Callable[[], float] = time.time) -> None:
         make_private_folder(data_dir)  # jobs, results and blobs are nobody else's either
         self.folder = data_dir / "security"
         make_private_folder(self.folder)
@@ -47,16 +47,47 @@ class Security:
         self.is_new = not (self.folder / "ca.pem").exists()
         self.authority = Authority(self.folder, now_s())
         self.certificate = self.authority.tracker(now_s())
-        self.tokens = Tokens(self.folder / "tokens.json", now_s)
-        self.devices = Devices(self.folder / "devices.json", self.authority, now_s, device_lifetime_s)
         self.audit = Audit(self.folder / "audit.jsonl", now_s)
-        self.admin_secret = self._admin_secret()
         #: Told to agents that enrol; known once the tracker listens.
         self.agents_port = 0
 
+    def admin_tls(self) -> Tls:
+        """How the owner of the data folder talks to the tracker."""
+        return Tls(self.authority.certificate_pem, token=read_private(self.folder / ADMIN_FILE).decode().strip())
+
+
+class Security:
+    """Everything that makes a tracker secure: its keys, its users' tokens and its devices.
+
+    `shelf` says where tokens and devices are kept: in files beside the keys, or in the database that trackers share.
+
+    Raises:
+        SecretFileError, StoreError: what is kept cannot be read, or is damaged.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        shelf: Callable[[str], Shelf] | None = None,
+        *,
+        device_lifetime_s: int = LIFETIME_S,
+    ) -> None:
+        self.keys = keys
+        self.shared = shelf is not None
+        at = shelf or (lambda name: FileShelf(keys.folder / name))
+        self.now_s, self.authority, self.audit = keys.now_s, keys.authority, keys.audit
+        self.tokens = Tokens(at("tokens.json"), keys.now_s)
+        self.devices = Devices(at("devices.json"), keys.authority, keys.now_s, device_lifetime_s)
+        self.admin_secret = self._admin_secret()
+
+    @property
+    def agents_port(self) -> int:
+        """Told to agents that enrol."""
+        return self.keys.agents_port
+
     def _admin_secret(self) -> str:
         """The token of whoever owns the data folder; another one where the last was revoked."""
-        path = self.folder / "admin.token"
+        path = self.keys.folder / ADMIN_FILE
         try:
             secret = read_private(path).decode().strip()
             self.tokens.check(secret)

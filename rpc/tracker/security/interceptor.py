@@ -21,10 +21,11 @@ from google.protobuf.message import DecodeError
 
 from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
 from kedge.rpc.protocol import ProtocolError
-from kedge.rpc.status import to_status
+from kedge.rpc.status import TrackerAwayError, to_status
 from kedge.rpc.tracker.handlers import GONE
+from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
-from kedge.rpc.tracker.security.ca import serial_of
+from kedge.rpc.tracker.security.ca import PEER_NAME, described
 from kedge.rpc.tracker.security.devices import Devices
 from kedge.rpc.tracker.security.principal import LOCAL, Principal, Role, check_rule, enter
 from kedge.rpc.tracker.security.tokens import Tokens
@@ -35,6 +36,7 @@ Authenticate = Callable[[Context], Principal]
 
 log = logging.getLogger("kedge.tracker")
 
+_AUTHORIZATION = "authorization"
 _BEARER = "Bearer "
 
 
@@ -71,6 +73,12 @@ class Gate(grpc.aio.ServerInterceptor):
         """End what a principal has under way, by this token or (empty) by any; but not the call that asks for it."""
         for call in list(self._calls.get(owner, ())):
             if token_id in ("", call.principal.token_id) and call.task is not asyncio.current_task():
+                call.end(error)
+
+    def close(self, error: KedgeError) -> None:
+        """End whatever is under way with this."""
+        for calls in list(self._calls.values()):
+            for call in list(calls):
                 call.end(error)
 
     async def intercept_service(
@@ -190,7 +198,22 @@ async def _each(deserialize: Callable[[bytes], Any], raw: AsyncIterator[bytes]) 
 def who(principal: Principal, context: Context) -> dict[str, str]:
     """Whom an audited act is ascribed to."""
     token = {"token": principal.token_id} if principal.token_id else {}
-    return {"by": principal.name, "role": principal.role.value, **token, "peer": context.peer()}
+    by = {"by": principal.name, "role": principal.role.value, **token}
+    said = dict(context.invocation_metadata() or ()) if _is_peer(context) else {}
+    if PEER_KEY in said:
+        return {**by, "peer": str(said[PEER_KEY]), "through": context.peer()}
+    return {**by, "peer": context.peer()}
+
+
+def agents_port_of(context: Context, own: int) -> int:
+    """Where the tracker that a caller talks to serves agents: `own`, or that of the tracker that relays the call."""
+    said = dict(context.invocation_metadata() or ()) if _is_peer(context) else {}
+    return int(said[AGENTS_PORT_KEY]) if AGENTS_PORT_KEY in said else own
+
+
+def _is_peer(context: Context) -> bool:
+    """Whether another tracker makes the call: what it says of the caller is true."""
+    return next(iter(context.auth_context().get("x509_common_name", ())), b"") == PEER_NAME.encode()
 
 
 def trust(_context: Context) -> Principal:
@@ -202,7 +225,7 @@ def by_token(tokens: Tokens) -> Authenticate:
     """Clients have a token each."""
 
     def authenticate(context: Context) -> Principal:
-        given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        given = [value for key, value in context.invocation_metadata() or () if key == _AUTHORIZATION]
         if not given:
             raise AuthenticationError(
                 "this call came without a token",
@@ -219,18 +242,52 @@ def by_token(tokens: Tokens) -> Authenticate:
 
 def by_certificate(devices: Devices, now_s: Callable[[], float]) -> Authenticate:
     """Agents have a certificate each, whose chain and purpose TLS has checked."""
-    described = lru_cache(1_000)(serial_of)
+    known = _Certificates(devices, now_s)
 
     def authenticate(context: Context) -> Principal:
-        found = context.auth_context()
-        names, certificates = found.get("x509_common_name", ()), found.get("x509_pem_cert", ())
-        name, pem = next(iter(names), b""), next(iter(certificates), b"")
-        if not name or not pem:
+        certificates = context.auth_context().get("x509_pem_cert", ())
+        pem = next(iter(certificates), b"")
+        if not pem:
             raise AuthenticationError("this call came without a certificate")
-        serial, expires_s = described(bytes(pem))
-        if now_s() >= expires_s:
-            raise AuthenticationError("the certificate of this device has expired", hint="enrol it again: --join '…'")
-        devices.check(name.decode(errors="replace"), serial)
-        return Principal(name.decode(), Role.AGENT, serial, expires_s=expires_s)
+        return known.principal(bytes(pem))
 
     return authenticate
+
+
+def by_peer(tokens: Tokens | None, devices: Devices | None, now_s: Callable[[], float]) -> Authenticate:
+    """Another tracker, whose certificate TLS has checked: for a client or a device that came to it, or for itself.
+
+    Without `tokens` and `devices`, of a tracker that does not lead, it speaks only for itself.
+    """
+    known = None if devices is None else _Certificates(devices, now_s)
+    client = None if tokens is None else by_token(tokens)
+
+    def authenticate(context: Context) -> Principal:
+        if not _is_peer(context):
+            raise AuthenticationError("only the fleet's other trackers are served here")
+        said = dict(context.invocation_metadata() or ())
+        if not {CERTIFICATE_KEY, _AUTHORIZATION, PEER_KEY} & said.keys():
+            return Principal("tracker", Role.PEER)
+        if known is None or client is None:
+            raise TrackerAwayError("this tracker does not lead any more")
+        pem = said.get(CERTIFICATE_KEY)
+        return known.principal(pem) if isinstance(pem, bytes) else client(context)
+
+    return authenticate
+
+
+class _Certificates:
+    """Who the holders of certificates are, which this fleet's authority has signed."""
+
+    def __init__(self, devices: Devices, now_s: Callable[[], float]) -> None:
+        self._devices = devices
+        self._now_s = now_s
+        self._described = lru_cache(1_000)(described)
+
+    def principal(self, pem: bytes) -> Principal:
+        """The device; raises AuthenticationError where its certificate is not good any more."""
+        name, serial, expires_s = self._described(pem)
+        if self._now_s() >= expires_s:
+            raise AuthenticationError("the certificate of this device has expired", hint="enrol it again: --join '…'")
+        self._devices.check(name, serial)
+        return Principal(name, Role.AGENT, serial, expires_s=expires_s)

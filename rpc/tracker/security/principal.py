@@ -20,7 +20,9 @@ class Role(Word):
     SUBMIT = "submit"
     READ = "read"
     ENROL = "enrol"
+    TRACKER = "tracker"
     AGENT = "agent"
+    PEER = "peer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class Principal:
 
     @property
     def sees_all(self) -> bool:
-        """Everybody's jobs and blobs are open to administrators."""
-        return self.role is Role.ADMIN
+        """Everybody's jobs and blobs are open to administrators, and to the fleet's other trackers."""
+        return self.role in (Role.ADMIN, Role.PEER)
 
     def may_see(self, user: str) -> bool:
         """Whether what belongs to this user is open to the principal."""
@@ -74,6 +76,8 @@ _USERS = frozenset({Role.ADMIN, Role.SUBMIT, Role.READ})
 _SUBMITTERS = frozenset({Role.ADMIN, Role.SUBMIT})
 _ADMINS = frozenset({Role.ADMIN})
 _AGENTS = frozenset({Role.AGENT})
+#: Another tracker of the fleet, by its certificate, on its own behalf.
+_PEERS = frozenset({Role.PEER})
 #: Whoever has a token or a certificate.
 _ANYBODY = frozenset(Role)
 
@@ -90,15 +94,16 @@ RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Fleet/SetMaintenance": _ADMINS,
     "/kedge.v1.Fleet/Reserve": _SUBMITTERS,
     "/kedge.v1.Fleet/EndReservation": _SUBMITTERS,
-    "/kedge.v1.Blobs/FindMissing": _SUBMITTERS | _AGENTS,
-    "/kedge.v1.Blobs/QueryUpload": _SUBMITTERS | _AGENTS,
-    "/kedge.v1.Blobs/Upload": _SUBMITTERS | _AGENTS,
-    "/kedge.v1.Blobs/Download": _USERS | _AGENTS,
+    "/kedge.v1.Blobs/FindMissing": _SUBMITTERS | _AGENTS | _PEERS,
+    "/kedge.v1.Blobs/QueryUpload": _SUBMITTERS | _AGENTS | _PEERS,
+    "/kedge.v1.Blobs/Upload": _SUBMITTERS | _AGENTS | _PEERS,
+    "/kedge.v1.Blobs/Download": _USERS | _AGENTS | _PEERS,
     "/kedge.v1.Agents/Connect": _AGENTS,
     "/kedge.v1.Sessions/Attach": _SUBMITTERS,
     "/kedge.v1.Sessions/Serve": _AGENTS,
     "/kedge.v1.Enrolment/Enrol": frozenset({Role.ENROL}),
     "/kedge.v1.Enrolment/Renew": _AGENTS,
+    "/kedge.v1.Enrolment/JoinTracker": frozenset({Role.TRACKER}),
     "/kedge.v1.Access/CreateToken": _ADMINS,
     "/kedge.v1.Access/ListTokens": _ADMINS,
     "/kedge.v1.Access/RevokeToken": _ADMINS,

@@ -16,9 +16,9 @@ from kedge.rpc.tracker.handlers import typed_errors
 from kedge.rpc.tracker.security.ca import Issued
 from kedge.rpc.tracker.security.devices import REVOKED_HINT, Enrolled
 from kedge.rpc.tracker.security.folder import Security
-from kedge.rpc.tracker.security.interceptor import who
+from kedge.rpc.tracker.security.interceptor import agents_port_of, who
 from kedge.rpc.tracker.security.principal import Role, agent_owner, caller, owner_of
-from kedge.rpc.tracker.security.tokens import Token
+from kedge.rpc.tracker.security.tokens import ONE_TIME, Token
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,6 +27,7 @@ _ROLES = {
     Role.SUBMIT: pb.ROLE_SUBMIT,
     Role.READ: pb.ROLE_READ,
     Role.ENROL: pb.ROLE_ENROL,
+    Role.TRACKER: pb.ROLE_TRACKER,
 }
 _FROM_PB = {number: role for role, number in _ROLES.items()}
 
@@ -51,7 +52,7 @@ class EnrolmentService:
         security.tokens.spend(token.id)
         issued = security.devices.enrol(name, replaces=bool(token.device))
         security.audit.write("device enrolled", device=name, serial=issued.serial, **who(principal, context))
-        return self._identity(name, issued)
+        return self._identity(name, issued, context)
 
     @typed_errors
     async def Renew(self, _request: pb.RenewRequest, context: Context) -> pb.Identity:
@@ -59,9 +60,22 @@ class EnrolmentService:
         security, principal = self._security, caller()
         issued = security.devices.renew(principal.name, principal.token_id)
         security.audit.write("certificate renewed", serial=issued.serial, **who(principal, context))
-        return self._identity(principal.name, issued)
+        return self._identity(principal.name, issued, context)
 
-    def _identity(self, name: str, issued: Issued) -> pb.Identity:
+    @typed_errors
+    async def JoinTracker(self, _request: pb.JoinTrackerRequest, context: Context) -> pb.TrackerIdentity:
+        """What makes another tracker one of this fleet, for a one-time token."""
+        security, principal = self._security, caller()
+        _check_shared(security)
+        security.tokens.spend(principal.token_id)
+        security.audit.write("tracker joined", **who(principal, context))
+        return pb.TrackerIdentity(
+            ca_pem=security.authority.certificate_pem,
+            ca_private_key_pem=security.authority.key_pem,
+            admin_token=security.admin_secret,
+        )
+
+    def _identity(self, name: str, issued: Issued, context: Context) -> pb.Identity:
         return pb.Identity(
             device=name,
             certificate_pem=issued.certificate,
@@ -69,7 +83,7 @@ class EnrolmentService:
             ca_pem=self._security.authority.certificate_pem,
             not_before_unix_s=issued.not_before_s,
             not_after_unix_s=issued.not_after_s,
-            agents_port=self._security.agents_port,
+            agents_port=agents_port_of(context, self._security.agents_port),
         )
 
 
@@ -85,13 +99,16 @@ class AccessService:
         """A token, whose secret is told this once."""
         role = _FROM_PB.get(request.role)
         if role is None:
-            raise UsageError("a token needs a role", hint="--role admin, submit, read or enrol")
-        user = request.user or (caller().name if role is Role.ENROL else "")
+            raise UsageError("a token needs a role", hint="--role admin, submit, read, enrol or tracker")
+        if role is Role.TRACKER:
+            _check_shared(self._security)
+        user = request.user or (caller().name if role in ONE_TIME else "")
         lifetime = request.lifetime_s or None
         token, secret = self._security.tokens.create(user, role, device=request.device, lifetime_s=lifetime)
         said = {"token_id": token.id, "user": token.user, "token_role": role.value, "device": token.device}
         self._security.audit.write("token created", expires_s=token.expires_s, **said, **who(caller(), context))
-        return pb.CreateTokenResponse(token=_token(token), secret=secret, agents_port=self._security.agents_port)
+        port = agents_port_of(context, self._security.agents_port)
+        return pb.CreateTokenResponse(token=_token(token), secret=secret, agents_port=port)
 
     @typed_errors
     async def ListTokens(self, _request: pb.ListTokensRequest, _context: Context) -> pb.ListTokensResponse:
@@ -119,6 +136,14 @@ class AccessService:
         error = AuthenticationError(f"the device {device.name!r} was revoked", hint=REVOKED_HINT)
         self._end(agent_owner(device.name), "", error)
         return _enrolled(device)
+
+
+def _check_shared(security: Security) -> None:
+    if not security.shared:
+        raise UsageError(
+            "this tracker keeps its state in a file of its own, which no other tracker can share",
+            hint="start it with --database postgresql://… first (docs/several_trackers.md)",
+        )
 
 
 def _token(token: Token) -> pb.Token:

@@ -10,19 +10,27 @@ import json
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kedge.rpc.errors import AuthenticationError, LimitError, UsageError
 from kedge.rpc.names import check_name
-from kedge.rpc.security.files import SecretFileError, read_private, write_private
+from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.status import UnknownTokenError
 from kedge.rpc.tracker.security.principal import Role, check_user
+from kedge.rpc.tracker.security.shelf import Shelf
 
 PREFIX = "kdg_"
 _DAY_S = 86_400
 #: How long a token lasts unless said otherwise.
-LIFETIMES_S = {Role.ADMIN: 365 * _DAY_S, Role.SUBMIT: 90 * _DAY_S, Role.READ: 90 * _DAY_S, Role.ENROL: 3_600}
+LIFETIMES_S = {
+    Role.ADMIN: 365 * _DAY_S,
+    Role.SUBMIT: 90 * _DAY_S,
+    Role.READ: 90 * _DAY_S,
+    Role.ENROL: 3_600,
+    Role.TRACKER: 3_600,
+}
+#: Roles whose tokens are spent when they are used.
+ONE_TIME = (Role.ENROL, Role.TRACKER)
 _MAX_LIFETIME_S = 3_660 * _DAY_S
 #: What is over is listed for so long, and then forgotten.
 _REMEMBERED_S = 30 * _DAY_S
@@ -49,20 +57,20 @@ class Token:
 
 
 class Tokens:
-    """The tokens in `path`, a file that is written whole at every change."""
+    """The tokens on a shelf, which is written whole at every change."""
 
-    def __init__(self, path: Path, now_s: Callable[[], float]) -> None:
-        self._path = path
+    def __init__(self, shelf: Shelf, now_s: Callable[[], float]) -> None:
+        self._shelf = shelf
         self._now_s = now_s
         self._by_hash: dict[str, Token] = {}
         try:
-            for item in json.loads(read_private(path)):
+            for item in json.loads(shelf.read()):
                 digest = item.pop("hash")
                 self._by_hash[digest] = Token(**{**item, "role": Role(item["role"])})
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SecretFileError(f"{path} is damaged: {error!r}", hint="restore it from a backup") from error
+            raise SecretFileError(f"{shelf.name} is damaged: {error!r}", hint="restore it from a backup") from error
 
     def create(self, user: str, role: Role, *, device: str = "", lifetime_s: int | None = None) -> tuple[Token, str]:
         """A new token and its secret; `lifetime_s` None means as long as is usual for the role, 0 for ever.
@@ -70,14 +78,14 @@ class Tokens:
         Raises:
             UsageError: a user, role, device or time that no token can have.
         """
-        if role is Role.AGENT:
-            raise UsageError("agents have certificates, no tokens", hint="--role enrol enrols one")
+        if role not in LIFETIMES_S:
+            raise UsageError(f"{role}s have certificates, no tokens", hint="--role enrol enrols a device")
         if device:
             check_name(device)
             if role is not Role.ENROL:
                 raise UsageError("only a token that enrols is for a device", hint="add --role enrol")
         lifetime = LIFETIMES_S[role] if lifetime_s is None else lifetime_s
-        if not 0 <= lifetime <= _MAX_LIFETIME_S or (role is Role.ENROL and not lifetime):
+        if not 0 <= lifetime <= _MAX_LIFETIME_S or (role in ONE_TIME and not lifetime):
             raise UsageError(f"no token lasts {lifetime} s", hint="at most ten years, e.g. --expires 30d")
         self._forget()
         if len(self._by_hash) >= _MAX_TOKENS:
@@ -150,7 +158,7 @@ class Tokens:
         items: list[dict[str, Any]] = [
             {"hash": digest, **asdict(token), "role": token.role.value} for digest, token in self._by_hash.items()
         ]
-        write_private(self._path, json.dumps(items, indent=1).encode())
+        self._shelf.write(json.dumps(items, indent=1).encode())
 
 
 def _hash(secret: str) -> str:

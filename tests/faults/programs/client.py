@@ -29,6 +29,8 @@ F32 = npt.NDArray[np.float32]
 #: Numbers of one client's jobs; float32 holds those of a hundred clients.
 JOBS_EACH = 100_000
 DEADLINES = Deadlines(queue_ms=120_000, transfer_ms=60_000, load_ms=10_000, run_ms=4_000)
+#: Of all that a client does.
+SESSION_SHARE = 0.03
 LARGE = (300_000, 1_200_000)
 SLOW_MS = 60
 
@@ -50,7 +52,8 @@ class Client:
         rng = random.Random(f"{self.seed}/{thread}")
         with self.connect() as fleet:
             while not self.stopping.is_set():
-                self.one(fleet, rng, next(self._numbers))
+                do = self.session if rng.random() < SESSION_SHARE else self.one
+                do(fleet, rng, next(self._numbers))
 
     def connect(self) -> Fleet:
         """A tracker that does not answer now may be there in a moment; only jobs are waited for by themselves."""
@@ -76,6 +79,23 @@ class Client:
             return
         right = result.outcome.ok and np.array_equal(result["y"], y)
         self.say("done", number, id=job_id, outcome=result.outcome.kind.value, right=bool(right))
+
+    def session(self, fleet: Fleet, rng: random.Random, number: int) -> None:
+        """A device of one's own, and a tensor that stays there from call to call."""
+        _, x = self.draw(rng, number)
+        calls = rng.randrange(1, 5)
+        self.say("session", number)
+        try:
+            with fleet.session(deadlines=DEADLINES) as device:
+                model, kept = device.load(self.artifact), device.tensor(x)
+                for _ in range(calls):
+                    kept = model.run({"x": kept}, "add_one", keep=True)["y"]
+                right = np.array_equal(kept.numpy(), x + np.float32(calls))
+        except KedgeError as error:
+            self.say("session-error", number, error=type(error).__name__, text=str(error))
+            self.stopping.wait(0.2)
+            return
+        self.say("session-done", number, right=bool(right))
 
     def draw(self, rng: random.Random, number: int) -> tuple[str, F32]:
         large = rng.random() < self.large_share

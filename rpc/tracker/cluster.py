@@ -1,0 +1,315 @@
+"""One of several trackers on a PostgreSQL database, as long as it runs: leading, following, and the changes between.
+
+Everything happens in the event loop, one change after the other: what the election and the store find out comes into
+one queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from kedge.protos.v1 import blobs_pb2_grpc
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.status import TrackerAwayError
+from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.database import Postgres
+from kedge.rpc.tracker.election import Election, Member, View
+from kedge.rpc.tracker.epoch import Epoch
+from kedge.rpc.tracker.fleetmates import Fellows
+from kedge.rpc.tracker.health import HealthService
+from kedge.rpc.tracker.leading import Leadership, Premises
+from kedge.rpc.tracker.listeners import Serve, Switch, Table
+from kedge.rpc.tracker.relay import Relay
+from kedge.rpc.tracker.retention import Retention
+from kedge.rpc.tracker.schema import StoreError, documents, prepare
+from kedge.rpc.tracker.security.folder import Keys, Security
+from kedge.rpc.tracker.security.interceptor import Gate, by_peer, trust
+from kedge.rpc.tracker.security.owners import FileOwners, StoredOwners
+from kedge.rpc.tracker.security.shelf import DatabaseShelf
+from kedge.rpc.tracker.service import BlobsService
+from kedge.rpc.tracker.sessions import Grants
+from kedge.rpc.tracker.store import Store
+from kedge.rpc.transport import Tls
+from kedge.rpc.types import TrackerMember
+
+log = logging.getLogger("kedge.tracker")
+
+_CA = "ca.pem"
+#: The first PostgreSQL that ends idle sessions.
+_OLDEST = 140_000
+#: A tracker that starts waits so long for somebody to lead.
+_SETTLED_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Led:
+    """This tracker leads from now on."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """It leads no more."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The store of an epoch does not go on."""
+
+    epoch: int
+    error: BaseException
+
+
+def check_database(database: Postgres, keys: Keys | None) -> None:
+    """The server is new enough, and all trackers of one database have one CA; the first one says which.
+
+    Raises:
+        StoreError: the database cannot be used, or its trackers have another CA.
+    """
+    ours = b"" if keys is None else keys.authority.certificate_pem
+    try:
+        with database.engine().begin() as connection:
+            prepare(connection, database.name)
+            version = connection.execute(sa.text("SHOW server_version_num")).scalar_one()
+            if int(version) < _OLDEST:
+                raise StoreError(
+                    f"the server of {database.name} is too old ({version})", hint="PostgreSQL 14 or newer is needed"
+                )
+            row = sa.select(documents.c.content).where(documents.c.name == _CA)
+            found = connection.execute(row).scalar_one_or_none()
+            if found is None:
+                connection.execute(sa.insert(documents), {"name": _CA, "content": ours})
+    except sa.exc.SQLAlchemyError as error:
+        raise database.explain(error) from error
+    if found is not None and bytes(found) != ours:
+        raise StoreError(
+            f"the trackers of {database.name} have another certificate authority than this one",
+            hint="let it join them, with an empty --data-dir: --join '…', with what"
+            " 'kedge tracker token create --role tracker' prints there",
+        )
+
+
+class Cluster:
+    """This tracker among the others. `keys` is None where plaintext is spoken on loopback."""
+
+    def __init__(
+        self,
+        premises: Premises,
+        database: Postgres,
+        keys: Keys | None,
+        health: HealthService,
+        keep: Retention,
+        device_lifetime_s: int,
+    ) -> None:
+        self._premises = premises
+        self._database = database
+        self._keys = keys
+        self._health = health
+        self._keep = keep
+        self._device_lifetime_s = device_lifetime_s
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Led | Lost | Failed | View] = asyncio.Queue()
+        tls = None if keys is None else _own_tls(keys)
+        self._relay = Relay(tls, lambda: 0 if keys is None else keys.agents_port)
+        self._fellows = Fellows(premises.blobs, tls)
+        self._election: Election | None = None
+        self._member: Member | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._offering: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        self._closing: list[asyncio.Future[None]] = []
+        self._store: Store | None = None
+        self._leadership: Leadership | None = None
+        self.security: Security | None = None
+        self.clients = Switch(self._relay.serve)
+        self.agents = Switch(self._relay.serve)
+        self.peers = Switch(self._following_peers())
+
+    async def start(self, member: Member) -> None:
+        """Take part under this name, and return once somebody leads, or nobody did for a while."""
+        self._member = member
+        self._election = Election(
+            self._database,
+            member,
+            lambda epoch: self._tell(Led(epoch)),
+            lambda why: self._tell(Lost(why)),
+            self._tell,
+        )
+        self._health.set_serving(False)
+        self._running = asyncio.create_task(self._run())
+        self._election.start()
+        settled = asyncio.create_task(self._settled.wait())
+        await asyncio.wait([settled, self._running], timeout=_SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        if self._running.done():
+            self._running.result()
+
+    async def stop(self) -> None:
+        """Leave the others to themselves."""
+        if self._election is not None:
+            # The thread tells this loop things while it ends.
+            await self._loop.run_in_executor(None, self._election.stop)
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+        await self._step_down(TrackerAwayError("the tracker stops"))
+        await self._relay.point(None)
+        if self._closing:
+            await asyncio.wait(self._closing)
+        await self._loop.run_in_executor(None, self._fellows.close)
+
+    def _tell(self, event: Led | Lost | Failed | View) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def _run(self) -> None:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Led):
+                await self._lead(event.epoch)
+            elif isinstance(event, Lost):
+                await self._step_down(TrackerAwayError(f"this tracker leads no more: {event.why}"))
+            elif isinstance(event, Failed):
+                if self._leadership is not None and self._fellows.epoch == event.epoch:
+                    log.error("the store failed: %s", event.error)
+                    await self._step_down(TrackerAwayError("this tracker leads no more: its store failed"))
+                    self._give_up()
+            else:
+                await self._look(event)
+
+    async def _lead(self, epoch: Epoch) -> None:
+        await self._relay.point(None)
+        try:
+            store, security = await self._loop.run_in_executor(None, self._open, epoch)
+        except (KedgeError, sa.exc.SQLAlchemyError) as error:
+            log.error("this tracker cannot lead: %s", error)
+            self._give_up()
+            return
+        self._store, self.security = store, security
+        owners = StoredOwners(store) if security is not None else FileOwners(self._premises.data_dir / "owners")
+        # What jobs need of an artifact is read from its manifest.
+        await self._fellows.fetch([record.accepted.spec.manifest for record in store.found.records])
+        self._fellows.epoch = epoch.number
+        self._premises.blobs.when_evicted(owners.forget)
+        self._leadership = led = Leadership(self._premises, store, security, owners, self._fellows)
+        if self._premises.metrics is not None:
+            self._premises.metrics.serve_state(led.shell, self._premises.data_dir)
+            self._premises.metrics.leads(epoch.number)
+        if security is None:
+            self.clients.serve = led.everybody()
+        else:
+            self.clients.serve, self.agents.serve = led.clients(), led.agents()
+        self.peers.serve = led.peers()
+        self._premises.audit.write("tracker leads", epoch=epoch.number)
+        self._health.set_serving(True)
+        self._settled.set()
+
+    def _open(self, epoch: Epoch) -> tuple[Store, Security | None]:
+        """In a thread: what is stored is read."""
+        store = Store(
+            self._database,
+            epoch=epoch,
+            on_failure=lambda error: self._tell(Failed(epoch.number, error)),
+            on_trouble=lambda troubled: self._in_loop(lambda: self._health.set_serving(not troubled)),
+            observer=self._premises.observer,
+            keep=self._keep,
+            clock=lambda: self._premises.clock() / 1000,
+        )
+        if self._keys is None:
+            return store, None
+        try:
+            security = Security(
+                self._keys,
+                lambda name: DatabaseShelf(self._database, epoch, name),
+                device_lifetime_s=self._device_lifetime_s,
+            )
+        except BaseException:
+            store.close()
+            raise
+        return store, security
+
+    async def _step_down(self, why: KedgeError) -> None:
+        led, self._leadership = self._leadership, None
+        store, self._store = self._store, None
+        self.clients.serve = self.agents.serve = self._relay.serve
+        self.peers.serve = self._following_peers()
+        if led is None or store is None:
+            return
+        self._health.set_serving(False)
+        led.close(why)
+        if self._premises.metrics is not None:
+            self._premises.metrics.follows()
+        self._premises.audit.write("tracker leads no more", epoch=self._fellows.epoch, reason=why.message)
+        self._premises.blobs.when_evicted(lambda digest: None)
+        # It may take seconds to notice that its database is gone; what it still tries to write is refused.
+        self._closing = [closing for closing in self._closing if not closing.done()]
+        self._closing.append(self._loop.run_in_executor(None, store.close))
+
+    def _give_up(self) -> None:
+        assert self._election is not None
+        self._election.give_up()
+
+    async def _look(self, view: View) -> None:
+        """Follow who leads, or keep the others up to date."""
+        assert self._member is not None
+        alive = {seen.member.name: seen.member for seen in view.members if not seen.gone}
+        others = {name: member for name, member in alive.items() if name != self._member.name}
+        self._fellows.update({name: member.peers_address for name, member in others.items()})
+        self._fellows.members = tuple(
+            TrackerMember(
+                name=seen.member.name,
+                address=str(seen.member.address),
+                software=seen.member.software,
+                leads=seen.member.name == view.leader and not seen.gone,
+                started_unix_ms=seen.started_ms,
+                seen_unix_ms=seen.seen_ms,
+                gone=seen.gone,
+            )
+            for seen in view.members
+        )
+        if self._premises.metrics is not None:
+            self._premises.metrics.sees(view.epoch, len(alive))
+        if self._leadership is not None:
+            if self._offering is None or self._offering.done():
+                self._offering = asyncio.create_task(self._fellows.offer(self._leadership.needed.digests))
+            return
+        leader = others.get(view.leader)
+        await self._relay.point(None if leader is None else leader.peers_address)
+        self._health.set_serving(leader is not None)
+        if leader is not None:
+            self._settled.set()
+
+    def _following_peers(self) -> Serve:
+        """To the tracker that leads: copies of blobs."""
+        premises, table = self._premises, Table()
+        owners = FileOwners(premises.data_dir / "owners")
+        blobs = BlobsService(
+            lambda device: {},
+            premises.blobs,
+            Catalog(premises.blobs, owners),
+            owners,
+            Grants(premises.blobs),
+            premises.threads,
+            premises.limits.max_blob_bytes,
+            premises.observer,
+        )
+        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(blobs, table)
+        authenticate = trust if self._keys is None else by_peer(None, None, self._keys.now_s)
+        return table.behind(Gate(authenticate, premises.audit, premises.limits.max_calls))
+
+    def _in_loop(self, act: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(act)
+
+
+def _own_tls(keys: Keys) -> Tls:
+    own = keys.authority.peer(keys.now_s())
+    return Tls(keys.authority.certificate_pem, certificate=own.certificate, key=own.key)

@@ -1,0 +1,173 @@
+"""What a tracker that leads has of the fleet's others: copies of blobs.
+
+What is uploaded is there as well before the upload counts: a tracker that is lost takes no accepted job's blobs along.
+What this tracker lacks, since another one led when it came, is fetched from one that has it, verified by its digest.
+All that jobs need is offered to every other tracker again from time to time: that keeps it there, and brings one that
+came later up to date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from kedge.rpc.blob_client import BlobClient
+from kedge.rpc.blobs import MissingBlobError
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.transport import Address, Tls, open_channel
+from kedge.rpc.types import Blob, TrackerMember
+
+log = logging.getLogger("kedge.tracker")
+
+_THREADS = 8
+#: What another tracker is asked has to be answered so soon; of an upload, per 100 MB.
+_ANSWER_S = 5.0
+_UPLOAD_S_PER_BYTE = 1e-7
+#: A tracker that failed is left alone for so long; then it is brought up to date.
+_AVOID_S = 10.0
+#: Between two offers of all that is needed; a blob that was offered stays for longer than that.
+OFFER_S = 60.0
+
+
+class Fleetmates:
+    """The other trackers that are alive, by name, and the status of all. None of them for one that is alone."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.members: tuple[TrackerMember, ...] = ()
+
+    async def copy(self, blob: Blob) -> None:
+        """Have a blob that was uploaded at every other tracker, as far as they answer."""
+
+    async def fetch(self, blobs: Sequence[Blob]) -> None:
+        """Have those of these blobs here that another tracker has."""
+
+
+#: Of a tracker that shares no database.
+ALONE = Fleetmates()
+
+
+class _Mate:
+    """One other tracker."""
+
+    def __init__(self, address: Address, tls: Tls | None) -> None:
+        self.address = address
+        self._channel = open_channel(address, tls)
+        self.client = BlobClient(self._channel, address)
+        #: By the steady clock: when it may be asked again.
+        self.avoid_until = 0.0
+        self.offer_due = 0.0
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._channel.close()
+
+
+class Fellows(Fleetmates):
+    """Those that `update` names. Belongs to the event loop; transfers run in threads of its own."""
+
+    def __init__(self, blobs: TrackerBlobs, tls: Tls | None) -> None:
+        super().__init__()
+        self._blobs = blobs
+        self._tls = tls
+        self._mates: dict[str, _Mate] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kedge-fellows")
+        self._fetching: dict[str, asyncio.Future[None]] = {}
+
+    def update(self, addresses: dict[str, Address]) -> None:
+        """The others that are alive now, by name, with where they serve trackers."""
+        for name in [name for name, mate in self._mates.items() if addresses.get(name) != mate.address]:
+            self._threads.submit(self._mates.pop(name).close)
+        for name, address in addresses.items():
+            if name not in self._mates:
+                self._mates[name] = _Mate(address, self._tls)
+
+    def close(self) -> None:
+        """Disconnect from all."""
+        for mate in self._mates.values():
+            mate.close()
+        self._mates.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def copy(self, blob: Blob) -> None:
+        """Send a blob to those that lack it; one that fails is brought up to date later."""
+        await asyncio.gather(*(self._send(mate, [blob]) for mate in self._askable()))
+
+    async def fetch(self, blobs: Sequence[Blob]) -> None:
+        """Fetch what another tracker has; what none has, or cannot be fetched now, stays missing."""
+        wanted = [blob for blob in blobs if not self._blobs.has(blob)]
+        if wanted and self._mates:
+            await asyncio.gather(*(self._fetch_once(blob) for blob in wanted))
+
+    async def offer(self, digests: Callable[[], Iterable[str]]) -> None:
+        """Bring those up to date whose turn it is."""
+        now = time.monotonic()
+        due = [mate for mate in self._askable() if mate.offer_due <= now]
+        if not due:
+            return
+        for mate in due:
+            mate.offer_due = now + OFFER_S
+        needed = await asyncio.get_running_loop().run_in_executor(self._threads, self._here, list(digests()))
+        await asyncio.gather(*(self._send(mate, needed) for mate in due))
+
+    def _here(self, digests: list[str]) -> list[Blob]:
+        found = []
+        for digest in digests:
+            with suppress(MissingBlobError):
+                found.append(Blob(digest, self._blobs.size(digest)))
+        return found
+
+    def _askable(self) -> list[_Mate]:
+        now = time.monotonic()
+        return [mate for mate in self._mates.values() if mate.avoid_until <= now]
+
+    async def _send(self, mate: _Mate, blobs: list[Blob]) -> None:
+        items = [(blob, self._blobs.path(blob.digest)) for blob in blobs]
+        patience_s = _ANSWER_S + sum(blob.size for blob in blobs) * _UPLOAD_S_PER_BYTE
+        await self._ask(mate, f"{len(items)} blobs", patience_s, mate.client.upload_missing, items)
+
+    async def _fetch_once(self, blob: Blob) -> None:
+        """The first one who wants a blob fetches it; others wait for that."""
+        running = self._fetching.get(blob.digest)
+        if running is None:
+            running = asyncio.ensure_future(self._fetch(blob))
+            self._fetching[blob.digest] = running
+            running.add_done_callback(lambda _done: self._fetching.pop(blob.digest, None))
+        await asyncio.shield(running)
+
+    async def _fetch(self, blob: Blob) -> None:
+        patience_s = _ANSWER_S + blob.size * _UPLOAD_S_PER_BYTE
+        for mate in self._askable():
+            if await self._ask(mate, f"blob {blob.digest}", patience_s, mate.client.download, blob, self._blobs):
+                log.info("fetched blob %s of %d bytes from the tracker at %s", blob.digest, blob.size, mate.address)
+                return
+
+    async def _ask(self, mate: _Mate, what: str, patience_s: float, work: Callable[..., Any], *arguments: Any) -> bool:
+        """Whether it went well; a tracker that does not answer is avoided for a while."""
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        try:
+            async with asyncio.timeout(patience_s):
+                await asyncio.shield(asked)
+        except MissingBlobError:
+            return False
+        except (KedgeError, grpc.RpcError, ValueError, TimeoutError) as error:
+            log.warning("the tracker at %s: %s could not be copied: %s", mate.address, what, error or "no answer")
+            mate.avoid_until = time.monotonic() + _AVOID_S
+            mate.offer_due = 0.0
+            asked.add_done_callback(_heard)
+            return False
+        return True
+
+
+def _heard(asked: asyncio.Future[Any]) -> None:
+    """What came too late has been told of."""
+    if not asked.cancelled():
+        asked.exception()

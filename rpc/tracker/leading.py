@@ -1,0 +1,179 @@
+"""A tracker that leads: its mind, its services, and the gates before them.
+
+One that shares no database leads as long as it runs. One of several does so from a `kedge.rpc.tracker.epoch` on, until
+the next one begins; what is made here ends with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+
+from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc, sessions_pb2_grpc
+from kedge.rpc.blobs import BlobQuotaError
+from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
+from kedge.rpc.tracker.listeners import Serve, Table
+from kedge.rpc.tracker.metrics import Metrics
+from kedge.rpc.tracker.needed import Needed
+from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.security.audit import Audit
+from kedge.rpc.tracker.security.folder import Limits, Security
+from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certificate, by_peer, by_token, trust
+from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
+from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
+from kedge.rpc.tracker.sessions import Grants, SessionsService
+from kedge.rpc.tracker.shell import Clock, Shell
+from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.store import Store
+
+log = logging.getLogger("kedge.tracker")
+
+
+@dataclass(frozen=True, slots=True)
+class Premises:
+    """What a tracker has whether it leads or not. `metrics` is None where nothing is counted."""
+
+    data_dir: Path
+    blobs: TrackerBlobs
+    audit: Audit
+    threads: ThreadPoolExecutor
+    limits: Limits
+    settings: Settings | None
+    clock: Clock
+    metrics: Metrics | None
+
+    @property
+    def observer(self) -> Observer:
+        """What is told of everything that is counted."""
+        return self.metrics or SILENT
+
+
+class Leadership:
+    """The services over `store`. `security` is None where plaintext is spoken on loopback."""
+
+    def __init__(
+        self,
+        premises: Premises,
+        store: Store,
+        security: Security | None,
+        owners: Owners,
+        mates: Fleetmates = ALONE,
+    ) -> None:
+        self._security = security
+        self._audit = premises.audit
+        self._limits = premises.limits
+        catalog = Catalog(premises.blobs, owners)
+        self.needed = Needed(premises.blobs, catalog.members_of)
+        store.keep_needed(self.needed)
+        _fit(premises.blobs)
+        self.shell = Shell(store, premises.settings, premises.clock, premises.observer)
+        self._gates: list[Gate] = []
+        self._fleet = FleetService(self.shell, catalog, premises.audit, premises.blobs.root, mates)
+        self._agents = AgentsService(self.shell, owners, premises.audit)
+        grants = Grants(premises.blobs)
+        self._sessions = SessionsService(self.shell, catalog, grants, premises.audit)
+        self._blobs = BlobsService(
+            self.shell.state.held_by,
+            premises.blobs,
+            catalog,
+            owners,
+            grants,
+            premises.threads,
+            premises.limits.max_blob_bytes,
+            premises.observer,
+            mates,
+        )
+
+    def close(self, why: KedgeError | None = None) -> None:
+        """Decide nothing any more; with a reason, end whatever is under way with it."""
+        self.shell.close()
+        if why is not None:
+            for gate in self._gates:
+                gate.close(why)
+        self.needed.release()
+
+    def everybody(self) -> Serve:
+        """Of a tracker that speaks plaintext."""
+        table = Table()
+        self._add_fleet(table)
+        self._add_agents(table)
+        self._add_sessions(table)
+        return table.behind(self._gate(trust))
+
+    def clients(self) -> Serve:
+        """Whoever has a token."""
+        security, table = self._secure(), Table()
+        self._add_fleet(table)
+        self._add_sessions(table)
+        self._add_access(table)
+        return table.behind(self._gate(by_token(security.tokens), security.now_s))
+
+    def agents(self) -> Serve:
+        """Whoever has a certificate."""
+        security, table = self._secure(), Table()
+        self._add_agents(table)
+        self._add_sessions(table)
+        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, table)
+        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), table)
+        return table.behind(self._gate(by_certificate(security.devices, security.now_s), security.now_s))
+
+    def peers(self) -> Serve:
+        """The fleet's other trackers, which relay what their clients and agents ask."""
+        table = Table()
+        self._add_fleet(table)
+        self._add_agents(table)
+        self._add_sessions(table)
+        if self._security is None:
+            return table.behind(self._gate(trust))
+        self._add_access(table)
+        authenticate = by_peer(self._security.tokens, self._security.devices, self._security.now_s)
+        return table.behind(self._gate(authenticate, self._security.now_s))
+
+    def _secure(self) -> Security:
+        assert self._security is not None, "only who is asked can be told apart"
+        return self._security
+
+    def _add_fleet(self, table: Table) -> None:
+        cast(Any, fleet_pb2_grpc).add_FleetServicer_to_server(self._fleet, table)
+        cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, table)
+
+    def _add_sessions(self, table: Table) -> None:
+        cast(Any, sessions_pb2_grpc).add_SessionsServicer_to_server(self._sessions, table)
+
+    def _add_agents(self, table: Table) -> None:
+        cast(Any, agent_pb2_grpc).add_AgentsServicer_to_server(self._agents, table)
+
+    def _add_access(self, table: Table) -> None:
+        security = self._secure()
+        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), table)
+        cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(AccessService(security, self._end), table)
+
+    def _end(self, owner: str, token_id: str, error: KedgeError) -> None:
+        """End what an owner has under way, wherever it came in."""
+        for gate in self._gates:
+            gate.end(owner, token_id, error)
+
+    def _gate(self, authenticate: Authenticate, now_s: Callable[[], float] = time.time) -> grpc.aio.ServerInterceptor:
+        gate = Gate(authenticate, self._audit, self._limits.max_calls, now_s)
+        self._gates.append(gate)
+        return gate
+
+
+def _fit(blobs: TrackerBlobs) -> None:
+    """Drop what a quota leaves no room for; what is needed stays, and new uploads are refused."""
+    try:
+        blobs.make_room()
+    except BlobQuotaError as error:
+        log.warning("%s", error)
+    log.info("blobs take %d of %d bytes", blobs.taken_bytes(), blobs.quota_bytes())

@@ -1,0 +1,114 @@
+"""How a tracker that follows serves: it hands every call on to the one that leads, as bytes, and its answers back.
+
+Nothing is read here, and nobody is admitted: the leader decides, as if the call had come to it. It is told who calls:
+a client by its token, as the client sent it; a device by the certificate with which it came through this tracker's
+handshake. The leader believes that from a tracker of its own authority alone (mutual TLS).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from kedge.rpc.status import TrackerAwayError, to_status
+from kedge.rpc.tracker.listeners import Details, Find
+from kedge.rpc.tracker.security.principal import RULES
+from kedge.rpc.transport import Address, Tls, open_aio_channel
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+#: Metadata of a relayed call: a device's certificate (PEM), and where the caller is.
+CERTIFICATE_KEY = "kedge-certificate-bin"
+PEER_KEY = "kedge-peer"
+#: The port at which the tracker that relays serves agents: devices that enrol there come back there.
+AGENTS_PORT_KEY = "kedge-agents-port"
+_AUTHORIZATION = "authorization"
+_BLOBS = "/kedge.v1.Blobs/"
+
+
+class Relay:
+    """The way to the leader; `tls` is this tracker's, None in plaintext on loopback. Belongs to one event loop."""
+
+    def __init__(self, tls: Tls | None, agents_port: Callable[[], int] = lambda: 0) -> None:
+        self._tls = tls
+        self._agents_port = agents_port
+        self._leader: Address | None = None
+        #: Blobs have a connection of their own: they must not hold up heartbeats.
+        self._channels: dict[bool, grpc.aio.Channel] = {}
+
+    @property
+    def leader(self) -> Address | None:
+        """Where calls go; None while nobody leads."""
+        return self._leader
+
+    async def point(self, leader: Address | None) -> None:
+        """From now on calls go there; those that are under way to another one end."""
+        if leader == self._leader:
+            return
+        self._leader = leader
+        old, self._channels = self._channels, {}
+        if leader is not None:
+            self._channels = {blobs: open_aio_channel(leader, self._tls) for blobs in (False, True)}
+        for channel in old.values():
+            await channel.close()
+
+    async def serve(self, _native: Find, details: Details) -> Any:
+        """Whatever the call is, it is relayed; what no tracker serves is not."""
+        method = str(details.method)
+        if method not in RULES:
+            return None
+
+        async def relay(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+            async for answer in self._pass(method, requests, context):
+                yield answer
+
+        return grpc.stream_stream_rpc_method_handler(relay)
+
+    async def _pass(self, method: str, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        channel = self._channels.get(method.startswith(_BLOBS))
+        if channel is None:
+            await _abort(context, "no tracker of this fleet leads at the moment; one will within seconds")
+            return
+        call: Any = channel.stream_stream(method)(metadata=self._who_calls(context), timeout=context.time_remaining())
+        sending = asyncio.create_task(_send(requests, call))
+        try:
+            async for answer in call:
+                yield answer
+            context.set_trailing_metadata(tuple(await call.trailing_metadata()))
+        except grpc.aio.AioRpcError as error:
+            said = tuple((key, value) for key, value in error.trailing_metadata() if not key.startswith("grpc-status"))
+            await context.abort(error.code(), error.details() or "", said)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Not the caller broke it off, but this end of the way: the leader is another one by now.
+            await _abort(context, "the tracker that led went away")
+        finally:
+            sending.cancel()
+            call.cancel()
+
+    def _who_calls(self, context: Context) -> tuple[tuple[str, Any], ...]:
+        said: list[tuple[str, Any]] = [(PEER_KEY, context.peer()), (AGENTS_PORT_KEY, str(self._agents_port()))]
+        said += [(key, value) for key, value in context.invocation_metadata() or () if key == _AUTHORIZATION]
+        certificates = context.auth_context().get("x509_pem_cert", ())
+        said += [(CERTIFICATE_KEY, bytes(pem)) for pem in list(certificates)[:1]]
+        return tuple(said)
+
+
+async def _send(requests: AsyncIterator[bytes], call: Any) -> None:
+    """The caller's messages; how the call ends is told by the answers' side."""
+    try:
+        async for request in requests:
+            await call.write(request)
+        await call.done_writing()
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+        call.cancel()
+
+
+async def _abort(context: Context, why: str) -> None:
+    code, details, metadata = to_status(TrackerAwayError(why))
+    await context.abort(code, details, metadata)
