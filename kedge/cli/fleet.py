@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,7 +104,11 @@ def tracker_start(
     peers_port: Annotated[
         int | None,
         typer.Option(
-            "--peers-port", min=0, max=65535, help="With --database: the port for other trackers.", show_default="any"
+            "--peers-port",
+            min=0,
+            max=65535,
+            help="With --database: the port for other trackers.",
+            show_default="--port + 3",
         ),
     ] = None,
     advertise: Annotated[
@@ -153,6 +158,32 @@ def tracker_start(
     }
     folder = data_dir or state_dir() / "tracker"
     raise typer.Exit(run(host, port, folder, log_format=check_log_format(log_format), **options))
+
+
+def tracker_status(tracker: output.TrackerOption = None, as_json: output.JsonFlag = False) -> None:
+    """Show the trackers that share a database: who leads, in which epoch, who is gone.
+
+    Examples:
+
+      kedge tracker status --tracker a:9190,b:9190
+    """
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        found = fleet.status()
+    if as_json:
+        output.emit_json({"epoch": found.epoch, "trackers": [asdict(each) for each in found.trackers]})
+        return
+    if not found.trackers:
+        output.stdout().print(f"the tracker at {tracker} is the only one, with a database of its own", soft_wrap=True)
+        return
+    table = output.table("tracker", "address", "state", ">up", ">seen", "software")
+    newest_ms = max(each.seen_unix_ms for each in found.trackers)
+    for each in found.trackers:
+        state = "gone" if each.gone else f"leads, epoch {found.epoch}" if each.leads else "follows"
+        up, seen = (
+            output.age_text((newest_ms - moment) / 1000) for moment in (each.started_unix_ms, each.seen_unix_ms)
+        )
+        table.add_row(each.name, each.address, state, "-" if each.gone else up, seen, each.software)
+    output.show(table)
 
 
 def agent_start(
@@ -333,8 +364,6 @@ def _more(device: Any) -> list[str]:
 
 def _show_here(as_json: bool) -> None:
     """This machine's GPUs, and why there are none of a kind; a driver that fails is an error after the others."""
-    from dataclasses import asdict
-
     from kedge.isolated import gpus
     from kedge.rpc.artifact.place import GPU_KINDS
     from kedge.rpc.errors import JobError

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from kedge.rpc.status import TrackerAwayError, to_status
+from kedge.rpc.tracker.handlers import GONE
 from kedge.rpc.tracker.listeners import Details, Find
 from kedge.rpc.tracker.security.principal import RULES
 from kedge.rpc.transport import Address, Tls, open_aio_channel
@@ -73,6 +74,7 @@ class Relay:
             await _abort(context, "no tracker of this fleet leads at the moment; one will within seconds")
             return
         call: Any = channel.stream_stream(method)(metadata=self._who_calls(context), timeout=context.time_remaining())
+        _heed_the_answer(call)
         sending = asyncio.create_task(_send(requests, call))
         try:
             async for answer in call:
@@ -99,14 +101,38 @@ class Relay:
         return tuple(said)
 
 
+class _Unhurried:
+    """gRPC's inner call, whose status is what the leader says, also where a message could not be sent any more."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def set_internal_error(self, _why: str) -> None:
+        """The status that comes says better what it was: the leader refused the call, or is gone."""
+
+
+def _heed_the_answer(call: Any) -> None:
+    """A leader that refuses a call does so while messages are on their way to it.
+
+    gRPC's asyncio client ends such a call as "Internal error from Core" when sending fails before the status has come.
+    It has no switch for that (grpcio 1.85), so the part that ends it is replaced.
+    """
+    inner = getattr(call, "_cython_call", None)
+    if inner is not None:
+        call._cython_call = _Unhurried(inner)
+
+
 async def _send(requests: AsyncIterator[bytes], call: Any) -> None:
     """The caller's messages; how the call ends is told by the answers' side."""
     try:
         async for request in requests:
             await call.write(request)
         await call.done_writing()
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-        call.cancel()
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, *GONE):
+        return
 
 
 async def _abort(context: Context, why: str) -> None:

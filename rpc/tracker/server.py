@@ -100,7 +100,7 @@ async def serve(
     are done are kept as `keep` says.
 
     With a `database` (the URL of a PostgreSQL database; None: a file in the data folder) this may be one of several
-    trackers: one leads, the others relay. It is served to them on `peers_port` (None: any free one) of the host
+    trackers: one leads, the others relay. It is served to them on `peers_port` (None: `port` + 3; 0: any) of the host
     `advertise` (None: `host`, or what this machine is called). The second one and every later one begins with what
     `join` is for; where that was done before, it is not needed, and not used.
 
@@ -116,9 +116,13 @@ async def serve(
         )
     if agents_port is None:
         agents_port = port + 1 if port else 0
+    if peers_port is None:
+        peers_port = port + 3 if port else 0
     _check_free(host, port)
     if not insecure_loopback:
         _check_free(host, agents_port)
+    if database is not None:
+        _check_free(host, peers_port)
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
 
@@ -181,7 +185,7 @@ async def serve(
                     keys.agents_port = agents_bound
                 if isinstance(house, _Shared):
                     tls = None if keys is None else _server_tls(keys, mutual=True)
-                    peers_bound = servers.add(house.cluster.peers, peers_port or 0, tls, _PLAIN)
+                    peers_bound = servers.add(house.cluster.peers, peers_port, tls, _PLAIN)
                 await servers.start()
                 if isinstance(house, _Shared):
                     await house.start(bound, peers_bound)

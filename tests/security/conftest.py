@@ -12,7 +12,10 @@ from kedge.rpc.security.identity import Identity
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import Tls
 from support.fake_agent import FakeAgent, echo
+from support.postgres import postgres
 from support.toys import QUICK, device_info, make_artifact
+
+__all__ = ["postgres"]
 
 
 @pytest.fixture(scope="session")
