@@ -81,6 +81,8 @@ class _Relay:
         self.to_client: asyncio.Queue[pb.ClientEvent] = asyncio.Queue(_WAITING_FRAMES)
         self.to_device: asyncio.Queue[pb.DeviceEvent] = asyncio.Queue(_WAITING_FRAMES)
         self.has_client = self.has_device = False
+        #: A device was there once: from then on the client may say something to it.
+        self.begun = False
         #: The client is there no more, or the job is over: the device has nobody to talk to.
         self.over = asyncio.Event()
 
@@ -180,6 +182,8 @@ class SessionsService:
             said = frame.WhichOneof("body")
             if said == "data":
                 _check_size(frame.data)
+                if not relay.begun:
+                    raise ProtocolError("a session's client said something before its device was there")
                 await self._hand_over(job_id, relay, pb.DeviceEvent(data=frame.data))
             elif said == "grant":
                 await relay.to_client.put(pb.ClientEvent(granted=await self._grant(job_id, frame.grant, principal)))
@@ -225,7 +229,7 @@ class SessionsService:
         relay = self._relays.setdefault(lease.job_id, _Relay())
         if relay.has_device:
             raise PermissionDeniedError("this session has its device already")
-        relay.has_device = True
+        relay.has_device = relay.begun = True
         ended_itself = False
         try:
             ended_itself = await self._serve_device(held[0], relay, requests, context, lease.job_id, lease.epoch)

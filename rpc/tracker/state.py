@@ -868,6 +868,8 @@ class TrackerState:
         stage = job.stage or Stage.TRANSFER
         due = min(job.lease_ms, job.stage_ms + job.spec.deadlines.of(stage) + self.settings.deadline_slack_ms)
         if job.cancelling is not None:
+            # A session that lasted too long is being called off for that very reason.
+            due = job.lease_ms if job.is_under_way else due
             return min(due, job.cancel_ms + self.settings.cancel_grace_ms)
         return min(due, self._client_due(job))
 

@@ -20,6 +20,8 @@ from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
+from kedge.rpc.client import Fleet as Client
+from kedge.rpc.errors import ConnectError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.transport import open_channel, parse_address
 from kedge.rpc.types import (
@@ -383,3 +385,37 @@ def test_an_agent_on_python_3_9(fleet: Fleet, runner: Path, tmp_path: Path, modu
         assert kind(fleet.wait(fleet.submit(spec(manifest, "crash")))) is OutcomeKind.CRASH
         assert agent.stop() == 0
         assert "Traceback" not in agent.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_session_does_not_outlive_its_tracker_and_one_that_waits_does(
+    fleet: Fleet, agent: AgentProcess, number: int
+) -> None:
+    agent.wait_ready()
+    names: list[str] = []
+
+    def wait_for_the_device() -> None:
+        with Client(parse_address(fleet.address), None) as client, client.session("here") as device:
+            names.extend([device.id, *device.files()])
+
+    with Client(parse_address(fleet.address), None) as client:
+        device = client.session("here")
+        waiting = threading.Thread(target=wait_for_the_device)
+        waiting.start()
+        wait_for(lambda: len(client.jobs()) == 2, "the second session to wait")
+        fleet.stop(number)
+        with pytest.raises(ConnectError, match="is over, as its connection broke"):
+            device.files()
+        fleet.start()
+        assert ended(fleet.wait(device.id)).kind is OutcomeKind.CANCELLED
+        waiting.join(30)
+        assert not waiting.is_alive() and len(names) == 1 and names != [device.id]
+        assert ended(fleet.wait(names[0])).kind is OutcomeKind.OK
+        device.close()
+    wait_for(lambda: fleet.state() is DeviceState.IDLE, "the device to be free")
+    assert not descendants(agent.process.pid)
+
+
+def ended(job: Job) -> Outcome:
+    assert job.result is not None
+    return job.result.outcome

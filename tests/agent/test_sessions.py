@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +17,19 @@ import numpy as np
 import pytest
 
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.client import DeviceTensor, Fleet, connect
+from kedge.rpc.client import DeviceTensor, Fleet, aio, connect, plan
 from kedge.rpc.client.access import Access
-from kedge.rpc.errors import InputError, JobError
+from kedge.rpc.client.session_link import SessionLink
+from kedge.rpc.errors import ConnectError, InputError, JobError, NoDeviceError, PermissionDeniedError
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.security import credentials
+from kedge.rpc.status import NotReadyError, UnknownJobError
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.types import Deadlines, DeviceState, Job, JobState, SessionTask
+from kedge.rpc.transport import Address, Tls
+from kedge.rpc.types import Deadlines, DeviceState, Job, JobState
 from support.agents import AgentProcess, descendants, runs, wait_for
 from support.handmade import artifact
+from support.proxy import Proxy, Trap
 
 from .conftest import FUNCTIONS
 
@@ -61,19 +69,23 @@ def agent(
         yield process
 
 
-def started(tracker: RunningTracker, access: Access, runner: Path, folder: Path, name: str) -> AgentProcess:
-    environment = {**os.environ, "KEDGE_JOIN": str(access.enrol_token(name)[0])}
-    process = AgentProcess(str(tracker.address), runner, folder, name=name, env=environment, secure=True)
+def started(
+    tracker: RunningTracker,
+    access: Access,
+    runner: Path,
+    folder: Path,
+    name: str,
+    *arguments: str,
+    joins: bool = True,
+) -> AgentProcess:
+    environment = {**os.environ, "KEDGE_JOIN": str(access.enrol_token(name)[0])} if joins else None
+    process = AgentProcess(str(tracker.address), runner, folder, *arguments, name=name, env=environment, secure=True)
     process.wait_ready()
     return process
 
 
 def state_of(fleet: Fleet, name: str = "here") -> DeviceState:
     return next(device.state for device in fleet.devices(include_gone=True) if device.info.name == name)
-
-
-def sessions(fleet: Fleet) -> list[Job]:
-    return [job for job in fleet.jobs() if isinstance(job.spec.task, SessionTask)]
 
 
 def outcome(fleet: Fleet, session_id: str) -> OutcomeKind:
@@ -187,21 +199,6 @@ def test_a_crash_ends_its_runner_and_not_the_session(fleet: Fleet, agent: AgentP
     assert outcome(fleet, device.id) is OutcomeKind.OK
 
 
-def test_a_runner_that_ends_between_two_requests(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
-    """The next request finds that out, be it while it lets go of tensors that nobody has any more."""
-    with fleet.session("here") as device:
-        m, kept = device.load(made), device.tensor(X)
-        device.forget(kept._handle)
-        (runner_pid,) = descendants(agent.process.pid)
-        os.kill(runner_pid, signal.SIGKILL)
-        wait_for(lambda: not runs(runner_pid), "the runner to end")
-        with pytest.raises(JobError, match="its runner ended") as caught:
-            m["add"]({"x": X})
-        assert caught.value.outcome == "crash"
-        np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
-    assert outcome(fleet, device.id) is OutcomeKind.OK
-
-
 def test_a_call_that_takes_too_long(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
     with fleet.session("here", deadlines=Deadlines(run_ms=200)) as device:
         m = device.load(made)
@@ -258,3 +255,279 @@ def test_files(fleet: Fleet, agent: AgentProcess, tmp_path: Path) -> None:
     with fleet.session("here") as device:
         assert device.files() == {}
     assert not list((agent.data_dir / "jobs").iterdir())
+
+
+def test_arrays_that_cannot_travel(fleet: Fleet, agent: AgentProcess) -> None:
+    with fleet.session("here") as device:
+        with pytest.raises(InputError, match="a tensor cannot have dtype complex64"):
+            device.tensor(np.zeros(3, np.complex64))
+        strided = np.arange(12, dtype=np.int32).reshape(3, 4).T
+        np.testing.assert_array_equal(device.tensor(strided).numpy(), strided)
+        scalar = device.tensor(np.float32(3))
+        assert scalar.numpy().shape == () and float(scalar.numpy()) == 3
+
+
+def test_asyncio(fleet: Fleet, agent: AgentProcess, made: Artifact, tracker: RunningTracker, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+
+    async def main() -> str:
+        async with await aio.connect(tracker.address) as fleet, fleet.session("here") as device:
+            m = await device.load(made)
+            x = await device.tensor(X)
+            kept = (await m["weigh"]({"x": x}, keep=True))["y"]
+            np.testing.assert_array_equal(await kept.numpy(), X + 10)
+            np.testing.assert_array_equal((await m.run({"x": kept}, "add"))["y"], X + 11)
+            assert len((await m.time({"x": X}, "add", repeat=3)).samples_ns) == 3
+            await kept.free()
+            await device.upload(tmp_path / "file")
+            assert await device.files() == {"file": 7}
+            assert (await device.download("file", tmp_path / "back")).read_bytes() == b"content"
+            # A call that is cancelled is called off on the device: otherwise the next one would wait for ever.
+            spinning = asyncio.create_task(m.run({"x": X}, "spin"))
+            await asyncio.wait([spinning], timeout=0.3)
+            spinning.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await spinning
+            m = await device.load(made)
+            np.testing.assert_array_equal((await m.run({"x": X}, "add"))["y"], X + 1)
+            return device.id
+
+    session_id = asyncio.run(main())
+    assert outcome(fleet, session_id) is OutcomeKind.OK
+
+
+# ---- Who has the device --------------------------------------------------------------------------------------------
+
+
+def test_a_session_waits_in_the_queue_and_others_wait_for_it(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
+    seen: list[Job] = []
+    got = threading.Event()
+    done = threading.Event()
+
+    def second() -> None:
+        with fleet.session("here", progress=seen.append):
+            got.set()
+            done.wait(30)
+
+    with fleet.session("here") as first:
+        thread = threading.Thread(target=second)
+        thread.start()
+        wait_for(lambda: seen and seen[-1].position, "the second one to be told that it waits")
+        job = fleet.run(made, {"x": X}, function="add", device="here")
+        assert seen[-1].detail == "1 matching device is busy"
+        # What only looks is not kept waiting.
+        status = next(device for device in fleet.devices("here") if device.info.name == "here")
+        assert (status.state, status.running_job_id) == (DeviceState.BUSY, first.id)
+        assert not got.is_set() and job.status().state is JobState.QUEUED
+    assert got.wait(20)
+    assert job.status().state is JobState.QUEUED
+    done.set()
+    thread.join(20)
+    np.testing.assert_array_equal(job.wait(20)["y"], X + 1)
+
+
+def test_nobody_gets_a_device_that_is_not_there(fleet: Fleet, agent: AgentProcess) -> None:
+    with pytest.raises(NoDeviceError, match="no connected device matches 'rack=z'"):
+        fleet.session("rack=z")
+    with pytest.raises(InputError, match="lease_s"):
+        fleet.session("here", lease_s=0)
+    with fleet.session("here"), pytest.raises(JobError) as caught:
+        fleet.session("here", deadlines=Deadlines(queue_ms=100))
+    assert caught.value.outcome == "timeout"
+
+
+def test_a_session_can_be_cancelled(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
+    with fleet.session("here") as device:
+        m = device.load(made)
+        runners = descendants(agent.process.pid)
+        assert runners
+        fleet.job(device.id).cancel()
+        with pytest.raises(JobError) as caught:
+            while True:
+                m["add"]({"x": X})
+        assert caught.value.outcome == "cancelled"
+    assert outcome(fleet, device.id) is OutcomeKind.CANCELLED
+    wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
+    assert not any(runs(pid) for pid in runners)
+
+
+def test_a_session_is_its_users_alone(
+    fleet: Fleet, agent: AgentProcess, access: Access, tracker: RunningTracker, made: Artifact
+) -> None:
+    tokens = {name: access.create_token(role, name)[1] for name, role in (("ann", "submit"), ("bob", "submit"))}
+    users = {name: Fleet(tracker.address, Tls(join.ca, token=join.token)) for name, join in tokens.items()}
+    ann, bob = users["ann"], users["bob"]
+    with ann.session("here") as device:
+        for other in (bob, fleet):  # an administrator is no exception
+            with pytest.raises(UnknownJobError):
+                SessionLink(other._channel, other.address, device.id, 10).wait()
+        with pytest.raises(PermissionDeniedError, match="has a client already"):
+            SessionLink(ann._channel, ann.address, device.id, 10).wait()
+        # What others have sent cannot be loaded by its name.
+        packed = plan.pack(made)
+        bob._ensure_uploaded(packed)
+        with pytest.raises(NotReadyError, match="blobs are missing"):
+            device._link.grant(packed.blob)
+        np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
+        assert [job.id for job in bob.jobs()] == []
+    job = bob.run(made, {"x": X}, function="add", device="here")
+    job.wait(20)
+    with pytest.raises(UnknownJobError):  # a job that is no session
+        SessionLink(bob._channel, bob.address, job.id, 10).wait()
+    for user in users.values():
+        user.close()
+
+
+def test_signers_are_asked_for_in_sessions_too(
+    tracker: RunningTracker, access: Access, fleet: Fleet, runner: Path, made: Artifact, tmp_path: Path
+) -> None:
+    stranger = "ab" * 32
+    with started(tracker, access, runner, tmp_path / "strict", "strict", "--require-signer", stranger):
+        with fleet.session("strict") as device, pytest.raises(JobError, match="sign"):
+            device.load(made)
+        assert outcome(fleet, device.id) is OutcomeKind.OK
+
+
+# ---- What goes wrong -----------------------------------------------------------------------------------------------
+
+CLIENT = """
+import sys
+from kedge.rpc.client import connect
+from kedge.rpc.transport import parse_address
+
+fleet = connect(parse_address(sys.argv[1]))
+device = fleet.session(sys.argv[2], lease_s=float(sys.argv[3]))
+print(device.id, flush=True)
+try:
+    for _ in sys.stdin:
+        print(sorted(device.files()), flush=True)
+except Exception as error:
+    print(type(error).__name__, error.outcome, flush=True)
+"""
+
+
+class Client:
+    """A process that holds a session and asks for its files whenever it is told to."""
+
+    def __init__(self, tracker: RunningTracker, lease_s: float, name: str = "here") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(tracker.address), name, str(lease_s)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.session_id = self.read()
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_killed_client_frees_the_device(fleet: Fleet, agent: AgentProcess, tracker: RunningTracker) -> None:
+    client = Client(tracker, lease_s=60)
+    assert client.ask() == "[]"
+    began = time.monotonic()
+    client.end()
+    assert outcome(fleet, client.session_id) is OutcomeKind.CANCELLED
+    wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
+    assert time.monotonic() - began < 10, "its end is noticed long before the lease is over"
+    assert not descendants(agent.process.pid)
+
+
+def test_a_stopped_client_loses_the_device_with_its_lease(
+    fleet: Fleet, agent: AgentProcess, tracker: RunningTracker
+) -> None:
+    client = Client(tracker, lease_s=2)
+    assert client.ask() == "[]"
+    os.kill(client.process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert outcome(fleet, client.session_id) is OutcomeKind.CANCELLED
+    wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
+    assert 1 < time.monotonic() - began < 12
+    said = fleet.job(client.session_id).status().result
+    assert said is not None and "nothing was heard of its client for 2 s" in said.outcome.message
+    with fleet.session("here"):
+        os.kill(client.process.pid, signal.SIGCONT)
+        assert client.ask() == "JobError cancelled"
+    client.end()
+
+
+def test_a_client_that_lives_keeps_its_lease(fleet: Fleet, agent: AgentProcess, tracker: RunningTracker) -> None:
+    """Three leases long nothing is asked, and the session is still there."""
+    with fleet.session("here", lease_s=0.4) as device:
+        ended = device._link._over.wait(1.2)
+        assert not ended and device.files() == {}
+
+
+def test_a_killed_agent_is_a_lost_device(
+    tracker: RunningTracker, access: Access, fleet: Fleet, runner: Path, made: Artifact, tmp_path: Path
+) -> None:
+    with started(tracker, access, runner, tmp_path / "lost", "lost") as process:
+        device = fleet.session("lost")
+        m = device.load(made)
+        m["add"]({"x": X})
+        process.stop(signal.SIGKILL)
+    with pytest.raises(JobError, match="was lost in the middle of the session") as caught:
+        m["add"]({"x": X})
+    assert caught.value.outcome == "device_lost"
+    device.close()
+    assert outcome(fleet, device.id) is OutcomeKind.DEVICE_LOST
+    with (
+        started(tracker, access, runner, tmp_path / "lost", "lost", joins=False),
+        fleet.session("lost") as device,
+    ):
+        np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
+
+
+def test_an_agent_that_stops_says_so(
+    tracker: RunningTracker, access: Access, fleet: Fleet, runner: Path, made: Artifact, tmp_path: Path
+) -> None:
+    with started(tracker, access, runner, tmp_path / "leaves", "leaves") as process:
+        device = fleet.session("leaves")
+        m = device.load(made)
+        process.stop(signal.SIGTERM)
+        with pytest.raises(JobError) as caught:
+            m["add"]({"x": X})
+    assert caught.value.outcome in ("device_lost", "cancelled")
+    device.close()
+    assert outcome(fleet, device.id) in (OutcomeKind.DEVICE_LOST, OutcomeKind.CANCELLED)
+    assert not list((tmp_path / "leaves" / "jobs").iterdir())
+
+
+def test_a_connection_that_is_cut_in_mid_stream(fleet: Fleet, agent: AgentProcess, tracker: RunningTracker) -> None:
+    with Proxy("127.0.0.1", 0, ("127.0.0.1", tracker.port)) as proxy:
+        tls = credentials.find(tracker.address).tls
+        with Fleet(Address("127.0.0.1", proxy.port), tls) as through:
+            device = through.session("here")
+            trap = proxy.set(Trap("abort", "up", 5 << 20))
+            with pytest.raises(ConnectError, match="is over, as its connection broke") as caught:
+                device.tensor(LARGE)
+            assert trap.sprung.is_set() and caught.value.hint is not None
+            with pytest.raises(ConnectError):
+                device.files()
+            device.close()
+    assert outcome(fleet, device.id) is OutcomeKind.CANCELLED
+    wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
+
+
+def test_a_client_that_is_cut_off_loses_the_device_with_its_lease(
+    fleet: Fleet, agent: AgentProcess, tracker: RunningTracker
+) -> None:
+    """Nothing is carried any more, and no end of a connection is told either."""
+    with Proxy("127.0.0.1", 0, ("127.0.0.1", tracker.port)) as proxy:
+        tls = credentials.find(tracker.address).tls
+        with Fleet(Address("127.0.0.1", proxy.port), tls) as through:
+            device = through.session("here", lease_s=1)
+            proxy.stall()
+            assert outcome(fleet, device.id) is OutcomeKind.CANCELLED
+            wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
+            proxy.flow()
+            device.close()

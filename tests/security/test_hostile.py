@@ -6,11 +6,14 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, cast
 
 import grpc
 import pytest
 
-from kedge.protos.v1 import blobs_pb2, enrolment_pb2, fleet_pb2, types_pb2
+from kedge.protos.v1 import agent_pb2, blobs_pb2, enrolment_pb2, fleet_pb2, sessions_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
@@ -28,7 +31,7 @@ from kedge.rpc.tracker.security.folder import Limits
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import MAX_MESSAGE_BYTES, Tls, open_channel
-from kedge.rpc.types import JobResult, Lease, Tensor
+from kedge.rpc.types import MAX_LEASE_MS, NO_BLOB, DeviceState, JobResult, JobSpec, Lease, SessionTask, Tensor
 from support.services import Rpc, rpcs, send
 from support.toys import device_info, spec_message
 
@@ -299,6 +302,35 @@ def agents_talk(device: str) -> list[bytes]:
     return [convert.agent_message_to_pb(body, number).SerializeToString() for number, body in enumerate(bodies, 1)]
 
 
+def open_session(fleet: Fleet, selector: str = "nobody=here") -> str:
+    """A session that waits for a device, or has it."""
+    spec = JobSpec(NO_BLOB, "", SessionTask(MAX_LEASE_MS), selector)
+    request = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec))
+    return str(fleet._stub.SubmitJob(request).job.id)
+
+
+def sessions_talk(job_id: str, epoch: int = 1) -> dict[str, list[bytes]]:
+    """What the two ends of a session say, their first words first."""
+    value = sessions_pb2.Value(name="x", dtype="float32", shape=[1], inline=bytes(4))
+    request = sessions_pb2.SessionRequest(id=1, call=sessions_pb2.CallFunction(artifact=1, inputs=[value]))
+    manifest = types_pb2.Blob(digest="a" * 64, size_bytes=9)
+    client = (
+        sessions_pb2.ClientFrame(attach=sessions_pb2.AttachSession(job_id=job_id)),
+        sessions_pb2.ClientFrame(renew=sessions_pb2.RenewSession()),
+        sessions_pb2.ClientFrame(grant=sessions_pb2.GrantArtifact(manifest=manifest)),
+        sessions_pb2.ClientFrame(data=request.SerializeToString()),
+    )
+    device = (
+        sessions_pb2.DeviceFrame(serve=types_pb2.Lease(job_id=job_id, epoch=epoch)),
+        sessions_pb2.DeviceFrame(data=sessions_pb2.SessionReply(id=1).SerializeToString()),
+        sessions_pb2.DeviceFrame(done=sessions_pb2.CloseSession()),
+    )
+    return {
+        "Sessions/Attach": [frame.SerializeToString() for frame in client],
+        "Sessions/Serve": [frame.SerializeToString() for frame in device],
+    }
+
+
 def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: Artifact) -> None:
     """Ten thousand mutated messages, on every call, by an administrator, a device and somebody without a token."""
     rng = random.Random(20261126)
@@ -306,12 +338,16 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
     security = tracker.serving.security
     device = identity.enrol(access.enrol_token("fuzz-0")[0], "fuzz-0")
     places = [
-        (open_channel(tracker.address, security.admin_tls()), ("Fleet", "Blobs", "Access", "Enrolment")),
-        (open_channel(tracker.address, Tls(security.authority.certificate_pem)), ("Fleet", "Blobs", "Access")),
-        (open_channel(device.address, device.tls), ("Agents", "Blobs", "Enrolment")),
+        (open_channel(tracker.address, security.admin_tls()), ("Fleet", "Blobs", "Sessions", "Access", "Enrolment")),
+        (
+            open_channel(tracker.address, Tls(security.authority.certificate_pem)),
+            ("Fleet", "Blobs", "Sessions", "Access"),
+        ),
+        (open_channel(device.address, device.tls), ("Agents", "Blobs", "Sessions", "Enrolment")),
     ]
     known = seeds(artifact)
     hello, *talk = agents_talk("fuzz-0")
+    client = Fleet(tracker.address, security.admin_tls())
     sent, answers = 0, set[tuple[str, str]]()
 
     def attempt(channel: grpc.Channel, rpc: Rpc, messages: list[bytes]) -> tuple[str, str, str]:
@@ -330,6 +366,9 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
                 messages += [mutated(rng, rng.choice((seed, messages[0], b""))) for _ in range(rng.randint(0, 6))]
             if name == "Agents/Connect" and rng.random() < 0.7:
                 messages = [hello, *(mutated(rng, rng.choice(talk)) for _ in range(rng.randint(1, 8)))]
+            if name.startswith("Sessions/") and rng.random() < 0.7:
+                first, *rest = sessions_talk(open_session(client))[name]
+                messages = [first, *(mutated(rng, rng.choice(rest)) for _ in range(rng.randint(1, 6)))]
             if name == "Fleet/ListDevices" and fleet_waits(messages[0]):
                 continue
             sent += len(messages)
@@ -339,6 +378,7 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
             if status not in SENSIBLE:
                 answers.add((name, f"{status}: {said[:200]}"))
     assert answers == set()
+    client.close()
     for channel, _ in places:
         channel.close()
     # And it serves as before.
@@ -346,6 +386,66 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
         fleet.hello()
         assert fleet.jobs() is not None
     assert json.loads((tracker.data_dir / "security" / "tokens.json").read_text())
+
+
+def test_noise_between_the_two_ends_of_a_session(tmp_path: Path) -> None:
+    """Whatever either end says once both are there, the session ends, and its device is free."""
+    # A device that breaks off session after session would be quarantined.
+    with start(port=0, data_dir=tmp_path / "tracker", settings=Settings(quarantine_after=1_000)) as tracker:
+        make_noise(tracker, random.Random(20261126))
+
+
+def make_noise(tracker: RunningTracker, rng: random.Random) -> None:
+    assert tracker.serving.security is not None
+    with Access(tracker.address, tracker.serving.security.admin_tls()) as access:
+        device = identity.enrol(access.enrol_token("fuzz-1")[0], "fuzz-1")
+    answers = set[tuple[str, str]]()
+    with (
+        open_channel(device.address, device.tls) as channel,
+        Fleet(tracker.address, tracker.serving.security.admin_tls()) as fleet,
+    ):
+        said: SimpleQueue[bytes] = SimpleQueue()
+        talk = cast(Any, channel).stream_stream("/kedge.v1.Agents/Connect")(iter(said.get, None))
+        said.put(saying(m.Hello(local_protocol(), device_info("fuzz-1"), "instance")))
+        assert isinstance(heard(talk), m.Welcome)
+        for _ in range(60):
+            job_id = open_session(fleet, "fuzz-1")
+            lease = heard(talk).lease
+            assert lease.job_id == job_id
+            said.put(saying(m.JobStarted(lease)))
+            ends = sessions_talk(job_id, lease.epoch)
+            noise = {
+                name: [mutated(rng, rng.choice(words)) for _ in range(rng.randint(0, 8))]
+                for name, words in ends.items()
+            }
+            with ThreadPoolExecutor(2) as pool:
+                served = pool.submit(
+                    send, channel, RPCS["Sessions/Serve"], [ends["Sessions/Serve"][0], *noise["Sessions/Serve"]]
+                )
+                attached = pool.submit(
+                    send,
+                    fleet._channel,
+                    RPCS["Sessions/Attach"],
+                    [ends["Sessions/Attach"][0], *noise["Sessions/Attach"]],
+                )
+            answers |= {served.result(), attached.result()}
+            said.put(saying(m.JobFinished(lease, JobResult(Outcome(OutcomeKind.OK)))))
+            while not isinstance(heard(talk), m.ResultAccepted):
+                pass
+        (status,) = fleet.devices("fuzz-1")
+        assert status.state is DeviceState.IDLE
+        said.put(saying(m.Goodbye("done")))
+        talk.cancel()
+    assert {status for status, _ in answers} <= SENSIBLE, answers
+    assert len({status for status, _ in answers}) > 1, "some of both"
+
+
+def saying(body: m.AgentBody) -> bytes:
+    return convert.agent_message_to_pb(body, 1).SerializeToString()
+
+
+def heard(talk: Any) -> Any:
+    return convert.tracker_message_from_pb(agent_pb2.TrackerMessage.FromString(next(talk)))
 
 
 def fleet_waits(message: bytes) -> bool:

@@ -25,6 +25,7 @@ from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import labels_of, parse
 from kedge.rpc.tracker.devices import can_run
 from kedge.rpc.tracker.facts import (
+    ANYWHERE,
     CloseAgent,
     Effects,
     Fact,
@@ -46,6 +47,7 @@ from kedge.rpc.tracker.facts import (
 from kedge.rpc.tracker.outbox import Outbox, Parcel
 from kedge.rpc.tracker.state import Settings, TrackerState
 from kedge.rpc.types import (
+    NO_BLOB,
     Blob,
     Deadlines,
     DeviceState,
@@ -56,6 +58,7 @@ from kedge.rpc.types import (
     Lease,
     Reservation,
     RunTask,
+    SessionTask,
 )
 from support.toys import device_info
 
@@ -71,6 +74,8 @@ SETTINGS = Settings(
     quarantine_after=2,
     quarantine_ms=4_000,
     longest_quarantine_ms=16_000,
+    session_lease_ms=5_000,
+    longest_session_ms=5_000,
     max_reservation_ms=100_000,
     max_reservations_per_user=2,
 )
@@ -84,7 +89,9 @@ NEEDS = {
     "x86": (Need("x86_64", frozenset({"avx2"})),),
     "arm": (Need("aarch64"),),
     "any": (Need("x86_64"), Need("aarch64")),
+    "session": ANYWHERE,
 }
+ARTIFACTS = sorted(set(NEEDS) - {"session"})
 OK = JobResult(Outcome(OutcomeKind.OK))
 FAULT = JobResult(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message="the disk is full"))
 ENDS = {"ok": OK, "crash": JobResult(Outcome(OutcomeKind.CRASH, Stage.RUN, 11)), "fault": FAULT}
@@ -172,6 +179,7 @@ class Store:
 
 class TrackerMachine(RuleBasedStateMachine):
     jobs = Bundle("jobs")
+    sessions = Bundle("sessions")
 
     @initialize()
     def begin(self) -> None:
@@ -184,6 +192,10 @@ class TrackerMachine(RuleBasedStateMachine):
         self.problems: dict[str, tuple[str, ...]] = dict.fromkeys(DEVICES, ())
         self.needs_of: dict[str, str] = {}
         self.finished_at_agent: dict[str, int] = {}
+        #: When each session's client was last heard of, and what devices served under which epoch.
+        self.heard: dict[str, int] = {}
+        self.served: set[tuple[str, int]] = set()
+        self.older: set[str] = set()
         self.state = TrackerState("t", SETTINGS)
         #: What waits for a disk that is full or slow; None while facts are stored at once.
         self.waiting: list[Parcel] | None = None
@@ -220,7 +232,7 @@ class TrackerMachine(RuleBasedStateMachine):
     @rule(
         target=jobs,
         selector=st.sampled_from(["", "a", "soc=one", "arch=x86_64,soc!=two", "arch=riscv64"]),
-        needs=st.sampled_from(sorted(NEEDS)),
+        needs=st.sampled_from(ARTIFACTS),
         priority=st.integers(0, 2),
         repeat=st.booleans(),
         user=st.sampled_from(USERS),
@@ -234,6 +246,56 @@ class TrackerMachine(RuleBasedStateMachine):
         if repeat:
             assert self.state.job_of_key(f"key-{job_id}") == job_id
         return job_id
+
+    @rule(
+        target=sessions,
+        selector=st.sampled_from(["", "a", "soc=one"]),
+        lease_ms=st.sampled_from([0, 1_500, 100_000]),
+        user=st.sampled_from(USERS),
+    )
+    def open_session(self, selector: str, lease_ms: int, user: str) -> str:
+        job_id = f"s{next(self.numbers)}"
+        spec = JobSpec(NO_BLOB, "", SessionTask(lease_ms), selector)
+        self.accepted[job_id], self.needs_of[job_id], self.users[job_id] = spec, "session", user
+        self.heard[job_id] = self.now
+        self.perform(self.state.submit(job_id, spec, ANYWHERE, f"key-{job_id}", self.now, user))
+        return job_id
+
+    @rule(session=sessions)
+    def the_client_is_heard(self, session: str) -> None:
+        self.state.session_heard(session, self.now)
+        self.heard[session] = self.now
+
+    @rule(session=sessions, back=st.integers(0, 1))
+    def the_device_serves(self, session: str, back: int) -> None:
+        """The agent's stream is there: under the epoch that it was given, or under an old one."""
+        epoch = self.epoch_of(session) - back
+        before = self.state.job(session)
+        held = self.state.session_of(session, epoch)
+        assert held is None or held[1].user == self.users[session]
+        assert held is None or before is not None
+        self.perform(self.state.session_begins(session, epoch, self.now))
+        after = self.state.job(session)
+        assert after == before or (held is not None and after is not None and after.stage is Stage.RUN)
+        if held is not None:
+            self.served.add((session, epoch))
+
+    @rule(session=sessions, back=st.integers(0, 1))
+    def the_devices_stream_breaks(self, session: str, back: int) -> None:
+        epoch = self.epoch_of(session) - back
+        self.perform(self.state.session_broke(session, epoch, "its stream broke", self.now))
+        record = self.store.records.get(session)
+        if (session, epoch) in self.served and self.waiting is None:
+            self.served.discard((session, epoch))
+            assert record is None or record.epoch != epoch or record.cancelling is not None or self.is_reborn(session)
+
+    def epoch_of(self, session: str) -> int:
+        record = self.store.records.get(session)
+        return record.epoch if record is not None else 1
+
+    def is_reborn(self, session: str) -> bool:
+        """A session of an earlier tracker is being called off, which every later one does anew."""
+        return session in self.older
 
     @rule(name=st.sampled_from(sorted(DEVICES)), restarted=st.booleans())
     def connect(self, name: str, restarted: bool) -> None:
@@ -349,7 +411,9 @@ class TrackerMachine(RuleBasedStateMachine):
                 else:
                     self.say(agent, m.JobProgress(lease, Stage(what)))
 
-    @rule(job=jobs, name=st.sampled_from(sorted(DEVICES)), own=st.booleans(), back=st.integers(0, 2))
+    @rule(
+        job=st.one_of(jobs, sessions), name=st.sampled_from(sorted(DEVICES)), own=st.booleans(), back=st.integers(0, 2)
+    )
     def stray_finish(self, job: str, name: str, own: bool, back: int) -> None:
         """A result under an epoch that may be old, from a device that may not own the job."""
         record = self.store.records.get(job)
@@ -362,7 +426,7 @@ class TrackerMachine(RuleBasedStateMachine):
         if agent.connection is not None and epoch > 0 and (job, epoch) not in agent.held:
             self.say(agent, m.JobFinished(Lease(job, epoch), OK))
 
-    @rule(job=jobs)
+    @rule(job=st.one_of(jobs, sessions))
     def cancel(self, job: str) -> None:
         self.perform(self.state.cancel(job, "test", self.now))
         record = self.store.records.get(job)
@@ -457,7 +521,7 @@ class TrackerMachine(RuleBasedStateMachine):
             key = (body.lease.job_id, body.lease.epoch)
             want = self.accepted[key[0]]
             assert parse(want.selector).matches(labels_of(DEVICES[agent.name]))
-            assert can_run(NEEDS[self.needs_of[key[0]]], DEVICES[agent.name])
+            assert self.fits(key[0], agent.name)
             assert min(body.spec.deadlines.queue_ms, body.spec.deadlines.load_ms, body.spec.deadlines.run_ms) > 0
             agent.held = {k: v for k, v in agent.held.items() if k[0] != key[0]}
             agent.held[key] = "assigned"
@@ -470,6 +534,11 @@ class TrackerMachine(RuleBasedStateMachine):
         elif isinstance(body, m.Refused):
             agent.connection = None
 
+    def fits(self, job_id: str, name: str) -> bool:
+        """Whether the device is one for the job; every one is for a session."""
+        needs = NEEDS[self.needs_of[job_id]]
+        return needs == ANYWHERE or can_run(needs, DEVICES[name])
+
     def reborn(self) -> None:
         for parcel in self.waiting or ():
             for fact in parcel.facts:
@@ -478,6 +547,8 @@ class TrackerMachine(RuleBasedStateMachine):
         self.waiting, self.outbox = None, Outbox()
         self.state = TrackerState("t", SETTINGS)
         self.state.restore(self.store.found(), self.now)
+        self.older |= {job_id for job_id, record in self.store.records.items() if record.assigned}
+        self.heard |= dict.fromkeys(self.heard, self.now)
         for agent in self.agents.values():
             agent.connection = None
 
@@ -507,17 +578,36 @@ class TrackerMachine(RuleBasedStateMachine):
         for job in self.state.live_jobs():
             if job.state is JobState.QUEUED:
                 wanted = parse(job.spec.selector)
-                needs = NEEDS[self.needs_of[job.id]]
                 failed = {fault.device for fault in job.faults}
                 free = [
                     d.info.name
                     for d in idle
                     if wanted.matches(labels_of(d.info))
-                    and can_run(needs, d.info)
+                    and self.fits(job.id, d.info.name)
                     and (d.reservation is None or d.reservation.user == self.users[job.id])
                 ]
                 assert set(free) <= failed, "it may wait for another device than those that failed with it"
                 assert job.position >= 1 or job.detail == "being cancelled"
+
+    @invariant()
+    def no_session_outlives_its_lease(self) -> None:
+        """Nor is it given to a second device once a client has had it on one."""
+        if not hasattr(self, "accepted") or self.waiting is not None:
+            return
+        for job_id, record in self.store.records.items():
+            task = record.accepted.spec.task
+            if isinstance(task, SessionTask):
+                lease_ms = task.lease_ms or SETTINGS.session_lease_ms
+                called_off = record.cancelling is not None or job_id in self.older
+                unsent = record.assigned is not None and self.now_or_never(job_id)
+                due = (self.state.next_alarm() or self.now) <= self.now  # what waited for the disk came late
+                assert called_off or unsent or due or self.now < self.heard[job_id] + lease_ms + 1
+            served = [epoch for session, epoch in self.served if session == job_id]
+            assert all(epoch == record.epoch for epoch in served)
+
+    def now_or_never(self, job_id: str) -> bool:
+        """Its assignment has not left yet, so that no device has it."""
+        return not any(job_id == held for agent in self.agents.values() for held, _ in agent.held)
 
     @invariant()
     def the_ill_and_the_serviced_say_so(self) -> None:
