@@ -117,6 +117,8 @@ class Session:
         self._current = 0
         self._unwanted = 0
         self._began = 0
+        #: Bytes that the request announced and that have not come yet.
+        self._owed = 0
 
     def cancel(self, reason: str) -> None:
         """End the session soon; it reports `cancelled`."""
@@ -243,6 +245,7 @@ class Session:
 
     def _answer(self, request: pb.SessionRequest, hold: Hold, scratch: Path, files: SessionFiles) -> None:
         which = request.WhichOneof("body")
+        self._owed = _announced(request)
         try:
             self._free(request.freed)
             if which == "put_file":
@@ -274,6 +277,7 @@ class Session:
         except (PipeClosed, _Broken):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a request does, it has an answer
+            self._take_pieces(request.id, self._owed, lambda at, piece: None)
             self._fail(request.id, error, loading=which == "load")
 
     def _reply(self, reply: pb.SessionReply) -> None:
@@ -540,7 +544,6 @@ class Session:
             return None
         most = int(self._board.device.memory_bytes * _TENSOR_SHARE)
         if total > most:
-            self._take_pieces(number, total, lambda at, piece: None)
             text = f"{total} bytes of tensors at once; {self._board.device.name} takes {most}"
             raise _Failed(OutcomeKind.OUT_OF_MEMORY, text)
         data = memoryview(bytearray(total))
@@ -551,7 +554,7 @@ class Session:
         self._take_pieces(number, total, store)
         return data
 
-    def _take_pieces(self, number: int, total: int, store: Callable[[int, bytes], None]) -> None:
+    def _take_pieces(self, number: int, total: int, store: Callable[[int, bytes], object]) -> None:
         at = 0
         while at < total:
             request = self._requests.get()
@@ -559,6 +562,7 @@ class Session:
                 raise _Broken("a request ended before all of its pieces came")
             if at + len(request.piece) > total:
                 raise _Broken("a request has more bytes than it said")
+            self._owed -= len(request.piece)
             store(at, request.piece)
             at += len(request.piece)
 
@@ -570,38 +574,15 @@ class Session:
     # ---- files -------------------------------------------------------------------------------------------------
 
     def _put_file(self, request: pb.SessionRequest, files: SessionFiles) -> None:
-        """Take a file in; one that is refused is read to its end all the same, as it is on its way already."""
         name, size = request.put_file.file.name, request.put_file.file.size_bytes
-        if size < 0:
-            raise _Broken("a file of less than no bytes")
-        problem: Optional[Exception] = None
-        file = None
+        file = files.begin(name, size)
         try:
-            file = files.begin(name, size)
-        except (KedgeError, OSError) as error:
-            problem = error
-
-        def store(_at: int, piece: bytes) -> None:
-            nonlocal problem
-            if file is not None and problem is None:
-                try:
-                    file.write(piece)
-                except OSError as error:
-                    problem = error
-
-        try:
-            self._take_pieces(request.id, size, store)
-        finally:
-            if file is not None:
-                try:
-                    file.close()
-                except OSError as error:
-                    problem = problem or error
-        if problem is not None:
-            if file is not None:
-                files.discard(name)
-            raise problem
-        files.commit(name)
+            with file:
+                self._take_pieces(request.id, size, lambda _, piece: file.write(piece))
+            files.commit(name)
+        except BaseException:
+            files.discard(name)
+            raise
         self._list(request.id, files)
 
     def _fetch_file(self, request: pb.SessionRequest, files: SessionFiles) -> None:
@@ -621,6 +602,18 @@ class Session:
     def _list(self, number: int, files: SessionFiles) -> None:
         listed = [pb.SessionFile(name=name, size_bytes=size) for name, size in files.list()]
         self._reply(pb.SessionReply(id=number, files=pb.FileList(files=listed)))
+
+
+def _announced(request: pb.SessionRequest) -> int:
+    """How many bytes follow a request in pieces."""
+    which = request.WhichOneof("body")
+    if which == "put_file":
+        return max(0, request.put_file.file.size_bytes)
+    if which == "put":
+        return request.put.tensor.streamed_bytes
+    if which in ("call", "time"):
+        return sum(value.streamed_bytes for value in getattr(request, which).inputs)
+    return 0
 
 
 def _seconds(given_ms: int, stage: Stage) -> float:

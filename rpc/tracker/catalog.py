@@ -45,6 +45,8 @@ class Catalog:
 
     def named_by(self, spec: JobSpec, principal: Principal) -> list[Blob]:
         """The principal's own blobs that a spec names and, where its manifest is known, that needs."""
+        if isinstance(spec.task, SessionTask):
+            return []
         named = [spec.manifest, *(tensor.data for tensor in spec.task.inputs if isinstance(tensor.data, Blob))]
         known = self._known.get(spec.manifest.digest)
         if known is not None:

@@ -36,7 +36,7 @@ from kedge.rpc.tracker.service import BlobsService
 from kedge.rpc.tracker.sessions import Grants
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import Tls
-from kedge.rpc.types import TrackerMember
+from kedge.rpc.types import SessionTask, TrackerMember
 
 log = logging.getLogger("kedge.tracker")
 
@@ -197,7 +197,8 @@ class Cluster:
         self._store, self.security = store, security
         owners = StoredOwners(store) if security is not None else FileOwners(self._premises.data_dir / "owners")
         # What jobs need of an artifact is read from its manifest.
-        await self._fellows.fetch([record.accepted.spec.manifest for record in store.found.records])
+        specs = [record.accepted.spec for record in store.found.records]
+        await self._fellows.fetch([spec.manifest for spec in specs if not isinstance(spec.task, SessionTask)])
         self._fellows.epoch = epoch.number
         self._premises.blobs.when_evicted(owners.forget)
         self._leadership = led = Leadership(self._premises, store, security, owners, self._fellows)

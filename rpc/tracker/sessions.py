@@ -28,6 +28,7 @@ from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.handlers import GONE
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.principal import Principal, caller
@@ -321,7 +322,7 @@ async def _settle(tasks: Iterable[asyncio.Task[Any]], writing: asyncio.Lock) -> 
 
 def _raise(error: BaseException | None) -> None:
     """An end that vanished is no error of the tracker's: the state machine knows what it means."""
-    if error is not None and not isinstance(error, (grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError)):
+    if error is not None and not isinstance(error, (*GONE, grpc.RpcError, asyncio.InvalidStateError)):
         raise error
 
 

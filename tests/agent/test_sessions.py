@@ -199,6 +199,24 @@ def test_a_crash_ends_its_runner_and_not_the_session(fleet: Fleet, agent: AgentP
     assert outcome(fleet, device.id) is OutcomeKind.OK
 
 
+@pytest.mark.parametrize("x", [X, LARGE], ids=["small", "large"])
+def test_a_runner_that_ends_between_two_requests(
+    fleet: Fleet, agent: AgentProcess, made: Artifact, x: np.ndarray[Any, Any]
+) -> None:
+    """The next request finds that out, be it while it lets go of tensors that nobody has any more."""
+    with fleet.session("here") as device:
+        m, kept = device.load(made), device.tensor(X)
+        device.forget(kept._handle)
+        (runner_pid,) = descendants(agent.process.pid)
+        os.kill(runner_pid, signal.SIGKILL)
+        wait_for(lambda: not runs(runner_pid), "the runner to end")
+        with pytest.raises(JobError, match="its runner ended") as caught:
+            m["add"]({"x": x})
+        assert caught.value.outcome == "crash"
+        np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
+    assert outcome(fleet, device.id) is OutcomeKind.OK
+
+
 def test_a_call_that_takes_too_long(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
     with fleet.session("here", deadlines=Deadlines(run_ms=200)) as device:
         m = device.load(made)
