@@ -27,18 +27,26 @@ Source = Union[bytes, memoryview, "os.PathLike[str]"]
 Progress = Callable[[int], None]
 T = TypeVar("T")
 
-#: Attempts without progress before a transfer gives up, and the pause before each, in seconds.
+#: The pauses before attempts without progress, in seconds; the last one is that of all later attempts.
 _PAUSES_S = (0.1, 0.3, 1.0, 2.0)
+#: How long a tracker that is away is waited for, where nobody says otherwise.
+PATIENCE_S = 3.5
 #: Digests asked about in one FindMissing call.
 _FIND_BATCH = 10_000
 
 
 class BlobClient:
-    """The tracker's blobs through `channel`; `address` only words the errors."""
+    """The tracker's blobs through `channel`; `address` only words the errors.
 
-    def __init__(self, channel: grpc.Channel, address: Optional[Address] = None) -> None:
+    A tracker that went away is waited for, for `patience_s` since the last progress.
+    """
+
+    def __init__(
+        self, channel: grpc.Channel, address: Optional[Address] = None, patience_s: float = PATIENCE_S
+    ) -> None:
         self._stub: Any = cast(Any, blobs_pb2_grpc.BlobsStub)(channel)
         self._address = address
+        self._patience_s = patience_s
 
     def find_missing(self, blobs: Iterable[Blob]) -> List[Blob]:
         """Those of `blobs` that the tracker lacks, each once."""
@@ -72,7 +80,7 @@ class BlobClient:
             DiskFullError: the tracker has no space.
             ConnectError: the tracker went away and did not come back.
         """
-        state = _Attempt()
+        state = _Attempt(self._patience_s)
 
         def once() -> None:
             offset = 0
@@ -129,7 +137,7 @@ class BlobClient:
             DiskFullError: no space in `store`.
             ConnectError: the tracker went away and did not come back.
         """
-        state = _Attempt()
+        state = _Attempt(self._patience_s)
 
         def once() -> None:
             kept = store.committed_bytes(blob)
@@ -156,7 +164,7 @@ class BlobClient:
     def read(self, blob: Blob) -> bytearray:
         """A blob's bytes, verified; raises MissingBlobError, CorruptBlobError or ConnectError."""
         data = bytearray()
-        state = _Attempt()
+        state = _Attempt(self._patience_s)
 
         def once() -> None:
             for chunk in self._stream(blob, len(data)):
@@ -178,7 +186,7 @@ class BlobClient:
             call.cancel()
 
     def _retry(self, once: Callable[[], T], state: Optional[_Attempt] = None) -> T:
-        state = state or _Attempt()
+        state = state or _Attempt(self._patience_s)
         while True:
             try:
                 return once()
@@ -192,8 +200,10 @@ class BlobClient:
 class _Attempt:
     """Counts failures since the last progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float) -> None:
         self.failures = 0
+        self._patience_s = patience_s
+        self._first_failure = 0.0
         self._best = 0
 
     def reached(self, offset: int) -> None:
@@ -204,9 +214,13 @@ class _Attempt:
 
     def pause(self) -> bool:
         """Wait before the next attempt; False when there should be none."""
-        if self.failures >= len(_PAUSES_S):
+        now = time.monotonic()
+        if not self.failures:
+            self._first_failure = now
+        pause_s = _PAUSES_S[min(self.failures, len(_PAUSES_S) - 1)]
+        if now + pause_s > self._first_failure + self._patience_s:
             return False
-        time.sleep(_PAUSES_S[self.failures])
+        time.sleep(pause_s)
         self.failures += 1
         return True
 

@@ -64,7 +64,7 @@ class Fleet:
         self._channel = open_aio_channel(address, tls)
         self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
         self._bulk = open_channel(address, tls)
-        self._blobs = BlobClient(self._bulk, address)
+        self._blobs = BlobClient(self._bulk, address, plan.RECONNECT_S)
         self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()

@@ -82,7 +82,7 @@ class Fleet:
         self.tls = tls
         self._channel = open_channel(address, tls)
         self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
-        self._blobs = BlobClient(self._channel, address)
+        self._blobs = BlobClient(self._channel, address, plan.RECONNECT_S)
         #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import secrets
+import socket
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
+from kedge.rpc import blob_client
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
+from kedge.rpc.client import Fleet
+from kedge.rpc.client.plan import RECONNECT_S
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.security import credentials
 from kedge.rpc.status import from_rpc_error, is_away
@@ -42,6 +48,35 @@ def test_a_transfer_survives(tracker: RunningTracker, action: Action) -> None:
             down = proxy.set(Trap(action, "down", BYTES // 3))
             assert client.read(blob) == data
             assert up.sprung.is_set() and down.sprung.is_set()
+
+
+@pytest.mark.parametrize("attempts", [8, 1 << 30])
+def test_a_client_waits_for_its_tracker_as_long_with_blobs_as_otherwise(
+    tracker: RunningTracker, monkeypatch: pytest.MonkeyPatch, attempts: int
+) -> None:
+    slept: list[float] = []
+    tls = credentials.find(tracker.address).tls
+    with socket.socket() as nobody, Proxy("127.0.0.1", 0, ("127.0.0.1", tracker.port)) as proxy:
+        nobody.bind(("127.0.0.1", 0))
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            if len(slept) >= attempts:
+                proxy.to = ("127.0.0.1", tracker.port)
+                time.sleep(0.2)  # gRPC has pauses of its own between two attempts to connect
+
+        clock = SimpleNamespace(sleep=sleep, monotonic=lambda: sum(slept))
+        with Fleet(Address("127.0.0.1", proxy.port), tls) as fleet:
+            fleet.hello()
+            monkeypatch.setattr(blob_client, "time", clock)
+            proxy.to = nobody.getsockname()
+            proxy.cut_all(reset=True)
+            if attempts == 8:
+                fleet.upload(secrets.token_bytes(100))
+                return
+            with pytest.raises(ConnectError):
+                fleet.upload(secrets.token_bytes(100))
+    assert RECONNECT_S - 2 < sum(slept) <= RECONNECT_S
 
 
 class Failed(grpc.RpcError):
