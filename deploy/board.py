@@ -16,7 +16,7 @@ import json
 import posixpath
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,14 +117,15 @@ def deploy_board(
     cache_dir: Path,
     name: str | None = None,
     labels: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
     directory: str = DIRECTORY,
     timeout_s: float = 60.0,
     progress: Progress = silent,
 ) -> Deployment:
     """Install the agent and start it; return when `tracker` (HOST:PORT, as seen from the board) sees it.
 
-    `joining` says how the device of a name is let in. `name` is the board's host name unless given. Running it again
-    updates what changed and restarts the agent.
+    `joining` says how the device of a name is let in. `name` is the board's host name unless given. `options` are
+    further ones of the agent's command line, a word each. Running it again updates what changed and restarts the agent.
 
     Raises:
         UsageError: a name or label that no device can have; nothing was done.
@@ -152,7 +153,7 @@ def deploy_board(
             _refuse_taken(name, connected(name, 0), there["agent"], tracker)
             site, uploaded = remote.install(there, board, runner_for(board), cache_dir, progress)
             deployment = secrets.token_hex(4)
-            remote.configure(site, tracker, how.join, name, {**(labels or {}), DEPLOYMENT: deployment})
+            remote.configure(site, tracker, how.join, name, {**(labels or {}), DEPLOYMENT: deployment}, options)
             progress(f"starting the agent {name}")
             pid = remote.start(name, tracker, deployment, connected, timeout_s, progress)
             standing.says = standing.running(name)
@@ -313,12 +314,21 @@ class _Remote:
             sent.append("site")
         return f"site-{site.digest}", tuple(sent)
 
-    def configure(self, site: str, tracker: str, join: str | None, name: str, labels: Mapping[str, str]) -> None:
+    def configure(
+        self,
+        site: str,
+        tracker: str,
+        join: str | None,
+        name: str,
+        labels: Mapping[str, str],
+        options: Sequence[str] = (),
+    ) -> None:
         """Write the new `agent.json`: what to start, and how; the join string goes into a file of its own."""
         # One word each: a name may begin with a dash.
         arguments = [f"--tracker={tracker}", f"--name={name}"]
         arguments += [f"--label={key}={value}" for key, value in sorted(labels.items())]
         arguments += [f"--runner={self._path('kedge-runner')}", f"--data-dir={self._path('data')}"]
+        arguments += options
         arguments += ["--insecure-loopback" if join is None else f"--join-file={self._path('join')}"]
         if join is not None:
             self._connection.put(join.encode(), self._path(launch.NEW, "join"), mode=0o600)

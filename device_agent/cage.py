@@ -356,8 +356,11 @@ def _build(
                     timeout=_BUILD_S,
                     check=False,
                 )
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise CageError(f"cannot ask {runner} what this system allows: {error}") from error
+            except OSError as error:
+                hint = "is it built for this machine?"
+                raise CageError(f"cannot start {runner}: {error.strerror}", hint=hint) from error
+            except subprocess.TimeoutExpired as error:
+                raise CageError(f"{runner} does not say what this system allows: {error}") from error
         if done.returncode != 0:
             text = done.stderr.decode(errors="replace").strip()
             raise CageError(

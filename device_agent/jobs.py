@@ -375,7 +375,8 @@ class Job:
             raise _Ended(OutcomeKind.CANCELLED, self._cancelled)
 
     def _download(self, blob: Blob, store: BlobStore) -> None:
-        self._patiently(partial(self._board.blobs.download, blob, store))
+        # A tracker that has it from another one needs room for it, too.
+        self._patiently(partial(self._board.blobs.download, blob, store), (BlobQuotaError,))
 
     def _patiently(self, transfer: Callable[[], object], also: Tuple[Type[KedgeError], ...] = ()) -> None:
         """Transfer, at most until the stage's deadline; what errors of `also` say may pass, as a lost tracker may."""
@@ -419,8 +420,10 @@ class Job:
             return Outcome(OutcomeKind.LOAD_ERROR, self._stage, message=text)
         if isinstance(error, MissingBlobError):
             return Outcome(OutcomeKind.BAD_REQUEST, self._stage, message=text)
+        if isinstance(error, CacheFullError):  # of the job's making: the device is as sound as before
+            return Outcome(OutcomeKind.OUT_OF_MEMORY, self._stage, message=text)
         # The tracker takes nothing of a job that it has given to somebody else meanwhile.
-        if not isinstance(error, (CacheFullError, BlobError, PermissionDeniedError, OSError)):
+        if not isinstance(error, (BlobError, PermissionDeniedError, OSError)):
             log.error("a job failed in a way that has no name", exc_info=error)
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
 

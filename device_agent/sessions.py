@@ -34,7 +34,7 @@ from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
 from kedge.rpc.artifact.manifest import Function, Manifest, Port
 from kedge.rpc.artifact.place import CPU, Placement, look_at, parse_device, place
-from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, MissingBlobError
+from kedge.rpc.blobs import BlobStore, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, KedgeError, LimitError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.pipe import Pipe, PipeClosed
@@ -301,9 +301,11 @@ class Session:
             return Outcome(OutcomeKind.LOAD_ERROR, stage, message=text)
         if isinstance(error, (InputError, LimitError, MissingBlobError)):
             return Outcome(OutcomeKind.BAD_REQUEST, stage, message=text)
+        if isinstance(error, CacheFullError):
+            return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
         if isinstance(error, MemoryError):
             return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message="the agent has no memory for it")
-        if not isinstance(error, (CacheFullError, BlobError, KedgeError, OSError)):
+        if not isinstance(error, (KedgeError, OSError)):
             log.error("a session's request failed in a way that has no name", exc_info=error)
         return Outcome(OutcomeKind.DEVICE_FAULT, stage, message=text)
 

@@ -11,6 +11,7 @@ from typing import Any
 import kedge
 from kedge.rpc import names
 from kedge.rpc.errors import NoDeviceError, UsageError
+from kedge.rpc.security import signing
 
 Progress = Callable[[str], None]
 
@@ -93,13 +94,17 @@ def deploy(
     *,
     name: str | None = None,
     labels: dict[str, str] | None = None,
+    signers: Sequence[str] = (),
+    log_format: str = "text",
     timeout_s: float = 60.0,
     progress: Progress = lambda what: None,
 ) -> Any:
     """Install and start the agent on a board, and give the device as the tracker sees it.
 
+    With `signers` (public keys) the agent runs only what one of them signed. `log_format` is "text" or "json".
+
     Raises:
-        UsageError: a name or label that no device can have.
+        UsageError: a name or label that no device can have, or what is no key.
         ConnectError: no login, or no tracker.
         AuthenticationError, PermissionDeniedError: whoever deploys is no administrator of the tracker.
         DeployError: the board cannot run the agent, or the tracker did not see it in time; with the agent's log.
@@ -110,6 +115,7 @@ def deploy(
 
     if name is not None:
         names.check_name(name)
+    signing.parse_signers(signers)
     destination = login.destination()
     with kedge.connect(tracker) as fleet:
         deployed = deploy_board(
@@ -121,6 +127,7 @@ def deploy(
             cache_dir=cache_dir() / "deploy",
             name=name,
             labels=labels,
+            options=[*(f"--require-signer={key}" for key in signers), f"--log-format={log_format}"],
             timeout_s=timeout_s,
             progress=progress,
         )

@@ -10,6 +10,7 @@ import typer
 from kedge.cli import output
 from kedge.cli.devices import require_tracker
 from kedge.cli.ending import ended_in_order
+from kedge.cli.fleet import LogFormatOption, check_log_format
 
 
 def deploy_board(
@@ -21,6 +22,15 @@ def deploy_board(
     label: Annotated[
         list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; repeatable.")
     ] = None,
+    require_signer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require-signer",
+            metavar="KEY",
+            help="Run only what this key signed; needs 'cryptography' there; repeatable.",
+        ),
+    ] = None,
+    log_format: LogFormatOption = "text",
     identity: Annotated[Path | None, typer.Option("-i", "--identity", help="The private key to log in with.")] = None,
     known_hosts: Annotated[
         Path | None,
@@ -39,11 +49,14 @@ def deploy_board(
 
       kedge deploy board pi@192.168.1.20 --tracker 192.168.1.2:9190 --label rack=a
 
+      kedge deploy board pi@192.168.1.20 --tracker 192.168.1.2:9190 --require-signer "$(kedge signer)" --log-format json
+
       kedge deploy board pi@192.168.1.20 --uninstall
     """
     from kedge.deploy.errors import DeploymentInterrupted
     from kedge.deployment import Login, deploy, parse_labels, remove
 
+    check_log_format(log_format)
     login = Login(host, identity, known_hosts)
     with ended_in_order(), output.progress(f"deploy {host}") as report:
         if uninstall:
@@ -53,7 +66,16 @@ def deploy_board(
             labels = parse_labels(label or [])
             address = require_tracker(tracker)
             try:
-                device = deploy(login, address, name=name, labels=labels, timeout_s=timeout, progress=report)
+                device = deploy(
+                    login,
+                    address,
+                    name=name,
+                    labels=labels,
+                    signers=require_signer or [],
+                    log_format=log_format,
+                    timeout_s=timeout,
+                    progress=report,
+                )
             except DeploymentInterrupted as interrupt:
                 output.stderr().print(f"{host}: broken off; {interrupt}", soft_wrap=True)
                 raise
