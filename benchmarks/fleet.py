@@ -1,7 +1,7 @@
 """The fleet's figures in one run, beside gRPC's own: jobs, uploads, many agents, a restart, an idle agent.
 
 python benchmarks/fleet.py                      # all of it, on a quiet machine: about a quarter of an hour
-python benchmarks/fleet.py --only jobs,restart  # some of jobs, throughput, upload, crowd, restart
+python benchmarks/fleet.py --only jobs,restart  # some of jobs, session, throughput, upload, crowd, restart
 python benchmarks/fleet.py --smoke              # a few of everything, judges no figure
 
 Jobs, uploads and agents are real ones, over TLS, as a user has them. Simulated agents speak the real protocol, take
@@ -44,7 +44,7 @@ from kedge.rpc.transport import CHANNEL_OPTIONS
 from kedge.rpc.types import DeviceInfo, JobResult, JobState
 
 RESULTS = Path(__file__).with_name("results")
-PARTS = ("jobs", "throughput", "upload", "crowd", "restart")
+PARTS = ("jobs", "session", "throughput", "upload", "crowd", "restart")
 Row = dict[str, Any]
 
 
@@ -229,6 +229,43 @@ def jobs(folder: Path, smoke: bool) -> Row:
         }
 
 
+def session(folder: Path, smoke: bool) -> Row:
+    """A call inside a session, over TLS, with a small tensor each way; beside gRPC's own unary call, in turn with it.
+
+    What native code takes for it is measured there and told apart.
+    """
+    (folder / "session").mkdir()
+    with walking.fleet_of_one(folder / "session") as address, kedge.connect(address) as fleet:
+        fleet.wait_for_device(walking.DEVICE, timeout=30)
+        began = time.perf_counter()
+        with fleet.session(walking.DEVICE) as device, walking.raw_sink() as raw, grpc.insecure_channel(raw) as channel:
+            opened = time.perf_counter() - began
+            m = device.load(walking.trivial())
+            native_ms = m.time(walking.TRIVIAL_INPUTS, repeat=5).median_ms
+            there = {name: device.tensor(value) for name, value in walking.TRIVIAL_INPUTS.items()}
+            unary = channel.stream_unary("/raw/Sink")
+            steps: dict[str, Callable[[], object]] = {
+                "call": lambda: m.run(walking.TRIVIAL_INPUTS),
+                "call_keeping": lambda: m.run(there, keep=True),
+                "grpc_unary": lambda: unary(iter([b"x"])),
+            }
+            samples: dict[str, list[float]] = {name: [] for name in steps}
+            for number in range(50 if smoke else 2_000):
+                for name, step in steps.items():
+                    began = time.perf_counter()
+                    step()
+                    if number >= 20:
+                        samples[name].append((time.perf_counter() - began) * 1e3)
+    found: Row = {f"{name}_p50_ms": statistics.median(values) for name, values in samples.items()}
+    return {
+        **found,
+        "call_p99_ms": sorted(samples["call"])[int(len(samples["call"]) * 0.99)],
+        "over_native_p50_ms": found["call_p50_ms"] - native_ms,
+        "calls": len(samples["call"]),
+        "open_ms": opened * 1e3,
+    }
+
+
 def throughput(folder: Path, smoke: bool) -> Row:
     """Jobs per second through one tracker: 50 simulated agents, and one agent with real runners."""
     (folder / "many").mkdir()
@@ -309,6 +346,7 @@ async def submit(address: str, jobs: int) -> None:
 
 WANTED: dict[str, str] = {
     "jobs": "p50 at most 6 ms, p99 at most 25 ms; an idle agent at most 45 MB",
+    "session": "p50 of a call at most 1.2 ms over native code",
     "throughput": "300 jobs/s with simulated agents, 150 with real runners",
     "upload": "350 MB/s in plaintext and 250 over TLS, or 0.35 of the raw stream",
     "crowd": "half a core and 500 MB with 1,000 agents",
@@ -331,7 +369,14 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     result: Row = {"date": datetime.date.today().isoformat(), "machine": harness.machine()}
-    functions = {"jobs": jobs, "throughput": throughput, "upload": upload, "crowd": crowd, "restart": restart}
+    functions = {
+        "jobs": jobs,
+        "session": session,
+        "throughput": throughput,
+        "upload": upload,
+        "crowd": crowd,
+        "restart": restart,
+    }
     with tempfile.TemporaryDirectory(prefix="kedge-bench-") as name:
         for part in chosen:
             print(f"{part} …", flush=True)

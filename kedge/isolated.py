@@ -1,9 +1,11 @@
-"""`kedge.local()`: this machine as a device. Each loaded artifact runs in a native runner of its own."""
+"""`kedge.local()`: this machine as a device. What is loaded runs in one native runner, as in a session on a board."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ import numpy as np
 
 from kedge.device_agent.health import read_health
 from kedge.device_agent.runner import (
+    Given,
+    Kept,
     Limits,
     Runner,
     RunnerCancelled,
@@ -22,14 +26,16 @@ from kedge.device_agent.runner import (
     RunnerOutOfMemory,
     RunnerRefused,
     RunnerTimeout,
+    RunnerUnavailable,
     Tensor,
 )
 from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact import Artifact, Found, Placement, place
 from kedge.rpc.artifact.place import GPU_KINDS, parse_device
 from kedge.rpc.client.inprocess import check_interface, interface, raise_status, scratch_folder, usable_cpus
-from kedge.rpc.client.inputs import Array, arrange
+from kedge.rpc.client.inputs import Array, arrange_given, dense, shaped
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
+from kedge.rpc.client.tensors import DeviceTensor
 from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import JobError
 from kedge.rpc.measure import judge
@@ -45,14 +51,22 @@ _OUTCOMES: Mapping[type[RunnerError], str] = {
 
 
 class LocalDevice:
-    """This machine. A context manager: at its end every runner it started is gone."""
+    """This machine. A context manager: at its end the runner that it started is gone.
+
+    Artifacts that are loaded share a runner, and take turns in it. One that crashes takes the others and all tensors
+    with it; the next `load` or `tensor` starts another runner.
+    """
 
     def __init__(self, threads: int = 0, limits: Limits = Limits(), device: str = "") -> None:  # noqa: B008 - frozen
         parse_device(device)
         self.threads = threads
         self.limits = limits
         self.device = device
-        self._models: list[LocalModel] = []
+        self._runner: Runner | None = None
+        #: Tensors that stay, by handle, each in its runner; and those that nobody has any more.
+        self._tensors: dict[int, tuple[Runner, Kept]] = {}
+        self._garbage: deque[int] = deque()
+        self._handles = itertools.count(1)
 
     #: The target string that compiles for this device's CPU.
     target = "native"
@@ -76,7 +90,7 @@ class LocalDevice:
         self.close()
 
     def load(self, artifact: Artifact | str | os.PathLike[str]) -> LocalModel:
-        """Start a runner and load the best variant of an artifact, or of a `.kdg` file, for this machine into it.
+        """Load the best variant of an artifact, or of a `.kdg` file, for this machine, beside what is loaded already.
 
         Raises:
             IncompatibleTargetError: no variant runs here.
@@ -84,31 +98,100 @@ class LocalDevice:
             JobError: loading it crashed, took too long, or needed more memory than there is.
         """
         artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
-        model = LocalModel(artifact, _runner(), self.threads, self.limits, self.device)
-        self._models.append(model)
-        return model
+        return LocalModel(artifact, self)
+
+    def tensor(self, value: Any) -> DeviceTensor:
+        """Copy an array (numpy, torch, anything with DLPack) into the runner, where it stays.
+
+        Raises:
+            InputError: it is no array that a tensor can have.
+            JobError: there is no memory for it.
+        """
+        array = dense(value)
+        runner = self.runner()
+        self.sweep()
+        try:
+            (kept,) = runner.keep([_tensor(array.dtype.name, array)])
+        except RunnerError as error:
+            _raise(error)
+        return self.keep(runner, kept)
 
     def close(self) -> None:
-        """End every runner."""
-        while self._models:
-            self._models.pop().close()
+        """End the runner, and what is in it."""
+        if self._runner is not None:
+            self._runner.close()
+
+    def __str__(self) -> str:
+        return "this machine"
+
+    # ---- For models and tensors ----
+
+    def runner(self) -> Runner:
+        """The runner, or a new one where there is none that lives."""
+        if self._runner is None or not self._runner.alive:
+            try:
+                self._runner = Runner(_runner(), self.threads, self.limits)
+            except RunnerError as error:
+                _raise(error)
+        return self._runner
+
+    def keep(self, runner: Runner, kept: Kept) -> DeviceTensor:
+        """A tensor that the runner keeps."""
+        handle = next(self._handles)
+        self._tensors[handle] = runner, kept
+        return DeviceTensor(self, handle, kept.dtype, kept.shape)
+
+    def kept(self, tensor: DeviceTensor, runner: Runner | None = None) -> tuple[Runner, Kept]:
+        """Where a tensor is; raises InputError for one that was freed, JobError for one that went with its runner."""
+        found = self._tensors[tensor.handle_in(self)]
+        if not found[0].alive or (runner is not None and found[0] is not runner):
+            raise JobError(
+                "this tensor is not there any more: its runner ended", outcome="bad_request", hint="make it anew"
+            )
+        return found
+
+    def fetch(self, tensor: DeviceTensor) -> Array:
+        """See `DeviceTensor.numpy`."""
+        runner, kept = self.kept(tensor)
+        try:
+            return _array(runner.fetch(kept))
+        except RunnerError as error:
+            _raise(error)
+
+    def free(self, tensor: DeviceTensor) -> None:
+        """See `DeviceTensor.free`."""
+        self.forget(tensor._handle)
+        self.sweep()
+
+    def forget(self, handle: int) -> None:
+        """For the garbage collector: free a tensor before the next call."""
+        self._garbage.append(handle)
+
+    def sweep(self) -> None:
+        """Free what nobody has any more."""
+        handles: list[int] = []
+        while self._garbage:
+            runner, kept = self._tensors.pop(self._garbage.popleft())
+            if runner is self._runner and runner.alive:
+                handles.append(kept.handle)
+        if handles and self._runner is not None:
+            try:
+                self._runner.release(handles)
+            except RunnerError as error:
+                _raise(error)
 
 
 class LocalModel:
     """An artifact in a runner on this machine. A crash of its code is a JobError here, and ends only the runner."""
 
-    def __init__(self, artifact: Artifact, runner: Path, threads: int, limits: Limits, device: str = "") -> None:
+    def __init__(self, artifact: Artifact, home: LocalDevice) -> None:
         self.artifact = artifact
-        try:
-            self._runner = Runner(runner, threads, limits)
-        except RunnerError as error:
-            _raise(error)
-        try:
-            self.placement = self._load(device)
-            self.threads = self.placement.threads(threads, usable_cpus())
-        except BaseException:
-            self._runner.close()
-            raise
+        self._home = home
+        self._runner = home.runner()
+        self._module = 0
+        self._loaded = True
+        self.placement = self._load(home.device)
+        self.threads = self.placement.threads(home.threads, usable_cpus())
 
     @property
     def device(self) -> str:
@@ -123,24 +206,32 @@ class LocalModel:
     ) -> None:
         self.close()
 
-    def __getitem__(self, function: str) -> Callable[[Mapping[str, Any]], dict[str, Array]]:
-        """A function of the artifact, to be called with its inputs; raises ArtifactError."""
+    def __getitem__(self, function: str) -> Callable[..., dict[str, Any]]:
+        """A function of the artifact, to be called with its inputs as `run` is; raises ArtifactError."""
         self.artifact.manifest.function(function)
-        return lambda inputs: self.run(inputs, function=function)
+        return lambda inputs, keep=False: self.run(inputs, function=function, keep=keep)
 
-    def run(self, inputs: Mapping[str, Any], function: str = "", timeout_s: float = RUN_TIMEOUT_S) -> dict[str, Array]:
-        """Call a function; inputs may be numpy, torch, anything with DLPack.
+    def run(
+        self, inputs: Mapping[str, Any], function: str = "", timeout_s: float = RUN_TIMEOUT_S, *, keep: bool = False
+    ) -> dict[str, Any]:
+        """Call a function; inputs may be numpy, torch, anything with DLPack, and tensors of this device.
+
+        The outputs are arrays by name; with `keep` they stay in the runner, and are returned as `DeviceTensor`s.
 
         Raises:
             InputError: naming the input, what was expected and what was given.
             JobError: with the outcome "crash", "timeout", "out_of_memory" or "cancelled".
         """
         index, tensors = self._arrange(function, inputs)
+        ports = self.artifact.manifest.functions[index].outputs
         try:
-            outputs = self._runner.call(index, tensors, timeout_s)
+            if keep:
+                kept = self._runner.call_keeping(index, tensors, timeout_s, module=self._module)
+                named = zip(ports, kept, strict=True)
+                return {port.name: self._home.keep(self._runner, each) for port, each in named}
+            outputs = self._runner.call(index, tensors, timeout_s, module=self._module)
         except RunnerError as error:
             _raise(error)
-        ports = self.artifact.manifest.functions[index].outputs
         return {port.name: _array(tensor) for port, tensor in zip(ports, outputs, strict=True)}
 
     def time(
@@ -180,14 +271,14 @@ class LocalModel:
             ArtifactError: the artifact does not say what its kernels are.
         """
         timing = self._time(inputs, function, profile_options(**options), timeout_s)
-        return profile_of(self.artifact.manifest, function, inputs, timing)
+        return profile_of(self.artifact.manifest, function, shaped(inputs), timing)
 
     def _time(self, inputs: Mapping[str, Any], function: str, options: TimeOptions, timeout_s: float) -> Timing:
         index, tensors = self._arrange(function, inputs)
         here = Path(tempfile.gettempdir())
         before = read_health(here)
         try:
-            timed = self._runner.time(index, tensors, options, timeout_s)
+            timed = self._runner.time(index, tensors, options, timeout_s, module=self._module)
         except RunnerError as error:
             _raise(error)
         measurement = Measurement(
@@ -210,8 +301,13 @@ class LocalModel:
         self._runner.cancel()
 
     def close(self) -> None:
-        """End the runner."""
-        self._runner.close()
+        """Unload it; what it computed stays, and so does what else is loaded. May be called again."""
+        if self._loaded and self._runner.alive:
+            self._loaded = False
+            try:
+                self._runner.close_module(self._module)
+            except RunnerError as error:
+                _raise(error)
 
     def _load(self, device: str) -> Placement:
         hello = self._runner.hello
@@ -229,6 +325,7 @@ class LocalModel:
                 )
             except RunnerError as error:
                 _raise(error)
+        self._module = module.module
         found = [
             interface(f.name, *([(p.name, p.dtype, p.ndim) for p in ports] for ports in (f.inputs, f.outputs)))
             for f in module.functions
@@ -239,12 +336,17 @@ class LocalModel:
     def _look(self, kind: str) -> Found:
         return _find_gpus(self._runner, kind)
 
-    def _arrange(self, name: str, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
+    def _arrange(self, name: str, inputs: Mapping[str, Any]) -> tuple[int, list[Given]]:
         function = self.artifact.manifest.function(name)
-        arrays = arrange(function, inputs)
+        given = arrange_given(function, inputs)
+        if not self._loaded:
+            raise JobError("this artifact was unloaded", outcome="bad_request", hint="load it again")
+        if not self._runner.alive:
+            _raise(RunnerUnavailable("the runner of this artifact has ended", stage="run"))
+        self._home.sweep()
         tensors = [
-            Tensor(port.dtype, array.shape, array.reshape(-1).view(np.uint8).data)
-            for port, array in zip(function.inputs, arrays, strict=True)
+            self._home.kept(each, self._runner)[1] if isinstance(each, DeviceTensor) else _tensor(port.dtype, each)
+            for port, each in zip(function.inputs, given, strict=True)
         ]
         return self.artifact.manifest.functions.index(function), tensors
 
@@ -284,6 +386,10 @@ def _runner() -> Path:
     from kedge.compiler.toolchain import build_runtime
 
     return build_runtime(parse("native")).runner
+
+
+def _tensor(dtype: str, array: Array) -> Tensor:
+    return Tensor(dtype, array.shape, array.reshape(-1).view(np.uint8).data)
 
 
 def _array(tensor: Tensor) -> Array:

@@ -22,7 +22,7 @@ def test_the_walking_benchmark_runs() -> None:
 
 
 def test_the_fleet_benchmark_runs() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "fleet.py"), "--smoke", "--only", "throughput,crowd,restart"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "fleet.py"), "--smoke", "--only", "session,throughput,crowd,restart"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = dict(re.findall(r"^(\w+): (\{.*\})$", done.stdout, re.MULTILINE))

@@ -358,6 +358,9 @@ static int32_t read_inputs(call *k, const session *s, const frame *f, cursor *c)
   return read_values(k, count, f, c);
 }
 
+/* Outputs of fewer bytes are sent sooner than a file for them is made, sealed and mapped. */
+enum { SHARED_OUTPUT_BYTES = 64 << 10 };
+
 /* Shared memory is offered, not promised: a limit on file sizes holds for it too, and then the data goes inline. */
 static void *map_outputs(call *k, bool shared) {
   if (shared) k->output_file = memory_file();
@@ -402,7 +405,7 @@ static int32_t make_outputs(call *k, bool shared) {
     total += aligned((size_t)size);
   }
   k->output_size = total > 0 ? total : KEDGE_ALIGNMENT;
-  void *memory = map_outputs(k, shared && total > 0);
+  void *memory = map_outputs(k, shared && total >= SHARED_OUTPUT_BYTES);
   if (memory == MAP_FAILED) return kedge_fail(KEDGE_E_MEMORY, "cannot allocate %zu bytes for the outputs", total);
   k->outputs = memory;
   for (int32_t i = 0; i < n_outputs; i++) k->rets[i].data = k->outputs;
@@ -553,7 +556,8 @@ static void handle_fetch(const reply *r, const session *s, cursor *c) {
     status = kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)handle);
   } else {
     k.output_size = kept->size > 0 ? kept->size : KEDGE_ALIGNMENT;
-    void *memory = map_outputs(&k, (options & CALL_SHARED_OUTPUTS) != 0 && kept->size > 0 && r->to->is_socket);
+    void *memory = map_outputs(&k, (options & CALL_SHARED_OUTPUTS) != 0 && kept->size >= SHARED_OUTPUT_BYTES &&
+                                            r->to->is_socket);
     k.outputs = memory == MAP_FAILED ? NULL : memory;
     if (k.outputs == NULL) status = kedge_fail(KEDGE_E_MEMORY, "cannot allocate %zu bytes for a tensor", kept->size);
   }

@@ -15,6 +15,7 @@ import numpy as np
 from kedge.rpc.artifact import Function, Port
 from kedge.rpc.client.tensors import DeviceTensor
 from kedge.rpc.errors import InputError
+from kedge.rpc.types import ITEM_BYTES
 
 Array = np.ndarray[Any, Any]
 
@@ -70,6 +71,22 @@ def arrange_given(function: Function, inputs: Mapping[str, Any]) -> list[Array |
             )
         _check_shape(port, array, sizes, {symbol.name for symbol in function.symbols})
     return arrays
+
+
+def dense(value: Any) -> Array:
+    """Any array as one that can travel: C-contiguous, of a dtype that the wire has; raises InputError."""
+    array = np.require(as_array(value, "of the tensor"), None, ["C", "A"])
+    if array.dtype.name not in ITEM_BYTES or not array.dtype.isnative:
+        raise InputError(f"a tensor cannot have dtype {array.dtype}", hint=f"one of {', '.join(ITEM_BYTES)}")
+    return array
+
+
+def shaped(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs as far as their shapes go, for whoever asks for no more."""
+    return {
+        name: np.broadcast_to(np.zeros((), value.dtype), value.shape) if isinstance(value, DeviceTensor) else value
+        for name, value in inputs.items()
+    }
 
 
 def check_output(port: Port, array: Any) -> Array:

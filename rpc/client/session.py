@@ -22,7 +22,7 @@ import numpy as np
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
 from kedge.rpc.client import plan
-from kedge.rpc.client.inputs import Array, arrange_given, as_array
+from kedge.rpc.client.inputs import Array, arrange_given, dense, shaped
 from kedge.rpc.client.plan import ArtifactOrPath, Packed
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.session_link import SessionLink, pieces_of
@@ -31,7 +31,7 @@ from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import InputError
 from kedge.rpc.status import NotReadyError
 from kedge.rpc.transport import CHUNK_BYTES
-from kedge.rpc.types import ITEM_BYTES, Deadlines, DeviceInfo, plan_inline
+from kedge.rpc.types import Deadlines, DeviceInfo, plan_inline
 
 
 class Session:
@@ -272,7 +272,7 @@ class SessionModel:
         Raises InputError, JobError, ConnectError; ArtifactError where the artifact does not say what its kernels are.
         """
         timing = self._time(inputs, function, profile_options(**options))
-        return profile_of(self._packed.manifest, function, _described(inputs), timing)
+        return profile_of(self._packed.manifest, function, shaped(inputs), timing)
 
     def close(self) -> None:
         """Unload it; tensors that it computed stay. May be called again."""
@@ -296,22 +296,6 @@ class SessionModel:
         declared = self._packed.manifest.function(function)
         given = arrange_given(declared, inputs)
         return _values(list(zip((port.name for port in declared.inputs), given, strict=True)), self._session)
-
-
-def dense(value: Any) -> Array:
-    """Any array as one that can travel: C-contiguous, of a dtype that the wire has; raises InputError."""
-    array = np.require(as_array(value, "of the tensor"), None, ["C", "A"])
-    if array.dtype.name not in ITEM_BYTES or not array.dtype.isnative:
-        raise InputError(f"a tensor cannot have dtype {array.dtype}", hint=f"one of {', '.join(ITEM_BYTES)}")
-    return array
-
-
-def _described(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Inputs as far as their shapes go, for whoever asks for no more."""
-    return {
-        name: np.broadcast_to(np.zeros((), value.dtype), value.shape) if isinstance(value, DeviceTensor) else value
-        for name, value in inputs.items()
-    }
 
 
 def _values(

@@ -1,4 +1,4 @@
-"""kedge.local(): this machine as a device, each artifact in a runner of its own."""
+"""kedge.local(): this machine as a device, with all artifacts in one runner."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from kedge.artifact import Artifact
 from kedge.isolated import LocalDevice
+from kedge.rpc.client import DeviceTensor
 from kedge.rpc.errors import ArtifactError, InputError, JobError
 
 from .conftest import ARITHMETIC, artifact_of
@@ -95,3 +96,57 @@ def test_a_broken_artifact(device: LocalDevice, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ArtifactError, match="cannot load"):
         device.load(artifact_of(b"not ELF", ARITHMETIC))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- What stays ----------------------------------------------------------------------------------------------------
+
+
+def test_tensors_stay_and_are_shared(device: LocalDevice, arithmetic_artifact: Artifact) -> None:
+    m, n = device.load(arithmetic_artifact), device.load(arithmetic_artifact)
+    x = device.tensor(X)
+    assert (x.dtype, x.shape, x.nbytes) == (np.float32, X.shape, X.nbytes)
+    wanted = m.run({"x": X})["y"]
+    kept = m.run({"x": x}, keep=True)["y"]
+    assert isinstance(kept, DeviceTensor) and kept.shape == wanted.shape
+    np.testing.assert_array_equal(kept.numpy(), wanted)
+    np.testing.assert_array_equal(n["main"]({"x": x})["y"], wanted)
+    assert len(n.time({"x": x}, repeat=3).samples_ns) == 3
+    m.close()
+    m.close()
+    np.testing.assert_array_equal(kept.numpy(), wanted)
+    np.testing.assert_array_equal(n.run({"x": x})["y"], wanted)
+    with pytest.raises(JobError, match="was unloaded"):
+        m.run({"x": X})
+
+
+def test_tensors_that_nobody_has_are_freed(device: LocalDevice, arithmetic_artifact: Artifact) -> None:
+    m = device.load(arithmetic_artifact)
+    x = device.tensor(X)
+    for _ in range(5):
+        m.run({"x": x}, keep=True)
+    m.run({"x": x})
+    assert len(device._tensors) == 1
+    x.free()
+    x.free()
+    assert device._tensors == {}
+    with pytest.raises(InputError, match="was freed"):
+        m.run({"x": x})
+    with LocalDevice(threads=1) as other, pytest.raises(InputError, match="is on this machine, not on this machine"):
+        other.load(arithmetic_artifact).run({"x": device.tensor(X)})
+
+
+def test_a_crash_takes_what_was_in_its_runner(
+    device: LocalDevice, misbehaving_artifact: Artifact, arithmetic_artifact: Artifact
+) -> None:
+    m, kept = device.load(arithmetic_artifact), device.tensor(X)
+    with pytest.raises(JobError) as caught:
+        device.load(misbehaving_artifact).run({}, function="segfault")
+    assert caught.value.outcome == "crash"
+    with pytest.raises(JobError, match="its runner ended"):
+        kept.numpy()
+    with pytest.raises(JobError, match="runner of this artifact has ended") as caught:
+        m.run({"x": X})
+    assert caught.value.hint == "load the artifact again for a new runner"
+    del kept, caught
+    again = device.load(arithmetic_artifact).run({"x": device.tensor(X)})["y"]
+    np.testing.assert_array_equal(again, [[56, 64, 56, 64]] * 2)
