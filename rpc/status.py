@@ -96,8 +96,9 @@ Metadata = Tuple[Tuple[str, Any], ...]
 
 def to_status(error: errors.KedgeError) -> Tuple[grpc.StatusCode, str, Metadata]:
     """The code, details and trailing metadata that say `error` to the other end."""
-    code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
-    metadata: Metadata = ((_CLASS_KEY, type(error).__name__),)
+    cls = TrackerAwayError if isinstance(error, TrackerAwayError) else type(error)
+    code = _CODES.get(cls, grpc.StatusCode.FAILED_PRECONDITION)
+    metadata: Metadata = ((_CLASS_KEY, cls.__name__),)
     if code is grpc.StatusCode.UNAVAILABLE:
         metadata += ((_PUSHBACK_KEY, str(_PUSHBACK_MS)),)
     if error.hint:

@@ -99,7 +99,10 @@ def check_database(database: Postgres, keys: Keys | None) -> None:
 
 
 class Cluster:
-    """This tracker among the others. `keys` is None where plaintext is spoken on loopback."""
+    """This tracker among the others. `keys` is None where plaintext is spoken on loopback.
+
+    `on_failure` hears, in the loop, of an error after which the tracker has to stop.
+    """
 
     def __init__(
         self,
@@ -109,7 +112,9 @@ class Cluster:
         health: HealthService,
         keep: Retention,
         device_lifetime_s: int,
+        on_failure: Callable[[BaseException], None],
     ) -> None:
+        self._on_failure = on_failure
         self._premises = premises
         self._database = database
         self._keys = keys
@@ -143,9 +148,11 @@ class Cluster:
             lambda epoch: self._tell(Led(epoch)),
             lambda why: self._tell(Lost(why)),
             self._tell,
+            lambda error: self._in_loop(lambda: self._on_failure(error)),
         )
         self._health.set_serving(False)
         self._running = asyncio.create_task(self._run())
+        self._running.add_done_callback(self._ended)
         self._election.start()
         settled = asyncio.create_task(self._settled.wait())
         await asyncio.wait([settled, self._running], timeout=_SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
@@ -170,6 +177,12 @@ class Cluster:
     def _tell(self, event: Led | Lost | Failed | View) -> None:
         """From any thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        error = None if running.cancelled() else running.exception()
+        if error is not None:
+            log.critical("this tracker cannot go on among the others", exc_info=error)
+            self._on_failure(error)
 
     async def _run(self) -> None:
         while True:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from kedge.rpc.errors import KedgeError, UsageError
-from kedge.rpc.tracker.schema import StoreError
+from kedge.rpc.tracker.schema import StoreAwayError, StoreError
 
 #: What SQLAlchemy is told: psycopg 3, which it calls psycopg.
 _DRIVER = "postgresql+psycopg"
@@ -166,8 +166,10 @@ class Postgres:
         if isinstance(error, KedgeError):
             return error
         text = " ".join(_text(error).split())
-        if isinstance(error, OperationalError):
-            return StoreError(f"cannot use {self.name}: {text}", hint="see whether the PostgreSQL server runs there")
+        if isinstance(error, OperationalError) or (isinstance(error, DBAPIError) and error.connection_invalidated):
+            return StoreAwayError(
+                f"cannot use {self.name}: {text}", hint="see whether the PostgreSQL server runs there"
+            )
         return StoreError(f"cannot use {self.name}: {text}", hint="its user must own the database's tables")
 
 

@@ -72,7 +72,7 @@ class Election:
     """One tracker's part in it, in a thread of its own. The callbacks are called from there.
 
     `on_lead` hears that this tracker leads from now on, `on_lost` that it does not any more, and why; `on_view` how
-    things are, twice a second while the database answers.
+    things are, twice a second while the database answers. `on_failure` hears of an error after which it takes no part.
     """
 
     def __init__(
@@ -82,12 +82,14 @@ class Election:
         on_lead: Callable[[Epoch], None],
         on_lost: Callable[[str], None],
         on_view: Callable[[View], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self._database = database
         self._member = member
         self._on_lead = on_lead
         self._on_lost = on_lost
         self._on_view = on_view
+        self._on_failure = on_failure
         self._stopping = threading.Event()
         self._giving_up = threading.Event()
         #: Why the database cannot be asked; None when all is well.
@@ -118,6 +120,10 @@ class Election:
             except SQLAlchemyError as error:
                 self._tell_problem(error)
                 self._stopping.wait(_LOOK_S)
+            except Exception as error:
+                log.critical("the election failed", exc_info=error)
+                self._on_failure(error)
+                return
             finally:
                 self._lose(self.problem or "it stops")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from kedge.rpc.tracker.schema import StoreError, leadership
+from kedge.rpc.tracker.schema import StoreAwayError, leadership
 
 
-class FencedError(StoreError):
+class FencedError(StoreAwayError):
     """Another tracker leads by now: nothing was written."""
 
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from kedge.rpc import convert
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
@@ -137,6 +138,10 @@ owners = sa.Table(
 
 class StoreError(KedgeError):
     """The tracker's database cannot be used."""
+
+
+class StoreAwayError(TrackerAwayError, StoreError):
+    """It cannot be used now, or by this tracker: it comes back, or another tracker leads."""
 
 
 def prepare(connection: sa.Connection, place: str) -> str:

@@ -170,7 +170,7 @@ async def serve(
                 house = _Alone(premises, store, keys, owners, device_lifetime_s)
             else:
                 assert shared is not None
-                cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s)
+                cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s, fail)
                 house = _Shared(cluster, host, advertise or _known_as(host))
             exporter = ExitStack()
             servers = _Servers(host, health, counting)

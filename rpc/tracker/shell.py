@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 
 from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
-from kedge.rpc.status import QueueFullError, TrackerAwayError, UnknownJobError
+from kedge.rpc.status import QueueFullError, UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.outbox import Outbox, Parcel
-from kedge.rpc.tracker.schema import StoreError
+from kedge.rpc.tracker.schema import StoreAwayError, StoreError
 from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState, Reservation
@@ -125,7 +125,7 @@ class Shell:
         """Accept a job of a user, durably; returns its id and whether the idempotency key was known already.
 
         Raises:
-            StoreError, TrackerAwayError: jobs cannot be stored at the moment; with the same key it may be tried again.
+            StoreError: jobs cannot be stored at the moment; with the same key it may be tried again.
             QueueFullError: as many of the user's jobs wait as may.
         """
         while (known := await self._job_of_key(key)) is not None:
@@ -140,7 +140,7 @@ class Shell:
         stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now(), user))
         try:
             await self._durable(stored)
-        except (StoreError, TrackerAwayError):
+        except StoreError:
             # What was refused must never run.
             self._apply(self.state.withdraw(job_id, key, self._now()))
             raise
@@ -155,7 +155,7 @@ class Shell:
         return known
 
     async def _durable(self, stored: asyncio.Future[None]) -> None:
-        """Wait until effects are out; raises StoreError, TrackerAwayError when the database does not take them."""
+        """Wait until effects are out; raises StoreError when the database does not take them."""
         while not stored.done():
             await asyncio.wait([stored], timeout=_STORE_PATIENCE_S)
             if not stored.done():
@@ -164,7 +164,7 @@ class Shell:
     def _check_store(self) -> None:
         if self._store.problem is not None:
             if self._store.passes:
-                raise TrackerAwayError(f"the tracker cannot store jobs now: {self._store.problem}")
+                raise StoreAwayError(f"the tracker cannot store jobs now: {self._store.problem}")
             raise StoreError(
                 f"the tracker cannot store jobs now: {self._store.problem}", hint="free space on the tracker's disk"
             )

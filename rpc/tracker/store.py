@@ -32,7 +32,7 @@ from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker import schema as t
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.database import Database, Sqlite
-from kedge.rpc.tracker.epoch import Epoch
+from kedge.rpc.tracker.epoch import Epoch, FencedError
 from kedge.rpc.tracker.facts import (
     BlobForgotten,
     BlobOwned,
@@ -55,7 +55,7 @@ from kedge.rpc.tracker.facts import (
 from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some
-from kedge.rpc.tracker.schema import StoreError, prepare
+from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
 from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")
@@ -63,6 +63,8 @@ T = TypeVar("T")
 
 #: Pause before a commit that failed (a full disk) is tried again.
 _RETRY_S = 1.0
+#: The same where the database is another process, which may only have ended a session.
+_RECONNECT_S = 0.2
 #: Between two pieces of what is forgotten.
 _PIECE_PAUSE_S = 0.05
 
@@ -204,6 +206,9 @@ class Store:
                     return
                 opened.set_result(found)
                 self._serve(connection)
+        except FencedError as error:
+            log.warning("the store %s is another tracker's: %s", self._database.name, error)
+            self._on_failure(error)
         except Exception as error:
             if opened.done():
                 log.critical("the store %s failed", self._database.name, exc_info=error)
@@ -219,7 +224,8 @@ class Store:
         """Tell readers that nobody will answer them."""
         while not isinstance(item := self._poll(), _Idle):
             if isinstance(item, _Read) and item.future.set_running_or_notify_cancel():
-                item.future.set_exception(StoreError(f"the store in {self._database.name} is closed"))
+                closed = StoreAwayError if self.passes else StoreError
+                item.future.set_exception(closed(f"the store in {self._database.name} is closed"))
 
     def _serve(self, connection: sa.Connection) -> None:
         while True:
@@ -328,7 +334,7 @@ class Store:
 
     def _pause(self, connection: sa.Connection, group: list[_Append]) -> None:
         """Wait for the next attempt to store `group`, which later facts join; readers do not wait with it."""
-        due = time.monotonic() + _RETRY_S
+        due = time.monotonic() + (_RETRY_S if self._database.patience_s is None else _RECONNECT_S)
         while not self._stopping.is_set() and (left := due - time.monotonic()) > 0:
             try:
                 item = self._work.get(timeout=left)
@@ -344,8 +350,12 @@ class Store:
         if not item.future.set_running_or_notify_cancel():
             return
         try:
-            with connection.begin():
-                found = item.query(connection)
+            try:
+                found = _ask(connection, item.query)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                found = _ask(connection, item.query)  # over a new connection
         except SQLAlchemyError as error:
             item.future.set_exception(self._database.explain(error))
         except Exception as error:  # noqa: BLE001 - one row that cannot be read must not end the store
@@ -375,6 +385,11 @@ def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
     keys = tuple((row.key, row.id) for row in rows if row.key)
     all_keys = len(rows) < remembered
     return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations)
+
+
+def _ask(connection: sa.Connection, query: Callable[[sa.Connection], T]) -> T:
+    with connection.begin():
+        return query(connection)
 
 
 def _may_pass(error: DBAPIError) -> bool:

@@ -9,6 +9,9 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from kedge.rpc.errors import UsageError
 from kedge.rpc.outcome import Outcome, OutcomeKind
@@ -186,3 +189,69 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="'psycopg', which is not installed") as caught:
         database("postgresql://db/kedge", None)  # type: ignore[arg-type]
     assert "kedge[postgres]" in str(caught.value)
+
+
+class Leaders(RuleBasedStateMachine):
+    """Trackers take the lead from each other and write, also after they have lost it, over connections that break."""
+
+    server: PostgresServer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = Postgres(self.server.new_database())
+        self.stores: list[Store] = []
+        self.number = 0
+        #: Jobs whose storing was told, in the order of their numbers.
+        self.told: list[str] = []
+        self.pending: list[tuple[str, Store, threading.Event]] = []
+
+    @rule()
+    def take_the_lead(self) -> None:
+        epoch = lead(self.place)
+        assert epoch.number == len(self.stores) + 1
+        self.settle()
+        store = Store(self.place, epoch=epoch)
+        assert [record.accepted.job_id for record in store.found.records] == self.told, "all that was told, and no more"
+        self.stores.append(store)
+
+    @precondition(lambda self: self.stores)
+    @rule(data=st.data(), facts=st.integers(1, 3))
+    def write(self, data: st.DataObject, facts: int) -> None:
+        store = self.stores[data.draw(st.integers(0, len(self.stores) - 1), label="tracker")]
+        for _ in range(facts):
+            self.number += 1
+            durable = threading.Event()
+            store.append([accepted(f"j{self.number}", self.number)], durable.set)
+            self.pending.append((f"j{self.number}", store, durable))
+
+    @precondition(lambda self: self.stores)
+    @rule()
+    def lose_connections(self) -> None:
+        end_sessions(self.server, self.place)
+
+    @precondition(lambda self: self.stores)
+    @rule()
+    def look(self) -> None:
+        self.settle()
+        assert [job.id for job in self.stores[-1].jobs(1000, ()).result(20)][::-1] == self.told
+
+    def settle(self) -> None:
+        """Wait for what the newest leader was given; of older ones nothing may have been stored since."""
+        pending, self.pending = self.pending, []
+        for job_id, store, durable in pending:
+            if store is self.stores[-1]:
+                assert durable.wait(20) or not store._thread.is_alive()
+            else:
+                store._thread.join(20)
+                assert not store._thread.is_alive(), "it has found out that it leads no more"
+            if durable.is_set():
+                self.told.append(job_id)
+
+    def teardown(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+def test_whoever_leads_nothing_is_lost_and_nothing_comes_late(postgres: PostgresServer) -> None:
+    machine = type("Machine", (Leaders,), {"server": postgres})
+    run_state_machine_as_test(machine, settings=settings(max_examples=10, stateful_step_count=8, deadline=None))

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from kedge.rpc.blobs import check_digest
 from kedge.rpc.tracker.facts import BlobForgotten, BlobOwned
-from kedge.rpc.tracker.schema import StoreError
+from kedge.rpc.tracker.schema import StoreAwayError
 from kedge.rpc.tracker.security.principal import Principal
 from kedge.rpc.tracker.store import Store
 
@@ -37,7 +37,7 @@ class Owners(Protocol):
         """Nobody has these bytes: they are about to go."""
 
     def settle(self) -> None:
-        """Wait until what was added is durable; raises StoreError."""
+        """Wait until what was added is durable; raises StoreAwayError."""
 
 
 class FileOwners:
@@ -99,10 +99,10 @@ class StoredOwners:
                 self._store.append([BlobForgotten(digest)], lambda: None)
 
     def settle(self) -> None:
-        """Wait until what was added is durable; raises StoreError. Not from the event loop's thread."""
+        """Wait until what was added is durable; raises StoreAwayError. Not from the event loop's thread."""
         durable: Future[None] = Future()
         self._store.append([], lambda: durable.set_result(None))
         try:
             durable.result(_STORE_S)
         except TimeoutError as error:
-            raise StoreError("the tracker cannot store whose blobs are whose now", hint="try again") from error
+            raise StoreAwayError("the tracker cannot store whose blobs are whose now", hint="try again") from error
