@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", metavar="N", type=int, default=0, help="that a job may use (default: 0, all cores allowed)"
     )
     parser.add_argument(
+        "--measure-cores",
+        metavar="LIST",
+        help="cores kept for timings and sessions, such as 2-3; all else stays off them (default: none)",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
     )
     parser.add_argument(
@@ -125,6 +130,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from kedge.device_agent.cores import parse_cores
     from kedge.rpc.transport import parse_trackers
 
     tracker = parse_trackers(options.tracker) if options.tracker else None
@@ -137,6 +143,7 @@ def _serve(options: argparse.Namespace) -> int:
     cores = len(os.sched_getaffinity(0))
     if not 0 <= options.threads <= cores:
         raise UsageError(f"--threads {options.threads}: this process may use {cores} cores", hint="0 means all of them")
+    measuring = parse_cores(options.measure_cores, os.sched_getaffinity(0)) if options.measure_cores else ()
     data_dir = options.data_dir or _default_data_dir() / name
 
     from kedge.device_agent.agent import Agent, Settings
@@ -159,7 +166,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
         sys.stdout.flush()
 
-    settings = Settings(address, name, runner, data_dir, labels, options.threads, identity, signers, user)
+    settings = Settings(address, name, runner, data_dir, labels, options.threads, identity, signers, user, measuring)
     return Agent(settings, on_ready=ready).run()
 
 

@@ -67,6 +67,7 @@ class Settings:
 
     `tracker` is where agents are served; `identity` is None where that is in plaintext on loopback. With `signers`
     (public keys) only what one of them signed is run. `user` is whom runners run as; None: as the agent.
+    `measuring` are cores that are kept for timings.
     """
 
     tracker: Address
@@ -78,6 +79,7 @@ class Settings:
     identity: Optional[Identity] = None
     signers: FrozenSet[bytes] = frozenset()
     user: Optional[User] = None
+    measuring: Tuple[int, ...] = ()
 
 
 class Agent:
@@ -92,6 +94,10 @@ class Agent:
     def __init__(self, settings: Settings, *, on_ready: Callable[[DeviceInfo], None] = lambda _: None) -> None:
         if settings.signers:
             signing.check_available()
+        cpus = os.sched_getaffinity(0)
+        others = sorted(cpus - {*settings.measuring}) if settings.measuring else []
+        if others:
+            os.sched_setaffinity(0, others)  # before there are threads: they inherit it
         self._settings = settings
         self._identity = settings.identity
         self._ended = threading.Event()
@@ -115,18 +121,21 @@ class Agent:
             accelerators=accelerators,
             machine=hello.machine,
             pointer_bits=elf_bits(settings.runner),
+            cpus=cpus,
         )
         self.device = replace(device, confinement=confinement)
         self._blobs = BlobLink(settings.tracker, self._tls)
         self._board = Board(
             device=self.device,
             runner=settings.runner,
-            threads=settings.threads or self.device.num_cores,
+            threads=min(settings.threads or len(cpus), len(others or cpus)),
             cache=ArtifactCache(settings.data_dir / "cache"),
             scratch=scratch,
             blobs=self._blobs,
             signers=settings.signers,
             cage=self._cage,
+            measuring=settings.measuring,
+            others=tuple(others),
         )
         greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
         self._results = ResultStore(settings.data_dir / "results")
@@ -461,13 +470,13 @@ def _confine(settings: Settings, scratch: Path) -> Tuple[Cage, RunnerHello, Conf
     """What surrounds runners here, and what one that is in it says and shows."""
     cage = Cage.build(settings.runner, settings.data_dir, scratch, settings.user)
     try:
-        hello, confinement = _greet_runner(settings.runner, cage, scratch)
+        hello, confinement = _greet_runner(settings.runner, cage, scratch, settings.measuring)
     except RunnerUnavailable as error:
         if cage.groups is None:
             raise
         # The one part that a runner may find missing: groups that it cannot be born into, before Linux 5.7.
         cage.forgo_groups(error.message)
-        hello, confinement = _greet_runner(settings.runner, cage, scratch)
+        hello, confinement = _greet_runner(settings.runner, cage, scratch, settings.measuring)
     log.info("runners are held by: %s", confinement)
     for missing in confinement.missing:
         log.warning("runners are not held by %s", missing)
@@ -476,10 +485,10 @@ def _confine(settings: Settings, scratch: Path) -> Tuple[Cage, RunnerHello, Conf
     return cage, hello, confinement
 
 
-def _greet_runner(path: Path, cage: Cage, scratch: Path) -> Tuple[RunnerHello, Confinement]:
+def _greet_runner(path: Path, cage: Cage, scratch: Path, measuring: Tuple[int, ...]) -> Tuple[RunnerHello, Confinement]:
     try:
         with Runner(path, limits=Limits(sandbox=True), cwd=scratch, cage=cage) as runner:
-            return runner.hello, cage.describe(runner.hello.pid)
+            return runner.hello, cage.describe(runner.hello.pid, measuring)
     except RunnerUnavailable as error:
         if cage.user is not None and "--user" in error.message:
             error.hint = "this container has no such user; --runner-user root leaves runners what the agent is"

@@ -48,15 +48,18 @@ def examine(data_dir: Path, fitness: Fitness = Fitness(), *, root: Path = Path("
     return replace(health, problems=fitness.problems(health))
 
 
-def read_health(data_dir: Path, *, root: Path = Path("/")) -> Health:
-    """Read the sensors below `root`; `disk_free_bytes` is that of the disk that holds `data_dir`."""
-    cpu = _cpufreq(root)
-    frequency = None if cpu is None else _integer(cpu / "scaling_cur_freq")
+def read_health(data_dir: Path, *, cpu: Optional[int] = None, root: Path = Path("/")) -> Health:
+    """Read the sensors below `root`; `disk_free_bytes` is that of the disk that holds `data_dir`.
+
+    `frequency_mhz` and `governor` are those of core `cpu`; None: of the first that this process may run on.
+    """
+    clock = _cpufreq(root, cpu)
+    frequency = None if clock is None else _integer(clock / "scaling_cur_freq")
     return Health(
         load_1min=_load(root),
         temperature_celsius=_hottest(root),
         frequency_mhz=None if frequency is None else frequency / 1000,
-        governor="" if cpu is None else _text(cpu / "scaling_governor") or "",
+        governor="" if clock is None else _text(clock / "scaling_governor") or "",
         memory_available_bytes=meminfo(root).get("MemAvailable"),
         disk_free_bytes=_disk_free(data_dir),
         throttled=_throttled(root),
@@ -97,9 +100,10 @@ def _throttled(root: Path) -> Tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
-def _cpufreq(root: Path) -> Optional[Path]:
-    """The frequency directory of the first core this process may run on."""
-    folder = root / f"sys/devices/system/cpu/cpu{min(os.sched_getaffinity(0))}/cpufreq"
+def _cpufreq(root: Path, cpu: Optional[int]) -> Optional[Path]:
+    """The frequency directory of a core, or of the first core this process may run on."""
+    number = min(os.sched_getaffinity(0)) if cpu is None else cpu
+    folder = root / f"sys/devices/system/cpu/cpu{number}/cpufreq"
     return folder if folder.is_dir() else None
 
 

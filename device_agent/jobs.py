@@ -26,6 +26,7 @@ from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional,
 from kedge.device_agent import runner as native
 from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
 from kedge.device_agent.cage import Cage, remove_tree
+from kedge.device_agent.cores import Watch
 from kedge.device_agent.health import read_health
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
@@ -52,12 +53,14 @@ from kedge.rpc.measure import MAX_CELSIUS, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.security import signing
 from kedge.rpc.types import (
+    BenchTask,
     Blob,
     DeviceInfo,
     Health,
     JobResult,
     JobSpec,
     Measurement,
+    Pinning,
     RunTask,
     SessionTask,
     StageTime,
@@ -107,7 +110,10 @@ class Blobs(Protocol):
 
 @dataclass(frozen=True)
 class Board:
-    """What jobs are run with: the device, its runner, and where things lie. `threads` is what the device offers."""
+    """What jobs are run with: the device, its runner, and where things lie.
+
+    `threads` is what the device offers to jobs that time nothing, or to all where no cores are kept for timings.
+    """
 
     device: DeviceInfo
     runner: Path
@@ -121,6 +127,17 @@ class Board:
     signers: FrozenSet[bytes] = frozenset()
     #: What surrounds runners; None: their limits alone.
     cage: Optional[Cage] = None
+    #: The cores kept for timings, and all others; empty: nothing is kept.
+    measuring: Tuple[int, ...] = ()
+    others: Tuple[int, ...] = ()
+
+    def offered(self, *, timing: bool) -> int:
+        """How many threads a job may have."""
+        return len(self.measuring) if timing and self.measuring else self.threads
+
+    def health(self) -> Health:
+        """The device's condition now, with the clock of a core that timings run on."""
+        return read_health(self.scratch, cpu=self.measuring[0] if self.measuring else None)
 
     def new_folder(self, prefix: str) -> Path:
         """A folder for one job, in which its runner may write; raises OSError."""
@@ -144,10 +161,23 @@ class Board:
         return path if self.cage is None else self.cage.admit(path, folder, name)
 
     def start_runner(
-        self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S
+        self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
     ) -> native.Runner:
-        """A runner for the job with that folder; raises RunnerUnavailable."""
-        return native.Runner(self.runner, threads, limits, cwd=folder, start_deadline_s=patience_s, cage=self.cage)
+        """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable."""
+        cpus = (self.measuring if timing else self.others) or None
+        return native.Runner(
+            self.runner, threads, limits, cpus=cpus, cwd=folder, start_deadline_s=patience_s, cage=self.cage
+        )
+
+    def watch(self, runner: native.Runner) -> Watch:
+        """What others do on the cores of a timing that begins now."""
+        return Watch(runner.hello.pid, self.measuring or sorted(os.sched_getaffinity(0)))
+
+    def pinning(self, watch: Watch) -> Pinning:
+        """Where the timing ran that was watched until now."""
+        enforced = self.cage is not None and self.cage.groups is not None and self.cage.groups.cpuset
+        share = watch.others_share()
+        return Pinning(watch.cpus, bool(self.measuring), bool(self.measuring) and enforced, share)
 
 
 class _Ended(Exception):
@@ -268,7 +298,7 @@ class Job:
             check_spec(self._spec)
         except InputError as error:
             raise _Ended(OutcomeKind.BAD_REQUEST, error.message) from error
-        wanted, offered = self._spec.num_threads, self._board.threads
+        wanted, offered = self._spec.num_threads, self._board.offered(timing=self._is_timing)
         if wanted > offered:
             text = f"the job wants {wanted} threads; {self._board.device.name} offers {offered}"
             raise _Ended(OutcomeKind.BAD_REQUEST, text)
@@ -278,7 +308,7 @@ class Job:
         threads = self._threads(what.placement)
         patience_s = min(_START_S, self._left_s())
         try:
-            runner = self._board.start_runner(limits, scratch, threads, patience_s)
+            runner = self._board.start_runner(limits, scratch, threads, patience_s, timing=self._is_timing)
         except native.RunnerUnavailable:
             self._check_deadline()  # it was given no more time than the stage had left
             raise
@@ -299,7 +329,11 @@ class Job:
         return runner
 
     def _threads(self, placement: Placement) -> int:
-        return placement.threads(self._spec.num_threads, self._board.threads)
+        return placement.threads(self._spec.num_threads, self._board.offered(timing=self._is_timing))
+
+    @property
+    def _is_timing(self) -> bool:
+        return isinstance(self._spec.task, BenchTask)
 
     def _limits(self, placement: Placement) -> native.Limits:
         seconds = sum(self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage] for stage in _RUNNING) / 1000
@@ -315,9 +349,10 @@ class Job:
         if task.return_outputs:
             results = runner.call(what.index, what.inputs, deadline_s=self._left_s())
         before = self._await_calm()
+        watch = self._board.watch(runner)
         timed = runner.time(what.index, what.inputs, task.options, deadline_s=self._left_s())
-        threads = self._threads(what.placement)
-        return results, measurement_of(self._board, task.options, timed, before, threads, what.variant)
+        pinning, threads = self._board.pinning(watch), self._threads(what.placement)
+        return results, measurement_of(self._board, task.options, timed, before, threads, what.variant, pinning)
 
     def _await_calm(self) -> Health:
         health = await_calm(self._board, self._left_s() / 2, self._calling_off)
@@ -440,7 +475,7 @@ def limits_of(board: Board, kind: str, cpu_s: float) -> native.Limits:
         cpu_s=math.ceil(cpu_s) + _SPARE_CPU_S,
         open_files=_OPEN_FILES,
         file_size_bytes=_FILE_BYTES,
-        processes=board.threads + _SPARE_THREADS,
+        processes=max(board.threads, len(board.measuring)) + _SPARE_THREADS,
         sandbox=True,
     )
 
@@ -449,7 +484,7 @@ def await_calm(board: Board, longest_s: float, called_off: threading.Event) -> H
     """The device's condition once nothing slows it down and it is not hot, or after as long as may be waited."""
     ends = time.monotonic() + min(board.calm_s, longest_s)
     while True:
-        health = read_health(board.scratch)
+        health = board.health()
         celsius = health.temperature_celsius
         hot = celsius is not None and celsius > MAX_CELSIUS
         left = ends - time.monotonic()
@@ -458,7 +493,13 @@ def await_calm(board: Board, longest_s: float, called_off: threading.Event) -> H
 
 
 def measurement_of(
-    board: Board, options: TimeOptions, timed: native.TimeResult, before: Health, threads: int, variant: int
+    board: Board,
+    options: TimeOptions,
+    timed: native.TimeResult,
+    before: Health,
+    threads: int,
+    variant: int,
+    pinning: Pinning,
 ) -> Measurement:
     """What a runner timed, judged with the device's condition before and now."""
     measurement = Measurement(
@@ -467,8 +508,9 @@ def measurement_of(
         resolution_ns=timed.resolution_ns,
         num_threads=threads,
         before=before,
-        after=read_health(board.scratch),
+        after=board.health(),
         profile=None if timed.profile is None else replace(timed.profile, variant=variant),
+        pinning=pinning,
     )
     verdict, reasons = judge(measurement, board.device.emulated, board.device.num_cores)
     return replace(measurement, verdict=verdict, reasons=tuple(reasons))

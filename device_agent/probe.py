@@ -39,6 +39,7 @@ def probe(
     root: Path = Path("/"),
     machine: Optional[str] = None,
     pointer_bits: Optional[int] = None,
+    cpus: Optional[AbstractSet[int]] = None,
 ) -> DeviceInfo:
     """Describe the device below `root`.
 
@@ -50,13 +51,15 @@ def probe(
         root: where /proc, /sys and /etc are looked up.
         machine: what `uname -m` prints; None asks the kernel.
         pointer_bits: 32 or 64, of the programs that run here; None takes this one's.
+        cpus: the cores that it offers; None takes those that this process may run on.
     """
     names = tuple(sorted(set(features)))
     arch = userland_arch(machine or platform.machine(), pointer_bits or struct.calcsize("P") * 8)
     cpuinfo = _read(root / "proc/cpuinfo")
     emulated = emulation_reason(arch, root) is not None
     cpu_name = "" if emulated else cpu_of(arch, cpuinfo)
-    cores = len(os.sched_getaffinity(0))
+    cpus = os.sched_getaffinity(0) if cpus is None else cpus
+    cores = len(cpus)
     memory = memory_total(root)
     release = _os_release(root)
     found = {
@@ -77,7 +80,7 @@ def probe(
         memory_bytes=memory,
         target=baseline_target(arch, frozenset(names), cores)
         if emulated
-        else target_string(arch, cpu_name, frozenset(names), cores, read_caches(os.sched_getaffinity(0), root)),
+        else target_string(arch, cpu_name, frozenset(names), cores, read_caches(cpus, root)),
         emulated=emulated,
         os_release=release.get("PRETTY_NAME", platform.release()),
         labels=found,

@@ -323,10 +323,11 @@ class Session:
     def _load(self, request: pb.SessionRequest, hold: Hold, scratch: Path) -> None:
         wanted = request.load
         manifest, placement, paths = self._transfer(wanted, hold)
-        if wanted.num_threads > self._board.threads:
-            text = f"{wanted.num_threads} threads are wanted; {self._board.device.name} offers {self._board.threads}"
+        offered = self._board.offered(timing=True)
+        if wanted.num_threads > offered:
+            text = f"{wanted.num_threads} threads are wanted; {self._board.device.name} offers {offered}"
             raise _Failed(OutcomeKind.BAD_REQUEST, text, Stage.LOAD)
-        threads = placement.threads(wanted.num_threads, self._board.threads)
+        threads = placement.threads(wanted.num_threads, offered)
         cage = self._cage(CPU if placement.kind == CPU else _GPU, scratch)
         deadline_s = _seconds(wanted.load_ms, Stage.LOAD)
         number = self._last_artifact + 1
@@ -387,10 +388,11 @@ class Session:
         self._newest = kind
         cage = self._cages.get(kind)
         if cage is None:
-            cores = self._board.threads
+            # A session has the device alone, and may time at any moment.
+            cores = self._board.offered(timing=True)
             seconds = self._spec.deadlines.of(Stage.RUN) / 1000 * cores
             limits = limits_of(self._board, kind, seconds)
-            cage = _Cage(self._board.start_runner(limits, scratch, cores))
+            cage = _Cage(self._board.start_runner(limits, scratch, cores, timing=True))
             with self._lock:
                 self._cages[kind] = cage
                 over = self._cancelled is not None
@@ -451,8 +453,10 @@ class Session:
         before = await_calm(self._board, deadline_s / 2, self._calling_off)
         self._check_wanted()
         left_s = max(0.001, ends - time.monotonic())
+        watch = self._board.watch(loaded.cage.runner)
         timed = loaded.cage.runner.time(index, inputs, options, left_s, module=loaded.module)
-        measured = measurement_of(self._board, options, timed, before, loaded.threads, loaded.variant)
+        pinning = self._board.pinning(watch)
+        measured = measurement_of(self._board, options, timed, before, loaded.threads, loaded.variant, pinning)
         self._reply(pb.SessionReply(id=request.id, measured=convert.measurement_to_pb(measured)))
 
     def _inputs(

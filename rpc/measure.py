@@ -23,6 +23,8 @@ MAX_CELSIUS = 85.0
 #: Running processes before the measurement began: per core, and beyond those that its threads leave free.
 MAX_LOAD_PER_CORE = 0.5
 MIN_FREQUENCY_RATIO = 0.9
+#: Of each core that a measurement needs, the share that others may use meanwhile.
+MAX_OTHERS_SHARE = 0.1
 
 
 def mad(samples: Sequence[float]) -> float:
@@ -112,6 +114,14 @@ def _health_reasons(m: Measurement, num_cores: int) -> List[str]:
     # Only before: afterwards the load is the measurement's own.
     if before is not None and before.load_1min is not None and before.load_1min > limit:
         reasons.append(f"the machine was busy before (load {before.load_1min:.2f} on {cores} cores)")
+    pinning = m.pinning
+    if pinning is not None and pinning.others_share is not None:
+        there = len(pinning.cpus)
+        needed = min(m.num_threads or there, there)
+        # What the measurement's threads leave free others may use.
+        if pinning.others_share * there > there - needed + MAX_OTHERS_SHARE * needed:
+            shown = ", ".join(str(cpu) for cpu in pinning.cpus)
+            reasons.append(f"others used {pinning.others_share:.0%} of its cores ({shown}) meanwhile")
     if after is not None and after.temperature_celsius is not None and after.temperature_celsius > MAX_CELSIUS:
         reasons.append(f"the device was hot ({after.temperature_celsius:.0f} °C)")
     slowed = sorted({word for health in (before, after) if health is not None for word in health.throttled})

@@ -207,6 +207,10 @@ def agent_start(
         list[str] | None,
         typer.Option("--require-signer", metavar="KEY", help="Run only what this key signed; repeatable."),
     ] = None,
+    measure_cores: Annotated[
+        str | None,
+        typer.Option("--measure-cores", metavar="LIST", help="Cores kept for timings and sessions, such as 2-3."),
+    ] = None,
     runner_user: Annotated[
         str | None,
         typer.Option(
@@ -226,7 +230,7 @@ def agent_start(
 
       kedge agent start --join 'kedge1.…'
 
-      kedge agent start --tracker 127.0.0.1:9190 --name bench-1 --label rack=a --threads 2
+      kedge agent start --tracker 127.0.0.1:9190 --name bench-1 --label rack=a --threads 2 --measure-cores 2-3
     """
     from kedge.deployment import parse_labels
     from kedge.rpc.security.join import parse_join
@@ -247,6 +251,7 @@ def agent_start(
     arguments += ["--tracker", tracker] if tracker else []
     arguments += ["--data-dir", str(data_dir)] if data_dir else []
     arguments += ["--runner-user", runner_user] if runner_user else []
+    arguments += ["--measure-cores", measure_cores] if measure_cores else []
     arguments += ["--name", device]
     for option, values in (("--label", label), ("--require-signer", require_signer)):
         for item in values or ():

@@ -189,6 +189,9 @@ class Timing:
         parts = [f"{self.repeat} samples of {options.number} calls", f"{options.warmup} to warm up"]
         if threads:
             parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+        pinning = self.measurement.pinning
+        if pinning is not None and pinning.reserved:
+            parts.append(f"on cores kept for timings ({', '.join(str(cpu) for cpu in pinning.cpus)})")
         if options.cooldown_ns:
             parts.append(f"{options.cooldown_ns / 1e6:g} ms pause every {options.repeats_to_cooldown}")
         if options.cache_flush_bytes:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -349,6 +350,39 @@ def test_a_transfer_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet
     job = fleet.wait(job_id)
     assert job.result is not None
     assert job.result.outcome.ok, job.result.outcome
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="cores are kept where there are several")
+def test_cores_that_are_kept_for_timings(fleet: Fleet, runner: Path, tmp_path: Path, module: bytes) -> None:
+    """All of the agent's threads are elsewhere; a job that never ends shows where jobs are."""
+    *others, kept = sorted(os.sched_getaffinity(0))
+    arguments = ("--measure-cores", str(kept))
+    with AgentProcess(fleet.address, runner, tmp_path / "agent", *arguments) as agent:
+        agent.wait_ready()
+        manifest = fleet.publish(module)
+        tasks = [int(path.name) for path in Path(f"/proc/{agent.process.pid}/task").iterdir()]
+        assert [os.sched_getaffinity(task) for task in tasks] == [{*others}] * len(tasks)
+        (device,) = fleet.devices()
+        info = device.info
+        assert info.num_cores == len(others) + 1
+        assert info.confinement is not None and info.confinement.measuring_cpus == (kept,)
+        run = spec(manifest, "add")
+        timed = replace(run, task=BenchTask(run.task.inputs, TimeOptions(repeat=3, min_repeat_ns=1_000_000)))
+        job = fleet.wait(fleet.submit(timed))
+        assert job.result is not None and job.result.measurement is not None
+        assert job.result.measurement.pinning is not None
+        assert job.result.measurement.pinning.cpus == (kept,)
+        assert job.result.measurement.pinning.reserved
+        assert job.result.measurement.num_threads == 1
+        endless = fleet.submit(spec(manifest, "spin"))
+        fleet.wait_stage(endless, Stage.RUN)
+        (runner_pid,) = [
+            pid for pid in descendants(agent.process.pid) if "runner" in Path(f"/proc/{pid}/comm").read_text()
+        ]
+        assert os.sched_getaffinity(runner_pid) == {*others}
+        fleet.cancel(endless)
+        too_many = fleet.wait(fleet.submit(replace(timed, num_threads=2)))
+        assert kind(too_many) is OutcomeKind.BAD_REQUEST
 
 
 def test_an_agent_that_leaves_is_gone_at_once(agent: AgentProcess, fleet: Fleet) -> None:

@@ -556,7 +556,7 @@ def test_a_measurement_waits_for_the_device_to_be_calm(
 ) -> None:
     monkeypatch.setattr(jobs, "_CALM_PAUSE_S", 0.001)
     readings = iter([at_first, at_first, CALM])
-    monkeypatch.setattr(jobs, "read_health", lambda _: next(readings, CALM))
+    monkeypatch.setattr(jobs, "read_health", lambda _folder, cpu: next(readings, CALM))
     measured = execute(board, bench_spec(remote.publish(made))).measurement
     assert measured is not None and measured.before == CALM and next(readings, None) is None
 
@@ -564,7 +564,7 @@ def test_a_measurement_waits_for_the_device_to_be_calm(
 def test_a_device_that_stays_hot_is_measured_all_the_same_and_suspected(
     board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "read_health", lambda _: replace(HOT, throttled=("heat",)))
+    monkeypatch.setattr(jobs, "read_health", lambda _folder, cpu: replace(HOT, throttled=("heat",)))
     measured = execute(replace(board, calm_s=0.01), bench_spec(remote.publish(made))).measurement
     assert measured is not None and measured.verdict is Verdict.SUSPECT
     assert "the device was hot (91 °C)" in measured.reasons
@@ -576,7 +576,7 @@ def test_whoever_waits_for_a_device_to_cool_down_can_be_cancelled(
 ) -> None:
     waits = threading.Event()
 
-    def hot(_: Path) -> Health:
+    def hot(_: Path, cpu: int | None) -> Health:
         waits.set()
         return HOT
 

@@ -28,9 +28,11 @@ tensors = st.builds(
 tensor_lists = st.lists(tensors, max_size=3).map(tuple)
 outcomes = st.builds(Outcome, st.sampled_from(OutcomeKind), st.none() | st.sampled_from(Stage), i32, i32, text)
 gpus = st.builds(t.Accelerator, text, u32, text, text, text, texts, i64, i64, u32, u32)
+cores = st.lists(u32, max_size=3).map(tuple)
+confinements = st.builds(t.Confinement, text, text, st.booleans(), st.booleans(), st.booleans(), cores, texts)
 devices = st.builds(
     t.DeviceInfo, text, text, st.dictionaries(text, text, max_size=3), texts, text, u32, i64, text, st.booleans(), u32,
-    text, st.lists(gpus, max_size=2).map(tuple),
+    text, st.lists(gpus, max_size=2).map(tuple), st.none() | confinements,
 )  # fmt: skip
 statuses = st.builds(t.DeviceStatus, devices, st.sampled_from(t.DeviceState), i64, text)
 health = st.builds(
@@ -39,9 +41,10 @@ health = st.builds(
 options = st.builds(t.TimeOptions, *[i64] * 8, st.booleans())
 rows = st.lists(real, max_size=5).map(tuple)
 steps = st.builds(t.StepSamples, st.lists(rows, max_size=3).map(tuple), real, rows, st.integers(0, 2**31 - 1))
+pinnings = st.builds(t.Pinning, cores, st.booleans(), st.booleans(), st.none() | real)
 measurements = st.builds(
     t.Measurement, options, st.lists(real, max_size=5).map(tuple), i64, i32, st.none() | health, st.none() | health,
-    st.none() | st.sampled_from(t.Verdict), texts, st.none() | steps,
+    st.none() | st.sampled_from(t.Verdict), texts, st.none() | steps, st.none() | pinnings,
 )  # fmt: skip
 deadlines = st.builds(t.Deadlines, i64, i64, i64, i64)
 tasks = st.one_of(
