@@ -95,7 +95,9 @@ class Metrics(Observer):
         )
         self._in = Counter("kedge_blob_uploaded_bytes", "Bytes of blobs that came in.", registry=registry)
         self._out = Counter("kedge_blob_downloaded_bytes", "Bytes of blobs that went out.", registry=registry)
-        self._is_leader = Gauge("kedge_tracker_is_leader", "1 while this tracker leads.", registry=registry)
+        self._is_leader = Gauge(
+            "kedge_tracker_is_leader", "1 while this tracker leads, as one without others does.", registry=registry
+        )
         self._epoch = Gauge(
             "kedge_tracker_epoch", "The newest leadership; 0 for a tracker that shares no database.", registry=registry
         )
@@ -114,12 +116,12 @@ class Metrics(Observer):
     def serve_state(self, shell: Shell, data_dir: Path) -> None:
         """Also tell how things are at the moment of a scrape. Called in the event loop's thread."""
         self.follows()
+        self._is_leader.set(1)
         self._census = _Census(shell, data_dir, asyncio.get_running_loop())
         self.registry.register(self._census)
 
     def leads(self, epoch: int) -> None:
         """This tracker leads, in an epoch."""
-        self._is_leader.set(1)
         self._epoch.set(epoch)
         self._failovers.inc()
 

@@ -48,6 +48,8 @@ log = logging.getLogger("kedge.tracker")
 LOOPBACK = "127.0.0.1"
 _ANY = ("0.0.0.0", "::")
 _PLAIN = ("Fleet", "Blobs", "Agents", "Sessions")
+_FOR_CLIENTS = ("Fleet", "Blobs", "Sessions", "Enrolment", "Access")
+_FOR_AGENTS = ("Agents", "Blobs", "Sessions", "Enrolment")
 #: Calls that are under way when the tracker stops may go on for so long.
 _GRACE_S = 0.5
 _BLOB_THREADS = 8
@@ -108,21 +110,9 @@ async def serve(
         ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
         StoreError, BlobError, SecretFileError: the data folder or the database cannot be used.
     """
-    address = Address(host, port)
-    if insecure_loopback and not address.is_loopback:
-        raise ConnectError(
-            f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
-            hint="listen on 127.0.0.1, or leave --insecure-loopback out",
-        )
-    if agents_port is None:
-        agents_port = port + 1 if port else 0
-    if peers_port is None:
-        peers_port = port + 3 if port else 0
-    _check_free(host, port)
-    if not insecure_loopback:
-        _check_free(host, agents_port)
-    if database is not None:
-        _check_free(host, peers_port)
+    ports = _checked_ports(
+        host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=database is not None
+    )
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
 
@@ -175,26 +165,16 @@ async def serve(
             exporter = ExitStack()
             servers = _Servers(host, health, counting)
             try:
-                if keys is None:
-                    bound = agents_bound = servers.add(house.clients, port, None, _PLAIN)
-                else:
-                    agents = ("Agents", "Blobs", "Sessions", "Enrolment")
-                    clients = ("Fleet", "Blobs", "Sessions", "Enrolment", "Access")
-                    bound = servers.add(house.clients, port, _server_tls(keys), clients)
-                    agents_bound = servers.add(house.agents, agents_port, _server_tls(keys, mutual=True), agents)
-                    keys.agents_port = agents_bound
-                if isinstance(house, _Shared):
-                    tls = None if keys is None else _server_tls(keys, mutual=True)
-                    peers_bound = servers.add(house.cluster.peers, peers_port, tls, _PLAIN)
+                bound = servers.open(house, keys, ports)
                 await servers.start()
                 if isinstance(house, _Shared):
-                    await house.start(bound, peers_bound)
+                    await house.start(bound.clients, bound.peers)
                 scraped = None
                 if counting is not None and metrics is not None:
                     if isinstance(house, _Alone):
                         counting.serve_state(house.leadership.shell, data_dir)
                     scraped = exporter.enter_context(exported(counting, metrics))
-                here, for_agents = Address(host, bound), Address(host, agents_bound)
+                here, for_agents = Address(host, bound.clients), Address(host, bound.agents)
                 serving = Serving(here, for_agents, stopped, house.security, keys, scraped)
                 audit.write("tracker started", address=str(serving.address), plaintext=keys is None)
                 try:
@@ -212,6 +192,34 @@ async def serve(
         if store is not None:
             # The store's thread may still call into this loop: it must not stand still meanwhile.
             await loop.run_in_executor(None, store.close)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ports:
+    """Where a tracker serves clients, agents and other trackers; 0: any free port, or none."""
+
+    clients: int
+    agents: int
+    peers: int
+
+
+def _checked_ports(
+    host: str, port: int, agents_port: int | None, peers_port: int | None, *, plaintext: bool, shared: bool
+) -> _Ports:
+    """What is free to listen on; raises ConnectError."""
+    if plaintext and not Address(host, port).is_loopback:
+        raise ConnectError(
+            f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
+            hint="listen on 127.0.0.1, or leave --insecure-loopback out",
+        )
+    if agents_port is None:
+        agents_port = port + 1 if port else 0
+    if peers_port is None:
+        peers_port = port + 3 if port else 0
+    for needed, number in ((True, port), (not plaintext, agents_port), (shared, peers_port)):
+        if needed:
+            _check_free(host, number)
+    return _Ports(port, agents_port, peers_port)
 
 
 def _unheard(_digest: str) -> None:
@@ -273,6 +281,20 @@ class _Servers:
         self._health = health
         self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
         self._servers: list[grpc.aio.Server] = []
+
+    def open(self, house: _Alone | _Shared, keys: Keys | None, ports: _Ports) -> _Ports:
+        """The listeners of a tracker, in plaintext where it has no keys; returns which ports they have."""
+        if keys is None:
+            clients = agents = self.add(house.clients, ports.clients, None, _PLAIN)
+        else:
+            clients = self.add(house.clients, ports.clients, _server_tls(keys), _FOR_CLIENTS)
+            agents = self.add(house.agents, ports.agents, _server_tls(keys, mutual=True), _FOR_AGENTS)
+            keys.agents_port = agents
+        peers = 0
+        if isinstance(house, _Shared):
+            tls = None if keys is None else _server_tls(keys, mutual=True)
+            peers = self.add(house.cluster.peers, ports.peers, tls, _PLAIN)
+        return _Ports(clients, agents, peers)
 
     def add(self, switch: Switch, port: int, tls: grpc.ServerCredentials | None, services: tuple[str, ...]) -> int:
         """Serve what the switch says on a port, and tell that it has these services; returns which port it is."""

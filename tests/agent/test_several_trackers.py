@@ -293,27 +293,6 @@ def test_a_database_that_goes_away_and_comes_back_loses_nothing(runner: Path, ma
                 pair.check_each_job_ended_once([*before, job])
 
 
-def test_a_second_tracker_needs_to_be_let_in(pair: Pair, tmp_path: Path) -> None:
-    with TrackerProcess(pair.url, tmp_path / "c") as stranger:
-        assert stranger.process.wait(30) != 0
-        stranger._reader.join(5)
-        assert "another certificate authority" in stranger.log and "--role tracker" in stranger.log
-    with pair.b.access() as access:
-        join = access.create_token("tracker")[1]
-        ann = access.create_token("submit", "ann")[1]
-    with TrackerProcess(pair.url, tmp_path / "d", "--join", str(ann)) as wrong:
-        assert wrong.process.wait(30) != 0
-        wrong._reader.join(5)
-        assert "this join string is for a user" in wrong.log
-    with TrackerProcess(pair.url, tmp_path / "e", "--join", str(join)) as third:
-        third.wait_ready()
-        wait_for(lambda: len(third.status().trackers) == 3, "all three to be seen")
-    with TrackerProcess(pair.url, tmp_path / "f", "--join", str(join)) as late:
-        assert late.process.wait(30) != 0
-        late._reader.join(5)
-        assert "is spent" in late.log
-
-
 def test_several_addresses_are_one_fleet(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients, also by name; who was joined at one is known at all."""
     monkeypatch.setenv("KEDGE_CONFIG_DIR", str(pair.a.data_dir.with_name("a-config")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,9 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
+from kedge.rpc.errors import AuthenticationError, UsageError
 from kedge.rpc.security import identity
+from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.tracker.relay import CERTIFICATE_KEY, PEER_KEY
+from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.principal import RULES, Role
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import Address, Tls, open_channel
@@ -35,6 +39,7 @@ class Pair:
     follower: RunningTracker
     peers: Address
     following_peers: Address
+    database: str
 
     def tls(self, token: str = "") -> Tls:
         keys = self.leader.serving.keys
@@ -59,7 +64,7 @@ def pair(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> 
         with start(
             port=0, data_dir=folder / "b", settings=QUICK, database=url, join=join, peers_port=other
         ) as follower:
-            yield Pair(leader, follower, *(Address("127.0.0.1", port) for port in (peers, other)))
+            yield Pair(leader, follower, Address("127.0.0.1", peers), Address("127.0.0.1", other), url)
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +163,35 @@ def test_a_device_enrols_renews_and_works_by_a_follower(pair: Pair, access: Acce
         Fleet(pair.leader.address, pair.tls()) as fleet,
     ):
         assert [each.info.name for each in fleet.devices()] == [device_info().name]
+
+
+def test_a_tracker_has_to_be_let_in_by_one_of_the_fleet(pair: Pair, access: Access, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="another certificate authority") as caught:
+        start(port=0, data_dir=tmp_path / "stranger", settings=QUICK, database=pair.database)
+    assert "--role tracker" in str(caught.value)
+    with pytest.raises(UsageError, match="is for a user"):
+        start(port=0, data_dir=tmp_path / "a", database=pair.database, join=access.create_token("submit", "ann")[1])
+    join = access.create_token("tracker")[1]
+    third = {"port": 0, "data_dir": tmp_path / "third", "settings": QUICK, "database": pair.database, "join": join}
+    for _ in range(2):  # the spent string does no harm where it was used
+        with start(**third) as running, Fleet(running.address, pair.tls()) as fleet:
+            wait_for(lambda: len(fleet.status().trackers) == 3, "all three to be seen")
+        wait_for(lambda: _members(pair) == 2, "it to be gone")
+    with pytest.raises(AuthenticationError, match="is spent"):
+        start(**{**third, "data_dir": tmp_path / "late"})
+    with pytest.raises(SecretFileError, match="of another fleet"):
+        start(**{**third, "data_dir": tmp_path / "stranger"})
+
+
+def _members(pair: Pair) -> int:
+    with Fleet(pair.leader.address, pair.tls()) as fleet:
+        return len(fleet.status().trackers)
+
+
+def test_a_tracker_of_its_own_lets_no_other_join(tracker: RunningTracker) -> None:
+    assert tracker.serving.keys is not None
+    with (
+        Access(tracker.address, tracker.serving.keys.admin_tls()) as alone,
+        pytest.raises(UsageError, match="no other tracker can share"),
+    ):
+        alone.create_token("tracker")
