@@ -29,7 +29,7 @@ def test_the_fleet_benchmark_runs() -> None:
     found = dict(re.findall(r"^(\w+): (\{.*\})$", done.stdout, re.MULTILINE))
     rows = {part: json.loads(row) for part, row in found.items()}
     assert rows["throughput"]["simulated_jobs_s"] > 0 and rows["throughput"]["real_jobs_s"] > 0
-    assert 0 < rows["session"]["call_keeping_p50_ms"] and rows["session"]["calls"] > 10
+    assert rows["session"]["call_keeping_p50_ms"] > 0 and rows["session"]["calls"] > 10
     assert rows["crowd"]["resident_mb"] > 10
     # Each agent has one job when all are back, and no job is lost.
     assert rows["restart"]["queued_then"] == rows["restart"]["jobs"] - rows["restart"]["agents"]
