@@ -18,6 +18,7 @@ from kedge import Artifact, connect
 from kedge.data import digits_model, digits_test
 from kedge.demo import processes
 from kedge.diagnosis import diagnose
+from kedge.rpc.errors import JobError
 from support.agents import wait_for
 from support.commands import Kedge, check_digits_profile, kedge_command
 from support.doubling import gpu_artifact
@@ -107,6 +108,16 @@ def test_a_device_is_reserved_and_given_back(kedge: Kedge, fleet: str) -> None:
     gone = kedge("release", reservation["id"], *at)
     assert gone.returncode == 1 and reservation["id"] in gone.stderr
     assert kedge("reserve", "bench-1", "--for", "soon", *at).returncode == 2
+
+
+def test_a_session_is_listed_and_can_be_cancelled(kedge: Kedge, fleet: str) -> None:
+    with connect(fleet) as client, client.session("bench-1") as device:
+        (row,) = [line for line in kedge("jobs", "--tracker", fleet).stdout.splitlines() if device.id in line]
+        assert row.split()[2:6] == ["session", "running", "-", "bench-1"]
+        assert kedge("cancel", device.id, "--tracker", fleet).returncode == 0
+        with pytest.raises(JobError, match="is over: cancelled"):
+            while True:
+                device.files()
 
 
 def test_top_ends_with_ctrl_c_and_gives_the_terminal_back(fleet: str) -> None:
