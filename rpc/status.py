@@ -136,6 +136,11 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
     return RemoteError(f"the tracker answered {code.name}: {details}")
 
 
+def was_said(metadata: Any) -> bool:
+    """Whether trailing metadata come from a tracker's handler, and not from gRPC for want of a connection."""
+    return any(key == _CLASS_KEY for key, _ in metadata or ())
+
+
 def is_away(error: grpc.RpcError) -> bool:
     """True when the tracker could not be reached or went away, so that the same call may succeed later."""
     code, details = error.code(), error.details() or ""

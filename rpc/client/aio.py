@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Self, cast
@@ -33,7 +34,7 @@ from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
-from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
+from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_trackers
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
@@ -83,10 +84,17 @@ class Fleet:
     async def hello(self) -> None:
         """Exchange protocol versions with the tracker; raises ConnectError."""
         request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
-        try:
-            answer = await self._stub.Hello(request, timeout=CONNECT_S)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+        deadline = time.monotonic() + CONNECT_S
+        while True:
+            try:
+                answer = await self._stub.Hello(request, timeout=CONNECT_S)
+                break
+            except grpc.RpcError as error:
+                explained = from_rpc_error(error, self.address)
+                # Of several trackers none leads: one will within seconds.
+                if not isinstance(explained, TrackerAwayError) or time.monotonic() >= deadline:
+                    raise explained from error
+                await asyncio.sleep(plan.FAIL_OVER_PAUSE_S)
         check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
 
     async def status(self) -> TrackerStatus:

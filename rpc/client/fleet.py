@@ -34,7 +34,7 @@ from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
 from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
-from kedge.rpc.status import NotReadyError, from_rpc_error, is_away
+from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_channel, parse_trackers
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
@@ -101,10 +101,17 @@ class Fleet:
     def hello(self) -> None:
         """Exchange protocol versions with the tracker; raises ConnectError."""
         request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
-        try:
-            answer = _call(self._stub.Hello, request, {"timeout": CONNECT_S})
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+        deadline = time.monotonic() + CONNECT_S
+        while True:
+            try:
+                answer = _call(self._stub.Hello, request, {"timeout": CONNECT_S})
+                break
+            except grpc.RpcError as error:
+                explained = from_rpc_error(error, self.address)
+                # Of several trackers none leads: one will within seconds.
+                if not isinstance(explained, TrackerAwayError) or time.monotonic() >= deadline:
+                    raise explained from error
+                time.sleep(plan.FAIL_OVER_PAUSE_S)
         check_peer(convert.protocol_from_pb(answer.protocol), f"the tracker at {self.address}")
 
     def status(self) -> TrackerStatus:

@@ -260,6 +260,8 @@ def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[De
 
 #: How long a tracker that went away is waited for.
 RECONNECT_S = 60.0
+#: Before the next attempt to greet a fleet of which no tracker leads at the moment.
+FAIL_OVER_PAUSE_S = 0.3
 #: How long it may take to cancel the job of a call that was broken off: whoever did that is in a hurry.
 WITHDRAW_S = 3.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.5

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from kedge.rpc.status import TrackerAwayError, to_status
+from kedge.rpc.status import TrackerAwayError, to_status, was_said
 from kedge.rpc.tracker.handlers import GONE
 from kedge.rpc.tracker.listeners import Details, Find
 from kedge.rpc.tracker.security.principal import RULES
@@ -81,6 +81,9 @@ class Relay:
                 yield answer
             context.set_trailing_metadata(tuple(await call.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not was_said(error.trailing_metadata()):
+                await _abort(context, "the tracker that led does not answer; another one will lead within seconds")
+                return
             said = tuple((key, value) for key, value in error.trailing_metadata() if not key.startswith("grpc-status"))
             await context.abort(error.code(), error.details() or "", said)
         except asyncio.CancelledError:

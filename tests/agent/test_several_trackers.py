@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.client import Fleet, connect
+from kedge.rpc.client import Fleet, aio, connect
 from kedge.rpc.client.fleet import Job
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.transport import Address
@@ -113,6 +114,9 @@ def test_both_serve_clients_agents_and_administrators(pair: Pair, runner: Path, 
             for here, there in ((at_a, at_b), (at_b, at_a)):
                 result = there.job(here.run(made, {"x": large}, function="add").id).wait(60)
                 np.testing.assert_array_equal(result["y"], large + 1)
+            with at_b.session("rpi") as device:
+                kept = device.tensor(X)
+                np.testing.assert_array_equal(device.load(made)["add"]({"x": kept})["y"], X + 1)
             status = at_b.status()
             assert (
                 (status.epoch, len(status.trackers)) == (1, 2) and pair.leads(pair.a) and not status.trackers[1].leads
@@ -300,3 +304,9 @@ def test_several_addresses_are_one_fleet(pair: Pair, monkeypatch: pytest.MonkeyP
     for text in (f"{gone},{pair.a.address}", f"{pair.a.address},{pair.b.address}", f"localhost:1,{pair.a.address}"):
         with connect(text) as fleet:
             assert len(fleet.status().trackers) == 2 and fleet.devices() == []
+
+        async def ask(text: str = text) -> int:
+            async with await aio.connect(text) as fleet:
+                return len((await fleet.status()).trackers)
+
+        assert asyncio.run(ask()) == 2
