@@ -37,6 +37,7 @@ from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import GPU_KINDS
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import BlobStore
+from kedge.rpc.cores import usable_threads
 from kedge.rpc.errors import AuthenticationError, ConnectError, KedgeError, PermissionDeniedError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
@@ -94,7 +95,7 @@ class Agent:
     def __init__(self, settings: Settings, *, on_ready: Callable[[DeviceInfo], None] = lambda _: None) -> None:
         if settings.signers:
             signing.check_available()
-        cpus = os.sched_getaffinity(0)
+        cpus, threads = os.sched_getaffinity(0), usable_threads()
         others = sorted(cpus - {*settings.measuring}) if settings.measuring else []
         if others:
             os.sched_setaffinity(0, others)  # before there are threads: they inherit it
@@ -128,7 +129,7 @@ class Agent:
         self._board = Board(
             device=self.device,
             runner=settings.runner,
-            threads=min(settings.threads or len(cpus), len(others or cpus)),
+            threads=min(settings.threads or threads, len(others or cpus)),
             cache=ArtifactCache(settings.data_dir / "cache"),
             scratch=scratch,
             blobs=self._blobs,

@@ -32,11 +32,12 @@ from kedge.device_agent.runner import (
 from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact import Artifact, Found, Placement, place
 from kedge.rpc.artifact.place import GPU_KINDS, parse_device
-from kedge.rpc.client.inprocess import check_interface, interface, raise_status, scratch_folder, usable_cpus
+from kedge.rpc.client.inprocess import check_interface, interface, raise_status, scratch_folder
 from kedge.rpc.client.inputs import Array, arrange_given, dense, shaped
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.tensors import DeviceTensor
 from kedge.rpc.client.timing import Timing, timing_options
+from kedge.rpc.cores import usable_threads
 from kedge.rpc.errors import JobError
 from kedge.rpc.measure import judge
 from kedge.rpc.types import Measurement, TimeOptions
@@ -191,7 +192,7 @@ class LocalModel:
         self._module = 0
         self._loaded = True
         self.placement = self._load(home.device)
-        self.threads = self.placement.threads(home.threads, usable_cpus())
+        self.threads = self.placement.threads(home.threads, usable_threads())
 
     @property
     def device(self) -> str:
@@ -290,7 +291,7 @@ class LocalModel:
             after=read_health(here),
             profile=None if timed.profile is None else replace(timed.profile, variant=self._variant()),
         )
-        verdict, reasons = judge(measurement, num_cores=usable_cpus())
+        verdict, reasons = judge(measurement, num_cores=usable_threads())
         return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))
 
     def _variant(self) -> int:

@@ -10,6 +10,7 @@ from kedge.compiler.errors import TargetError
 from kedge.compiler.target.arch import ARCHS, closure
 from kedge.compiler.target.cpus import best_cpu
 from kedge.compiler.target.model import Target, throughput_of
+from kedge.rpc import cores
 from kedge.rpc.caches import Caches, read_caches
 
 
@@ -46,8 +47,8 @@ def native() -> Target:
 
 
 def usable_threads() -> int:
-    """How many CPUs this process may run on."""
-    return len(usable_cpus())
+    """How many CPUs this process may run on, or fewer where its control groups let it use less of their time."""
+    return cores.usable_threads()
 
 
 def usable_cpus() -> tuple[int, ...]:

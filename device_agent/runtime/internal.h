@@ -95,7 +95,11 @@ typedef struct { /* a context's share in the process's pool; kedge_frame.pool po
 } kedge_team;
 /* Starts the threads that the team needs; num_threads 0 means as many as this process may use. */
 int32_t kedge_team_init(kedge_team *team, int32_t num_threads);
+/* CPUs that this process may run on, or fewer where its control groups allow less of their time. */
 int32_t kedge_usable_cpus(void);
+/* quota.c: how many CPUs' time the control groups of this process allow, rounded up, as /proc and /sys below `root`
+ * tell; INT32_MAX without a limit. */
+int32_t kedge_cpu_quota(const char *root);
 extern const kedge_runtime_api kedge_api;
 
 /* ---- time.c ------------------------------------------------------------------------------------------------- */

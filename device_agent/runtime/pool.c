@@ -191,7 +191,8 @@ static bool start_worker(worker *w) {
 int32_t kedge_usable_cpus(void) {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
-  int count = CPU_COUNT(&set);
+  int32_t count = CPU_COUNT(&set), quota = kedge_cpu_quota("");
+  count = quota < count ? quota : count;
   return count > 0 ? count : 1;
 }
 

@@ -31,6 +31,7 @@ from kedge.rpc.client.gpus import find_gpus
 from kedge.rpc.client.inputs import Array, arrange, as_array, check_output
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.timing import Timing, timing_options
+from kedge.rpc.cores import usable_threads
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from kedge.rpc.measure import judge
 from kedge.rpc.types import Measurement, StepSamples, TimeOptions
@@ -72,7 +73,7 @@ class LoadedModel:
         look = partial(find_gpus, self._lib)
         self.placement = place(artifact.manifest, platform.machine(), features, look, device)
         self.variant = self.placement.variant
-        self.threads = self.placement.threads(threads, usable_cpus())
+        self.threads = self.placement.threads(threads, usable_threads())
         self._weights = _aligned_weights(artifact, self.variant.weights, self.variant.weights_offset)
         self._model = self._open()
         self._local = threading.local()
@@ -285,7 +286,7 @@ class LoadedFunction:
             replace(options, number=result.number), tuple(samples[: result.n_samples]), result.resolution_ns,
             self._model.threads, profile=self._steps(result, n_steps) if options.profile else None,
         )  # fmt: skip
-        verdict, reasons = judge(measurement, num_cores=usable_cpus())
+        verdict, reasons = judge(measurement, num_cores=usable_threads())
         return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))
 
     def _steps(self, result: abi.TimeResult, n_steps: int) -> StepSamples:
@@ -535,11 +536,6 @@ def time_options(options: TimeOptions) -> abi.TimeOptions:
 def time_fields(options: TimeOptions) -> tuple[int, ...]:
     """The options in the ABI's order."""
     return tuple(getattr(options, field[0]) for field in abi.TimeOptions._fields_[1:])
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def raise_status(status: int, message: str) -> NoReturn:

@@ -65,8 +65,8 @@ def test_in_a_runner(doubling: Artifact, device: str) -> None:
 @pytest.mark.usefixtures("opencl")
 def test_the_host_only_launches(runtime: RuntimeFiles, doubling: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it uses one thread unless more are wanted, and others may work meanwhile: the verdict takes that in."""
-    monkeypatch.setattr("kedge.isolated.usable_cpus", lambda: 4)
-    monkeypatch.setattr("kedge.rpc.client.inprocess.usable_cpus", lambda: 4)
+    monkeypatch.setattr("kedge.isolated.usable_threads", lambda: 4)
+    monkeypatch.setattr("kedge.rpc.client.inprocess.usable_threads", lambda: 4)
     for threads, used in ((0, 1), (2, 2)):
         with open_in_process(doubling, runtime.lib, threads) as model, kedge.local(threads) as here:
             for there in (model, here.load(doubling)):
