@@ -47,7 +47,7 @@ class UnknownReservationError(errors.KedgeError):
     """The tracker knows no reservation with this id."""
 
 
-class TrackerAwayError(errors.KedgeError):
+class TrackerAwayError(errors.ConnectError):
     """The tracker cannot decide now, and will before long, or another one does: the same call may be made again."""
 
 

@@ -18,7 +18,7 @@ from kedge.rpc.client import Fleet
 from kedge.rpc.client.plan import RECONNECT_S
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.security import credentials
-from kedge.rpc.status import from_rpc_error, is_away
+from kedge.rpc.status import Metadata, TrackerAwayError, from_rpc_error, is_away, to_status
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import Address, HandshakeError, open_channel
 from support.proxy import Action, Proxy, Trap
@@ -80,9 +80,10 @@ def test_a_client_waits_for_its_tracker_as_long_with_blobs_as_otherwise(
 
 
 class Failed(grpc.RpcError):
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
         self._code = code
         self._details = details
+        self._metadata = metadata
 
     def code(self) -> grpc.StatusCode:
         return self._code
@@ -90,8 +91,8 @@ class Failed(grpc.RpcError):
     def details(self) -> str:
         return self._details
 
-    def trailing_metadata(self) -> tuple[()]:
-        return ()
+    def trailing_metadata(self) -> Metadata:
+        return self._metadata
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,9 @@ def test_what_may_be_tried_again(code: grpc.StatusCode, details: str, away: bool
     assert is_away(error) is away
     meant = from_rpc_error(error, Address("127.0.0.1", 1))
     assert (isinstance(meant, ConnectError) and not isinstance(meant, HandshakeError)) is away
+
+
+def test_a_tracker_that_cannot_decide_now_is_one_that_is_away() -> None:
+    """Whoever waits for a lost tracker waits for one that leads no more, too: agents with the results of their jobs."""
+    error = Failed(*to_status(TrackerAwayError("it leads no more")))
+    assert is_away(error) and isinstance(from_rpc_error(error), ConnectError)
