@@ -68,6 +68,9 @@ from kedge.rpc.types import (
 _FEW_JOBS = 500
 #: Later than any time.
 _NEVER = 1 << 62
+#: So many leases of one job may have been handed out, and not stored, when a tracker is killed; devices that name
+#: higher ones are not believed.
+_UNSTORED_EPOCHS = 16
 #: Outcomes that say nothing about the device that had the job.
 _NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT)
 
@@ -108,6 +111,8 @@ class _Job:
     want: Want
     queued_ms: int
     epoch: int = 0
+    #: The highest that a device has named. A tracker that was killed may have handed out one that it had not stored.
+    named_epoch: int = 0
     assigned: JobAssigned | None = None
     #: None after a restart of the tracker: nobody knows until the agent says.
     started: bool | None = False
@@ -562,8 +567,7 @@ class TrackerState:
         for job_id, epoch in sorted(device.holding):
             job = self._current(device, job_id, epoch)
             if job is None:
-                lease = Lease(job_id, epoch)
-                effects.sends.append(ToAgent(_connection(device), m.AbortJob(lease, "the lease is not current")))
+                self._call_back(device, Lease(job_id, epoch), effects)
                 continue
             self._renew(job, now)
             self._watch_job(job)
@@ -586,13 +590,19 @@ class TrackerState:
             if job is not None:
                 self._renew(job, now)
             else:
-                lease = Lease(job_id, epoch)
-                effects.sends.append(ToAgent(_connection(device), m.AbortJob(lease, "the lease is not current")))
+                self._call_back(device, Lease(job_id, epoch), effects)
         was_idle = device.idle
         # An assignment that crossed this heartbeat on the wire is not in it, and still stands.
         crossed = {key for key in device.holding - listed if self._current(device, *key) is not None}
         device.holding = (listed - device.settled) | crossed
         self._mark(device, was_idle, now, effects)
+
+    def _call_back(self, device: Device, lease: Lease, effects: Effects) -> None:
+        """A device has a lease that is not current: nothing under it counts, and no later one is mistaken for it."""
+        job = self._jobs.get(lease.job_id)
+        if job is not None and lease.epoch <= job.epoch + _UNSTORED_EPOCHS:
+            job.named_epoch = max(job.named_epoch, lease.epoch)
+        effects.sends.append(ToAgent(_connection(device), m.AbortJob(lease, "the lease is not current")))
 
     def _goodbye(self, device: Device, goodbye: m.Goodbye, now: int, effects: Effects) -> None:
         self._part(device, now, effects)
@@ -664,7 +674,7 @@ class TrackerState:
 
         for job_id, name in self._queue.assign(idle, matches, self._shares, now):
             job, device = self._jobs[job_id], self._devices[name]
-            job.epoch += 1
+            job.epoch = max(job.epoch, job.named_epoch) + 1
             job.assigned = JobAssigned(job_id, name, device.instance_id, job.epoch)
             job.sent, job.started, job.stage, job.stage_ms = False, False, Stage.TRANSFER, now
             job.assigned_ms = now

@@ -15,6 +15,7 @@ from kedge.rpc.selector import SelectorError
 from kedge.rpc.tracker.facts import (
     CloseAgent,
     Effects,
+    JobAccepted,
     JobAssigned,
     JobChanged,
     JobDone,
@@ -741,3 +742,21 @@ def test_a_user_may_have_only_so_many_reservations() -> None:
     fleet.state.reserve("r", "", "ann", 0, 1_000, "", 0)
     with pytest.raises(UsageError, match="ann has 1 reservations already"):
         fleet.state.reserve("s", "", "ann", 0, 1_000, "", 0)
+
+
+def test_a_lease_that_was_handed_out_and_not_stored_is_never_given_again(bench: Bench) -> None:
+    """The tracker was killed in between. What its device says under that lease must not count for the next one."""
+    accepted = next(
+        fact for fact in bench.state.submit("j", spec(), NEEDS, "", 0).facts if isinstance(fact, JobAccepted)
+    )
+    state = TrackerState("t", S)
+    state.restore(Stored("t", (JobRecord(accepted),), (), (), 1), 10)
+    effects = state.connect(1, hello("a", "1", Lease("j", 1)), 20)
+    assert bodies(effects, m.AbortJob) == [m.AbortJob(Lease("j", 1), "the lease is not current")]
+    effects = state.receive(1, m.JobFinished(Lease("j", 1), OK), 30)
+    assert bodies(effects, m.ResultAccepted) == [m.ResultAccepted("j", stale=True)]
+    (assign,) = bodies(effects, m.AssignJob)
+    assert assign.lease.epoch == 2
+    cancelled = JobResult(Outcome(OutcomeKind.CANCELLED, message="the lease is not current"))
+    assert ends(state.receive(1, m.JobFinished(Lease("j", 1), cancelled), 40)) == {}
+    assert ends(state.receive(1, m.JobFinished(assign.lease, OK), 50)) == {"j": (OutcomeKind.OK, None)}
