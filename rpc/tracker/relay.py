@@ -84,6 +84,10 @@ class Relay:
             if error.code() is grpc.StatusCode.UNAVAILABLE and not was_said(error.trailing_metadata()):
                 await _abort(context, "the tracker that led does not answer; another one will lead within seconds")
                 return
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                # Whoever leads serves it: the one that is asked follows by now.
+                await _abort(context, "the tracker that led follows now")
+                return
             said = tuple((key, value) for key, value in error.trailing_metadata() if not key.startswith("grpc-status"))
             await context.abort(error.code(), error.details() or "", said)
         except asyncio.CancelledError:

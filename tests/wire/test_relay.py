@@ -1,0 +1,46 @@
+"""What a tracker that follows says where the one that led does not lead any more."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
+from kedge.rpc.status import TrackerAwayError, from_rpc_error, is_away
+from kedge.rpc.tracker.relay import Relay
+from kedge.rpc.transport import Address
+
+
+class Following(grpc.aio.ServerInterceptor):
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        return await self._relay.serve(continuation, details)
+
+
+async def served(*interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server(interceptors=interceptors)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, port
+
+
+def test_a_leader_that_serves_a_call_no_more_is_one_that_is_away() -> None:
+    async def ask() -> None:
+        relay = Relay(None)
+        follower, port = await served(Following(relay))
+        stepped_down, its_port = await served()
+        await relay.point(Address("127.0.0.1", its_port))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await cast(Any, fleet_pb2_grpc).FleetStub(channel).ListJobs(fleet_pb2.ListJobsRequest())
+        assert is_away(caught.value) and isinstance(from_rpc_error(caught.value), TrackerAwayError)
+        await relay.point(None)
+        for server in (follower, stepped_down):
+            await server.stop(0)
+
+    asyncio.run(ask())
