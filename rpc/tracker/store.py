@@ -211,7 +211,9 @@ class Store:
             self._on_failure(error)
         except Exception as error:
             if opened.done():
-                log.critical("the store %s failed", self._database.name, exc_info=error)
+                # That another tracker leads by now is no failure: whoever uses the store is told, and follows.
+                if not isinstance(error, FencedError):
+                    log.critical("the store %s failed", self._database.name, exc_info=error)
                 self._on_failure(error)
             else:
                 opened.set_exception(self._database.explain(error))
