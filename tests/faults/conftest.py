@@ -10,6 +10,9 @@ import pytest
 from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from support import handmade, native
+from support.postgres import postgres
+
+__all__ = ["postgres"]
 
 HERE = Path(__file__).parent
 

@@ -42,7 +42,7 @@ class Kind:
     inject: Inject
     extra: Mapping[str, int] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
-    needs: str = ""  # "relay", "disks" or "clock"
+    needs: str = ""  # "relay", "disks", "clock" or "pair"
     large_share: float = 0.06
     sessions: int = 0
 
@@ -155,6 +155,40 @@ def stop_tracker(world: World, rng: random.Random) -> None:
     world.tracker.signal(signal.SIGSTOP)
     rest(rng, 0.05, 2.0)
     world.tracker.signal(signal.SIGCONT)
+
+
+@kind("leader-killed", needs="pair", sessions=ALL)
+def kill_leader(world: World, rng: random.Random) -> None:
+    leader = world.leader()
+    leader.kill()
+    rest(rng, 0.0, 3.0)
+    world.start_tracker(leader)
+
+
+@kind("leader-stopped", needs="pair", sessions=ALL)
+def stop_leader(world: World, rng: random.Random) -> None:
+    """One time in two for so long that another one leads: then it comes back to a fleet that is not its own."""
+    leader = world.leader()
+    leader.signal(signal.SIGSTOP)
+    rest(rng, 5.0, 8.0) if rng.random() < 0.5 else rest(rng, 0.05, 2.0)
+    leader.signal(signal.SIGCONT)
+
+
+@kind("follower-killed", needs="pair", sessions=ALL)
+def kill_follower(world: World, rng: random.Random) -> None:
+    leader = world.leader()
+    (follower,) = [tracker for tracker in world.trackers if tracker is not leader]
+    follower.kill()
+    rest(rng, 0.0, 1.0)
+    world.start_tracker(follower)
+
+
+@kind("database-away", needs="pair", sessions=ALL)
+def stop_database(world: World, rng: random.Random) -> None:
+    assert world.shape.database is not None
+    world.shape.database.stop()
+    rest(rng, 0.0, 3.0)
+    world.shape.database.start()
 
 
 # ---- Connections ---------------------------------------------------------------------------------------------------

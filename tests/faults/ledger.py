@@ -139,7 +139,8 @@ def _check_clients(world: World, jobs: Mapping[str, Job], of_number: Mapping[int
 def _check_log(world: World, jobs: Mapping[str, Job]) -> None:
     """The tracker tells of every end once, in all of its lives together; killed, it may not come to tell."""
     told: Counter[str] = Counter()
-    for line in world.tracker.log_path.read_text(errors="replace").splitlines():
+    logs = [tracker.log_path.read_text(errors="replace") for tracker in world.trackers]
+    for line in "\n".join(logs).splitlines():
         if line.startswith("{"):
             record = json.loads(line)
             if "outcome" in record:
@@ -170,13 +171,15 @@ def close(world: World) -> None:
     """Stop everything in order: all of it ends, and leaves nothing."""
     for agent in world.agents:
         assert agent.end(30) == 0, agent.log_path.read_text()[-3000:]
-    assert world.tracker.end(30) == 0, world.tracker.log_path.read_text()[-3000:]
+    for tracker in world.trackers:
+        assert tracker.end(30) == 0, tracker.log_path.read_text()[-3000:]
     wait_for(lambda: not world.left_over(), f"no process to be left: {world.left_over()}")
     left = list((world.folder / "tmp").iterdir())
     assert not left, f"temporary files: {left}"
     # What clients that were killed had begun to send is gone on with by whoever sends it again.
-    partial = [path.name for path in (world.data / "blobs" / "partial").iterdir()]
-    assert not [name for name in partial if "." in name], partial
+    for tracker in world.trackers:
+        partial = [path.name for path in (world.folder / tracker.name / "blobs" / "partial").iterdir()]
+        assert not [name for name in partial if "." in name], partial
 
 
 def end(world: World) -> Found:

@@ -5,7 +5,7 @@
     pytest -m faults tests/faults --fault-hours 8
 
 The seed is printed where a test fails (and with -s), and decides what is done when; what processes do meanwhile is
-theirs. A sample of all kinds is in the default suite.
+theirs. A sample of all kinds but those of two trackers is in the default suite.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def seed(request: pytest.FixtureRequest) -> int:
     return chosen
 
 
-def shape_for(kinds: list[Kind], clock: Path) -> Shape:
+def shape_for(kinds: list[Kind], clock: Path, request: pytest.FixtureRequest) -> Shape:
     needs = {kind.needs for kind in kinds}
     if "disks" in needs and not can_mount():
         if os.environ.get("CI"):
@@ -42,12 +42,26 @@ def shape_for(kinds: list[Kind], clock: Path) -> Shape:
         plain="relay" in needs,
         disks="disks" in needs,
         clock=clock if "clock" in needs else None,
+        database=request.getfixturevalue("postgres") if "pair" in needs else None,
         large_share=max(kind.large_share for kind in kinds),
     )
 
 
+#: What the suite has found and nobody has mended yet; docs/testing.md says more.
+OPEN = {
+    "leader-stopped": "a call without a deadline may never be answered by a tracker that stood still and leads no more",
+    "database-away": "a session that ends because its tracker leads no more leaves a stack trace in its log",
+}
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(reason=OPEN[name], strict=False) if name in OPEN else ())
+        for name in KINDS
+    ],
+)
 def test_each_kind(
     name: str,
     seed: int,
@@ -60,7 +74,7 @@ def test_each_kind(
     option = request.config.getoption
     kinds = [KINDS[name]]
     plan = Plan(seed, option("--fault-injections"), option("--fault-jobs"), option("--fault-hours") * 3600 / len(KINDS))
-    with World(tmp_path, seed, shape_for(kinds, clock), runner, artifact) as world:
+    with World(tmp_path, seed, shape_for(kinds, clock, request), runner, artifact) as world:
         report = campaign.run(world, kinds, plan)
     sys.stdout.write(f"{report.as_json()}\n")
     where = option("--fault-report")
@@ -69,16 +83,24 @@ def test_each_kind(
 
 
 SAMPLES = {
-    "bytes": [kind for kind in KINDS.values() if kind.needs not in ("relay", "disks")],
+    "bytes": [kind for kind in KINDS.values() if kind.needs in ("", "clock")],
     "messages": [kind for kind in KINDS.values() if kind.needs == "relay"],
     "disks": [kind for kind in KINDS.values() if kind.needs == "disks"],
 }
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_one_of_each(sample: str, seed: int, runner: Path, artifact: Path, clock: Path, tmp_path: Path) -> None:
+def test_one_of_each(
+    sample: str,
+    seed: int,
+    runner: Path,
+    artifact: Path,
+    clock: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
     kinds = SAMPLES[sample]
     began = time.monotonic()
-    with World(tmp_path, seed, shape_for(kinds, clock), runner, artifact) as world:
+    with World(tmp_path, seed, shape_for(kinds, clock, request), runner, artifact) as world:
         report = campaign.run(world, kinds, Plan(seed, injections=1, jobs=40))
     sys.stdout.write(f"{time.monotonic() - began:.1f} s: {report.as_json()}\n")

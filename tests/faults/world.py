@@ -2,7 +2,8 @@
 
     client ---- 127.0.0.2 (proxy) ---- tracker ---- 127.0.0.3 (proxy) ---- agent ---- runner
 
-A plain world has a gRPC relay in place of the proxies, which knows messages where those know bytes.
+A plain world has a gRPC relay in place of the proxies, which knows messages where those know bytes. A world with a pair
+has two trackers on one PostgreSQL database, and nothing in between.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from typing import Any
 
 from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
-from kedge.rpc.security import credentials
+from kedge.rpc.errors import KedgeError
 from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.security.join import Join
 from kedge.rpc.tracker.security.principal import Role
 from kedge.rpc.transport import Address, Tls, parse_address
 from support.agents import descendants, runs, wait_for
+from support.postgres import PostgresServer
 from support.proxy import Proxy
+from support.trackers import free_ports
 
 from .relay import Relay
 
@@ -108,9 +111,10 @@ class Process:
 @dataclass(frozen=True)
 class Shape:
     """What a world is made of. `plain` has the relay; `disks` puts data folders on small file systems of their own;
-    `clock` lets the wall clocks of tracker and agents jump."""
+    `clock` lets the wall clocks of tracker and agents jump; `database` is where two trackers keep their state."""
 
     plain: bool = False
+    database: PostgresServer | None = None
     disks: bool = False
     clock: Path | None = None
     agents: int = 2
@@ -129,15 +133,19 @@ class World:
         self.artifact = artifact
         self.token = secrets.token_hex(8)
         self.data = folder / "tracker"
+        self.trackers: list[Process] = []
+        self._peers: dict[str, dict[str, Any]] = {}
+        self._ports: dict[str, tuple[int, int]] = {}
         self._runner = runner
         self._stack = contextlib.ExitStack()
-        self._port = self._agents_port = 0
         self._read: dict[Path, int] = {}
         self.lines: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
         self.agents: list[Process] = []
         self.clients: list[Process] = []
         self._next_client = 0
+        self._admin: Tls | None = None
+        self._database = "" if shape.database is None else shape.database.new_database()
         self.proxies: dict[str, Proxy] = {}
         self.clock_file = folder / "clock"
         for name in ("tmp", "logs", "config", "clients"):
@@ -146,11 +154,7 @@ class World:
     def __enter__(self) -> World:
         try:
             self._stack.enter_context(self._own_config())
-            self._mount(self.data)
-            how = "plain" if self.shape.plain else "secure"
-            self.tracker = self._process("tracker", [sys.executable, str(PROGRAMS / "tracker.py")], clock=True)
-            self._how = how
-            self.start_tracker()
+            self.tracker = self._add_tracker("tracker")
             self._reach()
             for number in range(self.shape.agents):
                 self._add_agent(f"board-{number}")
@@ -162,7 +166,7 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in (*self.clients, *self.agents, *([self.tracker] if hasattr(self, "tracker") else [])):
+        for process in (*self.clients, *self.agents, *self.trackers):
             if process.alive:
                 process.signal(signal.SIGCONT)
                 process.kill()
@@ -173,11 +177,31 @@ class World:
 
     # ---- Parts ----
 
-    def start_tracker(self) -> None:
-        """Start the tracker, again on the ports that it had."""
-        arguments = (str(self.data), str(self._port), str(self._agents_port), self._how)
-        ports = self.tracker.start(*arguments, say_ready=True).split()
-        self._port, self._agents_port = int(ports[0]), int(ports[1])
+    def start_tracker(self, tracker: Process | None = None) -> None:
+        """Start a tracker (None: the only one), again on the ports that it had."""
+        tracker = tracker or self.tracker
+        port, agents_port = self._ports.get(tracker.name, (0, 0))
+        how = "plain" if self.shape.plain else "secure"
+        peers = json.dumps(self._peers.get(tracker.name, {}))
+        arguments = (str(self.folder / tracker.name), str(port), str(agents_port), how, peers)
+        port, agents_port = map(int, tracker.start(*arguments, say_ready=True).split())
+        self._ports[tracker.name] = port, agents_port
+
+    def leader(self) -> Process:
+        """The one of two trackers that leads, once one does."""
+        found: list[Process] = []
+
+        def leads() -> bool:
+            with contextlib.suppress(KedgeError), self.fleet() as fleet:
+                led = [each.address for each in fleet.status().trackers if each.leads]
+                found[:] = [each for each in self.trackers if str(self.address_of(each)) in led and each.alive]
+            return bool(found)
+
+        wait_for(leads, "one of the trackers to lead", 60)
+        return found[0]
+
+    def address_of(self, tracker: Process) -> Address:
+        return Address("127.0.0.1", self._ports[tracker.name][0])
 
     def start_agent(self, agent: Process) -> None:
         """Start an agent and wait until the tracker has welcomed it."""
@@ -209,8 +233,9 @@ class World:
 
     @property
     def address(self) -> Address:
-        """The tracker itself."""
-        return Address("127.0.0.1", self._port)
+        """The tracker itself, or both of them."""
+        first, *others = [self.address_of(tracker) for tracker in self.trackers]
+        return Address(first.host, first.port, tuple(others)) if others else first
 
     def fleet(self) -> Fleet:
         """An administrator's connection, past all proxies."""
@@ -222,7 +247,7 @@ class World:
 
     def left_over(self) -> list[int]:
         """Processes of this world that live and are none of those which it started itself."""
-        own = {process.pid for process in (self.tracker, *self.agents, *self.clients) if process.alive}
+        own = {process.pid for process in (*self.trackers, *self.agents, *self.clients) if process.alive}
         return [pid for pid in _marked(self.token) if pid not in own]
 
     def shift_clock(self, seconds: int) -> None:
@@ -277,26 +302,45 @@ class World:
             environment |= {"LD_PRELOAD": str(self.shape.clock), "KEDGE_TEST_CLOCK": str(self.clock_file)}
         return Process(name, command, environment, self.folder / "logs" / name, self.folder)
 
+    def _add_tracker(self, name: str) -> Process:
+        self._mount(self.folder / name)
+        tracker = self._process(name, [sys.executable, str(PROGRAMS / "tracker.py")], clock=True)
+        if self.shape.database is not None:
+            port = free_ports()
+            self._ports[name] = port, port + 1
+            self._peers[name] = {"database": self._database, "peers_port": port + 2}
+            if self.trackers:
+                with Access(self.address, self._admin) as access:
+                    self._peers[name]["join"] = str(access.create_token("tracker")[1])
+        self.trackers.append(tracker)
+        self.start_tracker(tracker)
+        return tracker
+
     def _reach(self) -> None:
         """The ways in: proxies or a relay, and credentials for whoever goes there."""
-        self._admin: Tls | None = None
+        port, agents_port = self._ports["tracker"]
         if self.shape.plain:
             self.relay = self._stack.enter_context(Relay(str(self.address)))
             self.client_address = self.agents_address = parse_address(self.relay.address)
             return
-        self._admin = credentials.find(self.address).tls
-        clients = self._stack.enter_context(Proxy("127.0.0.2", self._port, ("127.0.0.1", self._port)))
-        agents = self._stack.enter_context(Proxy("127.0.0.3", self._agents_port, ("127.0.0.1", self._agents_port)))
-        self._stack.enter_context(Proxy("127.0.0.3", self._port, ("127.0.0.1", self._port)))  # to enrol
-        self.proxies = {"clients": clients, "agents": agents}
-        self.client_address, self.agents_address = Address("127.0.0.2", self._port), Address("127.0.0.3", self._port)
+        security = self.data / "security"
+        self._admin = Tls((security / "ca.pem").read_bytes(), token=(security / "admin.token").read_text().strip())
+        if self.shape.database is not None:
+            self._add_tracker("other")
+            self.client_address = self.agents_address = self.address
+        else:
+            clients = self._stack.enter_context(Proxy("127.0.0.2", port, ("127.0.0.1", port)))
+            agents = self._stack.enter_context(Proxy("127.0.0.3", agents_port, ("127.0.0.1", agents_port)))
+            self._stack.enter_context(Proxy("127.0.0.3", port, ("127.0.0.1", port)))  # to enrol
+            self.proxies = {"clients": clients, "agents": agents}
+            self.client_address, self.agents_address = Address("127.0.0.2", port), Address("127.0.0.3", port)
         with Access(self.address, self._admin) as access:
             _, self._user_join = access.create_token(Role.SUBMIT.value, "ann")
 
     def _client_credentials(self, config: Path) -> None:
         tls = None if self.shape.plain else Tls(self._user_join.ca, token=self._user_join.token)
         with self._own_config(config):
-            Credentials((self.client_address,), tls).save()
+            Credentials(self.client_address.each, tls).save()
 
     def _add_agent(self, name: str) -> None:
         data = self.folder / name
