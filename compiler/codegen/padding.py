@@ -22,7 +22,12 @@ from kedge.compiler.tir.visitor import free_vars, loads, map_children, map_stmt_
 
 
 def skip_padding(stmt: Stmt) -> Stmt:
-    """`stmt` where an iteration of a serial loop that only adds zeros to sums does nothing."""
+    """`stmt` where an iteration of a serial loop that only adds zeros to sums does nothing.
+
+    Sums are stores `t[…] = t[…] + a * b` to a buffer of any shape and dtype, where a factor is
+    `select(inside, x[…], 0)`, and `inside` depends on the loop's variable and on none of the loops within. The same
+    object where there are none.
+    """
     return map_stmt_children(skip_iterations(stmt), skip_padding)
 
 

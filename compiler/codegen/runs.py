@@ -21,7 +21,12 @@ from kedge.compiler.tir.visitor import loads
 
 
 def in_runs(loop: For, ranges: Ranges) -> frozenset[Buffer]:
-    """The buffers of which an iteration of `loop` adds vectors to a register tile that lie apart, one for each row."""
+    """The buffers of which an iteration of `loop` adds vectors to a register tile that lie apart, one for each row.
+
+    The tile is `rows` x `width` elements of any dtype, of a loop over rows that is unrolled and one over elements that
+    is vectorized; of a buffer that is found, a row's vector begins more than `width` elements after the one before.
+    `ranges` are those of the variables around. Empty where `loop` has another form.
+    """
     match loop.body:
         case For(
             kind="unrolled",

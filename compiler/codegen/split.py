@@ -28,7 +28,12 @@ _MOST_UNROLLED = 128
 
 
 def split_loops(stmt: Stmt) -> Stmt:
-    """`stmt`, in which buffers may live inside of loops, with the innermost of these split where conditions change."""
+    """`stmt`, in which buffers may live inside of loops, with the innermost of these split where conditions change.
+
+    Split are serial loops of a known number of iterations, whose body is an `If` that adds to a buffer in registers (of
+    any shape and dtype) and whose condition compares int64 sums of the loop's variable. Parts count from 0 again. The
+    same object where no loop is split.
+    """
     split = _splits(stmt)
     return stmt if split is stmt else _simplified(split, Simplifier())
 

@@ -52,7 +52,9 @@ class Turned:
 def turned(loop: For, ranges: Ranges) -> dict[Load, Turned]:
     """The loads of vectors under an unrolled loop that move by one element from iteration to iteration.
 
-    `ranges` are those of the variables around. What the loop itself stores is not looked at.
+    `ranges` are those of the variables around. What the loop itself stores is not looked at. Each load, of a buffer of
+    any shape and dtype, comes with the variable that moves it and the number of iterations that surely read, at least
+    `LEAST_ELEMENTS`. Loads that stand in two places are left out.
     """
     found: dict[Load, list[Turned | None]] = {}
     written = set(_written(loop))
@@ -159,7 +161,7 @@ def _iterations(var: Var, count: int, guards: Sequence[Expr], lane: Var) -> int:
 
 
 def columns(b: FunctionBuilder, rows: Sequence[Value]) -> list[Value]:
-    """Transpose: `rows` of so many elements, both powers of two, no more elements than rows.
+    """Transpose: n `rows`, vectors of m elements of one dtype, as m columns, vectors of n. m <= n, both powers of two.
 
     The columns have an element of each row. Rows are put side by side until there are as many vectors as columns; of
     each square of the vectors, halves are exchanged, then quarters (Eklundh's algorithm).

@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kedge.compiler.target import free
 from kedge.compiler.target.core import TargetModel, lanes_of
 
 #: Rows of a tile: those of a matrix whose rows are a power of two apart meet in one set of the first-level cache,
 #: which has eight ways nearly everywhere.
 _MOST_ROWS = 8
 _MOST_VECTORS = 4
-#: A matrix with a free number of rows may have this many, or just one.
-_SOME_ROWS = 32
-#: What the cycles of one row count beside those of a row of some: memory often takes longer than either.
+#: What the cycles of one row alone count beside those of each of many: memory often takes longer than either.
 _ONE_ROW = 0.02
-#: Columns that are free may be this many.
-_SOME_COLUMNS = 256
 #: Registers that are neither accumulators nor vectors of the second operand: one for the elements of the first, one
 #: that the compiler may want.
 _OTHER_REGISTERS = 2
@@ -99,8 +96,8 @@ def _is_small(target: TargetModel) -> bool:
 def _cycles(target: TargetModel, tile: RegisterTile, rows: int | None, columns: int | None) -> float:
     """Cycles of a step of the sum, over all tiles; of a free number of rows, those of one and of some together."""
     if rows is None:
-        return _cycles(target, tile, _SOME_ROWS, columns) / _SOME_ROWS + _ONE_ROW * _cycles(target, tile, 1, columns)
-    vectors = -(-(_SOME_COLUMNS if columns is None else columns) // tile.width)
+        return _cycles(target, tile, free.ROWS, columns) / free.ROWS + _ONE_ROW * _cycles(target, tile, 1, columns)
+    vectors = -(-(free.COLUMNS if columns is None else columns) // tile.width)
     total = 0.0
     for count, r in ((rows // tile.rows, tile.rows), (1, rows % tile.rows)):
         for times, v in ((vectors // tile.vectors, tile.vectors), (1, vectors % tile.vectors)):

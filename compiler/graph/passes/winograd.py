@@ -14,12 +14,10 @@ cycle, and tiles of m x m outputs, which are T = N * ceil(O / m) * ceil(P / m), 
 from __future__ import annotations
 
 from kedge.compiler.graph.ir import Call
-from kedge.compiler.target import Target
+from kedge.compiler.target import Target, free
 from kedge.compiler.target.costs import stream_rate, transform_cycles
 from kedge.compiler.tir.expr import Dim
 
-#: What a free dim of an image counts as, and a free batch.
-_FREE_SIZE, _FREE_BATCH = 28, 1
 #: The share of direct convolution's cycles that is left at most: less gain is not worth less exact results.
 _WORTH = 0.8
 #: Cycles of a direct convolution from which less is worth looking for: some microseconds of whole kernels.
@@ -54,7 +52,7 @@ def _sizes(conv: Call) -> tuple[int, int, int, int, int]:
     """Images, rows and columns of outputs, input and output channels."""
     filters, channels = (int(str(dim)) for dim in conv.inputs[1].type.shape[:2])
     batch, _, height, width = conv.type.shape
-    return _known(batch, _FREE_BATCH), _known(height, _FREE_SIZE), _known(width, _FREE_SIZE), channels, filters
+    return _known(batch, free.BATCH), _known(height, free.IMAGE), _known(width, free.IMAGE), channels, filters
 
 
 def _known(dim: Dim, otherwise: int) -> int:

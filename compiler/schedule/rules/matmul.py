@@ -31,6 +31,7 @@ from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, keep
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
+from kedge.compiler.target import free
 from kedge.compiler.target.core import lanes_of
 from kedge.compiler.target.costs import stays_near
 from kedge.compiler.target.tiles import RegisterTile, tile_for
@@ -48,8 +49,6 @@ _ROWS_TO_PACK = 32
 _TILES_TO_PACK = 24
 #: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
 _DOT_DEPTH = 32
-#: A sum of unknown length may have so many.
-_SOME_DEPTH = 512
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
 _UNROLL = (1, 2, 4, 8)
 _UNROLL_REGISTERS = 32
@@ -161,7 +160,7 @@ def _is_dots(product: Product) -> bool:
     """
     row, depth = product.longest_row, extent_of(product.depth.extent)
     height = 1 if row is None else product.extent(row)
-    enough = _SOME_DEPTH if depth is None else depth
+    enough = free.DEPTH if depth is None else depth
     return height is not None and (height == 1 or height * _DOT_DEPTH <= enough)
 
 

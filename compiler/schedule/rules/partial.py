@@ -12,8 +12,12 @@ from kedge.compiler.schedule.tree import writers
 def halve(sch: Schedule, ref: BlockRef, lane: LoopRef, wide: int, width: int) -> list[tuple[BlockRef, int]]:
     """Let reduction `ref` combine partial results of `wide` lanes, the iterations of `lane`, until one is left.
 
-    Partial results of `wide` elements become those of one vector of `width`, of half of it, and so on. Returns the
-    blocks that make them, with the number of their lanes.
+    Partial results of `wide` elements become those of one vector of `width`, of half of it, and so on: a result of
+    shape [S…] comes from partial ones of [wide, S…], [width, S…], [width / 2, S…] … [2, S…], of its dtype. Both numbers
+    are powers of two. Returns the blocks that make them, with the number of their lanes.
+
+    Raises:
+        ScheduleError: `ref` does not reduce along `lane`, or its sum cannot be taken apart (see `Schedule.rfactor`).
     """
     parts = [(sch.rfactor(ref, lane), wide)]
     while wide > 2:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from kedge.compiler.schedule.rules.analysis import at_least, lanes, work
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.target import free
 from kedge.compiler.tir.expr import Const
 from kedge.compiler.tir.simplify import Simplifier
 from kedge.compiler.tir.stmt import Block
@@ -19,8 +20,6 @@ _PER_CYCLE = 2
 #: Iterations per core with which chunks of whole iterations are balanced well enough, and where they divide evenly.
 _PER_CORE = 16
 _FEW_PER_CORE = 4
-#: Iterations that a free dim counts for, such as the height of an image; the outermost, which may be a batch, has one.
-_FREE_SIZE = 16
 
 
 def cycles(block: Block, target: TargetModel) -> float:
@@ -78,8 +77,8 @@ def _enough(sch: Schedule, loops: Sequence[LoopRef], cores: int) -> int:
     count = 1
     for number, loop in enumerate(loops, 1):
         extent = sch.extent(loop)
-        free = number > 1 and not isinstance(extent, Const)
-        count *= max(at_least(extent), _FREE_SIZE) if free else at_least(extent)
+        open_ = number > 1 and not isinstance(extent, Const)
+        count *= max(at_least(extent), free.ITERATIONS) if open_ else at_least(extent)
         if keeps_busy(count, cores):
             return number
     return len(loops)

@@ -25,36 +25,41 @@ from kedge.compiler.schedule.rules.rule import Space, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import intermediate, readers
+from kedge.compiler.target import free
 from kedge.compiler.tir.expr import Select
 from kedge.compiler.tir.stmt import Block, Buffer
 from kedge.compiler.tir.visitor import loads, walk_expr
 
 #: Independent accumulators that hide the latency of a multiply-add (4 cycles, 2 a cycle on most cores).
 _LATENCY_TILES = 8
-#: A reduction loop this short is unrolled.
+#: A reduction loop this short is unrolled: the taps of a row of a 3x3 kernel, and steps of a sum by four.
 _SHORT = 4
-#: So is one that reads neighbours in memory, where these are elements of one register to multiply by.
+#: So is one that reads neighbours in memory, where these are elements of one register to multiply by: two vectors of
+#: them.
 _SHORT_BY_ELEMENT = 8
-#: All reducing loops are, where that gives no more multiply-adds than this: the 3x3 or 7x7 taps of a depthwise tile.
+#: All reducing loops are, where that gives no more multiply-adds than this: the 9 taps of a depthwise tile of 14 rows,
+#: the 49 of one of 8 or 10.
 _MOST_UNROLLED = 512
-#: The same for rows along a dim of unknown size, whose code is written out for borders and for the end of a row, too.
+#: The same for rows along a dim of unknown size, whose code is written out for borders and for the end of a row, too:
+#: with 512 a 7x7 depthwise kernel over free sizes compiled for half a minute and ran at a third of its speed (Zen 4).
 _MOST_UNROLLED_OPEN = 128
-#: Sums of products of an element and a vector, as of 1x1 convolutions: LLVM orders longer code by sums, which then wait
-#: for themselves.
+#: Sums of products of an element and a vector, as of 1x1 convolutions: LLVM 22 orders longer code by sums, which then
+#: wait for themselves. 64 channels at 7x7 ran at 47 GFLOP/s unrolled whole, at 74 as a loop; 32 to 64 at 28x28 at 94
+#: and 107 (Zen 4, peak 118).
 _MOST_UNROLLED_DENSE = 256
 #: Where no operand comes from memory, all loads of unrolled code want registers; some tens hide a loop's overhead.
+#: Chosen by llvm-mca 19's shares of the peak for the shapes of benchmarks/arm_mca.py (docs/performance.md, "ARM").
 _MOST_UNROLLED_BY_ELEMENT = 48
-#: What a step of the sums costs beside multiply-adds and loads, in multiply-adds.
+#: What a step of the sums costs beside multiply-adds and loads, in multiply-adds. Chosen in the same way.
 _STEP_CYCLES = 0.5
+#: Registers of ARMv7, where 14 rows spill and each neighbour is loaded again for every tap.
 _FEW_REGISTERS = 16
+#: Bounds of the search. 14 is a row of a map of 14x14, half of one of 28: with one vector each and one for what is
+#: loaded that is half of AVX-512's registers, and longer rows share no more loads.
 _MOST_ROWS = 14
 _MOST_VECTORS = 6
 #: With so many tiles in a row of an image there is none between the borders.
 _FEW_TILES = 2
-#: Rows along a dim of unknown size, such as a batch: rows that do not fill a tile cost the most where there is one.
-_OPEN_ROWS = 4
-#: Vectors that such a tile has at least, so that one row alone has accumulators enough to keep the processor busy.
-_OPEN_VECTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +268,7 @@ def _row_dim(block: Block, vector: int) -> int | None:
     best, found = None, (0, 1)
     for number, axis in enumerate(axes):
         known = extent_of(axis.extent)
-        extent = _OPEN_ROWS if known is None else min(known, _MOST_ROWS)
+        extent = free.TILE_ROWS if known is None else min(known, _MOST_ROWS)
         steps = strides(block, axis.var)[1:]
         again = sum(1 for i in contiguous if steps[i] == 0)
         if number != vector and again and extent > 1 and (again, extent) >= found:
@@ -307,10 +312,10 @@ def _tile_shape(
         chunks = extent_of(axes[panel].extent)
     height = 1 if row is None else extent_of(axes[row].extent)
     most_vectors = min(_MOST_VECTORS, chunks or _MOST_VECTORS)
-    open_rows = max(_OPEN_ROWS, -(-_LATENCY_TILES // most_vectors))
+    open_rows = max(free.TILE_ROWS, -(-_LATENCY_TILES // most_vectors))
     most_rows = open_rows if height is None else min(_MOST_ROWS, height)
     registers = max(target.vector_registers, 4)
-    least_vectors = min(_OPEN_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
+    least_vectors = min(free.TILE_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
     others = _other_registers(block, vector, row, target)
     # One vector has the elements of several steps.
     by_element = target.fma_by_element

@@ -30,6 +30,7 @@ from kedge.compiler.schedule.rules.threads import cycles, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in, intermediate, readers, writers
+from kedge.compiler.target import free
 from kedge.compiler.target.costs import stream_rate, transform_cycles
 from kedge.compiler.tir.expr import Binary, Expr, Load, Select
 from kedge.compiler.tir.stmt import Block, Buffer, PrimFunc
@@ -42,8 +43,6 @@ _MOST_VECTORS = 6
 #: Blocks of output channels whose products are kept at a time.
 _MOST_OUTPUTS = 8
 _MOST_PARTS = 256
-#: Tiles in a block along dims of unknown size: what wastes little of most images.
-_OPEN = (1, 2, 4)
 #: Cycles to begin and end the products of a register tile.
 _TILE_CYCLES = 20.0
 
@@ -403,7 +402,7 @@ def _candidates(sizes: _Sizes, target: TargetModel) -> Iterator[Tiling]:
 def _shares(size: int | None) -> tuple[int, ...]:
     """Numbers of tiles along a dim for a block: as even parts of all as can be."""
     if size is None:
-        return _OPEN
+        return free.WINOGRAD_TILES
     return tuple(sorted({-(-size // parts) for parts in range(1, size + 1) if -(-size // parts) <= _MOST_ROWS}))
 
 
