@@ -15,9 +15,12 @@ from kedge.compiler.codegen import arith
 from kedge.compiler.codegen.affine import LANE, Interval, Linear, Product
 from kedge.compiler.codegen.builder import FunctionBuilder, Value
 from kedge.compiler.errors import CodegenError
+from kedge.compiler.schedule.rules.analysis import address_of
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Var, as_expr
-from kedge.compiler.tir.stmt import Buffer
-from kedge.compiler.tir.visitor import loads
+from kedge.compiler.tir.simplify import Simplifier
+from kedge.compiler.tir.stmt import Buffer, Range
+from kedge.compiler.tir.structural import expr_key
+from kedge.compiler.tir.visitor import loads, walk_expr
 
 _T = TypeVar("_T")
 
@@ -44,6 +47,8 @@ class AddressEmitter:
     def __init__(self, builder: FunctionBuilder) -> None:
         self.b = builder
         self.env: dict[Var, Linear] = {}
+        self.ranges: dict[Var, Range] = {}  # of the loops around, from the outermost on
+        self._numbers: dict[tuple[Buffer, tuple[Expr, ...]], Expr | None] = {}  # of elements, see `_in_order`
         self.known: dict[Value, Interval] = {}
         self.pointers: dict[Buffer, Pointer] = {}
         self.lanes = 1
@@ -115,7 +120,8 @@ class AddressEmitter:
         return Linear.atom(self.b.convert("trunc", self.value(expr), self.b.index_type))
 
     def _product(self, x: Linear, y: Linear) -> Linear:
-        if x.value is not None or y.value is not None or (x.is_uniform and y.is_uniform):
+        steps = (x.is_uniform and y.lane_step() is not None) or (y.is_uniform and x.lane_step() is not None)
+        if x.value is not None or y.value is not None or steps:
             return x * y
         return Linear.atom(self.b.op("mul", self.materialize(x), self.materialize(y)))
 
@@ -297,10 +303,27 @@ class AddressEmitter:
 
     def offset(self, buffer: Buffer, indices: Sequence[Expr]) -> Linear:
         """The position of an element, in elements from the start of `buffer`."""
+        number = self._in_order(buffer, tuple(indices))
+        if number is not None:
+            return self._put_together(self.index(number))
         total = Linear()
         for index, stride in zip(indices, self.strides(buffer), strict=True):
             total = total + self._product(self.index(index), stride)
         return self._put_together(total)
+
+    def _in_order(self, buffer: Buffer, indices: tuple[Expr, ...]) -> Expr | None:
+        """The number of an element in the order of its buffer, where that needs fewer quotients by free sizes.
+
+        So it is where dims of free sizes are counted by one loop: `x // w * w + x % w` is x.
+        """
+        quotients = _free_quotients(indices)
+        if not quotients:
+            return None
+        key = (buffer, indices)
+        if key not in self._numbers:
+            number = Simplifier(self.ranges).simplify(address_of(indices, buffer.shape))
+            self._numbers[key] = number if _free_quotients((number,)) < quotients else None
+        return self._numbers[key]
 
     def _address(self, pointer: Pointer, memory: str, position: Linear) -> str:
         """The address of an element.
@@ -366,6 +389,13 @@ class AddressEmitter:
     def value(self, expr: Expr) -> Value:
         """The value of any expression; what an index may need of data."""
         raise NotImplementedError
+
+
+def _free_quotients(indices: Sequence[Expr]) -> int:
+    """How many different quotients and remainders there are by what is not known while compiling."""
+    nodes = (node for index in indices for node in walk_expr(index))
+    divided = (node for node in nodes if isinstance(node, Binary) and node.op in ("floordiv", "floormod"))
+    return len({expr_key(node) for node in divided if not isinstance(node.b, Const)})
 
 
 def _definition_order(item: tuple[Product, int]) -> tuple[int, ...]:

@@ -86,6 +86,17 @@ class Linear:
                 base[term] = c
         return Linear(base), stride
 
+    def lane_step(self) -> tuple[Linear, Linear] | None:
+        """`(base, step)` with `self == base + step * LANE`, both the same in every lane; None where there are none."""
+        base: dict[Product, int] = {}
+        step: dict[Product, int] = {}
+        for term, c in self.terms.items():
+            rest = tuple(value for value in term if value != LANE)
+            if len(term) - len(rest) > 1 or any(value.lanes > 1 for value in rest):
+                return None
+            (base if len(rest) == len(term) else step)[rest] = c
+        return Linear(base), Linear(step)
+
     @property
     def is_uniform(self) -> bool:
         """Whether the value is the same in every lane."""

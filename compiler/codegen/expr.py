@@ -78,7 +78,7 @@ class ExprEmitter(AddressEmitter):
         if mask is not None and ((pointer.private and self._fits(load.buffer, position)) or self._in_bounds(load)):
             mask = None
         if split is None or split[1] not in (1, 2) or (split[1] == 2 and mask is not None):
-            column = None if split is None else self._column(load, pointer, memory, size, *split, mask)
+            column = self._column(load, pointer, memory, size, position, mask)
             return self._gather(pointer, memory, size, position, mask) if column is None else column
         base, stride = split
         if stride == 2:
@@ -110,32 +110,35 @@ class ExprEmitter(AddressEmitter):
         )  # fmt: skip
 
     def _column(
-        self, load: Load, pointer: Pointer, memory: str, size: int, base: Linear, stride: int, mask: Value | None
+        self, load: Load, pointer: Pointer, memory: str, size: int, position: Linear, mask: Value | None
     ) -> Value | None:
         """An element for each lane out of rows that other iterations of an unrolled loop read further elements of."""
         plan, lanes = self.turned.get(load), self.lanes
         number = None if plan is None else self.env[plan.var].value
-        if plan is None or number is None or lanes & (lanes - 1):
+        steps = position.lane_step()
+        if plan is None or number is None or steps is None or lanes & (lanes - 1):
             return None
+        base, step = steps
         part = plan.part(number, lanes)
         if part is None:
             return None
         first, count = part
         start = base + Linear.of(first - number)
-        key = ("columns", pointer.ref, memory, frozenset(start.terms.items()), stride, count, lanes, mask)
+        place = frozenset(start.terms.items()), frozenset(step.terms.items())
+        key = ("columns", pointer.ref, memory, place, count, lanes, mask)
         found: list[Value] | None = self._cached(key)
         if found is None:
-            found = columns(self.b, list(self._rows(pointer, memory, size, start, stride, count, mask)))
+            found = columns(self.b, list(self._rows(pointer, memory, size, start, step, count, mask)))
             self._remember(key, found)
         return found[number - first]
 
     def _rows(
-        self, pointer: Pointer, memory: str, size: int, start: Linear, stride: int, count: int, mask: Value | None
+        self, pointer: Pointer, memory: str, size: int, start: Linear, step: Linear, count: int, mask: Value | None
     ) -> Iterator[Value]:
         """For each lane `count` elements that lie together; nothing is read for those that are off."""
         full = f"<{count} x {memory}>"
         for lane in range(self.lanes):
-            position = start + Linear.of(stride * lane)
+            position = start + step.scaled(lane)
             address = self._address(pointer, memory, position)
             align = self._alignment(pointer, position, size)
             if mask is None:

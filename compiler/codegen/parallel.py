@@ -13,7 +13,7 @@ from kedge.compiler.codegen.alloc import Alloc, statements_of
 from kedge.compiler.codegen.builder import FunctionBuilder, ModuleBuilder, Value
 from kedge.compiler.codegen.expr import ExprEmitter
 from kedge.compiler.tir.expr import Dim, Expr, Load, Var
-from kedge.compiler.tir.stmt import Buffer, For, Range, Stmt, Store
+from kedge.compiler.tir.stmt import Buffer, For, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, stmt_exprs, walk_expr
 
 #: Struct layouts of kedge.h, as far as compiled code reads them.
@@ -79,7 +79,6 @@ class ParallelEmitter(ExprEmitter):
         self.workspace: Dim = 0
         self.parallel: Expr | None = None  # iterations of the parallel loop around, where there is one
         self.first_iteration: Linear | None = None  # of those that this function runs
-        self.ranges: dict[Var, Range] = {}  # of the loops around, from the outermost on
 
     def stmt(self, stmt: Stmt) -> None:
         """Emit a statement."""

@@ -96,11 +96,14 @@ def fitting_lanes(limit: int, extent: int | None) -> int:
     return best
 
 
-def stride(indices: Sequence[Expr], shape: Sequence[Dim], var: Var, ranges: Ranges) -> int | None:
-    """By how many elements an access moves when `var` goes up by one; None where that varies."""
-    address: Expr = const(0)
-    for index, dim in zip(indices, shape, strict=True):
-        address = address * as_expr(dim) + index
+def stride(
+    indices: Sequence[Expr], shape: Sequence[Dim], var: Var, ranges: Ranges, *, free: int | None = None
+) -> int | None:
+    """By how many elements an access moves when `var` goes up by one; None where that varies.
+
+    `free` is what it counts as where it is the same for all values of the variables in `ranges`, but not known.
+    """
+    address = address_of(indices, shape)
     simplifier = Simplifier(ranges)
     if any(isinstance(node, Load) and var in free_vars(node) for node in walk_expr(address)):
         return None
@@ -112,8 +115,19 @@ def stride(indices: Sequence[Expr], shape: Sequence[Dim], var: Var, ranges: Rang
     if parts is None:
         return None
     factor, rest = parts
-    hidden = var in free_vars(simplifier.expr_of(rest)) or factor.value is None
-    return None if hidden else factor.value
+    if var in free_vars(simplifier.expr_of(rest)):
+        return None
+    if factor.value is None:
+        return None if any(each in ranges for each in free_vars(simplifier.expr_of(factor))) else free
+    return factor.value
+
+
+def address_of(indices: Sequence[Expr], shape: Sequence[Dim]) -> Expr:
+    """The number of an element of a buffer of that shape, in the order of its elements (row-major)."""
+    address: Expr = const(0)
+    for index, dim in zip(indices, shape, strict=True):
+        address = address * as_expr(dim) + index
+    return address
 
 
 def strides(block: Block, var: Var) -> list[int | None]:

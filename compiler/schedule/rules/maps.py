@@ -17,6 +17,7 @@ from kedge.compiler.schedule.rules.analysis import (
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
+from kedge.compiler.target import free
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, const
 from kedge.compiler.tir.simplify import over, simplify
 from kedge.compiler.tir.stmt import Block, IterVar, Range, Store
@@ -121,7 +122,7 @@ def _square(block: Block, target: TargetModel) -> _Square | None:
         extent = _fused_extent(block, fused)
         width = fitting_lanes(lanes(target, block), extent_of(extent))
         steps = _lane_strides(block, fused, extent, width)
-        if width < _LEAST_SQUARE or steps is None or steps[0] != 1:
+        if width < _LEAST_SQUARE or steps is None or steps[0] != 1 or not _has_digits(axes[len(axes) - fused :]):
             continue
         apart = [number for number, step in enumerate(steps) if number and abs(step) > _NEAR]
         if not apart:
@@ -137,12 +138,9 @@ def _square(block: Block, target: TargetModel) -> _Square | None:
 def _height(block: Block, rows: tuple[int, int], apart: Sequence[int], width: int) -> int | None:
     """How many rows a square has along dims that are put together; None where no load of those `apart` is in order."""
     axes = spatial(block)[rows[0] : rows[1]]
-    extent: Expr = const(1)
-    for axis in axes:
-        extent = extent * axis.extent
-    extent = simplify(extent)
+    extent = simplify(_product(axes))
     known = extent_of(extent)
-    if known is not None and known < _LEAST_SQUARE:
+    if (known is not None and known < _LEAST_SQUARE) or not _has_digits(axes):
         return None
     height = width
     while height >= _LEAST_SQUARE:
@@ -159,10 +157,7 @@ def fuse_all(sch: Schedule, loops: list[LoopRef]) -> LoopRef:
 
 
 def _fused_extent(block: Block, count: int) -> Expr:
-    extent: Expr = const(1)
-    for it in spatial(block)[len(spatial(block)) - count :]:
-        extent = extent * it.extent
-    return simplify(extent)
+    return simplify(_product(spatial(block)[len(spatial(block)) - count :]))
 
 
 def _lane_strides(block: Block, count: int, extent: Expr, width: int) -> list[int] | None:
@@ -188,6 +183,25 @@ def _strides_along(block: Block, axes: Sequence[IterVar], extent: Expr, width: i
     store = store_of(block)
     accesses: list[Store | Load] = [store, *loads(store.value)]
     return [
-        stride([substitute_expr(index, mapping) for index in access.indices], access.buffer.shape, lane, ranges)
+        stride(
+            [substitute_expr(index, mapping) for index in access.indices],
+            access.buffer.shape,
+            lane,
+            ranges,
+            free=free.STRIDE,
+        )
         for access in accesses
     ]
+
+
+def _has_digits(axes: Sequence[IterVar]) -> bool:
+    """Whether dims that are put together can be told apart again: their digits are of numbers, or of one free size."""
+    return isinstance(simplify(_product(axes[1:])), Const | Var)
+
+
+def _product(axes: Sequence[IterVar]) -> Expr:
+    """How many values all of `axes` have together."""
+    extent: Expr = const(1)
+    for axis in axes:
+        extent = extent * axis.extent
+    return extent
