@@ -29,13 +29,17 @@ OPSET = 21
 
 @dataclass(frozen=True)
 class Model:
-    """A network: `build(net, image, width)` returns its result. `size` is (height, width); `()` means no image."""
+    """A network: `build(net, image, width)` returns its result.
+
+    `size` is (height, width) of an image of `channels`, or what the network takes instead; `()` means no image.
+    """
 
     name: str
     title: str
     build: Callable[[Net, str, float], str]
     size: tuple[int, ...] = (224, 224)
     batch: int = 1
+    channels: int = 3
 
     @property
     def input_name(self) -> str:
@@ -43,7 +47,7 @@ class Model:
 
     def shape(self, size: tuple[int, ...] | None = None, batch: int | None = None) -> tuple[int, ...]:
         """Shape of the input; another size is for images only."""
-        return (batch or self.batch, *((3, *(size or self.size)) if self.size else (784,)))
+        return (batch or self.batch, *((self.channels, *(size or self.size)) if self.size else (784,)))
 
     def make(self, size: tuple[int, ...] | None = None, batch: int | None = None, width: float = 1.0) -> Net:
         """The network. `width` multiplies the channels of all layers, for quick runs."""
@@ -121,21 +125,22 @@ class Net:
 
     def conv(
         self, name: str, x: str, channels: int, kernel: int, stride: int = 1, *, groups: int = 1, bias: bool = False,
-        pad: int | None = None,
+        pad: int | None = None, dilation: int = 1,
     ) -> str:  # fmt: skip
-        """A convolution; padded to keep the size unless `pad` is given."""
+        """A convolution of as many dims as `x` has; padded to keep the size unless `pad` is given."""
         batch, channels_in, *size = self.shapes[x]
-        pad = kernel // 2 if pad is None else pad
-        out = tuple((edge + 2 * pad - kernel) // stride + 1 for edge in size)
-        taps = channels_in // groups * kernel**2
-        weights = (channels, channels_in // groups, kernel, kernel)
+        rank, reach = len(size), (kernel - 1) * dilation + 1
+        pad = reach // 2 if pad is None else pad
+        out = tuple((edge + 2 * pad - reach) // stride + 1 for edge in size)
+        taps = channels_in // groups * kernel**rank
+        weights = (channels, channels_in // groups, *[kernel] * rank)
         inputs = [x, self.normal(f"{name}.weight", weights, 1 / math.sqrt(taps * self.power[x]))]
         if bias:
             inputs.append(self.normal(f"{name}.bias", (channels,), 0.1))
         self.flops += 2 * batch * channels * math.prod(out) * taps
         return self.node(
-            "Conv", name, inputs, (batch, channels, *out), 1.0, kernel_shape=[kernel] * 2, strides=[stride] * 2,
-            pads=[pad] * 4, group=groups, dilations=[1, 1],
+            "Conv", name, inputs, (batch, channels, *out), 1.0, kernel_shape=[kernel] * rank, strides=[stride] * rank,
+            pads=[pad] * 2 * rank, group=groups, dilations=[dilation] * rank,
         )  # fmt: skip
 
     def up_conv(self, name: str, x: str, channels: int) -> str:
@@ -227,13 +232,13 @@ class Net:
         out = tuple((edge + 2 * pad - kernel) // stride + 1 for edge in size)
         power = self.power[x] * ((1.7 if kernel == 2 else 4) if kind == "MaxPool" else 0.7)
         return self.node(
-            kind, name, [x], (batch, channels, *out), power, kernel_shape=[kernel] * 2, strides=[stride] * 2,
-            pads=[pad] * 4,
+            kind, name, [x], (batch, channels, *out), power, kernel_shape=[kernel] * len(size),
+            strides=[stride] * len(size), pads=[pad] * 2 * len(size),
         )  # fmt: skip
 
     def global_pool(self, name: str, x: str) -> str:
-        batch, channels, *_ = self.shapes[x]
-        return self.node("GlobalAveragePool", name, [x], (batch, channels, 1, 1), 0.9 * self.power[x])
+        batch, channels, *size = self.shapes[x]
+        return self.node("GlobalAveragePool", name, [x], (batch, channels, *[1] * len(size)), 0.9 * self.power[x])
 
     def flatten(self, name: str, x: str) -> str:
         batch, *rest = self.shapes[x]
@@ -439,7 +444,11 @@ def squeeze_excite(net: Net, name: str, x: str, squeezed: int) -> str:
 
 
 def convnext_tiny(net: Net, x: str, width: float) -> str:
-    """ConvNeXt-T (Liu et al., arXiv:2201.03545): depthwise 7x7, layer normalization, GELU."""
+    return convnext(net, x, width, (3, 3, 9, 3))
+
+
+def convnext(net: Net, x: str, width: float, depths: Sequence[int]) -> str:
+    """ConvNeXt (Liu et al., arXiv:2201.03545): depthwise 7x7, layer normalization, GELU."""
     to_last, to_first = (0, 2, 3, 1), (0, 3, 1, 2)
 
     def norm(name: str, x: str) -> str:
@@ -456,7 +465,7 @@ def convnext_tiny(net: Net, x: str, width: float) -> str:
         return net.add(f"{name}.add", x, net.transpose(f"{name}.to_first", y, to_first))
 
     sizes = [channels(size, width) for size in (96, 192, 384, 768)]
-    for stage, (size, depth) in enumerate(zip(sizes, (3, 3, 9, 3), strict=True)):
+    for stage, (size, depth) in enumerate(zip(sizes, depths, strict=True)):
         if stage:
             x = norm(f"downsample.{stage}.0", x)
         x = net.conv(f"downsample.{stage}.1", x, size, 2 if stage else 4, 2 if stage else 4, bias=True, pad=0)
@@ -468,12 +477,15 @@ def convnext_tiny(net: Net, x: str, width: float) -> str:
 
 
 def densenet121(net: Net, x: str, width: float) -> str:
-    """DenseNet-121 (Huang et al., arXiv:1608.06993): each layer reads the results of all before it."""
+    return densenet(net, x, channels(32, width))
+
+
+def densenet(net: Net, x: str, growth: int) -> str:
+    """DenseNet (Huang et al., arXiv:1608.06993): each layer reads the results of all before it."""
 
     def activated(name: str, x: str) -> str:
         return net.relu(f"{name}.relu", net.batch_norm(f"{name}.norm", x))
 
-    growth = channels(32, width)
     x = activated("features.0", net.conv("features.conv0", x, 2 * growth, 7, 2))
     x = net.pool("MaxPool", "features.pool0", x, 3, 2, 1)
     for stage, depth in enumerate((6, 12, 24, 16), 1):
@@ -514,9 +526,13 @@ def unet(net: Net, x: str, width: float) -> str:
 
 
 def vgg16(net: Net, x: str, width: float) -> str:
-    """VGG-16 (Simonyan and Zisserman, arXiv:1409.1556), with its large fully connected layers."""
+    return vgg(net, x, width, (2, 2, 3, 3, 3))
+
+
+def vgg(net: Net, x: str, width: float, depths: Sequence[int]) -> str:
+    """VGG (Simonyan and Zisserman, arXiv:1409.1556), with its large fully connected layers."""
     number = 0
-    for stage, depth in enumerate((2, 2, 3, 3, 3)):
+    for stage, depth in enumerate(depths):
         for _ in range(depth):
             x = net.conv(f"features.{number}", x, channels(min(64 << stage, 512), width), 3, bias=True)
             x = net.relu(f"features.{number + 1}", x)

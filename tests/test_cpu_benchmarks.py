@@ -83,6 +83,27 @@ def test_models_writes_a_network(tmp_path: Path) -> None:
     assert "give HEIGHTxWIDTH" in run("models.py", "unet", "--size", "96").stderr
 
 
+def test_other_networks_are_valid(part: Any) -> None:
+    """Narrow ones; their shapes are what they are said to be, and nothing grows without bounds."""
+    plainly = ort.SessionOptions()
+    plainly.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, model in part("other_networks").NETWORKS.items():
+        net = model.make(width=1 / 8)
+        proto = net.proto()
+        onnx.checker.check_model(proto)
+        output = proto.graph.output[0].name
+        (array,) = ort.InferenceSession(proto.SerializeToString(), plainly).run([output], model.inputs())
+        assert array.shape == net.shapes[output], name
+        assert 1e-4 < np.mean(np.square(array, dtype=np.float64)) < 100, name
+
+
+def test_the_table_of_the_documentation_is_of_a_result(part: Any) -> None:
+    rows = [row_of(name, median_us=10.0) for name in ("a", "b", "c")]
+    for row, ratio in zip(rows, (1.5, 0.25, 0.5), strict=True):
+        row["runs"][0]["ratio"] = ratio
+    assert part("other_networks").table(rows).splitlines()[2:] == ["| b | 0.25 | a | 1.50 |", "| c | 0.50 |  |  |"]
+
+
 # Whole networks -----------------------------------------------------------------------------------------------------
 
 
