@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
@@ -53,6 +54,11 @@ def _unprivileged() -> dict[str, object]:
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
+def _end_with_the_tests() -> None:
+    """Tests that are killed leave no server behind (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGINT)
+
+
 @dataclass
 class PostgresServer:
     """A server that runs; `stop`, `start` and `kill` are for tests of what its clients do then."""
@@ -68,7 +74,13 @@ class PostgresServer:
         command += ["-p", str(self.port), "-h", "127.0.0.1", "-c", "fsync=off", "-c", "max_connections=80"]
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, **_unprivileged()
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=self.folder,
+            start_new_session=True,
+            preexec_fn=_end_with_the_tests,  # noqa: PLW1509 - it makes one system call
+            **_unprivileged(),
         )
         log.close()
         deadline = time.monotonic() + _START_S
