@@ -15,6 +15,7 @@ import random
 import secrets
 import signal
 import struct
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -498,12 +499,16 @@ def _greet_runner(path: Path, cage: Cage, scratch: Path, measuring: Tuple[int, .
 
 def _find_gpus(path: Path, kind: str, cage: Cage, scratch: Path) -> Tuple[Accelerator, ...]:
     """The GPUs of a kind that a job would find; a driver that fails costs the device its GPUs, not its CPU."""
+    folder = Path(tempfile.mkdtemp(prefix="gpus-", dir=str(scratch)))
     try:
-        with Runner(path, cwd=scratch, cage=cage) as runner:
+        cage.furnish(folder)  # drivers find nothing where they can write nothing
+        with Runner(path, cwd=folder, cage=cage) as runner:
             found = runner.devices(kind)
     except RunnerError as error:
         log.warning("this device offers no %s: looking for it failed: %s", kind, error)
         return ()
+    finally:
+        cage.clear(folder)
     if found.reason:
         log.info("%s: %s", kind, found.reason)
     return found.accelerators

@@ -16,7 +16,7 @@ from kedge.compiler.target.arch import ARCHS, Arch, closure
 from kedge.compiler.target.cpus import CPUS
 from kedge.compiler.target.parse import parse, parse_cpu
 from kedge.device_agent.agent import _find_gpus
-from kedge.device_agent.cage import Cage
+from kedge.device_agent.cage import Cage, choose_user
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
 from kedge.device_agent.health import Fitness, examine, read_health
 from kedge.device_agent.probe import baseline_target, cpu_of, emulation_reason, probe, target_string, userland_arch
@@ -24,6 +24,7 @@ from kedge.device_agent.runner import Runner, RunnerTimeout
 from kedge.rpc.abi import ABI_VERSION
 from kedge.rpc.artifact import Found
 from kedge.rpc.types import Health
+from support.doubling import opencl_device
 
 PI4_CPUINFO = """\
 processor\t: 0
@@ -280,6 +281,15 @@ def test_this_kernel_answers_what_the_emulation_check_asks() -> None:
     assert Path("/proc/thread-self/exe").readlink() == Path("/proc/self/exe").readlink()
     machine = subprocess.run(["uname", "-m"], capture_output=True, text=True, check=True).stdout.strip()
     assert emulation_reason(machine) is None
+
+
+def test_runners_in_a_cage_find_the_gpus_that_others_find(runner: Path, tmp_path: Path) -> None:
+    """Drivers want to write files, even to say what there is; their runner's user must be able to."""
+    expected = opencl_device(runner)
+    (tmp_path / "jobs").mkdir()
+    with Cage.build(runner, tmp_path, tmp_path / "jobs", choose_user(None)) as cage:
+        assert expected in _find_gpus(runner, "opencl", cage, tmp_path / "jobs")
+    assert list((tmp_path / "jobs").iterdir()) == []
 
 
 def test_a_driver_that_fails_costs_the_gpus_and_nothing_else(
