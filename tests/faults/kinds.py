@@ -105,11 +105,11 @@ def stop_runner(world: World, rng: random.Random) -> None:
 
 
 def _signal_runner(world: World, rng: random.Random, number: int) -> int:
-    """To the next runner that is there at a random moment."""
+    """To the next runner that is there, from a random moment on: they live for milliseconds."""
+    rest(rng, 0.0, 0.1)
     found: list[int] = []
 
     def there() -> bool:
-        rest(rng, 0.0, 0.02)
         below = [pid for agent in world.agents for pid in world.runners(agent)]
         if below and _send(below[0], number):
             found.append(below[0])
