@@ -102,5 +102,6 @@ def _judge(report: Report, kinds: Sequence[Kind], injected: Counter[str]) -> Non
 
 def keep(path: Path, report: Report) -> None:
     """Add a report as a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(report.as_json()) + "\n")
