@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, List, Optional, Tuple, Union
 
@@ -123,6 +125,18 @@ def parse_address(text: str) -> Address:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise refuse(f"the port {port!r} is not a number from 1 to 65535")
     return Address(host, int(port))
+
+
+def parse_host(text: str) -> str:
+    """A host by itself: a name, or an IP address without brackets; raises AddressError saying what is wrong."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        return text
+    if ":" in text and re.fullmatch(r"[0-9A-Fa-f:.]+", text):
+        with suppress(ValueError):
+            return str(ipaddress.IPv6Address(text))
+    raise AddressError(
+        f"{text!r} is neither a host name nor an IP address", hint="write it without a port, for example lab"
+    )
 
 
 def parse_trackers(text: str) -> Address:

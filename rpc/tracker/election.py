@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from kedge.rpc.tracker import schema as t
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.epoch import Epoch, take_lead
-from kedge.rpc.transport import Address, parse_address
+from kedge.rpc.transport import Address, AddressError, parse_address
 
 log = logging.getLogger("kedge.tracker")
 
@@ -95,6 +95,8 @@ class Election:
         #: Why the database cannot be asked; None when all is well.
         self.problem: str | None = None
         self._leading: Epoch | None = None
+        #: Trackers whose addresses are none.
+        self._unreachable: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="kedge-election", daemon=True)
 
     def start(self) -> None:
@@ -169,10 +171,20 @@ class Election:
             connection.execute(sa.delete(t.trackers).where(t.trackers.c.seen_ms < now_ms - _FORGOTTEN_MS))
         members = []
         for row in connection.execute(sa.select(t.trackers).order_by(t.trackers.c.started_ms, t.trackers.c.name)):
-            member = Member(row.name, parse_address(row.address), parse_address(row.peers_address), row.software)
+            try:
+                member = Member(row.name, parse_address(row.address), parse_address(row.peers_address), row.software)
+            except AddressError as error:
+                self._pass_over(row.name, error)
+                continue
             members.append(Seen(member, row.started_ms, row.seen_ms, row.seen_ms < now_ms - GONE_MS))
         leads = connection.execute(sa.select(t.leadership)).one()
         return View(leads.epoch, leads.tracker, tuple(members))
+
+    def _pass_over(self, name: str, error: AddressError) -> None:
+        """Somebody else's mistake must not stop this tracker; it is told once."""
+        if name not in self._unreachable:
+            self._unreachable.add(name)
+            log.error("nobody can reach the tracker %s: %s", name, error)
 
     def _lose(self, why: str) -> None:
         if self._leading is not None:

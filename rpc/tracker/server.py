@@ -42,7 +42,7 @@ from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.shell import Clock
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address
+from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address, parse_host
 
 log = logging.getLogger("kedge.tracker")
 LOOPBACK = "127.0.0.1"
@@ -108,8 +108,10 @@ async def serve(
 
     Raises:
         ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
+        AddressError: `advertise` is no host.
         StoreError, BlobError, SecretFileError: the data folder or the database cannot be used.
     """
+    advertised = parse_host(advertise or _known_as(host)) if database is not None else host
     ports = _checked_ports(
         host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=database is not None
     )
@@ -161,7 +163,7 @@ async def serve(
             else:
                 assert shared is not None
                 cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s, fail)
-                house = _Shared(cluster, host, advertise or _known_as(host))
+                house = _Shared(cluster, advertised)
             exporter = ExitStack()
             servers = _Servers(host, health, counting)
             try:
@@ -247,7 +249,7 @@ class _Alone:
 class _Shared:
     """One of several trackers on a database."""
 
-    def __init__(self, cluster: Cluster, host: str, advertised: str) -> None:
+    def __init__(self, cluster: Cluster, advertised: str) -> None:
         self.cluster = cluster
         self.clients, self.agents = cluster.clients, cluster.agents
         self._advertised = advertised

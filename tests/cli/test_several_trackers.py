@@ -77,3 +77,6 @@ def test_options_that_need_a_database(kedge: Kedge, tmp_path: Path) -> None:
     assert done.returncode == 2 and "name their --database" in done.stderr
     done = kedge("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", "--database", "mysql://a/b")
     assert done.returncode == 2 and "postgresql://" in done.stderr
+    database = ("--database", "postgresql://db.invalid/kedge")
+    done = kedge("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", *database, "--advertise", "lab:9190")
+    assert done.returncode == 2 and "'lab:9190' is neither a host name" in done.stderr

@@ -4,7 +4,7 @@ import pytest
 
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.protocol import ProtocolError, accepts, check_peer, local_protocol
-from kedge.rpc.transport import Address, parse_address
+from kedge.rpc.transport import Address, AddressError, parse_address, parse_host
 from kedge.rpc.types import Protocol
 
 
@@ -41,6 +41,13 @@ def test_bad_addresses_say_what_is_wrong(text: str, why: str) -> None:
     with pytest.raises(ConnectError, match=r"is not a tracker's address") as caught:
         parse_address(text)
     assert why in caught.value.message and "HOST:PORT" in str(caught.value.hint)
+
+
+def test_a_host_has_no_port() -> None:
+    assert [parse_host(text) for text in ("lab", "10.0.0.7", "::1")] == ["lab", "10.0.0.7", "::1"]
+    for text in ("", "lab:9190", "a:9190", "a,b", "my lab", "[::1]", "fe80::1%eth0", "http://lab"):
+        with pytest.raises(AddressError, match="neither a host name nor"):
+            parse_host(text)
 
 
 def test_loopback() -> None:
