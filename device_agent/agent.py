@@ -339,17 +339,17 @@ class _Link:
 
     def __init__(self, address: Address, tls: Optional[Tls]) -> None:
         self._address = address
-        self._channel = open_channel(address, tls)
+        self._tls = tls
+        #: Guards the three below: `close` may come before there is a connection.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel: Any = None
+        self._call: Any = None
         self._out: queue.SimpleQueue[Optional[m.AgentBody]] = queue.SimpleQueue()
         self._ended = threading.Event()
-        self._call: Any = None
 
     def start(self, received: Callable[[m.TrackerBody], None], closed: Callable[[Optional[KedgeError]], None]) -> None:
         """Dial. Both callbacks come from the link's own thread; `closed` comes once."""
-        from kedge.protos.v1 import agent_pb2_grpc
-
-        stub: Any = cast(Any, agent_pb2_grpc.AgentsStub)(self._channel)
-        self._call = stub.Connect(self._requests())
         threading.Thread(target=self._read, args=(received, closed), name="kedge-link", daemon=True).start()
 
     def send(self, message: m.AgentBody) -> None:
@@ -359,9 +359,28 @@ class _Link:
     def close(self, farewell_s: float) -> None:
         """End the stream once what was sent has left; no later than after `farewell_s`."""
         self._out.put(None)
+        with self._lock:
+            self._closed = True
+            call, channel = self._call, self._channel
+        if call is None:
+            return  # its thread makes no connection any more
         self._ended.wait(farewell_s)
-        self._call.cancel()
-        self._channel.close()
+        call.cancel()
+        channel.close()
+
+    def _dial(self) -> Any:
+        """The call; None after `close`. Looking names up may take long, and may fail (ConnectError)."""
+        from kedge.protos.v1 import agent_pb2_grpc
+
+        channel = open_channel(self._address, self._tls)
+        with self._lock:
+            if self._closed:
+                channel.close()
+                return None
+            self._channel = channel
+            stub: Any = cast(Any, agent_pb2_grpc.AgentsStub)(channel)
+            self._call = stub.Connect(self._requests())
+            return self._call
 
     def _requests(self) -> Iterator[Any]:
         from kedge.rpc import convert
@@ -380,7 +399,7 @@ class _Link:
 
         error: Optional[KedgeError] = None
         try:
-            for pb in self._call:
+            for pb in self._dial() or ():
                 message = convert.tracker_message_from_pb(pb)
                 if message is None:
                     log.info("ignored a message that only a newer tracker knows")
