@@ -20,6 +20,8 @@ _CONNECT_S = 5
 #: outlast it.
 _IDLE_IN_TRANSACTION_MS = 4_000
 _STATEMENT_MS = 60_000
+#: Options of a URL that may be shown; others may hold secrets.
+_SHOWN = ("host", "port", "dbname", "user")
 #: What was sent and is not acknowledged for so long means that the connection is gone.
 _UNACKNOWLEDGED_MS = 5_000
 #: What a server says that ends a session: an administrator or a crash did, or the session was idle for too long.
@@ -129,11 +131,12 @@ class Postgres:
 
     @property
     def name(self) -> str:
-        """The URL, without its password."""
-        return self._url.set(drivername="postgresql").render_as_string(hide_password=True)
+        """The URL, without passwords: of its options those alone that say where the database is."""
+        shown = {key: value for key, value in self._url.query.items() if key in _SHOWN}
+        return self._url.set(drivername="postgresql", query=shown).render_as_string(hide_password=True)
 
     def engine(self) -> sa.Engine:
-        """Every commit is on the server's disk (its `synchronous_commit` says so); sessions that hang are ended."""
+        """Every commit is on the disk, whatever the server is set to otherwise; sessions that hang are ended."""
         return self._engine({"idle_in_transaction_session_timeout": _IDLE_IN_TRANSACTION_MS})
 
     def lock_engine(self, idle_ms: int) -> sa.Engine:
@@ -141,7 +144,7 @@ class Postgres:
         return self._engine({"idle_session_timeout": idle_ms}, isolation_level="AUTOCOMMIT")
 
     def _engine(self, settings: dict[str, int], **options: Any) -> sa.Engine:
-        settings = {"statement_timeout": _STATEMENT_MS, **settings}
+        common: dict[str, int | str] = {"statement_timeout": _STATEMENT_MS, "synchronous_commit": "on"}
         arguments = {
             "connect_timeout": _CONNECT_S,
             "tcp_user_timeout": _UNACKNOWLEDGED_MS,
@@ -149,7 +152,7 @@ class Postgres:
             "keepalives_interval": 1,
             "keepalives_count": 3,
             "application_name": "kedge tracker",
-            "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+            "options": " ".join(f"-c {name}={value}" for name, value in {**common, **settings}.items()),
         }
         engine = sa.create_engine(self._url, connect_args=arguments, poolclass=sa.NullPool, **options)
 

@@ -184,6 +184,20 @@ def test_what_is_no_database_is_refused_with_a_remedy(postgres: PostgresServer) 
     assert "no_such" in str(caught_store.value) and "secret" not in str(caught_store.value)
 
 
+def test_commits_are_durable_whatever_the_server_is_set_to(postgres: PostgresServer, place: Postgres) -> None:
+    name = place.name.rpartition("/")[2]
+    postgres.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    assert postgres.execute("SHOW synchronous_commit", name) == [("off",)]
+    for engine in (place.engine(), place.lock_engine(9_000)):
+        with engine.connect() as connection:
+            assert connection.execute(sa.text("SHOW synchronous_commit")).scalar_one() == "on"
+
+
+def test_names_of_databases_hold_no_secrets() -> None:
+    secret = "postgresql://kedge:hidden1@/kedge?host=db.lab&password=hidden2&sslpassword=hidden3&sslmode=require"
+    assert Postgres(secret).name == "postgresql://kedge:***@/kedge?host=db.lab"
+
+
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(databases.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StoreError, match="'psycopg', which is not installed") as caught:
