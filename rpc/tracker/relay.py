@@ -28,6 +28,8 @@ PEER_KEY = "kedge-peer"
 AGENTS_PORT_KEY = "kedge-agents-port"
 _AUTHORIZATION = "authorization"
 _BLOBS = "/kedge.v1.Blobs/"
+#: Health and reflection: each tracker's own.
+_OWN = "/grpc."
 
 
 class Relay:
@@ -56,9 +58,11 @@ class Relay:
         for channel in old.values():
             await channel.close()
 
-    async def serve(self, _native: Find, details: Details) -> Any:
-        """Whatever the call is, it is relayed; what no tracker serves is not."""
+    async def serve(self, native: Find, details: Details) -> Any:
+        """Whatever the call is, it is relayed; what no tracker serves is not, nor what the listener itself offers."""
         method = str(details.method)
+        if method.startswith(_OWN):
+            return await native(details)
         if method not in RULES:
             return None
 

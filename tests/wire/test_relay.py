@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc.status import TrackerAwayError, from_rpc_error, is_away
+from kedge.rpc.tracker.health import HealthService
 from kedge.rpc.tracker.relay import Relay
 from kedge.rpc.transport import Address
 
@@ -42,5 +44,23 @@ def test_a_leader_that_serves_a_call_no_more_is_one_that_is_away() -> None:
         await relay.point(None)
         for server in (follower, stepped_down):
             await server.stop(0)
+
+    asyncio.run(ask())
+
+
+def test_its_health_is_its_own() -> None:
+    """Without a leader it says so itself: it serves nothing, and is not away."""
+
+    async def ask() -> None:
+        health = HealthService(["kedge.v1.Fleet"])
+        health.set_serving(False)
+        server = grpc.aio.server(interceptors=[Following(Relay(None))])
+        health.add_to(server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await server.stop(0)
 
     asyncio.run(ask())
