@@ -63,7 +63,7 @@ class CancelJob:
 
 @dataclass(frozen=True)
 class Keep:
-    """Make a result durable, before it is sent."""
+    """Make a result durable, while it is sent."""
 
     finished: m.JobFinished
 

@@ -1,8 +1,9 @@
 """Effects on their way out: in the order in which they were decided, each only when its facts are durable.
 
-One message does not wait for the disk: an assignment. A tracker that dies before it is stored has promised nobody
-anything by it: the device then holds a lease that no tracker knows and whose result counts for nothing, and a job that
-was accepted before is assigned anew. So the disk's time and the job's first steps on its device overlap.
+One message does not wait for the disk: the assignment of a job that was accepted before. A tracker that dies before it
+is stored has promised nobody anything by it: the device then holds a lease that no tracker knows and whose result
+counts for nothing, and the job is assigned anew. So the disk's time and the job's first steps on its device overlap. It
+overtakes nothing that its agent could notice: neither its greeting nor the receipt of an older result of the same job.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import TypeAlias
 
 from kedge.rpc.messages import AssignJob, ResultAccepted
-from kedge.rpc.tracker.facts import CloseAgent, Fact, Send, ToAgent
+from kedge.rpc.tracker.facts import CloseAgent, Fact, JobAccepted, Send, ToAgent
 
 
 @dataclass(slots=True, eq=False)
@@ -26,14 +27,25 @@ class Parcel:
     durable: bool = False
     released: asyncio.Future[None] | None = None
 
-    def connections(self) -> Iterator[int]:
-        """Those of agents that could notice if something overtook this."""
-        return (send.connection for send in self.sends if _keeps_its_place(send))
+    def places(self) -> Iterator[_Place]:
+        """What no assignment may overtake."""
+        for fact in self.facts:
+            if isinstance(fact, JobAccepted):
+                yield fact.job_id
+        for send in self.sends:
+            yield from _place(send)
 
 
-def _keeps_its_place(send: Send) -> TypeGuard[ToAgent | CloseAgent]:
-    """Whether an agent could notice if a job overtook this; a result's receipt may be overtaken."""
-    return isinstance(send, CloseAgent) or (isinstance(send, ToAgent) and not isinstance(send.body, ResultAccepted))
+#: A connection whose agent would notice, a job whose assignment would come before the receipt of its last result there,
+#: or a job that may still be refused, which must not run then.
+_Place: TypeAlias = int | tuple[int, str] | str
+
+
+def _place(send: Send) -> Iterator[_Place]:
+    if isinstance(send, CloseAgent):
+        yield send.connection
+    elif isinstance(send, ToAgent):
+        yield (send.connection, send.body.job_id) if isinstance(send.body, ResultAccepted) else send.connection
 
 
 class Outbox:
@@ -41,29 +53,30 @@ class Outbox:
 
     def __init__(self) -> None:
         self._parcels: deque[Parcel] = deque()
-        self._waited_for: Counter[int] = Counter()
+        self._taken: Counter[_Place] = Counter()
 
     def put(self, parcel: Parcel, *, hasten: bool = True) -> list[ToAgent]:
         """Take a parcel; returns the assignments that leave it at once, none unless `hasten`."""
         early: list[ToAgent] = []
         if hasten and not parcel.durable:
             later: list[Send] = []
-            behind = set(self._waited_for)
+            taken: set[_Place] = {*self._taken, *(f.job_id for f in parcel.facts if isinstance(f, JobAccepted))}
             for send in parcel.sends:
-                if isinstance(send, ToAgent) and isinstance(send.body, AssignJob) and send.connection not in behind:
-                    early.append(send)
-                    continue
+                if isinstance(send, ToAgent) and isinstance(send.body, AssignJob):
+                    job_id = send.body.lease.job_id
+                    if taken.isdisjoint((send.connection, (send.connection, job_id), job_id)):
+                        early.append(send)
+                        continue
                 later.append(send)
-                if _keeps_its_place(send):
-                    behind.add(send.connection)
+                taken.update(_place(send))
             parcel.sends = later
         self._parcels.append(parcel)
-        self._waited_for.update(parcel.connections())
+        self._taken.update(parcel.places())
         return early
 
     def released(self) -> Iterator[Parcel]:
         """The parcels that may leave now, in order."""
         while self._parcels and self._parcels[0].durable:
             parcel = self._parcels.popleft()
-            self._waited_for -= Counter(parcel.connections())
+            self._taken -= Counter(parcel.places())
             yield parcel

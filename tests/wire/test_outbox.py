@@ -2,15 +2,16 @@
 
 from kedge.rpc import messages as m
 from kedge.rpc.protocol import local_protocol
-from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, JobWithdrawn, Send, ToAgent
+from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, JobAccepted, JobWithdrawn, Send, ToAgent
 from kedge.rpc.tracker.outbox import Outbox, Parcel
 from kedge.rpc.types import Blob, JobSpec, Lease, RunTask
 
 FACT = JobWithdrawn("j")
+SPEC = JobSpec(Blob("0" * 64, 1), "main", RunTask())
 
 
 def assign(connection: int, job: str = "a") -> ToAgent:
-    return ToAgent(connection, m.AssignJob(Lease(job, 1), JobSpec(Blob("0" * 64, 1), "main", RunTask())))
+    return ToAgent(connection, m.AssignJob(Lease(job, 1), SPEC))
 
 
 def welcome(connection: int) -> ToAgent:
@@ -56,6 +57,26 @@ def test_an_assignment_overtakes_the_receipt_of_the_last_result():
     outbox = Outbox()
     outbox.put(parcel(ToAgent(1, m.ResultAccepted("a"))))
     assert outbox.put(parcel(ToAgent(1, m.ResultAccepted("b")), assign(1, "c"))) == [assign(1, "c")]
+
+
+def test_an_assignment_does_not_overtake_the_receipt_of_its_own_jobs_last_result():
+    """The agent holds that result until then, perhaps under the same lease: it would be taken for the new one's."""
+    outbox = Outbox()
+    assert outbox.put(parcel(ToAgent(1, m.ResultAccepted("a")), assign(1, "a"))) == []
+    outbox = Outbox()
+    receipt = parcel(ToAgent(1, m.ResultAccepted("a")))
+    outbox.put(receipt)
+    assert outbox.put(parcel(assign(2, "a"))) == [assign(2, "a")], "another agent"
+    assert outbox.put(parcel(assign(1, "a"))) == []
+
+
+def test_a_job_that_may_still_be_refused_does_not_leave():
+    outbox, accepted = Outbox(), JobAccepted("a", 1, SPEC, (), "", 0)
+    first = Parcel([accepted], [assign(1)])
+    assert outbox.put(first) == []
+    assert outbox.put(parcel(assign(2), assign(3, "b"))) == [assign(3, "b")], "nor to another device meanwhile"
+    first.durable = True
+    assert left(outbox) == [assign(1)]
 
 
 def test_what_has_left_holds_up_nothing():
