@@ -16,6 +16,7 @@ import shutil
 import socket
 import stat
 import subprocess
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -226,18 +227,29 @@ class Cage:
         Raises:
             OSError: there is no room, the disk does not let it, or the runner has meddled with the folder.
         """
+        with self._opened(scratch) as fd:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if self.user is not None and not mode & stat.S_IROTH:  # no folder that leads to it is open to others
+                path.chmod(mode | stat.S_IROTH)
+            _link(path, name, fd)
+        return self._shown(scratch) / name
+
+    def withdraw(self, scratch: Path, name: str) -> None:
+        """Take back what was admitted as `name`; raises OSError as `admit` does."""
+        with self._opened(scratch) as fd:
+            os.unlink(name, dir_fd=fd)
+
+    @contextmanager
+    def _opened(self, scratch: Path) -> Iterator[int]:
+        """The folder with what a job's runner is shown."""
         folder = self._shown(scratch)
         fd = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.fstat(fd).st_uid != os.geteuid():
                 raise OSError(errno.EPERM, "is not the folder that was made for it", str(folder))
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if self.user is not None and not mode & stat.S_IROTH:  # no folder that leads to it is open to others
-                path.chmod(mode | stat.S_IROTH)
-            _link(path, name, fd)
+            yield fd
         finally:
             os.close(fd)
-        return folder / name
 
     def _shown(self, scratch: Path) -> Path:
         return scratch / _SHOWN if self.user is not None else self._shelf / scratch.name

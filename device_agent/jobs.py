@@ -160,6 +160,14 @@ class Board:
         """Where the runner of the job with that folder finds a file of the cache; raises OSError."""
         return path if self.cage is None else self.cage.admit(path, folder, name)
 
+    def hide(self, folder: Path, name: str) -> None:
+        """Take back what the runner was shown under this name, as far as that can be done."""
+        if self.cage is not None:
+            try:
+                self.cage.withdraw(folder, name)
+            except OSError as error:
+                log.warning("cannot take back %s of %s: %s", name, folder, error)
+
     def start_runner(
         self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
     ) -> native.Runner:

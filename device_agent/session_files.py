@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, List, Tuple
 
@@ -16,6 +18,8 @@ from kedge.rpc.errors import InputError, LimitError
 
 #: Of all files of a session together, as far as the client sends them.
 QUOTA_BYTES = 4 << 30
+#: Of the disk, which is not for the files of sessions.
+_SPARE_BYTES = 64 << 20
 #: Names in one folder.
 MAX_FILES = 1_000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,126}")
@@ -30,10 +34,16 @@ class SessionFiles:
         self._quota_bytes = quota_bytes
 
     def list(self) -> List[Tuple[str, int]]:
-        """Names and sizes in bytes, by name."""
-        entries = os.scandir(str(self._folder))
-        plain = [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
-        return sorted((entry.name, entry.stat(follow_symlinks=False).st_size) for entry in plain)
+        """Names and sizes in bytes, by name; raises LimitError where artifacts have left too many."""
+        with os.scandir(str(self._folder)) as entries:
+            plain = (entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False))
+            found = list(islice(plain, MAX_FILES + 1))
+        if len(found) > MAX_FILES:
+            raise LimitError(
+                f"the session's folder has more than {MAX_FILES} files",
+                hint="remove those that artifacts wrote, by their names; a new session begins without any",
+            )
+        return sorted((entry.name, entry.stat(follow_symlinks=False).st_size) for entry in found)
 
     def begin(self, name: str, size: int) -> BinaryIO:
         """A file of `size` bytes to be written, and then given to `commit`.
@@ -49,6 +59,12 @@ class SessionFiles:
             raise LimitError(
                 f"{name!r} has {size} bytes, and {held} of the session's {self._quota_bytes} are taken",
                 hint="remove files of the session first",
+            )
+        free = shutil.disk_usage(str(self._staging)).free
+        if size > free - _SPARE_BYTES:
+            raise LimitError(
+                f"{name!r} has {size} bytes, and the device's disk has {max(0, free - _SPARE_BYTES)} to spare",
+                hint="remove files of the session, or choose a device with a larger disk",
             )
         if len(files) >= MAX_FILES and name not in (other for other, _ in files):
             raise LimitError(f"the session has {MAX_FILES} files already", hint="remove some of them first")

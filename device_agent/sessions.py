@@ -1,6 +1,6 @@
 """Serves one interactive session: artifacts, tensors and files that stay on the device while its client holds it.
 
-    the session's stream ─ reader (this thread) ─▶ requests ─▶ worker ─▶ runner
+    the session's stream ─ reader ─▶ requests ─▶ worker (this thread) ─▶ runner
                          ◀─ gRPC's own thread ─── replies ◀───┘
 
 One runner holds all artifacts of a session, so that they share tensors; those on a GPU have another one, without the
@@ -9,13 +9,17 @@ sandbox that a GPU's driver does not bear. A runner that ends takes its artifact
 
 from __future__ import annotations
 
+import errno
 import logging
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
+
+from google.protobuf.message import DecodeError
 
 from kedge.device_agent import runner as native
 from kedge.device_agent.cache import CacheFullError, Hold
@@ -36,21 +40,31 @@ from kedge.rpc.artifact.manifest import Function, Manifest, Port
 from kedge.rpc.artifact.place import CPU, Placement, look_at, parse_device, place
 from kedge.rpc.blobs import BlobStore, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, KedgeError, LimitError
+from kedge.rpc.limits import check_number, check_time_options
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.pipe import Pipe, PipeClosed
 from kedge.rpc.security import signing
-from kedge.rpc.transport import CHUNK_BYTES
-from kedge.rpc.types import Blob, JobResult, JobSpec, Lease, plan_inline
+from kedge.rpc.transport import CHUNK_BYTES, MAX_SESSION_FRAME_BYTES
+from kedge.rpc.types import MAX_DEADLINE_MS, Blob, JobResult, JobSpec, Lease, plan_inline
 
 log = logging.getLogger("kedge.agent")
 
 #: Requests that wait for the worker, and replies for the wire.
 _WAITING = 4
-#: Seconds that the stream has to end after its last word.
+#: Seconds that the stream has to end after its last word, and how much longer it lives on while it cannot: a tracker
+#: whose client does not read is to hear of the job's outcome before it sees the stream break.
 _FAREWELL_S = 2.0
+_LINGER_S = 10.0
+#: Between two attempts to end what a request waits for: the first may come before that has begun.
+_AGAIN_S = 0.1
+#: Of what a client is told about one request.
+_MOST_CHARACTERS = 4_000
 #: Of one request, of the device's memory.
 _TENSOR_SHARE = 0.5
+#: How often a tensor that comes is in memory: as it came, as the file that the runner is handed, and as what it keeps.
+_COPIES = 3
 _GPU = "gpu"
+_CALLED_OFF = "its client called it off"
 
 
 class _Failed(Exception):
@@ -61,8 +75,15 @@ class _Failed(Exception):
         self.outcome = Outcome(kind, stage, message=message)
 
 
+class _CalledOff(_Failed):
+    """Its client has no use for it any more."""
+
+    def __init__(self) -> None:
+        super().__init__(OutcomeKind.CANCELLED, _CALLED_OFF)
+
+
 class _Broken(Exception):
-    """What the client says makes no sense in this order: the session ends."""
+    """What the client says makes no sense in this order: the session ends, by no fault of the device."""
 
 
 class _Cage:
@@ -73,9 +94,12 @@ class _Cage:
 
 
 class _Loaded:
-    """An artifact in a runner."""
+    """An artifact in a runner; `files` has what keeps its files where they are, and is closed with it."""
 
-    def __init__(self, cage: _Cage, module: int, manifest: Manifest, placement: Placement, threads: int) -> None:
+    def __init__(
+        self, files: ExitStack, cage: _Cage, module: int, manifest: Manifest, placement: Placement, threads: int
+    ) -> None:
+        self.files = files
         self.cage = cage
         self.module = module
         self.manifest = manifest
@@ -102,9 +126,11 @@ class Session:
         self._spec = spec
         self._open_channel = open_channel
         self._lock = threading.Lock()
-        self._cancelled: Optional[str] = None
+        #: How the session ended; the first word about it stands.
+        self._verdict: Optional[Outcome] = None
+        #: Nobody waits for what is being done: the session is over, or its client called the request off.
         self._calling_off = threading.Event()
-        self._call: Any = None
+        self._done = threading.Event()
         self._requests: Pipe[pb.SessionRequest] = Pipe(_WAITING)
         self._frames: Pipe[pb.DeviceFrame] = Pipe(_WAITING)
         self._cages: Dict[str, _Cage] = {}
@@ -113,7 +139,7 @@ class Session:
         self._tensors: Dict[int, _Kept] = {}
         self._last_artifact = 0
         self._last_tensor = 0
-        #: The request that is worked on, and one that its client has no use for any more.
+        #: The request that is worked on (0: none), and the last one that its client had no use for any more.
         self._current = 0
         self._unwanted = 0
         self._began = 0
@@ -122,128 +148,159 @@ class Session:
 
     def cancel(self, reason: str) -> None:
         """End the session soon; it reports `cancelled`."""
-        with self._lock:
-            if self._cancelled is not None:
-                return
-            self._cancelled = reason
-            call, cages = self._call, list(self._cages.values())
-        self._calling_off.set()
-        self._end_streams()
-        for cage in cages:
-            cage.runner.kill()
-        self._board.blobs.interrupt()
-        if call is not None:
-            call.cancel()
+        self._end(Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=reason))
 
     def run(self) -> JobResult:
         """Serve it to its end; always returns."""
         try:
-            outcome = self._serve()
+            self._serve()
         except Exception as error:
             if not isinstance(error, (KedgeError, OSError)):
                 log.error("a session failed in a way that has no name", exc_info=error)
-            outcome = Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=str(error) or type(error).__name__)
-        if self._cancelled is not None:
-            outcome = Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=self._cancelled)
-        return JobResult(outcome, device=self._board.device.name)
+            self._end(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=str(error) or type(error).__name__))
+        finally:
+            self._done.set()
+        assert self._verdict is not None
+        return JobResult(self._verdict, device=self._board.device.name)
+
+    def _end(self, outcome: Outcome) -> None:
+        """The session is over. Whatever the reason, the tracker hears that the device is there: `done`."""
+        with self._lock:
+            if self._verdict is not None:
+                return
+            self._verdict = outcome
+            self._calling_off.set()
+        self._requests.abort()
+        self._frames.finish(pb.DeviceFrame(done=pb.CloseSession()))
+        threading.Thread(target=self._hurry, name="kedge-session-end", daemon=True).start()
+
+    def _hurry(self, number: int = 0) -> None:
+        """End what the worker waits for, in this request or at all, until it has noticed.
+
+        One attempt would not do: it may come before what it shall end has begun.
+        """
+        while not self._done.is_set():
+            with self._lock:  # the next request must not begin meanwhile: it would be ended in the place of this one
+                if number and self._current != number:
+                    return
+                for cage in list(self._cages.values()):
+                    if self._verdict is not None and not self._verdict.ok:
+                        cage.runner.kill()
+                    else:
+                        cage.runner.cancel()
+                self._board.blobs.interrupt()
+            self._done.wait(_AGAIN_S)
 
     # ---- streams -----------------------------------------------------------------------------------------------
 
-    def _serve(self) -> Outcome:
-        scratch = self._board.new_folder("session-")
-        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=str(self._board.scratch)))
-        try:
-            with ExitStack() as stack:
-                channel = self._open_channel()
-                stack.callback(channel.close)
-                hold = stack.enter_context(self._board.cache.hold())
-                stack.callback(self._close_runners)
-                return self._converse(channel, hold, scratch, SessionFiles(scratch, staging))
-        finally:
-            self._board.remove_folder(scratch)
-            self._board.remove_folder(staging)
+    def _serve(self) -> None:
+        with ExitStack() as stack:
+            scratch = self._board.new_folder("session-")
+            stack.callback(self._board.remove_folder, scratch)
+            staging = Path(tempfile.mkdtemp(prefix="staging-", dir=str(self._board.scratch)))
+            stack.callback(self._board.remove_folder, staging)
+            stack.callback(self._close_runners)
+            self._converse(scratch, SessionFiles(scratch, staging))
 
-    def _converse(self, channel: Any, hold: Hold, scratch: Path, files: SessionFiles) -> Outcome:
+    def _converse(self, scratch: Path, files: SessionFiles) -> None:
         from kedge.protos.v1 import sessions_pb2_grpc
 
-        stub: Any = cast(Any, sessions_pb2_grpc.SessionsStub)(channel)
-        self._frames.put(pb.DeviceFrame(serve=convert.lease_to_pb(self._lease)))
-        with self._lock:
-            if self._cancelled is not None:
-                return Outcome(OutcomeKind.CANCELLED)
-            self._call = stub.Serve(iter(self._frames))
-        worker = threading.Thread(
-            target=self._work, args=(hold, scratch, files), name="kedge-session-worker", daemon=True
-        )
-        worker.start()
+        channel = self._open_channel()
+        ended = threading.Event()
         try:
-            outcome = self._listen()
+            stub: Any = cast(Any, sessions_pb2_grpc.SessionsStub)(channel)
+            with self._lock:
+                if self._verdict is not None:
+                    return
+                self._frames.put(pb.DeviceFrame(serve=convert.lease_to_pb(self._lease)))
+            call = stub.Serve(iter(self._frames))
+            call.add_callback(ended.set)
+            threading.Thread(target=self._listen, args=(call,), name="kedge-session-reader", daemon=True).start()
+            self._work(scratch, files)
         finally:
-            self._end_streams()
-            self._call.cancel()
-            self._calling_off.set()
-            for cage in list(self._cages.values()):
-                cage.runner.cancel()
-            if worker.is_alive():
-                self._board.blobs.interrupt()
-            worker.join()
-        return outcome
+            self._done.set()
+            if ended.wait(_FAREWELL_S):
+                channel.close()
+            else:
+                later = threading.Timer(_LINGER_S, channel.close)
+                later.daemon = True
+                later.start()
 
-    def _listen(self) -> Outcome:
+    def _listen(self, call: Any) -> None:
         """Hand requests on until the stream ends, and say how it ended."""
+        try:
+            self._end(self._heard(call))
+        except Exception as error:
+            log.error("a session's reader failed", exc_info=error)
+            self._end(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=f"the session's reader failed: {error!r}"))
+
+    def _heard(self, call: Any) -> Outcome:
         import grpc
 
-        ended = threading.Event()
-        self._call.add_callback(ended.set)
         try:
-            for event in self._call:
+            for event in call:
                 if event.WhichOneof("body") == "close":
-                    self._frames.put(pb.DeviceFrame(done=pb.CloseSession()))
-                    self._frames.close()
-                    ended.wait(_FAREWELL_S)
                     return Outcome(OutcomeKind.OK)
                 request = pb.SessionRequest.FromString(event.data)
                 if request.WhichOneof("body") == "cancel":
                     self._call_off_request(request.id)
-                else:
-                    self._requests.put(request)
+                self._requests.put(request)
         except grpc.RpcError as error:
             why = f"the session's connection to the tracker broke ({error.code().name}: {error.details()})"
             return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=why)
+        except DecodeError:
+            return Outcome(OutcomeKind.BAD_REQUEST, Stage.RUN, message="the session's client sent what is no request")
         except PipeClosed:
             return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message="the session was broken off")
         return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message="the session's client went away")
 
-    def _end_streams(self) -> None:
-        self._requests.abort()
-        self._frames.close()
-
     def _call_off_request(self, number: int) -> None:
-        self._unwanted = number
-        if self._current == number:
-            for cage in list(self._cages.values()):
-                cage.runner.cancel()
-            self._board.blobs.interrupt()
+        with self._lock:
+            if self._unwanted == number:
+                return
+            self._unwanted = number
+            if self._current != number:
+                return  # it has not begun, and will find out; or it is over
+            self._calling_off.set()
+        threading.Thread(target=self._hurry, args=(number,), name="kedge-session-call-off", daemon=True).start()
 
     def _close_runners(self) -> None:
         for cage in self._cages.values():
             cage.runner.close()
+        for loaded in self._artifacts.values():
+            loaded.files.close()
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def _work(self, hold: Hold, scratch: Path, files: SessionFiles) -> None:
+    def _work(self, scratch: Path, files: SessionFiles) -> None:
+        """Answer one request after the other until the session is over."""
         try:
             for request in self._requests:
-                self._current, self._began = request.id, time.monotonic_ns()
-                self._answer(request, hold, scratch, files)
+                if self._is_late(request):
+                    continue
+                with self._lock:
+                    self._current, self._began = request.id, time.monotonic_ns()
+                    if self._verdict is None and self._unwanted != request.id:
+                        self._calling_off.clear()
+                try:
+                    self._answer(request, scratch, files)
+                finally:
+                    with self._lock:
+                        self._current = 0
         except PipeClosed:
             pass  # the session is over
+        except _Broken as error:
+            self._end(Outcome(OutcomeKind.BAD_REQUEST, Stage.RUN, message=f"the session cannot go on: {error}"))
         except Exception as error:
-            if not isinstance(error, _Broken):
-                log.error("a session's worker failed", exc_info=error)
-            self.cancel(f"the session cannot go on: {error}")
+            log.error("a session's worker failed", exc_info=error)
+            self._end(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=f"the session cannot go on: {error!r}"))
 
-    def _answer(self, request: pb.SessionRequest, hold: Hold, scratch: Path, files: SessionFiles) -> None:
+    def _is_late(self, request: pb.SessionRequest) -> bool:
+        """Whether a message is about a request that has its answer already, as its client called it off."""
+        which = request.WhichOneof("body")
+        return which == "cancel" or (which == "piece" and request.id == self._unwanted)
+
+    def _answer(self, request: pb.SessionRequest, scratch: Path, files: SessionFiles) -> None:
         which = request.WhichOneof("body")
         self._owed = _announced(request)
         try:
@@ -264,30 +321,39 @@ class Session:
                 self._free(request.free.handles)
                 self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
             elif which == "load":
-                self._load(request, hold, scratch)
+                self._load(request, scratch)
             elif which == "unload":
                 self._unload(request)
             elif which == "list_files":
                 self._list(request.id, files)
             elif which == "remove_file":
                 files.remove(request.remove_file.name)
-                self._list(request.id, files)
+                self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
+            elif which == "piece":
+                raise _Broken("a piece of what no request announced")
             else:
-                raise _Broken(f"a request that this agent does not know ({which})")
+                raise _Failed(OutcomeKind.BAD_REQUEST, "a request that this agent does not know: update kedge on it")
         except (PipeClosed, _Broken):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a request does, it has an answer
-            self._take_pieces(request.id, self._owed, lambda at, piece: None)
+            with suppress(_CalledOff):
+                self._take_pieces(request.id, self._owed, lambda at, piece: None)
             self._fail(request.id, error, loading=which == "load")
 
     def _reply(self, reply: pb.SessionReply) -> None:
-        self._frames.put(pb.DeviceFrame(data=reply.SerializeToString()))
+        data = reply.SerializeToString()
+        if len(data) > MAX_SESSION_FRAME_BYTES:
+            text = f"the reply to this request has {len(data)} bytes; a session's frame takes {MAX_SESSION_FRAME_BYTES}"
+            raise _Failed(OutcomeKind.BAD_REQUEST, text)
+        self._frames.put(pb.DeviceFrame(data=data))
 
     def _fail(self, number: int, error: Exception, loading: bool) -> None:
         ended = self._bury()
         outcome = self._outcome(error, Stage.LOAD if loading else Stage.RUN)
-        if self._unwanted == number and outcome.kind is not OutcomeKind.OK:
-            outcome = Outcome(OutcomeKind.CANCELLED, outcome.stage, message="its client called it off")
+        if self._unwanted == number:
+            outcome = Outcome(OutcomeKind.CANCELLED, outcome.stage, message=_CALLED_OFF)
+        elif len(outcome.message) > _MOST_CHARACTERS:  # it may quote what the client said
+            outcome = replace(outcome, message=outcome.message[:_MOST_CHARACTERS] + " …")
         failed = pb.RequestFailed(outcome=convert.outcome_to_pb(outcome), runner_ended=ended)
         self._reply(pb.SessionReply(id=number, failed=failed))
 
@@ -303,6 +369,9 @@ class Session:
             return Outcome(OutcomeKind.BAD_REQUEST, stage, message=text)
         if isinstance(error, CacheFullError):
             return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            text = f"{self._board.device.name} has no room on its disk ({error.strerror}): remove files of the session"
+            return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
         if isinstance(error, MemoryError):
             return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message="the agent has no memory for it")
         if not isinstance(error, (KedgeError, OSError)):
@@ -314,14 +383,26 @@ class Session:
         dead = {kind for kind, cage in self._cages.items() if not cage.runner.alive}
         for kind in dead:
             cage = self._cages.pop(kind)
-            self._artifacts = {key: each for key, each in self._artifacts.items() if each.cage is not cage}
+            for key in [key for key, each in self._artifacts.items() if each.cage is cage]:
+                self._artifacts.pop(key).files.close()
             self._tensors = {key: each for key, each in self._tensors.items() if each[0] is not cage}
         return bool(dead)
 
     # ---- artifacts ---------------------------------------------------------------------------------------------
 
-    def _load(self, request: pb.SessionRequest, hold: Hold, scratch: Path) -> None:
-        wanted = request.load
+    def _load(self, request: pb.SessionRequest, scratch: Path) -> None:
+        with ExitStack() as files:
+            loaded = self._open(request.load, files, scratch)
+            self._last_artifact += 1
+            self._artifacts[self._last_artifact] = loaded
+            loaded.files = files.pop_all()
+        answer = pb.ArtifactLoaded(artifact=self._last_artifact, device=loaded.placement.device)
+        self._reply(pb.SessionReply(id=request.id, loaded=answer))
+
+    def _open(self, wanted: pb.LoadArtifact, files: ExitStack, scratch: Path) -> _Loaded:
+        """Have an artifact in a runner; its files are there until `files` is closed."""
+        check_number("threads", wanted.num_threads, 0, 2**31 - 1, "0 means all that the device offers")
+        hold = files.enter_context(self._board.cache.hold())
         manifest, placement, paths = self._transfer(wanted, hold)
         offered = self._board.offered(timing=True)
         if wanted.num_threads > offered:
@@ -330,8 +411,12 @@ class Session:
         threads = placement.threads(wanted.num_threads, offered)
         cage = self._cage(CPU if placement.kind == CPU else _GPU, scratch)
         deadline_s = _seconds(wanted.load_ms, Stage.LOAD)
-        number = self._last_artifact + 1
-        shown = [self._board.show(path, scratch, f"{number}-{index}") for index, path in enumerate(paths)]
+        self._check_wanted()
+        shown = []
+        for index, path in enumerate(paths):
+            name = f"{self._last_artifact + 1}-{index}"
+            shown.append(self._board.show(path, scratch, name))
+            files.callback(self._board.hide, scratch, name)
         info = cage.runner.open(
             shown[0],
             shown[1] if len(shown) > 1 else None,
@@ -346,15 +431,13 @@ class Session:
             cage.runner.close_module(info.module)
             text = f"the manifest promises the functions {promised}; lib.so has {names}"
             raise _Failed(OutcomeKind.LOAD_ERROR, text, Stage.LOAD)
-        self._last_artifact = number
-        self._artifacts[self._last_artifact] = _Loaded(cage, info.module, manifest, placement, threads)
-        loaded = pb.ArtifactLoaded(artifact=self._last_artifact, device=placement.device)
-        self._reply(pb.SessionReply(id=request.id, loaded=loaded))
+        return _Loaded(files, cage, info.module, manifest, placement, threads)
 
     def _transfer(self, wanted: pb.LoadArtifact, hold: Hold) -> Tuple[Manifest, Placement, List[Path]]:
         blob = convert.blob_from_pb(wanted.manifest)
         limit_s = _seconds(wanted.transfer_ms, Stage.TRANSFER)
-        timer = threading.Timer(limit_s, self._board.blobs.interrupt)
+        # threading cannot wait for longer.
+        timer = threading.Timer(min(limit_s, threading.TIMEOUT_MAX), self._board.blobs.interrupt)
         timer.daemon = True
         timer.start()
         try:
@@ -381,8 +464,10 @@ class Session:
         self._board.blobs.download(blob, store)
 
     def _check_wanted(self) -> None:
+        if self._verdict is not None:
+            raise PipeClosed
         if self._unwanted == self._current:
-            raise _Failed(OutcomeKind.CANCELLED, "its client called it off")
+            raise _CalledOff
 
     def _cage(self, kind: str, scratch: Path) -> _Cage:
         self._newest = kind
@@ -393,18 +478,15 @@ class Session:
             seconds = self._spec.deadlines.of(Stage.RUN) / 1000 * cores
             limits = limits_of(self._board, kind, seconds)
             cage = _Cage(self._board.start_runner(limits, scratch, cores, timing=True))
-            with self._lock:
-                self._cages[kind] = cage
-                over = self._cancelled is not None
+            self._cages[kind] = cage
             offer_to_oom_killer(cage.runner.hello.pid)
-            if over:
-                cage.runner.kill()
         return cage
 
     def _unload(self, request: pb.SessionRequest) -> None:
         loaded = self._artifacts.pop(request.unload.artifact, None)
         if loaded is not None:
             loaded.cage.runner.close_module(loaded.module)
+            loaded.files.close()
         self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
 
     def _find(self, artifact: int, name: str) -> Tuple[_Loaded, Function, int]:
@@ -448,6 +530,7 @@ class Session:
         loaded, function, index = self._find(wanted.artifact, wanted.function)
         inputs = self._inputs(loaded, function, wanted.inputs, data)
         options = convert.time_options_from_pb(wanted.options)
+        check_time_options(options)
         deadline_s = _seconds(wanted.run_ms, Stage.RUN)
         ends = time.monotonic() + deadline_s
         before = await_calm(self._board, deadline_s / 2, self._calling_off)
@@ -459,9 +542,7 @@ class Session:
         measured = measurement_of(self._board, options, timed, before, loaded.threads, loaded.variant, pinning)
         self._reply(pb.SessionReply(id=request.id, measured=convert.measurement_to_pb(measured)))
 
-    def _inputs(
-        self, loaded: _Loaded, function: Function, values: Any, data: Optional[memoryview]
-    ) -> List[native.Given]:
+    def _inputs(self, loaded: _Loaded, function: Function, values: Any, data: memoryview) -> List[native.Given]:
         """The inputs in the function's order, checked against its ports as far as those are known before the call."""
         given = {value.name: value for value in values}
         wanted = [port.name for port in function.inputs]
@@ -481,7 +562,7 @@ class Session:
             _check_port(port, inputs[-1])
         return inputs
 
-    def _tensors_of(self, values: Any, data: Optional[memoryview]) -> List[Union[native.Tensor, _Kept]]:
+    def _tensors_of(self, values: Any, data: memoryview) -> List[Union[native.Tensor, _Kept]]:
         found: List[Union[native.Tensor, _Kept]] = []
         at = 0
         for value in values:
@@ -491,7 +572,6 @@ class Session:
                 continue
             content: Union[bytes, memoryview] = value.inline
             if which == "streamed_bytes":
-                assert data is not None
                 content, at = data[at : at + value.streamed_bytes], at + value.streamed_bytes
             try:
                 found.append(native.Tensor(value.dtype, tuple(value.shape), content))
@@ -543,15 +623,11 @@ class Session:
 
     # ---- pieces ------------------------------------------------------------------------------------------------
 
-    def _gather(self, number: int, values: Any) -> Optional[memoryview]:
+    def _gather(self, number: int, values: Any) -> memoryview:
         """The bytes that follow a request in pieces: all of its tensors that are streamed, one behind the other."""
         total = sum(value.streamed_bytes for value in values)
-        if total == 0:
-            return None
-        most = int(self._board.device.memory_bytes * _TENSOR_SHARE)
-        if total > most:
-            text = f"{total} bytes of tensors at once; {self._board.device.name} takes {most}"
-            raise _Failed(OutcomeKind.OUT_OF_MEMORY, text)
+        if total:
+            self._check_memory(total)
         data = memoryview(bytearray(total))
 
         def store(at: int, piece: bytes) -> None:
@@ -560,10 +636,24 @@ class Session:
         self._take_pieces(number, total, store)
         return data
 
+    def _check_memory(self, size: int) -> None:
+        most, why = int(self._board.device.memory_bytes * _TENSOR_SHARE), "takes"
+        free = self._board.health().memory_available_bytes
+        if free is not None and free // _COPIES < most:
+            most, why = free // _COPIES, "has room now for"
+        if size > most:
+            text = f"{size} bytes of tensors at once; {self._board.device.name} {why} {most}"
+            raise _Failed(OutcomeKind.OUT_OF_MEMORY, text)
+
     def _take_pieces(self, number: int, total: int, store: Callable[[int, bytes], object]) -> None:
         at = 0
         while at < total:
             request = self._requests.get()
+            if request.id == number and request.WhichOneof("body") == "cancel":
+                self._owed = 0
+                raise _CalledOff
+            if self._is_late(request):
+                continue
             if request.id != number or request.WhichOneof("body") != "piece" or not request.piece:
                 raise _Broken("a request ended before all of its pieces came")
             if at + len(request.piece) > total:
@@ -575,6 +665,7 @@ class Session:
     def _stream(self, number: int, buffers: List[memoryview]) -> None:
         for buffer in buffers:
             for at in range(0, len(buffer), CHUNK_BYTES):
+                self._check_wanted()
                 self._reply(pb.SessionReply(id=number, piece=bytes(buffer[at : at + CHUNK_BYTES])))
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -589,7 +680,7 @@ class Session:
         except BaseException:
             files.discard(name)
             raise
-        self._list(request.id, files)
+        self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
 
     def _fetch_file(self, request: pb.SessionRequest, files: SessionFiles) -> None:
         name = request.fetch_file.name
@@ -599,9 +690,10 @@ class Session:
             self._reply(pb.SessionReply(id=request.id, files=listed))
             left = size
             while left:
+                self._check_wanted()
                 piece = file.read(min(left, CHUNK_BYTES))
                 if not piece:
-                    raise _Broken(f"file {name!r} shrank while it was read")
+                    raise _Failed(OutcomeKind.BAD_REQUEST, f"file {name!r} shrank while it was read")
                 left -= len(piece)
                 self._reply(pb.SessionReply(id=request.id, piece=piece))
 
@@ -623,6 +715,7 @@ def _announced(request: pb.SessionRequest) -> int:
 
 
 def _seconds(given_ms: int, stage: Stage) -> float:
+    check_number(f"the deadline of stage {stage}", given_ms, 0, MAX_DEADLINE_MS, "0 means the device's default")
     return (given_ms if given_ms > 0 else DEFAULT_DEADLINES_MS[stage]) / 1000
 
 

@@ -326,12 +326,16 @@ class LocalModel:
                 )
             except RunnerError as error:
                 _raise(error)
-        self._module = module.module
         found = [
             interface(f.name, *([(p.name, p.dtype, p.ndim) for p in ports] for ports in (f.inputs, f.outputs)))
             for f in module.functions
         ]
-        check_interface(self.artifact.manifest, found)
+        try:
+            check_interface(self.artifact.manifest, found)
+        except BaseException:  # the runner has others in it, and goes on
+            self._runner.close_module(module.module)
+            raise
+        self._module = module.module
         return placement
 
     def _look(self, kind: str) -> Found:

@@ -15,6 +15,7 @@ from kedge.rpc.types import (
     BenchTask,
     JobSpec,
     SessionTask,
+    TimeOptions,
 )
 
 _INT32 = 2**31 - 1
@@ -37,6 +38,11 @@ def check_spec(spec: JobSpec) -> None:
     if isinstance(spec.task, SessionTask):
         check_number("lease_ms", spec.task.lease_ms, 0, MAX_LEASE_MS, "0 means the tracker's default")
     if isinstance(spec.task, BenchTask):
-        hint = "every repeat is a sample that travels back; number= and min_repeat_ms= make each of them longer"
-        most = MAX_PROFILE_SAMPLES if spec.task.options.profile else MAX_SAMPLES
-        check_number("repeat", spec.task.options.repeat, 1, most, hint)
+        check_time_options(spec.task.options)
+
+
+def check_time_options(options: TimeOptions) -> None:
+    """Raise InputError where more samples are wanted than a message takes."""
+    hint = "every repeat is a sample that travels back; number= and min_repeat_ms= make each of them longer"
+    most = MAX_PROFILE_SAMPLES if options.profile else MAX_SAMPLES
+    check_number("repeat", options.repeat, 1, most, hint)

@@ -54,6 +54,23 @@ class Pipe(Generic[T]):
             self._closed = True
             self._changed.notify_all()
 
+    def push(self, item: T) -> None:
+        """Put one in at once, over the bound: for the few that must not wait; raises PipeClosed."""
+        with self._changed:
+            if self._closed:
+                raise PipeClosed
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def finish(self, item: T) -> None:
+        """Close with a last item, unless it is closed already; what is in and was not got is dropped."""
+        with self._changed:
+            if not self._closed:
+                self._closed = True
+                self._items.clear()
+                self._items.append(item)
+                self._changed.notify_all()
+
     def abort(self) -> None:
         """Close, and drop what is in."""
         with self._changed:

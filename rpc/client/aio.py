@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Self, cast
 
 import grpc
@@ -23,7 +24,7 @@ from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
-from kedge.rpc.client import plan
+from kedge.rpc.client import plan, threads
 from kedge.rpc.client.aio_session import Attached, Session
 from kedge.rpc.client.fleet import CONNECT_S, LEASE_S
 from kedge.rpc.client.inputs import Array
@@ -256,13 +257,13 @@ class Fleet:
         while True:
             link = SessionLink(self._bulk, self.address, job_id, lease_s)
             try:
-                return Attached(link, await asyncio.to_thread(link.wait, tell))
+                return Attached(link, await threads.do(partial(link.wait, tell), "kedge-session-wait"))
             except ConnectError:
                 link.abort()
                 request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
                 await self._persist(self._stub.Hello, request)
             except BaseException:
-                link.abort()
+                threads.start(link.close, "kedge-session-close")  # with a word: nobody comes back for it
                 raise
 
     def _send_parts(self, packed: Packed, again: bool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kedge.rpc.client import session as sync
+from kedge.rpc.client import threads
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed
 from kedge.rpc.client.profile import Profile
@@ -73,7 +74,7 @@ class Session:
 
     async def close(self) -> None:
         """Give the device back, and wait until it is free. May be called again."""
-        await asyncio.to_thread(self._inner.close)
+        await threads.do(self._inner.close, "kedge-session-close")
         self._thread.shutdown(wait=False)
 
     async def load(self, artifact: ArtifactOrPath) -> SessionModel:
@@ -107,7 +108,7 @@ class Session:
             return await asyncio.wrap_future(work)
         except asyncio.CancelledError:
             if work.running():
-                await asyncio.to_thread(self._inner.call_off)
+                self._inner.call_off()
             raise
 
 

@@ -315,7 +315,7 @@ class Fleet:
                 link.abort()
                 self._await_tracker(None)
             except BaseException:
-                link.abort()
+                link.close()  # with a word: nobody comes back for it
                 raise
 
     def _await_tracker(self, deadline: float | None) -> None:

@@ -12,6 +12,7 @@ with fleet.session("key=rpi4") as device:
 from __future__ import annotations
 
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from kedge.rpc.client.session_link import SessionLink, pieces_of
 from kedge.rpc.client.tensors import DeviceTensor
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import InputError
+from kedge.rpc.limits import check_time_options
 from kedge.rpc.status import NotReadyError
 from kedge.rpc.transport import CHUNK_BYTES
 from kedge.rpc.types import Deadlines, DeviceInfo, plan_inline
@@ -108,7 +110,12 @@ class Session:
         """
         packed = plan.pack(artifact)
         plan.check_device(packed, self.info, self._on)
+        with self._link.larger() as unwanted:
+            return self._load(packed, unwanted)
+
+    def _load(self, packed: Packed, unwanted: threading.Event) -> SessionModel:
         self._send(packed, False)
+        self._link.check(unwanted)
         try:
             self._link.grant(packed.blob)
         except NotReadyError:  # the tracker has dropped some of it meanwhile
@@ -124,7 +131,7 @@ class Session:
         signature = plan.signature_of(packed, self._signing_key)
         if signature is not None:
             wanted.signature.public_key, wanted.signature.signature = signature.public_key, signature.signature
-        loaded = self._link.ask(pb.SessionRequest(load=wanted)).loaded
+        loaded = self._link.ask(pb.SessionRequest(load=wanted), unwanted=unwanted).loaded
         return SessionModel(self, packed, loaded.artifact, loaded.device)
 
     # ---- Tensors ----
@@ -280,6 +287,7 @@ class SessionModel:
             self._session._link.ask(pb.SessionRequest(unload=pb.UnloadArtifact(artifact=self._number)))
 
     def _time(self, inputs: Mapping[str, Any], function: str, options: Any) -> Timing:
+        check_time_options(options)
         declared = self._packed.manifest.function(function)
         values, buffers = self._inputs(function, inputs)
         wanted = pb.TimeFunction(
@@ -355,6 +363,6 @@ def _file_pieces(file: BinaryIO, size: int) -> Any:
     while left:
         piece = file.read(min(left, CHUNK_BYTES))
         if not piece:
-            raise InputError("the file shrank while it was sent", hint="the session is over: open another one")
+            raise InputError("the file shrank while it was sent", hint="send it again once it is whole")
         left -= len(piece)
         yield piece

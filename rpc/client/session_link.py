@@ -21,7 +21,7 @@ from kedge.rpc import convert
 from kedge.rpc.client import interrupts
 from kedge.rpc.client.plan import hint_for
 from kedge.rpc.errors import ConnectError, JobError, KedgeError
-from kedge.rpc.outcome import Outcome
+from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.pipe import Pipe, PipeClosed
 from kedge.rpc.status import NotReadyError, from_rpc_error
 from kedge.rpc.transport import CHUNK_BYTES, Address
@@ -48,7 +48,9 @@ class SessionLink:
         self._asking = threading.Lock()
         self._last = 0
         self._current = 0
-        self._unanswered = False
+        self._sent = 0
+        self._unwanted = 0
+        self._larger: list[threading.Event] = []
         self._freed: deque[int] = deque()
         self._frames: Pipe[pb.ClientFrame] = Pipe(_WAITING)
         self._answers: Pipe[_Answer] = Pipe(_WAITING)
@@ -124,6 +126,7 @@ class SessionLink:
         pieces: Iterable[bytes] = (),
         expects: Callable[[pb.SessionReply], int] = lambda _: 0,
         take: Callable[[bytes], None] = lambda _: None,
+        unwanted: threading.Event | None = None,
     ) -> pb.SessionReply:
         """One request and its reply. What follows the reply, of a length that `expects` reads from it, goes to `take`.
 
@@ -141,14 +144,13 @@ class SessionLink:
             answer = _Receiver(number, expects, take)
             self._current = number
             try:
+                if unwanted is not None:
+                    self.check(unwanted)
                 self._send(number, request, pieces)
-            except BaseException:
-                self.abort()  # what was sent cannot be told apart from what was not
-                raise
-            try:
                 self._await(answer)
             except BaseException:
-                self._give_up(answer)
+                if self._sent == number:
+                    self._give_up(answer)
                 raise
             finally:
                 self._current = 0
@@ -159,10 +161,33 @@ class SessionLink:
         return reply
 
     def call_off(self) -> None:
-        """Stop what another thread asks for, if anything: it raises JobError with the outcome "cancelled"."""
+        """Stop what another thread asks for, if anything: it raises JobError with the outcome "cancelled".
+
+        Never blocks, and never raises.
+        """
+        for unwanted in list(self._larger):
+            unwanted.set()
         number = self._current
         if number:
-            self._put(_frame(pb.SessionRequest(id=number, cancel=pb.CancelRequest())))
+            self._unwanted = number  # no more of it is sent
+            with contextlib.suppress(PipeClosed):  # it is over, and whoever asks is told so
+                self._frames.push(_frame(pb.SessionRequest(id=number, cancel=pb.CancelRequest())))
+
+    @contextlib.contextmanager
+    def larger(self) -> Iterator[threading.Event]:
+        """For what takes more than one request: is set when it is called off, be it between two of them."""
+        unwanted = threading.Event()
+        self._larger.append(unwanted)
+        try:
+            yield unwanted
+        finally:
+            self._larger.remove(unwanted)
+
+    def check(self, unwanted: threading.Event) -> None:
+        """Raise JobError where it is set."""
+        if unwanted.is_set():
+            text = f"session {self._job_id} on {self._device}: its client called it off"
+            raise JobError(text, outcome=OutcomeKind.CANCELLED.value)
 
     def forget(self, handle: int) -> None:
         """Free a tensor with the next request; waits for nothing."""
@@ -171,8 +196,11 @@ class SessionLink:
     # ---- Internals ----
 
     def _send(self, number: int, request: pb.SessionRequest, pieces: Iterable[bytes]) -> None:
+        self._sent = number
         self._put(_frame(request))
         for piece in pieces:
+            if self._unwanted == number:
+                return
             self._put(_frame(pb.SessionRequest(id=number, piece=piece)))
 
     def _put(self, frame: pb.ClientFrame) -> None:

@@ -45,8 +45,10 @@ _FIRST_FRAME_S = 10.0
 _LAST_WRITE_S = 2.0
 #: A client that is done waits so long for its device to be free, no longer.
 _END_S = 10.0
-#: How often a client's lease is renewed while its device holds up what it says.
+#: How often a client's lease is renewed while its device holds up what it says, and for how long at most: a frame of
+#: 1 MiB has that time, and a client that has stopped behind one does not keep its device.
 _HELD_UP_S = 1.0
+_LONGEST_HELD_UP_S = 60.0
 #: Frames that may wait for an end that does not read.
 _WAITING_FRAMES = 2
 
@@ -81,7 +83,9 @@ class _Relay:
     def __init__(self) -> None:
         self.to_client: asyncio.Queue[pb.ClientEvent] = asyncio.Queue(_WAITING_FRAMES)
         self.to_device: asyncio.Queue[pb.DeviceEvent] = asyncio.Queue(_WAITING_FRAMES)
-        self.has_client = self.has_device = False
+        #: The stream that the client is at; setting the event has it end in favour of a newer one.
+        self.client: asyncio.Event | None = None
+        self.has_device = False
         #: A device was there once: from then on the client may say something to it.
         self.begun = False
         #: The client is there no more, or the job is over: the device has nobody to talk to.
@@ -109,18 +113,23 @@ class SessionsService:
         principal = caller()
         job = await self._session(first.attach.job_id, principal)
         relay = self._relays.setdefault(job.id, _Relay())
-        if relay.has_client:
-            raise PermissionDeniedError(f"session {job.id} has a client already", hint="open a session of your own")
-        relay.has_client = True
+        if relay.client is not None:
+            if relay.begun:
+                raise PermissionDeniedError(f"session {job.id} has a client already", hint="open a session of your own")
+            relay.client.set()  # a client whose connection was cut without a word is there once more
+        mine = relay.client = asyncio.Event()
         self._shell.session_heard(job.id)
         self._audit.write("session attached", job=job.id, **who(principal, context))
         try:
-            await self._serve_client(job.id, relay, requests, context)
+            await self._serve_client(job.id, relay, mine, requests, context)
         finally:
-            relay.has_client = False
-            relay.over.set()
-            self._grants.end(job.id)
-            self._shell.session_left(job.id, "its client went away")
+            if relay.client is mine:
+                relay.client = None
+                self._grants.end(job.id)
+                # One that still waits may come back, for as long as its lease lasts.
+                if relay.begun:
+                    relay.over.set()
+                    self._shell.session_left(job.id, "its client went away")
             self._audit.write("session left", job=job.id, **who(principal, context))
             self._tidy(job.id, relay)
 
@@ -132,7 +141,12 @@ class SessionsService:
         return job
 
     async def _serve_client(
-        self, job_id: str, relay: _Relay, requests: AsyncIterator[pb.ClientFrame], context: Context
+        self,
+        job_id: str,
+        relay: _Relay,
+        replaced: asyncio.Event,
+        requests: AsyncIterator[pb.ClientFrame],
+        context: Context,
     ) -> None:
         changes = self._shell.watch(job_id)
         writing = asyncio.Lock()
@@ -163,7 +177,7 @@ class SessionsService:
         watching = asyncio.create_task(watch())
         listening = asyncio.create_task(self._hear_client(job_id, relay, requests))
         speaking = asyncio.create_task(speak())
-        tasks = (watching, listening, speaking)
+        tasks = (watching, listening, speaking, asyncio.create_task(replaced.wait()))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if listening.done() and not listening.cancelled() and listening.exception() is None and listening.result():
@@ -171,6 +185,8 @@ class SessionsService:
         finally:
             self._shell.unwatch(job_id, changes)
             await _settle(tasks, writing)
+        if replaced.is_set():
+            raise PermissionDeniedError(f"the client of session {job_id} came back on another connection")
         for task in (listening, watching, speaking):
             if task.done() and not task.cancelled() and task.exception() is not None:
                 _raise(task.exception())
@@ -201,8 +217,11 @@ class SessionsService:
         """Hand an event on. While the device does not take it, the client's lease is not its own to renew."""
         putting = asyncio.ensure_future(relay.to_device.put(event))
         try:
+            held_up_s = 0.0
             while not (await asyncio.wait([putting], timeout=_HELD_UP_S))[0]:
-                self._shell.session_heard(job_id)
+                held_up_s += _HELD_UP_S
+                if held_up_s <= _LONGEST_HELD_UP_S:
+                    self._shell.session_heard(job_id)
         finally:
             putting.cancel()
 
@@ -286,7 +305,7 @@ class SessionsService:
         return relay.over.is_set() or (in_order and listening.result())
 
     def _tidy(self, job_id: str, relay: _Relay) -> None:
-        if not relay.has_client and not relay.has_device and self._relays.get(job_id) is relay:
+        if relay.client is None and not relay.has_device and self._relays.get(job_id) is relay:
             del self._relays[job_id]
 
 

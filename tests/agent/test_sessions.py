@@ -10,12 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kedge.protos.v1 import fleet_pb2, types_pb2
+from kedge.protos.v1 import sessions_pb2 as pb
+from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import DeviceTensor, Fleet, aio, connect, plan
 from kedge.rpc.client.access import Access
@@ -25,8 +29,9 @@ from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.security import credentials
 from kedge.rpc.status import NotReadyError, UnknownJobError
 from kedge.rpc.tracker.server import RunningTracker, start
+from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import Address, Tls
-from kedge.rpc.types import Deadlines, DeviceState, Job, JobState
+from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Deadlines, DeviceState, Job, JobState, TimeOptions
 from support.agents import AgentProcess, descendants, runs, wait_for
 from support.handmade import artifact
 from support.proxy import Proxy, Trap
@@ -505,19 +510,22 @@ def test_a_killed_agent_is_a_lost_device(
         np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
 
 
-def test_an_agent_that_stops_says_so(
-    tracker: RunningTracker, access: Access, fleet: Fleet, runner: Path, made: Artifact, tmp_path: Path
-) -> None:
-    with started(tracker, access, runner, tmp_path / "leaves", "leaves") as process:
-        device = fleet.session("leaves")
-        m = device.load(made)
-        process.stop(signal.SIGTERM)
-        with pytest.raises(JobError) as caught:
-            m["add"]({"x": X})
-    assert caught.value.outcome in ("device_lost", "cancelled")
-    device.close()
-    assert outcome(fleet, device.id) in (OutcomeKind.DEVICE_LOST, OutcomeKind.CANCELLED)
-    assert not list((tmp_path / "leaves" / "jobs").iterdir())
+def test_an_agent_that_stops_says_so(strict: RunningTracker, runner: Path, made: Artifact, tmp_path: Path) -> None:
+    """In order, which is no fault of the device, whichever of its connections is heard first."""
+    tls = credentials.find(strict.address).tls
+    with Access(strict.address, tls) as access, Fleet(strict.address, tls) as fleet:
+        with started(strict, access, runner, tmp_path / "leaves", "leaves") as process:
+            device = fleet.session("leaves")
+            m = device.load(made)
+            process.stop(signal.SIGTERM)
+            with pytest.raises(JobError, match="the agent stopped") as caught:
+                m["add"]({"x": X})
+        assert caught.value.outcome == "device_lost"
+        device.close()
+        assert outcome(fleet, device.id) is OutcomeKind.DEVICE_LOST
+        assert not list((tmp_path / "leaves" / "jobs").iterdir())
+        with started(strict, access, runner, tmp_path / "leaves", "leaves", joins=False):
+            assert state_of(fleet, "leaves") is DeviceState.IDLE
 
 
 def test_a_connection_that_is_cut_in_mid_stream(fleet: Fleet, agent: AgentProcess, tracker: RunningTracker) -> None:
@@ -549,3 +557,188 @@ def test_a_client_that_is_cut_off_loses_the_device_with_its_lease(
             wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
             proxy.flow()
             device.close()
+
+
+# ---- Whose fault it is ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTracker]:
+    """A tracker that gives a device no more jobs after a single fault of its own."""
+    folder = tmp_path_factory.mktemp("strict") / "tracker"
+    with start(port=0, data_dir=folder, settings=Settings(quarantine_after=1)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def watched(strict: RunningTracker, runner: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    tls = credentials.find(strict.address).tls
+    folder = tmp_path_factory.mktemp("watched") / "agent"
+    with (
+        Access(strict.address, tls) as access,
+        started(strict, access, runner, folder, "watched"),
+        Fleet(strict.address, tls) as fleet,
+    ):
+        yield fleet
+
+
+PUT = pb.PutTensor(tensor=pb.Value(dtype="uint8", shape=[8], streamed_bytes=8))
+NONSENSE = {
+    "no request": [b"\xff\xff\xff"],
+    "a stray piece": [pb.SessionRequest(id=1, piece=b"x").SerializeToString()],
+    "another request among the pieces": [
+        pb.SessionRequest(id=1, put=PUT).SerializeToString(),
+        pb.SessionRequest(id=2, list_files=pb.ListFiles()).SerializeToString(),
+    ],
+    "too many bytes": [
+        pb.SessionRequest(id=1, put=PUT).SerializeToString(),
+        pb.SessionRequest(id=1, piece=bytes(9)).SerializeToString(),
+    ],
+}
+
+
+@pytest.mark.parametrize("said", NONSENSE.values(), ids=NONSENSE)
+def test_what_a_client_says_is_no_fault_of_the_device(watched: Fleet, said: list[bytes]) -> None:
+    device = watched.session("watched")
+    for data in said:
+        device._link._frames.put(pb.ClientFrame(data=data))
+    assert outcome(watched, device.id) is OutcomeKind.BAD_REQUEST
+    wait_for(lambda: state_of(watched, "watched") is DeviceState.IDLE, "the device to be free")
+    with pytest.raises(JobError) as caught:
+        device.files()
+    assert caught.value.outcome == "bad_request"
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        (pb.SessionRequest(), "does not know"),
+        (pb.SessionRequest(time=pb.TimeFunction(options=types_pb2.TimeOptions(repeat=700_000))), "artifact is not on"),
+        (pb.SessionRequest(load=pb.LoadArtifact(num_threads=-1)), "threads is -1"),
+        (pb.SessionRequest(load=pb.LoadArtifact(transfer_ms=2**63 - 1)), "the deadline of stage"),
+        (pb.SessionRequest(put=pb.PutTensor(tensor=pb.Value(dtype="uint8", shape=[4], streamed_bytes=0))), "tensor ''"),
+        (pb.SessionRequest(remove_file=pb.RemoveFile(name="x" * (4 << 20))), "not the name of a session's file"),
+    ],
+    ids=["unknown", "no artifact", "threads", "deadline", "no bytes", "a long name"],
+)
+def test_requests_that_are_refused(watched: Fleet, request_: pb.SessionRequest, why: str) -> None:
+    with watched.session("watched") as device:
+        with pytest.raises(JobError, match=why) as caught:
+            device._link.ask(request_)
+        assert caught.value.outcome == "bad_request"
+        assert device.files() == {}
+    assert outcome(watched, device.id) is OutcomeKind.OK
+
+
+def test_more_samples_than_a_message_takes(watched: Fleet, made: Artifact) -> None:
+    with watched.session("watched") as device:
+        m, x = device.load(made), device.tensor(X)
+        for profile, repeat in ((False, MAX_SAMPLES + 1), (True, MAX_PROFILE_SAMPLES + 1)):
+            with pytest.raises(InputError, match="repeat"):  # before it is sent
+                m._time({"x": X}, "add", TimeOptions(repeat=repeat, profile=profile))
+            wanted = pb.TimeFunction(
+                artifact=m._number,
+                function="add",
+                inputs=[pb.Value(name="x", handle=x._handle)],
+                options=types_pb2.TimeOptions(number=1, repeat=repeat, profile=profile),
+            )
+            with pytest.raises(JobError, match="repeat"):
+                device._link.ask(pb.SessionRequest(time=wanted))
+        assert len(m.time({"x": X}, "add", repeat=10_000, min_repeat_ms=0).samples_ns) == 10_000
+    assert state_of(watched, "watched") is DeviceState.IDLE
+
+
+# ---- Calling off ---------------------------------------------------------------------------------------------------
+
+
+def test_calling_off_what_is_being_sent(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
+    """The session, and what it has on the device, are there afterwards."""
+    size = 64 << 20
+    request = pb.SessionRequest(put=pb.PutTensor(tensor=pb.Value(dtype="uint8", shape=[size], streamed_bytes=size)))
+    with fleet.session("here") as device:
+        kept = device.tensor(X)
+        sent = []
+
+        def pieces() -> Iterator[bytes]:
+            for _ in range(size >> 20):
+                sent.append(1)
+                device.call_off()
+                yield bytes(1 << 20)
+
+        with pytest.raises(JobError) as caught:
+            device._link.ask(request, pieces())
+        assert caught.value.outcome == "cancelled" and len(sent) == 1
+
+        def broken() -> Iterator[bytes]:
+            yield bytes(1 << 20)
+            raise OSError("the file is gone")
+
+        with pytest.raises(OSError, match="the file is gone"):
+            device._link.ask(request, broken())
+        np.testing.assert_array_equal(device.load(made)["add"]({"x": kept})["y"], X + 1)
+    assert outcome(fleet, device.id) is OutcomeKind.OK
+
+
+def test_calling_off_a_load_while_it_is_sent_to_the_tracker(
+    fleet: Fleet, agent: AgentProcess, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet.session("here") as device:
+        send = device._send
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "_send", lambda packed, again: (send(packed, again), device.call_off()))
+            with pytest.raises(JobError) as caught:
+                device.load(made)
+        assert caught.value.outcome == "cancelled"
+        np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
+
+
+def test_sessions_that_wait_do_not_keep_the_one_that_has_the_device(
+    fleet: Fleet, agent: AgentProcess, tracker: RunningTracker
+) -> None:
+    """However few threads the loop's executor has."""
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        waits = asyncio.Event()
+
+        async def second(fleet: aio.Fleet) -> None:
+            async with fleet.session("here", progress=lambda job: waits.set()):
+                pass
+
+        async with await aio.connect(tracker.address) as fleet:
+            async with fleet.session("here"):
+                task = asyncio.create_task(second(fleet))
+                await waits.wait()
+            await task
+
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await main()
+
+    asyncio.run(bounded())
+
+
+# ---- Waiting -------------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_may_lose_the_connection(fleet: Fleet, agent: AgentProcess) -> None:
+    def attach(job_id: str) -> SessionLink:
+        return SessionLink(fleet._channel, fleet.address, job_id, 10)
+
+    with fleet.session("here"):
+        spec = plan.session_request("here", Deadlines(), 0, 0, "", 10)
+        job_id = fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec))).job.id
+        lost = attach(job_id)
+        assert isinstance(lost._states.get(10), Job)
+        lost.abort()
+        half_open = attach(job_id)
+        assert isinstance(half_open._states.get(10), Job)
+        back = attach(job_id)
+        with pytest.raises(PermissionDeniedError, match="came back on another connection"):
+            half_open.wait()
+        assert isinstance(back._states.get(10), Job)
+        assert fleet.job(job_id).status().state is JobState.QUEUED
+    assert back.wait().name == "here"
+    back.close()
+    assert outcome(fleet, job_id) is OutcomeKind.OK
