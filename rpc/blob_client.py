@@ -31,6 +31,10 @@ T = TypeVar("T")
 _PAUSES_S = (0.1, 0.3, 1.0, 2.0)
 #: How long a tracker that is away is waited for, where nobody says otherwise.
 PATIENCE_S = 3.5
+#: How long one answer may take. A tracker that stood still and leads no more may never give it, though its connection
+#: stands; and for transfers, bytes in a second that are slow enough for every link.
+_ANSWER_S = 60.0
+_LEAST_BYTES_S = 20_000.0
 #: Digests asked about in one FindMissing call.
 _FIND_BATCH = 10_000
 
@@ -55,7 +59,7 @@ class BlobClient:
         for start in range(0, len(distinct), _FIND_BATCH):
             batch = [convert.blob_to_pb(blob) for blob in distinct[start : start + _FIND_BATCH]]
             request = blobs_pb2.FindMissingRequest(blobs=batch)
-            response = self._retry(functools.partial(self._stub.FindMissing, request))
+            response = self._retry(functools.partial(self._stub.FindMissing, request, timeout=_ANSWER_S))
             missing.extend(convert.blob_from_pb(pb) for pb in response.missing)
         return missing
 
@@ -85,7 +89,8 @@ class BlobClient:
         def once() -> None:
             offset = 0
             if blob.size > CHUNK_BYTES or state.failures:
-                query = self._stub.QueryUpload(blobs_pb2.QueryUploadRequest(blob=convert.blob_to_pb(blob)))
+                asked = blobs_pb2.QueryUploadRequest(blob=convert.blob_to_pb(blob))
+                query = self._stub.QueryUpload(asked, timeout=_ANSWER_S)
                 if query.complete:
                     return
                 offset = query.committed_bytes
@@ -122,7 +127,7 @@ class BlobClient:
                 raise
 
         try:
-            self._stub.Upload(requests())
+            self._stub.Upload(requests(), timeout=_longest_s(blob.size - offset))
         except grpc.RpcError:
             if failure:
                 raise failure[0] from None
@@ -178,7 +183,7 @@ class BlobClient:
 
     def _stream(self, blob: Blob, offset: int) -> Iterator[bytes]:
         request = blobs_pb2.DownloadRequest(blob=convert.blob_to_pb(blob), offset_bytes=offset)
-        call = self._stub.Download(request)
+        call = self._stub.Download(request, timeout=_longest_s(blob.size - offset))
         try:
             for response in call:
                 yield response.data
@@ -192,7 +197,8 @@ class BlobClient:
                 return once()
             except grpc.RpcError as error:
                 explained: KedgeError = from_rpc_error(error, self._address)
-                again = is_away(error) or isinstance(explained, UploadOffsetError)
+                unanswered = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                again = unanswered or is_away(error) or isinstance(explained, UploadOffsetError)
                 if not again or not state.pause():
                     raise explained from error
 
@@ -223,6 +229,11 @@ class _Attempt:
         time.sleep(pause_s)
         self.failures += 1
         return True
+
+
+def _longest_s(size: int) -> float:
+    """How long the transfer of so many bytes may take; what it brought over by then is not sent again."""
+    return _ANSWER_S + size / _LEAST_BYTES_S
 
 
 def _shifted(progress: Optional[Progress], base: int) -> Optional[Progress]:

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -117,3 +118,57 @@ def test_a_tracker_that_cannot_decide_now_is_one_that_is_away() -> None:
     """Whoever waits for a lost tracker waits for one that leads no more, too: agents with the results of their jobs."""
     error = Failed(*to_status(TrackerAwayError("it leads no more")))
     assert is_away(error) and isinstance(from_rpc_error(error), ConnectError)
+
+
+def _to_bytes(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+class _Silent(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """The first call of each method goes to a server that takes calls and never answers them."""
+
+    def __init__(self, mute: grpc.Channel) -> None:
+        self._mute = mute
+        self.unanswered: list[str] = []
+
+    def _first(self, details: grpc.ClientCallDetails) -> bool:
+        if details.method in self.unanswered:
+            return False
+        self.unanswered.append(details.method)
+        return True
+
+    def intercept_unary_unary(self, proceed, details, request):
+        if self._first(details):
+            return self._mute.unary_unary(details.method, _to_bytes)(request, timeout=details.timeout)
+        return proceed(details, request)
+
+    def intercept_stream_unary(self, proceed, details, requests):
+        if self._first(details):
+            return self._mute.stream_unary(details.method, _to_bytes)(requests, timeout=details.timeout)
+        return proceed(details, requests)
+
+    def intercept_unary_stream(self, proceed, details, request):
+        if self._first(details):
+            return self._mute.unary_stream(details.method, _to_bytes)(request, timeout=details.timeout)
+        return proceed(details, request)
+
+
+def test_a_tracker_that_never_answers_is_asked_again(tracker: RunningTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that stood still and leads no more: its connection stands."""
+    monkeypatch.setattr(blob_client, "_ANSWER_S", 0.3)
+    data = secrets.token_bytes(BYTES)
+    tls = credentials.find(tracker.address).tls
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()  # the kernel takes connections, and nobody reads them
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{mute.getsockname()[1]}") as nowhere,
+            open_channel(tracker.address, tls) as real,
+        ):
+            silent = _Silent(nowhere)
+            client = BlobClient(grpc.intercept_channel(real, silent), tracker.address, RECONNECT_S)
+            client.upload_missing([(blob_of(data), data)])
+            assert client.read(blob_of(data)) == data
+    assert [method.rpartition("/")[2] for method in silent.unanswered] == [
+        "FindMissing", "QueryUpload", "Upload", "Download",
+    ]  # fmt: skip
