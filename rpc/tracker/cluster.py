@@ -23,14 +23,14 @@ from kedge.rpc.tracker.election import Election, Member, View
 from kedge.rpc.tracker.epoch import Epoch
 from kedge.rpc.tracker.fleetmates import Fellows
 from kedge.rpc.tracker.health import HealthService
-from kedge.rpc.tracker.leading import Leadership, Premises
+from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
 from kedge.rpc.tracker.listeners import Serve, Switch, Table
 from kedge.rpc.tracker.relay import Relay
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError, documents, prepare
 from kedge.rpc.tracker.security.folder import Keys, Security
 from kedge.rpc.tracker.security.interceptor import Gate, by_peer, trust
-from kedge.rpc.tracker.security.owners import FileOwners, StoredOwners
+from kedge.rpc.tracker.security.owners import FileOwners, Owners, StoredOwners
 from kedge.rpc.tracker.security.shelf import DatabaseShelf
 from kedge.rpc.tracker.service import BlobsService
 from kedge.rpc.tracker.sessions import Grants
@@ -202,19 +202,12 @@ class Cluster:
     async def _lead(self, epoch: Epoch) -> None:
         await self._relay.point(None)
         try:
-            store, security = await self._loop.run_in_executor(None, self._open, epoch)
+            led = await self._take_over(epoch)
         except (KedgeError, sa.exc.SQLAlchemyError) as error:
             log.error("this tracker cannot lead: %s", error)
             self._give_up()
             return
-        self._store, self.security = store, security
-        owners = StoredOwners(store) if security is not None else FileOwners(self._premises.data_dir / "owners")
-        # What jobs need of an artifact is read from its manifest.
-        specs = [record.accepted.spec for record in store.found.records]
-        await self._fellows.fetch([spec.manifest for spec in specs if not isinstance(spec.task, SessionTask)])
-        self._fellows.epoch = epoch.number
-        self._premises.blobs.when_evicted(owners.forget)
-        self._leadership = led = Leadership(self._premises, store, security, owners, self._fellows)
+        security = self.security
         if self._premises.metrics is not None:
             self._premises.metrics.serve_state(led.shell, self._premises.data_dir)
             self._premises.metrics.leads(epoch.number)
@@ -226,6 +219,26 @@ class Cluster:
         self._premises.audit.write("tracker leads", epoch=epoch.number)
         self._health.set_serving(True)
         self._settled.set()
+
+    async def _take_over(self, epoch: Epoch) -> Leadership:
+        """Whatever waits for the database does so in a thread: this tracker goes on to relay, and to be seen."""
+        store, security = await self._loop.run_in_executor(None, self._open, epoch)
+        try:
+            owners: Owners = FileOwners(self._premises.data_dir / "owners")
+            if security is not None:
+                owners = await self._loop.run_in_executor(None, StoredOwners, store)
+            # What jobs need of an artifact is read from its manifest.
+            specs = [record.accepted.spec for record in store.found.records]
+            await self._fellows.fetch([spec.manifest for spec in specs if not isinstance(spec.task, SessionTask)])
+            holdings = await self._loop.run_in_executor(None, Holdings, self._premises, store, owners)
+        except BaseException:
+            self._close(store)
+            raise
+        self._store, self.security = store, security
+        self._fellows.epoch = epoch.number
+        self._premises.blobs.when_evicted(owners.forget)
+        self._leadership = Leadership(self._premises, store, security, owners, holdings, self._fellows)
+        return self._leadership
 
     def _open(self, epoch: Epoch) -> tuple[Store, Security | None]:
         """In a thread: what is stored is read."""
@@ -264,7 +277,10 @@ class Cluster:
             self._premises.metrics.follows()
         self._premises.audit.write("tracker leads no more", epoch=self._fellows.epoch, reason=why.message)
         self._premises.blobs.when_evicted(lambda digest: None)
-        # It may take seconds to notice that its database is gone; what it still tries to write is refused.
+        self._close(store)
+
+    def _close(self, store: Store) -> None:
+        """It may take seconds to notice that its database is gone; what it still tries to write is refused."""
         self._closing = [closing for closing in self._closing if not closing.done()]
         self._closing.append(self._loop.run_in_executor(None, store.close))
 

@@ -19,7 +19,11 @@ _CONNECT_S = 5
 #: A session of a tracker that stands still in mid-transaction is ended by the server after so long: its locks must not
 #: outlast it.
 _IDLE_IN_TRANSACTION_MS = 4_000
-_STATEMENT_MS = 60_000
+_STATEMENT_MS = 15_000
+#: A server that stands still itself keeps to no such limit: what it leaves unanswered for so long, it never answers.
+#: The second is that of the election's session, whose statements wait for little (`_IDLE_IN_TRANSACTION_MS`).
+_UNANSWERED_S = 20.0
+_LOCK_UNANSWERED_S = 8.0
 #: Options of a URL that may be shown; others may hold secrets.
 _SHOWN = ("host", "port", "dbname", "user")
 #: What was sent and is not acknowledged for so long means that the connection is gone.
@@ -137,13 +141,16 @@ class Postgres:
 
     def engine(self) -> sa.Engine:
         """Every commit is on the disk, whatever the server is set to otherwise; sessions that hang are ended."""
-        return self._engine({"idle_in_transaction_session_timeout": _IDLE_IN_TRANSACTION_MS})
+        return self._engine({"idle_in_transaction_session_timeout": _IDLE_IN_TRANSACTION_MS}, _UNANSWERED_S)
 
     def lock_engine(self, idle_ms: int) -> sa.Engine:
         """For a session that the server ends when nothing was asked in it for `idle_ms`; every statement commits."""
-        return self._engine({"idle_session_timeout": idle_ms}, isolation_level="AUTOCOMMIT")
+        return self._engine({"idle_session_timeout": idle_ms}, _LOCK_UNANSWERED_S, isolation_level="AUTOCOMMIT")
 
-    def _engine(self, settings: dict[str, int], **options: Any) -> sa.Engine:
+    def _engine(self, settings: dict[str, int], unanswered_s: float, **options: Any) -> sa.Engine:
+        from kedge.rpc.tracker.patience import impatient  # psycopg is there only where it is asked for
+
+        kind = impatient(unanswered_s)
         common: dict[str, int | str] = {"statement_timeout": _STATEMENT_MS, "synchronous_commit": "on"}
         arguments = {
             "connect_timeout": _CONNECT_S,
@@ -155,6 +162,10 @@ class Postgres:
             "options": " ".join(f"-c {name}={value}" for name, value in {**common, **settings}.items()),
         }
         engine = sa.create_engine(self._url, connect_args=arguments, poolclass=sa.NullPool, **options)
+
+        @sa.event.listens_for(engine, "do_connect")
+        def connect(_dialect: Any, _record: Any, places: Any, parameters: Any) -> Any:
+            return kind.connect(*places, **parameters)
 
         @sa.event.listens_for(engine, "handle_error")
         def recognize(context: sa.engine.ExceptionContext) -> None:

@@ -59,6 +59,19 @@ class Premises:
         return self.metrics or SILENT
 
 
+class Holdings:
+    """The blobs that stored jobs need: known, and held. Reads the store and every manifest: not in an event loop.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+
+    def __init__(self, premises: Premises, store: Store, owners: Owners) -> None:
+        self.catalog = Catalog(premises.blobs, owners)
+        self.needed = Needed(premises.blobs, self.catalog.members_of)
+        store.keep_needed(self.needed)
+
+
 class Leadership:
     """The services over `store`. `security` is None where plaintext is spoken on loopback."""
 
@@ -68,14 +81,13 @@ class Leadership:
         store: Store,
         security: Security | None,
         owners: Owners,
+        holdings: Holdings,
         mates: Fleetmates = ALONE,
     ) -> None:
         self._security = security
         self._audit = premises.audit
         self._limits = premises.limits
-        catalog = Catalog(premises.blobs, owners)
-        self.needed = Needed(premises.blobs, catalog.members_of)
-        store.keep_needed(self.needed)
+        catalog, self.needed = holdings.catalog, holdings.needed
         _fit(premises.blobs)
         self.shell = Shell(store, premises.settings, premises.clock, premises.observer)
         self._gates: list[Gate] = []

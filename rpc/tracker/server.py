@@ -28,7 +28,7 @@ from kedge.rpc.tracker.cluster import Cluster, check_database
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Member
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
-from kedge.rpc.tracker.leading import Leadership, Premises
+from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics, exported
 from kedge.rpc.tracker.observer import SILENT
@@ -235,7 +235,7 @@ class _Alone:
         self, premises: Premises, store: Store, keys: Keys | None, owners: FileOwners, device_lifetime_s: int
     ) -> None:
         self.security = None if keys is None else Security(keys, device_lifetime_s=device_lifetime_s)
-        self.leadership = Leadership(premises, store, self.security, owners)
+        self.leadership = Leadership(premises, store, self.security, owners, Holdings(premises, store, owners))
         if self.security is None:
             self.clients = self.agents = Switch(self.leadership.everybody())
         else:

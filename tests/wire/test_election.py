@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kedge.rpc.client import Fleet
+from kedge.rpc.tracker import cluster
+from kedge.rpc.tracker import database as databases
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Election, Member, View
-from kedge.rpc.tracker.schema import prepare
+from kedge.rpc.tracker.epoch import Epoch, take_lead
+from kedge.rpc.tracker.schema import StoreAwayError, prepare
+from kedge.rpc.tracker.server import start
+from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import Address
+from support.agents import wait_for
 from support.postgres import PostgresServer
+from support.toys import QUICK
 
 
 @pytest.fixture
@@ -54,3 +68,75 @@ def test_an_address_of_another_tracker_that_is_none_stops_nobody(
     finally:
         one.election.stop()
     assert caplog.text.count("nobody can reach the tracker b") == 1 and "my lab" in caplog.text
+
+
+@contextmanager
+def still(postgres: PostgresServer, place: Postgres) -> Iterator[None]:
+    """The server's processes for this database stand still, and their kernel goes on acknowledging."""
+    name = place.name.rpartition("/")[2]
+    asked = f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}'"
+    pids = [int(str(row[0])) for row in postgres.execute(asked)]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_server_that_stands_still_ends_a_leadership_and_holds_up_no_stop(
+    postgres: PostgresServer, place: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(databases, "_LOCK_UNANSWERED_S", 1.0)
+    one, other = Heard(place), Heard(place, "b")
+    one.election.start()
+    assert isinstance(one.told.get(timeout=20), Epoch)
+    one.view()
+    other.election.start()
+    other.view()
+    with still(postgres, place):
+        other.election.stop()
+        while not isinstance(said := one.told.get(timeout=20), str):
+            assert isinstance(said, View), said
+        assert "does not answer" in said
+        one.election.stop()
+
+
+def test_a_store_whose_server_stands_still_fails(
+    postgres: PostgresServer, place: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(databases, "_UNANSWERED_S", 1.0)
+    monkeypatch.setattr(Postgres, "patience_s", 0.5)
+    with place.engine().begin() as connection:
+        epoch = take_lead(connection, "a", 5)
+    failures: queue.Queue[BaseException] = queue.Queue()
+    store = Store(place, epoch=epoch, on_failure=failures.put)
+    durable = threading.Event()
+    with still(postgres, place):
+        store.append([], durable.set)
+        error = failures.get(timeout=20)
+        assert isinstance(error, StoreAwayError) and "does not answer" in str(error) and not durable.is_set()
+        store.close()
+
+
+@pytest.mark.parametrize("step", ["StoredOwners", "Holdings"])
+def test_a_database_that_is_lost_while_a_tracker_takes_the_lead_costs_that_lead(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    works, stores = getattr(cluster, step), []
+
+    def lost_once(*arguments: Any) -> Any:
+        stores.extend(each for each in arguments if isinstance(each, Store))
+        if len(stores) == 1:
+            raise StoreAwayError("the connection was lost")
+        return works(*arguments)
+
+    monkeypatch.setattr(cluster, step, lost_once)
+    with start(port=0, data_dir=tmp_path / "t", settings=QUICK, database=postgres.new_database()) as running:
+        assert running.serving.keys is not None
+        with Fleet(running.address, running.serving.keys.admin_tls()) as fleet:
+            assert fleet.status().epoch == 2
+        wait_for(lambda: not stores[0]._thread.is_alive(), "the first store to be closed")
