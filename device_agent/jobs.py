@@ -123,6 +123,8 @@ class Board:
     blobs: Blobs
     #: How long a measurement waits for a hot or throttled device at most; what it measures then is suspect.
     calm_s: float = 30.0
+    #: A session of which nothing is asked for so long ends: its client has forgotten that others wait for the device.
+    session_idle_s: float = 3600.0
     #: Public keys of those whose artifacts may run here; empty: everybody's.
     signers: FrozenSet[bytes] = frozenset()
     #: What surrounds runners; None: their limits alone.

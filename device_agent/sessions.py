@@ -275,7 +275,8 @@ class Session:
     def _work(self, scratch: Path, files: SessionFiles) -> None:
         """Answer one request after the other until the session is over."""
         try:
-            for request in self._requests:
+            while True:
+                request = self._next()
                 if self._is_late(request):
                     continue
                 with self._lock:
@@ -294,6 +295,15 @@ class Session:
         except Exception as error:
             log.error("a session's worker failed", exc_info=error)
             self._end(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=f"the session cannot go on: {error!r}"))
+
+    def _next(self) -> pb.SessionRequest:
+        """The next message; a client that says nothing for long has forgotten that it has the device."""
+        try:
+            return self._requests.get(self._board.session_idle_s)
+        except TimeoutError:
+            why = f"nothing was asked of it for {self._board.session_idle_s:g} s"
+            self._end(Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=why))
+            raise PipeClosed from None
 
     def _is_late(self, request: pb.SessionRequest) -> bool:
         """Whether a message is about a request that has its answer already, as its client called it off."""
@@ -648,7 +658,7 @@ class Session:
     def _take_pieces(self, number: int, total: int, store: Callable[[int, bytes], object]) -> None:
         at = 0
         while at < total:
-            request = self._requests.get()
+            request = self._next()
             if request.id == number and request.WhichOneof("body") == "cancel":
                 self._owed = 0
                 raise _CalledOff

@@ -1,0 +1,45 @@
+"""What the tracker does between the two ends of a session, one rule at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from kedge.protos.v1 import sessions_pb2 as pb
+from kedge.rpc.tracker import sessions
+from kedge.rpc.tracker.sessions import SessionsService, _Relay
+
+
+class Shell:
+    """Counts how often a client's lease was renewed."""
+
+    def __init__(self) -> None:
+        self.renewed = 0
+
+    def session_heard(self, job_id: str) -> None:
+        assert job_id == "s"
+        self.renewed += 1
+
+
+def test_a_client_that_is_held_up_keeps_its_lease_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that it has to say something itself: one that stopped behind a long call does not keep its device."""
+    monkeypatch.setattr(sessions, "_HELD_UP_S", 0.01)
+    monkeypatch.setattr(sessions, "_LONGEST_HELD_UP_S", 0.05)
+    shell = Shell()
+    service = SessionsService(cast(Any, shell), cast(Any, None), cast(Any, None), cast(Any, None))
+    event = pb.DeviceEvent(data=b"x")
+
+    async def main() -> None:
+        relay = _Relay()
+        while not relay.to_device.full():
+            await service._hand_over("s", relay, event)
+        assert shell.renewed == 0
+        held_up = asyncio.create_task(service._hand_over("s", relay, event))
+        _, waiting = await asyncio.wait([held_up], timeout=0.3)
+        assert waiting and 0 < shell.renewed <= 5
+        relay.to_device.get_nowait()
+        await held_up
+
+    asyncio.run(main())
