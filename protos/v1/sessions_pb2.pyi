@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ClientFrame(_message.Message):
-    __slots__ = ("attach", "renew", "grant", "data", "close")
+    __slots__ = ("attach", "renew", "grant", "data", "close", "withdraw")
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAW_FIELD_NUMBER: _ClassVar[int]
     attach: AttachSession
     renew: RenewSession
     grant: GrantArtifact
     data: bytes
     close: CloseSession
-    def __init__(self, attach: _Optional[_Union[AttachSession, _Mapping]] = ..., renew: _Optional[_Union[RenewSession, _Mapping]] = ..., grant: _Optional[_Union[GrantArtifact, _Mapping]] = ..., data: _Optional[bytes] = ..., close: _Optional[_Union[CloseSession, _Mapping]] = ...) -> None: ...
+    withdraw: WithdrawArtifact
+    def __init__(self, attach: _Optional[_Union[AttachSession, _Mapping]] = ..., renew: _Optional[_Union[RenewSession, _Mapping]] = ..., grant: _Optional[_Union[GrantArtifact, _Mapping]] = ..., data: _Optional[bytes] = ..., close: _Optional[_Union[CloseSession, _Mapping]] = ..., withdraw: _Optional[_Union[WithdrawArtifact, _Mapping]] = ...) -> None: ...
 
 class AttachSession(_message.Message):
     __slots__ = ("job_id",)
@@ -37,6 +39,12 @@ class CloseSession(_message.Message):
     def __init__(self) -> None: ...
 
 class GrantArtifact(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: _types_pb2.Blob
+    def __init__(self, manifest: _Optional[_Union[_types_pb2.Blob, _Mapping]] = ...) -> None: ...
+
+class WithdrawArtifact(_message.Message):
     __slots__ = ("manifest",)
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     manifest: _types_pb2.Blob

@@ -131,7 +131,10 @@ class Session:
         signature = plan.signature_of(packed, self._signing_key)
         if signature is not None:
             wanted.signature.public_key, wanted.signature.signature = signature.public_key, signature.signature
-        loaded = self._link.ask(pb.SessionRequest(load=wanted), unwanted=unwanted).loaded
+        try:
+            loaded = self._link.ask(pb.SessionRequest(load=wanted), unwanted=unwanted).loaded
+        finally:
+            self._link.withdraw(packed.blob)  # the device has all of it, or will not have it
         return SessionModel(self, packed, loaded.artifact, loaded.device)
 
     # ---- Tensors ----

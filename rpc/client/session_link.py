@@ -120,6 +120,12 @@ class SessionLink:
         if answer.problem:
             raise NotReadyError(answer.problem, hint=answer.hint or None)
 
+    def withdraw(self, manifest: Blob) -> None:
+        """Undo one `grant`; never blocks, and never raises."""
+        with contextlib.suppress(PipeClosed):  # it ended with the session
+            frame = pb.ClientFrame(withdraw=pb.WithdrawArtifact(manifest=convert.blob_to_pb(manifest)))
+            self._frames.push(frame)
+
     def ask(
         self,
         request: pb.SessionRequest,

@@ -383,7 +383,7 @@ class BlobsService:
             return True
         held = self._held_by(principal.name) if principal.role is Role.AGENT else {}
         return any(
-            digest in self._grants.of(accepted.job_id) or digest in self._catalog.digests_of(accepted.spec)
+            self._grants.allow(accepted.job_id, digest) or digest in self._catalog.digests_of(accepted.spec)
             for accepted in held.values()
         )
 

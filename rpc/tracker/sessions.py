@@ -54,27 +54,40 @@ _WAITING_FRAMES = 2
 
 
 class Grants:
-    """Which blobs the device of each session may read, and that they stay as long as it lasts."""
+    """Which blobs the device of each session may read, and that they stay as long as it may."""
 
     def __init__(self, blobs: TrackerBlobs) -> None:
         self._blobs = blobs
-        self._of: dict[str, set[str]] = {}
+        #: Of each job, by the digest of a manifest: how often it was granted, and all its blobs.
+        self._of: dict[str, dict[str, tuple[int, frozenset[str]]]] = {}
 
-    def add(self, job_id: str, digests: Iterable[str]) -> None:
-        """The device may read these."""
-        known = self._of.setdefault(job_id, set())
-        fresh = set(digests) - known
-        self._blobs.hold(fresh)
-        self._blobs.redeem(fresh)
-        known |= fresh
+    def add(self, job_id: str, manifest: str, digests: Iterable[str]) -> None:
+        """The device may read these, until that is withdrawn as often."""
+        granted = self._of.setdefault(job_id, {})
+        count, members = granted.get(manifest, (0, frozenset(digests)))
+        if count == 0:
+            self._blobs.hold(members)
+            self._blobs.redeem(members)
+        granted[manifest] = (count + 1, members)
 
-    def of(self, job_id: str) -> frozenset[str]:
-        """What the device may read for a session."""
-        return frozenset(self._of.get(job_id, ()))
+    def withdraw(self, job_id: str, manifest: str) -> None:
+        """Undo one `add`; nothing where there was none."""
+        granted = self._of.get(job_id, {})
+        if manifest in granted:
+            count, members = granted.pop(manifest)
+            if count > 1:
+                granted[manifest] = (count - 1, members)
+            else:
+                self._blobs.let_go(members)
+
+    def allow(self, job_id: str, digest: str) -> bool:
+        """Whether the device may read it for a session."""
+        return any(digest in members for _, members in self._of.get(job_id, {}).values())
 
     def end(self, job_id: str) -> None:
         """The session is over."""
-        self._blobs.let_go(self._of.pop(job_id, ()))
+        for _, members in self._of.pop(job_id, {}).values():
+            self._blobs.let_go(members)
 
 
 class _Relay:
@@ -204,6 +217,8 @@ class SessionsService:
                 await self._hand_over(job_id, relay, pb.DeviceEvent(data=frame.data))
             elif said == "grant":
                 await relay.to_client.put(pb.ClientEvent(granted=await self._grant(job_id, frame.grant, principal)))
+            elif said == "withdraw":
+                self._grants.withdraw(job_id, frame.withdraw.manifest.digest)
             elif said == "close":
                 await self._hand_over(job_id, relay, pb.DeviceEvent(close=frame.close))
                 if not relay.has_device:
@@ -228,7 +243,7 @@ class SessionsService:
     async def _grant(self, job_id: str, grant: pb.GrantArtifact, principal: Principal) -> pb.ArtifactGranted:
         manifest = convert.blob_from_pb(grant.manifest)
         try:
-            self._grants.add(job_id, await self._catalog.members_for(manifest, principal))
+            self._grants.add(job_id, manifest.digest, await self._catalog.members_for(manifest, principal))
         except KedgeError as error:
             return pb.ArtifactGranted(problem=error.message or "refused", hint=error.hint or "")
         self._audit.write("artifact granted", job=job_id, artifact=manifest.digest, by=principal.name)

@@ -318,6 +318,7 @@ def sessions_talk(job_id: str, epoch: int = 1) -> dict[str, list[bytes]]:
         sessions_pb2.ClientFrame(attach=sessions_pb2.AttachSession(job_id=job_id)),
         sessions_pb2.ClientFrame(renew=sessions_pb2.RenewSession()),
         sessions_pb2.ClientFrame(grant=sessions_pb2.GrantArtifact(manifest=manifest)),
+        sessions_pb2.ClientFrame(withdraw=sessions_pb2.WithdrawArtifact(manifest=manifest)),
         sessions_pb2.ClientFrame(data=request.SerializeToString()),
     )
     device = (

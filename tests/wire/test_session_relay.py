@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc.tracker import sessions
-from kedge.rpc.tracker.sessions import SessionsService, _Relay
+from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.sessions import Grants, SessionsService, _Relay
 
 
 class Shell:
@@ -43,3 +45,26 @@ def test_a_client_that_is_held_up_keeps_its_lease_for_so_long(monkeypatch: pytes
         await held_up
 
     asyncio.run(main())
+
+
+def test_what_was_granted_stays_until_it_is_withdrawn_as_often(tmp_path: Path) -> None:
+    blobs = TrackerBlobs(tmp_path, 100)
+    grants = Grants(blobs)
+    shared, own, other = (blobs.put(data).digest for data in (b"s" * 40, b"o" * 20, b"x" * 20))
+    grants.add("s", own, (own, shared))
+    grants.add("s", own, (own, shared))
+    grants.add("s", other, (other, shared))
+    assert grants.allow("s", shared) and not grants.allow("t", shared)
+    grants.withdraw("s", own)
+    grants.withdraw("t", own)
+    grants.withdraw("s", "f" * 64)
+    assert grants.allow("s", own)
+    grants.withdraw("s", own)
+    grants.withdraw("s", own)
+    assert not grants.allow("s", own) and grants.allow("s", shared)
+    blobs.put(b"n" * 30)  # room is made with what nobody holds any more, and with nothing else
+    there = {blob.digest for blob in blobs}
+    assert own not in there and {shared, other} <= there
+    grants.end("s")
+    blobs.put(b"m" * 70)
+    assert shared not in {blob.digest for blob in blobs}
