@@ -13,8 +13,10 @@ from typing import Any
 
 import grpc
 
+from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import TrackerAwayError, to_status, was_said
 from kedge.rpc.tracker.handlers import GONE
+from kedge.rpc.tracker.health import HEALTH
 from kedge.rpc.tracker.listeners import Details, Find
 from kedge.rpc.tracker.security.principal import RULES
 from kedge.rpc.transport import Address, Tls, open_aio_channel
@@ -27,9 +29,11 @@ PEER_KEY = "kedge-peer"
 #: The port at which the tracker that relays serves agents: devices that enrol there come back there.
 AGENTS_PORT_KEY = "kedge-agents-port"
 _AUTHORIZATION = "authorization"
-_BLOBS = "/kedge.v1.Blobs/"
-#: Health and reflection: each tracker's own.
-_OWN = "/grpc."
+_HEALTH = f"/{HEALTH}/"
+#: Services with a connection of their own: blobs must not hold up heartbeats, nor clients' calls keep agents out.
+_APART = ("/kedge.v1.Blobs", "/kedge.v1.Agents")
+#: Within so long a call has to say something (every call of kedge's own does at once).
+_FIRST_S = 10.0
 
 
 class Relay:
@@ -39,8 +43,8 @@ class Relay:
         self._tls = tls
         self._agents_port = agents_port
         self._leader: Address | None = None
-        #: Blobs have a connection of their own: they must not hold up heartbeats.
-        self._channels: dict[bool, grpc.aio.Channel] = {}
+        #: By service, and the others': a connection has room for so many calls, and no more.
+        self._channels: dict[str, grpc.aio.Channel] = {}
 
     @property
     def leader(self) -> Address | None:
@@ -54,14 +58,17 @@ class Relay:
         self._leader = leader
         old, self._channels = self._channels, {}
         if leader is not None:
-            self._channels = {blobs: open_aio_channel(leader, self._tls) for blobs in (False, True)}
+            self._channels = {service: open_aio_channel(leader, self._tls) for service in (*_APART, "")}
         for channel in old.values():
             await channel.close()
 
     async def serve(self, native: Find, details: Details) -> Any:
-        """Whatever the call is, it is relayed; what no tracker serves is not, nor what the listener itself offers."""
+        """Whatever the call is, it is relayed; what no tracker serves is not.
+
+        While nobody leads, nobody can be admitted: then whoever asks for this tracker's health is told.
+        """
         method = str(details.method)
-        if method.startswith(_OWN):
+        if self._leader is None and method.startswith(_HEALTH):
             return await native(details)
         if method not in RULES:
             return None
@@ -73,7 +80,13 @@ class Relay:
         return grpc.stream_stream_rpc_method_handler(relay)
 
     async def _pass(self, method: str, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        channel = self._channels.get(method.startswith(_BLOBS))
+        try:
+            requests = await _begun(requests)
+        except ProtocolError as error:
+            await context.abort(*to_status(error))
+            return
+        service = method.rpartition("/")[0]
+        channel = self._channels.get(service if service in _APART else "")
         if channel is None:
             await _abort(context, "no tracker of this fleet leads at the moment; one will within seconds")
             return
@@ -110,6 +123,28 @@ class Relay:
         certificates = context.auth_context().get("x509_pem_cert", ())
         said += [(CERTIFICATE_KEY, bytes(pem)) for pem in list(certificates)[:1]]
         return tuple(said)
+
+
+async def _begun(requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same messages, once the first is there: nothing is held at the leader for callers that say nothing.
+
+    Only the leader knows whom to admit, and refuses others as soon as it hears of them.
+    """
+    try:
+        async with asyncio.timeout(_FIRST_S):
+            first = [await anext(requests)]
+    except StopAsyncIteration:
+        first = []
+    except TimeoutError as error:
+        raise ProtocolError(f"a call has to begin with a message within {_FIRST_S:g} s") from error
+
+    async def all_of_them() -> AsyncIterator[bytes]:
+        for message in first:
+            yield message
+        async for message in requests:
+            yield message
+
+    return all_of_them()
 
 
 class _Unhurried:

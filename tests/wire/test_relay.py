@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc.status import TrackerAwayError, from_rpc_error, is_away
+from kedge.rpc.tracker import relay as relaying
 from kedge.rpc.tracker.health import HealthService
 from kedge.rpc.tracker.relay import Relay
 from kedge.rpc.transport import Address
@@ -48,8 +49,8 @@ def test_a_leader_that_serves_a_call_no_more_is_one_that_is_away() -> None:
     asyncio.run(ask())
 
 
-def test_its_health_is_its_own() -> None:
-    """Without a leader it says so itself: it serves nothing, and is not away."""
+def test_without_a_leader_its_health_is_its_own() -> None:
+    """It says that it serves nothing, and is not away."""
 
     async def ask() -> None:
         health = HealthService(["kedge.v1.Fleet"])
@@ -62,5 +63,39 @@ def test_its_health_is_its_own() -> None:
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.stop(0)
+
+    asyncio.run(ask())
+
+
+class Counting(grpc.aio.ServerInterceptor):
+    """A leader that answers nothing, and counts what comes."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    async def intercept_service(self, _continuation: Any, details: Any) -> Any:
+        self.seen.append(details.method)
+        return None
+
+
+def test_callers_that_say_nothing_hold_nothing_at_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaying, "_FIRST_S", 0.2)
+
+    async def ask() -> None:
+        relay, leader = Relay(None), Counting()
+        follower, port = await served(Following(relay))
+        leading, its_port = await served(leader)
+        await relay.point(Address("127.0.0.1", its_port))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            silent = [channel.stream_stream("/kedge.v1.Agents/Connect")(timeout=20) for _ in range(20)]
+            for call in silent:
+                assert "within 0.2 s" in await call.details()
+            assert leader.seen == []
+            said = channel.stream_stream("/kedge.v1.Fleet/Hello")(timeout=20)
+            await said.write(b"")
+            assert await said.code() is grpc.StatusCode.UNAVAILABLE and leader.seen == ["/kedge.v1.Fleet/Hello"]
+        await relay.point(None)
+        for server in (follower, leading):
+            await server.stop(0)
 
     asyncio.run(ask())
