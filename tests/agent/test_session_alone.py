@@ -25,6 +25,7 @@ from kedge.rpc import convert
 from kedge.rpc.errors import LimitError
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.types import NO_BLOB, Blob, Health, JobResult, JobSpec, Lease, SessionTask
+from support.agents import wait_for
 from support.handmade import artifact
 
 from .conftest import FUNCTIONS, Remote
@@ -151,6 +152,45 @@ def test_calling_off_a_timing_that_waits_for_a_hot_board(
         call = pb.CallFunction(artifact=number, function="add", inputs=[x])
         served.stream.ask(id=3, call=call)
         assert served.stream.reply().WhichOneof("body") == "called", "the artifact is there as before"
+
+
+PIECES = 16
+
+
+@pytest.mark.parametrize(
+    ("put", "fetch"),
+    [
+        (
+            {"put": pb.PutTensor(tensor=pb.Value(dtype="uint8", shape=[PIECES << 20], streamed_bytes=PIECES << 20))},
+            {"fetch": pb.FetchTensor(handle=1)},
+        ),
+        (
+            {"put_file": pb.PutFile(file=pb.SessionFile(name="a", size_bytes=PIECES << 20))},
+            {"fetch_file": pb.FetchFile(name="a")},
+        ),
+    ],
+    ids=["tensor", "file"],
+)
+def test_calling_off_what_is_being_fetched(board: Board, put: dict[str, Any], fetch: dict[str, Any]) -> None:
+    with Served(board) as served:
+        served.stream.ask(id=1, **put)
+        for _ in range(PIECES):
+            served.stream.ask(id=1, piece=bytes(1 << 20))
+        assert not served.stream.reply().HasField("failed")
+        served.stream.reads.clear()
+        served.stream.ask(id=2, **fetch)
+        wait_for(lambda: len(served.session._frames._items) == 4, "the replies to be held up")
+        served.stream.ask(id=2, cancel=pb.CancelRequest())
+        wait_for(lambda: served.session._unwanted == 2, "the agent to hear of it")
+        served.stream.reads.set()
+        replies = []
+        while not replies or not replies[-1].HasField("failed"):
+            replies.append(served.stream.reply())
+        assert len(replies) < PIECES
+        assert replies[-1].failed.outcome.message == "its client called it off"
+        served.stream.ask(id=3, list_files=pb.ListFiles())
+        assert served.stream.reply().WhichOneof("body") == "files"
+    assert served.outcome() is OutcomeKind.OK
 
 
 def test_a_session_that_ends_fetches_nothing_more(board: Board, remote: Remote, published: Blob) -> None:

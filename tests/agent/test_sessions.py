@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from kedge.protos.v1 import fleet_pb2, types_pb2
+from kedge.protos.v1 import fleet_pb2, sessions_pb2_grpc, types_pb2
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
@@ -742,3 +743,27 @@ def test_who_waits_may_lose_the_connection(fleet: Fleet, agent: AgentProcess) ->
     assert back.wait().name == "here"
     back.close()
     assert outcome(fleet, job_id) is OutcomeKind.OK
+
+
+def test_a_client_that_does_not_read_is_no_fault_of_the_device(watched: Fleet) -> None:
+    spec = plan.session_request("watched", Deadlines(), 0, 0, "", 60)
+    job_id = watched._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec))).job.id
+    says: SimpleQueue[pb.ClientFrame | None] = SimpleQueue()
+    call = cast(Any, sessions_pb2_grpc.SessionsStub)(watched._channel).Attach(iter(says.get, None))
+    says.put(pb.ClientFrame(attach=pb.AttachSession(job_id=job_id)))
+    while next(call).WhichOneof("body") != "ready":
+        pass
+    size = 32 << 20
+    put = pb.PutTensor(tensor=pb.Value(dtype="uint8", shape=[size], streamed_bytes=size))
+    wanted = [pb.SessionRequest(id=1, put=put)]
+    wanted += [pb.SessionRequest(id=1, piece=bytes(1 << 20))] * 32
+    wanted += [pb.SessionRequest(id=2, fetch=pb.FetchTensor(handle=1))]
+    for request in wanted:
+        says.put(pb.ClientFrame(data=request.SerializeToString()))
+    says.put(pb.ClientFrame(data=b"\xff\xff"))
+    try:
+        assert outcome(watched, job_id) is OutcomeKind.BAD_REQUEST
+        wait_for(lambda: state_of(watched, "watched") is DeviceState.IDLE, "the device to be free")
+    finally:
+        call.cancel()
+        says.put(None)

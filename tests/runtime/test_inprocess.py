@@ -264,8 +264,10 @@ def test_a_manifest_that_lies_about_an_output(arithmetic: Path, weights: Path, r
         artifact = artifact_of(arithmetic.read_bytes(), (ARITHMETIC[0], lie, *ARITHMETIC[2:]), weights.read_bytes(), 64)
         with pytest.raises(ArtifactError, match=text):
             open_in_process(artifact, runtime.lib)
-        with LocalDevice(threads=1) as device, pytest.raises(ArtifactError, match=text):
-            device.load(artifact)
+        with LocalDevice(threads=1) as device:
+            for _ in range(65):  # more than a runner holds at once: none of them stays in it
+                with pytest.raises(ArtifactError, match=text):
+                    device.load(artifact)
 
 
 @pytest.mark.parametrize(("size", "offset"), [(100, 64), (128, 128), (128, 1024), (63, 0), (0, 0)])
