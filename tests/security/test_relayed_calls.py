@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,3 +196,22 @@ def test_a_tracker_of_its_own_lets_no_other_join(tracker: RunningTracker) -> Non
         pytest.raises(UsageError, match="no other tracker can share"),
     ):
         alone.create_token("tracker")
+
+
+def test_a_database_that_lets_an_administrator_wait_lets_nobody_else_wait(pair: Pair, postgres: PostgresServer) -> None:
+    import psycopg
+
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with (
+        ThreadPoolExecutor() as threads,
+        psycopg.connect(pair.database) as other,
+        Fleet(pair.leader.address, pair.tls()) as fleet,
+        Access(pair.leader.address, pair.tls()) as access,
+    ):
+        other.execute("SELECT * FROM leadership FOR UPDATE")
+        creating = threads.submit(access.create_token, "read", "ann")
+        wait_for(lambda: postgres.execute(waiting, pair.database.rpartition("/")[2]) == [(1,)], "it to wait")
+        assert fleet.status().user == "admin" and not creating.done()
+        other.rollback()
+        token = creating.result(20)[0]
+        assert token.id in {known.id for known in access.tokens()}

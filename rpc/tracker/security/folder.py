@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kedge.rpc.errors import AuthenticationError
 from kedge.rpc.security.files import make_private_folder, read_private, write_private
@@ -18,6 +20,7 @@ from kedge.rpc.tracker.security.shelf import FileShelf, Shelf
 from kedge.rpc.tracker.security.tokens import Tokens
 from kedge.rpc.transport import MAX_CALLS, Address, Tls
 
+T = TypeVar("T")
 ADMIN = "admin"
 ADMIN_FILE = "admin.token"
 #: The token that a new tracker prints is good for so long.
@@ -79,6 +82,30 @@ class Security:
         self.tokens = Tokens(at("tokens.json"), keys.now_s)
         self.devices = Devices(at("devices.json"), keys.authority, keys.now_s, device_lifetime_s)
         self.admin_secret = self._admin_secret()
+        self._changing = asyncio.Lock()
+
+    async def change(self, work: Callable[[], T], then: Callable[[T], None] = lambda result: None) -> T:
+        """Run what reads or writes tokens and devices in a thread, one after the other: shelves may take their time.
+
+        It is done to its end, and `then` called with its result, also where the caller goes away meanwhile.
+        """
+
+        async def alone() -> T:
+            async with self._changing:
+                return await asyncio.get_running_loop().run_in_executor(None, work)
+
+        def finish(done: asyncio.Future[T]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                then(done.result())
+
+        changing = asyncio.ensure_future(alone())
+        try:
+            result = await asyncio.shield(changing)
+        except asyncio.CancelledError:
+            changing.add_done_callback(finish)
+            raise
+        then(result)
+        return result
 
     @property
     def agents_port(self) -> int:

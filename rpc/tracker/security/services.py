@@ -42,23 +42,28 @@ class EnrolmentService:
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.Identity:
         """A first certificate, for a one-time token."""
         security, principal = self._security, caller()
-        name = check_name(request.device)
-        token = security.tokens.get(principal.token_id)
-        if token.device and token.device != name:
-            raise PermissionDeniedError(
-                f"this token enrols {token.device!r}, not {name!r}", hint=f"start the agent with --name {token.device}"
-            )
-        security.devices.check_free(name, replaces=bool(token.device))
-        security.tokens.spend(token.id)
-        issued = security.devices.enrol(name, replaces=bool(token.device))
-        security.audit.write("device enrolled", device=name, serial=issued.serial, **who(principal, context))
-        return self._identity(name, issued, context)
+        name, by = check_name(request.device), who(principal, context)
+
+        def enrol() -> Issued:
+            token = security.tokens.get(principal.token_id)
+            if token.device and token.device != name:
+                raise PermissionDeniedError(
+                    f"this token enrols {token.device!r}, not {name!r}",
+                    hint=f"start the agent with --name {token.device}",
+                )
+            security.devices.check_free(name, replaces=bool(token.device))
+            security.tokens.spend(token.id)
+            issued = security.devices.enrol(name, replaces=bool(token.device))
+            security.audit.write("device enrolled", device=name, serial=issued.serial, **by)
+            return issued
+
+        return self._identity(name, await security.change(enrol), context)
 
     @typed_errors
     async def Renew(self, _request: pb.RenewRequest, context: Context) -> pb.Identity:
         """The next certificate, for the one before."""
         security, principal = self._security, caller()
-        issued = security.devices.renew(principal.name, principal.token_id)
+        issued = await security.change(lambda: security.devices.renew(principal.name, principal.token_id))
         security.audit.write("certificate renewed", serial=issued.serial, **who(principal, context))
         return self._identity(principal.name, issued, context)
 
@@ -67,7 +72,7 @@ class EnrolmentService:
         """What makes another tracker one of this fleet, for a one-time token."""
         security, principal = self._security, caller()
         _check_shared(security)
-        security.tokens.spend(principal.token_id)
+        await security.change(lambda: security.tokens.spend(principal.token_id))
         security.audit.write("tracker joined", **who(principal, context))
         return pb.TrackerIdentity(
             ca_pem=security.authority.certificate_pem,
@@ -104,7 +109,10 @@ class AccessService:
             _check_shared(self._security)
         user = request.user or (caller().name if role in ONE_TIME else "")
         lifetime = request.lifetime_s or None
-        token, secret = self._security.tokens.create(user, role, device=request.device, lifetime_s=lifetime)
+        tokens = self._security.tokens
+        token, secret = await self._security.change(
+            lambda: tokens.create(user, role, device=request.device, lifetime_s=lifetime)
+        )
         said = {"token_id": token.id, "user": token.user, "token_role": role.value, "device": token.device}
         self._security.audit.write("token created", expires_s=token.expires_s, **said, **who(caller(), context))
         port = agents_port_of(context, self._security.agents_port)
@@ -113,29 +121,39 @@ class AccessService:
     @typed_errors
     async def ListTokens(self, _request: pb.ListTokensRequest, _context: Context) -> pb.ListTokensResponse:
         """Every token, without its secret."""
-        return pb.ListTokensResponse(tokens=[_token(token) for token in self._security.tokens.all()])
+        return pb.ListTokensResponse(
+            tokens=[_token(token) for token in await self._security.change(self._security.tokens.all)]
+        )
 
     @typed_errors
     async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.Token:
         """A token is refused from now on, and what it has under way ends."""
-        token = self._security.tokens.revoke(request.id)
-        self._end(owner_of(token.user), token.id, AuthenticationError(f"the token {token.id} was revoked"))
-        self._security.audit.write("token revoked", token_id=token.id, user=token.user, **who(caller(), context))
-        return _token(token)
+        by = who(caller(), context)
+
+        def end(token: Token) -> None:
+            self._end(owner_of(token.user), token.id, AuthenticationError(f"the token {token.id} was revoked"))
+            self._security.audit.write("token revoked", token_id=token.id, user=token.user, **by)
+
+        return _token(await self._security.change(lambda: self._security.tokens.revoke(request.id), end))
 
     @typed_errors
     async def ListEnrolled(self, _request: pb.ListEnrolledRequest, _context: Context) -> pb.ListEnrolledResponse:
         """Every device that was enrolled."""
-        return pb.ListEnrolledResponse(devices=[_enrolled(device) for device in self._security.devices.all()])
+        return pb.ListEnrolledResponse(
+            devices=[_enrolled(device) for device in await self._security.change(self._security.devices.all)]
+        )
 
     @typed_errors
     async def RevokeDevice(self, request: pb.RevokeDeviceRequest, context: Context) -> pb.Enrolled:
         """A device is refused from now on, and its connection ends."""
-        device = self._security.devices.revoke(request.device)
-        self._security.audit.write("device revoked", device=device.name, **who(caller(), context))
-        error = AuthenticationError(f"the device {device.name!r} was revoked", hint=REVOKED_HINT)
-        self._end(agent_owner(device.name), "", error)
-        return _enrolled(device)
+        by = who(caller(), context)
+
+        def end(device: Enrolled) -> None:
+            self._security.audit.write("device revoked", device=device.name, **by)
+            error = AuthenticationError(f"the device {device.name!r} was revoked", hint=REVOKED_HINT)
+            self._end(agent_owner(device.name), "", error)
+
+        return _enrolled(await self._security.change(lambda: self._security.devices.revoke(request.device), end))
 
 
 def _check_shared(security: Security) -> None:

@@ -94,7 +94,11 @@ class Tokens:
         secret = PREFIX + secrets.token_urlsafe(32)
         token = Token(secrets.token_hex(5), check_user(user), role, device, now, now + lifetime if lifetime else 0)
         self._by_hash[_hash(secret)] = token
-        self._save()
+        try:
+            self._save()
+        except BaseException:
+            del self._by_hash[_hash(secret)]
+            raise
         return token, secret
 
     def check(self, secret: str) -> Token:
@@ -133,7 +137,7 @@ class Tokens:
         return sorted(self._by_hash.values(), key=lambda token: (token.created_s, token.id))
 
     def _find(self, token_id: str) -> tuple[str, Token]:
-        for digest, token in self._by_hash.items():
+        for digest, token in list(self._by_hash.items()):
             if token.id == token_id:
                 return digest, token
         raise UnknownTokenError(f"there is no token {token_id[:40]!r}", hint="'kedge tracker token list' shows them")
@@ -156,7 +160,7 @@ class Tokens:
 
     def _save(self) -> None:
         items: list[dict[str, Any]] = [
-            {"hash": digest, **asdict(token), "role": token.role.value} for digest, token in self._by_hash.items()
+            {"hash": digest, **asdict(token), "role": token.role.value} for digest, token in list(self._by_hash.items())
         ]
         self._shelf.write(json.dumps(items, indent=1).encode())
 
