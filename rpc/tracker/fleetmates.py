@@ -28,9 +28,9 @@ from kedge.rpc.types import Blob, TrackerMember
 log = logging.getLogger("kedge.tracker")
 
 _THREADS = 8
-#: What another tracker is asked has to be answered so soon; of an upload, per 100 MB.
+#: What another tracker is asked has to be answered so soon, and a byte sent: several at once share 100 Mbit/s.
 _ANSWER_S = 5.0
-_UPLOAD_S_PER_BYTE = 1e-7
+_UPLOAD_S_PER_BYTE = 1e-6
 #: A tracker that failed is left alone for so long; then it is brought up to date.
 _AVOID_S = 10.0
 #: Between two offers of all that is needed; a blob that was offered stays for longer than that.
@@ -50,6 +50,9 @@ class Fleetmates:
     async def fetch(self, blobs: Sequence[Blob]) -> None:
         """Have those of these blobs here that another tracker has."""
 
+    async def ensure(self, digests: Iterable[str]) -> None:
+        """Have what is here and has these digests at every other tracker, as far as they answer."""
+
 
 #: Of a tracker that shares no database.
 ALONE = Fleetmates()
@@ -65,6 +68,8 @@ class _Mate:
         #: By the steady clock: when it may be asked again.
         self.avoid_until = 0.0
         self.offer_due = 0.0
+        #: What it has, and until when that may be taken for granted.
+        self.has_until: dict[str, float] = {}
 
     def close(self) -> None:
         """Disconnect."""
@@ -81,6 +86,8 @@ class Fellows(Fleetmates):
         self._mates: dict[str, _Mate] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kedge-fellows")
         self._fetching: dict[str, asyncio.Future[None]] = {}
+        #: Nobody is blamed for the time that others need of these threads.
+        self._free = asyncio.Semaphore(_THREADS)
 
     def update(self, addresses: dict[str, Address]) -> None:
         """The others that are alive now, by name, with where they serve trackers."""
@@ -107,6 +114,17 @@ class Fellows(Fleetmates):
         if wanted and self._mates:
             await asyncio.gather(*(self._fetch_once(blob) for blob in wanted))
 
+    async def ensure(self, digests: Iterable[str]) -> None:
+        """Send what is not known to be there: a job may need blobs that nobody sent now, since they were here."""
+        now, wanted = time.monotonic(), set(digests)
+        unsure = {mate: {each for each in wanted if mate.has_until.get(each, 0.0) <= now} for mate in self._askable()}
+        asked = sorted(set().union(*unsure.values()))
+        if not asked:
+            return
+        here = await asyncio.get_running_loop().run_in_executor(self._threads, self._here, asked)
+        sends = ((mate, [blob for blob in here if blob.digest in digests]) for mate, digests in unsure.items())
+        await asyncio.gather(*(self._send(mate, blobs) for mate, blobs in sends if blobs))
+
     async def offer(self, digests: Callable[[], Iterable[str]]) -> None:
         """Bring those up to date whose turn it is."""
         now = time.monotonic()
@@ -115,6 +133,7 @@ class Fellows(Fleetmates):
             return
         for mate in due:
             mate.offer_due = now + OFFER_S
+            mate.has_until = {digest: until for digest, until in mate.has_until.items() if until > now}
         needed = await asyncio.get_running_loop().run_in_executor(self._threads, self._here, list(digests()))
         await asyncio.gather(*(self._send(mate, needed) for mate in due))
 
@@ -132,7 +151,9 @@ class Fellows(Fleetmates):
     async def _send(self, mate: _Mate, blobs: list[Blob]) -> None:
         items = [(blob, self._blobs.path(blob.digest)) for blob in blobs]
         patience_s = _ANSWER_S + sum(blob.size for blob in blobs) * _UPLOAD_S_PER_BYTE
-        await self._ask(mate, f"{len(items)} blobs", patience_s, mate.client.upload_missing, items)
+        if await self._ask(mate, f"{len(items)} blobs", patience_s, mate.client.upload_missing, items):
+            until = time.monotonic() + OFFER_S
+            mate.has_until.update((blob.digest, until) for blob in blobs)
 
     async def _fetch_once(self, blob: Blob) -> None:
         """The first one who wants a blob fetches it; others wait for that."""
@@ -152,7 +173,9 @@ class Fellows(Fleetmates):
 
     async def _ask(self, mate: _Mate, what: str, patience_s: float, work: Callable[..., Any], *arguments: Any) -> bool:
         """Whether it went well; a tracker that does not answer is avoided for a while."""
+        await self._free.acquire()
         asked = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        asked.add_done_callback(lambda _done: self._free.release())
         try:
             async with asyncio.timeout(patience_s):
                 await asyncio.shield(asked)
@@ -162,6 +185,7 @@ class Fellows(Fleetmates):
             log.warning("the tracker at %s: %s could not be copied: %s", mate.address, what, error or "no answer")
             mate.avoid_until = time.monotonic() + _AVOID_S
             mate.offer_due = 0.0
+            mate.has_until.clear()
             asked.add_done_callback(_heard)
             return False
         return True

@@ -105,6 +105,7 @@ class FleetService:
         spec = convert.job_spec_from_pb(request.spec)
         await self._mates.fetch(self._catalog.named_by(spec, principal))
         needs = await self._catalog.check(spec, principal)
+        await self._mates.ensure(self._catalog.digests_of(spec))
         key = request.idempotency_key
         if key and not principal.trusted:
             key = f"{principal.name}/{key}"  # one user's keys say nothing of another's jobs

@@ -1,0 +1,103 @@
+"""Copies of blobs at a fleet's other trackers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.client import Fleet
+from kedge.rpc.client.access import Access
+from kedge.rpc.tracker import fleetmates
+from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.fleetmates import Fellows
+from kedge.rpc.tracker.server import RunningTracker, start
+from kedge.rpc.types import JobState
+from support.agents import wait_for
+from support.postgres import PostgresServer
+from support.toys import QUICK
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+def objects(data_dir: Path) -> set[str]:
+    return {path.name for path in (data_dir / "blobs" / "objects").glob("*/*")}
+
+
+def with_mate(
+    tracker: RunningTracker, blobs: TrackerBlobs, act: Callable[[Fellows], Coroutine[Any, Any, None]]
+) -> None:
+    async def main() -> None:
+        fellows = Fellows(blobs, None)
+        fellows.update({"b": tracker.address})
+        try:
+            await act(fellows)
+        finally:
+            await asyncio.to_thread(fellows.close)
+
+    asyncio.run(main())
+
+
+def test_what_is_needed_is_sent_once(tracker: RunningTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = TrackerBlobs(tmp_path / "blobs", None)
+    one, two = blobs.put(b"one"), blobs.put(b"two")
+    sent: list[set[str]] = []
+    upload = fleetmates.BlobClient.upload_missing
+
+    def counted(client: Any, items: Any, *rest: Any) -> Any:
+        sent.append({blob.digest for blob, _ in items})
+        return upload(client, items, *rest)
+
+    monkeypatch.setattr(fleetmates.BlobClient, "upload_missing", counted)
+
+    async def act(fellows: Fellows) -> None:
+        await fellows.copy(one)
+        await fellows.ensure({one.digest, two.digest})
+        await fellows.ensure({one.digest, two.digest})
+
+    with_mate(tracker, blobs, act)
+    assert sent == [{one.digest}, {two.digest}]
+    assert {one.digest, two.digest} <= objects(tracker.data_dir)
+
+
+def test_no_tracker_is_blamed_for_the_time_that_others_take(tracker: RunningTracker, tmp_path: Path) -> None:
+    async def act(fellows: Fellows) -> None:
+        (mate,), let_go = fellows._mates.values(), threading.Event()
+        slow = [asyncio.create_task(fellows._ask(mate, "slow", 60.0, let_go.wait, 60)) for _ in range(8)]
+        quick = asyncio.create_task(fellows._ask(mate, "quick", 0.2, int))
+        await asyncio.wait([quick], timeout=0.5)
+        assert not quick.done()
+        let_go.set()
+        assert await quick is True and all(await asyncio.gather(*slow)) and mate.avoid_until == 0.0
+
+    with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
+
+
+def test_a_job_whose_blobs_were_there_already_outlives_the_tracker_that_had_them(
+    postgres: PostgresServer, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    options = {"settings": QUICK, "database": postgres.new_database()}
+    with start(port=0, data_dir=tmp_path / "a", **options) as a:
+        assert a.serving.keys is not None
+        tls = a.serving.keys.admin_tls()
+        with Fleet(a.address, tls) as fleet, Access(a.address, tls) as access:
+            fleet.run(artifact, {"x": X}).cancel()
+            join = access.create_token("tracker")[1]
+
+            async def nothing(_fellows: Any, _digests: Any) -> None:
+                """What is offered from time to time would come later."""
+
+            monkeypatch.setattr(Fellows, "offer", nothing)
+            with start(port=0, data_dir=tmp_path / "b", join=join, **options):
+                wait_for(lambda: len(fleet.status().trackers) == 2, "both to be seen")
+                assert not objects(tmp_path / "b")
+                job = fleet.run(artifact, {"x": X})
+                assert job.status().state is JobState.QUEUED
+                assert objects(tmp_path / "a") == objects(tmp_path / "b") != set()
