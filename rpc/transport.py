@@ -30,6 +30,8 @@ MAX_RESULT_BYTES = 11 << 20
 MAX_CALLS = 4_000
 #: The same on one connection: there more would wait, without a word.
 MAX_STREAMS = MAX_CALLS + 96
+#: And on one of another tracker, which brings the calls of many: one user's must not keep the others' out.
+MAX_RELAYED_STREAMS = 1 << 20
 
 
 class AddressError(ConnectError):
@@ -62,16 +64,22 @@ CHANNEL_OPTIONS: Options = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
-SERVER_OPTIONS: Options = (
-    *_COMMON,
-    # Two trackers on one port would share its connections between them; the second must be told instead.
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    # Of one connection; what one user may have at a time is limited beside this.
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
-    ("grpc.max_metadata_size", 16 << 10),
-)
+
+def server_options(most_streams: int) -> Options:
+    """Of a server that takes so many calls at a time of one connection."""
+    return (
+        *_COMMON,
+        # Two trackers on one port would share its connections between them; the second must be told instead.
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_concurrent_streams", most_streams),
+        ("grpc.max_metadata_size", 16 << 10),
+    )
+
+
+#: What one user may have at a time is limited beside this.
+SERVER_OPTIONS = server_options(MAX_STREAMS)
 
 
 @dataclass(frozen=True)

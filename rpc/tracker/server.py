@@ -42,7 +42,7 @@ from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.shell import Clock
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.transport import DEFAULT_PORT, SERVER_OPTIONS, Address, parse_host
+from kedge.rpc.transport import DEFAULT_PORT, MAX_RELAYED_STREAMS, MAX_STREAMS, Address, parse_host, server_options
 
 log = logging.getLogger("kedge.tracker")
 LOOPBACK = "127.0.0.1"
@@ -295,13 +295,21 @@ class _Servers:
         peers = 0
         if isinstance(house, _Shared):
             tls = None if keys is None else _server_tls(keys, mutual=True)
-            peers = self.add(house.cluster.peers, ports.peers, tls, _PLAIN)
+            peers = self.add(house.cluster.peers, ports.peers, tls, _PLAIN, MAX_RELAYED_STREAMS)
         return _Ports(clients, agents, peers)
 
-    def add(self, switch: Switch, port: int, tls: grpc.ServerCredentials | None, services: tuple[str, ...]) -> int:
+    def add(
+        self,
+        switch: Switch,
+        port: int,
+        tls: grpc.ServerCredentials | None,
+        services: tuple[str, ...],
+        most_streams: int | None = None,
+    ) -> int:
         """Serve what the switch says on a port, and tell that it has these services; returns which port it is."""
         place = str(Address(self._host, port))
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*self._before, switch])
+        options = server_options(MAX_STREAMS if most_streams is None else most_streams)
+        server = grpc.aio.server(options=options, interceptors=[*self._before, switch])
         self._health.add_to(server)
         enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
         try:

@@ -18,6 +18,7 @@ from kedge.rpc.errors import AuthenticationError, UsageError
 from kedge.rpc.security import identity
 from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.security.identity import Identity
+from kedge.rpc.tracker import server
 from kedge.rpc.tracker.relay import CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.principal import RULES, Role
@@ -56,7 +57,11 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder, url = tmp_path_factory.mktemp("pair"), postgres.new_database()
+    yield from make_pair(postgres, tmp_path_factory.mktemp("pair"))
+
+
+def make_pair(postgres: PostgresServer, folder: Path) -> Iterator[Pair]:
+    url = postgres.new_database()
     peers, other = free_ports(), free_ports()
     with start(port=0, data_dir=folder / "a", settings=QUICK, database=url, peers_port=peers) as leader:
         assert leader.serving.keys is not None
@@ -215,3 +220,21 @@ def test_a_database_that_lets_an_administrator_wait_lets_nobody_else_wait(pair: 
         other.rollback()
         token = creating.result(20)[0]
         assert token.id in {known.id for known in access.tokens()}
+
+
+def test_many_calls_by_one_follower_keep_no_others_out(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two connections to the follower have together more calls than one to the leader's other ports could."""
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setattr(server, "MAX_STREAMS", 8)
+    for pair in make_pair(postgres, tmp_path):
+        first, second = (open_channel(pair.follower.address, pair.tls()) for _ in range(2))
+        with first, second:
+            asked = health_pb2.HealthCheckRequest()
+            stubs = [health_pb2_grpc.HealthStub(channel) for channel in (first, second)]
+            watches = [stub.Watch(asked, timeout=60) for stub in stubs for _ in range(6)]
+            for watch in watches:
+                assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            with Fleet(pair.follower.address, pair.tls()) as fleet:
+                assert fleet.status().user == "admin"
