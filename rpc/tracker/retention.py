@@ -42,6 +42,15 @@ def forget_some(connection: sa.Connection, keep: Retention, now_ms: int) -> tupl
     return gone, their_keys
 
 
+def gone_of(connection: sa.Connection, job_ids: list[str], their_keys: list[str]) -> tuple[list[str], list[str]]:
+    """Those of these jobs, and of their idempotency keys, that are not stored."""
+    if not job_ids:
+        return [], []
+    left = set(connection.execute(sa.select(jobs.c.id).where(jobs.c.id.in_(job_ids))).scalars())
+    kept = set(connection.execute(sa.select(keys.c.key).where(keys.c.key.in_(their_keys))).scalars())
+    return [job for job in job_ids if job not in left], [key for key in their_keys if key not in kept]
+
+
 def delete_jobs(connection: sa.Connection, job_ids: list[str]) -> None:
     """Delete jobs with all that is stored of them."""
     for column in (outputs.c.job_id, results.c.job_id, keys.c.job_id, jobs.c.id):

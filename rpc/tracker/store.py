@@ -54,7 +54,7 @@ from kedge.rpc.tracker.facts import (
 )
 from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
-from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some
+from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some, gone_of
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
 from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
 
@@ -130,6 +130,8 @@ class Store:
         #: By the steady clock; None before somebody listens.
         self._sweep_due: float | None = None
         self._on_forgotten: Callable[[Sequence[str]], None] = lambda keys: None
+        #: Jobs, and their keys, that are forgotten if the last commit of that was one.
+        self._in_doubt: tuple[list[str], list[str]] = ([], [])
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -261,22 +263,28 @@ class Store:
 
     def _sweep(self, connection: sa.Connection, keep: Retention) -> None:
         """Forget a small number of old jobs; others follow soon, after what was queued meanwhile."""
+        gone: list[str] = []
+        keys: list[str] = []
         try:
             with connection.begin():
                 if self._epoch is not None:
                     self._epoch.enter(connection)
+                before, their_keys = gone_of(connection, *self._in_doubt)
                 gone, keys = forget_some(connection, keep, round(self._clock() * 1000))
         except DBAPIError as error:
             if not _may_pass(error):
                 raise
+            # The answer to a commit may have been lost: the next time tells what it did.
+            self._in_doubt = ([*self._in_doubt[0], *gone], [*self._in_doubt[1], *keys])
             log.warning("cannot forget old jobs in %s now: %s", self._database.name, error.orig)
             self._sweep_due = time.monotonic() + keep.every_s
             return
         self._sweep_due = time.monotonic() + (_PIECE_PAUSE_S if len(gone) == PIECE else keep.every_s)
-        if gone and self._needed is not None:
-            self._needed.forgotten(gone)
-        if keys:
-            self._on_forgotten(keys)
+        self._in_doubt = ([], [])
+        if (gone or before) and self._needed is not None:
+            self._needed.forgotten([*before, *gone])
+        if keys or their_keys:
+            self._on_forgotten([*their_keys, *keys])
 
     def _poll(self) -> _Item:
         """The next piece of work, or _Idle where there is none yet."""

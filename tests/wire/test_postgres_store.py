@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,7 @@ from kedge.rpc.tracker import database as databases
 from kedge.rpc.tracker.database import Postgres, database
 from kedge.rpc.tracker.epoch import Epoch, FencedError, take_lead
 from kedge.rpc.tracker.facts import Fact, JobAccepted, JobDone, Serviced
+from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError, prepare
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask
@@ -103,21 +106,43 @@ def test_a_lost_connection_is_made_again_and_nothing_is_stored_twice(postgres: P
     store.close()
 
 
-def test_a_commit_whose_answer_was_lost_counts(place: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(place, epoch=lead(place))
+@contextmanager
+def answers_lost(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[list[bool]]:
+    """So many commits are done and look as if they were not; the list is empty once it was so."""
     commit = sa.engine.base.RootTransaction._connection_commit_impl  # type: ignore[attr-defined]
-    lost = [True, True]
+    lost = [True] * number
 
     def answer_lost(transaction: sa.engine.base.RootTransaction) -> None:
         commit(transaction)
         if lost and lost.pop():
             raise sa.exc.OperationalError("COMMIT", {}, Exception("the connection was lost"))
 
-    monkeypatch.setattr(sa.engine.base.RootTransaction, "_connection_commit_impl", answer_lost)
-    write(store, accepted("a", 1))
-    write(store, accepted("b", 2), JobDone("b", JobResult(Outcome(OutcomeKind.OK)), 5))
-    assert not lost
+    with monkeypatch.context() as patched:
+        patched.setattr(sa.engine.base.RootTransaction, "_connection_commit_impl", answer_lost)
+        yield lost
+
+
+def test_a_commit_whose_answer_was_lost_counts(place: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(place, epoch=lead(place))
+    with answers_lost(monkeypatch, 2) as lost:
+        write(store, accepted("a", 1))
+        write(store, accepted("b", 2), JobDone("b", JobResult(Outcome(OutcomeKind.OK)), 5))
+        assert not lost
     assert [job.id for job in store.jobs(10, ()).result(10)] == ["b", "a"]
+    store.close()
+
+
+def test_what_was_forgotten_in_a_commit_whose_answer_was_lost_is_told(
+    place: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Retention(jobs=0, days=0.0, least_s=0.0, every_s=0.01)
+    store = Store(place, epoch=lead(place), keep=keep)
+    write(store, accepted("a", 1), JobDone("a", JobResult(Outcome(OutcomeKind.OK)), 5))
+    told: queue.Queue[list[str]] = queue.Queue()
+    with answers_lost(monkeypatch, 1) as lost:
+        store.when_forgotten(lambda keys: told.put(list(keys)))
+        assert told.get(timeout=20) == ["key-a"] and not lost
+    assert store.jobs(10, ()).result(10) == []
     store.close()
 
 
