@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
 from kedge.rpc.protocol import ProtocolError
-from kedge.rpc.status import TrackerAwayError, to_status
+from kedge.rpc.status import Metadata, TrackerAwayError, to_status
 from kedge.rpc.tracker.handlers import GONE
 from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
@@ -55,6 +55,14 @@ class _Call:
         self.ended = error
         if self.inside:
             self.task.cancel()
+
+
+async def _abort(context: Context, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
+    try:
+        await context.abort(code, details, metadata)
+    except grpc.aio.UsageError:
+        # The handler was about to end the call in words of its own when it was ended: those are on their way.
+        raise asyncio.CancelledError from None
 
 
 class Gate(grpc.aio.ServerInterceptor):
@@ -155,13 +163,12 @@ class Gate(grpc.aio.ServerInterceptor):
                 if not calls:
                     self._calls.pop(principal.owner, None)
         except KedgeError as error:
-            code, details, metadata = to_status(error)
-            await context.abort(code, details, metadata)
+            await _abort(context, *to_status(error))
         except (grpc.aio.AbortError, *GONE):
             raise
         except Exception:
             log.exception("%s failed", method)
-            await context.abort(grpc.StatusCode.INTERNAL, "the tracker failed; its log says how")
+            await _abort(context, grpc.StatusCode.INTERNAL, "the tracker failed; its log says how")
 
     def _admit(self, method: str, context: Context) -> Principal:
         try:
