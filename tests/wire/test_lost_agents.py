@@ -14,7 +14,7 @@ import pytest
 from kedge.rpc.messages import Hello
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.tracker.security.audit import Audit
-from kedge.rpc.tracker.security.owners import Owners
+from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.security.principal import LOCAL, enter
 from kedge.rpc.tracker.service import AgentsService
 from kedge.rpc.tracker.shell import Shell
@@ -34,6 +34,9 @@ class Gone:
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
 
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
 
 async def nothing_more() -> AsyncIterator[Any]:
     await asyncio.Event().wait()
@@ -50,7 +53,7 @@ def test_only_a_bug_is_logged_as_one(
     async def serve(store: Store) -> None:
         enter(LOCAL)
         shell = Shell(store)
-        agents = AgentsService(shell, Owners(tmp_path / "owners"), Audit(tmp_path / "audit"))
+        agents = AgentsService(shell, FileOwners(tmp_path / "owners"), Audit(tmp_path / "audit"))
         hello = Hello(local_protocol(), device_info(), "one")
         await agents._talk(hello, nothing_more(), cast(Any, Gone(error)))
         assert [status.state.value for status in shell.state.devices(include_gone=True)] == ["gone"]
