@@ -213,8 +213,9 @@ class Store:
             self._on_failure(error)
         except Exception as error:
             if opened.done():
-                # That another tracker leads by now is no failure: whoever uses the store is told, and follows.
-                if not isinstance(error, FencedError):
+                # That another tracker leads by now is no failure: whoever uses the store is told, and follows. A
+                # database that is away is known already, and whoever used it says what follows.
+                if not isinstance(error, (FencedError, StoreAwayError)):
                     log.critical("the store %s failed", self._database.name, exc_info=error)
                 self._on_failure(error)
             else:

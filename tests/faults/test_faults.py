@@ -47,21 +47,8 @@ def shape_for(kinds: list[Kind], clock: Path, request: pytest.FixtureRequest) ->
     )
 
 
-#: What the suite has found and nobody has mended yet; docs/testing.md says more.
-OPEN = {
-    "leader-stopped": "a call without a deadline may never be answered by a tracker that stood still and leads no more",
-    "database-away": "a session that ends because its tracker leads no more leaves a stack trace in its log",
-}
-
-
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=OPEN[name], strict=False) if name in OPEN else ())
-        for name in KINDS
-    ],
-)
+@pytest.mark.parametrize("name", KINDS)
 def test_each_kind(
     name: str,
     seed: int,
