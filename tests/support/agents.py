@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    """Return once `condition()` holds; fail naming `what` after `timeout_s`."""
-    moment = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < moment, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.01)
+from support.logged import LoggedProcess
+from support.logged import wait_for as wait_for  # who starts agents waits for what they do
 
 
 def descendants(pid: int) -> list[int]:
@@ -47,11 +38,13 @@ def runs(pid: int) -> bool:
         return False
 
 
-class AgentProcess:
+class AgentProcess(LoggedProcess):
     """`python -m kedge.device_agent`, with its log at hand. Use it as a context manager.
 
     `command` starts the interpreter and `env` is its environment; both default to this one's.
     """
+
+    called = "the agent"
 
     def __init__(
         self,
@@ -64,59 +57,12 @@ class AgentProcess:
         env: dict[str, str] | None = None,
         secure: bool = False,
     ) -> None:
+        super().__init__()
         self.name = name
         self.data_dir = data_dir
-        self.lines: list[str] = []
         words = ["--tracker", tracker, "--runner", str(runner), "--data-dir", str(data_dir), "--name", name]
         words += [] if secure else ["--insecure-loopback"]
-        self.process = subprocess.Popen(
-            [*command, "-m", "kedge.device_agent", *words, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-            cwd=data_dir.parent,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> AgentProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self._reader.join(5)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stream:
-            self.lines.extend(iter(stream.readline, ""))
-
-    @property
-    def log(self) -> str:
-        """All it said so far."""
-        return "".join(self.lines)
-
-    def wait_log(self, pattern: str, timeout_s: float = 20.0) -> re.Match[str]:
-        """The first match of `pattern` in what it says."""
-
-        def found() -> re.Match[str] | None:
-            if self.process.poll() is not None:
-                self._reader.join(5)
-            match = re.search(pattern, self.log)
-            assert match or self.process.poll() is None, f"the agent ended:\n{self.log}"
-            return match
-
-        wait_for(found, f"the agent to say {pattern!r}; it said:\n{self.log}", timeout_s)
-        match = re.search(pattern, self.log)
-        assert match
-        return match
+        self.launch([*command, "-m", "kedge.device_agent", *words, *arguments], data_dir.parent, env)
 
     def wait_ready(self) -> None:
         """Until the tracker welcomed it."""
