@@ -55,6 +55,10 @@ class HealthService:
             yield self._answer(request.service)
             await changed.wait()
 
+    async def List(self, _request: Any, _context: Context) -> Any:
+        """How every service is now; only newer versions of gRPC's package know this call."""
+        return health_pb2.HealthListResponse(statuses={name: self._answer(name) for name in self._services})
+
     def _answer(self, service: str) -> Any:
         known = health_pb2.HealthCheckResponse
         if service not in self._services:

@@ -7,6 +7,8 @@ import re
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from grpc_health.v1 import health_pb2
+
 from kedge.rpc.errors import AuthenticationError, PermissionDeniedError, UsageError
 from kedge.rpc.outcome import Word
 
@@ -81,6 +83,8 @@ _PEERS = frozenset({Role.PEER})
 #: Whoever has a token or a certificate.
 _ANYBODY = frozenset(Role)
 
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+
 #: Every call of every service. One that is not here is refused to everybody (and a test says that it is missing).
 RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Fleet/Hello": _USERS,
@@ -109,8 +113,8 @@ RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Access/RevokeToken": _ADMINS,
     "/kedge.v1.Access/ListEnrolled": _ADMINS,
     "/kedge.v1.Access/RevokeDevice": _ADMINS,
-    "/grpc.health.v1.Health/Check": _ANYBODY,
-    "/grpc.health.v1.Health/Watch": _ANYBODY,
+    # Newer versions of gRPC's package have more calls than older ones.
+    **{f"/{_HEALTH.full_name}/{name}": _ANYBODY for name in _HEALTH.methods_by_name},
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANYBODY,
 }
 
