@@ -14,7 +14,7 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
 
@@ -44,7 +44,7 @@ jobs = sa.Table(
     sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
     sa.Column("needs", Text, nullable=False),
     sa.Column("submitted_ms", sa.BigInteger, nullable=False),
-    sa.Column("state", Text, nullable=False, index=True),
+    sa.Column("state", Text, nullable=False),
     sa.Column("device", Text, nullable=False, default=""),
     sa.Column("instance_id", Text, nullable=False, default=""),
     sa.Column("epoch", sa.BigInteger, nullable=False, default=0),
@@ -58,15 +58,19 @@ jobs = sa.Table(
     # What lists show comes before the whole: SQLite reads a row from its beginning.
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
+    # Lists, everybody's and a user's, are read from these: in order, and no row more than is shown.
+    sa.Index("ix_jobs_by_state", "state", "seq"),
+    sa.Index("ix_jobs_by_user", "user", "state", "seq"),
 )
 results = sa.Table(
     "results",
     metadata,
     sa.Column("job_id", Text, primary_key=True),
     sa.Column("outcome", Text, nullable=False),
-    sa.Column("finished_ms", sa.BigInteger, nullable=False, index=True),
+    sa.Column("finished_ms", sa.BigInteger, nullable=False),
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("result", sa.LargeBinary, nullable=False),
+    sa.Index("ix_results_by_end", "finished_ms", "job_id"),
 )
 keys = sa.Table(
     "idempotency_keys",
@@ -172,6 +176,8 @@ def prepare(connection: sa.Connection, place: str) -> str:
         _to_schema_3(connection)
     if found < 4:
         _to_schema_4(connection)
+    if found < 6:
+        _to_schema_6(connection)
     connection.execute(sa.update(meta).where(meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
     return known["tracker_id"]
 
@@ -197,14 +203,22 @@ def _to_schema_3(connection: sa.Connection) -> None:
 
 
 def _to_schema_4(connection: sa.Connection) -> None:
-    """The blobs of results are listed, and what retention looks for has indices."""
-    for index in (*results.indexes, *keys.indexes):
+    """The blobs of results are listed, and keys have an index by their jobs."""
+    for index in keys.indexes:
         index.create(connection, checkfirst=True)
     for job_id in connection.execute(sa.select(results.c.job_id)).scalars().all():
         whole = connection.execute(sa.select(results.c.result).where(results.c.job_id == job_id)).scalar_one()
         digests = outputs_of(convert.job_result_from_bytes(whole))
         if digests:
             connection.execute(sa.insert(outputs), [{"job_id": job_id, "digest": digest} for digest in digests])
+
+
+def _to_schema_6(connection: sa.Connection) -> None:
+    """What lists and retention look for has indices that give it in order."""
+    for name in ("ix_jobs_state", "ix_results_finished_ms"):
+        connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
+    for index in (*jobs.indexes, *results.indexes):
+        index.create(connection, checkfirst=True)
 
 
 def _brief(row: Mapping[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +66,8 @@ T = TypeVar("T")
 _RETRY_S = 1.0
 #: The same where the database is another process, which may only have ended a session.
 _RECONNECT_S = 0.2
+#: The states of jobs that are not done, as they are stored.
+_LIVE = (JobState.QUEUED, JobState.ASSIGNED)
 #: Between two pieces of what is forgotten.
 _PIECE_PAUSE_S = 0.05
 
@@ -382,7 +385,7 @@ def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
     with connection.begin():
         tracker_id = prepare(connection, place)
         live = sa.select(t.jobs, t.keys.c.key).outerjoin(t.keys, t.keys.c.job_id == t.jobs.c.id)
-        live = live.where(t.jobs.c.state != JobState.DONE.value).order_by(t.jobs.c.seq)
+        live = live.where(t.jobs.c.state.in_([state.value for state in _LIVE])).order_by(t.jobs.c.seq)
         records = [_record(row) for row in connection.execute(live)]
         newest = sa.select(t.jobs.c.id, t.jobs.c.epoch, t.jobs.c.state, t.keys.c.key)
         newest = (
@@ -516,7 +519,7 @@ _FULL_JOB = (
 )  # fmt: skip
 _BRIEF_JOBS = (
     sa.select(t.jobs.c.id, t.jobs.c.brief.label("spec"), t.jobs.c.state, t.jobs.c.device, t.jobs.c.submitted_ms)
-    .add_columns(t.jobs.c.user, t.jobs.c.faults)
+    .add_columns(t.jobs.c.seq, t.jobs.c.user, t.jobs.c.faults)
     .add_columns(t.results.c.brief.label("result"), t.results.c.finished_ms)
     .outerjoin(t.results, t.results.c.job_id == t.jobs.c.id)
     .order_by(t.jobs.c.seq.desc())
@@ -529,14 +532,14 @@ def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
 
 
 def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState], user: str | None) -> list[Job]:
+    """Each state by itself: an index has its jobs in order, so that of many no more are read than may be shown."""
     query = _BRIEF_JOBS.limit(limit)
     if user is not None:
         query = query.where(t.jobs.c.user == user)
-    if states:
-        # The database does not know who has started: that is asked of the living.
-        wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states}
-        query = query.where(t.jobs.c.state.in_([state.value for state in wanted]))
-    return [_job(row) for row in connection.execute(query)]
+    # The database does not know who has started: that is asked of the living.
+    wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
+    rows = [row for state in wanted for row in connection.execute(query.where(t.jobs.c.state == state.value))]
+    return [_job(row) for row in sorted(rows, key=attrgetter("seq"), reverse=True)[:limit]]
 
 
 def _job(row: Any) -> Job:

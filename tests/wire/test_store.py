@@ -7,16 +7,20 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from kedge.rpc import convert
 from kedge.rpc.artifact import Need, VariantDevice
 from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.tracker.blobs import TrackerBlobs
-from kedge.rpc.tracker.database import Postgres
+from kedge.rpc.tracker.database import Postgres, Sqlite
 from kedge.rpc.tracker.facts import (
+    BlobForgotten,
+    BlobOwned,
     Fact,
     JobAccepted,
     JobAssigned,
@@ -31,6 +35,7 @@ from kedge.rpc.tracker.facts import (
     ServiceEnded,
 )
 from kedge.rpc.tracker.needed import Needed
+from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import (
@@ -326,10 +331,94 @@ def test_blobs_of_results_are_found_again_and_listed_in_a_database_of_the_third_
         blobs = TrackerBlobs(tmp_path / "blobs", 100)
         with sqlite3.connect(tmp_path / "tracker.db") as connection:
             connection.executescript(
-                "DROP TABLE outputs; DROP INDEX ix_results_finished_ms; DROP INDEX ix_idempotency_keys_job_id;"
+                "DROP TABLE outputs; DROP INDEX ix_results_by_end; DROP INDEX ix_idempotency_keys_job_id;"
                 "UPDATE meta SET value = '3' WHERE name = 'schema';"
             )
         connection.close()
+
+
+def test_a_database_of_the_fifth_schema_has_the_indices_of_a_new_one(place: Place) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    Store(place).close()
+    engine = database.engine()
+
+    def indices() -> set[str]:
+        inspector = sa.inspect(engine)
+        found = {str(index["name"]) for table in ("jobs", "results") for index in inspector.get_indexes(table)}
+        return {name for name in found if name.startswith("ix_")}
+
+    new = indices()
+    with engine.begin() as connection:
+        for name in new:
+            connection.execute(sa.text(f"DROP INDEX {name}"))
+        connection.execute(sa.text("CREATE INDEX ix_jobs_state ON jobs (state)"))
+        connection.execute(sa.text("CREATE INDEX ix_results_finished_ms ON results (finished_ms)"))
+        connection.execute(sa.text("UPDATE meta SET value = '5' WHERE name = 'schema'"))
+    engine.dispose()
+    Store(place).close()
+    assert indices() == new >= {"ix_jobs_by_state", "ix_jobs_by_user", "ix_results_by_end"}
+    engine.dispose()
+
+
+class Watched(Sqlite):
+    """A database that remembers what it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: dict[str, Any] = {}
+
+    def engine(self) -> sa.Engine:
+        engine = super().engine()
+
+        @sa.event.listens_for(engine, "before_cursor_execute")
+        def remember(*call: Any) -> None:
+            _connection, _cursor, statement, parameters, _context, many = call
+            self.asked[statement] = parameters[0] if many else parameters
+
+        return engine
+
+
+def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> None:
+    database = Watched(tmp_path)
+    store = Store(database, keep=Retention(jobs=1, least_s=0), clock=lambda: 1e9)
+    database.asked.clear()
+    write(store, accepted("d", 1, "k"), accepted("e", 2), accepted("w", 3), JobAssigned("d", "a", "i", 1))
+    write(store, JobRequeued("d", 1, 1), JobCancelling("d", "why"), JobDone("d", RESULT, 1), JobDone("e", RESULT, 1))
+    write(store, JobWithdrawn("w"), BlobOwned("0" * 64, "user.ann"), BlobForgotten("0" * 64))
+    for states in ((), (JobState.QUEUED,), (JobState.DONE, JobState.RUNNING)):
+        for user in (None, "ann"):
+            store.jobs(10, states, user).result(10)
+    store.job("d").result(10)
+    store.job_of_key("k").result(10)
+    forgotten: queue.SimpleQueue[object] = queue.SimpleQueue()
+    store.when_forgotten(forgotten.put)
+    assert forgotten.get(timeout=10) == ["k"]
+    store.close()
+    asked = {statement: given for statement, given in database.asked.items() if not statement.startswith("BEGIN")}
+    assert len(asked) > 15
+    engine = Sqlite(tmp_path).engine()
+    with engine.begin() as connection:
+        for statement, given in asked.items():
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", given).all()
+            slow = [row[-1] for row in plan if "SCAN" in row[-1] or "TEMP" in row[-1]]
+            # How many results there are is counted in an index, once a minute.
+            assert not slow or "count(*)" in statement, (statement, slow)
+    engine.dispose()
+
+
+def test_a_list_of_several_states_is_the_newest_of_all(place: Place) -> None:
+    store = Store(place)
+    for number in range(12):
+        write(store, replace(accepted(f"j{number}", number), user="ann" if number % 2 else "bob"))
+        if number % 3 == 0:
+            write(store, JobAssigned(f"j{number}", "a", "i", 1))
+        if number % 3 == 1:
+            write(store, JobDone(f"j{number}", RESULT, number))
+    assert [job.id for job in store.jobs(3, ()).result(10)] == ["j11", "j10", "j9"]
+    assert [job.id for job in store.jobs(3, (JobState.DONE, JobState.RUNNING)).result(10)] == ["j10", "j9", "j7"]
+    assert [job.id for job in store.jobs(3, (), "ann").result(10)] == ["j11", "j9", "j7"]
+    assert [job.id for job in store.jobs(9, (JobState.QUEUED,), "bob").result(10)] == ["j8", "j2"]
+    store.close()
 
 
 def test_bringing_it_up_to_date_is_done_whole_or_not_at_all(tmp_path: Path) -> None:
