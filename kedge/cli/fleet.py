@@ -76,6 +76,15 @@ def tracker_start(
             show_default="three quarters of the disk space that is free for them",
         ),
     ] = None,
+    user_quota: Annotated[
+        str | None,
+        typer.Option(
+            "--blob-quota-per-user",
+            metavar="SIZE",
+            help="Of that, what one user's jobs, kept results and uploads may have.",
+            show_default="half of it",
+        ),
+    ] = None,
     keep_jobs: Annotated[
         int, typer.Option("--keep-jobs", min=1, help="Forget the oldest jobs that are done when there are more.")
     ] = 100_000,
@@ -132,11 +141,14 @@ def tracker_start(
 
       kedge tracker start --keep-jobs 20000 --keep-days 7 --blob-quota 50GiB --metrics 127.0.0.1:9192
 
+      kedge tracker start --blob-quota 500GiB --blob-quota-per-user 100GiB
+
       kedge tracker start --host 0.0.0.0 --database postgresql://kedge@db.lab/kedge --join 'kedge1.…'
     """
     from kedge.rpc.security.join import parse_join
     from kedge.rpc.tracker.main import run
     from kedge.rpc.tracker.retention import Retention
+    from kedge.rpc.tracker.security.folder import Limits
     from kedge.rpc.transport import parse_address
 
     if database is None and (join is not None or peers_port is not None or advertise is not None):
@@ -150,6 +162,7 @@ def tracker_start(
         "insecure_loopback": insecure_loopback,
         "metrics": parse_address(metrics) if metrics else None,
         "blob_quota": None if blob_quota is None else parse_bytes(blob_quota),
+        "limits": Limits(max_user_bytes=None if user_quota is None else parse_bytes(user_quota)),
         "keep": Retention(keep_jobs, keep_days),
         "database": database,
         "join": None if join is None else parse_join(join),

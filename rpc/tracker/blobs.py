@@ -108,6 +108,10 @@ class TrackerBlobs(BlobStore):
             self.hold((digest,))
         self._promised[digest] = until
 
+    def _end_promises(self) -> None:
+        while self._promised and next(iter(self._promised.values())) <= self._clock():
+            self.let_go((self._promised.popitem(last=False)[0],))
+
     # ---- How full it is ----
 
     def quota_bytes(self) -> int:
@@ -122,11 +126,16 @@ class TrackerBlobs(BlobStore):
         with self._books:
             return self._stored + sum(self._leftovers.values()) + sum(self._under_way.values())
 
+    def held(self) -> dict[str, int]:
+        """The bytes of each blob that is there and has to stay."""
+        with self._books:
+            self._end_promises()
+            return {digest: self._sizes[digest] for digest in self._holds.keys() & self._sizes.keys()}
+
     def make_room(self, needed_bytes: int = 0) -> None:
         """Drop what may go until `needed_bytes` more fit; raises BlobQuotaError, and drops nothing, if they cannot."""
         with self._books:
-            while self._promised and next(iter(self._promised.values())) <= self._clock():
-                self.let_go((self._promised.popitem(last=False)[0],))
+            self._end_promises()
             quota = self.quota_bytes()
             excess = self.taken_bytes() + needed_bytes - quota
             leftovers, blobs = [], []

@@ -11,6 +11,7 @@ from kedge.rpc.errors import ArtifactError, InputError
 from kedge.rpc.limits import check_spec
 from kedge.rpc.selector import parse
 from kedge.rpc.status import NotReadyError
+from kedge.rpc.tracker.allowance import Allowance
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import ANYWHERE, Needs
 from kedge.rpc.tracker.security.owners import Owners
@@ -26,20 +27,23 @@ _Known = tuple[Manifest, list[Blob], int]
 
 
 class Catalog:
-    """The artifacts in `blobs`, as far as each principal may know of them."""
+    """The artifacts in `blobs`, as far as each principal may know of them; `allowance` limits what users may have."""
 
-    def __init__(self, blobs: TrackerBlobs, owners: Owners) -> None:
+    def __init__(self, blobs: TrackerBlobs, owners: Owners, allowance: Allowance | None = None) -> None:
         self._blobs = blobs
         self._owners = owners
+        self.allowance = allowance or Allowance(blobs, owners)
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._known_bytes = 0
 
     def missing(self, blobs: Sequence[Blob], principal: Principal) -> list[Blob]:
         """Those that are not here, as far as the principal may know: what others have sent is missing too.
 
-        The others stay until a job needs them, or for some minutes.
+        The others stay until a job needs them, or for some minutes. Raises BlobQuotaError where they are more than the
+        principal may have, whether they are here or not.
         """
         distinct = {blob.digest: blob for blob in blobs}.values()
+        self.allowance.check(principal, distinct)
         there = self._blobs.promise(blob for blob in distinct if self._owners.has(principal, blob.digest))
         return [blob for blob in distinct if blob.digest not in there]
 

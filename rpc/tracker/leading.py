@@ -19,6 +19,7 @@ import grpc
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc, sessions_pb2_grpc
 from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.allowance import Allowance
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
@@ -67,7 +68,8 @@ class Holdings:
     """
 
     def __init__(self, premises: Premises, store: Store, owners: Owners) -> None:
-        self.catalog = Catalog(premises.blobs, owners)
+        allowance = Allowance(premises.blobs, owners, premises.limits.max_user_bytes)
+        self.catalog = Catalog(premises.blobs, owners, allowance)
         self.needed = Needed(premises.blobs, self.catalog.members_of)
         store.keep_needed(self.needed)
 

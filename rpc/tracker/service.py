@@ -9,7 +9,8 @@ import hashlib
 import logging
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -364,7 +365,13 @@ class BlobsService:
         blob = convert.blob_from_pb(first.blob)
         if blob.size > self._max_bytes:
             raise LimitError(f"a blob of {blob.size} bytes is not accepted: at most {self._max_bytes}")
-        begun = self._threads.submit(self._blobs.begin, blob, first.offset_bytes, principal.tag)
+        held = ExitStack()
+
+        def begin() -> BlobWriter:
+            held.enter_context(self._catalog.allowance.upload(principal, blob))
+            return held.enter_context(self._blobs.begin(blob, first.offset_bytes, principal.tag))
+
+        begun = self._threads.submit(begin)
         try:
             writer = await asyncio.wrap_future(begun)
             await self._receive(writer, first.data, requests)
@@ -375,7 +382,7 @@ class BlobsService:
                     await self._in_thread(self._owners.settle)
         finally:
             # A call may be broken off while a thread works for it: the writer is closed all the same, and after that.
-            await asyncio.shield(self._start(_close, begun))
+            await asyncio.shield(self._start(_end, begun, held))
         self._observer.uploaded(writer.size - first.offset_bytes)
         return blobs_pb2.UploadResponse(committed_bytes=writer.size)
 
@@ -450,10 +457,10 @@ class BlobsService:
         return await self._start(work, *arguments)
 
 
-def _close(begun: Future[BlobWriter]) -> None:
-    """Wait until the writer is there, and close it."""
-    if not begun.cancelled() and begun.exception() is None:
-        begun.result().close()
+def _end(begun: Future[BlobWriter], held: ExitStack) -> None:
+    """Wait until the writer is there, or not, and close what was opened for it."""
+    wait([begun])
+    held.close()
 
 
 def _append(writer: BlobWriter, chunks: Sequence[bytes]) -> None:

@@ -5,30 +5,33 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from security.conftest import admin_tls
 
 from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc, fleet_pb2
 from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blob_client import BlobClient
-from kedge.rpc.blobs import MissingBlobError, blob_of
+from kedge.rpc.blobs import BlobQuotaError, MissingBlobError, blob_of
 from kedge.rpc.client import Fleet, Job
 from kedge.rpc.client.access import Access
 from kedge.rpc.client.plan import pack
 from kedge.rpc.errors import AuthenticationError, PermissionDeniedError
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.status import NotReadyError, UnknownJobError, UnknownReservationError, from_rpc_error
-from kedge.rpc.tracker.server import RunningTracker
+from kedge.rpc.tracker.security.folder import Limits
+from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import Tls, open_channel
 from kedge.rpc.types import Blob, JobState, Tensor
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
-from support.toys import device_info, spec_message
+from support.toys import QUICK, device_info, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 #: Too large to travel inline: outputs come back as a blob.
@@ -301,3 +304,30 @@ def test_blobs_of_agents_go_by_their_own_channel(enrolled: Enrolled) -> None:
     known = enrolled("idle-1")
     with open_channel(known.address, known.tls) as channel, pytest.raises(PermissionDeniedError):
         BlobClient(channel, known.address).upload(blob_of(b"x"), b"x")
+
+
+def test_one_users_blobs_leave_room_for_others(tmp_path: Path, artifact: Artifact) -> None:
+    at_most = 1 << 20
+    limits = Limits(max_user_bytes=at_most)
+    with (
+        start(port=0, data_dir=tmp_path, settings=QUICK, limits=limits, blob_quota=3 * at_most) as tracker,
+        Access(tracker.address, admin_tls(tracker)) as access,
+    ):
+        anns, bobs = (access.create_token("submit", user)[1] for user in ("ann", "bob"))
+        with (
+            Fleet(tracker.address, Tls(anns.ca, token=anns.token)) as ann,
+            Fleet(tracker.address, Tls(bobs.ca, token=bobs.token)) as bob,
+        ):
+            large = np.zeros((at_most // 16 + 1, 4), np.float32)
+            with pytest.raises(BlobQuotaError, match=r"more than user 'ann' may have on this tracker: 1048576"):
+                ann.run(artifact, {"x": large})
+            assert not list((tmp_path / "blobs" / "objects").glob("*/*")), "it was refused before anything was sent"
+            small, whole = b"s" * 1000, b"w" * at_most
+            ann._blobs.upload(blob_of(whole), whole)
+            with pytest.raises(BlobQuotaError, match="have 1048576"):
+                ann._blobs.upload(blob_of(small), small)
+            assert missing(ann, blob_of(whole)) == []
+            with pytest.raises(BlobQuotaError):
+                missing(ann, blob_of(small))
+            bob._blobs.upload(blob_of(whole), whole)
+            assert missing(bob, blob_of(whole)) == []

@@ -20,11 +20,13 @@ from kedge.rpc.blobs import BlobQuotaError, BlobWriter, blob_of
 from kedge.rpc.client import connect
 from kedge.rpc.client.plan import pack
 from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.tracker.allowance import Allowance
 from kedge.rpc.tracker.blobs import DISK_SHARE, PROMISE_S, TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.facts import JobAccepted, JobDone, JobWithdrawn
 from kedge.rpc.tracker.needed import Needed
 from kedge.rpc.tracker.security.owners import FileOwners
+from kedge.rpc.tracker.security.principal import Principal, Role
 from kedge.rpc.tracker.server import start
 from kedge.rpc.transport import open_channel
 from kedge.rpc.types import JobResult, JobSpec, RunTask, Tensor
@@ -295,3 +297,48 @@ def test_a_full_tracker_refuses_an_upload_and_takes_it_when_the_job_is_done(tmp_
         agent.finish(assigned)
         job.wait(timeout=10)
         blobs.upload(blob_of(large), large)
+
+
+ANN, BOB = Principal("ann", Role.SUBMIT), Principal("bob", Role.SUBMIT)
+
+
+def test_what_a_user_may_have_is_what_cannot_go(tmp_path: Path, clock: Clock) -> None:
+    store = TrackerBlobs(tmp_path / "blobs", 100, clock=clock)
+    owners = FileOwners(tmp_path / "owners")
+    allowance = Allowance(store, owners)
+    sent, other = store.put(b"s" * 30), blob_of(b"o" * 30)
+    owners.add(ANN.owner, sent.digest)
+    with pytest.raises(
+        BlobQuotaError, match=r"30 more bytes .* 10 more than user 'ann' may have .* 50, .* have 30"
+    ) as no:
+        allowance.check(ANN, [other])
+    assert no.value.hint is not None and "--blob-quota-per-user" in no.value.hint
+    allowance.check(ANN, [sent, blob_of(b"x" * 20)])  # what is there counts once
+    allowance.check(BOB, [other])
+    for role in (Role.AGENT, Role.PEER):
+        allowance.check(Principal("ann", role), [blob_of(b"y" * 90)])
+    owners.add(BOB.owner, sent.digest)
+    with pytest.raises(BlobQuotaError):
+        allowance.check(BOB, [other])
+    clock.now += PROMISE_S + 1
+    allowance.check(ANN, [other])  # nobody needs it any more
+    store.hold([sent.digest])
+    store.hold([sent.digest])
+    allowance.check(ANN, [blob_of(b"x" * 20)])
+    with pytest.raises(BlobQuotaError):
+        allowance.check(ANN, [other])
+    again = Allowance(store, FileOwners(tmp_path / "owners"), 10)
+    with pytest.raises(BlobQuotaError, match=r"have 30"):
+        again.check(BOB, [blob_of(b"z")])
+
+
+def test_uploads_under_way_count_with_all_that_they_announce(tmp_path: Path) -> None:
+    allowance = Allowance(TrackerBlobs(tmp_path / "blobs", 100), FileOwners(tmp_path / "owners"))
+    a, b = blob_of(b"a" * 30), blob_of(b"b" * 30)
+    with allowance.upload(ANN, a):
+        with pytest.raises(BlobQuotaError), allowance.upload(ANN, b):
+            pass
+        with allowance.upload(BOB, b):
+            pass
+    with allowance.upload(ANN, b):
+        pass

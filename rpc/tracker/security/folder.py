@@ -29,9 +29,13 @@ _FIRST_JOIN_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one principal may have of a tracker (how many jobs may wait is in the state's settings)."""
+    """What one principal may have of a tracker (how many jobs may wait is in the state's settings).
+
+    `max_user_bytes` is of blobs that cannot go, of one user; None: a share (see `kedge.rpc.tracker.allowance`).
+    """
 
     max_blob_bytes: int = 16 << 30
+    max_user_bytes: int | None = None
     max_calls: int = MAX_CALLS
 
 

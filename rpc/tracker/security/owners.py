@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
 
 from kedge.rpc.blobs import check_digest
 from kedge.rpc.tracker.facts import BlobForgotten, BlobOwned
@@ -24,79 +24,89 @@ from kedge.rpc.tracker.store import Store
 _STORE_S = 10.0
 
 
-class Owners(Protocol):
-    """Whose blobs are whose. Safe from several threads."""
+class Owners:
+    """Whose blobs are whose: owners and digests that were `kept`. Safe from several threads."""
+
+    def __init__(self, kept: Iterable[tuple[str, str]]) -> None:
+        self._lock = threading.Lock()
+        self._by_owner: defaultdict[str, set[str]] = defaultdict(set)
+        for owner, digest in kept:
+            self._by_owner[owner].add(digest)
 
     def add(self, owner: str, digest: str) -> None:
         """The owner has these bytes."""
+        with self._lock:
+            if check_digest(digest) not in self._by_owner[owner]:
+                self._by_owner[owner].add(digest)
+                self._keep(owner, digest)
 
     def has(self, principal: Principal, digest: str) -> bool:
         """Whether the principal may know of the blob and read it."""
+        with self._lock:
+            return principal.sees_all or check_digest(digest) in self._by_owner.get(principal.owner, ())
+
+    def among(self, owner: str, digests: Set[str]) -> Set[str]:
+        """Those of these blobs that the owner has."""
+        with self._lock:
+            return digests & self._by_owner.get(owner, frozenset())
 
     def forget(self, digest: str) -> None:
         """Nobody has these bytes: they are about to go."""
+        with self._lock:
+            whose = [owner for owner, digests in self._by_owner.items() if digest in digests]
+            for owner in whose:
+                self._by_owner[owner].discard(digest)
+            if whose:
+                self._drop(whose, digest)
 
     def settle(self) -> None:
         """Wait until what was added is durable; raises StoreAwayError."""
+        raise NotImplementedError
+
+    def _keep(self, owner: str, digest: str) -> None:
+        raise NotImplementedError
+
+    def _drop(self, owners: Sequence[str], digest: str) -> None:
+        raise NotImplementedError
 
 
-class FileOwners:
-    """The folder `root`, made when it does not exist."""
+class FileOwners(Owners):
+    """The folder `root`, made when it does not exist, and read once: nobody else writes there."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         root.mkdir(parents=True, exist_ok=True)
-
-    def add(self, owner: str, digest: str) -> None:
-        """The owner has these bytes."""
-        path = self._path(owner, digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    def has(self, principal: Principal, digest: str) -> bool:
-        """Whether the principal may know of the blob and read it."""
-        return principal.sees_all or self._path(principal.owner, digest).exists()
-
-    def forget(self, digest: str) -> None:
-        """Nobody has these bytes: they are about to go."""
-        for owner in self._root.iterdir():
-            self._path(owner.name, digest).unlink(missing_ok=True)
+        super().__init__((path.parts[-3], path.name) for path in root.glob("*/*/*"))
 
     def settle(self) -> None:
         """Files are there at once."""
 
+    def _keep(self, owner: str, digest: str) -> None:
+        path = self._path(owner, digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def _drop(self, owners: Sequence[str], digest: str) -> None:
+        for owner in owners:
+            self._path(owner, digest).unlink(missing_ok=True)
+
     def _path(self, owner: str, digest: str) -> Path:
-        return self._root / owner / check_digest(digest)[:2] / digest
+        return self._root / owner / digest[:2] / digest
 
 
-class StoredOwners:
-    """Those in the database of `store`, with a copy in memory: the tracker that leads is the only one that writes."""
+class StoredOwners(Owners):
+    """Those in the database of `store`: the tracker that leads is the only one that writes."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.Lock()
-        self._by_digest: defaultdict[str, set[str]] = defaultdict(set)
-        for digest, owner in store.owners().result():
-            self._by_digest[digest].add(owner)
+        super().__init__((owner, digest) for digest, owner in store.owners().result())
 
-    def add(self, owner: str, digest: str) -> None:
-        """The owner has these bytes: stored before all that is told to the store from now on."""
-        with self._lock:
-            if owner in self._by_digest[check_digest(digest)]:
-                return
-            self._by_digest[digest].add(owner)
-            self._store.append([BlobOwned(digest, owner)], lambda: None)
+    def _keep(self, owner: str, digest: str) -> None:
+        # Stored before all that is told to the store from now on.
+        self._store.append([BlobOwned(digest, owner)], lambda: None)
 
-    def has(self, principal: Principal, digest: str) -> bool:
-        """Whether the principal may know of the blob and read it."""
-        with self._lock:
-            return principal.sees_all or principal.owner in self._by_digest.get(check_digest(digest), ())
-
-    def forget(self, digest: str) -> None:
-        """Nobody has these bytes."""
-        with self._lock:
-            if self._by_digest.pop(digest, None):
-                self._store.append([BlobForgotten(digest)], lambda: None)
+    def _drop(self, owners: Sequence[str], digest: str) -> None:
+        self._store.append([BlobForgotten(digest)], lambda: None)
 
     def settle(self) -> None:
         """Wait until what was added is durable; raises StoreAwayError. Not from the event loop's thread."""
