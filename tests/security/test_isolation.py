@@ -306,7 +306,7 @@ def test_blobs_of_agents_go_by_their_own_channel(enrolled: Enrolled) -> None:
         BlobClient(channel, known.address).upload(blob_of(b"x"), b"x")
 
 
-def test_one_users_blobs_leave_room_for_others(tmp_path: Path, artifact: Artifact) -> None:
+def test_one_users_blobs_leave_room_for_others(tmp_path: Path) -> None:
     at_most = 1 << 20
     limits = Limits(max_user_bytes=at_most)
     with (
@@ -318,9 +318,9 @@ def test_one_users_blobs_leave_room_for_others(tmp_path: Path, artifact: Artifac
             Fleet(tracker.address, Tls(anns.ca, token=anns.token)) as ann,
             Fleet(tracker.address, Tls(bobs.ca, token=bobs.token)) as bob,
         ):
-            large = np.zeros((at_most // 16 + 1, 4), np.float32)
+            parts = [bytes([number]) * (at_most // 3) for number in range(4)]
             with pytest.raises(BlobQuotaError, match=r"more than user 'ann' may have on this tracker: 1048576"):
-                ann.run(artifact, {"x": large})
+                ann._blobs.upload_missing([(blob_of(part), part) for part in parts])
             assert not list((tmp_path / "blobs" / "objects").glob("*/*")), "it was refused before anything was sent"
             small, whole = b"s" * 1000, b"w" * at_most
             ann._blobs.upload(blob_of(whole), whole)
