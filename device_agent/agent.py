@@ -551,7 +551,8 @@ def _claim(data_dir: Path) -> TextIO:
             f"cannot use the data folder {data_dir}: {error.strerror}", hint="name another with --data-dir"
         ) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # This process's alone: flock's would last until what it was just starting, when it was killed, has begun.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise AgentError(

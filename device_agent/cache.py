@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
 
 from kedge.rpc.artifact.manifest import Blob, Member
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, DiskFullError
@@ -37,7 +37,7 @@ Fetch = Callable[[Blob, BlobStore], object]
 
 
 class CacheFullError(KedgeError):
-    """What one job needs does not fit into the cache, even when everything else goes."""
+    """What one job needs is more than the cache may ever hold."""
 
 
 class ArtifactCache:
@@ -77,23 +77,34 @@ class ArtifactCache:
         return sum(size for _, _, size, _ in self._entries())
 
     def make_room(self, needed_bytes: int) -> None:
-        """Drop the longest unused entries until `needed_bytes` more fit; raises CacheFullError when they cannot."""
+        """Drop the longest unused entries until `needed_bytes` more fit.
+
+        Raises:
+            CacheFullError: with what is held they are more than the cache may ever hold.
+            DiskFullError: they would fit, had others not filled the disk.
+        """
         with self._lock:
             entries = list(self._entries())
             limit = self.limit_bytes()
-            excess = sum(size for _, _, size, _ in entries) + needed_bytes - limit
             free = [entry for entry in entries if entry[1] not in self._held]
-            if excess > sum(size for _, _, size, _ in free):
-                raise CacheFullError(
-                    f"this job needs {needed_bytes} more bytes on the device, whose cache may hold {limit}",
-                    hint="free space on the device's disk, or use a smaller model",
-                )
+            total = sum(size for _, _, size, _ in entries) + needed_bytes
+            droppable = sum(size for _, _, size, _ in free)
+            if total - droppable > limit:
+                self._refuse(needed_bytes, total - droppable, limit)
+            excess = total - limit
             for _, digest, size, path in sorted(free):
                 if excess <= 0:
                     break
                 path.unlink()
                 self._verified.pop(digest, None)
                 excess -= size
+
+    def _refuse(self, needed_bytes: int, least_bytes: int, limit: int) -> NoReturn:
+        """Say whose fault it is: without a limit given, a job that half of an empty disk could hold is not to blame."""
+        text = f"this job needs {needed_bytes} more bytes on the device, whose cache may hold {limit}"
+        if self._limit_bytes is None and least_bytes <= shutil.disk_usage(str(self._members)).total * DISK_SHARE:
+            raise DiskFullError(f"{text}, as its disk is full of other things", hint="free space on the device's disk")
+        raise CacheFullError(text, hint="use a smaller model, or a device with a larger disk")
 
     def _entries(self) -> Iterator[Tuple[float, str, int, Path]]:
         """When last used, digest, size and file of everything that is kept."""
@@ -146,7 +157,7 @@ class Hold:
         """Have these blobs in the store, calling `fetch` for each that is missing or damaged.
 
         Raises:
-            CacheFullError: there is no room for them.
+            CacheFullError, DiskFullError: there is no room for them.
         """
         distinct = {blob.digest: blob for blob in blobs}
         for digest in distinct:

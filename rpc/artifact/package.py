@@ -10,6 +10,7 @@ import struct
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Mapping, Sequence, Tuple, Type, TypeVar, Union
 
@@ -68,15 +69,20 @@ class Artifact:
         targets = ", ".join(variant.target for variant in self.manifest.variants)
         return f"<Artifact {self.manifest.name!r} for {targets}, {self.size} bytes>"
 
-    @property
+    @cached_property
+    def manifest_json(self) -> bytes:
+        """The canonical manifest, made once: nothing in an artifact changes."""
+        return self.manifest.to_json()
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical manifest; names the artifact, since the manifest carries all digests."""
-        return sha256(self.manifest.to_json())
+        return sha256(self.manifest_json)
 
     @property
     def size(self) -> int:
         """Bytes of all members and the manifest."""
-        return len(self.manifest.to_json()) + sum(member.size for member in self.manifest.members)
+        return len(self.manifest_json) + sum(member.size for member in self.manifest.members)
 
     def member(self, name: str) -> Bytes:
         """The bytes of a member."""
@@ -115,7 +121,7 @@ class Artifact:
         scratch = Path(name)
         try:
             with os.fdopen(fd, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest.to_json())
+                archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest_json)
                 for member in self.manifest.members:
                     with archive.open(_aligned_entry(member, file.tell()), "w") as out:
                         out.write(self._members[member.name])

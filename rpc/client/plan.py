@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +97,12 @@ class Packed:
             yield part, data
 
 
-#: By artifact, and then by private key.
-_signatures: weakref.WeakKeyDictionary[Artifact, dict[bytes, Signature]] = weakref.WeakKeyDictionary()
-_manifests: weakref.WeakKeyDictionary[Artifact, tuple[Blob, bytes]] = weakref.WeakKeyDictionary()
-
-
 def pack(artifact: ArtifactOrPath) -> Packed:
     """The packed form of an artifact or of a `.kdg` file. Raises ArtifactError."""
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(Path(artifact))
-    if artifact not in _manifests:
-        text = artifact.manifest.to_json()
-        _manifests[artifact] = blob_of(text), text
-    return Packed(artifact, *_manifests[artifact])
+    text = artifact.manifest_json
+    return Packed(artifact, Blob(artifact.digest, len(text)), text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +127,11 @@ class Terms:
 
 def signature_of(packed: Packed, key: bytes | None) -> Signature | None:
     """The user's signature of an artifact, where the user has a key (see `kedge.rpc.security.signing`)."""
-    if key is None:
-        return None
-    signatures = _signatures.setdefault(packed.artifact, {})
-    if key not in signatures:
-        signatures[key] = signing.sign(key, packed.json)
-    return signatures[key]
+    return None if key is None else _sign(key, packed.json)
+
+
+#: The last ones: an artifact is submitted again and again.
+_sign = lru_cache(maxsize=64)(signing.sign)
 
 
 def signed(spec: JobSpec, packed: Packed, key: bytes | None) -> JobSpec:

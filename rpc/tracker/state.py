@@ -750,6 +750,9 @@ class TrackerState:
         elif job.is_under_way:
             longest = _seconds(job.spec.deadlines.run_ms)
             self._call_off(job, f"it lasted {longest}, which is as long as it may", now, effects)
+        elif job.lease_ms - self.settings.lease_ms <= self._stage_ends(job):
+            # Nothing was heard of it since: the agent may have ended it in time, and its lease decides.
+            self._alarm(job.lease_ms, "job", job.id)
         else:
             stage = job.stage or Stage.TRANSFER
             limit = _seconds(job.spec.deadlines.of(stage))
@@ -875,13 +878,16 @@ class TrackerState:
         """When something has to happen to the job."""
         if job.assigned is None:
             return min(job.queued_ms + job.spec.deadlines.queue_ms, self._client_due(job))
-        stage = job.stage or Stage.TRANSFER
-        due = min(job.lease_ms, job.stage_ms + job.spec.deadlines.of(stage) + self.settings.deadline_slack_ms)
+        due = min(job.lease_ms, self._stage_ends(job) + self.settings.deadline_slack_ms)
         if job.cancelling is not None:
             # A session that lasted too long is being called off for that very reason.
             due = job.lease_ms if job.is_under_way else due
             return min(due, job.cancel_ms + self.settings.cancel_grace_ms)
         return min(due, self._client_due(job))
+
+    def _stage_ends(self, job: _Job) -> int:
+        """When the agent is to have ended the stage that the job is in."""
+        return job.stage_ms + job.spec.deadlines.of(job.stage or Stage.TRANSFER)
 
     def _client_due(self, job: _Job) -> int:
         """When a session ends for want of its client; other jobs need none."""

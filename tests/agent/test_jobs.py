@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
 import subprocess
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -560,6 +562,32 @@ def test_what_a_job_holds_is_never_dropped_and_the_longest_unused_goes_first(tmp
         os.utime(str(cache.store.path(blobs[0].digest)), (1, 1))
         last.fetch(blobs[3:4], remote.download)
     assert [cache.store.has(blob) for blob in blobs] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("total", "kind", "words"),
+    [
+        (1 << 30, OutcomeKind.DEVICE_FAULT, "its disk is full of other things"),
+        (1_000, OutcomeKind.OUT_OF_MEMORY, "1200 more"),
+    ],
+)
+def test_a_disk_that_others_filled_is_the_devices_fault_and_one_too_small_the_jobs(
+    board: Board,
+    remote: Remote,
+    made: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    total: int,
+    kind: OutcomeKind,
+    words: str,
+) -> None:
+    board, spec = replace(board, cache=ArtifactCache(tmp_path / "own")), run_spec(remote.publish(made), "add")
+    assert execute(board, spec).outcome.ok
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(total=total, used=total, free=0))
+    large = Tensor("x", "float32", (300,), remote.store.put(bytes(1_200)))
+    outcome = execute(board, replace(spec, task=RunTask((large,)))).outcome
+    assert (outcome.kind, outcome.stage) == (kind, Stage.TRANSFER), outcome
+    assert words in outcome.message
 
 
 def test_a_damaged_blob_is_never_returned(tmp_path: Path, remote: Remote) -> None:

@@ -90,8 +90,9 @@ def stop_agent(world: World, rng: random.Random) -> None:
     agent.signal(signal.SIGCONT)
 
 
-@kind("runner-killed", extra={"crash": 1}, sessions=1)
+@kind("runner-killed", extra={"crash": 1, "device_fault": 1}, sessions=1)
 def kill_runner(world: World, rng: random.Random) -> None:
+    """Before it says hello that is its device's fault, which ends the job where another device had failed with it."""
     _signal_runner(world, rng, signal.SIGKILL)
 
 
@@ -105,18 +106,30 @@ def stop_runner(world: World, rng: random.Random) -> None:
 
 
 def _signal_runner(world: World, rng: random.Random, number: int) -> int:
-    """To the next runner that is there, from a random moment on: they live for milliseconds."""
+    """To the next runner that is there, from a random moment on: they live for milliseconds.
+
+    What an agent is about to start is the agent itself until it has become a runner.
+    """
     rest(rng, 0.0, 0.1)
+    program = world.runner.resolve()
     found: list[int] = []
 
     def there() -> bool:
-        below = [pid for agent in world.agents for pid in world.runners(agent)]
+        below = [pid for agent in world.agents for pid in world.runners(agent) if _program(pid) == program]
         if below and _send(below[0], number):
             found.append(below[0])
         return bool(found)
 
     wait_for(there, "a runner", PATIENCE_S)
     return found[0]
+
+
+def _program(pid: int) -> Path | None:
+    """What a process executes; None once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/exe").readlink()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _send(pid: int, number: int) -> bool:

@@ -136,7 +136,7 @@ class World:
         self.trackers: list[Process] = []
         self._peers: dict[str, dict[str, Any]] = {}
         self._ports: dict[str, tuple[int, int]] = {}
-        self._runner = runner
+        self.runner = runner
         self._stack = contextlib.ExitStack()
         self._read: dict[Path, int] = {}
         self.lines: list[dict[str, Any]] = []
@@ -345,7 +345,7 @@ class World:
     def _add_agent(self, name: str) -> None:
         data = self.folder / name
         self._mount(data)
-        command = [sys.executable, "-m", "kedge.device_agent", "--runner", str(self._runner), "--data-dir", str(data)]
+        command = [sys.executable, "-m", "kedge.device_agent", "--runner", str(self.runner), "--data-dir", str(data)]
         command += ["--name", name, "--tracker", str(self.agents_address)]
         env = {}
         if self.shape.plain:

@@ -338,6 +338,18 @@ def test_a_stage_that_the_agent_does_not_end_is_ended_by_the_tracker(bench: Benc
     assert bench.device() is DeviceState.BUSY, "the device still does what it should not"
 
 
+def test_a_device_that_is_silent_when_a_deadline_passes_is_lost_and_the_job_not_too_slow(bench: Bench) -> None:
+    lease = bench.started()
+    bench.state.receive(1, m.JobProgress(lease, Stage.RUN), 0)
+    for now in range(900, 9_000, 900):
+        bench.state.receive(1, m.Heartbeat(running=(lease,)), now)
+        assert ends(bench.state.tick(now)) == {}
+    bench.state.receive(1, m.Heartbeat(running=(lease,)), 9_000)
+    for now in range(9_000, 9_000 + S.lease_ms, 100):
+        assert ends(bench.state.tick(now)) == {}
+    assert ends(bench.state.tick(9_000 + S.lease_ms)) == {"j": (OutcomeKind.DEVICE_LOST, Stage.RUN)}
+
+
 def test_cancelling_a_waiting_job_is_immediate() -> None:
     state = TrackerState("t", S)
     state.submit("j", spec(), NEEDS, "", 0)
