@@ -307,7 +307,7 @@ class TimeOptions(ctypes.Structure):
         ("min_repeat_ns", ctypes.c_int64),
         ("warmup", ctypes.c_int64),
         ("limit_zero_time_iterations", ctypes.c_int64),
-        ("cooldown_ns", ctypes.c_int64),
+        ("cooldown_interval_ns", ctypes.c_int64),
         ("repeats_to_cooldown", ctypes.c_int64),
         ("cache_flush_bytes", ctypes.c_int64),
         ("profile", ctypes.c_int64),

@@ -76,7 +76,7 @@ def _broken(m: Measurement) -> Optional[str]:
         return "no samples were taken"
     if any(not math.isfinite(sample) or sample < 0 for sample in m.samples_ns):
         return "a sample is negative or not a number"
-    shortest = min(m.samples_ns) * m.options.number
+    shortest = _shortest_ns(m)
     if shortest <= 0:
         return "a sample took no time"
     if shortest < MIN_STEPS * m.resolution_ns:
@@ -84,10 +84,15 @@ def _broken(m: Measurement) -> Optional[str]:
     return None
 
 
+def _shortest_ns(m: Measurement) -> float:
+    """The shortest time that was read off the clock: that of a sample, or of one call where each is timed by itself."""
+    return min(m.samples_ns) * (1 if m.options.cache_flush_bytes else m.options.number)
+
+
 def _sample_reasons(m: Measurement) -> List[str]:
     reasons, samples = [], m.samples_ns
     middle = statistics.median(samples)
-    shortest = min(samples) * m.options.number
+    shortest = _shortest_ns(m)
     if shortest < FINE_STEPS * m.resolution_ns:
         reasons.append(f"a sample of {shortest:.0f} ns is short for a clock with steps of {m.resolution_ns} ns")
     if len(samples) < MIN_SAMPLES:

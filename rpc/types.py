@@ -334,7 +334,7 @@ class TimeOptions:
     min_repeat_ns: int = 0
     warmup: int = 1
     limit_zero_time_iterations: int = 100
-    cooldown_ns: int = 0
+    cooldown_interval_ns: int = 0
     repeats_to_cooldown: int = 1
     cache_flush_bytes: int = 0
     profile: bool = False

@@ -279,14 +279,14 @@ KEDGE_API void kedge_cancel(kedge_context *context);
 /* ---- Timing ------------------------------------------------------------------------------------------------- */
 typedef struct { /* the names and meanings of TVM's time_evaluator */
   uint64_t struct_size;
-  int64_t number;        /* calls in one repeat, grown until a repeat lasts min_repeat_ns */
+  int64_t number;        /* calls in one repeat, grown until their time is min_repeat_ns */
   int64_t repeat;        /* samples */
   int64_t min_repeat_ns; /* 0: `number` stays as it is */
   int64_t warmup;        /* untimed calls before the first sample */
   int64_t limit_zero_time_iterations; /* give up growing `number` after so many repeats that took no time */
-  int64_t cooldown_ns;                /* pause between groups of repeats, never after the warm-up */
+  int64_t cooldown_interval_ns;       /* pause between groups of repeats, never after the warm-up */
   int64_t repeats_to_cooldown;        /* repeats in a group */
-  int64_t cache_flush_bytes;          /* walk over so much memory before every timed call; implies number = 1 */
+  int64_t cache_flush_bytes;          /* walk over so much memory before every timed call; each is timed by itself then */
   int64_t profile;                    /* not 0: time every step of the function too, and what the machine can do */
 } kedge_time_options;
 

@@ -373,7 +373,7 @@ def pack_time(module: int, function: int, options: TimeOptions) -> bytes:
     o = options
     return struct.pack(
         "<II9q", module, function, o.number, o.repeat, o.min_repeat_ns, o.warmup, o.limit_zero_time_iterations,
-        o.cooldown_ns, o.repeats_to_cooldown, o.cache_flush_bytes, int(o.profile),
+        o.cooldown_interval_ns, o.repeats_to_cooldown, o.cache_flush_bytes, int(o.profile),
     )  # fmt: skip
 
 

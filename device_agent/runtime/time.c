@@ -32,19 +32,41 @@ static int32_t call_many(run *r, int64_t count) {
   return kedge_drain(r->context, status);
 }
 
-/* Touches every line, so that whatever the caches held is gone. A GPU copies one half over the other. */
+static int32_t touch_lines(void *closure, int64_t begin, int64_t end) {
+  volatile uint8_t *memory = closure;
+  for (int64_t line = begin; line < end; line++) memory[line * LINE] = (uint8_t)(memory[line * LINE] + 1);
+  return 0;
+}
+
+/* Touches every line, so that whatever the caches held is gone; on the CPU each thread its part, since the threads have
+ * caches of their own. A GPU copies one half over the other. */
 static int32_t flush_caches(const run *r) {
   kedge_queue *queue = r->context->queue;
-  volatile uint8_t *lines = r->flush;
   int64_t bytes = r->options->cache_flush_bytes, half = bytes / 2;
   if (queue->device->driver->device_type == kDLCPU) {
-    for (int64_t i = 0; i < bytes; i += LINE) lines[i] = (uint8_t)(lines[i] + 1);
-    return KEDGE_OK;
+    kedge_frame *frame = &r->context->frame;
+    return frame->api->parallel_for(frame, touch_lines, r->flush, (bytes + LINE - 1) / LINE);
   }
   if (half == 0) return KEDGE_OK;
   int32_t status = queue->device->driver->copy(queue, (uint8_t *)r->flush + half, r->flush, (uint64_t)half,
                                                KEDGE_COPY_ON_DEVICE);
   return kedge_drain(r->context, status);
+}
+
+/* `number` calls and how long they took: all of them between two looks at the clock, or, where the caches are flushed
+ * before each of them, each by itself. */
+static int32_t time_calls(run *r, int64_t *duration) {
+  int64_t batch = r->flush != NULL ? 1 : r->number;
+  *duration = 0;
+  for (int64_t done = 0; done < r->number; done += batch) {
+    int32_t status = r->flush != NULL ? flush_caches(r) : KEDGE_OK;
+    if (status != KEDGE_OK) return status;
+    int64_t start = kedge_now_ns();
+    status = call_many(r, batch);
+    *duration += kedge_now_ns() - start;
+    if (status != KEDGE_OK) return status;
+  }
+  return KEDGE_OK;
 }
 
 /* The number of calls that should last min_repeat_ns, given that `number` lasted `duration`. */
@@ -59,15 +81,12 @@ static int32_t repeat_calls(run *r, double *sample) {
   const kedge_time_options *options = r->options;
   int64_t zeros = 0;
   for (;;) {
-    int32_t status = r->flush != NULL ? flush_caches(r) : KEDGE_OK;
-    if (status != KEDGE_OK) return status;
     if (r->steps != NULL) memset(r->steps, 0, sizeof *r->steps * (size_t)r->n_steps);
-    int64_t start = kedge_now_ns();
-    status = call_many(r, r->number);
-    int64_t duration = kedge_now_ns() - start;
+    int64_t duration;
+    int32_t status = time_calls(r, &duration);
     if (status != KEDGE_OK) return status;
     *sample = (double)duration / (double)r->number;
-    if (r->flush != NULL || duration >= options->min_repeat_ns) return KEDGE_OK;
+    if (duration >= options->min_repeat_ns) return KEDGE_OK;
     if (duration <= 0 && ++zeros >= options->limit_zero_time_iterations) return KEDGE_OK;
     r->number = grown(r->number, duration, options->min_repeat_ns);
   }
@@ -82,7 +101,8 @@ static int32_t take_sample(run *r, double *sample) {
 }
 
 static void cool_down(const run *r) {
-  for (int64_t left = r->options->cooldown_ns; left > 0 && !kedge_is_cancelled(r->context); left -= SLEEP_SLICE_NS) {
+  int64_t left = r->options->cooldown_interval_ns;
+  for (; left > 0 && !kedge_is_cancelled(r->context); left -= SLEEP_SLICE_NS) {
     kedge_sleep_ns(left < SLEEP_SLICE_NS ? left : SLEEP_SLICE_NS);
   }
 }
@@ -107,7 +127,7 @@ static int32_t check_options(const kedge_time_options *o, const kedge_time_resul
     return kedge_fail(KEDGE_E_ARGUMENT, "kedge_time: options, result and room for samples are required");
   }
   if (o->number < 1 || o->repeat < 1 || o->min_repeat_ns < 0 || o->warmup < 0 || o->limit_zero_time_iterations < 0 ||
-      o->cooldown_ns < 0 || o->repeats_to_cooldown < 1 || o->cache_flush_bytes < 0 || o->profile < 0) {
+      o->cooldown_interval_ns < 0 || o->repeats_to_cooldown < 1 || o->cache_flush_bytes < 0 || o->profile < 0) {
     return kedge_fail(KEDGE_E_ARGUMENT, "time options: number, repeat and repeats_to_cooldown start at 1, others at 0");
   }
   if ((o->profile != 0) != (result->step_ns != NULL)) {
@@ -121,7 +141,6 @@ static int32_t time_bound(run *r, kedge_time_result *result) {
   if (r->options->cache_flush_bytes > 0) {
     int32_t status = device->driver->allocate(device, (uint64_t)r->options->cache_flush_bytes, &r->flush);
     if (status != KEDGE_OK) return kedge_fail_within(status, "no memory for cache_flush_bytes");
-    r->number = 1;
   }
   result->resolution_ns = kedge_clock_resolution_ns();
   int32_t status = take_samples(r, result);

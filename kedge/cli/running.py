@@ -15,6 +15,7 @@ from kedge.cli.arguments import (
     function_of,
     inputs_of,
     load_artifact,
+    parse_bytes,
     reading,
     save_outputs,
 )
@@ -110,9 +111,34 @@ def bench(
     repeat: Annotated[int, typer.Option("--repeat", min=1, max=100_000, help="Samples to take.")] = 20,
     number: Annotated[int, typer.Option("--number", min=1, help="Calls in a sample, before it grows.")] = 1,
     min_repeat_ms: Annotated[
-        float, typer.Option("--min-repeat-ms", min=0, help="Grow the calls in a sample until it lasts so long.")
-    ] = 50,
+        float | None,
+        typer.Option(
+            "--min-repeat-ms",
+            min=0,
+            help="Grow the calls in a sample until they take so long.",
+            show_default="50; with --profile 10, with --cache-flush-bytes 0",
+        ),
+    ] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Untimed calls before the first sample.")] = 1,
+    cooldown_interval_ms: Annotated[
+        float, typer.Option("--cooldown-interval-ms", min=0, help="Pause so long between groups of samples.")
+    ] = 0,
+    repeats_to_cooldown: Annotated[
+        int, typer.Option("--repeats-to-cooldown", min=1, help="Samples in such a group.")
+    ] = 1,
+    cache_flush_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-flush-bytes",
+            metavar="SIZE",
+            help="Walk over so much memory before every timed call, such as 64MiB.",
+            show_default="none: caches stay warm",
+        ),
+    ] = None,
+    limit_zero_time_iterations: Annotated[
+        int,
+        typer.Option("--limit-zero-time-iterations", min=0, help="Take a sample of no time after so many attempts."),
+    ] = 100,
     profile: Annotated[bool, typer.Option("--profile", help="Time every kernel, and show them in a table.")] = False,
     on: output.OnOption = "",
     device: output.DeviceOption = None,
@@ -128,6 +154,8 @@ def bench(
 
       kedge bench digits.kdg --shape image=64,1,8,8 --threads 2 --repeat 50
 
+      kedge bench digits.kdg --cache-flush-bytes 64MiB --repeat 100
+
       kedge bench digits.kdg --profile
 
       kedge bench digits-gpu.kdg --on cuda
@@ -138,13 +166,20 @@ def bench(
     check_on(on)
     loaded = load_artifact(artifact)
     data = inputs_of(function_of(loaded, function), inputs, shape, seed)
+    how = {
+        "repeat": repeat,
+        "number": number,
+        "min_repeat_ms": min_repeat_ms,
+        "warmup": warmup,
+        "cooldown_interval_ms": cooldown_interval_ms,
+        "repeats_to_cooldown": repeats_to_cooldown,
+        "cache_flush_bytes": parse_bytes(cache_flush_bytes) if cache_flush_bytes else 0,
+        "limit_zero_time_iterations": limit_zero_time_iterations,
+    }
     with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout, on) as place:
         module = place.load(loaded)
         report(f"timing {repeat} samples on {module.device}")
-        measure = module.profile if profile else module.time
-        result = measure(
-            data, function=function, repeat=repeat, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup
-        )
+        result = (module.profile if profile else module.time)(data, function=function, **how)
     timing = result.timing if profile else result
     if as_json:
         output.emit_json({**result.to_json(), "on": module.device})

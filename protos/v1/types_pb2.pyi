@@ -261,13 +261,13 @@ class Outcome(_message.Message):
     def __init__(self, kind: _Optional[_Union[OutcomeKind, str]] = ..., stage: _Optional[_Union[Stage, str]] = ..., signal: _Optional[int] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class TimeOptions(_message.Message):
-    __slots__ = ("number", "repeat", "min_repeat_ns", "warmup", "limit_zero_time_iterations", "cooldown_ns", "repeats_to_cooldown", "cache_flush_bytes", "profile")
+    __slots__ = ("number", "repeat", "min_repeat_ns", "warmup", "limit_zero_time_iterations", "cooldown_interval_ns", "repeats_to_cooldown", "cache_flush_bytes", "profile")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     REPEAT_FIELD_NUMBER: _ClassVar[int]
     MIN_REPEAT_NS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_FIELD_NUMBER: _ClassVar[int]
     LIMIT_ZERO_TIME_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
-    COOLDOWN_NS_FIELD_NUMBER: _ClassVar[int]
+    COOLDOWN_INTERVAL_NS_FIELD_NUMBER: _ClassVar[int]
     REPEATS_TO_COOLDOWN_FIELD_NUMBER: _ClassVar[int]
     CACHE_FLUSH_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
@@ -276,11 +276,11 @@ class TimeOptions(_message.Message):
     min_repeat_ns: int
     warmup: int
     limit_zero_time_iterations: int
-    cooldown_ns: int
+    cooldown_interval_ns: int
     repeats_to_cooldown: int
     cache_flush_bytes: int
     profile: bool
-    def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ..., profile: bool = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ns: _Optional[int] = ..., warmup: _Optional[int] = ..., limit_zero_time_iterations: _Optional[int] = ..., cooldown_interval_ns: _Optional[int] = ..., repeats_to_cooldown: _Optional[int] = ..., cache_flush_bytes: _Optional[int] = ..., profile: bool = ...) -> None: ...
 
 class Health(_message.Message):
     __slots__ = ("load_1min", "temperature_celsius", "frequency_mhz", "governor", "memory_available_bytes", "disk_free_bytes", "throttled", "problems")

@@ -242,18 +242,18 @@ class LoadedFunction:
         *,
         number: int = 1,
         repeat: int = 20,
-        min_repeat_ms: float = 50,
+        min_repeat_ms: float | None = None,
         warmup: int = 1,
-        cooldown_ms: float = 0,
+        cooldown_interval_ms: float = 0,
         repeats_to_cooldown: int = 1,
         cache_flush_bytes: int = 0,
         limit_zero_time_iterations: int = 100,
     ) -> Timing:
         """Time the native code in this process; the options have the names and meanings of TVM's time_evaluator."""
         options = timing_options(
-            number=number, repeat=repeat, min_repeat_ms=min_repeat_ms, warmup=warmup, cooldown_ms=cooldown_ms,
-            repeats_to_cooldown=repeats_to_cooldown, cache_flush_bytes=cache_flush_bytes,
-            limit_zero_time_iterations=limit_zero_time_iterations,
+            number=number, repeat=repeat, min_repeat_ms=min_repeat_ms, warmup=warmup,
+            cooldown_interval_ms=cooldown_interval_ms, repeats_to_cooldown=repeats_to_cooldown,
+            cache_flush_bytes=cache_flush_bytes, limit_zero_time_iterations=limit_zero_time_iterations,
         )  # fmt: skip
         return self._time(inputs, options)
 

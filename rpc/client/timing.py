@@ -16,31 +16,37 @@ from kedge.rpc.types import Measurement, TimeOptions
 _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns"))
 #: The wire and the ABI count in 64 bits.
 _LARGEST = 2**63 - 1
+#: How long a sample lasts at least, unless somebody says otherwise.
+MIN_REPEAT_MS = 50.0
 
 
 def timing_options(
     *,
     number: int = 1,
     repeat: int = 20,
-    min_repeat_ms: float = 50,
+    min_repeat_ms: float | None = None,
     warmup: int = 1,
-    cooldown_ms: float = 0,
+    cooldown_interval_ms: float = 0,
     repeats_to_cooldown: int = 1,
     cache_flush_bytes: int = 0,
     limit_zero_time_iterations: int = 100,
 ) -> TimeOptions:
-    """How to time, from what a user said; names and meanings of TVM's time_evaluator.
+    """How to time, from what a user said; names and meanings of TVM's time_evaluator (docs/measurement.md).
+
+    `min_repeat_ms` None is 50, or 0 where caches are flushed: that takes far longer than many a call that it precedes.
 
     Raises:
         InputError: naming the option that is no whole number, negative, or zero where one is the least.
     """
+    if min_repeat_ms is None:
+        min_repeat_ms = 0 if cache_flush_bytes else MIN_REPEAT_MS
     return TimeOptions(
         number=_count("number", number, 1),
         repeat=_count("repeat", repeat, 1),
         min_repeat_ns=_nanoseconds("min_repeat_ms", min_repeat_ms),
         warmup=_count("warmup", warmup, 0),
         limit_zero_time_iterations=_count("limit_zero_time_iterations", limit_zero_time_iterations, 0),
-        cooldown_ns=_nanoseconds("cooldown_ms", cooldown_ms),
+        cooldown_interval_ns=_nanoseconds("cooldown_interval_ms", cooldown_interval_ms),
         repeats_to_cooldown=_count("repeats_to_cooldown", repeats_to_cooldown, 1),
         cache_flush_bytes=_count("cache_flush_bytes", cache_flush_bytes, 0),
     )
@@ -152,6 +158,7 @@ class Timing:
             "num_threads": self.measurement.num_threads,
             "before": None if self.measurement.before is None else asdict(self.measurement.before),
             "after": None if self.measurement.after is None else asdict(self.measurement.after),
+            "pinning": None if self.measurement.pinning is None else asdict(self.measurement.pinning),
             "verdict": self.verdict,
             "reasons": list(self.reasons),
         }
@@ -186,14 +193,15 @@ class Timing:
 
     def _protocol(self) -> str:
         options, threads = self.protocol, self.measurement.num_threads
-        parts = [f"{self.repeat} samples of {options.number} calls", f"{options.warmup} to warm up"]
+        calls = f"{options.number} call{'s' if options.number != 1 else ''}"
+        parts = [f"{self.repeat} samples of {calls}", f"{options.warmup} to warm up"]
         if threads:
             parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
         pinning = self.measurement.pinning
         if pinning is not None and pinning.reserved:
             parts.append(f"on cores kept for timings ({', '.join(str(cpu) for cpu in pinning.cpus)})")
-        if options.cooldown_ns:
-            parts.append(f"{options.cooldown_ns / 1e6:g} ms pause every {options.repeats_to_cooldown}")
+        if options.cooldown_interval_ns:
+            parts.append(f"{options.cooldown_interval_ns / 1e6:g} ms pause every {options.repeats_to_cooldown}")
         if options.cache_flush_bytes:
-            parts.append(f"caches flushed by {options.cache_flush_bytes >> 20} MiB")
+            parts.append(f"caches flushed by {options.cache_flush_bytes / 2**20:.4g} MiB before every call")
         return ", ".join(parts)

@@ -53,6 +53,16 @@ def test_bench_reports_samples_with_their_protocol(kedge: Kedge, digits: Path) -
     assert report["verdict"] in ("valid", "suspect")
 
 
+def test_bench_times_as_it_is_told(kedge: Kedge, digits: Path) -> None:
+    told = ("--repeat", "4", "--number", "3", "--warmup", "2", "--cooldown-interval-ms", "0.5")
+    more = ("--repeats-to-cooldown", "2", "--cache-flush-bytes", "64KiB", "--limit-zero-time-iterations", "7")
+    protocol = json.loads(kedge("bench", digits, *told, *more, "--json").stdout)["protocol"]
+    assert protocol == {
+        "number": 3, "repeat": 4, "min_repeat_ns": 0, "warmup": 2, "limit_zero_time_iterations": 7,
+        "cooldown_interval_ns": 500_000, "repeats_to_cooldown": 2, "cache_flush_bytes": 64 << 10, "profile": False,
+    }  # fmt: skip
+
+
 def test_bench_shows_where_the_time_goes(kedge: Kedge, digits: Path) -> None:
     short = ("--profile", "--repeat", "3", "--min-repeat-ms", "1")
     done = kedge("bench", digits, *short, "--json")

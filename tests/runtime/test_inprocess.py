@@ -226,7 +226,7 @@ def test_inputs_without_names(model: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "option",
     [{"repeat": 0}, {"repeat": 2.5}, {"number": "a"}, {"warmup": -1}, {"number": 1 << 64}, {"repeat": True},
-     {"min_repeat_ms": float("nan")}, {"min_repeat_ms": -1}, {"min_repeat_ms": 1e300}, {"cooldown_ms": "1"}],
+     {"min_repeat_ms": float("nan")}, {"min_repeat_ms": -1}, {"min_repeat_ms": 1e300}, {"cooldown_interval_ms": "1"}],
 )  # fmt: skip
 def test_wrong_options_of_timing(model: LoadedModel, option: Any) -> None:
     with pytest.raises(InputError, match=f"{next(iter(option))} is .*expected .* at least"):

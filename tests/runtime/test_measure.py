@@ -47,6 +47,14 @@ def test_invalid(measurement: Measurement, reason: str) -> None:
         assert reason in reasons[0]
 
 
+def test_calls_that_are_timed_one_by_one_have_to_last_one_by_one() -> None:
+    """Where caches are flushed before each call, more calls in a sample do not help a coarse clock."""
+    together = measured([100.0] * 5, number=1000)
+    apart = replace(together, options=replace(together.options, cache_flush_bytes=1 << 20))
+    assert judge(together) == (Verdict.VALID, [])
+    assert judge(apart) == (Verdict.INVALID, ["a sample of 100 ns is too short for a clock with steps of 20 ns"])
+
+
 @pytest.mark.parametrize(
     ("measurement", "reason"),
     [

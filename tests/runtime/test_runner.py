@@ -526,7 +526,7 @@ def test_cancel_of_code_that_does_not_listen(runtime: RuntimeFiles, misbehaving:
 
 
 def test_cancel_of_timing(loaded: Runner) -> None:
-    options = TimeOptions(repeat=2, cooldown_ns=3600 * 10**9)
+    options = TimeOptions(repeat=2, cooldown_interval_ns=3600 * 10**9)
     thread, results = in_thread(lambda: loaded.time(0, [ones(1)], options))
     while not loaded._in_flight:
         pass

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kedge.rpc import abi
 from support import native
@@ -22,7 +25,7 @@ def run(
     min_repeat_ns: int = 0,
     warmup: int = 0,
     limit_zero: int = 100,
-    cooldown_ns: int = 0,
+    cooldown_interval_ns: int = 0,
     repeats_to_cooldown: int = 1,
     cache_flush_bytes: int = 0,
     kernel_ns: int = 100,
@@ -70,20 +73,71 @@ def test_a_kernel_that_takes_no_time() -> None:
 
 
 def test_cooldown_between_groups_but_never_after_the_warmup() -> None:
-    result = run(number=10, repeat=5, warmup=3, cooldown_ns=MS, repeats_to_cooldown=2)
+    result = run(number=10, repeat=5, warmup=3, cooldown_interval_ns=MS, repeats_to_cooldown=2)
     assert result["calls_at_sleep"] == [3 + 20, 3 + 40]  # after repeats 2 and 4, not at the end
     assert result["slept"] == 2 * MS
 
 
 def test_a_long_cooldown_is_slept_in_slices() -> None:
-    result = run(repeat=2, cooldown_ns=23 * MS)
+    result = run(repeat=2, cooldown_interval_ns=23 * MS)
     assert result["slept"] == 23 * MS
     assert len(result["calls_at_sleep"]) == 5
 
 
-def test_flushing_the_cache_implies_single_calls() -> None:
-    result = run(number=50, repeat=3, min_repeat_ns=MS, cache_flush_bytes=1 << 16)
-    assert (result["number"], result["calls"]) == (1, 3)
+def test_caches_are_flushed_before_every_call_and_that_is_not_timed() -> None:
+    result = run(number=5, repeat=2, warmup=1, cache_flush_bytes=1 << 16)
+    assert result["order"] == "c" + "fc" * 10
+    assert result["samples"] == [100.0] * 2
+    assert run(number=5, repeat=2, warmup=1)["order"] == "c" * 11
+
+
+def test_with_flushed_caches_a_repeat_lasts_as_long_without_the_flushes() -> None:
+    result = run(repeat=4, min_repeat_ns=10_000, cache_flush_bytes=1 << 16)
+    assert (result["number"], result["calls"]) == (101, 1 + 4 * 101)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    number=st.integers(1, 9),
+    repeat=st.integers(1, 6),
+    min_repeat_ns=st.sampled_from([0, 1, 400, 401, 2_345]),
+    warmup=st.integers(0, 3),
+    limit_zero=st.integers(0, 2),
+    cooldown_interval_ns=st.sampled_from([0, 1, 12 * MS]),
+    repeats_to_cooldown=st.integers(1, 4),
+    cache_flush_bytes=st.sampled_from([0, 1, 1 << 12]),
+    kernel_ns=st.sampled_from([0, 1, 100]),
+)
+def test_the_artifact_is_called_as_the_options_say(**options: int) -> None:
+    """Whatever they are: how often, in which order with flushes and pauses, and what comes of it."""
+    order, number = wanted_order(**options)
+    result = run(**options)
+    assert (result["order"], result["number"]) == (order, number)
+    assert (result["calls"], len(result["samples"])) == (order.count("c"), options["repeat"])
+    assert result["samples"] == [float(options["kernel_ns"])] * options["repeat"]
+    assert (
+        result["slept"] == (options["repeat"] - 1) // options["repeats_to_cooldown"] * options["cooldown_interval_ns"]
+    )
+
+
+def wanted_order(**o: int) -> tuple[str, int]:
+    """What kedge.h promises, said once more: what happens, a letter for each thing, and the calls of a repeat."""
+    call = "fc" if o["cache_flush_bytes"] else "c"
+    pause = "s" * math.ceil(o["cooldown_interval_ns"] / (5 * MS))
+    order, number = "c" * o["warmup"], o["number"]
+    for repeat in range(o["repeat"]):
+        if repeat > 0 and repeat % o["repeats_to_cooldown"] == 0:
+            order += pause
+        zeros = 0
+        while True:
+            order += call * number
+            lasted = number * o["kernel_ns"]
+            zeros += lasted == 0
+            if lasted >= o["min_repeat_ns"] or (lasted == 0 and zeros >= o["limit_zero"]):
+                break
+            by_time = o["min_repeat_ns"] / o["kernel_ns"] + 1 if lasted else 0
+            number = int(max(by_time, number * 1.618 + 1))
+    return order, number
 
 
 def test_a_profile_times_every_step() -> None:
@@ -91,6 +145,12 @@ def test_a_profile_times_every_step() -> None:
     assert result["calls"] == 2 + 5 * 3
     assert result["samples"] == [100.0] * 3
     assert result["steps"] == [25.0, 75.0] * 3  # of one call, without those of the warm-up
+
+
+def test_a_profile_of_flushed_caches_times_the_steps_alone() -> None:
+    result = run(number=5, repeat=3, warmup=2, profile=1, cache_flush_bytes=1 << 16)
+    assert result["order"].startswith("cc" + "fc" * 15)  # then come the reads of memory, which are loops as well
+    assert (result["samples"], result["steps"]) == ([100.0] * 3, [25.0, 75.0] * 3)
 
 
 def test_steps_of_a_sample_that_was_too_short_are_forgotten() -> None:
@@ -120,7 +180,7 @@ def test_cancel_in_the_warmup() -> None:
 
 
 def test_cancel_while_cooling_down() -> None:
-    result = run(repeat=2, cooldown_ns=3600 * 1000 * MS, cancel_at_sleep=2)
+    result = run(repeat=2, cooldown_interval_ns=3600 * 1000 * MS, cancel_at_sleep=2)
     assert result["status"] == abi.E_CANCELLED
     assert len(result["calls_at_sleep"]) == 2
 
@@ -129,7 +189,7 @@ def test_cancel_while_cooling_down() -> None:
     "options",
     [
         {"number": 0}, {"repeat": 0}, {"min_repeat_ns": -1}, {"warmup": -1}, {"limit_zero": -1},
-        {"cooldown_ns": -1}, {"repeats_to_cooldown": 0}, {"cache_flush_bytes": -1},
+        {"cooldown_interval_ns": -1}, {"repeats_to_cooldown": 0}, {"cache_flush_bytes": -1},
     ],
 )  # fmt: skip
 def test_options_out_of_range(options: dict[str, int]) -> None:
