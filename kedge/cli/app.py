@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kedge
-from kedge.cli import access, board, comparing, compiling, demo, doctor, fleet, running, scheduling, top
+from kedge.cli import access, board, comparing, compiling, demo, doctor, fleet, moving, running, scheduling, top
 
 app = typer.Typer(
     name="kedge",
@@ -64,6 +64,7 @@ app.command("join")(access.join)
 app.command("signer")(access.signer)
 tracker_app.command("start")(fleet.tracker_start)
 tracker_app.command("status")(fleet.tracker_status)
+tracker_app.command("move-database")(moving.move_database)
 tracker_app.command("enrolled")(access.enrolled)
 tracker_app.command("revoke")(access.revoke)
 token_app.command("create")(access.token_create)

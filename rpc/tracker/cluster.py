@@ -27,7 +27,7 @@ from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
 from kedge.rpc.tracker.listeners import Serve, Switch, Table
 from kedge.rpc.tracker.relay import Relay
 from kedge.rpc.tracker.retention import Retention
-from kedge.rpc.tracker.schema import StoreError, documents, prepare
+from kedge.rpc.tracker.schema import StoreError, documents, is_current, prepare
 from kedge.rpc.tracker.security.folder import Keys, Security
 from kedge.rpc.tracker.security.interceptor import Gate, by_peer, trust
 from kedge.rpc.tracker.security.owners import FileOwners, Owners, StoredOwners
@@ -78,6 +78,10 @@ def check_database(database: Postgres, keys: Keys | None) -> None:
     ours = b"" if keys is None else keys.authority.certificate_pem
     try:
         with database.engine().begin() as connection:
+            up_to_date = is_current(connection)
+        with (database.engine() if up_to_date else database.patient_engine()).begin() as connection:
+            if not up_to_date:
+                log.info("making the tables in %s, or bringing them up to date", database.name)
             prepare(connection, database.name)
             version = connection.execute(sa.text("SHOW server_version_num")).scalar_one()
             if int(version) < _OLDEST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,6 +143,11 @@ class Postgres:
     def engine(self) -> sa.Engine:
         """Every commit is on the disk, whatever the server is set to otherwise; sessions that hang are ended."""
         return self._engine({"idle_in_transaction_session_timeout": _IDLE_IN_TRANSACTION_MS}, _UNANSWERED_S)
+
+    def patient_engine(self) -> sa.Engine:
+        """For what takes as long as there are rows: nobody ends it, neither the server nor this end."""
+        unlimited = {"idle_in_transaction_session_timeout": 0, "statement_timeout": 0}
+        return self._engine(unlimited, math.inf)
 
     def lock_engine(self, idle_ms: int) -> sa.Engine:
         """For a session that the server ends when nothing was asked in it for `idle_ms`; every statement commits."""

@@ -68,6 +68,11 @@ class View:
     members: tuple[Seen, ...]
 
 
+def try_leading(connection: sa.Connection) -> bool:
+    """Whether no tracker leads; none does then before this transaction has ended."""
+    return bool(connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(_LEADING))).scalar_one())
+
+
 class Election:
     """One tracker's part in it, in a thread of its own. The callbacks are called from there.
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kedge.rpc import logs
-from kedge.rpc.tracker.server import Serving, machine_addresses, serve, stop
+from kedge.rpc.tracker.ports import ANY_ADDRESS, machine_addresses
+from kedge.rpc.tracker.server import Serving, serve, stop
 from kedge.rpc.transport import Address
 
 log = logging.getLogger("kedge.tracker")
@@ -51,7 +52,7 @@ def _welcome(serving: Serving) -> str:
     if serving.security is None or not serving.keys.is_new:
         return ""
     host = serving.address.host
-    if host in ("0.0.0.0", "::"):
+    if host in ANY_ADDRESS:
         host = machine_addresses()[-1]
     join = serving.security.first_join(Address(host, serving.address.port))
     return (

@@ -17,6 +17,8 @@ from kedge.rpc.tracker.needed import outputs_of
 SCHEMA_VERSION = 6
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
+#: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
+MOVED = "moved_to"
 
 
 class Text(sa.TypeDecorator[str]):
@@ -148,10 +150,18 @@ class StoreAwayError(TrackerAwayError, StoreError):
     """It cannot be used now, or by this tracker: it comes back, or another tracker leads."""
 
 
-def prepare(connection: sa.Connection, place: str) -> str:
+def is_current(connection: sa.Connection) -> bool:
+    """Whether the tables are there as this kedge knows them: then `prepare` has next to nothing to do."""
+    if not sa.inspect(connection).has_table(meta.name):
+        return False
+    found = connection.execute(sa.select(meta.c.value).where(meta.c.name == "schema")).scalar_one_or_none()
+    return found == str(SCHEMA_VERSION)
+
+
+def prepare(connection: sa.Connection, place: str, *, moving_to: str | None = None) -> str:
     """Make the tables as this kedge knows them, or bring them up to date; returns the tracker's id.
 
-    Raises StoreError where a newer kedge has written `place`.
+    Raises StoreError where a newer kedge has written `place`, or its state was moved, and not to `moving_to`.
     """
     if connection.dialect.name == "postgresql":
         # Two trackers that start at once would both make the tables.
@@ -168,6 +178,11 @@ def prepare(connection: sa.Connection, place: str) -> str:
         raise StoreError(
             f"{place} was written by a newer kedge (schema {known['schema']}, this one knows {SCHEMA_VERSION})",
             hint="use that kedge, or another --data-dir or --database",
+        )
+    if known.get(MOVED, moving_to) != moving_to:
+        raise StoreError(
+            f"the state in {place} was moved to {known[MOVED]}",
+            hint="start the tracker with that --database; if it was interrupted, kedge tracker move-database ends it",
         )
     found = int(known["schema"])
     if found < 2:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-import grpc
-from grpc_reflection.v1alpha.reflection import enable_server_reflection
-
-from kedge.rpc.errors import ConnectError
 from kedge.rpc.protocol import software
 from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.security.files import SecretFileError
@@ -27,11 +22,12 @@ from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.cluster import Cluster, check_database
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Member
-from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
+from kedge.rpc.tracker.health import HealthService
 from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics, exported
 from kedge.rpc.tracker.observer import SILENT
+from kedge.rpc.tracker.ports import ANY_ADDRESS, SERVICES, Ports, Servers, checked_ports, known_as, machine_addresses
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
@@ -42,18 +38,12 @@ from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.shell import Clock
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.transport import DEFAULT_PORT, MAX_RELAYED_STREAMS, MAX_STREAMS, Address, parse_host, server_options
+from kedge.rpc.transport import DEFAULT_PORT, Address, parse_host
 
 log = logging.getLogger("kedge.tracker")
+T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
-_ANY = ("0.0.0.0", "::")
-_PLAIN = ("Fleet", "Blobs", "Agents", "Sessions")
-_FOR_CLIENTS = ("Fleet", "Blobs", "Sessions", "Enrolment", "Access")
-_FOR_AGENTS = ("Agents", "Blobs", "Sessions", "Enrolment")
-#: Calls that are under way when the tracker stops may go on for so long.
-_GRACE_S = 0.5
 _BLOB_THREADS = 8
-_SERVICES = tuple(f"kedge.v1.{name}" for name in ("Fleet", "Blobs", "Agents", "Sessions", "Enrolment", "Access"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,135 +101,142 @@ async def serve(
         AddressError: `advertise` is no host.
         StoreError, BlobError, SecretFileError: the data folder or the database cannot be used.
     """
-    advertised = parse_host(advertise or _known_as(host)) if database is not None else host
-    ports = _checked_ports(
-        host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=database is not None
-    )
-    loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[str] = loop.create_future()
-
-    def fail(error: BaseException) -> None:
-        if not stopped.done():
-            stopped.set_exception(StoreError(f"the tracker's store in {data_dir} failed: {error!r}"))
-
-    def on_failure(error: BaseException) -> None:
-        loop.call_soon_threadsafe(fail, error)
-
-    health = HealthService(_SERVICES)
-
-    def on_trouble(troubled: bool) -> None:
-        loop.call_soon_threadsafe(health.set_serving, not troubled)
-
-    counting = Metrics() if metrics is not None else None
     shared = None if database is None else Postgres(database)
-    keys = None
-    if not insecure_loopback:
-        if join is not None:
-            join_fleet(data_dir, join)
-        keys = Keys(data_dir)
+    advertised = host if shared is None else parse_host(advertise or known_as(host))
+    ports = checked_ports(host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=shared is not None)
+    keys = None if insecure_loopback else _keys(data_dir, join)
     if shared is not None:
-        await loop.run_in_executor(None, check_database, shared, keys)
+        await in_thread(check_database, shared, keys)
+    bell, health = _Bell(data_dir), HealthService(SERVICES)
+    counting = Metrics() if metrics is not None else None
     # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.
     clock = Clock()
-    store = None
-    if shared is None:
-        store = Store(
-            data_dir,
-            on_failure=on_failure,
-            on_trouble=on_trouble,
-            observer=counting or SILENT,
-            keep=keep,
-            clock=lambda: clock() / 1000,
-        )
-    try:
-        audit = keys.audit if keys is not None else Audit(data_dir / "audit.jsonl")
-        owners = FileOwners(data_dir / "owners")
-        blobs = TrackerBlobs(data_dir / "blobs", blob_quota, on_evict=owners.forget if store is not None else _unheard)
-        with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
-            premises = Premises(data_dir, blobs, audit, threads, limits, settings, clock, counting)
-            house: _Alone | _Shared
-            if store is not None:
-                house = _Alone(premises, store, keys, owners, device_lifetime_s)
-            else:
-                assert shared is not None
-                cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s, fail)
-                house = _Shared(cluster, advertised)
-            exporter = ExitStack()
-            servers = _Servers(host, health, counting)
-            try:
-                bound = servers.open(house, keys, ports)
-                await servers.start()
-                if isinstance(house, _Shared):
-                    await house.start(bound.clients, bound.peers)
-                scraped = None
-                if counting is not None and metrics is not None:
-                    if isinstance(house, _Alone):
-                        counting.serve_state(house.leadership.shell, data_dir)
-                    scraped = exporter.enter_context(exported(counting, metrics))
-                here, for_agents = Address(host, bound.clients), Address(host, bound.agents)
-                serving = Serving(here, for_agents, stopped, house.security, keys, scraped)
-                audit.write("tracker started", address=str(serving.address), plaintext=keys is None)
-                try:
-                    with _left_to_its_owner(_own_credentials(serving)):
-                        yield serving
-                finally:
-                    audit.write("tracker stopped")
-            finally:
-                health.stop()
-                await house.stop()
-                await servers.stop()
-                await loop.run_in_executor(None, exporter.close)
-                audit.close()
-    finally:
+    async with AsyncExitStack() as open_things:
+        store = None
+        if shared is None:  # before all else: it keeps a second tracker out of the folder
+            store = Store(
+                data_dir,
+                on_failure=bell.ring,
+                on_trouble=lambda troubled: bell.in_loop(health.set_serving, not troubled),
+                observer=counting or SILENT,
+                keep=keep,
+                clock=lambda: clock() / 1000,
+            )
+            # Its thread may still call into this loop: that must not stand still meanwhile.
+            open_things.push_async_callback(in_thread, store.close)
+        premises = open_things.enter_context(_premises(data_dir, blob_quota, keys, limits, settings, clock, counting))
+        house: _Alone | _Shared
         if store is not None:
-            # The store's thread may still call into this loop: it must not stand still meanwhile.
-            await loop.run_in_executor(None, store.close)
+            house = _Alone(premises, store, keys, device_lifetime_s)
+        else:
+            assert shared is not None
+            cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s, bell.rung)
+            house = _Shared(cluster, advertised)
+        scraped = None
+        if counting is not None and metrics is not None:
+            scraped = await _export(counting, metrics, open_things)
+        servers = Servers(host, health, counting)
+        for ended in (servers.stop, house.stop):
+            open_things.push_async_callback(ended)
+        open_things.callback(health.stop)
+        bound = servers.open(house, keys, ports)
+        await servers.start()
+        await house.start(bound)
+        here, for_agents = Address(host, bound.clients), Address(host, bound.agents)
+        serving = Serving(here, for_agents, bell.stopped, house.security, keys, scraped)
+        with _on_record(premises.audit, serving), _left_to_its_owner(_own_credentials(serving)):
+            yield serving
 
 
-@dataclass(frozen=True, slots=True)
-class _Ports:
-    """Where a tracker serves clients, agents and other trackers; 0: any free port, or none."""
-
-    clients: int
-    agents: int
-    peers: int
+async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """What may take a while, without holding the loop up."""
+    return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
 
 
-def _checked_ports(
-    host: str, port: int, agents_port: int | None, peers_port: int | None, *, plaintext: bool, shared: bool
-) -> _Ports:
-    """What is free to listen on; raises ConnectError."""
-    if plaintext and not Address(host, port).is_loopback:
-        raise ConnectError(
-            f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
-            hint="listen on 127.0.0.1, or leave --insecure-loopback out",
-        )
-    if agents_port is None:
-        agents_port = port + 1 if port else 0
-    if peers_port is None:
-        peers_port = port + 3 if port else 0
-    for needed, number in ((True, port), (not plaintext, agents_port), (shared, peers_port)):
-        if needed:
-            _check_free(host, number)
-    return _Ports(port, agents_port, peers_port)
+class _Bell:
+    """Tells whoever has to stop the tracker that its store failed. Made in the loop, rung from any thread."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._loop = asyncio.get_running_loop()
+        self.stopped: asyncio.Future[str] = self._loop.create_future()
+
+    def ring(self, error: BaseException) -> None:
+        """The store failed."""
+        self.in_loop(self.rung, error)
+
+    def rung(self, error: BaseException) -> None:
+        """The same, in the loop."""
+        if not self.stopped.done():
+            self.stopped.set_exception(StoreError(f"the tracker's store in {self._data_dir} failed: {error!r}"))
+
+    def in_loop(self, act: Callable[..., None], *arguments: Any) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(act, *arguments)
 
 
-def _unheard(_digest: str) -> None:
-    """Whose blobs are whose is the business of the tracker that leads."""
+def _keys(data_dir: Path, join: Join | None) -> Keys:
+    """Those of the folder, made or fetched where it has none."""
+    if join is not None:
+        join_fleet(data_dir, join)
+    return Keys(data_dir)
+
+
+@contextmanager
+def _premises(
+    data_dir: Path,
+    blob_quota: int | None,
+    keys: Keys | None,
+    limits: Limits,
+    settings: Settings | None,
+    clock: Clock,
+    counting: Metrics | None,
+) -> Iterator[Premises]:
+    blobs = TrackerBlobs(data_dir / "blobs", blob_quota)
+    audit = keys.audit if keys is not None else Audit(data_dir / "audit.jsonl")
+    try:
+        with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
+            yield Premises(data_dir, blobs, audit, threads, limits, settings, clock, counting)
+    finally:
+        audit.close()
+
+
+async def _export(counting: Metrics, metrics: Address, open_things: AsyncExitStack) -> Address:
+    """Where Prometheus finds metrics; who asks for them may ask this loop, which must not wait for them to end."""
+    exporter = ExitStack()
+    open_things.push_async_callback(in_thread, exporter.close)
+    return exporter.enter_context(exported(counting, metrics))
+
+
+@contextmanager
+def _on_record(audit: Audit, serving: Serving) -> Iterator[None]:
+    audit.write("tracker started", address=str(serving.address), plaintext=serving.keys is None)
+    try:
+        yield
+    finally:
+        audit.write("tracker stopped")
 
 
 class _Alone:
     """A tracker whose state is its own: it leads as long as it runs."""
 
-    def __init__(
-        self, premises: Premises, store: Store, keys: Keys | None, owners: FileOwners, device_lifetime_s: int
-    ) -> None:
+    peers = None
+
+    def __init__(self, premises: Premises, store: Store, keys: Keys | None, device_lifetime_s: int) -> None:
+        owners = FileOwners(premises.data_dir / "owners")
+        premises.blobs.when_evicted(owners.forget)
+        self._premises = premises
         self.security = None if keys is None else Security(keys, device_lifetime_s=device_lifetime_s)
         self.leadership = Leadership(premises, store, self.security, owners, Holdings(premises, store, owners))
         if self.security is None:
             self.clients = self.agents = Switch(self.leadership.everybody())
         else:
             self.clients, self.agents = Switch(self.leadership.clients()), Switch(self.leadership.agents())
+
+    async def start(self, _bound: Ports) -> None:
+        """It leads already; from now on its state is counted."""
+        if self._premises.metrics is not None:
+            self._premises.metrics.serve_state(self.leadership.shell, self._premises.data_dir)
 
     async def stop(self) -> None:
         """Decide nothing any more."""
@@ -250,98 +247,33 @@ class _Shared:
     """One of several trackers on a database."""
 
     def __init__(self, cluster: Cluster, advertised: str) -> None:
-        self.cluster = cluster
-        self.clients, self.agents = cluster.clients, cluster.agents
+        self._cluster = cluster
+        self.clients, self.agents, self.peers = cluster.clients, cluster.agents, cluster.peers
         self._advertised = advertised
 
     @property
     def security(self) -> Security | None:
         """Of the tracker that leads."""
-        return self.cluster.security
+        return self._cluster.security
 
-    async def start(self, port: int, peers_port: int) -> None:
+    async def start(self, bound: Ports) -> None:
         """Take part; returns once somebody leads, or nobody did for a while."""
         name = f"{socket.gethostname()}-{secrets.token_hex(3)}"
-        here, for_peers = (Address(self._advertised, number) for number in (port, peers_port))
-        await self.cluster.start(Member(name, here, for_peers, software()))
+        here, for_peers = (Address(self._advertised, number) for number in (bound.clients, bound.peers))
+        await self._cluster.start(Member(name, here, for_peers, software()))
 
     async def stop(self) -> None:
         """Leave the others to themselves."""
-        await self.cluster.stop()
-
-
-def _known_as(host: str) -> str:
-    """The host by which other machines reach this one."""
-    return machine_addresses()[-1] if host in _ANY else host
-
-
-class _Servers:
-    """The listeners of one tracker."""
-
-    def __init__(self, host: str, health: HealthService, counting: Metrics | None) -> None:
-        self._host = host
-        self._health = health
-        self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
-        self._servers: list[grpc.aio.Server] = []
-
-    def open(self, house: _Alone | _Shared, keys: Keys | None, ports: _Ports) -> _Ports:
-        """The listeners of a tracker, in plaintext where it has no keys; returns which ports they have."""
-        if keys is None:
-            clients = agents = self.add(house.clients, ports.clients, None, _PLAIN)
-        else:
-            clients = self.add(house.clients, ports.clients, _server_tls(keys), _FOR_CLIENTS)
-            agents = self.add(house.agents, ports.agents, _server_tls(keys, mutual=True), _FOR_AGENTS)
-            keys.agents_port = agents
-        peers = 0
-        if isinstance(house, _Shared):
-            tls = None if keys is None else _server_tls(keys, mutual=True)
-            peers = self.add(house.cluster.peers, ports.peers, tls, _PLAIN, MAX_RELAYED_STREAMS)
-        return _Ports(clients, agents, peers)
-
-    def add(
-        self,
-        switch: Switch,
-        port: int,
-        tls: grpc.ServerCredentials | None,
-        services: tuple[str, ...],
-        most_streams: int | None = None,
-    ) -> int:
-        """Serve what the switch says on a port, and tell that it has these services; returns which port it is."""
-        place = str(Address(self._host, port))
-        options = server_options(MAX_STREAMS if most_streams is None else most_streams)
-        server = grpc.aio.server(options=options, interceptors=[*self._before, switch])
-        self._health.add_to(server)
-        enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
-        try:
-            bound = server.add_insecure_port(place) if tls is None else server.add_secure_port(place, tls)
-        except RuntimeError as error:
-            raise ConnectError(f"cannot listen on {place}: {error}") from error
-        self._servers.append(server)
-        return bound
-
-    async def start(self) -> None:
-        """Serve."""
-        for server in self._servers:
-            await server.start()
-
-    async def stop(self) -> None:
-        """Let what is under way go on for a moment, then end it."""
-        await asyncio.gather(*(server.stop(_GRACE_S) for server in self._servers))
-
-
-def _server_tls(keys: Keys, *, mutual: bool = False) -> grpc.ServerCredentials:
-    own = keys.certificate
-    ca = keys.authority.certificate_pem if mutual else None
-    return grpc.ssl_server_credentials([(own.key, own.certificate)], ca, require_client_auth=mutual)
+        await self._cluster.stop()
 
 
 def _own_credentials(serving: Serving) -> Credentials:
     """What the user that starts a tracker needs to talk to it, under every address that this machine has for it."""
     port = serving.address.port
     hosts = [serving.address.host]
-    if serving.keys is None or serving.address.host in ("127.0.0.1", "::1", *_ANY):
+    if serving.keys is None or serving.address.host in ("127.0.0.1", "::1", *ANY_ADDRESS):
         hosts += ["127.0.0.1", "localhost", "::1"]
-    if serving.address.host in _ANY:
+    if serving.address.host in ANY_ADDRESS:
         hosts += machine_addresses()
     addresses = tuple(dict.fromkeys(Address(host, port) for host in hosts))
     return Credentials(addresses, None if serving.keys is None else serving.keys.admin_tls(), own=True)
@@ -364,41 +296,6 @@ def _left_to_its_owner(known: Credentials) -> Iterator[None]:
         yield
     finally:
         known.remove()
-
-
-def machine_addresses() -> list[str]:
-    """How others may call this machine: its name, and its addresses as far as name and routes tell."""
-    found = [socket.gethostname()]
-    with suppress(OSError):
-        found += [str(place[0]) for *_, place in socket.getaddrinfo(found[0], None, type=socket.SOCK_STREAM)]
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # nothing is sent: it asks which address a route outside begins at
-        found.append(str(probe.getsockname()[0]))
-    return [host for host in dict.fromkeys(found) if "%" not in host]
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raise ConnectError with the reason when nobody can listen there: gRPC itself does not tell it."""
-    address = Address(host, port)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, place = found[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-            probe.listen(1)
-    except socket.gaierror as error:
-        raise ConnectError(
-            f"cannot listen on {address}: {error.strerror}", hint="name an address of this machine"
-        ) from error
-    except OSError as error:
-        remedies = {
-            errno.EADDRINUSE: "another program uses the port, maybe another tracker: stop it, or choose --port",
-            errno.EADDRNOTAVAIL: "name an address of this machine with --host, or 0.0.0.0 for all of them",
-            errno.EACCES: "choose a port above 1023 with --port",
-        }
-        why, hint = error.strerror, remedies.get(error.errno or 0)
-        raise ConnectError(f"cannot listen on {address}: {why}", hint=hint) from error
 
 
 @dataclass(slots=True)

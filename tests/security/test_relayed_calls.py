@@ -18,7 +18,7 @@ from kedge.rpc.errors import AuthenticationError, UsageError
 from kedge.rpc.security import identity
 from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.security.identity import Identity
-from kedge.rpc.tracker import server
+from kedge.rpc.tracker import ports
 from kedge.rpc.tracker.relay import CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.principal import RULES, Role
@@ -227,7 +227,7 @@ def test_many_calls_by_one_follower_keep_no_others_out(
 ) -> None:
     """Two connections to the follower have together more calls than one to the leader's other ports could."""
     monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setattr(server, "MAX_STREAMS", 8)
+    monkeypatch.setattr(ports, "MAX_STREAMS", 8)
     for pair in make_pair(postgres, tmp_path):
         first, second = (open_channel(pair.follower.address, pair.tls()) for _ in range(2))
         with first, second:

@@ -18,6 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from kedge.rpc.errors import UsageError
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.tracker import database as databases
+from kedge.rpc.tracker import schema
+from kedge.rpc.tracker.cluster import check_database
 from kedge.rpc.tracker.database import Postgres, database
 from kedge.rpc.tracker.epoch import Epoch, FencedError, take_lead
 from kedge.rpc.tracker.facts import Fact, JobAccepted, JobDone, Serviced
@@ -189,6 +191,25 @@ def test_trackers_that_start_at_once_make_the_tables_once(place: Postgres) -> No
     for thread in threads:
         thread.join(30)
     assert len({ids.get(timeout=10) for _ in threads}) == 1
+
+
+def test_tables_are_brought_up_to_date_however_long_that_takes(
+    postgres: PostgresServer, place: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(place).close()
+    postgres.execute("UPDATE meta SET value = '5' WHERE name = 'schema'", place.name.rpartition("/")[2])
+    monkeypatch.setattr(databases, "_STATEMENT_MS", 300)
+    monkeypatch.setattr(databases, "_UNANSWERED_S", 0.5)
+    monkeypatch.setattr(databases, "_IDLE_IN_TRANSACTION_MS", 300)
+
+    def at_length(connection: sa.Connection) -> None:
+        connection.execute(sa.text("SELECT pg_sleep(1)"))
+        time.sleep(0.5)  # what it does in Python between two statements
+
+    monkeypatch.setattr(schema, "_to_schema_6", at_length)
+    check_database(place, None)
+    monkeypatch.setattr(schema, "_to_schema_6", lambda connection: pytest.fail("it was done"))
+    check_database(place, None)
 
 
 def test_a_newer_schema_is_refused(postgres: PostgresServer, place: Postgres) -> None:

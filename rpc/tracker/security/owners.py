@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -44,6 +44,12 @@ class Owners:
         """Whether the principal may know of the blob and read it."""
         with self._lock:
             return principal.sees_all or check_digest(digest) in self._by_owner.get(principal.owner, ())
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """All of them: owner and digest."""
+        with self._lock:
+            kept = [(owner, digest) for owner, digests in self._by_owner.items() for digest in digests]
+        return iter(kept)
 
     def among(self, owner: str, digests: Set[str]) -> Set[str]:
         """Those of these blobs that the owner has."""

@@ -1,0 +1,172 @@
+"""Where a tracker listens: its ports, looked at before they are used, and the servers on them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+from grpc_reflection.v1alpha.reflection import enable_server_reflection
+
+from kedge.rpc.errors import ConnectError
+from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
+from kedge.rpc.tracker.listeners import Switch
+from kedge.rpc.tracker.metrics import Metrics
+from kedge.rpc.tracker.security.folder import Keys
+from kedge.rpc.transport import MAX_RELAYED_STREAMS, MAX_STREAMS, Address, server_options
+
+ANY_ADDRESS = ("0.0.0.0", "::")
+_PLAIN = ("Fleet", "Blobs", "Agents", "Sessions")
+_FOR_CLIENTS = ("Fleet", "Blobs", "Sessions", "Enrolment", "Access")
+_FOR_AGENTS = ("Agents", "Blobs", "Sessions", "Enrolment")
+SERVICES = tuple(f"kedge.v1.{name}" for name in ("Fleet", "Blobs", "Agents", "Sessions", "Enrolment", "Access"))
+#: Calls that are under way when the tracker stops may go on for so long.
+_GRACE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where a tracker serves clients, agents and other trackers; 0: any free port, or none."""
+
+    clients: int
+    agents: int
+    peers: int
+
+
+def checked_ports(
+    host: str, port: int, agents_port: int | None, peers_port: int | None, *, plaintext: bool, shared: bool
+) -> Ports:
+    """What is free to listen on; raises ConnectError."""
+    if plaintext and not Address(host, port).is_loopback:
+        raise ConnectError(
+            f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
+            hint="listen on 127.0.0.1, or leave --insecure-loopback out",
+        )
+    if agents_port is None:
+        agents_port = port + 1 if port else 0
+    if peers_port is None:
+        peers_port = port + 3 if port else 0
+    for needed, number in ((True, port), (not plaintext, agents_port), (shared, peers_port)):
+        if needed:
+            _check_free(host, number)
+    return Ports(port, agents_port, peers_port)
+
+
+def machine_addresses() -> list[str]:
+    """How others may call this machine: its name, and its addresses as far as name and routes tell."""
+    found = [socket.gethostname()]
+    with suppress(OSError):
+        found += [str(place[0]) for *_, place in socket.getaddrinfo(found[0], None, type=socket.SOCK_STREAM)]
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: it asks which address a route outside begins at
+        found.append(str(probe.getsockname()[0]))
+    return [host for host in dict.fromkeys(found) if "%" not in host]
+
+
+def known_as(host: str) -> str:
+    """The host by which other machines reach this one."""
+    return machine_addresses()[-1] if host in ANY_ADDRESS else host
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise ConnectError with the reason when nobody can listen there: gRPC itself does not tell it."""
+    address = Address(host, port)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, place = found[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen(1)
+    except socket.gaierror as error:
+        raise ConnectError(
+            f"cannot listen on {address}: {error.strerror}", hint="name an address of this machine"
+        ) from error
+    except OSError as error:
+        remedies = {
+            errno.EADDRINUSE: "another program uses the port, maybe another tracker: stop it, or choose --port",
+            errno.EADDRNOTAVAIL: "name an address of this machine with --host, or 0.0.0.0 for all of them",
+            errno.EACCES: "choose a port above 1023 with --port",
+        }
+        why, hint = error.strerror, remedies.get(error.errno or 0)
+        raise ConnectError(f"cannot listen on {address}: {why}", hint=hint) from error
+
+
+class House(Protocol):
+    """What is behind the ports of one tracker."""
+
+    @property
+    def clients(self) -> Switch:
+        """For users, and devices that enrol; in plaintext for everybody."""
+
+    @property
+    def agents(self) -> Switch:
+        """For agents."""
+
+    @property
+    def peers(self) -> Switch | None:
+        """For other trackers; None where there are none."""
+
+
+class Servers:
+    """The listeners of one tracker."""
+
+    def __init__(self, host: str, health: HealthService, counting: Metrics | None) -> None:
+        self._host = host
+        self._health = health
+        self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
+        self._servers: list[grpc.aio.Server] = []
+
+    def open(self, house: House, keys: Keys | None, ports: Ports) -> Ports:
+        """The listeners of a tracker, in plaintext where it has no keys; returns which ports they have."""
+        if keys is None:
+            clients = agents = self._add(house.clients, ports.clients, None, _PLAIN)
+        else:
+            clients = self._add(house.clients, ports.clients, _server_tls(keys), _FOR_CLIENTS)
+            agents = self._add(house.agents, ports.agents, _server_tls(keys, mutual=True), _FOR_AGENTS)
+            keys.agents_port = agents
+        peers = 0
+        if house.peers is not None:
+            tls = None if keys is None else _server_tls(keys, mutual=True)
+            peers = self._add(house.peers, ports.peers, tls, _PLAIN, MAX_RELAYED_STREAMS)
+        return Ports(clients, agents, peers)
+
+    def _add(
+        self,
+        switch: Switch,
+        port: int,
+        tls: grpc.ServerCredentials | None,
+        services: tuple[str, ...],
+        most_streams: int | None = None,
+    ) -> int:
+        """Serve what the switch says on a port, and tell that it has these services; returns which port it is."""
+        place = str(Address(self._host, port))
+        options = server_options(MAX_STREAMS if most_streams is None else most_streams)
+        server = grpc.aio.server(options=options, interceptors=[*self._before, switch])
+        self._health.add_to(server)
+        enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
+        try:
+            bound = server.add_insecure_port(place) if tls is None else server.add_secure_port(place, tls)
+        except RuntimeError as error:
+            raise ConnectError(f"cannot listen on {place}: {error}") from error
+        self._servers.append(server)
+        return bound
+
+    async def start(self) -> None:
+        """Serve."""
+        for server in self._servers:
+            await server.start()
+
+    async def stop(self) -> None:
+        """Let what is under way go on for a moment, then end it."""
+        await asyncio.gather(*(server.stop(_GRACE_S) for server in self._servers))
+
+
+def _server_tls(keys: Keys, *, mutual: bool = False) -> grpc.ServerCredentials:
+    own = keys.certificate
+    ca = keys.authority.certificate_pem if mutual else None
+    return grpc.ssl_server_credentials([(own.key, own.certificate)], ca, require_client_auth=mutual)
