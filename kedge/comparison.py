@@ -5,34 +5,31 @@ load of others) meets all three alike, and what changes from process to process 
 ratios B / A of the blocks are compared; those of A / A say what a difference of nothing looks like.
 
 The interval of the median ratio is that of order statistics, as for every median here (`kedge.rpc.measure`). The floor
-of noise is the larger bound of the interval of A / A, or the median of those of earlier comparisons on the same device,
-which are kept in a file, whichever is larger.
+of noise is the larger bound of the interval of A / A, or what earlier comparisons on the same device found, whichever
+is larger. Those are kept where the device is (`kedge.places`); where they are stale, this one's own A / A is all.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import re
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from kedge.places import Place
 from kedge.rpc.artifact import Artifact
+from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import JobError, KedgeError, UsageError
 from kedge.rpc.measure import median_interval
+from kedge.rpc.noise import day_of
+from kedge.rpc.types import NoiseFloor
 
 #: With fewer blocks the interval of the median has less than 95 % confidence.
 MIN_BLOCKS = 6
 #: A difference that nobody would call one, whatever the noise.
 SAME_WITHIN = 0.01
-#: Floors of a device that are remembered.
-_KEPT_FLOORS = 50
 ARMS = ("a", "again", "b")
 
 Inputs = Mapping[str, Any]
@@ -40,60 +37,24 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Floors:
-    """The noise of earlier comparisons on one device: of the larger bound of A / A's interval, as a logarithm."""
-
-    path: Path | None
-    found: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, folder: Path, device: str) -> Floors:
-        """Those in `folder` for a device; none where nothing was kept yet.
-
-        Raises:
-            KedgeError: the file is not what `keep` writes.
-        """
-        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', device)}.json"
-        try:
-            found = json.loads(path.read_text())["floors"]
-            return cls(path, tuple(float(value) for value in found))
-        except FileNotFoundError:
-            return cls(path)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise KedgeError(
-                f"cannot read the noise of {device} in {path}: {error}", hint="remove that file"
-            ) from error
-
-    def keep(self, floor: float) -> None:
-        """Remember one more, the file whole or not at all; raises KedgeError where it cannot be written."""
-        if self.path is None:
-            return
-        floors = [*self.found, floor][-_KEPT_FLOORS:]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump({"floors": floors}, file)
-            Path(file.name).replace(self.path)
-        except OSError as error:
-            raise KedgeError(f"cannot keep the noise of the device in {self.path}: {error.strerror}") from error
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """What came of it. Ratios are B's time over A's; an interval holds the median ratio with 95 % confidence.
 
     `superiority` is how often a block of B is faster than one of A, over all pairs of blocks (Vargha and Delaney's A):
-    0.5 means no difference. `verdict` is faster, slower, same, inconclusive or invalid, said of B.
+    0.5 means no difference. `noise` is a share: ratios within it mean nothing. `own_noise` is what this comparison
+    found, `kept` what earlier ones did. `verdict` is faster, slower, same, inconclusive or invalid, said of B.
     """
 
     blocks: tuple[Mapping[str, float], ...]
     ratio: float
     interval: tuple[float, float]
     noise: float
+    own_noise: float
     superiority: float
     verdict: str
     reasons: tuple[str, ...] = ()
     device: str = ""
+    kept: NoiseFloor | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON-able values; times in nanoseconds of one call, by block and arm."""
@@ -103,6 +64,8 @@ class Comparison:
             "ratio": self.ratio,
             "interval_95": list(self.interval),
             "noise": self.noise,
+            "noise_here": self.own_noise,
+            "noise_kept": None if self.kept is None else asdict(self.kept),
             "superiority": self.superiority,
             "reasons": list(self.reasons),
             "blocks_ns": [dict(block) for block in self.blocks],
@@ -113,11 +76,23 @@ class Comparison:
         low, high = self.interval
         lines = [
             f"A {a:.4g} ms, B {b:.4g} ms: B takes {self.ratio:.4g} of A's time (95% interval {low:.4g} .. {high:.4g})",
-            f"noise of this device: {self.noise:.2%}; a block of B is faster than one of A in {self.superiority:.0%}"
-            f" of pairs; {len(self.blocks)} blocks in random order",
+            f"noise of this device: {self.noise:.2%} ({self._noise()})",
+            f"a block of B is faster than one of A in {self.superiority:.0%} of pairs; "
+            f"{len(self.blocks)} blocks in random order",
             f"verdict: {_VERDICTS[self.verdict]}",
         ]
         return "\n".join(lines + [f"  - {reason}" for reason in self.reasons])
+
+    def _noise(self) -> str:
+        """Where the floor of noise comes from."""
+        own = f"A beside A here: {self.own_noise:.2%}"
+        if self.kept is None:
+            return f"{own}; nothing was known before"
+        if self.kept.stale:
+            return f"{own}; what was known does not count: {self.kept.stale}"
+        known, day = self.kept.comparisons, day_of(self.kept.measured_unix_ms)
+        earlier = "1 earlier comparison" if known == 1 else f"{known} earlier comparisons, the last"
+        return f"{own}; {earlier} on {day}: {self.kept.relative:.2%}"
 
 
 _VERDICTS = {
@@ -135,21 +110,41 @@ class _Taken:
 
     blocks: list[dict[str, float]] = field(default_factory=list)
     reasons: dict[str, None] = field(default_factory=dict)
+    suspected: list[str] = field(default_factory=list)
     invalid: bool = False
+    #: Threads and place, of every timing.
+    where: tuple[int, str] = (0, "cpu")
+
+    def add(self, arm: str, timing: Timing, on: str) -> None:
+        """The timing of one arm of the last block; raises JobError where it says nothing at all."""
+        self.invalid |= timing.verdict == "invalid"
+        if timing.verdict in ("invalid", "emulated"):
+            self.reasons.update(dict.fromkeys(timing.reasons))
+        elif timing.verdict == "suspect":
+            self.suspected.append("; ".join(timing.reasons))
+        self.where = timing.measurement.num_threads, on
+        self.blocks[-1][arm] = statistics.median(timing.samples_ns) if timing.samples_ns else 0.0
+        if self.blocks[-1][arm] <= 0:
+            raise JobError(f"a timing says nothing: {'; '.join(timing.reasons)}", outcome="invalid_measurement")
+
+    def all_reasons(self) -> list[str]:
+        """What there is to say of the timings."""
+        if not self.suspected:
+            return list(self.reasons)
+        of_all = f"{len(self.suspected)} of {len(self.blocks) * len(ARMS)} timings are suspect"
+        return [*self.reasons, f"{of_all}, such as: {self.suspected[0]}"]
 
 
 def compare(
     artifacts: tuple[Artifact, Artifact],
     inputs: tuple[Inputs, Inputs],
-    place: Any,
+    place: Place,
     *,
     function: str = "",
     blocks: int = 10,
     repeat: int = 3,
     min_repeat_ms: float = 20,
     seed: int | None = None,
-    floors: Floors = Floors(None),
-    device: str = "",
     progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
     """Time two artifacts in turn on one device, and say which is faster.
@@ -157,16 +152,15 @@ def compare(
     Args:
         artifacts: A and B.
         inputs: of A and of B, by name.
-        place: a session on a device, or `kedge.local()`: what `load` gives is timed.
+        place: where, with what is known of the noise there; what this comparison finds is added.
         blocks: how many times each is timed, in runners of their own; at least MIN_BLOCKS.
         repeat, min_repeat_ms: of one timing, as for `time`; its median is what counts.
         seed: of the order; drawn unless given.
-        floors: the noise of earlier comparisons on the device; this one's is added.
 
     Raises:
         UsageError: too few blocks.
         InputError, JobError: as `time` does.
-        KedgeError: the noise cannot be kept.
+        KedgeError: what is known of the noise cannot be read.
     """
     if blocks < MIN_BLOCKS:
         raise UsageError(f"{blocks} blocks show no interval", hint=f"at least {MIN_BLOCKS} do")
@@ -177,33 +171,34 @@ def compare(
         taken.blocks.append({})
         for arm in order.sample(ARMS, len(ARMS)):
             artifact, data = by_arm[arm]
-            with ExitStack() as stack:
-                model = place.load(artifact)
-                stack.enter_context(model if hasattr(model, "__exit__") else nullcontext(model))
+            with place.loaded(artifact) as model:
                 timing = model.time(data, function=function, repeat=repeat, min_repeat_ms=min_repeat_ms)
-            taken.invalid |= timing.verdict == "invalid"
-            taken.reasons.update(dict.fromkeys(timing.reasons if timing.verdict in ("invalid", "emulated") else ()))
-            taken.blocks[-1][arm] = statistics.median(timing.samples_ns) if timing.samples_ns else 0.0
-            if taken.blocks[-1][arm] <= 0:
-                raise JobError(f"a timing says nothing: {'; '.join(timing.reasons)}", outcome="invalid_measurement")
-    found = judge(taken.blocks, floors.found, tuple(taken.reasons), invalid=taken.invalid, device=device)
-    if not taken.invalid:
-        floors.keep(_noise(taken.blocks))
-    return found
+                taken.add(arm, timing, model.device)
+    kept = place.noise(*taken.where)
+    known = kept.relative if kept is not None and not kept.stale else 0.0
+    found = judge(taken.blocks, known, taken.all_reasons(), invalid=taken.invalid)
+    return replace(found, device=place.name, kept=kept, reasons=(*found.reasons, *_keep(place, taken, found)))
+
+
+def _keep(place: Place, taken: _Taken, found: Comparison) -> tuple[str, ...]:
+    """Add to what is known of the noise; where that fails, the comparison stands, and the reason is told."""
+    if taken.invalid:
+        return ()
+    try:
+        place.keep_noise(found.own_noise, *taken.where)
+    except KedgeError as error:
+        return (f"what this says of the noise is not kept: {error}",)
+    return ()
 
 
 def judge(
-    blocks: Sequence[Mapping[str, float]],
-    floors: Sequence[float] = (),
-    reasons: Sequence[str] = (),
-    *,
-    invalid: bool = False,
-    device: str = "",
+    blocks: Sequence[Mapping[str, float]], known: float = 0.0, reasons: Sequence[str] = (), *, invalid: bool = False
 ) -> Comparison:
-    """What blocks say that hold the time of `a`, of `again` (A once more) and of `b`; `floors` are earlier noise."""
+    """What blocks say that hold the time of `a`, of `again` (A once more) and of `b`; `known` is earlier noise."""
     logs = [math.log(block["b"] / block["a"]) for block in blocks]
     low, high = _interval(logs)
-    noise = max(_noise(blocks), statistics.median(floors) if floors else 0.0)
+    own = _noise(blocks)
+    noise = max(own, math.log1p(known))
     wins = sum((b["b"] < a["a"]) + 0.5 * (b["b"] == a["a"]) for a in blocks for b in blocks)
     if invalid:
         verdict = "invalid"
@@ -220,10 +215,10 @@ def judge(
         ratio=math.exp(statistics.median(logs)),
         interval=(math.exp(low), math.exp(high)),
         noise=math.expm1(noise),
+        own_noise=math.expm1(own),
         superiority=wins / len(blocks) ** 2,
         verdict=verdict,
         reasons=tuple(reasons),
-        device=device,
     )
 
 

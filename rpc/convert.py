@@ -236,6 +236,7 @@ def device_status_to_pb(status: t.DeviceStatus) -> types_pb2.DeviceStatus:
         detail=status.detail,
         health=None if status.health is None else health_to_pb(status.health),
         reservation=None if status.reservation is None else reservation_to_pb(status.reservation),
+        noise=[types_pb2.NoiseFloor(**dataclasses.asdict(floor)) for floor in status.noise],
     )
 
 
@@ -250,6 +251,7 @@ def device_status_from_pb(pb: types_pb2.DeviceStatus) -> t.DeviceStatus:
         detail=pb.detail,
         health=health_from_pb(pb.health) if pb.HasField("health") else None,
         reservation=reservation_from_pb(pb.reservation) if pb.HasField("reservation") else None,
+        noise=tuple(t.NoiseFloor(**{name: getattr(floor, name) for name in _NOISE_FIELDS}) for floor in pb.noise),
     )
 
 
@@ -270,6 +272,7 @@ def reservation_from_pb(pb: types_pb2.Reservation) -> t.Reservation:
     return t.Reservation(pb.id, pb.device, pb.user, pb.from_unix_ms, pb.until_unix_ms, pb.reason)
 
 
+_NOISE_FIELDS = tuple(t.NoiseFloor.__dataclass_fields__)
 _HEALTH_NUMBERS = (
     "load_1min", "temperature_celsius", "frequency_mhz", "memory_available_bytes", "disk_free_bytes",
 )  # fmt: skip

@@ -19,6 +19,8 @@ from kedge.rpc.types import (
 )
 
 _INT32 = 2**31 - 1
+#: Times of equal code that differ by more say that nothing was measured.
+MAX_NOISE = 1000.0
 
 
 def check_number(name: str, value: Any, least: int, most: int, hint: str) -> None:
@@ -39,6 +41,14 @@ def check_spec(spec: JobSpec) -> None:
         check_number("lease_ms", spec.task.lease_ms, 0, MAX_LEASE_MS, "0 means the tracker's default")
     if isinstance(spec.task, BenchTask):
         check_time_options(spec.task.options)
+
+
+def check_noise(relative: float, num_threads: int, on: str) -> None:
+    """Raise InputError unless this can be what equal code differed by, and where."""
+    if not 0 <= relative <= MAX_NOISE:
+        raise InputError(f"the noise is {relative!r}, expected a share from 0 to {MAX_NOISE:g}", hint="0.02 is 2 %")
+    check_number("threads", num_threads, 0, _INT32, "those that were timed")
+    parse_device(on)
 
 
 def check_time_options(options: TimeOptions) -> None:

@@ -70,7 +70,7 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 
-_STATUS_FIELDS = ("state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation")
+_STATUS_FIELDS = ("state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation", "noise")
 
 
 def _plain(value: Any) -> Any:
@@ -254,6 +254,42 @@ class Reservation:
 
 
 @dataclass(frozen=True)
+class NoiseSample:
+    """What one comparison of an artifact with itself said of a device's noise; the fields as of `NoiseFloor`."""
+
+    id: str
+    device: str
+    user: str
+    relative: float
+    num_threads: int
+    on: str
+    target: str
+    software: str
+    governor: str
+    measured_unix_ms: int
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far times of equal code are apart on a device, by comparisons of an artifact with itself.
+
+    `relative` 0.02 says that ratios within 2 % of 1 mean nothing, with `num_threads` on "cpu" or a GPU. `target`,
+    `software` (the agent's) and `governor` are what the device was like then, `measured_unix_ms` is the newest of the
+    `comparisons`. `stale` says why it counts no more; "" means that it does.
+    """
+
+    relative: float
+    num_threads: int
+    on: str
+    target: str
+    software: str
+    governor: str
+    comparisons: int
+    measured_unix_ms: int
+    stale: str = ""
+
+
+@dataclass(frozen=True)
 class DeviceStatus:
     """A device as the tracker sees it now.
 
@@ -267,6 +303,7 @@ class DeviceStatus:
     detail: str = ""
     health: Optional[Health] = None
     reservation: Optional[Reservation] = None
+    noise: Tuple[NoiseFloor, ...] = ()
 
     def to_json(self) -> Dict[str, Any]:
         """Plain values for `--json`."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kedge.cli import output
 from kedge.cli.arguments import function_of, inputs_of, load_artifact
-from kedge.cli.devices import check_on, open_device, require_device
+from kedge.cli.devices import build_runner, check_on, open_device, require_device
+from kedge.cli.ending import ended_in_order
 from kedge.cli.fleet import state_dir
+
+if TYPE_CHECKING:
+    from kedge.places import Place
 
 
 def compare(
@@ -40,7 +46,7 @@ def compare(
     """Time two artifacts in turn, here or on a device, and say which is faster, by how much, and how sure that is.
 
     Each block times A, A once more and B in random order, every one in a process of its own; A beside A says what noise
-    looks like, and the noise of each device is remembered.
+    looks like. A device's tracker remembers its noise for all users ('kedge devices -v'), this machine its own.
 
     Exits with 1 where the times say nothing, and with --fail-if-slower where B is slower.
 
@@ -50,19 +56,16 @@ def compare(
 
       kedge compare old-arm.kdg new-arm.kdg --device key=rpi4 --tracker tracker:9190 --blocks 20 --fail-if-slower
     """
-    from kedge.comparison import Floors
     from kedge.comparison import compare as compare_artifacts
 
     require_device(context, device, timeout)
     check_on(on)
     artifacts = load_artifact(a), load_artifact(b)
     of_a, of_b = (inputs_of(function_of(artifact, function), inputs, shape, seed) for artifact in artifacts)
-    with output.progress("compare") as report, open_device(device, tracker, threads, report, timeout, on) as place:
-        name = getattr(place, "name", "here")
+    with output.progress("compare") as report, _place(device, tracker, threads, report, timeout, on) as place:
         found = compare_artifacts(
             artifacts, (of_a, of_b), place, function=function, blocks=blocks, repeat=repeat,
-            min_repeat_ms=min_repeat_ms, seed=seed, floors=Floors.of(state_dir() / "noise", name), device=name,
-            progress=report,
+            min_repeat_ms=min_repeat_ms, seed=seed, progress=report,
         )  # fmt: skip
     if as_json:
         output.emit_json(found.to_json())
@@ -70,3 +73,18 @@ def compare(
         output.stdout().print(str(found), soft_wrap=True)
     if found.verdict == "invalid" or (fail_if_slower and found.verdict == "slower"):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _place(
+    device: str | None, tracker: str | None, threads: int, report: output.Report, timeout: float | None, on: str
+) -> Iterator[Place]:
+    from kedge.places import OnDevice, ThisMachine
+
+    if device is None:
+        build_runner(report)
+        with ended_in_order():
+            yield ThisMachine(state_dir() / "noise.json", threads, on)
+    else:
+        with open_device(device, tracker, threads, report, timeout, on) as pinned:
+            yield OnDevice(pinned)

@@ -26,6 +26,7 @@ from kedge.rpc.names import check_name
 if TYPE_CHECKING:
     from kedge.deployment import Joining
     from kedge.rpc.artifact.place import Found
+    from kedge.rpc.types import NoiseFloor
 
 DEFAULT_PORT = 9190
 
@@ -314,7 +315,10 @@ def devices(
     ] = False,
     tracker: output.TrackerOption = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also what holds the code of jobs on each, and what does not.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Also what holds the code of jobs on each, and how noisy timings are there."
+        ),
     ] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
@@ -373,11 +377,22 @@ def _more(device: Any) -> list[str]:
     """What `--verbose` says of a device beyond its row."""
     held = device.info.confinement
     if held is None:
-        return [f"{device.info.name}: its agent is older and does not say what holds the code of jobs"]
+        first = f"{device.info.name}: its agent is older and does not say what holds the code of jobs"
+        return [first, *map(_noise_text, device.noise)]
     lines = [f"{device.info.name}: jobs are held by {held}"]
     if held.measuring_cpus:
         lines.append(f"  cores kept for timings: {', '.join(str(cpu) for cpu in held.measuring_cpus)}")
-    return lines + [f"  not by {missing}" for missing in held.missing]
+    return [*lines, *(f"  not by {missing}" for missing in held.missing), *map(_noise_text, device.noise)]
+
+
+def _noise_text(floor: NoiseFloor) -> str:
+    """A device's noise with its age and conditions, or why it counts no more."""
+    threads = f"{floor.num_threads} thread{'s' if floor.num_threads != 1 else ''}"
+    age = output.age_text(time.time() - floor.measured_unix_ms / 1000)
+    under = ", ".join(part for part in (floor.software, floor.governor) if part)
+    stale = f"; stale: {floor.stale}" if floor.stale else ""
+    compared = f"{floor.comparisons} compared, the last {age} ago, {under}{stale}"
+    return f"  noise of timings with {threads} on {floor.on}: {floor.relative:.2%} ({compared})"
 
 
 def _show_here(as_json: bool) -> None:

@@ -167,3 +167,17 @@ class EndReservationRequest(_message.Message):
     ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class KeepNoiseRequest(_message.Message):
+    __slots__ = ("id", "device", "relative", "num_threads", "on")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    device: str
+    relative: float
+    num_threads: int
+    on: str
+    def __init__(self, id: _Optional[str] = ..., device: _Optional[str] = ..., relative: _Optional[float] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ...) -> None: ...

@@ -91,6 +91,11 @@ class FleetStub(object):
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.EndReservationRequest.SerializeToString,
                 response_deserializer=kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.FromString,
                 _registered_method=True)
+        self.KeepNoise = channel.unary_unary(
+                '/kedge.v1.Fleet/KeepNoise',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.KeepNoiseRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_types__pb2.DeviceStatus.FromString,
+                _registered_method=True)
 
 
 class FleetServicer(object):
@@ -168,6 +173,13 @@ class FleetServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepNoise(self, request, context):
+        """What a comparison of an artifact with itself said of a device's noise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -225,6 +237,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.EndReservation,
                     request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.EndReservationRequest.FromString,
                     response_serializer=kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.SerializeToString,
+            ),
+            'KeepNoise': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepNoise,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.KeepNoiseRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_types__pb2.DeviceStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -525,6 +542,33 @@ class Fleet(object):
             '/kedge.v1.Fleet/EndReservation',
             kedge_dot_protos_dot_v1_dot_fleet__pb2.EndReservationRequest.SerializeToString,
             kedge_dot_protos_dot_v1_dot_types__pb2.Reservation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepNoise(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kedge.v1.Fleet/KeepNoise',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.KeepNoiseRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_types__pb2.DeviceStatus.FromString,
             options,
             channel_credentials,
             insecure,

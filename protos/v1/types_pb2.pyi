@@ -201,7 +201,7 @@ class Confinement(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., user: _Optional[str] = ..., network: bool = ..., files: bool = ..., calls: bool = ..., measuring_cpus: _Optional[_Iterable[int]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
-    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation")
+    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation", "noise")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class DeviceStatus(_message.Message):
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
     info: DeviceInfo
     state: DeviceState
     last_seen_unix_ms: int
@@ -216,7 +217,30 @@ class DeviceStatus(_message.Message):
     detail: str
     health: Health
     reservation: Reservation
-    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ..., detail: _Optional[str] = ..., health: _Optional[_Union[Health, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ...) -> None: ...
+    noise: _containers.RepeatedCompositeFieldContainer[NoiseFloor]
+    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ..., detail: _Optional[str] = ..., health: _Optional[_Union[Health, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ..., noise: _Optional[_Iterable[_Union[NoiseFloor, _Mapping]]] = ...) -> None: ...
+
+class NoiseFloor(_message.Message):
+    __slots__ = ("relative", "num_threads", "on", "target", "software", "governor", "comparisons", "measured_unix_ms", "stale")
+    RELATIVE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    GOVERNOR_FIELD_NUMBER: _ClassVar[int]
+    COMPARISONS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    relative: float
+    num_threads: int
+    on: str
+    target: str
+    software: str
+    governor: str
+    comparisons: int
+    measured_unix_ms: int
+    stale: str
+    def __init__(self, relative: _Optional[float] = ..., num_threads: _Optional[int] = ..., on: _Optional[str] = ..., target: _Optional[str] = ..., software: _Optional[str] = ..., governor: _Optional[str] = ..., comparisons: _Optional[int] = ..., measured_unix_ms: _Optional[int] = ..., stale: _Optional[str] = ...) -> None: ...
 
 class Reservation(_message.Message):
     __slots__ = ("id", "device", "user", "from_unix_ms", "until_unix_ms", "reason")

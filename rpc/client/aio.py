@@ -143,6 +143,11 @@ class Fleet:
         request = fleet_pb2.EndReservationRequest(id=reservation_id)
         return convert.reservation_from_pb(await self._persist(self._stub.EndReservation, request))
 
+    async def keep_noise(self, device: str, relative: float, *, num_threads: int, on: str = "cpu") -> DeviceStatus:
+        """Remember how noisy a device is; errors as the synchronous `Fleet.keep_noise`."""
+        request = plan.noise_request(device, relative, num_threads, on)
+        return convert.device_status_from_pb(await self._persist(self._stub.KeepNoise, request))
+
     # ---- Jobs ----
 
     async def run(

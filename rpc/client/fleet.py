@@ -167,6 +167,16 @@ class Fleet:
         request = fleet_pb2.EndReservationRequest(id=reservation_id)
         return convert.reservation_from_pb(self._persist(self._stub.EndReservation, request))
 
+    def keep_noise(self, device: str, relative: float, *, num_threads: int, on: str = "cpu") -> DeviceStatus:
+        """Remember how far times of equal code were apart on a device, for all who compare there.
+
+        Raises:
+            InputError: that is no share, no number of threads, or no place of a device.
+            NoDeviceError: the tracker knows no device of this name.
+        """
+        request = plan.noise_request(device, relative, num_threads, on)
+        return convert.device_status_from_pb(self._persist(self._stub.KeepNoise, request))
+
     # ---- Jobs ----
 
     def run(
@@ -496,13 +506,13 @@ class PinnedDevice:
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
-        self._fleet = fleet
+        self.fleet = fleet
         self._threads = threads
         self._deadlines = deadlines
         self._on = on
 
     def __repr__(self) -> str:
-        return f"<PinnedDevice {self.info.name} at {self._fleet.address}>"
+        return f"<PinnedDevice {self.info.name} at {self.fleet.address}>"
 
     @property
     def name(self) -> str:
@@ -526,7 +536,7 @@ class PinnedDevice:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
         placement = plan.check_device(packed, self.info, self._on)
-        self._fleet._ensure_uploaded(packed)
+        self.fleet._ensure_uploaded(packed)
         return PinnedModel(self, packed, placement.device)
 
 
@@ -547,7 +557,7 @@ class PinnedModel:
     def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
         request = plan.run_request(self._packed, inputs, self._pinned._terms(function))
-        return dict(self._pinned._fleet._call(self._packed, request).outputs)
+        return dict(self._pinned.fleet._call(self._packed, request).outputs)
 
     def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
@@ -556,7 +566,7 @@ class PinnedModel:
         """
         terms, how = self._pinned._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        return plan.timing_of(self._pinned._fleet._call(self._packed, request))
+        return plan.timing_of(self._pinned.fleet._call(self._packed, request))
 
     def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
         """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
@@ -565,5 +575,5 @@ class PinnedModel:
         """
         terms, how = self._pinned._terms(function), profile_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        timing = plan.timing_of(self._pinned._fleet._call(self._packed, request))
+        timing = plan.timing_of(self._pinned.fleet._call(self._packed, request))
         return profile_of(self._packed.manifest, function, inputs, timing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from kedge.rpc.blobs import blob_of
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
-from kedge.rpc.limits import check_number, check_spec
+from kedge.rpc.limits import check_noise, check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.security import signing
 from kedge.rpc.status import from_rpc_error, is_away
@@ -181,6 +182,14 @@ def list_request(limit: int, states: Sequence[JobState]) -> fleet_pb2.ListJobsRe
     """What asks for the newest jobs; raises InputError for a limit that no tracker takes."""
     check_number("limit", limit, 1, MAX_LISTED, "the newest jobs come first")
     return fleet_pb2.ListJobsRequest(limit=limit, states=[convert.job_state_to_pb(state) for state in states])
+
+
+def noise_request(device: str, relative: float, num_threads: int, on: str) -> fleet_pb2.KeepNoiseRequest:
+    """What tells how noisy a device is, once however often it is sent; raises InputError."""
+    check_noise(relative, num_threads, on)
+    return fleet_pb2.KeepNoiseRequest(
+        id=secrets.token_hex(16), device=device, relative=relative, num_threads=num_threads, on=on
+    )
 
 
 def reserve_request(selector: str, duration_s: float, begin_unix_s: float, reason: str) -> fleet_pb2.ReserveRequest:

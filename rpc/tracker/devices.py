@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
+from kedge.rpc.noise import Conditions, Noise
 from kedge.rpc.selector import Selector, parse
 from kedge.rpc.tracker.facts import ANYWHERE, Needs, Serviced
 from kedge.rpc.tracker.scheduler import Want
@@ -89,6 +90,7 @@ class Roster:
         self._reservations: dict[str, Reservation] = {}
         self._selectors: dict[str, Selector] = {}
         self._fits: dict[tuple[str, Needs], dict[str, bool]] = {}
+        self.noise = Noise()
 
     def __iter__(self) -> Iterator[Device]:
         return iter(self._devices.values())
@@ -287,7 +289,14 @@ class Roster:
         if obstacle is not None:
             detail = obstacle[1]
         reservation = self.reserved(device.info.name, now)
-        return DeviceStatus(device.info, state, device.seen_ms, running_job_id, detail, device.health, reservation)
+        noise = self.noise.floors(device.info.name, conditions_of(device), now)
+        seen, health = device.seen_ms, device.health
+        return DeviceStatus(device.info, state, seen, running_job_id, detail, health, reservation, noise)
+
+
+def conditions_of(device: Device) -> Conditions:
+    """What its noise depends on."""
+    return Conditions(device.info.target, device.protocol.software, device.health.governor)
 
 
 def able(want: Want, device: Device) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kedge.rpc.artifact import Need
 from kedge.rpc.messages import TrackerBody
-from kedge.rpc.types import DeviceFault, Job, JobResult, JobSpec, Reservation
+from kedge.rpc.types import DeviceFault, Job, JobResult, JobSpec, NoiseSample, Reservation
 
 #: What an artifact can run on, by variant.
 Needs = tuple[Need, ...]
@@ -121,8 +121,16 @@ class BlobForgotten:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class NoiseKept:
+    """A comparison said how noisy a device is; samples that count no more are forgotten."""
+
+    sample: NoiseSample
+    forgotten: tuple[str, ...] = ()
+
+
 JobFact = JobAccepted | JobAssigned | JobRequeued | JobWithdrawn | JobCancelling | JobDone
-Fact = JobFact | Serviced | ServiceEnded | Reserved | ReservationEnded | BlobOwned | BlobForgotten
+Fact = JobFact | Serviced | ServiceEnded | Reserved | ReservationEnded | BlobOwned | BlobForgotten | NoiseKept
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +160,7 @@ class Stored:
     all_keys: bool = True
     serviced: tuple[Serviced, ...] = ()
     reservations: tuple[Reservation, ...] = ()
+    noise: tuple[NoiseSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
 #: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
@@ -104,6 +104,21 @@ reservations = sa.Table(
     sa.Column("from_unix_ms", sa.BigInteger, nullable=False),
     sa.Column("until_unix_ms", sa.BigInteger, nullable=False),
     sa.Column("reason", Text, nullable=False),
+)
+#: How far times of equal code were apart on a device, by comparison (`kedge.rpc.noise`). New in schema 7.
+noise = sa.Table(
+    "noise",
+    metadata,
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("device", Text, nullable=False),
+    sa.Column("user", Text, nullable=False),
+    sa.Column("relative", sa.Double, nullable=False),
+    sa.Column("num_threads", sa.Integer, nullable=False),
+    sa.Column("on", Text, nullable=False),
+    sa.Column("target", Text, nullable=False),
+    sa.Column("software", Text, nullable=False),
+    sa.Column("governor", Text, nullable=False),
+    sa.Column("measured_unix_ms", sa.BigInteger, nullable=False),
 )
 #: Which tracker leads (one row), as `kedge.rpc.tracker.epoch` says; only where several share a database.
 leadership = sa.Table(

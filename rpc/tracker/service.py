@@ -21,7 +21,7 @@ from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.blobs import BlobError, BlobWriter, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import KedgeError, LimitError, PermissionDeniedError
-from kedge.rpc.limits import check_number
+from kedge.rpc.limits import check_noise, check_number
 from kedge.rpc.messages import AgentBody, Hello, JobFinished, TrackerBody
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
@@ -185,6 +185,20 @@ class FleetService:
         self._audit.write("reservation ended", reservation=request.id, **who(caller(), context))
         await self._shell.end_reservation(request.id)
         return convert.reservation_to_pb(reservation)
+
+    @typed_errors
+    async def KeepNoise(self, request: fleet_pb2.KeepNoiseRequest, context: Context) -> types_pb2.DeviceStatus:
+        """How noisy a device is, as one of its users found."""
+        check_noise(request.relative, request.num_threads, request.on)
+        check_number("the length of the id", len(request.id), 1, 64, "a number that the client draws")
+        # One user's numbers say nothing of another's.
+        user = caller().name
+        number = f"{user}/{request.id}"
+        measured = (request.relative, request.num_threads, request.on)
+        status = await self._shell.keep_noise(number, request.device, user, *measured)
+        said = {"device": request.device, "relative": request.relative}
+        self._audit.write("noise kept", **said, **who(caller(), context))
+        return convert.device_status_to_pb(self._seen(status))
 
     def _seen(self, status: DeviceStatus) -> DeviceStatus:
         """A device without the number of another's job that it runs."""

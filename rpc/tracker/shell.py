@@ -176,14 +176,30 @@ class Shell:
 
     async def set_maintenance(self, name: str, enabled: bool, reason: str, user: str) -> DeviceStatus:
         """Take a device out of service, or put it back; raises NoDeviceError, StoreError."""
-        if not self.state.device_known(name):
-            raise NoDeviceError(f"no device {name!r} is known", hint="'kedge devices --all' lists them")
+        self._check_known(name)
         if enabled:
             effects = self.state.start_maintenance(name, reason, user, self._now())
         else:
             effects = self.state.end_maintenance(name, self._now())
         await self._durable(self._apply(effects))
+        return self._status_of(name)
+
+    def _check_known(self, name: str) -> None:
+        if not self.state.device_known(name):
+            raise NoDeviceError(f"no device {name!r} is known", hint="'kedge devices --gone' lists them all")
+
+    def _status_of(self, name: str) -> DeviceStatus:
         return next(d for d in self.state.devices(include_gone=True) if d.info.name == name)
+
+    async def keep_noise(
+        self, number: str, name: str, user: str, relative: float, num_threads: int, on: str
+    ) -> DeviceStatus:
+        """Remember how noisy a device is; raises NoDeviceError, StoreError."""
+        self._check_known(name)
+        await self._durable(
+            self._apply(self.state.keep_noise(number, name, user, relative, num_threads, on, self._now()))
+        )
+        return self._status_of(name)
 
     async def reserve(self, selector: str, user: str, begin: int, duration_ms: int, reason: str) -> Reservation:
         """Keep a device for a user; raises as `TrackerState.reserve`, and StoreError."""

@@ -24,10 +24,11 @@ from dataclasses import dataclass, field, replace
 from kedge.rpc import messages as m
 from kedge.rpc.errors import NoDeviceError, UsageError
 from kedge.rpc.names import check_name
+from kedge.rpc.noise import Noise
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import accepts, local_protocol
 from kedge.rpc.selector import labels_of, parse
-from kedge.rpc.tracker.devices import Device, Key, Roster
+from kedge.rpc.tracker.devices import Device, Key, Roster, conditions_of
 from kedge.rpc.tracker.estimate import Durations, Wait, waits
 from kedge.rpc.tracker.facts import (
     CloseAgent,
@@ -41,6 +42,7 @@ from kedge.rpc.tracker.facts import (
     JobRequeued,
     JobWithdrawn,
     Needs,
+    NoiseKept,
     ReservationEnded,
     Reserved,
     Serviced,
@@ -58,6 +60,7 @@ from kedge.rpc.types import (
     JobSpec,
     JobState,
     Lease,
+    NoiseSample,
     Protocol,
     Reservation,
     SessionTask,
@@ -411,6 +414,16 @@ class TrackerState:
         self._schedule(now, effects)
         return reservation, effects
 
+    def keep_noise(
+        self, number: str, name: str, user: str, relative: float, num_threads: int, on: str, now: int
+    ) -> Effects:
+        """Remember what a comparison said of a device that is known; what was said under the same number is kept."""
+        effects, device = self._begin(now), self._devices[name]
+        sample = NoiseSample(number, name, user, relative, num_threads, on, *conditions_of(device), now)
+        if sample.id not in {each.id for each in self._devices.noise.of(name)}:
+            effects.facts.append(NoiseKept(sample, self._devices.noise.keep(sample)))
+        return effects
+
     def reservation(self, reservation_id: str) -> Reservation | None:
         """One that has not ended."""
         return self._devices.reservation(reservation_id)
@@ -539,6 +552,7 @@ class TrackerState:
         for reservation in stored.reservations:
             self._devices.reserve(reservation)
             self._watch_reservation(reservation)
+        self._devices.noise = Noise(stored.noise)
         for job_id, epoch in stored.ended:
             self._remember_end(job_id, epoch)
         self._knows_all_keys = stored.all_keys

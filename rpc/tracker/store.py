@@ -47,6 +47,7 @@ from kedge.rpc.tracker.facts import (
     JobRequeued,
     JobWithdrawn,
     Needs,
+    NoiseKept,
     ReservationEnded,
     Reserved,
     Serviced,
@@ -57,7 +58,7 @@ from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some, gone_of
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
-from kedge.rpc.types import DeviceFault, Job, JobState, Reservation
+from kedge.rpc.types import DeviceFault, Job, JobState, NoiseSample, Reservation
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -395,10 +396,11 @@ def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
         last_seq = connection.execute(sa.select(sa.func.max(t.jobs.c.seq))).scalar() or 0
         serviced = tuple(Serviced(*row) for row in connection.execute(sa.select(t.serviced)))
         reservations = tuple(Reservation(*row) for row in connection.execute(sa.select(t.reservations)))
+        noise = tuple(NoiseSample(*row) for row in connection.execute(sa.select(t.noise)))
     ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
     keys = tuple((row.key, row.id) for row in rows if row.key)
     all_keys = len(rows) < remembered
-    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations)
+    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations, noise)
 
 
 def _ask(connection: sa.Connection, query: Callable[[sa.Connection], T]) -> T:
@@ -434,6 +436,9 @@ def _write(connection: sa.Connection, fact: Fact) -> None:
         connection.execute(_FORGET_BLOB, {"of": fact.digest})
     elif isinstance(fact, (Serviced, ServiceEnded, Reserved, ReservationEnded)):
         _write_device(connection, fact)
+    elif isinstance(fact, NoiseKept):
+        connection.execute(sa.delete(t.noise).where(t.noise.c.id.in_(fact.forgotten)))
+        connection.execute(sa.insert(t.noise), asdict(fact.sample))
     else:
         _write_job(connection, fact)
 

@@ -68,6 +68,24 @@ def test_run_bench_validate_and_jobs_on_a_device(kedge: Kedge, fleet: str, digit
     assert all(job["result"]["outcome"]["kind"] == "ok" for job in jobs)
 
 
+def test_the_noise_of_a_device_is_its_trackers_to_remember(kedge: Kedge, fleet: str, digits: Path) -> None:
+    short = ("--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1", "--device", "bench-1", "--tracker", fleet)
+    first = kedge("compare", digits, digits, "--json", *short)
+    assert first.returncode == 0, first.stderr
+    said = json.loads(first.stdout)
+    assert (said["device"], said["noise_kept"]) == ("bench-1", None), said
+    assert not any("not kept" in reason for reason in said["reasons"]), said["reasons"]
+    (device,) = json.loads(kedge("devices", "--tracker", fleet, "--json").stdout)
+    (floor,) = device["noise"]
+    assert floor["relative"] == pytest.approx(said["noise_here"]) and floor["target"] == device["target"]
+    assert (floor["comparisons"], floor["num_threads"], floor["on"], floor["stale"]) == (1, 1, "cpu", "")
+    told = kedge("devices", "-v", "--tracker", fleet).stdout
+    assert f"noise of timings with 1 thread on cpu: {floor['relative']:.2%} (1 compared, the last " in told
+    assert floor["software"] in told.partition("noise of timings")[2]
+    again = json.loads(kedge("compare", digits, digits, "--json", *short).stdout)
+    assert again["noise_kept"] == floor and again["noise"] >= floor["relative"]
+
+
 def test_a_drained_device_lets_jobs_wait_and_says_why(kedge: Kedge, fleet: str, digits: Path) -> None:
     at = ("--tracker", fleet)
     drained = kedge("drain", "bench-1", "--reason", "a new fan", *at)

@@ -37,6 +37,7 @@ from kedge.rpc.tracker.facts import (
     JobRecord,
     JobRequeued,
     JobWithdrawn,
+    NoiseKept,
     ReservationEnded,
     Reserved,
     Serviced,
@@ -56,6 +57,7 @@ from kedge.rpc.types import (
     JobSpec,
     JobState,
     Lease,
+    NoiseSample,
     Reservation,
     RunTask,
     SessionTask,
@@ -118,6 +120,7 @@ class Store:
         self.last_seq = 0
         self.serviced: dict[str, Serviced] = {}
         self.reservations: dict[str, Reservation] = {}
+        self.noise: dict[str, NoiseSample] = {}
 
     def apply(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
@@ -147,6 +150,12 @@ class Store:
             if isinstance(fact, ReservationEnded):
                 del self.reservations[fact.reservation_id]
                 continue
+            if isinstance(fact, NoiseKept):
+                assert fact.sample.id not in self.noise
+                for number in fact.forgotten:
+                    del self.noise[number]
+                self.noise[fact.sample.id] = fact.sample
+                continue
             assert fact.job_id in self.records, f"{fact} about a job that is not alive"
             record = self.records[fact.job_id]
             if isinstance(fact, JobAssigned):
@@ -174,6 +183,7 @@ class Store:
             last_seq=self.last_seq,
             serviced=tuple(self.serviced.values()),
             reservations=tuple(self.reservations.values()),
+            noise=tuple(self.noise.values()),
         )
 
 
@@ -366,6 +376,21 @@ class TrackerMachine(RuleBasedStateMachine):
             self.perform(self.state.start_maintenance(name, "new disk", "root", self.now))
         else:
             self.perform(self.state.end_maintenance(name, self.now))
+
+    @rule(
+        name=st.sampled_from(sorted(DEVICES)),
+        user=st.sampled_from(USERS),
+        relative=st.sampled_from([0.0, 0.02, 3.0]),
+        threads=st.integers(1, 2),
+        again=st.booleans(),
+    )
+    def noise(self, name: str, user: str, relative: float, threads: int, again: bool) -> None:
+        """A comparison ends, and its client tells the tracker: twice where the first answer is lost."""
+        if not self.state.device_known(name):
+            return
+        number = f"n{next(self.numbers)}"
+        for _ in range(1 + again):
+            self.perform(self.state.keep_noise(number, name, user, relative, threads, "cpu", self.now))
 
     @rule(
         selector=st.sampled_from(["", "a", "soc=one", "nobody"]),
@@ -575,6 +600,9 @@ class TrackerMachine(RuleBasedStateMachine):
         if not hasattr(self, "accepted") or self.waiting is not None:
             return
         assert {r.id for r in self.state.reservations()} == set(self.store.reservations)
+        for status in self.state.devices(include_gone=True):
+            kept = sum(sample.device == status.info.name for sample in self.store.noise.values())
+            assert sum(floor.comparisons for floor in status.noise) == kept
         devices = [r.assigned.device for r in self.store.records.values() if r.assigned and not r.cancelling]
         connected = [status.info.name for status in self.state.devices()]
         assert all(devices.count(name) <= 1 for name in connected)

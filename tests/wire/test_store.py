@@ -29,6 +29,7 @@ from kedge.rpc.tracker.facts import (
     JobRecord,
     JobRequeued,
     JobWithdrawn,
+    NoiseKept,
     ReservationEnded,
     Reserved,
     Serviced,
@@ -45,6 +46,7 @@ from kedge.rpc.types import (
     JobSpec,
     JobState,
     Measurement,
+    NoiseSample,
     Reservation,
     RunTask,
     Tensor,
@@ -127,6 +129,38 @@ def test_users_faults_maintenance_and_reservations_are_found_again(place: Place)
     assert (again.found.serviced, again.found.reservations) == ((serviced,), (kept,))
     job = again.job("j").result(10)
     assert job is not None and (job.user, job.faults) == ("ann", faults)
+    again.close()
+
+
+def test_the_noise_of_devices_is_found_again_without_what_is_forgotten(place: Place) -> None:
+    old = NoiseSample("1", "a", "ann", 0.02, 1, "cpu", "llvm", "kedge 0.1", "performance", 1 << 40)
+    new = replace(old, id="2", relative=0.1 / 3, on="cuda:0", governor="")
+    store = Store(place)
+    write(store, NoiseKept(old), NoiseKept(replace(old, id="gone")))
+    write(store, NoiseKept(new, ("gone", "never there")))
+    store.close()
+    again = Store(place)
+    assert again.found.noise == (old, new)
+    again.close()
+
+
+def test_a_database_of_the_sixth_schema_gets_room_for_noise(place: Place) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    store = Store(place)
+    write(store, accepted("w", 1))
+    store.close()
+    engine = database.engine()
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE noise"))
+        connection.execute(sa.text("UPDATE meta SET value = '6' WHERE name = 'schema'"))
+    engine.dispose()
+    sample = NoiseSample("1", "a", "ann", 0.02, 1, "cpu", "llvm", "kedge 0.1", "performance", 100)
+    store = Store(place)
+    assert (store.found.noise, store.found.records) == ((), (JobRecord(accepted("w", 1)),))
+    write(store, NoiseKept(sample))
+    store.close()
+    again = Store(place)
+    assert again.found.noise == (sample,)
     again.close()
 
 

@@ -98,6 +98,7 @@ RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Fleet/SetMaintenance": _ADMINS,
     "/kedge.v1.Fleet/Reserve": _SUBMITTERS,
     "/kedge.v1.Fleet/EndReservation": _SUBMITTERS,
+    "/kedge.v1.Fleet/KeepNoise": _SUBMITTERS,
     "/kedge.v1.Blobs/FindMissing": _SUBMITTERS | _AGENTS | _PEERS,
     "/kedge.v1.Blobs/QueryUpload": _SUBMITTERS | _AGENTS | _PEERS,
     "/kedge.v1.Blobs/Upload": _SUBMITTERS | _AGENTS | _PEERS,

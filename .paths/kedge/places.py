@@ -1,0 +1,1 @@
+../../kedge/places.py
