@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import os
 import pwd
 import shutil
@@ -19,7 +20,7 @@ import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, TextIO, Tuple, Union
 
 from kedge.device_agent.cgroups import Group, Groups, GroupsUnavailableError
 from kedge.rpc.errors import KedgeError, UsageError
@@ -27,9 +28,10 @@ from kedge.rpc.types import Confinement
 
 #: The user that runners of an agent of root's run as, where the system has it...
 USER = "kedge-runner"
-#: ... and the number that stands for it where it has not: Debian and systemd give it to nobody.
-SPARE_ID = 61167
-#: Without control groups processes are counted by user, who may be that of other agents' runners too.
+#: ... and the numbers that stand for it where it has not, one for each agent on the machine: processes are counted, and
+#: told apart, by user. Debian and systemd give them to nobody.
+SPARE_IDS = range(61167, 61184)
+#: Without control groups processes are counted by user, whose others may be too.
 SHARED_PROCESSES = 1024
 #: The folder with what another user's runner is shown; a session's files do not begin with a dot.
 _SHOWN = ".shown"
@@ -82,11 +84,41 @@ def choose_user(name: Optional[str]) -> Optional[User]:
             raise UsageError(
                 f"--runner-user {name}: there is no such user", hint=f"useradd --system --shell /bin/false {name}"
             ) from None
-        return User(str(SPARE_ID), SPARE_ID, SPARE_ID)
+        spare = _claim_spare()
+        return User(str(spare), spare, spare)
     if entry.pw_uid == 0:
         raise UsageError(f"--runner-user {name}: that is root by another name", hint="--runner-user root says so")
     groups = [group for group in os.getgrouplist(entry.pw_name, entry.pw_gid) if group != entry.pw_gid]
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(groups))
+
+
+#: What says that a number is this process's, while it lives: the file must stay open.
+_claims: Dict[int, TextIO] = {}
+
+
+def _claim_spare(folder: Path = Path("/run")) -> int:
+    """A number that no other agent's runners have; raises UsageError where there is none left."""
+    for number in (*_claims, *SPARE_IDS):
+        if number in _claims:
+            return number
+        try:
+            file = (folder / f"kedge-runner-{number}.lock").open("a")
+        except OSError as error:
+            raise UsageError(
+                f"cannot say in {folder} which number this agent's runners have: {error.strerror}",
+                hint="name a user with --runner-user",
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()  # another agent's
+        else:
+            _claims[number] = file
+            return number
+    raise UsageError(
+        f"there are {len(SPARE_IDS)} agents of root's on this machine already, as many as there are spare users",
+        hint="name a user with --runner-user",
+    )
 
 
 def _is_own(name: str) -> bool:

@@ -95,13 +95,15 @@ def deploy(
     name: str | None = None,
     labels: dict[str, str] | None = None,
     signers: Sequence[str] = (),
+    measure_cores: str | None = None,
     log_format: str = "text",
     timeout_s: float = 60.0,
     progress: Progress = lambda what: None,
 ) -> Any:
     """Install and start the agent on a board, and give the device as the tracker sees it.
 
-    With `signers` (public keys) the agent runs only what one of them signed. `log_format` is "text" or "json".
+    With `signers` (public keys) the agent runs only what one of them signed; `measure_cores` ("2-3") are kept for
+    timings. `log_format` is "text" or "json".
 
     Raises:
         UsageError: a name or label that no device can have, or what is no key.
@@ -117,6 +119,8 @@ def deploy(
         names.check_name(name)
     signing.parse_signers(signers)
     destination = login.destination()
+    options = [*(f"--require-signer={key}" for key in signers), f"--log-format={log_format}"]
+    options += [f"--measure-cores={measure_cores}"] if measure_cores else []
     with kedge.connect(tracker) as fleet:
         deployed = deploy_board(
             destination,
@@ -127,7 +131,7 @@ def deploy(
             cache_dir=cache_dir() / "deploy",
             name=name,
             labels=labels,
-            options=[*(f"--require-signer={key}" for key in signers), f"--log-format={log_format}"],
+            options=options,
             timeout_s=timeout_s,
             progress=progress,
         )

@@ -30,6 +30,10 @@ def deploy_board(
             help="Run only what this key signed; needs 'cryptography' there; repeatable.",
         ),
     ] = None,
+    measure_cores: Annotated[
+        str | None,
+        typer.Option("--measure-cores", metavar="LIST", help="The board's cores kept for timings, such as 2-3."),
+    ] = None,
     log_format: LogFormatOption = "text",
     identity: Annotated[Path | None, typer.Option("-i", "--identity", help="The private key to log in with.")] = None,
     known_hosts: Annotated[
@@ -50,6 +54,8 @@ def deploy_board(
       kedge deploy board pi@192.168.1.20 --tracker 192.168.1.2:9190 --label rack=a
 
       kedge deploy board pi@192.168.1.20 --tracker 192.168.1.2:9190 --require-signer "$(kedge signer)" --log-format json
+
+      kedge deploy board pi@192.168.1.20 --tracker 192.168.1.2:9190 --measure-cores 2-3
 
       kedge deploy board pi@192.168.1.20 --uninstall
     """
@@ -72,6 +78,7 @@ def deploy_board(
                     name=name,
                     labels=labels,
                     signers=require_signer or [],
+                    measure_cores=measure_cores,
                     log_format=log_format,
                     timeout_s=timeout,
                     progress=report,

@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from kedge.device_agent.cage import SPARE_ID, USER, Cage, User, choose_user, readable, remove_tree
+from kedge.device_agent import cage
+from kedge.device_agent.cage import SPARE_IDS, USER, Cage, User, choose_user, readable, remove_tree
 from kedge.device_agent.cgroups import Groups, GroupsUnavailableError
 from kedge.device_agent.runner import Limits, Runner, RunnerCrashed, RunnerError, RunnerOutOfMemory, Tensor
 from kedge.rpc.errors import UsageError
@@ -294,7 +297,7 @@ def test_an_agent_of_roots_is_not_led_astray_by_its_runner(home: Path) -> None:
             cage.admit(home / "cache" / "lib.so", scratch, "lib.so")
         (scratch / ".shown").unlink()
         (scratch / ".shown").mkdir()
-        os.chown(scratch / ".shown", SPARE_ID, SPARE_ID)
+        os.chown(scratch / ".shown", user.uid, user.gid)  # type: ignore[union-attr]
         with pytest.raises(OSError, match="not the folder"):
             cage.admit(home / "cache" / "lib.so", scratch, "lib.so")
         assert not list(elsewhere.iterdir())
@@ -322,7 +325,9 @@ def test_roots_runners_are_nobodys_unless_told_otherwise(monkeypatch: pytest.Mon
         raise KeyError(name)
 
     monkeypatch.setattr(pwd, "getpwnam", none)
-    assert choose_user(None) == User(str(SPARE_ID), SPARE_ID, SPARE_ID)
+    spare = choose_user(None)
+    assert spare is not None and spare.uid in SPARE_IDS and spare == User(str(spare.uid), spare.uid, spare.uid)
+    assert choose_user(None) == spare
     with pytest.raises(UsageError, match="there is no such user"):
         choose_user("ann")
     monkeypatch.setattr(pwd, "getpwnam", lambda name: known if name == USER else none(name))
@@ -341,9 +346,59 @@ def test_others_cannot_choose(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_user("root")
 
 
-def test_the_spare_number_is_nobodys() -> None:
+@pytest.mark.parametrize("number", SPARE_IDS)
+def test_the_spare_numbers_are_nobodys(number: int) -> None:
     with pytest.raises(KeyError):
-        pwd.getpwuid(SPARE_ID)
+        pwd.getpwuid(number)
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from kedge.device_agent import cage
+print(cage._claim_spare(Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_no_two_agents_runners_have_one_number(tmp_path: Path) -> None:
+    """Limits on processes without control groups are by user: one agent's fork bomb must not be another's."""
+
+    def agent() -> subprocess.Popen[str]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-P", "-c", CLAIM, str(tmp_path)], text=True, **pipes)
+
+    def number(process: subprocess.Popen[str]) -> int:
+        assert process.stdout is not None
+        return int(process.stdout.readline())
+
+    def end(process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.communicate(timeout=20)
+
+    one, two = agent(), agent()
+    try:
+        first, second = number(one), number(two)
+        assert first != second and {first, second} == set(SPARE_IDS[:2])
+        end(one)
+        three = agent()
+        try:
+            assert number(three) == first, "what a killed agent had is free"
+        finally:
+            end(three)
+    finally:
+        end(one)
+        end(two)
+
+
+def test_there_are_only_so_many_spare_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cage, "_claims", {})
+    with pytest.raises(UsageError, match="cannot say in"):
+        cage._claim_spare(tmp_path / "missing")
+    monkeypatch.setattr(cage, "SPARE_IDS", range(0))
+    with pytest.raises(UsageError, match="as many as there are spare users") as caught:
+        cage._claim_spare(tmp_path)
+    assert caught.value.hint is not None and "--runner-user" in caught.value.hint
 
 
 # ---- what may be read -----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import Address, Tls
 from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Deadlines, DeviceState, Job, JobState, TimeOptions
 from support.agents import AgentProcess, descendants, runs, wait_for
+from support.doubling import gpu_artifact, opencl_device
 from support.handmade import artifact
 from support.proxy import Proxy, Trap
 
@@ -138,6 +139,26 @@ def test_state_stays_from_call_to_call(fleet: Fleet, agent: AgentProcess, made: 
         for _ in range(25):
             state = m["add"]({"x": state}, keep=True)["y"]  # the one before is garbage, and freed with the next call
         np.testing.assert_array_equal(state.numpy(), np.full(4, 25, np.float32))
+
+
+def test_a_session_on_a_gpu(
+    fleet: Fleet, tracker: RunningTracker, access: Access, runner: Path, made: Artifact, tmp_path: Path
+) -> None:
+    opencl_device(runner)
+    x = np.arange(1 << 20, dtype=np.float32)
+    with (
+        started(tracker, access, runner, tmp_path / "gpu", "gpu"),
+        fleet.session("name=gpu") as device,
+    ):
+        assert device.info.accelerators
+        doubling, on_cpu = device.load(gpu_artifact()), device.load(made)
+        np.testing.assert_array_equal(doubling.run({"x": x})["y"], 2 * x + 1)
+        there = device.tensor(x)
+        kept = doubling.run({"x": there}, keep=True)["y"]
+        np.testing.assert_array_equal(doubling.run({"x": kept})["y"], 4 * x + 3)
+        np.testing.assert_array_equal(on_cpu["add"]({"x": kept})["y"], 2 * x + 2)
+        np.testing.assert_array_equal(doubling.run({"x": kept})["y"], 4 * x + 3)
+        assert len(doubling.time({"x": there}, repeat=3).samples_ns) == 3
 
 
 def test_large_tensors_both_ways(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:

@@ -135,13 +135,13 @@ def test_a_model_runs_there(board: EmulatedBoard, deployed: Deployment, fleet: F
 def test_deploying_again_sends_what_changed_and_replaces_the_agent(
     board: EmulatedBoard, deployed: Deployment, deploy: Deploy, fleet: Fleet, tmp_path: Path
 ) -> None:
-    again = deploy(board, name=deployed.name, labels={"rack": "b"}, options=["--log-format=json"])
+    again = deploy(board, name=deployed.name, labels={"rack": "b"}, options=["--log-format=json", "--measure-cores=1"])
     assert again.uploaded == ()
     assert again.pid != deployed.pid
     assert status(destination(board)).pid == again.pid
     (device,) = fleet.devices(deployed.name)
     assert device.info.labels["rack"] == "b"
-    assert any("--log-format=json" in line for line in board.processes())
+    assert any("--log-format=json" in line and "--measure-cores=1" in line for line in board.processes())
     newer = tmp_path / "kedge-runner"
     newer.write_bytes(runner_for(deployed.board).read_bytes() + b"\0")
     assert deploy(board, name=deployed.name, runner_for=lambda _info: newer).uploaded == ("kedge-runner",)
