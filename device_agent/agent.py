@@ -255,6 +255,7 @@ class Agent:
         if link is not self._link:
             return []
         if isinstance(message, m.Welcome):
+            link.welcomed = True
             self._on_welcome()
         elif isinstance(message, m.Refused) and message.retry:
             self._warn_away(f"the tracker refused this agent: {message.reason}")
@@ -275,8 +276,10 @@ class Agent:
         if link is not self._link:
             return []
         self._close()
-        if isinstance(error, (AuthenticationError, PermissionDeniedError)):
+        if isinstance(error, (AuthenticationError, PermissionDeniedError)) and not link.welcomed:
             return self._core.refused(f"the tracker refused this agent: {error}")
+        # A stream that was welcome lasts no longer than the certificate it began with, which may have been renewed since.
+        # An agent that is not wanted any more hears so at its next attempt.
         if error is not None:
             error = explained(error, self._identity)
         self._warn_away(str(error or "the tracker closed the connection"))
@@ -340,6 +343,8 @@ class _Link:
     def __init__(self, address: Address, tls: Optional[Tls]) -> None:
         self._address = address
         self._tls = tls
+        #: Set by the agent's own thread, which alone reads it.
+        self.welcomed = False
         #: Guards the three below: `close` may come before there is a connection.
         self._lock = threading.Lock()
         self._closed = False

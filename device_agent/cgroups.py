@@ -186,6 +186,7 @@ def _remove(path: Path) -> None:
     try:
         _write(path / "cgroup.kill", "1")
     except FileNotFoundError:  # before Linux 5.14
+        _write(path / "pids.max", "0")  # or what is forked after the look would go on
         for word in _words(path / "cgroup.procs"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(word), signal.SIGKILL)

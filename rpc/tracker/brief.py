@@ -18,9 +18,9 @@ def brief_spec(spec: JobSpec) -> JobSpec:
 
 
 def brief_result(result: JobResult) -> JobResult:
-    """The result without tensors and samples, and with the beginning of a long message."""
+    """The result without tensors, samples and profile, and with the beginning of a long message."""
     outcome = replace(result.outcome, message=result.outcome.message[:_MESSAGE_CHARS])
-    measurement = None if result.measurement is None else replace(result.measurement, samples_ns=())
+    measurement = None if result.measurement is None else replace(result.measurement, samples_ns=(), profile=None)
     return replace(result, outcome=outcome, outputs=(), measurement=measurement)
 
 

@@ -204,12 +204,7 @@ class Roster:
 
         One that failed while it had the job is taken again only when no other connected one could have it.
         """
-        if not self._fit(want, name):
-            return False
-        reserved = self.reserved(name, now)
-        if reserved is not None and reserved.user != want.user:
-            return False
-        return name not in want.avoid or not self._has_alternative(want, now)
+        return self._open_to(want, name, now) and (name not in want.avoid or not self._has_alternative(want, now))
 
     def candidates(self, want: Want, now: int) -> list[Device]:
         """Connected devices that could take such a job, now or later."""
@@ -220,10 +215,15 @@ class Roster:
         return any(
             device.connection is not None
             and device.info.name not in want.avoid
-            and self._fit(want, device.info.name)
+            and self._open_to(want, device.info.name, now)
             and self.obstacle(device, now) is None
             for device in self
         )
+
+    def _open_to(self, want: Want, name: str, now: int) -> bool:
+        """Whether the device fits, and is reserved for nobody else."""
+        reserved = self.reserved(name, now)
+        return self._fit(want, name) and (reserved is None or reserved.user == want.user)
 
     def _fit(self, want: Want, name: str) -> bool:
         """Whether labels and machine are what is wanted."""

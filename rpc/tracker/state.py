@@ -74,8 +74,9 @@ _NEVER = 1 << 62
 #: So many leases of one job may have been handed out, and not stored, when a tracker is killed; devices that name
 #: higher ones are not believed.
 _UNSTORED_EPOCHS = 16
-#: Outcomes that say nothing about the device that had the job.
-_NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT)
+#: Outcomes that say nothing good about the device that had the job. A device's fault counts where its job is not
+#: cancelled anyway.
+_NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT, OutcomeKind.DEVICE_FAULT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -534,8 +535,10 @@ class TrackerState:
             if record.requeued is not None:
                 again = record.requeued
                 job.queued_ms, job.requeues, job.faults = again.queued_ms, again.requeues, again.faults
-            # Nobody could take it while the tracker was away: it waits at least until the agents are back.
-            job.queued_ms = max(job.queued_ms, now + self.settings.lease_ms - accepted.spec.deadlines.queue_ms)
+            # Nobody could take it while the tracker was away: it waits at least until the agents are back. The clock
+            # may have been set back meanwhile.
+            waits_until = now + self.settings.lease_ms
+            job.queued_ms = max(min(job.queued_ms, now), waits_until - accepted.spec.deadlines.queue_ms)
             job.epoch, job.assigned, job.cancelling = record.epoch, record.assigned, record.cancelling
             if record.assigned is not None:
                 job.started, job.stage, job.stage_ms = None, Stage.TRANSFER, now

@@ -80,6 +80,23 @@ def test_an_agent_joins_works_renews_and_comes_back(
             process.wait_ready()
 
 
+def test_an_agent_outlives_the_certificate_that_its_stream_began_with(runner: Path, tmp_path: Path) -> None:
+    data, folder = tmp_path / "data", tmp_path / "tracker"
+    with (
+        start(port=0, data_dir=folder, device_lifetime_s=10) as brief,
+        Access(brief.address, credentials.find(brief.address).tls) as access,
+    ):
+        identity.enrol(access.enrol_token("here")[0], "here").save(data)
+    with (
+        start(port=brief.port, agents_port=brief.serving.agents_address.port, data_dir=folder) as tracker,
+        agent(tracker, runner, data) as process,
+    ):
+        process.wait_ready()
+        process.wait_log("renewed the certificate of this device")
+        process.wait_log("has expired meanwhile")
+        process.wait_log(f"connected to the tracker at {tracker.serving.agents_address} again")
+
+
 def test_a_revoked_agent_ends_and_says_why(
     tracker: RunningTracker, access: Access, runner: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -408,6 +409,27 @@ def test_the_audit_log_is_bounded_and_strangers_cannot_flush_it(tmp_path: Path, 
     files = sorted(tmp_path.iterdir())
     assert len(files) == 5 and all(path.stat().st_size <= 2_000 for path in files)
     assert lines(tmp_path / "audit.jsonl")[-1]["job"] == 499
+
+
+def test_after_a_rotation_that_failed_nothing_goes_to_another_file(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = Audit(tmp_path / "audit.jsonl", clock, max_bytes=200)
+    audit.write("token created", by="x" * 100)
+    real = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "replace", full)
+    audit.write("lost", by="x" * 100)
+    with (tmp_path / "another").open("wb") as another:  # takes the number that the log's file had
+        audit.write("one too many", by="x" * 100)
+        monkeypatch.setattr(Path, "replace", real)
+        audit.write("token revoked", by="ann")
+        assert another.tell() == 0 and (tmp_path / "another").read_bytes() == b""
+    assert [line["event"] for line in lines(tmp_path / "audit.jsonl")] == ["token revoked"]
+    assert [line["event"] for line in lines(tmp_path / "audit.jsonl.1")] == ["token created", "one too many"]
 
 
 def test_many_threads_write_whole_lines(tmp_path: Path, clock: Clock) -> None:

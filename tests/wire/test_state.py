@@ -610,6 +610,25 @@ def test_a_job_that_takes_two_devices_down_ends_and_they_are_forgiven() -> None:
     assert fleet.status(second)[0] is not DeviceState.QUARANTINED
 
 
+def test_a_device_that_is_reserved_for_somebody_else_is_no_reason_to_wait_for_it() -> None:
+    fleet = Fleet("a", "b")
+    fleet.state.reserve("r", "b", "bob", 0, 3_600_000, "", 0)
+    device, lease = fleet.submit("j", 0, user="ann")
+    assert device == "a"
+    again = fleet.started(fleet.finish(device, lease, FAULT, 10), 10)
+    assert again is not None and again[0] == "a"
+
+
+def test_a_device_fault_of_a_cancelled_job_is_no_sign_of_health() -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, max_device_faults=1))
+    for job_id in ("one", "cancelled", "two"):
+        device, lease = fleet.submit(job_id, 0)
+        if job_id == "cancelled":
+            fleet.state.cancel(job_id, "a client cancelled it", 5)
+        fleet.finish(device, lease, FAULT, 10)
+    assert fleet.status("a")[0] is DeviceState.QUARANTINED
+
+
 def test_a_device_that_swallows_jobs_is_quarantined_and_tried_again_one_by_one() -> None:
     fleet = Fleet("a", settings=replace(PATIENT, max_device_faults=1))
     for number in range(2):
@@ -649,6 +668,13 @@ def test_maintenance_lets_the_job_end_and_gives_no_other_until_it_is_over() -> N
     assert ends(fleet.finish(device, lease, OK, 20)) == {"j": (OutcomeKind.OK, None)}
     assert fleet.submit("k", 30) is None and "a new fan" in fleet.state.job("k").detail
     assert fleet.started(fleet.state.end_maintenance("a", 40), 40)[0] == "a"
+
+
+def test_a_clock_that_was_set_back_makes_no_restored_job_wait_for_longer() -> None:
+    (accepted,) = TrackerState("t", S).submit("j", spec(queue_ms=10_000), NEEDS, "", 1_000_000).facts
+    reborn = TrackerState("t", S)
+    reborn.restore(Stored("t", (JobRecord(accepted),), last_seq=1), 5_000)
+    assert ends(reborn.tick(15_000)) == {"j": (OutcomeKind.TIMEOUT, Stage.QUEUE)}
 
 
 def test_maintenance_and_reservations_survive_a_restart() -> None:

@@ -49,6 +49,7 @@ from kedge.rpc.types import (
     NoiseSample,
     Reservation,
     RunTask,
+    StepSamples,
     Tensor,
     TimeOptions,
     Verdict,
@@ -252,12 +253,14 @@ def test_a_row_that_cannot_be_read_is_its_readers_trouble_alone(tmp_path: Path) 
 
 def test_lists_are_brief(place: Place) -> None:
     store = Store(place)
-    measured = Measurement(TimeOptions(repeat=3), (1.0, 2.0, 3.0), verdict=Verdict.VALID)
+    profile = StepSamples(((1.0, 2.0, 3.0),) * 1_000, 1e9, (1e9,))
+    measured = Measurement(TimeOptions(repeat=3), (1.0, 2.0, 3.0), verdict=Verdict.VALID, profile=profile)
     long = JobResult(Outcome(OutcomeKind.CRASH, message="x" * 4_000), RESULT.outputs, measured, device="a")
     write(store, accepted("j", 1), JobDone("j", long, 5))
     (listed,) = store.jobs(10, ()).result(10)
     assert listed.spec.task.inputs == () and listed.result is not None and listed.result.measurement is not None
     assert (listed.result.outputs, listed.result.measurement.samples_ns) == ((), ())
+    assert listed.result.measurement.profile is None
     assert listed.result.measurement.options.repeat == 3 and len(listed.result.outcome.message) == 500
     whole = store.job("j").result(10)
     assert whole is not None and whole.result == long

@@ -40,6 +40,8 @@ class Audit:
         self._lock = threading.Lock()
         self._minute = 0.0
         self._refused = 0
+        self._closed = False
+        #: Below 0 while there is none, as after a rotation that failed half-way.
         self._fd = self._open()
 
     def write(self, event: str, **details: Any) -> None:
@@ -62,31 +64,38 @@ class Audit:
     def close(self) -> None:
         """Nothing is written any more."""
         with self._lock:
-            os.close(self._fd)
-            self._fd = -1
+            self._closed = True
+            self._release()
 
     def _write(self, event: str, details: dict[str, Any]) -> None:
-        if self._fd < 0:
+        if self._closed:
             return
         now = self._now_s()
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         plain = {key: value[:_MAX_TEXT] if isinstance(value, str) else value for key, value in details.items()}
         line = json.dumps({"time": moment, "event": event, **plain}, default=str).encode() + b"\n"
         try:
-            if os.fstat(self._fd).st_size + len(line) > self._max_bytes:
+            if self._fd >= 0 and os.fstat(self._fd).st_size + len(line) > self._max_bytes:
                 self._rotate()
+            if self._fd < 0:
+                self._fd = self._open()
             os.write(self._fd, line)
         except OSError as error:
             # A full disk must not stop the fleet, nor go unnoticed.
             log.error("cannot write the audit log %s: %s; it would have said: %s", self.path, error.strerror, line)
 
     def _rotate(self) -> None:
-        os.close(self._fd)
+        self._release()
         for number in range(_KEPT, 0, -1):
             newer = self.path if number == 1 else self.path.with_name(f"{self.path.name}.{number - 1}")
             if newer.exists():
                 newer.replace(self.path.with_name(f"{self.path.name}.{number}"))
-        self._fd = self._open()
+
+    def _release(self) -> None:
+        # Forgotten first: the number of a file that is closed soon belongs to another one.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _open(self) -> int:
         return os.open(str(self.path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
