@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from kedge.deploy.errors import BoardUnsuitableError
 from kedge.deploy.ssh import Connection
 
-OLDEST_PYTHON = (3, 9)
 _NEEDED_MB = 120
 
 # A 64-bit kernel often runs a 32-bit system, so the architecture is read from Python's own ELF header, never uname.
@@ -63,7 +62,6 @@ print("kedge answers: " + json.dumps({
     "free_disk_mb": shutil.disk_usage(folder).free // 1000000, "writable": os.access(folder, os.W_OK),
     "memory_mb": int(memory["MemTotal"].split()[0]) // 1000,
     "kernel": os.uname().release, "cores": len(os.sched_getaffinity(0)),
-    "systemd_user": os.path.isdir("/run/user/%d/systemd" % os.getuid()),
 }))
 """
 
@@ -83,7 +81,6 @@ class BoardInfo:
     free_disk_mb: int
     home: str
     directory: str
-    systemd_user: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,5 +159,4 @@ def probe(connection: Connection, place: Place) -> BoardInfo:
         free_disk_mb=raw["free_disk_mb"],
         home=place.home,
         directory=place.directory,
-        systemd_user=raw["systemd_user"],
     )

@@ -278,8 +278,8 @@ class Agent:
         self._close()
         if isinstance(error, (AuthenticationError, PermissionDeniedError)) and not link.welcomed:
             return self._core.refused(f"the tracker refused this agent: {error}")
-        # A stream that was welcome lasts no longer than the certificate it began with, which may have been renewed since.
-        # An agent that is not wanted any more hears so at its next attempt.
+        # A stream that was welcome lasts no longer than the certificate it began with, which may have been renewed
+        # since. An agent that is not wanted any more hears so at its next attempt.
         if error is not None:
             error = explained(error, self._identity)
         self._warn_away(str(error or "the tracker closed the connection"))

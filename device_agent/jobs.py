@@ -91,8 +91,8 @@ _RUNNING = (Stage.LOAD, Stage.RUN)
 _SPARE_CPU_S = 10
 #: Beyond those of the kernels: the runner's own, and what libraries may start.
 _SPARE_THREADS = 64
-#: Of a GPU's driver: its own threads, and the compiler and linker that it may start. More than a runner without a GPU may
-#: have, so that none of those keeps a driver of the same user from starting.
+#: Of a GPU's driver: its own threads, and the compiler and linker that it may start. More than a runner without a GPU
+#: may have, so that none of those keeps a driver of the same user from starting.
 _GPU_PROCESSES = 256
 #: What an artifact's code may take of the device's memory, so that the agent and the system survive it.
 _MEMORY_SHARE = 0.9
@@ -481,11 +481,10 @@ def limits_of(board: Board, kind: str, cpu_s: float) -> native.Limits:
     memory = int(board.device.memory_bytes * _MEMORY_SHARE) or None
     if kind != CPU:
         # A GPU's driver reserves address space for all memory there is, on either side, opens what it likes and starts
-        # threads and compilers: only a control group can hold its memory, and a user of its own or a group its processes.
-        caged = board.cage is not None
-        return native.Limits(
-            memory_bytes=memory if caged else None, processes=board.device.num_cores + _GPU_PROCESSES if caged else None
-        )
+        # threads and compilers: only a control group can hold its memory, only that or a user of its own its processes.
+        if board.cage is None:
+            return native.Limits()
+        return native.Limits(memory_bytes=memory, processes=board.device.num_cores + _GPU_PROCESSES)
     return native.Limits(
         memory_bytes=memory,
         cpu_s=math.ceil(cpu_s) + _SPARE_CPU_S,

@@ -13,9 +13,8 @@ import grpc
 
 from kedge.rpc.errors import AuthenticationError, ConnectError
 
-#: Where clients are served, and where agents are.
+#: Where clients are served; agents are at the next one.
 DEFAULT_PORT = 9190
-DEFAULT_AGENTS_PORT = 9191
 #: In a tracker's certificate: its CA vouches for one tracker only, so it needs no other name, whatever its address.
 TRACKER_NAME = "tracker.kedge"
 #: A chunk of a blob; a protocol constant.
@@ -76,10 +75,6 @@ def server_options(most_streams: int) -> Options:
         ("grpc.max_concurrent_streams", most_streams),
         ("grpc.max_metadata_size", 16 << 10),
     )
-
-
-#: What one user may have at a time is limited beside this.
-SERVER_OPTIONS = server_options(MAX_STREAMS)
 
 
 @dataclass(frozen=True)

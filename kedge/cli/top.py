@@ -24,7 +24,7 @@ from kedge.cli.fleet import jobs_table
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.types import DeviceState, DeviceStatus, Job, JobState
 
-_UNFINISHED = tuple(state for state in JobState if state is not JobState.DONE)
+_HELD = (JobState.ASSIGNED, JobState.RUNNING)
 _STYLES = {
     DeviceState.IDLE: "green",
     DeviceState.BUSY: "bold cyan",
@@ -32,8 +32,8 @@ _STYLES = {
     DeviceState.MAINTENANCE: "yellow",
     DeviceState.QUARANTINED: "bold red",
 }
-#: Jobs beyond these are only counted.
-_SHOWN_JOBS = 1_000
+#: Jobs of either kind, held by devices or waiting, that are looked at; the picture says where there are more.
+_MOST_JOBS = 1_000
 
 
 def top(
@@ -85,7 +85,10 @@ def _screen(first: RenderableType) -> Iterator[Live]:
 
 
 def _look(fleet: Any, selector: str) -> tuple[Sequence[DeviceStatus], Sequence[Job]]:
-    return fleet.devices(selector, include_gone=True), fleet.jobs(limit=_SHOWN_JOBS, states=_UNFINISHED)
+    held = fleet.jobs(limit=_MOST_JOBS, states=_HELD)
+    # Who came first is next in line, more or less.
+    waiting = fleet.jobs(limit=_MOST_JOBS, states=(JobState.QUEUED,), oldest_first=True)
+    return fleet.devices(selector, include_gone=True), [*held, *waiting]
 
 
 def _next(fleet: Any, address: str, selector: str, height: int) -> RenderableType:
@@ -102,8 +105,8 @@ def _picture(address: str, devices: Sequence[DeviceStatus], jobs: Sequence[Job],
     said = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
     running = [job for job in jobs if job.state is not JobState.QUEUED]
     waiting = sorted((job for job in jobs if job.state is JobState.QUEUED), key=lambda job: job.position)
-    head = Text(f"{address}  {time.strftime('%H:%M:%S')}  devices: {said}  jobs: {len(running)} running, ")
-    head.append(f"{len(waiting)}{'+' if len(jobs) == _SHOWN_JOBS else ''} waiting")
+    head = Text(f"{address}  {time.strftime('%H:%M:%S')}  devices: {said}  jobs: {_count(running)} running, ")
+    head.append(f"{_count(waiting)} waiting")
     room = None if height is None else max(2, height - 5)
     shown_devices = list(devices) if room is None else list(devices)[: max(1, room // 2)]
     left = None if room is None else max(1, room - len(shown_devices))
@@ -113,6 +116,10 @@ def _picture(address: str, devices: Sequence[DeviceStatus], jobs: Sequence[Job],
     if hidden:
         parts.append(Text(f"… and {hidden} more devices", style="dim"))
     return Group(*parts, Text(), jobs_table(shown_jobs))
+
+
+def _count(jobs: Sequence[Job]) -> str:
+    return f"{len(jobs)}{'+' if len(jobs) == _MOST_JOBS else ''}"
 
 
 def _device_table(devices: Sequence[DeviceStatus]) -> Table:

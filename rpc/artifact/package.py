@@ -19,8 +19,6 @@ from kedge.rpc.artifact.place import CPU, place
 from kedge.rpc.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
-#: Tensors of at least this many bytes travel as blobs of their own.
-LARGE_TENSOR_BYTES = 1 << 20
 #: Members begin at a multiple of this in the file, so that weights can be used where they are.
 MEMBER_ALIGNMENT = 64
 #: Members of at least this many bytes are mapped instead of read.

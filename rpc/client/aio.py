@@ -195,9 +195,11 @@ class Fleet:
         await job.status()
         return job
 
-    async def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = ()) -> list[JobInfo]:
-        """The newest jobs (at most 10,000), newest first, without tensors and samples."""
-        request = plan.list_request(limit, states)
+    async def jobs(
+        self, *, limit: int = 100, states: tuple[JobState, ...] = (), oldest_first: bool = False
+    ) -> list[JobInfo]:
+        """The newest jobs (at most 10,000), newest first, or the oldest, without tensors and samples."""
+        request = plan.list_request(limit, states, oldest_first)
         answer = await self._persist(self._stub.ListJobs, request)
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 

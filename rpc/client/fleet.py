@@ -83,8 +83,8 @@ class Fleet:
         self._channel = open_channel(address, tls)
         self._stub: Any = cast(Any, fleet_pb2_grpc.FleetStub)(self._channel)
         self._blobs = BlobClient(self._channel, address, plan.RECONNECT_S)
-        #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._signing_key = signing.own_key(credentials.config_dir())
+        #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
 
@@ -237,9 +237,9 @@ class Fleet:
         job.status()
         return job
 
-    def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = ()) -> list[JobInfo]:
-        """The newest jobs (at most 10,000), newest first, without tensors and samples."""
-        request = plan.list_request(limit, states)
+    def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = (), oldest_first: bool = False) -> list[JobInfo]:
+        """The newest jobs (at most 10,000), newest first, or the oldest, without tensors and samples."""
+        request = plan.list_request(limit, states, oldest_first)
         answer = self._persist(self._stub.ListJobs, request)
         return [convert.job_from_pb(pb) for pb in answer.jobs]
 

@@ -178,10 +178,11 @@ def time_options(**options: Any) -> TimeOptions:
     return timing_options(**options)
 
 
-def list_request(limit: int, states: Sequence[JobState]) -> fleet_pb2.ListJobsRequest:
-    """What asks for the newest jobs; raises InputError for a limit that no tracker takes."""
+def list_request(limit: int, states: Sequence[JobState], oldest_first: bool) -> fleet_pb2.ListJobsRequest:
+    """What asks for the newest or oldest jobs; raises InputError for a limit that no tracker takes."""
     check_number("limit", limit, 1, MAX_LISTED, "the newest jobs come first")
-    return fleet_pb2.ListJobsRequest(limit=limit, states=[convert.job_state_to_pb(state) for state in states])
+    wanted = [convert.job_state_to_pb(state) for state in states]
+    return fleet_pb2.ListJobsRequest(limit=limit, states=wanted, oldest_first=oldest_first)
 
 
 def noise_request(device: str, relative: float, num_threads: int, on: str) -> fleet_pb2.KeepNoiseRequest:

@@ -143,10 +143,11 @@ class FleetService:
 
     @typed_errors
     async def ListJobs(self, request: fleet_pb2.ListJobsRequest, _context: Context) -> fleet_pb2.ListJobsResponse:
-        """The newest jobs in brief."""
+        """The newest or oldest jobs in brief."""
         states = tuple(convert.job_state_from_pb(state) for state in request.states)
         whose = None if caller().sees_all else caller().name
-        jobs = await self._shell.jobs(max(1, min(request.limit or 100, MAX_LISTED)), states, whose)
+        limit = max(1, min(request.limit or 100, MAX_LISTED))
+        jobs = await self._shell.jobs(limit, states, whose, oldest_first=request.oldest_first)
         return fleet_pb2.ListJobsResponse(jobs=[convert.job_to_pb(job) for job in jobs])
 
     @typed_errors

@@ -240,9 +240,11 @@ class Shell:
             raise unknown_job(job_id)
         return job
 
-    async def jobs(self, limit: int, states: tuple[JobState, ...], user: str | None = None) -> list[Job]:
-        """The newest jobs in brief, newest first; those of one user, unless that is None."""
-        stored = await asyncio.wrap_future(self._store.jobs(limit, states, user))
+    async def jobs(
+        self, limit: int, states: tuple[JobState, ...], user: str | None = None, *, oldest_first: bool = False
+    ) -> list[Job]:
+        """The newest jobs in brief, newest first, or the oldest; those of one user, unless that is None."""
+        stored = await asyncio.wrap_future(self._store.jobs(limit, states, user, oldest_first=oldest_first))
         found = [self.state.job(job.id) or job for job in stored]
         return [brief_job(job) for job in found if not states or job.state in states]
 

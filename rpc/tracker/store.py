@@ -173,9 +173,12 @@ class Store:
         """A stored job with its result."""
         return self._read(lambda connection: _load_job(connection, job_id))
 
-    def jobs(self, limit: int, states: Sequence[JobState], user: str | None = None) -> Future[list[Job]]:
-        """The newest jobs (of one user), newest first, as stored and in brief (see `kedge.rpc.tracker.brief`)."""
-        return self._read(lambda connection: _list_jobs(connection, limit, states, user))
+    def jobs(
+        self, limit: int, states: Sequence[JobState], user: str | None = None, *, oldest_first: bool = False
+    ) -> Future[list[Job]]:
+        """The newest jobs (of one user), newest first, or the oldest, as stored and in brief (see
+        `kedge.rpc.tracker.brief`)."""
+        return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first))
 
     def job_of_key(self, key: str) -> Future[str | None]:
         """The job that was ever submitted under this idempotency key."""
@@ -527,7 +530,6 @@ _BRIEF_JOBS = (
     .add_columns(t.jobs.c.seq, t.jobs.c.user, t.jobs.c.faults)
     .add_columns(t.results.c.brief.label("result"), t.results.c.finished_ms)
     .outerjoin(t.results, t.results.c.job_id == t.jobs.c.id)
-    .order_by(t.jobs.c.seq.desc())
 )
 
 
@@ -536,15 +538,18 @@ def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
     return None if row is None else _job(row)
 
 
-def _list_jobs(connection: sa.Connection, limit: int, states: Sequence[JobState], user: str | None) -> list[Job]:
+def _list_jobs(
+    connection: sa.Connection, limit: int, states: Sequence[JobState], user: str | None, oldest_first: bool
+) -> list[Job]:
     """Each state by itself: an index has its jobs in order, so that of many no more are read than may be shown."""
-    query = _BRIEF_JOBS.limit(limit)
+    seq = t.jobs.c.seq
+    query = _BRIEF_JOBS.order_by(seq.asc() if oldest_first else seq.desc()).limit(limit)
     if user is not None:
         query = query.where(t.jobs.c.user == user)
     # The database does not know who has started: that is asked of the living.
     wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
     rows = [row for state in wanted for row in connection.execute(query.where(t.jobs.c.state == state.value))]
-    return [_job(row) for row in sorted(rows, key=attrgetter("seq"), reverse=True)[:limit]]
+    return [_job(row) for row in sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]]
 
 
 def _job(row: Any) -> Job:

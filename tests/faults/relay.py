@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import grpc
 
-from kedge.rpc.transport import CHANNEL_OPTIONS, SERVER_OPTIONS
+from kedge.rpc.transport import CHANNEL_OPTIONS, MAX_STREAMS, server_options
 
 Meddling = Literal["duplicate", "delay", "late", "lose-reply"]
 _CONNECT = "/kedge.v1.Agents/Connect"
@@ -58,7 +58,7 @@ class Relay:
         return order
 
     async def _start(self) -> str:
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=server_options(MAX_STREAMS))
         self._server.add_generic_rpc_handlers((_Everything(self),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         self._channel = grpc.aio.insecure_channel(self._tracker, options=CHANNEL_OPTIONS)

@@ -455,6 +455,8 @@ def test_a_list_of_several_states_is_the_newest_of_all(place: Place) -> None:
     assert [job.id for job in store.jobs(3, (JobState.DONE, JobState.RUNNING)).result(10)] == ["j10", "j9", "j7"]
     assert [job.id for job in store.jobs(3, (), "ann").result(10)] == ["j11", "j9", "j7"]
     assert [job.id for job in store.jobs(9, (JobState.QUEUED,), "bob").result(10)] == ["j8", "j2"]
+    assert [job.id for job in store.jobs(2, (JobState.QUEUED,), oldest_first=True).result(10)] == ["j2", "j5"]
+    assert [job.id for job in store.jobs(3, (), "ann", oldest_first=True).result(10)] == ["j1", "j3", "j5"]
     store.close()
 
 
