@@ -98,7 +98,8 @@ _claims: Dict[int, TextIO] = {}
 
 def _claim_spare(folder: Path = Path("/run")) -> int:
     """A number that no other agent's runners have; raises UsageError where there is none left."""
-    for number in (*_claims, *SPARE_IDS):
+    numbers: List[int] = [*_claims, *SPARE_IDS]
+    for number in numbers:
         if number in _claims:
             return number
         try:
