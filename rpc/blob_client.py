@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, Typ
 import grpc
 
 from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc
-from kedge.rpc import convert
+from kedge.rpc import convert, interrupts
 from kedge.rpc.blobs import BlobStore, CorruptBlobError, UploadOffsetError, blob_of
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.status import from_rpc_error, is_away
@@ -183,12 +183,15 @@ class BlobClient:
 
     def _stream(self, blob: Blob, offset: int) -> Iterator[bytes]:
         request = blobs_pb2.DownloadRequest(blob=convert.blob_to_pb(blob), offset_bytes=offset)
-        call = self._stub.Download(request, timeout=_longest_s(blob.size - offset))
+        with interrupts.deferred():
+            call = self._stub.Download(request, timeout=_longest_s(blob.size - offset))
         try:
             for response in call:
                 yield response.data
         finally:
-            call.cancel()
+            with interrupts.deferred():
+                call.cancel()
+                del call
 
     def _retry(self, once: Callable[[], T], state: Optional[_Attempt] = None) -> T:
         state = state or _Attempt(self._patience_s)

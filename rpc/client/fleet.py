@@ -21,10 +21,10 @@ from typing import Any, Self, cast
 import grpc
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
-from kedge.rpc import convert
+from kedge.rpc import convert, interrupts
 from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import blob_of
-from kedge.rpc.client import interrupts, plan
+from kedge.rpc.client import plan
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
@@ -433,6 +433,7 @@ def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:
     finally:
         with interrupts.deferred():
             call.cancel()
+            del call  # its destructor is Python's, too
 
 
 class Job:
@@ -498,6 +499,7 @@ class Job:
         finally:
             with interrupts.deferred():
                 call.cancel()
+                del call
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
 
 

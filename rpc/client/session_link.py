@@ -17,8 +17,7 @@ import grpc
 
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.protos.v1 import sessions_pb2_grpc
-from kedge.rpc import convert
-from kedge.rpc.client import interrupts
+from kedge.rpc import convert, interrupts
 from kedge.rpc.client.plan import hint_for
 from kedge.rpc.errors import ConnectError, JobError, KedgeError
 from kedge.rpc.outcome import Outcome, OutcomeKind

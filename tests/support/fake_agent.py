@@ -38,7 +38,8 @@ from kedge.rpc.types import (
 )
 
 B = TypeVar("B", bound=m.TrackerBody)
-PATIENCE_S = 10.0
+#: Before a test fails; whoever is waited for may have to start a process first.
+PATIENCE_S = 60.0
 
 
 class FakeAgent:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -240,20 +241,51 @@ with connect(sys.argv[1]) as fleet:
 
 
 @pytest.mark.parametrize(("how", "cancelled"), [("wait", False), ("session", True)])
-def test_ctrl_c_is_clean(tracker: RunningTracker, fleet: Fleet, how: str, cancelled: bool) -> None:
-    with FakeAgent(tracker.address, device_info()) as agent:
+def test_ctrl_c_is_clean(tmp_path: Path, how: str, cancelled: bool) -> None:
+    patient = replace(QUICK, lease_ms=60_000, silence_ms=60_000)  # with an agent that says nothing meanwhile
+    with (
+        start(port=0, data_dir=tmp_path, settings=patient, insecure_loopback=True) as tracker,
+        FakeAgent(tracker.address, device_info()) as agent,
+        connect(tracker.address) as fleet,
+    ):
         arguments = [str(tracker.address), str(Path(__file__).parents[1]), how]
         process = subprocess.Popen(
             [sys.executable, "-c", INTERRUPTED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         lease = agent.expect(m.AssignJob).lease
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
         assert (process.returncode, errors, output.splitlines()[-1]) == (0, "", "interrupted")
         if cancelled:
             assert agent.expect(m.AbortJob).lease.job_id == lease.job_id
         else:
             assert agent.heard_nothing() and fleet.job(lease.job_id).status().state is JobState.ASSIGNED
+
+
+def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker, fleet: Fleet) -> None:
+    """Python can only report and forget what is raised in a destructor, or when a weak reference dies."""
+    usual = signal.getsignal(signal.SIGINT)
+    exposed, deferred = set[str](), set[str]()
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        forgets = code.co_name == "__del__" or Path(code.co_filename).name in ("weakref.py", "_weakrefset.py")
+        if event == "call" and forgets and code.co_name in ("__del__", "__call__", "remove", "_remove"):
+            where = "" if frame.f_back is None else frame.f_back.f_code.co_qualname
+            (exposed if signal.getsignal(signal.SIGINT) is usual else deferred).add(f"{code.co_qualname} in {where}")
+
+    artifacts = [make_artifact(), make_artifact()]
+    with FakeAgent(tracker.address, device_info(), work=echo):
+        fleet.wait_for_device(timeout=20)
+        sys.setprofile(watch)
+        try:
+            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait(timeout=20)
+            with fleet.pin() as device:
+                device.load(artifacts.pop()).run({"x": X})
+            fleet.devices()
+        finally:
+            sys.setprofile(None)
+    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._watch"}, exposed
 
 
 def test_a_fleet_that_is_closed_under_a_waiter(tracker: RunningTracker, artifact: Artifact) -> None:
