@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from kedge.device_agent.probe import meminfo
+from kedge.rpc.measure import POWERSAVE
 from kedge.rpc.types import Health
 
 #: Sensors that are off or broken report values outside what silicon survives.
 _PLAUSIBLE_CELSIUS = (-55.0, 150.0)
 #: What the firmware of a Raspberry Pi says of this moment, by the bits of its word; the rest is what was before.
 _PI_THROTTLING = ((0x1, "under-voltage"), (0x2, "frequency cap"), (0x4, "throttling"), (0x8, "heat"))
+#: Drivers that choose the clock themselves: to them "powersave" is a wish, to all others the lowest clock there is.
+_AUTONOMOUS = ("intel_pstate", "amd-pstate-epp")
 _MIB = 1 << 20
 
 
@@ -62,7 +65,7 @@ def read_health(data_dir: Path, *, cpu: Optional[int] = None, root: Path = Path(
         governor="" if clock is None else _text(clock / "scaling_governor") or "",
         memory_available_bytes=meminfo(root).get("MemAvailable"),
         disk_free_bytes=_disk_free(data_dir),
-        throttled=_throttled(root),
+        throttled=_throttled(root, clock),
     )
 
 
@@ -84,9 +87,11 @@ def _hottest(root: Path) -> Optional[float]:
     return max(found) if found else None
 
 
-def _throttled(root: Path) -> Tuple[str, ...]:
-    """What slows the processor down now: the firmware of a Raspberry Pi, or a cooling device of the kernel at work."""
+def _throttled(root: Path, clock: Optional[Path]) -> Tuple[str, ...]:
+    """What slows the processor down now: a Raspberry Pi's firmware, a cooling device at work, or the governor."""
     found = []
+    if clock is not None and _text(clock / "scaling_governor") == "powersave":
+        found += [POWERSAVE] if _text(clock / "scaling_driver") not in _AUTONOMOUS else []
     word = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
     try:
         bits = int(word, 16) if word else 0

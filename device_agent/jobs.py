@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union
@@ -27,7 +27,7 @@ from kedge.device_agent import runner as native
 from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
 from kedge.device_agent.cage import Cage, remove_tree
 from kedge.device_agent.cores import Watch
-from kedge.device_agent.health import read_health
+from kedge.device_agent.health import Fitness, read_health
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
 from kedge.rpc.artifact.place import CPU, Placement, look_at, place
@@ -49,7 +49,7 @@ from kedge.rpc.errors import (
     PermissionDeniedError,
 )
 from kedge.rpc.limits import check_spec
-from kedge.rpc.measure import MAX_CELSIUS, judge
+from kedge.rpc.measure import is_disturbed, judge
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.security import signing
 from kedge.rpc.types import (
@@ -124,8 +124,9 @@ class Board:
     cache: ArtifactCache
     scratch: Path
     blobs: Blobs
-    #: How long a measurement waits for a hot or throttled device at most; what it measures then is suspect.
+    #: How long a measurement waits for a hot, throttled or unfit device at most; what it measures then is suspect.
     calm_s: float = 30.0
+    fitness: Fitness = field(default_factory=Fitness)
     #: A session of which nothing is asked for so long ends: its client has forgotten that others wait for the device.
     session_idle_s: float = 3600.0
     #: Public keys of those whose artifacts may run here; empty: everybody's.
@@ -141,8 +142,9 @@ class Board:
         return len(self.measuring) if timing and self.measuring else self.threads
 
     def health(self) -> Health:
-        """The device's condition now, with the clock of a core that timings run on."""
-        return read_health(self.scratch, cpu=self.measuring[0] if self.measuring else None)
+        """The device's condition now, with the clock of a core that timings run on, and what makes it unfit."""
+        health = read_health(self.scratch, cpu=self.measuring[0] if self.measuring else None)
+        return replace(health, problems=self.fitness.problems(health))
 
     def new_folder(self, prefix: str) -> Path:
         """A folder for one job, in which its runner may write; raises OSError."""
@@ -496,14 +498,12 @@ def limits_of(board: Board, kind: str, cpu_s: float) -> native.Limits:
 
 
 def await_calm(board: Board, longest_s: float, called_off: threading.Event) -> Health:
-    """The device's condition once nothing slows it down and it is not hot, or after as long as may be waited."""
+    """The device's condition once nothing that may pass disturbs it, or after as long as may be waited."""
     ends = time.monotonic() + min(board.calm_s, longest_s)
     while True:
         health = board.health()
-        celsius = health.temperature_celsius
-        hot = celsius is not None and celsius > MAX_CELSIUS
         left = ends - time.monotonic()
-        if left <= 0 or not (hot or health.throttled) or called_off.wait(min(left, _CALM_PAUSE_S)):
+        if left <= 0 or not is_disturbed(health) or called_off.wait(min(left, _CALM_PAUSE_S)):
             return health
 
 

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kedge.device_agent.health import read_health
+from kedge.device_agent.cores import Watch
+from kedge.device_agent.health import examine
 from kedge.device_agent.runner import (
     Given,
     Kept,
@@ -40,7 +41,7 @@ from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.cores import usable_threads
 from kedge.rpc.errors import JobError
 from kedge.rpc.measure import judge
-from kedge.rpc.types import Measurement, TimeOptions
+from kedge.rpc.types import Measurement, Pinning, TimeOptions
 
 #: How long a call may take before its runner is killed, unless the caller says otherwise.
 RUN_TIMEOUT_S = 600.0
@@ -277,19 +278,22 @@ class LocalModel:
     def _time(self, inputs: Mapping[str, Any], function: str, options: TimeOptions, timeout_s: float) -> Timing:
         index, tensors = self._arrange(function, inputs)
         here = Path(tempfile.gettempdir())
-        before = read_health(here)
+        before = examine(here)
+        watch = Watch(self._runner.hello.pid, sorted(os.sched_getaffinity(0)))
         try:
             timed = self._runner.time(index, tensors, options, timeout_s, module=self._module)
         except RunnerError as error:
             _raise(error)
+        pinning = Pinning(watch.cpus, others_share=watch.others_share())
         measurement = Measurement(
             options=replace(options, number=timed.number),
             samples_ns=timed.samples_ns,
             resolution_ns=timed.resolution_ns,
             num_threads=self.threads,
             before=before,
-            after=read_health(here),
+            after=examine(here),
             profile=None if timed.profile is None else replace(timed.profile, variant=self._variant()),
+            pinning=pinning,
         )
         verdict, reasons = judge(measurement, num_cores=usable_threads())
         return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))

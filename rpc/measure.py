@@ -9,7 +9,7 @@ import math
 import statistics
 from typing import List, Optional, Sequence, Tuple
 
-from kedge.rpc.types import Measurement, Verdict
+from kedge.rpc.types import Health, Measurement, Verdict
 
 #: A repeat that lasts fewer steps of the clock says nothing; below the second bound its last digits are noise.
 MIN_STEPS = 10
@@ -25,6 +25,8 @@ MAX_LOAD_PER_CORE = 0.5
 MIN_FREQUENCY_RATIO = 0.9
 #: Of each core that a measurement needs, the share that others may use meanwhile.
 MAX_OTHERS_SHARE = 0.1
+#: Of what slows a device down, the one thing that does not pass by itself: a governor that holds the lowest clock.
+POWERSAVE = "powersave governor"
 
 
 def mad(samples: Sequence[float]) -> float:
@@ -69,6 +71,13 @@ def judge(measurement: Measurement, emulated: bool = False, num_cores: int = 1) 
     if emulated:
         return Verdict.EMULATED, ["the device is emulated: the times say nothing about a real one", *reasons]
     return (Verdict.SUSPECT if reasons else Verdict.VALID), reasons
+
+
+def is_disturbed(health: Health) -> bool:
+    """Whether a measurement would say little now, and more after a while: heat, throttling, no memory or disk left."""
+    celsius = health.temperature_celsius
+    hot = celsius is not None and celsius > MAX_CELSIUS
+    return hot or bool(health.problems) or any(word != POWERSAVE for word in health.throttled)
 
 
 def _broken(m: Measurement) -> Optional[str]:
@@ -116,10 +125,12 @@ def _health_reasons(m: Measurement, num_cores: int) -> List[str]:
     cores = max(num_cores, 1)
     # Whoever leaves a core to each of the measurement's threads does not disturb it (0 threads: all cores).
     limit = max(MAX_LOAD_PER_CORE * cores, cores - (m.num_threads or cores) + MAX_LOAD_PER_CORE)
-    # Only before: afterwards the load is the measurement's own.
-    if before is not None and before.load_1min is not None and before.load_1min > limit:
-        reasons.append(f"the machine was busy before (load {before.load_1min:.2f} on {cores} cores)")
     pinning = m.pinning
+    watched = pinning is not None and pinning.others_share is not None
+    # Only before: afterwards the load is the measurement's own. And only where nobody watched the cores meanwhile: the
+    # load is that of a minute, that of earlier measurements among it.
+    if not watched and before is not None and before.load_1min is not None and before.load_1min > limit:
+        reasons.append(f"the machine was busy before (load {before.load_1min:.2f} on {cores} cores)")
     if pinning is not None and pinning.others_share is not None:
         there = len(pinning.cpus)
         needed = min(m.num_threads or there, there)
@@ -129,10 +140,16 @@ def _health_reasons(m: Measurement, num_cores: int) -> List[str]:
             reasons.append(f"others used {pinning.others_share:.0%} of its cores ({shown}) meanwhile")
     if after is not None and after.temperature_celsius is not None and after.temperature_celsius > MAX_CELSIUS:
         reasons.append(f"the device was hot ({after.temperature_celsius:.0f} °C)")
-    slowed = sorted({word for health in (before, after) if health is not None for word in health.throttled})
+    known = [health for health in (before, after) if health is not None]
+    slowed = sorted({word for health in known for word in health.throttled})
     if slowed:
         reasons.append(f"the device was slowed down ({', '.join(slowed)})")
-    clocks = [health.frequency_mhz or 0.0 for health in (before, after) if health is not None]
+    unfit = list(dict.fromkeys(problem for health in known for problem in health.problems))
+    if unfit:
+        reasons.append(f"the device was not fit to measure ({'; '.join(unfit)})")
+    if before is not None and after is not None and "" != before.governor != after.governor != "":
+        reasons.append(f"its governor changed from {before.governor} to {after.governor}")
+    clocks = [health.frequency_mhz or 0.0 for health in known]
     if len(clocks) == 2 and 0 < clocks[1] < MIN_FREQUENCY_RATIO * clocks[0]:
         reasons.append(f"its clock fell from {clocks[0]:.0f} to {clocks[1]:.0f} MHz")
     return reasons

@@ -23,6 +23,7 @@ from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import BlobError, BlobQuotaError, BlobStore, CorruptBlobError, DiskFullError, blob_of
 from kedge.rpc.errors import ConnectError, PermissionDeniedError
+from kedge.rpc.measure import POWERSAVE
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import (
     MAX_PROFILE_SAMPLES,
@@ -486,7 +487,10 @@ SLOW = Health(temperature_celsius=60.0, throttled=("under-voltage",))
 CALM = Health(temperature_celsius=60.0)
 
 
-@pytest.mark.parametrize("at_first", [HOT, SLOW])
+FULL = Health(temperature_celsius=60.0, memory_available_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("at_first", [HOT, SLOW, FULL])
 def test_a_measurement_waits_for_the_device_to_be_calm(
     board: Board, remote: Remote, made: Artifact, at_first: Health, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +509,25 @@ def test_a_device_that_stays_hot_is_measured_all_the_same_and_suspected(
     assert measured is not None and measured.verdict is Verdict.SUSPECT
     assert "the device was hot (91 °C)" in measured.reasons
     assert "the device was slowed down (heat)" in measured.reasons
+
+
+def test_a_device_without_memory_or_disk_is_measured_all_the_same_and_suspected(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "read_health", lambda _folder, cpu: replace(FULL, disk_free_bytes=1 << 20))
+    measured = execute(replace(board, calm_s=0.01), bench_spec(remote.publish(made))).measurement
+    assert measured is not None and measured.verdict is Verdict.SUSPECT
+    (unfit,) = [reason for reason in measured.reasons if "not fit to measure" in reason]
+    assert "1 MiB of memory are free, less than 32; 1 MiB of its disk are free" in unfit
+
+
+def test_a_governor_that_holds_the_lowest_clock_is_told_and_not_waited_for(
+    board: Board, remote: Remote, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = replace(CALM, governor="powersave", throttled=(POWERSAVE,))
+    monkeypatch.setattr(jobs, "read_health", lambda _folder, cpu: slow)
+    measured = execute(replace(board, calm_s=600.0), bench_spec(remote.publish(made))).measurement
+    assert measured is not None and f"the device was slowed down ({POWERSAVE})" in measured.reasons
 
 
 def test_whoever_waits_for_a_device_to_cool_down_can_be_cancelled(

@@ -250,6 +250,25 @@ def test_what_slows_a_device_down_now(board: Board, files: dict[str, str], throt
     assert read_health(root, root=root).throttled == throttled
 
 
+@pytest.mark.parametrize(
+    ("governor", "driver", "throttled"),
+    [
+        ("powersave", "cpufreq-dt", ("powersave governor",)),
+        ("powersave", "intel_cpufreq", ("powersave governor",)),
+        ("powersave", "intel_pstate", ()),  # its usual one, which raises the clock with the work
+        ("powersave", "amd-pstate-epp", ()),
+        ("ondemand", "cpufreq-dt", ()),
+    ],
+)
+def test_a_governor_that_holds_the_lowest_clock(
+    board: Board, governor: str, driver: str, throttled: tuple[str, ...]
+) -> None:
+    folder = f"sys/devices/system/cpu/cpu{min(os.sched_getaffinity(0))}/cpufreq"
+    root = board({f"{folder}/scaling_governor": f"{governor}\n", f"{folder}/scaling_driver": f"{driver}\n"})
+    health = read_health(root, root=root)
+    assert (health.governor, health.throttled) == (governor, throttled)
+
+
 def test_an_unfit_device_says_why(board: Board) -> None:
     root = board(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,8 @@ def test_time(device: LocalDevice, arithmetic_artifact: Artifact) -> None:
     assert timing.measurement.before is not None
     assert timing.measurement.num_threads == 1
     assert timing.protocol.min_repeat_ns == 100_000
+    pinning = timing.measurement.pinning
+    assert pinning is not None and pinning.cpus == tuple(sorted(os.sched_getaffinity(0))) and not pinning.reserved
 
 
 def test_mistakes(device: LocalDevice, arithmetic_artifact: Artifact) -> None:

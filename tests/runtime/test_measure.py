@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedge.rpc.client.timing import Timing
-from kedge.rpc.measure import judge, mad, median_interval
-from kedge.rpc.types import Health, Measurement, TimeOptions, Verdict
+from kedge.rpc.measure import POWERSAVE, is_disturbed, judge, mad, median_interval
+from kedge.rpc.types import Health, Measurement, Pinning, TimeOptions, Verdict
 
 QUIET = tuple(1e6 + 1e3 * (i * 7 % 11) for i in range(20))
 
@@ -68,6 +68,18 @@ def test_calls_that_are_timed_one_by_one_have_to_last_one_by_one() -> None:
         (measured(before=Health(load_1min=0.9)), "the machine was busy before (load 0.90 on 1 cores)"),
         (measured(after=Health(temperature_celsius=90.0)), "the device was hot (90 °C)"),
         (
+            measured(before=Health(throttled=("heat",)), after=Health(throttled=("heat", "under-voltage"))),
+            "the device was slowed down (heat, under-voltage)",
+        ),
+        (
+            measured(after=Health(problems=("9 MiB of memory are free, less than 32",))),
+            "the device was not fit to measure (9 MiB of memory are free, less than 32)",
+        ),
+        (
+            measured(before=Health(governor="performance"), after=Health(governor="ondemand")),
+            "its governor changed from performance to ondemand",
+        ),
+        (
             measured(before=Health(frequency_mhz=1500.0), after=Health(frequency_mhz=600.0)),
             "its clock fell from 1500 to 600 MHz",
         ),
@@ -97,6 +109,32 @@ def test_suspect(measurement: Measurement, reason: str) -> None:
 def test_a_load_that_leaves_cores_for_the_threads(cores: int, threads: int, load: float, verdict: Verdict) -> None:
     measurement = replace(measured(before=Health(load_1min=load)), num_threads=threads)
     assert judge(measurement, num_cores=cores)[0] is verdict
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.02, Verdict.VALID), (None, Verdict.SUSPECT), (0.5, Verdict.SUSPECT)])
+def test_the_load_of_the_last_minute_says_nothing_of_cores_that_were_watched(
+    share: float | None, verdict: Verdict
+) -> None:
+    """It may be that of the measurements before, whoever else was on the cores."""
+    busy = measured(before=Health(load_1min=3.0), pinning=Pinning((2, 3), others_share=share))
+    found, reasons = judge(replace(busy, num_threads=2), num_cores=4)
+    assert found is verdict and len(reasons) == (verdict is Verdict.SUSPECT)
+    assert all("busy before" in reason if share is None else "others used" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("health", "disturbed"),
+    [
+        (Health(load_1min=99.0, governor="powersave", throttled=(POWERSAVE,)), False),
+        (Health(temperature_celsius=86.0), True),
+        (Health(temperature_celsius=84.0), False),
+        (Health(throttled=(POWERSAVE, "heat")), True),
+        (Health(problems=("9 MiB of its disk are free",)), True),
+        (Health(), False),
+    ],
+)
+def test_what_a_measurement_waits_for(health: Health, disturbed: bool) -> None:
+    assert is_disturbed(health) is disturbed
 
 
 def test_a_clock_that_rises_or_is_unknown_is_no_reason() -> None:
