@@ -44,7 +44,7 @@ from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.security import signing
 from kedge.rpc.security.identity import Identity, explained, renew
-from kedge.rpc.transport import MAX_RESULT_BYTES, Address, Tls, open_channel
+from kedge.rpc.transport import Address, Tls, open_channel
 from kedge.rpc.types import Blob, Confinement, DeviceInfo, JobResult, JobSpec, Lease, SessionTask
 
 log = logging.getLogger("kedge.agent")
@@ -476,19 +476,20 @@ def _run(job: Union[Job, Session], device: str) -> JobResult:
 
 def sendable(lease: Lease, result: JobResult) -> JobResult:
     """`result`, or in its place why it cannot travel: what cannot be sent would break every connection anew."""
-    from kedge.rpc import convert
+    from kedge.rpc import bounds, convert
 
     try:
-        size = convert.agent_message_to_pb(m.JobFinished(lease, result), 0).ByteSize()
+        bounds.check(convert.agent_message_to_pb(m.JobFinished(lease, result), 0))
     except Exception as error:  # noqa: BLE001 - whatever protobuf refuses
-        why = f"the result of this job cannot be sent: {str(error)!a}"
+        why = (
+            f"the result of this job cannot be sent: {error.message if isinstance(error, KedgeError) else f'{error!a}'}"
+        )
     else:
-        if size <= MAX_RESULT_BYTES:
-            return result
-        why = f"the result of this job has {size} bytes; a message takes {MAX_RESULT_BYTES}"
+        return result
     log.error("job %s: %s", lease.job_id, why, extra={"job": lease.job_id})
+    # What is in a result, and how much of it, is the artifact's doing.
     return JobResult(
-        Outcome(OutcomeKind.DEVICE_FAULT, message=why), stage_times=result.stage_times, device=result.device
+        Outcome(OutcomeKind.BAD_REQUEST, message=why), stage_times=result.stage_times, device=result.device
     )
 
 

@@ -23,7 +23,8 @@ CHUNK_BYTES = 1 << 20
 MAX_SESSION_FRAME_BYTES = 5 << 20
 #: Above what one message carries: inline tensors are limited by `kedge.rpc.types.plan_inline`.
 MAX_MESSAGE_BYTES = 16 << 20
-#: Of a job's result, as a message: what the tracker says of a job holds the job's inline inputs too.
+#: Of a job's spec, with its inline inputs, and of its result: what the tracker says of a job holds both.
+MAX_SPEC_BYTES = 9 << 19
 MAX_RESULT_BYTES = 11 << 20
 #: Calls that are under way at a time, of one user or device: one more is refused.
 MAX_CALLS = 4_000

@@ -8,7 +8,7 @@ times one job is let through to find out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -19,8 +19,8 @@ from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol, Reservation
 
 Key = tuple[str, int]
-#: Answers that are remembered; more than this many start over.
-_REMEMBERED = 1_000
+#: Answers that are remembered, beside those for each user's wants; more than this many start over.
+_REMEMBERED = 4_000
 
 
 @dataclass(slots=True)
@@ -89,7 +89,8 @@ class Roster:
         self._serviced: dict[str, Serviced] = {}
         self._reservations: dict[str, Reservation] = {}
         self._selectors: dict[str, Selector] = {}
-        self._fits: dict[tuple[str, Needs], dict[str, bool]] = {}
+        #: By what is wanted: the devices, connected or not, whose labels and machine are that.
+        self._fits: dict[tuple[str, Needs], set[str]] = {}
         self.noise = Noise()
 
     def __iter__(self) -> Iterator[Device]:
@@ -104,9 +105,12 @@ class Roster:
 
     def add(self, device: Device) -> None:
         """A device (re)connected: what was known of its machine may be wrong now."""
-        self._devices[device.info.name] = device
-        for fits in self._fits.values():
-            fits.pop(device.info.name, None)
+        name = device.info.name
+        self._devices[name] = device
+        for (selector, needs), names in self._fits.items():
+            names.discard(name)
+            if self._suits(selector, needs, device):
+                names.add(name)
 
     def forget(self, keep: int) -> None:
         """Keep only so many of the devices that are gone."""
@@ -114,6 +118,8 @@ class Roster:
         for name in gone[: max(0, len(gone) - keep)]:
             del self._devices[name]
             self._breakers.pop(name, None)
+            for names in self._fits.values():
+                names.discard(name)
 
     # ---- What keeps a device from taking jobs ----------------------------------------------------------------------
 
@@ -175,6 +181,8 @@ class Roster:
 
     def reserved(self, name: str, now: int) -> Reservation | None:
         """Who the device is kept for at a time."""
+        if not self._reservations:
+            return None
         held = (item for item in self._reservations.values() if item.device == name)
         return next((item for item in held if item.from_unix_ms <= now < item.until_unix_ms), None)
 
@@ -199,41 +207,48 @@ class Roster:
 
     # ---- Matching --------------------------------------------------------------------------------------------------
 
-    def matches(self, want: Want, name: str, now: int) -> bool:
-        """May a job with this want go to the device, if the device takes jobs?
+    def takers(self, want: Want, names: Collection[str], now: int) -> list[str]:
+        """Those of these devices that may have a job with this want, if they take jobs.
 
         One that failed while it had the job is taken again only when no other connected one could have it.
         """
-        return self._open_to(want, name, now) and (name not in want.avoid or not self._has_alternative(want, now))
+        fits = self._fitting(want)
+        if fits.isdisjoint(names):
+            return []
+        able = [name for name in names if name in fits and self._open_to(want.user, name, now)]
+        if not want.avoid.isdisjoint(able) and self._has_alternative(want, now):
+            return [name for name in able if name not in want.avoid]
+        return able
 
-    def candidates(self, want: Want, now: int) -> list[Device]:
-        """Connected devices that could take such a job, now or later."""
-        here = [device for device in self if device.connection is not None and self.obstacle(device, now) is None]
-        return [device for device in here if self.matches(want, device.info.name, now)]
+    def working(self, now: int) -> list[str]:
+        """Connected devices that take jobs, now or once they are idle."""
+        return [d.info.name for d in self if d.connection is not None and self.obstacle(d, now) is None]
 
     def _has_alternative(self, want: Want, now: int) -> bool:
+        others = (self._devices[name] for name in self._fitting(want) - want.avoid)
         return any(
             device.connection is not None
-            and device.info.name not in want.avoid
-            and self._open_to(want, device.info.name, now)
+            and self._open_to(want.user, device.info.name, now)
             and self.obstacle(device, now) is None
-            for device in self
+            for device in others
         )
 
-    def _open_to(self, want: Want, name: str, now: int) -> bool:
-        """Whether the device fits, and is reserved for nobody else."""
+    def _open_to(self, user: str, name: str, now: int) -> bool:
+        """Whether the device is reserved for nobody else."""
         reserved = self.reserved(name, now)
-        return self._fit(want, name) and (reserved is None or reserved.user == want.user)
+        return reserved is None or reserved.user == user
 
-    def _fit(self, want: Want, name: str) -> bool:
-        """Whether labels and machine are what is wanted."""
-        if len(self._fits) > _REMEMBERED:
-            self._fits.clear()
-        fits = self._fits.setdefault((want.selector, want.needs), {})
-        if name not in fits:
-            device = self._devices[name]
-            fits[name] = self.selector(want.selector).matches(device.labels) and able(want, device)
-        return fits[name]
+    def _fitting(self, want: Want) -> set[str]:
+        """The devices, connected or not, whose labels and machine are what is wanted."""
+        key = want.selector, want.needs
+        if key not in self._fits:
+            if len(self._fits) > _REMEMBERED:
+                self._fits.clear()
+            self._fits[key] = {device.info.name for device in self if self._suits(*key, device)}
+        return self._fits[key]
+
+    def _suits(self, selector: str, needs: Needs, device: Device) -> bool:
+        return self.selector(selector).matches(device.labels) and able(needs, device)
 
     def selector(self, text: str) -> Selector:
         """A selector, parsed; raises SelectorError."""
@@ -253,7 +268,7 @@ class Roster:
         if not chosen:
             gone = sum(selector.matches(d.labels) for d in self if d.connection is None)
             return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
-        fit = [device for device in chosen if able(want, device)]
+        fit = [device for device in chosen if able(want.needs, device)]
         if not fit and want.needs == ANYWHERE:
             return "no matching device serves sessions: update kedge on it"
         if not fit:
@@ -299,11 +314,11 @@ def conditions_of(device: Device) -> Conditions:
     return Conditions(device.info.target, device.protocol.software, device.health.governor)
 
 
-def able(want: Want, device: Device) -> bool:
+def able(needs: Needs, device: Device) -> bool:
     """Is the device one for such a job? A session, which names no artifact, needs an agent that serves sessions."""
-    if want.needs == ANYWHERE:
+    if needs == ANYWHERE:
         return "sessions" in device.protocol.capabilities
-    return can_run(want.needs, device.info)
+    return can_run(needs, device.info)
 
 
 def can_run(needs: Needs, info: DeviceInfo) -> bool:

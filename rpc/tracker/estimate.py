@@ -12,6 +12,8 @@ from kedge.rpc.types import BenchTask, JobSpec, SessionTask
 #: How much the newest duration counts beside all before it.
 _NEWEST = 0.3
 _REMEMBERED = 10_000
+#: So often one job is counted as being ahead of others; more would hold up the tracker.
+_MOST_STEPS = 200_000
 _ALL = ("", "", "")
 
 Kind = tuple[str, str, str]
@@ -63,26 +65,49 @@ def waits(
 ) -> dict[str, Wait]:
     """How long each job of a queue may wait, as if work were a fluid that the devices of a want share evenly.
 
+    Of jobs far behind, where many stand in lines that overlap, nothing is said.
+
     Args:
         order: jobs with what they want, in the order in which they are likely to start.
         usable: the devices that could take a job with this want.
         free_in: milliseconds until a device is free; None where nobody can tell.
         takes: milliseconds that a job holds its device; None where nobody can tell.
     """
-    devices = {want: usable(want) for want in {want for _, want in order}}
-    rivals = {want: [other for other in devices if devices[other] & devices[want]] for want in devices}
-    ahead = dict.fromkeys(devices, 0)
-    ahead_ms: dict[Want, float | None] = dict.fromkeys(devices, 0.0)
-    known = {want: [free_in(name) for name in names] for want, names in devices.items()}
-    found = {}
+    lines, devices = _lines(usable, order)
+    at: dict[str, list[int]] = {}
+    for line, names in enumerate(devices):
+        for name in names:
+            at.setdefault(name, []).append(line)
+    rivals = [{other for name in names for other in at[name]} for names in devices]
+    known = [[free_in(name) for name in names] for names in devices]
+    ahead = [0] * len(devices)
+    ahead_ms: list[float | None] = [0.0] * len(devices)
+    found: dict[str, Wait] = {}
+    steps = 0
     for job_id, want in order:
-        found[job_id] = Wait(ahead[want] + 1, _eta(known[want], ahead[want], ahead_ms[want]))
+        line = lines[want]
+        found[job_id] = Wait(ahead[line] + 1, _eta(known[line], ahead[line], ahead_ms[line]))
+        steps += len(rivals[line])
+        if steps > _MOST_STEPS:
+            break
         duration = takes(job_id)
-        for other in rivals[want]:
+        for other in rivals[line]:
             ahead[other] += 1
             before = ahead_ms[other]
             ahead_ms[other] = None if before is None or duration is None else before + duration
     return found
+
+
+def _lines(
+    usable: Callable[[Want], frozenset[str]], order: Sequence[tuple[str, Want]]
+) -> tuple[dict[Want, int], list[frozenset[str]]]:
+    """Each want's line, by number, and the devices of each line: wants of the same devices stand in one."""
+    numbers: dict[frozenset[str], int] = {}
+    lines: dict[Want, int] = {}
+    for _, want in order:
+        if want not in lines:
+            lines[want] = numbers.setdefault(usable(want), len(numbers))
+    return lines, list(numbers)
 
 
 def _eta(free_in: Sequence[float | None], ahead: int, ahead_ms: float | None) -> int | None:

@@ -1,7 +1,8 @@
-"""How handlers of gRPC calls end: what they raise on purpose arrives at the other end as what it is."""
+"""How handlers of gRPC calls begin and end: with a message in time, and with what they raise on purpose."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
 
 T = TypeVar("T")
@@ -16,6 +18,22 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 #: What gRPC raises where something is said to a peer that is there no longer.
 GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
+#: Within so long a call has to say something (every call of kedge's own does at once).
+_FIRST_S = 10.0
+
+
+async def begun(messages: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The same messages; raises ProtocolError where the first does not come in time."""
+    try:
+        async with asyncio.timeout(_FIRST_S):
+            first = await anext(messages)
+    except StopAsyncIteration:
+        return
+    except TimeoutError as error:
+        raise ProtocolError(f"a call has to begin with a message within {_FIRST_S:g} s") from error
+    yield first
+    async for message in messages:
+        yield message
 
 
 def typed_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pool
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -47,11 +48,12 @@ _REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: "limit",
 }
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+#: By who streams: client, server.
 _TYPES = {
-    "unary_unary": ("unary", grpc.unary_unary_rpc_method_handler),
-    "unary_stream": ("server_stream", grpc.unary_stream_rpc_method_handler),
-    "stream_unary": ("client_stream", grpc.stream_unary_rpc_method_handler),
-    "stream_stream": ("bidi_stream", grpc.stream_stream_rpc_method_handler),
+    (False, False): ("unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("server_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("client_stream", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("bidi_stream", grpc.stream_stream_rpc_method_handler),
 }
 
 
@@ -214,12 +216,13 @@ class CountCalls(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         _, service, method = details.method.split("/")
-        for name, (kind, make) in _TYPES.items():
-            inner = getattr(handler, name)
-            if inner is not None:
-                counted = self._counted(inner, (kind, service, method))
-                return make(counted, handler.request_deserializer, handler.response_serializer)
-        raise TypeError(f"{details.method} has no handler of a known kind")
+        # Gates and relays have gRPC stream what is no stream for anybody else.
+        told = descriptor_pool.Default().FindMethodByName(f"{service}.{method}")
+        kind, _ = _TYPES[told.client_streaming, told.server_streaming]
+        _, make = _TYPES[handler.request_streaming, handler.response_streaming]
+        found = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        counted = self._counted(next(each for each in found if each is not None), (kind, service, method))
+        return make(counted, handler.request_deserializer, handler.response_serializer)
 
     def _counted(self, inner: Callable[[Any, Context], Any], labels: tuple[str, str, str]) -> Callable[..., Any]:
         if inspect.isasyncgenfunction(inner):

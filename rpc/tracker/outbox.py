@@ -26,6 +26,8 @@ class Parcel:
     sends: list[Send] = field(default_factory=list)
     durable: bool = False
     released: asyncio.Future[None] | None = None
+    #: Why its facts can never be.
+    problem: Exception | None = None
 
     def places(self) -> Iterator[_Place]:
         """What no assignment may overtake."""

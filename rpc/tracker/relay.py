@@ -15,7 +15,7 @@ import grpc
 
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import TrackerAwayError, to_status, was_said
-from kedge.rpc.tracker.handlers import GONE
+from kedge.rpc.tracker.handlers import GONE, begun
 from kedge.rpc.tracker.health import HEALTH
 from kedge.rpc.tracker.listeners import Details, Find
 from kedge.rpc.tracker.security.principal import RULES
@@ -32,8 +32,6 @@ _AUTHORIZATION = "authorization"
 _HEALTH = f"/{HEALTH}/"
 #: Services with a connection of their own: blobs must not hold up heartbeats, nor clients' calls keep agents out.
 _APART = ("/kedge.v1.Blobs", "/kedge.v1.Agents")
-#: Within so long a call has to say something (every call of kedge's own does at once).
-_FIRST_S = 10.0
 
 
 class Relay:
@@ -130,18 +128,16 @@ async def _begun(requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
     Only the leader knows whom to admit, and refuses others as soon as it hears of them.
     """
+    said = begun(requests)
     try:
-        async with asyncio.timeout(_FIRST_S):
-            first = [await anext(requests)]
+        first = [await anext(said)]
     except StopAsyncIteration:
         first = []
-    except TimeoutError as error:
-        raise ProtocolError(f"a call has to begin with a message within {_FIRST_S:g} s") from error
 
     async def all_of_them() -> AsyncIterator[bytes]:
         for message in first:
             yield message
-        async for message in requests:
+        async for message in said:
             yield message
 
     return all_of_them()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kedge.rpc.tracker.facts import Needs
@@ -26,9 +26,12 @@ class Want:
     avoid: frozenset[str] = frozenset()
 
 
-Matches = Callable[[Want, str], bool]
+#: Those of idle devices that may have a job with a want, in the same order.
+Takers = Callable[[Want, Sequence[str]], list[str]]
 #: Within a line smaller goes first: (-priority, sequence number, job id).
 Place = tuple[int, int, str]
+#: Of jobs that have left, so many places are no reason to make a line anew.
+_SPARE_PLACES = 16
 
 
 class Shares:
@@ -71,7 +74,10 @@ class Queue:
     def __init__(self) -> None:
         self._lines: dict[Want, list[Place]] = {}
         self._waiting: dict[str, Want] = {}
+        #: How many jobs wait: by want, by user; and how many wants each user has.
+        self._of_want: Counter[Want] = Counter()
         self._of_user: Counter[str] = Counter()
+        self._wants_of_user: Counter[str] = Counter()
         #: Grows with every change, so that whoever has derived something from the queue knows when it is outdated.
         self.version = 0
 
@@ -89,36 +95,48 @@ class Queue:
         """How many jobs of a user wait."""
         return self._of_user[user]
 
+    def count_wants(self, user: str) -> int:
+        """How many different things the jobs of a user wait for."""
+        return self._wants_of_user[user]
+
+    def has(self, want: Want) -> bool:
+        """Whether a job waits for just that."""
+        return want in self._lines
+
     def push(self, job_id: str, want: Want, priority: int, seq: int) -> None:
         """Put a job in its line; a job that was there before keeps its place by its `seq`."""
         self._waiting[job_id] = want
+        self._of_want[want] += 1
         self._of_user[want.user] += 1
+        self._wants_of_user[want.user] += want not in self._lines
         self.version += 1
         heapq.heappush(self._lines.setdefault(want, []), (-priority, seq, job_id))
 
     def remove(self, job_id: str) -> None:
         """The job waits no longer."""
         want = self._waiting.pop(job_id)
-        self._of_user[want.user] -= 1
-        if not self._of_user[want.user]:
-            del self._of_user[want.user]
+        self._of_want[want] -= 1
+        _take_one(self._of_user, want.user)
         self.version += 1
         line = self._lines[want]
-        # A place further back is forgotten when its turn comes.
-        while line and line[0][2] not in self._waiting:
+        # A place further back is forgotten when its turn comes, or when most are of jobs that have left.
+        while line and self._waiting.get(line[0][2]) != want:
             heapq.heappop(line)
+        if len(line) > 2 * self._of_want[want] + _SPARE_PLACES:
+            line[:] = {place for place in line if self._waiting.get(place[2]) == want}
+            heapq.heapify(line)
         if not line:
-            del self._lines[want]
+            del self._lines[want], self._of_want[want]
+            _take_one(self._wants_of_user, want.user)
 
-    def assign(self, idle: Iterable[str], matches: Matches, shares: Shares, now: int) -> list[tuple[str, str]]:
+    def assign(self, idle: Sequence[str], takers: Takers, shares: Shares, now: int) -> list[tuple[str, str]]:
         """Take out the jobs that can start now, each with its device.
 
         `idle` names devices, longest idle first. A job takes the device that the fewest lines could use, so that a
         job which asks for little does not occupy the one device that another has to have.
         """
         assigned: list[tuple[str, str]] = []
-        free = list(idle)
-        usable = {want: names for want in self._lines if (names := [name for name in free if matches(want, name)])}
+        usable = {want: names for want in self._lines if (names := takers(want, idle))}
         rivals = Counter(name for names in usable.values() for name in names)
         taken: set[str] = set()
         given: Counter[str] = Counter()
@@ -161,3 +179,9 @@ class Queue:
             for before, (seq, job_id) in enumerate(sorted(set(line_of_user))):
                 ranked.append(((priority, held + before, used, seq), job_id))
         return [(job_id, self._waiting[job_id]) for _, job_id in sorted(ranked)]
+
+
+def _take_one(counts: Counter[str], user: str) -> None:
+    counts[user] -= 1
+    if not counts[user]:
+        del counts[user]

@@ -23,7 +23,7 @@ import grpc
 
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
-from kedge.rpc.errors import KedgeError, LimitError, PermissionDeniedError
+from kedge.rpc.errors import KedgeError, PermissionDeniedError
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
 from kedge.rpc.tracker.blobs import TrackerBlobs
@@ -33,7 +33,6 @@ from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.principal import Principal, caller
 from kedge.rpc.tracker.shell import Shell, unknown_job
-from kedge.rpc.transport import MAX_SESSION_FRAME_BYTES
 from kedge.rpc.types import Job, JobState, SessionTask
 
 log = logging.getLogger("kedge.tracker")
@@ -211,7 +210,6 @@ class SessionsService:
             self._shell.session_heard(job_id)
             said = frame.WhichOneof("body")
             if said == "data":
-                _check_size(frame.data)
                 if not relay.begun:
                     raise ProtocolError("a session's client said something before its device was there")
                 await self._hand_over(job_id, relay, pb.DeviceEvent(data=frame.data))
@@ -297,7 +295,6 @@ class SessionsService:
                     return True
                 if said != "data":
                     raise ProtocolError(f"a session's device said {said or 'nothing'}")
-                _check_size(frame.data)
                 await relay.to_client.put(pb.ClientEvent(data=frame.data))
             return False
 
@@ -358,8 +355,3 @@ def _raise(error: BaseException | None) -> None:
     """An end that vanished is no error of the tracker's: the state machine knows what it means."""
     if error is not None and not isinstance(error, (*GONE, grpc.RpcError, asyncio.InvalidStateError)):
         raise error
-
-
-def _check_size(data: bytes) -> None:
-    if len(data) > MAX_SESSION_FRAME_BYTES:
-        raise LimitError(f"a session's frame of {len(data)} bytes is not relayed: at most {MAX_SESSION_FRAME_BYTES}")

@@ -11,15 +11,16 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
-from kedge.rpc.status import QueueFullError, UnknownJobError
+from kedge.rpc.status import UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.outbox import Outbox, Parcel
+from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError
 from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
 from kedge.rpc.tracker.store import Store
@@ -31,6 +32,8 @@ log = logging.getLogger("kedge.tracker")
 _STORE_PATIENCE_S = 5.0
 #: What many devices do within so long is told at once to those who watch waiting jobs.
 _RETELL_S = 0.1
+#: Of that, so much may be spent on telling them.
+_RETELL_AT_ONCE_S = 0.01
 
 
 class Clock:
@@ -42,6 +45,25 @@ class Clock:
     def __call__(self) -> int:
         """Now."""
         return int((time.monotonic() + self._offset) * 1000)
+
+
+class Changes:
+    """What became of a job since somebody last looked: the newest only, however long they take."""
+
+    def __init__(self) -> None:
+        self._newest: Job | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, job: Job | None) -> None:
+        """The job is like this now."""
+        self._newest = job
+        self._changed.set()
+
+    async def get(self) -> Job | None:
+        """The job as it is after the next change, or is since the last one that nobody has read."""
+        await self._changed.wait()
+        self._changed.clear()
+        return self._newest
 
 
 #: Takes a message for one agent; None ends its connection.
@@ -67,10 +89,12 @@ class Shell:
         self._outbox = Outbox()
         self._agents: dict[int, ToOneAgent] = {}
         self._next_connection = 0
-        self._watchers: dict[str, list[asyncio.Queue[Job | None]]] = defaultdict(list)
+        self._watchers: dict[str, list[Changes]] = defaultdict(list)
         self._device_waiters: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._retelling: asyncio.TimerHandle | None = None
+        #: Something has changed since they were last begun to be told.
+        self._untold = False
         self._closing = False
         self.state.restore(store.found, self._now())
         store.when_forgotten(self._tell_forgotten)
@@ -95,7 +119,7 @@ class Shell:
                 timer.cancel()
         for queues in self._watchers.values():
             for changes in queues:
-                changes.put_nowait(None)
+                changes.put(None)
         self._wake_device_waiters()
         for send in self._agents.values():
             send(None)
@@ -133,16 +157,19 @@ class Shell:
             if await self._job_of_key(key) == known:  # and has not been withdrawn
                 return known, True
         self._check_store()
-        most = self.state.settings.max_queued_per_user
-        if self.state.queued(user) >= most:
-            raise QueueFullError(f"{most} jobs of {user or 'this user'} wait already", hint="wait, or cancel some")
+        self.state.check_room(spec, needs, user)
         job_id = secrets.token_hex(6)
-        stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now(), user))
+
+        def withdraw() -> Effects:
+            return self.state.withdraw(job_id, key, self._now())
+
+        stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now(), user), withdraw)
         try:
             await self._durable(stored)
         except StoreError:
             # What was refused must never run.
-            self._apply(self.state.withdraw(job_id, key, self._now()))
+            if not stored.done():
+                self._apply(withdraw())
             raise
         return job_id, False
 
@@ -160,6 +187,7 @@ class Shell:
             await asyncio.wait([stored], timeout=_STORE_PATIENCE_S)
             if not stored.done():
                 self._check_store()
+        stored.result()
 
     def _check_store(self) -> None:
         if self._store.problem is not None:
@@ -181,7 +209,7 @@ class Shell:
             effects = self.state.start_maintenance(name, reason, user, self._now())
         else:
             effects = self.state.end_maintenance(name, self._now())
-        await self._durable(self._apply(effects))
+        await self._durable(self._apply(effects, lambda: self.state.end_maintenance(name, self._now())))
         return self._status_of(name)
 
     def _check_known(self, name: str) -> None:
@@ -196,9 +224,8 @@ class Shell:
     ) -> DeviceStatus:
         """Remember how noisy a device is; raises NoDeviceError, StoreError."""
         self._check_known(name)
-        await self._durable(
-            self._apply(self.state.keep_noise(number, name, user, relative, num_threads, on, self._now()))
-        )
+        effects = self.state.keep_noise(number, name, user, relative, num_threads, on, self._now())
+        await self._durable(self._apply(effects, Effects))
         return self._status_of(name)
 
     async def reserve(self, selector: str, user: str, begin: int, duration_ms: int, reason: str) -> Reservation:
@@ -206,7 +233,7 @@ class Shell:
         self._check_store()
         number = secrets.token_hex(6)
         reservation, effects = self.state.reserve(number, selector, user, begin, duration_ms, reason, self._now())
-        await self._durable(self._apply(effects))
+        await self._durable(self._apply(effects, lambda: self.state.end_reservation(number, self._now())))
         return reservation
 
     async def end_reservation(self, reservation_id: str) -> None:
@@ -248,14 +275,14 @@ class Shell:
         found = [self.state.job(job.id) or job for job in stored]
         return [brief_job(job) for job in found if not states or job.state in states]
 
-    def watch(self, job_id: str) -> asyncio.Queue[Job | None]:
-        """A queue of the job's changes from now on, None when the tracker stops; give it back with `unwatch`."""
-        changes: asyncio.Queue[Job | None] = asyncio.Queue()
+    def watch(self, job_id: str) -> Changes:
+        """The job's changes from now on, None when the tracker stops; give it back with `unwatch`."""
+        changes = Changes()
         self._watchers[job_id].append(changes)
         return changes
 
-    def unwatch(self, job_id: str, changes: asyncio.Queue[Job | None]) -> None:
-        """Nobody reads the queue any more."""
+    def unwatch(self, job_id: str, changes: Changes) -> None:
+        """Nobody reads them any more."""
         self._watchers[job_id].remove(changes)
         if not self._watchers[job_id]:
             del self._watchers[job_id]
@@ -277,13 +304,17 @@ class Shell:
 
     # ---- Effects ----
 
-    def _apply(self, effects: Effects) -> asyncio.Future[None]:
-        """Store facts, then send; the future is done when both are."""
+    def _apply(self, effects: Effects, undo: Callable[[], Effects] | None = None) -> asyncio.Future[None]:
+        """Store facts, then send; the future is done when both are.
+
+        Where they can never be stored, `undo` takes the decision back, and the future raises StoreError.
+        """
         released: asyncio.Future[None] = self._loop.create_future()
         parcel = Parcel(effects.facts, list(effects.sends), not effects.facts, released)
         early = self._outbox.put(parcel, hasten=self._store.problem is None)
         if effects.facts:
-            self._store.append(effects.facts, functools.partial(self._tell_stored, parcel))
+            refused = functools.partial(self._tell_refused, parcel, undo)
+            self._store.append(effects.facts, functools.partial(self._tell_stored, parcel), refused)
         for send in early:
             self._tell(send.connection, send.body)
         self._release()
@@ -298,6 +329,10 @@ class Shell:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self._stored, parcel)
 
+    def _tell_refused(self, parcel: Parcel, undo: Callable[[], Effects] | None, problem: StoreError) -> None:
+        """From the store's thread."""
+        self._loop.call_soon_threadsafe(self._refused, parcel, undo, problem)
+
     def _tell_forgotten(self, keys: Sequence[str]) -> None:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self.state.forget_keys, keys)
@@ -307,9 +342,17 @@ class Shell:
         self._release()
         self._arm()
 
+    def _refused(self, parcel: Parcel, undo: Callable[[], Effects] | None, problem: StoreError) -> None:
+        log.error("%s", problem)
+        if undo is not None:
+            # Before what follows from it leaves: an assignment of what is no job any more does not.
+            self._apply(undo())
+            parcel.problem = problem
+        self._stored(parcel)
+
     def _release(self) -> None:
         for parcel in self._outbox.released():
-            for fact in parcel.facts:
+            for fact in parcel.facts if parcel.problem is None else ():
                 self._observer.stored(fact, self._now())
             for send in parcel.sends:
                 if isinstance(send, ToAgent):
@@ -322,7 +365,10 @@ class Shell:
             if any(isinstance(send, DevicesChanged) for send in parcel.sends):
                 self._devices_changed()
             if parcel.released is not None and not parcel.released.done():
-                parcel.released.set_result(None)
+                if parcel.problem is None:
+                    parcel.released.set_result(None)
+                else:
+                    parcel.released.set_exception(parcel.problem)
 
     def _tell(self, connection: int, body: TrackerBody | None) -> None:
         if isinstance(body, AssignJob) and not self.state.assignment_leaves(body.lease, self._now()):
@@ -333,20 +379,30 @@ class Shell:
 
     def _publish(self, job: Job) -> None:
         for changes in self._watchers.get(job.id, ()):
-            changes.put_nowait(job)
+            changes.put(job)
 
     def _devices_changed(self) -> None:
         """Why a job waits, and for how long, depends on the devices: those who watch it are told before long."""
+        self._untold = True
         if self._retelling is None and not self._closing:
             self._retelling = self._loop.call_later(_RETELL_S, self._retell)
         self._wake_device_waiters()
 
     def _retell(self) -> None:
-        self._retelling = None
-        for job_id in self._watchers:
-            job = self.state.job(job_id)
-            if job is not None and job.state is JobState.QUEUED:
+        self._untold = False
+        self._tell_some(iter(tuple(self._watchers)), {})
+
+    def _tell_some(self, job_ids: Iterator[str], reasons: dict[Want, str]) -> None:
+        """Tell those who watch these jobs for a short time, and the others after a pause."""
+        until = self._loop.time() + _RETELL_AT_ONCE_S
+        for job_id in job_ids:
+            job = self.state.still_waiting(job_id, reasons)
+            if job is not None:
                 self._publish(job)
+            if self._loop.time() >= until:
+                self._retelling = self._loop.call_later(_RETELL_S, self._tell_some, job_ids, reasons)
+                return
+        self._retelling = self._loop.call_later(_RETELL_S, self._retell) if self._untold else None
 
     def _wake_device_waiters(self) -> None:
         for waiter in self._device_waiters:

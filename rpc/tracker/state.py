@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
@@ -28,6 +28,7 @@ from kedge.rpc.noise import Noise
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import accepts, local_protocol
 from kedge.rpc.selector import labels_of, parse
+from kedge.rpc.status import QueueFullError
 from kedge.rpc.tracker.devices import Device, Key, Roster, conditions_of
 from kedge.rpc.tracker.estimate import Durations, Wait, waits
 from kedge.rpc.tracker.facts import (
@@ -74,6 +75,8 @@ _NEVER = 1 << 62
 #: So many leases of one job may have been handed out, and not stored, when a tracker is killed; devices that name
 #: higher ones are not believed.
 _UNSTORED_EPOCHS = 16
+#: Alarms that are of no use any more are dropped when they are more than all others, and this many.
+_SPARE_ALARMS = 64
 #: Outcomes that say nothing good about the device that had the job. A device's fault counts where its job is not
 #: cancelled anyway.
 _NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT, OutcomeKind.DEVICE_FAULT)
@@ -94,6 +97,12 @@ class Settings:
     deadlines: Deadlines = field(
         default_factory=lambda: Deadlines(queue_ms=600_000, transfer_ms=300_000, load_ms=60_000, run_ms=300_000)
     )
+    #: No job may ask for more.
+    longest: Deadlines = field(
+        default_factory=lambda: Deadlines(
+            queue_ms=30 * 86_400_000, transfer_ms=86_400_000, load_ms=86_400_000, run_ms=7 * 86_400_000
+        )
+    )
     max_requeues: int = 2
     #: After so many devices that failed with it, a job is not given to another one.
     max_device_faults: int = 2
@@ -103,7 +112,12 @@ class Settings:
     longest_quarantine_ms: int = 3_600_000
     fair_half_life_ms: int = 600_000
     max_queued_per_user: int = 20_000
+    #: Of inputs within specs, which are in memory until their jobs are done.
+    max_carried_bytes_per_user: int = 256 << 20
+    #: Selectors, and needs of artifacts, that differ.
+    max_wants_per_user: int = 1_000
     max_reservation_ms: int = 7 * 86_400_000
+    max_reservation_ahead_ms: int = 366 * 86_400_000
     max_reservations_per_user: int = 16
     remembered_jobs: int = 100_000
     remembered_devices: int = 1_000
@@ -182,6 +196,12 @@ class TrackerState:
         self._keys: OrderedDict[str, str] = OrderedDict()
         self._knows_all_keys = True
         self._alarms: list[tuple[int, str, str]] = []
+        #: How many were of use when they were last looked through.
+        self._kept_alarms = 0
+        #: The version of the queue that was last looked through for jobs that can start.
+        self._planned = 0
+        #: Bytes that jobs which are not done carry, by user.
+        self._carried: Counter[str] = Counter()
 
     # ---- Questions -------------------------------------------------------------------------------------------------
 
@@ -223,9 +243,25 @@ class TrackerState:
         """What each connected device speaks."""
         return {device.info.name: device.protocol for device in self._devices if device.connection is not None}
 
-    def queued(self, user: str) -> int:
-        """How many jobs of a user wait."""
-        return self._queue.count(user)
+    def check_room(self, spec: JobSpec, needs: Needs, user: str) -> None:
+        """A user may have one more job like this; raises QueueFullError."""
+        rules, whose = self.settings, user or "this user"
+        if self._queue.count(user) >= rules.max_queued_per_user:
+            raise QueueFullError(
+                f"{rules.max_queued_per_user} jobs of {whose} wait already", hint="wait, or cancel some"
+            )
+        if self._carried[user] + _carries(spec) > rules.max_carried_bytes_per_user:
+            raise QueueFullError(
+                f"jobs of {whose} that are not done carry {self._carried[user]} bytes of inputs, and may carry "
+                f"{rules.max_carried_bytes_per_user}",
+                hint="wait for some of them to end, or cancel some",
+            )
+        many = self._queue.count_wants(user) >= rules.max_wants_per_user
+        if many and not self._queue.has(Want(spec.selector, needs, user)):
+            raise QueueFullError(
+                f"jobs of {whose} wait for {rules.max_wants_per_user} different selections of devices already",
+                hint="wait for some of them to start, or submit jobs with the same selector",
+            )
 
     def reservations(self) -> list[Reservation]:
         """All that have not ended, the next one first."""
@@ -242,25 +278,40 @@ class TrackerState:
     def detail(self, job_id: str) -> str:
         """Why a queued job still waits; empty for any other."""
         job = self._jobs.get(job_id)
-        if job is None or job.assigned is not None:
+        return "" if job is None else self._detail(job, {})
+
+    def still_waiting(self, job_id: str, reasons: dict[Want, str]) -> Job | None:
+        """A queued job as it is now; None for any other. `reasons` keeps what many jobs wait for, between calls."""
+        job = self._jobs.get(job_id)
+        return None if job is None or job.assigned is not None else self._snapshot(job, reasons)
+
+    def _detail(self, job: _Job, reasons: dict[Want, str]) -> str:
+        if job.assigned is not None:
             return ""
         if job.cancelling is not None:
             return "being cancelled"
-        return "; ".join([*_told(job.faults), self._devices.why_waiting(job.want, self._now)])
+        if job.want not in reasons:
+            reasons[job.want] = self._devices.why_waiting(job.want, self._now)
+        return "; ".join([*_told(job.faults), reasons[job.want]])
 
     # ---- Clients ---------------------------------------------------------------------------------------------------
 
     def submit(self, job_id: str, spec: JobSpec, needs: Needs, key: str, now: int, user: str = "") -> Effects:
-        """Accept a job. The caller has checked that `job_of_key(key)` is None and that the spec makes sense."""
+        """Accept a job.
+
+        The caller has checked that `job_of_key(key)` is None, that the spec makes sense, and `check_room`.
+        """
         effects = self._begin(now)
         self._seq += 1
-        given, default = spec.deadlines, self.settings.deadlines
-        run_ms = self.settings.longest_session_ms if isinstance(spec.task, SessionTask) else default.run_ms
+        given, default, longest = spec.deadlines, self.settings.deadlines, self.settings.longest
+        if isinstance(spec.task, SessionTask):
+            session_ms = self.settings.longest_session_ms
+            default, longest = replace(default, run_ms=session_ms), replace(longest, run_ms=session_ms)
         deadlines = Deadlines(
-            given.queue_ms or default.queue_ms,
-            given.transfer_ms or default.transfer_ms,
-            given.load_ms or default.load_ms,
-            given.run_ms or run_ms,
+            min(given.queue_ms or default.queue_ms, longest.queue_ms),
+            min(given.transfer_ms or default.transfer_ms, longest.transfer_ms),
+            min(given.load_ms or default.load_ms, longest.load_ms),
+            min(given.run_ms or default.run_ms, longest.run_ms),
         )
         accepted = JobAccepted(job_id, self._seq, replace(spec, deadlines=deadlines), needs, key, now, user)
         effects.facts.append(accepted)
@@ -297,6 +348,7 @@ class TrackerState:
         if job is not None:
             self._take_back(job, now, effects)
             self._leave(job, now)
+            self._put_down(job)
         if job_id in self._queue:
             self._queue.remove(job_id)
         self._ended.pop(job_id, None)
@@ -371,6 +423,7 @@ class TrackerState:
         self._devices.serve(serviced)
         effects.facts.append(serviced)
         effects.sends.append(DevicesChanged())
+        self._schedule(now, effects)
         return effects
 
     def end_maintenance(self, name: str, now: int) -> Effects:
@@ -391,10 +444,13 @@ class TrackerState:
         Raises:
             SelectorError: the selector makes no sense.
             NoDeviceError: no device matches that is free to be reserved then.
-            UsageError: for too long, in the past, or one more than a user may have.
+            UsageError: for too long, in the past or a far future, or one more than a user may have.
         """
         effects, rules = self._begin(now), self.settings
         begin = begin or now
+        if begin > now + rules.max_reservation_ahead_ms:
+            ahead = _seconds(rules.max_reservation_ahead_ms)
+            raise UsageError("a reservation begins too late", hint=f"it may begin up to {ahead} from now")
         if not 0 < duration_ms <= rules.max_reservation_ms or begin + duration_ms <= now:
             longest = _seconds(rules.max_reservation_ms)
             raise UsageError("a reservation has to end in the future", hint=f"it may last up to {longest}")
@@ -495,6 +551,7 @@ class TrackerState:
         name = self._connections.get(connection)
         if name is not None:
             self._part(self._devices[name], now, effects)
+            self._schedule(now, effects)
         return effects
 
     def _begin(self, now: int) -> Effects:
@@ -670,6 +727,7 @@ class TrackerState:
     def _admit(self, accepted: JobAccepted, now: int, *, queued: bool = True) -> _Job:
         job = _Job(accepted, Want(accepted.spec.selector, accepted.needs, accepted.user), now, client_ms=now)
         self._jobs[job.id] = job
+        self._carried[accepted.user] += _carries(accepted.spec)
         if queued:
             self._line_up(job)
             self._watch_job(job)
@@ -680,16 +738,17 @@ class TrackerState:
         self._queue.push(job.id, job.want, job.spec.priority, job.accepted.seq)
 
     def _schedule(self, now: int, effects: Effects) -> None:
-        if not len(self._queue):
+        """Start what can start, where the queue or the devices have changed since nothing more could."""
+        if self._planned == self._queue.version and not any(isinstance(send, DevicesChanged) for send in effects.sends):
             return
-        idle = [device.info.name for device in self._devices.available(now)]
-        if not idle:
-            return
+        idle = [device.info.name for device in self._devices.available(now)] if len(self._queue) else []
 
-        def matches(want: Want, name: str) -> bool:
-            return self._devices.matches(want, name, now)
+        def takers(want: Want, names: Sequence[str]) -> list[str]:
+            return self._devices.takers(want, names, now)
 
-        for job_id, name in self._queue.assign(idle, matches, self._shares, now):
+        plan = self._queue.assign(idle, takers, self._shares, now) if idle else []
+        self._planned = self._queue.version
+        for job_id, name in plan:
             job, device = self._jobs[job_id], self._devices[name]
             job.epoch = max(job.epoch, job.named_epoch) + 1
             job.assigned = JobAssigned(job_id, name, device.instance_id, job.epoch)
@@ -811,9 +870,14 @@ class TrackerState:
         told = _told(job.faults)
         if len(told) > 1:
             told.append(f"after {len(told)} devices that failed with it, the job is not given to another one")
-            for fault in job.faults:
-                self._devices.breaker(fault.device).forgive(job.id)
+            self._forgive(job, effects)
         self._end(job, kind, stage, "; ".join(told), now, effects)
+
+    def _forgive(self, job: _Job, effects: Effects) -> None:
+        """It was not the devices that failed."""
+        for fault in job.faults:
+            self._devices.breaker(fault.device).forgive(job.id)
+            effects.sends.append(DevicesChanged())
 
     def _blame(self, job: _Job, why: str, now: int, effects: Effects) -> None:
         """Count a failure against the device that has the job."""
@@ -856,6 +920,10 @@ class TrackerState:
 
     def _finish(self, job: _Job, result: JobResult, epoch: int, now: int, effects: Effects) -> None:
         del self._jobs[job.id]
+        self._put_down(job)
+        if result.outcome.kind is OutcomeKind.CANCELLED:
+            # Whoever calls a job off before a second device has tried it must not leave the first one in the wrong.
+            self._forgive(job, effects)
         if job.id in self._queue:
             self._queue.remove(job.id)
         self._leave(job, now)
@@ -874,6 +942,12 @@ class TrackerState:
             faults=job.faults,
         )
         effects.sends.append(JobChanged(done))
+
+    def _put_down(self, job: _Job) -> None:
+        """Its user's jobs carry less."""
+        self._carried[job.accepted.user] -= _carries(job.spec)
+        if not self._carried[job.accepted.user]:
+            del self._carried[job.accepted.user]
 
     def _abort(self, job: _Job, reason: str, effects: Effects) -> None:
         """Ask the device to stop a job, if it can be reached."""
@@ -918,10 +992,24 @@ class TrackerState:
     def _alarm(self, when: int, kind: str, name: str) -> None:
         """Look at a job or a device then; what is looked at too early is looked at again."""
         heapq.heappush(self._alarms, (when, kind, name))
+        if len(self._alarms) > 2 * self._kept_alarms + _SPARE_ALARMS:
+            self._drop_alarms()
+
+    def _drop_alarms(self) -> None:
+        """Keep the first alarm of each job and device that is there, and all of the fleet's."""
+        first: dict[tuple[str, str], int] = {}
+        for when, kind, name in sorted(self._alarms, reverse=True):
+            if kind != "job" or name in self._jobs:
+                first[kind, name] = when
+        fleet = {when for when, kind, _ in self._alarms if kind == "fleet"}
+        kept = [(when, kind, name) for (kind, name), when in first.items() if kind != "fleet"]
+        self._alarms = [*kept, *((when, "fleet", "") for when in fleet)]
+        heapq.heapify(self._alarms)
+        self._kept_alarms = len(self._alarms)
 
     # ---- Pictures --------------------------------------------------------------------------------------------------
 
-    def _snapshot(self, job: _Job) -> Job:
+    def _snapshot(self, job: _Job, reasons: dict[Want, str] | None = None) -> Job:
         state, device = job.state, "" if job.assigned is None else job.assigned.device
         stage = job.stage if state is JobState.RUNNING else None
         accepted = job.accepted
@@ -933,7 +1021,7 @@ class TrackerState:
             stage=stage,
             device=device,
             submitted_unix_ms=accepted.submitted_ms,
-            detail=self.detail(job.id),
+            detail=self._detail(job, {} if reasons is None else reasons),
             user=accepted.user,
             position=0 if wait is None else wait.position,
             eta_ms=None if wait is None else wait.eta_ms,
@@ -949,12 +1037,13 @@ class TrackerState:
         few = len(self._queue) <= _FEW_JOBS
         age = (self._queue.version if few else 0), self._now // (1_000 if few else 5_000)
         if self._known_waits is None or self._known_waits[0] != age:
-            order = self._queue.order(self._shares, self._now)
-            self._known_waits = age, waits(order, self._usable, self._free_in, self._takes)
-        return self._known_waits[1]
+            order, working = self._queue.order(self._shares, self._now), self._devices.working(self._now)
 
-    def _usable(self, want: Want) -> frozenset[str]:
-        return frozenset(device.info.name for device in self._devices.candidates(want, self._now))
+            def usable(want: Want) -> frozenset[str]:
+                return frozenset(self._devices.takers(want, working, self._now))
+
+            self._known_waits = age, waits(order, usable, self._free_in, self._takes)
+        return self._known_waits[1]
 
     def _free_in(self, name: str) -> float | None:
         device = self._devices[name]
@@ -985,6 +1074,13 @@ class TrackerState:
 def task_kind(task: Task) -> str:
     """What a job does, in a word: "run", "bench"."""
     return type(task).__name__.removesuffix("Task").lower()
+
+
+def _carries(spec: JobSpec) -> int:
+    """Bytes of the inputs that are in a spec itself."""
+    if isinstance(spec.task, SessionTask):
+        return 0
+    return sum(len(tensor.data) for tensor in spec.task.inputs if isinstance(tensor.data, bytes))
 
 
 def _connection(device: Device) -> int:

@@ -77,6 +77,9 @@ _PIECE_PAUSE_S = 0.05
 class _Append:
     facts: Sequence[Fact]
     done: Callable[[], None]
+    refused: Callable[[StoreError], None] | None = None
+    #: Why one of the facts can never be written.
+    problem: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -159,11 +162,20 @@ class Store:
         self._sweep_due = time.monotonic()
         self._work.put(_Idle())
 
-    def append(self, facts: Sequence[Fact], done: Callable[[], None]) -> None:
-        """Store facts; `done` is called from the store's thread once they are durable. Keeps the order of calls."""
+    def append(
+        self,
+        facts: Sequence[Fact],
+        done: Callable[[], None],
+        refused: Callable[[StoreError], None] | None = None,
+    ) -> None:
+        """Store facts; `done` is called from the store's thread once they are durable. Keeps the order of calls.
+
+        Instead `refused` is told of a fact that the database will never take; the others are durable. Without it such a
+        fact is a failure of the store.
+        """
         if self._needed is not None and any(isinstance(fact, JobFact) for fact in facts):
             self._needed.expected(facts)
-        self._work.put(_Append(facts, done))
+        self._work.put(_Append(facts, done, refused))
 
     def owners(self) -> Future[list[tuple[str, str]]]:
         """Whose blobs are whose: digest and owner."""
@@ -252,7 +264,12 @@ class Store:
             for append in group:
                 if self._needed is not None:
                     self._needed.stored(append.facts)
-                append.done()
+                if append.problem is None or append.refused is None:
+                    append.done()
+                else:
+                    append.refused(
+                        StoreError(f"the tracker cannot store this: {' '.join(str(append.problem).split())}")
+                    )
             for read in reads:
                 self._answer(connection, read)
             if item is None:
@@ -309,6 +326,7 @@ class Store:
         """
         since, tried, transaction = time.monotonic(), 0, 0
         stored = 0  # of the group: known to be committed although the answer was lost
+        write = _write_all
         while True:
             began = time.perf_counter()
             try:
@@ -319,11 +337,13 @@ class Store:
                         transaction = self._epoch.enter(connection)
                     tried = len(group)
                     for append in group[stored:]:
-                        for fact in append.facts:
-                            _write(connection, fact)
-            except DBAPIError as error:
-                if not _may_pass(error):
-                    raise
+                        write(connection, append)
+            except _REFUSALS as error:
+                if not isinstance(error, DBAPIError) or not _may_pass(error):
+                    if write is _write_each:
+                        raise
+                    write = _write_each  # one of these facts, and that is no reason to lose the others
+                    continue
                 self._tell_trouble(error)
                 while reads:
                     self._answer(connection, reads.pop())
@@ -409,6 +429,28 @@ def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
 def _ask(connection: sa.Connection, query: Callable[[sa.Connection], T]) -> T:
     with connection.begin():
         return query(connection)
+
+
+#: What is raised where a database, or its driver, does not take a value.
+_REFUSALS = (DBAPIError, OverflowError, ValueError)
+
+
+def _write_all(connection: sa.Connection, append: _Append) -> None:
+    for fact in append.facts:
+        _write(connection, fact)
+
+
+def _write_each(connection: sa.Connection, append: _Append) -> None:
+    """The same where one may never be written: all but that, if there is somebody to be told of it."""
+    append.problem = None
+    for fact in append.facts:
+        try:
+            with connection.begin_nested():
+                _write(connection, fact)
+        except _REFUSALS as error:
+            if append.refused is None or (isinstance(error, DBAPIError) and _may_pass(error)):
+                raise
+            append.problem = error
 
 
 def _may_pass(error: DBAPIError) -> bool:

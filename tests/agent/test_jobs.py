@@ -195,11 +195,11 @@ def test_a_result_that_cannot_be_sent_says_so_instead(board: Board, remote: Remo
     assert full.measurement is not None
     measured = replace(full.measurement, samples_ns=full.measurement.samples_ns * 3)
     for result, words in (
-        (replace(full, measurement=measured), "bytes; a message takes"),
+        (replace(full, measurement=measured), "bytes, and at most"),
         (JobResult(Outcome(OutcomeKind.OK, message="a folder named \udce9")), "cannot be sent"),
     ):
         instead = sendable(lease, result).outcome
-        assert instead.kind is OutcomeKind.DEVICE_FAULT and words in instead.message
+        assert instead.kind is OutcomeKind.BAD_REQUEST and words in instead.message
         assert len(convert.job_result_to_bytes(JobResult(instead))) < 1_000
 
 

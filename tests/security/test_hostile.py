@@ -32,6 +32,7 @@ from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import MAX_MESSAGE_BYTES, Tls, open_channel
 from kedge.rpc.types import MAX_LEASE_MS, NO_BLOB, DeviceState, JobResult, JobSpec, Lease, SessionTask, Tensor
+from support.fake_agent import FakeAgent
 from support.services import Rpc, rpcs, send
 from support.toys import device_info, spec_message
 
@@ -72,6 +73,34 @@ def test_a_message_that_is_too_large_is_refused(fleet_of: FleetOf) -> None:
         status, said = send(fleet._channel, RPCS[name], [huge])
         assert status == "RESOURCE_EXHAUSTED" and "larger than max" in said
     assert fleet.devices() is not None, "the connection lives"
+
+
+def test_what_others_are_shown_is_bounded_by_each(fleet_of: FleetOf, agent: FakeAgent) -> None:
+    """One reason of 16 MiB would fill every list of devices."""
+    fleet = fleet_of("ann")
+    for reason, said in (("x" * 1_001, "ReserveRequest.reason has 1001 characters"), ("\0", "a zero character")):
+        status, details = send(
+            fleet._channel,
+            RPCS["Fleet/Reserve"],
+            [fleet_pb2.ReserveRequest(duration_ms=1_000, reason=reason).SerializeToString()],
+        )
+        assert status in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT") and said in details
+    assert all(device.reservation is None for device in fleet.devices())
+
+
+def test_a_spec_that_does_not_fit_beside_its_result_is_refused(fleet_of: FleetOf, artifact: Artifact) -> None:
+    """It would be cut off from every agent that it is assigned to, and from its client."""
+    fleet = fleet_of("ann")
+    spec = spec_message(artifact)
+    for number in range(5):
+        spec.run.inputs.add(name=str(number), dtype="int8", shape=[1 << 20], inline=bytes(1 << 20))
+    request = fleet_pb2.SubmitJobRequest(spec=spec, idempotency_key="k")
+    status, said = send(fleet._channel, RPCS["Fleet/SubmitJob"], [request.SerializeToString()])
+    assert status == "RESOURCE_EXHAUSTED" and "JobSpec has" in said
+    key = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact), idempotency_key="k" * 129)
+    status, said = send(fleet._channel, RPCS["Fleet/SubmitJob"], [key.SerializeToString()])
+    assert status == "RESOURCE_EXHAUSTED" and "idempotency_key has 129 characters" in said
+    assert fleet.jobs() == []
 
 
 def test_blobs_are_bounded_before_a_byte_is_stored(small: RunningTracker) -> None:

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc.status import TrackerAwayError, from_rpc_error, is_away
-from kedge.rpc.tracker import relay as relaying
+from kedge.rpc.tracker import handlers
 from kedge.rpc.tracker.health import HealthService
 from kedge.rpc.tracker.relay import Relay
 from kedge.rpc.transport import Address
@@ -79,7 +79,7 @@ class Counting(grpc.aio.ServerInterceptor):
 
 
 def test_callers_that_say_nothing_hold_nothing_at_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relaying, "_FIRST_S", 0.2)
+    monkeypatch.setattr(handlers, "_FIRST_S", 0.2)
 
     async def ask() -> None:
         relay, leader = Relay(None), Counting()

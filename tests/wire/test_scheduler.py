@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,9 @@ def want(text: str) -> Want:
     return Want(text, NEEDS)
 
 
-def by_letters(wanted: Want, device: str) -> bool:
+def by_letters(wanted: Want, devices: Sequence[str]) -> list[str]:
     """A want is a set of letters, each of which is a device."""
-    return device in wanted.selector
+    return [device for device in devices if device in wanted.selector]
 
 
 def queue_of(*jobs: tuple[str, str, int]) -> Queue:

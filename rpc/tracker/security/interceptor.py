@@ -1,6 +1,7 @@
 """What stands before every handler: who calls, may they, have they too much under way already, can it be read at all.
 
-Messages are read only after their sender was admitted: no stranger gets to feed the parser.
+Messages are taken off the wire only after their sender was admitted: no stranger gets to fill the memory, or to feed
+the parser. What is in them is bounded (`kedge.rpc.bounds`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from kedge.rpc.bounds import check
 from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import Metadata, TrackerAwayError, to_status
-from kedge.rpc.tracker.handlers import GONE
+from kedge.rpc.tracker.handlers import GONE, begun
 from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import PEER_NAME, described
@@ -94,32 +96,29 @@ class Gate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The handler with the gate before it."""
+        """The handler with the gate before it.
+
+        For gRPC every call streams its messages: of others it reads the one that they have, however large it is and
+        however long it takes, before anybody is asked who sends it.
+        """
         handler: Any = await continuation(details)
         if handler is None:
             return None
-        kinds = {
-            "unary_unary": grpc.unary_unary_rpc_method_handler,
-            "unary_stream": grpc.unary_stream_rpc_method_handler,
-            "stream_unary": grpc.stream_unary_rpc_method_handler,
-            "stream_stream": grpc.stream_stream_rpc_method_handler,
-        }
-        for kind, make in kinds.items():
-            inner = getattr(handler, kind)
-            if inner is not None:
-                read = _each if kind.startswith("stream") else _one
-                guarded = self._guarded(details.method, inner, partial(read, handler.request_deserializer))
-                return make(guarded, None, handler.response_serializer)
-        raise TypeError(f"{details.method} has no handler of a known kind")
+        found = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        inner = next(each for each in found if each is not None)
+        read = partial(_each if handler.request_streaming else _only, handler.request_deserializer)
+        streams = handler.response_streaming
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        return make(self._guarded(details.method, inner, read), None, handler.response_serializer)
 
     def _guarded(
-        self, method: str, inner: Callable[[Any, Context], Any], read: Callable[[Any], Any]
+        self, method: str, inner: Callable[[Any, Context], Any], read: Callable[[AsyncIterator[bytes]], Awaitable[Any]]
     ) -> Callable[[Any, Context], Any]:
         if inspect.isasyncgenfunction(inner):
 
-            async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            async def stream(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
                 async with self._passed(method, context) as under_way:
-                    async for response in inner(read(request), context):
+                    async for response in inner(await read(messages), context):
                         under_way.inside = False
                         yield response
                         under_way.inside = True
@@ -128,9 +127,9 @@ class Gate(grpc.aio.ServerInterceptor):
 
             return stream
 
-        async def call(request: Any, context: Context) -> Any:
+        async def call(messages: AsyncIterator[bytes], context: Context) -> Any:
             async with self._passed(method, context):
-                return await inner(read(request), context)
+                return await inner(await read(messages), context)
 
         return call
 
@@ -190,16 +189,30 @@ class Gate(grpc.aio.ServerInterceptor):
         return principal
 
 
+async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> Any:
+    """The message of a call that has one."""
+    async for message in begun(messages):
+        return _one(deserialize, message)
+    raise ProtocolError("a call without a message")
+
+
+async def _each(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    """The messages of a call that may have many."""
+
+    async def read() -> AsyncIterator[Any]:
+        async for message in begun(messages):
+            yield _one(deserialize, message)
+
+    return read()
+
+
 def _one(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
     try:
-        return deserialize(raw)
+        message = deserialize(raw)
     except DecodeError as error:
         raise ProtocolError("a message that cannot be read") from error
-
-
-async def _each(deserialize: Callable[[bytes], Any], raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    async for message in raw:
-        yield _one(deserialize, message)
+    check(message)
+    return message
 
 
 def who(principal: Principal, context: Context) -> dict[str, str]:
