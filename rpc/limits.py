@@ -18,6 +18,8 @@ from kedge.rpc.types import (
     TimeOptions,
 )
 
+#: Of a job: up to so much above and below the usual 0.
+MAX_PRIORITY = 2**31 - 1
 _INT32 = 2**31 - 1
 #: Times of equal code that differ by more say that nothing was measured.
 MAX_NOISE = 1000.0
@@ -35,7 +37,7 @@ def check_spec(spec: JobSpec) -> None:
         given = getattr(spec.deadlines, name)
         check_number(f"the deadline {name}", given, 0, MAX_DEADLINE_MS, "0 means the tracker's default")
     check_number("threads", spec.num_threads, 0, _INT32, "0 means all that the device offers")
-    check_number("priority", spec.priority, -_INT32, _INT32, "higher runs first; 0 is usual")
+    check_number("priority", spec.priority, -MAX_PRIORITY, MAX_PRIORITY, "higher runs first; 0 is usual")
     parse_device(spec.on)
     if isinstance(spec.task, SessionTask):
         check_number("lease_ms", spec.task.lease_ms, 0, MAX_LEASE_MS, "0 means the tracker's default")

@@ -261,7 +261,7 @@ class Fleet:
             threads: of kernels; 0 means all that the device offers.
             deadlines: `queue_ms` is how long to wait for the device, the others are those of each call.
             on: where on the device kernels run: "cpu", "opencl", "cuda:1"; "" leaves it to each artifact.
-            priority: among those who wait; higher goes first.
+            priority: among those who wait; higher goes first. Above 0 is for administrators.
             lease_s: when this process is stopped or cut off for so many seconds, others may have the device.
             progress: is called with the session's job while it waits, on every change.
 

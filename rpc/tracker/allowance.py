@@ -33,6 +33,7 @@ class Allowance:
         self._blobs = blobs
         self._owners = owners
         self._quota_bytes = quota_bytes
+        blobs.when_kept(owners.stays)
         self._lock = threading.Lock()
         self._under_way: Counter[str] = Counter()
 
@@ -40,10 +41,10 @@ class Allowance:
         """The principal may have these too, whether or not they are there; raises BlobQuotaError."""
         if principal.trusted or principal.role in (Role.AGENT, Role.PEER):
             return
-        held = self._blobs.held()
-        mine = self._owners.among(principal.owner, held.keys())
-        has = sum(held[digest] for digest in mine) + self._under_way[principal.owner]
-        more = sum({blob.digest: blob.size for blob in blobs if blob.digest not in mine}.values())
+        self._blobs.end_promises()
+        owner = principal.owner
+        has = self._owners.staying_bytes(owner) + self._under_way[owner]
+        more = sum({b.digest: b.size for b in blobs if not self._owners.keeps(owner, b.digest)}.values())
         quota = round(self._blobs.quota_bytes() * USER_SHARE) if self._quota_bytes is None else self._quota_bytes
         if more and has + more > quota:
             raise BlobQuotaError(

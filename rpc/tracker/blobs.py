@@ -51,6 +51,7 @@ class TrackerBlobs(BlobStore):
         self._quota_bytes = quota_bytes
         self._on_evict = on_evict
         self._clock = clock
+        self._on_keep: Callable[[str, int], None] = lambda digest, size: None
         self._books = threading.RLock()
         self._sizes: dict[str, int] = {}
         self._stored = 0
@@ -68,6 +69,19 @@ class TrackerBlobs(BlobStore):
         """From now on `told` instead hears of blobs that are about to go."""
         self._on_evict = told
 
+    def when_kept(self, told: Callable[[str, int], None]) -> None:
+        """From now on `told` hears of each blob that is there and has to stay, with its bytes; 0: not any more.
+
+        It is told at once of those that have to now, and called from whichever thread changes that.
+        """
+        with self._books:
+            self._on_keep = told
+            for digest in self._holds:
+                self._tell_kept(digest)
+
+    def _tell_kept(self, digest: str) -> None:
+        self._on_keep(digest, self._sizes.get(digest, 0) if digest in self._holds else 0)
+
     # ---- What has to stay ----
 
     def hold(self, digests: Iterable[str]) -> None:
@@ -76,6 +90,8 @@ class TrackerBlobs(BlobStore):
             for digest in digests:
                 self._holds[digest] += 1
                 self._free.pop(digest, None)
+                if self._holds[digest] == 1:
+                    self._tell_kept(digest)
 
     def let_go(self, digests: Iterable[str]) -> None:
         """Undo one `hold`. What nobody holds any more may go, after all that was unused for longer."""
@@ -84,6 +100,7 @@ class TrackerBlobs(BlobStore):
                 self._holds[digest] -= 1
                 if self._holds[digest] <= 0:
                     del self._holds[digest]
+                    self._tell_kept(digest)
                     if digest in self._sizes:
                         self._free[digest] = None
                         self._touch(digest)
@@ -103,14 +120,16 @@ class TrackerBlobs(BlobStore):
                 if self._promised.pop(digest, None) is not None:
                     self.let_go((digest,))
 
+    def end_promises(self) -> None:
+        """Those whose time is over have to stay no longer for that."""
+        with self._books:
+            while self._promised and next(iter(self._promised.values())) <= self._clock():
+                self.let_go((self._promised.popitem(last=False)[0],))
+
     def _promise(self, digest: str, until: float) -> None:
         if self._promised.pop(digest, None) is None:
             self.hold((digest,))
         self._promised[digest] = until
-
-    def _end_promises(self) -> None:
-        while self._promised and next(iter(self._promised.values())) <= self._clock():
-            self.let_go((self._promised.popitem(last=False)[0],))
 
     # ---- How full it is ----
 
@@ -126,16 +145,10 @@ class TrackerBlobs(BlobStore):
         with self._books:
             return self._stored + sum(self._leftovers.values()) + sum(self._under_way.values())
 
-    def held(self) -> dict[str, int]:
-        """The bytes of each blob that is there and has to stay."""
-        with self._books:
-            self._end_promises()
-            return {digest: self._sizes[digest] for digest in self._holds.keys() & self._sizes.keys()}
-
     def make_room(self, needed_bytes: int = 0) -> None:
         """Drop what may go until `needed_bytes` more fit; raises BlobQuotaError, and drops nothing, if they cannot."""
         with self._books:
-            self._end_promises()
+            self.end_promises()
             quota = self.quota_bytes()
             excess = self.taken_bytes() + needed_bytes - quota
             leftovers, blobs = [], []
@@ -179,6 +192,7 @@ class TrackerBlobs(BlobStore):
             super().discard(digest)
             self._stored -= self._sizes.pop(digest, 0)
             self._free.pop(digest, None)
+            self._tell_kept(digest)
 
     def _claim(self, blob: Blob, offset: int, part: Path) -> BlobWriter:
         with self._books:
@@ -204,6 +218,7 @@ class TrackerBlobs(BlobStore):
                 if self._object(digest).exists():
                     self._stored += writer.blob.size - self._sizes.get(digest, 0)
                     self._sizes[digest] = writer.blob.size
+                    self._tell_kept(digest)
                     self._touch(digest)
                     self._promise(digest, self._clock() + PROMISE_S)
                 self._ended(writer)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from kedge.rpc.artifact import Manifest, needs_of
-from kedge.rpc.errors import ArtifactError, InputError
+from kedge.rpc.errors import ArtifactError, InputError, LimitError
 from kedge.rpc.limits import check_spec
 from kedge.rpc.selector import parse
 from kedge.rpc.status import NotReadyError
@@ -21,6 +21,12 @@ from kedge.rpc.types import Blob, JobSpec, SessionTask
 _MAX_MANIFEST_BYTES = 16 << 20
 #: Of manifests that are kept in memory, as text.
 _REMEMBERED_BYTES = 64 << 20
+
+#: What jobs are matched with devices by: so many variants that differ, and so many CPU features of each.
+_MAX_NEEDS = 100
+_MAX_FEATURES = 500
+#: So many blobs are looked for as fast as somebody else could be asked to.
+_FEW_BLOBS = 50
 
 #: A manifest, the blobs that it names, and its bytes.
 _Known = tuple[Manifest, list[Blob], int]
@@ -75,6 +81,7 @@ class Catalog:
         Raises:
             NotReadyError: blobs are missing, or the principal has not sent them; it names them.
             ArtifactError, InputError, SelectorError, BlobError, IncompatibleTargetError: the spec makes no sense.
+            LimitError: the artifact is for too many kinds of devices.
         """
         parse(spec.selector)
         if isinstance(spec.task, SessionTask):
@@ -91,8 +98,15 @@ class Catalog:
                 raise InputError(str(error)) from error
             if isinstance(tensor.data, Blob):
                 held.append(tensor.data)
-        self._require(held, "inputs", principal)
-        return needs_of(manifest, spec.on)
+        await self._require(held, "inputs", principal)
+        needs = tuple(dict.fromkeys(needs_of(manifest, spec.on)))
+        if len(needs) > _MAX_NEEDS or max(len(need.features) for need in needs) > _MAX_FEATURES:
+            raise LimitError(
+                f"the variants of artifact {manifest.name!r} need {len(needs)} kinds of devices; at most {_MAX_NEEDS} "
+                f"are accepted, each with at most {_MAX_FEATURES} CPU features",
+                hint="compile it for fewer targets",
+            )
+        return needs
 
     async def members_for(self, manifest: Blob, principal: Principal) -> tuple[str, ...]:
         """All of an artifact that the principal has sent; raises NotReadyError, ArtifactError, BlobError."""
@@ -101,14 +115,14 @@ class Catalog:
 
     async def _manifest(self, blob: Blob, principal: Principal) -> Manifest:
         # Also what was complete before: somebody may have removed blobs, or they were found damaged.
-        self._require([blob], "manifest", principal)
+        await self._require([blob], "manifest", principal)
         known = self._known.get(blob.digest)
         if known is None:
             # A large one takes a while: others are served meanwhile.
             known = self._remember(blob, await asyncio.to_thread(self._read, blob))
         self._known.move_to_end(blob.digest)
         manifest, parts, _ = known
-        self._require(parts, f"artifact {manifest.name!r}", principal)
+        await self._require(parts, f"artifact {manifest.name!r}", principal)
         return manifest
 
     def _read(self, blob: Blob) -> Manifest:
@@ -126,8 +140,10 @@ class Catalog:
             self._known_bytes -= forgotten_bytes
         return known
 
-    def _require(self, blobs: list[Blob], what: str, principal: Principal) -> None:
-        missing = self.missing(blobs, principal)
+    async def _require(self, blobs: list[Blob], what: str, principal: Principal) -> None:
+        # Of each blob a file is looked at, and others are served while that is done to many.
+        many = len(blobs) > _FEW_BLOBS
+        missing = await asyncio.to_thread(self.missing, blobs, principal) if many else self.missing(blobs, principal)
         if missing:
             names = ", ".join(blob.digest for blob in missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise NotReadyError(

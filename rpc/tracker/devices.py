@@ -215,7 +215,9 @@ class Roster:
         fits = self._fitting(want)
         if fits.isdisjoint(names):
             return []
-        able = [name for name in names if name in fits and self._open_to(want.user, name, now)]
+        able = [name for name in names if name in fits]
+        if self._reservations:
+            able = [name for name in able if self._open_to(want.user, name, now)]
         if not want.avoid.isdisjoint(able) and self._has_alternative(want, now):
             return [name for name in able if name not in want.avoid]
         return able
@@ -263,19 +265,20 @@ class Roster:
         here = [device for device in self if device.connection is not None]
         if not here:
             return "no device is connected"
+        fits = self._fitting(want)
+        fit = [device for device in here if device.info.name in fits]
+        if fit:
+            return self._why_not(want, fit, now)
         selector = self.selector(want.selector)
         chosen = [device for device in here if selector.matches(device.labels)]
         if not chosen:
             gone = sum(selector.matches(d.labels) for d in self if d.connection is None)
             return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
-        fit = [device for device in chosen if able(want.needs, device)]
-        if not fit and want.needs == ANYWHERE:
+        if want.needs == ANYWHERE:
             return "no matching device serves sessions: update kedge on it"
-        if not fit:
-            archs = ", ".join(sorted({str(need) for need in want.needs}))
-            names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
-            return f"no matching device can run the artifact (it is for {archs}; {names})"
-        return self._why_not(want, fit, now)
+        archs = ", ".join(sorted({str(need) for need in want.needs}))
+        names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
+        return f"no matching device can run the artifact (it is for {archs}; {names})"
 
     def _why_not(self, want: Want, able: list[Device], now: int) -> str:
         reasons = {d.info.name: reason[1] for d in able if (reason := self.obstacle(d, now)) is not None}

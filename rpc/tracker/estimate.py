@@ -74,11 +74,7 @@ def waits(
         takes: milliseconds that a job holds its device; None where nobody can tell.
     """
     lines, devices = _lines(usable, order)
-    at: dict[str, list[int]] = {}
-    for line, names in enumerate(devices):
-        for name in names:
-            at.setdefault(name, []).append(line)
-    rivals = [{other for name in names for other in at[name]} for names in devices]
+    rivals = [[other for other, theirs in enumerate(devices) if not names.isdisjoint(theirs)] for names in devices]
     known = [[free_in(name) for name in names] for names in devices]
     ahead = [0] * len(devices)
     ahead_ms: list[float | None] = [0.0] * len(devices)

@@ -22,18 +22,15 @@ GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
 _FIRST_S = 10.0
 
 
-async def begun(messages: AsyncIterator[T]) -> AsyncIterator[T]:
-    """The same messages; raises ProtocolError where the first does not come in time."""
+async def first_of(messages: AsyncIterator[T]) -> T | None:
+    """The first message of a call, None where it has none; raises ProtocolError where none comes in time."""
     try:
         async with asyncio.timeout(_FIRST_S):
-            first = await anext(messages)
+            return await anext(messages)
     except StopAsyncIteration:
-        return
+        return None
     except TimeoutError as error:
         raise ProtocolError(f"a call has to begin with a message within {_FIRST_S:g} s") from error
-    yield first
-    async for message in messages:
-        yield message
 
 
 def typed_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

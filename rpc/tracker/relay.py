@@ -15,7 +15,7 @@ import grpc
 
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import TrackerAwayError, to_status, was_said
-from kedge.rpc.tracker.handlers import GONE, begun
+from kedge.rpc.tracker.handlers import GONE, first_of
 from kedge.rpc.tracker.health import HEALTH
 from kedge.rpc.tracker.listeners import Details, Find
 from kedge.rpc.tracker.security.principal import RULES
@@ -128,17 +128,13 @@ async def _begun(requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
     Only the leader knows whom to admit, and refuses others as soon as it hears of them.
     """
-    said = begun(requests)
-    try:
-        first = [await anext(said)]
-    except StopAsyncIteration:
-        first = []
+    first = await first_of(requests)
 
     async def all_of_them() -> AsyncIterator[bytes]:
-        for message in first:
-            yield message
-        async for message in said:
-            yield message
+        if first is not None:
+            yield first
+            async for message in requests:
+                yield message
 
     return all_of_them()
 

@@ -91,6 +91,11 @@ class Queue:
         """What is waited for, each once."""
         return self._lines.keys()
 
+    @property
+    def lines(self) -> int:
+        """How many different things are waited for."""
+        return len(self._lines)
+
     def count(self, user: str) -> int:
         """How many jobs of a user wait."""
         return self._of_user[user]

@@ -21,11 +21,11 @@ from kedge.protos.v1 import agent_pb2, blobs_pb2, fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.blobs import BlobError, BlobWriter, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import KedgeError, LimitError, PermissionDeniedError
-from kedge.rpc.limits import check_noise, check_number
+from kedge.rpc.limits import MAX_PRIORITY, check_noise, check_number
 from kedge.rpc.messages import AgentBody, Hello, JobFinished, TrackerBody
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, check_peer, local_protocol
-from kedge.rpc.status import UnknownReservationError, to_status
+from kedge.rpc.status import TrackerAwayError, UnknownReservationError, to_status
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
@@ -50,6 +50,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _HELLO_S = 10.0
 #: What is being written to an agent that leaves has so long to be on its way.
 _LAST_WRITE_S = 2.0
+#: The next chunk of an upload has so long: on the slowest of links it takes as long. Until then there is room for all
+#: that was announced.
+_CHUNK_S = 60.0
 #: Chunks of one upload that may wait in memory for the disk.
 _GATHERED_CHUNKS = 8
 _MAX_WAIT_MS = 60_000
@@ -104,6 +107,7 @@ class FleetService:
         """Accept a job whose artifact and inputs the caller has sent already."""
         principal = caller()
         spec = convert.job_spec_from_pb(request.spec)
+        _check_priority(spec.priority, principal)
         await self._mates.fetch(self._catalog.named_by(spec, principal))
         needs = await self._catalog.check(spec, principal)
         await self._mates.ensure(self._catalog.digests_of(spec))
@@ -153,9 +157,11 @@ class FleetService:
     @typed_errors
     async def CancelJob(self, request: fleet_pb2.CancelJobRequest, context: Context) -> types_pb2.Job:
         """Stop a job."""
-        job = await self._own_job(request.job_id)
-        self._audit.write("job cancelled", job=job.id, user=job.user, **who(caller(), context))
-        return convert.job_to_pb(await self._shell.cancel(request.job_id, "a client cancelled it"))
+        await self._own_job(request.job_id)
+        job, stops = await self._shell.cancel(request.job_id, "a client cancelled it")
+        if stops:
+            self._audit.write("job cancelled", job=job.id, user=job.user, **who(caller(), context))
+        return convert.job_to_pb(job)
 
     @typed_errors
     async def SetMaintenance(
@@ -212,6 +218,13 @@ class FleetService:
         if not caller().may_see(job.user):
             raise unknown_job(job_id)
         return job
+
+
+def _check_priority(priority: int, principal: Principal) -> None:
+    """Priority is strict: with one above all others' a user would have every device, however fair the shares."""
+    if principal.role is not Role.ADMIN:
+        hint = "less than 0 lets your other jobs and everybody's go first; more than 0 is for administrators"
+        check_number("priority", priority, -MAX_PRIORITY, 0, hint)
 
 
 class AgentsService:
@@ -348,11 +361,15 @@ class BlobsService:
     ) -> blobs_pb2.FindMissingResponse:
         """Which of these are not here, or not the caller's."""
         asked = [convert.blob_from_pb(pb) for pb in request.blobs]
-        if caller().role is not Role.PEER:
-            await self._mates.fetch([blob for blob in asked if self._owners.has(caller(), blob.digest)])
-        missing = await self._in_thread(self._catalog.missing, asked, caller())
+        principal = caller()
+        if principal.role is not Role.PEER:
+            await self._mates.fetch(await self._in_thread(self._owned, asked, principal))
+        missing = await self._in_thread(self._catalog.missing, asked, principal)
         self._observer.looked_up(len(set(asked)) - len(missing), len(missing))
         return blobs_pb2.FindMissingResponse(missing=[convert.blob_to_pb(blob) for blob in missing])
+
+    def _owned(self, blobs: Sequence[Blob], principal: Principal) -> list[Blob]:
+        return [blob for blob in blobs if self._owners.has(principal, blob.digest)]
 
     @typed_errors
     async def QueryUpload(
@@ -416,7 +433,7 @@ class BlobsService:
         gathered = [first] if first else []
         writing: asyncio.Future[None] = self._start(_append, writer, ())
         try:
-            async for request in requests:
+            async for request in _unbroken(requests):
                 gathered.append(request.data)
                 if writing.done() or len(gathered) >= _GATHERED_CHUNKS:
                     await writing
@@ -470,6 +487,19 @@ class BlobsService:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await self._start(work, *arguments)
+
+
+async def _unbroken(requests: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The same chunks; raises TrackerAwayError, upon which a client goes on with its upload, where none comes."""
+    while True:
+        try:
+            async with asyncio.timeout(_CHUNK_S):
+                request = await anext(requests)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise TrackerAwayError(f"the tracker ends an upload of which nothing came for {_CHUNK_S:g} s") from error
+        yield request
 
 
 def _end(begun: Future[BlobWriter], held: ExitStack) -> None:

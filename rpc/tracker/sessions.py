@@ -44,8 +44,8 @@ _FIRST_FRAME_S = 10.0
 _LAST_WRITE_S = 2.0
 #: A client that is done waits so long for its device to be free, no longer.
 _END_S = 10.0
-#: How often a client's lease is renewed while its device holds up what it says, and for how long at most: a frame of
-#: 1 MiB has that time, and a client that has stopped behind one does not keep its device.
+#: How often a client's lease is renewed while its device holds up what it says, and for how long at most either holds
+#: up the other: a frame of 1 MiB has that time, and a client that has stopped behind one does not keep its device.
 _HELD_UP_S = 1.0
 _LONGEST_HELD_UP_S = 60.0
 #: Frames that may wait for an end that does not read.
@@ -100,6 +100,8 @@ class _Relay:
         self.has_device = False
         #: A device was there once: from then on the client may say something to it.
         self.begun = False
+        #: The client has read nothing for so long that it is told nothing any more.
+        self.deaf = False
         #: The client is there no more, or the job is over: the device has nobody to talk to.
         self.over = asyncio.Event()
 
@@ -295,7 +297,7 @@ class SessionsService:
                     return True
                 if said != "data":
                     raise ProtocolError(f"a session's device said {said or 'nothing'}")
-                await relay.to_client.put(pb.ClientEvent(data=frame.data))
+                await self._tell_client(job_id, relay, pb.ClientEvent(data=frame.data))
             return False
 
         async def speak() -> None:
@@ -315,6 +317,18 @@ class SessionsService:
                 _raise(task.exception())
         in_order = listening.done() and not listening.cancelled() and listening.exception() is None
         return relay.over.is_set() or (in_order and listening.result())
+
+    async def _tell_client(self, job_id: str, relay: _Relay, event: pb.ClientEvent) -> None:
+        """Hand on what the device says. A client that reads nothing for long has no use for its device."""
+        if relay.deaf:
+            return
+        try:
+            async with asyncio.timeout(_LONGEST_HELD_UP_S):
+                await relay.to_client.put(event)
+        except TimeoutError:
+            relay.deaf = True
+            why = f"its client read nothing of what its device said for {_LONGEST_HELD_UP_S:g} s"
+            self._shell.session_left(job_id, why)
 
     def _tidy(self, job_id: str, relay: _Relay) -> None:
         if relay.client is None and not relay.has_device and self._relays.get(job_id) is relay:

@@ -197,10 +197,14 @@ class Shell:
                 f"the tracker cannot store jobs now: {self._store.problem}", hint="free space on the tracker's disk"
             )
 
-    async def cancel(self, job_id: str, reason: str) -> Job:
-        """Stop a job; returns it as it is then. Raises UnknownJobError, and StoreError as `submit`."""
-        await self._durable(self._apply(self.state.cancel(job_id, reason, self._now())))
-        return await self.job(job_id)
+    async def cancel(self, job_id: str, reason: str) -> tuple[Job, bool]:
+        """Stop a job; returns it as it is then, and whether this made the difference.
+
+        Raises UnknownJobError, and StoreError as `submit`.
+        """
+        effects = self.state.cancel(job_id, reason, self._now())
+        await self._durable(self._apply(effects))
+        return await self.job(job_id), bool(effects.facts)
 
     async def set_maintenance(self, name: str, enabled: bool, reason: str, user: str) -> DeviceStatus:
         """Take a device out of service, or put it back; raises NoDeviceError, StoreError."""
@@ -307,13 +311,14 @@ class Shell:
     def _apply(self, effects: Effects, undo: Callable[[], Effects] | None = None) -> asyncio.Future[None]:
         """Store facts, then send; the future is done when both are.
 
-        Where they can never be stored, `undo` takes the decision back, and the future raises StoreError.
+        Where they can never be stored, `undo` takes the decision back, and the future raises StoreError. Nobody waits
+        for what has none: then the store has failed, as what was decided cannot be kept.
         """
         released: asyncio.Future[None] = self._loop.create_future()
         parcel = Parcel(effects.facts, list(effects.sends), not effects.facts, released)
         early = self._outbox.put(parcel, hasten=self._store.problem is None)
         if effects.facts:
-            refused = functools.partial(self._tell_refused, parcel, undo)
+            refused = None if undo is None else functools.partial(self._tell_refused, parcel, undo)
             self._store.append(effects.facts, functools.partial(self._tell_stored, parcel), refused)
         for send in early:
             self._tell(send.connection, send.body)
@@ -329,7 +334,7 @@ class Shell:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self._stored, parcel)
 
-    def _tell_refused(self, parcel: Parcel, undo: Callable[[], Effects] | None, problem: StoreError) -> None:
+    def _tell_refused(self, parcel: Parcel, undo: Callable[[], Effects], problem: StoreError) -> None:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self._refused, parcel, undo, problem)
 
@@ -342,12 +347,11 @@ class Shell:
         self._release()
         self._arm()
 
-    def _refused(self, parcel: Parcel, undo: Callable[[], Effects] | None, problem: StoreError) -> None:
+    def _refused(self, parcel: Parcel, undo: Callable[[], Effects], problem: StoreError) -> None:
         log.error("%s", problem)
-        if undo is not None:
-            # Before what follows from it leaves: an assignment of what is no job any more does not.
-            self._apply(undo())
-            parcel.problem = problem
+        # Before what follows from it leaves: an assignment of what is no job any more does not.
+        self._apply(undo())
+        parcel.problem = problem
         self._stored(parcel)
 
     def _release(self) -> None:

@@ -68,8 +68,9 @@ from kedge.rpc.types import (
     Task,
 )
 
-#: So many can be told anew how long they wait whenever one of them starts.
+#: So many, in so many lines, can be told anew how long they wait whenever one of them starts.
 _FEW_JOBS = 500
+_FEW_LINES = 50
 #: Later than any time.
 _NEVER = 1 << 62
 #: So many leases of one job may have been handed out, and not stored, when a tracker is killed; devices that name
@@ -1034,7 +1035,7 @@ class TrackerState:
 
     def _waits(self) -> dict[str, Wait]:
         """How long every queued job may wait: as of now, or where many wait, as of a few seconds ago."""
-        few = len(self._queue) <= _FEW_JOBS
+        few = len(self._queue) <= _FEW_JOBS and self._queue.lines <= _FEW_LINES
         age = (self._queue.version if few else 0), self._now // (1_000 if few else 5_000)
         if self._known_waits is None or self._known_waits[0] != age:
             order, working = self._queue.order(self._shares, self._now), self._devices.working(self._now)

@@ -455,7 +455,8 @@ def _write_each(connection: sa.Connection, append: _Append) -> None:
 
 def _may_pass(error: DBAPIError) -> bool:
     """Whether the same may succeed later: the disk is full, the connection was lost, the server ended the session."""
-    return isinstance(error, OperationalError) or error.connection_invalidated
+    beyond_a_limit = str(getattr(error.orig, "sqlstate", None) or "").startswith("54")
+    return error.connection_invalidated or (isinstance(error, OperationalError) and not beyond_a_limit)
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from kedge.rpc.tracker.security.folder import Limits
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import MAX_MESSAGE_BYTES, Tls, open_channel
-from kedge.rpc.types import MAX_LEASE_MS, NO_BLOB, DeviceState, JobResult, JobSpec, Lease, SessionTask, Tensor
+from kedge.rpc.types import MAX_LEASE_MS, NO_BLOB, DeviceState, JobResult, JobSpec, JobState, Lease, SessionTask, Tensor
 from support.fake_agent import FakeAgent
 from support.services import Rpc, rpcs, send
 from support.toys import device_info, spec_message
@@ -101,6 +101,61 @@ def test_a_spec_that_does_not_fit_beside_its_result_is_refused(fleet_of: FleetOf
     status, said = send(fleet._channel, RPCS["Fleet/SubmitJob"], [key.SerializeToString()])
     assert status == "RESOURCE_EXHAUSTED" and "idempotency_key has 129 characters" in said
     assert fleet.jobs() == []
+
+
+def test_only_administrators_have_jobs_go_before_everybodys(fleet_of: FleetOf, artifact: Artifact) -> None:
+    ann, root = fleet_of("ann"), fleet_of("root", "admin")
+    for fleet in (ann, root):
+        fleet._ensure_uploaded(pack(artifact))
+    request = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact))
+    request.spec.selector = "nobody"
+    for priority, fleet, allowed in ((1, ann, False), (1, root, True), (0, ann, True), (-(2**31) + 1, ann, True)):
+        request.spec.priority = priority
+        status, said = send(fleet._channel, RPCS["Fleet/SubmitJob"], [request.SerializeToString()])
+        assert status == ("OK" if allowed else "INVALID_ARGUMENT"), said
+    for job in root.jobs(states=(JobState.QUEUED,)):
+        root._stub.CancelJob(fleet_pb2.CancelJobRequest(job_id=job.id))
+
+
+def test_calling_off_what_has_ended_is_nothing_to_write_down(tracker: RunningTracker, fleet_of: FleetOf) -> None:
+    fleet = fleet_of("ann")
+    spec = convert.job_spec_to_pb(JobSpec(NO_BLOB, "", SessionTask(0), "nobody"))
+    job = fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec)).job
+    for _ in range(3):
+        fleet._stub.CancelJob(fleet_pb2.CancelJobRequest(job_id=job.id))
+    audit = (tracker.data_dir / "security" / "audit.jsonl").read_text().splitlines()
+    told = [line for line in map(json.loads, audit) if line["event"] == "job cancelled" and line["job"] == job.id]
+    assert len(told) == 1
+
+
+def test_an_upload_of_which_nothing_comes_ends(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep room for all that it has announced."""
+    monkeypatch.setattr("kedge.rpc.tracker.service._CHUNK_S", 0.2)
+    fleet, data = fleet_of("ann"), b"d" * 100
+    blob = types_pb2.Blob(digest=blob_of(data).digest, size_bytes=len(data))
+    more: SimpleQueue[blobs_pb2.UploadRequest | None] = SimpleQueue()
+    more.put(blobs_pb2.UploadRequest(blob=blob, data=data[:10]))
+    with pytest.raises(grpc.RpcError) as caught:
+        fleet._blobs._stub.Upload(iter(more.get, None))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and "nothing came" in (caught.value.details() or "")
+    more.put(None)  # gRPC's own thread waits for it
+    fleet.upload(data)
+
+
+def test_an_artifact_for_too_many_kinds_of_devices_is_refused(fleet_of: FleetOf, artifact: Artifact) -> None:
+    fleet, packed = fleet_of("ann"), pack(artifact)
+    fleet._ensure_uploaded(packed)
+    tree = json.loads(packed.json)
+    variant = tree["variants"][0]
+    tree["variants"] = [{**variant, "features": [f"feature{number}"]} for number in range(101)]
+    many = json.dumps(tree).encode()
+    fleet.upload(many)
+    spec = spec_message(artifact)
+    spec.manifest.CopyFrom(convert.blob_to_pb(blob_of(many)))
+    status, said = send(
+        fleet._channel, RPCS["Fleet/SubmitJob"], [fleet_pb2.SubmitJobRequest(spec=spec).SerializeToString()]
+    )
+    assert status == "RESOURCE_EXHAUSTED" and "101 kinds of devices" in said
 
 
 def test_blobs_are_bounded_before_a_byte_is_stored(small: RunningTracker) -> None:

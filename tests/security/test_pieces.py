@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -430,6 +431,24 @@ def test_after_a_rotation_that_failed_nothing_goes_to_another_file(
         assert another.tell() == 0 and (tmp_path / "another").read_bytes() == b""
     assert [line["event"] for line in lines(tmp_path / "audit.jsonl")] == ["token revoked"]
     assert [line["event"] for line in lines(tmp_path / "audit.jsonl.1")] == ["token created", "one too many"]
+
+
+def test_what_one_user_does_is_counted_beyond_a_bound(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kedge.rpc.tracker.security.audit._ACTS", 5)
+    audit = Audit(tmp_path / "audit.jsonl", clock)
+    for number in range(20):
+        audit.write("job submitted", job=number, by="eve", role="submit")
+        audit.write("maintenance", by="root", role="admin")
+    audit.write("job submitted", job=20, by="ann", role="submit")
+    written = Counter(line.get("by") for line in lines(tmp_path / "audit.jsonl"))
+    assert written == {"eve": 5, "root": 20, "ann": 1}
+    clock.now_s += 61
+    audit.write("job submitted", job=21, by="eve", role="submit")
+    *_, told, newest = lines(tmp_path / "audit.jsonl")
+    assert (told["event"], told["by"], told["count"]) == ("acts not written", "eve", 15)
+    assert newest["job"] == 21
 
 
 def test_many_threads_write_whole_lines(tmp_path: Path, clock: Clock) -> None:

@@ -72,6 +72,19 @@ class Quota(RuleBasedStateMachine):
         root = Path(self.folder.name) / "blobs"
         self.store = TrackerBlobs(root, QUOTA, on_evict=self.evict, clock=self.clock)
         self.store.hold(self.holds.elements())
+        self.kept: dict[str, int] = {}
+        self.store.when_kept(self.keep)
+
+    def keep(self, digest: str, size: int) -> None:
+        self.kept.pop(digest, None)
+        if size:
+            self.kept[digest] = size
+
+    @invariant()
+    def whoever_asked_knows_what_has_to_stay(self) -> None:
+        self.store.end_promises()
+        there = {name.removeprefix("objects/"): size for name, size in files(self.store).items()}
+        assert self.kept == {digest: there[digest] for digest in self.protected() & there.keys()}
 
     def evict(self, digest: str) -> None:
         assert digest not in self.protected()

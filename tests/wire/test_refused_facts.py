@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,19 @@ def test_the_others_of_one_commit_are_stored(place: Path | Postgres) -> None:
     again = Store(place)
     assert [record.accepted.job_id for record in again.found.records] == ["first", "second", "third", "fourth"]
     again.close()
+
+
+def test_a_key_that_no_index_takes_is_no_trouble_of_the_database(postgres: PostgresServer) -> None:
+    """PostgreSQL calls it an error of its operation, as those are that pass."""
+    failures: queue.Queue[BaseException] = queue.Queue()
+    store = Store(Postgres(postgres.new_database()), on_failure=failures.put)
+    key = f"{random.Random(1).getrandbits(80_000):x}"  # which does not compress
+    told: queue.Queue[StoreError] = queue.Queue()
+    store.append([replace(accepted("long", 1), key=key)], lambda: None, told.put)
+    assert "index" in told.get(timeout=10).message
+    assert store.problem is None
+    store.close()
+    assert failures.empty()
 
 
 async def refused_and_forgotten(store: Store) -> None:

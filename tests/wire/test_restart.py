@@ -82,12 +82,13 @@ def test_a_tracker_whose_store_fails_stops(tmp_path: Path, artifact: Artifact) -
             fleet.upload(data)
         process.end(signal.SIGTERM)
     with sqlite3.connect(tmp_path / "tracker.db") as database:
-        database.execute("CREATE TRIGGER t BEFORE INSERT ON jobs BEGIN SELECT RAISE(ABORT, 'broken'); END")
+        database.execute("CREATE TRIGGER t BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'broken'); END")
     database.close()
     with tracker(tmp_path) as process, open_channel(process.address) as channel:
         stub: Any = fleet_pb2_grpc.FleetStub(channel)
+        job = stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=20).job
         with pytest.raises(grpc.RpcError):
-            stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=20)
+            stub.CancelJob(fleet_pb2.CancelJobRequest(job_id=job.id), timeout=20)
         _, errors = process.popen.communicate(timeout=20)
         assert process.popen.returncode == 1 and "StoreError" in errors and "broken" in errors
 

@@ -47,6 +47,36 @@ def test_a_client_that_is_held_up_keeps_its_lease_for_so_long(monkeypatch: pytes
     asyncio.run(main())
 
 
+def test_a_client_that_reads_nothing_gives_its_device_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it says that it is there."""
+    left: list[str] = []
+
+    class Leaving(Shell):
+        def session_left(self, job_id: str, why: str) -> None:
+            assert job_id == "s"
+            left.append(why)
+
+    service = SessionsService(cast(Any, Leaving()), cast(Any, None), cast(Any, None), cast(Any, None))
+    event = pb.ClientEvent(data=b"x")
+
+    async def main() -> None:
+        relay = _Relay()
+        while not relay.to_client.full():
+            await service._tell_client("s", relay, event)
+        slow = asyncio.create_task(service._tell_client("s", relay, event))
+        await asyncio.sleep(0)
+        relay.to_client.get_nowait()
+        await slow
+        assert left == [], "one that reads a frame in time is only slow"
+        monkeypatch.setattr(sessions, "_LONGEST_HELD_UP_S", 0.05)
+        async with asyncio.timeout(10):
+            for _ in range(1_000):  # what its device still says, to its end, is not waited for
+                await service._tell_client("s", relay, event)
+        assert left == ["its client read nothing of what its device said for 0.05 s"]
+
+    asyncio.run(main())
+
+
 def test_what_was_granted_stays_until_it_is_withdrawn_as_often(tmp_path: Path) -> None:
     blobs = TrackerBlobs(tmp_path, 100)
     grants = Grants(blobs)

@@ -2,8 +2,9 @@
 
     {"time": "2026-03-01T12:00:00.000Z", "event": "token created", "by": "admin", "role": "admin", "peer": "…", …}
 
-It never contains a secret. Refused calls come at any rate that a stranger likes: beyond a bound they are counted and
-not written, so that nobody can push what matters out of the files.
+It never contains a secret. Refused calls come at any rate that a stranger likes, and acts at any rate that a user or a
+device likes: beyond a bound they are counted and not written, so that nobody can push what matters out of the files.
+Administrators are bounded by nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ log = logging.getLogger("kedge.tracker")
 
 _MAX_BYTES = 16 << 20
 _KEPT = 4
-#: Refusals written in any one minute.
+#: Refusals written in any one minute, and acts of one user or device.
 _REFUSALS = 120
+_ACTS = 600
 _MINUTE_S = 60.0
 _MAX_TEXT = 300
 
@@ -39,27 +42,40 @@ class Audit:
         self._refusals = refusals
         self._lock = threading.Lock()
         self._minute = 0.0
-        self._refused = 0
+        #: In this minute: refusals under "", acts under who did them.
+        self._counts: Counter[str] = Counter()
         self._closed = False
         #: Below 0 while there is none, as after a rotation that failed half-way.
         self._fd = self._open()
 
     def write(self, event: str, **details: Any) -> None:
-        """Add a line; `details` are plain values, and text is cut where it is long."""
+        """Add a line; `details` are plain values, and text is cut where it is long.
+
+        With a `by` in them whose `role` is none of an administrator, as far as the number of such lines allows.
+        """
         with self._lock:
-            self._write(event, details)
+            by = details.get("by", "")
+            if not by or details.get("role") == "admin" or self._allows(by, _ACTS):
+                self._write(event, details)
 
     def refused(self, event: str, **details: Any) -> None:
         """Add a line about something that was refused, as far as their number in this minute allows."""
         with self._lock:
-            now = self._now_s()
-            if now - self._minute >= _MINUTE_S:
-                suppressed, self._minute, self._refused = self._refused - self._refusals, now, 0
-                if suppressed > 0:
-                    self._write("refusals not written", {"count": suppressed})
-            self._refused += 1
-            if self._refused <= self._refusals:
+            if self._allows("", self._refusals):
                 self._write(event, details)
+
+    def _allows(self, by: str, most: int) -> bool:
+        now = self._now_s()
+        if now - self._minute >= _MINUTE_S:
+            for who, count in self._counts.items():
+                left_out = count - (_ACTS if who else self._refusals)
+                if left_out > 0:
+                    about = {"by": who} if who else {}
+                    self._write("acts not written" if who else "refusals not written", {"count": left_out, **about})
+            self._minute = now
+            self._counts.clear()
+        self._counts[by] += 1
+        return self._counts[by] <= most
 
     def close(self) -> None:
         """Nothing is written any more."""

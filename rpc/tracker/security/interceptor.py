@@ -24,7 +24,7 @@ from kedge.rpc.bounds import check
 from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import Metadata, TrackerAwayError, to_status
-from kedge.rpc.tracker.handlers import GONE, begun
+from kedge.rpc.tracker.handlers import GONE, first_of
 from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import PEER_NAME, described
@@ -191,17 +191,21 @@ class Gate(grpc.aio.ServerInterceptor):
 
 async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> Any:
     """The message of a call that has one."""
-    async for message in begun(messages):
-        return _one(deserialize, message)
-    raise ProtocolError("a call without a message")
+    message = await first_of(messages)
+    if message is None:
+        raise ProtocolError("a call without a message")
+    return _one(deserialize, message)
 
 
 async def _each(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     """The messages of a call that may have many."""
 
     async def read() -> AsyncIterator[Any]:
-        async for message in begun(messages):
-            yield _one(deserialize, message)
+        first = await first_of(messages)
+        if first is not None:
+            yield _one(deserialize, first)
+            async for message in messages:
+                yield _one(deserialize, message)
 
     return read()
 

@@ -10,8 +10,8 @@ database keep the same in a table of it, since whoever leads next has to know it
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -30,14 +30,21 @@ class Owners:
     def __init__(self, kept: Iterable[tuple[str, str]]) -> None:
         self._lock = threading.Lock()
         self._by_owner: defaultdict[str, set[str]] = defaultdict(set)
+        self._by_digest: defaultdict[str, set[str]] = defaultdict(set)
+        #: The bytes of each blob that has to stay, whose ever it is, and of all those of each owner.
+        self._stays: dict[str, int] = {}
+        self._bytes: Counter[str] = Counter()
         for owner, digest in kept:
             self._by_owner[owner].add(digest)
+            self._by_digest[digest].add(owner)
 
     def add(self, owner: str, digest: str) -> None:
         """The owner has these bytes."""
         with self._lock:
             if check_digest(digest) not in self._by_owner[owner]:
                 self._by_owner[owner].add(digest)
+                self._by_digest[digest].add(owner)
+                self._bytes[owner] += self._stays.get(digest, 0)
                 self._keep(owner, digest)
 
     def has(self, principal: Principal, digest: str) -> bool:
@@ -51,17 +58,32 @@ class Owners:
             kept = [(owner, digest) for owner, digests in self._by_owner.items() for digest in digests]
         return iter(kept)
 
-    def among(self, owner: str, digests: Set[str]) -> Set[str]:
-        """Those of these blobs that the owner has."""
+    def stays(self, digest: str, size: int) -> None:
+        """A blob of so many bytes has to stay; 0: it need not any more."""
         with self._lock:
-            return digests & self._by_owner.get(owner, frozenset())
+            more = size - self._stays.pop(digest, 0)
+            if size:
+                self._stays[digest] = size
+            for owner in self._by_digest.get(digest, ()):
+                self._bytes[owner] += more
+
+    def staying_bytes(self, owner: str) -> int:
+        """Of all blobs of the owner that have to stay."""
+        with self._lock:
+            return self._bytes[owner]
+
+    def keeps(self, owner: str, digest: str) -> bool:
+        """Whether this is one of them."""
+        with self._lock:
+            return digest in self._stays and owner in self._by_digest.get(digest, ())
 
     def forget(self, digest: str) -> None:
         """Nobody has these bytes: they are about to go."""
         with self._lock:
-            whose = [owner for owner, digests in self._by_owner.items() if digest in digests]
+            whose = sorted(self._by_digest.pop(digest, ()))
             for owner in whose:
                 self._by_owner[owner].discard(digest)
+                self._bytes[owner] -= self._stays.get(digest, 0)
             if whose:
                 self._drop(whose, digest)
 

@@ -1,0 +1,274 @@
+"""What one user asks of the tracker costs the others nothing: jobs that differ, watchers, memory, deadlines, blame."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kedge.rpc import messages as m
+from kedge.rpc.artifact import Need
+from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.status import QueueFullError
+from kedge.rpc.tracker.devices import Roster
+from kedge.rpc.tracker.estimate import waits
+from kedge.rpc.tracker.facts import ANYWHERE, Effects, JobAssigned, JobDone
+from kedge.rpc.tracker.scheduler import Queue, Want
+from kedge.rpc.tracker.shell import Shell
+from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.store import Store
+from kedge.rpc.types import (
+    NO_BLOB,
+    Blob,
+    Deadlines,
+    DeviceState,
+    Health,
+    JobResult,
+    JobSpec,
+    Lease,
+    RunTask,
+    SessionTask,
+    Tensor,
+)
+from support.toys import device_info
+
+NEEDS = (Need("x86_64"),)
+YEAR_MS = 366 * 86_400_000
+
+
+def spec(selector: str = "", data: bytes = b"", **deadlines: int) -> JobSpec:
+    task = RunTask((Tensor("x", "int8", (len(data),), data),))
+    return JobSpec(Blob("0" * 64, 1), "main", task, selector, Deadlines(**deadlines))
+
+
+def fleet_of(count: int, settings: Settings | None = None) -> TrackerState:
+    state = TrackerState("t", settings)
+    for number in range(count):
+        hello = m.Hello(local_protocol(), device_info(f"d{number}"), str(number))
+        state.connect(number, hello, 0)
+    return state
+
+
+def refused(state: TrackerState, spec: JobSpec, user: str = "eve") -> str:
+    with pytest.raises(QueueFullError) as caught:
+        state.check_room(spec, NEEDS, user)
+    return caught.value.message
+
+
+def test_a_user_waits_for_so_many_different_things() -> None:
+    state = fleet_of(0, Settings(max_wants_per_user=2))
+    for number in range(2):
+        state.check_room(spec(f"d{number}"), NEEDS, "eve")
+        state.submit(f"j{number}", spec(f"d{number}"), NEEDS, "", 0, "eve")
+    assert "2 different selections" in refused(state, spec("d2"))
+    state.check_room(spec("d1"), NEEDS, "eve")
+    state.check_room(spec("d2"), NEEDS, "ann")
+    state.cancel("j0", "enough", 1)
+    state.check_room(spec("d2"), NEEDS, "eve")
+
+
+def test_what_a_users_jobs_carry_is_bounded_until_they_are_done() -> None:
+    state = fleet_of(0, Settings(max_carried_bytes_per_user=10))
+    state.submit("a", spec(data=b"x" * 6), NEEDS, "", 0, "eve")
+    assert "carry 6 bytes" in refused(state, spec(data=b"x" * 5))
+    state.check_room(spec(data=b"x" * 4), NEEDS, "eve")
+    state.check_room(spec(data=b"x" * 10), NEEDS, "ann")
+    state.submit("b", spec(data=b"x" * 4), NEEDS, "k", 0, "eve")
+    state.withdraw("b", "k", 0)
+    state.cancel("a", "enough", 0)
+    state.check_room(spec(data=b"x" * 10), NEEDS, "eve")
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[Want]:
+    """The wants that devices are looked for, from now on."""
+    seen: list[Want] = []
+    takers = Roster.takers
+
+    def counted(self: Roster, want: Want, names: list[str], now: int) -> list[str]:
+        seen.append(want)
+        return takers(self, want, names, now)
+
+    monkeypatch.setattr(Roster, "takers", counted)
+    return seen
+
+
+def test_a_heartbeat_that_says_nothing_new_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = fleet_of(1)
+    for number in range(20):
+        state.submit(f"j{number}", spec(f"nobody{number}"), NEEDS, "", 0, "eve")
+    seen = looked_at(monkeypatch)
+    state.receive(0, m.Heartbeat(), 1)
+    assert seen == []
+    state.receive(0, m.Heartbeat(Health(problems=("hot",))), 2)
+    state.receive(0, m.Heartbeat(), 3)
+    assert len(seen) == 20, "a device came back"
+
+
+def test_a_device_that_leaves_gives_its_rival_a_job_that_failed_there_once() -> None:
+    """Nothing more is heard of the other, and need not be."""
+    state = fleet_of(1, Settings(max_device_faults=3))
+    state.submit("j", spec(), NEEDS, "", 0)
+    state.assignment_leaves(Lease("j", 1), 0)
+    state.connect(1, m.Hello(local_protocol(), device_info("d1"), "1"), 0)
+    state.start_maintenance("d1", "", "root", 0)
+    fault = JobResult(Outcome(OutcomeKind.DEVICE_FAULT))
+    state.end_maintenance("d1", 0)
+    state.submit("other", spec("d1"), NEEDS, "", 0)
+    assert not assigned(state.receive(0, m.JobFinished(Lease("j", 1), fault), 1)), "the other one shall have it"
+    assert assigned(state.disconnect(1, 2)) == [("j", "d0")]
+
+
+def assigned(effects: Effects) -> list[tuple[str, str]]:
+    return [(fact.job_id, fact.device) for fact in effects.facts if isinstance(fact, JobAssigned)]
+
+
+def test_lines_of_the_same_devices_are_one_when_waits_are_told() -> None:
+    asked: list[str] = []
+
+    def free_in(name: str) -> float:
+        asked.append(name)
+        return 100.0
+
+    order = [(f"j{number}", Want(f"s{number}", NEEDS)) for number in range(300)]
+    found = waits(order, lambda _: frozenset(("a", "b")), free_in, lambda _: 10.0)
+    assert [found[f"j{number}"].position for number in (0, 299)] == [1, 300]
+    assert found["j299"].eta_ms == round((200 + 2990) / 2) and sorted(asked) == ["a", "b"]
+
+
+def test_lines_that_overlap_in_many_ways_are_told_of_as_far_as_that_is_cheap() -> None:
+    names = [f"d{number}" for number in range(300)]
+    order = [(f"j{number}", Want(f"{number % 300}", NEEDS)) for number in range(3_000)]
+    found = waits(order, lambda want: frozenset(names) - {names[int(want.selector)]}, lambda _: 0.0, lambda _: 1.0)
+    assert found["j0"].position == 1 and 300 < len(found) < 1_000
+
+
+def test_places_and_alarms_of_jobs_that_left_do_not_gather() -> None:
+    state = fleet_of(0)
+    patient = spec("nobody", queue_ms=YEAR_MS)
+    state.submit("head", patient, NEEDS, "", 0, "eve")
+    for number in range(2_000):
+        state.submit(f"j{number}", patient, NEEDS, "", number, "eve")
+        state.cancel(f"j{number}", "enough", number)
+    assert sum(map(len, state._queue._lines.values())) < 50
+    assert len(state._alarms) < 200
+    due = state.next_alarm()
+    assert due is not None
+    effects = state.tick(state.settings.longest.queue_ms + 1)
+    assert [fact.job_id for fact in effects.facts if isinstance(fact, JobDone)] == ["head"], "its alarm is kept"
+
+
+def test_a_line_made_anew_keeps_its_order() -> None:
+    queue, want = Queue(), Want("", NEEDS)
+    for number in range(100):
+        queue.push(str(number), want, 0, number)
+    for number in [*range(1, 50), *range(51, 100)]:
+        queue.remove(str(number))
+    assert [queue_head(queue) for _ in range(2)] == ["0", "50"]
+    assert len(queue) == 0 and queue.count_wants("") == 0
+
+
+def queue_head(queue: Queue) -> str:
+    (line,) = queue._lines.values()
+    job_id = line[0][2]
+    queue.remove(job_id)
+    return job_id
+
+
+def test_no_job_asks_for_longer_than_the_tracker_allows() -> None:
+    longest = Deadlines(queue_ms=10, transfer_ms=20, load_ms=30, run_ms=40)
+    state = fleet_of(0, Settings(longest=longest, longest_session_ms=50))
+    asked = Deadlines(YEAR_MS, YEAR_MS, YEAR_MS, YEAR_MS)
+    state.submit("job", replace(spec(), deadlines=asked), NEEDS, "", 0)
+    state.submit("session", JobSpec(NO_BLOB, "", SessionTask(0), "", asked), ANYWHERE, "", 0)
+    state.submit("short", spec(run_ms=1), NEEDS, "", 0)
+    jobs = {job.id: job.spec.deadlines for job in state.live_jobs()}
+    assert jobs == {
+        "job": longest,
+        "session": replace(longest, run_ms=50),
+        "short": Deadlines(10, 20, 30, 1),
+    }
+
+
+def test_calling_jobs_off_before_a_second_device_has_tried_blames_no_device() -> None:
+    state = fleet_of(1)
+    fault = JobResult(Outcome(OutcomeKind.DEVICE_FAULT, message="so it says"))
+    for number in range(4):
+        job_id = f"j{number}"
+        state.submit(job_id, spec(), NEEDS, "", 0, "eve")
+        for epoch, result in ((1, fault), (2, JobResult(Outcome(OutcomeKind.CANCELLED)))):
+            lease = Lease(job_id, epoch)
+            assert state.assignment_leaves(lease, 0)
+            state.receive(0, m.JobStarted(lease), 0)
+            if epoch == 2:
+                state.cancel(job_id, "a client cancelled it", 0)
+            state.receive(0, m.JobFinished(lease, result), 0)
+            state.receive(0, m.Heartbeat(), 0)
+    assert state.devices()[0].state is DeviceState.IDLE
+
+
+def test_why_jobs_wait_is_found_out_once_for_all_that_want_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = fleet_of(1)
+    for number in range(10):
+        state.submit(f"j{number}", spec(f"nobody{number % 2}"), NEEDS, "", 0, "eve")
+    asked: list[Want] = []
+    why = Roster.why_waiting
+
+    def counted(self: Roster, want: Want, now: int) -> str:
+        asked.append(want)
+        return why(self, want, now)
+
+    monkeypatch.setattr(Roster, "why_waiting", counted)
+    reasons: dict[Want, str] = {}
+    told = [state.still_waiting(f"j{number}", reasons) for number in range(10)]
+    assert len(asked) == 2
+    assert {job.detail for job in told if job is not None} == {
+        "no connected device matches 'nobody0'",
+        "no connected device matches 'nobody1'",
+    }
+    assert state.still_waiting("unknown", reasons) is None
+
+
+def test_who_watches_without_reading_holds_the_newest_alone(tmp_path: Path) -> None:
+    async def watch(store: Store) -> None:
+        shell = Shell(store)
+        job_id, _ = await shell.submit(JobSpec(NO_BLOB, "", SessionTask(0), "nobody"), ANYWHERE, "")
+        changes = shell.watch(job_id)
+        for _ in range(3):
+            shell._retell()
+        await shell.cancel(job_id, "enough")
+        newest = await changes.get()
+        assert newest is not None and newest.result is not None, "and not the first of all that came before"
+        nothing = asyncio.ensure_future(changes.get())
+        await asyncio.sleep(0)
+        assert not nothing.done()
+        shell.close()
+        assert await nothing is None
+
+    store = Store(tmp_path)
+    asyncio.run(watch(store))
+    store.close()
+
+
+def test_many_watchers_are_told_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedge.rpc.tracker.shell._RETELL_AT_ONCE_S", 0.0)
+    monkeypatch.setattr("kedge.rpc.tracker.shell._RETELL_S", 0.001)
+
+    async def watch(store: Store) -> None:
+        shell = Shell(store)
+        session = JobSpec(NO_BLOB, "", SessionTask(0), "nobody")
+        watched = [shell.watch((await shell.submit(session, ANYWHERE, ""))[0]) for _ in range(5)]
+        shell.agent_connected(m.Hello(local_protocol(), device_info("d"), "1"), lambda body: None)
+        for changes in watched:
+            async with asyncio.timeout(10):
+                job = await changes.get()
+                while job is not None and "no device is connected" in job.detail:
+                    job = await changes.get()
+            assert job is not None and job.detail == "no connected device matches 'nobody'"
+        shell.close()
+
+    store = Store(tmp_path)
+    asyncio.run(watch(store))
+    store.close()
