@@ -7,6 +7,7 @@ python benchmarks/walking.py --smoke    # a few iterations of everything, checks
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -172,22 +173,24 @@ def raw_stream(address: str, data: bytes) -> float:
 
 
 def agent_memory_mb() -> float:
-    """PSS of the idle agent, in MB: one process, since runners live only as long as their jobs."""
-    total = 0
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if f"--name={DEVICE}" not in command:
-                continue
-            lines = (process / "smaps_rollup").read_text().splitlines()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    if not total:
+    """PSS of the idle agent, in MB, with the runner that waits for its next job."""
+    children: dict[int, list[int]] = {}
+    todo: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(process.name))
+            if f"--name={DEVICE}".encode() in (process / "cmdline").read_bytes():
+                todo.append(int(process.name))
+    if not todo:
         raise RuntimeError("no process of the agent was found")
-    return total * 1024 / 1e6
+    total_kb = 0
+    while todo:
+        pid = todo.pop()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total_kb += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        todo += children.get(pid, [])
+    return total_kb * 1024 / 1e6
 
 
 def compile_seconds() -> dict[str, float]:

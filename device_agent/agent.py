@@ -307,6 +307,7 @@ class Agent:
             self._events.put(lambda _: self._on_finished(lease, result))
             if isinstance(job, Job):
                 job.clean_up()  # a session has cleaned up before it is over
+                job.make_ready()
 
         what = f"function {spec.function}" if spec.function else "a session"
         log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
@@ -331,6 +332,7 @@ class Agent:
             self._job.cancel("the agent stops")
         if self._job_thread is not None:
             self._job_thread.join(_JOB_END_S)
+        self._board.close()
         self._close()
         self._blobs.close()
         self._cage.close()

@@ -28,6 +28,7 @@ from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
 from kedge.device_agent.cage import Cage, remove_tree
 from kedge.device_agent.cores import Watch
 from kedge.device_agent.health import Fitness, read_health
+from kedge.device_agent.seats import Seat, Spare
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
 from kedge.rpc.artifact.place import CPU, Placement, look_at, place
@@ -136,6 +137,8 @@ class Board:
     #: The cores kept for timings, and all others; empty: nothing is kept.
     measuring: Tuple[int, ...] = ()
     others: Tuple[int, ...] = ()
+    #: A runner that waits for the next job.
+    spare: Spare = field(default_factory=Spare)
 
     def offered(self, *, timing: bool) -> int:
         """How many threads a job may have."""
@@ -179,10 +182,60 @@ class Board:
         self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
     ) -> native.Runner:
         """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable."""
-        cpus = (self.measuring if timing else self.others) or None
+        return self._start(limits, folder, threads, self._cpus(timing), patience_s)
+
+    def take_seat(self, limits: native.Limits, patience_s: float, *, timing: bool) -> Seat:
+        """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back."""
+        cpus = self._cpus(timing)
+        spare = self.spare.take(limits, cpus)
+        if spare is not None and spare.runner.exited:  # the first that the system ends when memory runs out
+            self.vacate(spare)
+            spare = None
+        return spare or self._new_seat(limits, cpus, patience_s)
+
+    def vacate(self, seat: Seat) -> None:
+        """End a runner and remove its folder."""
+        seat.runner.close()
+        self.remove_folder(seat.folder)
+
+    def make_ready(self, like: Seat) -> None:
+        """Have a spare for one more job like the one that had this seat. GPUs' runners are started when needed."""
+        if not like.limits.sandbox or self.spare.fits(like):
+            return
+        try:
+            seat = self._new_seat(like.limits, like.cpus, _START_S)
+        except (native.RunnerUnavailable, OSError) as error:
+            log.warning("no runner waits for the next job, which starts its own: %s", error)
+            return
+        surplus = self.spare.put(seat)
+        if surplus is not None:
+            self.vacate(surplus)
+
+    def close(self) -> None:
+        """End the spare; there is none any more."""
+        seat = self.spare.close()
+        if seat is not None:
+            self.vacate(seat)
+
+    def _new_seat(self, limits: native.Limits, cpus: Optional[Tuple[int, ...]], patience_s: float) -> Seat:
+        folder = self.new_folder("job-")
+        try:
+            runner = self._start(limits, folder, 0, cpus, patience_s)
+        except BaseException:
+            self.remove_folder(folder)
+            raise
+        offer_to_oom_killer(runner.hello.pid)
+        return Seat(runner, folder, limits, cpus)
+
+    def _start(
+        self, limits: native.Limits, folder: Path, threads: int, cpus: Optional[Tuple[int, ...]], patience_s: float
+    ) -> native.Runner:
         return native.Runner(
             self.runner, threads, limits, cpus=cpus, cwd=folder, start_deadline_s=patience_s, cage=self.cage
         )
+
+    def _cpus(self, timing: bool) -> Optional[Tuple[int, ...]]:
+        return (self.measuring if timing else self.others) or None
 
     def watch(self, runner: native.Runner) -> Watch:
         """What others do on the cores of a timing that begins now."""
@@ -235,7 +288,7 @@ class Job:
         self._lock = threading.Lock()
         self._cancelled: Optional[str] = None
         self._calling_off = threading.Event()
-        self._runner: Optional[native.Runner] = None
+        self._seat: Optional[Seat] = None
         self._afterwards = ExitStack()
 
     def cancel(self, reason: str) -> None:
@@ -245,9 +298,9 @@ class Job:
                 return
             self._cancelled = reason
             self._calling_off.set()
-            runner = self._runner
-        if runner is not None:
-            runner.kill()
+            seat = self._seat
+        if seat is not None:
+            seat.runner.kill()
         if self._stage is Stage.TRANSFER:
             self._board.blobs.interrupt()
 
@@ -267,16 +320,19 @@ class Job:
         """End the runner and remove the job's files: nobody who waits for the result waits for that."""
         self._afterwards.close()
 
+    def make_ready(self) -> None:
+        """After `clean_up`: have a runner wait for the next job, which may be like this one."""
+        if self._seat is not None:
+            self._board.make_ready(self._seat)
+
     # ---- the stages --------------------------------------------------------------------------------------------
 
     def _execute(self) -> Tuple[Tuple[Tensor, ...], Optional[Measurement]]:
-        scratch = self._board.new_folder("job-")
-        self._afterwards.callback(self._board.remove_folder, scratch)
         hold = self._afterwards.enter_context(self._board.cache.hold())
         with self._in(Stage.TRANSFER):
             what = self._transfer(hold)
         with self._in(Stage.LOAD):
-            runner = self._load(what, scratch)
+            runner = self._load(what)
         with self._in(Stage.RUN):
             results, measurement = self._work(runner, what)
         return self._deliver(what.function, results, runner), measurement
@@ -318,23 +374,21 @@ class Job:
             text = f"the job wants {wanted} threads; {self._board.device.name} offers {offered}"
             raise _Ended(OutcomeKind.BAD_REQUEST, text)
 
-    def _load(self, what: _Loadable, scratch: Path) -> native.Runner:
-        limits = self._limits(what.placement)
-        threads = self._threads(what.placement)
+    def _load(self, what: _Loadable) -> native.Runner:
         patience_s = min(_START_S, self._left_s())
         try:
-            runner = self._board.start_runner(limits, scratch, threads, patience_s, timing=self._is_timing)
+            seat = self._board.take_seat(self._limits(what.placement), patience_s, timing=self._is_timing)
         except native.RunnerUnavailable:
             self._check_deadline()  # it was given no more time than the stage had left
             raise
-        self._afterwards.callback(runner.close)
-        offer_to_oom_killer(runner.hello.pid)
+        self._afterwards.callback(self._board.vacate, seat)
         with self._lock:
-            self._runner = runner
+            self._seat = seat
         self._check_cancelled()
-        lib = self._board.show(what.lib, scratch, "lib.so")
-        weights = None if what.weights is None else self._board.show(what.weights, scratch, "weights")
-        module = runner.open(lib, weights, what.weights_offset, self._left_s(), device=what.placement.dl_device)
+        lib = self._board.show(what.lib, seat.folder, "lib.so")
+        weights = None if what.weights is None else self._board.show(what.weights, seat.folder, "weights")
+        runner, threads, device = seat.runner, self._threads(what.placement), what.placement.dl_device
+        module = runner.open(lib, weights, what.weights_offset, self._left_s(), device=device, threads=threads)
         names = [function.name for function in module.functions]
         if names[what.index : what.index + 1] != [what.function.name]:
             raise _Ended(

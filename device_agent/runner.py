@@ -289,6 +289,11 @@ class Runner:
         """Whether it can take another call."""
         return not self._process.ended
 
+    @property
+    def exited(self) -> bool:
+        """Whether the process has ended, be it that no call has noticed."""
+        return self._process.ended or self._process.has_exited()
+
     def open(
         self,
         lib: Union[str, Path],
@@ -308,6 +313,7 @@ class Runner:
             RunnerRefused: E_LOAD, E_ABI or E_FEATURE with the reason, or E_ARGUMENT when too many are open.
             RunnerCrashed, RunnerTimeout, RunnerOutOfMemory: loading did that.
         """
+        self._oom_kills = _oom_kills()  # of those before, while it waited, none was its own
         path = "" if weights is None else self._seen(weights)
         wanted = self.threads if threads is None else threads
         head = protocol.pack_open(self._seen(lib), path, weights_offset, wanted, device)
@@ -768,12 +774,13 @@ class _Process:
             if self._wake_read in ready:
                 self.clear_wake()
                 raise _Cancel
-            if not ready and self._has_exited():
+            if not ready and self.has_exited():
                 raise _Closed
             if not ready and left_s <= 0:
                 raise _Expired
 
-    def _has_exited(self) -> bool:
+    def has_exited(self) -> bool:
+        """Whether it has ended, not yet reaped."""
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
         except ChildProcessError:  # the program that this is part of reaps all children, or ignores SIGCHLD
@@ -817,7 +824,7 @@ class _Process:
         """Wait until it has exited, kill what is left after `grace_s`, reap; the exit status, or minus the signal."""
         moment, pause = time.monotonic() + grace_s, 0.0002
         while self._returncode is None and time.monotonic() < moment:
-            if self._has_exited():
+            if self.has_exited():
                 break
             time.sleep(pause)
             pause = min(pause * 2, 0.01)

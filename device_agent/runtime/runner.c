@@ -306,13 +306,14 @@ static void start_reader(void) {
 }
 
 static _Noreturn void serve(void) {
-  for (;;) {
+  for (bool waits = true;; waits = false) {
     pthread_mutex_lock(&desk.lock);
     while (!desk.waiting) pthread_cond_wait(&desk.arrived, &desk.lock);
     desk.waiting = false;
     frame request = desk.request;
     pthread_mutex_unlock(&desk.lock);
 
+    if (waits) prctl(PR_SET_NAME, "kedge-job"); /* ps tells it from one that waits for its first request */
     handle_request(&stream, &held, &request);
     frame_free(&request);
   }

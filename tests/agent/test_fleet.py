@@ -41,7 +41,7 @@ from kedge.rpc.types import (
     TimeOptions,
     Verdict,
 )
-from support.agents import AgentProcess, descendants, runs, wait_for
+from support.agents import AgentProcess, at_work, descendants, runs, wait_for
 from support.handmade import artifact
 from support.python39 import Python39
 
@@ -245,7 +245,7 @@ def test_cancelling_a_running_job_frees_the_device(agent: AgentProcess, fleet: F
     fleet.cancel(spinning)
     assert kind(fleet.wait(spinning)) is OutcomeKind.CANCELLED
     assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
-    assert descendants(agent.process.pid) == []
+    wait_for(lambda: not at_work(agent.process.pid), "the job's runner to be gone")
 
 
 @pytest.mark.parametrize("fleet", [5_000], indirect=True)
@@ -377,7 +377,7 @@ def test_cores_that_are_kept_for_timings(fleet: Fleet, runner: Path, tmp_path: P
         endless = fleet.submit(spec(manifest, "spin"))
         fleet.wait_stage(endless, Stage.RUN)
         (runner_pid,) = [
-            pid for pid in descendants(agent.process.pid) if "runner" in Path(f"/proc/{pid}/comm").read_text()
+            pid for pid in descendants(agent.process.pid) if Path(f"/proc/{pid}/comm").read_text() == "kedge-job\n"
         ]
         assert os.sched_getaffinity(runner_pid) == {*others}
         fleet.cancel(endless)

@@ -23,7 +23,7 @@ from kedge.rpc import messages as m
 from kedge.rpc.outcome import OutcomeKind, Stage
 from kedge.rpc.transport import MAX_MESSAGE_BYTES
 from kedge.rpc.types import Blob, JobSpec, Lease, Protocol, RunTask, Tensor
-from support.agents import AgentProcess, descendants, runs, wait_for
+from support.agents import AgentProcess, at_work, descendants, runs, wait_for
 from support.handmade import artifact
 
 from .conftest import FUNCTIONS
@@ -211,6 +211,17 @@ def test_a_result_is_sent_until_it_is_accepted(
     assert script.greet().running == ()
 
 
+def _waiting(agent: AgentProcess) -> list[int]:
+    """The processes of the runner that waits for the next job, once nothing else is left of the last."""
+
+    def settled() -> list[int]:
+        below = descendants(agent.process.pid)
+        return below if below and not at_work(agent.process.pid) else []
+
+    wait_for(settled, "a runner to wait for the next job")
+    return settled()
+
+
 def _after_job(script: Script) -> m.JobFinished:
     """What came of a job so short that its stages may not have been told."""
     script.hear(m.JobStarted)
@@ -257,7 +268,35 @@ def test_stopped_in_the_middle_of_a_job_it_leaves_nothing(
     assert list((agent.data_dir / "jobs").iterdir()) == []
 
 
-def test_killed_it_takes_the_runner_along_and_the_next_one_cleans_up(
+def test_stopped_while_a_runner_waits_for_a_job_it_leaves_nothing(
+    agent: AgentProcess, script: Script, module: bytes
+) -> None:
+    script.greet()
+    script.say(m.AssignJob(Lease("job-1", 1, 10_000), spec(script.publish(module), "add")))
+    _after_job(script)
+    waiting = _waiting(agent)
+    assert agent.stop() == 0, agent.log
+    assert not any(runs(pid) for pid in waiting)
+    assert list((agent.data_dir / "jobs").iterdir()) == []
+
+
+def test_killed_it_takes_the_runner_along_that_waits_for_a_job(
+    agent: AgentProcess, tracker: Tracker, script: Script, module: bytes, runner: Path
+) -> None:
+    script.greet()
+    script.say(m.AssignJob(Lease("job-1", 1, 10_000), spec(script.publish(module), "add")))
+    _after_job(script)
+    script.say(m.ResultAccepted("job-1"))
+    waiting = _waiting(agent)
+    assert agent.stop(signal.SIGKILL) == -signal.SIGKILL
+    wait_for(lambda: not any(runs(pid) for pid in waiting), "the runner to end with its agent")
+    with AgentProcess(tracker.address, runner, agent.data_dir) as successor:
+        script.greet()
+        successor.wait_ready()
+        assert list((agent.data_dir / "jobs").iterdir()) == []
+
+
+def test_killed_it_takes_the_runner_along_and_and_the_next_one_cleans_up(
     agent: AgentProcess, tracker: Tracker, script: Script, module: bytes, runner: Path
 ) -> None:
     hello = script.greet()
@@ -290,10 +329,10 @@ def test_an_idle_agent_is_small(agent: AgentProcess, script: Script, module: byt
     script.say(m.AssignJob(Lease("job-1", 1, 10_000), spec(script.publish(module), "add")))
     _after_job(script)
     script.say(m.ResultAccepted("job-1"))
-    wait_for(lambda: not descendants(agent.process.pid), "the runner to be gone")
-    rollup = Path(f"/proc/{agent.process.pid}/smaps_rollup").read_text()
-    (pss_kb,) = (int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    assert pss_kb < 60_000, rollup
+    waiting = _waiting(agent)
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (agent.process.pid, *waiting)]
+    pss_kb = sum(int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:"))
+    assert pss_kb < 45_000_000 / 1024, rollups
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import Address, Tls
 from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Deadlines, DeviceState, Job, JobState, TimeOptions
-from support.agents import AgentProcess, descendants, runs, wait_for
+from support.agents import AgentProcess, at_work, runs, wait_for
 from support.doubling import gpu_artifact, opencl_device
 from support.handmade import artifact
 from support.proxy import Proxy, Trap
@@ -234,7 +234,7 @@ def test_a_runner_that_ends_between_two_requests(
     with fleet.session("here") as device:
         m, kept = device.load(made), device.tensor(X)
         device.forget(kept._handle)
-        (runner_pid,) = descendants(agent.process.pid)
+        (runner_pid,) = at_work(agent.process.pid)
         os.kill(runner_pid, signal.SIGKILL)
         wait_for(lambda: not runs(runner_pid), "the runner to end")
         with pytest.raises(JobError, match="its runner ended") as caught:
@@ -384,7 +384,7 @@ def test_nobody_gets_a_device_that_is_not_there(fleet: Fleet, agent: AgentProces
 def test_a_session_can_be_cancelled(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
     with fleet.session("here") as device:
         m = device.load(made)
-        runners = descendants(agent.process.pid)
+        runners = at_work(agent.process.pid)
         assert runners
         fleet.job(device.id).cancel()
         with pytest.raises(JobError) as caught:
@@ -484,7 +484,7 @@ def test_a_killed_client_frees_the_device(fleet: Fleet, agent: AgentProcess, tra
     assert outcome(fleet, client.session_id) is OutcomeKind.CANCELLED
     wait_for(lambda: state_of(fleet) is DeviceState.IDLE, "the device to be free")
     assert time.monotonic() - began < 10, "its end is noticed long before the lease is over"
-    assert not descendants(agent.process.pid)
+    assert not at_work(agent.process.pid)
 
 
 def test_a_stopped_client_loses_the_device_with_its_lease(

@@ -28,7 +28,7 @@ from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.security.join import Join
 from kedge.rpc.tracker.security.principal import Role
 from kedge.rpc.transport import Address, Tls, parse_address
-from support.agents import descendants, runs, wait_for
+from support.agents import at_work, runs, wait_for
 from support.postgres import PostgresServer
 from support.proxy import Proxy
 from support.trackers import free_ports
@@ -242,8 +242,8 @@ class World:
         return Fleet(self.address, self._admin)
 
     def runners(self, agent: Process) -> list[int]:
-        """What an agent has started and not ended."""
-        return [pid for pid in descendants(agent.pid) if runs(pid)]
+        """What an agent has started and not ended, but for the runner that waits for the next job."""
+        return [pid for pid in at_work(agent.pid) if runs(pid)]
 
     def left_over(self) -> list[int]:
         """Processes of this world that live and are none of those which it started itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -36,6 +37,18 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def at_work(pid: int) -> list[int]:
+    """Processes below an agent, but for the one runner that may wait there for the next job."""
+    names: dict[int, dict[int, str]] = {}  # by session: in a control group a runner is two processes
+    for below in descendants(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.setdefault(os.getsid(below), {})[below] = Path(f"/proc/{below}/comm").read_text().strip()
+    waiting = [session for session, those in names.items() if {*those.values()} == {"kedge-runner"}]
+    if len(waiting) == 1:
+        del names[waiting[0]]
+    return [below for those in names.values() for below in those]
 
 
 class AgentProcess(LoggedProcess):

@@ -1,0 +1,130 @@
+"""The runner that waits for the next job: for one job, of the same limits, and for nobody when its agent ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kedge.device_agent.jobs import Board, Job
+from kedge.device_agent.runner import Limits
+from kedge.device_agent.seats import Seat
+from kedge.rpc.artifact import Artifact
+from kedge.rpc.types import Blob, Deadlines, JobSpec
+from support.agents import runs, wait_for
+from support.handmade import artifact
+
+from .conftest import FUNCTIONS, Remote
+from .test_jobs import run_spec
+
+
+@pytest.fixture
+def manifest(remote: Remote, module: bytes) -> Blob:
+    made: Artifact = artifact(module, FUNCTIONS)
+    return remote.publish(made)
+
+
+@pytest.fixture
+def idle(board: Board, manifest: Blob) -> Iterator[Board]:
+    """A board that has had a job, and has a runner wait for the next."""
+    work(board, run_spec(manifest, "add"))
+    yield board
+    board.close()
+    assert list(board.scratch.iterdir()) == []
+
+
+def work(board: Board, spec: JobSpec) -> Seat:
+    """One job as the agent runs it; the seat that it had."""
+    job = Job(board, spec, lambda _: None)
+    assert job.run().outcome.ok
+    seat = job._seat
+    assert seat is not None
+    job.clean_up()
+    assert not runs(seat.runner.pid) and not seat.folder.exists()
+    job.make_ready()
+    return seat
+
+
+def waiting(board: Board) -> Seat:
+    seat = board.spare._seat
+    assert seat is not None and runs(seat.runner.pid)
+    assert list(board.scratch.iterdir()) == [seat.folder]
+    return seat
+
+
+def limit(pid: int, name: str) -> str:
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    return next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0]
+
+
+def test_it_serves_the_next_job_and_no_other(idle: Board, manifest: Blob) -> None:
+    first = waiting(idle)
+    assert Path(f"/proc/{first.runner.hello.pid}/comm").read_text() == "kedge-runner\n", "it was asked nothing yet"
+    assert work(idle, run_spec(manifest, "add")) is first
+    second = waiting(idle)
+    assert second.runner.pid != first.runner.pid
+    assert work(idle, run_spec(manifest, "add")) is second
+
+
+def test_its_limits_are_set_while_it_waits(idle: Board) -> None:
+    seat = waiting(idle)
+    pid = seat.runner.hello.pid
+    assert seat.limits.cpu_s and seat.limits.sandbox
+    assert limit(pid, "Max cpu time") == str(seat.limits.cpu_s)
+    assert limit(pid, "Max open files") == str(seat.limits.open_files)
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+
+
+def test_a_job_with_other_limits_has_a_runner_of_its_own(idle: Board, manifest: Blob) -> None:
+    before = waiting(idle)
+    other = work(idle, run_spec(manifest, "add", Deadlines(run_ms=1_000)))
+    assert other is not before and other.limits != before.limits
+    assert not runs(before.runner.pid) and not before.folder.exists()
+    assert waiting(idle).limits == other.limits
+
+
+def test_jobs_on_other_cores_have_runners_of_their_own(idle: Board, manifest: Blob) -> None:
+    before = waiting(idle)
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    elsewhere = replace(idle, others=cores[:1])
+    assert work(elsewhere, run_spec(manifest, "add")) is not before
+    assert waiting(idle).cpus == cores[:1]
+
+
+def test_one_that_was_killed_costs_no_job(idle: Board, manifest: Blob) -> None:
+    """When memory runs out it is the first to go."""
+    dead = waiting(idle)
+    os.kill(dead.runner.pid, signal.SIGKILL)
+    wait_for(lambda: dead.runner.exited, "it to end")
+    assert work(idle, run_spec(manifest, "add")) is not dead
+    assert not dead.folder.exists()
+
+
+def test_after_the_agents_last_job_there_is_none(idle: Board, manifest: Blob) -> None:
+    seat = waiting(idle)
+    idle.close()
+    assert not runs(seat.runner.pid)
+    work(idle, run_spec(manifest, "add"))
+    assert idle.spare.close() is None and list(idle.scratch.iterdir()) == []
+
+
+def test_drivers_are_not_kept_waiting(board: Board) -> None:
+    seat = board.take_seat(Limits(), 20.0, timing=False)
+    board.vacate(seat)
+    board.make_ready(seat)
+    assert board.spare.close() is None
+
+
+def test_a_runner_that_does_not_start_is_the_next_jobs_to_report(
+    idle: Board, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    seat = waiting(idle)
+    with caplog.at_level(logging.WARNING):
+        replace(idle, runner=tmp_path / "absent").make_ready(replace(seat, limits=Limits(sandbox=True)))
+    assert "no runner waits for the next job" in caplog.text
+    assert waiting(idle) is seat
