@@ -80,6 +80,8 @@ _T = TypeVar("_T")
 _DEFAULT_TIMING = TimeOptions()
 #: How often to look whether a silent runner still exists: a process it left behind may hold its socket open.
 _ALIVE_CHECK_S = 0.5
+#: Of one message to the runner: the system takes no more.
+_MOST_BUFFERS = 1024
 #: How long the rest of a reply may take to be read that was there when its deadline had passed.
 _LAST_CALL_S = 0.5
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # fcntl names them only where the C library did when Python was built
@@ -698,16 +700,18 @@ class _Process:
     def send(self, buffers: Sequence[protocol.Buffer], fd: Optional[int], limit: _Limit) -> None:
         """Write all buffers, the descriptor with the first byte. Cancels wait until the frame is whole."""
         ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-        for buffer in buffers:
-            view = memoryview(buffer)
-            while view:
+        views = [memoryview(buffer) for buffer in buffers]
+        while views:
+            try:
+                sent = self._socket.sendmsg(views[:_MOST_BUFFERS], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
                 self._wait(select.POLLOUT, limit, cancellable=False)
-                try:
-                    sent = self._socket.sendmsg([view[: 1 << 20]], ancillary, socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    continue
-                ancillary = []
-                view = view[sent:]
+                continue
+            ancillary = []
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if views:
+                views[0] = views[0][sent:]
 
     def receive(self, limit: _Limit) -> Tuple[protocol.Header, memoryview, Optional[memoryview]]:
         """The next frame: header, payload, and the file that came with it as memory.
@@ -734,8 +738,11 @@ class _Process:
         fds: List[int] = []
         filled = 0
         try:
+            waits = first  # the rest of a frame is there, as a rule, with its beginning
             while filled < len(view):
-                self._wait(select.POLLIN, limit, cancellable=first and filled == 0)
+                if waits:
+                    self._wait(select.POLLIN, limit, cancellable=first and filled == 0)
+                waits = True
                 try:
                     size, ancillary, flags, _ = self._socket.recvmsg_into(
                         [view[filled:]], socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
@@ -1004,11 +1011,11 @@ def _received_fds(ancillary: Sequence[Tuple[int, int, bytes]]) -> List[int]:
 def _oom_kills() -> int:
     """How many processes the kernel has ended for want of memory so far; 0 where it does not say."""
     try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
+        text = Path("/proc/vmstat").read_bytes()
     except OSError:
         return 0
-    counts = [line.split()[1] for line in lines if line.startswith("oom_kill ")]
-    return int(counts[0]) if counts else 0
+    _, found, rest = text.partition(b"\noom_kill ")
+    return int(rest.partition(b"\n")[0]) if found else 0
 
 
 def _describe(ending: int) -> str:

@@ -189,13 +189,65 @@ class Tls:
         return f"<Tls {'agent' if self.certificate else 'client'}>"
 
     def _credentials(self) -> grpc.ChannelCredentials:
-        channel = grpc.ssl_channel_credentials(self.ca, self.key or None, self.certificate or None)
-        if not self.token:
-            return channel
-        return grpc.composite_channel_credentials(channel, grpc.access_token_call_credentials(self.token))
+        return grpc.ssl_channel_credentials(self.ca, self.key or None, self.certificate or None)
 
 
 _TLS_OPTIONS: Options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", TRACKER_NAME))
+
+
+class _NamedCalls:
+    """Calls of one method that carry metadata of our own."""
+
+    def __init__(self, calls: Any, metadata: Tuple[Tuple[str, str], ...]) -> None:
+        self._calls = calls
+        self._metadata = metadata
+
+    def __call__(self, request: Any, timeout: Optional[float] = None, metadata: Any = (), **options: Any) -> Any:
+        return self._calls(request, timeout, (*(metadata or ()), *self._metadata), **options)
+
+    def with_call(self, request: Any, timeout: Optional[float] = None, metadata: Any = (), **options: Any) -> Any:
+        return self._calls.with_call(request, timeout, (*(metadata or ()), *self._metadata), **options)
+
+    def future(self, request: Any, timeout: Optional[float] = None, metadata: Any = (), **options: Any) -> Any:
+        return self._calls.future(request, timeout, (*(metadata or ()), *self._metadata), **options)
+
+
+class _NamedChannel(grpc.Channel):
+    """An encrypted channel whose every call carries the token.
+
+    gRPC's own call credentials do the same, but ask for it in another thread at each call, which then waits 0.2 ms.
+    """
+
+    def __init__(self, channel: grpc.Channel, token: str) -> None:
+        self._channel: Any = channel
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    def unary_unary(self, method: str, *codecs: Any, **options: Any) -> Any:
+        return _NamedCalls(self._channel.unary_unary(method, *codecs, **options), self._metadata)
+
+    def unary_stream(self, method: str, *codecs: Any, **options: Any) -> Any:
+        return _NamedCalls(self._channel.unary_stream(method, *codecs, **options), self._metadata)
+
+    def stream_unary(self, method: str, *codecs: Any, **options: Any) -> Any:
+        return _NamedCalls(self._channel.stream_unary(method, *codecs, **options), self._metadata)
+
+    def stream_stream(self, method: str, *codecs: Any, **options: Any) -> Any:
+        return _NamedCalls(self._channel.stream_stream(method, *codecs, **options), self._metadata)
+
+    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
+        self._channel.subscribe(callback, try_to_connect)
+
+    def unsubscribe(self, callback: Any) -> None:
+        self._channel.unsubscribe(callback)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> _NamedChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_channel(address: Address, tls: Optional[Tls] = None) -> grpc.Channel:
@@ -203,7 +255,8 @@ def open_channel(address: Address, tls: Optional[Tls] = None) -> grpc.Channel:
     if tls is None:
         _check_plaintext(address)
         return grpc.insecure_channel(_target(address), options=CHANNEL_OPTIONS)
-    return grpc.secure_channel(_target(address), tls._credentials(), options=_TLS_OPTIONS)
+    channel = grpc.secure_channel(_target(address), tls._credentials(), options=_TLS_OPTIONS)
+    return _NamedChannel(channel, tls.token) if tls.token else channel
 
 
 def open_aio_channel(address: Address, tls: Optional[Tls] = None) -> Any:
@@ -211,7 +264,10 @@ def open_aio_channel(address: Address, tls: Optional[Tls] = None) -> Any:
     if tls is None:
         _check_plaintext(address)
         return grpc.aio.insecure_channel(_target(address), options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(_target(address), tls._credentials(), options=_TLS_OPTIONS)
+    credentials = tls._credentials()
+    if tls.token:
+        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(tls.token))
+    return grpc.aio.secure_channel(_target(address), credentials, options=_TLS_OPTIONS)
 
 
 def _check_plaintext(address: Address) -> None:

@@ -230,6 +230,9 @@ class SessionsService:
 
     async def _hand_over(self, job_id: str, relay: _Relay, event: pb.DeviceEvent) -> None:
         """Hand an event on. While the device does not take it, the client's lease is not its own to renew."""
+        if not relay.to_device.full():
+            relay.to_device.put_nowait(event)
+            return
         putting = asyncio.ensure_future(relay.to_device.put(event))
         try:
             held_up_s = 0.0

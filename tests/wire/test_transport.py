@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
 import pytest
 
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.protocol import ProtocolError, accepts, check_peer, local_protocol
-from kedge.rpc.transport import Address, AddressError, parse_address, parse_host
+from kedge.rpc.transport import Address, AddressError, _NamedChannel, parse_address, parse_host
 from kedge.rpc.types import Protocol
 
 
@@ -53,6 +58,44 @@ def test_a_host_has_no_port() -> None:
 def test_loopback() -> None:
     assert all(Address(host, 1).is_loopback for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"))
     assert not any(Address(host, 1).is_loopback for host in ("0.0.0.0", "lab", "10.0.0.1", "::"))
+
+
+def said(_: Any, context: grpc.ServicerContext) -> bytes:
+    """What a call's metadata says."""
+    found = dict(context.invocation_metadata())
+    return f"{found.get('authorization')} {found.get('other')}".encode()
+
+
+@pytest.mark.parametrize(
+    ("ask", "other"),
+    [
+        (lambda channel: channel.unary_unary("/t/Unary")(b""), None),
+        (lambda channel: channel.unary_unary("/t/Unary")(b"", timeout=20, metadata=(("other", "kept"),)), "kept"),
+        (lambda channel: channel.unary_unary("/t/Unary").with_call(b"")[0], None),
+        (lambda channel: channel.unary_unary("/t/Unary").future(b"", timeout=20).result(), None),
+        (lambda channel: next(channel.unary_stream("/t/Down")(b"")), None),
+        (lambda channel: channel.stream_unary("/t/Up")(iter([b""])), None),
+        (lambda channel: channel.stream_unary("/t/Up").future(iter([b""])).result(), None),
+        (lambda channel: next(channel.stream_stream("/t/Both")(iter([b""]))), None),
+    ],
+    ids=["unary", "metadata", "with_call", "future", "down", "up", "up-future", "both"],
+)
+def test_every_kind_of_call_carries_the_token(ask: Callable[[Any], bytes], other: str | None) -> None:
+    methods = {
+        "Unary": grpc.unary_unary_rpc_method_handler(said),
+        "Down": grpc.unary_stream_rpc_method_handler(lambda request, context: iter([said(request, context)])),
+        "Up": grpc.stream_unary_rpc_method_handler(said),
+        "Both": grpc.stream_stream_rpc_method_handler(lambda request, context: iter([said(request, context)])),
+    }
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with _NamedChannel(grpc.insecure_channel(f"127.0.0.1:{port}"), "secret") as channel:
+            assert ask(channel) == f"Bearer secret {other}".encode()
+    finally:
+        server.stop(None)
 
 
 def test_versions_may_differ_by_one() -> None:
