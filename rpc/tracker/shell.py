@@ -365,7 +365,7 @@ class Shell:
                     self._tell(send.connection, None)
                 elif isinstance(send, JobChanged):
                     self._publish(send.job)
-                    _log_end(send.job)
+                    self._loop.call_soon(_log_end, send.job)  # who waits for it goes first
             if any(isinstance(send, DevicesChanged) for send in parcel.sends):
                 self._devices_changed()
             if parcel.released is not None and not parcel.released.done():
