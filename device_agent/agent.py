@@ -307,7 +307,8 @@ class Agent:
             self._events.put(lambda _: self._on_finished(lease, result))
             if isinstance(job, Job):
                 job.clean_up()  # a session has cleaned up before it is over
-                job.make_ready()
+                if not self._ended.is_set():
+                    job.make_ready()
 
         what = f"function {spec.function}" if spec.function else "a session"
         log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
