@@ -355,7 +355,10 @@ class KernelEmitter(ParallelEmitter):
         EMITTERS[intrin.name](self.b, places)
 
     def _prefetch(self, stmt: Prefetch) -> None:
-        """For reading, into all caches. The address is no `inbounds` one: it may be past the end of the buffer."""
+        """For reading, into the second cache: the first has too few places for what is far ahead.
+
+        The address is no `inbounds` one: it may be past the end of the buffer.
+        """
         position = self.offset(stmt.buffer, stmt.indices)
         if not position.is_uniform:
             raise NotVectorizable
@@ -363,7 +366,7 @@ class KernelEmitter(ParallelEmitter):
         base = self._pointer(stmt.buffer).ref
         address = self.b.result(f"getelementptr {memory}, ptr {base}, {at.typed}", "ptr")
         self.b.module.declare("llvm.prefetch.p0", "void @(ptr, i32, i32, i32)")
-        self.b.emit(f"call void @llvm.prefetch.p0({address.typed}, i32 0, i32 3, i32 1)")
+        self.b.emit(f"call void @llvm.prefetch.p0({address.typed}, i32 0, i32 2, i32 1)")
 
     # Buffers ----------------------------------------------------------------------------------------------------
 

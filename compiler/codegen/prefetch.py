@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from kedge.compiler.codegen.alloc import Alloc, Prefetch, expressions_of, statements_of
 from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const, eq
 from kedge.compiler.tir.simplify import simplify
-from kedge.compiler.tir.stmt import Buffer, For, If, Stmt
+from kedge.compiler.tir.stmt import For, If, Seq, Stmt
 from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, substitute_expr, walk_expr
 
@@ -22,8 +22,9 @@ _SHORT = 8
 def prefetches(loop: For) -> Iterator[Stmt]:
     """What an iteration of `loop` does first, where it is annotated with offsets in iterations by buffers' names.
 
-    The loops inside of it are stepped through line by line; where the loop itself moves by less than a line, only
-    those iterations prefetch that begin one. A buffer that each iteration has for itself is not asked for.
+    The loops inside of it are stepped through line by line, and to the last element of what lies together: buffers
+    begin anywhere. Where the loop itself moves by less than a line, only those iterations prefetch that begin one. A
+    buffer that each iteration has for itself is not asked for.
     """
     ahead = loop.annotations.get("prefetch", {})
     seen: set[tuple[Key, ...]] = set()
@@ -48,23 +49,50 @@ def _loads(stmt: Stmt, inner: tuple[For, ...]) -> Iterator[tuple[Load, tuple[For
 
 
 def _lines(load: Load, loop: For, inner: tuple[For, ...], offset: int) -> Stmt:
-    place = _flat(load)
-    indices = load.indices
-    loops: list[tuple[Var, Expr]] = []
-    for each in inner:
-        if any(each.var in free_vars(index) for index in indices):
-            step = _step(place, each.var, load.buffer)
-            var = Var(f"{each.var.name}_line")
-            indices = tuple(substitute_expr(index, {each.var: var * step}) for index in indices)
-            count = simplify((each.extent + (step - 1)) // step)
-            loops.append((var, count))
-    indices = tuple(simplify(substitute_expr(index, {loop.var: loop.var + offset})) for index in indices)
-    stmt: Stmt = Prefetch(load.buffer, indices)
-    for var, count in reversed(loops):
+    place, size = _flat(load), byte_size(load.buffer.dtype)
+    inner = tuple(each for each in inner if any(each.var in free_vars(index) for index in load.indices))
+    run, along = _run(place, inner)
+    own = _stride(place, loop.var)
+    near, lines = _by_line(along, place, size)
+    far, rows = _by_line([each for each in inner if each not in along], place, size)
+
+    def at(chosen: Mapping[Var, Expr]) -> Stmt:
+        there = {**chosen, loop.var: loop.var + offset}
+        return Prefetch(load.buffer, tuple(simplify(substitute_expr(index, there)) for index in load.indices))
+
+    stmt = _nest(lines, at({**far, **near}))
+    if along and own != run:  # it may begin within a line, and then ends in one more
+        ends = {each.var: as_expr(each.extent) - 1 for each in along}
+        stmt = Seq((stmt, at({**far, **ends})))
+    stmt, step = _nest(rows, stmt), _per_line(own, size)
+    return stmt if step == 1 else If(eq(loop.var % step, 0), stmt)
+
+
+def _run(place: Expr, loops: Iterable[For]) -> tuple[int, list[For]]:
+    """How many elements lie together that loops read, and these loops, innermost last."""
+    run, along = 1, list[For]()
+    for each in sorted(loops, key=lambda each: _stride(place, each.var) or 0):
+        if _stride(place, each.var) == run and isinstance(each.extent, Const):
+            run *= int(each.extent.value)
+            along.insert(0, each)
+    return run, along
+
+
+def _by_line(loops: Iterable[For], place: Expr, size: int) -> tuple[dict[Var, Expr], list[tuple[Var, Expr]]]:
+    """Where loops are line by line, and the loops over lines: variables and extents."""
+    at, stepped = dict[Var, Expr](), list[tuple[Var, Expr]]()
+    for each in loops:
+        step, var = _per_line(_stride(place, each.var), size), Var(f"{each.var.name}_line")
+        at[each.var] = var * step
+        stepped.append((var, simplify((each.extent + (step - 1)) // step)))
+    return at, stepped
+
+
+def _nest(loops: Iterable[tuple[Var, Expr]], stmt: Stmt) -> Stmt:
+    for var, count in reversed(list(loops)):
         short = isinstance(count, Const) and count.value <= _SHORT
         stmt = For(var, count, "unrolled" if short else "serial", stmt)
-    own = _step(place, loop.var, load.buffer)
-    return stmt if own == 1 else If(eq(loop.var % own, 0), stmt)
+    return stmt
 
 
 def _flat(load: Load) -> Expr:
@@ -74,9 +102,12 @@ def _flat(load: Load) -> Expr:
     return place
 
 
-def _step(place: Expr, var: Var, buffer: Buffer) -> int:
-    """How many iterations of `var` it takes to read another line, if neighbours are that near."""
+def _stride(place: Expr, var: Var) -> int | None:
+    """Elements between what neighbouring iterations read; None where that is not known, and for none."""
     stride = simplify(substitute_expr(place, {var: var + const(1)}) - place)
-    if not isinstance(stride, Const) or stride.value == 0:
-        return 1
-    return max(1, LINE_BYTES // (abs(int(stride.value)) * byte_size(buffer.dtype)))
+    return int(stride.value) or None if isinstance(stride, Const) else None
+
+
+def _per_line(stride: int | None, size: int) -> int:
+    """How many iterations it takes to read another line, if neighbours are that near."""
+    return 1 if stride is None else max(1, LINE_BYTES // (abs(stride) * size))

@@ -211,8 +211,9 @@ class Schedule(Traced):
         """Each iteration of `loop` first asks for what the `offset`-th after it reads of `buffer`, line by cache line.
 
         The loop is serial or unrolled and around `block`, which reads the buffer. Best is a loop each of whose
-        iterations reads a few lines, at a distance that takes as long as memory does. It changes no result: past the
-        end of the buffer, too, no prefetch fails. Primitives that would take it away are refused afterwards.
+        iterations reads a few lines, at a distance that takes as long as memory does; lines come into the second cache,
+        where there are places enough for them to wait. It changes no result: past the end of the buffer, too, no
+        prefetch fails. Primitives that would take it away are refused afterwards.
 
         Rewrite:
             for i in range(n):            ->   for i in range(n):  # prefetch={'x': 4}

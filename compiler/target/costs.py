@@ -11,6 +11,8 @@ _WAYS = 8
 #: Bytes that a core gets in a cycle from its second cache, from the third and from memory: what a Zen 4 was seen to
 #: get, and of that order elsewhere. Boards without a third cache have slower memory: some gigabytes in a second.
 _L2_RATE, _L3_RATE, _MEMORY_RATE, _BOARD_RATE = 32.0, 10.0, 6.0, 3.0
+#: Cycles from asking memory for a line of a page that was not read for long, until it is there: some 200 ns.
+MEMORY_LATENCY = 800
 
 
 def stream_rate(core: TargetModel, size: int) -> float:

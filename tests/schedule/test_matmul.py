@@ -270,6 +270,27 @@ def test_panels_that_stay_near_as_they_lie_are_not_packed(m, k, n, packs):
 
 
 @pytest.mark.parametrize(
+    ("m", "k", "n", "ahead"),
+    [
+        (16, 2048, 2048, 64),  # in 800 cycles two units are done with 12 multiply-adds 133 times: the most there is
+        (4, 2048, 2048, 0),  # streamed
+        (16, 300, 400, 0),  # all of it stays in the second cache
+        (2000, 2048, 2048, 0),  # copied
+        (N, 2048, 2048, 64),
+        (16, K, 2048, 0),
+    ],
+)
+def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
+    func = product(m, k, n)
+    kernel = schedule_func(func, AVX2)
+    assert kernel.decisions["ahead"] == ahead
+    found = [loop.annotations["prefetch"] for loop in loops_in(kernel.func.body) if "prefetch" in loop.annotations]
+    assert found == ([{"w": ahead}] if ahead else [])
+    slow = replace(AVX2, fma_per_cycle=0.5)
+    assert schedule_func(func, slow).decisions["ahead"] == ahead // 2
+
+
+@pytest.mark.parametrize(
     ("m", "k", "n", "block"),
     [
         (1000, 1000, 1000, 7),  # 10 stay, and 7 keep two cores equally busy

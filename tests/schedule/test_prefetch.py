@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,23 @@ from schedule.test_blocks import refused
 
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen.alloc import Prefetch, statements_of
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly
+from kedge.compiler.codegen.prefetch import prefetches
+from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir import interp
-from kedge.compiler.tir.expr import Var
+from kedge.compiler.tir.expr import Expr, Var, const
 from kedge.compiler.tir.parser import parse_func
-from kedge.compiler.tir.stmt import PrimFunc
+from kedge.compiler.tir.simplify import simplify
+from kedge.compiler.tir.stmt import For, PrimFunc, Stmt
 from kedge.compiler.tir.structural import equal
 from kedge.compiler.tir.verify import verify
+from kedge.compiler.tir.visitor import free_vars, substitute_expr
 from support.compiled import opened
 from support.functions import chain, dense, inputs
 
@@ -65,7 +71,7 @@ def test_replays_and_reads_back() -> None:
 
 @pytest.mark.parametrize(
     ("target", "mnemonic"),
-    [("x86-64", "prefetcht0"), ("raspberry-pi/4b", "prfm\tpldl1keep"), ("raspberry-pi/2b", "pld\t")],
+    [("x86-64", "prefetcht1"), ("raspberry-pi/4b", "prfm\tpldl2keep"), ("raspberry-pi/2b", "pld\t")],
 )
 def test_the_instruction_is_there(target: str, mnemonic: str) -> None:
     sch, z, (_, _, k, _) = product()
@@ -75,12 +81,49 @@ def test_the_instruction_is_there(target: str, mnemonic: str) -> None:
 
 
 def test_one_for_each_line() -> None:
-    """32 floats of a row are two lines; a row of `x` is 24 floats, one and a half."""
+    """32 floats of a row are two lines, or three where they begin within one; rows of `x` follow one another."""
     sch, z, (i, _, k, _) = product()
     sch.prefetch(z, "w", k, 6)
-    assert calls(sch.func, "x86-64-v3") == 2
+    assert calls(sch.func, "x86-64-v3") == 3
     sch.prefetch(z, "x", i, 2)
-    assert calls(sch.func, "x86-64-v3") == 4
+    assert calls(sch.func, "x86-64-v3") == 5
+
+
+def test_every_line_is_asked_for_wherever_a_row_begins() -> None:
+    """A row of 48 columns in three vectors is in three lines or four: these and no others, four times at most."""
+    sch = Schedule(dense(5, 24, 96))
+    z = sch.get_block("y")
+    i, j, k = sch.get_loops(z)
+    outer, vectors, inner = sch.split(j, [None, 3, 16])
+    sch.reorder(i, outer, k, vectors, inner)
+    sch.prefetch(z, "w", k, 6)
+    (asked,) = (ahead for loop in loops(prepare(sch.func)) for ahead in prefetches(loop))
+    columns = [column for row, column in places(asked, {}) if row == 6]
+    assert len(columns) == len(list(places(asked, {}))) == 4
+    for begin in range(16):
+        assert {(begin + column) // 16 for column in columns} == {(begin + column) // 16 for column in range(48)}
+
+
+def loops(stmt: Stmt) -> Iterator[For]:
+    if isinstance(stmt, For):
+        yield stmt
+    for child in statements_of(stmt):
+        yield from loops(child)
+
+
+def places(stmt: Stmt, at: dict[Var, Expr]) -> Iterator[tuple[int, ...]]:
+    """The elements that prefetches name, other loops being at their first iteration."""
+    match stmt:
+        case For():
+            for value in range(int(simplify(stmt.extent).value)):
+                yield from places(stmt.body, {**at, stmt.var: const(value)})
+        case Prefetch():
+            indices = [substitute_expr(index, at) for index in stmt.indices]
+            first = [substitute_expr(index, dict.fromkeys(free_vars(index), const(0))) for index in indices]
+            yield tuple(int(simplify(index).value) for index in first)
+        case _:
+            for child in statements_of(stmt):
+                yield from places(child, at)
 
 
 @pytest.mark.parametrize(("dtype", "line"), [("float32", 16), ("float64", 8), ("bfloat16", 32)])

@@ -33,7 +33,7 @@ from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.target import free
 from kedge.compiler.target.core import lanes_of
-from kedge.compiler.target.costs import stays_near
+from kedge.compiler.target.costs import MEMORY_LATENCY, stays_near
 from kedge.compiler.target.tiles import RegisterTile, tile_for
 from kedge.compiler.tir.stmt import PrimFunc, Store
 
@@ -54,6 +54,8 @@ _UNROLL = (1, 2, 4, 8)
 _UNROLL_REGISTERS = 32
 #: Elements of all rows that are multiplied by in one iteration, where a multiply-add takes one out of a register.
 _UNROLL_ELEMENTS = 32
+#: Steps of the sum ahead of which a row of the second operand can be asked for.
+_AHEAD = (0, 4, 8, 16, 32, 64)
 #: Tiles of rows in a block, one by one; larger blocks have powers of two.
 _MOST_TILES = 64
 
@@ -64,9 +66,10 @@ class Matmul:
 
     Decisions: `rows`, `vectors` and `width` of the tile; `row`, the spatial dim that its rows are; `unroll`, steps of
     the sum at once; `block`, how many tiles of rows go over a panel before the next panel (0: all); `pack_a` and
-    `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `parallel`;
-    `stream`, whether the sum goes on outside of a block of results instead, for products of few rows: `block` then is
-    how many tiles of columns that block has.
+    `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `ahead`, how many steps
+    of the sum before its use a row of a panel is prefetched that is not copied (0: it is not); `parallel`; `stream`,
+    whether the sum goes on outside of a block of results instead, for products of few rows: `block` then is how many
+    tiles of columns that block has, and nothing is copied or prefetched.
     """
 
     name: str = "matmul"
@@ -94,6 +97,7 @@ class Matmul:
             ),
             "pack_a": (False, True),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
+            "ahead": _AHEAD,
             "parallel": (False, True),
             "stream": (False,) if product.turned else (False, True),
         }
@@ -115,11 +119,13 @@ class Matmul:
             "block": (_block if pack_b or pack_a else _block_that_stays)(product, tile, height, target),
             "pack_a": pack_a,
             "pack_b": pack_b,
+            "ahead": 0 if pack_b else _ahead(product, tile, target),
             "parallel": is_worth_threads([product.block], target),
             "stream": False,
         }
         if streams(product, target):
-            chosen |= {**stream_decisions(product, target), "pack_a": False, "pack_b": False, "stream": True}
+            chosen |= stream_decisions(product, target)
+            chosen |= {"pack_a": False, "pack_b": False, "ahead": 0, "stream": True}
         return chosen
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
@@ -197,6 +203,20 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     return not stays_near(target, depth, tile.columns * product.itemsize, step)
 
 
+def _ahead(product: Product, tile: RegisterTile, target: TargetModel) -> int:
+    """Steps of the sum that take as long as memory does, where the second operand comes from beyond the second cache.
+
+    Its rows are too far apart for the hardware, which foresees no further than to the end of a page.
+    """
+    columns, depth = product.extent(product.column), extent_of(product.depth.extent)
+    if columns is None or depth is None or not product.depth_bytes or product.panel is not None:
+        return 0
+    if depth * columns * product.itemsize <= target.l2_bytes:
+        return 0
+    steps = MEMORY_LATENCY * target.fma_per_cycle / (tile.rows * tile.vectors)
+    return min(_AHEAD[1:], key=lambda ahead: abs(math.log(ahead / steps)))
+
+
 def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:
     """Steps of the sum at once: some tens of multiply-adds, without a rest. They want registers of their own."""
     depth = extent_of(product.depth.extent)
@@ -270,6 +290,8 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
     nest = _split(sch, product, decisions, target)
     made = [ref]
     packs: list[BlockRef] = []
+    if decisions["ahead"] and not decisions["pack_b"]:
+        sch.prefetch(ref, product.b.buffer.name, nest.sums[0], math.ceil(decisions["ahead"] / decisions["unroll"]))
     if decisions["pack_b"]:
         packs.append(sch.cache_read(ref, product.b.buffer.name, nest.panel, "local"))
     if decisions["pack_a"] and nest.block is not None:
