@@ -165,6 +165,7 @@ def compare(
     if blocks < MIN_BLOCKS:
         raise UsageError(f"{blocks} blocks show no interval", hint=f"at least {MIN_BLOCKS} do")
     order, taken = random.Random(seed), _Taken()
+    kept: NoiseFloor | None = None
     by_arm = {"a": (artifacts[0], inputs[0]), "again": (artifacts[0], inputs[0]), "b": (artifacts[1], inputs[1])}
     for number in range(blocks):
         progress(f"block {number + 1} of {blocks}", number, blocks)
@@ -174,7 +175,8 @@ def compare(
             with place.loaded(artifact) as model:
                 timing = model.time(data, function=function, repeat=repeat, min_repeat_ms=min_repeat_ms)
                 taken.add(arm, timing, model.device)
-    kept = place.noise(*taken.where)
+        if number == 0:  # if that cannot be read, it is better known before the other blocks have taken their time
+            kept = place.noise(*taken.where)
     known = kept.relative if kept is not None and not kept.stale else 0.0
     found = judge(taken.blocks, known, taken.all_reasons(), invalid=taken.invalid)
     return replace(found, device=place.name, kept=kept, reasons=(*found.reasons, *_keep(place, taken, found)))

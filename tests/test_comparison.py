@@ -213,6 +213,17 @@ def test_a_comparison_stands_where_its_noise_cannot_be_kept(
     assert found.verdict == "slower" and "the noise is not kept: cannot" in found.reasons[0]
 
 
+def test_noise_that_cannot_be_read_is_told_before_much_was_timed(
+    pair: tuple[kedge.Artifact, kedge.Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(pair, 3)
+    (tmp_path / "noise.json").write_text('{"a": 1}')
+    monkeypatch.setattr(place, "noise", ThisMachine(tmp_path / "noise.json").noise)
+    with pytest.raises(KedgeError, match="cannot read the noise of this machine") as caught:
+        compare(pair, ({}, {}), place, blocks=MIN_BLOCKS)
+    assert "remove that file" in str(caught.value) and len(place.loaded_ones) == len(ARMS)
+
+
 def test_suspect_timings_are_told(pair: tuple[kedge.Artifact, kedge.Artifact]) -> None:
     found = compare(pair, ({}, {}), place_of(pair, 3, Verdict.SUSPECT), blocks=MIN_BLOCKS)
     assert found.verdict == "slower" and found.reasons == ("18 of 18 timings are suspect, such as: because",)

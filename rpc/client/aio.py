@@ -419,7 +419,7 @@ class PinnedDevice:
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
         self.info = info
-        self._fleet = fleet
+        self.fleet = fleet
         self._threads = threads
         self._deadlines = deadlines
         self._on = on
@@ -446,7 +446,7 @@ class PinnedDevice:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
         placement = plan.check_device(packed, self.info, self._on)
-        await self._fleet._ensure_uploaded(packed)
+        await self.fleet._ensure_uploaded(packed)
         return PinnedModel(self, packed, placement.device)
 
 
@@ -462,13 +462,13 @@ class PinnedModel:
     async def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
         request = plan.run_request(self._packed, inputs, self._pinned._terms(function))
-        return dict((await self._pinned._fleet._call(self._packed, request)).outputs)
+        return dict((await self._pinned.fleet._call(self._packed, request)).outputs)
 
     async def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` as for `Fleet.bench`. Raises InputError, JobError, ConnectError."""
         terms, how = self._pinned._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        return plan.timing_of(await self._pinned._fleet._call(self._packed, request))
+        return plan.timing_of(await self._pinned.fleet._call(self._packed, request))
 
     async def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
         """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
@@ -477,5 +477,5 @@ class PinnedModel:
         """
         terms, how = self._pinned._terms(function), profile_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        timing = plan.timing_of(await self._pinned._fleet._call(self._packed, request))
+        timing = plan.timing_of(await self._pinned.fleet._call(self._packed, request))
         return profile_of(self._packed.manifest, function, inputs, timing)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.measure import POWERSAVE, is_disturbed, judge, mad, median_interval
@@ -178,6 +180,20 @@ def test_the_interval_of_very_many_samples() -> None:
 
 def test_mad() -> None:
     assert mad([1, 2, 3, 4, 100]) == 1
+
+
+@given(st.lists(st.floats(1, 1e12), min_size=2, max_size=60))
+def test_the_statistics_are_those_of_numpy_and_scipy(samples: list[float]) -> None:
+    timing = Timing(Measurement(TimeOptions(), tuple(samples)))
+    milliseconds = np.array(samples) / 1e6
+    said = (timing.median_ms, timing.mean_ms, timing.std_ms, timing.min_ms, timing.max_ms)
+    wanted = (np.median, np.mean, lambda x: np.std(x, ddof=1), np.min, np.max)
+    assert said == pytest.approx([one(milliseconds) for one in wanted], rel=1e-9, abs=1e-9 * milliseconds.max())
+    assert timing.mad_ms == pytest.approx(stats.median_abs_deviation(milliseconds, scale=1), rel=1e-9, abs=1e-12)
+    k = int(stats.binom.ppf(0.025, len(samples), 0.5))
+    ordered = np.sort(milliseconds)
+    wanted_interval = (ordered[k - 1], ordered[-k]) if k > 0 else None
+    assert timing.interval_ms() == (None if k == 0 else pytest.approx(wanted_interval))
 
 
 def test_timing() -> None:
