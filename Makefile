@@ -10,7 +10,7 @@ PACKAGES := kedge compiler rpc protos device_agent deploy
 export KEDGE_CACHE_DIR ?= $(CURDIR)/.cache/kedge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test faults lint protos bench model wheel clean
+.PHONY: help demo test compat faults lint protos bench model wheel clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,6 +20,9 @@ demo: .venv/.installed ## The main job: compile, dispatch, run, check and time a
 
 test: .venv/.dev lint ## Lint, type check, then all tests
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+compat: .venv/bin/python ## The fleet's tests with the packages that users have, the newest and the oldest
+	@$(BIN)/python tools/compat.py
 
 FAULTS ?=
 

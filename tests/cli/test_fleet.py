@@ -266,7 +266,7 @@ def test_a_gpu_is_chosen_by_label_and_by_name(kedge: Kedge, fleet: str, tmp_path
         (["bench", "--device", "bench-1", "--min-repeat-ms", "1e14"], "min_repeat_ms"),
         (["bench", "--device", "bench-1", "--min-repeat-ms", "inf"], "min_repeat_ms"),
         (["bench", "--device", "bench-1", "--repeat", "99999999999999999999"], "repeat"),
-        (["bench", "--min-repeat-ms", "nan"], "--min-repeat-ms"),
+        (["bench", "--min-repeat-ms", "nan"], "repeat"),
         (["bench", "--number", "99999999999999999999"], "number"),
     ],
 )
