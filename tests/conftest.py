@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
+from kedge.compiler.toolchain import cache_dir
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Credentials of trackers that tests start stay out of the user's own folder, in subprocesses too.
+
+    zig builds a target's C library in seconds of work, once for each folder that it keeps things in: one for all tests,
+    also for those with a cache of their own.
 
     Behind `nohup`, or in the background of a script, tests run with signals ignored, and so would every process that
     they start and interrupt. A handler that does nothing is not inherited.
@@ -21,9 +27,21 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="kedge-tests-config-")
     config.add_cleanup(folder.cleanup)
     os.environ["KEDGE_CONFIG_DIR"] = folder.name
+    os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_dir() / "zig"))
     for number in (signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda _number, _frame: None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Thousands of tests and what they import stay to the end: garbage is not looked for among them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

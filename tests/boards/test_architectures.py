@@ -168,9 +168,7 @@ def build(zig_target: str, arch: str, inputs: list[Path], program: Path) -> None
     ]
     command += ["-g0", "-fno-sanitize=all", "-I", str(runtime.SOURCE_DIR), *map(str, inputs), "-lm", "-lpthread"]
     scratch = program.with_suffix(f".{os.getpid()}")
-    # zig builds the C library of a target once and keeps it: beside everything else that is kept.
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache_dir() / "zig")}
-    done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     scratch.replace(program)
 

@@ -95,6 +95,15 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert cache_dir() == Path.home() / ".cache" / "kedge"
 
 
+def test_what_zig_keeps_moves_with_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """But for a folder that the user gives it, as the tests do."""
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", "elsewhere")
+    assert toolchain._zig_environment(tmp_path)["ZIG_GLOBAL_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("ZIG_GLOBAL_CACHE_DIR")
+    assert toolchain._zig_environment(tmp_path)["ZIG_GLOBAL_CACHE_DIR"] == str(tmp_path / "zig")
+
+
 def test_an_unwritable_cache_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
