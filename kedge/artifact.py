@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedge.rpc.artifact import Artifact as PlainArtifact
@@ -10,6 +12,7 @@ from kedge.rpc.artifact import Manifest
 
 if TYPE_CHECKING:
     from kedge.rpc.client.inprocess import LoadedModel
+    from kedge.rpc.types import Health
 
 
 class Artifact(PlainArtifact):
@@ -40,7 +43,7 @@ class Artifact(PlainArtifact):
         from kedge.rpc.client.inprocess import open_in_process
 
         self.select_here()
-        return open_in_process(self, build_runtime(parse("native")).lib, threads, device)
+        return open_in_process(self, build_runtime(parse("native")).lib, threads, device, _health)
 
     def select_here(self) -> None:
         """Raise IncompatibleTargetError where no variant is for this architecture, before anything is built for it."""
@@ -49,6 +52,13 @@ class Artifact(PlainArtifact):
         machine = platform.machine()
         if not any(variant.arch == machine for variant in self.manifest.variants):
             self.select(machine, ())
+
+
+def _health() -> Health:
+    """This machine's condition, for measurements in this process."""
+    from kedge.device_agent.health import examine
+
+    return examine(Path(tempfile.gettempdir()))
 
 
 def external_functions(manifest: Manifest) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.cores import usable_threads
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, JobError, KedgeError
 from kedge.rpc.measure import judge
-from kedge.rpc.types import Measurement, StepSamples, TimeOptions
+from kedge.rpc.types import Health, Measurement, StepSamples, TimeOptions
 
 Outputs = dict[str, Array]
 
@@ -42,9 +42,17 @@ Outputs = dict[str, Array]
 MAX_PLANS = 64
 _READY = 0x101  # numpy's flags C_CONTIGUOUS | ALIGNED
 _FROM_BUFFER, _ADDRESS = ctypes.c_char.from_buffer, ctypes.addressof
+#: Reads this machine's condition; None where nothing can.
+ReadHealth = Callable[[], Health | None]
 
 
-def open_in_process(artifact: Artifact, runtime_lib: Path, threads: int = 0, device: str = "") -> LoadedModel:
+def open_in_process(
+    artifact: Artifact,
+    runtime_lib: Path,
+    threads: int = 0,
+    device: str = "",
+    read_health: ReadHealth = lambda: None,
+) -> LoadedModel:
     """Bind the artifact's best variant for this machine, see `place`.
 
     Args:
@@ -52,12 +60,13 @@ def open_in_process(artifact: Artifact, runtime_lib: Path, threads: int = 0, dev
         runtime_lib: a `libkedge_rt.so` for this machine.
         threads: of the kernels; 0 means as many as this process may use, or one beside a GPU.
         device: where they run: "cpu", "opencl", "cuda:1"; "" leaves it to the artifact.
+        read_health: called before and after each timing.
 
     Raises:
         IncompatibleTargetError: no variant runs on this machine, or on that device.
         ArtifactError: the runtime refuses what is in it.
     """
-    return LoadedModel(artifact, runtime_lib, threads, device)
+    return LoadedModel(artifact, runtime_lib, threads, device, read_health)
 
 
 class LoadedModel:
@@ -66,8 +75,11 @@ class LoadedModel:
     `model["name"]` is a function of it, called as `model["name"]({"x": x})`.
     """
 
-    def __init__(self, artifact: Artifact, runtime_lib: Path, threads: int = 0, device: str = "") -> None:
+    def __init__(
+        self, artifact: Artifact, runtime_lib: Path, threads: int, device: str, read_health: ReadHealth
+    ) -> None:
         self._lib = _load_runtime(runtime_lib)
+        self._read_health = read_health
         self.artifact = artifact
         features = self._lib.kedge_cpu_features().decode().split(",")
         look = partial(find_gpus, self._lib)
@@ -279,12 +291,14 @@ class LoadedFunction:
             plan = self._plan(context, arrays, shapes)
             outputs = plan.new_outputs()
             plan.point(arrays, outputs)
+            before = self._model._read_health()
             status = self._model._lib.kedge_time(*plan.arguments, time_options(options), result)
+        after = self._model._read_health()
         if status:
             context.refuse(status)
         measurement = Measurement(
             replace(options, number=result.number), tuple(samples[: result.n_samples]), result.resolution_ns,
-            self._model.threads, profile=self._steps(result, n_steps) if options.profile else None,
+            self._model.threads, before, after, profile=self._steps(result, n_steps) if options.profile else None,
         )  # fmt: skip
         verdict, reasons = judge(measurement, num_cores=usable_threads())
         return Timing(replace(measurement, verdict=verdict, reasons=tuple(reasons)))

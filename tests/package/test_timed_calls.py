@@ -83,6 +83,12 @@ def test_flushed_caches_are_a_sample_a_call_unless_more_is_said(model: Any) -> N
     assert calls_of(model, lambda: model.time(X, repeat=1))[1] > 100
 
 
+def test_a_timing_says_how_the_machine_was_before_and_after(model: Any) -> None:
+    measurement = model.time(X, repeat=3, min_repeat_ms=0.1).measurement
+    for health in (measurement.before, measurement.after):
+        assert health is not None and health.load_1min is not None and health.memory_available_bytes
+
+
 def test_a_profile_calls_as_often_as_a_timing(model: Any) -> None:
     profile, calls = calls_of(model, lambda: model.profile(X, repeat=4, number=3, warmup=2, min_repeat_ms=0))
     assert (calls, profile.timing.number) == (2 + 4 * 3, 3)
