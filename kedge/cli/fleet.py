@@ -92,6 +92,10 @@ def tracker_start(
     keep_days: Annotated[
         float, typer.Option("--keep-days", min=0.01, help="Forget jobs that were done so many days ago.")
     ] = 30.0,
+    keep_size: Annotated[
+        str,
+        typer.Option("--keep-size", metavar="SIZE", help="The same where they and their results take more than this."),
+    ] = "32GiB",
     insecure_loopback: InsecureFlag = False,
     metrics: Annotated[
         str | None,
@@ -140,7 +144,7 @@ def tracker_start(
 
       kedge tracker start --port 0 --data-dir /srv/kedge
 
-      kedge tracker start --keep-jobs 20000 --keep-days 7 --blob-quota 50GiB --metrics 127.0.0.1:9192
+      kedge tracker start --keep-jobs 20000 --keep-days 7 --keep-size 8GiB --blob-quota 50GiB --metrics 127.0.0.1:9192
 
       kedge tracker start --blob-quota 500GiB --blob-quota-per-user 100GiB
 
@@ -164,7 +168,7 @@ def tracker_start(
         "metrics": parse_address(metrics) if metrics else None,
         "blob_quota": None if blob_quota is None else parse_bytes(blob_quota),
         "limits": Limits(max_user_bytes=None if user_quota is None else parse_bytes(user_quota)),
-        "keep": Retention(keep_jobs, keep_days),
+        "keep": Retention(keep_jobs, keep_days, parse_bytes(keep_size)),
         "database": database,
         "join": None if join is None else parse_join(join),
         "peers_port": peers_port,

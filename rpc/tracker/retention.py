@@ -1,4 +1,4 @@
-"""Which jobs are forgotten, with their results and idempotency keys: the oldest, by age and by number."""
+"""Which jobs are forgotten, with their results and idempotency keys: the oldest, by age, by number and by size."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ _MS_PER_DAY = 86_400_000
 class Retention:
     """The newest `jobs` of those that are done are kept, none longer than `days`, and all for `least_s`.
 
-    The last keeps whoever waits for a result from finding its job gone. It is looked for what may go `every_s` seconds.
+    Where their specs and results take more than `bytes` together the oldest go, too. `least_s` keeps whoever waits for
+    a result from finding its job gone. It is looked for what may go `every_s` seconds.
     """
 
     jobs: int = 100_000
     days: float = 30.0
+    bytes: int = 32 << 30
     least_s: float = 600.0
     every_s: float = 60.0
 
 
 def forget_some(connection: sa.Connection, keep: Retention, now_ms: int) -> tuple[list[str], list[str]]:
     """Delete up to `PIECE` of the jobs that need not be kept; returns them, and their idempotency keys."""
-    oldest = sa.select(results.c.job_id).order_by(results.c.finished_ms, results.c.job_id)
-    stored = connection.execute(sa.select(sa.func.count()).select_from(results)).scalar_one()
-    too_many = max(0, min(PIECE, stored - keep.jobs))
-    aged = oldest.where(results.c.finished_ms < now_ms - round(keep.days * _MS_PER_DAY)).limit(PIECE)
-    spare = oldest.where(results.c.finished_ms < now_ms - round(keep.least_s * 1000)).limit(too_many)
-    # Both begin with the oldest: the longer one contains the other.
-    gone = max((list(connection.execute(query).scalars()) for query in (aged, spare)), key=len)
+    total = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(results.c.bytes), 0)).select_from(results)
+    stored, size = connection.execute(total).one()
+    too_many, too_much = stored - keep.jobs, int(size) - keep.bytes
+    too_old = now_ms - round(keep.days * _MS_PER_DAY)
+    oldest = sa.select(results.c.job_id, results.c.finished_ms, results.c.bytes)
+    oldest = oldest.where(results.c.finished_ms < now_ms - round(keep.least_s * 1000))
+    gone: list[str] = []
+    for row in connection.execute(oldest.order_by(results.c.finished_ms, results.c.job_id).limit(PIECE)):
+        if row.finished_ms >= too_old and too_many <= 0 and too_much <= 0:
+            break
+        gone.append(row.job_id)
+        too_many, too_much = too_many - 1, too_much - row.bytes
     if not gone:
         return [], []
     their_keys = list(connection.execute(sa.select(keys.c.key).where(keys.c.job_id.in_(gone))).scalars())

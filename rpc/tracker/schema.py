@@ -14,7 +14,7 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
 #: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
@@ -72,7 +72,10 @@ results = sa.Table(
     sa.Column("finished_ms", sa.BigInteger, nullable=False),
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("result", sa.LargeBinary, nullable=False),
-    sa.Index("ix_results_by_end", "finished_ms", "job_id"),
+    # Of the result and its job's spec, which go together.
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"),
+    # Retention asks for the oldest, how many there are, and how large all of them: nothing but this is read for that.
+    sa.Index("ix_results_oldest", "finished_ms", "job_id", "bytes"),
 )
 keys = sa.Table(
     "idempotency_keys",
@@ -208,6 +211,8 @@ def prepare(connection: sa.Connection, place: str, *, moving_to: str | None = No
         _to_schema_4(connection)
     if found < 6:
         _to_schema_6(connection)
+    if found < 8:
+        _to_schema_8(connection)
     connection.execute(sa.update(meta).where(meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
     return known["tracker_id"]
 
@@ -247,8 +252,24 @@ def _to_schema_6(connection: sa.Connection) -> None:
     """What lists and retention look for has indices that give it in order."""
     for name in ("ix_jobs_state", "ix_results_finished_ms"):
         connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
-    for index in (*jobs.indexes, *results.indexes):
+    for index in jobs.indexes:
         index.create(connection, checkfirst=True)
+
+
+def _to_schema_8(connection: sa.Connection) -> None:
+    """It is known how large results are."""
+    connection.execute(sa.text("DROP INDEX IF EXISTS ix_results_by_end"))
+    if "bytes" not in {column["name"] for column in sa.inspect(connection).get_columns(results.name)}:
+        connection.execute(sa.text("ALTER TABLE results ADD COLUMN bytes BIGINT NOT NULL DEFAULT 0"))
+    size = sa.func.length(results.c.result) + size_of_spec(results.c.job_id)
+    connection.execute(sa.update(results).values(bytes=sa.func.coalesce(size, 0)))
+    for index in results.indexes:
+        index.create(connection, checkfirst=True)
+
+
+def size_of_spec(job_id: Any) -> sa.ScalarSelect[Any]:
+    """How many bytes the spec of a job takes."""
+    return sa.select(sa.func.length(jobs.c.spec)).where(jobs.c.id == job_id).scalar_subquery()
 
 
 def _brief(row: Mapping[str, Any]) -> bytes:

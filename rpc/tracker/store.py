@@ -465,7 +465,9 @@ def _may_pass(error: DBAPIError) -> bool:
 # Made once: what SQLAlchemy does per statement is more than what SQLite does.
 _INSERT_JOB = sa.insert(t.jobs)
 _INSERT_KEY = sa.insert(t.keys)
-_INSERT_RESULT = sa.insert(t.results)
+_INSERT_RESULT = sa.insert(t.results).values(
+    bytes=sa.bindparam("size", type_=sa.BigInteger) + sa.func.coalesce(t.size_of_spec(sa.bindparam("of_job")), 0)
+)
 _INSERT_OUTPUT = sa.insert(t.outputs)
 _OWNERS = sa.select(t.owners)
 _INSERT_OWNER = sa.insert(t.owners)
@@ -520,10 +522,13 @@ def _write_job(connection: sa.Connection, fact: JobFact) -> None:
         delete_jobs(connection, [fact.job_id])
         return
     if isinstance(fact, JobDone):
+        result = convert.job_result_to_bytes(fact.result)
         row = {
             "job_id": fact.job_id,
             "outcome": fact.result.outcome.kind.value,
-            "result": convert.job_result_to_bytes(fact.result),
+            "result": result,
+            "size": len(result),
+            "of_job": fact.job_id,
             "brief": convert.job_result_to_bytes(brief_result(fact.result)),
             "finished_ms": fact.finished_ms,
         }

@@ -11,6 +11,7 @@ import pytest
 from wire.test_store import RESULT, accepted, write
 
 from kedge.protos.v1 import fleet_pb2
+from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import BlobQuotaError
@@ -58,6 +59,13 @@ def kept(folder: Path, keep: Retention, expected: list[str]) -> None:
 def test_the_newest_are_kept_by_number(tmp_path: Path) -> None:
     fill(tmp_path, [50, 10, 40, 20, 30])
     kept(tmp_path, Retention(jobs=2, every_s=SOON), ["j0", "j2", "live"])
+
+
+def test_the_newest_are_kept_by_what_they_take(tmp_path: Path) -> None:
+    fill(tmp_path, [50, 10, 40, 20, 30])
+    one = len(convert.job_result_to_bytes(RESULT)) + len(convert.job_spec_to_bytes(accepted("j", 1).spec))
+    kept(tmp_path, Retention(bytes=3 * one, every_s=SOON), ["j0", "j2", "j4", "live"])
+    kept(tmp_path, Retention(bytes=2 * one - 1, every_s=SOON), ["j0", "live"])
 
 
 def test_none_is_kept_beyond_its_age(tmp_path: Path) -> None:

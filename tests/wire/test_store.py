@@ -368,7 +368,7 @@ def test_blobs_of_results_are_found_again_and_listed_in_a_database_of_the_third_
         blobs = TrackerBlobs(tmp_path / "blobs", 100)
         with sqlite3.connect(tmp_path / "tracker.db") as connection:
             connection.executescript(
-                "DROP TABLE outputs; DROP INDEX ix_results_by_end; DROP INDEX ix_idempotency_keys_job_id;"
+                "DROP TABLE outputs; DROP INDEX ix_results_oldest; DROP INDEX ix_idempotency_keys_job_id;"
                 "UPDATE meta SET value = '3' WHERE name = 'schema';"
             )
         connection.close()
@@ -393,7 +393,7 @@ def test_a_database_of_the_fifth_schema_has_the_indices_of_a_new_one(place: Plac
         connection.execute(sa.text("UPDATE meta SET value = '5' WHERE name = 'schema'"))
     engine.dispose()
     Store(place).close()
-    assert indices() == new >= {"ix_jobs_by_state", "ix_jobs_by_user", "ix_results_by_end"}
+    assert indices() == new >= {"ix_jobs_by_state", "ix_jobs_by_user", "ix_results_oldest"}
     engine.dispose()
 
 
@@ -413,6 +413,27 @@ class Watched(Sqlite):
             self.asked[statement] = parameters[0] if many else parameters
 
         return engine
+
+
+def test_a_database_of_the_seventh_schema_knows_how_large_results_are(place: Place) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    store = Store(place)
+    write(store, accepted("d", 1), JobDone("d", RESULT, 1))
+    store.close()
+    engine = database.engine()
+    size = sa.text("SELECT bytes FROM results")
+    with engine.begin() as connection:
+        new = connection.execute(size).scalar_one()
+        connection.execute(sa.text("DROP INDEX ix_results_oldest"))
+        connection.execute(sa.text("ALTER TABLE results DROP COLUMN bytes"))
+        connection.execute(sa.text("CREATE INDEX ix_results_by_end ON results (finished_ms, job_id)"))
+        connection.execute(sa.text("UPDATE meta SET value = '7' WHERE name = 'schema'"))
+    engine.dispose()
+    Store(place).close()
+    with engine.begin() as connection:
+        assert connection.execute(size).scalar_one() == new
+    engine.dispose()
+    assert new == len(convert.job_spec_to_bytes(SPEC)) + len(convert.job_result_to_bytes(RESULT))
 
 
 def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> None:
