@@ -145,6 +145,11 @@ class TrackerBlobs(BlobStore):
         with self._books:
             return self._stored + sum(self._leftovers.values()) + sum(self._under_way.values())
 
+    def has_digest(self, digest: str) -> bool:
+        """Whether it is here, of whatever size."""
+        with self._books:
+            return digest in self._sizes
+
     def make_room(self, needed_bytes: int = 0) -> None:
         """Drop what may go until `needed_bytes` more fit; raises BlobQuotaError, and drops nothing, if they cannot."""
         with self._books:

@@ -43,6 +43,8 @@ log = logging.getLogger("kedge.tracker")
 _CA = "ca.pem"
 #: The first PostgreSQL that ends idle sessions.
 _OLDEST = 140_000
+#: Who leads for so long has been brought up to date: what is not here then was dropped.
+_STRAYS_S = 600.0
 #: A tracker that starts waits so long for somebody to lead.
 _SETTLED_S = 15.0
 
@@ -138,6 +140,8 @@ class Cluster:
         self._closing: list[asyncio.Future[None]] = []
         self._store: Store | None = None
         self._leadership: Leadership | None = None
+        #: While it leads, until that has happened: cancelled when it leads no more.
+        self._straying: asyncio.TimerHandle | None = None
         self.security: Security | None = None
         self.clients = Switch(self._relay.serve)
         self.agents = Switch(self._relay.serve)
@@ -242,6 +246,7 @@ class Cluster:
         self._fellows.epoch = epoch.number
         self._premises.blobs.when_evicted(owners.forget)
         self._leadership = Leadership(self._premises, store, security, owners, holdings, self._fellows)
+        self._straying = self._loop.call_later(_STRAYS_S, self._loop.run_in_executor, None, holdings.forget_strays)
         return self._leadership
 
     def _open(self, epoch: Epoch) -> tuple[Store, Security | None]:
@@ -276,6 +281,8 @@ class Cluster:
         if led is None or store is None:
             return
         self._health.set_serving(False)
+        if self._straying is not None:
+            self._straying.cancel()
         led.close(why)
         if self._premises.metrics is not None:
             self._premises.metrics.follows()

@@ -174,6 +174,9 @@ class Fellows(Fleetmates):
     async def _ask(self, mate: _Mate, what: str, patience_s: float, work: Callable[..., Any], *arguments: Any) -> bool:
         """Whether it went well; a tracker that does not answer is avoided for a while."""
         await self._free.acquire()
+        if mate.avoid_until > time.monotonic():  # as others have found out meanwhile
+            self._free.release()
+            return False
         asked = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         asked.add_done_callback(lambda _done: self._free.release())
         try:

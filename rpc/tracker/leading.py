@@ -68,10 +68,19 @@ class Holdings:
     """
 
     def __init__(self, premises: Premises, store: Store, owners: Owners) -> None:
+        self._blobs, self._owners = premises.blobs, owners
         allowance = Allowance(premises.blobs, owners, premises.limits.max_user_bytes)
         self.catalog = Catalog(premises.blobs, owners, allowance)
         self.needed = Needed(premises.blobs, self.catalog.members_of)
         store.keep_needed(self.needed)
+
+    def forget_strays(self) -> None:
+        """Blobs that are not here, and that no job or kept result needs, are nobody's any more: what was dropped while
+        another tracker led. One that only another tracker has is sent once more when it is needed."""
+        needed = self.needed.digests()
+        for digest in {digest for _, digest in self._owners} - needed:
+            if not self._blobs.has_digest(digest):
+                self._owners.forget(digest)
 
 
 class Leadership:

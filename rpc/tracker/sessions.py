@@ -98,8 +98,11 @@ class _Relay:
         #: The stream that the client is at; setting the event has it end in favour of a newer one.
         self.client: asyncio.Event | None = None
         self.has_device = False
-        #: A device was there once: from then on the client may say something to it.
-        self.begun = False
+        #: Set once a device is there, with what each stream of the client's begins with: from then on it may speak.
+        self.begun = asyncio.Event()
+        self.ready = pb.ClientEvent()
+        #: It has: the stream that it is at is the only one.
+        self.spoken = False
         #: The client has read nothing for so long that it is told nothing any more.
         self.deaf = False
         #: The client is there no more, or the job is over: the device has nobody to talk to.
@@ -128,7 +131,7 @@ class SessionsService:
         job = await self._session(first.attach.job_id, principal)
         relay = self._relays.setdefault(job.id, _Relay())
         if relay.client is not None:
-            if relay.begun:
+            if relay.spoken:
                 raise PermissionDeniedError(f"session {job.id} has a client already", hint="open a session of your own")
             relay.client.set()  # a client whose connection was cut without a word is there once more
         mine = relay.client = asyncio.Event()
@@ -141,7 +144,7 @@ class SessionsService:
                 relay.client = None
                 self._grants.end(job.id)
                 # One that still waits may come back, for as long as its lease lasts.
-                if relay.begun:
+                if relay.begun.is_set():
                     relay.over.set()
                     self._shell.session_left(job.id, "its client went away")
             self._audit.write("session left", job=job.id, **who(principal, context))
@@ -170,6 +173,8 @@ class SessionsService:
                 await context.write(event)
 
         async def speak() -> None:
+            await relay.begun.wait()
+            await write(relay.ready)
             while True:
                 await write(await relay.to_client.get())
 
@@ -211,8 +216,9 @@ class SessionsService:
         async for frame in requests:
             self._shell.session_heard(job_id)
             said = frame.WhichOneof("body")
+            relay.spoken |= said != "renew"
             if said == "data":
-                if not relay.begun:
+                if not relay.begun.is_set():
                     raise ProtocolError("a session's client said something before its device was there")
                 await self._hand_over(job_id, relay, pb.DeviceEvent(data=frame.data))
             elif said == "grant":
@@ -267,7 +273,7 @@ class SessionsService:
         relay = self._relays.setdefault(lease.job_id, _Relay())
         if relay.has_device:
             raise PermissionDeniedError("this session has its device already")
-        relay.has_device = relay.begun = True
+        relay.has_device = True
         ended_itself = False
         try:
             ended_itself = await self._serve_device(held[0], relay, requests, context, lease.job_id, lease.epoch)
@@ -290,7 +296,8 @@ class SessionsService:
         """Until one side ends it; whether that was done in order."""
         info = next(each.info for each in self._shell.state.devices(include_gone=True) if each.info.name == device)
         self._shell.session_begins(job_id, epoch)
-        await relay.to_client.put(pb.ClientEvent(ready=pb.SessionReady(device=convert.device_info_to_pb(info))))
+        relay.ready = pb.ClientEvent(ready=pb.SessionReady(device=convert.device_info_to_pb(info)))
+        relay.begun.set()
         writing = asyncio.Lock()
 
         async def listen() -> bool:

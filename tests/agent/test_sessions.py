@@ -32,7 +32,7 @@ from kedge.rpc.status import NotReadyError, UnknownJobError
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.tracker.state import Settings
 from kedge.rpc.transport import Address, Tls
-from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Deadlines, DeviceState, Job, JobState, TimeOptions
+from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Blob, Deadlines, DeviceState, Job, JobState, TimeOptions
 from support.agents import AgentProcess, at_work, runs, wait_for
 from support.doubling import gpu_artifact, opencl_device
 from support.handmade import artifact
@@ -406,6 +406,7 @@ def test_a_session_is_its_users_alone(
         for other in (bob, fleet):  # an administrator is no exception
             with pytest.raises(UnknownJobError):
                 SessionLink(other._channel, other.address, device.id, 10).wait()
+        device.tensor(X)
         with pytest.raises(PermissionDeniedError, match="has a client already"):
             SessionLink(ann._channel, ann.address, device.id, 10).wait()
         # What others have sent cannot be loaded by its name.
@@ -763,6 +764,30 @@ def test_who_waits_may_lose_the_connection(fleet: Fleet, agent: AgentProcess) ->
         assert fleet.job(job_id).status().state is JobState.QUEUED
     assert back.wait().name == "here"
     back.close()
+    assert outcome(fleet, job_id) is OutcomeKind.OK
+
+
+def test_who_lost_the_connection_just_when_the_device_was_there_has_it_all_the_same(
+    fleet: Fleet, agent: AgentProcess
+) -> None:
+    def attach(job_id: str) -> SessionLink:
+        return SessionLink(fleet._channel, fleet.address, job_id, 30)
+
+    spec = plan.session_request("here", Deadlines(), 0, 0, "", 30)
+    job_id = fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec))).job.id
+    half_open = attach(job_id)
+    assert half_open.wait().name == "here"  # as far as the tracker knows: what it was told may never have arrived
+    back = attach(job_id)
+    try:
+        assert back.wait().name == "here"
+        with pytest.raises(PermissionDeniedError, match="came back on another connection"):
+            half_open.ask(pb.SessionRequest())
+        with pytest.raises(NotReadyError):
+            back.grant(Blob("0" * 64, 1))
+        with pytest.raises(PermissionDeniedError, match="has a client already"):
+            attach(job_id).wait()
+    finally:
+        back.close()
     assert outcome(fleet, job_id) is OutcomeKind.OK
 
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from wire.test_store import RESULT, accepted, write
 
 from kedge.rpc.artifact import Artifact
+from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
 from kedge.rpc.tracker import fleetmates
 from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.facts import JobDone
 from kedge.rpc.tracker.fleetmates import Fellows
+from kedge.rpc.tracker.leading import Holdings, Premises
+from kedge.rpc.tracker.security.folder import Limits
+from kedge.rpc.tracker.security.owners import StoredOwners
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.types import JobState
+from kedge.rpc.tracker.store import Store
+from kedge.rpc.transport import Address
+from kedge.rpc.types import Blob, JobState, Tensor
 from support.agents import wait_for
 from support.postgres import PostgresServer
 from support.toys import QUICK
@@ -77,6 +87,42 @@ def test_no_tracker_is_blamed_for_the_time_that_others_take(tracker: RunningTrac
         assert await quick is True and all(await asyncio.gather(*slow)) and mate.avoid_until == 0.0
 
     with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
+
+
+def test_a_tracker_that_stands_still_holds_up_no_other(
+    tracker: RunningTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the one that led does when another one takes over: it is found out once, and not by every blob in turn."""
+    monkeypatch.setattr(fleetmates, "_ANSWER_S", 2.0)
+    blobs = TrackerBlobs(tmp_path / "blobs", None)
+    wanted = [blob_of(b"blob %d" % number) for number in range(200)]
+
+    async def act(fellows: Fellows) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            fellows.update({"hung": Address("127.0.0.1", silent.getsockname()[1])})
+            async with asyncio.timeout(30):  # eight at a time would have taken minutes
+                await fellows.fetch(wanted)
+
+    with_mate(tracker, blobs, act)
+
+
+def test_what_was_dropped_while_another_tracker_led_is_nobodys(tmp_path: Path) -> None:
+    blobs = TrackerBlobs(tmp_path / "blobs", None)
+    here = blobs.put(b"here")
+    store = Store(tmp_path)
+    done = JobDone("j", replace(RESULT, outputs=(Tensor("y", "int8", (40,), Blob("1" * 64, 40)),)), 5)
+    write(store, accepted("j", 1), done)
+    owners = StoredOwners(store)
+    for digest in (here.digest, "1" * 64, "2" * 64):
+        owners.add("user.ann", digest)
+    owners.add("agent.a", "2" * 64)
+    premises = Premises(
+        tmp_path, blobs, cast(Any, None), cast(Any, None), Limits(), None, cast(Any, None), metrics=None
+    )
+    Holdings(premises, store, owners).forget_strays()
+    assert sorted(store.owners().result(10)) == sorted([(here.digest, "user.ann"), ("1" * 64, "user.ann")])
+    assert set(owners) == {("user.ann", here.digest), ("user.ann", "1" * 64)}
+    store.close()
 
 
 def test_a_job_whose_blobs_were_there_already_outlives_the_tracker_that_had_them(
