@@ -258,6 +258,8 @@ def test_large_products_are_parallel_and_packed():
         (512, 256, 500, False),  # a panel stays in half of the second cache
         (512, 512, 512, True),  # rows 2048 bytes apart: 256 of them have all places of their sets
         (64, 512, 512, False),  # too few rows to pay for the copy
+        (240, 512, 512, False),  # 40 tiles, and a core's part of the third cache holds the operand
+        (240, 512, 2048, True),
         (512, 256, 512, False),
         (512, 5000, 500, True),  # a panel of more than half of it
         (512, 2048, 16, False),  # one panel, which lies together

@@ -44,9 +44,10 @@ _MOST_ROWS = 14
 _MOST_VECTORS = 8
 #: Rows from which packing the second operand can pay: each of its elements is then used so often.
 _ROWS_TO_PACK = 32
-#: Tiles of rows from which it pays. To pack a vector takes about 4 cycles; one of a panel that lies too far apart to
-#: stay in the second-level cache costs a tile 0.1 to 0.3 of a cycle more, since the next cache keeps up with it.
-_TILES_TO_PACK = 24
+#: Tiles of rows from which it pays, where the third cache holds all of the second operand for each core, and where it
+#: does not. To pack a vector takes about 4 cycles, more where its line comes from afar; one of a panel that lies too
+#: far apart to stay in the second-level cache costs a tile 0.1 to 0.3 of a cycle more, since the next cache keeps up.
+_TILES_TO_PACK, _TILES_TO_PACK_FROM_AFAR = 48, 24
 #: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
 _DOT_DEPTH = 32
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
@@ -198,7 +199,8 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     if columns is None or depth is None or not step:
         return columns is None or columns > tile.columns
     keeps_up = target.l3_share_bytes > 0  # else what does not stay near comes from memory
-    if columns <= tile.columns or (keeps_up and -(-height // tile.rows) < _TILES_TO_PACK):
+    least = _TILES_TO_PACK if depth * step < target.l3_share_bytes else _TILES_TO_PACK_FROM_AFAR
+    if columns <= tile.columns or (keeps_up and -(-height // tile.rows) < least):
         return False
     return not stays_near(target, depth, tile.columns * product.itemsize, step)
 
