@@ -9,6 +9,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self, TypeVar, cast
 
@@ -40,6 +41,8 @@ from kedge.rpc.types import (
 B = TypeVar("B", bound=m.TrackerBody)
 #: Before a test fails; whoever is waited for may have to start a process first.
 PATIENCE_S = 60.0
+#: Between heartbeats of an agent at work: leases of tests are short.
+BEAT_S = 0.1
 
 
 class FakeAgent:
@@ -66,6 +69,7 @@ class FakeAgent:
         self._call: Any = None
         self._reader: threading.Thread | None = None
         self._number = 0
+        self._saying = threading.Lock()
         self.status: Any = None
 
     def __enter__(self) -> Self:
@@ -107,8 +111,9 @@ class FakeAgent:
 
     def say(self, body: m.AgentBody) -> None:
         """Send a message."""
-        self._number += 1
-        self._outbox.put(convert.agent_message_to_pb(body, self._number))
+        with self._saying:
+            self._number += 1
+            self._outbox.put(convert.agent_message_to_pb(body, self._number))
 
     def expect(self, kind: type[B]) -> B:
         """The next message, which is of this kind; only an assignment and the receipt of a result may change places."""
@@ -158,6 +163,23 @@ class FakeAgent:
         times = (StageTime(Stage.TRANSFER, 10), StageTime(Stage.RUN, 20))
         return JobResult(Outcome(OutcomeKind.OK), tuple(outputs), measurement, times, self.info.name)
 
+    @contextmanager
+    def holding(self, lease: Lease) -> Iterator[None]:
+        """Renew a lease, as an agent at work does, for as long as this lasts."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT_S):
+                self.say(m.Heartbeat(running=(lease,)))
+
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beating.join()
+
     def finish(self, assigned: m.AssignJob) -> None:
         """Do a job from its start to its end."""
         self.say(m.JobStarted(assigned.lease))
@@ -181,7 +203,8 @@ class FakeAgent:
                     first = False
                     answer.put(body)
                 elif isinstance(body, m.AssignJob) and self._work is not None:
-                    self._work(self, body)
+                    with self.holding(body.lease):
+                        self._work(self, body)
                 else:
                     inbox.put(body)
         except grpc.RpcError as error:

@@ -271,11 +271,12 @@ def test_a_list_of_benches_fits_into_a_message(fleet: Fleet, agent: FakeAgent, a
     for _ in range(3):
         job = fleet.bench(artifact, {"x": X}, repeat=7)
         assigned = agent.expect(m.AssignJob)
-        result = agent.result(assigned.spec)
-        assert result.measurement is not None
-        measured = replace(result.measurement, samples_ns=(1.5,) * 1_000_000)
-        agent.say(m.JobFinished(assigned.lease, replace(result, measurement=measured)))
-        agent.expect(m.ResultAccepted)
+        with agent.holding(assigned.lease):
+            result = agent.result(assigned.spec)
+            assert result.measurement is not None
+            measured = replace(result.measurement, samples_ns=(1.5,) * 1_000_000)
+            agent.say(m.JobFinished(assigned.lease, replace(result, measurement=measured)))
+            agent.expect(m.ResultAccepted)
     listed = fleet.jobs()
     assert [len(j.result.measurement.samples_ns) for j in listed if j.result and j.result.measurement] == [0, 0, 0]
     timing = fleet.job(job.id).wait().timing
