@@ -450,8 +450,8 @@ class TrackerState:
         effects, rules = self._begin(now), self.settings
         begin = begin or now
         if begin > now + rules.max_reservation_ahead_ms:
-            ahead = _seconds(rules.max_reservation_ahead_ms)
-            raise UsageError("a reservation begins too late", hint=f"it may begin up to {ahead} from now")
+            days = rules.max_reservation_ahead_ms // 86_400_000
+            raise UsageError("a reservation begins too late", hint=f"it may begin within {days} days from now")
         if not 0 < duration_ms <= rules.max_reservation_ms or begin + duration_ms <= now:
             longest = _seconds(rules.max_reservation_ms)
             raise UsageError("a reservation has to end in the future", hint=f"it may last up to {longest}")
