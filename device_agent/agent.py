@@ -131,7 +131,7 @@ class Agent:
             device=self.device,
             runner=settings.runner,
             threads=min(settings.threads or threads, len(others or cpus)),
-            cache=ArtifactCache(settings.data_dir / "cache"),
+            cache=ArtifactCache(settings.data_dir / "cache", guarded=self._cage.guards_files(gpus=bool(accelerators))),
             scratch=scratch,
             blobs=self._blobs,
             signers=settings.signers,

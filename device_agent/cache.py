@@ -46,9 +46,12 @@ class ArtifactCache:
     Args:
         root: a folder, made when it does not exist.
         limit_bytes: of all that is kept; None means half of the disk space that is free for it.
+        guarded: whether nothing that jobs run can write to its files. If so, what a link changes in a file that a job
+            was shown makes nobody read the whole of it again.
     """
 
-    def __init__(self, root: Path, limit_bytes: Optional[int] = None) -> None:
+    def __init__(self, root: Path, limit_bytes: Optional[int] = None, *, guarded: bool = False) -> None:
+        self._guarded = guarded
         self.store = BlobStore(root / "blobs")
         self._members = root / "members"
         self._members.mkdir(exist_ok=True)
@@ -127,7 +130,7 @@ class ArtifactCache:
 
     def _verify(self, digest: str, path: Path) -> None:
         """Raise CorruptBlobError, and forget the file, unless its bytes are those of `digest`."""
-        if self._verified.get(digest) != _look(path) and _hash(path) != digest:
+        if self._verified.get(digest) != self._look(path) and _hash(path) != digest:
             self._verified.pop(digest, None)
             path.unlink()
             raise CorruptBlobError(f"{path} was damaged on the device's disk", hint="run the job again")
@@ -136,7 +139,14 @@ class ArtifactCache:
     def _trust(self, digest: str, path: Path) -> None:
         """The file's bytes are those of `digest`; it counts as used now."""
         os.utime(str(path))
-        self._verified[digest] = _look(path)
+        self._verified[digest] = self._look(path)
+
+    def _look(self, path: Path) -> Tuple[int, ...]:
+        """What changes whenever a file is written to, renamed over, or marked as used."""
+        status = path.stat()
+        # Who writes to a file can give it any time of modification, but not of this change.
+        changed = 0 if self._guarded else status.st_ctime_ns
+        return status.st_ino, status.st_size, status.st_mtime_ns, changed
 
 
 class Hold:
@@ -232,12 +242,6 @@ class Hold:
     def _claim(self, digest: str) -> None:
         self._cache._claim(digest)
         self._claimed.append(digest)
-
-
-def _look(path: Path) -> Tuple[int, ...]:
-    """What changes whenever a file is written to, renamed over, or marked as used."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _hash(path: Path) -> str:

@@ -240,6 +240,10 @@ class Cage:
             words += ["--limit-processes", str(processes + SHARED_PROCESSES)]
         return Entry(tuple(words), tuple(fds), group)
 
+    def guards_files(self, *, gpus: bool) -> bool:
+        """Whether no runner can write to the agent's files; the closed view is not for drivers of `gpus`."""
+        return self.user is not None or ("r" in self._fds and not gpus)
+
     def furnish(self, scratch: Path) -> None:
         """Give a job's folder to the user that runners run as; raises OSError, also where the folder that it lies in is
         not the one that was closed around."""

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kedge.device_agent import cache as caching
 from kedge.device_agent import jobs
 from kedge.device_agent.agent import sendable
 from kedge.device_agent.cache import ArtifactCache, CacheFullError
@@ -386,13 +387,32 @@ def test_a_blob_that_rotted_on_the_devices_disk_is_fetched_again(
 ) -> None:
     manifest = remote.publish(made)
     assert execute(board, run_spec(manifest, "weigh")).outcome.ok
-    cache = tmp_path / "cache"
-    for path in (*cache.glob("blobs/objects/*/*"), *cache.glob("members/*")):
+    cache = tmp_path / "agent" / "cache"
+    kept = (*cache.glob("blobs/objects/*/*"), *cache.glob("members/*"))
+    assert kept
+    for path in kept:
         path.write_bytes(b"\xff" + path.read_bytes()[1:])
     later = replace(board, cache=ArtifactCache(cache, 1 << 28)) if restarted else board
     assert execute(later, run_spec(manifest, "weigh")).outcome.ok
     for path in (*cache.glob("blobs/objects/*/*"), *cache.glob("members/*")):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+def test_what_a_job_was_shown_is_not_read_again_for_the_next(
+    board: Board, remote: Remote, made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    real = caching._hash
+    monkeypatch.setattr(caching, "_hash", lambda path: read.append(path) or real(path))
+    spec = run_spec(remote.publish(made), "weigh")
+    again = {}
+    for guarded in (True, False):
+        own = replace(board, cache=ArtifactCache(tmp_path / str(guarded), 1 << 28, guarded=guarded))
+        assert execute(own, spec).outcome.ok
+        read.clear()
+        assert execute(own, spec).outcome.ok
+        again[guarded] = len(read)
+    assert again[True] == 0 < again[False], "where a job could write, what a link changed is looked at"
 
 
 @pytest.mark.parametrize(
