@@ -573,7 +573,9 @@ class Runner:
                 raise RunnerCancelled(f"{stage} was cancelled", stage=stage, alive=True)
             if status == abi.E_MEMORY:
                 raise RunnerOutOfMemory(text, stage=stage)
-            raise RunnerRefused(text, stage=stage, status=status)
+            # A GPU's driver may say nowhere else why it takes no code.
+            tail = self._process.stderr_tail().strip() if status == abi.E_LOAD else ""
+            raise RunnerRefused(f"{text}: {tail}" if tail else text, stage=stage, status=status)
 
     def _send_cancel(self, limit: _Limit) -> None:
         limit.moment = min(limit.moment, time.monotonic() + self._grace_s)
@@ -818,6 +820,8 @@ class _Process:
 
     def stderr_tail(self) -> str:
         """The last lines of its standard error so far."""
+        with self._reap_lock:
+            self._drain_pending()
         return self._tail.decode("utf-8", "replace")
 
     def signal_group(self) -> None:
@@ -845,8 +849,7 @@ class _Process:
         with self._reap_lock:
             if self._returncode is None:
                 returncode = self._popen.wait()
-                while not self._stderr.closed and self._pending_stderr():
-                    self._drain_stderr()
+                self._drain_pending()
                 self._stderr.close()
                 self._socket.close()
                 os.close(self._wake_read)
@@ -866,11 +869,13 @@ class _Process:
         except OSError as error:
             log.warning("%s cannot be cleared away before the next start: %s", group.path, error)
 
-    def _pending_stderr(self) -> bool:
+    def _drain_pending(self) -> None:
         # Not until its end: a process that escaped the group could hold it open for ever.
         poller = select.poll()
-        poller.register(self._stderr, select.POLLIN)
-        return bool(poller.poll(0))
+        if not self._stderr.closed:
+            poller.register(self._stderr, select.POLLIN)
+        while not self._stderr.closed and poller.poll(0):
+            self._drain_stderr()
 
 
 # ---- starting processes -------------------------------------------------------------------------------------------

@@ -334,6 +334,18 @@ def test_modules_that_are_refused(runtime: RuntimeFiles, flags: list[str], statu
         assert runner.call(0, []) == []
 
 
+def test_a_refusal_to_load_tells_what_was_written_meanwhile(runtime: RuntimeFiles, tmp_path: Path) -> None:
+    """As GPUs' drivers do."""
+    source = tmp_path / "talks.c"
+    source.write_text(
+        '#include <stdio.h>\n__attribute__((constructor)) static void talk(void) { fputs("no room for it", stderr); }\n'
+    )
+    lib = native.compile_c([source], "-shared", "-fPIC")
+    refused = "exports no kedge_module: no room for it$"
+    with Runner(runtime.runner) as runner, pytest.raises(RunnerRefused, match=refused):
+        runner.open(lib)
+
+
 def test_files_that_are_refused(runtime: RuntimeFiles, arithmetic: Path, weights: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "lib.so"
     garbage.write_bytes(b"not an ELF file")
