@@ -143,19 +143,21 @@ class Net:
             pads=[pad] * 2 * rank, group=groups, dilations=[dilation] * rank,
         )  # fmt: skip
 
-    def up_conv(self, name: str, x: str, channels: int) -> str:
-        """A transposed convolution that doubles the size."""
+    def up_conv(
+        self, name: str, x: str, channels: int, kernel: int = 2, stride: int = 2, pad: int = 0, *, bias: bool = True
+    ) -> str:
+        """A transposed convolution; one that doubles the size unless told otherwise."""
         batch, channels_in, *size = self.shapes[x]
-        out = tuple(2 * edge for edge in size)
-        inputs = [
-            x,
-            self.normal(f"{name}.weight", (channels_in, channels, 2, 2), 1 / math.sqrt(channels_in * self.power[x])),
-            self.normal(f"{name}.bias", (channels,), 0.1),
-        ]
-        self.flops += 2 * batch * channels * math.prod(out) * channels_in
+        out = tuple((edge - 1) * stride + kernel - 2 * pad for edge in size)
+        shape = (channels_in, channels, *[kernel] * len(size))
+        taps = channels_in * (kernel / stride) ** len(size)  # that add to each result
+        inputs = [x, self.normal(f"{name}.weight", shape, 1 / math.sqrt(taps * self.power[x]))]
+        if bias:
+            inputs.append(self.normal(f"{name}.bias", (channels,), 0.1))
+        self.flops += 2 * batch * channels * math.prod(size) * channels_in * kernel ** len(size)
         return self.node(
-            "ConvTranspose", name, inputs, (batch, channels, *out), 1.0, kernel_shape=[2, 2], strides=[2, 2],
-            pads=[0] * 4, group=1, dilations=[1, 1],
+            "ConvTranspose", name, inputs, (batch, channels, *out), 1.0, kernel_shape=[kernel] * len(size),
+            strides=[stride] * len(size), pads=[pad] * 2 * len(size), group=1, dilations=[1] * len(size),
         )  # fmt: skip
 
     def gemm(self, name: str, x: str, features: int) -> str:

@@ -259,6 +259,16 @@ def autoencoder(net: Net, x: str, width: float) -> str:
     return net.conv("last", x, 3, 3, bias=True)
 
 
+def dcgan(net: Net, x: str, width: float) -> str:
+    """The generator of DCGAN (Radford et al., arXiv:1511.06434): 100 numbers to an image of 64x64."""
+    for number, size in enumerate((512, 256, 128, 64)):
+        stride, pad = (2, 1) if number else (1, 0)
+        x = net.up_conv(f"up{number}", x, channels(size, width), 4, stride, pad, bias=False)
+        x = net.relu(f"up{number}.relu", net.batch_norm(f"up{number}.bn", x))
+    x = net.up_conv("last", x, 3, 4, 2, 1, bias=False)
+    return net.node("Tanh", "tanh", [x], net.shapes[x], 0.4)
+
+
 def regnet(net: Net, x: str, width: float) -> str:
     """After RegNet (Radosavovic et al., arXiv:2003.13678): bottlenecks, 3x3 convolutions in groups of 16 channels."""
     x = layer(net, "stem", x, channels(32, width), 3, 2)
@@ -324,6 +334,8 @@ NETWORKS = {
             channels=1,
         ),
         Model("autoencoder", "convolutional autoencoder, 56x88", autoencoder, (56, 88)),
+        Model("dcgan", "DCGAN generator", dcgan, (1, 1), channels=100),
+        Model("dcgan-16", "DCGAN generator, batch 16", dcgan, (1, 1), batch=16, channels=100),
     )
 }
 

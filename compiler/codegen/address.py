@@ -123,14 +123,26 @@ class AddressEmitter:
         steps = (x.is_uniform and y.lane_step() is not None) or (y.is_uniform and x.lane_step() is not None)
         if x.value is not None or y.value is not None or steps:
             return x * y
-        return Linear.atom(self.b.op("mul", self.materialize(x), self.materialize(y)))
+        key = ("mul", *self._operands(x, y))
+        known: Value | None = self._cached(key)
+        if known is None:
+            known = self._remember(key, self.b.op("mul", self.materialize(x), self.materialize(y)))
+        return Linear.atom(known)
+
+    def _operands(self, x: Linear, y: Linear) -> tuple[object, ...]:
+        """What two linear forms are known by where the same is computed from them again."""
+        return self.lanes, frozenset(x.terms.items()), frozenset(y.terms.items())
 
     def _divide(self, op: str, x: Linear, d: Linear) -> Linear:
         divisor = d.value
         if divisor is None or divisor <= 0:
-            dtype = f"int{self.b.target.arch.pointer_bits}"
-            whole = arith.binary(self.b, op, dtype, self.materialize(x), self.materialize(d))
-            return self._opaque(whole, (None, None))
+            key = (op, *self._operands(x, d))
+            known: Value | None = self._cached(key)
+            if known is None:
+                dtype = f"int{self.b.target.arch.pointer_bits}"
+                known = arith.binary(self.b, op, dtype, self.materialize(x), self.materialize(d))
+                self._remember(key, known)
+            return self._opaque(known, (None, None))
         quotient, rest = x.divide(divisor)
         low, high = rest.bounds(self.known)
         if low is not None and high is not None and low // divisor == high // divisor:
@@ -231,9 +243,12 @@ class AddressEmitter:
             return x if op == "max" else y
         if high is not None and high <= 0:
             return y if op == "max" else x
-        p, q = self.materialize(x), self.materialize(y)
-        greater = self.b.compare("icmp sgt", p, q)
-        value = self.b.select(greater, p, q) if op == "max" else self.b.select(greater, q, p)
+        key = (op, *self._operands(x, y))
+        value: Value | None = self._cached(key)
+        if value is None:
+            p, q = self.materialize(x), self.materialize(y)
+            greater = self.b.compare("icmp sgt", p, q)
+            value = self._remember(key, self.b.select(greater, p, q) if op == "max" else self.b.select(greater, q, p))
         return self._opaque(value, _extreme_bounds(op, x.bounds(self.known), y.bounds(self.known)))
 
     def _opaque(self, value: Value, bounds: Interval) -> Linear:
@@ -286,8 +301,10 @@ class AddressEmitter:
 
     def _scaled_term(self, term: Product, c: int) -> Value:
         result = term[0]
-        for value in term[1:]:
-            result = self.b.op("mul nsw", result, value)
+        for count, value in enumerate(term[1:], 2):
+            key = ("mul nsw", term[:count])
+            known: Value | None = self._cached(key)
+            result = self._remember(key, self.b.op("mul nsw", result, value)) if known is None else known
         return result if c == 1 else self.b.op("mul nsw", result, self.b.index(c))
 
     def strides(self, buffer: Buffer) -> tuple[Linear, ...]:

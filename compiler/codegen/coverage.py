@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from kedge.compiler.tir.expr import Binary, Call, Const, Expr, Load, Select, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, conjuncts, lasting, negated, over
 from kedge.compiler.tir.stmt import Buffer, For, If, Range, Seq, Stmt, Store
-from kedge.compiler.tir.structural import Key, expr_equal, expr_key
+from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import children, free_vars, loads, stmt_exprs, substitute_expr, walk_expr
 
 
@@ -36,6 +36,12 @@ class _Written:
             tuple((var, substitute_expr(extent, values)) for var, extent in self.loops),
             tuple(substitute_expr(g, values) for g in self.guards),
         )
+
+    def form(self) -> Key:
+        """What is the same where the same elements are written, whatever the loops' variables and the conditions."""
+        numbers = {var: number for number, (var, _) in enumerate(self.loops)}
+        extents = (extent for _, extent in self.loops)
+        return (len(self.loops), *(expr_key(expr, numbers) for expr in (*self.indices, *extents)))
 
 
 def written_before_read(loop: For, buffer: Buffer, outer: Mapping[Var, Range]) -> bool:
@@ -181,28 +187,23 @@ def _in_either(then: Sequence[_Written], orelse: Sequence[_Written]) -> tuple[_W
 
     All would be more than can be counted where tiles within tiles come in versions.
     """
+    fewest: dict[Key, _Written] = {}
+    for a in then:
+        form = a.form()
+        if form not in fewest or len(a.guards) < len(fewest[form].guards):
+            fewest[form] = a
     found = []
     for b in orelse:
-        joint = [each for a in then if (each := _in_both(a, b)) is not None]
-        if joint:
-            found.append(min(joint, key=lambda each: len(each.guards)))
+        alike = fewest.get(b.form())
+        if alike is not None:
+            names = {old: new for (old, _), (new, _) in zip(alike.loops, b.loops, strict=True)}
+            guards = (substitute_expr(guard, names) for guard in alike.guards)
+            found.append(replace(b, guards=(*guards, *b.guards)))
     return tuple(found)
-
-
-def _in_both(a: _Written, b: _Written) -> _Written | None:
-    """What is written whichever of two branches runs, where they write the same but for their conditions."""
-    if len(a.loops) != len(b.loops):
-        return None
-    renamed = a.at({old: new for (old, _), (new, _) in zip(a.loops, b.loops, strict=True)})
-    pairs = [*zip(renamed.indices, b.indices, strict=True)]
-    pairs += [(x, y) for (_, x), (_, y) in zip(renamed.loops, b.loops, strict=True)]
-    return replace(b, guards=(*renamed.guards, *b.guards)) if all(expr_equal(x, y) for x, y in pairs) else None
 
 
 def _over_loop(written: _Written, var: Var, extent: Expr) -> _Written:
     """What a whole loop writes, from what its iteration does. Its variable gets another name: the loop may be left."""
-    if not any(var in free_vars(e) for e in (*written.indices, *written.guards, *(n for _, n in written.loops))):
-        return replace(written, loops=(*written.loops, (Var(var.name), extent)))
     renamed = Var(var.name)
     inside = written.at({var: renamed})
     return replace(inside, loops=(*inside.loops, (renamed, extent)))

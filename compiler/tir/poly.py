@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -34,23 +34,33 @@ class Poly:
     @property
     def value(self) -> int | None:
         """The value, if the polynomial is a constant."""
-        return self.constant if all(mono == () for mono in self.terms) else None
+        if len(self.terms) > 1:
+            return None
+        return self.constant if () in self.terms or not self.terms else None
 
     def __add__(self, other: Poly) -> Poly:
         if not other.terms or not self.terms:
             return self if self.terms else other
-        return _collect([*self.terms.items(), *other.terms.items()])
+        return Poly(_added(self.terms, other.terms, 1))
 
     def __sub__(self, other: Poly) -> Poly:
-        return self + other.scaled(-1)
+        return Poly(_added(self.terms, other.terms, -1)) if other.terms else self
 
     def __mul__(self, other: Poly) -> Poly:
-        return _collect(
-            (tuple(sorted(a + b)), x * y) for a, x in self.terms.items() for b, y in other.terms.items()
-        )  # fmt: skip
+        number = other.value
+        if number is not None:
+            return self.scaled(number)
+        terms: dict[Mono, int] = {}
+        for a, x in self.terms.items():
+            for b, y in other.terms.items():
+                mono = tuple(sorted(a + b)) if a and b else a or b
+                terms[mono] = terms.get(mono, 0) + x * y
+        return Poly({mono: c for mono, c in terms.items() if c})
 
     def scaled(self, factor: int) -> Poly:
         """This times an integer."""
+        if factor == 1:
+            return self
         return Poly({mono: factor * c for mono, c in self.terms.items()}) if factor else Poly()
 
     def atoms(self) -> tuple[int, ...]:
@@ -105,11 +115,16 @@ class Poly:
         return result
 
 
-def _collect(items: Iterable[tuple[Mono, int]]) -> Poly:
-    terms: dict[Mono, int] = {}
-    for mono, c in items:
-        terms[mono] = terms.get(mono, 0) + c
-    return Poly({mono: c for mono, c in terms.items() if c})
+def _added(terms: Mapping[Mono, int], more: Mapping[Mono, int], factor: int) -> dict[Mono, int]:
+    """The sum of `terms` and `factor` times `more`."""
+    result = dict(terms)
+    for mono, c in more.items():
+        total = result.get(mono, 0) + factor * c
+        if total:
+            result[mono] = total
+        else:
+            del result[mono]
+    return result
 
 
 def _without(mono: Mono, part: Mono) -> Mono | None:

@@ -13,8 +13,8 @@ int64 is treated as unbounded: index arithmetic of real tensors does not overflo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -39,7 +39,7 @@ from kedge.compiler.tir.expr import (
 )
 from kedge.compiler.tir.poly import Mono, Poly, divide_term
 from kedge.compiler.tir.stmt import Block, For, If, Range, Seq, Stmt, Store
-from kedge.compiler.tir.structural import Key, expr_key
+from kedge.compiler.tir.structural import Key, expr_equal, expr_key
 from kedge.compiler.tir.visitor import free_vars, map_children, map_stmt_children, map_stmt_exprs, walk_expr
 
 #: What is known of variables: each lies in its range. Variables not named here have their own `lower` and `upper`.
@@ -158,6 +158,21 @@ def conjuncts(condition: Expr) -> Iterator[Expr]:
         yield condition
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Learned:
+    """What a simplifier knows once it has learned its facts, before any question: where those that know more begin."""
+
+    facts: tuple[Expr, ...]
+    reached: Set[Var]  # whose ranges may matter to what the facts say
+    numbers: Mapping[Key | Var, int]
+    atoms: tuple[Expr, ...]
+    parts: Mapping[int, tuple[str, Poly, Poly]]
+    intervals: Mapping[int, Interval]
+    extremes: Mapping[Key, int]
+    floors: tuple[Poly, ...]
+    limits: Mapping[int, Interval]
+
+
 class Simplifier:
     """Simplifies and proves under fixed ranges of variables. Reuse one for many questions: it remembers atoms.
 
@@ -168,7 +183,7 @@ class Simplifier:
     def __init__(self, ranges: Ranges | None = None, facts: Iterable[Expr] = ()) -> None:
         self.ranges: Ranges = ranges or {}
         self.facts: tuple[Expr, ...] = ()
-        self._numbers: dict[Key, int] = {}
+        self._numbers: dict[Key | Var, int] = {}
         self._atoms: list[Expr] = []
         self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
         self._intervals: dict[int, Interval] = {}
@@ -178,19 +193,57 @@ class Simplifier:
         self._floors: list[Poly] = []  # what the facts say: each is at least 0
         self._limits: dict[int, Interval] = {}  # and of atoms alone
         self._trying_facts = False
-        for fact in (fact for each in facts for fact in conjuncts(each)):
-            self._learn(fact)
-            # Only now: a choice in the fact assumes its own condition and what else is known, of which it is no part.
-            self.facts = (*self.facts, fact)
+        self._learned: _Learned | None = None
+        self._learn_all(facts)
 
     def within(self, ranges: Ranges) -> Simplifier:
         """One that knows the ranges of more variables."""
-        return Simplifier({**self.ranges, **ranges}, self.facts)
+        inner = Simplifier({**self.ranges, **ranges})
+        if self._learned is not None and self._learned.reached.isdisjoint(ranges):
+            inner._take(self._learned)
+        else:
+            inner._learn_all(self.facts)
+        return inner
 
     def assuming(self, facts: Iterable[Expr]) -> Simplifier:
         """One that knows more facts."""
         more = tuple(facts)
-        return Simplifier(self.ranges, (*self.facts, *more)) if more else self
+        if not more:
+            return self
+        inner = Simplifier(self.ranges)
+        if self._learned is not None:
+            inner._take(self._learned)
+        inner._learn_all(more)
+        return inner
+
+    def _learn_all(self, facts: Iterable[Expr]) -> None:
+        reached = set() if self._learned is None else set(self._learned.reached)
+        for fact in (fact for each in facts for fact in conjuncts(each)):
+            self._learn(fact)
+            # Only now: a choice in the fact assumes its own condition and what else is known, of which it is no part.
+            self.facts = (*self.facts, fact)
+            self._reach(fact, reached)
+        if self.facts:
+            self._learned = _Learned(
+                self.facts, reached, dict(self._numbers), tuple(self._atoms), dict(self._parts), dict(self._intervals),
+                dict(self._extremes), tuple(self._floors), dict(self._limits),
+            )  # fmt: skip
+
+    def _take(self, learned: _Learned) -> None:
+        """Know what another learned from its facts, without working it out again."""
+        self.facts, self._learned = learned.facts, learned
+        self._numbers, self._atoms, self._parts = dict(learned.numbers), list(learned.atoms), dict(learned.parts)
+        self._intervals, self._extremes = dict(learned.intervals), dict(learned.extremes)
+        self._floors, self._limits = list(learned.floors), dict(learned.limits)
+
+    def _reach(self, expr: Expr, found: set[Var]) -> None:
+        """Add the variables of `expr` to `found`, and those that their ranges depend on."""
+        for var in free_vars(expr):
+            if var not in found:
+                found.add(var)
+                known = self.ranges.get(var)
+                for end in () if known is None else (known.start, known.extent):
+                    self._reach(end, found)
 
     def _learn(self, fact: Expr) -> None:
         if not (isinstance(fact, Binary) and fact.op in COMPARISONS and fact.a.dtype == INDEX_DTYPE):
@@ -221,7 +274,7 @@ class Simplifier:
         """See the module's `simplify`."""
         if expr.dtype == INDEX_DTYPE:
             new = self.expr_of(self.poly(expr))
-            return expr if expr_key(new) == expr_key(expr) else new
+            return expr if expr_equal(new, expr) else new
         if isinstance(expr, Binary) and expr.op in COMPARISONS:
             return self._comparison(expr)
         if isinstance(expr, Select):
@@ -268,7 +321,7 @@ class Simplifier:
                 return side if side.value else other
             if not _reads_data(side) and self.assuming((side,)).prove(other):
                 return other
-        if expr_key(a) == expr_key(b):
+        if expr_equal(a, b):
             return a
         return expr if a is expr.a and b is expr.b else Binary("or", a, b)
 
@@ -288,7 +341,7 @@ class Simplifier:
             if facts and self.assuming(facts).prove(term):
                 kept = others
         new = logical_and(*kept)
-        return expr if expr_key(new) == expr_key(expr) else new
+        return expr if expr_equal(new, expr) else new
 
     def prove(self, condition: Expr) -> bool:
         """See the module's `prove`."""
@@ -442,11 +495,12 @@ class Simplifier:
         return Poly.atom(self._number(expr))
 
     def _number(self, expr: Expr) -> int:
-        key = expr_key(expr)
-        if key not in self._numbers:
-            self._numbers[key] = len(self._atoms)
+        key = expr if isinstance(expr, Var) else expr_key(expr)
+        number = self._numbers.get(key)
+        if number is None:
+            self._numbers[key] = number = len(self._atoms)
             self._atoms.append(expr)
-        return self._numbers[key]
+        return number
 
     def _part(self, op: str, x: Poly, d: Poly) -> Poly:
         """The atom `x // d` or `x % d`."""
@@ -785,7 +839,7 @@ class Simplifier:
         new = Binary(op, self.expr_of(left), self.expr_of(right))
         if isinstance(new.a, Const):  # `i < 5`, not `5 > i`
             new = Binary(_MIRRORED.get(op, op), new.b, new.a)
-        return expr if expr_key(new) == expr_key(expr) else new
+        return expr if expr_equal(new, expr) else new
 
     def expr_of(self, poly: Poly) -> Expr:
         """An expression of `poly`: positive terms first, then negative ones, the constant last.
@@ -810,7 +864,7 @@ class Simplifier:
 
     def _first_variable(self, atom: int) -> int:
         if atom not in self._firsts:
-            numbers = (self._numbers.get(expr_key(var), atom) for var in free_vars(self._atoms[atom]))
+            numbers = (self._numbers.get(var, atom) for var in free_vars(self._atoms[atom]))
             self._firsts[atom] = min(numbers, default=atom)
         return self._firsts[atom]
 

@@ -17,14 +17,25 @@ from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Region, Se
 Key: TypeAlias = tuple[Any, ...]
 
 
-def expr_key(expr: Expr) -> Key:
-    """A hashable key of `expr` within this process: variables and buffers count by identity."""
-    return _expr_form(expr, id, id)
+def expr_key(expr: Expr, numbers: Mapping[Var, int] | None = None) -> Key:
+    """A hashable key of `expr` within this process: variables and buffers count by identity.
+
+    Variables that stand in `numbers` count by these, so that expressions over other ones may be alike.
+    """
+    if not numbers:
+        return _expr_form(expr, id, id)
+    return _expr_form(expr, lambda var: (numbers[var],) if var in numbers else id(var), id)
 
 
 def expr_equal(a: Expr, b: Expr) -> bool:
     """Whether two expressions are built alike from the same variables and buffers."""
-    return a is b or expr_key(a) == expr_key(b)
+    if a is b:
+        return True
+    if isinstance(a, Binary) and isinstance(b, Binary):  # most differ near the root, or share what is below it
+        return a.op == b.op and expr_equal(a.a, b.a) and expr_equal(a.b, b.b)
+    if isinstance(a, Var) or type(a) is not type(b):
+        return False
+    return expr_key(a) == expr_key(b)
 
 
 def numbered_key(expr: Expr, numbers: dict[Var, int]) -> Key:

@@ -53,6 +53,8 @@ def map_children(expr: Expr, f: ExprMap) -> Expr:
     if isinstance(expr, Binary):
         a, b = f(expr.a), f(expr.b)
         return expr if a is expr.a and b is expr.b else Binary(expr.op, a, b)
+    if isinstance(expr, (Var, Const)):
+        return expr
     old = children(expr)
     new = tuple(f(child) for child in old)
     return expr if _same(old, new) else with_children(expr, new)
@@ -253,7 +255,17 @@ def stores(stmt: Stmt) -> Iterator[Store]:
 
 def free_vars(expr: Expr) -> tuple[Var, ...]:
     """The variables that `expr` uses, each once, in order of appearance."""
-    return tuple(dict.fromkeys(node for node in walk_expr(expr) if isinstance(node, Var)))
+    found: dict[Var, None] = {}
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Binary):
+            stack += (node.b, node.a)
+        elif isinstance(node, Var):
+            found[node] = None
+        elif not isinstance(node, Const):
+            stack.extend(reversed(children(node)))
+    return tuple(found)
 
 
 def seq(*stmts: Stmt) -> Stmt:
