@@ -213,6 +213,7 @@ def _solved(written: _Written, pairs: Sequence[tuple[Expr, Expr]], known: Simpli
     """Whether there are values of the loops of `written` with which the first of each pair is the second."""
     extents = dict(written.loops)
     values: dict[Var, Expr] = {}
+    tops: dict[Var, Expr] = {}  # of the highest digits: that they are below their extents, without a quotient
     storing = known.within({var: over(extent) for var, extent in written.loops})
     for place, index in pairs:
         place = storing.simplify(place)
@@ -236,10 +237,19 @@ def _solved(written: _Written, pairs: Sequence[tuple[Expr, Expr]], known: Simpli
             if position + 1 < len(digits):
                 value = Binary("floormod", value, extents[var])
             values[var] = known.simplify(value)
+        weight, var = digits[-1]
+        tops[var] = distance < extents[var] * weight
     # Loops that no dim counts with: their first iteration will do.
     values.update({var: const(0) for var in extents if var not in values})
-    limits = [c for var, value in values.items() for c in (value >= 0, value < substitute_expr(extents[var], values))]
-    return all(known.prove(substitute_expr(c, values)) for c in (*limits, *written.guards))
+
+    def proved(condition: Expr) -> bool:
+        return known.prove(substitute_expr(condition, values))
+
+    below = (
+        known.prove(value < substitute_expr(extents[var], values)) or (var in tops and proved(tops[var]))
+        for var, value in values.items()
+    )
+    return all(known.prove(value >= 0) for value in values.values()) and all(below) and all(map(proved, written.guards))
 
 
 def _digits(place: Expr, used: Sequence[Var], extents: Mapping[Var, Expr]) -> list[tuple[int, Var]] | None:

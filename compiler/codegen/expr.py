@@ -239,10 +239,9 @@ class ExprEmitter(AddressEmitter):
             self.b.emit(f"store {value.typed}, ptr {address}, align {align}")
             return
         split = position.split_lane()
-        reads_back = any(load.buffer is buffer for load in loads(expr))
         if split is None or split[1] == 0:
             uniform = split is not None and value.lanes == 1 and self.mask is None
-            if reads_back or not uniform:
+            if not uniform or any(load.buffer is buffer for load in loads(expr)):
                 # Lanes would meet in one element: only running them in order keeps the meaning.
                 raise NotVectorizable
             address = self._address(pointer, kind.memory, position)

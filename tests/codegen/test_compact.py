@@ -18,6 +18,7 @@ from kedge.compiler.codegen.alloc import print_prepared
 from kedge.compiler.codegen.coverage import written_before_read
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.prepare import prepare
+from kedge.compiler.schedule.default import schedule_func
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Dim, Expr, Load, Var, const
@@ -214,6 +215,13 @@ def hand_written(*lines: str) -> PrimFunc:
           "for k in range(2):", "  y[i * 4 + k] = t[i * 4 + k * 2 + 1]"), True),
         (("for i in range(16):", "for j in range(2):", "  t[i * 4 + j * 2] = x[i * 4 + j]",
           "for k in range(2):", "  y[i * 4 + k] = t[i * 4 + k]"), False),
+        # Tiles of 4 and of 16 end at the same place, within the last of them.
+        (("for i in range(2):", "for j in range(7):", "  for l in range(4):", "    t[i * 32 + j * 4 + l] = x[j * 4 + l]",
+          "for k in range(2):", "  for m in range(4):", "    for l in range(4):", "      if k * 16 + m * 4 + l < 26:",
+          "        y[i * 32 + k * 16 + m * 4 + l] = t[i * 32 + k * 16 + m * 4 + l]"), True),
+        (("for i in range(2):", "for j in range(6):", "  for l in range(4):", "    t[i * 32 + j * 4 + l] = x[j * 4 + l]",
+          "for k in range(2):", "  for m in range(4):", "    for l in range(4):", "      if k * 16 + m * 4 + l < 26:",
+          "        y[i * 32 + k * 16 + m * 4 + l] = t[i * 32 + k * 16 + m * 4 + l]"), False),
         (("for i in range(64):", "for k in range(4):", "  if k == 0:", "    t[i] = 0.0", "  t[i] = t[i] + x[i]",
           "y[i] = t[i]"), True),
         (("for i in range(64):", "for k in range(4):", "  if k == 1:", "    t[i] = 0.0", "  t[i] = t[i] + x[i]",
@@ -240,6 +248,13 @@ def test_an_iteration_reads_what_it_wrote(lines: tuple[str, ...], own: bool) -> 
     func = hand_written(*lines)
     assert written_before_read(only_loop(func), func.allocs[0], {}) is own
     assert ({"t": {(64,)}} == shapes(func)) is not own
+
+
+@pytest.mark.parametrize("length", [64, 131, 197])
+def test_rows_of_a_softmax_stay_near_whatever_their_length(length: int) -> None:
+    """Sums go in steps of four vectors, exponentials in single ones: both end where the row does."""
+    kernel = schedule_func(functions.softmax(16, length), parse("llvm -mcpu=znver4"))
+    assert shapes(kernel.func)["e"] == {(1, length)}
 
 
 def test_conditions_around_a_sum_cost_no_more_each_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -468,6 +468,17 @@ def test_lanes_beyond_a_row_are_another_threads(kernels: KernelCache) -> None:
     np.testing.assert_array_equal(got, (data + data[::-1, ::-1]) * 2)
 
 
+def test_quotients_by_free_sizes_are_computed_once() -> None:
+    """A load and a store of four elements of one fused loop: a row and a column for each."""
+    h, w = Var("h", lower=1), Var("w", lower=1)
+    x = te.placeholder((w, h), "float32", "x")
+    sch = Schedule(te.create_prim_func([x, te.compute((h, w), lambda i, j: x[j, i], name="y")], "turned"))
+    fused = sch.fuse(*sch.get_loops(sch.get_block("y")))
+    sch.unroll(sch.split(fused, [None, 4])[1])
+    ir = emit_kernel(sch.func, parse("native"), "k").ir
+    assert ir.count("sdiv") == 2 * (2 * 4)  # in whole tiles, and in the last
+
+
 def test_gather_by_data(kernels: KernelCache) -> None:
     x, k = te.placeholder((50, 8), "float32", "x"), te.placeholder((12,), "int64", "k")
     y = te.compute((12, 8), lambda i, j: x[k[i], j], name="y")

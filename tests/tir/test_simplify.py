@@ -299,6 +299,27 @@ def test_facts_count_only_where_they_hold(fact, claim, expr):
             assert high is None or value <= high
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(KNOWN, key=lambda var: var.name)), conditions(1), conditions(1), mixed(1))
+def test_who_learns_step_by_step_answers_as_who_knew_all(var, fact, more, expr):
+    first = Simplifier({other: known for other, known in KNOWN.items() if other is not var}, (fact,))
+    first.simplify(expr)  # what one is asked counts for itself alone
+    grown, whole = first.within({var: KNOWN[var]}).assuming((more,)), Simplifier(KNOWN, (fact, more))
+    assert print_expr(grown.simplify(expr)) == print_expr(whole.simplify(expr))
+    assert grown.bounds(expr) == whole.bounds(expr)
+
+
+def test_facts_are_learned_once(monkeypatch):
+    learned = []
+    monkeypatch.setattr(Simplifier, "_learn", lambda self, fact: learned.append(fact))
+    known = Simplifier({P: over(N)}, (P < 9,))
+    for level in range(8):
+        known = known.within({Var(f"k{level}"): over(4)}).assuming((P < 8 - level,))
+    assert len(learned) == len(known.facts) == 9
+    known.within({P: over(4)})  # other values of what the facts are about
+    assert len(learned) == 18
+
+
 @pytest.mark.parametrize(
     ("fact", "claim"),
     [
