@@ -47,8 +47,10 @@ def tile_for(
     """The tile with which a product of so many rows and columns (None: free) takes the fewest cycles.
 
     `itemsize` is the bytes of an accumulator. With a `panel`, columns lie together in panels of so many: the tile is
-    one of these, or part of one, or several for a product of few rows.
+    one of these, or part of one, or several for a product of few rows. A product without rows or columns gets the tile
+    of one of them.
     """
+    rows, columns = (None if size is None else max(1, size) for size in (rows, columns))
     width = lanes_of(target, itemsize)
     if panel is not None:
         width = min(width, panel)

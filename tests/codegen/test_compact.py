@@ -216,10 +216,10 @@ def hand_written(*lines: str) -> PrimFunc:
         (("for i in range(16):", "for j in range(2):", "  t[i * 4 + j * 2] = x[i * 4 + j]",
           "for k in range(2):", "  y[i * 4 + k] = t[i * 4 + k]"), False),
         # Tiles of 4 and of 16 end at the same place, within the last of them.
-        (("for i in range(2):", "for j in range(7):", "  for l in range(4):", "    t[i * 32 + j * 4 + l] = x[j * 4 + l]",
+        (("for i in range(2):", "for j in range(7):", "  for l in range(4):", "    t[i * 32 + j * 4 + l] = x[j]",
           "for k in range(2):", "  for m in range(4):", "    for l in range(4):", "      if k * 16 + m * 4 + l < 26:",
           "        y[i * 32 + k * 16 + m * 4 + l] = t[i * 32 + k * 16 + m * 4 + l]"), True),
-        (("for i in range(2):", "for j in range(6):", "  for l in range(4):", "    t[i * 32 + j * 4 + l] = x[j * 4 + l]",
+        (("for i in range(2):", "for j in range(6):", "  for l in range(4):", "    t[i * 32 + j * 4 + l] = x[j]",
           "for k in range(2):", "  for m in range(4):", "    for l in range(4):", "      if k * 16 + m * 4 + l < 26:",
           "        y[i * 32 + k * 16 + m * 4 + l] = t[i * 32 + k * 16 + m * 4 + l]"), False),
         (("for i in range(64):", "for k in range(4):", "  if k == 0:", "    t[i] = 0.0", "  t[i] = t[i] + x[i]",
