@@ -5,7 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 BIN := .venv/bin
-WORKERS ?= 2
+# For two cores: what tests of the fleet wait for takes none.
+WORKERS ?= 3
 PACKAGES := kedge compiler rpc protos device_agent deploy
 export KEDGE_CACHE_DIR ?= $(CURDIR)/.cache/kedge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -19,7 +20,7 @@ demo: .venv/.installed ## The main job: compile, dispatch, run, check and time a
 	@$(BIN)/kedge demo
 
 test: .venv/.dev lint ## Lint, type check, then all tests
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 compat: .venv/bin/python ## The fleet's tests with the packages that users have, the newest and the oldest
 	@$(BIN)/python tools/compat.py
