@@ -23,8 +23,9 @@ def prefetches(loop: For) -> Iterator[Stmt]:
     """What an iteration of `loop` does first, where it is annotated with offsets in iterations by buffers' names.
 
     The loops inside of it are stepped through line by line, and to the last element of what lies together: buffers
-    begin anywhere. Where the loop itself moves by less than a line, only those iterations prefetch that begin one. A
-    buffer that each iteration has for itself is not asked for.
+    begin anywhere, and only what is shorter than a line is likely to be in one. Where the loop itself moves by less
+    than a line, only those iterations prefetch that begin one. A buffer that each iteration has for itself is not
+    asked for.
     """
     ahead = loop.annotations.get("prefetch", {})
     seen: set[tuple[Key, ...]] = set()
@@ -61,7 +62,7 @@ def _lines(load: Load, loop: For, inner: tuple[For, ...], offset: int) -> Stmt:
         return Prefetch(load.buffer, tuple(simplify(substitute_expr(index, there)) for index in load.indices))
 
     stmt = _nest(lines, at({**far, **near}))
-    if along and own != run:  # it may begin within a line, and then ends in one more
+    if own != run and run * size >= LINE_BYTES:  # it may begin within a line, and then ends in one more
         ends = {each.var: as_expr(each.extent) - 1 for each in along}
         stmt = Seq((stmt, at({**far, **ends})))
     stmt, step = _nest(rows, stmt), _per_line(own, size)
