@@ -110,11 +110,14 @@ def sha(array: F32) -> str:
 
 def main(address: str, artifact: str, number: str, seed: str, threads: str, large_share: str, log: str) -> None:
     client = Client(address, Artifact.load(artifact), int(number), int(seed), float(large_share), log)
-    signal.signal(signal.SIGTERM, lambda *_: client.stopping.set())
+    # Waited for, not handled: the kernel may give it to another thread, which does not wake one that joins.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     client.say("ready", 0)
     workers = [threading.Thread(target=client.work, args=(each,)) for each in range(int(threads))]
     for worker in workers:
         worker.start()
+    signal.sigwait({signal.SIGTERM})
+    client.stopping.set()
     for worker in workers:
         worker.join()
 
