@@ -19,6 +19,8 @@ from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet, connect
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.security.owners import FileOwners
+from kedge.rpc.tracker.security.principal import Principal, Role
 from kedge.rpc.types import JobState
 from support.agents import wait_for
 from support.fake_agent import FakeAgent
@@ -122,3 +124,15 @@ def test_an_assignment_of_a_refused_job_does_not_reach_its_device(
         wait_for(submitted, "the tracker to find that there is room")
         assert [agent.expect(m.AssignJob).lease.job_id] == accepted
         assert [listed.id for listed in fleet.jobs(states=(JobState.ASSIGNED,))] == accepted
+
+
+def test_whose_blob_it_is_counts_once_it_is_kept(tmp_path: Path) -> None:
+    owners, ann = FileOwners(tmp_path / "owners"), Principal("ann", Role.SUBMIT)
+    (tmp_path / "owners" / ann.owner).write_text("in the way of the folder")
+    for _ in range(2):
+        with pytest.raises(OSError, match=ann.owner):
+            owners.add(ann.owner, "a" * 64)
+        assert not owners.has(ann, "a" * 64)
+    (tmp_path / "owners" / ann.owner).unlink()
+    owners.add(ann.owner, "a" * 64)
+    assert FileOwners(tmp_path / "owners").has(ann, "a" * 64)

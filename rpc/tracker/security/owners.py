@@ -39,13 +39,13 @@ class Owners:
             self._by_digest[digest].add(owner)
 
     def add(self, owner: str, digest: str) -> None:
-        """The owner has these bytes."""
+        """The owner has these bytes. Where that cannot be kept it raises, and does so again when it is told again."""
         with self._lock:
             if check_digest(digest) not in self._by_owner[owner]:
+                self._keep(owner, digest)
                 self._by_owner[owner].add(digest)
                 self._by_digest[digest].add(owner)
                 self._bytes[owner] += self._stays.get(digest, 0)
-                self._keep(owner, digest)
 
     def has(self, principal: Principal, digest: str) -> bool:
         """Whether the principal may know of the blob and read it."""
