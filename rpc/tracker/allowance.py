@@ -2,8 +2,8 @@
 
 What counts is what cannot go to make room (see `kedge.rpc.tracker.blobs`): the user's blobs that a job or a kept result
 needs, that were sent or asked about in the last minutes, and uploads that are under way with all that they have
-announced. A blob that several users have sent counts for each of them, once, however many jobs need it. What is kept
-only in case that it is needed again counts for nobody.
+announced. A blob that several users have sent counts for each of them, once, however many jobs need it, and however
+often it is sent at a time. What is kept only in case that it is needed again counts for nobody.
 
 What a device sends is its job's, and never refused for that: results of a user who has enough are not lost. They count
 when the user sends more.
@@ -34,8 +34,9 @@ class Allowance:
         self._owners = owners
         self._quota_bytes = quota_bytes
         blobs.when_kept(owners.stays)
-        self._lock = threading.Lock()
-        self._under_way: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        #: How many uploads of it each owner has under way.
+        self._under_way: Counter[tuple[str, Blob]] = Counter()
 
     def check(self, principal: Principal, blobs: Iterable[Blob]) -> None:
         """The principal may have these too, whether or not they are there; raises BlobQuotaError."""
@@ -43,8 +44,11 @@ class Allowance:
             return
         self._blobs.end_promises()
         owner = principal.owner
-        has = self._owners.staying_bytes(owner) + self._under_way[owner]
-        more = sum({b.digest: b.size for b in blobs if not self._owners.keeps(owner, b.digest)}.values())
+        with self._lock:
+            sending = {blob for whose, blob in self._under_way if whose == owner}
+            unsent = sum(blob.size for blob in sending if not self._owners.keeps(owner, blob))
+            has = self._owners.staying_bytes(owner) + unsent
+        more = sum(blob.size for blob in {*blobs} - sending if not self._owners.keeps(owner, blob))
         quota = round(self._blobs.quota_bytes() * USER_SHARE) if self._quota_bytes is None else self._quota_bytes
         if more and has + more > quota:
             raise BlobQuotaError(
@@ -58,11 +62,11 @@ class Allowance:
         """While the principal sends a blob it counts, wherever it has got; raises BlobQuotaError."""
         with self._lock:
             self.check(principal, [blob])
-            self._under_way[principal.owner] += blob.size
+            self._under_way[principal.owner, blob] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._under_way[principal.owner] -= blob.size
-                if not self._under_way[principal.owner]:
-                    del self._under_way[principal.owner]
+                self._under_way[principal.owner, blob] -= 1
+                if not self._under_way[principal.owner, blob]:
+                    del self._under_way[principal.owner, blob]

@@ -8,6 +8,7 @@ times one job is let through to find out.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -19,7 +20,7 @@ from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol, Reservation
 
 Key = tuple[str, int]
-#: Answers that are remembered, beside those for each user's wants; more than this many start over.
+#: So many answers are remembered beside those that queued jobs wait for.
 _REMEMBERED = 4_000
 
 
@@ -88,9 +89,10 @@ class Roster:
         self._breakers: dict[str, Breaker] = {}
         self._serviced: dict[str, Serviced] = {}
         self._reservations: dict[str, Reservation] = {}
-        self._selectors: dict[str, Selector] = {}
-        #: By what is wanted: the devices, connected or not, whose labels and machine are that.
-        self._fits: dict[tuple[str, Needs], set[str]] = {}
+        #: By what is wanted: its selector, and the devices, connected or not, whose labels and machine are that. What
+        #: was asked for last is at the end.
+        self._fits: OrderedDict[tuple[str, Needs], tuple[Selector, set[str]]] = OrderedDict()
+        self._remembered = _REMEMBERED
         self.noise = Noise()
 
     def __iter__(self) -> Iterator[Device]:
@@ -107,9 +109,9 @@ class Roster:
         """A device (re)connected: what was known of its machine may be wrong now."""
         name = device.info.name
         self._devices[name] = device
-        for (selector, needs), names in self._fits.items():
+        for (_, needs), (selector, names) in self._fits.items():
             names.discard(name)
-            if self._suits(selector, needs, device):
+            if _suits(selector, needs, device):
                 names.add(name)
 
     def forget(self, keep: int) -> None:
@@ -118,7 +120,7 @@ class Roster:
         for name in gone[: max(0, len(gone) - keep)]:
             del self._devices[name]
             self._breakers.pop(name, None)
-            for names in self._fits.values():
+            for _, names in self._fits.values():
                 names.discard(name)
 
     # ---- What keeps a device from taking jobs ----------------------------------------------------------------------
@@ -207,12 +209,16 @@ class Roster:
 
     # ---- Matching --------------------------------------------------------------------------------------------------
 
+    def expect(self, wants: int) -> None:
+        """So many wants are asked for in turn from now on: each has its answer when it comes again."""
+        self._remembered = wants + _REMEMBERED
+
     def takers(self, want: Want, names: Collection[str], now: int) -> list[str]:
         """Those of these devices that may have a job with this want, if they take jobs.
 
         One that failed while it had the job is taken again only when no other connected one could have it.
         """
-        fits = self._fitting(want)
+        _, fits = self._fitting(want)
         if fits.isdisjoint(names):
             return []
         able = [name for name in names if name in fits]
@@ -227,7 +233,7 @@ class Roster:
         return [d.info.name for d in self if d.connection is not None and self.obstacle(d, now) is None]
 
     def _has_alternative(self, want: Want, now: int) -> bool:
-        others = (self._devices[name] for name in self._fitting(want) - want.avoid)
+        others = (self._devices[name] for name in self._fitting(want)[1] - want.avoid)
         return any(
             device.connection is not None
             and self._open_to(want.user, device.info.name, now)
@@ -240,36 +246,28 @@ class Roster:
         reserved = self.reserved(name, now)
         return reserved is None or reserved.user == user
 
-    def _fitting(self, want: Want) -> set[str]:
-        """The devices, connected or not, whose labels and machine are what is wanted."""
+    def _fitting(self, want: Want) -> tuple[Selector, set[str]]:
+        """The selector, and the devices, connected or not, whose labels and machine are what is wanted."""
         key = want.selector, want.needs
-        if key not in self._fits:
-            if len(self._fits) > _REMEMBERED:
-                self._fits.clear()
-            self._fits[key] = {device.info.name for device in self if self._suits(*key, device)}
-        return self._fits[key]
-
-    def _suits(self, selector: str, needs: Needs, device: Device) -> bool:
-        return self.selector(selector).matches(device.labels) and able(needs, device)
-
-    def selector(self, text: str) -> Selector:
-        """A selector, parsed; raises SelectorError."""
-        if text not in self._selectors:
-            if len(self._selectors) > _REMEMBERED:
-                self._selectors.clear()
-            self._selectors[text] = parse(text)
-        return self._selectors[text]
+        known = self._fits.get(key)
+        if known is None:
+            selector = parse(want.selector)
+            fits = {device.info.name for device in self if _suits(selector, want.needs, device)}
+            known = self._fits[key] = selector, fits
+            while len(self._fits) > self._remembered:
+                self._fits.popitem(last=False)
+        self._fits.move_to_end(key)
+        return known
 
     def why_waiting(self, want: Want, now: int) -> str:
         """What keeps a job with this want from starting."""
         here = [device for device in self if device.connection is not None]
         if not here:
             return "no device is connected"
-        fits = self._fitting(want)
+        selector, fits = self._fitting(want)
         fit = [device for device in here if device.info.name in fits]
         if fit:
             return self._why_not(want, fit, now)
-        selector = self.selector(want.selector)
         chosen = [device for device in here if selector.matches(device.labels)]
         if not chosen:
             gone = sum(selector.matches(d.labels) for d in self if d.connection is None)
@@ -315,6 +313,10 @@ class Roster:
 def conditions_of(device: Device) -> Conditions:
     """What its noise depends on."""
     return Conditions(device.info.target, device.protocol.software, device.health.governor)
+
+
+def _suits(selector: Selector, needs: Needs, device: Device) -> bool:
+    return selector.matches(device.labels) and able(needs, device)
 
 
 def able(needs: Needs, device: Device) -> bool:

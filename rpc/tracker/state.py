@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 
 from kedge.rpc import messages as m
 from kedge.rpc.errors import NoDeviceError, UsageError
+from kedge.rpc.limits import check_number
 from kedge.rpc.names import check_name
 from kedge.rpc.noise import Noise
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
@@ -245,8 +246,11 @@ class TrackerState:
         return {device.info.name: device.protocol for device in self._devices if device.connection is not None}
 
     def check_room(self, spec: JobSpec, needs: Needs, user: str) -> None:
-        """A user may have one more job like this; raises QueueFullError."""
-        rules, whose = self.settings, user or "this user"
+        """A user may have one more job like this; raises QueueFullError, and InputError for what no job may have."""
+        rules, whose, longest = self.settings, user or "this user", self._longest(spec)
+        for name in Deadlines.__dataclass_fields__:
+            given, most = getattr(spec.deadlines, name), getattr(longest, name)
+            check_number(f"the deadline {name}", given, 0, most, "0 means the tracker's default")
         if self._queue.count(user) >= rules.max_queued_per_user:
             raise QueueFullError(
                 f"{rules.max_queued_per_user} jobs of {whose} wait already", hint="wait, or cancel some"
@@ -263,6 +267,12 @@ class TrackerState:
                 f"jobs of {whose} wait for {rules.max_wants_per_user} different selections of devices already",
                 hint="wait for some of them to start, or submit jobs with the same selector",
             )
+
+    def _longest(self, spec: JobSpec) -> Deadlines:
+        """What the deadlines of such a job may be."""
+        rules = self.settings
+        is_session = isinstance(spec.task, SessionTask)
+        return replace(rules.longest, run_ms=rules.longest_session_ms) if is_session else rules.longest
 
     def reservations(self) -> list[Reservation]:
         """All that have not ended, the next one first."""
@@ -304,15 +314,15 @@ class TrackerState:
         """
         effects = self._begin(now)
         self._seq += 1
-        given, default, longest = spec.deadlines, self.settings.deadlines, self.settings.longest
+        longest = self._longest(spec)
+        default = self.settings.deadlines
         if isinstance(spec.task, SessionTask):
-            session_ms = self.settings.longest_session_ms
-            default, longest = replace(default, run_ms=session_ms), replace(longest, run_ms=session_ms)
+            default = replace(default, run_ms=longest.run_ms)
         deadlines = Deadlines(
-            min(given.queue_ms or default.queue_ms, longest.queue_ms),
-            min(given.transfer_ms or default.transfer_ms, longest.transfer_ms),
-            min(given.load_ms or default.load_ms, longest.load_ms),
-            min(given.run_ms or default.run_ms, longest.run_ms),
+            *(
+                getattr(spec.deadlines, name) or min(getattr(default, name), getattr(longest, name))
+                for name in Deadlines.__dataclass_fields__
+            )
         )
         accepted = JobAccepted(job_id, self._seq, replace(spec, deadlines=deadlines), needs, key, now, user)
         effects.facts.append(accepted)
@@ -742,6 +752,7 @@ class TrackerState:
         """Start what can start, where the queue or the devices have changed since nothing more could."""
         if self._planned == self._queue.version and not any(isinstance(send, DevicesChanged) for send in effects.sends):
             return
+        self._devices.expect(self._queue.lines)
         idle = [device.info.name for device in self._devices.available(now)] if len(self._queue) else []
 
         def takers(want: Want, names: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.security.principal import Principal, Role
 from kedge.rpc.tracker.server import start
 from kedge.rpc.transport import open_channel
-from kedge.rpc.types import JobResult, JobSpec, RunTask, Tensor
+from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask, Tensor
 from support.fake_agent import FakeAgent
 from support.toys import QUICK, device_info
 
@@ -355,3 +355,19 @@ def test_uploads_under_way_count_with_all_that_they_announce(tmp_path: Path) -> 
             pass
     with allowance.upload(ANN, b):
         pass
+
+
+def test_a_blob_that_is_sent_twice_at_a_time_counts_once(tmp_path: Path) -> None:
+    store, owners = TrackerBlobs(tmp_path / "blobs", 100), FileOwners(tmp_path / "owners")
+    allowance = Allowance(store, owners)
+    catalog = Catalog(store, owners, allowance)
+    blob = blob_of(b"a" * 30)
+    with allowance.upload(ANN, blob):
+        with allowance.upload(ANN, blob):
+            assert catalog.missing([blob], ANN) == [blob]
+        with pytest.raises(BlobQuotaError, match="have 30"):
+            allowance.check(ANN, [Blob(blob.digest, 40)])
+        owners.add(ANN.owner, store.put(b"a" * 30).digest)
+        allowance.check(ANN, [blob, blob_of(b"b" * 20)])
+    with pytest.raises(BlobQuotaError):
+        allowance.check(ANN, [Blob(blob.digest, 40)])

@@ -10,9 +10,12 @@ import pytest
 
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Need
+from kedge.rpc.errors import InputError
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import local_protocol
+from kedge.rpc.selector import Selector, parse
 from kedge.rpc.status import QueueFullError
+from kedge.rpc.tracker import devices
 from kedge.rpc.tracker.devices import Roster
 from kedge.rpc.tracker.estimate import waits
 from kedge.rpc.tracker.facts import ANYWHERE, Effects, JobAssigned, JobDone
@@ -36,7 +39,6 @@ from kedge.rpc.types import (
 from support.toys import device_info
 
 NEEDS = (Need("x86_64"),)
-YEAR_MS = 366 * 86_400_000
 
 
 def spec(selector: str = "", data: bytes = b"", **deadlines: int) -> JobSpec:
@@ -107,6 +109,27 @@ def test_a_heartbeat_that_says_nothing_new_plans_nothing(monkeypatch: pytest.Mon
     assert len(seen) == 20, "a device came back"
 
 
+def test_what_many_users_wait_for_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_REMEMBERED", 3)
+    worked_out: list[str] = []
+
+    def counted(text: str) -> Selector:
+        worked_out.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(devices, "parse", counted)
+    state = fleet_of(1)
+    for number in range(20):
+        state.submit(f"j{number}", spec(f"nobody{number}"), NEEDS, "", 0, f"user{number // 4}")
+    state.receive(0, m.Heartbeat(Health(problems=("hot",))), 1)
+    state.receive(0, m.Heartbeat(), 2)
+    assert len(worked_out) == 20
+    for number in range(20):
+        state.cancel(f"j{number}", "enough", 3)
+    state.submit("another", spec("nowhere"), NEEDS, "", 4)
+    assert list(state._devices._fits)[-1][0] == "nowhere" and len(state._devices._fits) == 1 + 3
+
+
 def test_a_device_that_leaves_gives_its_rival_a_job_that_failed_there_once() -> None:
     """Nothing more is heard of the other, and need not be."""
     state = fleet_of(1, Settings(max_device_faults=3))
@@ -147,7 +170,7 @@ def test_lines_that_overlap_in_many_ways_are_told_of_as_far_as_that_is_cheap() -
 
 def test_places_and_alarms_of_jobs_that_left_do_not_gather() -> None:
     state = fleet_of(0)
-    patient = spec("nobody", queue_ms=YEAR_MS)
+    patient = spec("nobody", queue_ms=state.settings.longest.queue_ms)
     state.submit("head", patient, NEEDS, "", 0, "eve")
     for number in range(2_000):
         state.submit(f"j{number}", patient, NEEDS, "", number, "eve")
@@ -180,16 +203,19 @@ def queue_head(queue: Queue) -> str:
 def test_no_job_asks_for_longer_than_the_tracker_allows() -> None:
     longest = Deadlines(queue_ms=10, transfer_ms=20, load_ms=30, run_ms=40)
     state = fleet_of(0, Settings(longest=longest, longest_session_ms=50))
-    asked = Deadlines(YEAR_MS, YEAR_MS, YEAR_MS, YEAR_MS)
-    state.submit("job", replace(spec(), deadlines=asked), NEEDS, "", 0)
-    state.submit("session", JobSpec(NO_BLOB, "", SessionTask(0), "", asked), ANYWHERE, "", 0)
-    state.submit("short", spec(run_ms=1), NEEDS, "", 0)
-    jobs = {job.id: job.spec.deadlines for job in state.live_jobs()}
-    assert jobs == {
-        "job": longest,
-        "session": replace(longest, run_ms=50),
-        "short": Deadlines(10, 20, 30, 1),
-    }
+    session = JobSpec(NO_BLOB, "", SessionTask(0), "", replace(longest, run_ms=50))
+    for most in (replace(spec(), deadlines=longest), session):
+        state.check_room(most, NEEDS, "eve")
+        for name in Deadlines.__dataclass_fields__:
+            limit = getattr(most.deadlines, name)
+            more = replace(most, deadlines=replace(most.deadlines, **{name: limit + 1}))
+            with pytest.raises(InputError, match=rf"the deadline {name} is {limit + 1}, .* to {limit}"):
+                state.check_room(more, NEEDS, "eve")
+    for number, asked in enumerate((spec(run_ms=1), replace(session, deadlines=Deadlines()))):
+        state.submit(str(number), asked, ANYWHERE, "", 0)
+    own, defaults = (job.spec.deadlines for job in state.live_jobs())
+    assert own == replace(longest, run_ms=1), "the tracker's own are cut"
+    assert defaults == replace(longest, run_ms=50)
 
 
 def test_calling_jobs_off_before_a_second_device_has_tried_blames_no_device() -> None:

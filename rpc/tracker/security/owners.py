@@ -20,6 +20,7 @@ from kedge.rpc.tracker.facts import BlobForgotten, BlobOwned
 from kedge.rpc.tracker.schema import StoreAwayError
 from kedge.rpc.tracker.security.principal import Principal
 from kedge.rpc.tracker.store import Store
+from kedge.rpc.types import Blob
 
 _STORE_S = 10.0
 
@@ -72,10 +73,10 @@ class Owners:
         with self._lock:
             return self._bytes[owner]
 
-    def keeps(self, owner: str, digest: str) -> bool:
-        """Whether this is one of them."""
+    def keeps(self, owner: str, blob: Blob) -> bool:
+        """Whether this is one of them, and not another size that somebody claims for it."""
         with self._lock:
-            return digest in self._stays and owner in self._by_digest.get(digest, ())
+            return self._stays.get(blob.digest) == blob.size and owner in self._by_digest.get(blob.digest, ())
 
     def forget(self, digest: str) -> None:
         """Nobody has these bytes: they are about to go."""
