@@ -223,10 +223,9 @@ class Simplifier:
             # Only now: a choice in the fact assumes its own condition and what else is known, of which it is no part.
             self.facts = (*self.facts, fact)
             self._reach(fact, reached)
-        if self.facts:
             self._learned = _Learned(
-                self.facts, reached, dict(self._numbers), tuple(self._atoms), dict(self._parts), dict(self._intervals),
-                dict(self._extremes), tuple(self._floors), dict(self._limits),
+                self.facts, set(reached), dict(self._numbers), tuple(self._atoms), dict(self._parts),
+                dict(self._intervals), dict(self._extremes), tuple(self._floors), dict(self._limits),
             )  # fmt: skip
 
     def _take(self, learned: _Learned) -> None:

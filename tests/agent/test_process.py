@@ -296,7 +296,7 @@ def test_killed_it_takes_the_runner_along_that_waits_for_a_job(
         assert list((agent.data_dir / "jobs").iterdir()) == []
 
 
-def test_killed_it_takes_the_runner_along_and_and_the_next_one_cleans_up(
+def test_killed_it_takes_the_runner_along_and_the_next_one_cleans_up(
     agent: AgentProcess, tracker: Tracker, script: Script, module: bytes, runner: Path
 ) -> None:
     hello = script.greet()

@@ -292,6 +292,16 @@ def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
     assert schedule_func(func, slow).decisions["ahead"] == ahead // 2
 
 
+def test_rows_that_data_chooses_are_not_prefetched():
+    x, w = te.placeholder((4, 16, 1024), "float32", "x"), te.placeholder((4, 1024, 1024), "float32", "w")
+    chosen, axis = te.placeholder((4,), "int64", "chosen"), te.reduce_axis(1024)
+    y = te.compute((4, 16, 1024), lambda b, i, j: te.sum(x[b, i, axis] * w[chosen[b], axis, j], axis), name="y")
+    func = te.create_prim_func([x, w, chosen, y], "gathered")
+    kernel = schedule_func(func, AVX2)
+    assert (kernel.rule, kernel.decisions["ahead"]) == ("matmul", 0)
+    assert RULE.space(func, AVX2)["ahead"] == (0,)
+
+
 @pytest.mark.parametrize(
     ("m", "k", "n", "block"),
     [

@@ -261,6 +261,11 @@ def mixed(depth: int = 3) -> st.SearchStrategy[Expr]:
     return st.one_of(exprs(2), quotient, st.builds(select, conditions(1), sub, sub), total)
 
 
+def comparisons() -> st.SearchStrategy[Expr]:
+    """Facts that say something: of choices too."""
+    return st.builds(Binary, st.sampled_from(["lt", "le", "gt", "ge", "eq"]), mixed(1), exprs(1))
+
+
 @settings(max_examples=300, deadline=None)
 @given(mixed())
 def test_choices_and_symbolic_divisors_keep_their_value(expr):
@@ -300,13 +305,22 @@ def test_facts_count_only_where_they_hold(fact, claim, expr):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(KNOWN, key=lambda var: var.name)), conditions(1), conditions(1), mixed(1))
+@given(st.sampled_from(sorted(KNOWN, key=lambda var: var.name)), comparisons(), comparisons(), mixed(1))
 def test_who_learns_step_by_step_answers_as_who_knew_all(var, fact, more, expr):
     first = Simplifier({other: known for other, known in KNOWN.items() if other is not var}, (fact,))
     first.simplify(expr)  # what one is asked counts for itself alone
     grown, whole = first.within({var: KNOWN[var]}).assuming((more,)), Simplifier(KNOWN, (fact, more))
     assert print_expr(grown.simplify(expr)) == print_expr(whole.simplify(expr))
     assert grown.bounds(expr) == whole.bounds(expr)
+
+
+def test_a_choice_in_a_fact_is_made_with_the_facts_before_it():
+    x, y, n = Var("x", lower=0), Var("y", lower=0), Var("n", lower=1)
+    chosen = select(logical_and(x > 1, x < 5), y, 0)
+    facts = (x < 4, chosen < n)
+    for simplifier in (Simplifier({}, facts), Simplifier({}, facts[:1]).assuming(facts[1:])):
+        assert simplifier.prove(chosen < n)
+        assert simplifier.within({x: over(8)}).prove(chosen < n)
 
 
 def test_facts_are_learned_once(monkeypatch):

@@ -35,7 +35,9 @@ from kedge.compiler.target import free
 from kedge.compiler.target.core import lanes_of
 from kedge.compiler.target.costs import MEMORY_LATENCY, stays_near
 from kedge.compiler.target.tiles import RegisterTile, tile_for
+from kedge.compiler.tir.expr import Load
 from kedge.compiler.tir.stmt import PrimFunc, Store
+from kedge.compiler.tir.visitor import walk_expr
 
 _FLOATS = ("float32", "float64")
 #: Sums shorter than this are no matter of tiles.
@@ -98,7 +100,7 @@ class Matmul:
             ),
             "pack_a": (False, True),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
-            "ahead": _AHEAD,
+            "ahead": (0,) if _is_gathered(product) else _AHEAD,
             "parallel": (False, True),
             "stream": (False,) if product.turned else (False, True),
         }
@@ -120,7 +122,7 @@ class Matmul:
             "block": (_block if pack_b or pack_a else _block_that_stays)(product, tile, height, target),
             "pack_a": pack_a,
             "pack_b": pack_b,
-            "ahead": 0 if pack_b else _ahead(product, tile, target),
+            "ahead": 0 if pack_b or _is_gathered(product) else _ahead(product, tile, target),
             "parallel": is_worth_threads([product.block], target),
             "stream": False,
         }
@@ -203,6 +205,12 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     if columns <= tile.columns or (keeps_up and -(-height // tile.rows) < least):
         return False
     return not stays_near(target, depth, tile.columns * product.itemsize, step)
+
+
+def _is_gathered(product: Product) -> bool:
+    """Whether data says which rows of the second operand are read: none of them can be prefetched."""
+    reads = [load for load in (product.a, product.b) if load.buffer.name == product.b.buffer.name]
+    return any(isinstance(node, Load) for load in reads for index in load.indices for node in walk_expr(index))
 
 
 def _ahead(product: Product, tile: RegisterTile, target: TargetModel) -> int:
