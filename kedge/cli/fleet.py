@@ -73,7 +73,7 @@ def tracker_start(
         typer.Option(
             "--blob-quota",
             metavar="SIZE",
-            help="Keep at most so many bytes of blobs; the longest unused go first.",
+            help="Keep at most so many bytes of blobs; the longest unused go first, outputs of jobs last.",
             show_default="three quarters of the disk space that is free for them",
         ),
     ] = None,
@@ -82,7 +82,7 @@ def tracker_start(
         typer.Option(
             "--blob-quota-per-user",
             metavar="SIZE",
-            help="Of that, what one user's jobs, kept results and uploads may have.",
+            help="Of that, what one user's jobs and uploads may have.",
             show_default="half of it",
         ),
     ] = None,

@@ -23,7 +23,7 @@ import grpc
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.blob_client import BlobClient
-from kedge.rpc.blobs import blob_of
+from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client import plan, threads
 from kedge.rpc.client.aio_session import Attached, Session
 from kedge.rpc.client.fleet import CONNECT_S, LEASE_S
@@ -338,7 +338,10 @@ class Fleet:
 
     async def _result(self, job: JobInfo) -> Result:
         assert job.result is not None
-        fetched = {b.digest: await asyncio.to_thread(self._blobs.read, b) for b in plan.blobs_of(job.result)}
+        try:
+            fetched = {b.digest: await asyncio.to_thread(self._blobs.read, b) for b in plan.blobs_of(job.result)}
+        except MissingBlobError as error:
+            raise plan.outputs_gone(job, error) from error
         return plan.read_result(job, fetched)
 
     async def _persist(self, method: Any, request: Any) -> Any:

@@ -23,7 +23,7 @@ import grpc
 from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert, interrupts
 from kedge.rpc.blob_client import BlobClient
-from kedge.rpc.blobs import blob_of
+from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client import plan
 from kedge.rpc.client.inputs import Array
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
@@ -195,10 +195,11 @@ class Fleet:
 
         `inputs` are arrays by name: numpy, torch, anything with DLPack or the array interface. `threads` 0 means
         all that the device offers. `on` says where on the device: "cpu", "opencl", "cuda:1"; "" leaves it to the
-        artifact.
+        artifact. `priority` is among the jobs that wait: higher goes first, and above 0 is for administrators.
 
         Raises:
-            InputError: an input does not fit the function; nothing was uploaded.
+            InputError: an input does not fit the function, or a number is one that no tracker takes; nothing was
+                uploaded.
             IncompatibleTargetError: no connected device that matches can run the artifact.
             ConnectError: the tracker is away.
         """
@@ -224,7 +225,8 @@ class Fleet:
     ) -> Job:
         """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
 
-        Raises: as `run`.
+        The other arguments, the `priority` above 0 that is for administrators among them, and the errors are as of
+        `run`.
         """
         packed = plan.pack(artifact)
         terms = plan.Terms(function, device, threads, priority, deadlines or Deadlines(), on)
@@ -399,8 +401,11 @@ class Fleet:
 
     def _result(self, job: JobInfo) -> Result:
         assert job.result is not None
-        with _open_channel():
-            fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
+        try:
+            with _open_channel():
+                fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
+        except MissingBlobError as error:
+            raise plan.outputs_gone(job, error) from error
         return plan.read_result(job, fetched)
 
     def _persist(self, method: Any, request: Any, patience_s: float = plan.RECONNECT_S) -> Any:

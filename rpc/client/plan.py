@@ -16,7 +16,7 @@ import numpy as np
 from kedge.protos.v1 import fleet_pb2
 from kedge.rpc import convert
 from kedge.rpc.artifact import Artifact, Manifest, Placement, look_at, place
-from kedge.rpc.blobs import blob_of
+from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
@@ -301,6 +301,15 @@ class Patience:
 def blobs_of(result: JobResult) -> list[Blob]:
     """What has to be fetched before the outputs are whole."""
     return [tensor.data for tensor in result.outputs if isinstance(tensor.data, Blob)]
+
+
+def outputs_gone(job: JobInfo, error: MissingBlobError) -> MissingBlobError:
+    """For outputs that the tracker has no more, though it still knows the job."""
+    return MissingBlobError(
+        f"job {job.id} is done, but not all of its outputs are on the tracker any more, which needed the room: "
+        f"{error.message}",
+        hint="submit the job again, read results sooner, or start the tracker with a larger --blob-quota",
+    )
 
 
 def read_result(job: JobInfo, fetched: Mapping[str, bytearray]) -> Result:

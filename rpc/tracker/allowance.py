@@ -1,12 +1,12 @@
 """How much of the tracker's blob store one user may have: a share of it, so that there is always room for others.
 
-What counts is what cannot go to make room (see `kedge.rpc.tracker.blobs`): the user's blobs that a job or a kept result
-needs, that were sent or asked about in the last minutes, and uploads that are under way with all that they have
-announced. A blob that several users have sent counts for each of them, once, however many jobs need it, and however
-often it is sent at a time. What is kept only in case that it is needed again counts for nobody.
+What counts is what cannot go to make room (see `kedge.rpc.tracker.blobs`): the user's blobs that a job needs, that were
+sent or asked about in the last minutes, and uploads that are under way with all that they have announced. A blob that
+several users have sent counts for each of them, once, however many jobs need it and however often it is sent.
+What is kept in case that it is needed again, the outputs of jobs that are done among it, counts for nobody.
 
 What a device sends is its job's, and never refused for that: results of a user who has enough are not lost. They count
-when the user sends more.
+for some minutes, when the user sends more.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Allowance:
         if more and has + more > quota:
             raise BlobQuotaError(
                 f"{more} more bytes of blobs are {has + more - quota} more than user {principal.name!r} may have on "
-                f"this tracker: {quota}, of which jobs, kept results and uploads of the last minutes have {has}",
+                f"this tracker: {quota}, of which jobs, results and uploads of the last minutes have {has}",
                 hint="wait for jobs to end, send less, or start the tracker with a larger --blob-quota-per-user",
             )
 

@@ -2,7 +2,8 @@
 
 What counts is everything below the folder: committed blobs, what is left of uploads that broke off, and, for each
 upload that is under way, the size it has announced. Room is made before an upload begins, so that one which cannot fit
-is refused before its bytes are sent. Leftovers go first, then blobs, the longest unused first; never one that
+is refused before its bytes are sent. Leftovers go first, then blobs, the longest unused first, and those that a kept
+result names (`keep`) after all others; never one that
 
 - a job holds, as long as it does (`hold`, see `kedge.rpc.tracker.needed`),
 - somebody was just told is there, or has just sent: a job that needs it is on its way (`promise`),
@@ -58,6 +59,8 @@ class TrackerBlobs(BlobStore):
         #: Blobs that may go, the longest unused first.
         self._free: OrderedDict[str, None] = OrderedDict()
         self._holds: Counter[str] = Counter()
+        #: How many kept results name it.
+        self._kept: Counter[str] = Counter()
         #: Until when: the soonest first, as all promises last equally long.
         self._promised: OrderedDict[str, float] = OrderedDict()
         #: What is left of broken-off uploads: the oldest first.
@@ -104,6 +107,19 @@ class TrackerBlobs(BlobStore):
                     if digest in self._sizes:
                         self._free[digest] = None
                         self._touch(digest)
+
+    def keep(self, digests: Iterable[str]) -> None:
+        """A result that is kept names these: as long as one does, they go after all that none does."""
+        with self._books:
+            self._kept.update(digests)
+
+    def keep_no_longer(self, digests: Iterable[str]) -> None:
+        """Undo one `keep`."""
+        with self._books:
+            for digest in digests:
+                self._kept[digest] -= 1
+                if not self._kept[digest]:
+                    del self._kept[digest]
 
     def promise(self, blobs: Iterable[Blob]) -> set[str]:
         """The digests of those that are there; they stay for `PROMISE_S`, or until a job holds them."""
@@ -162,7 +178,7 @@ class TrackerBlobs(BlobStore):
                     break
                 leftovers.append(name)
                 excess -= size
-            for digest in self._free:
+            for digest in sorted(self._free, key=self._kept.__contains__) if excess > 0 else ():
                 if excess <= 0:
                     break
                 blobs.append(digest)
@@ -170,7 +186,7 @@ class TrackerBlobs(BlobStore):
             if excess > 0:
                 raise BlobQuotaError(
                     f"{needed_bytes} more bytes do not fit into the tracker's blob store: {excess} of the {quota} that "
-                    "it may hold would have to go, and jobs, kept results and uploads need them",
+                    "it may hold would have to go, and jobs and uploads of the last minutes need them",
                     hint="wait for jobs to end, send less, or start the tracker with a larger --blob-quota",
                 )
             for name in leftovers:

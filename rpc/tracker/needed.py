@@ -1,8 +1,9 @@
 """Which blobs the tracker's jobs need, kept in step with what is stored of them.
 
-A job that is not done needs its manifest, the parts of all members, and its inputs; one that is done, and still kept,
-the outputs that its result names. What facts will need is held before they are stored; what they no longer need is let
-go afterwards: a crash in between must not find a job whose blobs are gone.
+A job that is not done needs its manifest, the parts of all members, and its inputs. What facts will need is held before
+they are stored; what they no longer need is let go afterwards: a crash in between must not find a job whose blobs are
+gone. The outputs that the result of a job names stay for some minutes, so that whoever waits for it can read them, and
+then as long as the result is kept and there is room.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Needed:
                 self._forget(job_id)
 
     def digests(self) -> set[str]:
-        """All that is needed now."""
+        """All that is needed now, and what kept results name."""
         with self._lock:
             inputs = {digest for _, digests in self._live.values() for digest in digests}
             members = {digest for digests in self._members.values() for digest in digests}
@@ -69,7 +70,9 @@ class Needed:
                 if isinstance(fact, JobAccepted):
                     self._accept(fact.job_id, fact.spec)
                 elif isinstance(fact, JobDone):
-                    self._keep_outputs(fact.job_id, outputs_of(fact.result))
+                    made = outputs_of(fact.result)
+                    self._keep_outputs(fact.job_id, tuple(blob.digest for blob in made))
+                    self._blobs.promise(made)
 
     def stored(self, facts: Sequence[Fact]) -> None:
         """These facts are durable."""
@@ -112,11 +115,10 @@ class Needed:
     def _keep_outputs(self, job_id: str, digests: tuple[str, ...]) -> None:
         if digests and job_id not in self._outputs:
             self._outputs[job_id] = digests
-            self._blobs.hold(digests)
-            self._blobs.redeem(digests)
+            self._blobs.keep(digests)
 
     def _forget(self, job_id: str) -> None:
-        self._blobs.let_go(self._outputs.pop(job_id, ()))
+        self._blobs.keep_no_longer(self._outputs.pop(job_id, ()))
 
     def _read(self, manifest: Blob) -> tuple[str, ...]:
         """All of an artifact; nothing of one that somebody has removed: its jobs cannot run anyhow."""
@@ -127,6 +129,8 @@ class Needed:
             return (manifest.digest,)
 
 
-def outputs_of(result: JobResult) -> tuple[str, ...]:
+def outputs_of(result: JobResult) -> tuple[Blob, ...]:
     """The blobs that a result names, each once."""
-    return tuple(dict.fromkeys(tensor.data.digest for tensor in result.outputs if isinstance(tensor.data, Blob)))
+    return tuple(
+        {tensor.data.digest: tensor.data for tensor in result.outputs if isinstance(tensor.data, Blob)}.values()
+    )

@@ -243,9 +243,9 @@ def _to_schema_4(connection: sa.Connection) -> None:
         index.create(connection, checkfirst=True)
     for job_id in connection.execute(sa.select(results.c.job_id)).scalars().all():
         whole = connection.execute(sa.select(results.c.result).where(results.c.job_id == job_id)).scalar_one()
-        digests = outputs_of(convert.job_result_from_bytes(whole))
-        if digests:
-            connection.execute(sa.insert(outputs), [{"job_id": job_id, "digest": digest} for digest in digests])
+        blobs = outputs_of(convert.job_result_from_bytes(whole))
+        if blobs:
+            connection.execute(sa.insert(outputs), [{"job_id": job_id, "digest": blob.digest} for blob in blobs])
 
 
 def _to_schema_6(connection: sa.Connection) -> None:

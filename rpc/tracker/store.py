@@ -533,8 +533,8 @@ def _write_job(connection: sa.Connection, fact: JobFact) -> None:
             "finished_ms": fact.finished_ms,
         }
         connection.execute(_INSERT_RESULT, row)
-        if digests := outputs_of(fact.result):
-            connection.execute(_INSERT_OUTPUT, [{"job_id": fact.job_id, "digest": digest} for digest in digests])
+        if blobs := outputs_of(fact.result):
+            connection.execute(_INSERT_OUTPUT, [{"job_id": fact.job_id, "digest": blob.digest} for blob in blobs])
     connection.execute(_UPDATE_JOB, {"job": fact.job_id, **_changes(fact)})
 
 

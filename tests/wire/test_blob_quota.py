@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blob_client import BlobClient
-from kedge.rpc.blobs import BlobQuotaError, BlobWriter, blob_of
+from kedge.rpc.blobs import BlobQuotaError, BlobWriter, MissingBlobError, blob_of
 from kedge.rpc.client import connect
 from kedge.rpc.client.plan import pack
 from kedge.rpc.outcome import Outcome, OutcomeKind
@@ -252,7 +252,7 @@ def test_without_a_quota_it_takes_a_share_of_the_disk(tmp_path: Path) -> None:
     assert store.quota_bytes() == pytest.approx(status.f_bavail * status.f_frsize * DISK_SHARE, rel=0.05)
 
 
-def test_jobs_hold_what_they_need_and_kept_results_their_outputs(
+def test_jobs_hold_what_they_need_and_kept_results_give_way_last(
     tmp_path: Path, clock: Clock, artifact: Artifact
 ) -> None:
     packed = pack(artifact)
@@ -277,19 +277,64 @@ def test_jobs_hold_what_they_need_and_kept_results_their_outputs(
         return {blob.digest for blob in store}
 
     needed.expected(jobs)
-    store.promise([made])
     needed.expected([done])
-    assert left() == inputs | {made.digest}
+    clock.now += PROMISE_S / 2
+    with pytest.raises(BlobQuotaError):
+        store.make_room(1 << 20)
+    assert store.has(made), "whoever waits for it has some minutes"
+    clock.now += PROMISE_S
+    unused = store.put(b"newer, and no result's")
+    clock.now += PROMISE_S + 1
+    store.make_room((1 << 20) - store.taken_bytes() + 1)
+    assert not store.has(unused) and store.has(made), "outputs go last"
+    assert left() == inputs
     needed.stored([done])
-    assert left() == inputs | {made.digest}, "the other job needs the same"
+    assert left() == inputs, "the other job needs the same"
     needed.stored([JobWithdrawn("two")])
-    assert left() == {made.digest}
-    again = Needed(store, catalog.members_of)
-    again.restore((), [("one", made.digest)])
-    needed.forgotten(["one"])
-    assert left() == {made.digest}
-    again.forgotten(["one"])
     assert left() == set()
+
+
+def test_outputs_of_kept_results_are_remembered_until_those_are_forgotten(tmp_path: Path, clock: Clock) -> None:
+    store = TrackerBlobs(tmp_path, QUOTA, clock=clock)
+    needed = Needed(store, lambda manifest: ())
+    output, newer = store.put(b"o" * 40), store.put(b"n" * 40)
+    needed.restore((), [("one", output.digest), ("two", output.digest)])
+    needed.forgotten(["one"])
+    clock.now += PROMISE_S + 1
+    store.make_room(60)
+    assert store.has(output) and not store.has(newer)
+    clock.now += PROMISE_S + 1
+    newer = store.put(b"n" * 40)
+    needed.forgotten(["two"])
+    clock.now += PROMISE_S + 1
+    store.make_room(60)
+    assert store.has(newer) and not store.has(output)
+
+
+def test_outputs_that_gave_way_shut_nobody_out_and_are_told(
+    tmp_path: Path, artifact: Artifact, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kedge.rpc.tracker.blobs.PROMISE_S", 0.0)
+    large = b"y" * (1 << 20)
+    with (
+        start(port=0, data_dir=tmp_path, settings=QUICK, insecure_loopback=True, blob_quota=3 << 19) as tracker,
+        connect(tracker.address) as fleet,
+        FakeAgent(tracker.address, device_info()) as agent,
+        open_channel(tracker.address) as channel,
+    ):
+        job = fleet.run(artifact, {"x": np.zeros((2, 4), np.float32)})
+        assigned = agent.expect(m.AssignJob)
+        blobs = BlobClient(channel, tracker.address)
+        blobs.upload(blob_of(large), large)
+        output = Tensor("y", "int8", (1 << 20,), blob_of(large))
+        agent.say(m.JobStarted(assigned.lease))
+        agent.say(m.JobFinished(assigned.lease, JobResult(Outcome(OutcomeKind.OK), (output,))))
+        assert job.wait(timeout=10)["y"].nbytes == 1 << 20
+        other = b"z" * (1 << 20)
+        blobs.upload(blob_of(other), other)
+        with pytest.raises(MissingBlobError, match=f"job {job.id} is done, .* needed the room") as gone:
+            job.wait(timeout=10)
+        assert gone.value.hint is not None and "--blob-quota" in gone.value.hint
 
 
 def test_a_full_tracker_refuses_an_upload_and_takes_it_when_the_job_is_done(tmp_path: Path, artifact: Artifact) -> None:

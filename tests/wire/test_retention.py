@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from wire.test_store import RESULT, accepted, write
 
 from kedge.protos.v1 import fleet_pb2
 from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.client import connect
 from kedge.rpc.client.plan import pack
 from kedge.rpc.tracker.blobs import TrackerBlobs
@@ -95,18 +93,21 @@ def test_many_go_in_pieces_between_which_others_are_stored(tmp_path: Path) -> No
 
 def test_blobs_of_forgotten_results_may_go_and_their_keys_are_told(tmp_path: Path) -> None:
     blobs = TrackerBlobs(tmp_path / "blobs", 100)
-    made = blobs.put(b"made" * 20)
+    made, newer = blobs.put(b"made" * 10), blobs.put(b"newer" * 10)
     store = Store(tmp_path, keep=Retention(days=1, every_s=SOON), clock=lambda: NOW_S)
     store.keep_needed(Needed(blobs, lambda manifest: (manifest.digest,)))
-    result = replace(RESULT, outputs=(Tensor("y", "int8", (80,), made),))
+    result = replace(RESULT, outputs=(Tensor("y", "int8", (40,), made),))
     write(store, accepted("j", 1, "key"), JobDone("j", result, 5))
-    with pytest.raises(BlobQuotaError):
-        blobs.put(b"more" * 20)
+    blobs.redeem([made.digest, newer.digest])
+    blobs.make_room(50)
+    assert blobs.has(made) and not blobs.has(newer), "as long as the result is kept others go first"
+    newer = blobs.put(b"newer" * 10)
     heard: queue.Queue[Sequence[str]] = queue.Queue()
     store.when_forgotten(heard.put)
     assert heard.get(timeout=10) == ["key"]
-    blobs.put(b"more" * 20)
-    assert not blobs.has(made)
+    blobs.redeem([newer.digest])
+    blobs.make_room(50)
+    assert blobs.has(newer) and not blobs.has(made)
     store.close()
 
 
