@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kedge.rpc.artifact import Manifest, needs_of
+from kedge.rpc.blobs import blob_of
 from kedge.rpc.errors import ArtifactError, InputError, LimitError
 from kedge.rpc.limits import check_spec
 from kedge.rpc.selector import parse
@@ -16,7 +18,7 @@ from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import ANYWHERE, Needs
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal
-from kedge.rpc.types import Blob, JobSpec, SessionTask
+from kedge.rpc.types import Blob, JobSpec, SessionTask, Tensor
 
 _MAX_MANIFEST_BYTES = 16 << 20
 #: Of manifests that are kept in memory, as text.
@@ -107,6 +109,25 @@ class Catalog:
                 hint="compile it for fewer targets",
             )
         return needs
+
+    async def store_inputs(self, spec: JobSpec, principal: Principal) -> JobSpec:
+        """The spec with the inputs that are within it as blobs, as if the principal had sent them; raises BlobError."""
+        if isinstance(spec.task, SessionTask):
+            return spec
+        inputs = [await asyncio.to_thread(self._store, tensor, principal) for tensor in spec.task.inputs]
+        return replace(spec, task=replace(spec.task, inputs=tuple(inputs)))
+
+    def _store(self, tensor: Tensor, principal: Principal) -> Tensor:
+        if isinstance(tensor.data, Blob) or not tensor.data:
+            return tensor
+        blob = blob_of(tensor.data)
+        if self.missing([blob], principal):
+            with self.allowance.upload(principal, blob), self._blobs.begin(blob, 0, principal.tag) as writer:
+                writer.append(tensor.data)
+                writer.commit()
+                if not principal.trusted:
+                    self._owners.add(principal.owner, blob.digest)
+        return replace(tensor, data=blob)
 
     async def members_for(self, manifest: Blob, principal: Principal) -> tuple[str, ...]:
         """All of an artifact that the principal has sent; raises NotReadyError, ArtifactError, BlobError."""

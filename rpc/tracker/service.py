@@ -110,6 +110,8 @@ class FleetService:
         _check_priority(spec.priority, principal)
         await self._mates.fetch(self._catalog.named_by(spec, principal))
         needs = await self._catalog.check(spec, principal)
+        if not self._shell.state.may_carry(spec, principal.name):
+            spec = await self._catalog.store_inputs(spec, principal)
         await self._mates.ensure(self._catalog.digests_of(spec))
         key = request.idempotency_key
         if key and not principal.trusted:

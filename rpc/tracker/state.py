@@ -114,7 +114,7 @@ class Settings:
     longest_quarantine_ms: int = 3_600_000
     fair_half_life_ms: int = 600_000
     max_queued_per_user: int = 20_000
-    #: Of inputs within specs, which are in memory until their jobs are done.
+    #: Of inputs within specs, which are in memory until their jobs are done; those of further jobs become blobs.
     max_carried_bytes_per_user: int = 256 << 20
     #: Selectors, and needs of artifacts, that differ.
     max_wants_per_user: int = 1_000
@@ -255,18 +255,16 @@ class TrackerState:
             raise QueueFullError(
                 f"{rules.max_queued_per_user} jobs of {whose} wait already", hint="wait, or cancel some"
             )
-        if self._carried[user] + _carries(spec) > rules.max_carried_bytes_per_user:
-            raise QueueFullError(
-                f"jobs of {whose} that are not done carry {self._carried[user]} bytes of inputs, and may carry "
-                f"{rules.max_carried_bytes_per_user}",
-                hint="wait for some of them to end, or cancel some",
-            )
         many = self._queue.count_wants(user) >= rules.max_wants_per_user
         if many and not self._queue.has(Want(spec.selector, needs, user)):
             raise QueueFullError(
                 f"jobs of {whose} wait for {rules.max_wants_per_user} different selections of devices already",
                 hint="wait for some of them to start, or submit jobs with the same selector",
             )
+
+    def may_carry(self, spec: JobSpec, user: str) -> bool:
+        """Whether one more job like this may have its inputs within its spec; else they belong into blobs."""
+        return self._carried[user] + _carries(spec) <= self.settings.max_carried_bytes_per_user
 
     def _longest(self, spec: JobSpec) -> Deadlines:
         """What the deadlines of such a job may be."""

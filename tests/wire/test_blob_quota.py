@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +31,7 @@ from kedge.rpc.tracker.security.owners import FileOwners
 from kedge.rpc.tracker.security.principal import Principal, Role
 from kedge.rpc.tracker.server import start
 from kedge.rpc.transport import open_channel
-from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask, Tensor
+from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask, SessionTask, Tensor
 from support.fake_agent import FakeAgent
 from support.toys import QUICK, device_info
 
@@ -416,3 +418,43 @@ def test_a_blob_that_is_sent_twice_at_a_time_counts_once(tmp_path: Path) -> None
         allowance.check(ANN, [blob, blob_of(b"b" * 20)])
     with pytest.raises(BlobQuotaError):
         allowance.check(ANN, [Blob(blob.digest, 40)])
+
+
+def test_inputs_beyond_what_jobs_may_carry_become_blobs(tmp_path: Path, artifact: Artifact) -> None:
+    settings = replace(QUICK, max_carried_bytes_per_user=40)
+    with (
+        start(port=0, data_dir=tmp_path, settings=settings, insecure_loopback=True) as tracker,
+        connect(tracker.address) as fleet,
+    ):
+        jobs = [fleet.run(artifact, {"x": np.full((2, 4), number, np.float32)}) for number in range(3)]
+        with FakeAgent(tracker.address, device_info()) as agent, open_channel(tracker.address) as channel:
+            blobs = BlobClient(channel, tracker.address)
+            for number, job in enumerate(jobs):
+                assigned = agent.expect(m.AssignJob)
+                assert not isinstance(assigned.spec.task, SessionTask)
+                data = assigned.spec.task.inputs[0].data
+                assert isinstance(data, Blob) == (number > 0)
+                whole = blobs.read(data) if isinstance(data, Blob) else data
+                assert np.frombuffer(whole, np.float32).tolist() == [number] * 8
+                agent.say(m.JobStarted(assigned.lease))
+                agent.say(m.JobFinished(assigned.lease, JobResult(Outcome(OutcomeKind.OK))))
+                assert job.wait(timeout=10).outcome.ok
+            fleet.run(artifact, {"x": np.zeros((2, 4), np.float32)})
+            (tensor,) = agent.expect(m.AssignJob).spec.task.inputs
+            assert isinstance(tensor.data, bytes), "the others are done"
+
+
+def test_inputs_that_become_blobs_are_their_users_and_count(tmp_path: Path) -> None:
+    store, owners = TrackerBlobs(tmp_path / "blobs", 100), FileOwners(tmp_path / "owners")
+    catalog = Catalog(store, owners)
+
+    def spec(data: bytes) -> JobSpec:
+        return JobSpec(Blob("0" * 64, 1), "main", RunTask((Tensor("x", "int8", (len(data),), data),)))
+
+    stored = asyncio.run(catalog.store_inputs(spec(b"x" * 30), ANN))
+    blob = blob_of(b"x" * 30)
+    assert stored.task.inputs == (Tensor("x", "int8", (30,), blob),) and store.read(blob.digest) == b"x" * 30
+    assert owners.has(ANN, blob.digest) and not owners.has(BOB, blob.digest)
+    assert asyncio.run(catalog.store_inputs(spec(b"x" * 30), ANN)) == stored
+    with pytest.raises(BlobQuotaError):
+        asyncio.run(catalog.store_inputs(spec(b"y" * 30), ANN))
