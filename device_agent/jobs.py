@@ -182,13 +182,17 @@ class Board:
         self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
     ) -> native.Runner:
         """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable."""
+        spare = self.spare.take()
+        if spare is not None:
+            self.vacate(spare)
         return self._start(limits, folder, threads, self._cpus(timing), patience_s)
 
     def take_seat(self, limits: native.Limits, patience_s: float, *, timing: bool) -> Seat:
         """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back."""
         cpus = self._cpus(timing)
-        spare = self.spare.take(limits, cpus)
-        if spare is not None and spare.runner.exited:  # the first that the system ends when memory runs out
+        spare = self.spare.take()
+        # What has exited was the first that the system ends when memory runs out.
+        if spare is not None and ((spare.limits, spare.cpus) != (limits, cpus) or spare.runner.exited):
             self.vacate(spare)
             spare = None
         return spare or self._new_seat(limits, cpus, patience_s)

@@ -1,7 +1,8 @@
 """Where a job's code runs: a runner in a folder of its own, started for the job or, as the spare, before there is one.
 
 The spare is a runner like that of the last job, started while the device idles. It has loaded nothing, serves one job
-as any runner does, and only one that wants the very same limits and cores: those were set when it started.
+as any runner does, and only one that wants the very same limits and cores: those were set when it started. For any
+other it ends first: a job whose code is held by less, as a GPU's is, could reach it, and with it the job after.
 """
 
 from __future__ import annotations
@@ -32,13 +33,10 @@ class Spare:
         self._seat: Optional[Seat] = None
         self._closed = False
 
-    def take(self, limits: Limits, cpus: Optional[Tuple[int, ...]]) -> Optional[Seat]:
-        """The seat, now the caller's, if it is for these limits and cores."""
+    def take(self) -> Optional[Seat]:
+        """The seat, now the caller's: to be used, or to be vacated before another job's code runs beside it."""
         with self._lock:
-            seat = self._seat
-            if seat is None or (seat.limits, seat.cpus) != (limits, cpus):
-                return None
-            self._seat = None
+            seat, self._seat = self._seat, None
             return seat
 
     def fits(self, like: Seat) -> bool:

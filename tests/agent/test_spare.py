@@ -88,6 +88,21 @@ def test_a_job_with_other_limits_has_a_runner_of_its_own(idle: Board, manifest: 
     assert waiting(idle).limits == other.limits
 
 
+@pytest.mark.parametrize("session", [False, True])
+def test_it_has_ended_before_the_code_of_a_job_that_it_does_not_fit_runs(idle: Board, session: bool) -> None:
+    """As a GPU's driver needs processes and sockets, what runs there could stop it, or change its folder."""
+    spare = waiting(idle)
+    if session:
+        folder = idle.new_folder("session-")
+        runner = idle.start_runner(Limits(), folder, 1, timing=True)
+    else:
+        seat = idle.take_seat(Limits(), 20.0, timing=False)
+        folder, runner = seat.folder, seat.runner
+    assert not runs(spare.runner.pid) and list(idle.scratch.iterdir()) == [folder]
+    runner.close()
+    idle.remove_folder(folder)
+
+
 def test_jobs_on_other_cores_have_runners_of_their_own(idle: Board, manifest: Blob) -> None:
     before = waiting(idle)
     cores = tuple(sorted(os.sched_getaffinity(0)))
