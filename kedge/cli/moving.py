@@ -24,8 +24,8 @@ def move_database(
 ) -> None:
     """Move a tracker's jobs, results, tokens and devices from its own file into a PostgreSQL database.
 
-    The tracker must not run. Either all of it moves or nothing does; a move that was interrupted is done again by the
-    same command. Then start the tracker with the same --data-dir, which keeps its blobs and keys, and that --database;
+    The tracker must not run. Either all of it moves or nothing does; a move that was interrupted is ended by the same
+    command. Then start the tracker with the same --data-dir, which keeps its blobs and keys, and that --database;
     without the database it refuses to start. There is no way back.
 
     Examples:
@@ -46,4 +46,6 @@ def move_database(
         return
     rows = ", ".join(f"{count} {name}" for name, count in moved.items() if count)
     output.stdout().print(f"moved to {place}: {rows or 'nothing that was not there'}", soft_wrap=True)
-    output.stderr().print(f"hint: kedge tracker start --data-dir {folder} --database {place}", soft_wrap=True)
+    # Not as it is shown: that has no password.
+    hint = f"hint: kedge tracker start --data-dir {folder} --database …, with the URL given here"
+    output.stderr().print(hint, soft_wrap=True)

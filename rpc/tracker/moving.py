@@ -45,7 +45,8 @@ def move(data_dir: Path, url: str, progress: Progress = lambda table, done, tota
     Raises:
         UsageError: the URL is none of a PostgreSQL database.
         StoreError: there is no state in the folder, its tracker runs, or it was moved elsewhere; the database cannot be
-            used, or others' state is in it. Nothing has moved then.
+            used, or others' state is in it. Nothing has moved then, except where the database was lost while it was
+            told to keep what it got: the file is marked as moved by then, and the same move, done again, ends it.
     """
     if not (data_dir / "tracker.db").exists():
         raise StoreError(f"there is no tracker's state in {data_dir}", hint="name its data folder with --data-dir")
@@ -53,11 +54,15 @@ def move(data_dir: Path, url: str, progress: Progress = lambda table, done, tota
     with _held(source, target.name) as (file, tracker_id):
         keys = Keys(data_dir) if (data_dir / "security" / "ca.pem").exists() else None
         check_database(target, keys)
+        moved = None
         try:
             with target.patient_engine().connect() as database, database.begin():
                 moved = _move(file, database, data_dir, tracker_id, target.name, progress)
         except SQLAlchemyError as error:
-            raise target.explain(error) from error
+            explained = target.explain(error)
+            if moved is not None:
+                explained.hint = "it may have moved: until the same command ends well, no tracker starts on the file"
+            raise explained from error
     if keys is not None:
         keys.audit.write("state moved", database=target.name)
         keys.audit.close()

@@ -169,6 +169,27 @@ def test_a_commit_whose_answer_was_lost_is_told_by_the_next_move(
     assert len(rows(Postgres(url))["jobs"]) == 10
 
 
+def test_a_database_that_is_lost_at_the_commit_leaves_what_the_next_move_ends(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = moving._move
+    fill(tmp_path, 4)
+
+    def cut_off(file: sa.Connection, database: sa.Connection, *rest: Any) -> dict[str, int]:
+        moved = whole(file, database, *rest)
+        pid = database.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+        with Postgres(url).engine().connect() as other:
+            other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        return moved
+
+    with monkeypatch.context() as patched:
+        patched.setattr(moving, "_move", cut_off)
+        with pytest.raises(StoreError) as caught:
+            move(tmp_path, url)
+    assert caught.value.hint is not None and "until the same command ends well" in caught.value.hint
+    assert move(tmp_path, url)["jobs"] == 4
+
+
 @pytest.mark.parametrize("at", ["jobs", "owners", "documents"])
 def test_a_move_that_is_killed_is_done_again(tmp_path: Path, url: str, at: str) -> None:
     fill(tmp_path, 5)
