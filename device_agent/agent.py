@@ -141,7 +141,8 @@ class Agent:
         )
         greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
         self._results = ResultStore(settings.data_dir / "results")
-        kept = self._results.load()
+        # An earlier kedge may have kept what the trackers of this one do not take.
+        kept = [m.JobFinished(each.lease, sendable(each.lease, each.result)) for each in self._results.load()]
         if kept:
             log.info("%d results of an earlier run wait for the tracker", len(kept))
         self._core = core.AgentCore(greeting, jitter=random.random, results=kept)
@@ -478,9 +479,10 @@ def _run(job: Union[Job, Session], device: str) -> JobResult:
 
 
 def sendable(lease: Lease, result: JobResult) -> JobResult:
-    """`result`, or in its place why it cannot travel: what cannot be sent would break every connection anew."""
+    """`result`, its texts cut where they are too long, or in its place why it cannot travel."""
     from kedge.rpc import bounds, convert
 
+    result = _with_cut_texts(result)
     try:
         bounds.check(convert.agent_message_to_pb(m.JobFinished(lease, result), 0))
     except Exception as error:  # noqa: BLE001 - whatever protobuf refuses
@@ -494,6 +496,19 @@ def sendable(lease: Lease, result: JobResult) -> JobResult:
     return JobResult(
         Outcome(OutcomeKind.BAD_REQUEST, message=why), stage_times=result.stage_times, device=result.device
     )
+
+
+def _with_cut_texts(result: JobResult) -> JobResult:
+    """The same; what is there for people to read alone is no reason to lose it."""
+    from kedge.rpc.bounds import cut
+
+    outcome = replace(result.outcome, message=cut("kedge.v1.Outcome.message", result.outcome.message))
+    measured = result.measurement
+    reasons = () if measured is None else tuple(cut("kedge.v1.Measurement.reasons", text) for text in measured.reasons)
+    if outcome == result.outcome and (measured is None or reasons == measured.reasons):
+        return result
+    measurement = None if measured is None else replace(measured, reasons=reasons)
+    return replace(result, outcome=outcome, measurement=measurement)
 
 
 def _confine(settings: Settings, scratch: Path) -> Tuple[Cage, RunnerHello, Confinement]:

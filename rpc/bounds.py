@@ -59,6 +59,12 @@ def check(message: Message) -> None:
         _check(field.full_name, value)
 
 
+def cut(name: str, text: str) -> str:
+    """A text for people, no longer than the field of this name may be; what it is cut by shows."""
+    most = BOUNDS.get(name, TEXT)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _check(name: str, value: Any) -> None:
     if isinstance(value, Message):
         check(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, List, Optional
 
 
 def usable_threads(root: Path = Path("/")) -> int:
@@ -16,6 +16,17 @@ def usable_threads(root: Path = Path("/")) -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
     return max(1, cpus if quota is None else min(cpus, math.ceil(quota)))
+
+
+def cpu_list(cpus: Iterable[int]) -> str:
+    """CPUs as the kernel writes them: (0, 1, 2, 8) -> "0-2,8"; however many there are, it stays readable."""
+    runs: List[List[int]] = []
+    for cpu in sorted(set(cpus)):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def cpu_quota(root: Path = Path("/")) -> Optional[float]:

@@ -9,6 +9,7 @@ import math
 import statistics
 from typing import List, Optional, Sequence, Tuple
 
+from kedge.rpc.cores import cpu_list
 from kedge.rpc.types import Health, Measurement, Verdict
 
 #: A repeat that lasts fewer steps of the clock says nothing; below the second bound its last digits are noise.
@@ -136,7 +137,7 @@ def _health_reasons(m: Measurement, num_cores: int) -> List[str]:
         needed = min(m.num_threads or there, there)
         # What the measurement's threads leave free others may use.
         if pinning.others_share * there > there - needed + MAX_OTHERS_SHARE * needed:
-            shown = ", ".join(str(cpu) for cpu in pinning.cpus)
+            shown = cpu_list(pinning.cpus)
             reasons.append(f"others used {pinning.others_share:.0%} of its cores ({shown}) meanwhile")
     if after is not None and after.temperature_celsius is not None and after.temperature_celsius > MAX_CELSIUS:
         reasons.append(f"the device was hot ({after.temperature_celsius:.0f} °C)")

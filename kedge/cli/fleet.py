@@ -19,6 +19,7 @@ from kedge.cli import output
 from kedge.cli.arguments import parse_bytes
 from kedge.cli.devices import build_runner, require_tracker
 from kedge.cli.waiting import wait_text
+from kedge.rpc.cores import cpu_list
 from kedge.rpc.errors import UsageError
 from kedge.rpc.logs import FORMATS
 from kedge.rpc.names import check_name
@@ -385,7 +386,7 @@ def _more(device: Any) -> list[str]:
         return [first, *map(_noise_text, device.noise)]
     lines = [f"{device.info.name}: jobs are held by {held}"]
     if held.measuring_cpus:
-        lines.append(f"  cores kept for timings: {', '.join(str(cpu) for cpu in held.measuring_cpus)}")
+        lines.append(f"  cores kept for timings: {cpu_list(held.measuring_cpus)}")
     return [*lines, *(f"  not by {missing}" for missing in held.missing), *map(_noise_text, device.noise)]
 
 

@@ -8,6 +8,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kedge.rpc.cores import cpu_list
 from kedge.rpc.errors import InputError
 from kedge.rpc.measure import mad, median_interval
 from kedge.rpc.types import Measurement, TimeOptions
@@ -199,7 +200,7 @@ class Timing:
             parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
         pinning = self.measurement.pinning
         if pinning is not None and pinning.reserved:
-            parts.append(f"on cores kept for timings ({', '.join(str(cpu) for cpu in pinning.cpus)})")
+            parts.append(f"on cores kept for timings ({cpu_list(pinning.cpus)})")
         if options.cooldown_interval_ns:
             parts.append(f"{options.cooldown_interval_ns / 1e6:g} ms pause every {options.repeats_to_cooldown}")
         if options.cache_flush_bytes:

@@ -19,18 +19,22 @@ Context = grpc.aio.ServicerContext[Any, Any]
 #: What gRPC raises where something is said to a peer that is there no longer.
 GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
 #: Within so long a call has to say something (every call of kedge's own does at once).
-_FIRST_S = 10.0
+FIRST_S = 10.0
 
 
-async def first_of(messages: AsyncIterator[T]) -> T | None:
-    """The first message of a call, None where it has none; raises ProtocolError where none comes in time."""
+async def first_of(messages: AsyncIterator[T], within_s: float | None = None) -> T | None:
+    """The first message of a call, None where it has none; raises ProtocolError where it is not there in time, whole.
+
+    `within_s` is by default what strangers have, whose first messages are small.
+    """
+    within_s = FIRST_S if within_s is None else within_s
     try:
-        async with asyncio.timeout(_FIRST_S):
+        async with asyncio.timeout(within_s):
             return await anext(messages)
     except StopAsyncIteration:
         return None
     except TimeoutError as error:
-        raise ProtocolError(f"a call has to begin with a message within {_FIRST_S:g} s") from error
+        raise ProtocolError(f"a call has to begin with a message within {within_s:g} s") from error
 
 
 def typed_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

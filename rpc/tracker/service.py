@@ -46,8 +46,6 @@ log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
-#: An agent has so long to say hello.
-_HELLO_S = 10.0
 #: What is being written to an agent that leaves has so long to be on its way.
 _LAST_WRITE_S = 2.0
 #: The next chunk of an upload has so long: on the slowest of links it takes as long. Until then there is room for all
@@ -247,9 +245,8 @@ class AgentsService:
 
     async def _greeted(self, requests: AsyncIterator[agent_pb2.AgentMessage], context: Context) -> Hello:
         try:
-            async with asyncio.timeout(_HELLO_S):
-                hello = convert.agent_message_from_pb(await anext(requests))
-        except (TimeoutError, StopAsyncIteration, KedgeError) as error:
+            hello = convert.agent_message_from_pb(await anext(requests))
+        except (StopAsyncIteration, KedgeError) as error:
             raise ProtocolError(f"an agent has to say hello first ({error!r})") from error
         if not isinstance(hello, Hello):
             raise ProtocolError("an agent has to say hello first")

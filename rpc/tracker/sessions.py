@@ -38,8 +38,6 @@ from kedge.rpc.types import Job, JobState, SessionTask
 log = logging.getLogger("kedge.tracker")
 Context = grpc.aio.ServicerContext[Any, Any]
 
-#: Either end has so long to say what it is there for.
-_FIRST_FRAME_S = 10.0
 #: What is being written to an end that leaves has so long to be on its way.
 _LAST_WRITE_S = 2.0
 #: A client that is done waits so long for its device to be free, no longer.
@@ -332,6 +330,9 @@ class SessionsService:
         """Hand on what the device says. A client that reads nothing for long has no use for its device."""
         if relay.deaf:
             return
+        if not relay.to_client.full():
+            relay.to_client.put_nowait(event)
+            return
         try:
             async with asyncio.timeout(_LONGEST_HELD_UP_S):
                 await relay.to_client.put(event)
@@ -356,9 +357,8 @@ async def _told(handling: Coroutine[Any, Any, None], context: Context) -> None:
 
 async def _first(requests: AsyncIterator[Any], wanted: str) -> Any:
     try:
-        async with asyncio.timeout(_FIRST_FRAME_S):
-            frame = await anext(requests)
-    except (TimeoutError, StopAsyncIteration) as error:
+        frame = await anext(requests)
+    except StopAsyncIteration as error:
         raise ProtocolError(f"a session's stream begins with {wanted!r}") from error
     if frame.WhichOneof("body") != wanted:
         raise ProtocolError(f"a session's stream begins with {wanted!r}")

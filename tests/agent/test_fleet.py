@@ -287,6 +287,17 @@ def test_a_result_survives_the_death_of_tracker_and_agent(
         wait_for(lambda: list(results.iterdir()) == [], "the result to be forgotten")
 
 
+def test_a_kept_result_that_no_tracker_takes_any_more_is_replaced(fleet: Fleet, runner: Path, tmp_path: Path) -> None:
+    """Brought as it is on every connection, it would end them all."""
+    results = tmp_path / "data" / "results"
+    named = Tensor("y" * 1_001, "int8", (1,), b"1")
+    ResultStore(results).keep(m.JobFinished(Lease("j", 2), JobResult(Outcome(OutcomeKind.OK), (named,))))
+    with AgentProcess(fleet.address, runner, tmp_path / "data") as agent:
+        agent.wait_ready()
+        agent.wait_log("the result of this job cannot be sent: Tensor.name has 1001 characters")
+        wait_for(lambda: list(results.iterdir()) == [], "the tracker to take what is said instead")
+
+
 def test_a_damaged_result_is_removed_and_its_job_runs_again(tmp_path: Path) -> None:
     store = ResultStore(tmp_path / "results")
     finished = m.JobFinished(Lease("j", 2), JobResult(Outcome(OutcomeKind.OK)))

@@ -36,6 +36,7 @@ from kedge.rpc.types import (
     JobResult,
     JobSpec,
     Lease,
+    Measurement,
     RunTask,
     Tensor,
     TimeOptions,
@@ -202,6 +203,14 @@ def test_a_result_that_cannot_be_sent_says_so_instead(board: Board, remote: Remo
         instead = sendable(lease, result).outcome
         assert instead.kind is OutcomeKind.BAD_REQUEST and words in instead.message
         assert len(convert.job_result_to_bytes(JobResult(instead))) < 1_000
+
+
+def test_what_is_too_long_to_read_is_cut_and_the_result_is_sent() -> None:
+    measured = Measurement(TimeOptions(), (1.0, 2.0), 1, 1, reasons=("x" * 5_000, "short"))
+    sent = sendable(Lease("j", 1), JobResult(Outcome(OutcomeKind.OK, message="y" * 100_000), measurement=measured))
+    assert sent.outcome.kind is OutcomeKind.OK and sent.measurement is not None
+    assert sent.outcome.message == "y" * ((64 << 10) - 1) + "…"
+    assert sent.measurement.reasons == ("x" * 999 + "…", "short") and sent.measurement.samples_ns == (1.0, 2.0)
 
 
 def test_a_transfer_that_stalls_meets_its_deadline(board: Board, remote: Remote, made: Artifact) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kedge.device_agent.runtime import SOURCE_DIR
-from kedge.rpc.cores import cpu_quota, usable_threads
+from kedge.rpc.cores import cpu_list, cpu_quota, usable_threads
 from support import native
 
 PROGRAM = Path(__file__).with_name("programs") / "print_quota.c"
@@ -49,3 +49,11 @@ def test_both_find_the_same(root: Path, quota: float | None) -> None:
     assert cpu_quota(root) == quota
     cpus = len(os.sched_getaffinity(0))
     assert usable_threads(root) == (cpus if quota is None else min(cpus, math.ceil(quota)))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "text"),
+    [((), ""), ((3,), "3"), ((2, 3), "2-3"), ((9, 0, 1, 2, 5, 5), "0-2,5,9"), (tuple(range(1_024)), "0-1023")],
+)
+def test_cpus_are_written_as_the_kernel_writes_them(cpus: tuple[int, ...], text: str) -> None:
+    assert cpu_list(cpus) == text

@@ -124,6 +124,12 @@ def test_the_load_of_the_last_minute_says_nothing_of_cores_that_were_watched(
     assert all("busy before" in reason if share is None else "others used" in reason for reason in reasons)
 
 
+def test_reasons_stay_short_on_machines_with_many_cores() -> None:
+    busy = measured(pinning=Pinning(tuple(range(512)), others_share=0.2))
+    _, (reason,) = judge(replace(busy, num_threads=512), num_cores=512)
+    assert reason == "others used 20% of its cores (0-511) meanwhile"
+
+
 @pytest.mark.parametrize(
     ("health", "disturbed"),
     [

@@ -16,9 +16,11 @@ from kedge.protos.v1 import fleet_pb2
 from kedge.rpc.errors import AuthenticationError
 from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker import handlers
+from kedge.rpc.tracker.security import interceptor
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import Gate
 from kedge.rpc.tracker.security.principal import LOCAL, Principal
+from kedge.rpc.transport import MAX_SPEC_BYTES
 
 METHOD = "/kedge.v1.Fleet/GetJob"
 
@@ -98,7 +100,7 @@ def test_nothing_of_a_strangers_message_is_waited_for(tmp_path: Path) -> None:
 def test_who_is_known_and_says_nothing_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "_FIRST_S", 0.2)
+    monkeypatch.setattr(interceptor, "_ONLY_S", 0.2)
 
     async def scene() -> None:
         echo = _Echo()
@@ -114,6 +116,27 @@ def test_who_is_known_and_says_nothing_is_not_waited_for_for_ever(
             assert await channel.unary_unary(METHOD)(message) == message
 
     asyncio.run(scene())
+
+
+def test_a_large_message_has_the_time_that_it_takes_on_a_slow_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time in which a call has to say something is that of small messages."""
+    monkeypatch.setattr(handlers, "FIRST_S", 0.05)
+
+    async def scene() -> None:
+        async with served(Gate(lambda _: LOCAL, Audit(tmp_path / "audit.jsonl"), 10), _Echo()) as channel:
+            call = channel.stream_unary(METHOD)()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await asyncio.shield(call.code())
+            message = fleet_pb2.GetJobRequest(job_id="j").SerializeToString()
+            await call.write(message)
+            await call.done_writing()
+            assert await call == message
+
+    asyncio.run(scene())
+    assert interceptor._ONLY_S > MAX_SPEC_BYTES / 50_000
 
 
 def test_a_message_with_too_much_in_it_is_refused_at_the_door(tmp_path: Path) -> None:

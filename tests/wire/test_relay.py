@@ -79,7 +79,7 @@ class Counting(grpc.aio.ServerInterceptor):
 
 
 def test_callers_that_say_nothing_hold_nothing_at_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handlers, "_FIRST_S", 0.2)
+    monkeypatch.setattr(handlers, "FIRST_S", 0.2)
 
     async def ask() -> None:
         relay, leader = Relay(None), Counting()

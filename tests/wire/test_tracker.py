@@ -84,6 +84,25 @@ def test_a_job_from_submission_to_result(fleet: Fleet, agent: FakeAgent, artifac
     assert [d.state for d in fleet.devices()] == [DeviceState.IDLE]
 
 
+def test_a_result_with_too_much_in_it_ends_the_job_and_not_the_connection(
+    fleet: Fleet, agent: FakeAgent, artifact: Artifact
+) -> None:
+    """An agent of an older kedge would bring it again on every connection, until nobody waited for it."""
+    job = fleet.run(artifact, {"x": X})
+    assigned = agent.expect(m.AssignJob)
+    agent.say(m.JobStarted(assigned.lease))
+    result = agent.result(assigned.spec)
+    named = tuple(replace(each, name="y" * 1_001) for each in result.outputs)
+    agent.say(m.JobFinished(assigned.lease, replace(result, outputs=named)))
+    assert agent.expect(m.ResultAccepted) == m.ResultAccepted(job.id, stale=False)
+    with pytest.raises(JobError, match=r"not accepted: Tensor\.name has 1001 characters") as refused:
+        job.wait()
+    assert refused.value.outcome == "bad_request"
+    next_job = fleet.run(artifact, {"x": X})
+    agent.finish(agent.expect(m.AssignJob))
+    assert next_job.wait().outcome.ok
+
+
 def test_every_change_is_reported_to_whoever_waits(fleet: Fleet, agent: FakeAgent, artifact: Artifact) -> None:
     first = fleet.run(artifact, {"x": X})
     job = fleet.run(artifact, {"x": X})

@@ -20,17 +20,22 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from kedge.rpc.bounds import check
+from kedge.protos.v1.agent_pb2 import AgentMessage
+from kedge.rpc import convert
+from kedge.rpc.bounds import TEXT, check
 from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
+from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import Metadata, TrackerAwayError, to_status
-from kedge.rpc.tracker.handlers import GONE, first_of
+from kedge.rpc.tracker.handlers import FIRST_S, GONE, first_of
 from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import PEER_NAME, described
 from kedge.rpc.tracker.security.devices import Devices
 from kedge.rpc.tracker.security.principal import LOCAL, Principal, Role, check_rule, enter
 from kedge.rpc.tracker.security.tokens import Tokens
+from kedge.rpc.transport import MAX_SPEC_BYTES
+from kedge.rpc.types import JobResult
 
 Context = grpc.aio.ServicerContext[Any, Any]
 #: Says who makes a call; raises AuthenticationError.
@@ -38,6 +43,8 @@ Authenticate = Callable[[Context], Principal]
 
 log = logging.getLogger("kedge.tracker")
 
+#: The message of a call that has one may be a job's whole spec, over a link of 20 KB/s.
+_ONLY_S = FIRST_S + MAX_SPEC_BYTES / 20_000
 _AUTHORIZATION = "authorization"
 _BEARER = "Bearer "
 
@@ -191,7 +198,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
 async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> Any:
     """The message of a call that has one."""
-    message = await first_of(messages)
+    message = await first_of(messages, _ONLY_S)
     if message is None:
         raise ProtocolError("a call without a message")
     return _one(deserialize, message)
@@ -215,8 +222,22 @@ def _one(deserialize: Callable[[bytes], Any], raw: bytes) -> Any:
         message = deserialize(raw)
     except DecodeError as error:
         raise ProtocolError("a message that cannot be read") from error
-    check(message)
+    try:
+        check(message)
+    except KedgeError as error:
+        if not isinstance(message, AgentMessage) or message.WhichOneof("body") != "job_finished":
+            raise
+        _put_refusal(message, error)
     return message
+
+
+def _put_refusal(message: AgentMessage, error: KedgeError) -> None:
+    """In place of a result why it is not taken: its agent brings it on every connection until it was accepted."""
+    log.warning("job %s: its result is refused: %s", message.job_finished.lease.job_id[:TEXT], error.message)
+    why = f"the result of this job is not accepted: {error.message}"
+    refusal = JobResult(Outcome(OutcomeKind.BAD_REQUEST, message=why))
+    message.job_finished.result.CopyFrom(convert.job_result_to_pb(refusal))
+    check(message)
 
 
 def who(principal: Principal, context: Context) -> dict[str, str]:
