@@ -29,6 +29,9 @@ BOUNDS: Mapping[str, int] = {
     "kedge.v1.ClientFrame.data": MAX_SESSION_FRAME_BYTES,
     "kedge.v1.DeviceFrame.data": MAX_SESSION_FRAME_BYTES,
     "kedge.v1.JobSpec": MAX_SPEC_BYTES,
+    **dict.fromkeys(
+        (f"kedge.v1.{name}.selector" for name in ("JobSpec", "ListDevicesRequest", "ReserveRequest")), 3_000
+    ),
     "kedge.v1.RunTask.inputs": MAX_PARAMETERS,
     "kedge.v1.BenchTask.inputs": MAX_PARAMETERS,
     "kedge.v1.Tensor.inline": INLINE_TENSOR_BYTES,

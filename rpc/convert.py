@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 from typing import Any, Dict, Generic, Iterable, Mapping, Optional, Tuple, Type, TypeVar
 
 from kedge.protos.v1 import agent_pb2, fleet_pb2, types_pb2
@@ -370,7 +371,7 @@ def job_spec_from_pb(pb: types_pb2.JobSpec) -> t.JobSpec:
         manifest=blob_from_pb(pb.manifest),
         function=pb.function,
         task=task,
-        selector=pb.selector,
+        selector=sys.intern(pb.selector),  # thousands of jobs may wait for the same
         deadlines=deadlines_from_pb(pb.deadlines),
         priority=pb.priority,
         num_threads=pb.num_threads,

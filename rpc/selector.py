@@ -23,6 +23,10 @@ from kedge.rpc.types import DeviceInfo
 _WORD = r"[A-Za-z0-9_.:/+@-]+"
 _NOT_IN_VALUES = re.compile(r"[^A-Za-z0-9._-]+")
 _TOKEN = re.compile(rf'\s*(?:(?P<op>[<>!]=|[<>=(),])|"(?P<quoted>[^"]*)"|(?P<word>{_WORD}))')
+#: Conditions of one selector: the tracker looks at each of them for each of its devices.
+_MAX_TERMS = 250
+#: Characters before and after a mistake that an error shows.
+_SHOWN = 60
 _ORDER: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -130,6 +134,8 @@ class _Parser:
         found = [self.term()]
         while self.peek()[0]:
             self.expect(",")
+            if len(found) == _MAX_TERMS:
+                raise self.error(f"more than {_MAX_TERMS} conditions; 'in (…)' takes many values in one", self.skip())
             found.append(self.term())
         return tuple(found)
 
@@ -194,8 +200,11 @@ class _Parser:
         return self.at + len(rest) - len(rest.lstrip())
 
     def error(self, why: str, position: int) -> SelectorError:
+        begin, end = max(0, position - _SHOWN), position + _SHOWN
+        before = ("…" if begin else "") + self.text[begin:position]
+        after = self.text[position:end] + ("…" if end < len(self.text) else "")
         return SelectorError(
-            f"selector, column {position + 1}: {why}\n    {self.text}\n    {' ' * position}^",
+            f"selector, column {position + 1}: {why}\n    {before}{after}\n    {' ' * len(before)}^",
             hint="for example: arch=aarch64,mem_mb>=2048  or  soc in (bcm2711,bcm2712)  or a device's name",
         )
 

@@ -141,3 +141,18 @@ def test_what_is_usual_passes() -> None:
         fleet_pb2.HelloRequest(),
     ):
         bounds.check(message)
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda text: fleet_pb2.ListDevicesRequest(selector=text),
+        lambda text: fleet_pb2.ReserveRequest(selector=text),
+        lambda text: fleet_pb2.SubmitJobRequest(spec=types_pb2.JobSpec(selector=text)),
+    ],
+)
+def test_a_selector_may_name_hundreds_of_boards(request_of: Any) -> None:
+    names = ",".join(f"board-{number:03}" for number in range(290))
+    bounds.check(request_of(f"key in ({names})"))
+    with pytest.raises(LimitError, match="at most 3000"):
+        bounds.check(request_of(f"key in ({names},{names})"))

@@ -67,6 +67,23 @@ def test_errors_point_at_the_place(text: str, column: int, why: str) -> None:
     assert caught.value.hint
 
 
+def test_a_mistake_in_a_long_selector_is_shown_with_what_is_around_it() -> None:
+    with pytest.raises(SelectorError) as caught:
+        parse("name in (" + "board-1," * 1_000 + "%" + ",board-2" * 100 + ")")
+    first, shown, pointer = caught.value.message.splitlines()
+    assert first.startswith("selector, column 8010: ") and len(shown) < 140
+    assert shown.strip().startswith("…") and shown.endswith("…") and shown[len(pointer) - 1] == "%"
+
+
+def test_a_selector_has_many_values_and_few_conditions() -> None:
+    boards = [f"board-{i:03}" for i in range(1_000)]
+    selector = parse(f"name in ({','.join(boards)})")
+    assert selector.matches({"name": "board-999"}) and not selector.matches({"name": "board-1000"})
+    assert len(parse(",".join(["a!=b"] * 250)).terms) == 250
+    with pytest.raises(SelectorError, match="column 1251: more than 250 conditions"):
+        parse(",".join(["a!=b"] * 251))
+
+
 words = st.text("abcXYZ019_.:/+@-", min_size=1, max_size=8)
 values = st.one_of(words, st.text("ab ,=()", max_size=6))
 terms = st.one_of(
