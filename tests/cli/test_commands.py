@@ -339,16 +339,18 @@ from kedge.cli import main
 class Planted:
     def find_spec(self, name, path=None, target=None):
         if name == "kedge.cli.app":
-            raise {error}
+            exec("raise {error}")
 
 sys.meta_path.insert(0, Planted())
 sys.exit(main())
 """
 
 
-def test_ctrl_c_while_the_command_line_is_loading() -> None:
-    program = BROKEN_OFF.format(error="KeyboardInterrupt")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+def test_ctrl_c_while_the_command_line_is_loading(tmp_path: Path) -> None:
+    (tmp_path / "broken_off.py").write_text(BROKEN_OFF.format(error="KeyboardInterrupt"))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "broken_off"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 

@@ -651,10 +651,12 @@ def limited(resource_: int, value: int) -> Iterator[None]:
         resource.setrlimit(resource_, (soft, hard))
 
 
-def lowest_free_descriptor() -> int:
-    fd = os.dup(0)
-    os.close(fd)
-    return fd
+def limit_with_free_descriptors(count: int) -> int:
+    """The limit on descriptors that leaves so many, wherever those that are open lie."""
+    taken = [os.dup(0) for _ in range(count + 1)]
+    for fd in taken:
+        os.close(fd)
+    return taken[-1]
 
 
 def test_no_descriptors_to_start_with(runtime: RuntimeFiles) -> None:
@@ -663,7 +665,7 @@ def test_no_descriptors_to_start_with(runtime: RuntimeFiles) -> None:
         pass  # what is opened once for all is open
     refused = 0
     for more in range(14):
-        with limited(resource.RLIMIT_NOFILE, lowest_free_descriptor() + more):
+        with limited(resource.RLIMIT_NOFILE, limit_with_free_descriptors(more)):
             try:
                 Runner(runtime.runner).close()
             except RunnerUnavailable as error:
