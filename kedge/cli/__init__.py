@@ -105,8 +105,8 @@ def _run() -> int:
 def _interrupted() -> int:
     with contextlib.suppress(OSError):  # a terminal that is closed
         sys.stderr.write("interrupted\n")
-    # Python notes an interrupt within the `exec` of a text, of which dataclasses make much use, and `python -m` then ends
-    # by SIGINT, whatever status it is given. Running another text takes the note away.
+    # Python notes an interrupt within the `exec` of a text, of which dataclasses make much use, and `python -m` then
+    # ends by SIGINT, whatever status it is given. Running another text takes the note away.
     exec("")
     return EXIT_INTERRUPTED
 
