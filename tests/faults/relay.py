@@ -51,6 +51,7 @@ class Relay:
         self._call(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def order(self, order: Order) -> Order:
         """Have something done to the next message that it fits."""
