@@ -83,7 +83,7 @@ keys = sa.Table(
     sa.Column("key", Text, primary_key=True),
     sa.Column("job_id", Text, nullable=False, index=True),
 )
-# The blobs that a result names: they stay as long as it does.
+# The blobs that a result names: they stay as long as it does, if there is room.
 outputs = sa.Table(
     "outputs",
     metadata,
