@@ -9,8 +9,6 @@
 
 #include "device.h"
 
-enum { HUGE_PAGE = 2 << 20 };
-
 static int32_t count(void) { return 1; }
 
 static int32_t describe(int32_t id, kedge_device_properties *properties) {
@@ -40,13 +38,13 @@ static void close_device(kedge_device *device) { free(device); }
 
 static int32_t allocate(kedge_device *device, uint64_t bytes, void **address) {
   (void)device;
-  size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : KEDGE_ALIGNMENT;
+  size_t alignment = bytes >= 2 * KEDGE_HUGE_PAGE ? KEDGE_HUGE_PAGE : KEDGE_ALIGNMENT;
   if (bytes > PTRDIFF_MAX || posix_memalign(address, alignment, (size_t)bytes) != 0) {
     *address = NULL;
     return kedge_fail(KEDGE_E_MEMORY, "out of memory");
   }
   /* Fewer TLB misses; a wish, not a need. */
-  if (alignment == HUGE_PAGE) madvise(*address, (size_t)bytes, MADV_HUGEPAGE);
+  if (alignment == KEDGE_HUGE_PAGE) madvise(*address, (size_t)bytes, MADV_HUGEPAGE);
   return KEDGE_OK;
 }
 

@@ -40,6 +40,8 @@ int64_t kedge_now_ns(void);
 int64_t kedge_clock_resolution_ns(void);
 void kedge_sleep_ns(int64_t duration_ns);
 
+enum { KEDGE_HUGE_PAGE = 2 << 20 };
+
 /* ---- sync.c: sleeping until a word changes ------------------------------------------------------------------- */
 void kedge_wait_while(_Atomic uint32_t *word, uint32_t value); /* may return early */
 void kedge_wake_one(_Atomic uint32_t *word);

@@ -110,10 +110,24 @@ static int32_t check_module(const kedge_module_desc *module) {
 
 /* ---- Opening ------------------------------------------------------------------------------------------------ */
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* since Linux 6.1 */
+#endif
+
+/* Weights that a compiler has just written lie in small pages, which a product with few rows reads at two thirds of the
+ * speed: its time is that of memory, and of the TLB. A wish, not a need: older kernels and files refuse. */
+static void prefer_huge_pages(const void *data, uint64_t size) {
+  uintptr_t first = ((uintptr_t)data + KEDGE_HUGE_PAGE - 1) / KEDGE_HUGE_PAGE * KEDGE_HUGE_PAGE;
+  uintptr_t end = ((uintptr_t)data + (uintptr_t)size) / KEDGE_HUGE_PAGE * KEDGE_HUGE_PAGE;
+  if (first < end) madvise((void *)first, end - first, MADV_COLLAPSE);
+}
+
 static int32_t lend_weights(kedge_model *model, const void *data) {
-  if (model->module->weights_size > 0 && (data == NULL || (uintptr_t)data % KEDGE_ALIGNMENT != 0)) {
+  uint64_t size = model->module->weights_size;
+  if (size > 0 && (data == NULL || (uintptr_t)data % KEDGE_ALIGNMENT != 0)) {
     return kedge_fail(KEDGE_E_ARGUMENT, "the module needs weights at a multiple of %d bytes", KEDGE_ALIGNMENT);
   }
+  if (size > 0) prefer_huge_pages(data, size);
   model->weights = data;
   return KEDGE_OK;
 }

@@ -105,7 +105,7 @@ MISBEHAVING = (
 def artifact_of(
     lib: bytes,
     functions: tuple[Function, ...],
-    weights: bytes | None = None,
+    weights: bytes | memoryview | None = None,
     weights_offset: int = 0,
     features: tuple[str, ...] = (),
     arch: str = os.uname().machine,
