@@ -211,6 +211,9 @@ class BlobStore:
             self._writers[part.name] = BlobWriter(self, blob, part, part)
             return self._writers[part.name]
 
+    def _expect(self, writer: BlobWriter, more_bytes: int) -> None:
+        """A writer is about to write so many bytes more: a store with a quota makes room for them, or refuses."""
+
     def _release(self, writer: BlobWriter) -> None:
         """A writer ends without a commit: keep the longer of its bytes and what was kept before."""
         part = writer.part
@@ -263,7 +266,12 @@ class BlobWriter:
         self.close()
 
     def append(self, data: Bytes) -> None:
-        """Add bytes at the end; raises CorruptBlobError beyond the blob's size, DiskFullError without space."""
+        """Add bytes at the end.
+
+        Raises:
+            CorruptBlobError: they go beyond the blob's size.
+            DiskFullError, BlobQuotaError: there is no room for them.
+        """
         with self._in_use:
             self._check_open()
             self._append(memoryview(data))
@@ -271,6 +279,7 @@ class BlobWriter:
     def _append(self, view: memoryview) -> None:
         if self.size + view.nbytes > self.blob.size:
             self._spoil(f"more than the {self.blob.size} bytes that were announced")
+        self._store._expect(self, view.nbytes)
         self._hash.update(view)
         try:
             while view.nbytes:

@@ -279,7 +279,7 @@ KEDGE_API void kedge_cancel(kedge_context *context);
 /* ---- Timing ------------------------------------------------------------------------------------------------- */
 typedef struct { /* the names and meanings of TVM's time_evaluator */
   uint64_t struct_size;
-  int64_t number;        /* calls in one repeat, grown until their time is min_repeat_ns */
+  int64_t number;        /* calls in one repeat, grown until it takes min_repeat_ns, flushes included */
   int64_t repeat;        /* samples */
   int64_t min_repeat_ns; /* 0: `number` stays as it is */
   int64_t warmup;        /* untimed calls before the first sample */

@@ -34,7 +34,8 @@ def timing_options(
 ) -> TimeOptions:
     """How to time, from what a user said; names and meanings of TVM's time_evaluator (docs/measurement.md).
 
-    `min_repeat_ms` None is 50, or 0 where caches are flushed: that takes far longer than many a call that it precedes.
+    `min_repeat_ms` None is 50, or 0 where caches are flushed: older agents take flushes for no part of a repeat, and
+    go on until their job's deadline.
 
     Raises:
         InputError: naming the option that is no whole number, negative, or zero where one is the least.

@@ -1,13 +1,14 @@
 """The tracker's blobs: a store that stays within a number of bytes by dropping what nobody has used for longest.
 
-What counts is everything below the folder: committed blobs, what is left of uploads that broke off, and, for each
-upload that is under way, the size it has announced. Room is made before an upload begins, so that one which cannot fit
-is refused before its bytes are sent. Leftovers go first, then blobs, the longest unused first, and those that a kept
-result names (`keep`) after all others; never one that
+What counts is everything below the folder: committed blobs, what is left of uploads that broke off, and what came of
+uploads that are under way. Room is made as bytes come, in steps: leftovers go first, then blobs, the longest unused
+first, and those that a kept result names (`keep`) after all others; never one that
 
 - a job holds, as long as it does (`hold`, see `kedge.rpc.tracker.needed`),
-- somebody was just told is there, or has just sent: a job that needs it is on its way (`promise`),
-- is being uploaded once more.
+- somebody was just told is there, or has just sent: a job that needs it is on its way (`promise`).
+
+What has to stay and what uploads under way have announced never comes to more than the quota. So an upload that cannot
+fit is refused before its bytes are sent, and one that was let in finds its room, whoever announces more meanwhile.
 
 When a blob was used last is its file's time of modification; all else is counted anew at every start, so that a crash
 leaves nothing to repair.
@@ -32,6 +33,8 @@ from kedge.rpc.types import Blob
 DISK_SHARE = 0.75
 #: What was sent, or was said to be there, stays for so long without a job that needs it.
 PROMISE_S = 300.0
+#: Room is made for so much of an upload at a time.
+STEP_BYTES = 64 << 20
 
 
 class TrackerBlobs(BlobStore):
@@ -56,8 +59,9 @@ class TrackerBlobs(BlobStore):
         self._books = threading.RLock()
         self._sizes: dict[str, int] = {}
         self._stored = 0
-        #: Blobs that may go, the longest unused first.
-        self._free: OrderedDict[str, None] = OrderedDict()
+        #: Blobs that may go, with their sizes, the longest unused first; and the sum of these.
+        self._free: OrderedDict[str, int] = OrderedDict()
+        self._free_bytes = 0
         self._holds: Counter[str] = Counter()
         #: How many kept results name it.
         self._kept: Counter[str] = Counter()
@@ -65,6 +69,7 @@ class TrackerBlobs(BlobStore):
         self._promised: OrderedDict[str, float] = OrderedDict()
         #: What is left of broken-off uploads: the oldest first.
         self._leftovers: OrderedDict[str, int] = OrderedDict()
+        #: How much room each upload was given.
         self._under_way: dict[BlobWriter, int] = {}
         self._take_stock()
 
@@ -92,7 +97,7 @@ class TrackerBlobs(BlobStore):
         with self._books:
             for digest in digests:
                 self._holds[digest] += 1
-                self._free.pop(digest, None)
+                self._no_longer_free(digest)
                 if self._holds[digest] == 1:
                     self._tell_kept(digest)
 
@@ -105,7 +110,7 @@ class TrackerBlobs(BlobStore):
                     del self._holds[digest]
                     self._tell_kept(digest)
                     if digest in self._sizes:
-                        self._free[digest] = None
+                        self._set_free(digest)
                         self._touch(digest)
 
     def keep(self, digests: Iterable[str]) -> None:
@@ -122,12 +127,15 @@ class TrackerBlobs(BlobStore):
                     del self._kept[digest]
 
     def promise(self, blobs: Iterable[Blob]) -> set[str]:
-        """The digests of those that are there; they stay for `PROMISE_S`, or until a job holds them."""
+        """The digests of those that are there and can stay, beside what was announced: for `PROMISE_S`, or a job."""
+        there = set()
         with self._books:
-            there = {blob.digest for blob in blobs if self.has(blob)}
-            for digest in there:
-                self._promise(digest, self._clock() + PROMISE_S)
-            return there
+            for blob in blobs:
+                free = self._free.get(blob.digest, 0)
+                if self.has(blob) and (not free or self._excess(free) <= 0):
+                    there.add(blob.digest)
+                    self._promise(blob.digest, self._clock() + PROMISE_S)
+        return there
 
     def redeem(self, digests: Iterable[str]) -> None:
         """The job that these were promised for is there, and holds them."""
@@ -147,6 +155,13 @@ class TrackerBlobs(BlobStore):
             self.hold((digest,))
         self._promised[digest] = until
 
+    def _set_free(self, digest: str) -> None:
+        self._free[digest] = self._sizes[digest]
+        self._free_bytes += self._sizes[digest]
+
+    def _no_longer_free(self, digest: str) -> None:
+        self._free_bytes -= self._free.pop(digest, 0)
+
     # ---- How full it is ----
 
     def quota_bytes(self) -> int:
@@ -157,7 +172,7 @@ class TrackerBlobs(BlobStore):
         return int((shutil.disk_usage(str(self.root)).free + here) * DISK_SHARE)
 
     def taken_bytes(self) -> int:
-        """What counts against the quota, uploads that are under way with all that they have announced."""
+        """What counts against the quota, uploads that are under way with the room that they were given."""
         with self._books:
             return self._stored + sum(self._leftovers.values()) + sum(self._under_way.values())
 
@@ -166,12 +181,23 @@ class TrackerBlobs(BlobStore):
         with self._books:
             return digest in self._sizes
 
+    def _excess(self, more_bytes: int) -> int:
+        """By how much the quota falls short, if so much more has to stay, of what has to and what was announced."""
+        announced = sum(writer.blob.size for writer in self._under_way)
+        return self._stored - self._free_bytes + announced + more_bytes - self.quota_bytes()
+
+    def _refusal(self, more_bytes: int, excess: int) -> BlobQuotaError:
+        return BlobQuotaError(
+            f"{more_bytes} more bytes do not fit into the tracker's blob store: {excess} of the {self.quota_bytes()} "
+            "that it may hold would have to go, and jobs and uploads of the last minutes need them",
+            hint="wait for jobs to end, send less, or start the tracker with a larger --blob-quota",
+        )
+
     def make_room(self, needed_bytes: int = 0) -> None:
         """Drop what may go until `needed_bytes` more fit; raises BlobQuotaError, and drops nothing, if they cannot."""
         with self._books:
             self.end_promises()
-            quota = self.quota_bytes()
-            excess = self.taken_bytes() + needed_bytes - quota
+            excess = self.taken_bytes() + needed_bytes - self.quota_bytes()
             leftovers, blobs = [], []
             for name, size in self._leftovers.items():
                 if excess <= 0:
@@ -184,11 +210,7 @@ class TrackerBlobs(BlobStore):
                 blobs.append(digest)
                 excess -= self._sizes[digest]
             if excess > 0:
-                raise BlobQuotaError(
-                    f"{needed_bytes} more bytes do not fit into the tracker's blob store: {excess} of the {quota} that "
-                    "it may hold would have to go, and jobs and uploads of the last minutes need them",
-                    hint="wait for jobs to end, send less, or start the tracker with a larger --blob-quota",
-                )
+                raise self._refusal(needed_bytes, excess)
             for name in leftovers:
                 (self._partial / name).unlink(missing_ok=True)
                 del self._leftovers[name]
@@ -212,36 +234,50 @@ class TrackerBlobs(BlobStore):
         with self._books:
             super().discard(digest)
             self._stored -= self._sizes.pop(digest, 0)
-            self._free.pop(digest, None)
+            self._no_longer_free(digest)
             self._tell_kept(digest)
 
     def _claim(self, blob: Blob, offset: int, part: Path) -> BlobWriter:
         with self._books:
+            self.end_promises()
+            if (excess := self._excess(blob.size)) > 0:
+                raise self._refusal(blob.size, excess)
             # What is gone on with must not go to make room for itself.
             resumed = self._leftovers.pop(part.name, None)
             try:
-                self.make_room(blob.size)
+                self.make_room(offset)
                 writer = super()._claim(blob, offset, part)
             except BaseException:
                 if resumed is not None:
                     self._count_leftover(part)
                 raise
-            self._under_way[writer] = blob.size
-            self.hold((blob.digest,))
+            self._under_way[writer] = offset
             return writer
 
+    def _expect(self, writer: BlobWriter, more_bytes: int) -> None:
+        with self._books:
+            given = self._under_way[writer]
+            lacking = writer.size + more_bytes - given
+            if lacking > 0:
+                step = min(max(lacking, STEP_BYTES), writer.blob.size - given)
+                self.make_room(step)
+                self._under_way[writer] = given + step
+
     def _publish(self, writer: BlobWriter) -> None:
+        digest = writer.blob.digest
+        # An older copy must not be found to be free in the moment in which this one takes its place.
+        self.hold((digest,))
         try:
             super()._publish(writer)
         finally:  # also when the last step, making it durable, has failed
             with self._books:
-                digest = writer.blob.digest
                 if self._object(digest).exists():
                     self._stored += writer.blob.size - self._sizes.get(digest, 0)
                     self._sizes[digest] = writer.blob.size
                     self._tell_kept(digest)
                     self._touch(digest)
                     self._promise(digest, self._clock() + PROMISE_S)
+                self.let_go((digest,))
                 self._ended(writer)
 
     def _release(self, writer: BlobWriter) -> None:
@@ -252,7 +288,6 @@ class TrackerBlobs(BlobStore):
     def _ended(self, writer: BlobWriter) -> None:
         if self._under_way.pop(writer, None) is not None:
             self._count_leftover(writer.part)
-            self.let_go((writer.blob.digest,))
 
     def _count_leftover(self, part: Path) -> None:
         self._leftovers.pop(part.name, None)
@@ -268,7 +303,7 @@ class TrackerBlobs(BlobStore):
         found = sorted((path.stat().st_mtime, path.name, path.stat().st_size) for path in self._objects.glob("*/*"))
         for used_s, digest, size in found:
             self._sizes[digest] = size
-            self._free[digest] = None
+            self._set_free(digest)
             if used_s + PROMISE_S > self._clock():
                 self._promise(digest, min(used_s, self._clock()) + PROMISE_S)
         self._stored = sum(self._sizes.values())

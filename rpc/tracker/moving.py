@@ -2,7 +2,8 @@
 
 All of it or nothing: everything is written in one transaction of the database, while the file is held as a running
 tracker holds it. Before that transaction ends the file is marked as moved, so that there is no moment at which trackers
-could go on from both; where it was killed between the two, the same move is done again, or found to be done.
+could go on from both. Where the end fails, the database is asked what came of it; where it does not answer, or the move
+was killed between the two, the same move is done again, or found to be done.
 
 Blobs, keys and the audit log stay in the data folder, where the tracker that is started with both has them.
 """
@@ -23,6 +24,7 @@ from kedge.rpc.tracker import schema as t
 from kedge.rpc.tracker.cluster import check_database
 from kedge.rpc.tracker.database import Postgres, Sqlite
 from kedge.rpc.tracker.election import try_leading
+from kedge.rpc.tracker.occupied import occupied
 from kedge.rpc.tracker.schema import MOVED, StoreError, prepare
 from kedge.rpc.tracker.security.folder import Keys
 from kedge.rpc.tracker.security.owners import FileOwners
@@ -46,12 +48,13 @@ def move(data_dir: Path, url: str, progress: Progress = lambda table, done, tota
         UsageError: the URL is none of a PostgreSQL database.
         StoreError: there is no state in the folder, its tracker runs, or it was moved elsewhere; the database cannot be
             used, or others' state is in it. Nothing has moved then, except where the database was lost while it was
-            told to keep what it got: the file is marked as moved by then, and the same move, done again, ends it.
+            told to keep what it got, and does not say whether it did: the file stays marked as moved, and the same
+            move, done again, ends it.
     """
     if not (data_dir / "tracker.db").exists():
         raise StoreError(f"there is no tracker's state in {data_dir}", hint="name its data folder with --data-dir")
     source, target = Sqlite(data_dir), Postgres(url)
-    with _held(source, target.name) as (file, tracker_id):
+    with occupied(data_dir), _held(source, target.name) as (file, tracker_id):
         keys = Keys(data_dir) if (data_dir / "security" / "ca.pem").exists() else None
         check_database(target, keys)
         moved = None
@@ -59,10 +62,8 @@ def move(data_dir: Path, url: str, progress: Progress = lambda table, done, tota
             with target.patient_engine().connect() as database, database.begin():
                 moved = _move(file, database, data_dir, tracker_id, target.name, progress)
         except SQLAlchemyError as error:
-            explained = target.explain(error)
-            if moved is not None:
-                explained.hint = "it may have moved: until the same command ends well, no tracker starts on the file"
-            raise explained from error
+            if moved is None or not _kept(file, target, tracker_id):
+                raise target.explain(error) from error
     if keys is not None:
         keys.audit.write("state moved", database=target.name)
         keys.audit.close()
@@ -84,6 +85,26 @@ def _held(source: Sqlite, target: str) -> Iterator[tuple[sa.Connection, str]]:
             yield file, tracker_id
     finally:
         engine.dispose()
+
+
+def _kept(file: sa.Connection, target: Postgres, tracker_id: str) -> bool:
+    """Whether the database kept a move whose end failed; where it did not, the file is no longer marked as moved.
+
+    Raises StoreError where the database does not answer.
+    """
+    try:
+        with target.engine().connect() as database, database.begin():
+            # The row that the move has changed: this waits for its transaction, should the server still be at it.
+            row = sa.select(t.meta.c.value).where(t.meta.c.name == "tracker_id").with_for_update()
+            kept: bool = database.execute(row).scalar_one() == tracker_id
+    except SQLAlchemyError as error:
+        explained = target.explain(error)
+        explained.hint = "it may have moved: until the same command ends well, no tracker starts on the file"
+        raise explained from error
+    if not kept:
+        with file.begin():
+            file.execute(sa.delete(t.meta).where(t.meta.c.name == MOVED))
+    return kept
 
 
 def _move(

@@ -199,8 +199,9 @@ def prepare(connection: sa.Connection, place: str, *, moving_to: str | None = No
         )
     if known.get(MOVED, moving_to) != moving_to:
         raise StoreError(
-            f"the state in {place} was moved to {known[MOVED]}",
-            hint="start the tracker with that --database; if it was interrupted, kedge tracker move-database ends it",
+            f"the state in {place} was moved to {known[MOVED]}, or a move there was broken off",
+            hint="start the tracker with that --database; a move that did not end well is ended by the same command, "
+            "kedge tracker move-database with this --data-dir and that --database",
         )
     found = int(known["schema"])
     if found < 2:

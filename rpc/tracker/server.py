@@ -27,6 +27,7 @@ from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics, exported
 from kedge.rpc.tracker.observer import SILENT
+from kedge.rpc.tracker.occupied import occupied
 from kedge.rpc.tracker.ports import ANY_ADDRESS, SERVICES, Ports, Servers, checked_ports, known_as, machine_addresses
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
@@ -104,16 +105,17 @@ async def serve(
     shared = None if database is None else Postgres(database)
     advertised = host if shared is None else parse_host(advertise or known_as(host))
     ports = checked_ports(host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=shared is not None)
-    keys = None if insecure_loopback else _keys(data_dir, join)
-    if shared is not None:
-        await in_thread(check_database, shared, keys)
     bell, health = _Bell(data_dir), HealthService(SERVICES)
     counting = Metrics() if metrics is not None else None
     # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.
     clock = Clock()
     async with AsyncExitStack() as open_things:
+        open_things.enter_context(occupied(data_dir))
+        keys = None if insecure_loopback else _keys(data_dir, join)
+        if shared is not None:
+            await in_thread(check_database, shared, keys)
         store = None
-        if shared is None:  # before all else: it keeps a second tracker out of the folder
+        if shared is None:
             store = Store(
                 data_dir,
                 on_failure=bell.ring,

@@ -19,7 +19,7 @@ from kedge.rpc.tracker import database as databases
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Election, Member, View
 from kedge.rpc.tracker.epoch import Epoch, take_lead
-from kedge.rpc.tracker.schema import StoreAwayError, prepare
+from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
 from kedge.rpc.tracker.server import start
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import Address
@@ -140,3 +140,16 @@ def test_a_database_that_is_lost_while_a_tracker_takes_the_lead_costs_that_lead(
         with Fleet(running.address, running.serving.keys.admin_tls()) as fleet:
             assert fleet.status().epoch == 2
         wait_for(lambda: not stores[0]._thread.is_alive(), "the first store to be closed")
+
+
+def test_two_trackers_on_one_database_do_not_share_a_folder(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    url, folder = postgres.new_database(), tmp_path / "t"
+    with start(port=0, data_dir=folder, settings=QUICK, database=url):
+        with pytest.raises(StoreError, match=f"another tracker uses .*: process {os.getpid()}\\b") as no:
+            start(port=0, data_dir=folder, settings=QUICK, database=url)
+        assert "--data-dir" in str(no.value.hint)
+    with start(port=0, data_dir=folder, settings=QUICK, database=url):
+        pass  # it lets go of the folder when it stops

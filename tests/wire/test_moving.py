@@ -169,25 +169,47 @@ def test_a_commit_whose_answer_was_lost_is_told_by_the_next_move(
     assert len(rows(Postgres(url))["jobs"]) == 10
 
 
-def test_a_database_that_is_lost_at_the_commit_leaves_what_the_next_move_ends(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_database_that_is_lost_at_the_commit_is_asked_what_it_has(
+    tmp_path: Path, postgres: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch, answers: bool, kept: bool
 ) -> None:
     whole = moving._move
     fill(tmp_path, 4)
 
+    def admin(statement: str) -> None:
+        with Postgres(postgres.url("postgres")).engine().connect() as other:
+            other.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text(statement))
+
     def cut_off(file: sa.Connection, database: sa.Connection, *rest: Any) -> dict[str, int]:
         moved = whole(file, database, *rest)
+        if kept:  # the answer alone is lost
+            assert database.connection.dbapi_connection is not None
+            database.connection.dbapi_connection.commit()
         pid = database.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
-        with Postgres(url).engine().connect() as other:
-            other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        if not answers:
+            admin(f'ALTER DATABASE "{url.rpartition("/")[2]}" ALLOW_CONNECTIONS false')
+        admin(f"SELECT pg_terminate_backend({pid})")
         return moved
 
     with monkeypatch.context() as patched:
         patched.setattr(moving, "_move", cut_off)
-        with pytest.raises(StoreError) as caught:
-            move(tmp_path, url)
-    assert caught.value.hint is not None and "until the same command ends well" in caught.value.hint
-    assert move(tmp_path, url)["jobs"] == 4
+        if answers and kept:
+            assert move(tmp_path, url)["jobs"] == 4
+        else:
+            with pytest.raises(StoreError) as caught:
+                move(tmp_path, url)
+            assert ("until the same command ends well" in str(caught.value.hint)) is not answers
+    if answers and not kept:
+        Store(tmp_path).close()  # as if nothing had been
+    else:
+        with pytest.raises(StoreError, match=r"was moved to .* or a move there was broken off") as refused:
+            Store(tmp_path)
+        assert "move-database" in str(refused.value.hint)
+    if not answers:
+        admin(f'ALTER DATABASE "{url.rpartition("/")[2]}" ALLOW_CONNECTIONS true')
+    assert bool(move(tmp_path, url)) is not kept
+    assert len(rows(Postgres(url))["jobs"]) == 4
 
 
 @pytest.mark.parametrize("at", ["jobs", "owners", "documents"])

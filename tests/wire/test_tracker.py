@@ -590,7 +590,7 @@ def test_an_address_of_another_machine_is_an_error(tmp_path: Path) -> None:
 
 
 def test_two_trackers_do_not_share_a_folder(tracker: RunningTracker) -> None:
-    with pytest.raises(StoreError, match="another tracker uses"):
+    with pytest.raises(StoreError, match=f"another tracker uses the data folder .*: process {os.getpid()}\\b"):
         start(port=0, data_dir=tracker.data_dir, insecure_loopback=True)
 
 
