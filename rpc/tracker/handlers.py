@@ -12,6 +12,7 @@ import grpc
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
+from kedge.rpc.transport import MAX_SPEC_BYTES
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -20,6 +21,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 GONE = (grpc.aio.UsageError, grpc.aio.InternalError)
 #: Within so long a call has to say something (every call of kedge's own does at once).
 FIRST_S = 10.0
+#: The message of a call that has one may be a job's whole spec, over a link of 20 KB/s.
+ONLY_S = FIRST_S + MAX_SPEC_BYTES / 20_000
 
 
 async def first_of(messages: AsyncIterator[T], within_s: float | None = None) -> T | None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pool
 
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import TrackerAwayError, to_status, was_said
+from kedge.rpc.tracker import handlers
 from kedge.rpc.tracker.handlers import GONE, first_of
 from kedge.rpc.tracker.health import HEALTH
 from kedge.rpc.tracker.listeners import Details, Find
@@ -28,6 +32,8 @@ CERTIFICATE_KEY = "kedge-certificate-bin"
 PEER_KEY = "kedge-peer"
 #: The port at which the tracker that relays serves agents: devices that enrol there come back there.
 AGENTS_PORT_KEY = "kedge-agents-port"
+#: More than any leader has: it is the one who ends a call.
+_LONGER_S = 2 * handlers.ONLY_S
 _AUTHORIZATION = "authorization"
 _HEALTH = f"/{HEALTH}/"
 #: Services with a connection of their own: blobs must not hold up heartbeats, nor clients' calls keep agents out.
@@ -79,10 +85,13 @@ class Relay:
 
     async def _pass(self, method: str, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         try:
-            requests = await _begun(requests)
+            async with _begun(method, requests) as messages:
+                async for answer in self._hand_on(method, messages, context):
+                    yield answer
         except ProtocolError as error:
             await context.abort(*to_status(error))
-            return
+
+    async def _hand_on(self, method: str, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         service = method.rpartition("/")[0]
         channel = self._channels.get(service if service in _APART else "")
         if channel is None:
@@ -123,20 +132,38 @@ class Relay:
         return tuple(said)
 
 
-async def _begun(requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+@asynccontextmanager
+async def _begun(method: str, requests: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
     """The same messages, once the first is there: nothing is held at the leader for callers that say nothing.
 
-    Only the leader knows whom to admit, and refuses others as soon as it hears of them.
+    Only the leader knows whom to admit, and refuses others as soon as it hears of them. Where the first message is the
+    only one it may be large, and its link slow: if it does not come soon, the leader is told of the call without it,
+    and decides for how long it waits for whom it knows.
     """
-    first = await first_of(requests)
+    alone = not _streams(method)
+    first = asyncio.ensure_future(first_of(requests, _LONGER_S if alone else None))
 
     async def all_of_them() -> AsyncIterator[bytes]:
-        if first is not None:
-            yield first
+        message = await first
+        if message is not None:
+            yield message
             async for message in requests:
                 yield message
 
-    return all_of_them()
+    try:
+        await asyncio.wait([first], timeout=handlers.FIRST_S if alone else None)
+        if first.done():
+            first.result()
+        yield all_of_them()
+    finally:
+        first.cancel()
+
+
+@lru_cache(maxsize=None)
+def _streams(method: str) -> bool:
+    """Whether the caller may say more than one thing."""
+    _, service, name = method.split("/")
+    return bool(descriptor_pool.Default().FindMethodByName(f"{service}.{name}").client_streaming)
 
 
 class _Unhurried:

@@ -100,7 +100,7 @@ def test_nothing_of_a_strangers_message_is_waited_for(tmp_path: Path) -> None:
 def test_who_is_known_and_says_nothing_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptor, "_ONLY_S", 0.2)
+    monkeypatch.setattr(interceptor, "ONLY_S", 0.2)
 
     async def scene() -> None:
         echo = _Echo()
@@ -136,7 +136,7 @@ def test_a_large_message_has_the_time_that_it_takes_on_a_slow_link(
             assert await call == message
 
     asyncio.run(scene())
-    assert interceptor._ONLY_S > MAX_SPEC_BYTES / 50_000
+    assert interceptor.ONLY_S > MAX_SPEC_BYTES / 50_000
 
 
 def test_a_message_with_too_much_in_it_is_refused_at_the_door(tmp_path: Path) -> None:

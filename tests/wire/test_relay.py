@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import grpc
@@ -63,6 +64,44 @@ def test_without_a_leader_its_health_is_its_own() -> None:
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.stop(0)
+
+    asyncio.run(ask())
+
+
+class Echo(grpc.aio.ServerInterceptor):
+    """A leader that answers with what it was told, and refuses whom it does not know, at once."""
+
+    async def intercept_service(self, _continuation: Any, details: Any) -> Any:
+        known = dict(details.invocation_metadata or ()).get("authorization") == "Bearer known"
+
+        async def echo(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            if not known:
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown")
+            return b"".join([request async for request in requests])
+
+        return grpc.stream_unary_rpc_method_handler(echo)
+
+
+def test_a_large_spec_has_the_time_that_the_leader_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "FIRST_S", 0.1)
+
+    async def ask() -> None:
+        relay = Relay(None)
+        follower, port = await served(Following(relay))
+        leading, its_port = await served(Echo())
+        await relay.point(Address("127.0.0.1", its_port))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            submit = channel.stream_unary("/kedge.v1.Fleet/SubmitJob")
+            slow = submit(timeout=20, metadata=(("authorization", "Bearer known"),))
+            stranger = submit(timeout=20)
+            assert await stranger.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert not slow.done()
+            await slow.write(b"a large spec")
+            await slow.done_writing()
+            assert await slow == b"a large spec"
+        await relay.point(None)
+        for server in (follower, leading):
+            await server.stop(0)
 
     asyncio.run(ask())
 

@@ -27,14 +27,13 @@ from kedge.rpc.errors import AuthenticationError, KedgeError, LimitError
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import Metadata, TrackerAwayError, to_status
-from kedge.rpc.tracker.handlers import FIRST_S, GONE, first_of
+from kedge.rpc.tracker.handlers import GONE, ONLY_S, first_of
 from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import PEER_NAME, described
 from kedge.rpc.tracker.security.devices import Devices
 from kedge.rpc.tracker.security.principal import LOCAL, Principal, Role, check_rule, enter
 from kedge.rpc.tracker.security.tokens import Tokens
-from kedge.rpc.transport import MAX_SPEC_BYTES
 from kedge.rpc.types import JobResult
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,8 +42,6 @@ Authenticate = Callable[[Context], Principal]
 
 log = logging.getLogger("kedge.tracker")
 
-#: The message of a call that has one may be a job's whole spec, over a link of 20 KB/s.
-_ONLY_S = FIRST_S + MAX_SPEC_BYTES / 20_000
 _AUTHORIZATION = "authorization"
 _BEARER = "Bearer "
 
@@ -198,7 +195,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
 async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> Any:
     """The message of a call that has one."""
-    message = await first_of(messages, _ONLY_S)
+    message = await first_of(messages, ONLY_S)
     if message is None:
         raise ProtocolError("a call without a message")
     return _one(deserialize, message)
