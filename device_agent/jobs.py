@@ -28,7 +28,7 @@ from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
 from kedge.device_agent.cage import Cage, remove_tree
 from kedge.device_agent.cores import Watch
 from kedge.device_agent.health import Fitness, read_health
-from kedge.device_agent.seats import Seat, Spare
+from kedge.device_agent.seats import Coming, Seat, Spare
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
 from kedge.rpc.artifact.place import CPU, Placement, look_at, place
@@ -83,6 +83,8 @@ _NO_ROOM = (DiskFullError, BlobQuotaError)
 _CALM_PAUSE_S = 1.0
 #: A runner that says nothing for so long is broken.
 _START_S = 30.0
+#: A job that could have the spare waits so long for one that is being started, and then starts a runner of its own.
+_COMING_S = 1.0
 #: Files a runner may have open: its library, weights, shared tensors, and some to spare.
 _OPEN_FILES = 64
 #: The largest file that it may write, of those in memory too: larger outputs travel in pieces.
@@ -182,7 +184,7 @@ class Board:
         self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
     ) -> native.Runner:
         """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable."""
-        spare = self.spare.take()
+        spare = self.spare.drop()
         if spare is not None:
             self.vacate(spare)
         return self._start(limits, folder, threads, self._cpus(timing), patience_s)
@@ -190,9 +192,9 @@ class Board:
     def take_seat(self, limits: native.Limits, patience_s: float, *, timing: bool) -> Seat:
         """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back."""
         cpus = self._cpus(timing)
-        spare = self.spare.take()
+        spare = self.spare.take(limits, cpus, min(_COMING_S, patience_s))
         # What has exited was the first that the system ends when memory runs out.
-        if spare is not None and ((spare.limits, spare.cpus) != (limits, cpus) or spare.runner.exited):
+        if spare is not None and (not spare.fits(limits, cpus) or spare.runner.exited):
             self.vacate(spare)
             spare = None
         return spare or self._new_seat(limits, cpus, patience_s)
@@ -203,28 +205,41 @@ class Board:
         self.remove_folder(seat.folder)
 
     def make_ready(self, like: Seat) -> None:
-        """Have a spare for one more job like the one that had this seat. GPUs' runners are started when needed."""
-        if not like.limits.sandbox or self.spare.fits(like):
-            return
-        try:
-            seat = self._new_seat(like.limits, like.cpus, _START_S)
-        except (native.RunnerUnavailable, OSError) as error:
-            log.warning("no runner waits for the next job, which starts its own: %s", error)
-            return
-        surplus = self.spare.put(seat)
-        if surplus is not None:
-            self.vacate(surplus)
+        """Have a spare started for one more job like the one that had this seat; GPUs' are started when needed."""
+        coming = self.spare.expect(like.limits, like.cpus) if like.limits.sandbox else None
+        if coming is not None:
+            threading.Thread(target=self._prepare, args=(coming,), name="kedge-spare", daemon=True).start()
 
     def close(self) -> None:
         """End the spare; there is none any more."""
-        seat = self.spare.close()
+        seat, coming = self.spare.close()
         if seat is not None:
             self.vacate(seat)
+        if coming is not None:
+            coming.over.wait(_COMING_S)
 
-    def _new_seat(self, limits: native.Limits, cpus: Optional[Tuple[int, ...]], patience_s: float) -> Seat:
+    def _prepare(self, coming: Coming) -> None:
+        try:
+            seat = self._new_seat(coming.limits, coming.cpus, _START_S, coming.started)
+            surplus = self.spare.put(coming, seat)
+            if surplus is not None:
+                self.vacate(surplus)
+        except (native.RunnerUnavailable, OSError) as error:
+            if self.spare.miss(coming):
+                log.warning("no runner waits for the next job, which starts its own: %s", error)
+        finally:
+            coming.over.set()
+
+    def _new_seat(
+        self,
+        limits: native.Limits,
+        cpus: Optional[Tuple[int, ...]],
+        patience_s: float,
+        started: Callable[[native.Runner], None] = lambda _: None,
+    ) -> Seat:
         folder = self.new_folder("job-")
         try:
-            runner = self._start(limits, folder, 0, cpus, patience_s)
+            runner = self._start(limits, folder, 0, cpus, patience_s, started)
         except BaseException:
             self.remove_folder(folder)
             raise
@@ -232,10 +247,23 @@ class Board:
         return Seat(runner, folder, limits, cpus)
 
     def _start(
-        self, limits: native.Limits, folder: Path, threads: int, cpus: Optional[Tuple[int, ...]], patience_s: float
+        self,
+        limits: native.Limits,
+        folder: Path,
+        threads: int,
+        cpus: Optional[Tuple[int, ...]],
+        patience_s: float,
+        started: Callable[[native.Runner], None] = lambda _: None,
     ) -> native.Runner:
         return native.Runner(
-            self.runner, threads, limits, cpus=cpus, cwd=folder, start_deadline_s=patience_s, cage=self.cage
+            self.runner,
+            threads,
+            limits,
+            cpus=cpus,
+            cwd=folder,
+            start_deadline_s=patience_s,
+            cage=self.cage,
+            started=started,
         )
 
     def _cpus(self, timing: bool) -> Optional[Tuple[int, ...]]:

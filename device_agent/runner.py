@@ -15,6 +15,7 @@ import fcntl
 import logging
 import mmap
 import os
+import queue
 import select
 import signal
 import socket
@@ -24,7 +25,8 @@ import subprocess
 import threading
 import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
@@ -41,6 +43,7 @@ from kedge.device_agent.runtime.protocol import (
     ProtocolError,
     Tensor,
     TimeResult,
+    bytes_of,
 )
 from kedge.rpc import abi
 from kedge.rpc.artifact.place import DEVICE_TYPES, Found
@@ -66,12 +69,15 @@ __all__ = [
     "Tensor",
     "TimeOptions",
     "TimeResult",
+    "bytes_of",
 ]
 
 log = logging.getLogger("kedge.agent")
 
 #: Tensors that add up to more than this travel in shared memory where the runner can map it.
 SHARED_MEMORY_BYTES = 256 << 10
+#: Tensors that stay are copied into the runner, and out of it, in pieces of so many bytes.
+PIECE_BYTES = 1 << 20
 #: A frame that claims to be longer is not believed; larger results come in shared memory.
 MAX_FRAME_BYTES = 4 << 30
 #: How much of the end of the runner's standard error an exception carries.
@@ -214,6 +220,7 @@ class Runner:
         cpus: the CPUs it may run on; None means those of this process.
         cwd: its working directory.
         cage: what surrounds it; None: nothing but its limits.
+        started: is told of it once its process is there, which has said nothing yet; from then on `kill` ends it.
         start_deadline_s: seconds until it must have said hello.
         grace_s: seconds between a cancel (or an end of file) and SIGKILL.
 
@@ -231,7 +238,9 @@ class Runner:
         start_deadline_s: float = 30.0,
         grace_s: float = 0.5,
         cage: Optional[Cage] = None,
+        started: Callable[[Runner], None] = lambda _: None,
     ) -> None:
+        limit = _Limit(time.monotonic() + start_deadline_s)
         self.path = Path(path)
         self.threads = threads
         self.limits = limits
@@ -249,9 +258,15 @@ class Runner:
         arguments = [str(self.path), *own.arguments(), *(() if entry is None else entry.arguments)]
         if cpus is not None:
             arguments += ["--cpus", ",".join(str(cpu) for cpu in cpus)]
-        self._process = _Process(arguments, self.path, self._cwd, entry, _environment(cage, self._cwd))
+        environment = _environment(cage, self._cwd)
+        try:
+            self._process = _Process(arguments, self.path, self._cwd, entry, environment, limit)
+        except _Expired:
+            why = f"{self.path} had not begun after {start_deadline_s:g} s"
+            raise RunnerUnavailable(why, stage="start", hint="does the disk that it lies on answer?") from None
         self._finalizer = weakref.finalize(self, _Process.kill, self._process)
-        self.hello = self._receive_hello(start_deadline_s)
+        started(self)
+        self.hello = self._receive_hello(limit, start_deadline_s)
 
     def __enter__(self) -> Runner:
         return self
@@ -381,25 +396,46 @@ class Runner:
         payload, _ = self._run(protocol.TIME, head, inputs, deadline_s)
         return self._decode("run", lambda: protocol.unpack_time_result(payload))
 
-    def keep(self, tensors: Sequence[Tensor], deadline_s: float = 60.0) -> List[Kept]:
-        """Copy tensors into the runner, where they stay until they are released; 256 at a time at most.
+    def keep(self, tensor: Tensor, deadline_s: float = 60.0) -> Kept:
+        """Copy a tensor into the runner, where it stays until it is released; `deadline_s` is for each piece of it.
 
         Raises:
             RunnerRefused, RunnerCrashed, RunnerTimeout, RunnerOutOfMemory.
         """
-        payload, _ = self._request(protocol.KEEP, b"", tensors, deadline_s, "run")
-        return self._decode("run", lambda: protocol.unpack_kept(payload))
+        data = memoryview(tensor.data).cast("B") if tensor.nbytes else memoryview(b"")
+        kept = self.reserve(tensor.dtype, tensor.shape, data[:PIECE_BYTES], deadline_s)
+        for at in range(PIECE_BYTES, len(data), PIECE_BYTES):
+            self.fill(kept, data[at : at + PIECE_BYTES], deadline_s)
+        return kept
+
+    def reserve(self, dtype: str, shape: Sequence[int], first: protocol.Buffer = b"", deadline_s: float = 60.0) -> Kept:
+        """Room for a tensor, with its first bytes; it can be used once `fill` has brought the others.
+
+        Raises like `keep`, and ValueError or KeyError where there is no such tensor.
+        """
+        head = protocol.pack_keep(dtype, shape)
+        payload, _ = self._request(protocol.KEEP, head, None, deadline_s, "run", first)
+        return Kept(self._decode("run", lambda: protocol.unpack_keep(payload)), dtype, tuple(shape))
+
+    def fill(self, kept: Kept, piece: protocol.Buffer, deadline_s: float = 60.0) -> None:
+        """The next bytes of a tensor that there is room for; raises like `keep`."""
+        self._request(protocol.FILL, protocol.pack_fill(kept.handle), None, deadline_s, "run", piece)
 
     def fetch(self, kept: Kept, deadline_s: float = 60.0) -> Tensor:
-        """The content of a tensor that stays; raises like `keep`."""
-        payload, section = self._request(
-            protocol.FETCH, protocol.pack_fetch(kept.handle, self._sharing()), None, deadline_s, "run"
-        )
-        tensors = self._decode("run", lambda: protocol.unpack_tensors(protocol.Cursor(payload), section))
-        if len(tensors) != 1:
+        """The content of a tensor that stays; `deadline_s` is for each piece of it. Raises like `keep`."""
+        data = bytearray(kept.nbytes)
+        for at in range(0, max(1, len(data)), PIECE_BYTES):  # of one without bytes it is asked whether it is there
+            data[at : at + PIECE_BYTES] = self.fetch_piece(kept, at, deadline_s)
+        return Tensor(kept.dtype, kept.shape, data)
+
+    def fetch_piece(self, kept: Kept, at: int, deadline_s: float = 60.0) -> memoryview:
+        """PIECE_BYTES of a tensor that stays, or as many as there are from `at` on; raises like `keep`."""
+        size = min(PIECE_BYTES, kept.nbytes - at)
+        payload, _ = self._request(protocol.FETCH, protocol.pack_fetch(kept.handle, at, size), None, deadline_s, "run")
+        if len(payload) != size:
             self._process.kill()
-            raise self._broke_protocol("run", f"{len(tensors)} tensors for one handle")
-        return tensors[0]
+            raise self._broke_protocol("run", f"{len(payload)} bytes came of {size}")
+        return payload
 
     def release(self, handles: Sequence[int], deadline_s: float = 60.0) -> None:
         """Free tensors that stayed; all of them, or none where the runner does not know one. Raises like `keep`."""
@@ -443,8 +479,7 @@ class Runner:
 
     # ---- one request and its reply ------------------------------------------------------------------------------
 
-    def _receive_hello(self, deadline_s: float) -> Hello:
-        limit = _Limit(time.monotonic() + deadline_s)
+    def _receive_hello(self, limit: _Limit, deadline_s: float) -> Hello:
         try:
             header, payload, _ = self._process.receive(limit)
             if header.type == protocol.ERROR:
@@ -479,7 +514,13 @@ class Runner:
         return self._request(kind, head + kept, by_value, deadline_s, "run")
 
     def _request(
-        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]], deadline_s: float, stage: str
+        self,
+        kind: int,
+        head: bytes,
+        tensors: Optional[Sequence[Tensor]],
+        deadline_s: float,
+        stage: str,
+        data: protocol.Buffer = b"",
     ) -> Tuple[memoryview, Optional[memoryview]]:
         with self._lock:
             if self._process.ended:
@@ -490,7 +531,7 @@ class Runner:
                 self._process.clear_wake()
                 self._in_flight = True
             try:
-                return self._exchange(kind, head, tensors, limit, stage, deadline_s)
+                return self._exchange(kind, head, tensors, data, limit, stage, deadline_s)
             except ProtocolError as error:
                 self._process.kill()
                 raise self._broke_protocol(stage, str(error)) from error
@@ -504,11 +545,18 @@ class Runner:
                     self._in_flight = False
 
     def _exchange(
-        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]], limit: _Limit, stage: str, deadline_s: float
+        self,
+        kind: int,
+        head: bytes,
+        tensors: Optional[Sequence[Tensor]],
+        data: protocol.Buffer,
+        limit: _Limit,
+        stage: str,
+        deadline_s: float,
     ) -> Tuple[memoryview, Optional[memoryview]]:
         whole = False
         try:
-            buffers, fd = self._frame(kind, head, tensors)
+            buffers, fd = self._frame(kind, head, tensors, data)
         except OSError as error:  # nothing was sent: the runner has no part in it
             raise self._cannot("hand over the inputs", stage, error) from error
         try:
@@ -537,11 +585,12 @@ class Runner:
         return RunnerUnavailable(f"cannot {what}: {reason.strerror}", stage=stage, hint="this device lacks resources")
 
     def _frame(
-        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]]
+        self, kind: int, head: bytes, tensors: Optional[Sequence[Tensor]], data: protocol.Buffer
     ) -> Tuple[List[protocol.Buffer], Optional[int]]:
         """The buffers of a request, and the file that holds its tensors where they are large; None: it has none."""
         if tensors is None:
-            return [protocol.Header(kind, 0, self._request_id, len(head)).pack() + head], None
+            header = protocol.Header(kind, 0, self._request_id, len(head) + len(data))
+            return [header.pack() + head, *([data] if data else [])], None
         descriptors, offsets, size = protocol.pack_tensors(tensors)
         head += descriptors
         if size > SHARED_MEMORY_BYTES and self.hello.shared_memory:
@@ -661,6 +710,7 @@ class _Process:
         cwd: Optional[Path],
         entry: Optional[Entry],
         environment: Optional[Mapping[str, str]],
+        limit: _Limit,
     ) -> None:
         self._tail = b""
         #: Whether its control group had no memory left, known once it ended; None where it has no group.
@@ -679,7 +729,8 @@ class _Process:
                 opened.callback(self._socket.close)
                 with theirs:
                     fds = (theirs.fileno(), *(() if entry is None else entry.fds))
-                    self._popen = _spawn([*arguments, "--fd", str(theirs.fileno())], fds, cwd, environment)
+                    command = [*arguments, "--fd", str(theirs.fileno())]
+                    self._popen = _spawn(command, fds, cwd, environment, limit)
             except OSError as error:
                 built = error.errno in (errno.ENOENT, errno.ENOEXEC, errno.EACCES)
                 raise RunnerUnavailable(
@@ -880,27 +931,52 @@ class _Process:
 
 # ---- starting processes -------------------------------------------------------------------------------------------
 
+
+class _Spawner:
+    """A thread that starts processes, one after the other, and lives as long as this process.
+
+    A runner asks the kernel to kill it when its parent dies, and to the kernel the parent is the *thread* that forked:
+    started from a short-lived thread it would die too early.
+    """
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._wanted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Not a pool's thread: an exec that hangs must not keep this process from ending.
+        threading.Thread(target=self._work, name="kedge-runner-spawner", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._wanted.get()()
+
+    def submit(self, start: Callable[[], None]) -> None:
+        """Have it call this, which raises nothing."""
+        self._wanted.put(start)
+
+
 _spawner_lock = threading.Lock()
-_spawner: Optional[Tuple[int, ThreadPoolExecutor]] = None
+_spawner: Optional[_Spawner] = None
 
 
 def _spawn(
-    command: List[str], fds: Sequence[int], cwd: Optional[Path], environment: Optional[Mapping[str, str]]
+    command: List[str],
+    fds: Sequence[int],
+    cwd: Optional[Path],
+    environment: Optional[Mapping[str, str]],
+    limit: _Limit,
 ) -> subprocess.Popen[bytes]:
-    """Start a runner from a thread that lives as long as this process.
-
-    The runner asks the kernel to kill it when its parent dies, and to the kernel the parent is the *thread* that
-    forked: started from a short-lived thread it would die too early.
-    """
+    """Start a runner; raises OSError, and _Expired where its program has not begun until then."""
     global _spawner
     with _spawner_lock:
-        if _spawner is None or _spawner[0] != os.getpid():
-            _spawner = (os.getpid(), ThreadPoolExecutor(1, "kedge-runner-spawner"))
-        executor = _spawner[1]
+        if _spawner is None or _spawner.owner != os.getpid():
+            _spawner = _Spawner()
+        spawner = _spawner
 
     process: Future[subprocess.Popen[bytes]] = Future()
 
     def start() -> None:
+        if not process.set_running_or_notify_cancel():
+            return  # what it was to inherit is closed
         try:
             started = subprocess.Popen(
                 command,
@@ -919,11 +995,29 @@ def _spawn(
             process.set_result(started)
 
     try:
-        executor.submit(start)
-        return process.result()
+        spawner.submit(start)
+        return process.result(limit.left_s())
+    except FutureTimeout:
+        _discard(process)
+        with _spawner_lock:
+            if _spawner is spawner:  # what it has started needs it; what comes is started by another one
+                _spawner = None
+        raise _Expired from None
     except BaseException:  # an interrupt, perhaps: what is being started would belong to nobody
-        process.add_done_callback(_discard)
+        _discard(process)
         raise
+
+
+def _discard(process: Future[subprocess.Popen[bytes]]) -> None:
+    """Nobody waits for it: it is not started, or killed once it is."""
+
+    def kill(done: Future[subprocess.Popen[bytes]]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            with done.result() as started:
+                started.kill()
+
+    process.cancel()
+    process.add_done_callback(kill)
 
 
 def _environment(cage: Optional[Cage], cwd: Optional[Path]) -> Optional[Mapping[str, str]]:
@@ -933,12 +1027,6 @@ def _environment(cage: Optional[Cage], cwd: Optional[Path]) -> Optional[Mapping[
     if cage.user is None:
         return {**os.environ, "TMPDIR": str(cwd)}
     return {**os.environ, "TMPDIR": ".", "HOME": "."}
-
-
-def _discard(process: Future[subprocess.Popen[bytes]]) -> None:
-    if process.exception() is None:
-        with process.result() as started:
-            started.kill()
 
 
 # ---- shared memory ------------------------------------------------------------------------------------------------

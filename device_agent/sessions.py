@@ -14,10 +14,10 @@ import logging
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
 from google.protobuf.message import DecodeError
 
@@ -59,10 +59,9 @@ _LINGER_S = 10.0
 _AGAIN_S = 0.1
 #: Of what a client is told about one request.
 _MOST_CHARACTERS = 4_000
-#: Of one request, of the device's memory.
+#: Of one request, of the device's memory, and of what is free of it.
 _TENSOR_SHARE = 0.5
-#: How often a tensor that comes is in memory: as it came, as the file that the runner is handed, and as what it keeps.
-_COPIES = 3
+_FREE_SHARE = 0.9
 _GPU = "gpu"
 _CALLED_OFF = "its client called it off"
 
@@ -347,7 +346,7 @@ class Session:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a request does, it has an answer
             with suppress(_CalledOff):
-                self._take_pieces(request.id, self._owed, lambda at, piece: None)
+                self._take_pieces(request.id, self._owed, lambda piece: None)
             self._fail(request.id, error, loading=which == "load")
 
     def _reply(self, reply: pb.SessionReply) -> None:
@@ -516,96 +515,115 @@ class Session:
 
     def _run(self, request: pb.SessionRequest) -> None:
         wanted = request.call
-        data = self._gather(request.id, wanted.inputs)
         loaded, function, index = self._find(wanted.artifact, wanted.function)
-        inputs = self._inputs(loaded, function, wanted.inputs, data)
-        self._check_wanted()
         deadline_s = _seconds(wanted.run_ms, Stage.RUN)
         runner = loaded.cage.runner
-        if wanted.keep:
-            kept = runner.call_keeping(index, inputs, deadline_s, module=loaded.module)
-            outputs = [self._keep(loaded.cage, port.name, each) for port, each in zip(function.outputs, kept)]
-            called = pb.FunctionCalled(outputs=outputs, duration_ns=runner.last_call_ns)
-            self._reply(pb.SessionReply(id=request.id, called=called))
-            return
-        results = runner.call(index, inputs, deadline_s, module=loaded.module)
-        values, streamed = _values([port.name for port in function.outputs], results)
+        streamed: List[memoryview] = []
+        with self._inputs(request.id, loaded, function, wanted.inputs) as inputs:
+            self._check_wanted()
+            if wanted.keep:
+                kept = runner.call_keeping(index, inputs, deadline_s, module=loaded.module)
+                values = [self._keep(loaded.cage, port.name, each) for port, each in zip(function.outputs, kept)]
+            else:
+                results = runner.call(index, inputs, deadline_s, module=loaded.module)
+                values, streamed = _values([port.name for port in function.outputs], results)
         called = pb.FunctionCalled(outputs=values, duration_ns=runner.last_call_ns)
         self._reply(pb.SessionReply(id=request.id, called=called))
         self._stream(request.id, streamed)
 
     def _time(self, request: pb.SessionRequest) -> None:
         wanted = request.time
-        data = self._gather(request.id, wanted.inputs)
         loaded, function, index = self._find(wanted.artifact, wanted.function)
-        inputs = self._inputs(loaded, function, wanted.inputs, data)
         options = convert.time_options_from_pb(wanted.options)
         check_time_options(options)
         deadline_s = _seconds(wanted.run_ms, Stage.RUN)
-        ends = time.monotonic() + deadline_s
-        before = await_calm(self._board, deadline_s / 2, self._calling_off)
-        self._check_wanted()
-        left_s = max(0.001, ends - time.monotonic())
-        watch = self._board.watch(loaded.cage.runner)
-        timed = loaded.cage.runner.time(index, inputs, options, left_s, module=loaded.module)
-        pinning = self._board.pinning(watch)
+        with self._inputs(request.id, loaded, function, wanted.inputs) as inputs:
+            ends = time.monotonic() + deadline_s
+            before = await_calm(self._board, deadline_s / 2, self._calling_off)
+            self._check_wanted()
+            left_s = max(0.001, ends - time.monotonic())
+            watch = self._board.watch(loaded.cage.runner)
+            timed = loaded.cage.runner.time(index, inputs, options, left_s, module=loaded.module)
+            pinning = self._board.pinning(watch)
         measured = measurement_of(self._board, options, timed, before, loaded.threads, loaded.variant, pinning)
         self._reply(pb.SessionReply(id=request.id, measured=convert.measurement_to_pb(measured)))
 
-    def _inputs(self, loaded: _Loaded, function: Function, values: Any, data: memoryview) -> List[native.Given]:
-        """The inputs in the function's order, checked against its ports as far as those are known before the call."""
+    @contextmanager
+    def _inputs(self, number: int, loaded: _Loaded, function: Function, values: Any) -> Iterator[List[native.Given]]:
+        """The inputs in the function's order, checked against its ports as far as those are known before the call.
+
+        What comes in pieces goes right to where it is used, and is there for this call alone.
+        """
         given = {value.name: value for value in values}
         wanted = [port.name for port in function.inputs]
         if set(given) != set(wanted) or len(given) != len(values):
             takes, came = ", ".join(wanted) or "(none)", ", ".join(value.name for value in values) or "(none)"
             raise _Failed(OutcomeKind.BAD_REQUEST, f"{function.name} takes the inputs {takes}; given: {came}")
-        tensors = dict(zip((value.name for value in values), self._tensors_of(values, data)))
-        inputs: List[native.Given] = []
-        for port in function.inputs:
-            tensor = tensors[port.name]
-            if isinstance(tensor, tuple):
-                cage, kept = tensor
-                # A tensor of the other runner is copied over.
-                inputs.append(kept if cage is loaded.cage else cage.runner.fetch(kept))
-            else:
-                inputs.append(tensor)
-            _check_port(port, inputs[-1])
-        return inputs
+        streamed = [value for value in values if value.WhichOneof("data") == "streamed_bytes"]
+        self._check_memory(sum(value.streamed_bytes for value in streamed))
+        runner = loaded.cage.runner
+        came_along: Dict[str, native.Kept] = {}
+        try:
+            for value in streamed:
+                came_along[value.name] = self._receive(number, value, runner)
+            inputs: List[native.Given] = [
+                came_along[name] if name in came_along else self._given(given[name], loaded.cage) for name in wanted
+            ]
+            for port, tensor in zip(function.inputs, inputs):
+                _check_port(port, tensor)
+            yield inputs
+        finally:
+            if came_along and runner.alive:
+                runner.release([kept.handle for kept in came_along.values()])
 
-    def _tensors_of(self, values: Any, data: memoryview) -> List[Union[native.Tensor, _Kept]]:
-        found: List[Union[native.Tensor, _Kept]] = []
-        at = 0
-        for value in values:
-            which = value.WhichOneof("data")
-            if which == "handle":
-                found.append(self._kept(value.handle))
-                continue
-            content: Union[bytes, memoryview] = value.inline
-            if which == "streamed_bytes":
-                content, at = data[at : at + value.streamed_bytes], at + value.streamed_bytes
-            try:
-                found.append(native.Tensor(value.dtype, tuple(value.shape), content))
-            except (KeyError, ValueError) as error:
-                raise _Failed(OutcomeKind.BAD_REQUEST, f"tensor {value.name!r}: {error}") from error
-        return found
+    def _given(self, value: pb.Value, cage: _Cage) -> native.Given:
+        """An input that is there, for that runner; a tensor of the other one is copied over."""
+        if value.WhichOneof("data") != "handle":
+            return _inline(value)
+        home, kept = self._kept(value.handle)
+        return kept if home is cage else home.runner.fetch(kept)
+
+    def _receive(self, number: int, value: pb.Value, runner: native.Runner) -> native.Kept:
+        """A tensor that comes in pieces, of which the runner has each as soon as it is here, and nobody else."""
+        with _refusing(value):
+            size = native.bytes_of(value.dtype, value.shape)
+            if size != value.streamed_bytes:
+                raise ValueError(f"{value.dtype}{list(value.shape)} takes {size} bytes, not {value.streamed_bytes}")
+        kept = runner.reserve(value.dtype, tuple(value.shape))
+        try:
+            self._take_pieces(number, size, lambda piece: runner.fill(kept, piece))
+        except BaseException:
+            if runner.alive:
+                runner.release([kept.handle])
+            raise
+        return kept
 
     # ---- tensors -----------------------------------------------------------------------------------------------
 
     def _put(self, request: pb.SessionRequest, scratch: Path) -> None:
         value = request.put.tensor
-        data = self._gather(request.id, [value])
-        (tensor,) = self._tensors_of([value], data)
-        if not isinstance(tensor, native.Tensor):
+        if value.WhichOneof("data") == "handle":
             raise _Failed(OutcomeKind.BAD_REQUEST, "this tensor is on the device already")
         cage = self._cage(self._newest, scratch)
-        (kept,) = cage.runner.keep([tensor])
+        if value.WhichOneof("data") == "streamed_bytes":
+            self._check_memory(value.streamed_bytes)
+            kept = self._receive(request.id, value, cage.runner)
+        else:
+            kept = cage.runner.keep(_inline(value))
         self._reply(pb.SessionReply(id=request.id, tensor=self._keep(cage, value.name, kept)))
 
     def _fetch(self, request: pb.SessionRequest) -> None:
         cage, kept = self._kept(request.fetch.handle)
-        values, streamed = _values([""], [cage.runner.fetch(kept)])
-        self._reply(pb.SessionReply(id=request.id, tensor=values[0]))
-        self._stream(request.id, streamed)
+        value = pb.Value(dtype=kept.dtype, shape=kept.shape)
+        if plan_inline([kept.nbytes])[0]:
+            value.inline = bytes(cage.runner.fetch(kept).data)
+            self._reply(pb.SessionReply(id=request.id, tensor=value))
+            return
+        value.streamed_bytes = kept.nbytes
+        self._reply(pb.SessionReply(id=request.id, tensor=value))
+        for at in range(0, kept.nbytes, native.PIECE_BYTES):
+            self._check_wanted()
+            self._reply(pb.SessionReply(id=request.id, piece=bytes(cage.runner.fetch_piece(kept, at))))
 
     def _keep(self, cage: _Cage, name: str, kept: native.Kept) -> pb.Value:
         self._last_tensor += 1
@@ -633,31 +651,21 @@ class Session:
 
     # ---- pieces ------------------------------------------------------------------------------------------------
 
-    def _gather(self, number: int, values: Any) -> memoryview:
-        """The bytes that follow a request in pieces: all of its tensors that are streamed, one behind the other."""
-        total = sum(value.streamed_bytes for value in values)
-        if total:
-            self._check_memory(total)
-        data = memoryview(bytearray(total))
-
-        def store(at: int, piece: bytes) -> None:
-            data[at : at + len(piece)] = piece
-
-        self._take_pieces(number, total, store)
-        return data
-
     def _check_memory(self, size: int) -> None:
+        """Whether there is room for so much at once."""
+        if not size:
+            return
         most, why = int(self._board.device.memory_bytes * _TENSOR_SHARE), "takes"
         free = self._board.health().memory_available_bytes
-        if free is not None and free // _COPIES < most:
-            most, why = free // _COPIES, "has room now for"
+        if free is not None and free * _FREE_SHARE < most:
+            most, why = int(free * _FREE_SHARE), "has room now for"
         if size > most:
             text = f"{size} bytes of tensors at once; {self._board.device.name} {why} {most}"
             raise _Failed(OutcomeKind.OUT_OF_MEMORY, text)
 
-    def _take_pieces(self, number: int, total: int, store: Callable[[int, bytes], object]) -> None:
-        at = 0
-        while at < total:
+    def _take_pieces(self, number: int, left: int, store: Callable[[bytes], object]) -> None:
+        """Bytes that the request announced, as they come."""
+        while left:
             request = self._next()
             if request.id == number and request.WhichOneof("body") == "cancel":
                 self._owed = 0
@@ -666,11 +674,11 @@ class Session:
                 continue
             if request.id != number or request.WhichOneof("body") != "piece" or not request.piece:
                 raise _Broken("a request ended before all of its pieces came")
-            if at + len(request.piece) > total:
+            if len(request.piece) > left:
                 raise _Broken("a request has more bytes than it said")
+            left -= len(request.piece)
             self._owed -= len(request.piece)
-            store(at, request.piece)
-            at += len(request.piece)
+            store(request.piece)
 
     def _stream(self, number: int, buffers: List[memoryview]) -> None:
         for buffer in buffers:
@@ -685,7 +693,7 @@ class Session:
         file = files.begin(name, size)
         try:
             with file:
-                self._take_pieces(request.id, size, lambda _, piece: file.write(piece))
+                self._take_pieces(request.id, size, file.write)
             files.commit(name)
         except BaseException:
             files.discard(name)
@@ -741,6 +749,21 @@ def _values(names: List[str], tensors: List[native.Tensor]) -> Tuple[List[pb.Val
             streamed.append(memoryview(tensor.data).cast("B"))
         values.append(value)
     return values, streamed
+
+
+def _inline(value: pb.Value) -> native.Tensor:
+    """A tensor that came in its message."""
+    with _refusing(value):
+        return native.Tensor(value.dtype, tuple(value.shape), value.inline)
+
+
+@contextmanager
+def _refusing(value: pb.Value) -> Iterator[None]:
+    """What makes no tensor is the client's fault."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise _Failed(OutcomeKind.BAD_REQUEST, f"tensor {value.name!r}: {error}") from error
 
 
 def _check_port(port: Port, tensor: native.Given) -> None:

@@ -113,7 +113,7 @@ class LocalDevice:
         runner = self.runner()
         self.sweep()
         try:
-            (kept,) = runner.keep([_tensor(array.dtype.name, array)])
+            kept = runner.keep(_tensor(array.dtype.name, array))
         except RunnerError as error:
             _raise(error)
         return self.keep(runner, kept)

@@ -15,7 +15,7 @@ from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import Found
 from kedge.rpc.types import StepSamples, TimeOptions
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAGIC = 0x4647444B  # "KDGF"
 
 # Message types.
@@ -32,11 +32,12 @@ KEEP = 10
 FETCH = 11
 RELEASE = 12
 CLOSE = 13
+FILL = 14
 
 #: Flag of a frame: the data of its tensors lies in the file whose descriptor comes with it.
 FLAG_SHARED = 1
 
-#: Options of a call; a fetch knows the second.
+#: Options of a call.
 CALL_DISCARD_OUTPUTS = 1
 CALL_SHARED_OUTPUTS = 2
 CALL_KEEP_OUTPUTS = 4
@@ -76,6 +77,16 @@ class Header:
         return Header(kind, flags, request, length)
 
 
+def bytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """How many bytes a dense tensor has; raises ValueError where none has this shape, KeyError for an unknown dtype."""
+    size = abi.dtype_size(dtype)
+    for dim in shape:
+        size *= dim
+    if len(shape) > abi.MAX_NDIM or any(dim < 0 for dim in shape):
+        raise ValueError(f"{list(shape)} is not the shape of a tensor (at most {abi.MAX_NDIM} dims)")
+    return size
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A dense row-major array: numpy's name of its dtype, its shape, its bytes (little-endian).
@@ -88,11 +99,7 @@ class Tensor:
     data: Buffer
 
     def __post_init__(self) -> None:
-        expected = abi.dtype_size(self.dtype)
-        for size in self.shape:
-            expected *= size
-        if len(self.shape) > abi.MAX_NDIM or any(size < 0 for size in self.shape):
-            raise ValueError(f"{list(self.shape)} is not the shape of a tensor (at most {abi.MAX_NDIM} dims)")
+        expected = bytes_of(self.dtype, self.shape)
         if memoryview(self.data).nbytes != expected:
             held = memoryview(self.data).nbytes
             raise ValueError(f"{self.dtype}{list(self.shape)} takes {expected} bytes, but {held} were given")
@@ -114,10 +121,7 @@ class Kept:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        size = abi.dtype_size(self.dtype)
-        for dim in self.shape:
-            size *= dim
-        return size
+        return bytes_of(self.dtype, self.shape)
 
 
 #: What a function can be given: a tensor's content, or one that the runner has.
@@ -317,9 +321,26 @@ def pack_call(module: int, function: int, options: int) -> bytes:
     return struct.pack("<III", module, function, options)
 
 
-def pack_fetch(handle: int, options: int) -> bytes:
-    """The payload of a request for a kept tensor's content."""
-    return struct.pack("<QI", handle, options)
+def pack_keep(dtype: str, shape: Sequence[int]) -> bytes:
+    """The start of the payload that makes room for a tensor; its first bytes follow."""
+    code, bits = abi.dtype_code(dtype)
+    head = _TENSOR.pack(code, bits, 1, len(shape), 0, bytes_of(dtype, shape))
+    return head + struct.pack(f"<{len(shape)}q", *shape)
+
+
+def unpack_keep(payload: Buffer) -> int:
+    """The handle of the tensor that there is room for."""
+    return Cursor(payload).unpack(_U64)[0]
+
+
+def pack_fill(handle: int) -> bytes:
+    """The start of the payload that brings a tensor's next bytes, which follow."""
+    return _U64.pack(handle)
+
+
+def pack_fetch(handle: int, offset: int, size: int) -> bytes:
+    """The payload of a request for some bytes of a kept tensor."""
+    return struct.pack("<QQQ", handle, offset, size)
 
 
 def pack_release(handles: Sequence[int]) -> bytes:
@@ -332,18 +353,10 @@ def pack_close(module: int) -> bytes:
     return _U32.pack(module)
 
 
-def unpack_kept(payload: Buffer) -> List[Kept]:
-    """Tensors that the runner keeps from now on."""
-    return _kept(Cursor(payload))
-
-
 def unpack_kept_call(payload: Buffer) -> Tuple[int, List[Kept]]:
     """The duration of a call in nanoseconds, and its outputs, which stay."""
     cursor = Cursor(payload)
-    return cursor.unpack(_U64)[0], _kept(cursor)
-
-
-def _kept(cursor: Cursor) -> List[Kept]:
+    duration = cursor.unpack(_U64)[0]
     found = []
     for _ in range(cursor.u32()):
         handle = cursor.unpack(_U64)[0]
@@ -353,12 +366,13 @@ def _kept(cursor: Cursor) -> List[Kept]:
         shape = struct.unpack(f"<{ndim}q", cursor.take(8 * ndim))
         try:
             kept = Kept(handle, abi.dtype_name(code, bits, lanes), shape)
+            expected = kept.nbytes
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        if any(dim < 0 for dim in shape) or kept.nbytes != nbytes:
+        if expected != nbytes:
             raise ProtocolError(f"a kept {kept.dtype}{list(shape)} has {nbytes} bytes")
         found.append(kept)
-    return found
+    return duration, found
 
 
 def unpack_call_result(payload: Buffer, section: Union[memoryview, None]) -> Tuple[int, List[Tensor]]:

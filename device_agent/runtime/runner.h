@@ -11,7 +11,7 @@
 
 #include "kedge.h"
 
-#define RUNNER_PROTOCOL_VERSION 4u
+#define RUNNER_PROTOCOL_VERSION 5u
 #define RUNNER_MAGIC 0x4647444Bu /* "KDGF" */
 
 enum {
@@ -28,10 +28,11 @@ enum {
   MESSAGE_FETCH = 11,
   MESSAGE_RELEASE = 12,
   MESSAGE_CLOSE = 13,
+  MESSAGE_FILL = 14,
   MESSAGE_END /* one beyond the last */
 };
 enum { FLAG_SHARED = 1 };                                      /* of a frame */
-/* Of a call; a fetch knows the second. */
+/* Of a call. */
 enum { CALL_DISCARD_OUTPUTS = 1, CALL_SHARED_OUTPUTS = 2, CALL_KEEP_OUTPUTS = 4 };
 
 /* ---- frame.c ------------------------------------------------------------------------------------------------ */
@@ -89,11 +90,12 @@ char *cursor_text(cursor *c); /* a new string, or NULL when broken or out of mem
 
 /* ---- runner_tensors.c --------------------------------------------------------------------------------------- */
 
-typedef struct { /* a tensor that stays, in memory of its own that nobody can write to once it is kept */
+typedef struct { /* a tensor that stays, in memory of its own that nobody can write to once it is whole */
   uint64_t handle;
   DLTensor tensor; /* its shape is the one below, its data the mapping */
   int64_t shape[KEDGE_MAX_NDIM];
-  size_t size; /* of the mapping; 0: there is none */
+  size_t size;   /* of the mapping; 0: there is none */
+  size_t filled; /* so many of its first bytes are there */
 } kept_tensor;
 
 typedef struct { /* by handle, which grows and is never given out twice */
@@ -105,7 +107,11 @@ typedef struct { /* by handle, which grows and is never given out twice */
 /* A tensor like this one, with writable memory; not in the store yet. NULL with the error set. */
 kept_tensor *tensor_new(const DLTensor *like);
 void tensor_destroy(kept_tensor *t);
-/* From now on the store's, and read-only. */
+/* Its next bytes; with the last ones it is whole. */
+int32_t tensor_fill(kept_tensor *t, const void *data, size_t size);
+/* All of it is there: from now on it is read-only. */
+int32_t tensor_protect(kept_tensor *t);
+/* From now on the store's, whole or not yet. */
 int32_t tensors_keep(tensor_store *store, kept_tensor *t);
 kept_tensor *tensors_find(const tensor_store *store, uint64_t handle);
 bool tensors_release(tensor_store *store, uint64_t handle);

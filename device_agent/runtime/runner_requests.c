@@ -327,13 +327,22 @@ static int32_t read_values(call *k, size_t n_args, const frame *f, cursor *c) {
     if (k->handles[i] != 0) continue;
     kedge_tensor_bytes(tensor, &needed);
     if (__builtin_add_overflow(tensor->byte_offset, needed, &end) || (needed > 0 && end > size)) {
-      const char *name = k->function == NULL ? "(to be kept)" : k->function->inputs[i].name;
-      return kedge_fail(KEDGE_E_ARGUMENT, "the data of input %s is cut off", name);
+      return kedge_fail(KEDGE_E_ARGUMENT, "the data of input %s is cut off", k->function->inputs[i].name);
     }
     tensor->data = needed > 0 ? (void *)(data + tensor->byte_offset) : NULL;
     tensor->byte_offset = 0;
   }
   return status;
+}
+
+/* A tensor that can be used; NULL with the error set. */
+static const kept_tensor *find_whole(const session *s, uint64_t handle) {
+  const kept_tensor *kept = tensors_find(&s->tensors, handle);
+  if (kept == NULL) kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)handle);
+  if (kept == NULL || kept->filled == kept->size) return kept;
+  kedge_fail(KEDGE_E_ARGUMENT, "of tensor %llu %zu bytes have not come yet", (unsigned long long)handle,
+             kept->size - kept->filled);
+  return NULL;
 }
 
 static int32_t read_inputs(call *k, const session *s, const frame *f, cursor *c) {
@@ -345,10 +354,8 @@ static int32_t read_inputs(call *k, const session *s, const frame *f, cursor *c)
   for (uint32_t i = 0; i < count && !c->broken; i++) {
     k->handles[i] = cursor_u64(c);
     if (k->handles[i] == 0 || c->broken) continue;
-    const kept_tensor *kept = tensors_find(&s->tensors, k->handles[i]);
-    if (kept == NULL) {
-      return kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)k->handles[i]);
-    }
+    const kept_tensor *kept = find_whole(s, k->handles[i]);
+    if (kept == NULL) return KEDGE_E_ARGUMENT;
     int64_t *shape = k->args[i].shape;
     k->args[i] = kept->tensor;
     k->args[i].shape = shape;
@@ -462,7 +469,8 @@ static int32_t keep_all(session *s, kept_tensor **tensors, uint32_t count, bytes
   uint32_t kept = 0;
   bytes_u32(head, count);
   for (; kept < count; kept++) {
-    status = tensors_keep(&s->tensors, tensors[kept]);
+    status = tensor_protect(tensors[kept]);
+    if (status == KEDGE_OK) status = tensors_keep(&s->tensors, tensors[kept]);
     if (status != KEDGE_OK) break;
     bytes_u64(head, tensors[kept]->handle);
     describe_tensor(head, &tensors[kept]->tensor);
@@ -512,66 +520,51 @@ static void handle_call(const reply *r, session *s, const frame *f, cursor *c) {
 
 /* ---- Tensors that stay --------------------------------------------------------------------------------------- */
 
-enum { MAX_TENSORS_AT_ONCE = 256 };
-
-/* Without a function a call is a list of tensors. */
-static int32_t copy_values(call *k, uint32_t count, kept_tensor **copies) {
-  for (uint32_t i = 0; i < count; i++) {
-    copies[i] = tensor_new(&k->args[i]);
-    if (copies[i] == NULL) return KEDGE_E_MEMORY;
-    if (copies[i]->size > 0) memcpy(copies[i]->tensor.data, k->args[i].data, copies[i]->size);
+/* Room for a tensor, and the first of its bytes; the others follow in pieces, so that they are never there twice. */
+static void handle_keep(const reply *r, session *s, cursor *c) {
+  int64_t shape[KEDGE_MAX_NDIM];
+  DLTensor like = {.shape = shape};
+  kept_tensor *tensor = NULL;
+  bytes head = {0};
+  read_tensor(&like, c);
+  int32_t status = c->broken ? kedge_fail(KEDGE_E_ARGUMENT, "a malformed request to keep") : KEDGE_OK;
+  if (status == KEDGE_OK && (tensor = tensor_new(&like)) == NULL) status = KEDGE_E_MEMORY;
+  if (status == KEDGE_OK) status = tensor_fill(tensor, c->data + c->at, c->size - c->at);
+  if (status == KEDGE_OK) status = tensors_keep(&s->tensors, tensor);
+  if (status == KEDGE_OK) {
+    bytes_u64(&head, tensor->handle);
+    reply_result(r, &head, NULL, 0, -1);
+  } else {
+    tensor_destroy(tensor);
+    reply_error(r, status, kedge_last_error());
   }
-  return KEDGE_OK;
+  free(head.data);
 }
 
-static void handle_keep(const reply *r, session *s, const frame *f, cursor *c) {
-  call k = {.output_file = -1};
-  kept_tensor *copies[MAX_TENSORS_AT_ONCE] = {NULL};
-  bytes head = {0};
-  cursor ahead = *c;
-  uint32_t count = cursor_u32(&ahead);
-  int32_t status = KEDGE_OK;
-  if (ahead.broken || count > MAX_TENSORS_AT_ONCE) status = kedge_fail(KEDGE_E_ARGUMENT, "a malformed request to keep");
-  if (status == KEDGE_OK) status = make_room(&k, count, 0);
-  if (status == KEDGE_OK) status = read_values(&k, count, f, c);
-  if (status == KEDGE_OK) status = copy_values(&k, count, copies);
-  if (status == KEDGE_OK) status = keep_all(s, copies, count, &head);
+static void handle_fill(const reply *r, const session *s, cursor *c) {
+  uint64_t handle = cursor_u64(c);
+  kept_tensor *tensor = c->broken ? NULL : tensors_find(&s->tensors, handle);
+  int32_t status = tensor == NULL
+                       ? kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)handle)
+                       : tensor_fill(tensor, c->data + c->at, c->size - c->at);
   if (status == KEDGE_OK) {
-    reply_result(r, &head, NULL, 0, -1);
+    reply_done(r);
   } else {
     reply_error(r, status, kedge_last_error());
   }
-  for (uint32_t i = 0; i < MAX_TENSORS_AT_ONCE; i++) tensor_destroy(copies[i]);
-  free(head.data);
-  free_call(&k);
 }
 
 static void handle_fetch(const reply *r, const session *s, cursor *c) {
-  call k = {.output_file = -1};
-  uint64_t handle = cursor_u64(c);
-  uint32_t options = cursor_u32(c);
-  const kept_tensor *kept = c->broken ? NULL : tensors_find(&s->tensors, handle);
-  int32_t status = KEDGE_OK;
+  uint64_t handle = cursor_u64(c), offset = cursor_u64(c), size = cursor_u64(c);
+  const kept_tensor *kept = find_whole(s, handle);
+  bytes head = {0};
   if (kept == NULL) {
-    status = kedge_fail(KEDGE_E_ARGUMENT, "no tensor %llu is kept", (unsigned long long)handle);
+    reply_error(r, KEDGE_E_ARGUMENT, kedge_last_error());
+  } else if (c->broken || offset > kept->size || size > kept->size - offset) {
+    reply_error(r, KEDGE_E_ARGUMENT, "a malformed request to fetch");
   } else {
-    k.output_size = kept->size > 0 ? kept->size : KEDGE_ALIGNMENT;
-    void *memory = map_outputs(&k, (options & CALL_SHARED_OUTPUTS) != 0 && kept->size >= SHARED_OUTPUT_BYTES &&
-                                            r->to->is_socket);
-    k.outputs = memory == MAP_FAILED ? NULL : memory;
-    if (k.outputs == NULL) status = kedge_fail(KEDGE_E_MEMORY, "cannot allocate %zu bytes for a tensor", kept->size);
+    reply_result(r, &head, (const uint8_t *)kept->tensor.data + offset, (size_t)size, -1);
   }
-  if (status == KEDGE_OK) {
-    if (kept->size > 0) memcpy(k.outputs, kept->tensor.data, kept->size);
-    bytes head = {0};
-    bytes_u32(&head, 1);
-    describe_tensor(&head, &kept->tensor);
-    reply_section(r, &head, &k);
-    free(head.data);
-  } else {
-    reply_error(r, status, kedge_last_error());
-  }
-  free_call(&k);
 }
 
 static void handle_release(const reply *r, session *s, cursor *c) {
@@ -670,7 +663,8 @@ void handle_request(const channel *to, session *s, const frame *request) {
     case MESSAGE_OPEN: handle_open(&r, s, &c); break;
     case MESSAGE_CALL: handle_call(&r, s, request, &c); break;
     case MESSAGE_DEVICES: handle_devices(&r, &c); break;
-    case MESSAGE_KEEP: handle_keep(&r, s, request, &c); break;
+    case MESSAGE_KEEP: handle_keep(&r, s, &c); break;
+    case MESSAGE_FILL: handle_fill(&r, s, &c); break;
     case MESSAGE_FETCH: handle_fetch(&r, s, &c); break;
     case MESSAGE_RELEASE: handle_release(&r, s, &c); break;
     case MESSAGE_CLOSE: handle_close(&r, s, &c); break;

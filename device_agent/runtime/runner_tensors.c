@@ -1,6 +1,6 @@
 /* runner_tensors.c: the tensors that stay in the runner between requests, by handle.
  *
- * Each has a mapping of its own, read-only once it is kept: code that writes to its inputs ends here, and does not
+ * Each has a mapping of its own, read-only once it is whole: code that writes to its inputs ends here, and does not
  * change what later calls see.
  */
 #define _GNU_SOURCE
@@ -51,6 +51,23 @@ void tensor_destroy(kept_tensor *t) {
   free(t);
 }
 
+int32_t tensor_fill(kept_tensor *t, const void *data, size_t size) {
+  if (size > t->size - t->filled) {
+    return kedge_fail(KEDGE_E_ARGUMENT, "%zu bytes come for a tensor that lacks %zu", size, t->size - t->filled);
+  }
+  if (size > 0) memcpy((uint8_t *)t->tensor.data + t->filled, data, size);
+  t->filled += size;
+  return t->filled == t->size ? tensor_protect(t) : KEDGE_OK;
+}
+
+int32_t tensor_protect(kept_tensor *t) {
+  t->filled = t->size;
+  if (t->size > 0 && mprotect(t->tensor.data, t->size, PROT_READ) != 0) {
+    return kedge_fail(KEDGE_E_MEMORY, "cannot protect a tensor: %s", strerror(errno));
+  }
+  return KEDGE_OK;
+}
+
 int32_t tensors_keep(tensor_store *store, kept_tensor *t) {
   if (store->count == MAX_TENSORS) return kedge_fail(KEDGE_E_MEMORY, "%d tensors are kept already", MAX_TENSORS);
   if (store->count == store->room) {
@@ -59,9 +76,6 @@ int32_t tensors_keep(tensor_store *store, kept_tensor *t) {
     if (items == NULL) return kedge_fail(KEDGE_E_MEMORY, "out of memory");
     store->items = items;
     store->room = room;
-  }
-  if (t->size > 0 && mprotect(t->tensor.data, t->size, PROT_READ) != 0) {
-    return kedge_fail(KEDGE_E_MEMORY, "cannot protect a tensor: %s", strerror(errno));
   }
   t->handle = ++store->last;
   store->items[store->count++] = t;

@@ -36,6 +36,7 @@ from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Blob, Deadlines, D
 from support.agents import AgentProcess, at_work, runs, wait_for
 from support.doubling import gpu_artifact, opencl_device
 from support.handmade import artifact
+from support.memory import forget_peak, peak_bytes
 from support.proxy import Proxy, Trap
 
 from .conftest import FUNCTIONS
@@ -171,6 +172,27 @@ def test_large_tensors_both_ways(fleet: Fleet, agent: AgentProcess, made: Artifa
         result = m["add"]({"x": kept})["y"]
         result[0] = 7  # the caller's own
         np.testing.assert_array_equal(kept.numpy(), LARGE + 1)
+
+
+def test_a_large_tensor_is_on_the_device_once(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:
+    """It goes to the runner as it comes, and to the client as it leaves: the agent holds pieces of it."""
+    array = np.ones(24 << 20, np.float32)
+    with fleet.session("here") as device:
+        m = device.load(made)
+        before = {pid: forget_peak(pid) for pid in (agent.process.pid,)}
+        before |= {pid: peak_bytes(pid) for pid in at_work(agent.process.pid)}
+
+        def grown() -> float:
+            """By how many such tensors the agent and its runner have been larger than before."""
+            return sum(peak_bytes(pid) - size for pid, size in before.items()) / array.nbytes
+
+        kept = device.tensor(array)
+        assert 1 <= grown() < 1.4
+        assert kept.numpy()[-1] == 1
+        assert grown() < 1.4
+        kept.free()
+        m["add"]({"x": array}, keep=True)  # an input and an output
+        assert 2 <= grown() < 2.4
 
 
 def test_tensors_that_are_gone(fleet: Fleet, agent: AgentProcess, made: Artifact) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kedge.device_agent import jobs
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.runner import Limits
 from kedge.device_agent.seats import Seat
@@ -51,6 +54,7 @@ def work(board: Board, spec: JobSpec) -> Seat:
 
 
 def waiting(board: Board) -> Seat:
+    wait_for(lambda: board.spare._coming is None, "the spare to be there")
     seat = board.spare._seat
     assert seat is not None and runs(seat.runner.pid)
     assert list(board.scratch.iterdir()) == [seat.folder]
@@ -125,14 +129,14 @@ def test_after_the_agents_last_job_there_is_none(idle: Board, manifest: Blob) ->
     idle.close()
     assert not runs(seat.runner.pid)
     work(idle, run_spec(manifest, "add"))
-    assert idle.spare.close() is None and list(idle.scratch.iterdir()) == []
+    assert idle.spare.close() == (None, None) and list(idle.scratch.iterdir()) == []
 
 
 def test_drivers_are_not_kept_waiting(board: Board) -> None:
     seat = board.take_seat(Limits(), 20.0, timing=False)
     board.vacate(seat)
     board.make_ready(seat)
-    assert board.spare.close() is None
+    assert board.spare.close() == (None, None)
 
 
 def test_a_runner_that_does_not_start_is_the_next_jobs_to_report(
@@ -141,5 +145,64 @@ def test_a_runner_that_does_not_start_is_the_next_jobs_to_report(
     seat = waiting(idle)
     with caplog.at_level(logging.WARNING):
         replace(idle, runner=tmp_path / "absent").make_ready(replace(seat, limits=Limits(sandbox=True)))
-    assert "no runner waits for the next job" in caplog.text
+        wait_for(lambda: "no runner waits for the next job" in caplog.text, "the warning")
     assert waiting(idle) is seat
+
+
+# ---- while it is being started ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hanging(idle: Board, tmp_path: Path) -> Iterator[int]:
+    """The board's spare is being started, and says nothing; the id of its process."""
+    program, said = tmp_path / "hangs", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {said}.new; mv {said}.new {said}; exec sleep 600\n")
+    program.chmod(0o755)
+    like = waiting(idle)
+    there = idle.spare.drop()
+    assert there is not None
+    idle.vacate(there)
+    replace(idle, runner=program).make_ready(like)
+    wait_for(said.exists, "it to begin")
+    yield int(said.read_text())
+    wait_for(lambda: not runs(int(said.read_text())), "it to end")
+
+
+def test_a_job_waits_for_none_that_it_does_not_fit(
+    idle: Board, manifest: Blob, hanging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_COMING_S", 20.0)
+    began = time.monotonic()
+    work(idle, run_spec(manifest, "add", Deadlines(run_ms=1_000)))
+    assert time.monotonic() - began < 10.0
+    wait_for(lambda: not runs(hanging), "the one that nobody wants to end")
+    waiting(idle)  # for the next job like this one, and no folder is left of the one before
+
+
+def test_nor_does_a_session(idle: Board, hanging: int) -> None:
+    folder = idle.new_folder("session-")
+    began = time.monotonic()
+    idle.start_runner(Limits(), folder, 1, timing=True).close()
+    assert time.monotonic() - began < 10.0
+    idle.remove_folder(folder)
+
+
+def test_a_job_that_it_would_fit_does_not_wait_for_long(idle: Board, manifest: Blob, hanging: int) -> None:
+    began = time.monotonic()
+    work(idle, run_spec(manifest, "add"))
+    assert 0.9 < time.monotonic() - began < 10.0
+    waiting(idle)
+
+
+def test_one_that_is_about_to_be_there_is_waited_for(idle: Board, manifest: Blob) -> None:
+    seat = waiting(idle)
+    assert idle.spare.drop() is seat
+    coming = idle.spare.expect(seat.limits, seat.cpus)
+    assert coming is not None
+    threading.Timer(0.1, idle.spare.put, (coming, seat)).start()
+    assert work(idle, run_spec(manifest, "add")) is seat
+
+
+def test_an_agent_that_ends_leaves_none_behind(idle: Board, hanging: int) -> None:
+    idle.close()
+    assert not runs(hanging) and list(idle.scratch.iterdir()) == []

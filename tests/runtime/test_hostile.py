@@ -94,8 +94,9 @@ def mangle(runner: subprocess.Popen[bytes], rng: random.Random, opening: bytes) 
                 (protocol.CALL, with_data(protocol.pack_call(0, 0, rng.choice((0, 1, 4, 5))), [x])),
                 (protocol.CALL, with_data(protocol.pack_call(0, 0, 4), [old])),
                 (protocol.TIME, with_data(protocol.pack_time(0, 0, TimeOptions(repeat=1)), [old])),
-                (protocol.KEEP, with_data(b"", [x, x], listed=False)),
-                (protocol.FETCH, protocol.pack_fetch(old.handle, 0)),
+                (protocol.KEEP, protocol.pack_keep("float32", (2, 8)) + bytes(rng.choice((0, 32, 64, 64, 64)))),
+                (protocol.FILL, protocol.pack_fill(old.handle) + bytes(rng.choice((32, 64, 65)))),
+                (protocol.FETCH, protocol.pack_fetch(old.handle, rng.choice((0, 32)), 32)),
                 (protocol.RELEASE, protocol.pack_release([old.handle] * rng.randint(0, 2))),
                 (protocol.OPEN, opening),
                 (protocol.CLOSE, protocol.pack_close(rng.randint(1, 80))),
@@ -108,15 +109,15 @@ def mangle(runner: subprocess.Popen[bytes], rng: random.Random, opening: bytes) 
             payload = bytes(noise[: rng.randint(0, len(noise))])
         found = ask(kind, payload)
         if kind == protocol.KEEP and found:
-            last = max(last, *(kept.handle for kept in protocol.unpack_kept(found)), 0)
+            last = max(last, protocol.unpack_keep(found))
     return answered
 
 
-def with_data(head: bytes, inputs: list[protocol.Given], *, listed: bool = True) -> bytes:
+def with_data(head: bytes, inputs: list[protocol.Given]) -> bytes:
     """A request with its inputs, each by its handle or with its zeros."""
     handles, values = protocol.pack_inputs(inputs)
     descriptors, _, size = protocol.pack_tensors(values)
-    head += (handles if listed else b"") + descriptors
+    head += handles + descriptors
     return head.ljust(protocol.align(len(head)), b"\0") + bytes(size)
 
 

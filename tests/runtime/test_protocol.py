@@ -173,38 +173,62 @@ def test_shared_inputs_without_a_file(pipes: Pipes, arithmetic: Path, weights: P
     assert pipes.error() == (2, abi.E_ARGUMENT, "no file came with shared inputs")
 
 
-def kept(pipes: Pipes, *tensors: Tensor) -> list[protocol.Kept]:
-    pipes.send(protocol.KEEP, 3, with_data(b"", *tensors))
+def kept(pipes: Pipes, dtype: str, shape: tuple[int, ...], first: bytes) -> protocol.Kept:
+    pipes.send(protocol.KEEP, 3, protocol.pack_keep(dtype, shape) + first)
     header, payload = pipes.receive()
     assert header.type == protocol.RESULT
-    return protocol.unpack_kept(payload)
+    return protocol.Kept(protocol.unpack_keep(payload), dtype, shape)
 
 
 def test_handles_of_others_are_none(pipes: Pipes, arithmetic: Path, weights: Path) -> None:
     opened(pipes, arithmetic, weights)
-    (x,) = kept(pipes, Tensor("float32", (1, 8), bytes(32)))
+    x = kept(pipes, "float32", (1, 8), bytes(32))
     stranger = protocol.Kept(x.handle + 1, "float32", (1, 8))
     pipes.send(protocol.CALL, 4, with_data(protocol.pack_call(0, 0, 0) + protocol.pack_inputs([stranger])[0]))
     assert pipes.error() == (4, abi.E_ARGUMENT, f"no tensor {stranger.handle} is kept")
-    pipes.send(protocol.FETCH, 5, protocol.pack_fetch(stranger.handle, 0))
+    pipes.send(protocol.FETCH, 5, protocol.pack_fetch(stranger.handle, 0, 4))
     assert pipes.error() == (5, abi.E_ARGUMENT, f"no tensor {stranger.handle} is kept")
     # A release of several is of all or of none.
     pipes.send(protocol.RELEASE, 6, protocol.pack_release([x.handle, stranger.handle]))
     assert pipes.error()[2] == f"no tensor {stranger.handle} is kept; none was released"
     pipes.send(protocol.RELEASE, 7, protocol.pack_release([x.handle, x.handle]))
     assert pipes.receive()[0].type == protocol.RESULT
-    pipes.send(protocol.FETCH, 8, protocol.pack_fetch(x.handle, 0))
+    pipes.send(protocol.FETCH, 8, protocol.pack_fetch(x.handle, 0, 4))
     assert pipes.error()[1] == abi.E_ARGUMENT
 
 
+def test_a_tensor_that_comes_in_pieces_is_used_once_it_is_whole(pipes: Pipes, arithmetic: Path, weights: Path) -> None:
+    opened(pipes, arithmetic, weights)
+    x = kept(pipes, "float32", (1, 8), bytes(12))
+    calling = with_data(protocol.pack_call(0, 0, 0) + protocol.pack_inputs([x])[0])
+    missing = f"of tensor {x.handle} 20 bytes have not come yet"
+    for kind, payload in ((protocol.CALL, calling), (protocol.FETCH, protocol.pack_fetch(x.handle, 0, 12))):
+        pipes.send(kind, 4, payload)
+        assert pipes.error() == (4, abi.E_ARGUMENT, missing)
+    pipes.send(protocol.FILL, 5, protocol.pack_fill(x.handle) + bytes(21))
+    assert pipes.error() == (5, abi.E_ARGUMENT, "21 bytes come for a tensor that lacks 20")
+    pipes.send(protocol.FILL, 6, protocol.pack_fill(x.handle) + bytes(range(20)))
+    assert pipes.receive()[0].type == protocol.RESULT
+    pipes.send(protocol.FILL, 7, protocol.pack_fill(x.handle) + b"more")
+    assert pipes.error() == (7, abi.E_ARGUMENT, "4 bytes come for a tensor that lacks 0")
+    pipes.send(protocol.FETCH, 8, protocol.pack_fetch(x.handle, 10, 4))
+    assert bytes(pipes.receive()[1]) == bytes([0, 0, 0, 1])
+    pipes.send(protocol.CALL, 9, calling)
+    assert pipes.receive()[0].type == protocol.RESULT
+
+
 def test_requests_about_tensors_that_are_cut_off(pipes: Pipes) -> None:
-    whole = with_data(b"", Tensor("float32", (4,), bytes(16)))
+    keep = protocol.pack_keep("float32", (4,))
+    x = kept(pipes, "float32", (4,), bytes(16))
     for kind, payload, why in (
-        (protocol.KEEP, whole[:-1], "the data of input (to be kept) is cut off"),
-        (protocol.KEEP, whole[:20], "a malformed request"),
-        (protocol.KEEP, struct.pack("<I", 257), "a malformed request to keep"),
+        (protocol.KEEP, keep + bytes(17), "17 bytes come for a tensor that lacks 16"),
+        (protocol.KEEP, keep[:-1], "a malformed request to keep"),
         (protocol.KEEP, b"", "a malformed request to keep"),
+        (protocol.FILL, bytes(7), "no tensor 0 is kept"),
         (protocol.FETCH, bytes(7), "no tensor 0 is kept"),
+        (protocol.FETCH, protocol.pack_fetch(x.handle, 0, 17), "a malformed request to fetch"),
+        (protocol.FETCH, protocol.pack_fetch(x.handle, 17, 0), "a malformed request to fetch"),
+        (protocol.FETCH, protocol.pack_fetch(x.handle, 8, 2**64 - 4), "a malformed request to fetch"),
         (protocol.RELEASE, struct.pack("<I", 1 << 31) + bytes(4), "a malformed request to release"),
         (protocol.CLOSE, b"", "there is no such module to close"),
         (protocol.CLOSE, protocol.pack_close(0), "there is no such module to close"),
@@ -219,15 +243,16 @@ def test_mangled_requests_are_errors(data: st.DataObject, fuzzed: Pipes) -> None
     """Whatever bytes a request holds, the runner answers and lives."""
     good = call_payload(0, Tensor("float32", (2, 8), bytes(64)))
     timed = protocol.pack_time(0, 0, TimeOptions(repeat=1)) + good[12:]
-    kept = with_data(b"", Tensor("float32", (2, 8), bytes(64)), Tensor("int8", (3,), b"abc"))
+    keep = protocol.pack_keep("float32", (2, 8)) + bytes(64)
     # The options are tested elsewhere: a huge repeat takes its time.
     kind, payload, start = data.draw(
         st.sampled_from(
             [
                 (protocol.CALL, good, 0),
                 (protocol.TIME, timed, 80),
-                (protocol.KEEP, kept, 0),
-                (protocol.FETCH, protocol.pack_fetch(1, 0), 0),
+                (protocol.KEEP, keep, 0),
+                (protocol.FILL, protocol.pack_fill(1) + bytes(16), 0),
+                (protocol.FETCH, protocol.pack_fetch(1, 0, 64), 0),
                 (protocol.RELEASE, protocol.pack_release([1, 2, 3]), 0),
                 (protocol.CLOSE, protocol.pack_close(3), 0),
             ]
@@ -307,7 +332,7 @@ def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
         protocol.unpack_time_result,
         protocol.unpack_error,
         lambda data: protocol.unpack_devices(data, "opencl"),
-        protocol.unpack_kept,
+        protocol.unpack_keep,
         protocol.unpack_kept_call,
         lambda data: protocol.unpack_call_result(data, None),
     ):

@@ -23,6 +23,7 @@ import pytest
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent.runner import (
     SHARED_MEMORY_BYTES,
+    Kept,
     Limits,
     ModuleInfo,
     PortInfo,
@@ -39,6 +40,7 @@ from kedge.device_agent.runner import (
 from kedge.rpc import abi
 from kedge.rpc.types import TimeOptions
 from support import native
+from support.agents import wait_for
 
 from .conftest import children
 
@@ -207,7 +209,7 @@ def test_a_crash_in_the_sandbox_is_still_told_apart(misbehave: Any) -> None:
 def test_two_modules_share_tensors(loaded: Runner, misbehaving: Path) -> None:
     other = loaded.open(misbehaving).module
     assert other == 1
-    (x,) = loaded.keep([ones(1)])
+    x = loaded.keep(ones(1))
     (y,) = loaded.call_keeping(0, [x])
     assert (y.dtype, y.shape, y.nbytes) == ("float32", (1, 4), 16)
     flat = Tensor("float32", (4,), loaded.fetch(y).data)
@@ -223,7 +225,7 @@ def test_two_modules_share_tensors(loaded: Runner, misbehaving: Path) -> None:
 def test_inputs_that_stay_and_inputs_that_come_along(loaded: Runner) -> None:
     a, b = floats(1, 2), floats(*range(12), shape=(3, 4))
     (wanted,) = loaded.call(1, [a, b])
-    (kept_a,), (kept_b,) = loaded.keep([a]), loaded.keep([b])
+    kept_a, kept_b = loaded.keep(a), loaded.keep(b)
     for given in ([kept_a, b], [a, kept_b], [kept_a, kept_b]):
         (found,) = loaded.call(1, given)
         assert (found.shape, bytes(found.data)) == (wanted.shape, bytes(wanted.data))
@@ -233,10 +235,10 @@ def test_inputs_that_stay_and_inputs_that_come_along(loaded: Runner) -> None:
         loaded.call(0, [kept_a])
 
 
-@pytest.mark.parametrize("count", [0, 3, 1 << 18])
+@pytest.mark.parametrize("count", [0, 3, 1 << 18, (1 << 19) + 1])
 def test_a_tensor_comes_back_as_it_went(loaded: Runner, count: int) -> None:
     data = bytes(i % 251 for i in range(count * 4))
-    (kept,) = loaded.keep([Tensor("float32", (count,), data)])
+    kept = loaded.keep(Tensor("float32", (count,), data))
     assert kept.nbytes == len(data)
     assert bytes(loaded.fetch(kept).data) == data
     loaded.release([kept.handle])
@@ -247,7 +249,7 @@ def test_a_tensor_comes_back_as_it_went(loaded: Runner, count: int) -> None:
 def test_a_tensor_that_stays_cannot_be_written_to(runtime: RuntimeFiles, misbehaving: Path) -> None:
     with Runner(runtime.runner) as runner:
         runner.open(misbehaving)
-        (kept,) = runner.keep([floats(1)])
+        kept = runner.keep(floats(1))
         with pytest.raises(RunnerCrashed) as caught:
             runner.call(MISDEEDS.index("scribble"), [kept])
         assert caught.value.signal == signal.SIGSEGV
@@ -257,15 +259,13 @@ def test_what_is_released_is_memory_again(runtime: RuntimeFiles) -> None:
     with Runner(runtime.runner, limits=Limits(memory_bytes=512 << 20)) as runner:
         large = Tensor("uint8", (64 << 20,), bytes(64 << 20))
         for _ in range(12):
-            (kept,) = runner.keep([large])
-            runner.release([kept.handle])
-        held = []
+            runner.release([runner.keep(large).handle])
+        held: list[Kept] = []
         with pytest.raises(RunnerOutOfMemory):
-            for _ in range(12):
-                held += runner.keep([large])
+            held.extend(runner.keep(large) for _ in range(12))
         assert len(held) > 2
         runner.release([kept.handle for kept in held])
-        assert runner.keep([large])[0].handle > held[-1].handle  # never given out twice
+        assert runner.keep(large).handle > held[-1].handle  # never given out twice
 
 
 # ---- refusals: the runner lives on ---------------------------------------------------------------------------------
@@ -631,6 +631,28 @@ def test_programs_that_are_no_runner(tmp_path: Path, script: str, text: str) -> 
     program.chmod(0o755)
     with pytest.raises(RunnerUnavailable, match=text):
         Runner(program, start_deadline_s=0.3 if "sleep" in script else 10)
+
+
+def test_a_program_that_the_disk_does_not_give(runtime: RuntimeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then exec hangs. The deadline holds, later starts are not held up, and what comes of it ends."""
+    answers, popen, before = threading.Event(), subprocess.Popen, children()
+
+    def stuck(*arguments: Any, **options: Any) -> Any:
+        process = popen(*arguments, **options)
+        assert answers.wait(30)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", stuck)
+    for _ in range(2):
+        with pytest.raises(RunnerUnavailable, match="had not begun after") as caught:
+            Runner(runtime.runner, start_deadline_s=0.2)
+        assert caught.value.stage == "start"
+    monkeypatch.undo()
+    with Runner(runtime.runner) as runner:
+        assert runner.alive
+    assert len(children() - before) == 2
+    answers.set()
+    wait_for(lambda: children() == before, "what started late to end")
 
 
 def test_a_cpu_that_does_not_exist(runtime: RuntimeFiles) -> None:

@@ -1,4 +1,4 @@
-"""What this process occupies."""
+"""What processes occupy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import re
 import resource
 from pathlib import Path
 from typing import Any
+
+
+def peak_bytes(pid: int) -> int:
+    """The most bytes of a process that were in memory at a time, since it began or since `forget_peak`."""
+    return _status(pid, "VmHWM")
+
+
+def forget_peak(pid: int) -> int:
+    """Have its peak begin anew; bytes of it that are in memory now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return _status(pid, "VmRSS")
+
+
+def _status(pid: int, name: str) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) << 10
 
 
 def resident_bytes() -> int:
