@@ -104,6 +104,10 @@ class Queue:
         """How many different things the jobs of a user wait for."""
         return self._wants_of_user[user]
 
+    def users_with(self, user: str) -> int:
+        """How many users wait, this one counted in any case."""
+        return len(self._wants_of_user) + (user not in self._wants_of_user)
+
     def has(self, want: Want) -> bool:
         """Whether a job waits for just that."""
         return want in self._lines
@@ -143,28 +147,42 @@ class Queue:
         assigned: list[tuple[str, str]] = []
         usable = {want: names for want in self._lines if (names := takers(want, idle))}
         rivals = Counter(name for names in usable.values() for name in names)
-        taken: set[str] = set()
+        free = set(rivals)
         given: Counter[str] = Counter()
-        used = {want.user: shares.used(want.user, now) for want in usable}
+        # What ranks the lines of one user, the first on top; between users the rest of `rank` decides.
+        lines: dict[str, list[tuple[int, int, Want]]] = defaultdict(list)
+        for want in usable:
+            lines[want.user].append((*self._lines[want][0][:2], want))
+        for line in lines.values():
+            heapq.heapify(line)
+        used = {user: shares.used(user, now) for user in lines}
 
-        def rank(want: Want) -> tuple[int, int, float, int]:
-            priority, seq, _ = self._lines[want][0]
-            return priority, shares.held(want.user) + given[want.user], used[want.user], seq
+        def rank(user: str) -> tuple[int, int, float, int]:
+            priority, seq, _ = lines[user][0]
+            return priority, shares.held(user) + given[user], used[user], seq
 
-        while usable:
-            want = min(usable, key=rank)
-            names = [name for name in usable[want] if name not in taken]
+        while free and lines:
+            user = min(lines, key=rank)
+            line = lines[user]
+            want = line[0][2]
+            names = [name for name in usable[want] if name in free]
             if names:
                 job_id = self._lines[want][0][2]
                 device = min(names, key=rivals.__getitem__)
                 self.remove(job_id)
                 assigned.append((job_id, device))
-                taken.add(device)
-                given[want.user] += 1
-            if len(names) <= 1 or want not in self._lines:
-                rivals.subtract(usable.pop(want))
-            else:
-                usable[want] = names
+                free.remove(device)
+                given[user] += 1
+                if want in self._lines:
+                    heapq.heapreplace(line, (*self._lines[want][0][:2], want))
+                else:
+                    heapq.heappop(line)
+                    rivals.subtract(usable[want])
+            # Who waits for nothing that is free is passed over at once: thousands of lines may want the one that went.
+            while line and free.isdisjoint(usable[line[0][2]]):
+                heapq.heappop(line)
+            if not line:
+                del lines[user]
         return assigned
 
     def order(self, shares: Shares, now: int) -> list[tuple[str, Want]]:

@@ -118,6 +118,8 @@ class Settings:
     max_carried_bytes_per_user: int = 256 << 20
     #: Selectors, and needs of artifacts, that differ.
     max_wants_per_user: int = 1_000
+    #: Where all users together have so many, each may only have an equal share of it: a plan looks at all of them.
+    max_wants: int = 5_000
     max_reservation_ms: int = 7 * 86_400_000
     max_reservation_ahead_ms: int = 366 * 86_400_000
     max_reservations_per_user: int = 16
@@ -255,10 +257,12 @@ class TrackerState:
             raise QueueFullError(
                 f"{rules.max_queued_per_user} jobs of {whose} wait already", hint="wait, or cancel some"
             )
-        many = self._queue.count_wants(user) >= rules.max_wants_per_user
-        if many and not self._queue.has(Want(spec.selector, needs, user)):
+        most, has = rules.max_wants_per_user, self._queue.count_wants(user)
+        if self._queue.lines >= rules.max_wants:
+            most = min(most, rules.max_wants // self._queue.users_with(user))
+        if has >= most and not self._queue.has(Want(spec.selector, needs, user)):
             raise QueueFullError(
-                f"jobs of {whose} wait for {rules.max_wants_per_user} different selections of devices already",
+                f"jobs of {whose} wait for {has} different selections of devices already, and may for {most} now",
                 hint="wait for some of them to start, or submit jobs with the same selector",
             )
 

@@ -72,6 +72,21 @@ def test_a_user_waits_for_so_many_different_things() -> None:
     state.check_room(spec("d2"), NEEDS, "eve")
 
 
+def test_all_users_together_wait_for_so_many_different_things_and_each_has_a_share() -> None:
+    state = fleet_of(0, Settings(max_wants_per_user=4, max_wants=6))
+    for number in range(6):
+        state.submit(f"j{number}", spec(f"d{number}"), NEEDS, "", 0, "eve" if number < 4 else "bob")
+    for number in range(2):
+        state.check_room(spec(f"d{number}"), NEEDS, "ann")
+        state.submit(f"a{number}", spec(f"d{number}"), NEEDS, "", 0, "ann")
+    assert "may for 2 now" in refused(state, spec("d9"), "ann")
+    assert "may for 2 now" in refused(state, spec("d9"), "eve")
+    state.check_room(spec("d0"), NEEDS, "eve")
+    for number in range(4):
+        state.cancel(f"j{number}", "enough", 1)
+    state.check_room(spec("d9"), NEEDS, "ann")
+
+
 def test_what_a_users_jobs_carry_is_bounded_until_they_are_done() -> None:
     state = fleet_of(0, Settings(max_carried_bytes_per_user=10))
     state.submit("a", spec(data=b"x" * 6), NEEDS, "", 0, "eve")

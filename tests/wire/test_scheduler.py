@@ -96,6 +96,24 @@ def test_the_order_interleaves_the_users() -> None:
     assert (queue.count("ann"), queue.count("bob"), queue.count("cy")) == (3, 1, 0)
 
 
+def test_thousands_of_lines_cost_a_device_one_look_at_each() -> None:
+    """They were ranked anew for every line that wanted the device that had gone: seconds for each job that ended."""
+    looks = 0
+
+    class Counted(Shares):
+        def held(self, user: str) -> int:
+            nonlocal looks
+            looks += 1
+            return super().held(user)
+
+    queue = Queue()
+    for seq in range(2_000):
+        queue.push(str(seq), Want(f"a{seq}", NEEDS, f"user{seq % 4}"), 0, seq)
+    queue.push("other", Want("b", NEEDS, "user0"), 0, 9_999)
+    assert queue.assign(["a", "b"], by_letters, Counted(1_000), 0) == [("0", "a"), ("other", "b")]
+    assert looks < 100
+
+
 jobs = st.lists(
     st.tuples(st.text("abcd", min_size=1, max_size=3), st.integers(0, 2), st.booleans()), min_size=1, max_size=12
 )
