@@ -203,7 +203,7 @@ class _NamedCalls:
         self._metadata = metadata
 
     def __call__(self, request: Any, timeout: Optional[float] = None, metadata: Any = (), **options: Any) -> Any:
-        return self._calls(request, timeout, (*(metadata or ()), *self._metadata), **options)
+        return self._calls(request, timeout=timeout, metadata=(*(metadata or ()), *self._metadata), **options)
 
     def with_call(self, request: Any, timeout: Optional[float] = None, metadata: Any = (), **options: Any) -> Any:
         return self._calls.with_call(request, timeout, (*(metadata or ()), *self._metadata), **options)
@@ -212,14 +212,14 @@ class _NamedCalls:
         return self._calls.future(request, timeout, (*(metadata or ()), *self._metadata), **options)
 
 
-class _NamedChannel(grpc.Channel):
+class _Named:
     """An encrypted channel whose every call carries the token.
 
     gRPC's own call credentials do the same, but ask for it in another thread at each call, which then waits 0.2 ms.
     """
 
-    def __init__(self, channel: grpc.Channel, token: str) -> None:
-        self._channel: Any = channel
+    def __init__(self, channel: Any, token: str) -> None:
+        self._channel = channel
         self._metadata = (("authorization", f"Bearer {token}"),)
 
     def unary_unary(self, method: str, *codecs: Any, **options: Any) -> Any:
@@ -234,14 +234,16 @@ class _NamedChannel(grpc.Channel):
     def stream_stream(self, method: str, *codecs: Any, **options: Any) -> Any:
         return _NamedCalls(self._channel.stream_stream(method, *codecs, **options), self._metadata)
 
+    def close(self) -> Any:
+        return self._channel.close()
+
+
+class _NamedChannel(_Named, grpc.Channel):
     def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
         self._channel.subscribe(callback, try_to_connect)
 
     def unsubscribe(self, callback: Any) -> None:
         self._channel.unsubscribe(callback)
-
-    def close(self) -> None:
-        self._channel.close()
 
     def __enter__(self) -> _NamedChannel:
         return self
@@ -264,10 +266,8 @@ def open_aio_channel(address: Address, tls: Optional[Tls] = None) -> Any:
     if tls is None:
         _check_plaintext(address)
         return grpc.aio.insecure_channel(_target(address), options=CHANNEL_OPTIONS)
-    credentials = tls._credentials()
-    if tls.token:
-        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(tls.token))
-    return grpc.aio.secure_channel(_target(address), credentials, options=_TLS_OPTIONS)
+    channel = grpc.aio.secure_channel(_target(address), tls._credentials(), options=_TLS_OPTIONS)
+    return _Named(channel, tls.token) if tls.token else channel
 
 
 def _check_plaintext(address: Address) -> None:

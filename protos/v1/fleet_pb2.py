@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kedge.protos.v1 import types_pb2 as kedge_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkedge/protos/v1/fleet.proto\x12\x08kedge.v1\x1a\x1bkedge/protos/v1/types.proto\"4\n\x0cHelloRequest\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\"I\n\rHelloResponse\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12\x12\n\ntracker_id\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\x8f\x02\n\x0eStatusResponse\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x03\x12\x0c\n\x04user\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x16\n\x0e\x65xpires_unix_s\x18\x05 \x01(\x03\x12\x15\n\rstore_problem\x18\x06 \x01(\t\x12\x17\n\x0f\x64isk_free_bytes\x18\x07 \x01(\x03\x12(\n\x06\x61gents\x18\x08 \x03(\x0b\x32\x18.kedge.v1.ConnectedAgent\x12\r\n\x05\x65poch\x18\t \x01(\x03\x12)\n\x08trackers\x18\n \x03(\x0b\x32\x17.kedge.v1.TrackerMember\"\x8c\x01\n\rTrackerMember\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08software\x18\x03 \x01(\t\x12\r\n\x05leads\x18\x04 \x01(\x08\x12\x17\n\x0fstarted_unix_ms\x18\x05 \x01(\x03\x12\x14\n\x0cseen_unix_ms\x18\x06 \x01(\x03\x12\x0c\n\x04gone\x18\x07 \x01(\x08\"F\n\x0e\x43onnectedAgent\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12$\n\x08protocol\x18\x02 \x01(\x0b\x32\x12.kedge.v1.Protocol\"M\n\x12ListDevicesRequest\x12\x10\n\x08selector\x18\x01 \x01(\t\x12\x14\n\x0cinclude_gone\x18\x02 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x03\">\n\x13ListDevicesResponse\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.kedge.v1.DeviceStatus\"L\n\x10SubmitJobRequest\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.kedge.v1.JobSpec\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"@\n\x11SubmitJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.kedge.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"Z\n\x0fListJobsRequest\x12\"\n\x06states\x18\x01 \x03(\x0e\x32\x12.kedge.v1.JobState\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x14\n\x0coldest_first\x18\x03 \x01(\x08\"/\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.kedge.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"H\n\x15SetMaintenanceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07\x65nabled\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"]\n\x0eReserveRequest\x12\x10\n\x08selector\x18\x01 \x01(\t\x12\x14\n\x0c\x66rom_unix_ms\x18\x02 \x01(\x03\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\"#\n\x15\x45ndReservationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"a\n\x10KeepNoiseRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x10\n\x08relative\x18\x03 \x01(\x01\x12\x13\n\x0bnum_threads\x18\x04 \x01(\r\x12\n\n\x02on\x18\x05 \x01(\t2\x87\x06\n\x05\x46leet\x12\x38\n\x05Hello\x12\x16.kedge.v1.HelloRequest\x1a\x17.kedge.v1.HelloResponse\x12;\n\x06Status\x12\x17.kedge.v1.StatusRequest\x1a\x18.kedge.v1.StatusResponse\x12J\n\x0bListDevices\x12\x1c.kedge.v1.ListDevicesRequest\x1a\x1d.kedge.v1.ListDevicesResponse\x12\x44\n\tSubmitJob\x12\x1a.kedge.v1.SubmitJobRequest\x1a\x1b.kedge.v1.SubmitJobResponse\x12\x36\n\x08WatchJob\x12\x19.kedge.v1.WatchJobRequest\x1a\r.kedge.v1.Job0\x01\x12\x30\n\x06GetJob\x12\x17.kedge.v1.GetJobRequest\x1a\r.kedge.v1.Job\x12\x41\n\x08ListJobs\x12\x19.kedge.v1.ListJobsRequest\x1a\x1a.kedge.v1.ListJobsResponse\x12\x36\n\tCancelJob\x12\x1a.kedge.v1.CancelJobRequest\x1a\r.kedge.v1.Job\x12I\n\x0eSetMaintenance\x12\x1f.kedge.v1.SetMaintenanceRequest\x1a\x16.kedge.v1.DeviceStatus\x12:\n\x07Reserve\x12\x18.kedge.v1.ReserveRequest\x1a\x15.kedge.v1.Reservation\x12H\n\x0e\x45ndReservation\x12\x1f.kedge.v1.EndReservationRequest\x1a\x15.kedge.v1.Reservation\x12?\n\tKeepNoise\x12\x1a.kedge.v1.KeepNoiseRequest\x1a\x16.kedge.v1.DeviceStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkedge/protos/v1/fleet.proto\x12\x08kedge.v1\x1a\x1bkedge/protos/v1/types.proto\"4\n\x0cHelloRequest\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\"I\n\rHelloResponse\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12\x12\n\ntracker_id\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\x8f\x02\n\x0eStatusResponse\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x03\x12\x0c\n\x04user\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x16\n\x0e\x65xpires_unix_s\x18\x05 \x01(\x03\x12\x15\n\rstore_problem\x18\x06 \x01(\t\x12\x17\n\x0f\x64isk_free_bytes\x18\x07 \x01(\x03\x12(\n\x06\x61gents\x18\x08 \x03(\x0b\x32\x18.kedge.v1.ConnectedAgent\x12\r\n\x05\x65poch\x18\t \x01(\x03\x12)\n\x08trackers\x18\n \x03(\x0b\x32\x17.kedge.v1.TrackerMember\"\x8c\x01\n\rTrackerMember\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08software\x18\x03 \x01(\t\x12\r\n\x05leads\x18\x04 \x01(\x08\x12\x17\n\x0fstarted_unix_ms\x18\x05 \x01(\x03\x12\x14\n\x0cseen_unix_ms\x18\x06 \x01(\x03\x12\x0c\n\x04gone\x18\x07 \x01(\x08\"F\n\x0e\x43onnectedAgent\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12$\n\x08protocol\x18\x02 \x01(\x0b\x32\x12.kedge.v1.Protocol\"M\n\x12ListDevicesRequest\x12\x10\n\x08selector\x18\x01 \x01(\t\x12\x14\n\x0cinclude_gone\x18\x02 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x03\">\n\x13ListDevicesResponse\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.kedge.v1.DeviceStatus\"L\n\x10SubmitJobRequest\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.kedge.v1.JobSpec\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"@\n\x11SubmitJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.kedge.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"Q\n\x0eRunJobResponse\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12%\n\x06result\x18\x02 \x01(\x0b\x32\x13.kedge.v1.JobResultH\x00\x42\x06\n\x04said\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"Z\n\x0fListJobsRequest\x12\"\n\x06states\x18\x01 \x03(\x0e\x32\x12.kedge.v1.JobState\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x14\n\x0coldest_first\x18\x03 \x01(\x08\"/\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.kedge.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"H\n\x15SetMaintenanceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07\x65nabled\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"]\n\x0eReserveRequest\x12\x10\n\x08selector\x18\x01 \x01(\t\x12\x14\n\x0c\x66rom_unix_ms\x18\x02 \x01(\x03\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\"#\n\x15\x45ndReservationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"a\n\x10KeepNoiseRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x10\n\x08relative\x18\x03 \x01(\x01\x12\x13\n\x0bnum_threads\x18\x04 \x01(\r\x12\n\n\x02on\x18\x05 \x01(\t2\xc9\x06\n\x05\x46leet\x12\x38\n\x05Hello\x12\x16.kedge.v1.HelloRequest\x1a\x17.kedge.v1.HelloResponse\x12;\n\x06Status\x12\x17.kedge.v1.StatusRequest\x1a\x18.kedge.v1.StatusResponse\x12J\n\x0bListDevices\x12\x1c.kedge.v1.ListDevicesRequest\x1a\x1d.kedge.v1.ListDevicesResponse\x12\x44\n\tSubmitJob\x12\x1a.kedge.v1.SubmitJobRequest\x1a\x1b.kedge.v1.SubmitJobResponse\x12@\n\x06RunJob\x12\x1a.kedge.v1.SubmitJobRequest\x1a\x18.kedge.v1.RunJobResponse0\x01\x12\x36\n\x08WatchJob\x12\x19.kedge.v1.WatchJobRequest\x1a\r.kedge.v1.Job0\x01\x12\x30\n\x06GetJob\x12\x17.kedge.v1.GetJobRequest\x1a\r.kedge.v1.Job\x12\x41\n\x08ListJobs\x12\x19.kedge.v1.ListJobsRequest\x1a\x1a.kedge.v1.ListJobsResponse\x12\x36\n\tCancelJob\x12\x1a.kedge.v1.CancelJobRequest\x1a\r.kedge.v1.Job\x12I\n\x0eSetMaintenance\x12\x1f.kedge.v1.SetMaintenanceRequest\x1a\x16.kedge.v1.DeviceStatus\x12:\n\x07Reserve\x12\x18.kedge.v1.ReserveRequest\x1a\x15.kedge.v1.Reservation\x12H\n\x0e\x45ndReservation\x12\x1f.kedge.v1.EndReservationRequest\x1a\x15.kedge.v1.Reservation\x12?\n\tKeepNoise\x12\x1a.kedge.v1.KeepNoiseRequest\x1a\x16.kedge.v1.DeviceStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,24 +52,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITJOBREQUEST']._serialized_end=924
   _globals['_SUBMITJOBRESPONSE']._serialized_start=926
   _globals['_SUBMITJOBRESPONSE']._serialized_end=990
-  _globals['_WATCHJOBREQUEST']._serialized_start=992
-  _globals['_WATCHJOBREQUEST']._serialized_end=1025
-  _globals['_GETJOBREQUEST']._serialized_start=1027
-  _globals['_GETJOBREQUEST']._serialized_end=1058
-  _globals['_LISTJOBSREQUEST']._serialized_start=1060
-  _globals['_LISTJOBSREQUEST']._serialized_end=1150
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1152
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1199
-  _globals['_CANCELJOBREQUEST']._serialized_start=1201
-  _globals['_CANCELJOBREQUEST']._serialized_end=1235
-  _globals['_SETMAINTENANCEREQUEST']._serialized_start=1237
-  _globals['_SETMAINTENANCEREQUEST']._serialized_end=1309
-  _globals['_RESERVEREQUEST']._serialized_start=1311
-  _globals['_RESERVEREQUEST']._serialized_end=1404
-  _globals['_ENDRESERVATIONREQUEST']._serialized_start=1406
-  _globals['_ENDRESERVATIONREQUEST']._serialized_end=1441
-  _globals['_KEEPNOISEREQUEST']._serialized_start=1443
-  _globals['_KEEPNOISEREQUEST']._serialized_end=1540
-  _globals['_FLEET']._serialized_start=1543
-  _globals['_FLEET']._serialized_end=2318
+  _globals['_RUNJOBRESPONSE']._serialized_start=992
+  _globals['_RUNJOBRESPONSE']._serialized_end=1073
+  _globals['_WATCHJOBREQUEST']._serialized_start=1075
+  _globals['_WATCHJOBREQUEST']._serialized_end=1108
+  _globals['_GETJOBREQUEST']._serialized_start=1110
+  _globals['_GETJOBREQUEST']._serialized_end=1141
+  _globals['_LISTJOBSREQUEST']._serialized_start=1143
+  _globals['_LISTJOBSREQUEST']._serialized_end=1233
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1235
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1282
+  _globals['_CANCELJOBREQUEST']._serialized_start=1284
+  _globals['_CANCELJOBREQUEST']._serialized_end=1318
+  _globals['_SETMAINTENANCEREQUEST']._serialized_start=1320
+  _globals['_SETMAINTENANCEREQUEST']._serialized_end=1392
+  _globals['_RESERVEREQUEST']._serialized_start=1394
+  _globals['_RESERVEREQUEST']._serialized_end=1487
+  _globals['_ENDRESERVATIONREQUEST']._serialized_start=1489
+  _globals['_ENDRESERVATIONREQUEST']._serialized_end=1524
+  _globals['_KEEPNOISEREQUEST']._serialized_start=1526
+  _globals['_KEEPNOISEREQUEST']._serialized_end=1623
+  _globals['_FLEET']._serialized_start=1626
+  _globals['_FLEET']._serialized_end=2467
 # @@protoc_insertion_point(module_scope)

@@ -108,6 +108,14 @@ class SubmitJobResponse(_message.Message):
     existed: bool
     def __init__(self, job: _Optional[_Union[_types_pb2.Job, _Mapping]] = ..., existed: bool = ...) -> None: ...
 
+class RunJobResponse(_message.Message):
+    __slots__ = ("job_id", "result")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    result: _types_pb2.JobResult
+    def __init__(self, job_id: _Optional[str] = ..., result: _Optional[_Union[_types_pb2.JobResult, _Mapping]] = ...) -> None: ...
+
 class WatchJobRequest(_message.Message):
     __slots__ = ("job_id",)
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

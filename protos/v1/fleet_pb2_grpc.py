@@ -56,6 +56,11 @@ class FleetStub(object):
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobResponse.FromString,
                 _registered_method=True)
+        self.RunJob = channel.unary_stream(
+                '/kedge.v1.Fleet/RunJob',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/kedge.v1.Fleet/WatchJob',
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.WatchJobRequest.SerializeToString,
@@ -123,6 +128,13 @@ class FleetServicer(object):
 
     def SubmitJob(self, request, context):
         """Accepted jobs survive a restart of the tracker. The same idempotency key gives the same job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RunJob(self, request, context):
+        """SubmitJob and what came of it in one call: the job's id once it is accepted, its result once it is done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +214,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.SubmitJob,
                     request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.FromString,
                     response_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobResponse.SerializeToString,
+            ),
+            'RunJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.RunJob,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -353,6 +370,33 @@ class Fleet(object):
             '/kedge.v1.Fleet/SubmitJob',
             kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.SerializeToString,
             kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kedge.v1.Fleet/RunJob',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -37,7 +38,7 @@ from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_trackers
-from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobResult, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
 
 Progress = Callable[[JobInfo], None]
@@ -70,6 +71,9 @@ class Fleet:
         self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
+        #: Whether the tracker has RunJob (older ones have not), and the job that was begun by it last.
+        self._has_run_job = True
+        self._last_run: Callable[[], Job | None] = lambda: None
 
     async def __aenter__(self) -> Self:
         return self
@@ -322,27 +326,42 @@ class Fleet:
 
     async def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
-            answer = await self._persist(self._stub.SubmitJob, message)
+            return await self._begin(message)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             await self._ensure_uploaded(packed)
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
-            answer = await self._persist(self._stub.SubmitJob, message)
-        return Job(self, answer.job.id)
+            return await self._begin(message)
+
+    async def _begin(self, message: fleet_pb2.SubmitJobRequest) -> Job:
+        """The accepted job. In the same call its result is told, but for jobs that pile up before one is waited for."""
+        last = self._last_run()
+        if self._has_run_job and (last is None or last._run is None):
+            run = self._stub.RunJob(message, timeout=_CALL_S)
+            try:
+                job = Job(self, (await run.read()).job_id, run)
+            except grpc.RpcError as error:
+                self._has_run_job = plan.has_run_job(error, self.address)  # next it is submitted, under the same key
+            except BaseException:
+                run.cancel()
+                raise
+            else:
+                self._last_run = weakref.ref(job)
+                return job
+        return Job(self, (await self._persist(self._stub.SubmitJob, message)).job.id)
 
     async def _ensure_uploaded(self, packed: Packed) -> None:
         if packed.blob.digest not in self._uploaded:
             await asyncio.to_thread(self._blobs.upload_missing, packed.blobs())
             self._uploaded.add(packed.blob.digest)
 
-    async def _result(self, job: JobInfo) -> Result:
-        assert job.result is not None
+    async def _result(self, job_id: str, result: JobResult) -> Result:
         try:
-            fetched = {b.digest: await asyncio.to_thread(self._blobs.read, b) for b in plan.blobs_of(job.result)}
+            fetched = {b.digest: await asyncio.to_thread(self._blobs.read, b) for b in plan.blobs_of(result)}
         except MissingBlobError as error:
-            raise plan.outputs_gone(job, error) from error
-        return plan.read_result(job, fetched)
+            raise plan.outputs_gone(job_id, error) from error
+        return plan.read_result(job_id, result, fetched)
 
     async def _persist(self, method: Any, request: Any) -> Any:
         """A call that may be made twice; a tracker that went away is waited for."""
@@ -359,9 +378,11 @@ class Fleet:
 class Job:
     """A job on the tracker; it goes on whether or not anybody holds this."""
 
-    def __init__(self, fleet: Fleet, job_id: str) -> None:
+    def __init__(self, fleet: Fleet, job_id: str, run: Any = None) -> None:
         self.id = job_id
         self._fleet = fleet
+        #: The call that began it and tells its result, until somebody waits for that.
+        self._run = run
 
     def __repr__(self) -> str:
         return f"<Job {self.id} at {self._fleet.address}>"
@@ -384,15 +405,31 @@ class Job:
         """Wait until it is done; arguments and errors as the synchronous `Job.wait`."""
         try:
             async with asyncio.timeout(timeout):
-                job = await self._watch_through_restarts(progress)
+                found = await self._told(may_wait=progress is None)
+                if found is None:
+                    found = await self._watch_through_restarts(progress)
         except TimeoutError:
             raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s") from None
-        result = await self._fleet._result(job)
+        result = await self._fleet._result(self.id, found)
         if check:
             plan.raise_unless_ok(result)
         return result
 
-    async def _watch_through_restarts(self, progress: Progress | None) -> JobInfo:
+    async def _told(self, *, may_wait: bool) -> JobResult | None:
+        """The result from the call that began the job; None where that was read, broke, or is not waited for."""
+        run, self._run = self._run, None
+        if run is None:
+            return None
+        try:
+            if may_wait:
+                return convert.job_result_from_pb((await run.read()).result)
+        except grpc.RpcError:
+            pass  # its minute is over, or the tracker went away: a watch finds out
+        finally:
+            run.cancel()
+        return None
+
+    async def _watch_through_restarts(self, progress: Progress | None) -> JobResult:
         while True:
             try:
                 return await self._watch(progress)
@@ -402,7 +439,7 @@ class Job:
             request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
             await self._fleet._persist(self._fleet._stub.Hello, request)
 
-    async def _watch(self, progress: Progress | None) -> JobInfo:
+    async def _watch(self, progress: Progress | None) -> JobResult:
         call = self._fleet._stub.WatchJob(fleet_pb2.WatchJobRequest(job_id=self.id))
         try:
             async for pb in call:
@@ -410,8 +447,8 @@ class Job:
                     job = convert.job_from_pb(pb)
                     if progress is not None:
                         progress(job)
-                    if job.state is JobState.DONE:
-                        return job
+                    if job.result is not None:
+                        return job.result
         finally:
             call.cancel()
         raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Self, cast
@@ -36,7 +37,7 @@ from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_channel, parse_trackers
-from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobState, Reservation, TrackerStatus
+from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobResult, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
 
 Progress = Callable[[JobInfo], None]
@@ -87,6 +88,9 @@ class Fleet:
         #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
+        #: Whether the tracker has RunJob (older ones have not), and the job that was begun by it last.
+        self._has_run_job = True
+        self._last_run: Callable[[], Job | None] = lambda: None
 
     def __enter__(self) -> Self:
         return self
@@ -385,28 +389,46 @@ class Fleet:
 
     def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
-            answer = self._persist(self._stub.SubmitJob, message)
+            return self._begin(message)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             self._ensure_uploaded(packed)
             self._blobs.upload_missing(request.uploads)
-            answer = self._persist(self._stub.SubmitJob, message)
-        return Job(self, answer.job.id)
+            return self._begin(message)
+
+    def _begin(self, message: fleet_pb2.SubmitJobRequest) -> Job:
+        """The accepted job. In the same call its result is told, but for jobs that pile up before one is waited for."""
+        last = self._last_run()
+        if self._has_run_job and (last is None or last._run is None):
+            with interrupts.deferred(), _open_channel():
+                run = self._stub.RunJob(message, timeout=_CALL_S)
+            try:
+                job = Job(self, next(run).job_id, run)
+            except grpc.RpcError as error:
+                self._has_run_job = plan.has_run_job(error, self.address)  # next it is submitted, under the same key
+            except BaseException:
+                with interrupts.deferred():
+                    run.cancel()
+                    del run
+                raise
+            else:
+                self._last_run = weakref.ref(job)
+                return job
+        return Job(self, self._persist(self._stub.SubmitJob, message).job.id)
 
     def _ensure_uploaded(self, packed: Packed) -> None:
         if packed.blob.digest not in self._uploaded:
             self._blobs.upload_missing(packed.blobs())
             self._uploaded.add(packed.blob.digest)
 
-    def _result(self, job: JobInfo) -> Result:
-        assert job.result is not None
+    def _result(self, job_id: str, result: JobResult) -> Result:
         try:
             with _open_channel():
-                fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(job.result)}
+                fetched = {blob.digest: self._blobs.read(blob) for blob in plan.blobs_of(result)}
         except MissingBlobError as error:
-            raise plan.outputs_gone(job, error) from error
-        return plan.read_result(job, fetched)
+            raise plan.outputs_gone(job_id, error) from error
+        return plan.read_result(job_id, result, fetched)
 
     def _persist(self, method: Any, request: Any, patience_s: float = plan.RECONNECT_S) -> Any:
         """A call that may be made twice; a tracker that went away is waited for."""
@@ -444,9 +466,11 @@ def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:
 class Job:
     """A job on the tracker; it goes on whether or not anybody holds this."""
 
-    def __init__(self, fleet: Fleet, job_id: str) -> None:
+    def __init__(self, fleet: Fleet, job_id: str, run: Any = None) -> None:
         self.id = job_id
         self._fleet = fleet
+        #: The call that began it and tells its result, until somebody waits for that.
+        self._run = run
 
     def __repr__(self) -> str:
         return f"<Job {self.id} at {self._fleet.address}>"
@@ -471,24 +495,40 @@ class Job:
             WaitTimeoutError: it is not done after `timeout` seconds; it goes on.
             ConnectError: the tracker went away and did not come back.
         """
+        found = self._told(may_wait=timeout is None and progress is None)
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
+        while found is None:
             if deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s")
             try:
-                job = self._watch(deadline, progress)
-                break
+                found = self._watch(deadline, progress)
             except grpc.RpcError as error:
                 if is_away(error):
                     self._fleet._await_tracker(deadline)
                 elif error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or deadline is None:
                     raise from_rpc_error(error, self._fleet.address) from error
-        result = self._fleet._result(job)
+        result = self._fleet._result(self.id, found)
         if check:
             plan.raise_unless_ok(result)
         return result
 
-    def _watch(self, deadline: float | None, progress: Progress | None) -> JobInfo:
+    def _told(self, *, may_wait: bool) -> JobResult | None:
+        """The result from the call that began the job; None where that was read, broke, or is not waited for."""
+        run, self._run = self._run, None
+        if run is None:
+            return None
+        try:
+            if may_wait:
+                return convert.job_result_from_pb(next(run).result)
+        except grpc.RpcError:
+            pass  # its minute is over, or the tracker went away: a watch finds out
+        finally:
+            with interrupts.deferred():
+                run.cancel()
+                del run
+        return None
+
+    def _watch(self, deadline: float | None, progress: Progress | None) -> JobResult:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         request = fleet_pb2.WatchJobRequest(job_id=self.id)
         with interrupts.deferred(), _open_channel():
@@ -499,8 +539,8 @@ class Job:
                     job = convert.job_from_pb(pb)
                     if progress is not None:
                         progress(job)
-                    if job.state is JobState.DONE:
-                        return job
+                    if job.result is not None:
+                        return job.result
         finally:
             with interrupts.deferred():
                 call.cancel()

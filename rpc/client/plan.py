@@ -48,7 +48,6 @@ from kedge.rpc.types import (
     TimeOptions,
     plan_inline,
 )
-from kedge.rpc.types import Job as JobInfo
 
 ArtifactOrPath = Artifact | str | os.PathLike[str]
 
@@ -295,6 +294,15 @@ class Patience:
         raise from_rpc_error(error, self._address) from error
 
 
+def has_run_job(error: grpc.RpcError, address: Address) -> bool:
+    """Whether the tracker has the call RunJob, which failed with this; raises where the job itself was refused."""
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return False
+    if not is_away(error):
+        raise from_rpc_error(error, address) from error
+    return True
+
+
 # ---- Results -------------------------------------------------------------------------------------------------------
 
 
@@ -303,22 +311,20 @@ def blobs_of(result: JobResult) -> list[Blob]:
     return [tensor.data for tensor in result.outputs if isinstance(tensor.data, Blob)]
 
 
-def outputs_gone(job: JobInfo, error: MissingBlobError) -> MissingBlobError:
+def outputs_gone(job_id: str, error: MissingBlobError) -> MissingBlobError:
     """For outputs that the tracker has no more, though it still knows the job."""
     return MissingBlobError(
-        f"job {job.id} is done, but not all of its outputs are on the tracker any more, which needed the room: "
+        f"job {job_id} is done, but not all of its outputs are on the tracker any more, which needed the room: "
         f"{error.message}",
         hint="submit the job again, read results sooner, or start the tracker with a larger --blob-quota",
     )
 
 
-def read_result(job: JobInfo, fetched: Mapping[str, bytearray]) -> Result:
+def read_result(job_id: str, result: JobResult, fetched: Mapping[str, bytearray]) -> Result:
     """A finished job's result; `fetched` holds the bytes of its blobs by digest."""
-    result = job.result
-    assert result is not None
     outputs = {tensor.name: _array(tensor, fetched) for tensor in result.outputs}
     timing = None if result.measurement is None else Timing(result.measurement)
-    return Result(job.id, result.device, result.outcome, outputs, timing, result.stage_times)
+    return Result(job_id, result.device, result.outcome, outputs, timing, result.stage_times)
 
 
 def timing_of(result: Result) -> Timing:

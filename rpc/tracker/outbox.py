@@ -62,23 +62,28 @@ class Outbox:
         early: list[ToAgent] = []
         if hasten and not parcel.durable:
             later: list[Send] = []
-            taken: set[_Place] = {*self._taken, *(f.job_id for f in parcel.facts if isinstance(f, JobAccepted))}
+            own: set[_Place] = {fact.job_id for fact in parcel.facts if isinstance(fact, JobAccepted)}
             for send in parcel.sends:
                 if isinstance(send, ToAgent) and isinstance(send.body, AssignJob):
                     job_id = send.body.lease.job_id
-                    if taken.isdisjoint((send.connection, (send.connection, job_id), job_id)):
+                    places = (send.connection, (send.connection, job_id), job_id)
+                    if not any(place in own or place in self._taken for place in places):
                         early.append(send)
                         continue
                 later.append(send)
-                taken.update(_place(send))
+                own.update(_place(send))
             parcel.sends = later
         self._parcels.append(parcel)
-        self._taken.update(parcel.places())
+        for place in parcel.places():
+            self._taken[place] += 1
         return early
 
     def released(self) -> Iterator[Parcel]:
         """The parcels that may leave now, in order."""
         while self._parcels and self._parcels[0].durable:
             parcel = self._parcels.popleft()
-            self._taken -= Counter(parcel.places())
+            for place in parcel.places():
+                self._taken[place] -= 1
+                if not self._taken[place]:
+                    del self._taken[place]
             yield parcel

@@ -103,6 +103,25 @@ class FleetService:
     @typed_errors
     async def SubmitJob(self, request: fleet_pb2.SubmitJobRequest, context: Context) -> fleet_pb2.SubmitJobResponse:
         """Accept a job whose artifact and inputs the caller has sent already."""
+        job_id, existed = await self._accept(request, context)
+        job = await self._shell.job(job_id)
+        return fleet_pb2.SubmitJobResponse(job=convert.job_to_pb(without_inputs(job)), existed=existed)
+
+    @typed_stream_errors
+    async def RunJob(
+        self, request: fleet_pb2.SubmitJobRequest, context: Context
+    ) -> AsyncIterator[fleet_pb2.RunJobResponse]:
+        """Accept a job, and say what came of it."""
+        job_id, _ = await self._accept(request, context)
+        yield fleet_pb2.RunJobResponse(job_id=job_id)
+        result = await self._shell.result(job_id)
+        if result is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the tracker stops")
+        else:
+            yield fleet_pb2.RunJobResponse(result=convert.job_result_to_pb(result))
+
+    async def _accept(self, request: fleet_pb2.SubmitJobRequest, context: Context) -> tuple[str, bool]:
+        """The id of a job that is stored, and whether it was before."""
         principal = caller()
         spec = convert.job_spec_from_pb(request.spec)
         _check_priority(spec.priority, principal)
@@ -119,16 +138,14 @@ class FleetService:
             signer = spec.signature.public_key.hex() if spec.signature is not None else ""
             said = {"job": job_id, "artifact": spec.manifest.digest, "selector": spec.selector, "signer": signer}
             self._audit.write("job submitted", **said, **who(principal, context))
-        job = await self._shell.job(job_id)
-        return fleet_pb2.SubmitJobResponse(job=convert.job_to_pb(without_inputs(job)), existed=existed)
+        return job_id, existed
 
     @typed_stream_errors
     async def WatchJob(self, request: fleet_pb2.WatchJobRequest, context: Context) -> AsyncIterator[types_pb2.Job]:
         """The job now, and on every change until it is done."""
-        await self._own_job(request.job_id)
         changes = self._shell.watch(request.job_id)
         try:
-            job = await self._shell.job(request.job_id)
+            job = await self._own_job(request.job_id)
             yield convert.job_to_pb(without_inputs(job))
             while job.state is not JobState.DONE:
                 newer = await changes.get()
@@ -303,10 +320,10 @@ class AgentsService:
 
         Without this, an agent could hand any blob of any user to its job's user by naming it.
         """
-        accepted = self._shell.state.held_by(principal.name).get((finished.lease.job_id, finished.lease.epoch))
-        if accepted is None:
-            return finished  # it is stale, and nothing of it is used
         named = {tensor.data.digest for tensor in finished.result.outputs if isinstance(tensor.data, Blob)}
+        accepted = self._shell.state.held_under(finished.lease, principal.name) if named else None
+        if accepted is None:
+            return finished  # there is nothing to vet, or it is stale, and nothing of it is used
         foreign = sorted(digest for digest in named if not self._owners.has(principal, digest))
         if foreign:
             text = f"the device named outputs that it has not sent: {', '.join(foreign[:3])}"

@@ -10,7 +10,7 @@ import functools
 import logging
 import secrets
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 
 from kedge.rpc.errors import NoDeviceError
@@ -24,7 +24,7 @@ from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError
 from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.types import DeviceStatus, Job, JobSpec, JobState, Reservation
+from kedge.rpc.types import DeviceStatus, Job, JobResult, JobSpec, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")
 
@@ -87,11 +87,17 @@ class Shell:
         self._now = clock or Clock()
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox()
+        #: What is durable, and whether the loop knows that there is something: it is woken once for a whole commit.
+        self._durable_now: deque[Parcel] = deque()
+        self._woken = False
         self._agents: dict[int, ToOneAgent] = {}
         self._next_connection = 0
         self._watchers: dict[str, list[Changes]] = defaultdict(list)
+        self._waiters: dict[str, list[asyncio.Future[JobResult | None]]] = defaultdict(list)
         self._device_waiters: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        #: When it wakes, in the clock's milliseconds.
+        self._wakes_ms = 0
         self._retelling: asyncio.TimerHandle | None = None
         #: Something has changed since they were last begun to be told.
         self._untold = False
@@ -120,6 +126,8 @@ class Shell:
         for queues in self._watchers.values():
             for changes in queues:
                 changes.put(None)
+        for job_id in self._waiters:
+            self._tell_waiters(job_id, None)
         self._wake_device_waiters()
         for send in self._agents.values():
             send(None)
@@ -291,6 +299,24 @@ class Shell:
         if not self._watchers[job_id]:
             del self._watchers[job_id]
 
+    async def result(self, job_id: str) -> JobResult | None:
+        """What came of a job, once it is done; None when the tracker stops before. Raises UnknownJobError."""
+        if not self.state.lives(job_id):
+            return (await self.job(job_id)).result
+        told: asyncio.Future[JobResult | None] = self._loop.create_future()
+        self._waiters[job_id].append(told)
+        try:
+            return await told
+        finally:
+            self._waiters[job_id].remove(told)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+
+    def _tell_waiters(self, job_id: str, result: JobResult | None) -> None:
+        for told in self._waiters.get(job_id, ()):
+            if not told.done():
+                told.set_result(result)
+
     async def devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
         """Devices that match; waits up to `wait_s` for the first. Raises SelectorError."""
         deadline = self._loop.time() + wait_s
@@ -332,7 +358,10 @@ class Shell:
 
     def _tell_stored(self, parcel: Parcel) -> None:
         """From the store's thread."""
-        self._loop.call_soon_threadsafe(self._stored, parcel)
+        self._durable_now.append(parcel)
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._take_stored)
 
     def _tell_refused(self, parcel: Parcel, undo: Callable[[], Effects], problem: StoreError) -> None:
         """From the store's thread."""
@@ -342,8 +371,10 @@ class Shell:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self.state.forget_keys, keys)
 
-    def _stored(self, parcel: Parcel) -> None:
-        parcel.durable = True
+    def _take_stored(self) -> None:
+        self._woken = False  # first: what comes from now on wakes the loop again
+        while self._durable_now:
+            self._durable_now.popleft().durable = True
         self._release()
         self._arm()
 
@@ -352,7 +383,8 @@ class Shell:
         # Before what follows from it leaves: an assignment of what is no job any more does not.
         self._apply(undo())
         parcel.problem = problem
-        self._stored(parcel)
+        self._durable_now.append(parcel)
+        self._take_stored()
 
     def _release(self) -> None:
         for parcel in self._outbox.released():
@@ -384,6 +416,8 @@ class Shell:
     def _publish(self, job: Job) -> None:
         for changes in self._watchers.get(job.id, ()):
             changes.put(job)
+        if job.result is not None:
+            self._tell_waiters(job.id, job.result)
 
     def _devices_changed(self) -> None:
         """Why a job waits, and for how long, depends on the devices: those who watch it are told before long."""
@@ -414,13 +448,14 @@ class Shell:
                 waiter.set_result(None)
 
     def _arm(self) -> None:
-        """Wake up for the state's next alarm."""
+        """Wake up for the state's next alarm; before it does no harm, and most alarms are put off."""
+        alarm = self.state.next_alarm()
+        if alarm is None or self._closing or (self._timer is not None and self._wakes_ms <= alarm):
+            return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        alarm = self.state.next_alarm()
-        if alarm is not None and not self._closing:
-            self._timer = self._loop.call_later(max(0.0, (alarm - self._now()) / 1000), self._tick)
+        self._wakes_ms = alarm
+        self._timer = self._loop.call_later(max(0.0, (alarm - self._now()) / 1000), self._tick)
 
     def _tick(self) -> None:
         self._timer = None

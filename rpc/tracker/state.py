@@ -214,6 +214,10 @@ class TrackerState:
         job = self._jobs.get(job_id)
         return None if job is None else self._snapshot(job)
 
+    def lives(self, job_id: str) -> bool:
+        """Whether there is such a job that is not done."""
+        return job_id in self._jobs
+
     def live_jobs(self) -> list[Job]:
         """Every job that is not done."""
         return [self._snapshot(job) for job in self._jobs.values()]
@@ -230,6 +234,13 @@ class TrackerState:
         """The jobs that a device has by right, by lease."""
         jobs = (job for job in self._jobs.values() if job.assigned is not None and job.assigned.device == device)
         return {job.key: job.accepted for job in jobs}
+
+    def held_under(self, lease: Lease, device: str) -> JobAccepted | None:
+        """The job that the device has by right under this lease."""
+        job = self._jobs.get(lease.job_id)
+        if job is None or job.epoch != lease.epoch or job.assigned is None or job.assigned.device != device:
+            return None
+        return job.accepted
 
     @property
     def knows_all_keys(self) -> bool:

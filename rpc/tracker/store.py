@@ -262,14 +262,15 @@ class Store:
             if group and not self._commit(connection, group, reads):
                 return
             for append in group:
-                if self._needed is not None:
-                    self._needed.stored(append.facts)
                 if append.problem is None or append.refused is None:
                     append.done()
                 else:
                     append.refused(
                         StoreError(f"the tracker cannot store this: {' '.join(str(append.problem).split())}")
                     )
+            if self._needed is not None:  # after those who wait were told
+                for append in group:
+                    self._needed.stored(append.facts)
             for read in reads:
                 self._answer(connection, read)
             if item is None:

@@ -21,6 +21,8 @@ from kedge.rpc.transport import CHANNEL_OPTIONS, MAX_STREAMS, server_options
 Meddling = Literal["duplicate", "delay", "late", "lose-reply"]
 _CONNECT = "/kedge.v1.Agents/Connect"
 _SUBMIT = "/kedge.v1.Fleet/SubmitJob"
+#: Calls that begin with a job; both begin it with the same message.
+_SUBMITS = (_SUBMIT, "/kedge.v1.Fleet/RunJob")
 
 
 @dataclass(eq=False)
@@ -74,8 +76,8 @@ class Relay:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
 
     def _take(self, method: str, way: str) -> Order | None:
-        way = "submit" if method == _SUBMIT else way
-        if method not in (_CONNECT, _SUBMIT):
+        way = "submit" if method in _SUBMITS else way
+        if method not in (_CONNECT, *_SUBMITS):
             return None
         found = next((order for order in self._orders if order.way == way), None)
         if found is not None:

@@ -24,6 +24,7 @@ from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.types import Deadlines, JobState
+from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
 from support.toys import QUICK, device_info, make_artifact
 
@@ -279,13 +280,93 @@ def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker
         fleet.wait_for_device(timeout=20)
         sys.setprofile(watch)
         try:
-            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait(timeout=20)
+            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait()
+            fleet.run(artifacts[0], {"x": X}).wait(timeout=20)
             with fleet.pin() as device:
                 device.load(artifacts.pop()).run({"x": X})
             fleet.devices()
         finally:
             sys.setprofile(None)
-    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._watch"}, exposed
+    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._told"}, exposed
+    assert "_Rendezvous.__del__ in Job._watch" in deferred
+
+
+class Calls:
+    """In place of a client's stub: counts the calls that concern jobs."""
+
+    def __init__(self, fleet: Any) -> None:
+        self.made: list[str] = []
+        self._stub, fleet._stub = fleet._stub, self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("Job"):
+            self.made.append(name)
+        return getattr(self._stub, name)
+
+    def taken(self) -> list[str]:
+        made, self.made = self.made, []
+        return made
+
+
+def test_a_job_that_is_waited_for_takes_one_call(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    calls = Calls(fleet)
+    for _ in range(2):
+        np.testing.assert_array_equal(fleet.run(artifact, {"x": X}).wait()["x_out"], X)
+    assert calls.taken() == ["RunJob", "RunJob"]
+    job = fleet.run(artifact, {"x": X})
+    states: list[JobState] = []
+    assert job.wait(progress=lambda now: states.append(now.state)).outcome.ok
+    assert calls.taken() == ["RunJob", "WatchJob"] and states[-1] is JobState.DONE
+    assert job.wait().outcome.ok and calls.taken() == ["WatchJob"], "it was told once"
+
+
+def test_jobs_that_pile_up_keep_one_call_open(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    calls = Calls(fleet)
+    jobs = [fleet.run(artifact, {"x": X + number}) for number in range(3)]
+    assert calls.taken() == ["RunJob", "SubmitJob", "SubmitJob"]
+    for number, job in enumerate(jobs):
+        np.testing.assert_array_equal(job.wait()["x_out"], X + number)
+    assert calls.taken() == ["WatchJob", "WatchJob"]
+    for _ in range(2):
+        fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
+    assert calls.taken() == ["RunJob", "RunJob"]
+
+
+def test_a_tracker_without_the_one_call_gets_two(
+    fleet: Fleet, worker: FakeAgent, artifact: Artifact, tracker: RunningTracker
+) -> None:
+    calls = Calls(fleet)
+    calls.RunJob = fleet._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
+    for _ in range(2):
+        assert fleet.run(artifact, {"x": X}).wait().outcome.ok
+    assert calls.taken() == ["SubmitJob", "WatchJob"] * 2
+
+    async def main() -> None:
+        async with await aio.connect(tracker.address) as twin:
+            calls = Calls(twin)
+            calls.RunJob = twin._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
+            for _ in range(2):
+                assert (await (await twin.run(artifact, {"x": X})).wait()).outcome.ok
+            assert calls.taken() == ["SubmitJob", "WatchJob"] * 2
+
+    asyncio.run(main())
+
+
+def test_a_job_outlasts_the_call_that_began_it(
+    fleet: Fleet, tracker: RunningTracker, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(fleet)
+    monkeypatch.setattr("kedge.rpc.client.fleet._CALL_S", 0.5)
+    with FakeAgent(tracker.address, device_info()) as agent:
+        job = fleet.run(artifact, {"x": X})
+        assigned = agent.expect(m.AssignJob)
+        found: list[OutcomeKind] = []
+        waiter = threading.Thread(target=lambda: found.append(job.wait().outcome.kind))
+        waiter.start()
+        wait_for(lambda: calls.made == ["RunJob", "WatchJob"], "the client to ask once more")
+        agent.finish(assigned)
+        waiter.join(20)
+    assert found == [OutcomeKind.OK]
 
 
 def test_a_fleet_that_is_closed_under_a_waiter(tracker: RunningTracker, artifact: Artifact) -> None:

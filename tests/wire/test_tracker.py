@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 
-from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc, fleet_pb2, fleet_pb2_grpc, types_pb2
 from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
@@ -141,6 +141,20 @@ def test_the_same_key_gives_the_same_job(tracker: RunningTracker, fleet: Fleet, 
     assert (first.existed, second.existed, other.existed) == (False, True, False)
     assert first.job.id == second.job.id != other.job.id
     assert len(fleet.jobs()) == 2
+
+
+def test_the_same_key_gives_the_same_result(fleet: Fleet, agent: FakeAgent, artifact: Artifact) -> None:
+    fleet._ensure_uploaded(pack(artifact))
+    request = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact), idempotency_key="once")
+    run = fleet._stub.RunJob(request)
+    job_id, assigned = next(run).job_id, agent.expect(m.AssignJob)
+    again = fleet._stub.RunJob(request)
+    assert next(again).job_id == job_id, "while it is under way"
+    agent.finish(assigned)
+    results = [list(run), list(again), list(fleet._stub.RunJob(request))[1:]]
+    assert results[0] == results[1] == results[2] and len(results[0]) == 1, "and when it is done"
+    assert results[0][0].result.outcome.kind == types_pb2.OUTCOME_KIND_OK
+    assert [job.id for job in fleet.jobs()] == [job_id]
 
 
 def test_a_key_is_known_however_old_it_is(tmp_path: Path, artifact: Artifact) -> None:

@@ -91,6 +91,7 @@ RULES: dict[str, frozenset[Role]] = {
     "/kedge.v1.Fleet/Status": _USERS,
     "/kedge.v1.Fleet/ListDevices": _USERS,
     "/kedge.v1.Fleet/SubmitJob": _SUBMITTERS,
+    "/kedge.v1.Fleet/RunJob": _SUBMITTERS,
     "/kedge.v1.Fleet/WatchJob": _USERS,
     "/kedge.v1.Fleet/GetJob": _USERS,
     "/kedge.v1.Fleet/ListJobs": _USERS,
