@@ -20,6 +20,7 @@ from kedge.compiler.graph.ir import Call, ExternalCall, Function, Fused, Module,
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client.inputs import arrange
 from kedge.rpc.errors import IncompatibleTargetError, InputError
+from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[str], None]
@@ -56,12 +57,21 @@ class Validation:
 
         A mistake of foreign code may well hide behind what follows it; kedge's own layers only help to find a mistake.
         """
-        return all(output.ok for output in self.outputs) and not self.wrong_externals
+        return self.outcome.ok
 
     @property
     def wrong_externals(self) -> tuple[Difference, ...]:
         """The layers that external code computes wrong."""
         return tuple(layer for layer in self.layers if layer.external and not layer.ok)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Ok, or a wrong result, which says how far off what is."""
+        wrong = [item for item in (*self.outputs, *self.wrong_externals) if not item.ok]
+        if not wrong:
+            return Outcome(OutcomeKind.OK)
+        said = ", ".join(f"{item.external or item.name} by {item.max_abs:.3g}" for item in wrong)
+        return Outcome(OutcomeKind.WRONG_RESULT, Stage.RUN, message=f"off the reference: {said}")
 
     @property
     def worst_layer(self) -> Difference | None:
@@ -73,6 +83,7 @@ class Validation:
         worst = self.worst_layer
         return {
             "ok": self.ok,
+            "outcome": self.outcome.kind.value,
             "outputs": [asdict(output) for output in self.outputs],
             "layers": [asdict(layer) for layer in self.layers],
             "worst_layer": asdict(worst) if worst else None,

@@ -28,6 +28,7 @@ class OutcomeKind(Word):
     """Why a job ended. The value is what `JobError.outcome` and `--json` show."""
 
     OK = "ok"
+    #: Told by whoever compares outputs with a reference, as `kedge.validation` does; no agent knows what is right.
     WRONG_RESULT = "wrong_result"
     TIMEOUT = "timeout"
     CRASH = "crash"

@@ -81,7 +81,7 @@ def test_validate_compares_outputs_and_layers(kedge: Kedge, digits: Path) -> Non
     done = kedge("validate", digits_model(), digits, "--shape", "image=5,1,8,8", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert [item["name"] for item in report["outputs"]] == ["probabilities"]
+    assert [item["name"] for item in report["outputs"]] == ["probabilities"] and report["outcome"] == "ok"
     assert 0 <= report["outputs"][0]["max_abs"] < 1e-4
     assert len(report["layers"]) >= 3
     assert report["worst_layer"]["name"] in {layer["name"] for layer in report["layers"]}
@@ -124,6 +124,8 @@ def test_validate_fails_on_another_model_s_artifact(kedge: Kedge, digits: Path, 
     done = kedge("validate", tmp_path / "other.onnx", digits)
     assert done.returncode == 1
     assert "differs" in done.stdout
+    told = json.loads(kedge("validate", tmp_path / "other.onnx", digits, "--no-layers", "--json").stdout)
+    assert (told["ok"], told["outcome"]) == (False, "wrong_result")
 
 
 def test_inspect_model_and_artifact(kedge: Kedge, digits: Path) -> None:
