@@ -7,7 +7,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ MAX_ERROR = 1e-4
 #: The emulated ARM device runs this user land.
 ARM_ARCH = "arm64"
 DEVICE_TIMEOUT_S = 60.0
+#: An interrupt that comes when Python has just looked for one, and begins to wait, ends no wait: it is seen after it.
+LOOK_S = 0.5
 
 Say = Callable[[str], None]
 Array = np.ndarray[Any, Any]
@@ -150,6 +152,8 @@ def _start_board(stack: contextlib.ExitStack, address: str, say: Say) -> None:
 
 def _row(fleet: Any, name: str, joined: Future[Any], held_out: HeldOut, say: Say) -> Row:
     try:
+        while not wait([joined], LOOK_S).done:
+            pass
         joined.result()
         device = fleet.wait_for_device(name, timeout=DEVICE_TIMEOUT_S)
     except (KedgeError, OSError) as error:

@@ -28,6 +28,7 @@ __all__ = ["postgres", "python39"]
 #: In the order of tests/agent/module.c.
 FUNCTIONS = (
     "add", "crash", "leave", "spin", "refuse", "hog", "litter", "weigh", "pry", "reach", "eat", "swarm",
+    "linger",
 )  # fmt: skip
 
 

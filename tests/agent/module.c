@@ -36,6 +36,12 @@ static int32_t spin(kedge_frame *frame) {
   for (volatile int64_t i = 0;; i++) (void)never;
 }
 
+/* Never ends either, and costs nothing. */
+static int32_t linger(kedge_frame *frame) {
+  (void)frame;
+  for (;;) pause();
+}
+
 static int32_t refuse(kedge_frame *frame) {
   (void)frame;
   return KEDGE_E_KERNEL;
@@ -142,13 +148,15 @@ static const kedge_function_desc ALL[] = {
     FUNCTION("spin", spin, NOTHING),    FUNCTION("refuse", refuse, NOTHING), FUNCTION("hog", add_one, TOO_MUCH),
     FUNCTION("litter", litter, NOTHING), FUNCTION("weigh", add_weight, NOTHING), FUNCTION("pry", pry, NOTHING),
     FUNCTION("reach", reach, NOTHING),  FUNCTION("eat", eat, NOTHING),       FUNCTION("swarm", swarm, NOTHING),
+    FUNCTION("linger", linger, NOTHING),
 };
 static const kedge_function_desc *const FUNCTIONS[] = {&ALL[0], &ALL[1], &ALL[2], &ALL[3],
                                                        &ALL[4], &ALL[5], &ALL[6], &ALL[7],
-                                                       &ALL[8], &ALL[9], &ALL[10], &ALL[11]};
+                                                       &ALL[8], &ALL[9], &ALL[10], &ALL[11],
+                                                       &ALL[12]};
 static const kedge_weight_desc WEIGHTS[] = {{"w", 0, 64}};
 
 KEDGE_API const kedge_module_desc kedge_module = {
     KEDGE_MODULE_MAGIC, KEDGE_ABI_VERSION, sizeof(kedge_module_desc), "llvm -mtriple=x86_64-linux-gnu", FEATURES,
-    FUNCTIONS, WEIGHTS, 64, 12, 1, kDLCPU, 0, NULL,
+    FUNCTIONS, WEIGHTS, 64, 13, 1, kDLCPU, 0, NULL,
 };

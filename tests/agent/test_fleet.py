@@ -240,10 +240,10 @@ def test_a_crash_and_a_timeout_do_not_harm_the_next_job(agent: AgentProcess, fle
 
 def test_cancelling_a_running_job_frees_the_device(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
     manifest = fleet.publish(module)
-    spinning = fleet.submit(spec(manifest, "spin"))
-    fleet.wait_stage(spinning, Stage.RUN)
-    fleet.cancel(spinning)
-    assert kind(fleet.wait(spinning)) is OutcomeKind.CANCELLED
+    lingering = fleet.submit(spec(manifest, "linger"))
+    fleet.wait_stage(lingering, Stage.RUN)
+    fleet.cancel(lingering)
+    assert kind(fleet.wait(lingering)) is OutcomeKind.CANCELLED
     assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
     wait_for(lambda: not at_work(agent.process.pid), "the job's runner to be gone")
 
@@ -253,17 +253,17 @@ def test_a_job_that_takes_its_agents_down_is_lost_after_the_second(
     agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path
 ) -> None:
     manifest = fleet.publish(module)
-    spinning = fleet.submit(spec(manifest, "spin"))
-    fleet.wait_stage(spinning, Stage.RUN)
+    lingering = fleet.submit(spec(manifest, "linger"))
+    fleet.wait_stage(lingering, Stage.RUN)
     below = descendants(agent.process.pid)
     agent.stop(signal.SIGKILL)
-    wait_for(lambda: fleet.job(spinning).state is JobState.QUEUED, "the job to wait for a device again")
+    wait_for(lambda: fleet.job(lingering).state is JobState.QUEUED, "the job to wait for a device again")
     wait_for(lambda: not any(runs(pid) for pid in below), "the runner to end with its agent")
     with AgentProcess(fleet.address, runner, agent.data_dir) as second:
         second.wait_ready()
-        fleet.wait_stage(spinning, Stage.RUN)
+        fleet.wait_stage(lingering, Stage.RUN)
         second.stop(signal.SIGKILL)
-    assert kind(fleet.wait(spinning)) is OutcomeKind.DEVICE_LOST
+    assert kind(fleet.wait(lingering)) is OutcomeKind.DEVICE_LOST
     with AgentProcess(fleet.address, runner, agent.data_dir) as third:
         third.wait_ready()
         assert outputs(fleet.wait(fleet.submit(spec(manifest, "add")))) == (1.0, 2.0, 3.0)
@@ -272,8 +272,8 @@ def test_a_job_that_takes_its_agents_down_is_lost_after_the_second(
 def test_a_result_survives_the_death_of_tracker_and_agent(
     agent: AgentProcess, fleet: Fleet, module: bytes, runner: Path
 ) -> None:
-    spinning = fleet.submit(spec(fleet.publish(module), "spin", run_ms=1_000))
-    fleet.wait_stage(spinning, Stage.RUN)
+    lingering = fleet.submit(spec(fleet.publish(module), "linger", run_ms=1_000))
+    fleet.wait_stage(lingering, Stage.RUN)
     fleet.stop(signal.SIGKILL)
     results = agent.data_dir / "results"
     wait_for(lambda: list(results.glob("*.result")), "the agent to keep the result")
@@ -281,7 +281,7 @@ def test_a_result_survives_the_death_of_tracker_and_agent(
     fleet.start()
     with AgentProcess(fleet.address, runner, agent.data_dir) as successor:
         successor.wait_ready()
-        job = fleet.wait(spinning)
+        job = fleet.wait(lingering)
         assert kind(job) is OutcomeKind.TIMEOUT and job.faults == ()
         assert job.result is not None and Stage.RUN in [item.stage for item in job.result.stage_times]
         wait_for(lambda: list(results.iterdir()) == [], "the result to be forgotten")
@@ -313,16 +313,16 @@ def test_a_damaged_result_is_removed_and_its_job_runs_again(tmp_path: Path) -> N
 
 def test_work_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
     """Before and after the restart it is the same runner, and the tracker still has a say in it."""
-    spinning = fleet.submit(spec(fleet.publish(module), "spin"))
-    fleet.wait_stage(spinning, Stage.RUN)
+    lingering = fleet.submit(spec(fleet.publish(module), "linger"))
+    fleet.wait_stage(lingering, Stage.RUN)
     below = descendants(agent.process.pid)
     fleet.stop(signal.SIGKILL)
     fleet.start()
     wait_for(lambda: fleet.state() is DeviceState.BUSY, "the agent to come back with its job")
-    fleet.wait_stage(spinning, Stage.RUN)
+    fleet.wait_stage(lingering, Stage.RUN)
     assert descendants(agent.process.pid) == below != []
-    fleet.cancel(spinning)
-    job = fleet.wait(spinning)
+    fleet.cancel(lingering)
+    job = fleet.wait(lingering)
     assert kind(job) is OutcomeKind.CANCELLED
     assert job.result is not None
     assert job.result.device == "here"
@@ -330,12 +330,12 @@ def test_work_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet: Flee
 
 
 def test_a_result_made_while_the_tracker_was_away_arrives(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:
-    spinning = fleet.submit(spec(fleet.publish(module), "spin", run_ms=700))
-    fleet.wait_stage(spinning, Stage.RUN)
+    lingering = fleet.submit(spec(fleet.publish(module), "linger", run_ms=700))
+    fleet.wait_stage(lingering, Stage.RUN)
     fleet.stop(signal.SIGKILL)
     agent.wait_log(r"job \S+: timeout in stage run")
     fleet.start()
-    assert kind(fleet.wait(spinning)) is OutcomeKind.TIMEOUT
+    assert kind(fleet.wait(lingering)) is OutcomeKind.TIMEOUT
 
 
 def test_a_transfer_survives_a_restart_of_the_tracker(agent: AgentProcess, fleet: Fleet, module: bytes) -> None:

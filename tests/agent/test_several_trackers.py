@@ -94,8 +94,8 @@ def add(fleet: Fleet, made: Artifact, value: int = 0, **options: object) -> Job:
     return fleet.run(made, {"x": X + value}, function="add", **options)  # type: ignore[arg-type]
 
 
-def spin(fleet: Fleet, made: Artifact, run_ms: int) -> Job:
-    return fleet.run(made, {"x": X}, function="spin", deadlines=Deadlines(run_ms=run_ms))
+def linger(fleet: Fleet, made: Artifact, run_ms: int) -> Job:
+    return fleet.run(made, {"x": X}, function="linger", deadlines=Deadlines(run_ms=run_ms))
 
 
 def check_added(job: Job, value: int = 0) -> None:
@@ -140,7 +140,7 @@ def test_a_killed_leader_is_replaced_and_every_job_ends_once(
     with at_a, at_b, pair.fleet() as fleet:
         at_a.wait_ready()
         at_b.wait_ready()
-        running = [spin(fleet, made, 6_000) for _ in range(2)]
+        running = [linger(fleet, made, 6_000) for _ in range(2)]
         wait_for(lambda: all(job.status().state is JobState.RUNNING for job in running), "both to run")
         queued = [add(fleet, made, number) for number in range(10)]
         pair.a.kill()
@@ -213,13 +213,13 @@ def test_a_killed_follower_costs_nothing(pair: Pair, runner: Path, made: Artifac
     trackers = Address("127.0.0.1", pair.b.address.port, (pair.a.address,))
     with pair.agent(runner, tmp_path / "agent", "rpi", trackers) as agent, Fleet(trackers, pair.a.tls()) as fleet:
         agent.wait_ready()
-        spinning = spin(fleet, made, 4_000)
-        wait_for(lambda: spinning.status().state is JobState.RUNNING, "the job to run")
+        lingering = linger(fleet, made, 4_000)
+        wait_for(lambda: lingering.status().state is JobState.RUNNING, "the job to run")
         queued = add(fleet, made)
         pair.b.kill()
-        assert spinning.wait(60, check=False).outcome.kind is OutcomeKind.TIMEOUT
+        assert lingering.wait(60, check=False).outcome.kind is OutcomeKind.TIMEOUT
         check_added(queued)
-        pair.check_each_job_ended_once([spinning, queued])
+        pair.check_each_job_ended_once([lingering, queued])
         assert pair.query("SELECT max(requeues), max(faults) FROM jobs") == [(0, "[]")] and pair.leads(pair.a)
 
 
@@ -282,7 +282,7 @@ def test_a_database_that_goes_away_and_comes_back_loses_nothing(runner: Path, ma
         for pair in make_pair(server, tmp_path):
             with pair.agent(runner, tmp_path / "agent", "rpi", pair.address) as agent, pair.fleet() as fleet:
                 agent.wait_ready()
-                before = [spin(fleet, made, 3_000), add(fleet, made)]
+                before = [linger(fleet, made, 3_000), add(fleet, made)]
                 wait_for(lambda: before[0].status().state is JobState.RUNNING, "the first to run")  # noqa: B023
                 server.stop()
                 with ThreadPoolExecutor() as threads:

@@ -1,7 +1,7 @@
 """Compiled models on every architecture: real machine code, executed by qemu, compared with the reference.
 
 Two roads that a board takes. The native runner, as the agent starts it, loads `lib.so` dynamically; a program of one's
-own links the model and the runtime statically (RISC-V here, without any file of a RISC-V system).
+own has the model and the runtime linked into it (RISC-V here).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import shutil
 import struct
 import subprocess
 import sys
@@ -28,43 +27,21 @@ from kedge.compiler.graph.ir import TensorType
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Var
 from kedge.compiler.toolchain import build_runtime, cache_dir
-from kedge.deploy.emulated.sources import host_distribution
-from kedge.deploy.emulated.userland import fetch_userland
 from kedge.device_agent import runtime
 from kedge.device_agent.runner import Runner, Tensor
 from kedge.rpc.artifact import Artifact
-from support.boards import CACHE, ROOT
+from support.boards import ROOT, TRIPLES, emulated_command, zig_flags
 
 pytestmark = pytest.mark.board
 
-TRIPLES = {"arm64": "aarch64-linux-gnu", "armhf": "armv7-linux-gnueabihf", "riscv64": "riscv64-linux-gnu"}
-EMULATORS = {"arm64": "qemu-aarch64-static", "armhf": "qemu-arm-static", "riscv64": "qemu-riscv64-static"}
 ELF_MACHINES = {"arm64": 0xB7, "armhf": 0x28, "riscv64": 0xF3}
 MODEL = ROOT / "kedge" / "data" / "digits.onnx"
-
-
-def emulator(arch: str) -> str:
-    found = shutil.which(EMULATORS[arch])
-    if found is None:
-        missing = f"{EMULATORS[arch]} not found: sudo apt-get install qemu-user-static"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return found
-
-
-def system_root(arch: str) -> Path:
-    """A folder with that architecture's C library: the board's user land, or Debian's cross library for RISC-V."""
-    if arch in ("arm64", "armhf"):
-        return fetch_userland(CACHE, arch, host_distribution(arch))
-    root = fetch_userland(CACHE, "amd64", host_distribution("amd64"), packages=("libc6-riscv64-cross",))
-    return root / "usr" / "riscv64-linux-gnu"
 
 
 @pytest.fixture(scope="module", params=list(TRIPLES))
 def arch(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    emulator(name)
+    emulated_command(name)
     return name
 
 
@@ -90,7 +67,7 @@ def runner(arch: str, tmp_path: Path) -> Iterator[Runner]:
     """The cross-built kedge-runner, behind a script that starts it in the emulator."""
     program = build_runtime(parse(f"llvm -mtriple={TRIPLES[arch]}")).runner
     script = tmp_path / "emulated-runner"
-    words = shlex.join([emulator(arch), "-L", str(system_root(arch)), str(program)])
+    words = shlex.join([*emulated_command(arch), str(program)])
     script.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
     script.chmod(0o755)
     with Runner(script, threads=2) as running:
@@ -124,8 +101,8 @@ def test_the_digits_network_in_the_runner(
     assert min(timed.samples_ns) > 0
 
 
-def linked(arch: str, zig_target: str, model: object, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Artifact]:
-    """A static program of `linked_main.c`, the runtime's sources and the model's objects."""
+def linked(arch: str, model: object, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Artifact]:
+    """A program of `linked_main.c`, the runtime's sources and the model's objects."""
     objects: list[bytes] = []
     link = pipeline.link_shared
 
@@ -139,7 +116,7 @@ def linked(arch: str, zig_target: str, model: object, monkeypatch: pytest.Monkey
     sources = [Path(__file__).with_name("linked_main.c")]
     sources += [runtime.SOURCE_DIR / name for name in runtime.LIBRARY_SOURCES]
     headers = [runtime.SOURCE_DIR / name for name in runtime.HEADERS]
-    digest = hashlib.sha256(zig_target.encode())
+    digest = hashlib.sha256(repr(zig_flags(arch)).encode())
     for part in (*objects, *(path.read_bytes() for path in (*sources, *headers))):
         digest.update(part)
     folder = cache_dir() / "tests" / f"linked-{arch}-{digest.hexdigest()[:16]}"
@@ -148,25 +125,13 @@ def linked(arch: str, zig_target: str, model: object, monkeypatch: pytest.Monkey
         folder.mkdir(parents=True, exist_ok=True)
         for number, part in enumerate(objects):
             (folder / f"{number}.o").write_bytes(part)
-        build(zig_target, arch, [*sources, *sorted(folder.glob("*.o"))], program)
+        build(arch, [*sources, *sorted(folder.glob("*.o"))], program)
     return program, artifact
 
 
-def build(zig_target: str, arch: str, inputs: list[Path], program: Path) -> None:
-    cpu = parse(f"llvm -mtriple={TRIPLES[arch]}").arch.zig_cpu
-    command = [
-        sys.executable,
-        "-m",
-        "ziglang",
-        "cc",
-        "-target",
-        zig_target,
-        f"-mcpu={cpu}",
-        "-static",
-        "-std=c11",
-        "-O1",
-    ]
-    command += ["-g0", "-fno-sanitize=all", "-I", str(runtime.SOURCE_DIR), *map(str, inputs), "-lm", "-lpthread"]
+def build(arch: str, inputs: list[Path], program: Path) -> None:
+    command = [sys.executable, "-m", "ziglang", "cc", *zig_flags(arch), "-std=c11", "-O1", "-g0", "-fno-sanitize=all"]
+    command += ["-I", str(runtime.SOURCE_DIR), *map(str, inputs), "-lm", "-lpthread", "-ldl"]
     scratch = program.with_suffix(f".{os.getpid()}")
     done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -175,7 +140,7 @@ def build(zig_target: str, arch: str, inputs: list[Path], program: Path) -> None
 
 def call_linked(arch: str, program: Path, weights: Path | None, offset: int, *inputs: np.ndarray) -> list[np.ndarray]:
     data = b"".join(np.array([x.ndim, *x.shape], np.int64).tobytes() + x.tobytes() for x in inputs)
-    command = [emulator(arch), str(program), str(weights), str(offset)]
+    command = [*emulated_command(arch), str(program), str(weights), str(offset)]
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     results, at = [], 0
@@ -192,8 +157,8 @@ def call_linked(arch: str, program: Path, weights: Path | None, offset: int, *in
 def test_the_digits_network_linked_into_a_risc_v_program(
     images: np.ndarray, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    emulator("riscv64")
-    program, artifact = linked("riscv64", "riscv64-linux-musl", kedge.load(MODEL), monkeypatch)
+    emulated_command("riscv64")
+    program, artifact = linked("riscv64", kedge.load(MODEL), monkeypatch)
     header = program.read_bytes()[:64]
     assert struct.unpack_from("<H", header, 18)[0] == ELF_MACHINES["riscv64"]
     _, weights, offset = unpacked(artifact, tmp_path)

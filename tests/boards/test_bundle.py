@@ -18,7 +18,7 @@ from packaging.utils import parse_wheel_filename
 
 from kedge.deploy import bundle
 from kedge.deploy.errors import FetchError
-from support.boards import CACHE, ROOT
+from support.boards import DEPLOY_CACHE, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def imported(node: ast.AST) -> list[str]:
 def test_it_runs_without_this_installation(zipapp: Path, tmp_path: Path) -> None:
     """An interpreter that sees no site-packages, with grpcio and protobuf unpacked beside the zip only."""
     version = sys.version_info[:2]
-    site = bundle.agent_site(CACHE, "x86_64", (2, 31), (version[0], version[1]))
+    site = bundle.agent_site(DEPLOY_CACHE, "x86_64", (2, 31), (version[0], version[1]))
     here = tmp_path / "board"
     here.mkdir()
     (here / "agent.pyz").write_bytes(zipapp.read_bytes())
@@ -104,7 +104,7 @@ def test_requirements_are_this_packages_own() -> None:
     [("aarch64", (2, 36), (3, 11)), ("armv7l", (2, 31), (3, 9)), ("x86_64", (2, 31), (3, 9))],
 )
 def test_wheels_fit_the_board(arch: str, glibc: tuple[int, int], python: tuple[int, int]) -> None:
-    site = bundle.agent_site(CACHE, arch, glibc, python)
+    site = bundle.agent_site(DEPLOY_CACHE, arch, glibc, python)
     platforms = bundle.platform_tags(arch, glibc)
     accepted = {*cpython_tags(python, platforms=platforms), *compatible_tags(python, platforms=platforms)}
     names = set()
@@ -134,7 +134,7 @@ def test_platforms_newest_first_and_never_newer_than_the_board() -> None:
 
 
 def test_a_damaged_cache_is_noticed(tmp_path: Path) -> None:
-    site = bundle.agent_site(CACHE, "armv7l", (2, 31), (3, 9))
+    site = bundle.agent_site(DEPLOY_CACHE, "armv7l", (2, 31), (3, 9))
     copy = tmp_path / "wheels" / site.archive.parent.name
     copy.mkdir(parents=True)
     (copy / "site.json").write_bytes((site.archive.parent / "site.json").read_bytes())
@@ -178,7 +178,7 @@ def only_this_index(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def test_the_record_names_the_wheels() -> None:
-    site = bundle.agent_site(CACHE, "aarch64", (2, 36), (3, 11))
+    site = bundle.agent_site(DEPLOY_CACHE, "aarch64", (2, 36), (3, 11))
     record = json.loads((site.archive.parent / "site.json").read_text())
     assert tuple(record["wheels"]) == site.wheels
     assert record["sha256"].startswith(site.digest)

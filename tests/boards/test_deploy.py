@@ -28,7 +28,7 @@ from kedge.deployment import joining, labels_of
 from kedge.rpc.client import Fleet
 from kedge.rpc.errors import UsageError
 from kedge.rpc.tracker import server
-from support.boards import CACHE, ROOT, destination, require
+from support.boards import BOARDS_CACHE, DEPLOY_CACHE, ROOT, destination, require
 
 pytestmark = pytest.mark.board
 
@@ -65,7 +65,7 @@ def deploy(fleet: Fleet, tracker: str) -> Deploy:
             "joining": lambda name: joining(tracker, name),
             "runner_for": runner_for,
             "connected": lambda name, timeout_s: labels_of(fleet, name, timeout_s),
-            "cache_dir": CACHE,
+            "cache_dir": DEPLOY_CACHE,
         }
         return deploy_board(destination(board), **(settings | changes))  # type: ignore[arg-type]
 
@@ -229,7 +229,7 @@ class TestRefusals:
     @pytest.fixture
     def fresh(self) -> Iterator[EmulatedBoard]:
         require("arm64")
-        with EmulatedBoard("arm64", CACHE) as board:
+        with EmulatedBoard("arm64", BOARDS_CACHE) as board:
             yield board
 
     def test_a_tracker_that_the_board_cannot_reach(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
@@ -332,7 +332,7 @@ class TestRefusals:
     def test_a_board_without_room(self, deploy: Deploy) -> None:
         require("arm64")
         with (
-            EmulatedBoard("arm64", CACHE, disk_mb=64) as small,
+            EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=64) as small,
             pytest.raises(BoardUnsuitableError, match="the agent needs 120 MB"),
         ):
             deploy(small)

@@ -19,7 +19,7 @@ from kedge.deploy.emulated import EmulatedBoard, init
 from kedge.deploy.emulated import board as module
 from kedge.deploy.errors import EmulationError
 from kedge.deploy.probe import locate, probe
-from support.boards import CACHE, destination, require
+from support.boards import BOARDS_CACHE, destination, require
 
 pytestmark = pytest.mark.board
 
@@ -88,7 +88,7 @@ def test_it_reaches_the_hosts_loopback(arm64: EmulatedBoard) -> None:
 
 def test_boards_do_not_see_each_others_files(arm64: EmulatedBoard) -> None:
     with (
-        EmulatedBoard("arm64", CACHE) as other,
+        EmulatedBoard("arm64", BOARDS_CACHE) as other,
         ssh.connect(destination(arm64)) as one,
         ssh.connect(destination(other)) as two,
     ):
@@ -101,7 +101,7 @@ def test_boards_do_not_see_each_others_files(arm64: EmulatedBoard) -> None:
 
 def test_a_full_disk_is_the_boards_own() -> None:
     require("arm64")
-    with EmulatedBoard("arm64", CACHE, disk_mb=8) as board, ssh.connect(destination(board)) as connection:
+    with EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=8) as board, ssh.connect(destination(board)) as connection:
         told = connection.run(["dd", "if=/dev/zero", "of=/home/board/big", "bs=1M", "count=20"], check=False)
         assert told.status == 1
         assert "No space left" in told.stderr
@@ -110,7 +110,7 @@ def test_a_full_disk_is_the_boards_own() -> None:
 def test_nothing_is_left_when_it_ends() -> None:
     require("arm64")
     before = mounts()
-    with EmulatedBoard("arm64", CACHE) as board:
+    with EmulatedBoard("arm64", BOARDS_CACHE) as board:
         folder = board.folder
         with ssh.connect(destination(board)) as connection:
             # A daemon that outlives its SSH session, ignores every signal it can, and holds a file open.
@@ -138,7 +138,7 @@ def test_it_ends_when_whoever_started_it_is_killed() -> None:
     require("arm64")
     program = (
         "import sys, time; from pathlib import Path; from kedge.deploy.emulated import EmulatedBoard\n"
-        f"with EmulatedBoard('arm64', Path({str(CACHE)!r})) as board:\n"
+        f"with EmulatedBoard('arm64', Path({str(BOARDS_CACHE)!r})) as board:\n"
         "    print(board.folder, board.pid, flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
@@ -186,7 +186,7 @@ def test_what_is_missing_is_one_line(
     assert words in missing
     assert "\n" not in missing
     with pytest.raises(EmulationError) as refused:
-        EmulatedBoard("arm64", CACHE).start()
+        EmulatedBoard("arm64", BOARDS_CACHE).start()
     assert refused.value.message == missing
 
 

@@ -27,7 +27,7 @@ from kedge.deploy.errors import (
     RemoteCommandError,
 )
 from kedge.rpc.errors import ConnectError
-from support.boards import CACHE, destination, require
+from support.boards import BOARDS_CACHE, destination, require
 
 
 def written(path: Path, text: str) -> Path:
@@ -269,7 +269,7 @@ class TestOnABoard:
     def test_a_board_whose_disk_is_full(self, tmp_path: Path) -> None:
         require("arm64")
         with (
-            EmulatedBoard("arm64", CACHE, disk_mb=4) as small,
+            EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=4) as small,
             ssh.connect(destination(small)) as connection,
         ):
             connection.put(b"old", "/home/board/file")

@@ -1,12 +1,14 @@
-"""Running the `kedge` command as users do: in a process of its own."""
+"""Running the `kedge` command as users do, in a process of its own; and in this one, where only its words matter."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from kedge.cli import main
 from kedge.data import digits_model
 from support.commands import Kedge, kedge_command
 
@@ -19,6 +21,21 @@ def kedge() -> Kedge:
         done = subprocess.run(
             kedge_command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
         )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def kedge_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kedge:
+    """The same without a process: most of the time that a refusal takes goes to starting Python and importing kedge."""
+    monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")  # which the command sets, for good
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        words = ["kedge", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        done = subprocess.CompletedProcess(words, main(), *capfd.readouterr())
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

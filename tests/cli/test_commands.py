@@ -179,8 +179,8 @@ def test_demo_without_a_board(kedge: Kedge) -> None:
 
 
 @pytest.mark.parametrize("command", ["", "compile", "run", "bench", "validate", "inspect", "devices", "demo", "doctor"])
-def test_help_has_examples(kedge: Kedge, command: str) -> None:
-    done = kedge(*command.split(), "--help")
+def test_help_has_examples(kedge_here: Kedge, command: str) -> None:
+    done = kedge_here(*command.split(), "--help")
     assert done.returncode == 0
     assert "Examples:" in done.stdout or not command
 
@@ -280,8 +280,8 @@ def shape_beside_inputs(tmp_path: Path, digits: Path) -> list[object]:
         (lambda t, d: ["devices", "--tracker", "nonsense"], 6, r"nonsense"),
     ],
 )
-def test_bad_input_is_one_clear_error(kedge: Kedge, digits: Path, tmp_path: Path, arguments, status, says) -> None:
-    done = kedge(*arguments(tmp_path, digits))
+def test_bad_input_is_one_clear_error(kedge_here: Kedge, digits: Path, tmp_path: Path, arguments, status, says) -> None:
+    done = kedge_here(*arguments(tmp_path, digits))
     assert re.search(says, done.stderr, re.DOTALL), done.stderr
     assert done.returncode == status, done.stderr
     assert "error: " in done.stderr and done.stderr.count("error: ") == 1

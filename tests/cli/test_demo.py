@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -56,3 +59,26 @@ def test_a_missing_device_is_a_row_and_fails(demo: Run, monkeypatch: pytest.Monk
     status, out, _ = demo("--no-arm")
     assert status == 1
     assert "this-machine" in out and "no more processes" in out
+
+
+def test_an_interrupt_that_wakes_nobody_is_seen() -> None:
+    """As one is that comes when Python is about to wait; here because another thread takes the signal."""
+    joining: Future[None] = Future()
+    over = threading.Event()
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        over.wait(20)
+        joining.set_result(None)
+
+    thread = threading.Thread(target=interrupt)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            thread.start()
+            scenario._row(None, "board", joining, None, print)  # type: ignore[arg-type]
+        assert not joining.done()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        over.set()
+        thread.join()

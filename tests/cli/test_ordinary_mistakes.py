@@ -122,9 +122,9 @@ def compiling(*arguments: object) -> Words:
     ],
 )
 def test_a_mistake_is_one_clear_error(
-    kedge: Kedge, digits: Path, tmp_path: Path, words: Words, status: int, says: str
+    kedge_here: Kedge, digits: Path, tmp_path: Path, words: Words, status: int, says: str
 ) -> None:
-    done = kedge(*words(tmp_path, digits))
+    done = kedge_here(*words(tmp_path, digits))
     assert done.returncode == status, done.stderr
     assert re.search(says, done.stderr, re.DOTALL), done.stderr
     assert not (tmp_path / "x.kdg").exists()

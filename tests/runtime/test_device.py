@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,11 +226,8 @@ for call, error in {[case[:2] for case in CREATION]}:
 
 @pytest.mark.parametrize("extensions", ["", "cl_khr_fp16", " cl_khr_fp16  cl_khr_icd ", "cl_khr_fp16 cl_khr_fp64"])
 def test_the_features_of_an_opencl_device(extensions: str, watched: WatchedOpenCl) -> None:
-    """With nothing written beyond them: where gcc has a sanitizer, it watches."""
-    gcc = shutil.which("gcc")
-    flags = ("-g", "-fsanitize=address") if gcc else ()
-    sources = [PROGRAMS / "print_device.c", *native.library_sources()]
-    program = native.compile_c(sources, *flags, compiler=(gcc,) if gcc else native.ZIG)
+    """With nothing written beyond them, which a sanitizer watches."""
+    program = native.sanitized([PROGRAMS / "print_device.c"], "address,undefined")
     found = watched.execute([str(program)], WATCH_OPENCL_EXTENSIONS=extensions, ASAN_OPTIONS="detect_leaks=0").strip()
     assert sorted(found.split(",")) == sorted(["fp16"] * ("fp16" in extensions) + ["fp64", *extensions.split()])
 

@@ -17,6 +17,7 @@ from kedge.rpc.types import TimeOptions
 from support import native
 
 PROGRAM = Path(__file__).with_name("programs") / "hostile.c"
+SANITIZERS = "address,undefined"
 
 
 def attack(command: list[str], seed: int, rounds: int) -> None:
@@ -33,32 +34,12 @@ def attack(command: list[str], seed: int, rounds: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_with_sanitizers(seed: int) -> None:
-    gcc = shutil.which("gcc")
-    if gcc is None:
-        pytest.skip("gcc is not installed; zig carries no address sanitizer")
-    flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    try:
-        program = native.compile_c([PROGRAM, *native.library_sources()], *flags, compiler=(gcc,))
-    except AssertionError as error:
-        if "cannot find" in str(error):
-            pytest.skip("gcc has no runtime for sanitizers here")
-        raise
-    attack([str(program)], seed, 20_000)
+    attack([str(native.sanitized([PROGRAM], SANITIZERS))], seed, 20_000)
 
 
 def test_the_runner_with_sanitizers(arithmetic: Path, weights: Path) -> None:
     """Requests about modules and tensors that stay, a good part of them mangled."""
-    gcc = shutil.which("gcc")
-    if gcc is None:
-        pytest.skip("gcc is not installed; zig carries no address sanitizer")
-    flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    sources = [SOURCE_DIR / name for name in RUNNER_SOURCES]
-    try:
-        program = native.compile_c([*sources, *native.library_sources()], *flags, compiler=(gcc,))
-    except AssertionError as error:
-        if "cannot find" in str(error):
-            pytest.skip("gcc has no runtime for sanitizers here")
-        raise
+    program = native.sanitized([SOURCE_DIR / name for name in RUNNER_SOURCES], SANITIZERS)
     environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=512"}
     pipe = subprocess.PIPE
     with subprocess.Popen([program, "--stdio"], stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as runner:

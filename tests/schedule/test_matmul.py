@@ -117,7 +117,7 @@ CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
     "streamed_rows": (biased(3, 9, 130), {}),
     "streamed_depth": (biased(2, K, 75), {"k": 11}),
     "free_rows": (product(N, 8, 20), {"n": 11}),
-    "both_turned": (both_turned(3, 101, 37), {}),
+    "both_turned": (both_turned(3, 37, 37), {}),
     "both_turned_free": (both_turned(N, K, 20), {"n": 2, "k": 67}),
     "free_columns": (product(6, 5, M), {"m": 19}),
     "free": (product(N, K, M), {"n": 7, "k": 6, "m": 18}),

@@ -1,18 +1,31 @@
-"""Emulated ARM boards for tests: one of each architecture per test process, over one user land in `.cache/`."""
+"""Emulated ARM boards for tests: one of each architecture per test process, over one user land in the cache.
+
+And programs of other architectures without a board, with the C library of such a user land.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kedge.compiler.target import parse
+from kedge.compiler.toolchain import cache_dir
 from kedge.deploy.emulated import EmulatedBoard
+from kedge.deploy.emulated.sources import host_distribution
+from kedge.deploy.emulated.userland import fetch_userland
 from kedge.deploy.ssh import Destination, resolve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CACHE = ROOT / ".cache"
+#: Where `kedge demo` keeps user lands, and `kedge deploy` what it sends: nothing is fetched twice.
+BOARDS_CACHE = cache_dir() / "boards"
+DEPLOY_CACHE = cache_dir() / "deploy"
+#: By Debian's names of architectures.
+TRIPLES = {"arm64": "aarch64-linux-gnu", "armhf": "armv7-linux-gnueabihf", "riscv64": "riscv64-linux-gnu"}
+_EMULATORS = {"arm64": "qemu-aarch64-static", "armhf": "qemu-arm-static", "riscv64": "qemu-riscv64-static"}
 
 
 def require(arch: str) -> None:
@@ -25,6 +38,31 @@ def require(arch: str) -> None:
     pytest.skip(missing)
 
 
+def emulated_command(arch: str) -> list[str]:
+    """What runs a program of that architecture here; skips, and in CI fails, where there is no emulator."""
+    found = shutil.which(_EMULATORS[arch])
+    if found is None:
+        missing = f"{_EMULATORS[arch]} not found: sudo apt-get install qemu-user-static"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return [found, "-L", str(_system_root(arch))]
+
+
+def zig_flags(arch: str) -> list[str]:
+    """For programs of that architecture: those of the runtime itself, whose C library zig has prepared already."""
+    machine = parse(f"llvm -mtriple={TRIPLES[arch]}").arch
+    return ["-target", machine.zig_target, f"-mcpu={machine.zig_cpu}"]
+
+
+def _system_root(arch: str) -> Path:
+    """A folder with that architecture's C library: the board's user land, or Debian's cross library for RISC-V."""
+    if arch in ("arm64", "armhf"):
+        return fetch_userland(BOARDS_CACHE, arch, host_distribution(arch))
+    root = fetch_userland(BOARDS_CACHE, "amd64", host_distribution("amd64"), packages=("libc6-riscv64-cross",))
+    return root / "usr" / "riscv64-linux-gnu"
+
+
 def destination(board: EmulatedBoard) -> Destination:
     """How to log in to the board."""
     return resolve(board.alias, config=board.ssh_config_path)
@@ -32,7 +70,7 @@ def destination(board: EmulatedBoard) -> Destination:
 
 def _board(arch: str) -> Iterator[EmulatedBoard]:
     require(arch)
-    with EmulatedBoard(arch, CACHE) as board:
+    with EmulatedBoard(arch, BOARDS_CACHE) as board:
         yield board
 
 

@@ -13,11 +13,15 @@ from typing import Self
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    """Return once `condition()` holds; fail naming `what` after `timeout_s`."""
-    moment = time.monotonic() + timeout_s
+    """Return once `condition()` holds; fail naming `what` after `timeout_s`.
+
+    Often a process has to be asked: one that takes long is asked less often.
+    """
+    began = time.monotonic()
     while not condition():
-        assert time.monotonic() < moment, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.01)
+        waited = time.monotonic() - began
+        assert waited < timeout_s, f"waited {timeout_s:g} s for {what}"
+        time.sleep(min(max(0.01, waited / 20), 0.05))
 
 
 class LoggedProcess:

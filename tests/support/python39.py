@@ -1,6 +1,6 @@
 """A real Python 3.9, from Debian 11's packages, with the newest grpcio and protobuf that have wheels for it.
 
-Fetched once into `.cache/` of the checkout by a private apt root; nothing on the host changes. The interpreter runs
+Fetched once into the cache by a private apt root; nothing on the host changes. The interpreter runs
 in place, through its own dynamic loader, so that neither root nor a chroot is needed.
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from kedge.compiler.toolchain import cache_dir
 from kedge.deploy.bundle import agent_site
 from kedge.deploy.cachedir import build_once
 from kedge.deploy.emulated.sources import debian_release
 from kedge.deploy.emulated.userland import fetch_userland
 from kedge.rpc.errors import KedgeError
+from support.boards import BOARDS_CACHE, DEPLOY_CACHE
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CACHE = ROOT / ".cache"
 GLIBC_OF_BULLSEYE = (2, 31)
 
 
@@ -56,14 +56,14 @@ class Python39:
 
 def fetch_python39() -> Python39:
     """The interpreter, fetched if need be; raises KedgeError where that is impossible."""
-    system = fetch_userland(CACHE, "amd64", debian_release("bullseye"))
-    site = agent_site(CACHE, "x86_64", GLIBC_OF_BULLSEYE, (3, 9))
+    system = fetch_userland(BOARDS_CACHE, "amd64", debian_release("bullseye"))
+    site = agent_site(DEPLOY_CACHE, "x86_64", GLIBC_OF_BULLSEYE, (3, 9))
 
     def unpack(folder: Path) -> None:
         with tarfile.open(site.archive) as archive:
             archive.extractall(folder, filter="data")
 
-    return Python39(system, build_once(CACHE / f"site-cp39-{site.digest}", unpack))
+    return Python39(system, build_once(cache_dir() / "tests" / f"site-cp39-{site.digest}", unpack))
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,9 @@ def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Arti
                 with tracker(tmp_path, port) as again, FakeAgent(again.address, device_info(), work=echo):
                     submitter.join(30)
                     assert not submitter.is_alive()
+                    # This tracker is killed, too: a job that loses its device a second time is given up.
+                    for job_id in jobs:
+                        fleet.job(job_id).wait(timeout=30, check=False)
     with tracker(tmp_path, port) as process, connect(process.address) as fleet:
         agent = FakeAgent(process.address, device_info(), work=echo)
         with agent:
