@@ -11,7 +11,6 @@ hashing and large copies out of the event loop.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -29,12 +28,12 @@ from kedge.rpc.client import plan, threads
 from kedge.rpc.client.aio_session import Attached, Session
 from kedge.rpc.client.fleet import CONNECT_S, LEASE_S
 from kedge.rpc.client.inputs import Array
-from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
+from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.session_link import SessionLink
 from kedge.rpc.client.timing import Timing
-from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
-from kedge.rpc.protocol import check_peer, local_protocol
+from kedge.rpc.errors import ConnectError, KedgeError
+from kedge.rpc.protocol import check_peer
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_aio_channel, open_channel, parse_trackers
@@ -88,7 +87,7 @@ class Fleet:
 
     async def hello(self) -> None:
         """Exchange protocol versions with the tracker; raises ConnectError."""
-        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        request = plan.hello_request()
         deadline = time.monotonic() + CONNECT_S
         while True:
             try:
@@ -122,10 +121,7 @@ class Fleet:
             if found:
                 return found[0]
             if left <= 0:
-                raise NoDeviceError(
-                    f"no device that matches {selector!r} connected within {timeout:g} s",
-                    hint="see whether its agent runs, and reaches the tracker",
-                )
+                raise plan.none_came(selector, timeout)
 
     async def set_maintenance(self, device: str, enabled: bool = True, reason: str = "") -> DeviceStatus:
         """Take a device out of service, or put it back; errors as the synchronous `Fleet.set_maintenance`."""
@@ -226,7 +222,7 @@ class Fleet:
         terms = deadlines or Deadlines()
         spec = plan.session_request(selector, terms, priority, threads, on, lease_s)
         await self._check_matches(selector)
-        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        message = plan.submit_request(spec)
         job_id = (await self._persist(self._stub.SubmitJob, message)).job.id
         attached = await self._attach(job_id, lease_s, progress)
         session = Session(attached, job_id, threads, terms, on, self._send_parts, self._signing_key)
@@ -271,7 +267,7 @@ class Fleet:
                 return Attached(link, await threads.do(partial(link.wait, tell), "kedge-session-wait"))
             except ConnectError:
                 link.abort()
-                request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+                request = plan.hello_request()
                 await self._persist(self._stub.Hello, request)
             except BaseException:
                 threads.start(link.close, "kedge-session-close")  # with a word: nobody comes back for it
@@ -286,9 +282,7 @@ class Fleet:
             self._uploaded.add(packed.blob.digest)
 
     async def _devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
-        request = fleet_pb2.ListDevicesRequest(
-            selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000)
-        )
+        request = plan.devices_request(selector, include_gone, wait_s)
         answer = await self._persist(self._stub.ListDevices, request)
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
@@ -322,7 +316,7 @@ class Fleet:
         await self._ensure_uploaded(packed)
         if request.uploads:
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
-        return fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        return plan.submit_request(spec)
 
     async def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
@@ -409,7 +403,7 @@ class Job:
                 if found is None:
                     found = await self._watch_through_restarts(progress)
         except TimeoutError:
-            raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s") from None
+            raise plan.not_done(self.id, timeout) from None
         result = await self._fleet._result(self.id, found)
         if check:
             plan.raise_unless_ok(result)
@@ -436,7 +430,7 @@ class Job:
             except grpc.RpcError as error:
                 if not is_away(error):
                     raise from_rpc_error(error, self._fleet.address) from error
-            request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+            request = plan.hello_request()
             await self._fleet._persist(self._fleet._stub.Hello, request)
 
     async def _watch(self, progress: Progress | None) -> JobResult:
@@ -451,43 +445,22 @@ class Job:
                         return job.result
         finally:
             call.cancel()
-        raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
+        raise plan.watch_ended(self.id)
 
 
-class PinnedDevice:
+class PinnedDevice(plan.Pinned):
     """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
-        self.info = info
+        super().__init__(info, threads, deadlines, on)
         self.fleet = fleet
-        self._threads = threads
-        self._deadlines = deadlines
-        self._on = on
-
-    @property
-    def name(self) -> str:
-        """The device's name."""
-        return self.info.name
-
-    @property
-    def target(self) -> str:
-        """The target string that compiles for this device's CPU."""
-        return self.info.target
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
-        return self.info.targets
-
-    def _terms(self, function: str) -> plan.Terms:
-        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
 
     async def load(self, artifact: ArtifactOrPath) -> PinnedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
-        placement = plan.check_device(packed, self.info, self._on)
+        where = self._place(packed)
         await self.fleet._ensure_uploaded(packed)
-        return PinnedModel(self, packed, placement.device)
+        return PinnedModel(self, packed, where)
 
 
 class PinnedModel:

@@ -12,7 +12,6 @@ A tracker that restarts is waited for; jobs survive that, sessions do not. Ctrl-
 
 from __future__ import annotations
 
-import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -27,13 +26,13 @@ from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client import plan
 from kedge.rpc.client.inputs import Array
-from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result, WaitTimeoutError
+from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.session import Session
 from kedge.rpc.client.session_link import SessionLink
 from kedge.rpc.client.timing import Timing
-from kedge.rpc.errors import ConnectError, KedgeError, NoDeviceError
-from kedge.rpc.protocol import check_peer, local_protocol
+from kedge.rpc.errors import ConnectError, KedgeError
+from kedge.rpc.protocol import check_peer
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
 from kedge.rpc.transport import Address, Tls, open_channel, parse_trackers
@@ -104,7 +103,7 @@ class Fleet:
 
     def hello(self) -> None:
         """Exchange protocol versions with the tracker; raises ConnectError."""
-        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        request = plan.hello_request()
         deadline = time.monotonic() + CONNECT_S
         while True:
             try:
@@ -137,10 +136,7 @@ class Fleet:
             if found:
                 return found[0]
             if left <= 0:
-                raise NoDeviceError(
-                    f"no device that matches {selector!r} connected within {timeout:g} s",
-                    hint="see whether its agent runs, and reaches the tracker",
-                )
+                raise plan.none_came(selector, timeout)
 
     def set_maintenance(self, device: str, enabled: bool = True, reason: str = "") -> DeviceStatus:
         """Take a device out of service once its job is done, or put it back; that ends a quarantine too.
@@ -280,7 +276,7 @@ class Fleet:
         terms = deadlines or Deadlines()
         spec = plan.session_request(selector, terms, priority, threads, on, lease_s)
         self._check_matches(selector)
-        message = fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        message = plan.submit_request(spec)
         job_id = self._persist(self._stub.SubmitJob, message).job.id
         link, info = self._attach(job_id, lease_s, progress)
 
@@ -337,7 +333,7 @@ class Fleet:
     def _await_tracker(self, deadline: float | None) -> None:
         """Return once the tracker answers again, or the deadline has passed; raises ConnectError."""
         left = plan.RECONNECT_S if deadline is None else max(0.0, deadline - time.monotonic())
-        request = fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+        request = plan.hello_request()
         try:
             self._persist(self._stub.Hello, request, min(left, plan.RECONNECT_S))
         except ConnectError:
@@ -345,9 +341,7 @@ class Fleet:
                 raise
 
     def _devices(self, selector: str, include_gone: bool, wait_s: float) -> list[DeviceStatus]:
-        request = fleet_pb2.ListDevicesRequest(
-            selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000)
-        )
+        request = plan.devices_request(selector, include_gone, wait_s)
         answer = self._persist(self._stub.ListDevices, request)
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
@@ -385,7 +379,7 @@ class Fleet:
         self._ensure_uploaded(packed)
         if request.uploads:
             self._blobs.upload_missing(request.uploads)
-        return fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+        return plan.submit_request(spec)
 
     def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
@@ -499,7 +493,7 @@ class Job:
         deadline = None if timeout is None else time.monotonic() + timeout
         while found is None:
             if deadline is not None and time.monotonic() >= deadline:
-                raise WaitTimeoutError(f"job {self.id} is not done after {timeout:g} s")
+                raise plan.not_done(self.id, timeout)
             try:
                 found = self._watch(deadline, progress)
             except grpc.RpcError as error:
@@ -545,46 +539,25 @@ class Job:
             with interrupts.deferred():
                 call.cancel()
                 del call
-        raise KedgeError(f"the tracker ended the watch of job {self.id} before the job was done")
+        raise plan.watch_ended(self.id)
 
 
-class PinnedDevice:
+class PinnedDevice(plan.Pinned):
     """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
-        self.info = info
+        super().__init__(info, threads, deadlines, on)
         self.fleet = fleet
-        self._threads = threads
-        self._deadlines = deadlines
-        self._on = on
 
     def __repr__(self) -> str:
         return f"<PinnedDevice {self.info.name} at {self.fleet.address}>"
 
-    @property
-    def name(self) -> str:
-        """The device's name."""
-        return self.info.name
-
-    @property
-    def target(self) -> str:
-        """The target string that compiles for this device's CPU."""
-        return self.info.target
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
-        return self.info.targets
-
-    def _terms(self, function: str) -> plan.Terms:
-        return plan.Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
-
     def load(self, artifact: ArtifactOrPath) -> PinnedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
         packed = plan.pack(artifact)
-        placement = plan.check_device(packed, self.info, self._on)
+        where = self._place(packed)
         self.fleet._ensure_uploaded(packed)
-        return PinnedModel(self, packed, placement.device)
+        return PinnedModel(self, packed, where)
 
 
 class PinnedModel:

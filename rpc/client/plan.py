@@ -22,6 +22,7 @@ from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
 from kedge.rpc.limits import check_noise, check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
+from kedge.rpc.protocol import local_protocol
 from kedge.rpc.security import signing
 from kedge.rpc.status import from_rpc_error, is_away
 from kedge.rpc.transport import Address, unreachable
@@ -177,6 +178,21 @@ def time_options(**options: Any) -> TimeOptions:
     return timing_options(**options)
 
 
+def hello_request() -> fleet_pb2.HelloRequest:
+    """What greets a tracker; also a question that costs nothing, for when it may be away."""
+    return fleet_pb2.HelloRequest(protocol=convert.protocol_to_pb(local_protocol()))
+
+
+def submit_request(spec: JobSpec) -> fleet_pb2.SubmitJobRequest:
+    """What submits a job, once however often it is sent."""
+    return fleet_pb2.SubmitJobRequest(spec=convert.job_spec_to_pb(spec), idempotency_key=secrets.token_hex(16))
+
+
+def devices_request(selector: str, include_gone: bool, wait_s: float) -> fleet_pb2.ListDevicesRequest:
+    """What asks for devices, and waits so long for one."""
+    return fleet_pb2.ListDevicesRequest(selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000))
+
+
 def list_request(limit: int, states: Sequence[JobState], oldest_first: bool) -> fleet_pb2.ListJobsRequest:
     """What asks for the newest or oldest jobs; raises InputError for a limit that no tracker takes."""
     check_number("limit", limit, 1, MAX_LISTED, "the newest jobs come first")
@@ -259,6 +275,46 @@ def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[De
     raise NoDeviceError(f"no connected device matches {selector!r}", hint=f"connected: {names}")
 
 
+def none_came(selector: str, timeout_s: float) -> NoDeviceError:
+    """No device that matches has connected in time."""
+    return NoDeviceError(
+        f"no device that matches {selector!r} connected within {timeout_s:g} s",
+        hint="see whether its agent runs, and reaches the tracker",
+    )
+
+
+class Pinned:
+    """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
+
+    def __init__(self, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
+        self.info = info
+        self._threads = threads
+        self._deadlines = deadlines
+        self._on = on
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.info.name
+
+    @property
+    def target(self) -> str:
+        """The target string that compiles for this device's CPU."""
+        return self.info.target
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
+        return self.info.targets
+
+    def _terms(self, function: str) -> Terms:
+        return Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
+
+    def _place(self, packed: Packed) -> str:
+        """Where an artifact's kernels run there; raises IncompatibleTargetError."""
+        return check_device(packed, self.info, self._on).device
+
+
 #: How long a tracker that went away is waited for.
 RECONNECT_S = 60.0
 #: Before the next attempt to greet a fleet of which no tracker leads at the moment.
@@ -301,6 +357,16 @@ def has_run_job(error: grpc.RpcError, address: Address) -> bool:
     if not is_away(error):
         raise from_rpc_error(error, address) from error
     return True
+
+
+def not_done(job_id: str, timeout_s: float | None) -> WaitTimeoutError:
+    """A job that was waited for."""
+    return WaitTimeoutError(f"job {job_id} is not done after {timeout_s:g} s")
+
+
+def watch_ended(job_id: str) -> KedgeError:
+    """A tracker that has said nothing of a job's end."""
+    return KedgeError(f"the tracker ended the watch of job {job_id} before the job was done")
 
 
 # ---- Results -------------------------------------------------------------------------------------------------------
