@@ -1,9 +1,9 @@
 """The devices as the tracker knows them, and whether one may take a job now. Pure; times are Unix milliseconds.
 
 A device takes jobs when it is connected, holds no lease, is not in maintenance, reports no problem of its own, and its
-circuit breaker is closed. The breaker opens when job after job fails there for reasons that are the device's: first for
-`quarantine_ms`, then for twice as long each time, until a job succeeds (Nygard, "Release It!", 2007). Between two such
-times one job is let through to find out.
+circuit breaker is closed. The breaker opens when job after job fails there for reasons that are the device's, or for
+any reason where they have nothing else in common: first for `quarantine_ms`, then for twice as long each time, until a
+job succeeds (Nygard, "Release It!", 2007). Between two such times one job is let through to find out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from kedge.rpc.noise import Conditions, Noise
+from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.selector import Selector, parse
 from kedge.rpc.tracker.facts import ANYWHERE, Needs, Serviced
 from kedge.rpc.tracker.scheduler import Want
@@ -24,38 +25,81 @@ Key = tuple[str, int]
 _REMEMBERED = 4_000
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """The rules of circuit breakers: open after so many failures in a row, first for so long, and never for longer."""
+
+    after: int
+    first_ms: int
+    longest_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """A job that ended badly: whose it was, and of what artifact."""
+
+    user: str
+    artifact: str
+    kind: OutcomeKind
+
+
 @dataclass(slots=True)
 class Breaker:
     """A device's circuit breaker."""
 
-    #: Jobs that failed there, one after the other, and why.
+    #: Jobs that failed there for its sake, one after the other, and why.
     faults: dict[str, str] = field(default_factory=dict)
-    #: How often it opened since a job last succeeded, and until when it is open.
+    #: Jobs that ended badly there since one went well, of users and artifacts that all differ: what many have in
+    #: common is the device. One user, or one artifact, has no device quarantined.
+    suspicions: dict[str, Suspicion] = field(default_factory=dict)
+    #: How often it opened since a job last succeeded, until when it is open, and why.
     opened: int = 0
     until_ms: int = 0
+    why: str = ""
 
     def is_open(self, now: int) -> bool:
         """True while no job is let through."""
         return now < self.until_ms
 
-    def fault(self, job_id: str, reason: str, now: int, after: int, first_ms: int, longest_ms: int) -> bool:
+    def fault(self, job_id: str, reason: str, now: int, rules: Quarantine) -> bool:
         """A job failed there; True when that opens the breaker: after so many, or at once where it was open before."""
         self.faults[job_id] = reason
-        if self.is_open(now) or (len(self.faults) < after and not self.opened):
+        if self.is_open(now):
             return False
-        self.until_ms = now + min(longest_ms, first_ms << min(self.opened, 30))
-        self.opened += 1
+        if len(self.faults) < rules.after and not self.opened:
+            return False
+        self._open(f"{len(self.faults)} jobs in a row failed there ({reason})", now, rules)
         return True
+
+    def suspect(self, job_id: str, failure: Suspicion, now: int, rules: Quarantine) -> bool:
+        """A job ended badly there, perhaps by its own fault; True when that opens the breaker."""
+        known = self.suspicions.values()
+        if self.is_open(now) or any(failure.user == k.user or failure.artifact == k.artifact for k in known):
+            return False
+        self.suspicions[job_id] = failure
+        if len(self.suspicions) < rules.after:
+            return False
+        kinds = ", ".join(sorted({suspicion.kind.value.replace("_", " ") for suspicion in known}))
+        self._open(f"jobs of {len(self.suspicions)} users in a row ended badly there ({kinds})", now, rules)
+        self.suspicions.clear()  # it takes as many again: one user must not keep it open
+        return True
+
+    def _open(self, why: str, now: int, rules: Quarantine) -> None:
+        self.until_ms = now + min(rules.longest_ms, rules.first_ms << min(self.opened, 30))
+        self.opened += 1
+        self.why = why
 
     def success(self) -> None:
         """A job went well there: the device does what it should."""
         self.faults.clear()
+        self.suspicions.clear()
         self.opened, self.until_ms = 0, 0
 
     def forgive(self, job_id: str) -> None:
         """That job was at fault itself."""
+        self.suspicions.pop(job_id, None)
         if self.faults.pop(job_id, None) is not None and not self.faults:
-            self.success()
+            self.opened, self.until_ms = 0, 0
 
 
 @dataclass(slots=True)
@@ -153,9 +197,7 @@ class Roster:
             return DeviceState.QUARANTINED, f"unhealthy: {'; '.join(device.health.problems)}"
         breaker = self._breakers.get(name)
         if breaker is not None and breaker.is_open(now):
-            last = list(breaker.faults.values())[-1:]
-            why = f"{len(breaker.faults)} jobs in a row failed there ({last[0]})" if last else "jobs failed there"
-            return DeviceState.QUARANTINED, f"{why}; tried again at {_clock(breaker.until_ms)}"
+            return DeviceState.QUARANTINED, f"{breaker.why}; tried again at {_clock(breaker.until_ms)}"
         return None
 
     def available(self, now: int) -> list[Device]:

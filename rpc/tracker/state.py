@@ -30,7 +30,7 @@ from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import accepts, local_protocol
 from kedge.rpc.selector import labels_of, parse
 from kedge.rpc.status import QueueFullError
-from kedge.rpc.tracker.devices import Device, Key, Roster, conditions_of
+from kedge.rpc.tracker.devices import Breaker, Device, Key, Quarantine, Roster, Suspicion, conditions_of
 from kedge.rpc.tracker.estimate import Durations, Wait, waits
 from kedge.rpc.tracker.facts import (
     CloseAgent,
@@ -79,9 +79,8 @@ _NEVER = 1 << 62
 _UNSTORED_EPOCHS = 16
 #: Alarms that are of no use any more are dropped when they are more than all others, and this many.
 _SPARE_ALARMS = 64
-#: Outcomes that say nothing good about the device that had the job. A device's fault counts where its job is not
-#: cancelled anyway.
-_NEUTRAL = (OutcomeKind.CANCELLED, OutcomeKind.TIMEOUT, OutcomeKind.DEVICE_FAULT)
+#: Outcomes that may be the device's doing as well as the artifact's: nobody can tell from one job.
+_SUSPICIOUS = (OutcomeKind.TIMEOUT, OutcomeKind.CRASH, OutcomeKind.LOAD_ERROR, OutcomeKind.OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,8 @@ class Settings:
     max_requeues: int = 2
     #: After so many devices that failed with it, a job is not given to another one.
     max_device_faults: int = 2
-    #: So many jobs in a row that fail for the device's sake put it into quarantine, at first for so long.
+    #: So many jobs in a row that fail for the device's sake put it into quarantine, at first for so long; and so many
+    #: that end badly for any reason, if their users and artifacts all differ.
     quarantine_after: int = 3
     quarantine_ms: int = 60_000
     longest_quarantine_ms: int = 3_600_000
@@ -187,6 +187,8 @@ class TrackerState:
         self._tracker_id = tracker_id
         self._jobs: dict[str, _Job] = {}
         self._devices = Roster()
+        rules = self.settings
+        self._quarantine = Quarantine(rules.quarantine_after, rules.quarantine_ms, rules.longest_quarantine_ms)
         self._shares = Shares(self.settings.fair_half_life_ms)
         self._durations = Durations()
         self._known_waits: tuple[tuple[int, int], dict[str, Wait]] | None = None
@@ -816,9 +818,14 @@ class TrackerState:
         if outcome.kind is OutcomeKind.DEVICE_FAULT and job.cancelling is None:
             self._device_failed(job, outcome.kind, outcome.stage, outcome.message, now, effects)
             return
-        if outcome.kind not in _NEUTRAL:
-            self._devices.breaker(name).success()
+        if outcome.kind in _SUSPICIOUS and job.cancelling is None:
+            self._suspect(job, outcome.kind, now, effects)
+            if (outcome.kind, outcome.stage) == (OutcomeKind.TIMEOUT, Stage.TRANSFER):
+                # Its link is the device's: another one may have a better one.
+                self._try_again(job, outcome.kind, outcome.stage, outcome.message, now, effects)
+                return
         if outcome.ok:
+            self._devices.breaker(name).success()
             self._durations.learn(job.spec, now - job.assigned_ms)
         self._finish(job, replace(result, device=name), job.epoch, now, effects)
 
@@ -882,9 +889,18 @@ class TrackerState:
     def _device_failed(
         self, job: _Job, kind: OutcomeKind, stage: Stage | None, why: str, now: int, effects: Effects
     ) -> None:
-        """The device was at fault: another one shall have the job, unless too many have failed with it."""
-        assert job.assigned is not None
+        """The device was at fault."""
         self._blame(job, why, now, effects)
+        self._try_again(job, kind, stage, why, now, effects)
+
+    def _try_again(
+        self, job: _Job, kind: OutcomeKind, stage: Stage | None, why: str, now: int, effects: Effects
+    ) -> None:
+        """Another device shall have the job, unless too many have failed with it: then it is to blame itself.
+
+        Where no other one may have it, the same device is tried again, and failing twice is no excuse for that.
+        """
+        assert job.assigned is not None
         if job.is_under_way:
             self._end(job, kind, stage, why, now, effects)
             return
@@ -893,9 +909,12 @@ class TrackerState:
             self._requeue(job, now, effects)
             return
         told = _told(job.faults)
-        if len(told) > 1:
-            told.append(f"after {len(told)} devices that failed with it, the job is not given to another one")
+        failed = len({fault.device for fault in job.faults})
+        if failed > 1:
+            told.append(f"after {failed} devices that failed with it, the job is not given to another one")
             self._forgive(job, effects)
+        elif len(told) > 1:
+            told.append(f"it was tried {len(told)} times there, as no other device could have it")
         self._end(job, kind, stage, "; ".join(told), now, effects)
 
     def _forgive(self, job: _Job, effects: Effects) -> None:
@@ -907,8 +926,18 @@ class TrackerState:
     def _blame(self, job: _Job, why: str, now: int, effects: Effects) -> None:
         """Count a failure against the device that has the job."""
         assert job.assigned is not None
-        breaker, rules = self._devices.breaker(job.assigned.device), self.settings
-        if breaker.fault(job.id, why, now, rules.quarantine_after, rules.quarantine_ms, rules.longest_quarantine_ms):
+        breaker = self._devices.breaker(job.assigned.device)
+        self._watch_breaker(breaker, breaker.fault(job.id, why, now, self._quarantine), effects)
+
+    def _suspect(self, job: _Job, kind: OutcomeKind, now: int, effects: Effects) -> None:
+        """The job ended badly on the device that has it, for reasons that may be either's."""
+        assert job.assigned is not None
+        breaker = self._devices.breaker(job.assigned.device)
+        failure = Suspicion(job.accepted.user, job.spec.manifest.digest, kind)
+        self._watch_breaker(breaker, breaker.suspect(job.id, failure, now, self._quarantine), effects)
+
+    def _watch_breaker(self, breaker: Breaker, opened: bool, effects: Effects) -> None:
+        if opened:
             self._alarm(breaker.until_ms, "fleet", "")
             effects.sends.append(DevicesChanged())
 

@@ -55,8 +55,8 @@ NEEDS = (Need("x86_64", frozenset({"avx2"})),)
 OK = JobResult(Outcome(OutcomeKind.OK))
 
 
-def spec(selector: str = "", priority: int = 0, **deadlines: int) -> JobSpec:
-    return JobSpec(Blob("0" * 64, 1), "main", RunTask(), selector, Deadlines(**deadlines), priority)
+def spec(selector: str = "", priority: int = 0, artifact: int = 0, **deadlines: int) -> JobSpec:
+    return JobSpec(Blob(f"{artifact:064x}", 1), "main", RunTask(), selector, Deadlines(**deadlines), priority)
 
 
 def hello(name: str = "a", instance: str = "1", *running: Lease, arch: str = "x86_64", version: int = 1) -> m.Hello:
@@ -546,9 +546,12 @@ class Fleet:
         for number, name in self.names.items():
             self.state.connect(number, hello(name), 0)
 
-    def submit(self, job_id: str, now: int, selector: str = "", user: str = "") -> tuple[str, Lease] | None:
+    def submit(
+        self, job_id: str, now: int, selector: str = "", user: str = "", artifact: int = 0
+    ) -> tuple[str, Lease] | None:
         """The device that gets it at once, and under which lease."""
-        return self.started(self.state.submit(job_id, spec(selector), NEEDS, "", now, user), now)
+        wanted = spec(selector, artifact=artifact)
+        return self.started(self.state.submit(job_id, wanted, NEEDS, "", now, user), now)
 
     def started(self, effects: Effects, now: int) -> tuple[str, Lease] | None:
         """The assignment in these effects, taken up by its device."""
@@ -608,6 +611,73 @@ def test_a_job_that_takes_two_devices_down_ends_and_they_are_forgiven() -> None:
     other, lease = fleet.submit("k", 6_000, selector=second)
     fleet.finish(other, lease, FAULT, 6_010)
     assert fleet.status(second)[0] is not DeviceState.QUARANTINED
+
+
+def test_a_device_that_fails_a_job_twice_is_not_forgiven_where_no_other_one_could_have_it() -> None:
+    fleet = Fleet("a", "b", settings=replace(PATIENT, quarantine_after=3))
+    for number in range(2):
+        again = fleet.started(fleet.finish(*fleet.submit(f"j{number}", 0, selector="a"), FAULT, 10), 10)
+        effects = fleet.finish(*again, FAULT, 20)
+        assert ends(effects) == {f"j{number}": (OutcomeKind.DEVICE_FAULT, Stage.RUN)}
+        message = effects.facts[0].result.outcome.message
+        assert "devices" not in message and message.endswith("tried 2 times there, as no other device could have it")
+    assert fleet.started(fleet.finish(*fleet.submit("k", 0, selector="a"), FAULT, 30), 30) is None
+    assert fleet.status("a")[0] is DeviceState.QUARANTINED
+
+
+LATE = JobResult(Outcome(OutcomeKind.TIMEOUT, Stage.TRANSFER, message="it took longer than 7 s"))
+UNLOADED = JobResult(Outcome(OutcomeKind.LOAD_ERROR, Stage.LOAD, message="no such symbol"))
+
+
+@pytest.mark.parametrize("result", [CRASH, UNLOADED], ids=lambda result: result.outcome.kind.value)
+def test_a_device_where_jobs_of_all_users_end_badly_is_quarantined(result: JobResult) -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, quarantine_after=3))
+    for number in range(3):
+        assert fleet.status("a")[0] is DeviceState.IDLE
+        fleet.finish(*fleet.submit(f"j{number}", number, user=f"u{number}", artifact=number), result, number)
+    state, why = fleet.status("a")
+    kind = result.outcome.kind.value.replace("_", " ")
+    assert state is DeviceState.QUARANTINED and f"jobs of 3 users in a row ended badly there ({kind})" in why
+    # One user, who may have his reasons, cannot keep it there.
+    trial = fleet.started(fleet.state.tick(30_010), 30_010) or fleet.submit("k", 30_010, user="u0", artifact=9)
+    fleet.finish(*trial, result, 30_020)
+    assert fleet.status("a")[0] is DeviceState.IDLE
+
+
+@pytest.mark.parametrize("users, artifacts", [(1, 9), (9, 1), (2, 9)])
+def test_no_user_and_no_artifact_has_a_device_quarantined_by_failing(users: int, artifacts: int) -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, quarantine_after=3))
+    for number in range(9):
+        taken = fleet.submit(f"j{number}", number, user=f"u{number % users}", artifact=number % artifacts)
+        fleet.finish(*taken, CRASH, number)
+    assert fleet.status("a")[0] is DeviceState.IDLE
+
+
+def test_what_goes_well_ends_every_suspicion() -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, quarantine_after=3))
+    for number, result in enumerate((CRASH, CRASH, OK, CRASH, CRASH)):
+        fleet.finish(*fleet.submit(f"j{number}", number, user=f"u{number}", artifact=number), result, number)
+    assert fleet.status("a")[0] is DeviceState.IDLE
+
+
+def test_a_crash_is_no_sign_of_a_devices_health() -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, max_device_faults=1))
+    for number, result in enumerate((FAULT, CRASH, FAULT)):
+        fleet.finish(*fleet.submit(f"j{number}", number), result, number)
+    assert fleet.status("a")[0] is DeviceState.QUARANTINED
+
+
+def test_a_job_whose_transfer_takes_too_long_goes_to_another_device_and_blames_none() -> None:
+    fleet = Fleet("a", "b")
+    device, lease = fleet.submit("j", 0, user="ann")
+    other, again = fleet.started(fleet.finish(device, lease, LATE, 10), 10)
+    assert other != device
+    effects = fleet.finish(other, again, LATE, 20)
+    assert ends(effects) == {"j": (OutcomeKind.TIMEOUT, Stage.TRANSFER)}
+    assert "after 2 devices" in effects.facts[0].result.outcome.message
+    # Another bad end would have been the second one in a row, and of another user.
+    fleet.finish(*fleet.submit("k", 30, selector=device, user="bob", artifact=1), CRASH, 40)
+    assert fleet.status(device)[0] is DeviceState.IDLE
 
 
 def test_a_device_that_is_reserved_for_somebody_else_is_no_reason_to_wait_for_it() -> None:

@@ -96,7 +96,12 @@ NEEDS = {
 ARTIFACTS = sorted(set(NEEDS) - {"session"})
 OK = JobResult(Outcome(OutcomeKind.OK))
 FAULT = JobResult(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message="the disk is full"))
-ENDS = {"ok": OK, "crash": JobResult(Outcome(OutcomeKind.CRASH, Stage.RUN, 11)), "fault": FAULT}
+ENDS = {
+    "ok": OK,
+    "crash": JobResult(Outcome(OutcomeKind.CRASH, Stage.RUN, 11)),
+    "fault": FAULT,
+    "late": JobResult(Outcome(OutcomeKind.TIMEOUT, Stage.TRANSFER)),
+}
 
 
 @dataclass
