@@ -192,6 +192,7 @@ def _identify(options: argparse.Namespace, tracker: Optional[Address], name: str
         if tracker is not None:
             join = replace(join, address=tracker)
         if identity is None or not identity.is_from(join):
+            identities.check_writable(data_dir)
             identity = identities.enrol(join, name)
             identity.save(data_dir)
         if options.join_file is not None and options.join_file.exists():

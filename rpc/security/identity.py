@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ _NAMED = 12
 #: A certificate is renewed when less than this share of its time is left.
 _RENEW_SHARE = 1 / 3
 _CALL_S = 20.0
+#: As large as an identity, so that a full disk shows.
+_TRIAL_BYTES = 8 << 10
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,16 @@ class Identity:
 
     def save(self, data_dir: Path) -> None:
         """Write the file; raises SecretFileError."""
-        folder = data_dir / _FOLDER
-        make_private_folder(data_dir)
-        make_private_folder(folder)
+        folder = _make_folder(data_dir)
         authority = hashlib.sha256(self.ca.encode()).hexdigest()[:_NAMED]
         write_private(folder / f"{self.device}@{authority}.json", json.dumps(asdict(self), indent=1).encode())
+
+
+def check_writable(data_dir: Path) -> None:
+    """Raise SecretFileError where no identity could be saved: the token that buys it would be spent for nothing."""
+    trial = _make_folder(data_dir) / f"trial-{os.getpid()}"
+    write_private(trial, b"x" * _TRIAL_BYTES)
+    trial.unlink()
 
 
 def load(data_dir: Path, device: str, tracker: Optional[Address] = None) -> Optional[Identity]:
@@ -109,6 +117,13 @@ def load(data_dir: Path, device: str, tracker: Optional[Address] = None) -> Opti
 def names(data_dir: Path) -> List[str]:
     """Under which names a device has joined trackers."""
     return sorted({path.name.rpartition("@")[0] for path in (data_dir / _FOLDER).glob("*@*.json")})
+
+
+def _make_folder(data_dir: Path) -> Path:
+    folder = data_dir / _FOLDER
+    make_private_folder(data_dir)
+    make_private_folder(folder)
+    return folder
 
 
 def _read(path: Path) -> Identity:

@@ -148,7 +148,7 @@ class Leadership:
         self._add_agents(table)
         self._add_sessions(table)
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(self._blobs, table)
-        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), table)
+        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security, self._end), table)
         return table.behind(self._gate(by_certificate(security.devices, security.now_s), security.now_s))
 
     def peers(self) -> Serve:
@@ -179,7 +179,7 @@ class Leadership:
 
     def _add_access(self, table: Table) -> None:
         security = self._secure()
-        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security), table)
+        cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security, self._end), table)
         cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(AccessService(security, self._end), table)
 
     def _end(self, owner: str, token_id: str, error: KedgeError) -> None:

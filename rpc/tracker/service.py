@@ -206,8 +206,8 @@ class FleetService:
         reservation = self._shell.state.reservation(request.id)
         if reservation is None or not caller().may_see(reservation.user):
             raise UnknownReservationError(f"there is no reservation {request.id!r}", hint="'kedge devices' shows them")
-        self._audit.write("reservation ended", reservation=request.id, **who(caller(), context))
         await self._shell.end_reservation(request.id)
+        self._audit.write("reservation ended", reservation=request.id, **who(caller(), context))
         return convert.reservation_to_pb(reservation)
 
     @typed_errors

@@ -253,7 +253,8 @@ class SessionsService:
             self._grants.add(job_id, manifest.digest, await self._catalog.members_for(manifest, principal))
         except KedgeError as error:
             return pb.ArtifactGranted(problem=error.message or "refused", hint=error.hint or "")
-        self._audit.write("artifact granted", job=job_id, artifact=manifest.digest, by=principal.name)
+        by = {"by": principal.name, "role": principal.role.value}
+        self._audit.write("artifact granted", job=job_id, artifact=manifest.digest, **by)
         return pb.ArtifactGranted()
 
     # ---- The device's end ----

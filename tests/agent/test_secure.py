@@ -143,10 +143,21 @@ def test_an_agent_that_may_not_join_says_what_to_do(
         done = started(*place, KEDGE_JOIN=join) if join else started(*place)
         assert done.returncode == status and words in done.stderr and "hint:" in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr and "kdg_" not in done.stderr
-    assert not (tmp_path / "data").exists()
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
     for wrong in (("--tracker", "lab:9190"), (), ("--tracker", "127.0.0.1:1", "--join", str(spent))):
         done = started(*place, *wrong, "--insecure-loopback")
         assert done.returncode == 2 and "--insecure-loopback goes with --tracker" in done.stderr
+
+
+def test_a_token_is_not_spent_where_no_identity_can_be_kept(
+    tracker: RunningTracker, access: Access, runner: Path, tmp_path: Path
+) -> None:
+    join = str(access.enrol_token("here")[0])
+    (tmp_path / "file").touch()
+    done = started("--runner", runner, "--data-dir", tmp_path / "file", "--name", "here", KEDGE_JOIN=join)
+    assert done.returncode != 0 and f"cannot use {tmp_path / 'file'}" in done.stderr and "hint:" in done.stderr
+    with agent(tracker, runner, tmp_path / "data", join=join) as process:
+        process.wait_ready()
 
 
 def test_a_join_file_is_removed_once_it_is_used(

@@ -293,13 +293,17 @@ def test_a_token_raced_for_enrols_one_device(access: Access) -> None:
     assert sum(isinstance(each, Identity) for each in came) == 1
 
 
-def test_an_enrolled_name_is_not_for_the_taking(access: Access) -> None:
+def test_an_enrolled_name_is_not_for_the_taking(tracker: RunningTracker, access: Access) -> None:
     first = identity.enrol(access.enrol_token("prize-1")[0], "prize-1")
     _, anybody = access.create_token("enrol")
     with pytest.raises(NameTakenError, match="enrolled under the name 'prize-1' already"):
         identity.enrol(anybody, "prize-1")
     with pytest.raises(PermissionDeniedError, match="this token enrols 'prize-2', not 'prize-1'"):
         identity.enrol(access.enrol_token("prize-2")[0], "prize-1")
+    audit = (tracker.data_dir / "security" / "audit.jsonl").read_text().splitlines()
+    refused = [line for line in map(json.loads, audit) if line["event"] == "enrolment refused"]
+    reasons = [line["reason"] for line in refused if line["device"] == "prize-1"]
+    assert len(reasons) == 2 and "already" in reasons[0] and "enrols 'prize-2'" in reasons[1]
     second = identity.enrol(access.enrol_token("prize-1")[0], "prize-1")
     renew = RPCS["Enrolment/Renew"]
     with open_channel(first.address, first.tls) as old, open_channel(second.address, second.tls) as new:

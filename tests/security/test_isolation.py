@@ -255,6 +255,18 @@ def test_a_revoked_device_is_disconnected_at_once(enrolled: Enrolled, access: Ac
         assert "was revoked" in from_rpc_error(agent.status).message
 
 
+def test_a_device_whose_name_another_one_is_given_is_disconnected_at_once(
+    enrolled: Enrolled, fleet_of: FleetOf, artifact: Artifact
+) -> None:
+    first = enrolled("socket-1")
+    with FakeAgent(first.address, device_info("socket-1"), tls=first.tls) as old:
+        second = enrolled("socket-1")
+        old.ended()
+        assert "another device was enrolled as 'socket-1'" in from_rpc_error(old.status).message
+    with FakeAgent(second.address, device_info("socket-1"), work=echo, tls=second.tls):
+        fleet_of("ann").run(artifact, {"x": X}, device="socket-1").wait(timeout=20)
+
+
 def test_a_reservation_is_its_users_to_give_back(fleet_of: FleetOf, enrolled: Enrolled) -> None:
     ann, bob, reader = fleet_of("ann"), fleet_of("bob"), fleet_of("ann", "read")
     known = enrolled("wanted-1")

@@ -32,19 +32,25 @@ _ROLES = {
 _FROM_PB = {number: role for role, number in _ROLES.items()}
 
 
+#: Ends what an owner has under way, by one token or (empty) by any.
+End = Callable[[str, str, KedgeError], None]
+
+
 class EnrolmentService:
     """Certificates for devices."""
 
-    def __init__(self, security: Security) -> None:
+    def __init__(self, security: Security, end: End) -> None:
         self._security = security
+        self._end = end
 
     @typed_errors
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.Identity:
         """A first certificate, for a one-time token."""
         security, principal = self._security, caller()
-        name, by = check_name(request.device), who(principal, context)
+        name, by = request.device, who(principal, context)
 
         def enrol() -> Issued:
+            check_name(name)
             token = security.tokens.get(principal.token_id)
             if token.device and token.device != name:
                 raise PermissionDeniedError(
@@ -57,7 +63,17 @@ class EnrolmentService:
             security.audit.write("device enrolled", device=name, serial=issued.serial, **by)
             return issued
 
-        return self._identity(name, await security.change(enrol), context)
+        def end(_: Issued) -> None:
+            # Another board may have had the name until now: its certificate is worth nothing any more.
+            error = AuthenticationError(f"another device was enrolled as {name!r}", hint=REVOKED_HINT)
+            self._end(agent_owner(name), "", error)
+
+        try:
+            issued = await security.change(enrol, end)
+        except KedgeError as error:
+            security.audit.refused("enrolment refused", device=name, reason=error.message, **by)
+            raise
+        return self._identity(name, issued, context)
 
     @typed_errors
     async def Renew(self, _request: pb.RenewRequest, context: Context) -> pb.Identity:
@@ -93,9 +109,9 @@ class EnrolmentService:
 
 
 class AccessService:
-    """Tokens and devices, for administrators. `end` ends what an owner has under way, by one token or all."""
+    """Tokens and devices, for administrators."""
 
-    def __init__(self, security: Security, end: Callable[[str, str, KedgeError], None]) -> None:
+    def __init__(self, security: Security, end: End) -> None:
         self._security = security
         self._end = end
 
