@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, List, Optional
 from kedge.rpc import logs
 from kedge.rpc.errors import KedgeError, UsageError
 from kedge.rpc.names import check_name, parse_labels
+from kedge.rpc.printable import printable
 from kedge.rpc.security.files import read_private
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if options.log_format == "json":
             log.critical("%s", error)
         else:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(printable(f"error: {error}") + "\n")
         return error.exit_status
 
 

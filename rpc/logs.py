@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any, Dict
 
+from kedge.rpc.printable import printable
+
 FORMATS = ("text", "json")
 #: What a line may be about, besides its words.
 FIELDS = ("job", "device", "user", "kind", "outcome", "stage")
@@ -39,9 +41,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(tree)
 
 
+class TextFormatter(logging.Formatter):
+    """Lines for people: whatever a message has in it, what begins a line was written by the one who logs."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging names it
+        """The record's first line, and further ones of its message indented."""
+        return printable(super().formatMessage(record)).replace("\n", "\n    ")
+
+
 def configure(form: str, text: str, level: int = logging.INFO) -> None:
     """Send everything of this level and above to stderr; `text` is the format of lines for people."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(text))
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(text))
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(form == "json")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kedge.cli import output
 from kedge.cli.ending import ended_in_order
+from kedge.rpc.printable import printable
 
 
 def demo(
@@ -63,7 +64,7 @@ def demo(
                 "-" if timing is None else f"{timing.median_ms * 1e3:.1f} µs",
                 "-" if timing is None else _interval(timing.interval_ms()),
                 "-" if timing is None else timing.verdict,
-                Text("ok", style="green") if row.ok else Text(f"{row.problem}", style="red"),
+                Text("ok", style="green") if row.ok else Text(printable(f"{row.problem}"), style="red"),
             )
         output.show(table)
     if not all(row.ok for row in rows):

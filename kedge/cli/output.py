@@ -17,8 +17,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from kedge.rpc.artifact.place import CPU, GPU_KINDS
+from kedge.rpc.printable import printable
 from kedge.rpc.types import DeviceStatus
 
 
@@ -78,15 +80,23 @@ ExternalOption = Annotated[
 UNWRAPPED_COLUMNS = 400
 
 
+class _Console(Console):
+    """A console that takes text as it is, but for control characters: much of it is what devices and artifacts say."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string as lines of text; all that is printed and every cell of a table comes by here."""
+        return super().render_str(printable(text), **options)
+
+
 def stdout() -> Console:
-    """The console for results, which takes text as it is. What goes to a file or a pipe is not wrapped."""
+    """The console for results. What goes to a file or a pipe is not wrapped."""
     width = None if sys.stdout.isatty() else UNWRAPPED_COLUMNS
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return _Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def stderr() -> Console:
     """The console for progress and errors."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -207,7 +217,7 @@ def progress(title: str) -> Iterator[Report]:
         task = bar.add_task(title, total=None)
 
         def report(what: str, done: int = 0, total: int = 0) -> None:
-            bar.update(task, description=f"{title}: {what}", completed=done, total=total or None)
+            bar.update(task, description=printable(f"{title}: {what}"), completed=done, total=total or None)
 
         yield report
 
@@ -222,7 +232,7 @@ def _plain_lines(title: str, patience_s: float = 1.0) -> Iterator[Report]:
         nonlocal written
         if current != written:
             written = current
-            sys.stderr.write(f"{title}: {current}\n")
+            sys.stderr.write(printable(f"{title}: {current}") + "\n")
             sys.stderr.flush()
 
     def lose_patience() -> None:

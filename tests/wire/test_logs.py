@@ -14,7 +14,8 @@ import pytest
 
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet
-from kedge.rpc.logs import JsonFormatter
+from kedge.rpc.logs import JsonFormatter, TextFormatter
+from kedge.rpc.printable import printable
 from kedge.rpc.tracker.server import RunningTracker
 from support.fake_agent import FakeAgent, echo
 from support.toys import device_info
@@ -38,6 +39,19 @@ def test_a_record_is_one_line_with_its_fields() -> None:
         "job": "a1",
         "user": "ann",
     }
+
+
+def test_a_message_forges_no_line_and_moves_no_cursor() -> None:
+    text = TextFormatter("%(levelname)s %(name)s: %(message)s").format(
+        record("job a1: %s", "\x1b[2Joops\r\nINFO x: ok\x9b")
+    )
+    assert text == "WARNING kedge.tracker: job a1: \\x1b[2Joops\n    INFO x: ok\\x9b"
+
+
+def test_only_what_a_terminal_would_obey_is_escaped() -> None:
+    plain = "Größe 5 °C\t→ 日本\n"
+    assert printable(plain) == plain
+    assert printable("a\rb\x07\x7f\u202e\u2066") == r"a\x0db\x07\x7f\u202e\u2066"
 
 
 def test_an_exception_is_within_the_line() -> None:
