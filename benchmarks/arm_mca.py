@@ -18,13 +18,15 @@ has the most multiply-adds of float32 is given to llvm-mca; one with branches wh
 says. llvm-mca knows how many instructions of each kind that core issues, and how long they take, but takes every load
 as one that hits the first cache, and no branch as mispredicted. The model of the Cortex-A9 knows no multiple loads and
 stores: what they stand for is put in their place, vld1 or single loads. The share is the loop's multiply-adds per cycle
-over those of a loop of independent vector multiply-adds alone, by the same model.
+over those of a loop of independent vector multiply-adds alone, by the same model. The limit is the share of the loop's
+loads and multiply-adds alone, where none waits for another.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import re
@@ -116,8 +118,8 @@ def network(shape: str) -> Net:
     return net
 
 
-#: Those with names are common layers; the others are odd: tails of rows and of blocks, small and oblong images.
-CASES: dict[str, str] = {
+#: Common layers.
+NAMED: dict[str, str] = {
     "matmul": "matmul:256x256x256",
     "matmul-inputs": "matmul:256x256x256:inputs",
     "conv1x1": "conv:128x28x28:k1",
@@ -126,46 +128,46 @@ CASES: dict[str, str] = {
     "conv7x7-stem": "conv:3x224x224:k7:s2:f64",
     "depthwise3x3": "depthwise:144x56x56:k3",
     "depthwise5x5": "depthwise:240x28x28:k5",
-} | {
-    shape: shape
-    for shape in (
-        "matmul:100x100x100",
-        "matmul:100x100x100:inputs",
-        "matmul:33x77x129",
-        "matmul:33x77x129:inputs",
-        "matmul:1x512x512",
-        "matmul:1x512x512:inputs",
-        "matmul:7x64x1000",
-        "conv:24x56x56:k1:f58",
-        "conv:58x28x28:k1",
-        "conv:96x14x14:k1:f24",
-        "conv:128x7x7:k1",
-        "conv:96x113x65:k1:f58",
-        "conv:24x56x56:k3",
-        "conv:58x28x28:k3:s2",
-        "conv:96x14x14:k3",
-        "conv:128x7x7:k3",
-        "conv:128x14x14:k3:s2",
-        "conv:24x113x65:k3:f58",
-        "conv:3x113x65:k3:s2:f24",
-        "conv:24x28x28:k5",
-        "conv:58x14x14:k5:f96",
-        "conv:96x7x7:k5",
-        "conv:3x113x65:k7:s2:f96",
-        "conv:24x56x56:k7:s2",
-        "conv:64x28x28:k3:g4",
-        "depthwise:24x56x56:k3:s2",
-        "depthwise:58x28x28:k3",
-        "depthwise:96x14x14:k3",
-        "depthwise:128x7x7:k3",
-        "depthwise:96x113x65:k3:s2",
-        "depthwise:128x14x14:k3:s2",
-        "depthwise:58x28x28:k5:s2",
-        "depthwise:96x7x7:k5",
-        "depthwise:128x14x14:k5",
-        "depthwise:24x113x65:k5:s2",
-    )
 }
+#: Tails of rows, of sums and of blocks, few rows, small and oblong images.
+ODD = (
+    "matmul:100x100x100",
+    "matmul:100x100x100:inputs",
+    "matmul:33x77x129",
+    "matmul:33x77x129:inputs",
+    "matmul:1x512x512",
+    "matmul:1x512x512:inputs",
+    "matmul:7x64x1000",
+    "conv:24x56x56:k1:f58",
+    "conv:58x28x28:k1",
+    "conv:96x14x14:k1:f24",
+    "conv:128x7x7:k1",
+    "conv:96x113x65:k1:f58",
+    "conv:24x56x56:k3",
+    "conv:58x28x28:k3:s2",
+    "conv:96x14x14:k3",
+    "conv:128x7x7:k3",
+    "conv:128x14x14:k3:s2",
+    "conv:24x113x65:k3:f58",
+    "conv:3x113x65:k3:s2:f24",
+    "conv:24x28x28:k5",
+    "conv:58x14x14:k5:f96",
+    "conv:96x7x7:k5",
+    "conv:3x113x65:k7:s2:f96",
+    "conv:24x56x56:k7:s2",
+    "conv:64x28x28:k3:g4",
+    "depthwise:24x56x56:k3:s2",
+    "depthwise:58x28x28:k3",
+    "depthwise:96x14x14:k3",
+    "depthwise:128x7x7:k3",
+    "depthwise:96x113x65:k3:s2",
+    "depthwise:128x14x14:k3:s2",
+    "depthwise:58x28x28:k5:s2",
+    "depthwise:96x7x7:k5",
+    "depthwise:128x14x14:k5",
+    "depthwise:24x113x65:k5:s2",
+)
+CASES = NAMED | {shape: shape for shape in ODD}
 
 
 # Reading assembly ---------------------------------------------------------------------------------------------------
@@ -330,6 +332,28 @@ def cycles(mca: str, cpu: Cpu, block: str) -> float:
     return (totals[1] - totals[0]) / ITERATIONS
 
 
+_LOAD = re.compile(r"^(v?ld\S* )(.*)(\[[^\]]*\])")
+_FREE = 24  # the first register of those, d24 of ARMv7 and v24 of AArch64, that `Cpu.peak_loop` leaves free
+
+
+def _moved(registers: str) -> str:
+    """A load's vector registers as free ones."""
+    number = itertools.count(_FREE)
+    return re.sub(r"\b([dqsv])\d+", lambda each: f"{each[1]}{next(number)}", registers)
+
+
+def unhindered(lines: Sequence[str], cpu: Cpu) -> list[str]:
+    """The loads and the arithmetic of a loop, in registers apart and with pointers that stay, so that none waits."""
+    sums, made = itertools.cycle(cpu.peak_loop().splitlines()), list[str]()
+    for line in lines:
+        load = _LOAD.match(line)
+        if load:
+            made.append(load[1] + _moved(load[2]) + load[3])
+        elif arithmetic(line)[0]:
+            made.append(next(sums))
+    return made
+
+
 def peak(mca: str, cpu: Cpu) -> float:
     """Multiply-adds of one cycle at most, in lanes."""
     block = cpu.peak_loop()
@@ -351,8 +375,10 @@ def estimate(mca: str, name: str, cpu: Cpu, most: float) -> Row:
     lines = [line for instruction in loop.instructions for line in without_multiples(instruction)]
     try:
         spent = cycles(mca, cpu, "\n".join(lines))
+        least = cycles(mca, cpu, "\n".join(unhindered(lines, cpu)))
     except Crash:
         return row | {"multiply_adds": loop.multiply_adds, "share": None, "loop": list(loop.instructions)}
+    row["limit"] = loop.multiply_adds / least / most
     share = loop.multiply_adds / spent / most
     return row | {
         "multiply_adds": loop.multiply_adds, "cycles": spent, "share": share, "loop": list(loop.instructions)
@@ -375,19 +401,22 @@ def find_mca(given: str | None) -> str:
     )
 
 
-def table(rows: Sequence[Row], cpus: Sequence[Cpu]) -> Table:
-    made = Table(title="Static estimate: share of the core's multiply-adds per cycle in the hottest inner loop")
+def table(what: str, rows: Sequence[Row], cpus: Sequence[Cpu]) -> Table:
+    made = Table(
+        title=f"{what}: share of the core's multiply-adds per cycle in the hottest inner loop, static estimate"
+    )
     for column in ("case", "core"):
         made.add_column(column)
-    for column in ("loop", "instructions", "multiply-adds", "cycles", "share", "wanted"):
+    for column in ("loop", "instructions", "multiply-adds", "cycles", "share", "limit", "wanted"):
         made.add_column(column, justify="right")
     wanted = {(cpu.name, cpu.triple): cpu.wanted for cpu in cpus}
     for row in rows:
         least = wanted[row["cpu"], row["triple"]]
         spent = f"{row['cycles']:.1f}" if "cycles" in row else "-"
         share = "crash" if row["share"] is None else f"{row['share']:.0%}"
+        limit = f"{row['limit']:.0%}" if "limit" in row else "-"
         kind = {True: "straight", False: "branches", None: "none"}[row.get("straight")]
-        cells = [kind, str(len(row["loop"])), str(row["multiply_adds"]), spent, share]
+        cells = [kind, str(len(row["loop"])), str(row["multiply_adds"]), spent, share, limit]
         made.add_row(row["case"], row["cpu"], *cells, f"{least:.0%}" if least else "-")
     return made
 
@@ -442,7 +471,11 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120).print(table(rows, cpus))
+        console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+        for what, some in (("Common layers", True), ("Odd shapes", False)):
+            chosen_rows = [row for row in rows if (row["case"] in NAMED) == some]
+            if chosen_rows:
+                console.print(table(what, chosen_rows, cpus))
         for cpu in cpus:
             print(f"{cpu.label}: {peaks[cpu]:.2f} multiply-adds of float32 in a cycle at most, by its model")
     if not (options.smoke or options.cases or options.shapes or options.cpus):

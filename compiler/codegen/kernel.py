@@ -219,7 +219,7 @@ class KernelEmitter(ParallelEmitter):
                 )
             case _:
                 # A tile of registers was made as large as they allow: unrolled once more, it would spill.
-                full = self.b.target.fma_by_element and _has_unrolled(loop.body)
+                full = not self.b.target.memory_operands and _has_unrolled(loop.body)
                 self.serial(loop.var, extent, lambda: self._iteration(loop), as_it_is=full)
 
     def _unrolled(self, loop: For, count: int) -> None:

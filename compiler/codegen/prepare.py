@@ -2,6 +2,7 @@
 
 blocks     a block's iteration variables are replaced by their bindings; its init moves in front of the loops
            that reduce, or is guarded by "first iteration"; its predicate becomes an `If`
+rests      a sum in steps that do not divide it has what is left of it after its whole steps
 versions   where the predicate of a tile provably holds, the tile runs without it; what a padding would add to sums is
            left out; where all of a tile takes one side of a choice, as inside of a padding, it runs without the choice
 places     a buffer that lives only in a function gets the smallest scope that holds all its uses and that hands
@@ -20,6 +21,7 @@ from kedge.compiler.codegen.alloc import statements_of as statements_of
 from kedge.compiler.codegen.compact import compact
 from kedge.compiler.codegen.coverage import written_before_read
 from kedge.compiler.codegen.padding import skip_padding
+from kedge.compiler.codegen.rests import split_rests
 from kedge.compiler.codegen.versions import version_choices, version_tiles
 from kedge.compiler.tir.expr import Const, Expr, Var, eq, logical_and
 from kedge.compiler.tir.flatten import flattened
@@ -40,7 +42,7 @@ from kedge.compiler.tir.visitor import (
 def prepare(func: PrimFunc) -> Stmt:
     """The body of `func` without blocks, simplified, versioned, with an `Alloc` around the uses of each buffer."""
     body = _clean(lower_blocks(func.body))
-    for version in (version_tiles, version_choices, skip_padding):
+    for version in (split_rests, version_tiles, version_choices, skip_padding):
         versioned = version(body)
         body = body if versioned is body else _clean(versioned)
     return compact(place_allocs(body, func.allocs))

@@ -58,7 +58,11 @@ class TargetModel(Protocol):
 
     @property
     def fma_by_element(self) -> bool:
-        """Whether a multiply-add takes one element of a register for all lanes; none of its operands is in memory."""
+        """Whether a multiply-add takes one element of a vector register for all lanes."""
+
+    @property
+    def memory_operands(self) -> bool:
+        """Whether arithmetic takes an operand from memory; else all that is loaded wants a register."""
 
 
 def lanes_of(target: TargetModel, itemsize: int) -> int:

@@ -117,8 +117,13 @@ class Target:
 
     @property
     def fma_by_element(self) -> bool:
-        """Whether a multiply-add takes one element of a register for all lanes; none of its operands is in memory."""
+        """Whether a multiply-add takes one element of a vector register for all lanes."""
         return self.arch.name == "aarch64" or (self.arch.name == "armv7l" and self.has("neon"))
+
+    @property
+    def memory_operands(self) -> bool:
+        """Whether arithmetic takes an operand from memory; else all that is loaded wants a register."""
+        return self.arch.name == "x86_64"
 
     @property
     def l3_share_bytes(self) -> int:

@@ -84,11 +84,11 @@ def _shapes(
 def _others(target: TargetModel, rows: int, vectors: int) -> int:
     """Registers that are no accumulators.
 
-    By element, each row has a vector of the first operand, and one vector of the second is loaded while one is in use.
+    By element, each row has a vector of the first operand. Where no operand is in memory, a vector of the second one is
+    loaded while one is in use.
     """
-    if target.fma_by_element:
-        return rows + 2 * vectors
-    return vectors + (rows if _is_small(target) else _OTHER_REGISTERS)
+    elements = rows if target.fma_by_element or _is_small(target) else _OTHER_REGISTERS
+    return elements + (vectors if target.memory_operands else 2 * vectors)
 
 
 def _is_small(target: TargetModel) -> bool:

@@ -89,14 +89,15 @@ def test_the_last_vector_of_a_run_overlaps_the_one_before_and_short_runs_come_in
 
 
 def test_only_what_is_surely_read_is_loaded() -> None:
-    """Of 7 rows in tiles of 3 the last has one, of 10 steps by 4 the last are two: neighbours of those are not read."""
+    """Of 7 rows in tiles of 3 the last has one, of 14 steps by 8 the last are six: neighbours of those are not read."""
     whole, last = plans(tile(product(7, 8), 3, 4))
     assert whole is not None and set(whole.vectors) == {8 * row + step for row in range(3) for step in range(4)}
     assert last is not None and last.vectors == dict.fromkeys(range(4), (0, 4))
-    whole, last = plans(tile(product(6, 10), 3, 4))
-    assert whole is not None and set(whole.vectors) == {10 * row + step for row in range(3) for step in range(4)}
+    whole, last = plans(tile(product(6, 14), 3, 8))
+    assert whole is not None and set(whole.vectors) == {14 * row + step for row in range(3) for step in range(8)}
     assert last is not None
-    assert last.vectors == {10 * row + step: (10 * row, 2) for row in range(3) for step in range(2)}
+    starts = [0, 0, 0, 0, 2, 2]
+    assert last.vectors == {14 * row + step: (14 * row + starts[step], 4) for row in range(3) for step in range(6)}
 
 
 def test_a_choice_on_data_may_change_with_every_iteration() -> None:
@@ -143,8 +144,11 @@ CONVOLUTIONS = {
     "1x1": (16, 24, 5, 11, 1, 1, 0, 1),
     "1x1-one-block": (16, 4, 4, 9, 1, 1, 0, 1),
     "1x1-three-blocks": (20, 12, 3, 15, 1, 2, 0, 1),
+    "1x1-part-of-a-block": (14, 10, 5, 11, 1, 1, 0, 1),
     "3x3": (16, 16, 9, 19, 3, 1, 1, 1),
     "3x3-stride2": (16, 20, 11, 17, 3, 2, 1, 1),
+    "3x3-part-of-a-block": (10, 18, 9, 17, 3, 2, 1, 1),
+    "row-of-11": (1, 8, 12, 40, 11, 4, 2, 1),
     "3x3-small": (32, 8, 7, 7, 3, 1, 1, 1),
     "stem": (3, 10, 23, 31, 7, 2, 3, 1),
     "grouped": (16, 16, 6, 13, 3, 1, 1, 2),
@@ -179,6 +183,7 @@ def test_convolutions(name: str, free: bool, board: str, tmp_path: Path) -> None
     [
         (7, 16, 20, "float32"),
         (33, 21, 37, "float32"),
+        (9, 77, 24, "float32"),
         (1, 12, 5, "float32"),
         (50, 6, 8, "float32"),
         (9, 8, 6, "float64"),
@@ -192,3 +197,13 @@ def test_products(rows: int, depth: int, columns: int, dtype: str, constant: boo
     w = b.constant(second) if constant else b.input("x1", TensorType(second.shape, dtype))
     module = Module({"main": b.finish({"y": b.call("matmul", a, w, origin=("matmul",))})})
     check(module, [first] if constant else [first, second], board, tmp_path)
+
+
+@pytest.mark.parametrize("board", ARM)
+def test_a_sum_of_free_length(board: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    b, depth = Builder("main"), Var("k", lower=1)
+    x, w = b.input("x0", TensorType((9, depth), "float32")), b.input("x1", TensorType((depth, 20), "float32"))
+    module = Module({"main": b.finish({"y": b.call("matmul", x, w, origin=("matmul",))})})
+    inputs = [rng.standard_normal(shape).astype("float32") for shape in ((9, 11), (11, 20))]
+    check(module, inputs, board, tmp_path)

@@ -292,6 +292,13 @@ def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
     assert schedule_func(func, slow).decisions["ahead"] == ahead // 2
 
 
+@pytest.mark.parametrize(
+    ("m", "depth", "unroll"), [(64, 77, 4), (64, 80, 4), (64, 6, 4), (4, 77, 8), (4, 7, 4), (64, K, 4)]
+)
+def test_steps_of_a_sum_by_element_are_those_of_one_load_or_two(m, depth, unroll):
+    assert RULE.default(product(m, depth, 64), NEON)["unroll"] == unroll
+
+
 def test_rows_that_data_chooses_are_not_prefetched():
     x, w = te.placeholder((4, 16, 1024), "float32", "x"), te.placeholder((4, 1024, 1024), "float32", "w")
     chosen, axis = te.placeholder((4,), "int64", "chosen"), te.reduce_axis(1024)

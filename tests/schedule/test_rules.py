@@ -112,6 +112,15 @@ def channel_softmax() -> PrimFunc:
     return te.create_prim_func([x, te.compute((2, 3, 8), lambda n, f, w: e[n, f, w] - total[n, w], name="y")], "cs")
 
 
+def part_of_a_block(channels: int) -> PrimFunc:
+    """A row of an image whose channels, in blocks of 4, do not fill the last one; 3 taps and 12 filters."""
+    blocks = -(-channels // 4)
+    x, w = te.placeholder((blocks, 19, 4), "float32", "x"), te.placeholder((blocks, 3, 4, 12), "float32", "w")
+    s, c = te.reduce_axis(3, "s"), te.reduce_axis(channels, "c")
+    y = te.compute((17, 12), lambda v, o: te.sum(x[c // 4, v + s, c % 4] * w[c // 4, s, c % 4, o], (s, c)), name="y")
+    return te.create_prim_func([x, w, y], "part_of_a_block")
+
+
 CASES = {
     "dense": (dense(N, 20, 12), {"n": 3}, "matmul"),
     "dense_odd": (dense(5, 7, 9), {}, "matmul"),
@@ -122,6 +131,7 @@ CASES = {
     "conv_14": (conv(1, 1, 14, 3), {}, "contraction"),
     "conv_stride": (conv(N, 2, 7, 3, stride=2), {"n": 1}, "contraction"),
     "conv_1x1": (conv(1, 4, 4, 6, kernel=1, pad=0), {}, "contraction"),
+    "part_of_a_block": (part_of_a_block(10), {}, "contraction"),
     "depthwise": (depthwise(), {"n": 1}, "contraction"),
     "batched": (batched(), {"n": 3, "m": 11}, "matmul"),
     "transposed_epilogue": (transposed_epilogue(), {}, "matmul"),
@@ -408,3 +418,20 @@ def test_long_sums_of_elements_times_vectors_stay_loops(func, unrolled):
     inner = [loop for loop in loops_in(kernel.func.body) if loop.var.name.split("_")[0] in ("c", "i", "r", "s")]
     assert inner
     assert all(loop.kind == "unrolled" for loop in inner if loop.extent.value > 1) is unrolled
+
+
+@pytest.mark.parametrize(
+    ("target", "channels", "expected"),
+    [
+        (NEON, 10, [("c_0", "serial", 3), ("s", "serial", 3), ("c_1", "unrolled", 4)]),
+        (NEON, 7, [("s", "serial", 3), ("c", "unrolled", 7)]),  # as short as two blocks
+        (AVX2, 10, [("s", "serial", 3), ("c", "serial", 10)]),
+    ],
+)
+def test_where_code_multiplies_by_element_a_sum_goes_by_blocks(target, channels, expected):
+    sums = [
+        loop
+        for loop in loops_in(schedule_func(part_of_a_block(channels), target).func.body)
+        if loop.var.name[0] in "sc"
+    ]
+    assert [(loop.var.name, loop.kind, loop.extent.value) for loop in sums] == expected

@@ -21,6 +21,7 @@ class Model:
     stores_per_cycle: float = 1.0
     fma: bool = True
     fma_by_element: bool = False
+    memory_operands: bool = True
 
     @property
     def l3_share_bytes(self) -> int:
@@ -28,5 +29,6 @@ class Model:
 
 
 AVX2, AVX512 = Model(), Model(vector_bits=512, vector_registers=32)
-NEON, SCALAR = Model(vector_bits=128, vector_registers=32, fma_by_element=True), Model(vector_bits=0, num_cores=1)
+NEON = Model(vector_bits=128, vector_registers=32, fma_by_element=True, memory_operands=False)
+SCALAR = Model(vector_bits=0, num_cores=1)
 TARGETS = {"avx2": AVX2, "avx512": AVX512, "neon": NEON, "scalar": SCALAR}

@@ -228,11 +228,15 @@ def _ahead(product: Product, tile: RegisterTile, target: TargetModel) -> int:
 
 
 def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:
-    """Steps of the sum at once: some tens of multiply-adds, without a rest. They want registers of their own."""
+    """Steps of the sum at once: some tens of multiply-adds, without a rest. They want registers of their own.
+
+    By element they are those whose elements come in one load of each row, or in two where rows are few, and there may
+    be a rest: to load elements one by one costs more.
+    """
     depth = extent_of(product.depth.extent)
-    if depth is not None and target.fma_by_element:
-        # The elements of one load of each row, or of two where rows are few.
-        return max(u for u in _UNROLL if depth % u == 0 and (u <= tile.width or u * tile.rows <= _UNROLL_ELEMENTS))
+    if target.fma_by_element:
+        fitting = [u for u in _UNROLL if u <= tile.width or u * tile.rows <= _UNROLL_ELEMENTS]
+        return max(u for u in fitting if depth is None or u <= depth)
     if depth is None or target.vector_registers < _UNROLL_REGISTERS:
         return 1
     return max(u for u in _UNROLL if depth % u == 0 and (u == 1 or u * tile.rows * tile.vectors <= 48))
@@ -347,8 +351,8 @@ def _split(sch: Schedule, product: Product, decisions: Decisions, target: Target
     factors = [factor for factor in (decisions["vectors"], decisions["width"]) if factor > 1]
     if factors:
         panel, *lanes = sch.split(column, [None, *factors])
-        # By element, vectors are outside of rows: each is loaded for all of them in turn.
-        first = lanes[:-1] if target.fma_by_element and decisions["width"] > 1 else []
+        # Where no operand is in memory, vectors are outside of rows: each is loaded for all of them in turn.
+        first = lanes[:-1] if not target.memory_operands and decisions["width"] > 1 else []
         inner = [*first, *inner, *lanes[len(first) :]]
     sums = list(sch.split(depth, [None, decisions["unroll"]])) if decisions["unroll"] > 1 else [depth]
     around = [*outer, *([block] if block is not None else []), panel, *([tile] if tile is not None else [])]

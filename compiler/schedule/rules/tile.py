@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.rules.analysis import (
@@ -49,7 +49,7 @@ _MOST_UNROLLED_OPEN = 128
 _MOST_UNROLLED_DENSE = 256
 #: Where no operand comes from memory, all loads of unrolled code want registers; some tens hide a loop's overhead.
 #: Chosen by llvm-mca 19's shares of the peak for the shapes of benchmarks/arm_mca.py (docs/performance.md, "ARM").
-_MOST_UNROLLED_BY_ELEMENT = 48
+_MOST_UNROLLED_LOADED = 48
 #: What a step of the sums costs beside multiply-adds and loads, in multiply-adds. Chosen in the same way.
 _STEP_CYCLES = 0.5
 #: Registers of ARMv7, where 14 rows spill and each neighbour is loaded again for every tap.
@@ -98,7 +98,7 @@ def tile_by_model(block: Block, target: TargetModel) -> Tile:
     extent = extent_of(spatial(block)[vector].extent)
     width = fitting_lanes(lanes(target, block), extent)
     row = _row_dim(block, vector)
-    panel = _panel_dim(block, vector, row, target) if target.fma_by_element and width == extent else None
+    panel = _panel_dim(block, vector, row, target) if not target.memory_operands and width == extent else None
     rows, vectors = _tile_shape(block, vector, panel, row, width, target)
     return Tile(vector, width, vectors, panel if vectors > 1 else None, row, rows, parallel=parallel)
 
@@ -132,7 +132,7 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
     _check(sch, ref, tile)
     main = block_named(sch.func, name)
     total, is_dense = cycles(main, target), _is_dense(main, tile)
-    outer, reducing, inner = _order(sch, ref, tile)
+    outer, reducing, inner = _order(sch, ref, tile, target)
     blocks = [ref]
     if outer:
         blocks.append(sch.cache_write(ref, outer[-1], "register"))
@@ -178,12 +178,18 @@ def _check(sch: Schedule, ref: BlockRef, tile: Tile) -> None:
         raise ScheduleError(f"tile of block {ref.name!r}: {tile} has a size below 1 or a width that is no power of two")
 
 
-def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], list[LoopRef], list[LoopRef]]:
+def _order(
+    sch: Schedule, ref: BlockRef, tile: Tile, target: TargetModel
+) -> tuple[list[LoopRef], list[LoopRef], list[LoopRef]]:
     """Split and reorder the loops: those around tiles, those that reduce, those within a tile."""
-    iters = block_named(sch.func, ref.name).iters
+    block = block_named(sch.func, ref.name)
     loops = sch.get_loops(ref)
-    axes = [loop for loop, it in zip(loops, iters, strict=True) if it.kind == "spatial"]
-    reducing = [loop for loop, it in zip(loops, iters, strict=True) if it.kind == "reduce"]
+    axes = [loop for loop, it in zip(loops, block.iters, strict=True) if it.kind == "spatial"]
+    reducing = [loop for loop, it in zip(loops, block.iters, strict=True) if it.kind == "reduce"]
+    elements = _elements(block, tile, target)
+    if elements is not None:
+        parts, step = sch.split(reducing.pop(), [None, lanes(target, block)])
+        reducing = [parts, *reducing, step] if elements == "blocks" else [*reducing, parts, step]
     inner: list[LoopRef] = []
     if tile.row is not None and tile.rows > 1:
         axes[tile.row], rows = sch.split(axes[tile.row], [None, tile.rows])
@@ -199,6 +205,23 @@ def _order(sch: Schedule, ref: BlockRef, tile: Tile) -> tuple[list[LoopRef], lis
     if len(order) > 1 and order != list(loops):
         sch.reorder(*order)
     return axes, reducing, inner
+
+
+def _elements(block: Block, tile: Tile, target: TargetModel) -> Literal["row", "blocks"] | None:
+    """How the elements lie, along the last sum, that vectors are multiplied by, where one load is to have several.
+
+    None where none has. Of channels that fill no whole blocks the sum goes block by block, outside of its other loops:
+    what a window reads of one lies together.
+    """
+    sums = [it for it in block.iters if it.kind == "reduce"]
+    if not sums or not tile.unroll or tile.vector is None or not target.fma_by_element:
+        return None
+    depth = extent_of(sums[-1].extent)
+    if depth is None or depth <= _SHORT_BY_ELEMENT:
+        return None
+    by_lane, by_step = (strides(block, it.var)[1:] for it in (spatial(block)[tile.vector], sums[-1]))
+    found = {step for lane, step in zip(by_lane, by_step, strict=True) if lane == 0}
+    return "row" if found == {1} else "blocks" if found == {None} else None
 
 
 def take_consumer(
@@ -222,12 +245,11 @@ def _short(
     """The reducing loops to be unrolled: the last one if it is short, or all if that makes no long code."""
     sizes = [extent_of(sch.extent(loop)) for loop in reducing]
     known = [size for size in sizes if size is not None]
-    by_element = target.fma_by_element
     usual = _MOST_UNROLLED_OPEN if is_open else _MOST_UNROLLED_DENSE if is_dense else _MOST_UNROLLED
-    longest = _MOST_UNROLLED_BY_ELEMENT if by_element else usual
+    longest = usual if target.memory_operands else _MOST_UNROLLED_LOADED
     if len(known) == len(sizes) and math.prod(known) * tile.rows * tile.vectors <= longest:
         return [loop for loop, size in zip(reducing, known, strict=True) if size > 1]
-    most = _SHORT_BY_ELEMENT if by_element else _SHORT
+    most = _SHORT_BY_ELEMENT if target.fma_by_element else _SHORT
     return reducing[-1:] if sizes[-1] is not None and 1 < sizes[-1] <= most else ()
 
 
@@ -317,9 +339,7 @@ def _tile_shape(
     registers = max(target.vector_registers, 4)
     least_vectors = min(free.TILE_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
     others = _other_registers(block, vector, row, target)
-    # One vector has the elements of several steps.
-    by_element = target.fma_by_element
-    row_loads = 1 / width if by_element else 1.0
+    row_loads = 1 / width if target.fma_by_element else 1.0  # one vector has the elements of several steps
 
     def divmods(size: int, step: int) -> Sequence[tuple[int, int]]:
         """How often each size of a tile comes along a dim."""
@@ -332,7 +352,7 @@ def _tile_shape(
         return size / (math.ceil(size / step) * step) * (1.0 if size % step == 0 else 0.8)
 
     def score(rows: int, vectors: int) -> float:
-        if by_element and height is not None and chunks is not None:
+        if not target.memory_operands and height is not None and chunks is not None:
             return (
                 height
                 * chunks
@@ -362,12 +382,12 @@ def _other_registers(block: Block, vector: int, row: int | None, target: TargetM
     for all that is loaded: for each row a vector of elements, for each vector one in use and the next; or, where each
     row has vectors of its own, for the neighbours that the taps of a convolution read again.
     """
-    if row is None or not target.fma_by_element:
+    if row is None or target.memory_operands:
         return lambda rows, vectors: vectors + 1
     axes = spatial(block)
     by_lane, by_row = (strides(block, axes[dim].var)[1:] for dim in (vector, row))
     if any(lane == 0 and step != 0 for lane, step in zip(by_lane, by_row, strict=True)):
-        return lambda rows, vectors: rows + 2 * vectors
+        return lambda rows, vectors: (rows if target.fma_by_element else 1) + 2 * vectors
     width = min(abs(step) for step in by_lane if step) * lanes(target, block)
     if any(step is None or abs(step) > width for step in by_row):
         if target.vector_registers <= _FEW_REGISTERS:  # each is loaded for every tap

@@ -345,8 +345,8 @@ def _schedule_product(
         _split(sch, outputs, tiling.outputs, tiling.vectors),
     ]
     outer = [loop for loop in (k, l, parts[2][0], batch, parts[0][0], parts[1][0]) if loop is not None]
-    # By element, vectors are outside of rows: each is loaded for all of them in turn.
-    within = parts[-1:] + parts[:-1] if target.fma_by_element else parts
+    # Where no operand is in memory, vectors are outside of rows: each is loaded for all of them in turn.
+    within = parts if target.memory_operands else parts[-1:] + parts[:-1]
     inner = [loop for loop in (*(loop for _, loop in within), lane) if loop is not None]
     sums = [loop for loop in reducing if loop is not None]
     sch.reorder(*outer, *sums, *inner)
@@ -422,8 +422,9 @@ def _register_tile(tiles: tuple[int, int, int], outputs: int, target: TargetMode
 
 
 def _registers(rows: int, vectors: int, target: TargetModel) -> int:
-    """What a register tile needs: by element, rows have vectors of their own, and the next of the weights is loaded."""
-    return rows * vectors + (rows + 2 * vectors if target.fma_by_element else vectors + 1)
+    """What a register tile needs: by element, rows have vectors of their own; the next weights may be loaded."""
+    elements = rows if target.fma_by_element else 1
+    return rows * vectors + (vectors + 1 if target.memory_operands else elements + 2 * vectors)
 
 
 def _divisors(size: int) -> list[int]:
