@@ -427,7 +427,7 @@ class _Link:
 class BlobLink:
     """The tracker's blobs over a connection of their own, made when first needed, broken off by `interrupt`.
 
-    `tls` says how to talk to it whenever a connection is made.
+    `tls` says how to talk to it; a connection is left for another one when that has changed, between transfers.
     """
 
     def __init__(self, address: Address, tls: Callable[[], Optional[Tls]] = lambda: None) -> None:
@@ -435,6 +435,8 @@ class BlobLink:
         self._tls = tls
         self._lock = threading.Lock()
         self._channel: Any = None
+        self._spoken: Optional[Tls] = None
+        self._transfers = 0
 
     def download(self, blob: Blob, store: BlobStore) -> Path:
         """Fetch a blob into `store`; raises as `BlobClient.download`, and ConnectError when interrupted."""
@@ -457,9 +459,15 @@ class BlobLink:
 
     def _do(self, transfer: Callable[[BlobClient], object]) -> object:
         with self._lock:
+            tls = self._tls()
+            if self._channel is not None and tls != self._spoken and not self._transfers:
+                # Calls are judged by the certificate that their connection began with, however old that is.
+                self._channel.close()
+                self._channel = None
             if self._channel is None:
-                self._channel = open_channel(self._address, self._tls())
+                self._channel, self._spoken = open_channel(self._address, tls), tls
             channel = self._channel
+            self._transfers += 1
         try:
             return transfer(BlobClient(channel, self._address))
         except ValueError as error:
@@ -467,6 +475,9 @@ class BlobLink:
             if channel is self._channel:
                 raise
             raise ConnectError("the transfer was interrupted") from error
+        finally:
+            with self._lock:
+                self._transfers -= 1
 
 
 def _run(job: Union[Job, Session], device: str) -> JobResult:

@@ -1,4 +1,4 @@
-"""Strangers' text for terminals and logs: control sequences in it could write the clipboard, hide lines or forge them."""
+"""Strangers' text for terminals and logs: in it a control sequence could write the clipboard, or forge lines."""
 
 from __future__ import annotations
 

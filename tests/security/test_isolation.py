@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from security.conftest import admin_tls
 
+from kedge.device_agent.agent import BlobLink
 from kedge.protos.v1 import blobs_pb2, blobs_pb2_grpc, fleet_pb2
 from kedge.rpc import convert
 from kedge.rpc import messages as m
@@ -316,6 +317,20 @@ def test_blobs_of_agents_go_by_their_own_channel(enrolled: Enrolled) -> None:
     known = enrolled("idle-1")
     with open_channel(known.address, known.tls) as channel, pytest.raises(PermissionDeniedError):
         BlobClient(channel, known.address).upload(blob_of(b"x"), b"x")
+
+
+def test_an_agents_transfers_use_the_certificate_that_it_has_now(enrolled: Enrolled) -> None:
+    """Its connection for them stays open for months, and calls are judged by the certificate that it began with."""
+    known = enrolled("renewed-1")
+    link = BlobLink(known.address, lambda: known.tls)
+    try:
+        with pytest.raises(PermissionDeniedError):  # known, but it has no job
+            link.upload(blob_of(b"x"), b"x")
+        known = enrolled("renewed-1")
+        with pytest.raises(PermissionDeniedError):  # and no AuthenticationError
+            link.upload(blob_of(b"x"), b"x")
+    finally:
+        link.close()
 
 
 def test_one_users_blobs_leave_room_for_others(tmp_path: Path) -> None:
