@@ -14,6 +14,9 @@ import pytest
 
 from kedge.compiler.toolchain import cache_dir
 
+#: Folders whose tests wait more than they compute: for processes to start, for leases to end.
+WAITING = ("agent", "boards", "faults", "wire")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Credentials of trackers that tests start stay out of the user's own folder, in subprocesses too.
@@ -42,6 +45,18 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files whose tests wait among those whose tests compute: no processor is idle for long."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    place: dict[Path, float] = {}
+    for waits in (True, False):
+        group = [path for path in files if (path.parent.name in WAITING) is waits]
+        place |= {path: number / len(group) for number, path in enumerate(group)}
+    items[:] = [item for path in sorted(files, key=place.__getitem__) for item in files[path]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,7 +29,10 @@ def kedge() -> Kedge:
 
 @pytest.fixture
 def kedge_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kedge:
-    """The same without a process: most of the time that a refusal takes goes to starting Python and importing kedge."""
+    """The same without a process: most of a short command's time goes to starting Python and importing kedge.
+
+    Not for what becomes another program (`agent start`) or stays until a signal ends it.
+    """
     monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")  # which the command sets, for good
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -51,12 +51,12 @@ def test_a_user_joins_and_is_who_the_token_says(kedge: Kedge, address: str, tmp_
     assert public == signing.public_key(signing.own_key(tmp_path / "ann") or b"").hex()
 
 
-def test_a_device_joins_and_is_revoked(kedge: Kedge, address: str, tmp_path: Path) -> None:
+def test_a_device_joins_and_is_revoked(kedge: Kedge, kedge_here: Kedge, address: str, tmp_path: Path) -> None:
     with processes.agent(address, "cli-1", tmp_path / "agent"):
-        (device,) = json.loads(kedge("tracker", "enrolled", "--json", "--tracker", address).stdout)
+        (device,) = json.loads(kedge_here("tracker", "enrolled", "--json", "--tracker", address).stdout)
         assert device["device"] == "cli-1" and not device["revoked_s"]
-        assert kedge("tracker", "revoke", "cli-1", "--tracker", address).returncode == 0
-    assert re.search(r"cli-1 .* 20\d\d-", kedge("tracker", "enrolled", "--tracker", address).stdout)
+        assert kedge_here("tracker", "revoke", "cli-1", "--tracker", address).returncode == 0
+    assert re.search(r"cli-1 .* 20\d\d-", kedge_here("tracker", "enrolled", "--tracker", address).stdout)
     gone = kedge("agent", "start", "--name", "cli-1", "--data-dir", tmp_path / "agent" / "data")
     assert gone.returncode == 1 and "was revoked" in gone.stderr
 
@@ -90,28 +90,30 @@ def test_a_new_tracker_prints_how_to_join_and_only_once(tmp_path: Path) -> None:
         (["tracker", "revoke", "nobody"], 1, "no device 'nobody' is enrolled"),
     ],
 )
-def test_mistakes_are_named(kedge: Kedge, address: str, arguments: list[str], status: int, words: str) -> None:
+def test_mistakes_are_named(kedge_here: Kedge, address: str, arguments: list[str], status: int, words: str) -> None:
     there = [] if arguments[0] == "join" else ["--tracker", address]
-    done = kedge(*arguments, *there)
+    done = kedge_here(*arguments, *there)
     assert done.returncode == status and words in done.stderr and "hint:" in done.stderr, done.stderr
 
 
-def test_a_device_string_is_no_users(kedge: Kedge, address: str) -> None:
-    made = kedge("tracker", "token", "create", "--role", "enrol", "--device", "d-1", "--tracker", address, "--json")
-    done = kedge("join", json.loads(made.stdout)["join"])
+def test_a_device_string_is_no_users(kedge_here: Kedge, address: str) -> None:
+    made = kedge_here(
+        "tracker", "token", "create", "--role", "enrol", "--device", "d-1", "--tracker", address, "--json"
+    )
+    done = kedge_here("join", json.loads(made.stdout)["join"])
     assert done.returncode == 2 and "kedge agent start --join" in done.stderr
 
 
-def test_a_tracker_without_security_has_no_tokens(kedge: Kedge, tmp_path: Path) -> None:
+def test_a_tracker_without_security_has_no_tokens(kedge: Kedge, kedge_here: Kedge, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = ("kedge", "tracker", "start", "--port", "0", "--insecure-loopback", "--data-dir", str(tmp_path / "data"))
     with processes.service("tracker", *command, log=log) as process:
         place = processes.ready_line("tracker", process, log).split()[-1]
         assert credentials.find(parse_address(place)).tls is None
-        assert kedge("jobs", "--tracker", place).returncode == 0
+        assert kedge_here("jobs", "--tracker", place).returncode == 0
         with processes.agent(place, "plain-1", tmp_path / "agent"):
-            assert kedge("devices", "plain-1", "--tracker", place).returncode == 0
-        done = kedge("tracker", "token", "list", "--tracker", place)
+            assert kedge_here("devices", "plain-1", "--tracker", place).returncode == 0
+        done = kedge_here("tracker", "token", "list", "--tracker", place)
         assert done.returncode == 2 and "lets everybody in" in done.stderr
     assert "plaintext" in log.read_text()
     beyond = kedge("tracker", "start", "--host", "0.0.0.0", "--insecure-loopback", "--data-dir", tmp_path / "data")

@@ -37,102 +37,102 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_devices_lists_what_the_agent_reports(kedge: Kedge, fleet: str) -> None:
-    done = kedge("devices", "bench-1", "--tracker", fleet, "--json")
+def test_devices_lists_what_the_agent_reports(kedge_here: Kedge, fleet: str) -> None:
+    done = kedge_here("devices", "bench-1", "--tracker", fleet, "--json")
     assert done.returncode == 0, done.stderr
     (device,) = json.loads(done.stdout)
     assert device["name"] == "bench-1" and device["arch"] == os.uname().machine
-    table = kedge("devices", "--tracker", fleet)
+    table = kedge_here("devices", "--tracker", fleet)
     assert "bench-1" in table.stdout and "idle" in table.stdout
-    nobody = kedge("devices", "arch=sparc", "--tracker", fleet)
+    nobody = kedge_here("devices", "arch=sparc", "--tracker", fleet)
     assert nobody.returncode == 1 and "arch=sparc" in nobody.stderr and "hint: " in nobody.stderr
 
 
-def test_run_bench_validate_and_jobs_on_a_device(kedge: Kedge, fleet: str, digits: Path, tmp_path: Path) -> None:
+def test_run_bench_validate_and_jobs_on_a_device(kedge_here: Kedge, fleet: str, digits: Path, tmp_path: Path) -> None:
     images, labels = digits_test()
     np.savez(tmp_path / "in.npz", image=images)
     there = ("--device", f"arch={os.uname().machine}", "--tracker", fleet)
-    run = kedge("run", digits, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz", *there)
+    run = kedge_here("run", digits, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz", *there)
     assert run.returncode == 0, run.stderr
     with np.load(tmp_path / "out.npz") as saved:
         assert (saved["probabilities"].argmax(1) == labels).mean() > 0.95
-    bench = kedge("bench", digits, "--repeat", "5", "--min-repeat-ms", "1", "--json", *there)
+    bench = kedge_here("bench", digits, "--repeat", "5", "--min-repeat-ms", "1", "--json", *there)
     assert bench.returncode == 0, bench.stderr
     assert len(json.loads(bench.stdout)["samples_ns"]) == 5
-    profiled = kedge("bench", digits, "--profile", "--repeat", "3", "--min-repeat-ms", "1", "--json", *there)
+    profiled = kedge_here("bench", digits, "--profile", "--repeat", "3", "--min-repeat-ms", "1", "--json", *there)
     assert profiled.returncode in (0, 1), profiled.stderr  # 1: the machine is too busy to believe the timing
     check_digits_profile(json.loads(profiled.stdout))
-    validated = kedge("validate", digits_model(), digits, "--json", *there)
+    validated = kedge_here("validate", digits_model(), digits, "--json", *there)
     assert validated.returncode == 0, validated.stderr
     assert json.loads(validated.stdout)["ok"]
-    jobs = json.loads(kedge("jobs", "--tracker", fleet, "--json").stdout)
+    jobs = json.loads(kedge_here("jobs", "--tracker", fleet, "--json").stdout)
     assert len(jobs) >= 5
     assert all(job["result"]["outcome"]["kind"] == "ok" for job in jobs)
 
 
-def test_the_noise_of_a_device_is_its_trackers_to_remember(kedge: Kedge, fleet: str, digits: Path) -> None:
+def test_the_noise_of_a_device_is_its_trackers_to_remember(kedge_here: Kedge, fleet: str, digits: Path) -> None:
     short = ("--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1", "--device", "bench-1", "--tracker", fleet)
-    first = kedge("compare", digits, digits, "--json", *short)
+    first = kedge_here("compare", digits, digits, "--json", *short)
     assert first.returncode == 0, first.stderr
     said = json.loads(first.stdout)
     assert (said["device"], said["noise_kept"]) == ("bench-1", None), said
     assert not any("not kept" in reason for reason in said["reasons"]), said["reasons"]
-    (device,) = json.loads(kedge("devices", "--tracker", fleet, "--json").stdout)
+    (device,) = json.loads(kedge_here("devices", "--tracker", fleet, "--json").stdout)
     (floor,) = device["noise"]
     assert floor["relative"] == pytest.approx(said["noise_here"]) and floor["target"] == device["target"]
     assert (floor["comparisons"], floor["num_threads"], floor["on"], floor["stale"]) == (1, 1, "cpu", "")
-    told = kedge("devices", "-v", "--tracker", fleet).stdout
+    told = kedge_here("devices", "-v", "--tracker", fleet).stdout
     assert f"noise of timings with 1 thread on cpu: {floor['relative']:.2%} (1 compared, the last " in told
     assert floor["software"] in told.partition("noise of timings")[2]
 
 
-def test_a_drained_device_lets_jobs_wait_and_says_why(kedge: Kedge, fleet: str, digits: Path) -> None:
+def test_a_drained_device_lets_jobs_wait_and_says_why(kedge_here: Kedge, fleet: str, digits: Path) -> None:
     at = ("--tracker", fleet)
-    drained = kedge("drain", "bench-1", "--reason", "a new fan", *at)
+    drained = kedge_here("drain", "bench-1", "--reason", "a new fan", *at)
     assert (drained.returncode, drained.stdout) == (0, "bench-1: maintenance\n"), drained.stderr
     try:
         images, _ = digits_test()
         with connect(fleet) as client:
             waiting = client.run(Artifact.load(digits), {"image": images[:1]}, device="bench-1")
-        (device,) = json.loads(kedge("devices", *at, "--json").stdout)
+        (device,) = json.loads(kedge_here("devices", *at, "--json").stdout)
         assert device["state"] == "maintenance" and "a new fan" in device["detail"]
-        listed = next(row for row in kedge("jobs", *at).stdout.splitlines() if waiting.id in row)
+        listed = next(row for row in kedge_here("jobs", *at).stdout.splitlines() if waiting.id in row)
         assert "queued" in listed and "a new fan" in listed
-        seen = kedge("top", "--once", *at).stdout
+        seen = kedge_here("top", "--once", *at).stdout
         assert "devices: 1 maintenance" in seen and "1 waiting" in seen and waiting.id in seen
-        seen = json.loads(kedge("top", *at, "--json").stdout)
+        seen = json.loads(kedge_here("top", *at, "--json").stdout)
         assert [job["position"] for job in seen["jobs"]] == [1]
-        cancelled = kedge("cancel", waiting.id, *at)
+        cancelled = kedge_here("cancel", waiting.id, *at)
         assert (cancelled.returncode, cancelled.stdout) == (0, f"{waiting.id}: cancelled\n"), cancelled.stderr
     finally:
-        resumed = kedge("resume", "bench-1", *at)
+        resumed = kedge_here("resume", "bench-1", *at)
     assert (resumed.returncode, resumed.stdout) == (0, "bench-1: idle\n"), resumed.stderr
-    unknown = kedge("drain", "bench-9", *at)
+    unknown = kedge_here("drain", "bench-9", *at)
     assert unknown.returncode == 7 and "bench-9" in unknown.stderr and "hint: " in unknown.stderr
 
 
-def test_a_device_is_reserved_and_given_back(kedge: Kedge, fleet: str) -> None:
+def test_a_device_is_reserved_and_given_back(kedge_here: Kedge, fleet: str) -> None:
     at = ("--tracker", fleet)
-    done = kedge("reserve", f"arch={os.uname().machine}", "--for", "30min", "--reason", "a demo", *at, "--json")
+    done = kedge_here("reserve", f"arch={os.uname().machine}", "--for", "30min", "--reason", "a demo", *at, "--json")
     assert done.returncode == 0, done.stderr
     reservation = json.loads(done.stdout)
     assert reservation["device"] == "bench-1"
     assert reservation["until_unix_ms"] - reservation["from_unix_ms"] == 1_800_000
-    assert reservation["id"] in kedge("devices", *at).stdout
-    again = kedge("reserve", "bench-1", *at)
+    assert reservation["id"] in kedge_here("devices", *at).stdout
+    again = kedge_here("reserve", "bench-1", *at)
     assert again.returncode == 7 and "can be reserved" in again.stderr
-    released = kedge("release", reservation["id"], *at)
+    released = kedge_here("release", reservation["id"], *at)
     assert released.returncode == 0 and released.stdout.startswith("released: bench-1 until "), released.stderr
-    gone = kedge("release", reservation["id"], *at)
+    gone = kedge_here("release", reservation["id"], *at)
     assert gone.returncode == 1 and reservation["id"] in gone.stderr
-    assert kedge("reserve", "bench-1", "--for", "soon", *at).returncode == 2
+    assert kedge_here("reserve", "bench-1", "--for", "soon", *at).returncode == 2
 
 
-def test_a_session_is_listed_and_can_be_cancelled(kedge: Kedge, fleet: str) -> None:
+def test_a_session_is_listed_and_can_be_cancelled(kedge_here: Kedge, fleet: str) -> None:
     with connect(fleet) as client, client.session("bench-1") as device:
-        (row,) = [line for line in kedge("jobs", "--tracker", fleet).stdout.splitlines() if device.id in line]
+        (row,) = [line for line in kedge_here("jobs", "--tracker", fleet).stdout.splitlines() if device.id in line]
         assert row.split()[2:6] == ["session", "running", "-", "bench-1"]
-        assert kedge("cancel", device.id, "--tracker", fleet).returncode == 0
+        assert kedge_here("cancel", device.id, "--tracker", fleet).returncode == 0
         with pytest.raises(JobError, match="is over: cancelled"):
             while True:
                 device.files()
@@ -162,20 +162,22 @@ def read_terminal(fd: int) -> bytes:
         return b""
 
 
-def test_an_artifact_for_another_device_is_refused_before_it_is_sent(kedge: Kedge, fleet: str, tmp_path: Path) -> None:
+def test_an_artifact_for_another_device_is_refused_before_it_is_sent(
+    kedge_here: Kedge, fleet: str, tmp_path: Path
+) -> None:
     path = tmp_path / "arm.kdg"
-    assert kedge("compile", digits_model(), "--target", "raspberry-pi/4b", "-o", path).returncode == 0
-    done = kedge("run", path, "--device", "bench-1", "--tracker", fleet)
+    assert kedge_here("compile", digits_model(), "--target", "raspberry-pi/4b", "-o", path).returncode == 0
+    done = kedge_here("run", path, "--device", "bench-1", "--tracker", fleet)
     assert done.returncode == 4 and "aarch64" in done.stderr
 
 
-def test_no_device_matches(kedge: Kedge, fleet: str, digits: Path) -> None:
-    done = kedge("run", digits, "--device", "key=rpi4", "--tracker", fleet)
+def test_no_device_matches(kedge_here: Kedge, fleet: str, digits: Path) -> None:
+    done = kedge_here("run", digits, "--device", "key=rpi4", "--tracker", fleet)
     assert done.returncode == 7 and "key=rpi4" in done.stderr
 
 
-def test_doctor_tests_every_hop(kedge: Kedge, fleet: str) -> None:
-    done = kedge("doctor", "--tracker", fleet, "--device", "bench-1", "--json")
+def test_doctor_tests_every_hop(kedge_here: Kedge, fleet: str) -> None:
+    done = kedge_here("doctor", "--tracker", fleet, "--device", "bench-1", "--json")
     assert done.returncode == 0, done.stdout
     by_check = {finding["check"]: finding["status"] for finding in json.loads(done.stdout)}
     assert by_check["a job on the device"] == "ok"
@@ -240,19 +242,19 @@ def test_agents_start_in_any_folder_and_beside_each_other(kedge: Kedge, fleet: s
             agent.communicate(timeout=20)
 
 
-def test_a_gpu_is_chosen_by_label_and_by_name(kedge: Kedge, fleet: str, tmp_path: Path) -> None:
+def test_a_gpu_is_chosen_by_label_and_by_name(kedge_here: Kedge, fleet: str, tmp_path: Path) -> None:
     gpu_artifact().save(tmp_path / "gpu.kdg")
-    (device,) = json.loads(kedge("devices", "bench-1", "--tracker", fleet, "--json").stdout)
+    (device,) = json.loads(kedge_here("devices", "bench-1", "--tracker", fleet, "--json").stdout)
     gpus = [gpu for gpu in device["accelerators"] if gpu["kind"] == "opencl"]
     there = ("--device", "opencl>=1", "--tracker", fleet)
     if not gpus:
-        done = kedge("run", tmp_path / "gpu.kdg", "--device", "bench-1", "--tracker", fleet)
+        done = kedge_here("run", tmp_path / "gpu.kdg", "--device", "bench-1", "--tracker", fleet)
         assert done.returncode == 4 and "needs an OpenCL device" in done.stderr
         pytest.skip("no OpenCL device")
-    assert gpus[0]["name"] in kedge("devices", "--tracker", fleet).stdout
-    done = kedge("bench", tmp_path / "gpu.kdg", "--shape", "x=100", "--on", "opencl:0", "--repeat", "3", *there)
+    assert gpus[0]["name"] in kedge_here("devices", "--tracker", fleet).stdout
+    done = kedge_here("bench", tmp_path / "gpu.kdg", "--shape", "x=100", "--on", "opencl:0", "--repeat", "3", *there)
     assert done.returncode == 0 and done.stdout.startswith("on opencl:0\n"), done.stderr
-    wrong = kedge("run", tmp_path / "gpu.kdg", "--shape", "x=100", "--on", "cpu", *there)
+    wrong = kedge_here("run", tmp_path / "gpu.kdg", "--shape", "x=100", "--on", "cpu", *there)
     assert wrong.returncode == 4 and "no variant for cpu" in wrong.stderr
 
 
@@ -273,30 +275,32 @@ def test_a_gpu_is_chosen_by_label_and_by_name(kedge: Kedge, fleet: str, tmp_path
     ],
 )
 def test_numbers_out_of_range_are_the_users_mistake(
-    kedge: Kedge, fleet: str, digits: Path, arguments: list[str], words: str
+    kedge_here: Kedge, fleet: str, digits: Path, arguments: list[str], words: str
 ) -> None:
     command, *options = arguments
     there = ["--tracker", fleet] if command == "jobs" or "--device" in options else []
-    done = kedge(command, *([] if command == "jobs" else [digits]), *options, *there)
+    done = kedge_here(command, *([] if command == "jobs" else [digits]), *options, *there)
     assert done.returncode in (2, 5) and words in done.stderr, done.stderr
 
 
-def test_a_run_has_a_deadline_on_request(kedge: Kedge, fleet: str, digits: Path) -> None:
+def test_a_run_has_a_deadline_on_request(kedge_here: Kedge, fleet: str, digits: Path) -> None:
     there = ("--device", "bench-1", "--tracker", fleet)
     slow = ("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000")
-    done = kedge(*slow, *there, "--timeout", "0.5")
+    done = kedge_here(*slow, *there, "--timeout", "0.5")
     assert done.returncode == 8 and "timeout in stage run" in done.stderr and "--timeout" in done.stderr, done.stderr
-    assert kedge("run", digits, *there, "--timeout", "60").returncode == 0
+    assert kedge_here("run", digits, *there, "--timeout", "60").returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_whoever_stops_a_command_stops_its_job(kedge: Kedge, fleet: str, digits: Path, number: signal.Signals) -> None:
+def test_whoever_stops_a_command_stops_its_job(
+    kedge_here: Kedge, fleet: str, digits: Path, number: signal.Signals
+) -> None:
     slow = ("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000", "--device", "bench-1", "--tracker", fleet)
     process = subprocess.Popen(kedge_command(*slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def newest() -> list[tuple[str, str | None]]:
         """The last job; none before the command has started."""
-        jobs = json.loads(kedge("jobs", "--limit", "1", "--tracker", fleet, "--json").stdout)
+        jobs = json.loads(kedge_here("jobs", "--limit", "1", "--tracker", fleet, "--json").stdout)
         return [(job["state"], job["result"] and job["result"]["outcome"]["kind"]) for job in jobs]
 
     wait_for(lambda: newest() == [("running", None)], "the job to run")

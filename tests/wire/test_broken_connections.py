@@ -156,6 +156,7 @@ class _Silent(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientIntercepto
 def test_a_tracker_that_never_answers_is_asked_again(tracker: RunningTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that stood still and leads no more: its connection stands."""
     monkeypatch.setattr(blob_client, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(blob_client, "_LEAST_BYTES_S", BYTES)
     data = secrets.token_bytes(BYTES)
     tls = credentials.find(tracker.address).tls
     with socket.socket() as mute:
