@@ -41,7 +41,7 @@ from kedge.rpc import messages as m
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.transport import CHANNEL_OPTIONS
-from kedge.rpc.types import DeviceInfo, JobResult, JobState
+from kedge.rpc.types import DeviceInfo, Health, JobResult, JobState
 
 RESULTS = Path(__file__).with_name("results")
 PARTS = ("jobs", "session", "throughput", "upload", "crowd", "restart")
@@ -84,7 +84,7 @@ async def one_agent(
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the latter: it ended while we wrote
             call = cast(Any, agent_pb2_grpc).AgentsStub(channel).Connect()
-            await call.write(convert.agent_message_to_pb(m.Hello(local_protocol(), info, instance), 1))
+            await call.write(convert.agent_message_to_pb(m.Hello(local_protocol(), info, instance, health=Health()), 1))
             await _converse(call, number, idle, greet)
         lose(number)
         await channel.close()

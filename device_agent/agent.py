@@ -206,7 +206,7 @@ class Agent:
                 self._exit = action
 
     def _send(self, message: m.AgentBody) -> None:
-        if isinstance(message, m.Heartbeat):
+        if isinstance(message, (m.Hello, m.Heartbeat)):
             message = replace(message, health=examine(self._settings.data_dir))
         if self._link is not None:
             self._link.send(message)

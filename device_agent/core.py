@@ -35,7 +35,7 @@ class Open:
 
 @dataclass(frozen=True)
 class Send:
-    """Put a message on the stream. The shell adds the device's health to a heartbeat."""
+    """Put a message on the stream. The shell adds the device's health to a greeting and to a heartbeat."""
 
     message: m.AgentBody
 

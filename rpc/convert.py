@@ -551,6 +551,8 @@ def agent_message_to_pb(body: m.AgentBody, request_id: int) -> agent_pb2.AgentMe
         pb.hello.device.CopyFrom(device_info_to_pb(body.device))
         pb.hello.instance_id = body.instance_id
         pb.hello.running.extend(lease_to_pb(lease) for lease in body.running)
+        if body.health is not None:
+            pb.hello.health.CopyFrom(health_to_pb(body.health))
     elif isinstance(body, m.Heartbeat):
         pb.heartbeat.health.CopyFrom(health_to_pb(body.health))
         pb.heartbeat.running.extend(lease_to_pb(lease) for lease in body.running)
@@ -575,7 +577,8 @@ def agent_message_from_pb(pb: agent_pb2.AgentMessage) -> Optional[m.AgentBody]:
         hello = pb.hello
         running = tuple(lease_from_pb(lease) for lease in hello.running)
         device = device_info_from_pb(hello.device)
-        return m.Hello(protocol_from_pb(hello.protocol), device, hello.instance_id, running)
+        health = health_from_pb(hello.health) if hello.HasField("health") else None
+        return m.Hello(protocol_from_pb(hello.protocol), device, hello.instance_id, running, health)
     if which == "heartbeat":
         beat = pb.heartbeat
         return m.Heartbeat(health_from_pb(beat.health), tuple(lease_from_pb(lease) for lease in beat.running))

@@ -17,7 +17,7 @@ Rules that both ends keep:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Tuple, Union
+from typing import Optional, Tuple, Union
 
 from kedge.rpc.outcome import Stage
 from kedge.rpc.types import DeviceInfo, Health, JobResult, JobSpec, Lease, Protocol
@@ -31,6 +31,8 @@ class Hello:
     device: DeviceInfo
     instance_id: str
     running: Tuple[Lease, ...] = ()
+    #: None from older agents, whose first heartbeat has it.
+    health: Optional[Health] = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kedge.protos.v1 import types_pb2 as kedge_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkedge/protos/v1/agent.proto\x12\x08kedge.v1\x1a\x1bkedge/protos/v1/types.proto\"\xac\x02\n\x0c\x41gentMessage\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12%\n\x05hello\x18\x02 \x01(\x0b\x32\x14.kedge.v1.AgentHelloH\x00\x12(\n\theartbeat\x18\x03 \x01(\x0b\x32\x13.kedge.v1.HeartbeatH\x00\x12+\n\x0bjob_started\x18\x04 \x01(\x0b\x32\x14.kedge.v1.JobStartedH\x00\x12-\n\x0cjob_progress\x18\x05 \x01(\x0b\x32\x15.kedge.v1.JobProgressH\x00\x12-\n\x0cjob_finished\x18\x06 \x01(\x0b\x32\x15.kedge.v1.JobFinishedH\x00\x12$\n\x07goodbye\x18\x07 \x01(\x0b\x32\x11.kedge.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\x8f\x01\n\nAgentHello\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12$\n\x06\x64\x65vice\x18\x02 \x01(\x0b\x32\x14.kedge.v1.DeviceInfo\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12 \n\x07running\x18\x04 \x03(\x0b\x32\x0f.kedge.v1.Lease\"O\n\tHeartbeat\x12 \n\x06health\x18\x01 \x01(\x0b\x32\x10.kedge.v1.Health\x12 \n\x07running\x18\x02 \x03(\x0b\x32\x0f.kedge.v1.Lease\",\n\nJobStarted\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\"M\n\x0bJobProgress\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12\x1e\n\x05stage\x18\x02 \x01(\x0e\x32\x0f.kedge.v1.Stage\"R\n\x0bJobFinished\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12#\n\x06result\x18\x02 \x01(\x0b\x32\x13.kedge.v1.JobResult\"\x19\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x81\x02\n\x0eTrackerMessage\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12$\n\x07welcome\x18\x02 \x01(\x0b\x32\x11.kedge.v1.WelcomeH\x00\x12)\n\nassign_job\x18\x03 \x01(\x0b\x32\x13.kedge.v1.AssignJobH\x00\x12\'\n\tabort_job\x18\x04 \x01(\x0b\x32\x12.kedge.v1.AbortJobH\x00\x12\x33\n\x0fresult_accepted\x18\x05 \x01(\x0b\x32\x18.kedge.v1.ResultAcceptedH\x00\x12$\n\x07refused\x18\x06 \x01(\x0b\x32\x11.kedge.v1.RefusedH\x00\x42\x06\n\x04\x62ody\"b\n\x07Welcome\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12\x12\n\ntracker_id\x18\x02 \x01(\t\x12\x1d\n\x15heartbeat_interval_ms\x18\x03 \x01(\x03\"L\n\tAssignJob\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.kedge.v1.JobSpec\":\n\x08\x41\x62ortJob\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\x0eResultAccepted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05stale\x18\x02 \x01(\x08\"(\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05retry\x18\x02 \x01(\x08\x32I\n\x06\x41gents\x12?\n\x07\x43onnect\x12\x16.kedge.v1.AgentMessage\x1a\x18.kedge.v1.TrackerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkedge/protos/v1/agent.proto\x12\x08kedge.v1\x1a\x1bkedge/protos/v1/types.proto\"\xac\x02\n\x0c\x41gentMessage\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12%\n\x05hello\x18\x02 \x01(\x0b\x32\x14.kedge.v1.AgentHelloH\x00\x12(\n\theartbeat\x18\x03 \x01(\x0b\x32\x13.kedge.v1.HeartbeatH\x00\x12+\n\x0bjob_started\x18\x04 \x01(\x0b\x32\x14.kedge.v1.JobStartedH\x00\x12-\n\x0cjob_progress\x18\x05 \x01(\x0b\x32\x15.kedge.v1.JobProgressH\x00\x12-\n\x0cjob_finished\x18\x06 \x01(\x0b\x32\x15.kedge.v1.JobFinishedH\x00\x12$\n\x07goodbye\x18\x07 \x01(\x0b\x32\x11.kedge.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\xb1\x01\n\nAgentHello\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12$\n\x06\x64\x65vice\x18\x02 \x01(\x0b\x32\x14.kedge.v1.DeviceInfo\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12 \n\x07running\x18\x04 \x03(\x0b\x32\x0f.kedge.v1.Lease\x12 \n\x06health\x18\x05 \x01(\x0b\x32\x10.kedge.v1.Health\"O\n\tHeartbeat\x12 \n\x06health\x18\x01 \x01(\x0b\x32\x10.kedge.v1.Health\x12 \n\x07running\x18\x02 \x03(\x0b\x32\x0f.kedge.v1.Lease\",\n\nJobStarted\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\"M\n\x0bJobProgress\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12\x1e\n\x05stage\x18\x02 \x01(\x0e\x32\x0f.kedge.v1.Stage\"R\n\x0bJobFinished\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12#\n\x06result\x18\x02 \x01(\x0b\x32\x13.kedge.v1.JobResult\"\x19\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x81\x02\n\x0eTrackerMessage\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12$\n\x07welcome\x18\x02 \x01(\x0b\x32\x11.kedge.v1.WelcomeH\x00\x12)\n\nassign_job\x18\x03 \x01(\x0b\x32\x13.kedge.v1.AssignJobH\x00\x12\'\n\tabort_job\x18\x04 \x01(\x0b\x32\x12.kedge.v1.AbortJobH\x00\x12\x33\n\x0fresult_accepted\x18\x05 \x01(\x0b\x32\x18.kedge.v1.ResultAcceptedH\x00\x12$\n\x07refused\x18\x06 \x01(\x0b\x32\x11.kedge.v1.RefusedH\x00\x42\x06\n\x04\x62ody\"b\n\x07Welcome\x12$\n\x08protocol\x18\x01 \x01(\x0b\x32\x12.kedge.v1.Protocol\x12\x12\n\ntracker_id\x18\x02 \x01(\t\x12\x1d\n\x15heartbeat_interval_ms\x18\x03 \x01(\x03\"L\n\tAssignJob\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.kedge.v1.JobSpec\":\n\x08\x41\x62ortJob\x12\x1e\n\x05lease\x18\x01 \x01(\x0b\x32\x0f.kedge.v1.Lease\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\x0eResultAccepted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05stale\x18\x02 \x01(\x08\"(\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05retry\x18\x02 \x01(\x08\x32I\n\x06\x41gents\x12?\n\x07\x43onnect\x12\x16.kedge.v1.AgentMessage\x1a\x18.kedge.v1.TrackerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGENTMESSAGE']._serialized_start=71
   _globals['_AGENTMESSAGE']._serialized_end=371
   _globals['_AGENTHELLO']._serialized_start=374
-  _globals['_AGENTHELLO']._serialized_end=517
-  _globals['_HEARTBEAT']._serialized_start=519
-  _globals['_HEARTBEAT']._serialized_end=598
-  _globals['_JOBSTARTED']._serialized_start=600
-  _globals['_JOBSTARTED']._serialized_end=644
-  _globals['_JOBPROGRESS']._serialized_start=646
-  _globals['_JOBPROGRESS']._serialized_end=723
-  _globals['_JOBFINISHED']._serialized_start=725
-  _globals['_JOBFINISHED']._serialized_end=807
-  _globals['_GOODBYE']._serialized_start=809
-  _globals['_GOODBYE']._serialized_end=834
-  _globals['_TRACKERMESSAGE']._serialized_start=837
-  _globals['_TRACKERMESSAGE']._serialized_end=1094
-  _globals['_WELCOME']._serialized_start=1096
-  _globals['_WELCOME']._serialized_end=1194
-  _globals['_ASSIGNJOB']._serialized_start=1196
-  _globals['_ASSIGNJOB']._serialized_end=1272
-  _globals['_ABORTJOB']._serialized_start=1274
-  _globals['_ABORTJOB']._serialized_end=1332
-  _globals['_RESULTACCEPTED']._serialized_start=1334
-  _globals['_RESULTACCEPTED']._serialized_end=1381
-  _globals['_REFUSED']._serialized_start=1383
-  _globals['_REFUSED']._serialized_end=1423
-  _globals['_AGENTS']._serialized_start=1425
-  _globals['_AGENTS']._serialized_end=1498
+  _globals['_AGENTHELLO']._serialized_end=551
+  _globals['_HEARTBEAT']._serialized_start=553
+  _globals['_HEARTBEAT']._serialized_end=632
+  _globals['_JOBSTARTED']._serialized_start=634
+  _globals['_JOBSTARTED']._serialized_end=678
+  _globals['_JOBPROGRESS']._serialized_start=680
+  _globals['_JOBPROGRESS']._serialized_end=757
+  _globals['_JOBFINISHED']._serialized_start=759
+  _globals['_JOBFINISHED']._serialized_end=841
+  _globals['_GOODBYE']._serialized_start=843
+  _globals['_GOODBYE']._serialized_end=868
+  _globals['_TRACKERMESSAGE']._serialized_start=871
+  _globals['_TRACKERMESSAGE']._serialized_end=1128
+  _globals['_WELCOME']._serialized_start=1130
+  _globals['_WELCOME']._serialized_end=1228
+  _globals['_ASSIGNJOB']._serialized_start=1230
+  _globals['_ASSIGNJOB']._serialized_end=1306
+  _globals['_ABORTJOB']._serialized_start=1308
+  _globals['_ABORTJOB']._serialized_end=1366
+  _globals['_RESULTACCEPTED']._serialized_start=1368
+  _globals['_RESULTACCEPTED']._serialized_end=1415
+  _globals['_REFUSED']._serialized_start=1417
+  _globals['_REFUSED']._serialized_end=1457
+  _globals['_AGENTS']._serialized_start=1459
+  _globals['_AGENTS']._serialized_end=1532
 # @@protoc_insertion_point(module_scope)

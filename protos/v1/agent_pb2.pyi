@@ -27,16 +27,18 @@ class AgentMessage(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., hello: _Optional[_Union[AgentHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., job_started: _Optional[_Union[JobStarted, _Mapping]] = ..., job_progress: _Optional[_Union[JobProgress, _Mapping]] = ..., job_finished: _Optional[_Union[JobFinished, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("protocol", "device", "instance_id", "running")
+    __slots__ = ("protocol", "device", "instance_id", "running", "health")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
     protocol: _types_pb2.Protocol
     device: _types_pb2.DeviceInfo
     instance_id: str
     running: _containers.RepeatedCompositeFieldContainer[_types_pb2.Lease]
-    def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., device: _Optional[_Union[_types_pb2.DeviceInfo, _Mapping]] = ..., instance_id: _Optional[str] = ..., running: _Optional[_Iterable[_Union[_types_pb2.Lease, _Mapping]]] = ...) -> None: ...
+    health: _types_pb2.Health
+    def __init__(self, protocol: _Optional[_Union[_types_pb2.Protocol, _Mapping]] = ..., device: _Optional[_Union[_types_pb2.DeviceInfo, _Mapping]] = ..., instance_id: _Optional[str] = ..., running: _Optional[_Iterable[_Union[_types_pb2.Lease, _Mapping]]] = ..., health: _Optional[_Union[_types_pb2.Health, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("health", "running")

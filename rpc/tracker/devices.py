@@ -116,7 +116,8 @@ class Device:
     holding: set[Key] = field(default_factory=set)
     #: Results that were taken, until a heartbeat no longer names them.
     settled: set[Key] = field(default_factory=set)
-    health: Health = field(default_factory=Health)
+    #: None: it is not known yet, and nobody knows whether jobs would be safe there.
+    health: Health | None = None
     protocol: Protocol = field(default_factory=lambda: Protocol(0))
 
     @property
@@ -193,6 +194,8 @@ class Roster:
         if serviced is not None:
             by = f" by {serviced.user}" if serviced.user else ""
             return DeviceState.MAINTENANCE, f"in maintenance since {_clock(serviced.since_ms)}{by}: {serviced.reason}"
+        if device.health is None:
+            return DeviceState.QUARANTINED, "its agent has not said yet how it is"
         if device.health.problems:
             return DeviceState.QUARANTINED, f"unhealthy: {'; '.join(device.health.problems)}"
         breaker = self._breakers.get(name)
@@ -354,7 +357,7 @@ class Roster:
 
 def conditions_of(device: Device) -> Conditions:
     """What its noise depends on."""
-    return Conditions(device.info.target, device.protocol.software, device.health.governor)
+    return Conditions(device.info.target, device.protocol.software, device.health.governor if device.health else "")
 
 
 def _suits(selector: Selector, needs: Needs, device: Device) -> bool:

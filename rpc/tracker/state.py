@@ -536,6 +536,8 @@ class TrackerState:
             del self._connections[known.connection]
         device = Device(hello.device, hello.instance_id, labels_of(hello.device), connection, now, now)
         device.protocol = hello.protocol
+        # Older agents do not say it before their first heartbeat.
+        device.health = hello.health or (known.health if known is not None else None)
         self._devices.add(device)
         self._connections[connection] = name
         welcome = m.Welcome(local_protocol(), self._tracker_id, self.settings.heartbeat_interval_ms)
@@ -681,7 +683,7 @@ class TrackerState:
 
     def _heartbeat(self, device: Device, beat: m.Heartbeat, now: int, effects: Effects) -> None:
         before, device.health = device.health, beat.health
-        if before.problems != beat.health.problems:
+        if before is None or before.problems != beat.health.problems:
             effects.sends.append(DevicesChanged())
         listed = {(lease.job_id, lease.epoch) for lease in beat.running}
         device.settled &= listed

@@ -152,6 +152,7 @@ def test_it_introduces_itself_and_keeps_saying_that_it_lives(agent: AgentProcess
     assert hello.device.cpu_features
     assert hello.device.target.startswith("llvm -mtriple=")
     assert hello.running == ()
+    assert hello.health is not None and hello.health.disk_free_bytes
     agent.wait_ready()
     for _ in range(3):
         beat = script.heard.get(timeout=5)

@@ -157,7 +157,7 @@ def test_a_device_that_left_and_one_of_another_version(tmp_path: Path) -> None:
     spoken = replace(local_protocol(), software="kedge 0.0.1")
     with start(port=0, data_dir=tmp_path / "plain", settings=QUICK, insecure_loopback=True) as tracker:
         agent = FakeAgent(tracker.address, device_info("old-1"))
-        agent.connect(hello=m.Hello(spoken, device_info("old-1"), "instance", ()))
+        agent.connect(hello=m.Hello(spoken, device_info("old-1"), "instance", health=m.Health()))
         there = findings(tracker.address)["device old-1"]
         agent.drop()
         wait_for(lambda: "devices" in findings(tracker.address), "the agent to be gone")

@@ -380,7 +380,7 @@ def agents_talk(device: str) -> list[bytes]:
     lease = Lease("a" * 12, 1)
     result = JobResult(Outcome(OutcomeKind.OK), (Tensor("y", "float32", (1,), bytes(4)),))
     bodies = (
-        m.Hello(local_protocol(), device_info(device), "instance", (lease,)),
+        m.Hello(local_protocol(), device_info(device), "instance", (lease,), m.Health()),
         m.Heartbeat(m.Health(load_1min=1.0), (lease,)),
         m.JobStarted(lease),
         m.JobProgress(lease, Stage.RUN),
@@ -495,7 +495,7 @@ def make_noise(tracker: RunningTracker, rng: random.Random) -> None:
     ):
         said: SimpleQueue[bytes] = SimpleQueue()
         talk = cast(Any, channel).stream_stream("/kedge.v1.Agents/Connect")(iter(said.get, None))
-        said.put(saying(m.Hello(local_protocol(), device_info("fuzz-1"), "instance")))
+        said.put(saying(m.Hello(local_protocol(), device_info("fuzz-1"), "instance", health=m.Health())))
         assert isinstance(heard(talk), m.Welcome)
         for _ in range(60):
             job_id = open_session(fleet, "fuzz-1")

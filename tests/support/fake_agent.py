@@ -27,6 +27,7 @@ from kedge.rpc.types import (
     BenchTask,
     Blob,
     DeviceInfo,
+    Health,
     JobResult,
     JobSpec,
     Lease,
@@ -89,7 +90,7 @@ class FakeAgent:
         self._number = 0
         stub: Any = cast(Any, agent_pb2_grpc.AgentsStub)(self._channel)
         self._call = stub.Connect(self._requests(self._outbox))
-        self.say(hello or m.Hello(local_protocol(), self.info, self.instance_id, running))
+        self.say(hello or m.Hello(local_protocol(), self.info, self.instance_id, running, Health()))
         answer: queue.Queue[m.TrackerBody | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, args=(self._call, answer, self._inbox), daemon=True)
         self._reader.start()

@@ -49,7 +49,7 @@ def spec(selector: str = "", data: bytes = b"", **deadlines: int) -> JobSpec:
 def fleet_of(count: int, settings: Settings | None = None) -> TrackerState:
     state = TrackerState("t", settings)
     for number in range(count):
-        hello = m.Hello(local_protocol(), device_info(f"d{number}"), str(number))
+        hello = m.Hello(local_protocol(), device_info(f"d{number}"), str(number), health=Health())
         state.connect(number, hello, 0)
     return state
 
@@ -150,7 +150,7 @@ def test_a_device_that_leaves_gives_its_rival_a_job_that_failed_there_once() -> 
     state = fleet_of(1, Settings(max_device_faults=3))
     state.submit("j", spec(), NEEDS, "", 0)
     state.assignment_leaves(Lease("j", 1), 0)
-    state.connect(1, m.Hello(local_protocol(), device_info("d1"), "1"), 0)
+    state.connect(1, m.Hello(local_protocol(), device_info("d1"), "1", health=Health()), 0)
     state.start_maintenance("d1", "", "root", 0)
     fault = JobResult(Outcome(OutcomeKind.DEVICE_FAULT))
     state.end_maintenance("d1", 0)
@@ -301,7 +301,7 @@ def test_many_watchers_are_told_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
         shell = Shell(store)
         session = JobSpec(NO_BLOB, "", SessionTask(0), "nobody")
         watched = [shell.watch((await shell.submit(session, ANYWHERE, ""))[0]) for _ in range(5)]
-        shell.agent_connected(m.Hello(local_protocol(), device_info("d"), "1"), lambda body: None)
+        shell.agent_connected(m.Hello(local_protocol(), device_info("d"), "1", health=Health()), lambda body: None)
         for changes in watched:
             async with asyncio.timeout(10):
                 job = await changes.get()

@@ -19,7 +19,7 @@ from kedge.rpc.tracker.facts import ANYWHERE, JobAccepted, Reserved
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.types import NO_BLOB, JobSpec, JobState, Reservation, SessionTask
+from kedge.rpc.types import NO_BLOB, Health, JobSpec, JobState, Reservation, SessionTask
 from support.postgres import PostgresServer
 from support.toys import device_info
 
@@ -87,7 +87,7 @@ def test_a_key_that_no_index_takes_is_no_trouble_of_the_database(postgres: Postg
 async def refused_and_forgotten(store: Store) -> None:
     shell = Shell(store)
     said: list[m.TrackerBody | None] = []
-    shell.agent_connected(m.Hello(local_protocol(), device_info("a"), "one"), said.append)
+    shell.agent_connected(m.Hello(local_protocol(), device_info("a"), "one", health=Health()), said.append)
     with pytest.raises(StoreError):
         await shell.reserve("a", "ann", 0, 1_000, NEVER)
     with pytest.raises(StoreError):
@@ -113,7 +113,7 @@ def test_who_asked_is_told_and_what_followed_from_it_is_undone(place: Path | Pos
 def test_a_reservation_begins_within_a_year(tmp_path: Path) -> None:
     async def reserve(store: Store) -> None:
         shell = Shell(store)
-        shell.agent_connected(m.Hello(local_protocol(), device_info("a"), "one"), lambda body: None)
+        shell.agent_connected(m.Hello(local_protocol(), device_info("a"), "one", health=Health()), lambda body: None)
         for begin in (2**63 - 1, shell.now_ms + 367 * 86_400_000):
             with pytest.raises(UsageError, match="begins too late"):
                 await shell.reserve("a", "ann", begin, 1_000, "")

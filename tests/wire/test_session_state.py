@@ -11,7 +11,18 @@ from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.tracker.facts import ANYWHERE, Effects, JobAccepted, JobAssigned, JobDone, JobRecord, Stored, ToAgent
 from kedge.rpc.tracker.state import Settings, TrackerState
-from kedge.rpc.types import NO_BLOB, Deadlines, DeviceState, JobResult, JobSpec, JobState, Lease, Protocol, SessionTask
+from kedge.rpc.types import (
+    NO_BLOB,
+    Deadlines,
+    DeviceState,
+    Health,
+    JobResult,
+    JobSpec,
+    JobState,
+    Lease,
+    Protocol,
+    SessionTask,
+)
 from support.toys import device_info
 
 S = Settings(silence_ms=3_000_000, lease_ms=2_000_000, session_lease_ms=10_000, longest_session_ms=1_000_000)
@@ -32,10 +43,10 @@ class Bench:
 
     def __init__(self, lease_ms: int = 0) -> None:
         self.state = TrackerState("t", S)
-        self.state.connect(1, m.Hello(local_protocol(), device_info("a"), "1"), 0)
+        self.state.connect(1, m.Hello(local_protocol(), device_info("a"), "1", health=Health()), 0)
         spec = JobSpec(NO_BLOB, "", SessionTask(lease_ms))
         self.accepted = self.state.submit("s", spec, ANYWHERE, "", 0, "ann")
-        self.state.connect(2, m.Hello(local_protocol(), device_info("b"), "1"), 0)
+        self.state.connect(2, m.Hello(local_protocol(), device_info("b"), "1", health=Health()), 0)
         assert self.state.assignment_leaves(Lease("s", 1), 0)
         self.state.receive(1, m.JobStarted(Lease("s", 1)), 0)
 
@@ -109,7 +120,7 @@ def test_a_session_that_began_ends_with_its_device(bench: Bench, how: str) -> No
         kind = OutcomeKind.DEVICE_LOST
     elif how == "restart":
         bench.state.disconnect(1, 50)
-        effects = bench.state.connect(3, m.Hello(local_protocol(), device_info("a"), "2"), 60)
+        effects = bench.state.connect(3, m.Hello(local_protocol(), device_info("a"), "2", health=Health()), 60)
         kind = OutcomeKind.DEVICE_LOST
     else:
         fault = JobResult(Outcome(OutcomeKind.DEVICE_FAULT, message="the disk is full"))
@@ -135,7 +146,7 @@ def test_a_restarted_tracker_calls_off_what_had_begun_and_goes_on_with_what_wait
     state = TrackerState("t", S)
     records = (JobRecord(accepted, assigned, 1), JobRecord(waiting))
     state.restore(Stored("t", records, last_seq=2), 5_000)
-    greeting = m.Hello(local_protocol(), device_info("a"), "1", (Lease("s", 1),))
+    greeting = m.Hello(local_protocol(), device_info("a"), "1", (Lease("s", 1),), Health())
     effects = state.connect(1, greeting, 6_000)
     assert aborts(effects) == ["the tracker was restarted, which no session outlives"]
     cancelled = JobResult(Outcome(OutcomeKind.CANCELLED))
@@ -148,9 +159,9 @@ def test_a_restarted_tracker_calls_off_what_had_begun_and_goes_on_with_what_wait
 def test_an_agent_that_knows_no_sessions_gets_none() -> None:
     state = TrackerState("t", S)
     old = Protocol(local_protocol().version, ("bench", "blobs", "run"))
-    state.connect(1, m.Hello(old, device_info("a"), "1"), 0)
+    state.connect(1, m.Hello(old, device_info("a"), "1", health=Health()), 0)
     state.submit("s", JobSpec(NO_BLOB, "", SessionTask(), deadlines=Deadlines()), ANYWHERE, "", 0)
     assert state.detail("s") == "no matching device serves sessions: update kedge on it"
-    state.connect(2, m.Hello(local_protocol(), device_info("b"), "1"), 10)
+    state.connect(2, m.Hello(local_protocol(), device_info("b"), "1", health=Health()), 10)
     job = state.job("s")
     assert job is not None and job.device == "b"

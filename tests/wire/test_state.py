@@ -61,7 +61,7 @@ def spec(selector: str = "", priority: int = 0, artifact: int = 0, **deadlines: 
 
 def hello(name: str = "a", instance: str = "1", *running: Lease, arch: str = "x86_64", version: int = 1) -> m.Hello:
     protocol = replace(local_protocol(), version=version)
-    return m.Hello(protocol, device_info(name, arch), instance, running)
+    return m.Hello(protocol, device_info(name, arch), instance, running, Health())
 
 
 def with_gpu(name: str, gpu: Accelerator) -> m.Hello:
@@ -727,6 +727,28 @@ def test_a_device_that_says_it_is_ill_gets_nothing_until_it_is_well() -> None:
     assert fleet.status("a") == (DeviceState.QUARANTINED, "unhealthy: 91 degrees, at most 85 are allowed")
     assert fleet.submit("j", 20) is None
     assert fleet.started(fleet.state.receive(1, m.Heartbeat(Health(temperature_celsius=60.0)), 30), 30)[0] == "a"
+
+
+def test_a_device_that_is_ill_gets_no_job_by_connecting_again() -> None:
+    ill = Health(problems=("91 degrees, at most 85 are allowed",))
+    fleet = Fleet("a")
+    fleet.state.receive(1, m.Heartbeat(ill), 10)
+    fleet.state.disconnect(1, 20)
+    assert fleet.submit("j", 30) is None
+    older = replace(hello(), health=None)
+    assert fleet.started(fleet.state.connect(1, older, 40), 40) is None
+    assert "91 degrees" in fleet.status("a")[1]
+    assert fleet.started(fleet.state.connect(1, replace(hello(), health=ill), 50), 50) is None
+    assert fleet.started(fleet.state.connect(1, hello(), 60), 60) is not None
+
+
+def test_a_device_of_which_nothing_is_known_gets_no_job_before_its_first_heartbeat() -> None:
+    fleet = Fleet()
+    fleet.names[1] = "a"
+    fleet.state.connect(1, replace(hello(), health=None), 0)
+    assert fleet.submit("j", 10) is None
+    assert fleet.status("a") == (DeviceState.QUARANTINED, "its agent has not said yet how it is")
+    assert fleet.started(fleet.state.receive(1, m.Heartbeat(), 20), 20) is not None
 
 
 def test_maintenance_lets_the_job_end_and_gives_no_other_until_it_is_over() -> None:

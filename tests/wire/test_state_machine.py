@@ -312,8 +312,9 @@ class TrackerMachine(RuleBasedStateMachine):
         """A session of an earlier tracker is being called off, which every later one does anew."""
         return session in self.older
 
-    @rule(name=st.sampled_from(sorted(DEVICES)), restarted=st.booleans())
-    def connect(self, name: str, restarted: bool) -> None:
+    @rule(name=st.sampled_from(sorted(DEVICES)), restarted=st.booleans(), older=st.booleans())
+    def connect(self, name: str, restarted: bool, older: bool) -> None:
+        """An older agent does not say how it is before its first heartbeat."""
         agent = self.agents[name]
         if restarted and agent.connection is None:
             agent.instance += 1
@@ -324,6 +325,8 @@ class TrackerMachine(RuleBasedStateMachine):
         agent.connection = connection
         leases = tuple(Lease(job_id, epoch) for job_id, epoch in agent.held)
         hello = m.Hello(local_protocol(), DEVICES[name], f"{name}{agent.instance}", leases)
+        if not older:
+            hello = replace(hello, health=Health(problems=self.problems[name]))
         self.perform(self.state.connect(connection, hello, self.now))
         if agent.connection == connection:
             for key, what in list(agent.held.items()):
