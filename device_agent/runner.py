@@ -86,6 +86,13 @@ _T = TypeVar("_T")
 _DEFAULT_TIMING = TimeOptions()
 #: How often to look whether a silent runner still exists: a process it left behind may hold its socket open.
 _ALIVE_CHECK_S = 0.5
+#: A frame begins with so many bytes, or with all of it: most replies take one call of the system.
+_START_BYTES = 4096
+# As plain numbers: with every call, enums would take longer than what they are for.
+_NO_SIGNAL, _CLOSE_ON_EXEC, _FILES_CUT = (
+    int(flag) for flag in (socket.MSG_NOSIGNAL, socket.MSG_CMSG_CLOEXEC, socket.MSG_CTRUNC)
+)
+_FILES_ROOM = socket.CMSG_SPACE(8 * 4)
 #: Of one message to the runner: the system takes no more.
 _MOST_BUFFERS = 1024
 #: How long the rest of a reply may take to be read that was there when its deadline had passed.
@@ -717,6 +724,7 @@ class _Process:
         self.out_of_memory: Optional[bool] = None
         self._group = None if entry is None else entry.group
         self._reap_lock = threading.Lock()
+        self._woken = False
         self._returncode: Optional[int] = None
         self._owner = os.getpid()
         with contextlib.ExitStack() as opened:  # closes all of them again where one fails
@@ -742,7 +750,8 @@ class _Process:
         assert self._popen.stderr is not None
         self._stderr = self._popen.stderr
         self._socket.setblocking(False)
-        os.set_blocking(self._stderr.fileno(), False)
+        self._socket_fd, self._stderr_fd = self._socket.fileno(), self._stderr.fileno()
+        os.set_blocking(self._stderr_fd, False)
         self.pid = self._popen.pid
 
     @property
@@ -756,7 +765,7 @@ class _Process:
         views = [memoryview(buffer) for buffer in buffers]
         while views:
             try:
-                sent = self._socket.sendmsg(views[:_MOST_BUFFERS], ancillary, socket.MSG_NOSIGNAL)
+                sent = self._socket.sendmsg(views[:_MOST_BUFFERS], ancillary, _NO_SIGNAL)
             except BlockingIOError:
                 self._wait(select.POLLOUT, limit, cancellable=False)
                 continue
@@ -772,14 +781,20 @@ class _Process:
         Raises:
             _Cancel: before the frame began.
         """
-        head = memoryview(bytearray(protocol.HEADER.size))
-        fds = self._fill(head, limit, first=True)
+        start = memoryview(bytearray(_START_BYTES))
+        fds: List[int] = []
         try:
-            header = protocol.Header.unpack(head)
+            got = self._fill(start, 0, protocol.HEADER.size, limit, fds, first=True) - protocol.HEADER.size
+            header = protocol.Header.unpack(start[: protocol.HEADER.size])
             if header.length > MAX_FRAME_BYTES:
                 raise ProtocolError(f"a frame of {header.length} bytes is too long")
-            payload = memoryview(bytearray(header.length))
-            fds += self._fill(payload, limit, first=False)
+            if got > header.length:
+                raise ProtocolError(f"{got - header.length} bytes came behind a frame")
+            payload = start[protocol.HEADER.size :][: header.length]
+            if got < header.length:
+                payload = memoryview(bytearray(header.length))
+                payload[:got] = start[protocol.HEADER.size :][:got]
+                self._fill(payload, got, header.length, limit, fds, first=False)
             if len(fds) != bool(header.flags & protocol.FLAG_SHARED):
                 raise ProtocolError(f"{len(fds)} files came with a frame whose flags are {header.flags}")
             return header, payload, _map_shared(fds[0]) if fds else None
@@ -787,49 +802,40 @@ class _Process:
             for fd in fds:
                 os.close(fd)
 
-    def _fill(self, view: memoryview, limit: _Limit, first: bool) -> List[int]:
-        fds: List[int] = []
-        filled = 0
-        try:
-            waits = first  # the rest of a frame is there, as a rule, with its beginning
-            while filled < len(view):
-                if waits:
-                    self._wait(select.POLLIN, limit, cancellable=first and filled == 0)
-                waits = True
-                try:
-                    size, ancillary, flags, _ = self._socket.recvmsg_into(
-                        [view[filled:]], socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
-                    )
-                except BlockingIOError:
-                    continue
+    def _fill(self, view: memoryview, filled: int, wanted: int, limit: _Limit, fds: List[int], first: bool) -> int:
+        """Read on until at least so many bytes are filled, and say how many are; files that come are added to `fds`."""
+        waits = first  # the rest of a frame is there, as a rule, with its beginning
+        while filled < wanted:
+            if waits:
+                self._wait(select.POLLIN, limit, cancellable=first and filled == 0)
+            waits = True
+            try:
+                size, ancillary, flags, _ = self._socket.recvmsg_into([view[filled:]], _FILES_ROOM, _CLOSE_ON_EXEC)
+            except BlockingIOError:
+                continue
+            if ancillary:
                 fds += _received_fds(ancillary)
-                if flags & socket.MSG_CTRUNC:
-                    raise ProtocolError("a frame brings too many files")
-                if size == 0:
-                    raise _Closed
-                filled += size
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-        return fds
+            if flags & _FILES_CUT:
+                raise ProtocolError("a frame brings too many files")
+            if size == 0:
+                raise _Closed
+            filled += size
+        return filled
 
     def _wait(self, event: int, limit: _Limit, cancellable: bool) -> None:
         """Wait until the socket is ready; drain standard error meanwhile, or the runner would block on it."""
         poller = select.poll()
-        poller.register(self._socket, event)
+        poller.register(self._socket_fd, event)
         if not self._stderr.closed:
-            poller.register(self._stderr, select.POLLIN)
+            poller.register(self._stderr_fd, select.POLLIN)
         if cancellable and not limit.cancelled:
             poller.register(self._wake_read, select.POLLIN)
         while True:
             left_s = limit.left_s()
             ready = [fd for fd, _ in poller.poll(min(left_s, _ALIVE_CHECK_S) * 1000)]
-            if not self._stderr.closed and self._stderr.fileno() in ready:
-                fd = self._stderr.fileno()
-                if not self._drain_stderr():
-                    poller.unregister(fd)
-            if self._socket.fileno() in ready:
+            if self._stderr_fd in ready and not self._drain_stderr():
+                poller.unregister(self._stderr_fd)
+            if self._socket_fd in ready:
                 return
             if self._wake_read in ready:
                 self.clear_wake()
@@ -849,14 +855,17 @@ class _Process:
     def wake(self) -> None:
         """Make a waiting `receive` raise _Cancel; from any thread, and nothing once the process was reaped."""
         with self._reap_lock:  # the descriptor's number may belong to somebody else after that
-            if self._returncode is None:
-                with contextlib.suppress(BlockingIOError):  # full: a wake is waiting already
-                    os.write(self._wake_write, b"c")
+            if self._returncode is None and not self._woken:
+                self._woken = True
+                os.write(self._wake_write, b"c")
 
     def clear_wake(self) -> None:
-        """Forget wakes that nobody waited for."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
+        """Forget a wake that nobody waited for."""
+        if self._woken:
+            with self._reap_lock:
+                self._woken = False
+                if self._returncode is None:
+                    os.read(self._wake_read, 1)
 
     def _drain_stderr(self) -> bool:
         """Keep the end of what was written; False at its end."""

@@ -179,7 +179,7 @@ def test_calling_off_what_is_being_fetched(board: Board, put: dict[str, Any], fe
         assert not served.stream.reply().HasField("failed")
         served.stream.reads.clear()
         served.stream.ask(id=2, **fetch)
-        wait_for(lambda: len(served.session._frames._items) == 4, "the replies to be held up")
+        wait_for(lambda: served.session._frames._items.qsize() == 4, "the replies to be held up")
         served.stream.ask(id=2, cancel=pb.CancelRequest())
         wait_for(lambda: served.session._unwanted == 2, "the agent to hear of it")
         served.stream.reads.set()
