@@ -5,7 +5,8 @@
 A deployment asks the board what it is, checks that it can reach the tracker, sends what it does not have yet,
 replaces an agent that runs, and waits until the tracker sees the new one. If it does not come to that, the agent that
 was there before is brought back; of a first installation only one whose agent was started stays, with its log. Once the
-tracker sees the new one, nothing is undone any more. An interrupt says what it leaves.
+tracker sees the new one, nothing is undone any more, and the board is told to start it whenever it has started itself
+(`boot.py`). An interrupt says what it leaves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ipaddress
 import json
 import posixpath
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kedge.deploy import launch
+from kedge.deploy import boot, launch
 from kedge.deploy.bundle import agent_site, agent_zipapp
 from kedge.deploy.cachedir import Progress, silent
 from kedge.deploy.errors import DeployError, DeploymentInterrupted, NameTakenError
@@ -64,6 +66,23 @@ class Joining(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Boot:
+    """What starts an agent when its board has started: `by` is "systemd", "cron" or None, and `why` then the reason.
+
+    `what` is systemd's unit or cron's line.
+    """
+
+    by: str | None
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        if self.by is not None:
+            return f"after a restart of the board it is started by {self.by} ({self.what})"
+        return "after a restart of the board it is not started" + (f": {self.why}" if self.why else "")
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """An agent that a tracker sees."""
 
@@ -72,6 +91,12 @@ class Deployment:
     pid: int
     uploaded: tuple[str, ...]
     """What was sent: files that the board had already are not."""
+    boot: Boot
+
+    @property
+    def start_command(self) -> str:
+        """What starts the agent on the board, for its shell."""
+        return shlex.join([self.board.python, posixpath.join(self.board.directory, "launch.py"), "start"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +107,7 @@ class AgentStatus:
     pid: int | None
     name: str | None
     tracker: str | None
+    boot: Boot
 
 
 class Standing:
@@ -119,13 +145,15 @@ def deploy_board(
     labels: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
     directory: str = DIRECTORY,
+    service: bool = True,
     timeout_s: float = 60.0,
     progress: Progress = silent,
 ) -> Deployment:
     """Install the agent and start it; return when `tracker` (HOST:PORT, as seen from the board) sees it.
 
     `joining` says how the device of a name is let in. `name` is the board's host name unless given. `options` are
-    further ones of the agent's command line, a word each. Running it again updates what changed and restarts the agent.
+    further ones of the agent's command line, a word each. With `service` the board starts the agent whenever it has
+    started itself, without it no longer. Running it again updates what changed and restarts the agent.
 
     Raises:
         UsageError: a name or label that no device can have; nothing was done.
@@ -149,7 +177,7 @@ def deploy_board(
         name = check_name(name or board.hostname)
         remote = _Remote(connection, place)
         how = joining(name)
-        with remote.prepared(tracker, how.agents_port, standing) as there:
+        with remote.prepared(tracker, how.agents_port, service, standing) as there:
             _refuse_taken(name, connected(name, 0), there["agent"], tracker)
             site, uploaded = remote.install(there, board, runner_for(board), cache_dir, progress)
             deployment = secrets.token_hex(4)
@@ -158,14 +186,20 @@ def deploy_board(
             pid = remote.start(name, tracker, deployment, connected, timeout_s, progress)
             standing.says = standing.running(name)
         progress(f"{name} is online")
-    return Deployment(name, board, pid, uploaded)
+    return Deployment(name, board, pid, uploaded, remote.boot)
 
 
 def uninstall(destination: Destination, *, directory: str = DIRECTORY) -> bool:
     """Stop the agent and remove every trace; False if nothing was installed there."""
     with connect(destination) as connection:
         remote = _Remote(connection, locate(connection, directory))
-        return remote.command("remove", ok=(0, launch.EXIT_NOT_RUNNING)).status == 0
+        removed = remote.command("remove", ok=(0, launch.EXIT_NOT_RUNNING)).status == 0
+        left = remote.boots("off")
+        if left.by is not None:
+            raise DeployError(
+                f"{destination}: the agent is removed, but not what starts it, {left.what} of {left.by}: {left.why}"
+            )
+        return removed
 
 
 def status(destination: Destination, *, directory: str = DIRECTORY) -> AgentStatus:
@@ -173,7 +207,7 @@ def status(destination: Destination, *, directory: str = DIRECTORY) -> AgentStat
     with connect(destination) as connection:
         remote = _Remote(connection, locate(connection, directory))
         found = json.loads(remote.command("status").stdout.splitlines()[-1])
-        return AgentStatus(found["installed"], found["pid"], found["name"], found["tracker"])
+        return AgentStatus(found["installed"], found["pid"], found["name"], found["tracker"], remote.boots("show"))
 
 
 def _refuse_taken(name: str, labels: Mapping[str, str] | None, agent: Mapping[str, Any], tracker: str) -> None:
@@ -200,6 +234,7 @@ class _Remote:
         self._place = place
         self._script = Path(launch.__file__).read_bytes()
         self._launched = False
+        self.boot = Boot(None, "", "")
 
     def command(self, name: str, *arguments: str, timeout_s: float = 60.0, ok: tuple[int, ...] = (0,)) -> Completed:
         """Run one of `launch.py`'s commands; the script itself travels with it."""
@@ -208,6 +243,14 @@ class _Remote:
         if done.status not in ok:
             raise self._failed(name, done)
         return done
+
+    def boots(self, name: str, *arguments: str) -> Boot:
+        """Run one of `boot.py`'s commands, which travels likewise."""
+        words = [self._place.python, "-", name, self._place.directory, *arguments]
+        done = self._connection.run(words, stdin=Path(boot.__file__).read_bytes(), timeout_s=300.0, check=False)
+        if done.status != 0:
+            raise self._failed(f"boot {name}", done)
+        return Boot(**json.loads(done.stdout.splitlines()[-1]))
 
     def _open(self, name: str, *arguments: str) -> RemoteProcess:
         """Start a command that ends when its standard input is closed: when this side goes away at the latest."""
@@ -221,10 +264,12 @@ class _Remote:
         return DeployError(f"{self._connection.destination}: {name} failed (status {done.status}): {said}")
 
     @contextmanager
-    def prepared(self, tracker: str, agents_port: int | None, standing: Standing) -> Iterator[dict[str, Any]]:
+    def prepared(
+        self, tracker: str, agents_port: int | None, service: bool, standing: Standing
+    ) -> Iterator[dict[str, Any]]:
         """What is installed there, locked against other deployments; an error inside brings back what was there.
 
-        What the new agent replaced is forgotten at the end, when there is no way back.
+        What the new agent replaced is forgotten at the end, when there is no way back, and `boot` is seen to.
         Refuses early if the board cannot open a connection to the tracker.
         """
         host, _, port = tracker.rpartition(":")
@@ -249,6 +294,7 @@ class _Remote:
                 raise
             try:
                 self.command("settle")
+                self.boot = self.boots("on", self._place.python) if service else self.boots("off")
             except KedgeError as failure:
                 failure.message += f"\nBut {standing.says}."
                 raise

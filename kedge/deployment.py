@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kedge
 from kedge.rpc import names
 from kedge.rpc.errors import NoDeviceError, UsageError
 from kedge.rpc.security import signing
+
+if TYPE_CHECKING:
+    from kedge.deploy.board import AgentStatus, Deployment
 
 Progress = Callable[[str], None]
 
@@ -97,13 +100,14 @@ def deploy(
     signers: Sequence[str] = (),
     measure_cores: str | None = None,
     log_format: str = "text",
+    service: bool = True,
     timeout_s: float = 60.0,
     progress: Progress = lambda what: None,
-) -> Any:
-    """Install and start the agent on a board, and give the device as the tracker sees it.
+) -> tuple[Any, Deployment]:
+    """Install and start the agent on a board, and give the device as the tracker sees it, and what was done.
 
     With `signers` (public keys) the agent runs only what one of them signed; `measure_cores` ("2-3") are kept for
-    timings. `log_format` is "text" or "json".
+    timings. `log_format` is "text" or "json". With `service` the board starts the agent again whenever it has started.
 
     Raises:
         UsageError: a name or label that no device can have, or what is no key.
@@ -132,11 +136,12 @@ def deploy(
             name=name,
             labels=labels,
             options=options,
+            service=service,
             timeout_s=timeout_s,
             progress=progress,
         )
         with Standing(Standing.running(deployed.name)).told():
-            return fleet.wait_for_device(f"name={deployed.name}", timeout=timeout_s)
+            return fleet.wait_for_device(f"name={deployed.name}", timeout=timeout_s), deployed
 
 
 def labels_of(fleet: Any, name: str, seconds: float) -> Mapping[str, str] | None:
@@ -153,6 +158,13 @@ def remove(login: Login) -> bool:
     from kedge.deploy.board import uninstall
 
     return uninstall(login.destination())
+
+
+def look(login: Login) -> AgentStatus:
+    """What a board says about its agent; raises ConnectError, DeployError."""
+    from kedge.deploy.board import status
+
+    return status(login.destination())
 
 
 def runner_for(arch: str, progress: Progress = lambda what: None) -> Path:

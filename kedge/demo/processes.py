@@ -116,4 +116,5 @@ def board(arch: str, address: str, name: str, say: Callable[[str], None]) -> Ite
 
     with EmulatedBoard(arch, cache_dir() / "boards", progress=say) as machine:
         login = Login(f"{machine.user}@{machine.host}:{machine.port}", machine.key_path, machine.known_hosts_path)
-        yield deploy(login, address, name=name, progress=say)
+        device, _ = deploy(login, address, name=name, progress=say)
+        yield device

@@ -19,7 +19,7 @@ from kedge.compiler.target import parse
 from kedge.compiler.toolchain import build_runtime
 from kedge.demo import processes
 from kedge.deploy import ssh
-from kedge.deploy.board import DIRECTORY, Deployment, _Remote, deploy_board, status, uninstall
+from kedge.deploy.board import DIRECTORY, Boot, Deployment, _Remote, deploy_board, status, uninstall
 from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.errors import BoardUnsuitableError, DeployError, DeploymentInterrupted, NameTakenError
 from kedge.deploy.probe import BoardInfo
@@ -29,6 +29,7 @@ from kedge.rpc.client import Fleet
 from kedge.rpc.errors import UsageError
 from kedge.rpc.tracker import server
 from support.boards import BOARDS_CACHE, DEPLOY_CACHE, ROOT, destination, require
+from support.boot_programs import PROGRAMS
 
 pytestmark = pytest.mark.board
 
@@ -137,6 +138,7 @@ def test_deploying_again_sends_what_changed_and_replaces_the_agent(
 ) -> None:
     again = deploy(board, name=deployed.name, labels={"rack": "b"}, options=["--log-format=json", "--measure-cores=1"])
     assert again.uploaded == ()
+    assert again.boot.by is None and "systemctl: No such file" in again.boot.why
     assert again.pid != deployed.pid
     assert status(destination(board)).pid == again.pid
     (device,) = fleet.devices(deployed.name)
@@ -144,7 +146,8 @@ def test_deploying_again_sends_what_changed_and_replaces_the_agent(
     assert any("--log-format=json" in line and "--measure-cores=1" in line for line in board.processes())
     newer = tmp_path / "kedge-runner"
     newer.write_bytes(runner_for(deployed.board).read_bytes() + b"\0")
-    assert deploy(board, name=deployed.name, runner_for=lambda _info: newer).uploaded == ("kedge-runner",)
+    once_more = deploy(board, name=deployed.name, runner_for=lambda _info: newer, service=False)
+    assert once_more.uploaded == ("kedge-runner",) and once_more.boot == Boot(None, "", "")
     assert len([line for line in board.processes() if "agent.pyz" in line]) == 1
 
 
@@ -223,14 +226,35 @@ def test_what_can_never_be_is_refused_before_the_board_is_touched(
     assert status(destination(board)).pid == before
 
 
+@pytest.fixture
+def fresh() -> Iterator[EmulatedBoard]:
+    require("arm64")
+    with EmulatedBoard("arm64", BOARDS_CACHE) as board:
+        yield board
+
+
+def test_a_board_that_was_restarted_starts_its_agent(fresh: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> None:
+    with ssh.connect(destination(fresh)) as connection:
+        connection.run(["sh", "-c", "mkdir bin && echo 'PATH=$HOME/bin:$PATH' > .bashrc && touch .calls"])
+        for name, text in PROGRAMS.items():
+            connection.put(text.encode(), f"/home/board/bin/{name}", mode=0o755)
+    before = listing(fresh)
+    done = deploy(fresh, name="comes-back")
+    assert done.boot.by == "systemd" and status(destination(fresh)).boot == done.boot
+    with ssh.connect(destination(fresh)) as connection:
+        unit = connection.run(["cat", f"/home/board/.config/systemd/user/{done.boot.what}"]).stdout
+        (start,) = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("ExecStart=")]
+        connection.run([done.board.python, f"{done.board.directory}/launch.py", "stop"])
+        assert status(destination(fresh)).pid is None
+        connection.run(["sh", "-c", start])
+    assert fleet.wait_for_device("name=comes-back", timeout=60)
+    assert status(destination(fresh)).pid not in (None, done.pid)
+    assert uninstall(destination(fresh))
+    assert listing(fresh) == before
+
+
 class TestRefusals:
     """What goes wrong leaves the board as it was, and says what to do."""
-
-    @pytest.fixture
-    def fresh(self) -> Iterator[EmulatedBoard]:
-        require("arm64")
-        with EmulatedBoard("arm64", BOARDS_CACHE) as board:
-            yield board
 
     def test_a_tracker_that_the_board_cannot_reach(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:

@@ -36,7 +36,12 @@ def test_deploy_run_and_uninstall(arm64: EmulatedBoard, tmp_path: Path) -> None:
         deployed = kedge("deploy", "board", *login, "--tracker", address, "--name", "arm-1", "--label", "rack=a")
         assert deployed.returncode == 0, deployed.stderr
         assert "'arm-1'" in deployed.stdout and "aarch64" in deployed.stdout
+        # The emulated board has nothing that starts programs.
+        assert "after a restart of the board it is not started: systemctl: No such file" in deployed.stdout
+        assert "hint: have the board run at its start: " in deployed.stderr and "launch.py start" in deployed.stderr
         try:
+            told = json.loads(kedge("deploy", "board", *login, "--status", "--json").stdout)
+            assert told["name"] == "arm-1" and told["pid"] is not None and told["boot"]["by"] is None
             (device,) = json.loads(kedge("devices", "rack=a", "--tracker", address, "--json").stdout)
             assert device["name"] == "arm-1" and device["emulated"]
             assert kedge("compile", digits_model(), "--target", device["target"], "-o", artifact).returncode == 0
@@ -50,6 +55,7 @@ def test_deploy_run_and_uninstall(arm64: EmulatedBoard, tmp_path: Path) -> None:
             removed = kedge("deploy", "board", *login, "--uninstall")
         assert removed.returncode == 0, removed.stderr
         assert "no agent" in kedge("deploy", "board", *login, "--uninstall").stdout
+        assert "no agent is installed" in kedge("deploy", "board", *login, "--status").stdout
 
 
 def test_an_unknown_host_key_is_refused(arm64: EmulatedBoard, tmp_path: Path) -> None:

@@ -78,7 +78,6 @@ def test_a_repeat_lasts_as_long_as_it_should(model: Any) -> None:
 def test_a_repeat_of_flushed_caches_ends_with_its_time(model: Any) -> None:
     """Of calls alone it would be as many as above, and as many flushes, which take many times as long."""
     timing, _ = calls_of(model, lambda: model.time(X, repeat=3, min_repeat_ms=0.2, cache_flush_bytes=1 << 22))
-    assert timing.samples_ns[-1] * timing.number < 200_000
     assert timing.number < 100
 
 
