@@ -123,10 +123,9 @@ def test_softmax(columns: int, tutorial: dict[str, Any], check: Check) -> None:
     check(sch, sch.func, {"x": np.random.default_rng(1).standard_normal((5, columns), np.float32)})
 
 
-@pytest.mark.parametrize("n", [40, 200])
-def test_tiles_with_tails(n: int, tutorial: dict[str, Any], check: Check) -> None:
-    """Sizes that are no multiples of the tile of 128 x 128."""
-    check(tutorial["tiles"](n), tutorial["product"](n), {"a": whole(n, n), "b": whole(n, n)})
+def test_tiles_with_tails(tutorial: dict[str, Any], check: Check) -> None:
+    """A size that is no multiple of the tile of 128 x 128; OpenCL compiles the kernel for seven seconds."""
+    check(tutorial["tiles"](200), tutorial["product"](200), {"a": whole(200, 200), "b": whole(200, 200)})
 
 
 def test_parts_of_a_sum(tutorial: dict[str, Any], check: Check) -> None:
