@@ -167,7 +167,7 @@ class Hops:
             yield _device(device, spoken.get(device.info.name), ours)
         gone = [device for device in fleet.devices(include_gone=True) if device.state is DeviceState.GONE]
         if gone and not self._selector:
-            names = ", ".join(f"{device.info.name} (since {_ago(device.last_seen_unix_ms)})" for device in gone[:8])
+            names = ", ".join(f"{device.info.name} ({_since(device.last_seen_unix_ms)})" for device in gone[:8])
             yield Finding("devices that left", "note", names, "see whether their agents run, and reach the tracker")
         if self._selector:
             first = chosen[0].info
@@ -268,8 +268,8 @@ def _day(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
-def _ago(unix_ms: int) -> str:
-    return _day(unix_ms / 1000)
+def _since(unix_ms: int) -> str:
+    return f"since {_day(unix_ms / 1000)}" if unix_ms else "since before the tracker's start"
 
 
 def hops(address: str, selector: str | None) -> Iterator[Finding]:

@@ -238,6 +238,7 @@ def device_status_to_pb(status: t.DeviceStatus) -> types_pb2.DeviceStatus:
         health=None if status.health is None else health_to_pb(status.health),
         reservation=None if status.reservation is None else reservation_to_pb(status.reservation),
         noise=[types_pb2.NoiseFloor(**dataclasses.asdict(floor)) for floor in status.noise],
+        upcoming=[reservation_to_pb(item) for item in status.upcoming],
     )
 
 
@@ -253,6 +254,7 @@ def device_status_from_pb(pb: types_pb2.DeviceStatus) -> t.DeviceStatus:
         health=health_from_pb(pb.health) if pb.HasField("health") else None,
         reservation=reservation_from_pb(pb.reservation) if pb.HasField("reservation") else None,
         noise=tuple(t.NoiseFloor(**{name: getattr(floor, name) for name in _NOISE_FIELDS}) for floor in pb.noise),
+        upcoming=tuple(reservation_from_pb(item) for item in pb.upcoming),
     )
 
 

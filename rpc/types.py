@@ -70,7 +70,9 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 
-_STATUS_FIELDS = ("state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation", "noise")
+_STATUS_FIELDS = (
+    "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation", "noise", "upcoming",
+)  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
@@ -293,7 +295,9 @@ class NoiseFloor:
 class DeviceStatus:
     """A device as the tracker sees it now.
 
-    `detail` says why it is in maintenance or quarantine, `health` is that of its last heartbeat.
+    `detail` says why it is in maintenance or quarantine, `health` is that of its last heartbeat. `upcoming` are the
+    reservations that have not begun, the next one first. A device that was not connected since the tracker was started
+    is listed while it is in maintenance or reserved: by name, without an arch, last seen at 0.
     """
 
     info: DeviceInfo
@@ -304,6 +308,7 @@ class DeviceStatus:
     health: Optional[Health] = None
     reservation: Optional[Reservation] = None
     noise: Tuple[NoiseFloor, ...] = ()
+    upcoming: Tuple[Reservation, ...] = ()
 
     def to_json(self) -> Dict[str, Any]:
         """Plain values for `--json`."""

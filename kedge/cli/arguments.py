@@ -1,4 +1,4 @@
-"""Reading what people type: shapes, files, arrays."""
+"""Reading what people type: shapes, times, files, arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def parse_duration(text: str) -> float:
     if match is None or not float(match[1]):
         raise UsageError(f"{text!r} is no duration", hint="a number and a unit: 90s, 30min, 2h, 1d")
     return float(match[1]) * _UNIT_S[match[2]]
+
+
+def parse_moment(text: str, now: datetime) -> float:
+    """`14:00`, the next time that it is, or `2026-11-27 14:00`, in this machine's time zone: Unix seconds.
+
+    Raises UsageError.
+    """
+    try:
+        if re.fullmatch(r"\d{1,2}:\d{2}", text.strip()):
+            hour, minute = map(int, text.split(":"))
+            today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            return (today if today >= now else today + timedelta(days=1)).timestamp()
+        return datetime.fromisoformat(text.strip()).timestamp()
+    except ValueError:
+        raise UsageError(f"{text!r} is no moment", hint="14:00, or with a date: '2026-11-27 14:00'") from None
 
 
 _UNIT_BYTES = {

@@ -186,6 +186,9 @@ def device_detail(device: DeviceStatus) -> str:
         whose = device.reservation.user or "somebody"
         until = clock_text(device.reservation.until_unix_ms)
         words.append(f"reserved for {whose} until {until} ({device.reservation.id})")
+    for later in device.upcoming:
+        begins, until = clock_text(later.from_unix_ms), clock_text(later.until_unix_ms)
+        words.append(f"reserved for {later.user or 'somebody'} from {begins} until {until} ({later.id})")
     if device.health is not None and device.health.temperature_celsius is not None:
         words.append(f"{device.health.temperature_celsius:.0f} °C")
     return "; ".join(words)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 
 import kedge
 from kedge.cli import output
-from kedge.cli.arguments import parse_duration
+from kedge.cli.arguments import parse_duration, parse_moment
 from kedge.cli.devices import require_tracker
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.types import JobState, Reservation
@@ -41,7 +42,8 @@ def _job_ids(fleet: Any) -> list[str]:
 
 
 def _reservation_ids(fleet: Any) -> list[str]:
-    return [device.reservation.id for device in fleet.devices(include_gone=True) if device.reservation is not None]
+    every = fleet.devices(include_gone=True)
+    return [item.id for device in every for item in (device.reservation, *device.upcoming) if item is not None]
 
 
 DeviceName = Annotated[
@@ -111,21 +113,29 @@ def _set_maintenance(device: str, enabled: bool, reason: str, tracker: str | Non
 def reserve(
     selector: Annotated[str, typer.Argument(metavar="SELECTOR", help="Which device: by name or labels.")],
     duration: Annotated[str, typer.Option("--for", metavar="DURATION", help="90s, 30min, 2h, 1d.")] = "1h",
+    begin: Annotated[
+        str,
+        typer.Option("--from", metavar="TIME", help="14:00, or '2026-11-27 14:00' [default: now]", show_default=False),
+    ] = "",
     reason: Annotated[str, typer.Option("--reason", help="Why, for whoever waits for it.")] = "",
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
-    """Keep one device that matches for your own jobs, from now on; what runs there for others ends in its own time.
+    """Keep one device that matches for your own jobs; what runs there for others ends in its own time.
+
+    `kedge devices` shows reservations, those that have not begun as well, and --gone those of devices that are off.
+    Half of the devices are for the others, unless you are an administrator.
 
     Examples:
 
-      kedge reserve rpi4-2 --for 2h --reason 'demo at noon'
+      kedge reserve rpi4-2 --from 11:30 --for 2h --reason 'demo at noon'
 
       kedge reserve 'arch=aarch64,mem_mb>=2048' --for 30min --json
     """
     seconds = parse_duration(duration)
+    begin_s = parse_moment(begin, datetime.now()) if begin else 0.0
     with kedge.connect(require_tracker(tracker)) as fleet:
-        _show(fleet.reserve(selector, seconds, reason=reason), as_json, "")
+        _show(fleet.reserve(selector, seconds, begin_unix_s=begin_s, reason=reason), as_json, "")
 
 
 def release(
@@ -150,5 +160,7 @@ def _show(reservation: Reservation, as_json: bool, prefix: str) -> None:
     if as_json:
         output.emit_json(reservation.to_json())
         return
-    until = output.clock_text(reservation.until_unix_ms)
-    output.stdout().print(f"{prefix}{reservation.device} until {until}, reservation {reservation.id}", soft_wrap=True)
+    begins, until = output.clock_text(reservation.from_unix_ms), output.clock_text(reservation.until_unix_ms)
+    output.stdout().print(
+        f"{prefix}{reservation.device} from {begins} until {until}, reservation {reservation.id}", soft_wrap=True
+    )

@@ -201,7 +201,7 @@ class Confinement(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., user: _Optional[str] = ..., network: bool = ..., files: bool = ..., calls: bool = ..., measuring_cpus: _Optional[_Iterable[int]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
-    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation", "noise")
+    __slots__ = ("info", "state", "last_seen_unix_ms", "running_job_id", "detail", "health", "reservation", "noise", "upcoming")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class DeviceStatus(_message.Message):
     HEALTH_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
+    UPCOMING_FIELD_NUMBER: _ClassVar[int]
     info: DeviceInfo
     state: DeviceState
     last_seen_unix_ms: int
@@ -218,7 +219,8 @@ class DeviceStatus(_message.Message):
     health: Health
     reservation: Reservation
     noise: _containers.RepeatedCompositeFieldContainer[NoiseFloor]
-    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ..., detail: _Optional[str] = ..., health: _Optional[_Union[Health, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ..., noise: _Optional[_Iterable[_Union[NoiseFloor, _Mapping]]] = ...) -> None: ...
+    upcoming: _containers.RepeatedCompositeFieldContainer[Reservation]
+    def __init__(self, info: _Optional[_Union[DeviceInfo, _Mapping]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., last_seen_unix_ms: _Optional[int] = ..., running_job_id: _Optional[str] = ..., detail: _Optional[str] = ..., health: _Optional[_Union[Health, _Mapping]] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ..., noise: _Optional[_Iterable[_Union[NoiseFloor, _Mapping]]] = ..., upcoming: _Optional[_Iterable[_Union[Reservation, _Mapping]]] = ...) -> None: ...
 
 class NoiseFloor(_message.Message):
     __slots__ = ("relative", "num_threads", "on", "target", "software", "governor", "comparisons", "measured_unix_ms", "stale")

@@ -150,7 +150,9 @@ class Fleet:
     def reserve(self, selector: str, duration_s: float, *, begin_unix_s: float = 0.0, reason: str = "") -> Reservation:
         """One device that matches, for one's own jobs only, from `begin_unix_s` (0: now) on.
 
-        What others run there ends in its own time. A lost answer may leave a reservation, which `devices` shows.
+        What others run there ends in its own time. A lost answer may leave a reservation, which `devices` shows,
+        as it does those that have not begun (`DeviceStatus.upcoming`). Half of the devices are for others, unless one
+        is an administrator.
 
         Raises:
             NoDeviceError: none that matches is free to be reserved then.

@@ -8,14 +8,14 @@ job succeeds (Nygard, "Release It!", 2007). Between two such times one job is le
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from kedge.rpc.noise import Conditions, Noise
 from kedge.rpc.outcome import OutcomeKind
-from kedge.rpc.selector import Selector, parse
+from kedge.rpc.selector import Selector, labels_of, parse
 from kedge.rpc.tracker.facts import ANYWHERE, Needs, Serviced
 from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol, Reservation
@@ -159,6 +159,11 @@ class Roster:
             if _suits(selector, needs, device):
                 names.add(name)
 
+    def unseen(self) -> list[Device]:
+        """Devices in maintenance or reserved that are not known: they are off since before the tracker was started."""
+        named = {*self._serviced, *(item.device for item in self._reservations.values())}
+        return [unseen_device(name) for name in sorted(named - self._devices.keys())]
+
     def forget(self, keep: int) -> None:
         """Keep only so many of the devices that are gone."""
         gone = [name for name, device in self._devices.items() if device.connection is None]
@@ -194,6 +199,8 @@ class Roster:
         if serviced is not None:
             by = f" by {serviced.user}" if serviced.user else ""
             return DeviceState.MAINTENANCE, f"in maintenance since {_clock(serviced.since_ms)}{by}: {serviced.reason}"
+        if not device.instance_id:
+            return DeviceState.GONE, "not connected since the tracker was started"
         if device.health is None:
             return DeviceState.QUARANTINED, "its agent has not said yet how it is"
         if device.health.problems:
@@ -237,15 +244,27 @@ class Roster:
         """Reservations whose time is over."""
         return [item for item in self._reservations.values() if item.until_unix_ms <= now]
 
-    def reservable(self, selector: str, begin: int, end: int, now: int) -> Device | None:
-        """A device that matches and that nobody has reserved then, best one first; raises SelectorError."""
+    def reserved_within(self, begin: int, end: int) -> list[Reservation]:
+        """Those that have a part of this time."""
+        return [item for item in self._reservations.values() if item.from_unix_ms < end and begin < item.until_unix_ms]
+
+    def reserved_ms(self, user: str) -> Counter[str]:
+        """How long a user's reservations of each device last in all, of those that have not ended."""
+        total: Counter[str] = Counter()
+        for item in self._reservations.values():
+            if item.user == user:
+                total[item.device] += item.until_unix_ms - item.from_unix_ms
+        return total
+
+    def reservable(self, selector: str, begin: int, end: int, without: Collection[str], now: int) -> Device | None:
+        """A device that matches and that nobody has reserved then, best one first; raises SelectorError.
+
+        One that is not connected may be back for a later time, but is of no use now.
+        """
         wanted = parse(selector)
-        taken = {
-            item.device
-            for item in self._reservations.values()
-            if item.from_unix_ms < end and begin < item.until_unix_ms
-        }
+        taken = {item.device for item in self.reserved_within(begin, end)}.union(without)
         free = [d for d in self if d.info.name not in taken and wanted.matches(d.labels)]
+        free = [d for d in free if d.connection is not None or begin > now]
         best = sorted(
             free,
             key=lambda d: (d.connection is None, self.obstacle(d, now) is not None, not d.idle, d.idle_ms, d.info.name),
@@ -352,7 +371,15 @@ class Roster:
         reservation = self.reserved(device.info.name, now)
         noise = self.noise.floors(device.info.name, conditions_of(device), now)
         seen, health = device.seen_ms, device.health
-        return DeviceStatus(device.info, state, seen, running_job_id, detail, health, reservation, noise)
+        later = [r for r in self._reservations.values() if r.device == device.info.name and r.from_unix_ms > now]
+        upcoming = tuple(sorted(later, key=lambda r: r.from_unix_ms))
+        return DeviceStatus(device.info, state, seen, running_job_id, detail, health, reservation, noise, upcoming)
+
+
+def unseen_device(name: str) -> Device:
+    """What there is to say of a device of which no more is known than its name."""
+    info = DeviceInfo(name, "")
+    return Device(info, "", labels_of(info), None, 0, 0)
 
 
 def conditions_of(device: Device) -> Conditions:

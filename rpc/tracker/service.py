@@ -194,8 +194,8 @@ class FleetService:
     @typed_errors
     async def Reserve(self, request: fleet_pb2.ReserveRequest, context: Context) -> types_pb2.Reservation:
         """A device for one user."""
-        begin, duration_ms = request.from_unix_ms, request.duration_ms
-        reservation = await self._shell.reserve(request.selector, caller().name, begin, duration_ms, request.reason)
+        wanted = (request.selector, caller().name, request.from_unix_ms, request.duration_ms, request.reason)
+        reservation = await self._shell.reserve(*wanted, shares=not caller().sees_all)
         said = {"device": reservation.device, "reservation": reservation.id, "until_ms": reservation.until_unix_ms}
         self._audit.write("device reserved", **said, **who(caller(), context))
         return convert.reservation_to_pb(reservation)
@@ -205,7 +205,8 @@ class FleetService:
         """A device for everybody again."""
         reservation = self._shell.state.reservation(request.id)
         if reservation is None or not caller().may_see(reservation.user):
-            raise UnknownReservationError(f"there is no reservation {request.id!r}", hint="'kedge devices' shows them")
+            hint = "'kedge devices --gone' shows them"
+            raise UnknownReservationError(f"there is no reservation {request.id!r}", hint=hint)
         await self._shell.end_reservation(request.id)
         self._audit.write("reservation ended", reservation=request.id, **who(caller(), context))
         return convert.reservation_to_pb(reservation)

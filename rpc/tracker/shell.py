@@ -216,35 +216,33 @@ class Shell:
 
     async def set_maintenance(self, name: str, enabled: bool, reason: str, user: str) -> DeviceStatus:
         """Take a device out of service, or put it back; raises NoDeviceError, StoreError."""
-        self._check_known(name)
+        if not self.state.device_named(name):
+            raise _unknown_device(name)
         if enabled:
             effects = self.state.start_maintenance(name, reason, user, self._now())
         else:
             effects = self.state.end_maintenance(name, self._now())
         await self._durable(self._apply(effects, lambda: self.state.end_maintenance(name, self._now())))
-        return self._status_of(name)
-
-    def _check_known(self, name: str) -> None:
-        if not self.state.device_known(name):
-            raise NoDeviceError(f"no device {name!r} is known", hint="'kedge devices --gone' lists them all")
-
-    def _status_of(self, name: str) -> DeviceStatus:
-        return next(d for d in self.state.devices(include_gone=True) if d.info.name == name)
+        return self.state.device(name)
 
     async def keep_noise(
         self, number: str, name: str, user: str, relative: float, num_threads: int, on: str
     ) -> DeviceStatus:
         """Remember how noisy a device is; raises NoDeviceError, StoreError."""
-        self._check_known(name)
+        if not self.state.device_known(name):
+            raise _unknown_device(name)
         effects = self.state.keep_noise(number, name, user, relative, num_threads, on, self._now())
         await self._durable(self._apply(effects, Effects))
-        return self._status_of(name)
+        return self.state.device(name)
 
-    async def reserve(self, selector: str, user: str, begin: int, duration_ms: int, reason: str) -> Reservation:
+    async def reserve(
+        self, selector: str, user: str, begin: int, duration_ms: int, reason: str, *, shares: bool = True
+    ) -> Reservation:
         """Keep a device for a user; raises as `TrackerState.reserve`, and StoreError."""
         self._check_store()
         number = secrets.token_hex(6)
-        reservation, effects = self.state.reserve(number, selector, user, begin, duration_ms, reason, self._now())
+        wanted = (number, selector, user, begin, duration_ms, reason)
+        reservation, effects = self.state.reserve(*wanted, self._now(), shares=shares)
         await self._durable(self._apply(effects, lambda: self.state.end_reservation(number, self._now())))
         return reservation
 
@@ -469,6 +467,10 @@ def _log_end(job: Job) -> None:
     about = {"job": job.id, "user": job.user, "device": job.device, "kind": task_kind(job.spec.task)}
     about |= {"outcome": outcome.kind.value, "stage": outcome.stage.value if outcome.stage else ""}
     log.info("job %s of %s on %s: %s", job.id, job.user or "nobody", job.device or "no device", outcome, extra=about)
+
+
+def _unknown_device(name: str) -> NoDeviceError:
+    return NoDeviceError(f"no device {name!r} is known", hint="'kedge devices --gone' lists them all")
 
 
 def unknown_job(job_id: str) -> UnknownJobError:

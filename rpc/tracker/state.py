@@ -30,7 +30,7 @@ from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import accepts, local_protocol
 from kedge.rpc.selector import labels_of, parse
 from kedge.rpc.status import QueueFullError
-from kedge.rpc.tracker.devices import Breaker, Device, Key, Quarantine, Roster, Suspicion, conditions_of
+from kedge.rpc.tracker.devices import Breaker, Device, Key, Quarantine, Roster, Suspicion, conditions_of, unseen_device
 from kedge.rpc.tracker.estimate import Durations, Wait, waits
 from kedge.rpc.tracker.facts import (
     CloseAgent,
@@ -252,9 +252,14 @@ class TrackerState:
     def devices(self, selector: str = "", *, include_gone: bool = False) -> list[DeviceStatus]:
         """Devices by name; raises SelectorError."""
         wanted = parse(selector)
-        found = [device for device in self._devices if wanted.matches(device.labels)]
+        known = [*self._devices, *(self._devices.unseen() if include_gone else ())]
+        found = [device for device in known if wanted.matches(device.labels)]
         found = [device for device in found if include_gone or device.connection is not None]
         return sorted((self._status(device) for device in found), key=lambda status: status.info.name)
+
+    def device(self, name: str) -> DeviceStatus:
+        """One device, known or not."""
+        return self._status(self._devices.get(name) or unseen_device(name))
 
     def agents(self) -> dict[str, Protocol]:
         """What each connected device speaks."""
@@ -296,6 +301,10 @@ class TrackerState:
     def device_known(self, name: str) -> bool:
         """Whether a device of this name was ever connected, as far as is remembered."""
         return self._devices.get(name) is not None
+
+    def device_named(self, name: str) -> bool:
+        """Whether there is such a device: known, or in maintenance or reserved since before the tracker's start."""
+        return self.device_known(name) or any(device.info.name == name for device in self._devices.unseen())
 
     def next_alarm(self) -> int | None:
         """When `tick` has to be called at the latest."""
@@ -463,9 +472,21 @@ class TrackerState:
         return effects
 
     def reserve(
-        self, reservation_id: str, selector: str, user: str, begin: int, duration_ms: int, reason: str, now: int
+        self,
+        reservation_id: str,
+        selector: str,
+        user: str,
+        begin: int,
+        duration_ms: int,
+        reason: str,
+        now: int,
+        *,
+        shares: bool = True,
     ) -> tuple[Reservation, Effects]:
         """Keep a device that matches for one user's jobs.
+
+        Who `shares`, as all do but administrators, leaves half of the connected devices to the others at any time, and
+        has none for longer in all than one reservation may last.
 
         Raises:
             SelectorError: the selector makes no sense.
@@ -483,10 +504,16 @@ class TrackerState:
         mine = sum(item.user == user for item in self._devices.reservations())
         if mine >= rules.max_reservations_per_user:
             raise UsageError(f"{user} has {mine} reservations already", hint="end one of them first")
-        device = self._devices.reservable(selector, begin, begin + duration_ms, now)
+        end = begin + duration_ms
+        if shares:
+            self._check_share(user, begin, end)
+        had = self._devices.reserved_ms(user) if shares else Counter()
+        without = {name for name, ms in had.items() if ms + duration_ms > rules.max_reservation_ms}
+        device = self._devices.reservable(selector, begin, end, without, now)
         if device is None:
+            longest = f"; nobody has one for longer than {_seconds(rules.max_reservation_ms)} in all" if without else ""
             raise NoDeviceError(
-                f"no device that matches {selector!r} can be reserved for that time",
+                f"no device that matches {selector!r} can be reserved for that time{longest}",
                 hint="'kedge devices' shows which there are, and whose they are",
             )
         reservation = Reservation(reservation_id, device.info.name, user, begin, begin + duration_ms, reason)
@@ -496,6 +523,16 @@ class TrackerState:
         effects.sends.append(DevicesChanged())
         self._schedule(now, effects)
         return reservation, effects
+
+    def _check_share(self, user: str, begin: int, end: int) -> None:
+        """Whether the user may have one more device then."""
+        mine = {item.device for item in self._devices.reserved_within(begin, end) if item.user == user}
+        connected = sum(device.connection is not None for device in self._devices)
+        if len(mine) >= max(1, (connected + 1) // 2):
+            raise UsageError(
+                f"{user} has {len(mine)} of {connected} devices reserved for that time already",
+                hint="half of them are for the others: end a reservation, or ask an administrator for one",
+            )
 
     def keep_noise(
         self, number: str, name: str, user: str, relative: float, num_threads: int, on: str, now: int

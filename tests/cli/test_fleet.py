@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,8 @@ def test_a_drained_device_lets_jobs_wait_and_says_why(kedge_here: Kedge, fleet: 
     assert unknown.returncode == 7 and "bench-9" in unknown.stderr and "hint: " in unknown.stderr
 
 
-def test_a_device_is_reserved_and_given_back(kedge_here: Kedge, fleet: str) -> None:
+def test_a_device_is_reserved_and_given_back(kedge_here: Kedge, fleet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     at = ("--tracker", fleet)
     done = kedge_here("reserve", f"arch={os.uname().machine}", "--for", "30min", "--reason", "a demo", *at, "--json")
     assert done.returncode == 0, done.stderr
@@ -122,10 +124,19 @@ def test_a_device_is_reserved_and_given_back(kedge_here: Kedge, fleet: str) -> N
     again = kedge_here("reserve", "bench-1", *at)
     assert again.returncode == 7 and "can be reserved" in again.stderr
     released = kedge_here("release", reservation["id"], *at)
-    assert released.returncode == 0 and released.stdout.startswith("released: bench-1 until "), released.stderr
+    assert released.returncode == 0 and released.stdout.startswith("released: bench-1 from "), released.stderr
     gone = kedge_here("release", reservation["id"], *at)
     assert gone.returncode == 1 and reservation["id"] in gone.stderr
     assert kedge_here("reserve", "bench-1", "--for", "soon", *at).returncode == 2
+    later = kedge_here("reserve", "bench-1", "--from", "2126-11-27 14:00", *at)
+    assert later.returncode == 2 and "within 366 days" in later.stderr
+    soon = datetime.now() + timedelta(days=2)
+    later = kedge_here("reserve", "bench-1", "--from", f"{soon:%Y-%m-%d} 14:00", "--for", "30min", *at)
+    shown = f"from {soon:%Y-%m-%d} 14:00 until {soon:%Y-%m-%d} 14:30"
+    assert later.returncode == 0 and shown in later.stdout, later.stderr
+    number = later.stdout.split()[-1]
+    assert f"{shown} ({number})" in " ".join(kedge_here("devices", *at).stdout.split())
+    assert kedge_here("release", number, *at).returncode == 0
 
 
 def test_a_session_is_listed_and_can_be_cancelled(kedge_here: Kedge, fleet: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from kedge.rpc.blobs import BlobQuotaError, MissingBlobError, blob_of
 from kedge.rpc.client import Fleet, Job
 from kedge.rpc.client.access import Access
 from kedge.rpc.client.plan import pack
-from kedge.rpc.errors import AuthenticationError, PermissionDeniedError
+from kedge.rpc.errors import AuthenticationError, PermissionDeniedError, UsageError
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.status import NotReadyError, UnknownJobError, UnknownReservationError, from_rpc_error
 from kedge.rpc.tracker.security.folder import Limits
@@ -280,6 +282,22 @@ def test_a_reservation_is_its_users_to_give_back(fleet_of: FleetOf, enrolled: En
             with pytest.raises(PermissionDeniedError):
                 refused()
         assert ann.end_reservation(kept.id).id == kept.id
+
+
+def test_a_user_cannot_reserve_all_devices_and_an_administrator_can(fleet_of: FleetOf, enrolled: Enrolled) -> None:
+    ann, root = fleet_of("ann"), fleet_of("root", "admin")
+    with ExitStack() as stack:
+        for name in ("half-1", "half-2"):
+            known = enrolled(name)
+            stack.enter_context(FakeAgent(known.address, device_info(name), tls=known.tls))
+        later = {"duration_s": 60, "begin_unix_s": time.time() + 3_600}
+        kept = [ann.reserve("half-1", **later)]
+        with pytest.raises(UsageError, match="ann has 1 of 2 devices"):
+            ann.reserve("half-2", **later)
+        assert ann.devices("half-1")[0].upcoming == (kept[0],)
+        kept += [root.reserve("half-2", **later), root.reserve("half-1", 60)]
+        for reservation in kept:
+            root.end_reservation(reservation.id)
 
 
 def test_what_is_under_way_ends_with_its_token(

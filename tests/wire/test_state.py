@@ -874,6 +874,62 @@ def test_a_user_may_have_only_so_many_reservations() -> None:
         fleet.state.reserve("s", "", "ann", 0, 1_000, "", 0)
 
 
+def test_a_reservation_that_has_not_begun_is_shown() -> None:
+    fleet = Fleet("a", "b", "c")
+    later, _ = fleet.state.reserve("later", "a", "ann", 50_000, 1_000, "", 0)
+    next_one, _ = fleet.state.reserve("next", "a", "bob", 5_000, 10_000, "", 0)
+    (a, b, _) = fleet.state.devices()
+    assert (a.reservation, a.upcoming, b.upcoming) == (None, (next_one, later), ())
+    fleet.state.tick(5_000)
+    assert (fleet.state.devices()[0].reservation, fleet.state.devices()[0].upcoming) == (next_one, (later,))
+
+
+def test_a_user_leaves_half_of_the_devices_to_the_others() -> None:
+    fleet = Fleet("a", "b", "c", settings=replace(PATIENT, max_reservation_ms=1_000))
+    for number, name in enumerate("ab"):
+        fleet.state.reserve(f"r{number}", name, "ann", 10, 1_000, "", 0)
+    with pytest.raises(UsageError, match="ann has 2 of 3 devices reserved for that time already"):
+        fleet.state.reserve("s", "c", "ann", 1_009, 1_000, "", 0)
+    fleet.state.reserve("another time", "c", "ann", 1_010, 1_000, "", 0)
+    fleet.state.reserve("another user", "c", "bob", 10, 1_000, "", 0)
+    fleet.state.reserve("an administrator", "b", "ann", 1_010, 1_000, "", 0, shares=False)
+
+
+def test_a_user_has_no_device_for_longer_by_reserving_it_again_and_again() -> None:
+    fleet = Fleet("a", settings=replace(PATIENT, max_reservation_ms=1_000))
+    fleet.state.reserve("r", "a", "ann", 10, 700, "", 0)
+    with pytest.raises(NoDeviceError, match="nobody has one for longer than 1 s in all"):
+        fleet.state.reserve("s", "a", "ann", 5_000, 301, "", 0)
+    fleet.state.reserve("t", "a", "ann", 5_000, 300, "", 0)
+    fleet.state.reserve("u", "a", "bob", 6_000, 1_000, "", 0)
+
+
+def test_a_device_that_is_gone_may_be_reserved_for_later_alone() -> None:
+    fleet = Fleet("a")
+    fleet.state.disconnect(1, 10)
+    with pytest.raises(NoDeviceError):
+        fleet.state.reserve("r", "a", "ann", 0, 1_000, "", 20)
+    assert fleet.state.reserve("s", "a", "ann", 5_000, 1_000, "", 20)[0].device == "a"
+
+
+def test_devices_in_maintenance_or_reserved_are_there_after_a_restart_though_they_are_off() -> None:
+    fleet = Fleet("a", "b", "c")
+    serviced = tuple(fleet.state.start_maintenance("a", "a new fan", "root", 10).facts)
+    reservation, _ = fleet.state.reserve("r", "b", "ann", 50_000, 60_000, "a demo", 20)
+    state = TrackerState("t", PATIENT)
+    state.restore(Stored("t", serviced=serviced, reservations=(reservation,)), 30)
+    assert state.devices() == [] and state.devices("arch=x86_64", include_gone=True) == []
+    a, b = state.devices(include_gone=True)
+    assert (a.info.name, a.state, b.info.name, b.state) == ("a", DeviceState.GONE, "b", DeviceState.GONE)
+    assert "by root: a new fan" in a.detail and b.detail == "not connected since the tracker was started"
+    assert b.upcoming == (reservation,)
+    assert [state.device_named(name) for name in "abc"] == [True, True, False]
+    state.end_maintenance("a", 40)
+    assert [status.info.name for status in state.devices(include_gone=True)] == ["b"]
+    state.connect(1, hello("b"), 50)
+    assert [status.state for status in state.devices(include_gone=True)] == [DeviceState.IDLE]
+
+
 def test_a_lease_that_was_handed_out_and_not_stored_is_never_given_again(bench: Bench) -> None:
     """The tracker was killed in between. What its device says under that lease must not count for the next one."""
     accepted = next(

@@ -29,7 +29,7 @@ from kedge.rpc.blobs import (
 )
 from kedge.rpc.client import Fleet, Job, connect
 from kedge.rpc.client.plan import pack
-from kedge.rpc.errors import ArtifactError, ConnectError, InputError, JobError
+from kedge.rpc.errors import ArtifactError, ConnectError, InputError, JobError, NoDeviceError
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.selector import SelectorError
 from kedge.rpc.status import NotReadyError, UnknownJobError, from_rpc_error
@@ -63,6 +63,23 @@ def until(job: Job, state: JobState) -> None:
 
     with pytest.raises(Seen):
         job.wait(timeout=10, progress=progress)
+
+
+def test_a_drained_device_that_is_off_is_there_when_the_tracker_comes_back(tmp_path: Path) -> None:
+    with (
+        start(port=0, data_dir=tmp_path, insecure_loopback=True) as tracker,
+        FakeAgent(tracker.address, device_info()),
+        connect(tracker.address) as fleet,
+    ):
+        fleet.set_maintenance("bench-1", reason="a new fan")
+    with start(port=0, data_dir=tmp_path, insecure_loopback=True) as tracker, connect(tracker.address) as fleet:
+        (left,) = fleet.devices(include_gone=True)
+        assert (left.info.name, left.state, left.last_seen_unix_ms) == ("bench-1", DeviceState.GONE, 0)
+        assert "a new fan" in left.detail
+        assert fleet.set_maintenance("bench-1", False).state is DeviceState.GONE
+        assert fleet.devices(include_gone=True) == []
+        with pytest.raises(NoDeviceError, match="'bench-1' is known"):
+            fleet.set_maintenance("bench-1")
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------------------------
