@@ -52,7 +52,7 @@ def _compile(kernel: Kernel, target: AnyTarget, symbol: str) -> KernelObject:
     if debug.wanted(debug.LLVM):
         debug.show(stage, "s", debug.LLVM, lambda: emit_assembly(made.ir, target, vectorize=made.scalar_loops))
     code = emit_object(made.ir, target, vectorize=made.scalar_loops)
-    workspace = encode(made.workspace, func.symbols)
+    workspace = encode(made.workspace, func.sizes)
     return KernelObject(symbol, code, workspace, rule=kernel.rule, decisions=kernel.decisions)
 
 

@@ -48,6 +48,14 @@ class Linear:
             return 0
         return self.terms[()] if len(self.terms) == 1 and () in self.terms else None
 
+    @property
+    def single(self) -> Value | None:
+        """The run-time value that the whole is, if it is one."""
+        if len(self.terms) != 1:
+            return None
+        ((product, factor),) = self.terms.items()
+        return product[0] if len(product) == factor == 1 else None
+
     def __add__(self, other: Linear) -> Linear:
         return _collect([*self.terms.items(), *other.terms.items()]) if other.terms else self
 

@@ -346,7 +346,10 @@ class ExprEmitter(AddressEmitter):
             return self.value(expr.b) if (a.ref == "true") == (expr.op == "and") else a
         read = {expr_key(load) for load in _surely_read(expr.a)}
         if all(expr_key(load) in read or self._in_bounds(load) for load in loads(expr.b)):
-            return self.b.op(expr.op, a, self.value(expr.b))
+            b = self.value(expr.b)
+            if b.ref in ("true", "false"):
+                return a if (b.ref == "true") == (expr.op == "and") else b
+            return self.b.op(expr.op, a, b)
         undecided = a if expr.op == "and" else self.b.op("xor", a, self.b.const(True, "i1"))
         if a.lanes == 1:
             return self.guarded(undecided, lambda: self.value(expr.b), lambda: self.b.const(expr.op == "or", "i1"))

@@ -9,12 +9,13 @@ expression over the function's symbols. The result is a `kedge_status`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from kedge.compiler.codegen.address import NotVectorizable, Pointer
-from kedge.compiler.codegen.affine import LANE, Linear
+from kedge.compiler.codegen.affine import LANE, Interval, Linear
 from kedge.compiler.codegen.alloc import Alloc, Prefetch, statements_of
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
@@ -30,11 +31,11 @@ from kedge.compiler.codegen.unread import writes_freely
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
-from kedge.compiler.tir.expr import Binary, Dim, Expr, Var, as_expr, const
+from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Lead, Var, as_expr, const
 from kedge.compiler.tir.printer import print_expr
-from kedge.compiler.tir.simplify import Simplifier, over, prove_equal, simplify, simplify_dim
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, over, prove_equal, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt, Store
-from kedge.compiler.tir.visitor import free_vars
+from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
 #: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
 _STACK_BUFFER = 32 * 1024
@@ -79,9 +80,12 @@ def emit_kernel(func: PrimFunc, target: Target, symbol: str) -> KernelCode:
         scalar_type(buffer.dtype)
         emitter.pointers[buffer] = Pointer(f"%arg{number}", byte_size(buffer.dtype))
         params.append(f"ptr noalias %arg{number}")
-    for number, var in enumerate(func.symbols):
+    for number, var in enumerate(func.sizes):
         params.append(f"i64 %arg.s{number}")
         emitter.bind_symbol(var, Value(f"%arg.s{number}", "i64"))
+    leads = [symbol for symbol in func.symbols if isinstance(symbol, Lead)]
+    for lead in leads:
+        emitter.bind_lead(lead, next(buffer for buffer in func.params if buffer.name == lead.buffer))
     if needs:
         params.append("ptr noalias %arg.ws")
         emitter.workspace_pointer = "%arg.ws"
@@ -89,7 +93,8 @@ def emit_kernel(func: PrimFunc, target: Target, symbol: str) -> KernelCode:
     emitter.b.emit("ret i32 0")
     head = f"define hidden i32 @{symbol}({', '.join(params)}) {module.attributes}"
     module.add(emitter.b.finish(head))
-    workspace = simplify_dim(emitter.workspace)
+    most: dict[Var, Expr] = {lead: const(lead.upper or 0) for lead in leads}
+    workspace = simplify_dim(substitute_expr(as_expr(emitter.workspace), most))
     if needs and isinstance(workspace, int):
         workspace = max(workspace, 64)  # the pointer is a parameter now, and that is told by the size alone
     return KernelCode(symbol, module.text(), workspace, module.scalar_loops)
@@ -129,6 +134,13 @@ class KernelEmitter(ParallelEmitter):
         self._on_stack: dict[Buffer, Pointer] = {}
         self._in_workspace: dict[Buffer, Dim] = {}  # offsets in bytes
         self._idle: list[Buffer] = []  # those of a branch that is not taken where code is emitted now
+
+    def bind_lead(self, lead: Lead, buffer: Buffer) -> None:
+        """Make known how many elements of a cache line lie before a buffer: the low bits of its address tell."""
+        size, b = byte_size(buffer.dtype), self.b
+        address = b.result(f"ptrtoint ptr {self.pointers[buffer].ref} to i64", "i64")
+        offset = b.op("and", address, b.const(size * ((lead.upper or 0) + 1) - 1, "i64"))
+        self.bind_symbol(lead, b.op("lshr", offset, b.const(size.bit_length() - 1, "i64")))
 
     def stmt(self, stmt: Stmt) -> None:
         """Emit a statement."""
@@ -176,7 +188,7 @@ class KernelEmitter(ParallelEmitter):
         b.branch(condition, yes, no)
         b.label(yes)
         known = {*self._on_stack, *self._in_workspace}
-        with self.scope():
+        with self.scope(), self._limited(stmt.condition):
             self.stmt(stmt.then)
         b.jump(join)
         if stmt.orelse is not None:
@@ -189,6 +201,22 @@ class KernelEmitter(ParallelEmitter):
             # What was taken over by a version further inside has no memory of its own any more.
             self._idle = [buffer for buffer in idle if buffer in self._on_stack or buffer in self._in_workspace]
         b.label(join)
+
+    @contextmanager
+    def _limited(self, condition: Expr) -> Iterator[None]:
+        """With what `condition` tells of counters: `i < 24`, as for all tiles of rows but the last one."""
+        before: dict[Value, Interval] = {}
+        for term in conjuncts(condition):
+            match term:
+                case Binary(op="lt", a=Var() as var, b=Const(value=end)):
+                    counter = self.env[var].single
+                    if counter is not None and counter not in before:
+                        low, high = before[counter] = self.known.get(counter, (None, None))
+                        self.known[counter] = (low, int(end) - 1 if high is None else min(high, int(end) - 1))
+        try:
+            yield
+        finally:
+            self.known |= before
 
     # Loops ------------------------------------------------------------------------------------------------------
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
 
 from kedge.compiler.codegen.alloc import Alloc, Prefetch, expressions_of, statements_of
 from kedge.compiler.codegen.types import byte_size
+from kedge.compiler.target.costs import LINE_BYTES
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const, eq
 from kedge.compiler.tir.simplify import simplify
 from kedge.compiler.tir.stmt import For, If, Seq, Stmt
 from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, substitute_expr, walk_expr
 
-#: Of nearly every processor that kedge knows; a longer line is asked for twice. The Cortex-A9's has 32 bytes, which is
-#: what its tiles read of a row.
-LINE_BYTES: Final = 64
 #: Loops over so many lines are unrolled.
 _SHORT = 8
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from kedge.compiler.codegen.alloc import Alloc, expressions_of, statements_of
-from kedge.compiler.tir.expr import Binary, Call, Expr, Load, Var
-from kedge.compiler.tir.simplify import conjuncts
+from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Call, Expr, Load, Var, const
+from kedge.compiler.tir.simplify import conjuncts, simplify
 from kedge.compiler.tir.stmt import Buffer, For, If, Stmt, Store
-from kedge.compiler.tir.structural import Key, expr_equal, expr_key
-from kedge.compiler.tir.visitor import free_vars, walk_expr
+from kedge.compiler.tir.structural import Key, expr_key
+from kedge.compiler.tir.visitor import free_vars, loads, walk_expr
 
-#: A condition on the element that is accessed: the dim, how its index compares, and with what.
+#: A condition on the element that is accessed: the dim, how its index compares with 0, and what is added to it before.
 _Limit: TypeAlias = tuple[int, str, Key]
 _SWAPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
 
@@ -63,15 +63,14 @@ class _Access:
         )
 
     def _limits(self, condition: Expr, inside: set[Var]) -> Iterator[_Limit]:
-        if not isinstance(condition, Binary) or condition.op not in _SWAPPED:
+        if not isinstance(condition, Binary) or condition.op not in _SWAPPED or condition.a.dtype != INDEX_DTYPE:
             return
-        for index, op, bound in (
-            (condition.a, condition.op, condition.b),
-            (condition.b, _SWAPPED[condition.op], condition.a),
-        ):
-            if any(var in inside for var in free_vars(bound)) or any(isinstance(e, Load) for e in walk_expr(bound)):
-                continue  # it may be another at another access
-            yield from ((dim, op, expr_key(bound)) for dim, own in enumerate(self.indices) if expr_equal(own, index))
+        distance = condition.a - condition.b
+        for dim, own in enumerate(self.indices):
+            for op, rest in ((condition.op, distance - own), (_SWAPPED[condition.op], const(0) - distance - own)):
+                rest = simplify(rest)
+                if not any(var in inside for var in free_vars(rest)) and next(loads(rest), None) is None:
+                    yield dim, op, expr_key(rest)  # else it may be another at another access
 
 
 def _accesses(stmt: Stmt, buffer: Buffer, conditions: tuple[Expr, ...], around: Sequence[For]) -> Iterator[_Access]:

@@ -54,7 +54,7 @@ class _Machine:
             return
         func = self._program.kernels[step.kernel].func
         values = {
-            var.name: evaluate(symbol, self._symbols) for var, symbol in zip(func.symbols, step.symbols, strict=True)
+            var.name: evaluate(symbol, self._symbols) for var, symbol in zip(func.sizes, step.symbols, strict=True)
         }
         views = [self._view(slot) for slot in step.args]
         split = len(views) - func.n_outputs

@@ -133,12 +133,12 @@ def draft_prim_func(source: PrimFunc | Schedule) -> Program:
     inputs = tuple(_port(buffer) for buffer in func.params[:split])
     outputs = tuple(_port(buffer) for buffer in func.params[split:])
     bare = {id(dim) for port in inputs for dim in port.type.shape}
-    hidden = [var.name for var in func.symbols if id(var) not in bare]
+    hidden = [var.name for var in func.sizes if id(var) not in bare]
     if hidden:
         raise CompileError(f"{func.name}: {', '.join(hidden)} is not a whole dim of any input")
     slots = [Slot("input", port.type, index) for index, port in enumerate(inputs)]
     slots += [Slot("output", port.type, index) for index, port in enumerate(outputs)]
-    step = Step(func.name, tuple(slots), func.symbols)
+    step = Step(func.name, tuple(slots), func.sizes)
     kernel: Kernel | Draft
     if isinstance(source, Schedule):
         kernel = Kernel(func, "by hand", MappingProxyType({}), source.trace)
@@ -146,7 +146,7 @@ def draft_prim_func(source: PrimFunc | Schedule) -> Program:
         kernel = Kernel(func, "by hand", MappingProxyType({}), ())
     else:
         kernel = Draft(func, canonical(func))
-    entry = _callable(Entry(func.name, inputs, outputs, func.symbols, (step,), 0))
+    entry = _callable(Entry(func.name, inputs, outputs, func.sizes, (step,), 0))
     return Program(MappingProxyType({func.name: kernel}), (entry,))
 
 

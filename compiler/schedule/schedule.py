@@ -22,6 +22,7 @@ from typing import Any
 
 from kedge.compiler.schedule.drawing import Picture
 from kedge.compiler.schedule.handles import BlockRef, LoopRef, Ref
+from kedge.compiler.schedule.primitives.align import align
 from kedge.compiler.schedule.primitives.bind import bind
 from kedge.compiler.schedule.primitives.blockize import blockize
 from kedge.compiler.schedule.primitives.cache import cache_write
@@ -108,6 +109,21 @@ class Schedule(Traced):
         func, variables = split(self._func, self._handles.var(loop), factors)
         self._commit("split", func)
         return tuple(self._handles.loop(var) for var in variables)
+
+    @primitive('sch.align(i, "x")')
+    def align(self, loop: LoopRef, buffer: str) -> LoopRef:
+        """A loop whose iterations 0, 16, 32, … (of float32) read `buffer`, a parameter, where cache lines of it begin.
+
+        For a loop whose neighbours read neighbours of the buffer, before it is split into vectors: these then lie in
+        one line each, wherever a caller's array begins. The first tile and the last one are cut.
+
+        Rewrite:
+            for i in range(n):            for i in range(n + x_lead):
+              block: vi = i          ->     block: vi = i - x_lead, where i - x_lead >= 0
+        """
+        func, var = align(self._func, self._handles.var(loop), buffer)
+        self._commit("align", func)
+        return self._handles.loop(var)
 
     @primitive("sch.fuse(i, j)")
     def fuse(self, *loops: LoopRef) -> LoopRef:

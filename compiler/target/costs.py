@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from kedge.compiler.target.core import TargetModel
 
+#: Bytes of a cache line, of nearly every processor that kedge knows. The Cortex-A9's has 32, which is what its tiles
+#: read of a row.
+LINE_BYTES: Final = 64
 #: Places that a second-level cache has for lines of one set, at least, nearly everywhere.
 _WAYS = 8
 #: Bytes that a core gets in a cycle from its second cache, from the third and from memory: what a Zen 4 was seen to

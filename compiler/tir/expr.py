@@ -123,6 +123,17 @@ class Var(Expr):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Lead(Var):
+    """How many elements of a cache line lie before the first one of a parameter: `buffer` is its name.
+
+    A symbol of the function, from 0 to `upper`. Code reads it off the address; what a function means must not depend
+    on it, and the interpreter takes 0 unless told.
+    """
+
+    buffer: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Binary(Expr):
     """`a op b`. Arithmetic has one dtype on both sides and as result; comparisons and logic give bool.
 

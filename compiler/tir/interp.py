@@ -18,7 +18,7 @@ import numpy as np
 
 from kedge.compiler.dtypes import FLOATS, HALVES
 from kedge.compiler.errors import VerifyError
-from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var, as_expr
+from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Lead, Load, Select, Var, as_expr
 from kedge.compiler.tir.printer import print_expr, print_shape
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Seq, Stmt, Store
 from kedge.compiler.tir.structural import expr_equal
@@ -123,6 +123,7 @@ def _solve_symbols(
         for dim, size in zip(buffer.shape, array.shape, strict=False):
             if isinstance(dim, Var):
                 found.setdefault(dim, size)
+    found = {**{var: 0 for var in func.symbols if isinstance(var, Lead)}, **found}
     missing = [var.name for var in func.symbols if var not in found]
     if missing:
         raise InputError(f"{func.name}: the value of {', '.join(missing)} does not follow from the inputs; give it")

@@ -29,6 +29,7 @@ from kedge.compiler.tir.expr import (
     Const,
     Dim,
     Expr,
+    Lead,
     Load,
     Select,
     Var,
@@ -269,6 +270,8 @@ class _Parser:
                 upper = at.integer()
             if at.take("and") and at.name() != name:
                 at.fail(f"another limit of {name}")
+        if at.take("before"):
+            return Lead(name, lower=0, upper=upper, buffer=at.name())
         return Var(name, lower=lower, upper=upper)
 
     def _declaration(self) -> Buffer:

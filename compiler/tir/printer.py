@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var
+from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Call, Cast, Const, Dim, Expr, Lead, Load, Select, Var
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Range, Region, Seq, Stmt, Store
 
 #: The operations that have a sign: that, and how tightly it binds.
@@ -236,6 +236,8 @@ class Printer:
 
     def limits(self, var: Var) -> str:
         """A symbol with what is known of it."""
+        if isinstance(var, Lead):
+            return f"{self.name(var)} <= {var.upper} before {word(var.buffer)}"
         low = f" >= {var.lower}" if var.lower is not None else ""
         high = f" <= {var.upper}" if var.upper is not None else ""
         name = self.name(var)

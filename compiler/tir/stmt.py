@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from kedge.compiler.tir.expr import Dim, Expr, Var, const
+from kedge.compiler.tir.expr import Dim, Expr, Lead, Var, const
 
 if TYPE_CHECKING:
     import os
@@ -136,8 +136,9 @@ class Block(Stmt):
 class PrimFunc:
     """One kernel. `params` are its buffers in call order, inputs first and then the `n_outputs` results.
 
-    `symbols` are the free dims of the parameters' shapes, passed as int64 scalars after the buffers. `allocs` are
-    buffers that live only inside the call. `attrs` carries facts for rules and reports (`kind`, `origin`, …).
+    `symbols` are the free dims of the parameters' shapes, passed as int64 scalars after the buffers, and behind these
+    where parameters begin in cache lines (`Lead`), which code finds out. `allocs` are buffers that live only inside the
+    call. `attrs` carries facts for rules and reports (`kind`, `origin`, …).
     """
 
     name: str
@@ -147,6 +148,11 @@ class PrimFunc:
     allocs: tuple[Buffer, ...] = ()
     symbols: tuple[Var, ...] = ()
     attrs: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+
+    @property
+    def sizes(self) -> tuple[Var, ...]:
+        """The symbols that a caller gives: all but the leads."""
+        return tuple(symbol for symbol in self.symbols if not isinstance(symbol, Lead))
 
     def show(self) -> str:
         """The function as text."""

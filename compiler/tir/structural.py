@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Load, Select, Var
+from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Lead, Load, Select, Var
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, PrimFunc, Region, Seq, Stmt, Store
 
 #: A hashable value that two expressions share exactly if they are built alike from the same variables and buffers.
@@ -109,7 +109,8 @@ class _Canonical:
         if var in self.vars:
             return self.vars[var]
         self.vars[var] = name = f"v{len(self.vars)}"
-        return f"{name}:{var.dtype}[{var.lower},{var.upper}]"
+        lead = f"@{var.buffer}" if isinstance(var, Lead) else ""
+        return f"{name}:{var.dtype}[{var.lower},{var.upper}]{lead}"
 
     def buffer(self, buffer: Buffer) -> str:
         if buffer in self.buffers:

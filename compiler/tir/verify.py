@@ -20,6 +20,7 @@ from kedge.compiler.tir.expr import (
     Cast,
     Const,
     Expr,
+    Lead,
     Load,
     Select,
     Var,
@@ -69,6 +70,9 @@ class _Verifier:
         self.need(len(set(func.symbols)) == len(func.symbols), "a symbol is declared twice")
         for symbol in func.symbols:
             self.need(symbol.dtype == INDEX_DTYPE, f"symbol {symbol.name} is {symbol.dtype}, not {INDEX_DTYPE}")
+            if isinstance(symbol, Lead):
+                known = symbol.buffer in (buffer.name for buffer in func.params)
+                self.need(known, f"symbol {symbol.name} is of {symbol.buffer!r}, which is no parameter")
         for buffer in everything:
             self.buffer(buffer)
         for buffer in func.params:

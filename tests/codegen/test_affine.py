@@ -57,4 +57,5 @@ def test_forms_mean_what_integers_do(a: Linear, b: Linear, env: dict[Value, int]
     lanes = a.split_lane()
     if lanes is not None:
         assert evaluate(lanes[0], env) + lanes[1] * env[LANE] == x and lanes[0].is_uniform
+    assert a.single == next((value for value in VALUES if Linear.atom(value) == a), None)
     assert (a.value is None) == any(term for term in a.terms)

@@ -41,7 +41,16 @@ def tile(written: Expr | None, read: Expr | None, reader: Expr = J) -> Alloc:
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [(J < 10, J < 10), (J < N, J < N), (None, None), (None, J < 10), (K < 3, None), (const(10) > J, J < 10)],
+    [
+        (J < 10, J < 10),
+        (J < N, J < N),
+        (None, None),
+        (None, J < 10),
+        (K < 3, None),
+        (const(10) > J, J < 10),
+        (J + 1 < 10, J < 9),
+        (N * 16 + J >= 3, J + N * 16 >= 3),  # as at the beginning of a row that begins within a tile
+    ],
 )
 def test_stores_leave_out_what_nothing_reads(written, read):
     assert writes_freely(tile(written, read))
@@ -53,7 +62,8 @@ def test_stores_leave_out_what_nothing_reads(written, read):
         (J < 10, None),
         (J < 10, J < 12),
         (J < K, J < K),  # another bound at each access
-        (J + 1 < 10, J + 1 < 10),  # no index
+        (J + K < 10, J + K < 10),
+        (Load(Y, (J,)) < 0.5, J < 10),  # what data decides
         (J * 2 < 10, J < 10),
         (J < 10, N < 10),
     ],

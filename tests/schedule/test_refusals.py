@@ -840,7 +840,7 @@ def test_calls_are_found_in_hints():
 
 
 #: Primitives whose refusals have tests beside their own.
-ELSEWHERE = {"bind.py", "prefetch.py"}
+ELSEWHERE = {"align.py", "bind.py", "prefetch.py"}
 
 
 def raising(path: Path) -> Iterator[tuple[int, int]]:

@@ -131,7 +131,7 @@ def evaluate(expr: Expr, env: Mapping[Var, int]) -> int | bool:
 
 def inputs(func: PrimFunc, symbols: Mapping[str, int] | None = None, seed: int = 0) -> list[Array]:
     """Small whole numbers as inputs: sums of their products are exact in float32, whatever the order."""
-    env = {var: (symbols or {})[var.name] for var in func.symbols}
+    env = {var: (symbols or {})[var.name] for var in func.sizes}
     rng = np.random.default_rng(seed)
     return [
         rng.integers(-4, 5, [d if isinstance(d, int) else int(evaluate(d, env)) for d in p.shape]).astype(p.dtype)

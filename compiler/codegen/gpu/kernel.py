@@ -44,9 +44,13 @@ def emit_device(func: PrimFunc, target: GpuTarget, symbol: str) -> DeviceCode:
     """`func`, whose loops are bound to threads, under the host's linker symbol `symbol`.
 
     Raises:
-        CodegenError: a loop that is on no axis of threads, a group that is larger than the target allows, or
-            threads that would have to wait where they cannot.
+        CodegenError: a loop that begins at cache lines, or that is on no axis of threads, a group that is larger than
+            the target allows, or threads that would have to wait where they cannot.
     """
+    if func.sizes != func.symbols:
+        raise CodegenError(
+            f"{func.name}: a loop begins at cache lines, which are the host's", hint="schedule it without sch.align"
+        )
     func, body = device_body(func, symbol)
     launches = [each for each in walk(body) if isinstance(each, Launch)]
     for launch in launches:

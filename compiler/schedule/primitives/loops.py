@@ -60,7 +60,7 @@ def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[Pri
     blocks inside get a predicate.
     """
     path = loop_path(func, loop)
-    node = _serial(func, "split", loop)
+    node = serial_loop(func, "split", loop)
     known = _check_factors(func, loop, factors)
     extents = [_outer_extent(node, known, path) if f is None else const(f) for f in factors]
     variables = tuple(Var(f"{loop.name}_{i}") for i in range(len(factors)))
@@ -75,7 +75,7 @@ def split(func: PrimFunc, loop: Var, factors: Sequence[int | None]) -> tuple[Pri
         hint = f"None takes what the others leave: sch.split({loop.name}, {[None, *factors[1:]]})"
         raise refuse(func, "split", loop, reason, at=node, hint=hint)
     # The old variable runs below the old extent: without that fact, simplifying could not use it.
-    body = _rebind(node.body, loop, index, None if prove(total <= node.extent, ranges) else index < node.extent)
+    body = rebind(node.body, loop, index, None if prove(total <= node.extent, ranges) else index < node.extent)
     for var, extent in zip(reversed(variables), reversed(extents), strict=True):
         body = For(var, extent, "serial", body)
     return swap(func, node, simplify_bindings(body, ranges)), variables
@@ -87,7 +87,7 @@ def fuse(func: PrimFunc, loops: Sequence[Var]) -> tuple[PrimFunc, Var]:
         given = ", ".join(f"loop {var.name!r}" for var in loops)
         raise refuse(func, "fuse", given, "it takes two loops or more, outermost first", hint="sch.fuse(i, j)")
     _check_nested(func, loops)
-    nodes = [_serial(func, "fuse", loop) for loop in loops]
+    nodes = [serial_loop(func, "fuse", loop) for loop in loops]
     for inner in nodes[1:]:
         if any(v in loops for v in free_vars(inner.extent)):
             reason = f"its extent {print_expr(inner.extent)} depends on a loop that it would be fused with"
@@ -100,7 +100,7 @@ def fuse(func: PrimFunc, loops: Sequence[Var]) -> tuple[PrimFunc, Var]:
         value: Expr = fused if isinstance(extent, Const) and extent.value == 1 else fused // extent
         extent = simplify(node.extent * extent, ranges)
         # The outermost quotient is in range by itself; every other one is a digit.
-        body = _rebind(body, node.var, value if node is nodes[0] else value % node.extent, None)
+        body = rebind(body, node.var, value if node is nodes[0] else value % node.extent, None)
     return swap(func, nodes[0], simplify_bindings(For(fused, extent, "serial", body), ranges)), fused
 
 
@@ -132,7 +132,7 @@ def reorder(func: PrimFunc, loops: Sequence[Var]) -> PrimFunc:
 
 def set_kind(func: PrimFunc, primitive: str, loop: Var, kind: LoopKind, thread: str | None = None) -> PrimFunc:
     """`loop` running as `kind` ("parallel", "vectorized", "unrolled", "thread"), where that keeps the meaning."""
-    node = _serial(func, primitive, loop)
+    node = serial_loop(func, primitive, loop)
     path = loop_path(func, loop)
     outer = loops_on(path[:-1])
     if kind == "parallel":
@@ -244,7 +244,8 @@ def simplify_bindings(stmt: Stmt, ranges: Mapping[Var, Range]) -> Stmt:
     return map_stmt(stmt, visit)
 
 
-def _serial(func: PrimFunc, primitive: str, loop: Var) -> For:
+def serial_loop(func: PrimFunc, primitive: str, loop: Var) -> For:
+    """The loop over `loop`, which `primitive` takes apart, or a refusal where it does not run in turn any more."""
     node = find_loop(func, loop)
     assert node is not None, f"{loop.name} is no loop of {func.name}"
     if node.kind != "serial":
@@ -273,7 +274,7 @@ def _outer_extent(node: For, known: int, path: Sequence[Stmt]) -> Expr:
     return simplify((node.extent + (known - 1)) // known, loop_ranges(loops_on(path[:-1])))
 
 
-def _rebind(body: Stmt, old: Var, value: Expr, predicate: Expr | None) -> Stmt:
+def rebind(body: Stmt, old: Var, value: Expr, predicate: Expr | None) -> Stmt:
     """`body` with loop variable `old` replaced, and `predicate` added to its blocks."""
     body = substitute(body, {old: value})
     return body if predicate is None else guarded(body, predicate)

@@ -23,10 +23,18 @@ from kedge.compiler.schedule.rules.analysis import (
     with_operands_inlined,
 )
 from kedge.compiler.schedule.rules.dot import Dot
+from kedge.compiler.schedule.rules.lines import has_lines, one_row, tiles_gain
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.product import Product, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
-from kedge.compiler.schedule.rules.stream import ALIAS, MOST_BLOCK, schedule_stream, stream_decisions, streams
+from kedge.compiler.schedule.rules.stream import (
+    ALIAS,
+    MOST_BLOCK,
+    MOST_TILES,
+    schedule_stream,
+    stream_decisions,
+    streams,
+)
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, keeps_busy, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
@@ -59,8 +67,6 @@ _UNROLL_REGISTERS = 32
 _UNROLL_ELEMENTS = 32
 #: Steps of the sum ahead of which a row of the second operand can be asked for.
 _AHEAD = (0, 4, 8, 16, 32, 64)
-#: Tiles of rows in a block, one by one; larger blocks have powers of two.
-_MOST_TILES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,10 @@ class Matmul:
     Decisions: `rows`, `vectors` and `width` of the tile; `row`, the spatial dim that its rows are; `unroll`, steps of
     the sum at once; `block`, how many tiles of rows go over a panel before the next panel (0: all); `pack_a` and
     `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `ahead`, how many steps
-    of the sum before its use a row of a panel is prefetched that is not copied (0: it is not); `parallel`; `stream`,
-    whether the sum goes on outside of a block of results instead, for products of few rows: `block` then is how many
-    tiles of columns that block has, and nothing is copied or prefetched.
+    of the sum before its use a row of a panel is prefetched that is not copied (0: it is not); `align`, whether tiles
+    begin where cache lines of the second operand do; `parallel`; `stream`, whether the sum goes on outside of a block
+    of results instead, for products of few rows: `block` then is how many tiles of columns that block has, and nothing
+    is copied or prefetched.
     """
 
     name: str = "matmul"
@@ -95,12 +102,13 @@ class Matmul:
             "row": (None, *product.rows),
             "unroll": _UNROLL,
             "block": (
-                *range(_MOST_TILES + 1),
-                *(1 << i for i in range(_MOST_TILES.bit_length(), MOST_BLOCK.bit_length())),
+                *range(MOST_TILES + 1),
+                *(1 << i for i in range(MOST_TILES.bit_length(), MOST_BLOCK.bit_length())),
             ),
             "pack_a": (False, True),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
             "ahead": (0,) if _is_gathered(product) else _AHEAD,
+            "align": (False, True) if has_lines(product, func) else (False,),
             "parallel": (False, True),
             "stream": (False,) if product.turned else (False, True),
         }
@@ -123,13 +131,14 @@ class Matmul:
             "pack_a": pack_a,
             "pack_b": pack_b,
             "ahead": 0 if pack_b or _is_gathered(product) else _ahead(product, tile, target),
+            "align": False,
             "parallel": is_worth_threads([product.block], target),
             "stream": False,
         }
         if streams(product, target):
             chosen |= stream_decisions(product, target)
             chosen |= {"pack_a": False, "pack_b": False, "ahead": 0, "stream": True}
-        return chosen
+        return {**chosen, **_aligned(product, tile, chosen, func, target)}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
         """See the class."""
@@ -213,6 +222,15 @@ def _is_gathered(product: Product) -> bool:
     return any(isinstance(node, Load) for load in reads for index in load.indices for node in walk_expr(index))
 
 
+def _aligned(product: Product, tile: RegisterTile, chosen: Decisions, func: PrimFunc, target: TargetModel) -> Decisions:
+    """What changes of the choices where tiles should begin at cache lines of the second operand."""
+    if not has_lines(product, func):
+        return {}
+    if product.longest_row is None:
+        return one_row(product, target, stream=chosen["stream"])
+    return {"align": True} if chosen["ahead"] and tiles_gain(product, tile, target) else {}
+
+
 def _ahead(product: Product, tile: RegisterTile, target: TargetModel) -> int:
     """Steps of the sum that take as long as memory does, where the second operand comes from beyond the second cache.
 
@@ -268,7 +286,7 @@ def _block_that_stays(product: Product, tile: RegisterTile, height: int | None, 
     if height is None or columns is None or depth is None or columns <= tile.columns:
         return 0
     tiles, tile_bytes = math.ceil(height / tile.rows), tile.rows * depth * product.itemsize
-    most = min(_MOST_TILES, target.l2_bytes // 2 // tile_bytes)
+    most = min(MOST_TILES, target.l2_bytes // 2 // tile_bytes)
     if tiles <= most or most * tile.rows <= 2 * tile.columns:
         return 0
     enough = [block for block in range(most, most // 2, -1) if keeps_busy(math.ceil(tiles / block), target.num_cores)]
@@ -335,6 +353,8 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
 def _split(sch: Schedule, product: Product, decisions: Decisions, target: TargetModel) -> _Nest:
     """Split and reorder the loops."""
     loops = list(sch.get_loops(sch.get_block(product.block.name)))
+    if decisions["align"]:
+        loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
     column, depth = loops[product.column], loops[-1]
     row = None if decisions["row"] is None else loops[decisions["row"]]
     outer = [loop for loop in loops[:-1] if loop is not column and loop is not row]

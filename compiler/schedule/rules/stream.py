@@ -21,9 +21,9 @@ _STEPS = 8
 #: Bytes between rows that begin in one set of the first-level cache: half as many of them are read at once.
 ALIAS = 4096
 #: The part of the first-level cache that results may take: rows of the second operand pass through the rest.
-_PART_OF_L1 = 2
-#: Tiles of columns that a block has at most.
-MOST_BLOCK = 1024
+PART_OF_L1 = 2
+#: Tiles of columns that a block has at most; up to so many, any number of them.
+MOST_BLOCK, MOST_TILES = 1024, 64
 
 
 def streams(product: Product, target: TargetModel) -> bool:
@@ -42,7 +42,7 @@ def stream_decisions(product: Product, target: TargetModel) -> dict[str, int]:
     depth = extent_of(product.depth.extent)
     vectors = 4 if height == 1 else 1
     step = vectors * lanes_of(target, product.itemsize)
-    block = 1 << (max(1, target.l1_bytes // (_PART_OF_L1 * product.itemsize * step)).bit_length() - 1)
+    block = 1 << (max(1, target.l1_bytes // (PART_OF_L1 * product.itemsize * step)).bit_length() - 1)
     cores = target.num_cores if is_worth_threads([product.block], target) else 1
     if columns is not None:
         block = min(block, 1 << (-(-columns // (step * cores)) - 1).bit_length())
@@ -64,6 +64,8 @@ def schedule_stream(sch: Schedule, product: Product, decisions: Decisions, targe
     ref = sch.get_block(product.block.name)
     total = cycles(block_named(sch.func, ref.name), target)
     loops = list(sch.get_loops(ref))
+    if decisions["align"]:
+        loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
     column, depth = loops[product.column], loops[-1]
     row = None if decisions["row"] is None else loops[decisions["row"]]
     outer = [loop for loop in loops[:-1] if loop is not column and loop is not row]
