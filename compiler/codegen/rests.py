@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kedge.compiler.tir.expr import Binary, Const, Expr, Var, const, logical_and
-from kedge.compiler.tir.simplify import conjuncts, prove_equal, simplify
+from kedge.compiler.tir.simplify import conjuncts, prove, prove_equal, simplify
 from kedge.compiler.tir.stmt import For, If, Stmt, Store
 from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt_children, seq, stmt_children, substitute, walk_stmt
 
-#: A rest of fewer steps runs in turn. Unrolled it shares registers with the loop before, where LLVM 22 then spilled: a
-#: 1x1 convolution of 58 channels took 48 cycles a step on the Cortex-A9, 41 so (llvm-mca 19).
-_MOST_IN_TURN = 4
+#: A rest of fewer steps runs in turn. Unrolled it made LLVM 22 spill in the loop before: of a 1x1 convolution of 58
+#: channels an iteration took 48 cycles on the Cortex-A9, and takes 41 (llvm-mca 19).
+_LEAST_UNROLLED = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +54,7 @@ def _apart(loop: For) -> Stmt:
             return loop
         steps = each
     bound = {each.var for each in walk_stmt(loop) if isinstance(each, For)}
-    if steps is None or not bound.isdisjoint(free_vars(steps.count)):
+    if steps is None or not bound.isdisjoint(free_vars(steps.count)) or not prove(steps.count >= 0):
         return loop
     size = const(steps.size)
     if not prove_equal(loop.extent, (steps.count + (steps.size - 1)) // size):
@@ -85,11 +85,14 @@ def _steps(term: Expr, outer: Var, unrolled: Mapping[Var, int]) -> _Steps | None
     """What a term of a condition says of the steps of a loop, if it says that."""
     if not (isinstance(term, Binary) and term.op == "lt" and term.a.dtype == "int64") or any(True for _ in loads(term)):
         return None
-    used = free_vars(term)
-    for step, size in unrolled.items() if outer in used else ():
-        if step in used and prove_equal(term.a, outer * size + step):
-            return _Steps(term, step, size, term.b)
-    return None
+    used = set(free_vars(term.a))
+    if len(used) != 2 or outer not in used:
+        return None
+    (step,) = used - {outer}
+    size = unrolled.get(step)
+    if size is None or not prove_equal(term.a, outer * size + step):
+        return None
+    return _Steps(term, step, size, term.b)
 
 
 def _sure(stmt: Stmt, steps: _Steps) -> Stmt:
@@ -105,6 +108,6 @@ def _sure(stmt: Stmt, steps: _Steps) -> Stmt:
 def _resized(stmt: Stmt, var: Var, extent: Expr) -> Stmt:
     """`stmt` with that extent of the unrolled loop over `var`; if it is free or small, the loop runs in turn."""
     if isinstance(stmt, For) and stmt.var is var:
-        is_long = isinstance(extent, Const) and extent.value >= _MOST_IN_TURN
+        is_long = isinstance(extent, Const) and extent.value >= _LEAST_UNROLLED
         return replace(stmt, extent=extent, kind="unrolled" if is_long else "serial")
     return map_stmt_children(stmt, lambda child: _resized(child, var, extent))

@@ -62,6 +62,20 @@ def test_what_schedule_rules_see(text: str, bits: int, registers: int, fma: bool
 
 
 @pytest.mark.parametrize(
+    ("text", "by_element", "in_memory"),
+    [
+        ("x86-64-v3", False, True),
+        ("raspberry-pi/4b", True, False),
+        ("beaglebone/black", True, False),
+        ("bananapi/f3", False, False),
+    ],
+)
+def test_where_operands_of_multiply_adds_come_from(text: str, by_element: bool, in_memory: bool) -> None:
+    target = parse(text)
+    assert (target.fma_by_element, target.memory_operands) == (by_element, in_memory)
+
+
+@pytest.mark.parametrize(
     ("text", "fma", "latency", "loads", "stores"),
     [
         ("llvm -mcpu=znver4", 1, 4, 1, 0.5),  # two units of 256 bits, whatever the vectors are
