@@ -121,6 +121,14 @@ def test_a_reduction_that_meets_nan_gives_nan(op: str, function: Callable[..., A
         check(model, feeds, function(X, axis=tuple(axes), keepdims=True))
 
 
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_the_logarithm_of_sums_of_special_powers(keepdims: int) -> None:
+    x = f(5, 6)
+    x[1], x[2, 3], x[3, 2], x[4, :2] = -np.inf, np.inf, np.nan, (np.inf, -np.inf)
+    model, feeds = one_operator("ReduceLogSumExp", [x, i64(1)], constant=[1], keepdims=keepdims)
+    check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
+
+
 def test_a_window_that_meets_nan_gives_nan() -> None:
     """As numpy and PyTorch have it; ONNX Runtime leaves NaN out. Windows without one are alike."""
     model, feeds = one_operator("MaxPool", [X], kernel_shape=[2, 2], pads=[1, 1, 0, 0])

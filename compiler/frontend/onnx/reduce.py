@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from kedge.compiler.dtypes import FLOATS
+from kedge.compiler.frontend.onnx.elementwise import scalar
 from kedge.compiler.frontend.onnx.node import Converter, Node, converter
 from kedge.compiler.graph.ir import Value
 
@@ -87,12 +88,17 @@ def _reduce_log_sum(node: Node) -> Value:
 
 @converter("ReduceLogSumExp")
 def _reduce_log_sum_exp(node: Node) -> Value:
-    """log(sum(exp(x))) with the largest element taken out first, so that nothing overflows."""
+    """log(sum(exp(x))) with the largest element taken out first, so that nothing overflows; but for an infinite one.
+
+    An infinity less itself is NaN: where that is the largest, the sum is of 0s or has infinities in any case.
+    """
     x = node.value(0)
     axes = _axes(node)
     if axes == ():
         return x
     largest = node.emit("reduce_max", x, axes=axes, keepdims=True)
+    finite = node.emit("less", node.emit("abs", largest), scalar(node, float("inf"), x))
+    largest = node.emit("where", finite, largest, scalar(node, 0, x))
     total = node.emit("reduce_sum", node.emit("exp", node.emit("sub", x, largest)), axes=axes, keepdims=True)
     result = node.emit("add", node.emit("log", total), largest)
     if node.attr("keepdims", 1):
