@@ -33,6 +33,8 @@ from kedge.rpc.types import Blob
 DISK_SHARE = 0.75
 #: What was sent, or was said to be there, stays for so long without a job that needs it.
 PROMISE_S = 300.0
+#: Between two times that the end of a job is put down as a use: each holds up the store, and its next commit.
+_TOUCH_S = 10.0
 #: Room is made for so much of an upload at a time.
 STEP_BYTES = 64 << 20
 
@@ -293,6 +295,11 @@ class TrackerBlobs(BlobStore):
         self._leftovers.pop(part.name, None)
         if part.name not in self._writers and part.exists():
             self._leftovers[part.name] = part.stat().st_size
+
+    def _touch_again(self, digest: str) -> None:
+        with suppress(FileNotFoundError):
+            if abs(self._clock() - self._object(digest).stat().st_mtime) >= _TOUCH_S:
+                self._touch(digest)
 
     def _touch(self, digest: str) -> None:
         with suppress(FileNotFoundError):  # somebody has removed it by hand

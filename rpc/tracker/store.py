@@ -16,6 +16,7 @@ import logging
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -262,15 +263,14 @@ class Store:
             if group and not self._commit(connection, group, reads):
                 return
             for append in group:
+                if self._needed is not None:
+                    self._needed.stored(append.facts)
                 if append.problem is None or append.refused is None:
                     append.done()
                 else:
                     append.refused(
                         StoreError(f"the tracker cannot store this: {' '.join(str(append.problem).split())}")
                     )
-            if self._needed is not None:  # after those who wait were told
-                for append in group:
-                    self._needed.stored(append.facts)
             for read in reads:
                 self._answer(connection, read)
             if item is None:
@@ -337,8 +337,7 @@ class Store:
                             stored = tried
                         transaction = self._epoch.enter(connection)
                     tried = len(group)
-                    for append in group[stored:]:
-                        write(connection, append)
+                    write(connection, group[stored:])
             except _REFUSALS as error:
                 if not isinstance(error, DBAPIError) or not _may_pass(error):
                     if write is _write_each:
@@ -436,22 +435,28 @@ def _ask(connection: sa.Connection, query: Callable[[sa.Connection], T]) -> T:
 _REFUSALS = (DBAPIError, OverflowError, ValueError)
 
 
-def _write_all(connection: sa.Connection, append: _Append) -> None:
-    for fact in append.facts:
-        _write(connection, fact)
+def _write_all(connection: sa.Connection, group: Sequence[_Append]) -> None:
+    rows = _Rows()
+    for append in group:
+        for fact in append.facts:
+            _write(connection, fact, rows)
+    rows.write(connection)
 
 
-def _write_each(connection: sa.Connection, append: _Append) -> None:
+def _write_each(connection: sa.Connection, group: Sequence[_Append]) -> None:
     """The same where one may never be written: all but that, if there is somebody to be told of it."""
-    append.problem = None
-    for fact in append.facts:
-        try:
-            with connection.begin_nested():
-                _write(connection, fact)
-        except _REFUSALS as error:
-            if append.refused is None or (isinstance(error, DBAPIError) and _may_pass(error)):
-                raise
-            append.problem = error
+    for append in group:
+        append.problem = None
+        for fact in append.facts:
+            try:
+                with connection.begin_nested():
+                    rows = _Rows()
+                    _write(connection, fact, rows)
+                    rows.write(connection)
+            except _REFUSALS as error:
+                if append.refused is None or (isinstance(error, DBAPIError) and _may_pass(error)):
+                    raise
+                append.problem = error
 
 
 def _may_pass(error: DBAPIError) -> bool:
@@ -474,10 +479,84 @@ _OWNERS = sa.select(t.owners)
 _INSERT_OWNER = sa.insert(t.owners)
 _FORGET_BLOB = sa.delete(t.owners).where(t.owners.c.digest == sa.bindparam("of"))
 _FORGET_OWNER = _FORGET_BLOB.where(t.owners.c.owner == sa.bindparam("whom"))
+_NEW_JOB = {
+    "state": JobState.QUEUED.value,
+    "device": "",
+    "instance_id": "",
+    "epoch": 0,
+    "cancelling": None,
+    "queued_ms": None,
+    "requeues": 0,
+    "faults": "[]",
+}
 _UPDATE_JOB = sa.update(t.jobs).where(t.jobs.c.id == sa.bindparam("job"))
 
 
-def _write(connection: sa.Connection, fact: Fact) -> None:
+class _Rows:
+    """What one commit says of jobs: few statements for many, and one row where it says several things of a job."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._jobs: dict[str, dict[str, Any]] = {}
+        self._keys: list[dict[str, str]] = []
+        self._changed: dict[str, dict[str, Any]] = {}
+        self._results: list[dict[str, Any]] = []
+        self._outputs: list[dict[str, str]] = []
+
+    def accept(self, fact: JobAccepted) -> None:
+        """A new job."""
+        self._jobs[fact.job_id] = {
+            "id": fact.job_id,
+            "seq": fact.seq,
+            "spec": convert.job_spec_to_bytes(fact.spec),
+            "brief": convert.job_spec_to_bytes(brief_spec(fact.spec)),
+            "needs": _needs_to_text(fact.needs),
+            "submitted_ms": fact.submitted_ms,
+            "user": fact.user,
+            **_NEW_JOB,
+        }
+        if fact.key:
+            self._keys.append({"key": fact.key, "job_id": fact.job_id})
+
+    def end(self, fact: JobDone) -> None:
+        """What came of a job."""
+        result = convert.job_result_to_bytes(fact.result)
+        row = {
+            "job_id": fact.job_id,
+            "outcome": fact.result.outcome.kind.value,
+            "result": result,
+            "size": len(result),
+            "of_job": fact.job_id,
+            "brief": convert.job_result_to_bytes(brief_result(fact.result)),
+            "finished_ms": fact.finished_ms,
+        }
+        self._results.append(row)
+        self._outputs += [{"job_id": fact.job_id, "digest": blob.digest} for blob in outputs_of(fact.result)]
+        self.change(fact)
+
+    def change(self, fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> None:
+        """A job, new or not, is another now."""
+        row = self._jobs.get(fact.job_id)
+        if row is None:
+            row = self._changed.setdefault(fact.job_id, {"job": fact.job_id})
+        row.update(_changes(fact))
+
+    def write(self, connection: sa.Connection) -> None:
+        """Write all of it; there is nothing any more."""
+        changed: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+        for row in self._changed.values():
+            changed[tuple(row)].append(row)
+        new = (_INSERT_JOB, [*self._jobs.values()]), (_INSERT_KEY, self._keys)
+        ended = (_INSERT_RESULT, self._results), (_INSERT_OUTPUT, self._outputs)  # which ask how large jobs are
+        for statement, rows in (*new, *((_UPDATE_JOB, alike) for alike in changed.values()), *ended):
+            if rows:
+                connection.execute(statement, rows)
+        self._clear()
+
+
+def _write(connection: sa.Connection, fact: Fact, rows: _Rows) -> None:
     if isinstance(fact, BlobOwned):
         connection.execute(_FORGET_OWNER, {"of": fact.digest, "whom": fact.owner})
         connection.execute(_INSERT_OWNER, asdict(fact))
@@ -489,7 +568,7 @@ def _write(connection: sa.Connection, fact: Fact) -> None:
         connection.execute(sa.delete(t.noise).where(t.noise.c.id.in_(fact.forgotten)))
         connection.execute(sa.insert(t.noise), asdict(fact.sample))
     else:
-        _write_job(connection, fact)
+        _write_job(connection, fact, rows)
 
 
 def _write_device(connection: sa.Connection, fact: Serviced | ServiceEnded | Reserved | ReservationEnded) -> None:
@@ -503,40 +582,16 @@ def _write_device(connection: sa.Connection, fact: Serviced | ServiceEnded | Res
         connection.execute(sa.delete(t.reservations).where(t.reservations.c.id == fact.reservation_id))
 
 
-def _write_job(connection: sa.Connection, fact: JobFact) -> None:
+def _write_job(connection: sa.Connection, fact: JobFact, rows: _Rows) -> None:
     if isinstance(fact, JobAccepted):
-        row = {
-            "id": fact.job_id,
-            "seq": fact.seq,
-            "spec": convert.job_spec_to_bytes(fact.spec),
-            "brief": convert.job_spec_to_bytes(brief_spec(fact.spec)),
-            "needs": _needs_to_text(fact.needs),
-            "submitted_ms": fact.submitted_ms,
-            "state": JobState.QUEUED.value,
-            "user": fact.user,
-        }
-        connection.execute(_INSERT_JOB, row)
-        if fact.key:
-            connection.execute(_INSERT_KEY, {"key": fact.key, "job_id": fact.job_id})
-        return
-    if isinstance(fact, JobWithdrawn):
+        rows.accept(fact)
+    elif isinstance(fact, JobDone):
+        rows.end(fact)
+    elif isinstance(fact, JobWithdrawn):
+        rows.write(connection)
         delete_jobs(connection, [fact.job_id])
-        return
-    if isinstance(fact, JobDone):
-        result = convert.job_result_to_bytes(fact.result)
-        row = {
-            "job_id": fact.job_id,
-            "outcome": fact.result.outcome.kind.value,
-            "result": result,
-            "size": len(result),
-            "of_job": fact.job_id,
-            "brief": convert.job_result_to_bytes(brief_result(fact.result)),
-            "finished_ms": fact.finished_ms,
-        }
-        connection.execute(_INSERT_RESULT, row)
-        if blobs := outputs_of(fact.result):
-            connection.execute(_INSERT_OUTPUT, [{"job_id": fact.job_id, "digest": blob.digest} for blob in blobs])
-    connection.execute(_UPDATE_JOB, {"job": fact.job_id, **_changes(fact)})
+    else:
+        rows.change(fact)
 
 
 def _outputs(connection: sa.Connection) -> list[tuple[str, str]]:

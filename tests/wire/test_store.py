@@ -190,6 +190,44 @@ def test_facts_are_durable_in_the_order_in_which_they_came(place: Place) -> None
     store.close()
 
 
+@pytest.mark.parametrize("together", [2, 3, 5, 20])
+def test_what_one_commit_says_is_stored_as_if_it_were_said_bit_by_bit(tmp_path: Path, together: int) -> None:
+    """Of each job a row is written once for all that a commit says of it."""
+    named = replace(RESULT, outputs=(Tensor("y", "int8", (9,), Blob("1" * 64, 9)),))
+    facts = [
+        accepted("a", 1, "ka"),
+        JobAssigned("a", "one", "i", 1),
+        accepted("b", 2),
+        JobRequeued("a", 700, 1, (DeviceFault("one", "it broke"),)),
+        JobCancelling("b", "enough"),
+        JobAssigned("a", "two", "j", 2),
+        accepted("c", 3, "kc"),
+        JobAssigned("c", "one", "i", 1),
+        JobWithdrawn("c"),
+        JobDone("a", named, 900, (DeviceFault("one", "it broke"),)),
+        accepted("c", 4, "kc"),
+        accepted("d", 5),
+        JobAssigned("d", "one", "i", 1),
+        JobDone("d", RESULT, 950),
+        JobDone("b", replace(RESULT, device=""), 960),
+    ]
+
+    def tables(name: str, step: int) -> dict[str, list[Any]]:
+        store = Store(tmp_path / name)
+        for at in range(0, len(facts), step):
+            write(store, *facts[at : at + step])
+        store.close()
+        database = sqlite3.connect(tmp_path / name / "tracker.db")
+        return {
+            table: sorted(database.execute(f"SELECT * FROM {table}"))
+            for table in ("jobs", "results", "idempotency_keys", "outputs")
+        }
+
+    single = tables("single", 1)
+    assert [len(rows) for rows in single.values()] == [4, 3, 2, 1]
+    assert tables("together", together) == single
+
+
 def test_reading_sees_what_was_queued_before(place: Place) -> None:
     store = Store(place)
     store.append([accepted("j", 1)], lambda: None)
