@@ -16,7 +16,9 @@ import kedge
 from kedge.compiler import kernels
 from kedge.compiler.errors import CodegenError, CompileError, FrontendError
 from kedge.compiler.frontend.onnx import load_onnx
+from kedge.compiler.frontend.onnx.node import _CONVERTERS, Node
 from kedge.compiler.graph import interp
+from kedge.compiler.graph.ir import Value
 from kedge.compiler.graph.passes import BlockChannels
 from kedge.rpc.errors import InputError
 from support.onnx_models import compiled, one_operator, onnxruntime_outputs
@@ -364,6 +366,11 @@ REFUSED: list[tuple[str, list[Array | None], list[int], dict[str, Any], str]] = 
     ("Squeeze", [f(2, 3), i64(0)], [1], {}, "dim 0 is 2, not 1"),
     ("Pad", [f(2, 3), i64(2, 0, 0, 0)], [1], {"mode": "reflect"}, "cannot reflect 2 elements of an axis of 2"),
     ("Einsum", [f(2, 3), f(4, 5)], [], {"equation": "ij,jk->ik"}, "3, is not known to equal 4"),
+    ("DepthToSpace", [f(1, 4, 3)], [], {"blocksize": 2}, "images of rank 4, not 3"),
+    ("SpaceToDepth", [f(1, 4, 3)], [], {"blocksize": 2}, "images of rank 4, not 3"),
+    ("LRN", [f(4)], [], {"size": 3}, "its second dim has the channels"),
+    ("ReduceMean", [i64(1, 2), i64(3)], [1], {}, "axes [3] are outside of rank 1"),
+    ("Split", [f(4)], [], {"num_outputs": 0}, "cannot be split into 0 parts"),
 ]
 
 
@@ -377,6 +384,28 @@ def test_the_message_names_the_node_of_the_model(
     assert caught.value.message.startswith(f"g: node 'node' ({op}): "), caught.value.message
     assert words in caught.value.message
     assert caught.value.message.count("node") == 2, "once is enough"
+
+
+def test_whatever_a_converter_stumbles_over_the_message_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(node: Node) -> Value:
+        _one, _two = node.value(0).type.shape
+        return node.value(0)
+
+    monkeypatch.setitem(_CONVERTERS, ("", "Relu"), stumble)
+    model, _ = one_operator("Relu", [f(1, 2, 3)])
+    with pytest.raises(
+        FrontendError, match=r"node 'node' \(Relu\): its inputs and attributes do not fit together: too many"
+    ):
+        load_onnx(model)
+
+
+def test_a_window_may_end_beyond_an_image_that_is_smaller() -> None:
+    x = f(1, 2, 2, 2)
+    for op, function in (("MaxPool", np.max), ("AveragePool", np.mean)):
+        model, feeds = one_operator(op, [x], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+        want = function(x, axis=(2, 3), keepdims=True)
+        np.testing.assert_allclose(onnxruntime_outputs(model, feeds)["y0"], want, rtol=1e-6)
+        check(model, feeds, want)
 
 
 def test_an_error_behind_the_front_end_names_the_node() -> None:

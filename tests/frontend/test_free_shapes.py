@@ -70,6 +70,14 @@ def test_slices_whose_bounds_may_turn_out_negative(rest: str, sizes: Sequence[in
     check(model(ROWS + rest, consts), [{"x": f(n, 6)} for n in sizes])
 
 
+def test_elements_are_gathered_from_a_free_dim_wherever_they_are_counted_from() -> None:
+    """The last tokens of a sequence: by constants, and by indices that come with the call."""
+    last = model("g (float[N,2] x) => (float[] y) { y=Gather(x,at) }", {"at": i64(-1, 0, -2)})
+    check(last, [{"x": f(n, 2)} for n in (2, 3, 7)])
+    asked = model("g (float[N,2] x, int64[K] at) => (float[] y) { y=Gather(x,at) }", {})
+    check(asked, [{"x": f(n, 2), "at": i64(*at)} for n, at in ((1, (0, -1)), (5, (-5, 4, -1)))])
+
+
 def test_shape_arithmetic_keeps_its_dtype() -> None:
     body = "g (float[N,3] x, int32[1] k) => (int32[1] y, int32[1] z)"
     body += " { s=Shape(x) c=Cast<to=6>(s) z=Slice(c,one,two) y=Add(z,k) }"

@@ -271,3 +271,14 @@ def test_the_layout_of_a_network_as_text(golden) -> None:
     module = net.module(net.matmul(pooled, net.param("fc", 32, 10)))
     before = run_passes(module, default_passes()[: [step.name for step in default_passes()].index("layout")])
     golden("layout.txt", re.sub(r"sha256 \w+", "sha256 …", laid_out(before).show()))
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("axes", [[0, 2, 3], [0], [0, 1, 2, 3], [2, 3]])
+def test_channels_that_no_block_divides_come_out_of_a_reduction(axes: list[int], keepdims: bool) -> None:
+    net = Net()
+    y = net.conv(net.input("x", 2, 16, 6, 6), net.param("w", 7, 16, 3, 3))
+    module = net.module(net.reduce_mean(y, axes=axes, keepdims=keepdims))
+    after = laid_out(module)
+    assert "conv_blocked" in ops(after)
+    same_meaning(module, after)

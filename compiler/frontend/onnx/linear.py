@@ -39,6 +39,8 @@ def _local_response_normalization(node: Node) -> Value:
     """x / (bias + alpha / size * sum of x² over `size` neighbouring channels) ** beta."""
     x = node.value(0)
     size = int(node.attr("size"))
+    if x.type.rank < 2:
+        raise node.error(f"its second dim has the channels, and there are {x.type.rank} dims")
     # The window runs over the channels: they become the rows of a picture whose columns are all other dims.
     n, c, *rest = x.type.shape
     rows = node.emit("reshape", node.emit("mul", x, x), shape=(n, 1, c, product(rest)))

@@ -39,6 +39,9 @@ def _reduce_mean(node: Node) -> Value:
     if x.type.dtype in FLOATS or _axes(node) == ():
         return _reduce(node, "reduce_mean", x)
     axes = _axes(node)
+    rank = x.type.rank
+    if axes is not None and not all(-rank <= axis < rank for axis in axes):
+        raise node.error(f"axes {list(axes)} are outside of rank {rank}")
     counted = x.type.shape if axes is None else [x.type.shape[axis] for axis in axes]
     count = math.prod(dim for dim in counted if isinstance(dim, int))
     if not all(isinstance(dim, int) for dim in counted) or count == 0:

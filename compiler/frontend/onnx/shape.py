@@ -12,7 +12,7 @@ from kedge.compiler.frontend.onnx.symbolic import as_items
 from kedge.compiler.graph.dims import broadcast_shape, divide, format_dim, plain, product
 from kedge.compiler.graph.ir import Constant, Value
 from kedge.compiler.ops.movement import PAD_MODES
-from kedge.compiler.tir.expr import Dim, Expr, as_expr
+from kedge.compiler.tir.expr import Dim, as_expr
 
 
 @converter("Shape")
@@ -104,6 +104,8 @@ def _split(node: Node) -> tuple[Value, ...]:
 
 def _equal_parts(node: Node, size: Dim, count: int) -> tuple[Dim, ...]:
     """`size` in `count` parts, the last one smaller where it does not divide."""
+    if count < 1:
+        raise node.error(f"a dim cannot be split into {count} parts")
     if isinstance(size, int):
         part = -(-size // count)
         sizes = [min(part, size - part * index) for index in range(count)]
@@ -189,40 +191,33 @@ def _gather(node: Node) -> Value:
     size = x.type.shape[axis]
     known = node.literal(1)
     if known is None:
-        return node.emit("gather", x, _from_the_front(node, indices, size), axis=axis)
+        return node.emit("gather", x, indices, axis=axis)
     if isinstance(size, int):
         if known.size and not (-size <= known.min() and known.max() < size):
             raise node.error(f"indices from {known.min()} to {known.max()} are outside of a dim of {size}")
         return node.emit("gather", x, Constant(np.where(known < 0, known + size, known)), axis=axis)
-    if known.size and known.min() < 0:
-        if known.size == 1:
-            # x[-1] of a free dim is a slice that counts from the end.
-            at = int(known.reshape(()))
-            end: Dim = at + 1 if at < -1 else size
-            part = node.emit("slice", x, starts=(at,), ends=(end,), axes=(axis,), steps=(1,))
-            squeezed = node.emit("squeeze", part, axes=(axis,))
-            new = tuple(range(axis % x.type.rank, axis % x.type.rank + known.ndim))
-            return node.emit("unsqueeze", squeezed, axes=new) if new else squeezed
-        raise node.error("negative indices into a free dim", hint="fix the dims with shapes={...}")
+    if known.size == 1 and known.min() < 0:
+        # x[-1] of a free dim is a slice that counts from the end.
+        at = int(known.reshape(()))
+        end: Dim = at + 1 if at < -1 else size
+        part = node.emit("slice", x, starts=(at,), ends=(end,), axes=(axis,), steps=(1,))
+        squeezed = node.emit("squeeze", part, axes=(axis,))
+        new = tuple(range(axis % x.type.rank, axis % x.type.rank + known.ndim))
+        return node.emit("unsqueeze", squeezed, axes=new) if new else squeezed
     return node.emit("gather", x, indices, axis=axis)
 
 
-def _from_the_front(node: Node, indices: Value, size: Dim) -> Value:
-    """Indices computed while running, with negative ones counted from the end."""
-    if indices.type.dtype.startswith("uint"):
-        return indices
-    if isinstance(size, Expr):
-        raise node.error("indices computed while running into a free dim", hint="fix the dims with shapes={...}")
-    dtype = indices.type.dtype
-    wrapped = node.emit("add", indices, node.constant(size, dtype))
-    return node.emit("where", node.emit("less", indices, node.constant(0, dtype)), wrapped, indices)
+def _image(node: Node, x: Value) -> tuple[Dim, Dim, Dim, Dim]:
+    if x.type.rank != 4:
+        raise node.error(f"it takes images of rank 4, not {x.type.rank}")
+    n, c, h, w = x.type.shape
+    return n, c, h, w
 
 
 @converter("DepthToSpace")
 def _depth_to_space(node: Node) -> Value:
-    x = node.value(0)
-    n, c, h, w = x.type.shape
-    b = int(node.attr("blocksize"))
+    x, b = node.value(0), int(node.attr("blocksize"))
+    n, c, h, w = _image(node, x)
     depth = divide([c], [b * b])
     if depth is None:
         raise node.error(f"{format_dim(c)} channels are not a multiple of blocksize² = {b * b}")
@@ -235,9 +230,8 @@ def _depth_to_space(node: Node) -> Value:
 
 @converter("SpaceToDepth")
 def _space_to_depth(node: Node) -> Value:
-    x = node.value(0)
-    n, c, h, w = x.type.shape
-    b = int(node.attr("blocksize"))
+    x, b = node.value(0), int(node.attr("blocksize"))
+    n, c, h, w = _image(node, x)
     mode = node.attr("mode", "DCR")
     rows, columns = divide([h], [b]), divide([w], [b])
     if rows is None or columns is None:

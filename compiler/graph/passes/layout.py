@@ -397,7 +397,9 @@ def _reduce(own: _Blocker, old: Call) -> Value | None:
     last = source.type.rank - 1
     over = (*axes, last) if 1 in axes else axes
     keep = old.attrs["keepdims"]
-    result: Value = make_call(old.op, (source,), {**old.attrs, "axes": over}, old.origin)
+    # To come out of blocks, channels have to be where they are in an image.
+    keep_inside = keep or (ragged and 0 in axes)
+    result: Value = make_call(old.op, (source,), {**old.attrs, "axes": over, "keepdims": keep_inside}, old.origin)
     spatial = range(2, x.type.rank)
     if 1 not in axes and keep:
         return result
