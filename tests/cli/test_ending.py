@@ -38,14 +38,15 @@ def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 def test_whoever_ends_the_demo_ends_everything_that_it_started(tmp_path: Path, number: signal.Signals) -> None:
     with demo(tmp_path) as process:
         started = descendants(process.pid)
         assert len(started) >= 2
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == -number and "Traceback" not in errors, errors
+    status = 130 if number is signal.SIGINT else -number
+    assert process.returncode == status and "Traceback" not in errors, errors
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in started if runs(pid)]
 

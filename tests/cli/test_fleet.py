@@ -320,23 +320,3 @@ def test_whoever_stops_a_command_stops_its_job(
     assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGTERM), errors
     assert "Traceback" not in errors
     wait_for(lambda: newest() == [("done", "cancelled")], "the job to be cancelled")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_demo_stops_everything_it_started(tmp_path: Path, number: signal.Signals) -> None:
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(
-        kedge_command("demo", "--no-arm"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "compiling the digits model" in line:
-            break
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGTERM), errors
-    assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
