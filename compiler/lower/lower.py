@@ -56,7 +56,7 @@ from kedge.compiler.schedule.default import is_scheduled, schedule_func
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target.gpu import GpuTarget
-from kedge.compiler.tir.expr import Dim, Expr
+from kedge.compiler.tir.expr import Dim, Expr, Var
 from kedge.compiler.tir.stmt import Buffer, PrimFunc
 from kedge.compiler.tir.structural import canonical, expr_key
 from kedge.compiler.tir.visitor import substitute_expr
@@ -179,20 +179,20 @@ class _Kernels:
         self._codes = by_function(externals)
         self._memory = memory
         self._by_form: dict[str, str] = {}  # by SHA-256
-        self._by_group: dict[tuple[str, object], _Callee] = {}
+        self._by_group: dict[tuple[str, object, object], _Callee] = {}
         self._by_digest: dict[tuple[str, str], Lowered] = {}  # groups that differ in their symbols only
         self._drafts: dict[str, Draft | Recalled] = {}
         self._externals: dict[str, ExternalKernel] = {}
 
-    def add(self, value: Call | Fused) -> _Callee:
-        """What computes `value`."""
+    def add(self, value: Call | Fused, limits: Mapping[Var, Var]) -> _Callee:
+        """What computes `value` in a function whose symbols have these bounds."""
         if isinstance(value, ExternalCall):
             return self._add_external(value)
         group = as_group(value)
-        key = (kernel_name(value), group_key(group))
+        key = (kernel_name(value), group_key(group), tuple((symbol, limit.lower) for symbol, limit in limits.items()))
         known = self._by_group.get(key)
         if known is None:
-            own, meanings = with_own_symbols(group)
+            own, meanings = with_own_symbols(group, limits)
             known = self._callee(own, re.sub(r"\W", "_", kernel_name(value)))
             if meanings:
                 symbols = tuple(substitute_expr(symbol, meanings) for symbol in known.symbols)
@@ -351,6 +351,7 @@ class _EntryLowering:
         self._function = function
         self._weights = weights
         self._kernels = kernels
+        self._limits = least_sizes(function)
         self._ports = {value.name: Port(value.name, value.type) for value in function.inputs}
         for value in function.values():
             if isinstance(value, Param) and not weights.is_bound(value):
@@ -374,7 +375,7 @@ class _EntryLowering:
         ports = tuple(self._ports.values())
         needed = equalities(function)
         entry = _callable(Entry(function.name, ports, outputs, function.symbols, steps, arena, needed))
-        return with_symbols(entry, least_sizes(function))
+        return with_symbols(entry, self._limits)
 
     def _parts_of_concats(self) -> dict[int, Place]:
         """Where the operands of concatenations without a copy live, by id."""
@@ -399,7 +400,7 @@ class _EntryLowering:
             if isinstance(value, Fused) or (
                 isinstance(value, Call) and value.op not in VIEWS and id(value) not in self._in_place
             ):
-                callee = self._kernels.add(value)
+                callee = self._kernels.add(value, self._limits)
                 self._jobs.append(_Job(callee.name, callee.reads, callee.types, callee.symbols, value))
         for index, value in enumerate(self._function.outputs):
             owner = base(value)
@@ -412,7 +413,7 @@ class _EntryLowering:
         """An output that is an input, a weight, or another output once more."""
         own = Input("p0", value.type)
         copy = Call("identity", (own,), MappingProxyType({}), (value.type,))
-        callee = self._kernels.add(copy)
+        callee = self._kernels.add(copy, self._limits)
         self._jobs.append(_Job(callee.name, (value,), callee.types, callee.symbols, make_group([copy]), index))
 
     def _plan(self) -> Dim:

@@ -19,17 +19,19 @@ from kedge.compiler.graph.ir import Call, Function, Fused, Input, TensorType, Va
 from kedge.compiler.tir.expr import Dim, Expr, Var
 from kedge.compiler.tir.simplify import bounds
 from kedge.compiler.tir.structural import Key, expr_key
-from kedge.compiler.tir.visitor import free_vars
+from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
 
-def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
+def with_own_symbols(group: Fused, limits: Mapping[Var, Var]) -> tuple[Fused, Mapping[Var, Expr]]:
     """The group over symbols of its own, and what they stand for; the group itself where that says too little of dims.
 
+    `limits` are the function's symbols with the bounds that its callers keep (`limits.least_sizes`): `(h - 5) // 2 + 1`
+    is never negative where images of less than 5 rows are refused.
     Each factor of its inputs' dims that is neither a number nor a symbol becomes one. All other types follow by shape
     inference, which refuses what needs to be known of the factors (that one is half of the other, say); what it gives
     must be what the group had.
     """
-    own = _Own(_names(group))
+    own = _Own(_names(group), limits)
     for argument in group.body.inputs:
         for dim in argument.type.shape:
             own.enter(dim)
@@ -56,17 +58,28 @@ def with_own_symbols(group: Fused) -> tuple[Fused, Mapping[Var, Expr]]:
 class _Own:
     """A symbol for each factor."""
 
-    def __init__(self, taken: set[str]) -> None:
+    def __init__(self, taken: set[str], limits: Mapping[Var, Var]) -> None:
         self._taken = taken
+        self._limits = limits
         self._symbols: dict[Key, tuple[Expr, Var]] = {}
 
     def enter(self, dim: Dim) -> None:
         """Give each factor of `dim` a symbol, if it is never negative."""
         for factor in factors(dim):
-            if isinstance(factor, Expr) and _is_replaced(factor) and expr_key(factor) not in self._symbols:
-                low, high = bounds(factor)
+            if isinstance(factor, Expr) and self._is_replaced(factor) and expr_key(factor) not in self._symbols:
+                low, high = self._bounds(factor)
                 name = self._name(next((var.name for var in free_vars(factor)), "size"))
                 self._symbols[expr_key(factor)] = factor, Var(name, lower=low, upper=high)
+
+    def _is_replaced(self, factor: Dim) -> bool:
+        """Whether a factor gets a symbol: it is neither a number nor a symbol, and never negative."""
+        if isinstance(factor, (int, Var)):
+            return False
+        low, _ = self._bounds(factor)
+        return low is not None and low >= 0
+
+    def _bounds(self, factor: Expr) -> tuple[int | None, int | None]:
+        return bounds(substitute_expr(factor, self._limits))
 
     def _name(self, wanted: str) -> str:
         """A name of its own: symbols are told apart by their names where a kernel is printed or interpreted."""
@@ -97,14 +110,6 @@ def _names(group: Fused) -> set[str]:
     """Of all variables that may stay in the group."""
     types = [value.type for value in (*group.body.inputs, *group.body.values())]
     return {var.name for type_ in types for dim in type_.shape if isinstance(dim, Expr) for var in free_vars(dim)}
-
-
-def _is_replaced(factor: Dim) -> bool:
-    """Whether a factor gets a symbol: it is neither a number nor a symbol, and never negative."""
-    if isinstance(factor, (int, Var)):
-        return False
-    low, _ = bounds(factor)
-    return low is not None and low >= 0
 
 
 def _type_over(own: _Own, type_: TensorType) -> TensorType:
