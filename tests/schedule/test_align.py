@@ -105,8 +105,9 @@ def test_compiled_for_every_beginning(tmp_path: Path, elements: int, parallel: b
 
 
 def test_refused_where_it_cannot_be() -> None:
-    sch, _, (i, _, _, inner) = product()
+    sch, _, (i, _, k, inner) = product()
     refused(lambda: sch.align(i, "nothing"), "'nothing' is no parameter", "take one of")
+    refused(lambda: sch.align(k, "w"), "block 'y' reduces over it", "take a loop over outputs")
     sch.vectorize(inner)
     refused(lambda: sch.align(inner, "w"), "it is vectorized already")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kedge.compiler.schedule.dependence import reduces_over
 from kedge.compiler.schedule.primitives.loops import rebind, serial_loop, simplify_bindings
 from kedge.compiler.schedule.tree import loop_path, loop_ranges, loops_on, refuse, swap
 from kedge.compiler.target.costs import LINE_BYTES
@@ -22,6 +23,10 @@ def align(func: PrimFunc, loop: Var, buffer: str) -> tuple[PrimFunc, Var]:
         names = ", ".join(repr(each.name) for each in func.params)
         reason = f"{buffer!r} is no parameter: where others begin is known"
         raise refuse(func, "align", loop, reason, hint=f"take one of {names}")
+    block = reduces_over(node)
+    if block is not None:  # its first iteration initialises, and would be none that runs
+        reason = f"block {block.name!r} reduces over it, and would not begin with its first value"
+        raise refuse(func, "align", loop, reason, at=node, hint="take a loop over outputs")
     elements = LINE_BYTES // np.dtype(found.dtype).itemsize
     lead = next((each for each in func.symbols if isinstance(each, Lead) and each.buffer == buffer), None)
     if lead is None:
