@@ -168,8 +168,10 @@ class FleetService:
         states = tuple(convert.job_state_from_pb(state) for state in request.states)
         whose = None if caller().sees_all else caller().name
         limit = max(1, min(request.limit or 100, MAX_LISTED))
-        jobs = await self._shell.jobs(limit, states, whose, oldest_first=request.oldest_first)
-        return fleet_pb2.ListJobsResponse(jobs=[convert.job_to_pb(job) for job in jobs])
+        response = fleet_pb2.ListJobsResponse()
+        async for page in self._shell.jobs(limit, states, whose, oldest_first=request.oldest_first):
+            response.jobs.extend(convert.job_to_pb(job) for job in page)
+        return response
 
     @typed_errors
     async def CancelJob(self, request: fleet_pb2.CancelJobRequest, context: Context) -> types_pb2.Job:

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
@@ -66,6 +66,9 @@ class Changes:
         return self._newest
 
 
+#: Of a list of jobs so many are read, and told, at once: 10,000 would take the store 0.35 s and the loop 0.3 s.
+_PAGE = 200
+
 #: Takes a message for one agent; None ends its connection.
 ToOneAgent = Callable[[TrackerBody | None], None]
 
@@ -94,6 +97,7 @@ class Shell:
         self._next_connection = 0
         self._watchers: dict[str, list[Changes]] = defaultdict(list)
         self._waiters: dict[str, list[asyncio.Future[JobResult | None]]] = defaultdict(list)
+        self._listing = asyncio.Lock()
         self._device_waiters: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         #: When it wakes, in the clock's milliseconds.
@@ -279,11 +283,23 @@ class Shell:
 
     async def jobs(
         self, limit: int, states: tuple[JobState, ...], user: str | None = None, *, oldest_first: bool = False
-    ) -> list[Job]:
-        """The newest jobs in brief, newest first, or the oldest; those of one user, unless that is None."""
-        stored = await asyncio.wrap_future(self._store.jobs(limit, states, user, oldest_first=oldest_first))
-        found = [self.state.job(job.id) or job for job in stored]
-        return [brief_job(job) for job in found if not states or job.state in states]
+    ) -> AsyncIterator[list[Job]]:
+        """The newest jobs in brief, newest first, or the oldest; those of one user, unless that is None.
+
+        They come in pages. Between two of them all else goes on, and of all who list at once one reads.
+        """
+        beyond: int | None = None
+        reasons: dict[Want, str] = {}
+        while limit > 0:
+            async with self._listing:
+                asked = self._store.jobs(min(limit, _PAGE), states, user, oldest_first=oldest_first, beyond=beyond)
+                page = await asyncio.wrap_future(asked)
+            now = [self.state.job(job.id, reasons) or job for job in page.jobs]
+            found = [brief_job(job) for job in now if not states or job.state in states]
+            yield found
+            if page.last is None:
+                return
+            limit, beyond = limit - len(found), page.last
 
     def watch(self, job_id: str) -> Changes:
         """The job's changes from now on, None when the tracker stops; give it back with `unwatch`."""

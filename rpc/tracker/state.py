@@ -211,10 +211,10 @@ class TrackerState:
 
     # ---- Questions -------------------------------------------------------------------------------------------------
 
-    def job(self, job_id: str) -> Job | None:
-        """A job that is not done; None for any other."""
+    def job(self, job_id: str, reasons: dict[Want, str] | None = None) -> Job | None:
+        """A job that is not done; None for any other. `reasons` keeps what many jobs wait for, between calls."""
         job = self._jobs.get(job_id)
-        return None if job is None else self._snapshot(job)
+        return None if job is None else self._snapshot(job, reasons)
 
     def lives(self, job_id: str) -> bool:
         """Whether there is such a job that is not done."""
@@ -316,7 +316,7 @@ class TrackerState:
         return "" if job is None else self._detail(job, {})
 
     def still_waiting(self, job_id: str, reasons: dict[Want, str]) -> Job | None:
-        """A queued job as it is now; None for any other. `reasons` keeps what many jobs wait for, between calls."""
+        """A queued job as it is now; None for any other. `reasons` as for `job`."""
         job = self._jobs.get(job_id)
         return None if job is None or job.assigned is not None else self._snapshot(job, reasons)
 

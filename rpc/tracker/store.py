@@ -74,6 +74,14 @@ _LIVE = (JobState.QUEUED, JobState.ASSIGNED)
 _PIECE_PAUSE_S = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a list of jobs; `last` is where the next part goes on, None where there is none."""
+
+    jobs: list[Job]
+    last: int | None
+
+
 @dataclass(slots=True)
 class _Append:
     facts: Sequence[Fact]
@@ -187,11 +195,20 @@ class Store:
         return self._read(lambda connection: _load_job(connection, job_id))
 
     def jobs(
-        self, limit: int, states: Sequence[JobState], user: str | None = None, *, oldest_first: bool = False
-    ) -> Future[list[Job]]:
+        self,
+        limit: int,
+        states: Sequence[JobState],
+        user: str | None = None,
+        *,
+        oldest_first: bool = False,
+        beyond: int | None = None,
+    ) -> Future[Page]:
         """The newest jobs (of one user), newest first, or the oldest, as stored and in brief (see
-        `kedge.rpc.tracker.brief`)."""
-        return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first))
+        `kedge.rpc.tracker.brief`); those `beyond` the last one of an earlier page.
+
+        While a page is read nothing is stored: its `limit` is for how long others wait.
+        """
+        return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first, beyond))
 
     def job_of_key(self, key: str) -> Future[str | None]:
         """The job that was ever submitted under this idempotency key."""
@@ -643,17 +660,25 @@ def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
 
 
 def _list_jobs(
-    connection: sa.Connection, limit: int, states: Sequence[JobState], user: str | None, oldest_first: bool
-) -> list[Job]:
+    connection: sa.Connection,
+    limit: int,
+    states: Sequence[JobState],
+    user: str | None,
+    oldest_first: bool,
+    beyond: int | None,
+) -> Page:
     """Each state by itself: an index has its jobs in order, so that of many no more are read than may be shown."""
     seq = t.jobs.c.seq
     query = _BRIEF_JOBS.order_by(seq.asc() if oldest_first else seq.desc()).limit(limit)
     if user is not None:
         query = query.where(t.jobs.c.user == user)
+    if beyond is not None:
+        query = query.where(seq > beyond if oldest_first else seq < beyond)
     # The database does not know who has started: that is asked of the living.
     wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
     rows = [row for state in wanted for row in connection.execute(query.where(t.jobs.c.state == state.value))]
-    return [_job(row) for row in sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]]
+    rows = sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]
+    return Page([_job(row) for row in rows], rows[-1].seq if len(rows) == limit else None)
 
 
 def _job(row: Any) -> Job:

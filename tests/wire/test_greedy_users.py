@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -312,4 +313,34 @@ def test_many_watchers_are_told_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
 
     store = Store(tmp_path)
     asyncio.run(watch(store))
+    store.close()
+
+
+def test_whoever_lists_jobs_lets_others_submit_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many list, and however much, one page at most is read before a job is stored."""
+    monkeypatch.setattr("kedge.rpc.tracker.shell._PAGE", 2)
+
+    async def serve(store: Store) -> None:
+        shell = Shell(store)
+        session = JobSpec(NO_BLOB, "", SessionTask(0), "nobody")
+        submitted = [(await shell.submit(session, ANYWHERE, "", "ann"))[0] for _ in range(9)]
+
+        async def listed(limit: int, **choice: bool) -> list[str]:
+            pages = [[job.id for job in page] async for page in shell.jobs(limit, (), **choice)]
+            assert all(len(page) <= 2 for page in pages)
+            return list(itertools.chain(*pages))
+
+        listing = [asyncio.create_task(listed(8)) for _ in range(5)]
+        await asyncio.sleep(0)  # each asks for its first page
+        newest, _ = await shell.submit(session, ANYWHERE, "", "bob")
+        assert not any(task.done() for task in listing)
+        assert await listing[0] == submitted[:0:-1]
+        assert await listing[4] == [newest, *submitted[:1:-1]], "its turn came after"
+        assert await listed(100, oldest_first=True) == [*submitted, newest]
+        assert await listed(3) == [newest, submitted[8], submitted[7]]
+        await asyncio.gather(*listing)
+        shell.close()
+
+    store = Store(tmp_path)
+    asyncio.run(serve(store))
     store.close()

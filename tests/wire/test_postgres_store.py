@@ -104,7 +104,7 @@ def test_a_lost_connection_is_made_again_and_nothing_is_stored_twice(postgres: P
         end_sessions(postgres, place)
         write(store, accepted(f"j{number}", number))
     assert troubles.get(timeout=10) is True and troubles.get(timeout=10) is False
-    assert len(store.jobs(100, ()).result(10)) == 8
+    assert len(store.jobs(100, ()).result(10).jobs) == 8
     store.close()
 
 
@@ -130,7 +130,7 @@ def test_a_commit_whose_answer_was_lost_counts(place: Postgres, monkeypatch: pyt
         write(store, accepted("a", 1))
         write(store, accepted("b", 2), JobDone("b", JobResult(Outcome(OutcomeKind.OK)), 5))
         assert not lost
-    assert [job.id for job in store.jobs(10, ()).result(10)] == ["b", "a"]
+    assert [job.id for job in store.jobs(10, ()).result(10).jobs] == ["b", "a"]
     store.close()
 
 
@@ -144,7 +144,7 @@ def test_what_was_forgotten_in_a_commit_whose_answer_was_lost_is_told(
     with answers_lost(monkeypatch, 1) as lost:
         store.when_forgotten(lambda keys: told.put(list(keys)))
         assert told.get(timeout=20) == ["key-a"] and not lost
-    assert store.jobs(10, ()).result(10) == []
+    assert store.jobs(10, ()).result(10).jobs == []
     store.close()
 
 
@@ -293,7 +293,7 @@ class Leaders(RuleBasedStateMachine):
     @rule()
     def look(self) -> None:
         self.settle()
-        assert [job.id for job in self.stores[-1].jobs(1000, ()).result(20)][::-1] == self.told
+        assert [job.id for job in self.stores[-1].jobs(1000, ()).result(20).jobs][::-1] == self.told
 
     def settle(self) -> None:
         """Wait for what the newest leader was given; of older ones nothing may have been stored since."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import queue
 import sqlite3
 import subprocess
@@ -109,9 +110,9 @@ def test_what_is_stored_is_found_again(place: Place) -> None:
     assert (job.state, job.result, job.spec, job.device) == (JobState.DONE, RESULT, SPEC, "a")
     assert (job.submitted_unix_ms, job.finished_unix_ms) == (103, 500)
     assert again.job("unknown").result(10) is None
-    assert [job.id for job in again.jobs(2, ()).result(10)] == ["q", "d"]
-    assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(10)] == ["q", "w"]
-    assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(10)] == ["r"]
+    assert [job.id for job in again.jobs(2, ()).result(10).jobs] == ["q", "d"]
+    assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(10).jobs] == ["q", "w"]
+    assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(10).jobs] == ["r"]
     again.close()
 
 
@@ -186,7 +187,7 @@ def test_facts_are_durable_in_the_order_in_which_they_came(place: Place) -> None
         store.append([accepted(f"j{number}", number)], done)
     assert all_done.wait(20)
     assert order == list(range(200))
-    assert len(store.jobs(1000, ()).result(10)) == 200
+    assert len(store.jobs(1000, ()).result(10).jobs) == 200
     store.close()
 
 
@@ -284,7 +285,7 @@ def test_a_row_that_cannot_be_read_is_its_readers_trouble_alone(tmp_path: Path) 
     again = Store(tmp_path)
     with pytest.raises(Exception, match="parsing"):
         again.job("rotten").result(10)
-    assert [job.id for job in again.jobs(10, ()).result(10)] == ["sound", "rotten"], "lists read briefs alone"
+    assert [job.id for job in again.jobs(10, ()).result(10).jobs] == ["sound", "rotten"], "lists read briefs alone"
     again.close()
 
 
@@ -294,7 +295,7 @@ def test_lists_are_brief(place: Place) -> None:
     measured = Measurement(TimeOptions(repeat=3), (1.0, 2.0, 3.0), verdict=Verdict.VALID, profile=profile)
     long = JobResult(Outcome(OutcomeKind.CRASH, message="x" * 4_000), RESULT.outputs, measured, device="a")
     write(store, accepted("j", 1), JobDone("j", long, 5))
-    (listed,) = store.jobs(10, ()).result(10)
+    (listed,) = store.jobs(10, ()).result(10).jobs
     assert listed.spec.task.inputs == () and listed.result is not None and listed.result.measurement is not None
     assert (listed.result.outputs, listed.result.measurement.samples_ns) == ((), ())
     assert listed.result.measurement.profile is None
@@ -349,7 +350,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         store = Store(tmp_path)
         assert store.found.tracker_id == "old"
         assert store.found.records == (JobRecord(JobAccepted("w", 1, SPEC, (), "", 100)),)
-        listed = store.jobs(10, ()).result(10)
+        listed = store.jobs(10, ()).result(10).jobs
         assert [(job.id, job.spec.function, job.spec.task.inputs) for job in listed] == [
             ("d", "main", ()),
             ("w", "main", ()),
@@ -480,7 +481,8 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
     write(store, JobWithdrawn("w"), BlobOwned("0" * 64, "user.ann"), BlobForgotten("0" * 64))
     for states in ((), (JobState.QUEUED,), (JobState.DONE, JobState.RUNNING)):
         for user in (None, "ann"):
-            store.jobs(10, states, user).result(10)
+            for beyond in (None, 9):
+                store.jobs(10, states, user, beyond=beyond).result(10)
     store.job("d").result(10)
     store.job_of_key("k").result(10)
     forgotten: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -507,12 +509,21 @@ def test_a_list_of_several_states_is_the_newest_of_all(place: Place) -> None:
             write(store, JobAssigned(f"j{number}", "a", "i", 1))
         if number % 3 == 1:
             write(store, JobDone(f"j{number}", RESULT, number))
-    assert [job.id for job in store.jobs(3, ()).result(10)] == ["j11", "j10", "j9"]
-    assert [job.id for job in store.jobs(3, (JobState.DONE, JobState.RUNNING)).result(10)] == ["j10", "j9", "j7"]
-    assert [job.id for job in store.jobs(3, (), "ann").result(10)] == ["j11", "j9", "j7"]
-    assert [job.id for job in store.jobs(9, (JobState.QUEUED,), "bob").result(10)] == ["j8", "j2"]
-    assert [job.id for job in store.jobs(2, (JobState.QUEUED,), oldest_first=True).result(10)] == ["j2", "j5"]
-    assert [job.id for job in store.jobs(3, (), "ann", oldest_first=True).result(10)] == ["j1", "j3", "j5"]
+    assert [job.id for job in store.jobs(3, ()).result(10).jobs] == ["j11", "j10", "j9"]
+    assert [job.id for job in store.jobs(3, (JobState.DONE, JobState.RUNNING)).result(10).jobs] == ["j10", "j9", "j7"]
+    assert [job.id for job in store.jobs(3, (), "ann").result(10).jobs] == ["j11", "j9", "j7"]
+    assert [job.id for job in store.jobs(9, (JobState.QUEUED,), "bob").result(10).jobs] == ["j8", "j2"]
+    assert [job.id for job in store.jobs(2, (JobState.QUEUED,), oldest_first=True).result(10).jobs] == ["j2", "j5"]
+    assert [job.id for job in store.jobs(3, (), "ann", oldest_first=True).result(10).jobs] == ["j1", "j3", "j5"]
+    for states, user in itertools.product(((), (JobState.QUEUED,), (JobState.DONE, JobState.RUNNING)), (None, "ann")):
+        for oldest_first in (False, True):
+            whole = store.jobs(12, states, user, oldest_first=oldest_first).result(10).jobs
+            pages, beyond = [], None
+            while not pages or beyond is not None:
+                page = store.jobs(2, states, user, oldest_first=oldest_first, beyond=beyond).result(10)
+                pages.append(page.jobs)
+                beyond = page.last
+            assert [job for page in pages for job in page] == whole and len(pages) > 1
     store.close()
 
 
@@ -594,7 +605,7 @@ print(behind.result(0.9), store.job("j1").result(0.9), store.job_of_key("k").res
 later = threading.Event()
 store.append([accepted("later", 500)], later.set)
 resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
-print(durable.wait(20), later.wait(20), store.problem, len(store.jobs(1000, ()).result(10)))
+print(durable.wait(20), later.wait(20), store.problem, len(store.jobs(1000, ()).result(10).jobs))
 store.close()
 """
 
