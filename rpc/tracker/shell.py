@@ -37,7 +37,10 @@ _RETELL_AT_ONCE_S = 0.01
 
 
 class Clock:
-    """Unix milliseconds that never go back: the wall clock of the start, advanced by the steady one."""
+    """Unix milliseconds that never go back: the wall clock of the start, advanced by the steady one.
+
+    A wall clock that is set, or a machine that was suspended, must end no lease; `kedge doctor` tells the difference.
+    """
 
     def __init__(self) -> None:
         self._offset = time.time() - time.monotonic()
