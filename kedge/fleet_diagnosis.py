@@ -23,8 +23,8 @@ _SOON_S = 7 * _DAY_S
 _SKEW_S, _FAR_S = 5.0, 300.0
 #: A tracker's time never goes back or jumps: it looks at its machine's clock when it starts, and counts from then on.
 _TIME_REMEDY = (
-    "set the clock of whichever is wrong: timedatectl set-ntp true; where both are right by now, or the tracker's machine "
-    "was suspended, restart the tracker, which reads the clock at its start only (jobs outlive that, sessions do not)"
+    "set the clock of whichever is wrong: timedatectl set-ntp true; if both are right by now, or the tracker's machine "
+    "was suspended, restart the tracker: it reads the clock at its start only (jobs outlive that, sessions do not)"
 )
 
 
