@@ -191,13 +191,13 @@ class Board:
 
     def take_seat(self, limits: native.Limits, patience_s: float, *, timing: bool) -> Seat:
         """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back."""
-        cpus = self._cpus(timing)
+        cpus, ends = self._cpus(timing), time.monotonic() + patience_s
         spare = self.spare.take(limits, cpus, min(_COMING_S, patience_s))
         # What has exited was the first that the system ends when memory runs out.
         if spare is not None and (not spare.fits(limits, cpus) or spare.runner.exited):
             self.vacate(spare)
             spare = None
-        return spare or self._new_seat(limits, cpus, patience_s)
+        return spare or self._new_seat(limits, cpus, max(ends - time.monotonic(), 0.001))
 
     def vacate(self, seat: Seat) -> None:
         """End a runner and remove its folder."""
