@@ -49,11 +49,13 @@ __all__ = [
 
 #: A tensor above this many bytes travels as a blob.
 INLINE_TENSOR_BYTES = 1 << 20
-#: So does one that would lift the inline bytes of its message above this.
-INLINE_MESSAGE_BYTES = 4 << 20
+#: So does one that would lift the inline bytes of its message above this. A message is whole before anything else is
+#: heard of who sends it, and a device is given up after 10 s of silence: what is larger would need more than 110 KB/s,
+#: would be sent again and again by slower links, and gains little by being inline.
+INLINE_MESSAGE_BYTES = 1 << 20
 
-#: Samples of one measurement on a device: as many bytes as a message's inline tensors may have.
-MAX_SAMPLES = INLINE_MESSAGE_BYTES // 8
+#: Samples of one measurement on a device.
+MAX_SAMPLES = (4 << 20) // 8
 #: Of a profile, which has a row of samples for each step.
 MAX_PROFILE_SAMPLES = 200
 #: No stage may take longer.

@@ -158,8 +158,8 @@ def test_tensors_are_checked(tensor: t.Tensor, problem: str | None) -> None:
 
 def test_inline_tensors_fit_into_a_message() -> None:
     mib = 1 << 20
-    assert t.plan_inline([0, mib, mib + 1, 5]) == [True, True, False, True]
-    assert t.plan_inline([mib] * 6) == [True] * 4 + [False] * 2
+    assert t.plan_inline([0, mib - 5, mib + 1, 5, 1]) == [True, True, False, True, False]
+    assert t.plan_inline([mib // 4] * 6) == [True] * 4 + [False] * 2
 
 
 def test_outcomes_read_well() -> None:
