@@ -258,9 +258,27 @@ def rounded(b: FunctionBuilder, value: Value, dtype: str) -> Value:
 
 
 def _float_to_int(b: FunctionBuilder, value: Value, dst: ScalarType) -> Value:
-    if dst.size == 8 and b.target.arch.name == "armv7l":
-        return _float_to_int64_by_halves(b, value)
-    return b.convert("fptosi" if dst.signed else "fptoui", value, dst.llvm)
+    """The lowest bits of the value as int32, or as int64 where the type is one of 64 bits or uint32.
+
+    uint64 has its upper half, too, by taking 2**63 off and setting the highest bit.
+    """
+    bits = 64 if dst.size == 8 or dst.dtype == "uint32" else 32
+    if dst.dtype != "uint64":
+        return b.convert("trunc", _float_to_signed(b, value, bits), dst.llvm)
+    half = b.const(2.0**63, value)
+    upper = b.compare("fcmp oge", value, half)
+    low = _float_to_signed(b, b.select(upper, b.op("fsub", value, half), value), bits)
+    return b.op("or", low, b.select(upper, b.const(-(2**63), low), b.const(0, low)))
+
+
+def _float_to_signed(b: FunctionBuilder, value: Value, bits: int) -> Value:
+    """Without its fraction; where it does not fit, or is NaN, the least number: LLVM leaves that open, x86 does so."""
+    fits = b.compare("fcmp olt", b.intrinsic("llvm.fabs", value), b.const(2.0 ** (bits - 1), value))
+    if bits == 64 and b.target.arch.name == "armv7l":
+        whole = _float_to_int64_by_halves(b, value)
+    else:
+        whole = b.convert("fptosi", value, f"i{bits}")
+    return b.select(fits, whole, b.const(-(2 ** (bits - 1)), whole))
 
 
 def _float_to_int64_by_halves(b: FunctionBuilder, value: Value) -> Value:

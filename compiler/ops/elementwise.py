@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kedge.compiler.dtypes import FLOATS, INTEGERS, SIGNED_INTEGERS
+from kedge.compiler.dtypes import FLOATS, INTEGERS, SIGNED_INTEGERS, converted
 from kedge.compiler.graph.ir import Attrs, TensorType
 from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import ANY, NUMBERS
@@ -39,7 +39,7 @@ def _declare(
         (x,) = arrays
         dtype = result(TensorType((), str(x.dtype)), given)
         with np.errstate(all="ignore"):
-            return (np.asarray(reference(common.wide(x), given)).astype(dtype),)
+            return (converted(reference(common.wide(x), given), dtype),)
 
     def lower(tensors: Sequence[Tensor], given: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
         (x,) = tensors

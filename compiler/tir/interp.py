@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from kedge.compiler.dtypes import FLOATS, HALVES
+from kedge.compiler.dtypes import FLOATS, HALVES, converted
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.tir.expr import Binary, Call, Cast, Const, Dim, Expr, Lead, Load, Select, Var, as_expr
 from kedge.compiler.tir.printer import print_expr, print_shape
@@ -450,4 +450,4 @@ def _meet(mask: Mask, condition: Value) -> Mask:
 
 
 def _cast(value: Value, dtype: str) -> Value:
-    return np.asarray(value).astype(dtype)[()]
+    return converted(value, dtype)[()]

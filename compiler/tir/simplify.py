@@ -429,7 +429,7 @@ class Simplifier:
                 return self._arithmetic(op, a, b, expr)
             case Select():
                 return self._select(expr)
-            case Cast(value=Const(value=value)) if math.isfinite(value):
+            case Cast(value=Const(value=value)) if abs(value) < 2**63:
                 return Poly.of(int(value))
             case Cast(value=value) if value.dtype == INDEX_DTYPE:
                 return self.poly(value)

@@ -142,6 +142,40 @@ def test_float64_becomes_float16_with_one_rounding(isa: str, kernels: KernelCach
     np.testing.assert_array_equal(np.signbit(got[known]), np.signbit(want[known]))
 
 
+def cut(value: float, dtype: str) -> int:
+    bits = 64 if dtype in ("int64", "uint64", "uint32") else 32
+    if dtype == "uint64" and 2.0**63 <= value < 2.0**64:
+        return int(value)
+    return wrapped(int(value) if abs(value) < 2.0 ** (bits - 1) else -(2 ** (bits - 1)), dtype)
+
+
+def test_floats_that_an_integer_cannot_hold_wrap_around(isa: str, kernels: KernelCache, tmp_path: Path) -> None:
+    edges = [2.0**bits for bits in (7, 8, 15, 16, 31, 32, 40, 63, 64, 65)]
+    near = [np.nextafter(np.float32(edge), np.float32(0)) for edge in edges]
+    positive = np.array([0, 0.9, 5, 200.7, 300, 70000, 3e9, 1e10, 1e19, 1e30, np.inf, np.nan, *edges, *near])
+    x = np.concatenate([positive, -positive])
+    places = [te.placeholder(x.shape, dtype, dtype) for dtype in ("float32", "float64", "float16")]
+    wanted = [
+        (place, dtype)
+        for place in places
+        for dtype in (*INTEGERS, "int16", "uint16")
+        # Those would be vfncvt.rtz.x.f.w, at which qemu 7 aborts.
+        if isa != "RISC-V vectors" or place.dtype != "float64" or dtype in ("uint32", "int64", "uint64")
+    ]
+    outputs = [
+        te.compute(x.shape, lambda i, place=place, dtype=dtype: Cast(place[i], dtype), name=f"y{at}")
+        for at, (place, dtype) in enumerate(wanted)
+    ]
+    func = te.create_prim_func([*places, *outputs], "f")
+    with np.errstate(over="ignore"):
+        data = [x.astype(place.dtype) for place in places]
+    results = run_on(isa, func, data, tmp_path, kernels)
+    for (place, dtype), got, same in zip(wanted, results, interp.run(func, data), strict=True):
+        want = np.array([cut(float(value), dtype) for value in data[places.index(place)]], dtype)
+        np.testing.assert_array_equal(got, want, err_msg=f"{place.dtype} to {dtype}")
+        np.testing.assert_array_equal(same, want, err_msg=f"{place.dtype} to {dtype}")
+
+
 def test_the_table_holds_the_bits_of_two_over_pi() -> None:
     """Against Machin's formula in integers."""
     bits = 32 * len(TWO_OVER_PI) + 64

@@ -103,6 +103,17 @@ def test_clipping_keeps_nan(low: float | None, high: float | None, want: Array) 
         check(model, feeds, want)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "int64"])
+def test_numbers_that_an_integer_cannot_hold(dtype: str) -> None:
+    """As in ONNX Runtime on x86-64; and what comes next has numbers that the integer can hold."""
+    x = np.concatenate([SPECIAL, np.array([127.9, 128, 300, -300, 70000, -1, 2e9, 3e9, 1e10, 1e19], np.float32)])
+    to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    model, feeds = one_operator("Cast", [x], to=onnx.TensorProto.FLOAT)
+    model.graph.node[0].input[0] = "narrow"
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["x0"], ["narrow"], to=to))
+    check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
+
+
 def test_the_sign_of_nan_is_nan() -> None:
     model, feeds = one_operator("Sign", [X])
     check(model, feeds, np.sign(X))
