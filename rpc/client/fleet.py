@@ -13,7 +13,6 @@ A tracker that restarts is waited for; jobs survive that, sessions do not. Ctrl-
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Self, cast
@@ -87,9 +86,6 @@ class Fleet:
         #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
-        #: Whether the tracker has RunJob (older ones have not), and the job that was begun by it last.
-        self._has_run_job = True
-        self._last_run: Callable[[], Job | None] = lambda: None
 
     def __enter__(self) -> Self:
         return self
@@ -385,33 +381,14 @@ class Fleet:
 
     def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
         try:
-            return self._begin(message)
+            answer = self._persist(self._stub.SubmitJob, message)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             self._ensure_uploaded(packed)
             self._blobs.upload_missing(request.uploads)
-            return self._begin(message)
-
-    def _begin(self, message: fleet_pb2.SubmitJobRequest) -> Job:
-        """The accepted job. In the same call its result is told, but for jobs that pile up before one is waited for."""
-        last = self._last_run()
-        if self._has_run_job and (last is None or last._run is None):
-            with interrupts.deferred(), _open_channel():
-                run = self._stub.RunJob(message, timeout=_CALL_S)
-            try:
-                job = Job(self, next(run).job_id, run)
-            except grpc.RpcError as error:
-                self._has_run_job = plan.has_run_job(error, self.address)  # next it is submitted, under the same key
-            except BaseException:
-                with interrupts.deferred():
-                    run.cancel()
-                    del run
-                raise
-            else:
-                self._last_run = weakref.ref(job)
-                return job
-        return Job(self, self._persist(self._stub.SubmitJob, message).job.id)
+            answer = self._persist(self._stub.SubmitJob, message)
+        return Job(self, answer.job.id)
 
     def _ensure_uploaded(self, packed: Packed) -> None:
         if packed.blob.digest not in self._uploaded:
@@ -462,11 +439,9 @@ def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:
 class Job:
     """A job on the tracker; it goes on whether or not anybody holds this."""
 
-    def __init__(self, fleet: Fleet, job_id: str, run: Any = None) -> None:
+    def __init__(self, fleet: Fleet, job_id: str) -> None:
         self.id = job_id
         self._fleet = fleet
-        #: The call that began it and tells its result, until somebody waits for that.
-        self._run = run
 
     def __repr__(self) -> str:
         return f"<Job {self.id} at {self._fleet.address}>"
@@ -491,7 +466,7 @@ class Job:
             WaitTimeoutError: it is not done after `timeout` seconds; it goes on.
             ConnectError: the tracker went away and did not come back.
         """
-        found = self._told(may_wait=timeout is None and progress is None)
+        found: JobResult | None = None
         deadline = None if timeout is None else time.monotonic() + timeout
         while found is None:
             if deadline is not None and time.monotonic() >= deadline:
@@ -507,22 +482,6 @@ class Job:
         if check:
             plan.raise_unless_ok(result)
         return result
-
-    def _told(self, *, may_wait: bool) -> JobResult | None:
-        """The result from the call that began the job; None where that was read, broke, or is not waited for."""
-        run, self._run = self._run, None
-        if run is None:
-            return None
-        try:
-            if may_wait:
-                return convert.job_result_from_pb(next(run).result)
-        except grpc.RpcError:
-            pass  # its minute is over, or the tracker went away: a watch finds out
-        finally:
-            with interrupts.deferred():
-                run.cancel()
-                del run
-        return None
 
     def _watch(self, deadline: float | None, progress: Progress | None) -> JobResult:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -280,21 +280,19 @@ def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker
         fleet.wait_for_device(timeout=20)
         sys.setprofile(watch)
         try:
-            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait()
-            fleet.run(artifacts[0], {"x": X}).wait(timeout=20)
+            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait(timeout=20)
             with fleet.pin() as device:
                 device.load(artifacts.pop()).run({"x": X})
             fleet.devices()
         finally:
             sys.setprofile(None)
-    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._told"}, exposed
-    assert "_Rendezvous.__del__ in Job._watch" in deferred
+    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._watch"}, exposed
 
 
 class Calls:
     """In place of a client's stub: counts the calls that concern jobs."""
 
-    def __init__(self, fleet: Any) -> None:
+    def __init__(self, fleet: aio.Fleet) -> None:
         self.made: list[str] = []
         self._stub, fleet._stub = fleet._stub, self
 
@@ -308,65 +306,67 @@ class Calls:
         return made
 
 
-def test_a_job_that_is_waited_for_takes_one_call(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
-    calls = Calls(fleet)
-    for _ in range(2):
-        np.testing.assert_array_equal(fleet.run(artifact, {"x": X}).wait()["x_out"], X)
-    assert calls.taken() == ["RunJob", "RunJob"]
-    job = fleet.run(artifact, {"x": X})
-    states: list[JobState] = []
-    assert job.wait(progress=lambda now: states.append(now.state)).outcome.ok
-    assert calls.taken() == ["RunJob", "WatchJob"] and states[-1] is JobState.DONE
-    assert job.wait().outcome.ok and calls.taken() == ["WatchJob"], "it was told once"
-
-
-def test_jobs_that_pile_up_keep_one_call_open(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
-    calls = Calls(fleet)
-    jobs = [fleet.run(artifact, {"x": X + number}) for number in range(3)]
-    assert calls.taken() == ["RunJob", "SubmitJob", "SubmitJob"]
-    for number, job in enumerate(jobs):
-        np.testing.assert_array_equal(job.wait()["x_out"], X + number)
-    assert calls.taken() == ["WatchJob", "WatchJob"]
-    for _ in range(2):
-        fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
-    assert calls.taken() == ["RunJob", "RunJob"]
-
-
-def test_a_tracker_without_the_one_call_gets_two(
-    fleet: Fleet, worker: FakeAgent, artifact: Artifact, tracker: RunningTracker
-) -> None:
-    calls = Calls(fleet)
-    calls.RunJob = fleet._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
-    for _ in range(2):
-        assert fleet.run(artifact, {"x": X}).wait().outcome.ok
-    assert calls.taken() == ["SubmitJob", "WatchJob"] * 2
-
+def test_with_asyncio_a_job_that_is_waited_for_takes_one_call(worker: FakeAgent, artifact: Artifact) -> None:
     async def main() -> None:
-        async with await aio.connect(tracker.address) as twin:
-            calls = Calls(twin)
-            calls.RunJob = twin._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
+        async with await aio.connect(worker.address) as fleet:
+            calls = Calls(fleet)
             for _ in range(2):
-                assert (await (await twin.run(artifact, {"x": X})).wait()).outcome.ok
+                np.testing.assert_array_equal((await (await fleet.run(artifact, {"x": X})).wait())["x_out"], X)
+            assert calls.taken() == ["RunJob", "RunJob"]
+            job = await fleet.run(artifact, {"x": X})
+            states: list[JobState] = []
+            assert (await job.wait(progress=lambda now: states.append(now.state))).outcome.ok
+            assert calls.taken() == ["RunJob", "WatchJob"] and states[-1] is JobState.DONE
+            assert (await job.wait()).outcome.ok and calls.taken() == ["WatchJob"], "it was told once"
+
+    asyncio.run(main())
+
+
+def test_with_asyncio_jobs_that_pile_up_keep_one_call_open(worker: FakeAgent, artifact: Artifact) -> None:
+    async def main() -> None:
+        async with await aio.connect(worker.address) as fleet:
+            calls = Calls(fleet)
+            jobs = [await fleet.run(artifact, {"x": X + number}) for number in range(3)]
+            assert calls.taken() == ["RunJob", "SubmitJob", "SubmitJob"]
+            for number, job in enumerate(jobs):
+                np.testing.assert_array_equal((await job.wait())["x_out"], X + number)
+            assert calls.taken() == ["WatchJob", "WatchJob"]
+            for _ in range(2):
+                await fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
+            assert calls.taken() == ["RunJob", "RunJob"]
+
+    asyncio.run(main())
+
+
+def test_with_asyncio_a_tracker_without_the_one_call_gets_two(worker: FakeAgent, artifact: Artifact) -> None:
+    async def main() -> None:
+        async with await aio.connect(worker.address) as fleet:
+            calls = Calls(fleet)
+            calls.RunJob = fleet._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
+            for _ in range(2):
+                assert (await (await fleet.run(artifact, {"x": X})).wait()).outcome.ok
             assert calls.taken() == ["SubmitJob", "WatchJob"] * 2
 
     asyncio.run(main())
 
 
-def test_a_job_outlasts_the_call_that_began_it(
-    fleet: Fleet, tracker: RunningTracker, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+def test_with_asyncio_a_job_outlasts_the_call_that_began_it(
+    tracker: RunningTracker, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = Calls(fleet)
-    monkeypatch.setattr("kedge.rpc.client.fleet._CALL_S", 0.5)
+    async def main(agent: FakeAgent) -> None:
+        async with await aio.connect(agent.address) as fleet:
+            calls = Calls(fleet)
+            job = await fleet.run(artifact, {"x": X})
+            assigned = await asyncio.to_thread(agent.expect, m.AssignJob)
+            waiting = asyncio.create_task(job.wait())
+            asked = partial(wait_for, lambda: calls.made == ["RunJob", "WatchJob"], "the client to ask once more")
+            await asyncio.to_thread(asked)
+            agent.finish(assigned)
+            assert (await waiting).outcome.ok
+
+    monkeypatch.setattr("kedge.rpc.client.aio._CALL_S", 0.5)
     with FakeAgent(tracker.address, device_info()) as agent:
-        job = fleet.run(artifact, {"x": X})
-        assigned = agent.expect(m.AssignJob)
-        found: list[OutcomeKind] = []
-        waiter = threading.Thread(target=lambda: found.append(job.wait().outcome.kind))
-        waiter.start()
-        wait_for(lambda: calls.made == ["RunJob", "WatchJob"], "the client to ask once more")
-        agent.finish(assigned)
-        waiter.join(20)
-    assert found == [OutcomeKind.OK]
+        asyncio.run(main(agent))
 
 
 def test_a_fleet_that_is_closed_under_a_waiter(tracker: RunningTracker, artifact: Artifact) -> None:
