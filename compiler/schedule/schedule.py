@@ -115,7 +115,7 @@ class Schedule(Traced):
         """A loop whose iterations 0, 16, 32, … (of float32) read `buffer`, a parameter, where cache lines of it begin.
 
         For a loop whose neighbours read neighbours of the buffer, before it is split into vectors: these then lie in
-        one line each, wherever a caller's array begins. The first tile and the last one are cut. Refused for reductions.
+        one line each, wherever a caller's array begins. The first tile and the last one are cut. Not for reductions.
 
         Rewrite:
             for i in range(n):            for i in range(n + x_lead):
