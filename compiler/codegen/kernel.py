@@ -246,9 +246,11 @@ class KernelEmitter(ParallelEmitter):
                     f"sch.parallel({loop.var.name}) in place of sch.bind",
                 )
             case _:
-                # A tile of registers was made as large as they allow: unrolled once more, it would spill.
-                full = not self.b.target.memory_operands and _has_unrolled(loop.body)
-                self.serial(loop.var, extent, lambda: self._iteration(loop), as_it_is=full)
+                self.serial(loop.var, extent, lambda: self._iteration(loop), as_it_is=self.is_full(loop))
+
+    def is_full(self, loop: For) -> bool:
+        """Whether a loop is around a tile of registers as large as they allow: unrolled once more, it would spill."""
+        return not self.b.target.memory_operands and _has_unrolled(loop.body)
 
     def _unrolled(self, loop: For, count: int) -> None:
         outer, outer_turned = self.together, self.turned

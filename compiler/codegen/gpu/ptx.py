@@ -26,7 +26,7 @@ from kedge.compiler.target.arch import Arch
 from kedge.compiler.target.model import Target, Throughput
 from kedge.compiler.tir.expr import Const
 from kedge.compiler.tir.simplify import bounds
-from kedge.compiler.tir.stmt import Buffer, Stmt
+from kedge.compiler.tir.stmt import Buffer, For, Stmt
 
 #: What code generation asks of an architecture; nothing of it is an ABI of Linux.
 _NVPTX = Arch(
@@ -106,6 +106,10 @@ class _ThreadEmitter(KernelEmitter):
             self.b.emit(f"call void @{name}(i32 0)")
         else:
             super().stmt(stmt)
+
+    def is_full(self, loop: For) -> bool:
+        """No tile was made for the registers of a thread, of which the driver has the last word."""
+        return False
 
     def share(self, buffer: Buffer) -> None:
         """An array that the threads of a group share."""
