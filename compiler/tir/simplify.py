@@ -7,7 +7,8 @@ symbolic by replacing one variable after the other by the end of its range that 
 (Fourier-Motzkin elimination without its case splits). Conditions that are known to hold, those of the branches around,
 are tried as lower bounds of the claim. A proof that fails proves nothing: `prove` is one-sided.
 
-int64 is treated as unbounded: index arithmetic of real tensors does not overflow.
+int64 is treated as unbounded: index arithmetic of real tensors does not overflow. That of a tensor's own numbers may,
+so comparisons with it (`x[i] + 1 > x[i]`) are left alone.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ class Simplifier:
                     self._reach(end, found)
 
     def _learn(self, fact: Expr) -> None:
-        if not (isinstance(fact, Binary) and fact.op in COMPARISONS and fact.a.dtype == INDEX_DTYPE):
+        if not (isinstance(fact, Binary) and fact.op in COMPARISONS and _of_indices(fact)):
             return
         difference, one = self.poly(fact.b) - self.poly(fact.a), Poly.of(1)
         found = {
@@ -354,7 +355,7 @@ class Simplifier:
             case Call(name="not", args=(inner,)):
                 opposite = negated(inner)
                 return opposite is not None and self.prove(opposite)
-            case Binary(op=op, a=a, b=b) if op in COMPARISONS and a.dtype == INDEX_DTYPE:
+            case Binary(op=op, a=a, b=b) if op in COMPARISONS and _of_indices(condition):
                 return self._prove_comparison(op, self.poly(a) - self.poly(b))
         return False
 
@@ -822,7 +823,7 @@ class Simplifier:
     # Back to expressions ----------------------------------------------------------------------------------------
 
     def _comparison(self, expr: Binary) -> Expr:
-        if expr.a.dtype != INDEX_DTYPE:
+        if not _of_indices(expr):
             return map_children(expr, self.simplify)
         difference = self.poly(expr.a) - self.poly(expr.b)
         opposite = negated(expr)
@@ -981,6 +982,32 @@ def _cast(expr: Cast) -> Expr:
     if isinstance(expr.value, Const) and expr.value.dtype in (INDEX_DTYPE, "bool") and expr.dtype in FLOATS:
         return const(expr.value.value, expr.dtype)
     return expr
+
+
+def _of_indices(comparison: Binary) -> bool:
+    """Whether a comparison is one of int64 that no arithmetic on data can have wrapped around."""
+    return comparison.a.dtype == INDEX_DTYPE and not any(
+        isinstance(side, (Binary, Select, Call)) and any(_any_size(side)) for side in (comparison.a, comparison.b)
+    )
+
+
+def _any_size(expr: Expr) -> tuple[bool, bool]:
+    """Whether data may make an int64 expression as low, and as high, as can be: not where it is clamped."""
+    match expr:
+        case Load():
+            return True, True
+        case Cast(value=value):
+            return (value.dtype in FLOATS | {INDEX_DTYPE, "uint64"},) * 2
+        case Binary(op="min" | "max" as op, a=a, b=b):
+            (a_low, a_high), (b_low, b_high) = _any_size(a), _any_size(b)
+            if op == "max":
+                return a_low and b_low, a_high or b_high
+            return a_low or b_low, a_high and b_high
+        case Binary(a=a, b=b) | Select(a=a, b=b):
+            return (any(_any_size(a)) or any(_any_size(b)),) * 2
+        case Call(args=args):
+            return (any(arg.dtype == INDEX_DTYPE and any(_any_size(arg)) for arg in args),) * 2
+    return False, False
 
 
 def negated(condition: Expr) -> Expr | None:

@@ -114,6 +114,21 @@ def test_numbers_that_an_integer_cannot_hold(dtype: str) -> None:
     check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
 
 
+@pytest.mark.parametrize(
+    ("op", "number", "compare", "other"),
+    [("Add", 1, "Greater", None), ("Sub", 2**62 + 5, "Less", 0), ("Mul", 4, "GreaterOrEqual", 8)],
+)
+def test_sums_that_wrap_around_are_compared_as_they_are(op: str, number: int, compare: str, other: int | None) -> None:
+    x = i64(0, 1, -1, 3, 2**62, -(2**62), 2**63 - 1, -(2**63), 3 * 2**61)
+    model, feeds = one_operator(op, [x, i64(number)], constant=[1], outputs=["bool"])
+    against = onnx.numpy_helper.from_array(i64(0 if other is None else other), "other")
+    model.graph.initializer.append(against)
+    model.graph.node[0].output[0] = "result"
+    second = "x0" if other is None else "other"
+    model.graph.node.append(onnx.helper.make_node(compare, ["result", second], ["y0"]))
+    check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
+
+
 def test_the_sign_of_nan_is_nan() -> None:
     model, feeds = one_operator("Sign", [X])
     check(model, feeds, np.sign(X))
