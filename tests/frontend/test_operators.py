@@ -149,6 +149,27 @@ def test_einsum(equation: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("ij,kj->ik", [(3, 1), (5, 4)]),
+        ("ij,kj->ik", [(3, 4), (5, 1)]),
+        ("ij,ij->", [(3, 1), (1, 4)]),
+        ("ij,ij->i", [(1, 4), (3, 1)]),
+        ("ij,ij->ij", [(3, 1), (1, 4)]),
+        ("ij,jk,jl->il", [(3, 1), (1, 2), (4, 5)]),
+        ("bij,bjk->ik", [(1, 3, 4), (2, 4, 5)]),
+        ("...ij,...jk->...ik", [(1, 3, 4), (2, 1, 5)]),
+    ],
+)
+def test_einsum_repeats_dims_of_one(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    model, feeds = one_operator("Einsum", [f(*shape) for shape in shapes], equation=equation)
+    compare(interp.run(load_onnx(model), feeds), onnxruntime_outputs(model, feeds), rtol=1e-4, atol=1e-5)
+    check_compiled(model, feeds)
+    free = {len(shapes) - 1: [axis for axis, size in enumerate(shapes[-1]) if size != 1]}
+    check_compiled(*one_operator("Einsum", list(feeds.values()), free=free, equation=equation))
+
+
+@pytest.mark.parametrize(
     ("equation", "words"),
     [
         ("ii->i", "takes a diagonal"),

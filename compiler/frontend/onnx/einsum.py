@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kedge.compiler.frontend.onnx.node import Node, converter
 from kedge.compiler.graph.dims import product
 from kedge.compiler.graph.ir import Value
+from kedge.compiler.ops.common import is_one
 
 #: Labels of the dims that "…" stands for; letters are the equation's own.
 _ELLIPSIS = tuple("0123456789")
@@ -70,10 +71,25 @@ def _summed(node: Node, value: Value, labels: tuple[str, ...], kept: set[str]) -
     return node.emit("reduce_sum", value, axes=gone, keepdims=False), rest
 
 
+def _without_ones(
+    node: Node, a: tuple[Value, tuple[str, ...]], b: tuple[Value, tuple[str, ...]], later: set[str]
+) -> tuple[Value, tuple[str, ...]]:
+    """`a` without the dims of 1 that it repeats along a sum over those of `b`, which is then a sum of `b` alone."""
+    (value, labels), sizes = a, dict(zip(b[1], b[0].type.shape, strict=True))
+    gone = tuple(
+        axis for axis, (label, size) in enumerate(zip(labels, value.type.shape, strict=True))
+        if label not in later and is_one(size) and not is_one(sizes.get(label, 1))
+    )  # fmt: skip
+    if not gone:
+        return a
+    return node.emit("squeeze", value, axes=gone), tuple(label for axis, label in enumerate(labels) if axis not in gone)
+
+
 def _contract(
     node: Node, a: tuple[Value, tuple[str, ...]], b: tuple[Value, tuple[str, ...]], later: set[str]
 ) -> tuple[Value, tuple[str, ...]]:
     """The product of two operands, summed over the labels that only they have."""
+    a, b = _without_ones(node, a, b, later), _without_ones(node, b, a, later)
     a = _summed(node, *a, later | set(b[1]))
     b = _summed(node, *b, later | set(a[1]))
     shared = [label for label in a[1] if label in b[1]]
