@@ -397,6 +397,12 @@ REFUSED: list[tuple[str, list[Array | None], list[int], dict[str, Any], str]] = 
     ("LRN", [f(4)], [], {"size": 3}, "its second dim has the channels"),
     ("ReduceMean", [i64(1, 2), i64(3)], [1], {}, "axes [3] are outside of rank 1"),
     ("Split", [f(4)], [], {"num_outputs": 0}, "cannot be split into 0 parts"),
+    ("Clip", [np.ones(4, np.int32), number(0.5)], [1], {}, "its bound (input 1) is float32, its input int32"),
+    ("Clip", [np.ones(4, np.int32), None, number(0.5)], [], {}, "its bound (input 2) is float32, its input int32"),
+    ("Mod", [f(4), f(4)], [], {}, "before opset 28 it takes them with fmod=1"),
+    ("InstanceNormalization", [f(4, 6), f(6), f(6)], [1, 2], {}, "it needs (N, C, spatial dims…)"),
+    ("Pad", [f(2, 4), i64(0, -3, 0, -2)], [1], {}, "cuts 5 elements off axis 1, which has 4"),
+    ("Pad", [f(4), i64(3, -5)], [1], {}, "cuts 5 elements off axis 0, which has 4"),
 ]
 
 
@@ -423,6 +429,11 @@ def test_whatever_a_converter_stumbles_over_the_message_names_the_node(monkeypat
         FrontendError, match=r"node 'node' \(Relu\): its inputs and attributes do not fit together: too many"
     ):
         load_onnx(model)
+
+
+def test_bounds_of_old_opsets_are_of_any_float() -> None:
+    model, feeds = one_operator("Clip", [f(3, 5).astype(np.float16)], outputs=["float16"], opset=10, min=0.0, max=0.5)
+    np.testing.assert_array_equal(interp.run(load_onnx(model), feeds)["y0"], feeds["x0"].clip(0, 0.5))
 
 
 def test_a_window_may_end_beyond_an_image_that_is_smaller() -> None:

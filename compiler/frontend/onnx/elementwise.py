@@ -84,7 +84,10 @@ def _tan(node: Node) -> Value:
 
 @converter("Mod")
 def _mod(node: Node) -> Value:
-    return node.emit("mod", node.value(0), node.value(1), fmod=bool(node.attr("fmod", 0)))
+    x, fmod = node.value(0), bool(node.attr("fmod", 0))
+    if x.type.dtype in FLOATS and not fmod and node.opset < 28:
+        raise node.error("its inputs are floats; before opset 28 it takes them with fmod=1 alone")
+    return node.emit("mod", x, node.value(1), fmod=fmod)
 
 
 @converter("Pow")
@@ -119,6 +122,12 @@ def _prelu(node: Node) -> Value:
 def _clip(node: Node) -> Value:
     """Bounds that are constants become attributes, those computed while running operators."""
     x = node.value(0)
+    dtype = x.type.dtype
+    for index in (1, 2):
+        bound = node.value(index).type.dtype if node.has(index) else dtype
+        # ONNX's converter gives the attributes of old opsets as float32, whatever floats they bound.
+        if bound != dtype and not (bound in FLOATS and dtype in FLOATS):
+            raise node.error(f"its bound (input {index}) is {bound}, its input {dtype}", hint=f"cast it to {dtype}")
     bounds = [node.literal(index) if node.has(index) else None for index in (1, 2)]
     if all(bound is not None or not node.has(index) for index, bound in enumerate(bounds, start=1)):
         low, high = (None if bound is None else bound.reshape(()).item() for bound in bounds)

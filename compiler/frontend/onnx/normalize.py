@@ -31,6 +31,11 @@ def _narrow(node: Node, x: Value, like: Value) -> Value:
     return x if x.type.dtype == like.type.dtype else node.emit("cast", x, dtype=like.type.dtype)
 
 
+def _require_images(node: Node, x: Value) -> None:
+    if x.type.rank < 3:
+        raise node.error(f"its input has rank {x.type.rank}; it needs (N, C, spatial dims…)")
+
+
 def _epsilon(node: Node) -> float:
     return float(node.attr("epsilon", 1e-5))
 
@@ -39,6 +44,7 @@ def _epsilon(node: Node) -> float:
 def _instance_normalization(node: Node) -> Value:
     """(x - mean) / sqrt(var + epsilon) * scale + bias, the statistics over the spatial dims of each image."""
     x, scale, bias = node.values()
+    _require_images(node, x)
     axes = range(2, x.type.rank)
     deviation, _ = _deviation(node, _wide(node, x), axes)
     normal = _narrow(node, node.emit("mul", deviation, _inverse_root(node, deviation, axes, _epsilon(node))), x)
@@ -83,8 +89,7 @@ def _group_normalization(node: Node) -> Value:
     ONNX deprecates the operator of opsets before 21, whose scale and bias are per group; its checker refuses it.
     """
     x, scale, bias = node.values()
-    if x.type.rank < 3:
-        raise node.error(f"its input has rank {x.type.rank}; it needs (N, C, spatial dims…)")
+    _require_images(node, x)
     batch, channels, *spatial = x.type.shape
     groups = int(node.attr("num_groups"))
     per_group = divide([channels], [groups]) if groups > 0 else None

@@ -155,6 +155,9 @@ def _crop(node: Node, x: Value, pads: Sequence[Dim]) -> Value:
     rank = x.type.rank
     negative = [(min(a, 0) if isinstance(a, int) else 0, min(b, 0) if isinstance(b, int) else 0)
                 for a, b in zip(pads[:rank], pads[rank:], strict=True)]  # fmt: skip
+    for axis, (size, cut) in enumerate(zip(x.type.shape, negative, strict=True)):
+        if isinstance(size, int) and size + sum(cut) < 0:
+            raise node.error(f"it cuts {-sum(cut)} elements off axis {axis}, which has {size}")
     axes = tuple(axis for axis, cut in enumerate(negative) if cut != (0, 0))
     if not axes:
         return x
