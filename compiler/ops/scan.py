@@ -13,7 +13,10 @@ from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
-from kedge.compiler.tir.expr import Expr, const, select
+from kedge.compiler.tir.expr import Dim, Expr, as_expr, const, select
+
+#: The fewest elements in a run of a running sum, where it has several.
+_RUN = 64
 
 
 def _infer_cumsum(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -36,17 +39,56 @@ def _cumsum(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
 
 
 def _lower_cumsum(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
-    """Each element sums what it takes on its own: lengths are small, and all elements are independent."""
+    """Each element is what its run of elements has up to it, and what the runs before have.
+
+    Sums of one element do not wait for those of another, and take a run's length in steps, not that of the axis.
+    """
     (x,) = tensors
     axis = common.axis_of(attrs["axis"], len(x.shape))
-    k = te.reduce_axis(x.shape[axis], "k")
+    size = x.shape[axis]
+    run = _run_length(size)
+    count = plain((as_expr(size) + (run - 1)) // run)
+    k, each, j = te.reduce_axis(run, "k"), te.reduce_axis(run, "k"), te.reduce_axis(count, "j")
+    zero = const(0, common.wide_dtype(x.dtype))
 
-    def element(*indices: Expr) -> Expr:
-        first, second = (indices[axis], k) if attrs["reverse"] else (k, indices[axis])
-        value = common.read(x, (*indices[:axis], k, *indices[axis + 1 :]))
-        return select(first < second if attrs["exclusive"] else first <= second, value, const(0, value.dtype))
+    def value(indices: Sequence[Expr], place: Expr) -> Expr:
+        """The element that `place` others come before."""
+        at = as_expr(size) - 1 - place if attrs["reverse"] else place
+        return common.read(x, (*indices[:axis], at, *indices[axis + 1 :]))
 
-    return (common.reduction(types[0], "cumsum", te.sum, element, [k]),)
+    def own(*indices: Expr) -> Expr:
+        place = as_expr(size) - 1 - indices[axis] if attrs["reverse"] else indices[axis]
+        first = place // run * run
+        taken = first + k < place if attrs["exclusive"] else first + k <= place
+        return select(taken, value(indices, first + k), zero)
+
+    if run == size:
+        return (common.reduction(types[0], "cumsum", te.sum, own, [k]),)
+
+    def total(*indices: Expr) -> Expr:
+        place = indices[axis] * run + each
+        return te.sum(select(place < as_expr(size), value(indices, place), zero), each)
+
+    def before(*indices: Expr) -> Expr:
+        other = totals.at((*indices[:axis], j, *indices[axis + 1 :]))
+        return te.sum(select(j < indices[axis], other, zero), j)
+
+    def result(*indices: Expr) -> Expr:
+        place = as_expr(size) - 1 - indices[axis] if attrs["reverse"] else indices[axis]
+        return sums.at(indices) + earlier.at((*indices[:axis], place // run, *indices[axis + 1 :]))
+
+    runs = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+    totals = te.compute(runs, total, name="run_totals")
+    earlier = te.compute(runs, before, name="runs_before")
+    sums = te.compute(x.shape, lambda *i: te.sum(own(*i), k), name="run_sums")
+    return (common.elementwise(types[0], "cumsum", result),)
+
+
+def _run_length(size: Dim) -> int:
+    """All of a short axis; else what makes the fewest steps: `size * run` within runs, `(size / run)**2` over them."""
+    if not isinstance(size, int):
+        return _RUN
+    return size if size <= 2 * _RUN else max(_RUN, round((2 * size) ** (1 / 3)))
 
 
 registry.register(

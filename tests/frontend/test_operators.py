@@ -10,10 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kedge.compiler import te
 from kedge.compiler.errors import FrontendError, UnsupportedOperatorError
 from kedge.compiler.frontend.onnx import load_onnx
 from kedge.compiler.graph import interp
-from kedge.compiler.graph.ir import Call
+from kedge.compiler.graph.ir import Call, TensorType
+from kedge.compiler.ops import registry
+from kedge.compiler.tir.expr import Const
+from kedge.compiler.tir.stmt import For, Stmt
+from kedge.compiler.tir.visitor import stmt_children
 from support.graphs import check_op, compare
 from support.onnx_models import check_compiled, one_operator, onnxruntime_outputs
 
@@ -197,6 +202,31 @@ def test_running_sums(data: st.DataObject) -> None:
     sums = np.cumsum(turned, axis, dtype=x.dtype)
     sums = sums - turned if exclusive else sums
     np.testing.assert_array_equal(got, np.flip(sums, axis) if reverse else sums)
+
+
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize(("shape", "axis"), [((129,), 0), ((2, 200, 3), 1), ((2, 3, 1000), 2)])
+def test_long_running_sums(shape: tuple[int, ...], axis: int, exclusive: int, reverse: int) -> None:
+    x = RNG.integers(-9, 9, shape).astype(np.float32)
+    given = {"constant": [1], "exclusive": exclusive, "reverse": reverse}
+    check_compiled(*one_operator("CumSum", [x, np.array(axis)], **given))
+    model, feeds = one_operator("CumSum", [x, np.array(axis)], free={0: [axis]}, **given)
+    check_compiled(model, feeds, {"x0": x.take(range(5), axis)})
+
+
+def test_a_long_running_sum_takes_no_square_of_the_steps() -> None:
+    size = 100_000
+    x, attrs = te.placeholder((size,), "float32", "x"), {"axis": 0, "exclusive": False, "reverse": False}
+    (y,) = registry.get("cumsum").lower([x], attrs, (TensorType((size,), "float32"),))
+
+    def steps(stmt: Stmt) -> int:
+        if isinstance(stmt, For):
+            assert isinstance(stmt.extent, Const)
+            return int(stmt.extent.value) * steps(stmt.body)
+        return max(1, sum(map(steps, stmt_children(stmt))))
+
+    assert steps(te.create_prim_func([x, y], "f").body) < 256 * size
 
 
 def test_an_infinity_is_in_no_sum_before_it() -> None:
