@@ -19,6 +19,7 @@ from kedge.compiler.errors import CompileError, FrontendError
 from kedge.compiler.frontend.onnx import load_onnx
 from kedge.compiler.graph import interp
 from kedge.rpc.errors import InputError
+from support.onnx_models import check_compiled, one_operator
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(0)
@@ -315,3 +316,29 @@ def test_the_interpreter_compares_shapes_too() -> None:
     assert interp.run(module, {"x": f(1, 3, 6, 4)})["y"].shape == (1, 16, 6, 4)
     with pytest.raises(InputError, match="is expected to have the shape"):
         interp.run(module, {"x": f(1, 3, 7, 4)})
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "stride", "auto", "attrs"),
+    [
+        ("Conv", 3, 2, "SAME_UPPER", {}),
+        ("Conv", 5, 3, "SAME_LOWER", {}),
+        ("Conv", 1, 2, "SAME_UPPER", {}),
+        ("Conv", 2, 3, "SAME_UPPER", {}),  # gaps between its windows
+        ("MaxPool", 3, 2, "SAME_UPPER", {}),
+        ("AveragePool", 3, 2, "SAME_LOWER", {"count_include_pad": 1}),
+    ],
+)
+def test_strided_windows_padded_as_the_free_dims_ask(
+    op: str, kernel: int, stride: int, auto: str, attrs: dict[str, Any]
+) -> None:
+    more = [RNG.standard_normal((8, 8, kernel, kernel)).astype(np.float32)] if op == "Conv" else []
+    attrs = attrs if more else {**attrs, "kernel_shape": [kernel] * 2}
+    images = [-RNG.random((1, 8, *size), np.float32) for size in [(9, 12), (1, 1), (2, 3), (10, 7)]]
+    proto, feeds = one_operator(
+        op, [images[0], *more], constant=list(range(1, 1 + len(more))), free={0: [2, 3]}, auto_pad=auto,
+        strides=[stride] * 2, **attrs,
+    )  # fmt: skip
+    module = load_onnx(proto)
+    for image, got in zip(images, check_compiled(proto, *({**feeds, "x0": image} for image in images)), strict=True):
+        np.testing.assert_allclose(interp.run(module, {**feeds, "x0": image})["y0"], got["y0"], rtol=1e-4, atol=1e-5)

@@ -340,9 +340,10 @@ def test_average_pooling(window: dict[str, Any], ceil_mode: bool, count_include_
     compare_pool("AveragePool", window, ceil_mode, count_include_pad)
 
 
-def test_same_padding_with_a_stride_needs_known_sizes() -> None:
+def test_same_padding_that_no_average_counts_needs_known_sizes() -> None:
     x = random(1, 2, 5, 5)
-    model = one_operator("MaxPool", x, [], {"kernel_shape": [2, 2], "strides": [2, 2], "auto_pad": "SAME_UPPER"}, 20)
+    attributes = {"kernel_shape": [2, 2], "strides": [2, 2], "auto_pad": "SAME_UPPER"}
+    model = one_operator("AveragePool", x, [], attributes, 20)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
     with pytest.raises(FrontendError, match="depends on a free spatial dim") as caught:
         load_onnx(model)

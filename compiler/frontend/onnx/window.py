@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.frontend.onnx.node import Node, converter
 from kedge.compiler.graph.dims import format_dim, plain
 from kedge.compiler.graph.ir import Value
-from kedge.compiler.tir.expr import Dim, as_expr
+from kedge.compiler.tir.expr import Dim, as_expr, ceildiv, maximum
 
 
 @converter("Conv")
@@ -17,7 +20,7 @@ def _conv(node: Node) -> Value:
     _require_image(node, x)
     kernel = _kernel(node, weight)
     strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
-    pads = _pads(node, x, kernel, strides, dilations)
+    x, pads = _padded(node, x, kernel, strides, dilations, 0)
     operands = [x, weight, node.value(2)] if node.has(2) else [x, weight]
     groups = int(node.attr("group", 1))
     return node.emit("conv", *operands, strides=strides, pads=pads, dilations=dilations, groups=groups)
@@ -40,7 +43,7 @@ def _conv_transpose(node: Node) -> Value:
 
 def _transposed_pads(
     node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int], added: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> tuple[tuple[Dim, ...], tuple[int, ...]]:
     """What is cut off, all begins and then all ends, and what is added at the ends, to get the shape asked for."""
     spatial = x.type.shape[2:]
     auto = node.attr("auto_pad", "NOTSET")
@@ -71,19 +74,23 @@ def _transposed_pads(
 def _max_pool(node: Node) -> Value:
     if node.wants(1):
         raise node.error("its second output (Indices) is used", hint="kedge computes the maxima only")
-    return _pool(node, "max_pool", node.value(0))
+    x = node.value(0)
+    least = -math.inf if x.type.dtype in FLOATS else int(np.iinfo(x.type.dtype).min)
+    return _pool(node, "max_pool", x, least)
 
 
 @converter("AveragePool")
 def _average_pool(node: Node) -> Value:
-    return _pool(node, "avg_pool", node.value(0), count_include_pad=bool(node.attr("count_include_pad", 0)))
+    counted = bool(node.attr("count_include_pad", 0))
+    return _pool(node, "avg_pool", node.value(0), 0 if counted else None, count_include_pad=counted)
 
 
-def _pool(node: Node, op: str, x: Value, **attrs: bool) -> Value:
+def _pool(node: Node, op: str, x: Value, padding: float | None, **attrs: bool) -> Value:
+    """Windows of `x`; `padding` is the value that padding counts as, None where it does not count as any."""
     _require_image(node, x)
     kernel = tuple(node.attr("kernel_shape"))
     strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
-    pads = _pads(node, x, kernel, strides, dilations)
+    x, pads = _padded(node, x, kernel, strides, dilations, padding)
     # With auto_pad the number of windows is given by the padding alone.
     ceil_mode = bool(node.attr("ceil_mode", 0)) and node.attr("auto_pad", "NOTSET") == "NOTSET"
     return node.emit(
@@ -112,7 +119,7 @@ def _lp_pool(node: Node) -> Value:
     """(sum of |x| ** p over a window) ** (1 / p); padding counts nothing."""
     order = int(node.attr("p", 2))
     powers = _powers(node, node.value(0), order)
-    mean = _pool(node, "avg_pool", powers, count_include_pad=True)
+    mean = _pool(node, "avg_pool", powers, 0, count_include_pad=True)
     taps = math.prod(node.attr("kernel_shape"))
     if bool(node.attr("ceil_mode", 0)):
         raise node.error("ceil_mode is not supported", hint="export it with pads instead")
@@ -163,9 +170,26 @@ def _per_axis(node: Node, name: str, x: Value, default: int = 1) -> tuple[int, .
     return given
 
 
+def _padded(
+    node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int], value: float | None
+) -> tuple[Value, tuple[Dim, ...]]:
+    """The input and the padding of its windows; what depends on free dims is joined to the input as `value`."""
+    pads = _pads(node, x, kernel, strides, dilations)
+    if all(isinstance(pad, int) for pad in pads):
+        return x, pads
+    if value is None:
+        raise node.error(
+            f"auto_pad {node.attr('auto_pad')} with strides {list(strides)} depends on a free spatial dim",
+            hint="fix the spatial dims: shapes={...} or --shape NAME=1,3,224,224, or export with explicit pads",
+        )
+    spatial = len(pads) // 2
+    wide = node.emit("pad", x, pads=(0, 0, *pads[:spatial], 0, 0, *pads[spatial:]), value=value)
+    return wide, (0,) * len(pads)
+
+
 def _pads(
     node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int]
-) -> tuple[int, ...]:
+) -> tuple[Dim, ...]:
     """The padding, all begins and then all ends, with `auto_pad` worked out."""
     spatial = x.type.shape[2:]
     auto = node.attr("auto_pad", "NOTSET")
@@ -185,24 +209,21 @@ def _pads(
     return _shared_out(totals, larger_first=auto == "SAME_LOWER")
 
 
-def _shared_out(totals: Sequence[int], *, larger_first: bool) -> tuple[int, ...]:
+def _shared_out(totals: Sequence[Dim], *, larger_first: bool) -> tuple[Dim, ...]:
     """Halves of each total (0 where it is negative), all begins and then all ends."""
-    kept = [max(total, 0) for total in totals]
-    smaller, larger = [total // 2 for total in kept], [total - total // 2 for total in kept]
+    kept = [max(total, 0) if isinstance(total, int) else total for total in totals]
+    smaller = [plain(as_expr(total) // 2) for total in kept]
+    larger = [plain(as_expr(total) - half) for total, half in zip(kept, smaller, strict=True)]
     return (*larger, *smaller) if larger_first else (*smaller, *larger)
 
 
-def _same_padding(node: Node, size: Dim, kernel: Dim, stride: int, dilation: int) -> int:
+def _same_padding(node: Node, size: Dim, kernel: Dim, stride: int, dilation: int) -> Dim:
     """How much padding makes the result ceil(size / stride) long."""
     if not isinstance(kernel, int):
         raise node.error("the size of its kernel is not known while compiling")
     reach = (kernel - 1) * dilation + 1
-    if stride == 1:
+    if stride == 1 or reach == 1:
         return reach - 1
-    if not isinstance(size, int):
-        raise node.error(
-            f"auto_pad {node.attr('auto_pad')} with stride {stride} depends on a free spatial dim",
-            hint="fix the spatial dims: shapes={...} or --shape NAME=1,3,224,224, or export with explicit pads",
-        )
-    windows = -(-size // stride)
-    return max((windows - 1) * stride + reach - size, 0)
+    total = plain((ceildiv(as_expr(size), stride) - 1) * stride + reach - size)
+    # Only windows with gaps between them can end before the input does.
+    return total if reach >= stride else plain(maximum(as_expr(total), 0))
