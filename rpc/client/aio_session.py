@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from kedge.rpc.client import session as sync
 from kedge.rpc.client import threads
 from kedge.rpc.client.inputs import Array
-from kedge.rpc.client.plan import ArtifactOrPath, Packed
+from kedge.rpc.client.plan import ArtifactOrPath, OnDevice, Packed
 from kedge.rpc.client.profile import Profile
 from kedge.rpc.client.session_link import SessionLink
 from kedge.rpc.client.tensors import DeviceTensor as SyncTensor
@@ -34,7 +34,7 @@ class Attached:
     info: DeviceInfo
 
 
-class Session:
+class Session(OnDevice):
     """A device that is this client's alone; see the synchronous `Session`, whose errors these methods raise."""
 
     def __init__(
@@ -56,21 +56,6 @@ class Session:
 
     def __repr__(self) -> str:
         return repr(self._inner)
-
-    @property
-    def name(self) -> str:
-        """The device's name."""
-        return self.info.name
-
-    @property
-    def target(self) -> str:
-        """The target string that compiles for this device's CPU."""
-        return self.info.target
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
-        return self.info.targets
 
     async def close(self) -> None:
         """Give the device back, and wait until it is free. May be called again."""

@@ -283,14 +283,10 @@ def none_came(selector: str, timeout_s: float) -> NoDeviceError:
     )
 
 
-class Pinned:
-    """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
+class OnDevice:
+    """Whatever is bound to one device: what its agent says of it, and what compiles for it."""
 
-    def __init__(self, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
-        self.info = info
-        self._threads = threads
-        self._deadlines = deadlines
-        self._on = on
+    info: DeviceInfo
 
     @property
     def name(self) -> str:
@@ -306,6 +302,16 @@ class Pinned:
     def targets(self) -> tuple[str, ...]:
         """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
         return self.info.targets
+
+
+class Pinned(OnDevice):
+    """One device for several jobs in turn."""
+
+    def __init__(self, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
+        self.info = info
+        self._threads = threads
+        self._deadlines = deadlines
+        self._on = on
 
     def _terms(self, function: str) -> Terms:
         return Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)

@@ -24,7 +24,7 @@ from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
 from kedge.rpc.client import plan
 from kedge.rpc.client.inputs import Array, arrange_given, dense, shaped
-from kedge.rpc.client.plan import ArtifactOrPath, Packed
+from kedge.rpc.client.plan import ArtifactOrPath, OnDevice, Packed
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.session_link import SessionLink, pieces_of
 from kedge.rpc.client.tensors import DeviceTensor
@@ -36,7 +36,7 @@ from kedge.rpc.transport import CHUNK_BYTES
 from kedge.rpc.types import Deadlines, DeviceInfo, plan_inline
 
 
-class Session:
+class Session(OnDevice):
     """A device that is this client's alone until `close`; a context manager.
 
     Safe from several threads, which take turns. It ends on its own with the device, with the connection to the tracker,
@@ -77,21 +77,6 @@ class Session:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    @property
-    def name(self) -> str:
-        """The device's name."""
-        return self.info.name
-
-    @property
-    def target(self) -> str:
-        """The target string that compiles for this device's CPU."""
-        return self.info.target
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Target strings for all that kernels can run on there, GPUs first; `kedge.compile` takes them together."""
-        return self.info.targets
 
     def close(self) -> None:
         """Give the device back, and wait until it is free (12 s at most). May be called again."""
