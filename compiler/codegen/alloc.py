@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kedge.compiler.tir.expr import Expr, Load
 from kedge.compiler.tir.printer import Printer
+from kedge.compiler.tir.simplify import prove_equal
 from kedge.compiler.tir.stmt import Buffer, PrimFunc, Stmt, Store
 from kedge.compiler.tir.visitor import StmtMap, map_stmt_children, stmt_children, stmt_exprs, walk_expr
 
@@ -47,6 +48,11 @@ def expressions_of(stmt: Stmt) -> tuple[Expr, ...]:
     if isinstance(stmt, Prefetch):
         return stmt.indices
     return () if isinstance(stmt, Alloc) else stmt_exprs(stmt)
+
+
+def same_shape(a: Buffer, b: Buffer) -> bool:
+    """Whether two buffers have provably equal dims."""
+    return len(a.shape) == len(b.shape) and all(prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def accesses(stmt: Stmt, buffer: Buffer) -> Iterator[tuple[Expr, ...]]:

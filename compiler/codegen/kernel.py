@@ -16,7 +16,7 @@ from typing import Any
 
 from kedge.compiler.codegen.address import NotVectorizable, Pointer
 from kedge.compiler.codegen.affine import LANE, Interval, Linear
-from kedge.compiler.codegen.alloc import Alloc, Prefetch, statements_of
+from kedge.compiler.codegen.alloc import Alloc, Prefetch, same_shape, statements_of
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
 from kedge.compiler.codegen.prefetch import prefetches
@@ -33,7 +33,7 @@ from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
 from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Lead, Var, as_expr, const
 from kedge.compiler.tir.printer import print_expr
-from kedge.compiler.tir.simplify import Simplifier, conjuncts, over, prove_equal, simplify, simplify_dim
+from kedge.compiler.tir.simplify import Simplifier, conjuncts, over, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
@@ -443,7 +443,7 @@ class KernelEmitter(ParallelEmitter):
         Tiles in registers keep apart: LLVM tells them apart by their memory.
         """
         alike = (each for each in self._idle if each.dtype == buffer.dtype and each.scope == buffer.scope)
-        other = next((each for each in alike if _same_shape(each, buffer)), None)
+        other = next((each for each in alike if same_shape(each, buffer)), None)
         if other is None or buffer.scope == "register":
             return False
         self._idle.remove(other)
@@ -479,10 +479,6 @@ class KernelEmitter(ParallelEmitter):
         at = self.materialize(offset)
         ref = self.b.result(f"getelementptr inbounds i8, ptr {self.workspace_pointer}, {at.typed}", "ptr").ref
         return Pointer(ref, 64, private=True)
-
-
-def _same_shape(a: Buffer, b: Buffer) -> bool:
-    return len(a.shape) == len(b.shape) and all(prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def _has_unrolled(stmt: Stmt) -> bool:

@@ -7,16 +7,18 @@ versions   where the predicate of a tile provably holds, the tile runs without i
            left out; where all of a tile takes one side of a choice, as inside of a padding, it runs without the choice
 places     a buffer that lives only in a function gets the smallest scope that holds all its uses and that hands
            nothing from one iteration to the next, so that each version has registers of its own; one that is
-           private to iterations of a parallel loop is always inside of it
+           private to iterations of a parallel loop is always inside of it; outside of loops those of one shape that are
+           not alive together are one
 compact    there it shrinks to what is used of it, as after compute_at
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from kedge.compiler.codegen.alloc import Alloc as Alloc  # code generators find what they need here
+from kedge.compiler.codegen.alloc import same_shape
 from kedge.compiler.codegen.alloc import statements_of as statements_of
 from kedge.compiler.codegen.compact import compact
 from kedge.compiler.codegen.coverage import written_before_read
@@ -31,6 +33,7 @@ from kedge.compiler.tir.visitor import (
     free_vars,
     loads,
     map_stmt_children,
+    replace_buffers,
     seq,
     stmt_children,
     stores,
@@ -184,11 +187,16 @@ def _place(stmt: Stmt, buffers: list[Buffer], outer: Mapping[Var, Range]) -> Stm
         case Seq(stmts=stmts):
             uses = [set(_used_buffers(s)) for s in stmts]
             here = [b for b in buffers if sum(b in use for use in uses) > 1]
+            taken = {} if outer else _taken_over(here, uses)
             new = tuple(
-                _place(s, [b for b in buffers if b in use and b not in here], outer)
+                _place(
+                    replace_buffers(s, taken) if taken else s,
+                    [b for b in buffers if b in use and b not in here],
+                    outer,
+                )
                 for s, use in zip(stmts, uses, strict=True)
             )
-            stmt = Seq(new)
+            stmt, here = Seq(new), [b for b in here if b not in taken]
         case If(condition=condition, then=then, orelse=orelse):
             in_condition = {load.buffer for load in loads(condition)}
             here = [b for b in buffers if b in in_condition]
@@ -207,6 +215,24 @@ def _place(stmt: Stmt, buffers: list[Buffer], outer: Mapping[Var, Range]) -> Stm
     for buffer in reversed(here):
         stmt = Alloc(buffer, stmt)
     return stmt
+
+
+def _taken_over(buffers: Iterable[Buffer], uses: Sequence[Set[Buffer]]) -> dict[Buffer, Buffer]:
+    """Buffers that take the place of one of their shape, after its last use: a chain of them is two in turn."""
+    mapping: dict[Buffer, Buffer] = {}
+    last: dict[Buffer, int] = {}  # by those that keep their memory: where it is used last
+    spans = [(min(at), max(at), b) for b in buffers for at in ([i for i, use in enumerate(uses) if b in use],)]
+    for first, end, buffer in sorted(spans, key=lambda span: span[:2]):
+        alike = (other for other, until in last.items() if until < first and _interchangeable(other, buffer))
+        place = next(alike, buffer)
+        if place is not buffer:
+            mapping[buffer] = place
+        last[place] = end
+    return mapping
+
+
+def _interchangeable(a: Buffer, b: Buffer) -> bool:
+    return a.dtype == b.dtype and a.scope == b.scope == "global" and same_shape(a, b)
 
 
 def _is_private(buffer: Buffer, stmt: Stmt) -> bool:
