@@ -13,9 +13,11 @@ from kedge.rpc.errors import AuthenticationError, ConnectError, KedgeError
 from kedge.rpc.protocol import ProtocolError, accepts, local_protocol
 from kedge.rpc.security import credentials
 from kedge.rpc.transport import TRACKER_NAME, Address, handshake_error, parse_trackers, unreachable
-from kedge.rpc.types import DeviceState, DeviceStatus, Protocol, TrackerStatus
+from kedge.rpc.types import Deadlines, DeviceState, DeviceStatus, Protocol, TrackerStatus
 
 _PATIENCE_S = 5.0
+#: A device that is idle takes the trial job at once, unless somebody was quicker.
+_QUEUE_MS = 20_000
 _DAY_S = 86_400
 #: A token or certificate that ends this soon is worth a word.
 _SOON_S = 7 * _DAY_S
@@ -174,8 +176,12 @@ class Hops:
             names = ", ".join(f"{device.info.name} ({_since(device.last_seen_unix_ms)})" for device in gone[:8])
             yield Finding("devices that left", "note", names, "see whether their agents run, and reach the tracker")
         if self._selector:
-            first = chosen[0].info
-            yield from _said("a job on the device", lambda: _run_there(fleet, first.name, first.target))
+            free = next((device.info for device in chosen if device.state is DeviceState.IDLE), None)
+            if free is None:
+                states = ", ".join(f"{device.info.name}: {device.state}" for device in chosen[:8])
+                yield Finding("a job on the device", "note", f"not tried, none is idle ({states})", "try again later")
+            else:
+                yield from _said("a job on the device", lambda: _run_there(fleet, free.name, free.target))
 
     def _nobody(self, every: list[DeviceStatus]) -> Finding:
         start = f"let one join: kedge tracker token create --role enrol --tracker {self._address}"
@@ -198,7 +204,7 @@ def _said(name: str, step: Callable[[], Iterator[Finding]]) -> Iterator[Finding]
 
 
 def _run_there(fleet: Fleet, name: str, target: str) -> Iterator[Finding]:
-    with fleet.pin(name) as device:
+    with fleet.pin(name, deadlines=Deadlines(queue_ms=_QUEUE_MS)) as device:
         yield try_on("a job on the device", device, target)
 
 

@@ -16,6 +16,7 @@ from kedge.cli.ending import ended_in_order
 from kedge.cli.fleet import state_dir
 
 if TYPE_CHECKING:
+    from kedge.artifact import Artifact
     from kedge.places import Place
 
 
@@ -62,7 +63,10 @@ def compare(
     check_on(on)
     artifacts = load_artifact(a), load_artifact(b)
     of_a, of_b = (inputs_of(function_of(artifact, function), inputs, shape, seed) for artifact in artifacts)
-    with output.progress("compare") as report, _place(device, tracker, threads, report, timeout, on) as place:
+    with (
+        output.progress("compare") as report,
+        _place(artifacts[0], device, tracker, threads, report, timeout, on) as place,
+    ):
         found = compare_artifacts(
             artifacts, (of_a, of_b), place, function=function, blocks=blocks, repeat=repeat,
             min_repeat_ms=min_repeat_ms, seed=seed, progress=report,
@@ -77,7 +81,13 @@ def compare(
 
 @contextmanager
 def _place(
-    device: str | None, tracker: str | None, threads: int, report: output.Report, timeout: float | None, on: str
+    artifact: Artifact,
+    device: str | None,
+    tracker: str | None,
+    threads: int,
+    report: output.Report,
+    timeout: float | None,
+    on: str,
 ) -> Iterator[Place]:
     from kedge.places import OnDevice, ThisMachine
 
@@ -86,5 +96,5 @@ def _place(
         with ended_in_order():
             yield ThisMachine(state_dir() / "noise.json", threads, on)
     else:
-        with open_device(device, tracker, threads, report, timeout, on) as pinned:
+        with open_device(artifact, device, tracker, threads, report, timeout, on) as pinned:
             yield OnDevice(pinned)

@@ -54,6 +54,7 @@ def check_on(text: str) -> str:
 
 @contextmanager
 def open_device(
+    artifact: kedge.Artifact,
     selector: str | None,
     tracker: str | None,
     threads: int,
@@ -61,7 +62,7 @@ def open_device(
     timeout_s: float | None = None,
     on: str = "",
 ) -> Iterator[Any]:
-    """A session on the device that `selector` chooses, or on this machine where there is no selector.
+    """A device that `selector` chooses and that can run the artifact, or this machine where there is no selector.
 
     `timeout_s` is the deadline of each run on a device, `on` says where kernels run (see `place`). SIGTERM cancels
     what runs, as Ctrl-C does.
@@ -77,7 +78,7 @@ def open_device(
     with (
         ended_in_order(),
         kedge.connect(address) as fleet,
-        fleet.pin(selector, threads=threads, deadlines=deadlines, on=on) as device,
+        fleet.pin(selector, artifact=artifact, threads=threads, deadlines=deadlines, on=on) as device,
     ):
         report(f"sending the job to {device.name}")
         with watching(fleet, device.name, report):

@@ -71,7 +71,7 @@ def run(
     check_outputs(outputs)
     loaded = load_artifact(artifact)
     data = inputs_of(function_of(loaded, function), inputs, shape, seed)
-    with output.progress("run") as report, open_device(device, tracker, threads, report, timeout, on) as place:
+    with output.progress("run") as report, open_device(loaded, device, tracker, threads, report, timeout, on) as place:
         results = place.load(loaded).run(data, function=function)
     if outputs:
         save_outputs(outputs, results)
@@ -176,7 +176,10 @@ def bench(
         "cache_flush_bytes": parse_bytes(cache_flush_bytes) if cache_flush_bytes else 0,
         "limit_zero_time_iterations": limit_zero_time_iterations,
     }
-    with output.progress("bench") as report, open_device(device, tracker, threads, report, timeout, on) as place:
+    with (
+        output.progress("bench") as report,
+        open_device(loaded, device, tracker, threads, report, timeout, on) as place,
+    ):
         module = place.load(loaded)
         report(f"timing {repeat} samples on {module.device}")
         result = (module.profile if profile else module.time)(data, function=function, **how)
@@ -241,7 +244,7 @@ def validate(
         output.compile_warnings(),
         reading(model),
         output.progress("validate") as report,
-        open_device(device, tracker, threads, report, timeout, on) as place,
+        open_device(loaded, device, tracker, threads, report, timeout, on) as place,
     ):
         result = compare(
             model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, externals=externals, progress=report

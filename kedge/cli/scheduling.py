@@ -12,8 +12,9 @@ import kedge
 from kedge.cli import output
 from kedge.cli.arguments import parse_duration, parse_moment
 from kedge.cli.devices import require_tracker
-from kedge.rpc.errors import KedgeError
-from kedge.rpc.types import JobState, Reservation
+from kedge.rpc.errors import KedgeError, PermissionDeniedError
+from kedge.rpc.status import UnknownJobError
+from kedge.rpc.types import Job, JobState, Reservation
 
 
 def _completed(ask: Callable[[Any], Iterable[str]]) -> Callable[[typer.Context, str], list[str]]:
@@ -65,14 +66,25 @@ def cancel(
 
       kedge cancel 3f2a9c0b1d22 --tracker 127.0.0.1:9190
     """
+    stopped: list[Job] = []
+    first: KedgeError | None = None
     with kedge.connect(require_tracker(tracker)) as fleet:
-        stopped = [fleet.job(job_id).cancel() for job_id in job]
+        for job_id in job:
+            try:
+                one = fleet.job(job_id).cancel()
+            except (UnknownJobError, PermissionDeniedError) as error:
+                # What is said of one says nothing of the others.
+                output.stderr().print(f"{job_id}: {error.message}", soft_wrap=True)
+                first = first or error
+                continue
+            stopped.append(one)
+            if not as_json:
+                how = one.result.outcome.kind if one.result is not None else f"{one.device} was asked to stop it"
+                output.stdout().print(f"{one.id}: {how}", soft_wrap=True)
     if as_json:
         output.emit_json([one.to_json() for one in stopped])
-        return
-    for one in stopped:
-        how = one.result.outcome.kind if one.result is not None else f"{one.device} was asked to stop it"
-        output.stdout().print(f"{one.id}: {how}", soft_wrap=True)
+    if first is not None:
+        raise first
 
 
 def drain(

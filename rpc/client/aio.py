@@ -233,10 +233,16 @@ class Fleet:
 
     @asynccontextmanager
     async def pin(
-        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
+        self,
+        selector: str = "",
+        *,
+        artifact: ArtifactOrPath | None = None,
+        threads: int = 0,
+        deadlines: Deadlines | None = None,
+        on: str = "",
     ) -> AsyncIterator[PinnedDevice]:
         """One device, chosen now, for several jobs in turn; see the synchronous `Fleet.pin`."""
-        info = (await self._check_matches(selector)).info
+        info = (await self._check_matches(selector, artifact, on)).info
         yield PinnedDevice(self, info, threads, deadlines or Deadlines(), on)
 
     # ---- Blobs ----
@@ -249,9 +255,10 @@ class Fleet:
 
     # ---- Internals, shared with Job and PinnedDevice ----
 
-    async def _check_matches(self, selector: str) -> DeviceStatus:
+    async def _check_matches(self, selector: str, artifact: ArtifactOrPath | None = None, on: str = "") -> DeviceStatus:
         everyone = await self.devices()
-        return plan.choose(selector, await self.devices(selector) if selector else everyone, everyone)
+        matching = await self.devices(selector) if selector else everyone
+        return await asyncio.to_thread(plan.choose, selector, matching, everyone, artifact, on)
 
     async def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> Attached:
         """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""
@@ -287,13 +294,21 @@ class Fleet:
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
     async def _submit(self, packed: Packed, request: Request) -> Job:
-        return await self._send(packed, request, await self._prepare(packed, request))
+        """Submit; when that is cancelled, so is the job, which may have been accepted: nobody has a handle to it."""
+        message = await self._prepare(packed, request)
+        async with self._withdrawn(message):
+            return await self._send(packed, request, message)
 
     async def _call(self, packed: Packed, request: Request) -> Result:
-        """Submit and wait; when that is cancelled, nobody has a handle to the job, and so is the job."""
+        """Submit and wait; when that is cancelled, so is the job."""
         message = await self._prepare(packed, request)
-        try:
+        async with self._withdrawn(message):
             return await (await self._send(packed, request, message)).wait()
+
+    @asynccontextmanager
+    async def _withdrawn(self, message: fleet_pb2.SubmitJobRequest) -> AsyncIterator[None]:
+        try:
+            yield
         except asyncio.CancelledError:
             with suppress(KedgeError, TimeoutError):
                 async with asyncio.timeout(plan.WITHDRAW_S):

@@ -287,17 +287,24 @@ class Fleet:
 
     @contextmanager
     def pin(
-        self, selector: str = "", *, threads: int = 0, deadlines: Deadlines | None = None, on: str = ""
+        self,
+        selector: str = "",
+        *,
+        artifact: ArtifactOrPath | None = None,
+        threads: int = 0,
+        deadlines: Deadlines | None = None,
+        on: str = "",
     ) -> Iterator[PinnedDevice]:
-        """One device, chosen now, for several jobs in turn.
+        """One device, chosen now, for several jobs in turn: one that can run `artifact`, and idle if there is any.
 
         Each call is a job pinned to the device, in a fresh runner and with these deadlines; jobs of others may come in
         between.
 
         Raises:
             NoDeviceError: none that is connected matches.
+            IncompatibleTargetError: none that matches can run the artifact.
         """
-        found = self._check_matches(selector).info
+        found = self._check_matches(selector, artifact, on).info
         yield PinnedDevice(self, found, threads, deadlines or Deadlines(), on)
 
     # ---- Blobs ----
@@ -310,9 +317,9 @@ class Fleet:
 
     # ---- Internals, shared with Job and PinnedDevice ----
 
-    def _check_matches(self, selector: str) -> DeviceStatus:
+    def _check_matches(self, selector: str, artifact: ArtifactOrPath | None = None, on: str = "") -> DeviceStatus:
         everyone = self.devices()
-        return plan.choose(selector, self.devices(selector) if selector else everyone, everyone)
+        return plan.choose(selector, self.devices(selector) if selector else everyone, everyone, artifact, on)
 
     def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> tuple[SessionLink, DeviceInfo]:
         """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""
@@ -344,13 +351,21 @@ class Fleet:
         return [convert.device_status_from_pb(pb) for pb in answer.devices]
 
     def _submit(self, packed: Packed, request: Request) -> Job:
-        return self._send(packed, request, self._prepare(packed, request))
+        """Submit; when that is broken off, the job is cancelled if it was accepted: nobody has a handle to it."""
+        message = self._prepare(packed, request)
+        with self._withdrawn(message):
+            return self._send(packed, request, message)
 
     def _call(self, packed: Packed, request: Request) -> Result:
-        """Submit and wait; when that is broken off, nobody has a handle to the job, and it is cancelled."""
+        """Submit and wait; when that is broken off, the job is cancelled."""
         message = self._prepare(packed, request)
-        try:
+        with self._withdrawn(message):
             return self._send(packed, request, message).wait()
+
+    @contextmanager
+    def _withdrawn(self, message: fleet_pb2.SubmitJobRequest) -> Iterator[None]:
+        try:
+            yield
         except KeyboardInterrupt:
             self._withdraw(message)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -261,18 +262,48 @@ def check_device(packed: Packed, info: DeviceInfo, on: str = "") -> Placement:
     return place(packed.manifest, info.arch, info.cpu_features, look_at(info), on)
 
 
-#: Of several devices that match, the one that can begin soonest; any other state comes last.
+#: Of several devices that match, one that can begin soonest; any other state comes last.
 _PREFERENCE = {DeviceState.IDLE: 0, DeviceState.BUSY: 1}
 
 
-def choose(selector: str, devices: Sequence[DeviceStatus], everyone: Sequence[DeviceStatus]) -> DeviceStatus:
-    """One device that matches, an idle one if there is any; raises NoDeviceError naming those that there are."""
+def choose(
+    selector: str,
+    devices: Sequence[DeviceStatus],
+    everyone: Sequence[DeviceStatus],
+    artifact: ArtifactOrPath | None = None,
+    on: str = "",
+) -> DeviceStatus:
+    """One device that matches and can run the artifact: by lot, of those that can begin soonest.
+
+    By lot, since all who ask at once see the same ones idle. Raises NoDeviceError naming those that there are, and
+    IncompatibleTargetError where none of those that match can run the artifact.
+    """
     if devices:
-        return min(devices, key=lambda device: _PREFERENCE.get(device.state, len(_PREFERENCE)))
+        if artifact is not None:
+            packed = pack(artifact)
+            check_devices(packed, selector, devices, on)
+            devices = [device for device in devices if _can_run(packed, device, on)]
+        soonest = min(map(_wait, devices))
+        return random.choice([device for device in devices if _wait(device) == soonest])
     if not everyone:
         raise NoDeviceError("no device is connected", hint="start one with 'kedge agent start --tracker HOST:PORT'")
     names = ", ".join(f"{d.info.name} ({d.info.arch})" for d in everyone[:10])
     raise NoDeviceError(f"no connected device matches {selector!r}", hint=f"connected: {names}")
+
+
+def _can_run(packed: Packed, device: DeviceStatus, on: str) -> bool:
+    try:
+        check_device(packed, device.info, on)
+    except IncompatibleTargetError:
+        return False
+    return True
+
+
+def _wait(device: DeviceStatus) -> int:
+    """A rank of how long a device lets wait; whose reservation it is is told to that user alone."""
+    if device.reservation is not None and not device.reservation.user:
+        return len(_PREFERENCE)
+    return _PREFERENCE.get(device.state, len(_PREFERENCE))
 
 
 def none_came(selector: str, timeout_s: float) -> NoDeviceError:

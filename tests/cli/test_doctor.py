@@ -18,6 +18,7 @@ from kedge import fleet_diagnosis
 from kedge.diagnosis import Finding
 from kedge.fleet_diagnosis import hops
 from kedge.rpc import messages as m
+from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.security import credentials, identity
@@ -61,6 +62,26 @@ def test_a_fleet_that_is_sound(tracker: RunningTracker) -> None:
     assert "TLSv1.3" in found["TLS"].found and "'admin' with the role admin" in found["account"].found
     assert found["device bench-1"].found.startswith("idle, x86_64")
     assert "GiB free" in found["tracker's disk"].found
+
+
+def test_the_trial_job_runs_where_a_device_is_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def try_there(fleet: Fleet, name: str, target: str) -> Iterator[Finding]:
+        tried.append(name)
+        yield Finding("a job on the device", "ok", target)
+
+    monkeypatch.setattr(fleet_diagnosis, "_run_there", try_there)
+    with (
+        start(port=0, data_dir=tmp_path / "plain", settings=QUICK, insecure_loopback=True) as plain,
+        FakeAgent(plain.address, device_info("bench-1"), work=echo),
+        FakeAgent(plain.address, device_info("bench-2"), work=echo),
+        Fleet(plain.address, None) as fleet,
+    ):
+        fleet.set_maintenance("bench-1", True, "a new fan")
+        assert findings(plain.address, "arch=x86_64")["a job on the device"].status == "ok" and tried == ["bench-2"]
+        found = findings(plain.address, "bench-1")["a job on the device"]
+        assert found.status == "note" and "bench-1: maintenance" in found.found and tried == ["bench-2"]
 
 
 def test_nobody_listens() -> None:

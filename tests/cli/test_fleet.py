@@ -103,8 +103,11 @@ def test_a_drained_device_lets_jobs_wait_and_says_why(kedge_here: Kedge, fleet: 
         assert "devices: 1 maintenance" in seen and "1 waiting" in seen and waiting.id in seen
         seen = json.loads(kedge_here("top", *at, "--json").stdout)
         assert [job["position"] for job in seen["jobs"]] == [1]
-        cancelled = kedge_here("cancel", waiting.id, *at)
-        assert (cancelled.returncode, cancelled.stdout) == (0, f"{waiting.id}: cancelled\n"), cancelled.stderr
+        with connect(fleet) as client:
+            other = client.run(Artifact.load(digits), {"image": images[:1]}, device="bench-1")
+        cancelled = kedge_here("cancel", waiting.id, "no-such-job", other.id, *at)
+        assert cancelled.stdout == f"{waiting.id}: cancelled\n{other.id}: cancelled\n", cancelled.stderr
+        assert cancelled.returncode == 1 and "no-such-job" in cancelled.stderr
     finally:
         resumed = kedge_here("resume", "bench-1", *at)
     assert (resumed.returncode, resumed.stdout) == (0, "bench-1: idle\n"), resumed.stderr

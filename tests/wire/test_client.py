@@ -23,7 +23,7 @@ from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, 
 from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.types import Deadlines, JobState
+from kedge.rpc.types import Deadlines, DeviceState, DeviceStatus, JobState, Reservation
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
 from support.toys import QUICK, device_info, make_artifact
@@ -261,6 +261,44 @@ def test_ctrl_c_is_clean(tmp_path: Path, how: str, cancelled: bool) -> None:
             assert agent.expect(m.AbortJob).lease.job_id == lease.job_id
         else:
             assert agent.heard_nothing() and fleet.job(lease.job_id).status().state is JobState.ASSIGNED
+
+
+def test_a_call_that_is_cancelled_while_it_submits_leaves_no_job(tracker: RunningTracker, fleet: Fleet) -> None:
+    """Nobody has a handle to what was accepted."""
+
+    async def cancelled(after_s: float) -> None:
+        async with await aio.connect(tracker.address) as client:
+            submitting = asyncio.create_task(client.run(artifact, {"x": X}, device="bench-1"))
+            await asyncio.sleep(after_s)
+            submitting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                job = await submitting
+                await job.cancel()  # it was quicker
+                raise asyncio.CancelledError
+
+    artifact = make_artifact()
+    for number in range(12):
+        asyncio.run(cancelled(number / 1000))
+    unfinished = tuple(state for state in JobState if state is not JobState.DONE)
+    assert not fleet.jobs(states=unfinished)
+
+
+def test_a_device_is_chosen_by_lot_of_those_that_can_begin() -> None:
+    def status(
+        name: str, state: DeviceState = DeviceState.IDLE, arch: str = "x86_64", user: str | None = None
+    ) -> DeviceStatus:
+        reservation = None if user is None else Reservation("r", name, user, 0, 1)
+        return DeviceStatus(device_info(name, arch), state, reservation=reservation)
+
+    idle = [status("a"), status("b")]
+    others = [status("c", DeviceState.BUSY), status("d", arch="aarch64"), status("e", user="")]
+    every = [*others, *idle]
+    chosen = {plan.choose("", every, every, make_artifact()).info.name for _ in range(200)}
+    assert chosen == {"a", "b"}
+    assert plan.choose("", others[:2], every, make_artifact()).info.name == "c"
+    assert plan.choose("", [status("e", user=""), status("g", user="ann")], every).info.name == "g"
+    with pytest.raises(IncompatibleTargetError, match="device d"):
+        plan.choose("d", [others[1]], every, make_artifact())
 
 
 def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker, fleet: Fleet) -> None:
