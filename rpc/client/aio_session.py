@@ -7,6 +7,7 @@ device, as Ctrl-C does for the synchronous one.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Session(OnDevice):
         self.info = attached.info
         #: Its number among the tracker's jobs.
         self.id = session_id
+        self._link = attached.link
         self._inner = sync.Session(attached.link, session_id, attached.info, threads, deadlines, on, send, signing_key)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kedge-session-calls")
 
@@ -88,10 +90,17 @@ class Session(OnDevice):
 
     async def _do(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """One call, in its turn."""
-        work = self._thread.submit(call, *arguments, **named)
+        unwanted = threading.Event()
+
+        def in_thread() -> T:
+            with self._link.unless(unwanted):
+                return call(*arguments, **named)
+
+        work = self._thread.submit(in_thread)
         try:
             return await asyncio.wrap_future(work)
         except asyncio.CancelledError:
+            unwanted.set()  # its inputs may still be packed, and nothing of it sent
             if work.running():
                 self._inner.call_off()
             raise

@@ -50,6 +50,7 @@ class SessionLink:
         self._sent = 0
         self._unwanted = 0
         self._larger: list[threading.Event] = []
+        self._here = threading.local()
         self._freed: deque[int] = deque()
         self._frames: Pipe[pb.ClientFrame] = Pipe(_WAITING)
         self._answers: Pipe[_Answer] = Pipe(_WAITING)
@@ -144,13 +145,14 @@ class SessionLink:
         with self._asking:
             number = self._last = self._last + 1
             request.id = number
-            while self._freed:
-                request.freed.append(self._freed.popleft())
             answer = _Receiver(number, expects, take)
             self._current = number
             try:
-                if unwanted is not None:
-                    self.check(unwanted)
+                for event in (unwanted, getattr(self._here, "unwanted", None)):
+                    if event is not None:
+                        self.check(event)
+                while self._freed:
+                    request.freed.append(self._freed.popleft())
                 self._send(number, request, pieces)
                 self._await(answer)
             except BaseException:
@@ -187,6 +189,15 @@ class SessionLink:
             yield unwanted
         finally:
             self._larger.remove(unwanted)
+
+    @contextlib.contextmanager
+    def unless(self, unwanted: threading.Event) -> Iterator[None]:
+        """What this thread asks inside is not sent once `unwanted` is set, which is to be set before `call_off`."""
+        self._here.unwanted = unwanted
+        try:
+            yield
+        finally:
+            del self._here.unwanted
 
     def check(self, unwanted: threading.Event) -> None:
         """Raise JobError where it is set."""

@@ -334,6 +334,22 @@ def test_arrays_that_cannot_travel(fleet: Fleet, agent: AgentProcess) -> None:
         assert scalar.numpy().shape == () and float(scalar.numpy()) == 3
 
 
+class Packing:
+    """An array that takes until `may_end` is set to be packed."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        self.begun.set()
+        self.may_end.wait()
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+
 def test_asyncio(fleet: Fleet, agent: AgentProcess, made: Artifact, tracker: RunningTracker, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
 
@@ -357,6 +373,16 @@ def test_asyncio(fleet: Fleet, agent: AgentProcess, made: Artifact, tracker: Run
                 await spinning
             m = await device.load(made)
             np.testing.assert_array_equal((await m.run({"x": X}, "add"))["y"], X + 1)
+            # One that is cancelled while its inputs are packed is never sent, and the runner stays as it is.
+            slow = Packing(X)
+            packing = asyncio.create_task(m.run({"x": slow}, "spin"))
+            await asyncio.to_thread(slow.begun.wait)
+            packing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await packing
+            slow.may_end.set()
+            async with asyncio.timeout(20):
+                np.testing.assert_array_equal((await m.run({"x": X}, "add"))["y"], X + 1)
             return device.id
 
     session_id = asyncio.run(main())
