@@ -162,6 +162,16 @@ def _elu(node: Node) -> Value:
     return _exponential_below_zero(node, node.value(0), node.attr("alpha", 1.0), 1.0)
 
 
+@converter("Celu")
+def _celu(node: Node) -> Value:
+    """By ONNX's own definition a tensor without dims would become one with a dim of 1."""
+    x, alpha = node.value(0), node.attr("alpha", 1.0)
+    zero = scalar(node, 0, x)
+    shrunk = node.emit("div", node.emit("minimum", x, zero), scalar(node, alpha, x))
+    below = node.emit("mul", node.emit("sub", node.emit("exp", shrunk), scalar(node, 1, x)), scalar(node, alpha, x))
+    return node.emit("where", node.emit("less", x, zero), below, x)
+
+
 @converter("Selu")
 def _selu(node: Node) -> Value:
     alpha, gamma = node.attr("alpha", 1.67326319217681884765625), node.attr("gamma", 1.05070102214813232421875)
