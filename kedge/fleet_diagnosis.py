@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from kedge.diagnosis import LOW_FREE_BYTES, MIN_FREE_BYTES, Finding, Status, try_on
 from kedge.rpc.client.fleet import Fleet
+from kedge.rpc.client.plan import is_open_to
 from kedge.rpc.errors import AuthenticationError, ConnectError, KedgeError
 from kedge.rpc.protocol import ProtocolError, accepts, local_protocol
 from kedge.rpc.security import credentials
@@ -176,10 +177,17 @@ class Hops:
             names = ", ".join(f"{device.info.name} ({_since(device.last_seen_unix_ms)})" for device in gone[:8])
             yield Finding("devices that left", "note", names, "see whether their agents run, and reach the tracker")
         if self._selector:
-            free = next((device.info for device in chosen if device.state is DeviceState.IDLE), None)
+            user = self._status.user if self._status is not None else ""
+            idle = (device for device in chosen if device.state is DeviceState.IDLE and is_open_to(device, user))
+            free = next((device.info for device in idle), None)
             if free is None:
                 states = ", ".join(f"{device.info.name}: {device.state}" for device in chosen[:8])
-                yield Finding("a job on the device", "note", f"not tried, none is idle ({states})", "try again later")
+                yield Finding(
+                    "a job on the device",
+                    "note",
+                    f"not tried, none is idle and free to use ({states})",
+                    "try again later",
+                )
             else:
                 yield from _said("a job on the device", lambda: _run_there(fleet, free.name, free.target))
 

@@ -44,9 +44,9 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """Lines for people: whatever a message has in it, what begins a line was written by the one who logs."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging names it
-        """The record's first line, and further ones of its message indented."""
-        return printable(super().formatMessage(record)).replace("\n", "\n    ")
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's first line, and further ones, of its message or a traceback, indented."""
+        return printable(super().format(record)).replace("\n", "\n    ")
 
 
 def configure(form: str, text: str, level: int = logging.INFO) -> None:

@@ -70,6 +70,8 @@ class Fleet:
         self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
+        #: As whom the tracker knows us, once somebody wanted to know.
+        self._user: str | None = None
         #: Whether the tracker has RunJob (older ones have not), and the job that was begun by it last.
         self._has_run_job = True
         self._last_run: Callable[[], Job | None] = lambda: None
@@ -258,7 +260,9 @@ class Fleet:
     async def _check_matches(self, selector: str, artifact: ArtifactOrPath | None = None, on: str = "") -> DeviceStatus:
         everyone = await self.devices()
         matching = await self.devices(selector) if selector else everyone
-        return await asyncio.to_thread(plan.choose, selector, matching, everyone, artifact, on)
+        if self._user is None:
+            self._user = (await self.status()).user
+        return await asyncio.to_thread(plan.choose, selector, matching, everyone, self._user, artifact, on)
 
     async def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> Attached:
         """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""
@@ -297,13 +301,13 @@ class Fleet:
         """Submit; when that is cancelled, so is the job, which may have been accepted: nobody has a handle to it."""
         message = await self._prepare(packed, request)
         async with self._withdrawn(message):
-            return await self._send(packed, request, message)
+            return await self._send(packed, request, message, waits=False)
 
     async def _call(self, packed: Packed, request: Request) -> Result:
         """Submit and wait; when that is cancelled, so is the job."""
         message = await self._prepare(packed, request)
         async with self._withdrawn(message):
-            return await (await self._send(packed, request, message)).wait()
+            return await (await self._send(packed, request, message, waits=True)).wait()
 
     @asynccontextmanager
     async def _withdrawn(self, message: fleet_pb2.SubmitJobRequest) -> AsyncIterator[None]:
@@ -333,30 +337,37 @@ class Fleet:
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
         return plan.submit_request(spec)
 
-    async def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
+    async def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest, *, waits: bool) -> Job:
         try:
-            return await self._begin(message)
+            return await self._begin(message, waits)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             await self._ensure_uploaded(packed)
             await asyncio.to_thread(self._blobs.upload_missing, request.uploads)
-            return await self._begin(message)
+            return await self._begin(message, waits)
 
-    async def _begin(self, message: fleet_pb2.SubmitJobRequest) -> Job:
-        """The accepted job. In the same call its result is told, but for jobs that pile up before one is waited for."""
+    async def _begin(self, message: fleet_pb2.SubmitJobRequest, waits: bool) -> Job:
+        """The accepted job. In the same call its result is told, but for jobs that pile up before one is waited for.
+
+        `waits`: whoever asks waits for the result at once.
+        """
         last = self._last_run()
-        if self._has_run_job and (last is None or last._run is None):
+        if self._has_run_job and (waits or last is None or last._run is None):
             run = self._stub.RunJob(message, timeout=_CALL_S)
+            job = Job(self, "", run)
+            if not waits:
+                self._last_run = weakref.ref(job)  # now: others submit while the tracker answers
             try:
-                job = Job(self, (await run.read()).job_id, run)
+                job.id = (await run.read()).job_id
             except grpc.RpcError as error:
+                job._run = None
                 self._has_run_job = plan.has_run_job(error, self.address)  # next it is submitted, under the same key
             except BaseException:
+                job._run = None
                 run.cancel()
                 raise
             else:
-                self._last_run = weakref.ref(job)
                 return job
         return Job(self, (await self._persist(self._stub.SubmitJob, message)).job.id)
 

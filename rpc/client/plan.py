@@ -270,10 +270,11 @@ def choose(
     selector: str,
     devices: Sequence[DeviceStatus],
     everyone: Sequence[DeviceStatus],
+    user: str,
     artifact: ArtifactOrPath | None = None,
     on: str = "",
 ) -> DeviceStatus:
-    """One device that matches and can run the artifact: by lot, of those that can begin soonest.
+    """One device that matches and can run the artifact: by lot, of those that can begin soonest for this user.
 
     By lot, since all who ask at once see the same ones idle. Raises NoDeviceError naming those that there are, and
     IncompatibleTargetError where none of those that match can run the artifact.
@@ -283,8 +284,8 @@ def choose(
             packed = pack(artifact)
             check_devices(packed, selector, devices, on)
             devices = [device for device in devices if _can_run(packed, device, on)]
-        soonest = min(map(_wait, devices))
-        return random.choice([device for device in devices if _wait(device) == soonest])
+        soonest = min(_wait(device, user) for device in devices)
+        return random.choice([device for device in devices if _wait(device, user) == soonest])
     if not everyone:
         raise NoDeviceError("no device is connected", hint="start one with 'kedge agent start --tracker HOST:PORT'")
     names = ", ".join(f"{d.info.name} ({d.info.arch})" for d in everyone[:10])
@@ -299,11 +300,14 @@ def _can_run(packed: Packed, device: DeviceStatus, on: str) -> bool:
     return True
 
 
-def _wait(device: DeviceStatus) -> int:
-    """A rank of how long a device lets wait; whose reservation it is is told to that user alone."""
-    if device.reservation is not None and not device.reservation.user:
-        return len(_PREFERENCE)
-    return _PREFERENCE.get(device.state, len(_PREFERENCE))
+def _wait(device: DeviceStatus, user: str) -> int:
+    """A rank of how long a device lets a user wait."""
+    return _PREFERENCE.get(device.state, len(_PREFERENCE)) if is_open_to(device, user) else len(_PREFERENCE)
+
+
+def is_open_to(device: DeviceStatus, user: str) -> bool:
+    """Whether nobody else has reserved the device now."""
+    return device.reservation is None or device.reservation.user == user
 
 
 def none_came(selector: str, timeout_s: float) -> NoDeviceError:

@@ -113,7 +113,7 @@ class TrackerBlobs(BlobStore):
                     self._tell_kept(digest)
                     if digest in self._sizes:
                         self._set_free(digest)
-                        self._touch(digest)
+                        self._touch_again(digest)
 
     def keep(self, digests: Iterable[str]) -> None:
         """A result that is kept names these: as long as one does, they go after all that none does."""
@@ -170,7 +170,9 @@ class TrackerBlobs(BlobStore):
         """How much may be kept now."""
         if self._quota_bytes is not None:
             return self._quota_bytes
-        here = self._stored + sum(self._leftovers.values())
+        with self._books:
+            coming = sum(_bytes_of(writer.path) for writer in self._under_way)
+            here = self._stored + sum(self._leftovers.values()) + coming
         return int((shutil.disk_usage(str(self.root)).free + here) * DISK_SHARE)
 
     def taken_bytes(self) -> int:
@@ -247,7 +249,8 @@ class TrackerBlobs(BlobStore):
             # What is gone on with must not go to make room for itself.
             resumed = self._leftovers.pop(part.name, None)
             try:
-                self.make_room(offset)
+                if resumed is None:  # else its bytes have their room already
+                    self.make_room(offset)
                 writer = super()._claim(blob, offset, part)
             except BaseException:
                 if resumed is not None:
@@ -316,3 +319,11 @@ class TrackerBlobs(BlobStore):
         self._stored = sum(self._sizes.values())
         parts = sorted((path.stat().st_mtime, path.name, path.stat().st_size) for path in self._partial.iterdir())
         self._leftovers.update((name, size) for _, name, size in parts)
+
+
+def _bytes_of(path: Path) -> int:
+    """How large a file is; 0 where there is none, as of an upload that has just ended."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +59,45 @@ def files(store: TrackerBlobs) -> dict[str, int]:
     """Every file of the store: `objects` or `partial`, a slash, its name."""
     found = (path for path in store.root.rglob("*") if path.is_file())
     return {f"{path.relative_to(store.root).parts[0]}/{path.name}": path.stat().st_size for path in found}
+
+
+def test_an_upload_that_was_let_in_finds_its_room_on_the_disk_that_it_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free becomes less with each byte of it; also where it is broken off and gone on with."""
+
+    def disk_usage(_: str) -> SimpleNamespace:
+        return SimpleNamespace(free=1_000 - sum(files(store).values()))
+
+    store = TrackerBlobs(tmp_path / "blobs")
+    monkeypatch.setattr("kedge.rpc.tracker.blobs.STEP_BYTES", STEP)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    data = b"u" * 700
+    blob = blob_of(data)
+    for begin, end in ((0, 350), (350, 700)):
+        with store.begin(blob, begin) as writer:
+            for at in range(begin, end, 50):
+                writer.append(data[at : at + 50])
+            if end == len(data):
+                writer.commit()
+    assert store.has(blob) and store.quota_bytes() == 750
+    with pytest.raises(BlobQuotaError):
+        store.begin(blob_of(b"w" * 751), 0)
+
+
+def test_jobs_that_end_one_after_the_other_do_not_touch_their_files_each_time(tmp_path: Path) -> None:
+    clock = Clock()
+    store = TrackerBlobs(tmp_path / "blobs", QUOTA, clock=clock)
+    blob = store.put(b"artifact")
+    clock.now += PROMISE_S + 1
+    store.end_promises()
+    used = []
+    for wait_s in (0, 3, 3, 20):
+        clock.now += wait_s
+        store.hold((blob.digest,))
+        store.let_go((blob.digest,))
+        used.append(store._object(blob.digest).stat().st_mtime)
+    assert used[0] == used[1] == used[2] < used[3]
 
 
 class Quota(RuleBasedStateMachine):

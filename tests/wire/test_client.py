@@ -232,7 +232,9 @@ x = {"x": np.zeros((1, 4), np.float32)}
 with connect(sys.argv[1]) as fleet:
     try:
         if sys.argv[3] == "wait":
-            fleet.run(make_artifact(), x, device="bench-1").wait(progress=lambda job: print(job.state, flush=True))
+            job = fleet.run(make_artifact(), x, device="bench-1")
+            print("submitted", flush=True)
+            job.wait(progress=lambda job: print(job.state, flush=True))
         else:
             with fleet.pin("bench-1") as device:
                 device.load(make_artifact()).run(x)
@@ -254,6 +256,8 @@ def test_ctrl_c_is_clean(tmp_path: Path, how: str, cancelled: bool) -> None:
             [sys.executable, "-c", INTERRUPTED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         lease = agent.expect(m.AssignJob).lease
+        if not cancelled:  # before that nobody had a handle to the job, and it would be
+            assert process.stdout is not None and process.stdout.readline() == "submitted\n"
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, errors, output.splitlines()[-1]) == (0, "", "interrupted")
@@ -291,14 +295,14 @@ def test_a_device_is_chosen_by_lot_of_those_that_can_begin() -> None:
         return DeviceStatus(device_info(name, arch), state, reservation=reservation)
 
     idle = [status("a"), status("b")]
-    others = [status("c", DeviceState.BUSY), status("d", arch="aarch64"), status("e", user="")]
+    others = [status("c", DeviceState.BUSY), status("d", arch="aarch64"), status("e", user="bob")]
     every = [*others, *idle]
-    chosen = {plan.choose("", every, every, make_artifact()).info.name for _ in range(200)}
+    chosen = {plan.choose("", every, every, "ann", make_artifact()).info.name for _ in range(200)}
     assert chosen == {"a", "b"}
-    assert plan.choose("", others[:2], every, make_artifact()).info.name == "c"
-    assert plan.choose("", [status("e", user=""), status("g", user="ann")], every).info.name == "g"
+    assert plan.choose("", others[:2], every, "ann", make_artifact()).info.name == "c"
+    assert plan.choose("", [status("e", user="bob"), status("g", user="ann")], every, "ann").info.name == "g"
     with pytest.raises(IncompatibleTargetError, match="device d"):
-        plan.choose("d", [others[1]], every, make_artifact())
+        plan.choose("d", [others[1]], every, "ann", make_artifact())
 
 
 def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker, fleet: Fleet) -> None:
@@ -372,6 +376,10 @@ def test_with_asyncio_jobs_that_pile_up_keep_one_call_open(worker: FakeAgent, ar
             for _ in range(2):
                 await fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
             assert calls.taken() == ["RunJob", "RunJob"]
+            together = await asyncio.gather(*(fleet.run(artifact, {"x": X}) for _ in range(3)))
+            assert (
+                sorted(calls.taken()) == ["RunJob", "SubmitJob", "SubmitJob"] and len({job.id for job in together}) == 3
+            )
 
     asyncio.run(main())
 

@@ -48,6 +48,17 @@ def test_a_message_forges_no_line_and_moves_no_cursor() -> None:
     assert text == "WARNING kedge.tracker: job a1: \\x1b[2Joops\n    INFO x: ok\\x9b"
 
 
+def test_a_traceback_forges_no_line_either() -> None:
+    try:
+        raise ValueError("x\x1b[2J\n2026 INFO forged")
+    except ValueError:
+        failed = record("it failed")
+        failed.exc_info = sys.exc_info()
+    lines = TextFormatter("%(message)s").format(failed).splitlines()
+    assert lines[0] == "it failed" and all(line.startswith("    ") for line in lines[1:])
+    assert lines[-2:] == [r"    ValueError: x\x1b[2J", "    2026 INFO forged"]
+
+
 def test_only_what_a_terminal_would_obey_is_escaped() -> None:
     plain = "Größe 5 °C\t→ 日本\n"
     assert printable(plain) == plain

@@ -44,7 +44,7 @@ def kept(folder: Path, keep: Retention, expected: list[str]) -> None:
     """Wait until these are the jobs that are left, oldest first."""
     store = Store(folder, keep=keep, clock=lambda: NOW_S)
     store.when_forgotten(lambda keys: None)
-    wait_for(lambda: sorted(job.id for job in store.jobs(1000, ()).result(10)) == sorted(expected), "only these")
+    wait_for(lambda: sorted(job.id for job in store.jobs(1000, ()).result(10).jobs) == sorted(expected), "only these")
     for job_id in expected:
         assert store.job(job_id).result(10) is not None
         assert store.job_of_key(job_id.replace("j", "key")).result(10) == job_id
@@ -84,9 +84,10 @@ def test_many_go_in_pieces_between_which_others_are_stored(tmp_path: Path) -> No
     store = Store(tmp_path, keep=Retention(jobs=1), clock=lambda: NOW_S)
     store.when_forgotten(lambda keys: None)
     write(store, accepted("new", 10_000))
-    assert len(store.jobs(1000, ()).result(10)) > PIECE, "one piece at a time"
+    assert len(store.jobs(1000, ()).result(10).jobs) > PIECE, "one piece at a time"
     wait_for(
-        lambda: [job.id for job in store.jobs(1000, ()).result(10)] == ["new", f"j{3 * PIECE - 1}"], "the rest goes too"
+        lambda: [job.id for job in store.jobs(1000, ()).result(10).jobs] == ["new", f"j{3 * PIECE - 1}"],
+        "the rest goes too",
     )
     store.close()
 
