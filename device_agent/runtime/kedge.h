@@ -233,7 +233,9 @@ typedef struct {
   const char *lib_path;     /* the variant's lib.so */
   const char *weights_path; /* the file that holds the weights; NULL when there are none */
   uint64_t weights_offset;  /* byte offset of the weight data in that file; a multiple of KEDGE_ALIGNMENT */
-  const void *weights_data; /* or the data itself, at KEDGE_ALIGNMENT; it stays the caller's and outlives the model */
+  /* Or the data itself, at KEDGE_ALIGNMENT; it stays the caller's and outlives the model. Anonymous memory is moved into
+   * huge pages, where the system has them: what processes are to share is opened before they are forked. */
+  const void *weights_data;
 } kedge_open_options;
 
 KEDGE_API int32_t kedge_open(const kedge_open_options *options, kedge_model **model);

@@ -114,20 +114,28 @@ static int32_t check_module(const kedge_module_desc *module) {
 #define MADV_COLLAPSE 25 /* since Linux 6.1 */
 #endif
 
+static bool huge_pages_are_off(void) {
+  char text[64] = "";
+  int file = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return true;
+  ssize_t length = read(file, text, sizeof text - 1);
+  close(file);
+  return length <= 0 || strstr(text, "[never]") != NULL;
+}
+
 /* Weights that a compiler has just written lie in small pages, which a product with few rows reads at two thirds of the
  * speed: its time is that of memory, and of the TLB. A wish, not a need: older kernels and files refuse. */
 static void prefer_huge_pages(const void *data, uint64_t size) {
+  if (huge_pages_are_off()) return; /* the kernel does it all the same */
   uintptr_t first = ((uintptr_t)data + KEDGE_HUGE_PAGE - 1) / KEDGE_HUGE_PAGE * KEDGE_HUGE_PAGE;
   uintptr_t end = ((uintptr_t)data + (uintptr_t)size) / KEDGE_HUGE_PAGE * KEDGE_HUGE_PAGE;
   if (first < end) madvise((void *)first, end - first, MADV_COLLAPSE);
 }
 
 static int32_t lend_weights(kedge_model *model, const void *data) {
-  uint64_t size = model->module->weights_size;
-  if (size > 0 && (data == NULL || (uintptr_t)data % KEDGE_ALIGNMENT != 0)) {
+  if (model->module->weights_size > 0 && (data == NULL || (uintptr_t)data % KEDGE_ALIGNMENT != 0)) {
     return kedge_fail(KEDGE_E_ARGUMENT, "the module needs weights at a multiple of %d bytes", KEDGE_ALIGNMENT);
   }
-  if (size > 0) prefer_huge_pages(data, size);
   model->weights = data;
   return KEDGE_OK;
 }
@@ -135,7 +143,11 @@ static int32_t lend_weights(kedge_model *model, const void *data) {
 static int32_t map_weights(kedge_model *model, const kedge_open_options *options) {
   uint64_t size = model->module->weights_size, offset = options->weights_offset, end;
   if (size == 0) return KEDGE_OK;
-  if (options->weights_data != NULL) return lend_weights(model, options->weights_data);
+  if (options->weights_data != NULL) {
+    int32_t status = lend_weights(model, options->weights_data);
+    if (status == KEDGE_OK) prefer_huge_pages(options->weights_data, size);
+    return status;
+  }
   const char *path = options->weights_path;
   if (path == NULL) return kedge_fail(KEDGE_E_LOAD, "the module needs %llu bytes of weights", (unsigned long long)size);
   if (offset % KEDGE_ALIGNMENT != 0 || __builtin_add_overflow(offset, size, &end)) {
