@@ -8,7 +8,8 @@ symbolic by replacing one variable after the other by the end of its range that 
 are tried as lower bounds of the claim. A proof that fails proves nothing: `prove` is one-sided.
 
 int64 is treated as unbounded: index arithmetic of real tensors does not overflow. That of a tensor's own numbers may,
-so comparisons with it (`x[i] + 1 > x[i]`) are left alone.
+so what depends on which sum is the larger (`x[i] + 1 > x[i]`, `max(x[i] + 1, x[i])`, quotients) is left alone where the
+intervals do not say that it fits. Numbers of a tensor that a dim limits, as an index is clamped, count as indices.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ Ranges: TypeAlias = Mapping[Var, Range]
 Interval: TypeAlias = tuple[int | None, int | None]
 
 _ANYTHING: Final[Interval] = (None, None)
+_LEAST: Final = -(2**63)
+_MOST: Final = 2**63 - 1
+#: Where any int64 of a tensor lies.
+_INT64: Final[Interval] = (_LEAST, _MOST)
+#: What an unbounded end, which is that of a dim, counts as beside others: beyond all numbers, but those of tensors.
+_FAR: Final = 2**62
 _DEPTH: Final = 8
 Extreme: TypeAlias = Literal["min", "max"]
 _MIRRORED: Final[Mapping[BinaryOp, BinaryOp]] = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
@@ -189,6 +196,7 @@ class Simplifier:
         self._parts: dict[int, tuple[str, Poly, Poly]] = {}  # of atoms `x // d` and `x % d`
         self._intervals: dict[int, Interval] = {}
         self._sizes: dict[int, bool] = {}
+        self._reading: dict[int, bool] = {}
         self._firsts: dict[int, int] = {}
         self._extremes: dict[Key, int] = {}  # the atom of a minimum or maximum, in whatever order its sides stand
         self._floors: list[Poly] = []  # what the facts say: each is at least 0
@@ -246,13 +254,15 @@ class Simplifier:
                     self._reach(end, found)
 
     def _learn(self, fact: Expr) -> None:
-        if not (isinstance(fact, Binary) and fact.op in COMPARISONS and _of_indices(fact)):
+        if not (isinstance(fact, Binary) and fact.op in COMPARISONS):
             return
-        difference, one = self.poly(fact.b) - self.poly(fact.a), Poly.of(1)
+        difference, one = self._difference(fact), Poly.of(1)
+        if difference is None:
+            return
         found = {
-            "lt": [difference - one], "le": [difference],
-            "gt": [difference.scaled(-1) - one], "ge": [difference.scaled(-1)],
-            "eq": [difference, difference.scaled(-1)], "ne": [],
+            "lt": [difference.scaled(-1) - one], "le": [difference.scaled(-1)],
+            "gt": [difference - one], "ge": [difference],
+            "eq": [difference.scaled(-1), difference], "ne": [],
         }[fact.op]  # fmt: skip
         for floor in map(self._normal, found):
             self._floors.append(floor)
@@ -355,8 +365,9 @@ class Simplifier:
             case Call(name="not", args=(inner,)):
                 opposite = negated(inner)
                 return opposite is not None and self.prove(opposite)
-            case Binary(op=op, a=a, b=b) if op in COMPARISONS and _of_indices(condition):
-                return self._prove_comparison(op, self.poly(a) - self.poly(b))
+            case Binary(op=op) if op in COMPARISONS:
+                difference = self._difference(condition)
+                return difference is not None and self._prove_comparison(op, difference)
         return False
 
     def prove_equal(self, a: Expr, b: Expr) -> bool:
@@ -445,6 +456,8 @@ class Simplifier:
                 return self._normal(x - y)
             case "mul":
                 return self._normal(x * y)
+            case _ if self._may_wrap(x) or self._may_wrap(y) or (op not in ("min", "max") and self._may_be_zero(y)):
+                pass
             case "floordiv":
                 return self._divide(x, y)
             case "floormod":
@@ -685,6 +698,46 @@ class Simplifier:
     # Intervals and proofs ---------------------------------------------------------------------------------------
 
     def _bounds(self, poly: Poly) -> Interval:
+        """Where a polynomial lies, in machine arithmetic if it is one of data."""
+        total = self._total(poly)
+        return _INT64 if self._wraps(poly, total) else total
+
+    def _difference(self, comparison: Binary) -> Poly | None:
+        """What a comparison of int64 compares with 0; None where a side is a sum of data that may wrap around."""
+        if comparison.a.dtype != INDEX_DTYPE:
+            return None
+        a, b = self.poly(comparison.a), self.poly(comparison.b)
+        return None if self._may_wrap(a) or self._may_wrap(b) else a - b
+
+    def _may_be_zero(self, divisor: Poly) -> bool:
+        """Whether a divisor is a number of a tensor, which may be 0: dims are none."""
+        return any(map(self._reads, divisor.atoms())) and not self._positive(divisor)
+
+    def _may_wrap(self, poly: Poly) -> bool:
+        """Whether the numbers of a tensor may make a sum or product leave int64."""
+        return self._wraps(poly, self._total(poly))
+
+    def _wraps(self, poly: Poly, total: Interval) -> bool:
+        """Whether one that lies in `total` if nothing wraps around is arithmetic on data, and may leave int64."""
+        low, high = total
+        if low is not None and high is not None and low >= _LEAST and high <= _MOST:
+            return False
+        alone = len(poly.terms) == 1 and any(len(mono) == 1 and c == 1 for mono, c in poly.terms.items())
+        return not alone and any(map(self._is_data, poly.atoms()))
+
+    def _is_data(self, atom: int) -> bool:
+        """Whether an atom is made of the numbers of a tensor, and these are not limited by dims."""
+        low, high = self._interval(atom) if self._reads(atom) else _ANYTHING
+        return low == _LEAST or high == _MOST or None not in (low, high)
+
+    def _reads(self, atom: int) -> bool:
+        """Whether an atom has a number of a tensor in it, as what it counts or what it depends on."""
+        if atom not in self._reading:
+            self._reading[atom] = _reads_data(self._atoms[atom])
+        return self._reading[atom]
+
+    def _total(self, poly: Poly) -> Interval:
+        """Where a polynomial lies if nothing wraps around."""
         low: int | None = 0
         high: int | None = 0
         for mono, c in poly.terms.items():
@@ -699,7 +752,10 @@ class Simplifier:
     def _interval(self, atom: int) -> Interval:
         if atom not in self._intervals:
             self._intervals[atom] = _ANYTHING  # while it is being worked out
-            self._intervals[atom] = _intersection(self._atom_interval(atom), self._limits.get(atom, _ANYTHING))
+            known = self._atom_interval(atom)
+            if known == _ANYTHING and self._reads(atom):
+                known = _INT64
+            self._intervals[atom] = _intersection(known, self._limits.get(atom, _ANYTHING))
         return self._intervals[atom]
 
     def _atom_interval(self, atom: int) -> Interval:
@@ -715,11 +771,8 @@ class Simplifier:
             case Binary(op=("min" | "max") as op, a=a, b=b):
                 return _extreme(op, self.bounds(a), self.bounds(b))
             case Select(a=a, b=b):
-                (a0, a1), (b0, b1) = self.bounds(a), self.bounds(b)
-                return (
-                    None if a0 is None or b0 is None else min(a0, b0),
-                    None if a1 is None or b1 is None else max(a1, b1),
-                )
+                x, y = self.bounds(a), self.bounds(b)
+                return _extreme("min", x, y)[0], _extreme("max", x, y)[1]
             case Cast(value=value):
                 return _dtype_interval(value.dtype)
         return _ANYTHING
@@ -792,10 +845,12 @@ class Simplifier:
         low, high = self._bounds(factor)
         rising, falling = low is not None and low >= 0, high is not None and high <= 0
         if isinstance(expr, (Binary, Select)) and not (isinstance(expr, Binary) and expr.op not in ("min", "max")):
-            sides = tuple(poly.replace(atom, self.poly(side)) for side in (expr.a, expr.b))
+            exact = [side for side in (self.poly(expr.a), self.poly(expr.b)) if not self._may_wrap(side)]
+            sides = tuple(poly.replace(atom, side) for side in exact)
             # A maximum is at least each of its sides: one that suffices is enough where it counts positively.
-            helps = isinstance(expr, Binary) and (rising if expr.op == "max" else falling)
-            return sides, any if helps else all
+            if isinstance(expr, Binary) and (rising if expr.op == "max" else falling):
+                return sides, any
+            return (sides, all) if len(sides) == 2 else None
         ends = self._symbolic_ends(atom)
         if ends is None or not (rising or falling):
             return None
@@ -823,9 +878,9 @@ class Simplifier:
     # Back to expressions ----------------------------------------------------------------------------------------
 
     def _comparison(self, expr: Binary) -> Expr:
-        if not _of_indices(expr):
+        difference = self._difference(expr)
+        if difference is None:
             return map_children(expr, self.simplify)
-        difference = self.poly(expr.a) - self.poly(expr.b)
         opposite = negated(expr)
         if self._prove_comparison(expr.op, difference):
             return const(True, "bool")
@@ -836,6 +891,8 @@ class Simplifier:
             return const(op, "bool")
         left = Poly({mono: c for mono, c in difference.terms.items() if c > 0})
         right = Poly({mono: -c for mono, c in difference.terms.items() if c < 0})
+        if self._may_wrap(left) or self._may_wrap(right):
+            return map_children(expr, self.simplify)
         new = Binary(op, self.expr_of(left), self.expr_of(right))
         if isinstance(new.a, Const):  # `i < 5`, not `5 > i`
             new = Binary(_MIRRORED.get(op, op), new.b, new.a)
@@ -898,9 +955,9 @@ class Simplifier:
         if isinstance(extreme, Binary) and extreme.op in ("min", "max"):
             rest = Poly({other: factor for other, factor in poly.terms.items() if other not in (mono, ())})
             x, y = self.poly(extreme.a), self.poly(extreme.b)
-            moved = self._extreme(extreme.op, x + rest, y + rest) if rest.terms else None
-            if moved is not None and len((x + rest).terms) + len((y + rest).terms) <= len(x.terms) + len(y.terms):
-                yield moved + Poly.of(poly.constant)
+            fewer = len((x + rest).terms) + len((y + rest).terms) <= len(x.terms) + len(y.terms)
+            if rest.terms and fewer and not any(map(self._may_wrap, (x, y, x + rest, y + rest))):
+                yield self._extreme(extreme.op, x + rest, y + rest) + Poly.of(poly.constant)
 
     def _nested_folds(self, poly: Poly, mono: tuple[int, ...], c: int, x: Poly, d: Poly) -> list[Poly]:
         a = d.value
@@ -959,19 +1016,18 @@ def _intersection(x: Interval, y: Interval) -> Interval:
 def _extreme(op: str, x: Interval, y: Interval) -> Interval:
     pick = min if op == "min" else max
 
-    def end(a: int | None, b: int | None, unbounded_wins: bool) -> int | None:
-        if a is None or b is None:
-            return None if unbounded_wins else (a if b is None else b)
-        return pick(a, b)
+    def end(a: int | None, b: int | None, unbounded: int) -> int | None:
+        found = pick(unbounded if a is None else a, unbounded if b is None else b)
+        return None if found == unbounded else found
 
-    return end(x[0], y[0], op == "min"), end(x[1], y[1], op == "max")
+    return end(x[0], y[0], -_FAR), end(x[1], y[1], _FAR)
 
 
 def _dtype_interval(dtype: str) -> Interval:
     if dtype == "bool":
         return 0, 1
-    if dtype == INDEX_DTYPE or dtype not in INTEGERS:
-        return _ANYTHING
+    if dtype in (INDEX_DTYPE, "uint64") or dtype not in INTEGERS:
+        return _INT64
     info = np.iinfo(dtype)
     return int(info.min), int(info.max)
 
@@ -982,32 +1038,6 @@ def _cast(expr: Cast) -> Expr:
     if isinstance(expr.value, Const) and expr.value.dtype in (INDEX_DTYPE, "bool") and expr.dtype in FLOATS:
         return const(expr.value.value, expr.dtype)
     return expr
-
-
-def _of_indices(comparison: Binary) -> bool:
-    """Whether a comparison is one of int64 that no arithmetic on data can have wrapped around."""
-    return comparison.a.dtype == INDEX_DTYPE and not any(
-        isinstance(side, (Binary, Select, Call)) and any(_any_size(side)) for side in (comparison.a, comparison.b)
-    )
-
-
-def _any_size(expr: Expr) -> tuple[bool, bool]:
-    """Whether data may make an int64 expression as low, and as high, as can be: not where it is clamped."""
-    match expr:
-        case Load():
-            return True, True
-        case Cast(value=value):
-            return (value.dtype in FLOATS | {INDEX_DTYPE, "uint64"},) * 2
-        case Binary(op="min" | "max" as op, a=a, b=b):
-            (a_low, a_high), (b_low, b_high) = _any_size(a), _any_size(b)
-            if op == "max":
-                return a_low and b_low, a_high or b_high
-            return a_low or b_low, a_high and b_high
-        case Binary(a=a, b=b) | Select(a=a, b=b):
-            return (any(_any_size(a)) or any(_any_size(b)),) * 2
-        case Call(args=args):
-            return (any(arg.dtype == INDEX_DTYPE and any(_any_size(arg)) for arg in args),) * 2
-    return False, False
 
 
 def negated(condition: Expr) -> Expr | None:

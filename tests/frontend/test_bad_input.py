@@ -129,6 +129,49 @@ def test_sums_that_wrap_around_are_compared_as_they_are(op: str, number: int, co
     check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
 
 
+def then(model: onnx.ModelProto, op: str, inputs: list[str], output: str, **constants: Array) -> None:
+    model.graph.node.append(onnx.helper.make_node(op, inputs, [output]))
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "places"), [("uint64", [2**64 - 1, 2, 2**64 - 4]), ("uint32", [4_000_000_000, 1, 0])]
+)
+def test_indices_that_wrap_around_stay_inside_of_the_table(dtype: str, places: list[int]) -> None:
+    table = np.arange(100, 104, dtype=np.float32)
+    model, feeds = one_operator("Cast", [np.array(places, dtype)], to=onnx.TensorProto.INT64)
+    model.graph.node[0].output[0] = "wide"
+    then(model, "Mul", ["wide", "wide" if dtype == "uint32" else "one"], "index", one=i64(1))
+    then(model, "Gather", ["table", "index"], "y0", table=table)
+    check(model, feeds, np.array([103, 102, 100] if dtype == "uint64" else [100, 101, 100], np.float32))
+
+
+def test_large_unsigned_numbers_are_negative_as_int64() -> None:
+    x = np.array([2**63, 0, 2**64 - 1, 2**63 - 1], np.uint64)
+    model, feeds = one_operator("Cast", [x], to=onnx.TensorProto.INT64, outputs=["bool"])
+    model.graph.node[0].output[0] = "wide"
+    then(model, "Less", ["wide", "zero"], "y0", zero=i64(0))
+    check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [("Add", "x0", "number"), ("Max", "result", "x0")],
+        [("Mul", "x0", "number"), ("Div", "result", "number")],
+        [("Mul", "x0", "number"), ("Mod", "result", "number")],
+    ],
+)
+def test_extremes_and_quotients_of_sums_that_wrap_around(nodes: list[tuple[str, str, str]]) -> None:
+    x = i64(0, 1, -1, 3, 2**62, -(2**62), 2**63 - 1, -(2**63), 3 * 2**61)
+    (first, *inputs), (second, *operands) = nodes
+    model, feeds = one_operator(first, [x], outputs=["int64"])
+    model.graph.node.pop()
+    then(model, first, inputs, "result", number=i64(3))
+    then(model, second, operands, "y0")
+    check(model, feeds, onnxruntime_outputs(model, feeds)["y0"])
+
+
 def test_the_sign_of_nan_is_nan() -> None:
     model, feeds = one_operator("Sign", [X])
     check(model, feeds, np.sign(X))

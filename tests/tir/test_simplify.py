@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import (
     Binary,
     Cast,
@@ -387,3 +389,60 @@ def test_a_choice_that_stands_in_its_own_condition():
     inner = select(value > 0, value, 1 - value)
     outer = select(inner > 2, inner, 1 - inner)
     assert simplify(select(outer > 3, outer, inner)).dtype == "int64"
+
+
+DATA = Buffer("x", (2,), "int64"), *(Buffer(dtype, (1,), dtype) for dtype in ("uint64", "uint32", "int8"))
+X = [Load(DATA[0], (const(at),)) for at in range(2)]
+WIDE, SMALL, BYTE = (Cast(Load(buffer, (const(0),)), "int64") for buffer in DATA[1:])
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        WIDE >= 0,
+        SMALL * SMALL >= 0,
+        minimum(SMALL * SMALL, 5) >= 0,
+        minimum(maximum(X[0], 0) + maximum(X[1], 0), 5) >= 0,
+        minimum(maximum(X[0], 0) * N, 5) >= 0,
+        maximum(X[0] + 1, 5) > X[0],
+        maximum(X[0] + 1, X[0]) > X[0],
+        X[0] + 1 > X[0],
+    ],
+    ids=print_expr,
+)
+def test_what_wrapping_data_makes_false_is_not_proved(condition):
+    assert not prove(condition)
+    assert print_expr(simplify(condition)) != "True"
+
+
+def test_what_is_known_of_data():
+    assert prove(SMALL >= 0) and prove(SMALL + SMALL * 7 <= 2**35)
+    assert prove(SMALL * 4 + 3 > SMALL * 4)
+    for index in (WIDE, SMALL * SMALL, X[0], X[0] + X[1]):
+        safe = minimum(maximum(select(index < 0, index + N, index), 0), N - 1)
+        assert prove(safe >= 0) and prove(safe < N)
+        assert prove(safe * M + J >= 0, RANGES) and prove(safe * 16 + J < N * 16, RANGES)
+        assert bounds(safe * 4) == (0, None)
+        assert print_expr(simplify((safe * 16 + J) // 16 - safe, RANGES)) == "0"
+
+
+def data():
+    leaves = st.sampled_from([*X, WIDE, SMALL, BYTE, *map(const, (0, 1, -1, 3, 5))])
+    ops = st.sampled_from(["add", "sub", "mul", "min", "max", "floordiv", "floormod", "truncdiv", "truncmod"])
+    return st.recursive(leaves, lambda inner: st.builds(Binary, ops, inner, inner), max_leaves=5)
+
+
+numbers = st.sampled_from([0, 1, 3, -1, 2**63 - 1, -(2**63), 2**62, 2**31, -5])
+
+
+@given(data(), data(), st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"]), st.tuples(*[numbers] * 5))
+def test_arithmetic_on_data_wraps_around(a, b, op, values):
+    y = Buffer("y", (6,), "int64")
+    exprs = [a, b, select(Binary(op, a, b), a, b)]
+    simple = [simplify(expr) for expr in exprs]
+    body = Seq(tuple(Store(y, (const(at),), expr) for at, expr in enumerate([*exprs, *simple])))
+    parts = (values[:2], values[2:3], values[3:4], values[4:])
+    feeds = [np.array(part, np.int64).astype(buffer.dtype) for buffer, part in zip(DATA, parts, strict=True)]
+    with np.errstate(all="ignore"):
+        (got,) = interp.run(PrimFunc("f", (*DATA, y), 1, body), feeds)
+    assert got[:3].tolist() == got[3:].tolist(), [print_expr(expr) for expr in (*exprs, *simple)]
