@@ -237,7 +237,8 @@ class Printer:
     def limits(self, var: Var) -> str:
         """A symbol with what is known of it."""
         if isinstance(var, Lead):
-            return f"{self.name(var)} <= {var.upper} before {word(var.buffer)}"
+            place = next((b for b in self._names if isinstance(b, Buffer) and b.name == var.buffer), None)
+            return f"{self.name(var)} <= {var.upper} before {word(var.buffer) if place is None else self.name(place)}"
         low = f" >= {var.lower}" if var.lower is not None else ""
         high = f" <= {var.upper}" if var.upper is not None else ""
         name = self.name(var)

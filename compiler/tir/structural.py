@@ -104,12 +104,13 @@ class _Canonical:
     def __init__(self) -> None:
         self.vars: dict[Var, str] = {}
         self.buffers: dict[Buffer, str] = {}
+        self.params: list[str] = []  # as the leads call them
 
     def var(self, var: Var) -> str:
         if var in self.vars:
             return self.vars[var]
         self.vars[var] = name = f"v{len(self.vars)}"
-        lead = f"@{var.buffer}" if isinstance(var, Lead) else ""
+        lead = f"@{self.params.index(var.buffer)}" if isinstance(var, Lead) else ""
         return f"{name}:{var.dtype}[{var.lower},{var.upper}]{lead}"
 
     def buffer(self, buffer: Buffer) -> str:
@@ -156,6 +157,7 @@ class _Canonical:
         return f"block({head}|{_attrs(block.annotations)}|{init}|{self.stmt(block.body)})"
 
     def func(self, func: PrimFunc) -> str:
+        self.params = [buffer.name for buffer in func.params]
         params = ";".join(map(self.buffer, func.params))
         symbols = ";".join(map(self.var, func.symbols))
         # Allocations are numbered and typed where they are used, so their order carries no meaning.

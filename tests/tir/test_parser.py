@@ -17,6 +17,7 @@ from kedge.compiler.tir.expr import (
     Cast,
     Const,
     Expr,
+    Lead,
     Load,
     Select,
     Var,
@@ -24,6 +25,7 @@ from kedge.compiler.tir.expr import (
     const,
 )
 from kedge.compiler.tir.parser import parse_func, read_func
+from kedge.compiler.tir.printer import print_func
 from kedge.compiler.tir.stmt import Block, Buffer, For, If, IterKind, IterVar, PrimFunc, Range, Region, Seq, Store
 from kedge.compiler.tir.structural import equal
 from kedge.compiler.tir.verify import verify
@@ -65,6 +67,15 @@ def test_everything_a_function_can_have():
 
 def iter_var(var: Var, extent: int, kind: IterKind) -> IterVar:
     return IterVar(var, const(extent), kind)
+
+
+def test_a_lead_is_of_the_parameter_as_the_text_calls_it():
+    n = Var("n", lower=1)
+    x, y = Buffer("n", (n,), "float32"), Buffer("y", (n,), "float32")
+    lead = Lead("n_lead", lower=0, upper=15, buffer="n")
+    func = PrimFunc("f", (x, y), 1, Store(y, (const(0),), Load(x, (const(0),))), symbols=(n, lead))
+    assert "n_lead <= 15 before n_1" in print_func(func)
+    check(func)
 
 
 def test_symbols_without_a_where_come_in_order_of_appearance():
