@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kedge.compiler.codegen.gpu.ir import AXES, Barrier, Launch, exprs, walk
+from kedge.compiler.dtypes import INTEGERS
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.tir.expr import COMPARISONS, Binary, Call, Cast, Const, Expr, Load, Select, Var, as_expr, const
 from kedge.compiler.tir.simplify import Simplifier, over
@@ -51,6 +52,7 @@ _WORDS = frozenset(_FUNCTIONS.values()) | {
     "switch", "true", "typedef", "typeof", "uchar", "uint", "ulong", "union", "unsigned", "ushort", "void", "volatile",
     "while", "read_only", "write_only", "read_write", "M_PI", "INFINITY", "NAN", "MAXFLOAT", "HUGE_VAL", "as_float",
     "as_uint", "barrier", "copysign", "fma", "fmod", "isnan", "max", "min", "vload_half", "vstore_half_rte",
+    "INT_MIN", "LONG_MIN",
 }  # fmt: skip
 
 #: Beginnings of names that the language or this file keeps for itself, and its vector types.
@@ -97,6 +99,12 @@ _HELPERS = {
         "  for (; left != 0; left >>= 1, square *= square)\n"
         "    if (left & 1) power *= square;\n"
         "  return power;\n}}"
+    ),
+    "kedge_to_int": "int kedge_to_int_{s}({v} x) {{ return fabs(x) < 0x1p31f ? (int)x : INT_MIN; }}",
+    "kedge_to_long": "long kedge_to_long_{s}({v} x) {{ return fabs(x) < 0x1p63f ? (long)x : LONG_MIN; }}",
+    "kedge_to_ulong": (
+        "ulong kedge_to_ulong_{s}({v} x) {{\n"
+        "  return x >= 0x1p63f ? (ulong)kedge_to_long_{s}(x - 0x1p63f) | 1ul << 63 : (ulong)kedge_to_long_{s}(x);\n}}"
     ),
     "kedge_to_half": (
         "float kedge_to_half(float x) {{\n"
@@ -428,7 +436,16 @@ class _Kernel:
             return f"{self.helper('kedge_from_bf16')}({rounded})", _ATOM
         if source in _HALVES and dtype == "float32":
             return self.write(value, True)
+        if source in _FLOATS and dtype in INTEGERS:
+            return f"({_value(dtype)}){self.cut(value, dtype)}", _UNARY
         return f"({_value(dtype)}){inner}", _UNARY
+
+    def cut(self, value: Expr, dtype: str) -> str:
+        """A float without its fraction, as the wide integer whose lowest bits count; C alone says nothing of most."""
+        name = self.helper("kedge_to_long" if dtype in ("int64", "uint64", "uint32") else "kedge_to_int", value.dtype)
+        if dtype == "uint64":
+            name = self.helper("kedge_to_ulong", value.dtype)
+        return f"{name}({self.expr(value, data=True)})"
 
     def call(self, expr: Call) -> str:
         args = [self.expr(arg, data=True) for arg in expr.args]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -168,6 +169,23 @@ def test_casts(kernels: KernelCache) -> None:
     got, want = both(func, arrays, kernels)
     for number, pair in enumerate((a, b) for a in kinds for b in kinds):
         np.testing.assert_array_equal(got[:, number], want[:, number], err_msg=" to ".join(pair))
+
+
+def test_floats_that_an_integer_cannot_hold_wrap_around(kernels: KernelCache) -> None:
+    """As `docs/numerics.md` has it, which the interpreter follows."""
+    edges = [2.0**bits for bits in (7, 8, 15, 16, 31, 32, 40, 63, 64, 65)]
+    near = [np.nextafter(np.float32(edge), np.float32(0)) for edge in edges]
+    positive = np.array([0, 0.9, 5, 200.7, 300, 70000, 3e9, 1e10, 1e19, 1e30, np.inf, np.nan, *edges, *near])
+    sources = [te.placeholder((_N,), kind, f"from_{kind}") for kind in FLOATS]
+    results = [te.compute((_N,), lambda i, x=x, to=to: Cast(x[i], to)) for x in sources for to in INTEGERS]
+    with np.errstate(over="ignore"):
+        arrays = [np.concatenate([positive, -positive]).astype(np.dtype(kind)) for kind in FLOATS]
+    func = te.create_prim_func([*sources, *results], "cut")
+    got = opencl.run(func, arrays, kernels)
+    for (source, to), made, want in zip(
+        itertools.product(FLOATS, INTEGERS), got, interp.run(func, arrays), strict=True
+    ):
+        np.testing.assert_array_equal(made, want, err_msg=f"{source} to {to}")
 
 
 def test_wide_integers_become_narrow_ones(kernels: KernelCache) -> None:
