@@ -456,7 +456,7 @@ class Simplifier:
                 return self._normal(x - y)
             case "mul":
                 return self._normal(x * y)
-            case _ if self._may_wrap(x) or self._may_wrap(y) or (op not in ("min", "max") and self._may_be_zero(y)):
+            case _ if self._may_wrap(x) or self._may_wrap(y) or (op not in ("min", "max") and not self._divides(y)):
                 pass
             case "floordiv":
                 return self._divide(x, y)
@@ -709,9 +709,12 @@ class Simplifier:
         a, b = self.poly(comparison.a), self.poly(comparison.b)
         return None if self._may_wrap(a) or self._may_wrap(b) else a - b
 
-    def _may_be_zero(self, divisor: Poly) -> bool:
-        """Whether a divisor is a number of a tensor, which may be 0: dims are none."""
-        return any(map(self._reads, divisor.atoms())) and not self._positive(divisor)
+    def _divides(self, divisor: Poly) -> bool:
+        """Whether it is a divisor of indices: numbers above 0 and dims, not the numbers of a tensor, which may be 0."""
+        value = divisor.value
+        if value is not None:
+            return value > 0
+        return all(free_vars(self._atoms[atom]) and not self._reads(atom) for atom in divisor.atoms())
 
     def _may_wrap(self, poly: Poly) -> bool:
         """Whether the numbers of a tensor may make a sum or product leave int64."""
