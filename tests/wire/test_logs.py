@@ -17,6 +17,7 @@ from kedge.rpc.client import Fleet
 from kedge.rpc.logs import JsonFormatter, TextFormatter
 from kedge.rpc.printable import printable
 from kedge.rpc.tracker.server import RunningTracker
+from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
 from support.toys import device_info
 
@@ -80,6 +81,8 @@ def test_a_tracker_says_what_became_of_a_job(
     with caplog.at_level(logging.INFO, "kedge.tracker"), FakeAgent(tracker.address, device_info(), work=echo):
         job = fleet.run(artifact, {"x": np.zeros((2, 4), np.float32)})
         job.wait()
+        # Who waits for the job goes first, its line comes after.
+        wait_for(lambda: any(hasattr(each, "job") for each in caplog.records), "the job's line")
     found = [json.loads(JsonFormatter().format(each)) for each in caplog.records]
     (ended,) = [each for each in found if "job" in each]
     assert ended["message"] == f"job {job.id} of local on bench-1: ok"

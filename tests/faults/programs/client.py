@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """A user who submits job after job and checks every answer: ADDRESS ARTIFACT NUMBER SEED THREADS LARGE_SHARE LOG.
 
 Writes a line of JSON for each thing that happens: what it is about to submit and what has to come of it, that it was
@@ -15,6 +16,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+# Waited for, not handled: the kernel may give it to another thread, which does not wake one that joins. Blocked before
+# any thread is there: numpy's own would take it, and end the process, while the main thread comes back from a SIGSTOP.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 import numpy as np
 import numpy.typing as npt
@@ -110,8 +115,6 @@ def sha(array: F32) -> str:
 
 def main(address: str, artifact: str, number: str, seed: str, threads: str, large_share: str, log: str) -> None:
     client = Client(address, Artifact.load(artifact), int(number), int(seed), float(large_share), log)
-    # Waited for, not handled: the kernel may give it to another thread, which does not wake one that joins.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     client.say("ready", 0)
     workers = [threading.Thread(target=client.work, args=(each,)) for each in range(int(threads))]
     for worker in workers:
