@@ -391,7 +391,7 @@ class Fleet:
         spec = plan.signed(request.spec, packed, self._signing_key)
         if (packed.blob.digest, spec.selector, spec.on) not in self._fitting:
             devices = self.devices(spec.selector)
-            plan.check_devices(packed, spec.selector, devices, spec.on)
+            plan.fitting(packed, spec.selector, devices, spec.on)
             if devices:
                 self._fitting.add((packed.blob.digest, spec.selector, spec.on))
         self._ensure_uploaded(packed)

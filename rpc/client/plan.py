@@ -241,20 +241,25 @@ def _tensors(
 # ---- Devices -------------------------------------------------------------------------------------------------------
 
 
-def check_devices(packed: Packed, selector: str, devices: Sequence[DeviceStatus], on: str = "") -> None:
-    """Raise IncompatibleTargetError when devices match the selector, but none can run the artifact."""
+def fitting(packed: Packed, selector: str, devices: Sequence[DeviceStatus], on: str = "") -> list[DeviceStatus]:
+    """Of devices that match the selector those that can run the artifact.
+
+    Raises IncompatibleTargetError when there are devices, but none can.
+    """
     refusal: IncompatibleTargetError | None = None
+    found = []
     for device in devices:
         try:
             check_device(packed, device.info, on)
         except IncompatibleTargetError as error:
             refusal = refusal or error
         else:
-            return
-    if refusal is not None:
+            found.append(device)
+    if refusal is not None and not found:
         where = f"device {devices[0].info.name}" if len(devices) == 1 else f"all {len(devices)} devices that match"
         about = f" {selector!r}" if selector and len(devices) > 1 else ""
         raise IncompatibleTargetError(f"{where}{about}: {refusal.message}", hint=refusal.hint) from refusal
+    return found
 
 
 def check_device(packed: Packed, info: DeviceInfo, on: str = "") -> Placement:
@@ -281,23 +286,13 @@ def choose(
     """
     if devices:
         if artifact is not None:
-            packed = pack(artifact)
-            check_devices(packed, selector, devices, on)
-            devices = [device for device in devices if _can_run(packed, device, on)]
+            devices = fitting(pack(artifact), selector, devices, on)
         soonest = min(_wait(device, user) for device in devices)
         return random.choice([device for device in devices if _wait(device, user) == soonest])
     if not everyone:
         raise NoDeviceError("no device is connected", hint="start one with 'kedge agent start --tracker HOST:PORT'")
     names = ", ".join(f"{d.info.name} ({d.info.arch})" for d in everyone[:10])
     raise NoDeviceError(f"no connected device matches {selector!r}", hint=f"connected: {names}")
-
-
-def _can_run(packed: Packed, device: DeviceStatus, on: str) -> bool:
-    try:
-        check_device(packed, device.info, on)
-    except IncompatibleTargetError:
-        return False
-    return True
 
 
 def _wait(device: DeviceStatus, user: str) -> int:
