@@ -70,7 +70,7 @@ class Fleet:
         self._signing_key = signing.own_key(credentials.config_dir())
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
-        #: As whom the tracker knows us, once somebody wanted to know.
+        #: As whom the tracker knows us, once a device that somebody has reserved could be chosen.
         self._user: str | None = None
         #: Whether the tracker has RunJob (older ones have not), and the job that was begun by it last.
         self._has_run_job = True
@@ -260,9 +260,9 @@ class Fleet:
     async def _check_matches(self, selector: str, artifact: ArtifactOrPath | None = None, on: str = "") -> DeviceStatus:
         everyone = await self.devices()
         matching = await self.devices(selector) if selector else everyone
-        if self._user is None:
+        if self._user is None and any(device.reservation is not None for device in matching):
             self._user = (await self.status()).user
-        return await asyncio.to_thread(plan.choose, selector, matching, everyone, self._user, artifact, on)
+        return await asyncio.to_thread(plan.choose, selector, matching, everyone, self._user or "", artifact, on)
 
     async def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> Attached:
         """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""

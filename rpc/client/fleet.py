@@ -86,7 +86,7 @@ class Fleet:
         #: Manifests whose blobs are known to be on the tracker, and (manifest, selector) that fit some device.
         self._uploaded: set[str] = set()
         self._fitting: set[tuple[str, str, str]] = set()
-        #: As whom the tracker knows us, once somebody wanted to know.
+        #: As whom the tracker knows us, once a device that somebody has reserved could be chosen.
         self._user: str | None = None
 
     def __enter__(self) -> Self:
@@ -321,10 +321,10 @@ class Fleet:
 
     def _check_matches(self, selector: str, artifact: ArtifactOrPath | None = None, on: str = "") -> DeviceStatus:
         everyone = self.devices()
-        if self._user is None:
-            self._user = self.status().user
         matching = self.devices(selector) if selector else everyone
-        return plan.choose(selector, matching, everyone, self._user, artifact, on)
+        if self._user is None and any(device.reservation is not None for device in matching):
+            self._user = self.status().user
+        return plan.choose(selector, matching, everyone, self._user or "", artifact, on)
 
     def _attach(self, job_id: str, lease_s: float, progress: Progress | None) -> tuple[SessionLink, DeviceInfo]:
         """The session's stream, once the device is there; while it waits, it may lose its tracker and find it again."""
