@@ -51,10 +51,15 @@ def loaded(runtime: RuntimeFiles, arithmetic: Path, weights: Path) -> Iterator[R
 
 def children() -> set[int]:
     """The process ids of this process's children, zombies too."""
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        found |= {int(pid) for pid in (task / "children").read_text().split()}
-    return found
+    while True:
+        try:
+            return {
+                int(pid)
+                for task in Path("/proc/self/task").iterdir()
+                for pid in (task / "children").read_text().split()
+            }
+        except (FileNotFoundError, ProcessLookupError):  # a thread ended; what it started is another's child now
+            continue
 
 
 #: What gRPC's threads open whenever they like, where tests before these have used it in this process. Nothing of ours
