@@ -19,7 +19,6 @@ free, so is the size of the last tile: a tile that does much work gets a version
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -45,8 +44,9 @@ from kedge.compiler.tir.visitor import (
 _SHORT, _SHORT_STORES = 16, 8
 #: A tile of more stores than this, unrolled loops counted out, is not copied for the sake of a choice.
 _MOST_STORES = 256
-#: Versions of a tile, for all that its conditions may leave of it.
-_MOST_VERSIONS = 9
+#: Versions of a tile, for all that its conditions may leave of it: eight heights, each with whole rows and with the end
+#: of one.
+_MOST_VERSIONS = 16
 #: Sizes of the last tile where its rows are free.
 _MOST_SIZES = 8
 _TRUE, _FALSE = const(True, "bool"), const(False, "bool")
@@ -105,9 +105,7 @@ def _version(stmt: Stmt, depth: int, level: int, path: tuple[For, ...]) -> Stmt:
     if not groups:
         return stmt
     alike = [_Alike(group, group[0].sure) for group in groups.values()]
-    cut = [group for group in alike if group.parts]
-    if math.prod(group.versions for group in cut) > _MOST_VERSIONS:
-        cut = []
+    cut = _affordable([group for group in alike if group.parts])
     rest = [group for group in alike if group not in cut]
     if rest:  # all of them hold, or nothing is known
         claims = [replace(claim, part=None) for group in rest for claim in group.claims]
@@ -131,6 +129,19 @@ class _Alike:
     def versions(self) -> int:
         """In how many versions a tile comes because of these."""
         return 1 + len(self.parts[0].sizes)
+
+
+def _affordable(groups: Sequence[_Alike]) -> list[_Alike]:
+    """Those that come in versions for each part: the ones that leave the most parts, as far as code may grow by them.
+
+    Without, a tile at the end asks for each of its rows in every step of a sum, which is an order of magnitude slower.
+    """
+    versions, found = 1, set()
+    for number, group in sorted(enumerate(groups), key=lambda each: -each[1].versions):
+        if versions * group.versions <= _MOST_VERSIONS:
+            versions *= group.versions
+            found.add(number)
+    return [group for number, group in enumerate(groups) if number in found]
 
 
 def _in_parts(

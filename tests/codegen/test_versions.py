@@ -19,7 +19,7 @@ from kedge.compiler.tir.expr import Dim, Expr, Select, Var, logical_and, select
 from kedge.compiler.tir.parser import parse_func
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.stmt import For, If, PrimFunc, Stmt
-from kedge.compiler.tir.visitor import walk_expr
+from kedge.compiler.tir.visitor import free_vars, walk_expr
 from support import functions
 from support.prepared import assert_compiled, assert_prepared
 
@@ -69,6 +69,7 @@ CASES: dict[str, tuple[PrimFunc, dict[str, int]]] = {
     "slices": (slices(N, 70), {"n": 7}),
     "dense": (functions.dense(37, 5, 41), {}),
     "dense_free": (functions.dense(N, 13, 41), {"n": 11}),
+    "dense_free_wide": (functions.dense(N, 13, 100), {"n": 11}),
     "conv": (functions.conv(1, 2, 11, 8, stride=2), {}),
     "pool": (functions.pool(N, 2, 26), {"n": 1}),
     "transpose": (functions.transpose(37, 41), {}),
@@ -86,6 +87,13 @@ def test_versions_compute_the_same(kernels: KernelCache, name: str) -> None:
     func, symbols = CASES[name]
     assert_prepared(scheduled(func), func, symbols)
     assert_compiled(scheduled(func), func, symbols, kernels)
+
+
+def below(stmt: Stmt) -> Iterator[Stmt]:
+    """The statement and all in it."""
+    yield stmt
+    for child in statements_of(stmt):
+        yield from below(child)
 
 
 def fast(stmt: Stmt) -> Iterator[Stmt]:
@@ -123,6 +131,15 @@ def test_a_tail_of_columns_does_not_keep_rows_from_running_whole() -> None:
     whole = print_prepared(sch.func, prepare(sch.func)).split("else:")[0]
     assert "< 41" in whole
     assert "< 37" not in whole
+
+
+def test_a_tail_of_columns_does_not_keep_free_rows_from_versions_of_their_own() -> None:
+    """Tiles of 6 x 64 of (n, 64) times (64, 100): neither tail asks for the number of rows in a step of the sum."""
+    body = prepare(scheduled(functions.dense(N, 64, 100), "llvm -mtriple=x86_64-linux-gnu -mcpu=znver4"))
+    sums = [stmt for stmt in below(body) if isinstance(stmt, For) and stmt.kind == "serial"]
+    assert len(sums) == 6 * 2
+    conditions = [each.condition for stmt in sums for each in below(stmt) if isinstance(each, If)]
+    assert not any(N in free_vars(condition) for condition in conditions)
 
 
 def test_large_tiles_are_not_copied_for_a_choice() -> None:
