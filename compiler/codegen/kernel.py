@@ -204,19 +204,24 @@ class KernelEmitter(ParallelEmitter):
 
     @contextmanager
     def _limited(self, condition: Expr) -> Iterator[None]:
-        """With what `condition` tells of counters: `i < 24`, as for all tiles of rows but the last one."""
-        before: dict[Value, Interval] = {}
+        """With what `condition` tells of counters: `i < 24`, as for all tiles of rows but the last one.
+
+        What follows from it, as for quotients of a counter, is not known any more afterwards either.
+        """
+        limits: dict[Value, Interval] = {}
         for term in conjuncts(condition):
             match term:
                 case Binary(op="lt", a=Var() as var, b=Const(value=end)):
                     counter = self.env[var].single
-                    if counter is not None and counter not in before:
-                        low, high = before[counter] = self.known.get(counter, (None, None))
-                        self.known[counter] = (low, int(end) - 1 if high is None else min(high, int(end) - 1))
+                    if counter is not None and counter not in limits:
+                        low, high = self.known.get(counter, (None, None))
+                        limits[counter] = (low, int(end) - 1 if high is None else min(high, int(end) - 1))
+        before = self.known
+        self.known = {**before, **limits} if limits else before
         try:
             yield
         finally:
-            self.known |= before
+            self.known = before
 
     # Loops ------------------------------------------------------------------------------------------------------
 

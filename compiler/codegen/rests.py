@@ -106,8 +106,10 @@ def _sure(stmt: Stmt, steps: _Steps) -> Stmt:
 
 
 def _resized(stmt: Stmt, var: Var, extent: Expr) -> Stmt:
-    """`stmt` with that extent of the unrolled loop over `var`; if it is free or small, the loop runs in turn."""
+    """`stmt` with that extent of the unrolled loops over `var`; if it is free or small, they run in turn."""
     if isinstance(stmt, For) and stmt.var is var:
         is_long = isinstance(extent, Const) and extent.value >= _LEAST_UNROLLED
-        return replace(stmt, extent=extent, kind="unrolled" if is_long else "serial")
+        own = replace(var)  # what was found out about the steps of a whole loop does not hold for the rest's
+        body = substitute(stmt.body, {var: own})
+        return replace(stmt, var=own, extent=extent, kind="unrolled" if is_long else "serial", body=body)
     return map_stmt_children(stmt, lambda child: _resized(child, var, extent))

@@ -7,20 +7,23 @@ import pytest
 
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
-from kedge.compiler.codegen.kernel import emit_kernel
+from kedge.compiler.codegen.address import Pointer
+from kedge.compiler.codegen.builder import ModuleBuilder, Value
+from kedge.compiler.codegen.kernel import KernelEmitter, emit_kernel
 from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir import interp
-from kedge.compiler.tir.expr import Expr, Load, select
+from kedge.compiler.tir.expr import Expr, Load, Var, select
+from kedge.compiler.tir.stmt import Buffer, If, Store
 from support.compiled import opened
 
 #: An element so far away that reading it ends the process.
 FAR = 2_000_000_000
 
-Value = Callable[[Load, Expr], Expr]
+Guard = Callable[[Load, Expr], Expr]
 #: The value of an element from `m` (above 0 only in element 0) and the element at `FAR * i`, there only for `i == 0`.
-GUARDED: dict[str, Value] = {
+GUARDED: dict[str, Guard] = {
     "and": lambda m, far: select(te.logical_and(m > 0.0, far > -9.0), 1.0, 0.0),
     "or": lambda m, far: select(te.logical_or(m <= 0.0, far > -9.0), 1.0, 0.0),
     "second and": lambda m, far: select(te.logical_and(m < 9.0, m > 0.0, far > -9.0), 1.0, 0.0),
@@ -86,3 +89,16 @@ def test_a_tail_of_one_narrow_element_leaves_its_neighbours_alone(wide, narrow, 
     data = -np.arange(1, 55, dtype=wide).reshape(9, 6)
     with opened(compile_prim_func(sch, "native", cache=KernelCache(tmp_path))) as model:
         np.testing.assert_array_equal(model.run({"x": data})["y"], data.T.astype(narrow))
+
+
+def test_what_holds_under_a_condition_is_not_known_after_it():
+    """Under `n < 32` the quotient `n // 16` is at most 1: the value is used again after that, where it may be 5."""
+    n = Var("n", lower=0, upper=95)
+    out = Buffer("out", (6,), "int64")
+    emitter = KernelEmitter(ModuleBuilder(parse("x86-64")), "limits")
+    emitter.bind_symbol(n, Value("%arg.s0", "i64"))
+    emitter.pointers[out] = Pointer("%arg0", 8)
+    quotient = emitter.index(n // 16)
+    assert quotient.bounds(emitter.known) == (0, 5)
+    emitter.stmt(If(n < 32, Store(out, (n // 16,), n)))
+    assert quotient.bounds(emitter.known) == (0, 5)

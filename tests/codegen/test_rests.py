@@ -111,3 +111,11 @@ def test_other_loops_stay() -> None:
     sch.unroll(inner)
     body = lowered(sch.func)
     assert split_rests(body) is body
+
+
+@pytest.mark.parametrize("depth", [77, 11])
+def test_the_steps_of_a_rest_are_counted_by_a_variable_of_their_own(depth: int) -> None:
+    """What is worked out for positions of 8 steps, and kept by their expressions, is not taken for those of 5."""
+    loops = list(named(split_rests(lowered(tile(product(8, depth), 4, 8))), "d_1"))
+    assert {loop.var: print_expr(loop.extent) for loop in loops} == {loops[0].var: "8", loops[1].var: str(depth % 8)}
+    assert len(loops) == 2
