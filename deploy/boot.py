@@ -23,6 +23,11 @@ from typing import Any, Callable
 SYSTEM_UNITS = "/etc/systemd/system"
 LINGERING = "/var/lib/systemd/linger"
 STOP_S = 15
+RESTART_S = 30
+#: Statuses of an agent that would end in the same way again: its errors of usage, authentication, permission.
+FINAL_STATUSES = (2, 9, 10)
+#: The status of `launch.py start` where the agent runs.
+RUNS_ALREADY = 4
 _CALL_S = 30
 #: systemd ignores it: whether the installation has made the user's manager run without a login.
 _LINGER = "X-KedgeMadeLinger=true\n"
@@ -87,6 +92,9 @@ def unit(home: str, python: str, root: bool = IS_ROOT) -> str:
         "[Service]\nType=forking\nExecStart=%s %s start\n"
         # The agent ends its runners itself; what is left after it is killed.
         "KillMode=mixed\nTimeoutStopSec=%d\n"
+        # One that crashes is started again; not one that was stopped, or that says that nothing will change: a wrong
+        # option, a device that the tracker refuses. Where a deployment has killed it, another one runs by then.
+        "Restart=on-failure\nRestartSec=%d\nRestartPreventExitStatus=%s\nSuccessExitStatus=%d\n"
         # Its runners' control groups are its own to make.
         "Delegate=yes\n\n"
         "[Install]\nWantedBy=%s\n"
@@ -96,6 +104,9 @@ def unit(home: str, python: str, root: bool = IS_ROOT) -> str:
         quoted(python),
         quoted(script).replace("$", "$$"),
         STOP_S,
+        RESTART_S,
+        " ".join(map(str, FINAL_STATUSES)),
+        RUNS_ALREADY,
         TARGETS[root],
     )
 

@@ -56,7 +56,8 @@ def deploy_board(
     """Install the agent on a board over SSH, start it, and wait until the tracker sees it.
 
     The board needs Python 3.9 or newer and an SSH server; no root, no compiler and no packages. After a restart of the
-    board systemd starts the agent, as a unit of the user's, or where that does not work cron.
+    board systemd starts the agent, as a unit of the user's, and 30 s after a crash, too; or where that does not work
+    cron, at the board's start only.
 
     Examples:
 

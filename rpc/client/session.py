@@ -145,7 +145,11 @@ class Session(OnDevice):
     def free(self, tensor: DeviceTensor) -> None:
         """See `DeviceTensor.free`; when the session is over, there is nothing left to be freed."""
         if self._link.alive:
-            self._link.ask(pb.SessionRequest(free=pb.FreeTensors(handles=[tensor._handle])))
+            try:
+                self._link.ask(pb.SessionRequest(free=pb.FreeTensors(handles=[tensor._handle])))
+            except BaseException:
+                self.forget(tensor._handle)  # called off: the device may not have heard of it
+                raise
 
     def forget(self, handle: int) -> None:
         """For the garbage collector: free a tensor with the next request."""

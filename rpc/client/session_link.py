@@ -151,6 +151,8 @@ class SessionLink:
                 for event in (unwanted, getattr(self._here, "unwanted", None)):
                     if event is not None:
                         self.check(event)
+                if self._unwanted == number:
+                    raise self._called_off()
                 while self._freed:
                     request.freed.append(self._freed.popleft())
                 self._send(number, request, pieces)
@@ -202,8 +204,11 @@ class SessionLink:
     def check(self, unwanted: threading.Event) -> None:
         """Raise JobError where it is set."""
         if unwanted.is_set():
-            text = f"session {self._job_id} on {self._device}: its client called it off"
-            raise JobError(text, outcome=OutcomeKind.CANCELLED.value)
+            raise self._called_off()
+
+    def _called_off(self) -> JobError:
+        text = f"session {self._job_id} on {self._device}: its client called it off"
+        return JobError(text, outcome=OutcomeKind.CANCELLED.value)
 
     def forget(self, handle: int) -> None:
         """Free a tensor with the next request; waits for nothing."""
@@ -214,6 +219,8 @@ class SessionLink:
     def _send(self, number: int, request: pb.SessionRequest, pieces: Iterable[bytes]) -> None:
         self._sent = number
         self._put(_frame(request))
+        if self._unwanted == number:
+            self.call_off()  # the one before may have come before the request, which the device then knew nothing of
         for piece in pieces:
             if self._unwanted == number:
                 return

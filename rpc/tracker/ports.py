@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
-from grpc_reflection.v1alpha.reflection import enable_server_reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics
+from kedge.rpc.tracker.relay import CERTIFICATE_KEY
 from kedge.rpc.tracker.security.folder import Keys
 from kedge.rpc.transport import MAX_RELAYED_STREAMS, MAX_STREAMS, Address, server_options
 
@@ -124,15 +126,16 @@ class Servers:
     def open(self, house: House, keys: Keys | None, ports: Ports) -> Ports:
         """The listeners of a tracker, in plaintext where it has no keys; returns which ports they have."""
         if keys is None:
-            clients = agents = self._add(house.clients, ports.clients, None, _PLAIN)
+            clients = agents = self._add(house.clients, ports.clients, None, _listing(*_PLAIN))
         else:
-            clients = self._add(house.clients, ports.clients, _server_tls(keys), _FOR_CLIENTS)
-            agents = self._add(house.agents, ports.agents, _server_tls(keys, mutual=True), _FOR_AGENTS)
+            clients = self._add(house.clients, ports.clients, _server_tls(keys), _listing(*_FOR_CLIENTS))
+            agents = self._add(house.agents, ports.agents, _server_tls(keys, mutual=True), _listing(*_FOR_AGENTS))
             keys.agents_port = agents
         peers = 0
         if house.peers is not None:
             tls = None if keys is None else _server_tls(keys, mutual=True)
-            peers = self._add(house.peers, ports.peers, tls, _PLAIN, MAX_RELAYED_STREAMS)
+            relayed = _listing(*_PLAIN) if keys is None else _RelayedListing()
+            peers = self._add(house.peers, ports.peers, tls, relayed, MAX_RELAYED_STREAMS)
         return Ports(clients, agents, peers)
 
     def _add(
@@ -140,15 +143,15 @@ class Servers:
         switch: Switch,
         port: int,
         tls: grpc.ServerCredentials | None,
-        services: tuple[str, ...],
+        listing: Any,
         most_streams: int | None = None,
     ) -> int:
-        """Serve what the switch says on a port, and tell that it has these services; returns which port it is."""
+        """Serve what the switch says on a port, tell what `listing` says of it; returns which port it is."""
         place = str(Address(self._host, port))
         options = server_options(MAX_STREAMS if most_streams is None else most_streams)
         server = grpc.aio.server(options=options, interceptors=[*self._before, switch])
         self._health.add_to(server)
-        enable_server_reflection([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION], server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(listing, server)
         try:
             bound = server.add_insecure_port(place) if tls is None else server.add_secure_port(place, tls)
         except RuntimeError as error:
@@ -164,6 +167,25 @@ class Servers:
     async def stop(self) -> None:
         """Let what is under way go on for a moment, then end it."""
         await asyncio.gather(*(server.stop(_GRACE_S) for server in self._servers))
+
+
+def _listing(*services: str) -> Any:
+    """Tells that a listener has these services."""
+    return reflection.aio.ReflectionServicer([*(f"kedge.v1.{name}" for name in services), HEALTH, REFLECTION])
+
+
+class _RelayedListing:
+    """Tells whoever comes by another tracker which services are at the listener there that the call came to."""
+
+    def __init__(self) -> None:
+        self._clients, self._agents = _listing(*_FOR_CLIENTS), _listing(*_FOR_AGENTS)
+
+    async def ServerReflectionInfo(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - its name
+        """As gRPC's own; that tracker says whose certificate it saw, which only its listener for agents asks for."""
+        of_agent = any(key == CERTIFICATE_KEY for key, _ in context.invocation_metadata() or ())
+        listing = self._agents if of_agent else self._clients
+        async for answer in listing.ServerReflectionInfo(requests, context):
+            yield answer
 
 
 def _server_tls(keys: Keys, *, mutual: bool = False) -> grpc.ServerCredentials:

@@ -751,6 +751,43 @@ def test_calling_off_what_is_being_sent(fleet: Fleet, agent: AgentProcess, made:
     assert outcome(fleet, device.id) is OutcomeKind.OK
 
 
+@pytest.mark.parametrize("when", ["before it is sent", "as it is sent"])
+def test_calling_off_what_has_only_been_begun(
+    fleet: Fleet, agent: AgentProcess, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The device hears of it after the request, or of neither: it would wait for the rest of the tensor else."""
+    size = 4 << 20
+    request = pb.SessionRequest(put=pb.PutTensor(tensor=pb.Value(dtype="uint8", shape=[size], streamed_bytes=size)))
+    with fleet.session("here") as device:
+        link, unwanted = device._link, threading.Event()
+        with monkeypatch.context() as patch:
+            if when == "before it is sent":
+                patch.setattr(link, "check", lambda _event: device.call_off())
+            else:
+                put = link._put
+                patch.setattr(link, "_put", lambda frame: (device.call_off(), patch.undo(), put(frame)))
+            with pytest.raises(JobError) as caught:
+                link.ask(request, iter([bytes(size)]), unwanted=unwanted)
+        assert caught.value.outcome == "cancelled"
+        np.testing.assert_array_equal(device.tensor(X).numpy(), X)
+    assert outcome(fleet, device.id) is OutcomeKind.OK
+
+
+def test_a_tensor_whose_free_was_called_off_is_freed_with_the_next_call(fleet: Fleet, agent: AgentProcess) -> None:
+    with fleet.session("here") as device:
+        link, unwanted = device._link, threading.Event()
+        x = device.tensor(X)
+        unwanted.set()
+        with link.unless(unwanted), pytest.raises(JobError, match="called it off"):  # as a cancelled task of asyncio's
+            x.free()
+        request = pb.SessionRequest(list_files=pb.ListFiles())
+        link.ask(request)
+        assert list(request.freed) == [x._handle]
+        fetched = pb.SessionRequest(fetch=pb.FetchTensor(handle=x._handle))
+        with pytest.raises(JobError, match="it was freed"):
+            link.ask(fetched)
+
+
 def test_calling_off_a_load_while_it_is_sent_to_the_tracker(
     fleet: Fleet, agent: AgentProcess, made: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from boards.test_launch import OBEDIENT, alive, call, install
 
 from kedge.deploy import boot, launch
+from kedge.rpc.errors import AuthenticationError, PermissionDeniedError, UsageError
 from support.boot_programs import CALLS, PROGRAMS, TABLE
 
 UNIT = """\
@@ -27,6 +28,10 @@ Type=forking
 ExecStart="/usr/bin/python3.11" "/home/pi/.local/share/kedge-agent/launch.py" start
 KillMode=mixed
 TimeoutStopSec=15
+Restart=on-failure
+RestartSec=30
+RestartPreventExitStatus=2 9 10
+SuccessExitStatus=4
 Delegate=yes
 
 [Install]
@@ -93,6 +98,13 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         assert (tmp_path / "bin" / name).exists()
     yield found
     call("stop", str(found.agent))
+
+
+def test_what_systemd_does_not_start_again() -> None:
+    """The board's script knows the statuses by number only."""
+    errors = UsageError, AuthenticationError, PermissionDeniedError
+    assert tuple(error.exit_status for error in errors) == boot.FINAL_STATUSES
+    assert boot.RUNS_ALREADY == launch.EXIT_RUNNING
 
 
 def test_the_unit() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
@@ -139,6 +140,19 @@ def test_a_follower_serves_trackers_nothing_but_blobs(pair: Pair) -> None:
                 assert status not in REFUSED, said
             else:
                 assert status in ("UNIMPLEMENTED", "PERMISSION_DENIED"), (str(rpc), status, said)
+
+
+def test_reflection_by_a_follower_lists_what_its_own_listener_serves(pair: Pair, device: Identity) -> None:
+    def listed(address: Address, tls: Tls) -> set[str]:
+        with open_channel(address, tls) as channel:
+            return set(ProtoReflectionDescriptorDatabase(channel).get_services())
+
+    for leading, following, tls in (
+        (pair.leader.address, pair.follower.address, pair.tls()),
+        (pair.leader.serving.agents_address, pair.follower.serving.agents_address, device.tls),
+    ):
+        assert listed(following, tls) == listed(leading, tls)
+    assert "kedge.v1.Access" in listed(pair.follower.address, pair.tls())
 
 
 def test_a_path_that_no_tracker_serves_is_not_relayed(pair: Pair) -> None:
