@@ -24,7 +24,7 @@ from kedge.rpc.tracker.epoch import Epoch
 from kedge.rpc.tracker.fleetmates import Fellows
 from kedge.rpc.tracker.health import HealthService
 from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
-from kedge.rpc.tracker.listeners import Serve, Switch, Table
+from kedge.rpc.tracker.listeners import Details, Find, Serve, Switch, Table
 from kedge.rpc.tracker.relay import Relay
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError, documents, is_current, prepare
@@ -220,13 +220,24 @@ class Cluster:
             self._premises.metrics.serve_state(led.shell, self._premises.data_dir)
             self._premises.metrics.leads(epoch.number)
         if security is None:
-            self.clients.serve = led.everybody()
+            self.clients.serve = self._if_sure(led.everybody(), self._relay.serve)
         else:
-            self.clients.serve, self.agents.serve = led.clients(), led.agents()
-        self.peers.serve = led.peers()
+            self.clients.serve = self._if_sure(led.clients(), self._relay.serve)
+            self.agents.serve = self._if_sure(led.agents(), self._relay.serve)
+        self.peers.serve = self._if_sure(led.peers(), self._following_peers())
         self._premises.audit.write("tracker leads", epoch=epoch.number)
         self._health.set_serving(True)
         self._settled.set()
+
+    def _if_sure(self, leading: Serve, following: Serve) -> Serve:
+        """Calls that a leader answers, and not one that was replaced while it stood still: it would say of what came
+        meanwhile that it is not there."""
+
+        async def serve(native: Find, details: Details) -> Any:
+            sure = self._election is not None and self._election.surely_leads()
+            return await (leading if sure else following)(native, details)
+
+        return serve
 
     async def _take_over(self, epoch: Epoch) -> Leadership:
         """Whatever waits for the database does so in a thread: this tracker goes on to relay, and to be seen."""

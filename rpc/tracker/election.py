@@ -3,15 +3,17 @@
 Whoever holds an advisory lock does. It is held by a session of its own, in which something is asked every half second;
 the server ends a session in which nothing was asked for some seconds, and with it the lock of a tracker that stands
 still (SIGSTOP, a frozen machine, a network that swallows everything). So the next one leads within a few seconds, under
-the next epoch (`kedge.rpc.tracker.epoch`), and what an earlier leader still tries to write is refused.
+the next epoch (`kedge.rpc.tracker.epoch`), and what an earlier leader still tries to write is refused. As long as the
+server waits, a leader knows that nobody else leads, and answers; no longer.
 
-Times are those of the database's clock.
+Times are those of the database's clock; only how long that is, is told by the tracker's steady one.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,6 +102,8 @@ class Election:
         #: Why the database cannot be asked; None when all is well.
         self.problem: str | None = None
         self._leading: Epoch | None = None
+        #: By the steady clock: so long no other tracker can lead while this one does.
+        self._sure_until = 0.0
         #: Trackers whose addresses are none.
         self._unreachable: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="kedge-election", daemon=True)
@@ -107,6 +111,10 @@ class Election:
     def start(self) -> None:
         """Take part."""
         self._thread.start()
+
+    def surely_leads(self) -> bool:
+        """Whether this tracker leads and no other one can by now, also where this process stood still just before."""
+        return self._leading is not None and time.monotonic() < self._sure_until
 
     def give_up(self) -> None:
         """Lead no more, and let another one do so."""
@@ -138,12 +146,14 @@ class Election:
         """Until this tracker stops, gives up, or the session ends (DBAPIError)."""
         started_ms = connection.execute(sa.select(_NOW)).scalar_one()
         while not self._giving_up.is_set():
+            asked = time.monotonic()
             if self._leading is None and self._lock(connection):
                 now_ms = connection.execute(sa.select(_NOW)).scalar_one()
                 self._leading = take_lead(connection, self._member.name, now_ms)
                 log.info("this tracker leads, in epoch %d", self._leading.number)
                 self._on_lead(self._leading)
             view = self._look(connection, started_ms)
+            self._sure_until = asked + _SILENCE_MS / 1000
             self.problem = None
             self._on_view(view)
             self._giving_up.wait(_LOOK_S)

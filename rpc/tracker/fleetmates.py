@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from kedge.rpc.blob_client import BlobClient
-from kedge.rpc.blobs import MissingBlobError
+from kedge.rpc.blobs import CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.transport import Address, Tls, open_channel
@@ -47,8 +47,9 @@ class Fleetmates:
     async def copy(self, blob: Blob) -> None:
         """Have a blob that was uploaded at every other tracker, as far as they answer."""
 
-    async def fetch(self, blobs: Sequence[Blob]) -> None:
-        """Have those of these blobs here that another tracker has."""
+    async def fetch(self, blobs: Sequence[Blob]) -> bool:
+        """Have those of these blobs here that another tracker has; whether all that may have one were heard."""
+        return True
 
     async def ensure(self, digests: Iterable[str]) -> None:
         """Have what is here and has these digests at every other tracker, as far as they answer."""
@@ -108,11 +109,12 @@ class Fellows(Fleetmates):
         """Send a blob to those that lack it; one that fails is brought up to date later."""
         await asyncio.gather(*(self._send(mate, [blob]) for mate in self._askable()))
 
-    async def fetch(self, blobs: Sequence[Blob]) -> None:
+    async def fetch(self, blobs: Sequence[Blob]) -> bool:
         """Fetch what another tracker has; what none has, or cannot be fetched now, stays missing."""
         wanted = [blob for blob in blobs if not self._blobs.has(blob)]
         if wanted and self._mates:
             await asyncio.gather(*(self._fetch_once(blob) for blob in wanted))
+        return len(self._askable()) == len(self._mates)
 
     async def ensure(self, digests: Iterable[str]) -> None:
         """Send what is not known to be there: a job may need blobs that nobody sent now, since they were here."""
@@ -183,6 +185,9 @@ class Fellows(Fleetmates):
             async with asyncio.timeout(patience_s):
                 await asyncio.shield(asked)
         except MissingBlobError:
+            return False
+        except CorruptBlobError as error:  # of one blob's bytes, on either side; whoever says so answers
+            log.warning("the tracker at %s: %s: %s", mate.address, what, error)
             return False
         except (KedgeError, grpc.RpcError, ValueError, TimeoutError) as error:
             log.warning("the tracker at %s: %s could not be copied: %s", mate.address, what, error or "no answer")

@@ -475,9 +475,10 @@ class BlobsService:
         blob = convert.blob_from_pb(request.blob)
         if not self._open_to(caller(), blob.digest):
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
-        if caller().role is not Role.PEER:
-            await self._mates.fetch([blob])
+        heard_all = caller().role is Role.PEER or await self._mates.fetch([blob])
         if not self._blobs.has(blob):
+            if not heard_all:
+                raise TrackerAwayError(f"blob {blob.digest} is not here, and a tracker that may have it is silent")
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
         check_number("offset_bytes", request.offset_bytes, 0, blob.size, "0 is the beginning of the blob")
         with self._blobs.open(blob.digest) as file:

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from kedge.protos.v1 import fleet_pb2
 from kedge.rpc.client import Fleet
-from kedge.rpc.tracker import cluster
+from kedge.rpc.tracker import cluster, election
 from kedge.rpc.tracker import database as databases
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Election, Member, View
@@ -102,6 +104,30 @@ def test_a_server_that_stands_still_ends_a_leadership_and_holds_up_no_stop(
             assert isinstance(said, View), said
         assert "does not answer" in said
         one.election.stop()
+
+
+def test_a_leader_that_may_be_one_no_more_answers_nobody(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setattr(election, "_SILENCE_MS", 1_000)
+    url = postgres.new_database()
+    with start(port=0, data_dir=tmp_path / "t", settings=QUICK, database=url) as running:
+        assert running.serving.keys is not None
+        with Fleet(running.address, running.serving.keys.admin_tls()) as fleet:
+
+            def refusal() -> str:
+                try:
+                    fleet._stub.Status(fleet_pb2.StatusRequest(), timeout=10)
+                except grpc.RpcError as error:
+                    return str(error.details())
+                return ""
+
+            assert fleet.status().epoch == 1
+            with still(postgres, Postgres(url)):
+                wait_for(lambda: "no tracker of this fleet leads" in refusal(), "it not to answer", 5)
+                assert "leads no more" not in caplog.text, "it has not found out itself"
+            wait_for(lambda: not refusal(), "it to lead again")
 
 
 def test_a_store_whose_server_stands_still_fails(

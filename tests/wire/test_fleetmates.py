@@ -101,9 +101,48 @@ def test_a_tracker_that_stands_still_holds_up_no_other(
         with socket.create_server(("127.0.0.1", 0)) as silent:
             fellows.update({"hung": Address("127.0.0.1", silent.getsockname()[1])})
             async with asyncio.timeout(30):  # eight at a time would have taken minutes
-                await fellows.fetch(wanted)
+                assert not await fellows.fetch(wanted), "it may have what nobody else has"
 
     with_mate(tracker, blobs, act)
+
+
+def test_a_damaged_copy_is_as_good_as_none_and_nobody_is_to_blame(tracker: RunningTracker, tmp_path: Path) -> None:
+    blobs, kept = TrackerBlobs(tmp_path / "blobs", None), TrackerBlobs(tracker.data_dir / "blobs", None)
+    damaged, sound = kept.put(b"damaged"), kept.put(b"sound")
+    kept.path(damaged.digest).write_bytes(b"DAMAGED")
+
+    async def act(fellows: Fellows) -> None:
+        assert await fellows.fetch([damaged, blob_of(b"nowhere")])
+        assert await fellows.fetch([sound])
+
+    with_mate(tracker, blobs, act)
+    assert blobs.has(sound) and not blobs.has(damaged)
+
+
+def test_nothing_is_missing_while_a_tracker_that_may_have_it_is_silent(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    options = {"settings": QUICK, "database": postgres.new_database()}
+    with start(port=0, data_dir=tmp_path / "a", **options) as a:
+        assert a.serving.keys is not None
+        tls = a.serving.keys.admin_tls()
+        with Fleet(a.address, tls) as fleet, Access(a.address, tls) as access:
+            join = access.create_token("tracker")[1]
+            with start(port=0, data_dir=tmp_path / "b", join=join, **options):
+                wait_for(lambda: len(fleet.status().trackers) == 2, "both to be seen")
+                data = b"only there"
+                blob = blob_of(data)
+                fleet._blobs.upload(blob, data)
+                wait_for(lambda: blob.digest in objects(tmp_path / "b"), "a copy")
+                next((tmp_path / "a" / "blobs" / "objects").glob(f"*/{blob.digest}")).unlink()
+                fetch, silent = Fellows.fetch, [True, True]
+
+                async def silent_at_first(fellows: Fellows, blobs: Any) -> bool:
+                    return not silent.pop() if silent else await fetch(fellows, blobs)
+
+                monkeypatch.setattr(Fellows, "fetch", silent_at_first)
+                assert fleet._blobs.read(blob) == data and not silent
 
 
 def test_what_was_dropped_while_another_tracker_led_is_nobodys(tmp_path: Path) -> None:
