@@ -75,8 +75,8 @@ def build(shape: Shape, folder: Path) -> tuple[dict[bool, Path], dict[bool, Path
     return models, inputs, {"y": a.astype(np.float64) @ b}
 
 
-def benchmark(shape: Shape, threads: int, folder: Path, *, smoke: bool) -> Row:
-    """All figures of one shape."""
+def benchmark(shape: Shape, threads: int, folder: Path, *, smoke: bool, without: Sequence[str]) -> Row:
+    """All figures of one shape, but of the runtimes named by `without`."""
     m, k, n = shape
     say(f"{m}x{k}x{n}, {named(threads)}")
     models, inputs, expected = build(shape, folder)
@@ -87,6 +87,8 @@ def benchmark(shape: Shape, threads: int, folder: Path, *, smoke: bool) -> Row:
     touched, peaks, rates = 4 * (m * k + k * n + m * n), [], []
     try:
         for name, (runtime, constant) in CONTENDERS.items():
+            if runtime in without:
+                continue
             contenders[name] = harness.Contender.start(runtime, models[constant], inputs[constant], threads)
             error = harness.relative_error(contenders[name].outputs(folder / "outputs.npz"), expected)
             row["contenders"][name] = {"error": error}
@@ -118,8 +120,8 @@ def judged(row: Row, native_us: dict[str, float]) -> Row:
             "gflops": 2 * m * k * n / us / 1e3,
             "gb_s": row["bytes"] / us / 1e3,
             "share": max(compute_us, memory_us) / us,
-            "ratio": of[ours]["median_us"] / min(of[peer]["median_us"] for peer in peers),
-            "ratio_best": of[ours]["best_us"] / min(of[peer]["best_us"] for peer in peers),
+            "ratio": of[ours]["median_us"] / min(of[peer]["median_us"] for peer in peers if peer in of),
+            "ratio_best": of[ours]["best_us"] / min(of[peer]["best_us"] for peer in peers if peer in of),
         }
     return found
 
@@ -136,7 +138,8 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         limit = f"{row['peak_gflops']:.0f} GFLOP/s" if row["bound"] == "compute" else f"{row['read_gb_s']:.0f} GB/s"
         cells = ["x".join(map(str, row["shape"])), str(row["threads"])]
-        cells += [time_text(row["contenders"][name]["median_us"]) for name in CONTENDERS]
+        times = [row["contenders"].get(name) for name in CONTENDERS]
+        cells += [time_text(of["median_us"]) if of else "-" for of in times]
         cells += [row["bound"], limit]
         for kind in KINDS:
             cells += [f"{row[kind]['ratio']:.2f} ({row[kind]['ratio_best']:.2f})", f"{row[kind]['share']:.0%}"]
@@ -183,6 +186,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=parse_shapes, metavar="MxKxN,…", help="instead of those built in")
     parser.add_argument("--threads", type=parse_threads, default=[1], metavar="N,…", help="1 unless given")
+    parser.add_argument(
+        "--without", nargs="*", choices=["openvino"], default=[], help="a peer that this machine does not have"
+    )
     parser.add_argument("--smoke", action="store_true", help="two small shapes, one block, no result file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the result file")
@@ -195,7 +201,7 @@ def main() -> int:
     for threads in options.threads:
         for shape in shapes:
             with tempfile.TemporaryDirectory(prefix="kedge-bench-") as folder:
-                rows.append(benchmark(shape, threads, Path(folder), smoke=options.smoke))
+                rows.append(benchmark(shape, threads, Path(folder), smoke=options.smoke, without=options.without))
     if options.json:
         print(json.dumps(result, indent=2))
     else:

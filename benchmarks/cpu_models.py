@@ -18,6 +18,7 @@ The exit status is 1 where an output is wrong (against ONNX Runtime) or where ke
 from __future__ import annotations
 
 import argparse
+import compileall
 import datetime
 import importlib.util
 import json
@@ -35,6 +36,8 @@ from models import MODELS, Model, parse_size
 from rich.console import Console
 from rich.table import Table
 
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kedge", "compiler", "rpc", "protos", "device_agent", "deploy")
 RESULTS = Path(__file__).with_name("results")
 RUNTIMES = ("kedge", "onnxruntime", "openvino")
 TITLES = {"kedge": "kedge", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -86,6 +89,12 @@ def benchmark(model: Model, folder: Path, settings: Settings) -> Row:
     row["compile"] = compile_figures(path, folder, again=settings.compile)
     row["runs"] = [run(model.name, path, inputs, threads, row["compile"], settings) for threads in settings.threads]
     return row
+
+
+def compile_bytecode() -> None:
+    """What pip does where it installs kedge: else each start of `kedge compile` may compile kedge's own sources."""
+    for package in PACKAGES:
+        compileall.compile_dir(ROOT / package, quiet=1)
 
 
 def compile_figures(model: Path, folder: Path, *, again: bool) -> Row:
@@ -343,6 +352,7 @@ def main() -> int:
     if path is not None and importlib.util.find_spec("matplotlib") is None:
         say("the plot beside the result file needs matplotlib: pip install -e '.[bench]'")  # before measuring
         return 2
+    compile_bytecode()
     result: Row = {"date": date, "note": options.note, "machine": harness.machine(), "models": []}
     for name in options.models or MODELS:
         with tempfile.TemporaryDirectory(prefix="kedge-bench-") as folder:
