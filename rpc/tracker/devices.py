@@ -1,105 +1,26 @@
 """The devices as the tracker knows them, and whether one may take a job now. Pure; times are Unix milliseconds.
 
 A device takes jobs when it is connected, holds no lease, is not in maintenance, reports no problem of its own, and its
-circuit breaker is closed. The breaker opens when job after job fails there for reasons that are the device's, or for
-any reason where they have nothing else in common: first for `quarantine_ms`, then for twice as long each time, until a
-job succeeds (Nygard, "Release It!", 2007). Between two such times one job is let through to find out.
+circuit breaker is closed.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from kedge.rpc.noise import Conditions, Noise
-from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.selector import Selector, labels_of, parse
-from kedge.rpc.tracker.facts import ANYWHERE, Needs, Serviced
+from kedge.rpc.tracker.breaker import Breaker
+from kedge.rpc.tracker.facts import ANYWHERE, LeaseKey, Needs, Serviced
+from kedge.rpc.tracker.reservations import Reservations
 from kedge.rpc.tracker.scheduler import Want
-from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol, Reservation
+from kedge.rpc.types import DeviceInfo, DeviceState, DeviceStatus, Health, Protocol
 
-Key = tuple[str, int]
 #: So many answers are remembered beside those that queued jobs wait for.
 _REMEMBERED = 4_000
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantine:
-    """The rules of circuit breakers: open after so many failures in a row, first for so long, and never for longer."""
-
-    after: int
-    first_ms: int
-    longest_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Suspicion:
-    """A job that ended badly: whose it was, and of what artifact."""
-
-    user: str
-    artifact: str
-    kind: OutcomeKind
-
-
-@dataclass(slots=True)
-class Breaker:
-    """A device's circuit breaker."""
-
-    #: Jobs that failed there for its sake, one after the other, and why.
-    faults: dict[str, str] = field(default_factory=dict)
-    #: Jobs that ended badly there since one went well, of users and artifacts that all differ: what many have in
-    #: common is the device. One user, or one artifact, has no device quarantined.
-    suspicions: dict[str, Suspicion] = field(default_factory=dict)
-    #: How often it opened since a job last succeeded, until when it is open, and why.
-    opened: int = 0
-    until_ms: int = 0
-    why: str = ""
-
-    def is_open(self, now: int) -> bool:
-        """True while no job is let through."""
-        return now < self.until_ms
-
-    def fault(self, job_id: str, reason: str, now: int, rules: Quarantine) -> bool:
-        """A job failed there; True when that opens the breaker: after so many, or at once where it was open before."""
-        self.faults[job_id] = reason
-        if self.is_open(now):
-            return False
-        if len(self.faults) < rules.after and not self.opened:
-            return False
-        self._open(f"{len(self.faults)} jobs in a row failed there ({reason})", now, rules)
-        return True
-
-    def suspect(self, job_id: str, failure: Suspicion, now: int, rules: Quarantine) -> bool:
-        """A job ended badly there, perhaps by its own fault; True when that opens the breaker."""
-        known = self.suspicions.values()
-        if self.is_open(now) or any(failure.user == k.user or failure.artifact == k.artifact for k in known):
-            return False
-        self.suspicions[job_id] = failure
-        if len(self.suspicions) < rules.after:
-            return False
-        kinds = ", ".join(sorted({suspicion.kind.value.replace("_", " ") for suspicion in known}))
-        self._open(f"jobs of {len(self.suspicions)} users in a row ended badly there ({kinds})", now, rules)
-        self.suspicions.clear()  # it takes as many again: one user must not keep it open
-        return True
-
-    def _open(self, why: str, now: int, rules: Quarantine) -> None:
-        self.until_ms = now + min(rules.longest_ms, rules.first_ms << min(self.opened, 30))
-        self.opened += 1
-        self.why = why
-
-    def success(self) -> None:
-        """A job went well there: the device does what it should."""
-        self.faults.clear()
-        self.suspicions.clear()
-        self.opened, self.until_ms = 0, 0
-
-    def forgive(self, job_id: str) -> None:
-        """That job was at fault itself."""
-        self.suspicions.pop(job_id, None)
-        if self.faults.pop(job_id, None) is not None and not self.faults:
-            self.opened, self.until_ms = 0, 0
 
 
 @dataclass(slots=True)
@@ -113,9 +34,9 @@ class Device:
     seen_ms: int
     idle_ms: int
     #: Leases that the agent holds or was given, wanted or not.
-    holding: set[Key] = field(default_factory=set)
+    holding: set[LeaseKey] = field(default_factory=set)
     #: Results that were taken, until a heartbeat no longer names them.
-    settled: set[Key] = field(default_factory=set)
+    settled: set[LeaseKey] = field(default_factory=set)
     #: None: it is not known yet, and nobody knows whether jobs would be safe there.
     health: Health | None = None
     protocol: Protocol = field(default_factory=lambda: Protocol(0))
@@ -133,7 +54,7 @@ class Roster:
         self._devices: dict[str, Device] = {}
         self._breakers: dict[str, Breaker] = {}
         self._serviced: dict[str, Serviced] = {}
-        self._reservations: dict[str, Reservation] = {}
+        self.reservations = Reservations()
         #: By what is wanted: its selector, and the devices, connected or not, whose labels and machine are that. What
         #: was asked for last is at the end.
         self._fits: OrderedDict[tuple[str, Needs], tuple[Selector, set[str]]] = OrderedDict()
@@ -161,7 +82,7 @@ class Roster:
 
     def unseen(self) -> list[Device]:
         """Devices in maintenance or reserved that are not known: they are off since before the tracker was started."""
-        named = {*self._serviced, *(item.device for item in self._reservations.values())}
+        named = {*self._serviced, *(item.device for item in self.reservations)}
         return [unseen_device(name) for name in sorted(named - self._devices.keys())]
 
     def forget(self, keep: int) -> None:
@@ -215,54 +136,13 @@ class Roster:
         able = [device for device in self if device.idle and self.obstacle(device, now) is None]
         return sorted(able, key=lambda device: (device.idle_ms, device.info.name))
 
-    # ---- Reservations ----------------------------------------------------------------------------------------------
-
-    def reservations(self) -> list[Reservation]:
-        """All that have not ended."""
-        return list(self._reservations.values())
-
-    def reservation(self, reservation_id: str) -> Reservation | None:
-        """One that has not ended."""
-        return self._reservations.get(reservation_id)
-
-    def reserve(self, reservation: Reservation) -> None:
-        """Keep a device for a user."""
-        self._reservations[reservation.id] = reservation
-
-    def end_reservation(self, reservation_id: str) -> None:
-        """Everybody may have the device again."""
-        self._reservations.pop(reservation_id, None)
-
-    def reserved(self, name: str, now: int) -> Reservation | None:
-        """Who the device is kept for at a time."""
-        if not self._reservations:
-            return None
-        held = (item for item in self._reservations.values() if item.device == name)
-        return next((item for item in held if item.from_unix_ms <= now < item.until_unix_ms), None)
-
-    def expired(self, now: int) -> list[Reservation]:
-        """Reservations whose time is over."""
-        return [item for item in self._reservations.values() if item.until_unix_ms <= now]
-
-    def reserved_within(self, begin: int, end: int) -> list[Reservation]:
-        """Those that have a part of this time."""
-        return [item for item in self._reservations.values() if item.from_unix_ms < end and begin < item.until_unix_ms]
-
-    def reserved_ms(self, user: str) -> Counter[str]:
-        """How long a user's reservations of each device last in all, of those that have not ended."""
-        total: Counter[str] = Counter()
-        for item in self._reservations.values():
-            if item.user == user:
-                total[item.device] += item.until_unix_ms - item.from_unix_ms
-        return total
-
     def reservable(self, selector: str, begin: int, end: int, without: Collection[str], now: int) -> Device | None:
         """A device that matches and that nobody has reserved then, best one first; raises SelectorError.
 
         One that is not connected may be back for a later time, but is of no use now.
         """
         wanted = parse(selector)
-        taken = {item.device for item in self.reserved_within(begin, end)}.union(without)
+        taken = {item.device for item in self.reservations.within(begin, end)}.union(without)
         free = [d for d in self if d.info.name not in taken and wanted.matches(d.labels)]
         free = [d for d in free if d.connection is not None or begin > now]
         best = sorted(
@@ -286,7 +166,7 @@ class Roster:
         if fits.isdisjoint(names):
             return []
         able = [name for name in names if name in fits]
-        if self._reservations:
+        if self.reservations:
             able = [name for name in able if self._open_to(want.user, name, now)]
         if not want.avoid.isdisjoint(able) and self._has_alternative(want, now):
             return [name for name in able if name not in want.avoid]
@@ -307,7 +187,7 @@ class Roster:
 
     def _open_to(self, user: str, name: str, now: int) -> bool:
         """Whether the device is reserved for nobody else."""
-        reserved = self.reserved(name, now)
+        reserved = self.reservations.of(name, now)
         return reserved is None or reserved.user == user
 
     def _fitting(self, want: Want) -> tuple[Selector, set[str]]:
@@ -345,7 +225,7 @@ class Roster:
     def _why_not(self, want: Want, able: list[Device], now: int) -> str:
         reasons = {d.info.name: reason[1] for d in able if (reason := self.obstacle(d, now)) is not None}
         for device in able:
-            reserved = self.reserved(device.info.name, now)
+            reserved = self.reservations.of(device.info.name, now)
             if reserved is not None and reserved.user != want.user:
                 until = _clock(reserved.until_unix_ms)
                 reasons.setdefault(device.info.name, f"reserved for {reserved.user or 'another user'} until {until}")
@@ -368,11 +248,10 @@ class Roster:
             state = obstacle[0]
         if obstacle is not None:
             detail = obstacle[1]
-        reservation = self.reserved(device.info.name, now)
+        reservation = self.reservations.of(device.info.name, now)
         noise = self.noise.floors(device.info.name, conditions_of(device), now)
         seen, health = device.seen_ms, device.health
-        later = [r for r in self._reservations.values() if r.device == device.info.name and r.from_unix_ms > now]
-        upcoming = tuple(sorted(later, key=lambda r: r.from_unix_ms))
+        upcoming = self.reservations.upcoming(device.info.name, now)
         return DeviceStatus(device.info, state, seen, running_job_id, detail, health, reservation, noise, upcoming)
 
 
@@ -385,6 +264,12 @@ def unseen_device(name: str) -> Device:
 def conditions_of(device: Device) -> Conditions:
     """What its noise depends on."""
     return Conditions(device.info.target, device.protocol.software, device.health.governor if device.health else "")
+
+
+def connection_of(device: Device) -> int:
+    """The connection of a device that is connected."""
+    assert device.connection is not None
+    return device.connection
 
 
 def _suits(selector: Selector, needs: Needs, device: Device) -> bool:

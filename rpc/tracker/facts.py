@@ -12,6 +12,8 @@ from kedge.rpc.types import DeviceFault, Job, JobResult, JobSpec, NoiseSample, R
 Needs = tuple[Need, ...]
 #: Of a session, which takes any device that its selector names.
 ANYWHERE: Needs = ()
+#: A lease: the job and its epoch.
+LeaseKey = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)

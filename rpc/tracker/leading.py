@@ -34,8 +34,8 @@ from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
 from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
 from kedge.rpc.tracker.sessions import Grants, SessionsService
+from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.tracker.shell import Clock, Shell
-from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
 
 log = logging.getLogger("kedge.tracker")

@@ -27,9 +27,9 @@ from prometheus_client.metrics_core import Metric
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.protocol import VERSION, software
 from kedge.rpc.tracker.facts import Fact, JobAccepted, JobAssigned, JobDone, JobRequeued, JobWithdrawn, Stored
+from kedge.rpc.tracker.jobs import task_kind
 from kedge.rpc.tracker.observer import Observer
 from kedge.rpc.tracker.shell import Shell
-from kedge.rpc.tracker.state import task_kind
 from kedge.rpc.transport import Address
 from kedge.rpc.types import DeviceState, JobState
 

@@ -36,8 +36,8 @@ from kedge.rpc.tracker.security.devices import LIFETIME_S
 from kedge.rpc.tracker.security.folder import Keys, Limits, Security
 from kedge.rpc.tracker.security.joining import join_fleet
 from kedge.rpc.tracker.security.owners import FileOwners
+from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.tracker.shell import Clock
-from kedge.rpc.tracker.state import Settings
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import DEFAULT_PORT, Address, parse_host
 

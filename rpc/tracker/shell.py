@@ -18,11 +18,13 @@ from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
 from kedge.rpc.status import UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
 from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
+from kedge.rpc.tracker.jobs import task_kind
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.outbox import Outbox, Parcel
 from kedge.rpc.tracker.scheduler import Want
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError
-from kedge.rpc.tracker.state import Settings, TrackerState, task_kind
+from kedge.rpc.tracker.settings import Settings
+from kedge.rpc.tracker.state import TrackerState
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import DeviceStatus, Job, JobResult, JobSpec, JobState, Reservation
 

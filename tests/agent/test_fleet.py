@@ -51,7 +51,7 @@ from .conftest import FUNCTIONS
 TRACKER = """
 import asyncio, pathlib, signal, sys
 from kedge.rpc.tracker.server import serve
-from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.settings import Settings
 
 async def main():
     settings = Settings(heartbeat_interval_ms=200, lease_ms=int(sys.argv[3]))

@@ -30,7 +30,7 @@ from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.security import credentials
 from kedge.rpc.status import NotReadyError, UnknownJobError
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.transport import Address, Tls
 from kedge.rpc.types import MAX_PROFILE_SAMPLES, MAX_SAMPLES, Blob, Deadlines, DeviceState, Job, JobState, TimeOptions
 from support.agents import AgentProcess, at_work, runs, wait_for

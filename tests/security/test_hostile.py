@@ -29,7 +29,7 @@ from kedge.rpc.security.identity import Identity
 from kedge.rpc.status import NameTakenError, QueueFullError, from_rpc_error
 from kedge.rpc.tracker.security.folder import Limits
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.transport import MAX_MESSAGE_BYTES, Tls, open_channel
 from kedge.rpc.types import MAX_LEASE_MS, NO_BLOB, DeviceState, JobResult, JobSpec, JobState, Lease, SessionTask, Tensor
 from support.fake_agent import FakeAgent

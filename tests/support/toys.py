@@ -8,7 +8,7 @@ from kedge.protos.v1 import types_pb2
 from kedge.rpc import abi, convert
 from kedge.rpc.artifact import Artifact, Function, Manifest, Port, Symbol, Variant, make_member
 from kedge.rpc.client.plan import Terms, pack, run_request
-from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.types import DeviceInfo
 
 #: Times short enough that a test can see them pass.

@@ -31,7 +31,7 @@ X = np.arange(8, dtype=np.float32).reshape(2, 4)
 TRACKER = """
 import asyncio, pathlib, sys
 from kedge.rpc.tracker.server import serve
-from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.settings import Settings
 
 async def main():
     settings = Settings(silence_ms=120_000, lease_ms=800, deadline_slack_ms=100)

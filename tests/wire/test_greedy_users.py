@@ -21,8 +21,9 @@ from kedge.rpc.tracker.devices import Roster
 from kedge.rpc.tracker.estimate import waits
 from kedge.rpc.tracker.facts import ANYWHERE, Effects, JobAssigned, JobDone
 from kedge.rpc.tracker.scheduler import Queue, Want
+from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.tracker.shell import Shell
-from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.state import TrackerState
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import (
     NO_BLOB,
@@ -191,7 +192,7 @@ def test_places_and_alarms_of_jobs_that_left_do_not_gather() -> None:
     for number in range(2_000):
         state.submit(f"j{number}", patient, NEEDS, "", number, "eve")
         state.cancel(f"j{number}", "enough", number)
-    assert sum(map(len, state._queue._lines.values())) < 50
+    assert sum(map(len, state._jobs.queue._lines.values())) < 50
     assert len(state._alarms) < 200
     due = state.next_alarm()
     assert due is not None

@@ -10,7 +10,8 @@ from kedge.rpc import messages as m
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.tracker.facts import ANYWHERE, Effects, JobAccepted, JobAssigned, JobDone, JobRecord, Stored, ToAgent
-from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.settings import Settings
+from kedge.rpc.tracker.state import TrackerState
 from kedge.rpc.types import (
     NO_BLOB,
     Deadlines,

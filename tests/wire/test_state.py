@@ -27,7 +27,8 @@ from kedge.rpc.tracker.facts import (
     Stored,
     ToAgent,
 )
-from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.settings import Settings
+from kedge.rpc.tracker.state import TrackerState
 from kedge.rpc.types import (
     Accelerator,
     Blob,

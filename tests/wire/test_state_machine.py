@@ -46,7 +46,8 @@ from kedge.rpc.tracker.facts import (
     ToAgent,
 )
 from kedge.rpc.tracker.outbox import Outbox, Parcel
-from kedge.rpc.tracker.state import Settings, TrackerState
+from kedge.rpc.tracker.settings import Settings
+from kedge.rpc.tracker.state import TrackerState
 from kedge.rpc.types import (
     NO_BLOB,
     Blob,

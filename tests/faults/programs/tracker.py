@@ -15,7 +15,7 @@ from kedge.rpc import logs
 from kedge.rpc.security.join import parse_join
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.server import serve, stop
-from kedge.rpc.tracker.state import Settings
+from kedge.rpc.tracker.settings import Settings
 
 #: An agent that lost the tracker tries again within 5 s: its lease outlives that.
 SETTINGS = Settings(
