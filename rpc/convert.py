@@ -474,6 +474,11 @@ def job_state_from_pb(number: int) -> t.JobState:
     return _need(_JOB_STATE.from_pb(number), "job state")
 
 
+def job_filter_from_pb(pb: fleet_pb2.ListJobsRequest) -> t.JobFilter:
+    """JobFilter, in."""
+    return t.JobFilter(pb.user, pb.device, pb.artifact, pb.since_unix_ms, tuple(pb.job_ids))
+
+
 def job_to_pb(job: t.Job) -> types_pb2.Job:
     """Job, out."""
     return types_pb2.Job(

@@ -550,6 +550,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list shows: those for which all holds that is said; what is empty, or 0, says nothing.
+
+    `device` has the job, or had it last; `artifact` is what its artifact's digest (hex) begins with.
+    """
+
+    user: str = ""
+    device: str = ""
+    artifact: str = ""
+    since_unix_ms: int = 0
+    ids: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Lease:
     """The right to run one job. A message with another epoch than the tracker's for that job changes nothing."""
 

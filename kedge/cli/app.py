@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import kedge
-from kedge.cli import access, board, comparing, compiling, demo, doctor, fleet, moving, running, scheduling, top
+from kedge.cli import access, board, comparing, compiling, demo, doctor, fleet, jobs, moving, running, scheduling, top
 
 app = typer.Typer(
     name="kedge",
@@ -52,7 +52,8 @@ app.command("bench")(running.bench)
 app.command("validate")(running.validate)
 app.command("compare")(comparing.compare)
 app.command("devices")(fleet.devices)
-app.command("jobs")(fleet.jobs)
+app.command("jobs")(jobs.jobs)
+app.command("result")(jobs.result)
 app.command("top")(top.top)
 app.command("cancel")(scheduling.cancel)
 app.command("drain")(scheduling.drain)

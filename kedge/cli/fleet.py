@@ -1,4 +1,4 @@
-"""`kedge tracker start`, `kedge agent start`, `kedge devices`, `kedge jobs`."""
+"""`kedge tracker start`, `kedge agent start`, `kedge devices`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 import kedge
 from kedge.cli import output
 from kedge.cli.arguments import parse_bytes
 from kedge.cli.devices import build_runner, require_tracker
-from kedge.cli.waiting import wait_text
 from kedge.rpc.cores import cpu_list
 from kedge.rpc.errors import UsageError
 from kedge.rpc.logs import FORMATS
@@ -435,58 +433,3 @@ def _show_found(found: Mapping[str, Found]) -> None:
     for kind, one in found.items():
         if one.reason:
             output.stderr().print(f"{kind}: {one.reason}", soft_wrap=True)
-
-
-def jobs(
-    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many, newest first.")] = 20,
-    tracker: output.TrackerOption = None,
-    as_json: output.JsonFlag = False,
-) -> None:
-    """List the jobs of a tracker, newest first.
-
-    Examples:
-
-      kedge jobs --tracker 127.0.0.1:9190
-
-      kedge jobs --limit 100 --json
-    """
-    with kedge.connect(require_tracker(tracker)) as fleet:
-        found = fleet.jobs(limit=limit)
-    if as_json:
-        output.emit_json([job.to_json() for job in found])
-        return
-    if not found:
-        output.stderr().print(f"no job was submitted to {tracker} yet", soft_wrap=True)
-        return
-    output.show(jobs_table(found))
-
-
-def jobs_table(found: Sequence[Any]) -> Table:
-    """Jobs for people: what they do, where they are, and what keeps them or came of them."""
-    table = output.table("job", "user", "task", "state", "outcome", "device", ">age", "detail")
-    for job in found:
-        age = output.age_text(time.time() - job.submitted_unix_ms / 1000)
-        user, device = job.user or "-", job.device or "-"
-        table.add_row(job.id, user, _task(job), job.state, _outcome(job), device, age, _detail(job))
-    return table
-
-
-def _outcome(job: Any) -> str:
-    return job.result.outcome.kind if job.result is not None else "-"
-
-
-def _task(job: Any) -> str:
-    from kedge.rpc.types import BenchTask, SessionTask
-
-    if isinstance(job.spec.task, SessionTask):
-        return "session"
-    kind = "bench" if isinstance(job.spec.task, BenchTask) else "run"
-    return f"{kind} {job.spec.function}"
-
-
-def _detail(job: Any) -> str:
-    """Why it waits and for how long, or the first line of why it failed."""
-    if job.detail:
-        return f"{job.detail.partition(chr(10))[0]}{wait_text(job)}"
-    said: str = job.result.outcome.message if job.result is not None else ""
-    return said.partition("\n")[0]

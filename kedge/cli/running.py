@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,14 +74,20 @@ def run(
     data = inputs_of(function_of(loaded, function), inputs, shape, seed)
     with output.progress("run") as report, open_device(loaded, device, tracker, threads, report, timeout, on) as place:
         results = place.load(loaded).run(data, function=function)
+    if as_json:
+        output.emit_json({name: facts_of(array) for name, array in results.items()})
+    show_outputs(results, outputs, as_json=as_json)
+
+
+def show_outputs(results: Mapping[str, np.ndarray[Any, Any]], outputs: Path | None, *, as_json: bool = False) -> None:
+    """Save what came out where it was asked for, and show what it is like, unless it was told in JSON."""
     if outputs:
         save_outputs(outputs, results)
     if as_json:
-        output.emit_json({name: _facts(array) for name, array in results.items()})
         return
     table = output.table("output", "dtype", "shape", ">min", ">max", ">mean", "first values")
     for name, array in results.items():
-        facts = _facts(array)
+        facts = facts_of(array)
         shown = [str(facts[key]) if facts[key] is None else f"{facts[key]:.4g}" for key in ("min", "max", "mean")]
         first = ", ".join(f"{value:.4g}" for value in array.reshape(-1)[:4])
         table.add_row(name, facts["dtype"], str(tuple(array.shape)), *shown, first)
@@ -89,7 +96,8 @@ def run(
         output.stdout().print(f"saved to {outputs}", soft_wrap=True)
 
 
-def _facts(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+def facts_of(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """What people want to know of an array before they look at it."""
     some = array.size > 0
     return {
         "dtype": str(array.dtype),

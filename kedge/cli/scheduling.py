@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import kedge
 from kedge.cli import output
 from kedge.cli.arguments import parse_duration, parse_moment
+from kedge.cli.completion import completed, device_names, job_ids, reservation_ids
 from kedge.cli.devices import require_tracker
 from kedge.rpc.errors import KedgeError, PermissionDeniedError
 from kedge.rpc.status import UnknownJobError
-from kedge.rpc.types import Job, JobState, Reservation
-
-
-def _completed(ask: Callable[[Any], Iterable[str]]) -> Callable[[typer.Context, str], list[str]]:
-    """Completes what the tracker knows. Where it cannot be asked there is nothing to offer: nobody sees an error."""
-
-    def complete(context: typer.Context, incomplete: str) -> list[str]:
-        tracker = context.params.get("tracker")
-        if not tracker:
-            return []
-        try:
-            with kedge.connect(tracker) as fleet:
-                return sorted(word for word in ask(fleet) if word.startswith(incomplete))
-        except KedgeError:
-            return []
-
-    return complete
-
-
-def _device_names(fleet: Any) -> list[str]:
-    return [device.info.name for device in fleet.devices(include_gone=True)]
-
-
-def _job_ids(fleet: Any) -> list[str]:
-    unfinished = tuple(state for state in JobState if state is not JobState.DONE)
-    return [job.id for job in fleet.jobs(states=unfinished)]
-
-
-def _reservation_ids(fleet: Any) -> list[str]:
-    every = fleet.devices(include_gone=True)
-    return [item.id for device in every for item in (device.reservation, *device.upcoming) if item is not None]
-
+from kedge.rpc.types import Job, Reservation
 
 DeviceName = Annotated[
-    str, typer.Argument(metavar="DEVICE", help="The device's name.", autocompletion=_completed(_device_names))
+    str, typer.Argument(metavar="DEVICE", help="The device's name.", autocompletion=completed(device_names))
 ]
 
 
 def cancel(
     job: Annotated[
         list[str],
-        typer.Argument(metavar="JOB…", help="Ids, as 'kedge jobs' shows.", autocompletion=_completed(_job_ids)),
+        typer.Argument(metavar="JOB…", help="Ids, as 'kedge jobs' shows.", autocompletion=completed(job_ids)),
     ],
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,
@@ -153,7 +122,7 @@ def reserve(
 def release(
     reservation: Annotated[
         str,
-        typer.Argument(metavar="ID", help="As 'kedge reserve' printed.", autocompletion=_completed(_reservation_ids)),
+        typer.Argument(metavar="ID", help="As 'kedge reserve' printed.", autocompletion=completed(reservation_ids)),
     ],
     tracker: output.TrackerOption = None,
     as_json: output.JsonFlag = False,

@@ -20,7 +20,7 @@ import kedge
 from kedge.cli import output
 from kedge.cli.devices import require_tracker
 from kedge.cli.ending import ended_in_order
-from kedge.cli.fleet import jobs_table
+from kedge.cli.jobs import jobs_table
 from kedge.rpc.errors import ConnectError
 from kedge.rpc.printable import printable
 from kedge.rpc.types import DeviceState, DeviceStatus, Job, JobState

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Self, cast
@@ -198,12 +198,21 @@ class Fleet:
         return job
 
     async def jobs(
-        self, *, limit: int = 100, states: tuple[JobState, ...] = (), oldest_first: bool = False
+        self,
+        *,
+        limit: int = 100,
+        states: tuple[JobState, ...] = (),
+        oldest_first: bool = False,
+        user: str = "",
+        device: str = "",
+        artifact: str = "",
+        since_unix_s: float = 0.0,
+        ids: Sequence[str] = (),
     ) -> list[JobInfo]:
-        """The newest jobs (at most 10,000), newest first, or the oldest, without tensors and samples."""
-        request = plan.list_request(limit, states, oldest_first)
-        answer = await self._persist(self._stub.ListJobs, request)
-        return [convert.job_from_pb(pb) for pb in answer.jobs]
+        """The newest jobs, or the oldest; arguments and errors as the synchronous `Fleet.jobs`."""
+        wanted = plan.job_filter(user, device, artifact, since_unix_s, ids)
+        request = plan.list_request(limit, states, oldest_first, wanted)
+        return plan.listed(await self._persist(self._stub.ListJobs, request), wanted)
 
     @asynccontextmanager
     async def session(

@@ -13,7 +13,7 @@ A tracker that restarts is waited for; jobs survive that, sessions do not. Ctrl-
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Self, cast
 
@@ -239,11 +239,27 @@ class Fleet:
         job.status()
         return job
 
-    def jobs(self, *, limit: int = 100, states: tuple[JobState, ...] = (), oldest_first: bool = False) -> list[JobInfo]:
-        """The newest jobs (at most 10,000), newest first, or the oldest, without tensors and samples."""
-        request = plan.list_request(limit, states, oldest_first)
-        answer = self._persist(self._stub.ListJobs, request)
-        return [convert.job_from_pb(pb) for pb in answer.jobs]
+    def jobs(
+        self,
+        *,
+        limit: int = 100,
+        states: tuple[JobState, ...] = (),
+        oldest_first: bool = False,
+        user: str = "",
+        device: str = "",
+        artifact: str = "",
+        since_unix_s: float = 0.0,
+        ids: Sequence[str] = (),
+    ) -> list[JobInfo]:
+        """The newest jobs (at most 10,000), newest first, or the oldest, without tensors and samples.
+
+        What is given has to hold: one of the `states`, whose they are (others' are for administrators), the name of the
+        `device` that has or had them, what the `artifact`'s digest (hex) begins with, that they were submitted at
+        `since_unix_s` or later, and one of the `ids`. The tracker chooses; raises ProtocolError where it is too old to.
+        """
+        wanted = plan.job_filter(user, device, artifact, since_unix_s, ids)
+        request = plan.list_request(limit, states, oldest_first, wanted)
+        return plan.listed(self._persist(self._stub.ListJobs, request), wanted)
 
     def session(
         self,

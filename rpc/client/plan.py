@@ -23,7 +23,7 @@ from kedge.rpc.client.timing import Timing, timing_options
 from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
 from kedge.rpc.limits import check_noise, check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
-from kedge.rpc.protocol import local_protocol
+from kedge.rpc.protocol import ProtocolError, local_protocol
 from kedge.rpc.security import signing
 from kedge.rpc.status import from_rpc_error, is_away
 from kedge.rpc.transport import Address, unreachable
@@ -38,6 +38,8 @@ from kedge.rpc.types import (
     DeviceInfo,
     DeviceState,
     DeviceStatus,
+    Job,
+    JobFilter,
     JobResult,
     JobSpec,
     JobState,
@@ -194,11 +196,37 @@ def devices_request(selector: str, include_gone: bool, wait_s: float) -> fleet_p
     return fleet_pb2.ListDevicesRequest(selector=selector, include_gone=include_gone, wait_ms=round(wait_s * 1000))
 
 
-def list_request(limit: int, states: Sequence[JobState], oldest_first: bool) -> fleet_pb2.ListJobsRequest:
+def list_request(
+    limit: int, states: Sequence[JobState], oldest_first: bool, wanted: JobFilter
+) -> fleet_pb2.ListJobsRequest:
     """What asks for the newest or oldest jobs; raises InputError for a limit that no tracker takes."""
     check_number("limit", limit, 1, MAX_LISTED, "the newest jobs come first")
-    wanted = [convert.job_state_to_pb(state) for state in states]
-    return fleet_pb2.ListJobsRequest(limit=limit, states=wanted, oldest_first=oldest_first)
+    check_number("since_unix_s in milliseconds", wanted.since_unix_ms, 0, 2**62, "seconds since 1970; 0 is all")
+    return fleet_pb2.ListJobsRequest(
+        limit=limit,
+        states=[convert.job_state_to_pb(state) for state in states],
+        oldest_first=oldest_first,
+        user=wanted.user,
+        device=wanted.device,
+        artifact=wanted.artifact,
+        since_unix_ms=wanted.since_unix_ms,
+        job_ids=wanted.ids,
+    )
+
+
+def job_filter(user: str, device: str, artifact: str, since_unix_s: float, ids: Sequence[str]) -> JobFilter:
+    """Which jobs to list."""
+    return JobFilter(user, device, artifact.lower(), round(since_unix_s * 1000), tuple(ids))
+
+
+def listed(answer: fleet_pb2.ListJobsResponse, wanted: JobFilter) -> list[Job]:
+    """The jobs of a list; raises ProtocolError where the tracker is too old to have chosen them."""
+    if wanted != JobFilter() and not answer.filtered:
+        raise ProtocolError(
+            "the tracker is older, and lists jobs by their states only",
+            hint="update it, or list the newest 10,000 and choose from them",
+        )
+    return [convert.job_from_pb(pb) for pb in answer.jobs]
 
 
 def noise_request(device: str, relative: float, num_threads: int, on: str) -> fleet_pb2.KeepNoiseRequest:

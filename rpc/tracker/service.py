@@ -164,12 +164,13 @@ class FleetService:
 
     @typed_errors
     async def ListJobs(self, request: fleet_pb2.ListJobsRequest, _context: Context) -> fleet_pb2.ListJobsResponse:
-        """The newest or oldest jobs in brief."""
+        """The newest or oldest jobs in brief, of those that are asked for."""
         states = tuple(convert.job_state_from_pb(state) for state in request.states)
         whose = None if caller().sees_all else caller().name
         limit = max(1, min(request.limit or 100, MAX_LISTED))
-        response = fleet_pb2.ListJobsResponse()
-        async for page in self._shell.jobs(limit, states, whose, oldest_first=request.oldest_first):
+        wanted = convert.job_filter_from_pb(request)
+        response = fleet_pb2.ListJobsResponse(filtered=True)
+        async for page in self._shell.jobs(limit, states, whose, oldest_first=request.oldest_first, wanted=wanted):
             response.jobs.extend(convert.job_to_pb(job) for job in page)
         return response
 

@@ -26,7 +26,7 @@ from kedge.rpc.tracker.schema import StoreAwayError, StoreError
 from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.tracker.state import TrackerState
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.types import DeviceStatus, Job, JobResult, JobSpec, JobState, Reservation
+from kedge.rpc.types import DeviceStatus, Job, JobFilter, JobResult, JobSpec, JobState, Reservation
 
 log = logging.getLogger("kedge.tracker")
 
@@ -287,7 +287,13 @@ class Shell:
         return job
 
     async def jobs(
-        self, limit: int, states: tuple[JobState, ...], user: str | None = None, *, oldest_first: bool = False
+        self,
+        limit: int,
+        states: tuple[JobState, ...],
+        user: str | None = None,
+        *,
+        oldest_first: bool = False,
+        wanted: JobFilter = JobFilter(),  # noqa: B008 - frozen
     ) -> AsyncIterator[list[Job]]:
         """The newest jobs in brief, newest first, or the oldest; those of one user, unless that is None.
 
@@ -297,10 +303,12 @@ class Shell:
         reasons: dict[Want, str] = {}
         while limit > 0:
             async with self._listing:
-                asked = self._store.jobs(min(limit, _PAGE), states, user, oldest_first=oldest_first, beyond=beyond)
-                page = await asyncio.wrap_future(asked)
-            now = [self.state.job(job.id, reasons) or job for job in page.jobs]
-            found = [brief_job(job) for job in now if not states or job.state in states]
+                size = _PAGE if wanted.artifact else min(limit, _PAGE)
+                order = {"oldest_first": oldest_first, "beyond": beyond}
+                page = await asyncio.wrap_future(self._store.jobs(size, states, user, **order, wanted=wanted))
+            chosen = (job for job in page.jobs if job.spec.manifest.digest.startswith(wanted.artifact))
+            now = (self.state.job(job.id, reasons) or job for job in chosen)
+            found = [brief_job(job) for job in now if not states or job.state in states][:limit]
             yield found
             if page.last is None:
                 return

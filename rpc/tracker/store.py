@@ -59,7 +59,7 @@ from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some, gone_of
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
-from kedge.rpc.types import DeviceFault, Job, JobState, NoiseSample, Reservation
+from kedge.rpc.types import DeviceFault, Job, JobFilter, JobState, NoiseSample, Reservation
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -202,13 +202,15 @@ class Store:
         *,
         oldest_first: bool = False,
         beyond: int | None = None,
+        wanted: JobFilter = JobFilter(),  # noqa: B008 - frozen
     ) -> Future[Page]:
         """The newest jobs (of one user), newest first, or the oldest, as stored and in brief (see
         `kedge.rpc.tracker.brief`); those `beyond` the last one of an earlier page.
 
-        While a page is read nothing is stored: its `limit` is for how long others wait.
+        Of `wanted` the artifact is not looked at here: no column has it. While a page is read nothing is stored: its
+        `limit` is for how long others wait.
         """
-        return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first, beyond))
+        return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first, beyond, wanted))
 
     def job_of_key(self, key: str) -> Future[str | None]:
         """The job that was ever submitted under this idempotency key."""
@@ -666,17 +668,26 @@ def _list_jobs(
     user: str | None,
     oldest_first: bool,
     beyond: int | None,
+    wanted: JobFilter,
 ) -> Page:
     """Each state by itself: an index has its jobs in order, so that of many no more are read than may be shown."""
     seq = t.jobs.c.seq
     query = _BRIEF_JOBS.order_by(seq.asc() if oldest_first else seq.desc()).limit(limit)
     if user is not None:
         query = query.where(t.jobs.c.user == user)
+    if wanted.user:
+        query = query.where(t.jobs.c.user == wanted.user)
+    if wanted.device:
+        query = query.where(t.jobs.c.device == wanted.device)
+    if wanted.since_unix_ms:
+        query = query.where(t.jobs.c.submitted_ms >= wanted.since_unix_ms)
+    if wanted.ids:
+        query = query.where(t.jobs.c.id.in_(wanted.ids))
     if beyond is not None:
         query = query.where(seq > beyond if oldest_first else seq < beyond)
     # The database does not know who has started: that is asked of the living.
-    wanted = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
-    rows = [row for state in wanted for row in connection.execute(query.where(t.jobs.c.state == state.value))]
+    stored = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
+    rows = [row for state in stored for row in connection.execute(query.where(t.jobs.c.state == state.value))]
     rows = sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]
     return Page([_job(row) for row in rows], rows[-1].seq if len(rows) == limit else None)
 

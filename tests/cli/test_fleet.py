@@ -71,6 +71,51 @@ def test_run_bench_validate_and_jobs_on_a_device(kedge_here: Kedge, fleet: str, 
     assert all(job["result"]["outcome"]["kind"] == "ok" for job in jobs)
 
 
+def test_jobs_are_chosen_by_what_is_asked_for(kedge_here: Kedge, fleet: str, digits: Path, tmp_path: Path) -> None:
+    at = ("--tracker", fleet)
+    assert kedge_here("run", digits, "--device", "bench-1", *at).returncode == 0
+
+    def listed(*words: str | Path) -> list[str]:
+        done = kedge_here("jobs", *words, *at, "--json")
+        assert done.returncode == 0, done.stderr
+        return [job["id"] for job in json.loads(done.stdout)]
+
+    newest = listed("--limit", "1")
+    digest = Artifact.load(digits).digest
+    assert listed("--artifact", digits, "--device", "bench-1", "--since", "1h", "--limit", "1") == newest
+    assert listed("--state", "done", "--artifact", digest[:8], "--limit", "1") == newest == listed(*newest)
+    assert listed("--state", "queued", "--state", "running") == listed("--device", "bench-2") == []
+    assert "there is no such job" in kedge_here("jobs", "--user", "nobody-at-all", *at).stderr
+    missing = kedge_here("jobs", newest[0], "no-such-job", *at)
+    assert missing.returncode == 1 and newest[0] in missing.stdout and "no-such-job" in missing.stderr
+    for wrong in (("--state", "ended"), ("--artifact", "no.such"), ("--since", "noon")):
+        refused = kedge_here("jobs", *wrong, *at)
+        assert refused.returncode == 2 and "hint: " in refused.stderr, refused.stderr
+
+
+def test_the_result_of_a_job_whose_command_is_gone(kedge_here: Kedge, fleet: str, digits: Path, tmp_path: Path) -> None:
+    at = ("--tracker", fleet)
+    images, labels = digits_test()
+    with connect(fleet) as client:
+        job = client.run(Artifact.load(digits), {"image": images}, device="bench-1")
+        timed = client.bench(Artifact.load(digits), {"image": images}, device="bench-1", repeat=5, min_repeat_ms=1)
+        wrong = client.run(Artifact.load(digits), {"image": images}, device="bench-2")
+    done = kedge_here("result", job.id, "--outputs", tmp_path / "out.npz", *at)
+    assert done.returncode == 0, done.stderr
+    assert f"job {job.id} on bench-1: ok\n" in done.stdout and "run " in done.stdout and "probabilities" in done.stdout
+    with np.load(tmp_path / "out.npz") as saved:
+        assert (saved["probabilities"].argmax(1) == labels).mean() > 0.95
+    said = json.loads(kedge_here("result", timed.id, "--json", *at).stdout)
+    assert len(said["timing"]["samples_ns"]) == 5 and said["result"]["outcome"]["kind"] == "ok"
+    late = kedge_here("result", wrong.id, "--timeout", "0.2", *at)
+    assert late.returncode == 8 and "is not done after 0.2 s" in late.stderr
+    kedge_here("cancel", wrong.id, *at)
+    ended = kedge_here("result", wrong.id, *at)
+    assert ended.returncode == 8 and "cancelled" in ended.stderr, ended.stderr
+    unknown = kedge_here("result", "no-such-job", *at)
+    assert unknown.returncode != 0 and "no-such-job" in unknown.stderr
+
+
 def test_the_noise_of_a_device_is_its_trackers_to_remember(kedge_here: Kedge, fleet: str, digits: Path) -> None:
     short = ("--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1", "--device", "bench-1", "--tracker", fleet)
     first = kedge_here("compare", digits, digits, "--json", *short)

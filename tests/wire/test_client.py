@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kedge.protos.v1 import fleet_pb2
+from kedge.rpc import convert
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact, Function, Port, Symbol
 from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect, plan
@@ -22,6 +24,7 @@ from kedge.rpc.client.profile import Profile
 from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
 from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
+from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.types import Deadlines, DeviceState, DeviceStatus, JobState, Reservation
 from support.agents import wait_for
@@ -144,6 +147,48 @@ def test_numbers_out_of_range_are_refused_before_anything_is_sent(
         with pytest.raises(InputError, match=words):
             fleet.run(artifact, {"x": X}, **how)
     assert fleet.jobs() == []
+
+
+def test_lists_are_chosen_by_the_tracker(
+    fleet: Fleet, tracker: RunningTracker, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (FakeAgent(tracker.address, device_info(name), work=echo) for name in ("one", "two"))
+    with one, two:
+        first = fleet.run(artifact, {"x": X}, device="one")
+        first.wait()
+        second = fleet.run(artifact, {"x": X}, device="two")
+        second.wait()
+        third = fleet.bench(artifact, {"x": X}, device="two", repeat=2)
+        third.wait()
+    waits = fleet.run(artifact, {"x": X})
+    submitted = {job.id: job.submitted_unix_ms for job in fleet.jobs()}
+    digest = plan.pack(artifact).blob.digest
+
+    def listed(**wanted: Any) -> list[str]:
+        found = [job.id for job in fleet.jobs(**wanted)]
+
+        async def of_twin() -> list[str]:
+            async with await aio.connect(tracker.address) as twin:
+                return [job.id for job in await twin.jobs(**wanted)]
+
+        assert asyncio.run(of_twin()) == found
+        return found
+
+    everything = [waits.id, third.id, second.id, first.id]
+    assert listed() == listed(artifact=digest.upper()) == listed(artifact=digest[:6]) == everything
+    assert listed(artifact="0" * 64) == listed(user="nobody") == listed(ids=("nope",)) == listed(device="three") == []
+    assert listed(device="two") == [third.id, second.id] and listed(device="two", limit=1) == [third.id]
+    assert listed(device="two", limit=1, artifact=digest, oldest_first=True) == [second.id]
+    assert listed(states=(JobState.QUEUED,), artifact=digest) == [waits.id]
+    assert listed(since_unix_s=(submitted[third.id] - 0.5) / 1000) == [waits.id, third.id]
+    assert listed(ids=(first.id, waits.id, "nope"), states=(JobState.DONE,)) == [first.id]
+    assert listed(user=fleet.status().user) == everything
+    # One that is older answers with everything, and says nothing of having chosen.
+    answer = fleet_pb2.ListJobsResponse(jobs=[convert.job_to_pb(job) for job in fleet.jobs()])
+    monkeypatch.setattr(fleet, "_persist", lambda _method, _request: answer)
+    assert len(fleet.jobs(states=(JobState.DONE,))) == 4
+    with pytest.raises(ProtocolError, match="is older"):
+        fleet.jobs(device="two")
 
 
 def test_lists_have_a_limit(fleet: Fleet) -> None:

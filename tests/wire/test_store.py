@@ -42,6 +42,7 @@ from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import (
     Blob,
     DeviceFault,
+    JobFilter,
     JobResult,
     JobSpec,
     JobState,
@@ -482,7 +483,8 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
     for states in ((), (JobState.QUEUED,), (JobState.DONE, JobState.RUNNING)):
         for user in (None, "ann"):
             for beyond in (None, 9):
-                store.jobs(10, states, user, beyond=beyond).result(10)
+                for wanted in (JobFilter(), JobFilter(user="bob", device="a", since_unix_ms=1)):
+                    store.jobs(10, states, user, beyond=beyond, wanted=wanted).result(10)
     store.job("d").result(10)
     store.job_of_key("k").result(10)
     forgotten: queue.SimpleQueue[object] = queue.SimpleQueue()
