@@ -11,7 +11,7 @@ import typer
 
 from kedge.cli import output
 from kedge.cli.arguments import function_of, inputs_of, load_artifact
-from kedge.cli.devices import build_runner, check_on, open_device, require_device
+from kedge.cli.devices import Terms, build_runner, check_on, open_device, require_device
 from kedge.cli.ending import ended_in_order
 from kedge.cli.fleet import state_dir
 
@@ -41,6 +41,10 @@ def compare(
     on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    priority: output.PriorityOption = 0,
+    queue_timeout: output.QueueTimeoutOption = None,
+    transfer_timeout: output.TransferTimeoutOption = None,
+    load_timeout: output.LoadTimeoutOption = None,
     timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
@@ -59,13 +63,14 @@ def compare(
     """
     from kedge.comparison import compare as compare_artifacts
 
-    require_device(context, device, timeout)
+    terms = Terms(priority, queue_timeout, transfer_timeout, load_timeout, timeout)
+    require_device(context, device, terms)
     check_on(on)
     artifacts = load_artifact(a), load_artifact(b)
     of_a, of_b = (inputs_of(function_of(artifact, function), inputs, shape, seed) for artifact in artifacts)
     with (
         output.progress("compare") as report,
-        _place(artifacts[0], device, tracker, threads, report, timeout, on) as place,
+        _place(artifacts[0], device, tracker, threads, report, terms, on) as place,
     ):
         found = compare_artifacts(
             artifacts, (of_a, of_b), place, function=function, blocks=blocks, repeat=repeat,
@@ -86,7 +91,7 @@ def _place(
     tracker: str | None,
     threads: int,
     report: output.Report,
-    timeout: float | None,
+    terms: Terms,
     on: str,
 ) -> Iterator[Place]:
     from kedge.places import OnDevice, ThisMachine
@@ -96,5 +101,5 @@ def _place(
         with ended_in_order():
             yield ThisMachine(state_dir() / "noise.json", threads, on)
     else:
-        with open_device(artifact, device, tracker, threads, report, timeout, on) as pinned:
+        with open_device(artifact, device, tracker, threads, report, terms, on) as pinned:
             yield OnDevice(pinned)

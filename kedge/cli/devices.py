@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,46 @@ def require_tracker(tracker: str | None) -> str:
     return tracker
 
 
-def require_device(context: typer.Context, selector: str | None, timeout_s: float | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a command says of its jobs on a device; deadlines of stages in seconds, None is the tracker's default."""
+
+    priority: int = 0
+    queue_s: float | None = None
+    transfer_s: float | None = None
+    load_s: float | None = None
+    run_s: float | None = None
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """As jobs have them."""
+        return Deadlines(*(0 if s is None else max(1, round(s * 1000)) for s in self._stages.values()))
+
+    @property
+    def _stages(self) -> dict[str, float | None]:
+        return {
+            "--queue-timeout": self.queue_s,
+            "--transfer-timeout": self.transfer_s,
+            "--load-timeout": self.load_s,
+            "--timeout": self.run_s,
+        }
+
+    def option(self) -> str | None:
+        """One that was given; None where none was."""
+        given = (name for name, value in self._stages.items() if value is not None)
+        return "--priority" if self.priority else next(given, None)
+
+
+def require_device(context: typer.Context, selector: str | None, terms: Terms) -> None:
     """Raise UsageError where a tracker was typed but no device: whoever names a tracker does not mean this machine.
 
-    A tracker from the environment says nothing of the kind. A timeout says something to devices alone.
+    A tracker from the environment says nothing of the kind. The terms of jobs say something to devices alone.
     """
-    if selector is None and timeout_s is not None:
+    option = terms.option()
+    if selector is None and option is not None:
         raise UsageError(
-            "--timeout without --device: on this machine nothing ends a run but Ctrl-C",
-            hint="add --device SELECTOR, or drop --timeout",
+            f"{option} without --device: here nothing waits, and nothing ends a run but Ctrl-C",
+            hint=f"add --device SELECTOR, or drop {option}",
         )
     source = context.get_parameter_source("tracker")
     if selector is None and source is not None and source.name == "COMMANDLINE":
@@ -59,12 +91,12 @@ def open_device(
     tracker: str | None,
     threads: int,
     report: output.Report,
-    timeout_s: float | None = None,
+    terms: Terms,
     on: str = "",
 ) -> Iterator[Any]:
     """A device that `selector` chooses and that can run the artifact, or this machine where there is no selector.
 
-    `timeout_s` is the deadline of each run on a device, `on` says where kernels run (see `place`). SIGTERM cancels
+    `terms` are those of each job on a device, `on` says where kernels run (see `place`). SIGTERM cancels
     what runs, as Ctrl-C does.
     """
     if selector is None:
@@ -74,11 +106,12 @@ def open_device(
         return
     address = require_tracker(tracker)
     report(f"asking {address} for {selector}")
-    deadlines = Deadlines(run_ms=max(1, round((timeout_s or 0) * 1000))) if timeout_s is not None else None
     with (
         ended_in_order(),
         kedge.connect(address) as fleet,
-        fleet.pin(selector, artifact=artifact, threads=threads, deadlines=deadlines, on=on) as device,
+        fleet.pin(
+            selector, artifact=artifact, threads=threads, deadlines=terms.deadlines, on=on, priority=terms.priority
+        ) as device,
     ):
         report(f"sending the job to {device.name}")
         with watching(fleet, device.name, report):

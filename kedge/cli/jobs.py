@@ -73,7 +73,7 @@ def jobs(
       kedge jobs 3f2a9c0b1d22 5d1f0a77c3e2
     """
     named = tuple(dict.fromkeys(ids or ()))
-    wanted = {
+    wanted: dict[str, Any] = {
         "user": user,
         "device": device,
         "artifact": _digest(artifact),

@@ -57,13 +57,30 @@ TrackerOption = Annotated[
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=0, max=4096, help="Threads to use; 0: all that are allowed.")
 ]
+#: Of every deadline of a stage.
+_UNTIL: dict[str, Any] = {
+    "metavar": "SECONDS",
+    "min": 0.001,
+    "max": 31_622_400,
+    "show_default": "what the tracker says",
+}
 TimeoutOption = Annotated[
     float | None,
-    typer.Option(
-        "--timeout", metavar="SECONDS", min=0.001, max=31_622_400, help="How long a run on the device may take.",
-        show_default="what the tracker says",
-    ),
-]  # fmt: skip
+    typer.Option("--timeout", help="How long a run on the device may take.", **_UNTIL),
+]
+PriorityOption = Annotated[
+    int,
+    typer.Option("--priority", help="Among jobs that wait for the device: higher goes first, above 0 for admins only."),
+]
+QueueTimeoutOption = Annotated[
+    float | None, typer.Option("--queue-timeout", help="How long a job may wait for the device.", **_UNTIL)
+]
+TransferTimeoutOption = Annotated[
+    float | None, typer.Option("--transfer-timeout", help="How long sending it to the device may take.", **_UNTIL)
+]
+LoadTimeoutOption = Annotated[
+    float | None, typer.Option("--load-timeout", help="How long loading it there may take.", **_UNTIL)
+]
 ShapeOption = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="NAME=D0,D1,…", help="The shape of an input; a name as a dim leaves it free."),

@@ -20,7 +20,7 @@ from kedge.cli.arguments import (
     reading,
     save_outputs,
 )
-from kedge.cli.devices import check_on, open_device, require_device
+from kedge.cli.devices import Terms, check_on, open_device, require_device
 from kedge.cli.externals import load_externals
 from kedge.rpc.artifact.place import CPU
 
@@ -52,6 +52,10 @@ def run(
     on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    priority: output.PriorityOption = 0,
+    queue_timeout: output.QueueTimeoutOption = None,
+    transfer_timeout: output.TransferTimeoutOption = None,
+    load_timeout: output.LoadTimeoutOption = None,
     timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
@@ -66,13 +70,16 @@ def run(
       kedge run digits-gpu.kdg --on opencl:0
 
       kedge run digits-arm.kdg --device arch=aarch64 --tracker tracker:9190
+
+      kedge run digits-arm.kdg --device rpi4-2 --tracker tracker:9190 --priority -1 --queue-timeout 3600 --timeout 60
     """
-    require_device(context, device, timeout)
+    terms = Terms(priority, queue_timeout, transfer_timeout, load_timeout, timeout)
+    require_device(context, device, terms)
     check_on(on)
     check_outputs(outputs)
     loaded = load_artifact(artifact)
     data = inputs_of(function_of(loaded, function), inputs, shape, seed)
-    with output.progress("run") as report, open_device(loaded, device, tracker, threads, report, timeout, on) as place:
+    with output.progress("run") as report, open_device(loaded, device, tracker, threads, report, terms, on) as place:
         results = place.load(loaded).run(data, function=function)
     if as_json:
         output.emit_json({name: facts_of(array) for name, array in results.items()})
@@ -151,6 +158,10 @@ def bench(
     on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    priority: output.PriorityOption = 0,
+    queue_timeout: output.QueueTimeoutOption = None,
+    transfer_timeout: output.TransferTimeoutOption = None,
+    load_timeout: output.LoadTimeoutOption = None,
     timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
@@ -170,7 +181,8 @@ def bench(
 
       kedge bench digits-arm.kdg --device key=rpi4 --tracker tracker:9190 --json
     """
-    require_device(context, device, timeout)
+    terms = Terms(priority, queue_timeout, transfer_timeout, load_timeout, timeout)
+    require_device(context, device, terms)
     check_on(on)
     loaded = load_artifact(artifact)
     data = inputs_of(function_of(loaded, function), inputs, shape, seed)
@@ -186,7 +198,7 @@ def bench(
     }
     with (
         output.progress("bench") as report,
-        open_device(loaded, device, tracker, threads, report, timeout, on) as place,
+        open_device(loaded, device, tracker, threads, report, terms, on) as place,
     ):
         module = place.load(loaded)
         report(f"timing {repeat} samples on {module.device}")
@@ -228,6 +240,10 @@ def validate(
     on: output.OnOption = "",
     device: output.DeviceOption = None,
     tracker: output.TrackerOption = None,
+    priority: output.PriorityOption = 0,
+    queue_timeout: output.QueueTimeoutOption = None,
+    transfer_timeout: output.TransferTimeoutOption = None,
+    load_timeout: output.LoadTimeoutOption = None,
     timeout: output.TimeoutOption = None,
     as_json: output.JsonFlag = False,
 ) -> None:
@@ -243,7 +259,8 @@ def validate(
     """
     from kedge.validation import validate as compare
 
-    require_device(context, device, timeout)
+    terms = Terms(priority, queue_timeout, transfer_timeout, load_timeout, timeout)
+    require_device(context, device, terms)
     check_on(on)
     externals = load_externals(external)
     loaded = load_artifact(artifact)
@@ -252,7 +269,7 @@ def validate(
         output.compile_warnings(),
         reading(model),
         output.progress("validate") as report,
-        open_device(loaded, device, tracker, threads, report, timeout, on) as place,
+        open_device(loaded, device, tracker, threads, report, terms, on) as place,
     ):
         result = compare(
             model, loaded, data, place, rtol=rtol, atol=atol, layers=layers, externals=externals, progress=report

@@ -251,10 +251,11 @@ class Fleet:
         threads: int = 0,
         deadlines: Deadlines | None = None,
         on: str = "",
+        priority: int = 0,
     ) -> AsyncIterator[PinnedDevice]:
         """One device, chosen now, for several jobs in turn; see the synchronous `Fleet.pin`."""
         info = (await self._check_matches(selector, artifact, on)).info
-        yield PinnedDevice(self, info, threads, deadlines or Deadlines(), on)
+        yield PinnedDevice(self, info, threads, deadlines or Deadlines(), on, priority)
 
     # ---- Blobs ----
 
@@ -486,8 +487,10 @@ class Job:
 class PinnedDevice(plan.Pinned):
     """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
-    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
-        super().__init__(info, threads, deadlines, on)
+    def __init__(
+        self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str, priority: int
+    ) -> None:
+        super().__init__(info, threads, deadlines, on, priority)
         self.fleet = fleet
 
     async def load(self, artifact: ArtifactOrPath) -> PinnedModel:

@@ -312,18 +312,19 @@ class Fleet:
         threads: int = 0,
         deadlines: Deadlines | None = None,
         on: str = "",
+        priority: int = 0,
     ) -> Iterator[PinnedDevice]:
         """One device, chosen now, for several jobs in turn: one that can run `artifact`, and idle if there is any.
 
-        Each call is a job pinned to the device, in a fresh runner and with these deadlines; jobs of others may come in
-        between.
+        Each call is a job pinned to the device, in a fresh runner, with these deadlines and this priority; jobs of
+        others may come in between.
 
         Raises:
             NoDeviceError: none that is connected matches.
             IncompatibleTargetError: none that matches can run the artifact.
         """
         found = self._check_matches(selector, artifact, on).info
-        yield PinnedDevice(self, found, threads, deadlines or Deadlines(), on)
+        yield PinnedDevice(self, found, threads, deadlines or Deadlines(), on, priority)
 
     # ---- Blobs ----
 
@@ -542,8 +543,10 @@ class Job:
 class PinnedDevice(plan.Pinned):
     """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
-    def __init__(self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
-        super().__init__(info, threads, deadlines, on)
+    def __init__(
+        self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str, priority: int
+    ) -> None:
+        super().__init__(info, threads, deadlines, on, priority)
         self.fleet = fleet
 
     def __repr__(self) -> str:

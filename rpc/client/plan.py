@@ -365,14 +365,15 @@ class OnDevice:
 class Pinned(OnDevice):
     """One device for several jobs in turn."""
 
-    def __init__(self, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str = "") -> None:
+    def __init__(self, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str, priority: int) -> None:
         self.info = info
         self._threads = threads
         self._deadlines = deadlines
         self._on = on
+        self._priority = priority
 
     def _terms(self, function: str) -> Terms:
-        return Terms(function, self.name, self._threads, deadlines=self._deadlines, on=self._on)
+        return Terms(function, self.name, self._threads, self._priority, self._deadlines, self._on)
 
     def _place(self, packed: Packed) -> str:
         """Where an artifact's kernels run there; raises IncompatibleTargetError."""
@@ -481,7 +482,8 @@ def hint_for(kind: OutcomeKind) -> str | None:
 _HINTS: Mapping[OutcomeKind, str] = {
     OutcomeKind.DEVICE_LOST: "see whether the device still runs (kedge devices --gone), then submit the job again",
     OutcomeKind.OUT_OF_MEMORY: "use a smaller batch, or a device with more memory (mem_mb>=...)",
-    OutcomeKind.TIMEOUT: "give that stage more time: deadlines= in Python, --timeout for the run itself in commands",
+    OutcomeKind.TIMEOUT: "give that stage more time: deadlines= in Python; in commands --queue-timeout, "
+    "--transfer-timeout, --load-timeout, or --timeout for the run itself",
     OutcomeKind.DEVICE_FAULT: "the agent's log on the device says more",
 }
 

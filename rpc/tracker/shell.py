@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
@@ -304,7 +305,7 @@ class Shell:
         while limit > 0:
             async with self._listing:
                 size = _PAGE if wanted.artifact else min(limit, _PAGE)
-                order = {"oldest_first": oldest_first, "beyond": beyond}
+                order: dict[str, Any] = {"oldest_first": oldest_first, "beyond": beyond}
                 page = await asyncio.wrap_future(self._store.jobs(size, states, user, **order, wanted=wanted))
             chosen = (job for job in page.jobs if job.spec.manifest.digest.startswith(wanted.artifact))
             now = (self.state.job(job.id, reasons) or job for job in chosen)

@@ -116,6 +116,21 @@ def test_the_result_of_a_job_whose_command_is_gone(kedge_here: Kedge, fleet: str
     assert unknown.returncode != 0 and "no-such-job" in unknown.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "bench", "validate", "compare"])
+def test_what_is_asked_of_each_job_is_the_same_for_all_commands(
+    kedge_here: Kedge, fleet: str, digits: Path, command: str
+) -> None:
+    artifacts = {"validate": (digits_model(), digits), "compare": (digits, digits)}.get(command, (digits,))
+    at = ("--device", "bench-1", "--tracker", fleet)
+    terms = ("--queue-timeout", "60", "--transfer-timeout", "61", "--load-timeout", "62.5", "--timeout", "63")
+    short = {"bench": ("--repeat", "2"), "compare": ("--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1")}
+    done = kedge_here(command, *artifacts, *at, *terms, "--priority", "-3", *short.get(command, ()))
+    assert done.returncode in (0, 1), done.stderr
+    (job,) = json.loads(kedge_here("jobs", "--tracker", fleet, "--limit", "1", "--json").stdout)
+    assert job["spec"]["priority"] == -3
+    assert [*job["spec"]["deadlines"].values()] == [60_000, 61_000, 62_500, 63_000]
+
+
 def test_the_noise_of_a_device_is_its_trackers_to_remember(kedge_here: Kedge, fleet: str, digits: Path) -> None:
     short = ("--blocks", "6", "--repeat", "1", "--min-repeat-ms", "1", "--device", "bench-1", "--tracker", fleet)
     first = kedge_here("compare", digits, digits, "--json", *short)
@@ -326,6 +341,9 @@ def test_a_gpu_is_chosen_by_label_and_by_name(kedge_here: Kedge, fleet: str, tmp
         (["run", "--device", "bench-1", "--threads", "3000000000"], "--threads"),
         (["run", "--device", "bench-1", "--timeout", "0"], "--timeout"),
         (["run", "--timeout", "5"], "--timeout without --device"),
+        (["bench", "--priority", "-1"], "--priority without --device"),
+        (["run", "--queue-timeout", "5"], "--queue-timeout without --device"),
+        (["run", "--device", "bench-1", "--load-timeout", "0"], "--load-timeout"),
         (["bench", "--device", "bench-1", "--min-repeat-ms", "1e14"], "min_repeat_ms"),
         (["bench", "--device", "bench-1", "--min-repeat-ms", "inf"], "min_repeat_ms"),
         (["bench", "--device", "bench-1", "--repeat", "99999999999999999999"], "repeat"),
