@@ -179,6 +179,8 @@ class ExprEmitter(AddressEmitter):
         address = self._address(pointer, memory, start)
         align = self._alignment(pointer, start, size)
         vector = self.b.result(f"load <{count} x {memory}>, ptr {address}, align {align}", memory, count)
+        if self.b.target.memory_operands:  # frozen, or LLVM makes a load for each element of it again
+            vector = self.b.result(f"freeze {vector.typed}", memory, count)
         picks = ", ".join([f"i32 {element - first}"] * self.lanes)
         return self.b.result(
             f"shufflevector {vector.typed}, {vector.full} poison, <{self.lanes} x i32> <{picks}>", memory, self.lanes

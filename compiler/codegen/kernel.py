@@ -24,19 +24,22 @@ from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.runs import in_runs
 from kedge.compiler.codegen.split import split_loops
 from kedge.compiler.codegen.tensor import EMITTERS
-from kedge.compiler.codegen.together import MAX_UNROLL, together
+from kedge.compiler.codegen.together import MAX_UNROLL, Together, together
 from kedge.compiler.codegen.turned import turned
 from kedge.compiler.codegen.types import byte_size, scalar_type
 from kedge.compiler.codegen.unread import writes_freely
 from kedge.compiler.errors import CodegenError
 from kedge.compiler.schedule.intrinsics import INTRINSICS, nest_of
 from kedge.compiler.target.model import Target
-from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Lead, Var, as_expr, const
+from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Lead, Load, Var, as_expr, const
 from kedge.compiler.tir.printer import print_expr
 from kedge.compiler.tir.simplify import Simplifier, conjuncts, over, simplify, simplify_dim
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Seq, Stmt, Store
 from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
+#: Bits that x86's multiply-adds do in a cycle where shuffles have a unit to themselves, and those of which one or two
+#: shuffles put an element into all lanes.
+_MOST_BITS_BESIDE_SHUFFLES, _SHUFFLED_BITS = 512, 128
 #: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
 _STACK_BUFFER = 32 * 1024
 _MAX_LANES = 64
@@ -259,8 +262,8 @@ class KernelEmitter(ParallelEmitter):
 
     def _unrolled(self, loop: For, count: int) -> None:
         outer, outer_turned = self.together, self.turned
-        if not outer and self.b.target.fma_by_element:
-            self.together = together(loop, self.ranges, self._vector_lanes())
+        if not outer:
+            self.together = self._together(loop)
         if not outer_turned and self.lanes == 1:
             self.turned = turned(loop, self.ranges)
         around = self.runs
@@ -272,9 +275,20 @@ class KernelEmitter(ParallelEmitter):
             self._iteration(loop)
         self.together, self.turned, self.runs = outer, outer_turned, around
 
-    def _vector_lanes(self) -> dict[str, int]:
-        """The elements of a vector, for each dtype of which the target multiplies vectors by an element."""
-        bits = self.b.target.vector_bits
+    def _together(self, loop: For) -> dict[Load, Together]:
+        """Elements that come in one load, to be taken out of it by multiply-adds or, where loads take longer, shuffles.
+
+        Of x86's cores those that multiply 512 bits by two units shuffle by one of these: they load each element.
+        """
+        target = self.b.target
+        if target.fma_by_element:
+            return together(loop, self.ranges, self._vector_lanes(target.vector_bits))
+        if target.memory_operands and 0 < target.vector_bits * target.fma_per_cycle <= _MOST_BITS_BESIDE_SHUFFLES:
+            return together(loop, self.ranges, self._vector_lanes(_SHUFFLED_BITS), streamed=True)
+        return {}
+
+    def _vector_lanes(self, bits: int) -> dict[str, int]:
+        """The elements of a vector of so many bits, for each dtype that vectors are multiplied by an element of."""
         dtypes = {"float32": 32} if self.b.target.arch.name == "armv7l" else {"float32": 32, "float64": 64}
         return {dtype: bits // size for dtype, size in dtypes.items()}
 

@@ -6,7 +6,8 @@
                                                       …
 
 ARM's multiply-adds take an element of a register for all lanes, and nothing from memory: one load then stands for
-four. Only what the unrolled loops surely read is loaded.
+four. x86's take the other operand from memory, and where each element meets no vector twice, as in a product of one
+row, loads are what takes the time. Only what the unrolled loops surely read is loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kedge.compiler.codegen.alloc import expressions_of, statements_of
-from kedge.compiler.schedule.rules.analysis import stride
+from kedge.compiler.schedule.rules.analysis import extent_of, stride
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Select, Var, const
 from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, over
-from kedge.compiler.tir.stmt import For, If, Range, Stmt
+from kedge.compiler.tir.stmt import For, If, Range, Stmt, Store
 from kedge.compiler.tir.visitor import children, free_vars, loads, substitute_expr
 
 #: Loops are unrolled up to so many iterations.
@@ -42,14 +43,15 @@ class Together:
     vectors: Mapping[int, tuple[int, int]]
 
 
-def together(loop: For, ranges: Ranges, lanes: Mapping[str, int]) -> dict[Load, Together]:
+def together(loop: For, ranges: Ranges, lanes: Mapping[str, int], *, streamed: bool = False) -> dict[Load, Together]:
     """The loads under an unrolled loop of which several iterations read neighbours.
 
     `ranges` are those of the variables around; `lanes` the elements of a vector, for each dtype that comes in vectors.
+    `streamed`: only elements beside which all vectors are read once.
     """
     found: dict[Load, list[_Place]] = {}
     for place in _places(loop, _Around()):
-        if place.load.buffer.dtype in lanes:
+        if place.load.buffer.dtype in lanes and (not streamed or place.streams):
             found.setdefault(place.load, []).append(place)
     result = {}
     for load, (place, *others) in found.items():
@@ -67,6 +69,8 @@ class _Around:
     loops: tuple[For, ...] = ()
     conditions: tuple[Expr, ...] = ()
     guards: frozenset[Var] = frozenset()
+    lanes: tuple[For, ...] = ()  # loops that are vectors
+    beside: tuple[Load, ...] = ()  # what the statement reads but the buffer that it stores to
 
     def where(self, condition: Expr) -> _Around:
         """The same where a condition holds."""
@@ -88,8 +92,22 @@ class _Place:
     load: Load
     around: _Around
 
+    @property
+    def streams(self) -> bool:
+        """Whether it is one element for all lanes, and all that is beside it moves with lanes and unrolled loops."""
+        lanes = {loop.var for loop in self.around.lanes}
+        moving = {*lanes, *(loop.var for loop in self.around.loops if extent_of(loop.extent) != 1)}
+        used = [_used(load) for load in self.around.beside if load is not self.load]
+        return bool(used) and lanes.isdisjoint(_used(self.load)) and all(moving <= each for each in used)
+
+
+def _used(load: Load) -> set[Var]:
+    return {var for index in load.indices for var in free_vars(index)}
+
 
 def _places(stmt: Stmt, around: _Around) -> Iterator[_Place]:
+    if isinstance(stmt, Store):
+        around = replace(around, beside=tuple(load for load in loads(stmt.value) if load.buffer is not stmt.buffer))
     for expr in expressions_of(stmt):
         yield from _read(expr, around)
     match stmt:
@@ -100,7 +118,9 @@ def _places(stmt: Stmt, around: _Around) -> Iterator[_Place]:
             return
         case For(kind="unrolled", extent=Const(value=count)) if count <= MAX_UNROLL:
             around = replace(around, loops=(*around.loops, stmt))
-        case For(kind=kind) if kind != "vectorized":
+        case For(kind="vectorized"):
+            around = replace(around, lanes=(*around.lanes, stmt))
+        case For():
             around = replace(around, loops=())
     for child in statements_of(stmt):
         yield from _places(child, around)
@@ -130,7 +150,7 @@ def _reads_data(condition: Expr) -> bool:
 
 def _plan(place: _Place, ranges: Ranges, lanes: int) -> Together | None:
     load, around = place.load, place.around
-    known: dict[Var, Range] = {**ranges, **{loop.var: over(loop.extent) for loop in around.loops}}
+    known: dict[Var, Range] = {**ranges, **{loop.var: over(loop.extent) for loop in (*around.loops, *around.lanes)}}
     steps: dict[Var, int] = {}
     counts: dict[Var, int] = {}
     for loop in around.loops:

@@ -18,6 +18,7 @@ from kedge.compiler.graph.builder import Builder
 from kedge.compiler.graph.ir import Module, TensorType
 from kedge.compiler.graph.passes import default_passes, for_target
 from kedge.compiler.lower.lower import lower
+from kedge.compiler.schedule.default import schedule_func
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Expr, Var, select
@@ -124,6 +125,25 @@ def test_multiply_adds_by_element() -> None:
     assert sum("vmla.f32" in line and "[" in line for line in lines) == 16
     assert not any("[]" in line for line in lines)  # no element in all lanes
     assert "broadcast" in assembly("llvm -mtriple=x86_64-linux-gnu -mcpu=x86-64-v3")
+
+
+def broadcasts(rows: int, cpu: str) -> int:
+    """The loads of one element for all lanes in a product of (rows, 64) and (64, 64), but for constants."""
+    target = parse(f"llvm -mtriple=x86_64-linux-gnu -mcpu={cpu}")
+    func = schedule_func(product(rows, 64, 64), target).func
+    lines = emit_assembly(emit_kernel(func, target, "kernel").ir, target).splitlines()
+    return sum("broadcastss" in line and "(" in line and "(%rip)" not in line for line in lines)
+
+
+@pytest.mark.parametrize("cpu", ["znver4", "x86-64-v3"])
+def test_one_row_takes_elements_out_of_vectors(cpu: str) -> None:
+    """Its loads take the time; of two rows, the multiply-adds do."""
+    assert broadcasts(1, cpu) == 0
+    assert broadcasts(2, cpu) > 0
+
+
+def test_shuffles_take_no_unit_from_multiply_adds() -> None:
+    assert broadcasts(1, "skylake-avx512") > 0
 
 
 # On emulated processors -----------------------------------------------------------------------------------------
