@@ -147,12 +147,11 @@ def _fail(error: Exception) -> int:
     from rich.text import Text
 
     from kedge.cli.output import stderr
-    from kedge.rpc.printable import printable
 
     message, hint = getattr(error, "message", str(error)), getattr(error, "hint", None)
     console = stderr()
     with contextlib.suppress(OSError):  # the status still tells
-        console.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
+        console.print(Text("error:", style="bold red"), message, soft_wrap=True)
         if hint:
-            console.print(Text.assemble(("hint: ", "bold cyan"), printable(hint)), soft_wrap=True)
+            console.print(Text("hint:", style="bold cyan"), hint, soft_wrap=True)
     return int(getattr(error, "exit_status", 1))

@@ -10,7 +10,7 @@ import typer
 
 from kedge.cli import output
 from kedge.cli.arguments import parse_duration
-from kedge.cli.devices import require_tracker
+from kedge.cli.place import require_tracker
 from kedge.rpc.errors import UsageError
 
 

@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 import kedge
-from kedge.cli import access, board, comparing, compiling, demo, doctor, fleet, jobs, moving, running, scheduling, top
+from kedge.cli import (
+    access,
+    agent,
+    board,
+    comparing,
+    compiling,
+    demo,
+    devices,
+    doctor,
+    jobs,
+    running,
+    scheduling,
+    top,
+    tracker,
+)
 
 app = typer.Typer(
     name="kedge",
@@ -51,7 +65,7 @@ app.command("run")(running.run)
 app.command("bench")(running.bench)
 app.command("validate")(running.validate)
 app.command("compare")(comparing.compare)
-app.command("devices")(fleet.devices)
+app.command("devices")(devices.devices)
 app.command("jobs")(jobs.jobs)
 app.command("result")(jobs.result)
 app.command("top")(top.top)
@@ -63,13 +77,13 @@ app.command("release")(scheduling.release)
 app.command("doctor")(doctor.doctor)
 app.command("join")(access.join)
 app.command("signer")(access.signer)
-tracker_app.command("start")(fleet.tracker_start)
-tracker_app.command("status")(fleet.tracker_status)
-tracker_app.command("move-database")(moving.move_database)
+tracker_app.command("start")(tracker.start)
+tracker_app.command("status")(tracker.status)
+tracker_app.command("move-database")(tracker.move_database)
 tracker_app.command("enrolled")(access.enrolled)
 tracker_app.command("revoke")(access.revoke)
 token_app.command("create")(access.token_create)
 token_app.command("list")(access.token_list)
 token_app.command("revoke")(access.token_revoke)
-agent_app.command("start")(fleet.agent_start)
+agent_app.command("start")(agent.start)
 deploy_app.command("board")(board.deploy_board)

@@ -18,6 +18,7 @@ import kedge
 from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function, Manifest
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError, UsageError
+from kedge.rpc.logs import FORMATS
 from kedge.rpc.types import ITEM_BYTES
 
 Shape = tuple[int | str, ...]
@@ -70,6 +71,19 @@ def _no_shape(text: str) -> UsageError:
 
 
 _UNIT_S = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400}
+
+
+def check_log_format(text: str) -> str:
+    """The value of `--log-format`; raises UsageError where it is none."""
+    if text not in FORMATS:
+        raise UsageError(f"--log-format {text!r}", hint=f"one of {', '.join(FORMATS)}")
+    return text
+
+
+def state_dir() -> Path:
+    """Where trackers and agents keep what outlives them, unless told otherwise (XDG base directories)."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "kedge"
 
 
 def parse_duration(text: str) -> float:

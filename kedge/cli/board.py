@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from kedge.cli import output
-from kedge.cli.devices import require_tracker
+from kedge.cli.arguments import check_log_format
 from kedge.cli.ending import ended_in_order
-from kedge.cli.fleet import LogFormatOption, check_log_format
+from kedge.cli.place import require_tracker
 
 
 def deploy_board(
@@ -35,7 +35,7 @@ def deploy_board(
         str | None,
         typer.Option("--measure-cores", metavar="LIST", help="The board's cores kept for timings, such as 2-3."),
     ] = None,
-    log_format: LogFormatOption = "text",
+    log_format: output.LogFormatOption = "text",
     identity: Annotated[Path | None, typer.Option("-i", "--identity", help="The private key to log in with.")] = None,
     known_hosts: Annotated[
         Path | None,

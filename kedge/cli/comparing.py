@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kedge.cli import output
-from kedge.cli.arguments import function_of, inputs_of, load_artifact
-from kedge.cli.devices import Terms, build_runner, check_on, open_device, require_device
+from kedge.cli.arguments import function_of, inputs_of, load_artifact, state_dir
 from kedge.cli.ending import ended_in_order
-from kedge.cli.fleet import state_dir
+from kedge.cli.place import Terms, build_runner, check_on, open_device, require_device
 
 if TYPE_CHECKING:
     from kedge.artifact import Artifact

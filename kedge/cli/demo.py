@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Annotated
 
@@ -11,7 +10,6 @@ from rich.text import Text
 
 from kedge.cli import output
 from kedge.cli.ending import ended_in_order
-from kedge.rpc.printable import printable
 
 
 def demo(
@@ -31,11 +29,10 @@ def demo(
     """
     from kedge.demo.scenario import run_demo
 
-    started = time.monotonic()
+    console, started = output.stderr(), time.monotonic()
 
     def say(line: str) -> None:
-        sys.stderr.write(f"[{time.monotonic() - started:5.1f} s] {line}\n")
-        sys.stderr.flush()
+        console.print(f"[{time.monotonic() - started:5.1f} s] {line}", soft_wrap=True)
 
     with ended_in_order():
         rows = run_demo(say, arm=arm)
@@ -64,7 +61,7 @@ def demo(
                 "-" if timing is None else f"{timing.median_ms * 1e3:.1f} µs",
                 "-" if timing is None else _interval(timing.interval_ms()),
                 "-" if timing is None else timing.verdict,
-                Text("ok", style="green") if row.ok else Text(printable(f"{row.problem}"), style="red"),
+                Text("ok", style="green") if row.ok else Text(f"{row.problem}", style="red"),
             )
         output.show(table)
     if not all(row.ok for row in rows):

@@ -1,126 +1,147 @@
-"""Where a command runs an artifact: this machine, isolated in a runner, or a device of a tracker."""
+"""`kedge devices`: those of a tracker, or of this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import kedge
 from kedge.cli import output
-from kedge.cli.ending import ended_in_order
-from kedge.cli.waiting import watching
-from kedge.rpc.artifact.place import parse_device
-from kedge.rpc.errors import ConnectError, InputError, UsageError
-from kedge.rpc.types import Deadlines
+from kedge.cli.place import build_runner, require_tracker
+from kedge.rpc.cores import cpu_list
+
+if TYPE_CHECKING:
+    from kedge.rpc.artifact.place import Found
+    from kedge.rpc.types import NoiseFloor
 
 
-def require_tracker(tracker: str | None) -> str:
-    """The tracker's address; raises ConnectError where none was named."""
-    if not tracker:
-        raise ConnectError("no tracker is named", hint="add --tracker HOST:PORT, or set KEDGE_TRACKER")
-    return tracker
+def devices(
+    selector: Annotated[
+        str, typer.Argument(metavar="SELECTOR", help="Only devices that match, e.g. 'arch=aarch64'.")
+    ] = "",
+    gone: Annotated[bool, typer.Option("--gone", help="Also those that are no longer connected.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Instead: what kernels can run on here, with the names that --on takes.")
+    ] = False,
+    tracker: output.TrackerOption = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Also what holds the code of jobs on each, and how noisy timings are there."
+        ),
+    ] = False,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """List the devices of a tracker, or with --local the CPU and the GPUs of this machine.
 
+    Exits with 1 when a tracker has none.
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a command says of its jobs on a device; deadlines of stages in seconds, None is the tracker's default."""
+    Examples:
 
-    priority: int = 0
-    queue_s: float | None = None
-    transfer_s: float | None = None
-    load_s: float | None = None
-    run_s: float | None = None
+      kedge devices --tracker 127.0.0.1:9190
 
-    @property
-    def deadlines(self) -> Deadlines:
-        """As jobs have them."""
-        return Deadlines(*(0 if s is None else max(1, round(s * 1000)) for s in self._stages.values()))
+      kedge devices 'arch=aarch64,mem_mb>=2048' --json
 
-    @property
-    def _stages(self) -> dict[str, float | None]:
-        return {
-            "--queue-timeout": self.queue_s,
-            "--transfer-timeout": self.transfer_s,
-            "--load-timeout": self.load_s,
-            "--timeout": self.run_s,
-        }
+      kedge devices -v
 
-    def option(self) -> str | None:
-        """One that was given; None where none was."""
-        given = (name for name, value in self._stages.items() if value is not None)
-        return "--priority" if self.priority else next(given, None)
-
-
-def require_device(context: typer.Context, selector: str | None, terms: Terms) -> None:
-    """Raise UsageError where a tracker was typed but no device: whoever names a tracker does not mean this machine.
-
-    A tracker from the environment says nothing of the kind. The terms of jobs say something to devices alone.
+      kedge devices --local
     """
-    option = terms.option()
-    if selector is None and option is not None:
-        raise UsageError(
-            f"{option} without --device: here nothing waits, and nothing ends a run but Ctrl-C",
-            hint=f"add --device SELECTOR, or drop {option}",
-        )
-    source = context.get_parameter_source("tracker")
-    if selector is None and source is not None and source.name == "COMMANDLINE":
-        raise UsageError(
-            "--tracker without --device: which device is meant?",
-            hint="add --device SELECTOR ('kedge devices' lists them); without --tracker it runs on this machine",
-        )
-
-
-def check_on(text: str) -> str:
-    """The value of `--on`; raises UsageError where it names no device."""
-    try:
-        parse_device(text)
-    except InputError as error:
-        raise UsageError(f"--on: {error.message}", hint=error.hint) from error
-    return text
-
-
-@contextmanager
-def open_device(
-    artifact: kedge.Artifact,
-    selector: str | None,
-    tracker: str | None,
-    threads: int,
-    report: output.Report,
-    terms: Terms,
-    on: str = "",
-) -> Iterator[Any]:
-    """A device that `selector` chooses and that can run the artifact, or this machine where there is no selector.
-
-    `terms` are those of each job on a device, `on` says where kernels run (see `place`). SIGTERM cancels
-    what runs, as Ctrl-C does.
-    """
-    if selector is None:
-        build_runner(report)
-        with ended_in_order(), kedge.local(threads=threads, device=on) as device:
-            yield device
+    if local:
+        _show_here(as_json)
         return
-    address = require_tracker(tracker)
-    report(f"asking {address} for {selector}")
-    with (
-        ended_in_order(),
-        kedge.connect(address) as fleet,
-        fleet.pin(
-            selector, artifact=artifact, threads=threads, deadlines=terms.deadlines, on=on, priority=terms.priority
-        ) as device,
-    ):
-        report(f"sending the job to {device.name}")
-        with watching(fleet, device.name, report):
-            yield device
+    with kedge.connect(require_tracker(tracker)) as fleet:
+        found = fleet.devices(selector, include_gone=gone)
+    if as_json:
+        output.emit_json([device.to_json() for device in found])
+    elif found:
+        table = output.table(
+            "device", "state", "arch", "CPU", ">cores", ">memory", "GPUs", "target", "labels", "detail"
+        )
+        for device in found:
+            info = device.info
+            labels = ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
+            memory = output.size_text(info.memory_bytes)
+            table.add_row(
+                info.name,
+                device.state,
+                info.arch,
+                info.cpu_name,
+                str(info.num_cores),
+                memory,
+                "; ".join(f"{gpu.device} {gpu.name}" for gpu in info.accelerators) or "-",
+                output.target_text(info.target),
+                labels,
+                output.device_detail(device),
+            )
+        output.show(table)
+        for device in found if verbose else ():
+            output.stdout().print("\n".join(_more(device)), soft_wrap=True)
+    if not found:
+        asked = f"no device matches {selector!r}" if selector else "no device is connected"
+        hint = "'kedge tracker token create --role enrol' lets a device join; --gone lists those that left"
+        output.stderr().print(f"{asked}\nhint: {hint}", soft_wrap=True)
+        raise typer.Exit(1)
 
 
-def build_runner(report: output.Report) -> Path:
-    """The native runner of this machine; its first build takes seconds, and says so."""
-    from kedge.compiler.target import parse
-    from kedge.compiler.toolchain import build_runtime
+def _more(device: Any) -> list[str]:
+    """What `--verbose` says of a device beyond its row."""
+    held = device.info.confinement
+    if held is None:
+        first = f"{device.info.name}: its agent is older and does not say what holds the code of jobs"
+        return [first, *map(_noise_text, device.noise)]
+    lines = [f"{device.info.name}: jobs are held by {held}"]
+    if held.measuring_cpus:
+        lines.append(f"  cores kept for timings: {cpu_list(held.measuring_cpus)}")
+    return [*lines, *(f"  not by {missing}" for missing in held.missing), *map(_noise_text, device.noise)]
 
-    return build_runtime(parse("native"), progress=report).runner
+
+def _noise_text(floor: NoiseFloor) -> str:
+    """A device's noise with its age and conditions, or why it counts no more."""
+    threads = f"{floor.num_threads} thread{'s' if floor.num_threads != 1 else ''}"
+    age = output.age_text(time.time() - floor.measured_unix_ms / 1000)
+    under = ", ".join(part for part in (floor.software, floor.governor) if part)
+    stale = f"; stale: {floor.stale}" if floor.stale else ""
+    compared = f"{floor.comparisons} compared, the last {age} ago, {under}{stale}"
+    return f"  noise of timings with {threads} on {floor.on}: {floor.relative:.2%} ({compared})"
+
+
+def _show_here(as_json: bool) -> None:
+    """This machine's GPUs, and why there are none of a kind; a driver that fails is an error after the others."""
+    from kedge.isolated import gpus
+    from kedge.rpc.artifact.place import GPU_KINDS
+    from kedge.rpc.errors import JobError
+
+    found: dict[str, Found] = {}
+    failed: JobError | None = None
+    with output.progress("devices") as report:
+        build_runner(report)
+        report("asking the drivers")
+        for kind in GPU_KINDS:
+            try:
+                found[kind] = gpus(kind)
+            except JobError as error:
+                failed = failed or error
+    if as_json:
+        output.emit_json([asdict(gpu) for one in found.values() for gpu in one.accelerators])
+    else:
+        _show_found(found)
+    if failed is not None:
+        raise failed
+
+
+def _show_found(found: Mapping[str, Found]) -> None:
+    table = output.table("device", "name", "driver", "generation", ">memory", ">units", ">threads", ">shared")
+    table.add_row("cpu", platform.machine(), "-", "-", "-", "-", "-", "-")
+    for gpu in (gpu for one in found.values() for gpu in one.accelerators):
+        sizes = (str(gpu.compute_units), str(gpu.max_threads), output.size_text(gpu.shared_bytes))
+        memory = output.size_text(gpu.memory_bytes)
+        table.add_row(gpu.device, gpu.name, gpu.driver, gpu.arch, memory, *sizes)
+    output.show(table)
+    for kind, one in found.items():
+        if one.reason:
+            output.stderr().print(f"{kind}: {one.reason}", soft_wrap=True)

@@ -15,7 +15,7 @@ import kedge
 from kedge.cli import output
 from kedge.cli.arguments import check_outputs, load_artifact, parse_duration
 from kedge.cli.completion import completed, device_names, recent_job_ids
-from kedge.cli.devices import require_tracker
+from kedge.cli.place import require_tracker
 from kedge.cli.running import facts_of, show_outputs
 from kedge.cli.waiting import wait_text
 from kedge.rpc.errors import UsageError

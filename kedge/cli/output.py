@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -81,6 +82,9 @@ TransferTimeoutOption = Annotated[
 LoadTimeoutOption = Annotated[
     float | None, typer.Option("--load-timeout", help="How long loading it there may take.", **_UNTIL)
 ]
+LogFormatOption = Annotated[
+    str, typer.Option("--log-format", metavar="text|json", help="The log on stderr: lines, or JSON objects.")
+]
 ShapeOption = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="NAME=D0,D1,…", help="The shape of an input; a name as a dim leaves it free."),
@@ -101,8 +105,13 @@ class _Console(Console):
     """A console that takes text as it is, but for control characters: much of it is what devices and artifacts say."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A string as lines of text; all that is printed and every cell of a table comes by here."""
+        """A string as lines of text, as wide as it will be shown."""
         return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What is written of anything; styled text, which did not come by `render_str`, is escaped here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def stdout() -> Console:
@@ -223,7 +232,7 @@ def progress(title: str) -> Iterator[Report]:
     """Show progress on stderr: a live line in a terminal, elsewhere a line per stage once a second has passed."""
     console = stderr()
     if not console.is_terminal:
-        with _plain_lines(title) as lines:
+        with _plain_lines(console, title) as lines:
             yield lines
         return
     with Progress(
@@ -237,13 +246,13 @@ def progress(title: str) -> Iterator[Report]:
         task = bar.add_task(title, total=None)
 
         def report(what: str, done: int = 0, total: int = 0) -> None:
-            bar.update(task, description=printable(f"{title}: {what}"), completed=done, total=total or None)
+            bar.update(task, description=f"{title}: {what}", completed=done, total=total or None)
 
         yield report
 
 
 @contextmanager
-def _plain_lines(title: str, patience_s: float = 1.0) -> Iterator[Report]:
+def _plain_lines(console: Console, title: str, patience_s: float = 1.0) -> Iterator[Report]:
     """A log needs one line per stage, and none for what is over at once."""
     lock = threading.Lock()
     patient, current, written = True, "", ""
@@ -252,8 +261,7 @@ def _plain_lines(title: str, patience_s: float = 1.0) -> Iterator[Report]:
         nonlocal written
         if current != written:
             written = current
-            sys.stderr.write(printable(f"{title}: {current}") + "\n")
-            sys.stderr.flush()
+            console.print(f"{title}: {current}", soft_wrap=True)
 
     def lose_patience() -> None:
         nonlocal patient

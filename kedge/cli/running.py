@@ -20,8 +20,8 @@ from kedge.cli.arguments import (
     reading,
     save_outputs,
 )
-from kedge.cli.devices import Terms, check_on, open_device, require_device
 from kedge.cli.externals import load_externals
+from kedge.cli.place import Terms, check_on, open_device, require_device
 from kedge.rpc.artifact.place import CPU
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT.kdg", help="A compiled artifact.", show_default=False)]

@@ -11,7 +11,7 @@ import kedge
 from kedge.cli import output
 from kedge.cli.arguments import parse_duration, parse_moment
 from kedge.cli.completion import completed, device_names, job_ids, reservation_ids
-from kedge.cli.devices import require_tracker
+from kedge.cli.place import require_tracker
 from kedge.rpc.errors import KedgeError, PermissionDeniedError
 from kedge.rpc.status import UnknownJobError
 from kedge.rpc.types import Job, Reservation

@@ -18,11 +18,10 @@ from rich.text import Text
 
 import kedge
 from kedge.cli import output
-from kedge.cli.devices import require_tracker
 from kedge.cli.ending import ended_in_order
 from kedge.cli.jobs import jobs_table
+from kedge.cli.place import require_tracker
 from kedge.rpc.errors import ConnectError
-from kedge.rpc.printable import printable
 from kedge.rpc.types import DeviceState, DeviceStatus, Job, JobState
 
 _HELD = (JobState.ASSIGNED, JobState.RUNNING)
@@ -97,7 +96,7 @@ def _next(fleet: Any, address: str, selector: str, height: int) -> RenderableTyp
     try:
         return _picture(address, *_look(fleet, selector), height)
     except ConnectError as error:
-        return Text(f"{time.strftime('%H:%M:%S')}  {printable(str(error))}", style="red")
+        return Text(f"{time.strftime('%H:%M:%S')}  {error}", style="red")
 
 
 def _picture(address: str, devices: Sequence[DeviceStatus], jobs: Sequence[Job], height: int | None) -> RenderableType:
