@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import grpc
@@ -38,6 +38,20 @@ async def first_of(messages: AsyncIterator[T], within_s: float | None = None) ->
         return None
     except TimeoutError as error:
         raise ProtocolError(f"a call has to begin with a message within {within_s:g} s") from error
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """What a handler still has to do when it is cancelled, also where it is cancelled again: by the gate, which
+    ends the call, and by gRPC, as its peer broke it off at the same moment. CancelledError comes out afterwards."""
+    working, again = asyncio.create_task(work), None
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError as error:
+            again = error
+    if again is not None:
+        raise again
+    return working.result()
 
 
 def typed_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

@@ -31,7 +31,7 @@ from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.facts import JobAccepted
 from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
-from kedge.rpc.tracker.handlers import GONE, typed_errors, typed_stream_errors
+from kedge.rpc.tracker.handlers import GONE, to_the_end, typed_errors, typed_stream_errors
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
@@ -289,9 +289,8 @@ class AgentsService:
         log.info("device %s says hello (%s)", name, hello.protocol.software, extra=about)
         listening = asyncio.create_task(self._listen(connection, requests, principal))
         talking = asyncio.create_task(self._speak(out, context))
-        try:
-            await asyncio.wait([listening, talking], return_when=asyncio.FIRST_COMPLETED)
-        finally:
+
+        async def hang_up() -> None:
             listening.cancel()
             while not out.empty():
                 out.get_nowait()
@@ -308,6 +307,11 @@ class AgentsService:
                     log.warning("device %s: %s", name, end, extra=about)
                 elif isinstance(end, Exception) and not isinstance(end, GONE):
                     log.error("device %s", name, exc_info=end, extra=about)
+
+        try:
+            await asyncio.wait([listening, talking], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await to_the_end(hang_up())
 
     async def _listen(
         self, connection: int, requests: AsyncIterator[agent_pb2.AgentMessage], principal: Principal

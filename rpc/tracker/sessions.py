@@ -28,7 +28,7 @@ from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
-from kedge.rpc.tracker.handlers import GONE
+from kedge.rpc.tracker.handlers import GONE, to_the_end
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.principal import Principal, caller
@@ -201,7 +201,7 @@ class SessionsService:
                 await asyncio.wait([watching], timeout=_END_S)
         finally:
             self._shell.unwatch(job_id, changes)
-            await _settle(tasks, writing)
+            await to_the_end(_settle(tasks, writing))
         if replaced.is_set():
             raise PermissionDeniedError(f"the client of session {job_id} came back on another connection")
         for task in (listening, watching, speaking):
@@ -320,7 +320,7 @@ class SessionsService:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _settle(tasks, writing)
+            await to_the_end(_settle(tasks, writing))
         for task in tasks:
             if task.done() and not task.cancelled() and task.exception() is not None:
                 _raise(task.exception())

@@ -90,6 +90,15 @@ def stop_agent(world: World, rng: random.Random) -> None:
     agent.signal(signal.SIGCONT)
 
 
+@kind("agent-restarted", sessions=1)
+def restart_agent(world: World, rng: random.Random) -> None:
+    """In order, as for an update: no job is worse for it."""
+    agent = rng.choice(world.agents)
+    assert agent.end(30) == 0, agent.log_path.read_text()[-3000:]
+    rest(rng, 0.0, 0.5)
+    world.start_agent(agent)
+
+
 @kind("runner-killed", extra={"crash": 1, "device_fault": 1}, sessions=1)
 def kill_runner(world: World, rng: random.Random) -> None:
     """Before it says hello that is its device's fault, which ends the job where another device had failed with it."""
@@ -163,6 +172,14 @@ def kill_tracker(world: World, rng: random.Random) -> None:
     world.start_tracker()
 
 
+@kind("tracker-restarted", sessions=ALL)
+def restart_tracker(world: World, rng: random.Random) -> None:
+    """In order, as for an update."""
+    assert world.tracker.end(30) == 0, world.tracker.log_path.read_text()[-3000:]
+    rest(rng, 0.0, 0.5)
+    world.start_tracker()
+
+
 @kind("tracker-stopped")
 def stop_tracker(world: World, rng: random.Random) -> None:
     world.tracker.signal(signal.SIGSTOP)
@@ -187,6 +204,15 @@ def stop_leader(world: World, rng: random.Random) -> None:
     leader.signal(signal.SIGCONT)
 
 
+@kind("leader-restarted", needs="pair", sessions=ALL)
+def restart_leader(world: World, rng: random.Random) -> None:
+    """In order, as for an update; the next one of the two may be ended before this one is seen again."""
+    leader = world.leader()
+    assert leader.end(30) == 0, leader.log_path.read_text()[-3000:]
+    rest(rng, 0.0, 1.0)
+    world.start_tracker(leader)
+
+
 @kind("follower-killed", needs="pair", sessions=ALL)
 def kill_follower(world: World, rng: random.Random) -> None:
     leader = world.leader()
@@ -202,6 +228,19 @@ def stop_database(world: World, rng: random.Random) -> None:
     world.shape.database.stop()
     rest(rng, 0.0, 3.0)
     world.shape.database.start()
+
+
+@kind("database-cut", extra={"device_lost": 1}, needs="pair", sessions=ALL)
+def cut_database(world: World, rng: random.Random) -> None:
+    """One of the two trackers is cut off from it: its connections break, or carry nothing for a while, now and then for
+    so long that the other one leads: by then both have clients and agents, and what the one had asked comes late."""
+    way = world.databases[rng.choice(world.trackers).name]
+    if rng.random() < 0.4:
+        way.cut_all(reset=rng.random() < 0.5)
+        return
+    way.stall()
+    rest(rng, 3.0, 12.0) if rng.random() < 0.4 else rest(rng, 0.05, 2.0)
+    way.flow()
 
 
 # ---- Connections ---------------------------------------------------------------------------------------------------

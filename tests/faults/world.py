@@ -3,7 +3,7 @@
     client ---- 127.0.0.2 (proxy) ---- tracker ---- 127.0.0.3 (proxy) ---- agent ---- runner
 
 A plain world has a gRPC relay in place of the proxies, which knows messages where those know bytes. A world with a pair
-has two trackers on one PostgreSQL database, and nothing in between.
+has two trackers on one PostgreSQL database, with a proxy before the database for each, and nothing else in between.
 """
 
 from __future__ import annotations
@@ -145,8 +145,10 @@ class World:
         self.clients: list[Process] = []
         self._next_client = 0
         self._admin: Tls | None = None
-        self._database = "" if shape.database is None else shape.database.new_database()
+        self._database = "" if shape.database is None else shape.database.new_database().rpartition("/")[2]
         self.proxies: dict[str, Proxy] = {}
+        #: The ways to the database, by tracker.
+        self.databases: dict[str, Proxy] = {}
         self.clock_file = folder / "clock"
         for name in ("tmp", "logs", "config", "clients"):
             (folder / name).mkdir()
@@ -308,7 +310,10 @@ class World:
         if self.shape.database is not None:
             port = free_ports()
             self._ports[name] = port, port + 1
-            self._peers[name] = {"database": self._database, "peers_port": port + 2}
+            way = self._stack.enter_context(Proxy("127.0.0.1", 0, ("127.0.0.1", self.shape.database.port)))
+            self.databases[name] = way
+            url = replace(self.shape.database, port=way.port).url(self._database)
+            self._peers[name] = {"database": url, "peers_port": port + 2}
             if self.trackers:
                 with Access(self.address, self._admin) as access:
                     self._peers[name]["join"] = str(access.create_token("tracker")[1])
