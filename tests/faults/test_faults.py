@@ -2,7 +2,7 @@
 
     make faults                                  # each kind 20 times over 1,000 jobs
     pytest -m faults tests/faults -k agent --fault-seed 7 --fault-jobs 200 --fault-injections 5
-    pytest -m faults tests/faults --fault-hours 8
+    pytest -o faulthandler_timeout=0 -m faults tests/faults --fault-hours 8
 
 The seed is printed where a test fails (and with -s), and decides what is done when; what processes do meanwhile is
 theirs. A sample of all kinds but those of two trackers is in the default suite.
