@@ -61,6 +61,7 @@ both sides of a binary operator have one dtype (insert `cast`). Layouts are the 
 | cumsum                                                   | x                 | axis, exclusive=False,             |
 |                                                          |                   | reverse=False                      |
 | iota: 0, 1, … (int64)                                    | none              | size (dim)                         |
+| dims: sizes as data (int64, rank 1)                      | none              | values (dims)                      |
 | gather (numpy's take; indices are clamped)               | x, indices        | axis=0                             |
 | depth_to_space: channels are phases first (ONNX's DCR);  | x (N, C, S…)      | blocks (one per spatial axis),     |
 |   with lanes x is blocked, (N, C/c, S…, c)               |                   | lanes=False                        |

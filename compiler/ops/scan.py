@@ -1,4 +1,4 @@
-"""Running sums along an axis, and counting."""
+"""Running sums along an axis, counting, and sizes as data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
-from kedge.compiler.tir.expr import Dim, Expr, as_expr, const, select
+from kedge.compiler.tir.expr import Dim, Expr, as_expr, const, eq, select
 
 #: The fewest elements in a run of a running sum, where it has several.
 _RUN = 64
@@ -115,4 +115,29 @@ def _lower_iota(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType
 
 registry.register(
     OpDef("iota", FusionKind.INJECTIVE, _infer_iota, _iota, _lower_iota, {"size": REQUIRED}, (0, 0))
+)  # fmt: skip
+
+
+def _infer_dims(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
+    return (TensorType((len(attrs["values"]),), "int64"),)
+
+
+def _dims(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
+    return (np.array([evaluate(value, {}) for value in attrs["values"]], np.int64),)
+
+
+def _lower_dims(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
+    *others, last = map(as_expr, attrs["values"])
+
+    def element(i: Expr) -> Expr:
+        value = last
+        for at, other in reversed(list(enumerate(others))):
+            value = select(eq(i, at), other, value)
+        return value
+
+    return (common.elementwise(types[0], "dims", element),)
+
+
+registry.register(
+    OpDef("dims", FusionKind.INJECTIVE, _infer_dims, _dims, _lower_dims, {"values": REQUIRED}, (0, 0))
 )  # fmt: skip

@@ -85,6 +85,73 @@ def test_shape_arithmetic_keeps_its_dtype() -> None:
     check(model(body, {"one": i64(1), "two": i64(2)}), [{"x": f(2, 3), "k": np.array([5], np.int32)}])
 
 
+IMAGE = "g (float[1,2,H,W] x) => (float[] y) { s=Shape(x) b=Slice(s,zero,two) h=Slice(s,two,four) f=Cast<to=1>(h) "
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "m=Mul(f,double) r=Floor(m)",
+        "m=Mul(f,k) r=Floor(m)",  # times 1.5 and 0.625
+        "m=Mul(f,k) r=Identity(m)",  # truncated by the cast
+        "d=Div(f,three) r=Ceil(d)",
+        "d=Div(f,eight) c=Ceil(d) r=Mul(c,eight)",  # up to multiples of 8
+        "d=Div(f,eight) m=Mul(d,eight) r=Add(m,three)",
+        "m=Mul(f,third) n=Mul(third,f) c=Cast<to=7>(h) r=Cast<to=11>(c)",  # what rounds is not needed
+    ],
+)
+@pytest.mark.parametrize("floats", [1, 11])
+def test_sizes_that_are_scaled_as_floats(rest: str, floats: int) -> None:
+    """As exporters write an interpolation by a factor."""
+    text = IMAGE.replace("to=1", f"to={floats}") + rest + " t=Cast<to=7>(r) z=Concat<axis=0>(b,t) "
+    text += 'y=Resize<mode="nearest">(x,,,z) }'
+    dtype = {1: np.float32, 11: np.float64}[floats]
+    factors = {"double": [2.0], "k": [1.5, 0.625], "three": [3.0], "eight": [8.0], "third": [1 / 3]}
+    consts = {"zero": i64(0), "two": i64(2), "four": i64(4)}
+    check(
+        model(text, consts | {name: np.array(data, dtype) for name, data in factors.items()}),
+        [{"x": f(1, 2, h, w)} for h, w in ((4, 8), (5, 9), (17, 2))],
+    )
+
+
+def test_sizes_that_floats_round_are_refused_with_what_helps() -> None:
+    """10 times the float32 next to 0.7 is 7 in float32, and less than that: which it is differs from size to size."""
+    text = IMAGE + 'm=Mul(f,k) t=Cast<to=7>(m) z=Concat<axis=0>(b,t) y=Resize<mode="nearest">(x,,,z) }'
+    consts = {"zero": i64(0), "two": i64(2), "four": i64(4), "k": np.float32([0.7])}
+    with pytest.raises(FrontendError, match=r"its sizes \(input 3, 'z'\) is computed while running") as refused:
+        load_onnx(model(text, consts))
+    assert "shapes={...}" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("rest", "dtype"),
+    [
+        ("y=Identity(s)", "int64"),
+        ("y=Size(x)", "int64"),
+        ("y=Add(s,five)", "int64"),
+        ("y=Add(at,n)", "int64"),
+        ("e=Sub(n,one) y=Add(at,e)", "int64"),
+        ("m=Neg(n) r=Mod(m,five) y=Concat<axis=0>(at,r,m)", "int64"),
+        ("y=Greater(n,five)", "bool"),
+        ("y=Equal(n,five)", "bool"),
+        ("y=Cast<to=9>(n)", "bool"),
+        ("c=Cast<to=1>(n) y=Div(x,c)", "float"),
+        ("c=Cast<to=1>(n) r=Sqrt(c) y=Div(x,r)", "float"),  # attention over the tokens there are
+        ("c=Cast<to=1>(s) p=ReduceProd<keepdims=0>(c) y=Div(x,p)", "float"),  # a mean by hand
+        ("c=Cast<to=1>(n) h=Div(c,eight) q=Add(h,h) y=Mul(x,q)", "float"),
+        ("c=Cast<to=11>(s) y=Mul(c,tenth)", "double"),
+        ("c=Cast<to=10>(n) y=Identity(c)", "float16"),
+        ("v=Squeeze(n) r=Range(start,v,step) c=Cast<to=1>(r) u=Unsqueeze(c,one) y=Add(x,u)", "float"),  # positions
+        ("e=Greater(n,five) c=Cast<to=1>(e) y=Mul(x,c)", "float"),
+    ],
+)
+def test_shapes_are_data_too(rest: str, dtype: str) -> None:
+    text = f"g (float[N,3] x, int64[2] at) => ({dtype}[] y) {{ s=Shape(x) n=Slice(s,zero,one) {rest} }}"
+    consts = {"zero": i64(0), "one": i64(1), "five": i64(5), "start": np.int64(0), "step": np.int64(1)}
+    consts |= {"eight": np.float32([8]), "tenth": np.float64([0.1])}
+    check(model(text, consts), [{"x": f(n, 3), "at": i64(2, -3)} for n in (1, 5, 7)])
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -156,11 +156,10 @@ def test_dims_may_merge_and_split_again() -> None:
     assert output.type.shape == (module.functions["main"].inputs[0].type.shape[0], 6, 2, 2)
 
 
-def test_shape_used_as_data_is_a_constant_or_refused() -> None:
-    text = "g (float[N, 3] x) => (int64[2] y) { y = Shape (x) }"
-    compare(parsed(text.replace("N", "2")), {"x": random(2, 3)})
-    with pytest.raises(FrontendError, match="output 'y' is the shape of a tensor"):
-        load_onnx(parsed(text))
+@pytest.mark.parametrize("rows", ["2", "N"])
+def test_a_shape_may_be_an_output(rows: str) -> None:
+    text = "g (float[N, 3] x) => (int64[2] y, int64 z) { y = Shape (x) z = Size (x) }"
+    compare(parsed(text.replace("N", rows)), {"x": random(2, 3)})
 
 
 def test_outputs_that_are_inputs_weights_or_the_same_value() -> None:

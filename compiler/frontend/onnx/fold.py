@@ -11,12 +11,14 @@ import onnx
 from kedge.compiler.frontend.onnx.functions import schema_of
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Array, Entry, Node
-from kedge.compiler.frontend.onnx.symbolic import FOLDERS, Dims, UndecidableError
+from kedge.compiler.frontend.onnx.symbolic import FLOAT_FOLDERS, FOLDERS, Dims, Ratio, UndecidableError
 from kedge.compiler.graph.ir import Constant
 from kedge.compiler.tir.expr import Expr
 
 #: Larger constants stay operators: they are not shape arithmetic, and the graph's own folding sees them later.
 _LARGEST = 1 << 16
+#: As many floats scale the shape of a tensor.
+_FEW = 64
 #: These may make a large tensor of a few numbers.
 _GROWING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "EyeLike", "Pad", "Resize", "OneHot"})
 
@@ -25,7 +27,10 @@ def fold(node: Node) -> Sequence[Entry | None] | None:
     """The results of a node whose inputs are all known, or None where it has to run with the model."""
     if not node.proto.input or node.proto.domain not in ("", "ai.onnx"):
         return None
-    contents = [node.content(index) for index in range(len(node.proto.input))]
+    places = range(len(node.proto.input))
+    contents = [node.content(index) for index in places]
+    if any(isinstance(node.entry(index), Dims) for index in places):  # floats may scale it
+        contents = [_factors(node, index) if content is None else content for index, content in enumerate(contents)]
     if any(content is None and node.has(index) for index, content in enumerate(contents)):
         return None
     given = [content for content in contents if content is not None]
@@ -38,9 +43,15 @@ def fold(node: Node) -> Sequence[Entry | None] | None:
     return _fold_known(node, contents)
 
 
+def _factors(node: Node, index: int) -> Array | None:
+    """A few floats that an input holds."""
+    data = node.literal(index)
+    return data if data is not None and data.dtype.kind == "f" and data.size <= _FEW else None
+
+
 def literal(items: Array, dtype: str) -> Entry:
     """Folded shape arithmetic: a constant where every element is known."""
-    if any(isinstance(item, Expr) for item in items.reshape(-1)):
+    if any(isinstance(item, (Expr, Ratio)) for item in items.reshape(-1)):
         return Dims(items, dtype)
     return Constant(items.astype(np.dtype(dtype)))
 
@@ -65,9 +76,13 @@ def _is_foldable(proto: onnx.NodeProto, opset: int) -> bool:
 
 
 def _fold_symbolic(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry] | None:
-    evaluate = FOLDERS.get(node.proto.op_type)
     dtype = _folded_dtype(node)
-    if evaluate is None or not dtype.startswith(("int", "bool")):
+    folders = FLOAT_FOLDERS if dtype in ("float32", "float64") else FOLDERS
+    evaluate = folders.get(node.proto.op_type)
+    if evaluate is None or not dtype.startswith(("int", "bool", "float32", "float64")):
+        return None
+    floats = [content for content in contents if content is not None and content.dtype.kind == "f"]
+    if not all(np.isfinite(each).all() for each in floats):
         return None
     try:
         # An input that is left out before others is empty.

@@ -14,7 +14,7 @@ from kedge.compiler.frontend.onnx.fold import fold
 from kedge.compiler.frontend.onnx.functions import body_of
 from kedge.compiler.frontend.onnx.inputs import ShapeSpec, Symbols, declare_inputs
 from kedge.compiler.frontend.onnx.model import Model, check, dtype_name, tensor_data
-from kedge.compiler.frontend.onnx.node import Array, Entry, Node, Scope, find_converter
+from kedge.compiler.frontend.onnx.node import Array, Entry, Node, Scope, as_data, find_converter
 from kedge.compiler.frontend.onnx.symbolic import Dims
 from kedge.compiler.graph.builder import Builder, call
 from kedge.compiler.graph.ir import Call, Constant, Item, Module, Param, TensorType, Value
@@ -185,12 +185,8 @@ class Importer:
 
     def _output(self, scope: Scope, name: str) -> Value:
         entry = self._results(scope, [name])[0]
-        if entry is None or isinstance(entry, Dims):
-            raise FrontendError(
-                f"{self.model.source}: output {name!r} is the shape of a tensor, which is not known while compiling",
-                hint="fix the dims of the inputs with shapes={...}, or drop this output",
-            )
-        return entry
+        assert entry is not None  # outputs have names
+        return as_data(entry, name) if isinstance(entry, Dims) else entry
 
 
 def _attributes(proto: onnx.NodeProto) -> dict[str, Any]:

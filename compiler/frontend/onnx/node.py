@@ -12,7 +12,7 @@ import onnx
 
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx import custom
-from kedge.compiler.frontend.onnx.symbolic import Dims
+from kedge.compiler.frontend.onnx.symbolic import Dims, parts
 from kedge.compiler.graph.builder import call, make_call
 from kedge.compiler.graph.dims import plain
 from kedge.compiler.graph.ir import Constant, Item, Param, Value
@@ -106,12 +106,7 @@ class Node:
         entry = self.entry(index)
         if entry is None:
             raise self.error(f"input {index} is missing")
-        if isinstance(entry, Dims):
-            raise self.error(
-                f"input {index} ({self.proto.input[index]!r}) computes with a dim that is not known while compiling",
-                hint="fix the dims of the model's inputs: shapes={...} or --shape NAME=1,3,224,224",
-            )
-        return entry
+        return as_data(entry, self.label) if isinstance(entry, Dims) else entry
 
     def values(self) -> tuple[Value, ...]:
         """All inputs."""
@@ -134,7 +129,8 @@ class Node:
         if data is None:
             raise self.error(
                 f"its {what} (input {index}, {self.proto.input[index]!r}) is computed while running",
-                hint=f"kedge needs {what} as a constant or initializer; onnxsim may fold it",
+                hint=f"kedge needs {what} as a constant or initializer; where it follows from the dims of the model's "
+                "inputs, fix those: shapes={...} or --shape NAME=1,3,224,224; onnxsim may fold others",
             )
         return data
 
@@ -189,6 +185,18 @@ class Node:
         if index >= len(self.proto.input):
             return None
         return self.importer.lookup(self.scope, self.proto.input[index], self)
+
+
+def as_data(dims: Dims, label: str) -> Value:
+    """What was worked out from shapes as the tensor that it is for the model."""
+    fractions = [parts(item) for item in dims.items.reshape(-1)]
+    value = call("dims", origin=(label,), values=tuple(above for above, _ in fractions))
+    shaped = value if dims.items.ndim == 1 else call("reshape", value, origin=(label,), shape=dims.items.shape)
+    result = shaped if dims.dtype == "int64" else call("cast", shaped, origin=(label,), dtype=dims.dtype)
+    if all(below == 1 for _, below in fractions):
+        return result
+    divisors = Constant(np.array([below for _, below in fractions], dims.dtype).reshape(dims.items.shape))
+    return call("div", result, divisors, origin=(label,))
 
 
 def label_of(proto: onnx.NodeProto) -> str:

@@ -9,13 +9,11 @@ import numpy as np
 
 from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.frontend.onnx.node import Node, converter
+from kedge.compiler.frontend.onnx.symbolic import LARGEST_DENOMINATOR
 from kedge.compiler.graph.dims import format_dim, plain
 from kedge.compiler.graph.ir import Value
 from kedge.compiler.ops.sampling import COORDINATES
 from kedge.compiler.tir.expr import Dim, as_expr
-
-#: Free dims are scaled by fractions of whole numbers up to this; others are rounded differently from size to size.
-_LARGEST_DENOMINATOR = 64
 
 
 @converter("Resize")
@@ -77,7 +75,7 @@ def _scaled(node: Node, size: Dim, factor: np.float32) -> Dim:
     if isinstance(size, int):
         return int(np.floor(np.float32(size) * factor))
     exact = Fraction(float(factor))
-    if exact.denominator > _LARGEST_DENOMINATOR:
+    if exact.denominator > LARGEST_DENOMINATOR:
         raise node.error(
             f"the free dim {format_dim(size)} is scaled by {factor:g}",
             hint="fix the dims: shapes={...} or --shape NAME=1,3,224,224, or export with scales like 2 or 0.5",

@@ -2,31 +2,51 @@
 
 Exporters write `x.view(x.size(0), -1)` as Shape, Gather, Unsqueeze, Concat and Reshape nodes. Here the tensors between
 those nodes are small object arrays whose elements are ints or symbolic dims, and every node on them is evaluated at
-once; nothing of it reaches the graph.
+once; nothing of it reaches the graph but what is used as data (`Node.value` has the operator `dims` for that).
+
+Sizes that are scaled as floats (Shape, Cast, Mul, Floor, Cast) are exact fractions meanwhile. Only what float32
+computes without rounding is folded so; other fractions would be rounded down to other sizes than those of the model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 
-from kedge.compiler.graph.dims import at_least, divide, plain, product
+from kedge.compiler.graph.dims import at_least, divide, factors, plain, product
 from kedge.compiler.graph.ir import same_dim
-from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, maximum, minimum
+from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, as_expr, ceildiv, maximum, minimum
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Attributes: TypeAlias = Mapping[str, Any]
 
+#: Free dims are scaled by fractions of whole numbers up to this; others are rounded differently from size to size.
+LARGEST_DENOMINATOR = 64
+#: Bits of a float32's digits; half of them are for free dims.
+_DIGITS = 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ratio:
+    """`above / below` of a symbolic dim and a whole number above 1, as long as it is a float."""
+
+    above: Expr
+    below: int
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dims:
-    """An integer (or bool) tensor of rank 0 or more whose elements are ints or symbolic expressions.
+    """A tensor of rank 0 or more of whose elements some are symbolic expressions.
 
-    `items` is an object array; `dtype` is what ONNX says the tensor's element type is.
+    `items` is an object array of ints (or bools), floats and expressions, in floats also of `Ratio`s; `dtype` is what
+    ONNX says the tensor's element type is: an integer, bool, float32 or float64.
     """
 
     items: Array
@@ -44,14 +64,88 @@ def _expr(dim: Dim) -> Expr:
     return dim if isinstance(dim, Expr) else Const(int(dim))
 
 
-def _each(function: Callable[[Dim, Dim], Any]) -> Callable[[Sequence[Array], Attributes], Array]:
+def _pairwise(function: Callable[[Any, Any], Any]) -> Callable[[Sequence[Array], Attributes], Array]:
     """An element-wise folder with broadcasting."""
+    pair = np.frompyfunc(function, 2, 1)
+    return lambda operands, attributes: np.asarray(reduce(pair, operands), dtype=object)
 
-    def fold(operands: Sequence[Array], attributes: Attributes) -> Array:
-        pair = np.frompyfunc(lambda a, b: function(plain(a), plain(b)), 2, 1)
-        return np.asarray(reduce(pair, operands), dtype=object)
 
-    return fold
+def _each(function: Callable[[Dim, Dim], Any]) -> Callable[[Sequence[Array], Attributes], Array]:
+    """An element-wise folder of whole numbers with broadcasting."""
+    return _pairwise(lambda a, b: function(_whole(a), _whole(b)))
+
+
+def _whole(item: Any) -> Dim:
+    """An element as a dim; raises UndecidableError where it is no whole number."""
+    above, below = parts(item)
+    if below != 1:
+        raise UndecidableError
+    return above
+
+
+def parts(item: Any) -> tuple[Dim, int]:
+    """An element of `Dims.items` as numerator and denominator."""
+    if isinstance(item, Ratio):
+        return item.above, item.below
+    if isinstance(item, float):
+        return Fraction(item).as_integer_ratio()
+    return plain(item), 1
+
+
+def _ratio(above: Dim, below: int) -> Dim | float | Ratio:
+    """`above / below` in its simplest form."""
+    even = divide([above], [below])
+    if even is not None:
+        return even
+    return Ratio(above, below) if isinstance(above, Expr) else above / below
+
+
+def _scaled(op: str) -> Callable[[Any, Any], Any]:
+    """Products and quotients of floats, where float32 computes them without rounding."""
+
+    def combine(a: Any, b: Any) -> Dim | float | Ratio:
+        (above, below), (times, by) = parts(a), parts(b)
+        if op == "div":
+            if not isinstance(times, int) or times <= 0:
+                raise UndecidableError
+            times, by = by, times
+            if below == 1 and times == 1:
+                return _ratio(above, by)  # rounded once: down, it is the quotient of whole numbers all the same
+        below *= by
+        numbers = [factor for dim in (above, times) for factor in factors(dim)]
+        known = math.prod(number for number in numbers if isinstance(number, int))
+        digits = _DIGITS if all(isinstance(number, int) for number in numbers) else _DIGITS // 2
+        if below & (below - 1) or below > LARGEST_DENOMINATOR or abs(known) > 1 << digits:
+            raise UndecidableError
+        return _ratio(product([above, times]), below)
+
+    return combine
+
+
+def _rounded(up: bool) -> Callable[[Sequence[Array], Attributes], Array]:
+    """Floor and Ceil."""
+
+    def rounded(item: Any) -> Dim:
+        above, below = parts(item)
+        return plain(ceildiv(as_expr(above), below) if up else as_expr(above) // below)
+
+    return lambda operands, attributes: np.asarray(np.frompyfunc(rounded, 1, 1)(operands[0]), dtype=object)
+
+
+def _cast(operands: Sequence[Array], attributes: Attributes) -> Array:
+    to = onnx.helper.tensor_dtype_to_np_dtype(attributes["to"])
+
+    def convert(item: Any) -> Any:
+        above, below = parts(item)
+        if to.kind == "f":
+            return item  # sizes are whole numbers that float32 has
+        if to.kind == "b":
+            if isinstance(above, Expr) and not at_least(above, 1):
+                raise UndecidableError
+            return not isinstance(above, int) or above != 0
+        return above if below == 1 else _quotient(above, below)
+
+    return np.asarray(np.frompyfunc(convert, 1, 1)(operands[0]), dtype=object)
 
 
 def _binary(op: str) -> Callable[[Dim, Dim], Dim]:
@@ -60,6 +154,8 @@ def _binary(op: str) -> Callable[[Dim, Dim], Dim]:
             return product([a, b])
         if op == "div":
             return _quotient(a, b)
+        if op == "mod":
+            return _remainder(a, b)
         if op in ("min", "max"):
             return plain((minimum if op == "min" else maximum)(_expr(a), _expr(b)))
         return plain(_expr(a) + _expr(b) if op == "add" else _expr(a) - _expr(b))
@@ -76,6 +172,13 @@ def _quotient(a: Dim, b: Dim) -> Dim:
         return plain(above - below)
     quotient = divide([a], [b])
     return quotient if quotient is not None else plain(Binary("floordiv", _expr(a), _expr(b)))
+
+
+def _remainder(a: Dim, b: Dim) -> Dim:
+    """`a % b` with the divisor's sign, where that is known to be positive; raises UndecidableError else."""
+    if not at_least(b, 1):
+        raise UndecidableError
+    return plain(Binary("floormod", _expr(a), _expr(b)))
 
 
 class UndecidableError(Exception):
@@ -135,23 +238,43 @@ def _where(operands: Sequence[Array], attributes: Attributes) -> Array:
     return np.where(operands[0].astype(bool), operands[1], operands[2])
 
 
-#: What can be done to symbolic shape values, by ONNX operator: object arrays in, an object array out.
-FOLDERS: Mapping[str, Callable[[Sequence[Array], Attributes], Array]] = {
-    "Add": _each(_binary("add")),
-    "Sub": _each(_binary("sub")),
-    "Mul": _each(_binary("mul")),
-    "Div": _each(_binary("div")),
-    "Min": _each(_binary("min")),
-    "Max": _each(_binary("max")),
-    "Equal": _each(_equal),
+def _negative(operands: Sequence[Array], attributes: Attributes) -> Array:
+    return np.asarray(np.frompyfunc(lambda item: plain(0 - _expr(_whole(item))), 1, 1)(operands[0]), dtype=object)
+
+
+#: What can be done to elements whatever they are: object arrays in, an object array out.
+_MOVES: Mapping[str, Callable[[Sequence[Array], Attributes], Array]] = {
     "Where": _where,
     "Identity": lambda operands, attributes: operands[0],
-    "Cast": lambda operands, attributes: operands[0],
+    "Cast": _cast,
     "Concat": lambda operands, attributes: np.concatenate(operands, axis=attributes["axis"]),
     "Gather": _gather,
     "Slice": _slice,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Reshape": lambda operands, attributes: operands[0].reshape([int(dim) for dim in operands[1]]),
+}
+#: What can be done to symbolic shape values, by ONNX operator.
+FOLDERS: Mapping[str, Callable[[Sequence[Array], Attributes], Array]] = {
+    **_MOVES,
+    "Add": _each(_binary("add")),
+    "Sub": _each(_binary("sub")),
+    "Mul": _each(_binary("mul")),
+    "Div": _each(_binary("div")),
+    "Mod": _each(_binary("mod")),
+    "Neg": _negative,
+    "Min": _each(_binary("min")),
+    "Max": _each(_binary("max")),
+    "Equal": _each(_equal),
     "ReduceProd": _reduce_prod,
+}
+#: The same for floats.
+FLOAT_FOLDERS: Mapping[str, Callable[[Sequence[Array], Attributes], Array]] = {
+    **_MOVES,
+    "Add": _each(_binary("add")),
+    "Sub": _each(_binary("sub")),
+    "Mul": _pairwise(_scaled("mul")),
+    "Div": _pairwise(_scaled("div")),
+    "Floor": _rounded(up=False),
+    "Ceil": _rounded(up=True),
 }
