@@ -164,6 +164,8 @@ class _EntryEmitter(ExprEmitter):
         symbols = self._field("symbols")
         for number, var in enumerate(self.entry.symbols):
             self.bind_symbol(var, self._element(symbols, "i64", number))
+        for var in self.entry.may_be_zero:
+            self._leave_if(self.b.compare("icmp eq", self.materialize(self.index(var)), self.b.index(0)), "0")
 
     def _field(self, name: str) -> Value:
         slot = f"getelementptr inbounds {FRAME}, ptr %frame, i32 0, i32 {FRAME_FIELDS[name]}"
@@ -254,7 +256,7 @@ def _describe_symbol(constants: Constants, var: Var, entry: Entry) -> str:
             if dim is var:
                 upper = _NO_UPPER if var.upper is None else var.upper
                 name = constants.text(var.name)
-                return f"{{ ptr {name}, i64 {var.lower or 0}, i64 {upper}, i32 {number}, i32 {axis} }}"
+                return f"{{ ptr {name}, i64 {entry.least(var)}, i64 {upper}, i32 {number}, i32 {axis} }}"
     raise CodegenError(
         f"{entry.name}: the dim {var.name!r} cannot be read off any input", hint="give an input that has it as a dim"
     )

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from kedge.compiler.tir.expr import Dim, Expr, Var
+from kedge.compiler.tir.expr import Dim, Expr, Var, const
+from kedge.compiler.tir.simplify import simplify_dim
 from kedge.compiler.tir.stmt import Block, PrimFunc
-from kedge.compiler.tir.visitor import walk_stmt
+from kedge.compiler.tir.visitor import substitute_expr, walk_stmt
 
 if TYPE_CHECKING:  # what compiles kernels in a process of its own need not import the graph
     import numpy as np
@@ -79,6 +80,28 @@ class Entry:
     steps: tuple[Step, ...]
     arena_size: Dim
     equalities: tuple[Equality, ...] = ()
+
+    @property
+    def may_be_zero(self) -> tuple[Var, ...]:
+        """Symbols of at least 1 that a call may give as 0 all the same, such as a batch: then no output has elements.
+
+        Such a call runs no step, and kernels need not expect it.
+        """
+        return tuple(
+            symbol
+            for symbol in self.symbols
+            if symbol.lower == 1 and self.outputs and all(_is_empty(port.type, symbol) for port in self.outputs)
+        )
+
+    def least(self, symbol: Var) -> int:
+        """The least size of a symbol that a call may give."""
+        return 0 if symbol in self.may_be_zero else symbol.lower or 0
+
+
+def _is_empty(type_: TensorType, symbol: Var) -> bool:
+    """Whether a tensor has no elements where `symbol` is 0."""
+    zero = {symbol: const(0)}
+    return any(isinstance(dim, Expr) and simplify_dim(substitute_expr(dim, zero)) == 0 for dim in type_.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ def test_the_descriptor_says_what_is_inside(loaded: Loaded) -> None:
     port, symbol = function.inputs[0], function.symbols[0]
     assert port.name == b"x" and port.ndim == 2 and (port.dtype.code, port.dtype.bits, port.dtype.lanes) == (2, 32, 1)
     assert [evaluate(port.shape[i], 9) for i in range(2)] == [9, 4]
-    assert (symbol.name, symbol.lower, symbol.upper, symbol.input, symbol.dim) == (b"N", 1, 1000, 0, 0)
+    assert (symbol.name, symbol.lower, symbol.upper, symbol.input, symbol.dim) == (b"N", 0, 1000, 0, 0)
 
 
 @pytest.mark.parametrize("n", [1, 5, 1000])

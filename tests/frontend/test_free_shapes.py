@@ -409,3 +409,25 @@ def test_strided_windows_padded_as_the_free_dims_ask(
     module = load_onnx(proto)
     for image, got in zip(images, check_compiled(proto, *({**feeds, "x0": image} for image in images)), strict=True):
         np.testing.assert_allclose(interp.run(module, {**feeds, "x0": image})["y0"], got["y0"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_gives_empty_outputs() -> None:
+    """Nothing runs: no kernel of the model has to expect a loop without iterations."""
+    body = "g (float[N,2,5,5] x, float[N,3] t) => (float[] y, float[] z, int64[] a)"
+    body += " { m=ReduceMax<keepdims=0>(x,last) q=MatMul(m,w) p=Softmax(q) y=Mul(p,t) z=Concat<axis=0>(t,t)"
+    body += " a=ArgMax<axis=1>(y) }"
+    feeds = [{"x": f(n, 2, 5, 5), "t": f(n, 3)} for n in (0, 2, 0)]
+    check(model(body, {"w": f(2, 3), "last": i64(2, 3)}), feeds)
+
+
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ("g (float[N,3] x) => (float[] y, float[] z) { y=Relu(x) z=ReduceSum<keepdims=0>(x) }", (0, 3)),  # one has some
+        ("g (float[1,1,N,4] x) => (float[] y) { y=Conv(x,w) }", (1, 1, 0, 4)),  # there would be -1 rows
+    ],
+)
+def test_no_elements_are_too_few_where_results_have_some(body: str, shape: tuple[int, ...]) -> None:
+    compiled = kedge.compile(load_onnx(model(body, {"w": f(1, 1, 2, 2)})), target="native")
+    with compiled.open(threads=1) as loaded, pytest.raises(InputError, match=r"\(N\) is 0, expected at least"):
+        loaded.run({"x": f(*shape)})

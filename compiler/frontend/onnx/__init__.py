@@ -38,7 +38,8 @@ def load_onnx(model: Source, shapes: Mapping[str, ShapeSpec] | None = None) -> M
     Opsets from 13 on are read as they are; ONNX's own converter brings older ones up to 13 first.
 
     Weights become `Param`s with their data bound. A named dim of the model becomes one symbolic dim of at least 1
-    wherever the name occurs, an unnamed one a symbol of its own.
+    wherever the name occurs, an unnamed one a symbol of its own. Where no output has elements without it, as for a
+    batch, a call may give 0, too.
 
     Args:
         model: a path, the bytes of a file, or an `onnx.ModelProto`. External data is looked for beside the path.
