@@ -20,7 +20,7 @@ import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, TextIO, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from kedge.device_agent.cgroups import Group, Groups, GroupsUnavailableError
 from kedge.rpc.errors import KedgeError, UsageError
@@ -92,8 +92,8 @@ def choose_user(name: Optional[str]) -> Optional[User]:
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(groups))
 
 
-#: What says that a number is this process's, while it lives: the file must stay open.
-_claims: Dict[int, TextIO] = {}
+#: The open file that says that a number is this process's while it lives, as a descriptor: it is never closed.
+_claims: Dict[int, int] = {}
 
 
 def _claim_spare(folder: Path = Path("/run")) -> int:
@@ -103,18 +103,18 @@ def _claim_spare(folder: Path = Path("/run")) -> int:
         if number in _claims:
             return number
         try:
-            file = (folder / f"kedge-runner-{number}.lock").open("a")
+            fd = os.open(folder / f"kedge-runner-{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UsageError(
                 f"cannot say in {folder} which number this agent's runners have: {error.strerror}",
                 hint="name a user with --runner-user",
             ) from error
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.close()  # another agent's
+            os.close(fd)  # another agent's
         else:
-            _claims[number] = file
+            _claims[number] = fd
             return number
     raise UsageError(
         f"there are {len(SPARE_IDS)} agents of root's on this machine already, as many as there are spare users",

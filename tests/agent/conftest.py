@@ -84,7 +84,7 @@ class Remote:
             self.away -= 1
             raise ConnectError("the tracker went away")
         self.waiting.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         if self.interrupted.is_set():
             raise ConnectError("interrupted")
 

@@ -252,7 +252,8 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         self.job: Key | None = None
         self.cancelled: set[Key] = set()
         self.aborted: set[Key] = set()
-        self.epochs: dict[str, int] = {}  # the newest lease of every job ever assigned
+        self.epochs: dict[str, int] = {}  # the newest lease of every job assigned, but for those lost with an agent
+        self.given: dict[str, int] = {}  # the newest epoch that a job ever had: a tracker gives none twice
         self.accepted: set[str] = set()
         self.delivered: dict[Key, JobResult] = {}  # results as they reached the tracker
         self.produced: dict[Key, JobResult] = {}  # results that jobs made
@@ -326,8 +327,9 @@ class AgainstAModelTracker(RuleBasedStateMachine):
     def tracker_assigns(self, job: str, newer: bool) -> None:
         if job in self.accepted:
             return
-        epoch = self.epochs.get(job, 0) + (1 if newer or job not in self.epochs else 0)
-        self.epochs[job] = epoch
+        if newer or job not in self.epochs:
+            self.epochs[job] = self.given[job] = self.given.get(job, 0) + 1
+        epoch = self.epochs[job]
         self.do(self.core.received(assign(job, epoch), self.now))
 
     @precondition(ready)

@@ -300,10 +300,10 @@ def test_cancelling(board: Board, remote: Remote, made: Artifact, function: str)
     results: list[JobResult] = []
     thread = threading.Thread(target=lambda: results.append(run_job(job)))
     thread.start()
-    assert entered.wait(20)
+    assert entered.wait(60)
     job.cancel("enough")
     job.cancel("again")
-    thread.join(20)
+    thread.join(60)
     (result,) = results
     assert result.outcome.kind is OutcomeKind.CANCELLED
     assert result.outcome.message == "enough"
@@ -570,7 +570,7 @@ def test_whoever_waits_for_a_device_to_cool_down_can_be_cancelled(
 
     monkeypatch.setattr(jobs, "read_health", hot)
     job = Job(replace(board, calm_s=600.0), bench_spec(remote.publish(made)), lambda _: None)
-    canceller = threading.Thread(target=lambda: waits.wait(20) and job.cancel("enough"))
+    canceller = threading.Thread(target=lambda: waits.wait(60) and job.cancel("enough"))
     canceller.start()
     result = run_job(job)
     canceller.join()

@@ -71,7 +71,7 @@ class Stream:
         self.says.put(pb.DeviceEvent(data=pb.SessionRequest(**body).SerializeToString()))
 
     def reply(self) -> pb.SessionReply:
-        return pb.SessionReply.FromString(self.heard.get(timeout=20).data)
+        return pb.SessionReply.FromString(self.heard.get(timeout=60).data)
 
 
 class Served:
@@ -85,7 +85,7 @@ class Served:
 
     def __enter__(self) -> Served:
         self._thread.start()
-        assert self.stream.heard.get(timeout=20).WhichOneof("body") == "serve"
+        assert self.stream.heard.get(timeout=60).WhichOneof("body") == "serve"
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -93,7 +93,7 @@ class Served:
         self.outcome()
 
     def outcome(self) -> OutcomeKind:
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         return self.results[0].outcome.kind
 
@@ -110,7 +110,7 @@ def published(remote: Remote, module: bytes) -> Blob:
 def test_the_last_word_of_a_session_is_done(board: Board) -> None:
     with Served(board) as served:
         served.session.cancel("the agent stops")
-        assert served.stream.heard.get(timeout=20).WhichOneof("body") == "done"
+        assert served.stream.heard.get(timeout=60).WhichOneof("body") == "done"
     assert served.outcome() is OutcomeKind.CANCELLED
     assert list(board.scratch.iterdir()) == []
 
@@ -146,7 +146,7 @@ def test_calling_off_a_timing_that_waits_for_a_hot_board(
         options = types_pb2.TimeOptions(number=1, repeat=1)
         wanted = pb.TimeFunction(artifact=number, function="add", inputs=[x], options=options, run_ms=7_200_000)
         served.stream.ask(id=2, time=wanted)
-        assert asked.wait(20)
+        assert asked.wait(60)
         served.stream.ask(id=2, cancel=pb.CancelRequest())
         assert served.stream.reply().failed.outcome.message == "its client called it off"
         call = pb.CallFunction(artifact=number, function="add", inputs=[x])
@@ -197,7 +197,7 @@ def test_a_session_that_ends_fetches_nothing_more(board: Board, remote: Remote, 
     remote.gate.clear()
     with Served(board) as served:
         served.stream.ask(id=1, load=pb.LoadArtifact(manifest=convert.blob_to_pb(published)))
-        assert remote.waiting.wait(20)
+        assert remote.waiting.wait(60)
         served.session.cancel("enough")
         assert served.outcome() is OutcomeKind.CANCELLED
     assert remote.fetched == []

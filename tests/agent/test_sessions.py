@@ -412,11 +412,11 @@ def test_a_session_waits_in_the_queue_and_others_wait_for_it(fleet: Fleet, agent
         status = next(device for device in fleet.devices("here") if device.info.name == "here")
         assert (status.state, status.running_job_id) == (DeviceState.BUSY, first.id)
         assert not got.is_set() and job.status().state is JobState.QUEUED
-    assert got.wait(20)
+    assert got.wait(60)
     assert job.status().state is JobState.QUEUED
     done.set()
-    thread.join(20)
-    np.testing.assert_array_equal(job.wait(20)["y"], X + 1)
+    thread.join(60)
+    np.testing.assert_array_equal(job.wait(60)["y"], X + 1)
 
 
 def test_nobody_gets_a_device_that_is_not_there(fleet: Fleet, agent: AgentProcess) -> None:
@@ -465,7 +465,7 @@ def test_a_session_is_its_users_alone(
         np.testing.assert_array_equal(device.load(made)["add"]({"x": X})["y"], X + 1)
         assert [job.id for job in bob.jobs()] == []
     job = bob.run(made, {"x": X}, function="add", device="here")
-    job.wait(20)
+    job.wait(60)
     with pytest.raises(UnknownJobError):  # a job that is no session
         SessionLink(bob._channel, bob.address, job.id, 10).wait()
     for user in users.values():

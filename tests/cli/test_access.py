@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,32 +23,39 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_a_user_joins_and_is_who_the_token_says(kedge: Kedge, address: str, tmp_path: Path) -> None:
+def test_a_user_joins_and_is_who_the_token_says(
+    kedge: Kedge, kedge_here: Kedge, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_ann(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as hers:
+            hers.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "ann"))
+            return kedge_here(*arguments)
+
     create = ("tracker", "token", "create", "--role", "submit", "--user", "ann", "--expires", "2d")
-    made = kedge(*create, "--tracker", address)
+    made = kedge_here(*create, "--tracker", address)
     assert made.returncode == 0 and "submit, user ann, until 20" in made.stderr, made.stderr
     command, string = re.fullmatch(r"(kedge join) '(kedge1\.\S+)'\n", made.stdout).groups()  # type: ignore[union-attr]
-    ann = {**os.environ, "KEDGE_CONFIG_DIR": str(tmp_path / "ann")}
-    stranger = kedge("jobs", "--tracker", address, env=ann)
+    stranger = as_ann("jobs", "--tracker", address)
     assert stranger.returncode == 9 and "no credentials" in stranger.stderr and "kedge join" in stranger.stderr
-    joined = kedge("join", string, env=ann)
+    joined = as_ann("join", string)
     assert joined.returncode == 0 and f"KEDGE_TRACKER={address}" in joined.stderr and command
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "ann").rglob("*"))
-    assert kedge("jobs", "--tracker", address, env=ann).returncode == 0
-    refused = kedge(*create, "--tracker", address, env=ann)
+    assert as_ann("jobs", "--tracker", address).returncode == 0
+    refused = as_ann(*create, "--tracker", address)
     assert refused.returncode == 10 and "is for the role admin" in refused.stderr
+    ann = {**os.environ, "KEDGE_CONFIG_DIR": str(tmp_path / "ann")}
     enrolling = kedge("agent", "start", "--tracker", address, "--name", "x", "--data-dir", tmp_path / "x", env=ann)
     assert enrolling.returncode == 10 and "hint:" in enrolling.stderr
-    listed = json.loads(kedge("tracker", "token", "list", "--json", "--tracker", address).stdout)
+    listed = json.loads(kedge_here("tracker", "token", "list", "--json", "--tracker", address).stdout)
     (token,) = [token for token in listed if token["user"] == "ann"]
     assert token["state"] == "good" and token["expires_s"] - token["created_s"] == 2 * 86_400
-    assert "ann" in kedge("tracker", "token", "list", "--tracker", address).stdout
-    assert kedge("tracker", "token", "revoke", token["id"], "--tracker", address).returncode == 0
-    over = kedge("jobs", "--tracker", address, env=ann)
+    assert "ann" in kedge_here("tracker", "token", "list", "--tracker", address).stdout
+    assert kedge_here("tracker", "token", "revoke", token["id"], "--tracker", address).returncode == 0
+    over = as_ann("jobs", "--tracker", address)
     assert over.returncode == 9 and "was revoked" in over.stderr
-    unknown = kedge("tracker", "token", "revoke", "nonsense", "--tracker", address)
+    unknown = kedge_here("tracker", "token", "revoke", "nonsense", "--tracker", address)
     assert unknown.returncode == 1 and "no token 'nonsense'" in unknown.stderr
-    public = kedge("signer", env=ann).stdout.strip()
+    public = as_ann("signer").stdout.strip()
     assert public == signing.public_key(signing.own_key(tmp_path / "ann") or b"").hex()
 
 

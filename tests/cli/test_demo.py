@@ -68,7 +68,7 @@ def test_an_interrupt_that_wakes_nobody_is_seen() -> None:
 
     def interrupt() -> None:
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
-        over.wait(20)
+        over.wait(60)
         joining.set_result(None)
 
     thread = threading.Thread(target=interrupt)

@@ -128,7 +128,7 @@ def _speaks_tls(authority: Authority, now_s: float, folder: Path) -> Iterator[Ad
         thread = threading.Thread(target=serve)
         thread.start()
         yield Address("127.0.0.1", listener.getsockname()[1])
-        thread.join(10)
+        thread.join(60)
 
 
 def test_the_clock_here_is_off(tmp_path: Path) -> None:

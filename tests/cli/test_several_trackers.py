@@ -36,7 +36,7 @@ def trackers(address: object) -> tuple[str, str]:
 
 
 def metrics(tracker: RunningTracker) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{tracker.serving.metrics}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{tracker.serving.metrics}/metrics", timeout=60) as answer:
         lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 

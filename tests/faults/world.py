@@ -29,9 +29,9 @@ from kedge.rpc.security.join import Join
 from kedge.rpc.tracker.security.principal import Role
 from kedge.rpc.transport import Address, Tls, parse_address
 from support.agents import at_work, runs, wait_for
+from support.ports import free_ports
 from support.postgres import PostgresServer
 from support.proxy import Proxy
-from support.trackers import free_ports
 
 from .relay import Relay
 
@@ -308,7 +308,7 @@ class World:
         self._mount(self.folder / name)
         tracker = self._process(name, [sys.executable, str(PROGRAMS / "tracker.py")], clock=True)
         if self.shape.database is not None:
-            port = free_ports()
+            port = free_ports(3)
             self._ports[name] = port, port + 1
             way = self._stack.enter_context(Proxy("127.0.0.1", 0, ("127.0.0.1", self.shape.database.port)))
             self.databases[name] = way

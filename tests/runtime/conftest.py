@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -69,7 +70,10 @@ GRPC_OPENS = ("anon_inode:[eventfd]", "anon_inode:[eventpoll]")
 
 def descriptors() -> dict[str, str]:
     """The open descriptors of this process and what they are, without gRPC's."""
-    found = {path.name: os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)}  # noqa: PTH115
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of this loop, or one that a thread closes meanwhile
+            found[path.name] = str(path.readlink())
     return {fd: what for fd, what in found.items() if what not in GRPC_OPENS}
 
 

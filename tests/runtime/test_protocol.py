@@ -44,7 +44,7 @@ class Pipes:
 
     def end(self) -> tuple[int, bytes]:
         """Close the stream; exit status and standard error."""
-        _, stderr = self.process.communicate(timeout=10)
+        _, stderr = self.process.communicate(timeout=60)
         return self.process.returncode, stderr
 
 
@@ -88,14 +88,14 @@ def test_a_session_over_pipes(pipes: Pipes, arithmetic: Path, weights: Path) -> 
     _, (result,) = protocol.unpack_call_result(payload, None)
     assert struct.unpack("<4f", result.data) == (56.0, 64.0) * 2
     pipes.send(protocol.BYE, 0)
-    assert pipes.process.wait(10) == 0
+    assert pipes.process.wait(60) == 0
 
 
 def test_what_a_model_prints_stays_out_of_the_frames(pipes: Pipes, misbehaving: Path) -> None:
     pipes.send(protocol.OPEN, 1, protocol.pack_open(str(misbehaving), "", 0, 1))
     assert pipes.receive()[0].type == protocol.RESULT
     pipes.send(protocol.CALL, 2, call_payload(4))  # quit, with a last word
-    assert pipes.process.wait(10) == 7
+    assert pipes.process.wait(60) == 7
     assert pipes.process.stdout is not None
     assert pipes.process.stdout.read() == b""
     assert pipes.end() == (7, b"a last word\n")

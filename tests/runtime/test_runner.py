@@ -492,7 +492,7 @@ def in_thread(run: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 def wait_until_busy(runner: Runner) -> None:
     """Until native code runs: its main thread is no longer at rest in the queue of requests."""
     stat = Path(f"/proc/{runner.pid}/stat")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     start = int(stat.read_text().rsplit(")")[-1].split()[11])
     while int(stat.read_text().rsplit(")")[-1].split()[11]) == start:
         assert time.monotonic() < deadline
@@ -519,7 +519,7 @@ def test_cancel(runtime: RuntimeFiles, misbehaving: Path) -> None:
             while not runner._in_flight:
                 pass
             runner.cancel()
-            thread.join(10)
+            thread.join(60)
             assert isinstance(results[0], RunnerCancelled)
             assert results[0].alive
         runner.cancel()  # nothing in flight: nothing happens
@@ -532,7 +532,7 @@ def test_cancel_of_code_that_does_not_listen(runtime: RuntimeFiles, misbehaving:
         thread, results = in_thread(lambda: runner.call(MISDEEDS.index("forever"), []))
         wait_until_busy(runner)
         runner.cancel()
-        thread.join(10)
+        thread.join(60)
         assert isinstance(results[0], RunnerCancelled)
         assert not results[0].alive
 
@@ -543,7 +543,7 @@ def test_cancel_of_timing(loaded: Runner) -> None:
     while not loaded._in_flight:
         pass
     loaded.cancel()
-    thread.join(10)
+    thread.join(60)
     assert isinstance(results[0], RunnerCancelled)
     assert results[0].alive
 
@@ -555,7 +555,7 @@ def test_ending_it_during_a_call(runtime: RuntimeFiles, misbehaving: Path, end: 
         thread, results = in_thread(lambda: runner.call(MISDEEDS.index("forever"), []))
         wait_until_busy(runner)
         end(runner)
-        thread.join(10)
+        thread.join(60)
         assert isinstance(results[0], RunnerCrashed)
         assert results[0].signal == signal.SIGKILL
 
@@ -591,7 +591,7 @@ def test_it_dies_with_its_parent(runtime: RuntimeFiles, misbehaving: Path) -> No
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _alive(pid):
         assert time.monotonic() < deadline
 
@@ -618,7 +618,7 @@ def test_no_such_program(tmp_path: Path) -> None:
     [
         ("exit 5", r"ended before it said hello \(exit status 5\)"),
         ("echo broken >&2; exit 1", "broken"),
-        ("exec sleep 1000", "said nothing for 0.3 s"),
+        ("exec sleep 1000", "said nothing for 1 s"),
         (
             'eval "exec 9>&$(echo $* | sed s/.*--fd.//)"; echo a line that is long enough to be a header >&9',
             "instead of",
@@ -630,7 +630,7 @@ def test_programs_that_are_no_runner(tmp_path: Path, script: str, text: str) -> 
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
     with pytest.raises(RunnerUnavailable, match=text):
-        Runner(program, start_deadline_s=0.3 if "sleep" in script else 10)
+        Runner(program, start_deadline_s=1.0 if "sleep" in script else 60)
 
 
 def test_a_program_that_the_disk_does_not_give(runtime: RuntimeFiles, monkeypatch: pytest.MonkeyPatch) -> None:

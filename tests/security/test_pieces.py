@@ -178,7 +178,7 @@ def test_a_service_without_a_folder_of_its_own_runs_and_says_so(
 def hello(address: Address, tls: Tls | None) -> str:
     """What a client is told whose hello fails."""
     with open_channel(address, tls) as channel, pytest.raises(grpc.RpcError) as caught:
-        fleet_pb2_grpc.FleetStub(channel).Hello(fleet_pb2.HelloRequest(), timeout=10)
+        fleet_pb2_grpc.FleetStub(channel).Hello(fleet_pb2.HelloRequest(), timeout=60)
     error = from_rpc_error(caught.value, address)
     assert isinstance(error, ConnectError) and error.hint
     return str(error)

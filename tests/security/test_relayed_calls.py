@@ -27,10 +27,10 @@ from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import Address, Tls, open_channel
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
+from support.ports import free_ports
 from support.postgres import PostgresServer
 from support.services import Rpc, rpcs, send
 from support.toys import QUICK, device_info
-from support.trackers import free_ports
 
 RPCS = rpcs()
 REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -159,7 +159,7 @@ def test_a_path_that_no_tracker_serves_is_not_relayed(pair: Pair) -> None:
     with open_channel(pair.follower.address, pair.tls()) as channel:
         call = channel.unary_unary("/kedge.v1.Fleet/NoSuchCall")
         with pytest.raises(grpc.RpcError) as caught:
-            call(b"", timeout=10)
+            call(b"", timeout=60)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -232,7 +232,7 @@ def test_a_database_that_lets_an_administrator_wait_lets_nobody_else_wait(pair: 
         wait_for(lambda: postgres.execute(waiting, pair.database.rpartition("/")[2]) == [(1,)], "it to wait")
         assert fleet.status().user == "admin" and not creating.done()
         other.rollback()
-        token = creating.result(20)[0]
+        token = creating.result(60)[0]
         assert token.id in {known.id for known in access.tokens()}
 
 

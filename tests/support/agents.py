@@ -39,12 +39,21 @@ def runs(pid: int) -> bool:
         return False
 
 
+def name_of(pid: int) -> str:
+    """What a process calls itself; nothing once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def at_work(pid: int) -> list[int]:
     """Processes below an agent, but for the one runner that may wait there for the next job."""
     names: dict[int, dict[int, str]] = {}  # by session: in a control group a runner is two processes
     for below in descendants(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            names.setdefault(os.getsid(below), {})[below] = Path(f"/proc/{below}/comm").read_text().strip()
+        with contextlib.suppress(ProcessLookupError):
+            if name := name_of(below):
+                names.setdefault(os.getsid(below), {})[below] = name
     waiting = [session for session, those in names.items() if {*those.values()} == {"kedge-runner"}]
     if len(waiting) == 1:
         del names[waiting[0]]
@@ -81,9 +90,9 @@ class AgentProcess(LoggedProcess):
         """Until the tracker welcomed it."""
         self.wait_log(r"(?m)^kedge agent .* ready: ")
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 15.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
         """Signal it; its exit status."""
         os.kill(self.process.pid, number)
         status = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._reader.join(60)
         return status

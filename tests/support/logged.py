@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
     """Return once `condition()` holds; fail naming `what` after `timeout_s`.
 
     Often a process has to be asked: one that takes long is asked less often.
@@ -29,8 +29,8 @@ class LoggedProcess:
 
     #: What it is called in messages, how long its words are waited for, and how long its end on SIGTERM.
     called = "the process"
-    patience_s = 20.0
-    end_s = 15.0
+    patience_s = 60.0
+    end_s = 60.0
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -55,7 +55,7 @@ class LoggedProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self._reader.join(5)
+        self._reader.join(60)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -72,7 +72,7 @@ class LoggedProcess:
 
         def found() -> re.Match[str] | None:
             if self.process.poll() is not None:
-                self._reader.join(5)
+                self._reader.join(60)
             match = re.search(pattern, self.log)
             assert match or self.process.poll() is None, f"{self.called} ended:\n{self.log}"
             return match

@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from support.ports import free_ports
 
 _START_S = 60.0
 
@@ -71,7 +72,9 @@ class PostgresServer:
     def start(self) -> None:
         """Run it until it answers."""
         command = [str(_binary("postgres")), "-D", str(self.folder / "data"), "-k", str(self.folder)]
-        command += ["-p", str(self.port), "-h", "127.0.0.1", "-c", "fsync=off", "-c", "max_connections=80"]
+        command += ["-p", str(self.port), "-h", "127.0.0.1", "-c", "max_connections=80"]
+        # No file outlives the tests; and who makes a database would wait for a cleaner that is at its template.
+        command += ["-c", "fsync=off", "-c", "autovacuum=off"]
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(
             command,
@@ -111,7 +114,7 @@ class PostgresServer:
         """Run a statement as an administrator; returns its rows."""
         import psycopg
 
-        with psycopg.connect(self.url(name), autocommit=True, connect_timeout=5) as connection:
+        with psycopg.connect(self.url(name), autocommit=True, connect_timeout=60) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
@@ -138,10 +141,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         command = [str(_binary("initdb")), *options, "--locale=C"]
         made = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, **who)
         assert made.returncode == 0, made.stderr
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        server = PostgresServer(folder, port)
+        server = PostgresServer(folder, free_ports())
         try:
             server.start()
             yield server

@@ -171,7 +171,7 @@ class Proxy:
         await asyncio.gather(*others, return_exceptions=True)
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def _in_loop(self, work: Callable[[], Any]) -> Any:
         async def run() -> Any:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import kedge.protos.v1
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -12,35 +11,22 @@ from kedge.rpc.client.access import Access
 from kedge.rpc.transport import Address, Tls, parse_address
 from kedge.rpc.types import TrackerStatus
 from support.logged import LoggedProcess
-
-
-def free_ports() -> int:
-    """The first of three ports in a row that nobody listens on."""
-    while True:
-        with socket.socket() as first, socket.socket() as second, socket.socket() as third:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-                third.bind(("127.0.0.1", port + 2))
-            except (OSError, OverflowError):
-                continue
-            return port
+from support.ports import free_ports
 
 
 class TrackerProcess(LoggedProcess):
     """`kedge tracker start --database URL`, with a data folder of its own; a context manager that ends it."""
 
     called = "the tracker"
-    patience_s = 30.0
-    end_s = 20.0
+    patience_s = 60.0
+    end_s = 60.0
 
     def __init__(self, database: str, data_dir: Path, *arguments: str, port: int = 0) -> None:
         super().__init__()
         self.data_dir = data_dir
         self._database = database
         self._arguments = arguments
-        self._port = port or free_ports()
+        self._port = port or free_ports(3)
         self.start()
 
     def start(self) -> None:
@@ -61,8 +47,8 @@ class TrackerProcess(LoggedProcess):
     def kill(self) -> None:
         """SIGKILL, and wait."""
         self.process.kill()
-        self.process.wait(20)
-        self._reader.join(5)
+        self.process.wait(60)
+        self._reader.join(60)
 
     @property
     def address(self) -> Address:

@@ -411,11 +411,11 @@ def test_outputs_that_gave_way_shut_nobody_out_and_are_told(
         output = Tensor("y", "int8", (1 << 20,), blob_of(large))
         agent.say(m.JobStarted(assigned.lease))
         agent.say(m.JobFinished(assigned.lease, JobResult(Outcome(OutcomeKind.OK), (output,))))
-        assert job.wait(timeout=10)["y"].nbytes == 1 << 20
+        assert job.wait(timeout=60)["y"].nbytes == 1 << 20
         other = b"z" * (1 << 20)
         blobs.upload(blob_of(other), other)
         with pytest.raises(MissingBlobError, match=f"job {job.id} is done, .* needed the room") as gone:
-            job.wait(timeout=10)
+            job.wait(timeout=60)
         assert gone.value.hint is not None and "--blob-quota" in gone.value.hint
 
 
@@ -435,7 +435,7 @@ def test_a_full_tracker_refuses_an_upload_and_takes_it_when_the_job_is_done(tmp_
             blobs.upload(blob_of(large), large)
         assert caught.value.hint is not None and "--blob-quota" in caught.value.hint
         agent.finish(assigned)
-        job.wait(timeout=10)
+        job.wait(timeout=60)
         blobs.upload(blob_of(large), large)
 
 
@@ -518,7 +518,7 @@ def test_inputs_beyond_what_jobs_may_carry_become_blobs(tmp_path: Path, artifact
                 assert np.frombuffer(whole, np.float32).tolist() == [number] * 8
                 agent.say(m.JobStarted(assigned.lease))
                 agent.say(m.JobFinished(assigned.lease, JobResult(Outcome(OutcomeKind.OK))))
-                assert job.wait(timeout=10).outcome.ok
+                assert job.wait(timeout=60).outcome.ok
             fleet.run(artifact, {"x": np.zeros((2, 4), np.float32)})
             (tensor,) = agent.expect(m.AssignJob).spec.task.inputs
             assert isinstance(tensor.data, bytes), "the others are done"

@@ -86,7 +86,7 @@ def test_closing_waits_for_what_is_under_way(
     def slow(fd: int, *arguments: object) -> object:
         if fd == writer._fd and not entered.is_set():
             entered.set()
-            assert go_on.wait(10)
+            assert go_on.wait(60)
         return usual(fd, *arguments)
 
     def work() -> None:
@@ -103,14 +103,14 @@ def test_closing_waits_for_what_is_under_way(
     monkeypatch.setattr(os, call, slow)
     threads = [threading.Thread(target=work), threading.Thread(target=close)]
     threads[0].start()
-    assert entered.wait(10)
+    assert entered.wait(60)
     threads[1].start()
     threads[1].join(0.1)
     with store.begin(blob_of(DATA)) as other:
         assert other.path != writer.path
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert order == [within, "close"]
     assert store.has(blob_of(DATA)) == (within == "commit")
     for late in (lambda: writer.append(b""), writer.commit):

@@ -229,10 +229,10 @@ def test_devices_are_waited_for(tracker: RunningTracker, fleet: Fleet) -> None:
     with pytest.raises(NoDeviceError, match=r"within 0\.05 s"):
         fleet.wait_for_device("late", timeout=0.05)
     found: list[str] = []
-    waiter = threading.Thread(target=lambda: found.append(fleet.wait_for_device("late", timeout=20).info.name))
+    waiter = threading.Thread(target=lambda: found.append(fleet.wait_for_device("late", timeout=60).info.name))
     waiter.start()
     with FakeAgent(tracker.address, device_info("early")), FakeAgent(tracker.address, device_info("late")):
-        waiter.join(20)
+        waiter.join(60)
     assert found == ["late"]
 
 
@@ -241,7 +241,7 @@ def test_waiting_has_an_end_and_the_job_goes_on(tracker: RunningTracker, fleet: 
     with pytest.raises(WaitTimeoutError, match=f"job {job.id} is not done after 0.05 s"):
         job.wait(timeout=0.05)
     with FakeAgent(tracker.address, device_info(), work=echo):
-        assert fleet.job(job.id).wait(timeout=20).outcome.ok
+        assert fleet.job(job.id).wait(timeout=60).outcome.ok
 
 
 def test_nobody_there(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_another_tracker_in_its_place_gets_everything_again(tmp_path: Path, arti
         start(port=first.port, data_dir=tmp_path / "two", settings=QUICK, insecure_loopback=True) as second,
         FakeAgent(second.address, device_info(), work=echo),
     ):
-        result = fleet.run(artifact, {"x": BIG}, function="big").wait(timeout=20)
+        result = fleet.run(artifact, {"x": BIG}, function="big").wait(timeout=60)
         np.testing.assert_array_equal(result["x_out"], BIG)
 
 
@@ -364,10 +364,10 @@ def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker
 
     artifacts = [make_artifact(), make_artifact()]
     with FakeAgent(tracker.address, device_info(), work=echo):
-        fleet.wait_for_device(timeout=20)
+        fleet.wait_for_device(timeout=60)
         sys.setprofile(watch)
         try:
-            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait(timeout=20)
+            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait(timeout=60)
             with fleet.pin() as device:
                 device.load(artifacts.pop()).run({"x": X})
             fleet.devices()
@@ -472,9 +472,9 @@ def test_a_fleet_that_is_closed_under_a_waiter(tracker: RunningTracker, artifact
 
     waiter = threading.Thread(target=wait)
     waiter.start()
-    assert watching.wait(10)
+    assert watching.wait(60)
     fleet.close()
-    waiter.join(20)
+    waiter.join(60)
     assert [type(end) for end in ends] == [ConnectError] and "closed" in str(ends[0])
     with pytest.raises(ConnectError, match="closed"):
         job.status()
@@ -486,9 +486,9 @@ def test_a_fleet_that_is_closed_under_a_waiter(tracker: RunningTracker, artifact
 def test_the_asyncio_twin(tracker: RunningTracker, artifact: Artifact) -> None:
     async def main() -> None:
         async with await aio.connect(str(tracker.address)) as fleet:
-            assert (await fleet.wait_for_device(timeout=10)).info.name == "bench-1"
+            assert (await fleet.wait_for_device(timeout=60)).info.name == "bench-1"
             jobs = [await fleet.run(artifact, {"x": X + number}) for number in range(5)]
-            results = await asyncio.gather(*(job.wait(timeout=20) for job in jobs))
+            results = await asyncio.gather(*(job.wait(timeout=60) for job in jobs))
             for number, result in enumerate(results):
                 np.testing.assert_array_equal(result["x_out"], X + number)
             async with fleet.pin("bench-1") as device:

@@ -49,7 +49,7 @@ class Heard:
 
     def view(self) -> View:
         """The next one."""
-        while not isinstance(said := self.told.get(timeout=20), View):
+        while not isinstance(said := self.told.get(timeout=60), View):
             assert not isinstance(said, BaseException), said
         return said
 
@@ -94,13 +94,13 @@ def test_a_server_that_stands_still_ends_a_leadership_and_holds_up_no_stop(
     monkeypatch.setattr(databases, "_LOCK_UNANSWERED_S", 1.0)
     one, other = Heard(place), Heard(place, "b")
     one.election.start()
-    assert isinstance(one.told.get(timeout=20), Epoch)
+    assert isinstance(one.told.get(timeout=60), Epoch)
     one.view()
     other.election.start()
     other.view()
     with still(postgres, place):
         other.election.stop()
-        while not isinstance(said := one.told.get(timeout=20), str):
+        while not isinstance(said := one.told.get(timeout=60), str):
             assert isinstance(said, View), said
         assert "does not answer" in said
         one.election.stop()
@@ -118,7 +118,7 @@ def test_a_leader_that_may_be_one_no_more_answers_nobody(
 
             def refusal() -> str:
                 try:
-                    fleet._stub.Status(fleet_pb2.StatusRequest(), timeout=10)
+                    fleet._stub.Status(fleet_pb2.StatusRequest(), timeout=60)
                 except grpc.RpcError as error:
                     return str(error.details())
                 return ""
@@ -142,7 +142,7 @@ def test_a_store_whose_server_stands_still_fails(
     durable = threading.Event()
     with still(postgres, place):
         store.append([], durable.set)
-        error = failures.get(timeout=20)
+        error = failures.get(timeout=60)
         assert isinstance(error, StoreAwayError) and "does not answer" in str(error) and not durable.is_set()
         store.close()
 

@@ -159,7 +159,7 @@ def test_what_was_dropped_while_another_tracker_led_is_nobodys(tmp_path: Path) -
         tmp_path, blobs, cast(Any, None), cast(Any, None), Limits(), None, cast(Any, None), metrics=None
     )
     Holdings(premises, store, owners).forget_strays()
-    assert sorted(store.owners().result(10)) == sorted([(here.digest, "user.ann"), ("1" * 64, "user.ann")])
+    assert sorted(store.owners().result(60)) == sorted([(here.digest, "user.ann"), ("1" * 64, "user.ann")])
     assert set(owners) == {("user.ann", here.digest), ("user.ann", "1" * 64)}
     store.close()
 

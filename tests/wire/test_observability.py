@@ -46,7 +46,7 @@ def counted(tmp_path: Path) -> Iterator[RunningTracker]:
 
 def scrape(tracker: RunningTracker) -> Numbers:
     """Every sample by its name and labels."""
-    with urllib.request.urlopen(f"http://{tracker.serving.metrics}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{tracker.serving.metrics}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -159,9 +159,9 @@ def test_a_tracker_is_healthy_until_its_disk_is_not(
     with open_channel(counted.address) as channel, connect(counted.address) as fleet, ThreadPoolExecutor(1) as pool:
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", "kedge.v1.Fleet", "kedge.v1.Agents"):
-            assert stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status == known.SERVING
+            assert stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=60).status == known.SERVING
         with pytest.raises(grpc.RpcError, match="there is no service"):
-            stub.Check(health_pb2.HealthCheckRequest(service="no.such"), timeout=10)
+            stub.Check(health_pb2.HealthCheckRequest(service="no.such"), timeout=60)
         watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=30) for _ in range(2)]
         assert [next(watch).status for watch in watches] == [known.SERVING] * 2
         watches.pop().cancel()  # the others are told all the same
@@ -169,11 +169,11 @@ def test_a_tracker_is_healthy_until_its_disk_is_not(
         full.set()
         submitted = pool.submit(fleet.run, artifact, X)
         assert next(watch).status == known.NOT_SERVING
-        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status == known.NOT_SERVING
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == known.NOT_SERVING
         numbers = scrape(counted)
         full.clear()
         assert next(watch).status == known.SERVING
-        submitted.result(timeout=10)
+        submitted.result(timeout=60)
         counted.stop()
         assert next(watch).status == known.NOT_SERVING
     assert of(numbers, "kedge_store_troubled") == 1 and of(numbers, "kedge_store_commit_failures_total") >= 1

@@ -33,7 +33,7 @@ class Waiting:
             self.got.append(type(error))
 
     def result(self) -> object:
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         return self.got[0]
 

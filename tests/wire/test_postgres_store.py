@@ -27,6 +27,7 @@ from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError, prepare
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask
+from support.logged import wait_for
 from support.postgres import PostgresServer, postgres_server
 
 SPEC = JobSpec(Blob("0" * 64, 9), "main", RunTask(()), "")
@@ -51,7 +52,7 @@ def lead(place: Postgres) -> Epoch:
 def write(store: Store, *facts: Fact) -> None:
     durable = threading.Event()
     store.append(facts, durable.set)
-    assert durable.wait(20)
+    assert durable.wait(60)
 
 
 def end_sessions(postgres: PostgresServer, place: Postgres) -> None:
@@ -69,12 +70,12 @@ def test_epochs_grow_and_only_the_newest_writes(place: Postgres) -> None:
     assert newer.number == 2
     told = threading.Event()
     old.append([accepted("b", 2)], told.set)
-    assert isinstance(failures.get(timeout=20), FencedError)
+    assert isinstance(failures.get(timeout=60), FencedError)
     new = Store(place, epoch=newer)
     assert [record.accepted.job_id for record in new.found.records] == ["a"] and not told.is_set()
     write(new, accepted("c", 2))
     with pytest.raises(StoreError, match="is closed"):
-        old.job("a").result(10)
+        old.job("a").result(60)
     old.close()
     new.close()
 
@@ -103,8 +104,8 @@ def test_a_lost_connection_is_made_again_and_nothing_is_stored_twice(postgres: P
     for number in range(1, 9):
         end_sessions(postgres, place)
         write(store, accepted(f"j{number}", number))
-    assert troubles.get(timeout=10) is True and troubles.get(timeout=10) is False
-    assert len(store.jobs(100, ()).result(10).jobs) == 8
+    assert troubles.get(timeout=60) is True and troubles.get(timeout=60) is False
+    assert len(store.jobs(100, ()).result(60).jobs) == 8
     store.close()
 
 
@@ -130,7 +131,7 @@ def test_a_commit_whose_answer_was_lost_counts(place: Postgres, monkeypatch: pyt
         write(store, accepted("a", 1))
         write(store, accepted("b", 2), JobDone("b", JobResult(Outcome(OutcomeKind.OK)), 5))
         assert not lost
-    assert [job.id for job in store.jobs(10, ()).result(10).jobs] == ["b", "a"]
+    assert [job.id for job in store.jobs(10, ()).result(60).jobs] == ["b", "a"]
     store.close()
 
 
@@ -143,8 +144,8 @@ def test_what_was_forgotten_in_a_commit_whose_answer_was_lost_is_told(
     told: queue.Queue[list[str]] = queue.Queue()
     with answers_lost(monkeypatch, 1) as lost:
         store.when_forgotten(lambda keys: told.put(list(keys)))
-        assert told.get(timeout=20) == ["key-a"] and not lost
-    assert store.jobs(10, ()).result(10).jobs == []
+        assert told.get(timeout=60) == ["key-a"] and not lost
+    assert store.jobs(10, ()).result(60).jobs == []
     store.close()
 
 
@@ -171,7 +172,7 @@ def test_text_with_a_nul_character_is_stored(place: Postgres) -> None:
     store = Store(place)
     key = "k\0ey"
     write(store, replace(accepted("a", 1), key=key), Serviced("d", "why\0so", "root", 5))
-    assert store.job_of_key(key).result(10) == "a"
+    assert store.job_of_key(key).result(60) == "a"
     store.close()
     again = Store(place)
     assert again.found.serviced == (Serviced("d", "why\ufffdso", "root", 5),)
@@ -190,7 +191,7 @@ def test_trackers_that_start_at_once_make_the_tables_once(place: Postgres) -> No
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len({ids.get(timeout=10) for _ in threads}) == 1
+    assert len({ids.get(timeout=60) for _ in threads}) == 1
 
 
 def test_tables_are_brought_up_to_date_however_long_that_takes(
@@ -293,16 +294,16 @@ class Leaders(RuleBasedStateMachine):
     @rule()
     def look(self) -> None:
         self.settle()
-        assert [job.id for job in self.stores[-1].jobs(1000, ()).result(20).jobs][::-1] == self.told
+        assert [job.id for job in self.stores[-1].jobs(1000, ()).result(60).jobs][::-1] == self.told
 
     def settle(self) -> None:
         """Wait for what the newest leader was given; of older ones nothing may have been stored since."""
         pending, self.pending = self.pending, []
         for job_id, store, durable in pending:
             if store is self.stores[-1]:
-                assert durable.wait(20) or not store._thread.is_alive()
+                wait_for(lambda: durable.is_set() or not store._thread.is_alive(), "it to be stored")  # noqa: B023
             else:
-                store._thread.join(20)
+                store._thread.join(60)
                 assert not store._thread.is_alive(), "it has found out that it leads no more"
             if durable.is_set():
                 self.told.append(job_id)

@@ -52,18 +52,18 @@ def test_the_others_of_one_commit_are_stored(place: Path | Postgres) -> None:
 
     def wait() -> None:
         held.set()
-        assert hold.wait(10)
+        assert hold.wait(60)
 
     store.append([accepted("first", 1)], wait)
-    assert held.wait(10)
+    assert held.wait(60)
     # What gathers meanwhile is one commit.
     store.append([accepted("second", 2)], lambda: None)
     store.append([accepted("third", 3), reservation(1 << 64)], lambda: None, told.put)
     store.append([accepted("second", 4)], lambda: None, told.put)
     store.append([accepted("fourth", 5)], stored.set)
     hold.set()
-    assert stored.wait(10)
-    assert [isinstance(told.get(timeout=10), StoreError) for _ in range(2)] == [True, True]
+    assert stored.wait(60)
+    assert [isinstance(told.get(timeout=60), StoreError) for _ in range(2)] == [True, True]
     assert store.problem is None and failures.empty()
     store.close()
     again = Store(place)
@@ -78,7 +78,7 @@ def test_a_key_that_no_index_takes_is_no_trouble_of_the_database(postgres: Postg
     key = f"{random.Random(1).getrandbits(80_000):x}"  # which does not compress
     told: queue.Queue[StoreError] = queue.Queue()
     store.append([replace(accepted("long", 1), key=key)], lambda: None, told.put)
-    assert "index" in told.get(timeout=10).message
+    assert "index" in told.get(timeout=60).message
     assert store.problem is None
     store.close()
     assert failures.empty()

@@ -61,7 +61,7 @@ def test_without_a_leader_its_health_is_its_own() -> None:
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.stop(0)
 
@@ -92,8 +92,8 @@ def test_a_large_spec_has_the_time_that_the_leader_gives_it(monkeypatch: pytest.
         await relay.point(Address("127.0.0.1", its_port))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             submit = channel.stream_unary("/kedge.v1.Fleet/SubmitJob")
-            slow = submit(timeout=20, metadata=(("authorization", "Bearer known"),))
-            stranger = submit(timeout=20)
+            slow = submit(timeout=60, metadata=(("authorization", "Bearer known"),))
+            stranger = submit(timeout=60)
             assert await stranger.code() is grpc.StatusCode.UNAUTHENTICATED
             assert not slow.done()
             await slow.write(b"a large spec")
@@ -126,11 +126,11 @@ def test_callers_that_say_nothing_hold_nothing_at_the_leader(monkeypatch: pytest
         leading, its_port = await served(leader)
         await relay.point(Address("127.0.0.1", its_port))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            silent = [channel.stream_stream("/kedge.v1.Agents/Connect")(timeout=20) for _ in range(20)]
+            silent = [channel.stream_stream("/kedge.v1.Agents/Connect")(timeout=60) for _ in range(20)]
             for call in silent:
                 assert "within 0.2 s" in await call.details()
             assert leader.seen == []
-            said = channel.stream_stream("/kedge.v1.Fleet/Hello")(timeout=20)
+            said = channel.stream_stream("/kedge.v1.Fleet/Hello")(timeout=60)
             await said.write(b"")
             assert await said.code() is grpc.StatusCode.UNAVAILABLE and leader.seen == ["/kedge.v1.Fleet/Hello"]
         await relay.point(None)

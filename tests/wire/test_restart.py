@@ -51,7 +51,7 @@ class Process:
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         self.popen.send_signal(number)
-        _, errors = self.popen.communicate(timeout=20)
+        _, errors = self.popen.communicate(timeout=60)
         return self.popen.returncode, errors
 
 
@@ -86,10 +86,10 @@ def test_a_tracker_whose_store_fails_stops(tmp_path: Path, artifact: Artifact) -
     database.close()
     with tracker(tmp_path) as process, open_channel(process.address) as channel:
         stub: Any = fleet_pb2_grpc.FleetStub(channel)
-        job = stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=20).job
+        job = stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=60).job
         with pytest.raises(grpc.RpcError):
-            stub.CancelJob(fleet_pb2.CancelJobRequest(job_id=job.id), timeout=20)
-        _, errors = process.popen.communicate(timeout=20)
+            stub.CancelJob(fleet_pb2.CancelJobRequest(job_id=job.id), timeout=60)
+        _, errors = process.popen.communicate(timeout=60)
         assert process.popen.returncode == 1 and "StoreError" in errors and "broken" in errors
 
 
@@ -128,7 +128,7 @@ def test_a_killed_tracker_has_lost_nothing(tmp_path: Path, artifact: Artifact) -
                 assert agent.expect(m.ResultAccepted) == m.ResultAccepted(running.id, stale=False)
                 agent.finish(agent.expect(m.AssignJob))
                 for waiter in waiters:
-                    waiter.join(20)
+                    waiter.join(60)
                 agent.drop()
         np.testing.assert_array_equal(results[running.id]["x_out"], X + 1)
         np.testing.assert_array_equal(results[waiting.id]["x_out"], X + 2)
@@ -202,7 +202,7 @@ def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Arti
 
                 submitter = threading.Thread(target=submit)
                 submitter.start()
-                assert enough.wait(20)
+                assert enough.wait(60)
                 process.end(signal.SIGKILL)
                 with tracker(tmp_path, port) as again, FakeAgent(again.address, device_info(), work=echo):
                     submitter.join(30)

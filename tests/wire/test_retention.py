@@ -44,10 +44,10 @@ def kept(folder: Path, keep: Retention, expected: list[str]) -> None:
     """Wait until these are the jobs that are left, oldest first."""
     store = Store(folder, keep=keep, clock=lambda: NOW_S)
     store.when_forgotten(lambda keys: None)
-    wait_for(lambda: sorted(job.id for job in store.jobs(1000, ()).result(10).jobs) == sorted(expected), "only these")
+    wait_for(lambda: sorted(job.id for job in store.jobs(1000, ()).result(60).jobs) == sorted(expected), "only these")
     for job_id in expected:
-        assert store.job(job_id).result(10) is not None
-        assert store.job_of_key(job_id.replace("j", "key")).result(10) == job_id
+        assert store.job(job_id).result(60) is not None
+        assert store.job_of_key(job_id.replace("j", "key")).result(60) == job_id
     store.close()
     again = Store(folder)
     assert len(again.found.keys) == len(expected) and len(again.found.records) == 1
@@ -84,9 +84,9 @@ def test_many_go_in_pieces_between_which_others_are_stored(tmp_path: Path) -> No
     store = Store(tmp_path, keep=Retention(jobs=1), clock=lambda: NOW_S)
     store.when_forgotten(lambda keys: None)
     write(store, accepted("new", 10_000))
-    assert len(store.jobs(1000, ()).result(10).jobs) > PIECE, "one piece at a time"
+    assert len(store.jobs(1000, ()).result(60).jobs) > PIECE, "one piece at a time"
     wait_for(
-        lambda: [job.id for job in store.jobs(1000, ()).result(10).jobs] == ["new", f"j{3 * PIECE - 1}"],
+        lambda: [job.id for job in store.jobs(1000, ()).result(60).jobs] == ["new", f"j{3 * PIECE - 1}"],
         "the rest goes too",
     )
     store.close()
@@ -105,7 +105,7 @@ def test_blobs_of_forgotten_results_may_go_and_their_keys_are_told(tmp_path: Pat
     newer = blobs.put(b"newer" * 10)
     heard: queue.Queue[Sequence[str]] = queue.Queue()
     store.when_forgotten(heard.put)
-    assert heard.get(timeout=10) == ["key"]
+    assert heard.get(timeout=60) == ["key"]
     blobs.redeem([newer.digest])
     blobs.make_room(50)
     assert blobs.has(newer) and not blobs.has(made)
@@ -124,12 +124,12 @@ def test_a_key_is_new_again_when_its_job_was_forgotten(tmp_path: Path, artifact:
         known = []
         for key in ("first", "second"):
             request.idempotency_key = key
-            known.append(fleet._stub.SubmitJob(request, timeout=10).job.id)
+            known.append(fleet._stub.SubmitJob(request, timeout=60).job.id)
             agent.finish(agent.expect(m.AssignJob))
             agent.expect(m.ResultAccepted)
         wait_for(lambda: [job.id for job in fleet.jobs()] == known[1:], "the first is forgotten")
         request.idempotency_key = "second"
-        assert fleet._stub.SubmitJob(request, timeout=10).job.id == known[1]
+        assert fleet._stub.SubmitJob(request, timeout=60).job.id == known[1]
         request.idempotency_key = "first"
-        again = fleet._stub.SubmitJob(request, timeout=10)
+        again = fleet._stub.SubmitJob(request, timeout=60)
         assert not again.existed and again.job.id not in known

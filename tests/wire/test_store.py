@@ -84,7 +84,7 @@ def accepted(job_id: str, seq: int, key: str = "") -> JobAccepted:
 def write(store: Store, *facts: Fact) -> None:
     durable = threading.Event()
     store.append(facts, durable.set)
-    assert durable.wait(10)
+    assert durable.wait(60)
 
 
 def test_what_is_stored_is_found_again(place: Place) -> None:
@@ -106,14 +106,14 @@ def test_what_is_stored_is_found_again(place: Place) -> None:
     assert again.found.ended == (("d", 1),)
     assert again.found.keys == (("kw", "w"), ("kd", "d"))
     assert again.found.last_seq == 4
-    job = again.job("d").result(10)
+    job = again.job("d").result(60)
     assert job is not None
     assert (job.state, job.result, job.spec, job.device) == (JobState.DONE, RESULT, SPEC, "a")
     assert (job.submitted_unix_ms, job.finished_unix_ms) == (103, 500)
-    assert again.job("unknown").result(10) is None
-    assert [job.id for job in again.jobs(2, ()).result(10).jobs] == ["q", "d"]
-    assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(10).jobs] == ["q", "w"]
-    assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(10).jobs] == ["r"]
+    assert again.job("unknown").result(60) is None
+    assert [job.id for job in again.jobs(2, ()).result(60).jobs] == ["q", "d"]
+    assert [job.id for job in again.jobs(9, (JobState.QUEUED,)).result(60).jobs] == ["q", "w"]
+    assert [job.id for job in again.jobs(9, (JobState.RUNNING,)).result(60).jobs] == ["r"]
     again.close()
 
 
@@ -129,7 +129,7 @@ def test_users_faults_maintenance_and_reservations_are_found_again(place: Place)
     again = Store(place)
     assert again.found.records == (JobRecord(mine, None, 1, requeued=JobRequeued("j", 700, 0, faults)),)
     assert (again.found.serviced, again.found.reservations) == ((serviced,), (kept,))
-    job = again.job("j").result(10)
+    job = again.job("j").result(60)
     assert job is not None and (job.user, job.faults) == ("ann", faults)
     again.close()
 
@@ -186,9 +186,9 @@ def test_facts_are_durable_in_the_order_in_which_they_came(place: Place) -> None
                 all_done.set()
 
         store.append([accepted(f"j{number}", number)], done)
-    assert all_done.wait(20)
+    assert all_done.wait(60)
     assert order == list(range(200))
-    assert len(store.jobs(1000, ()).result(10).jobs) == 200
+    assert len(store.jobs(1000, ()).result(60).jobs) == 200
     store.close()
 
 
@@ -233,7 +233,7 @@ def test_what_one_commit_says_is_stored_as_if_it_were_said_bit_by_bit(tmp_path: 
 def test_reading_sees_what_was_queued_before(place: Place) -> None:
     store = Store(place)
     store.append([accepted("j", 1)], lambda: None)
-    job = store.job("j").result(10)
+    job = store.job("j").result(60)
     assert job is not None and job.id == "j"
     store.close()
 
@@ -264,14 +264,14 @@ def test_a_reader_that_gave_up_does_no_harm(place: Place) -> None:
 
     def hold() -> None:
         busy.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     store.append([accepted("j", 1)], hold)
-    assert busy.wait(10)
+    assert busy.wait(60)
     given_up = store.jobs(10, ())
     assert given_up.cancel()
     go_on.set()
-    job = store.job("j").result(10)
+    job = store.job("j").result(60)
     assert job is not None and job.id == "j" and failures.empty()
     store.close()
 
@@ -285,8 +285,8 @@ def test_a_row_that_cannot_be_read_is_its_readers_trouble_alone(tmp_path: Path) 
     connection.close()
     again = Store(tmp_path)
     with pytest.raises(Exception, match="parsing"):
-        again.job("rotten").result(10)
-    assert [job.id for job in again.jobs(10, ()).result(10).jobs] == ["sound", "rotten"], "lists read briefs alone"
+        again.job("rotten").result(60)
+    assert [job.id for job in again.jobs(10, ()).result(60).jobs] == ["sound", "rotten"], "lists read briefs alone"
     again.close()
 
 
@@ -296,12 +296,12 @@ def test_lists_are_brief(place: Place) -> None:
     measured = Measurement(TimeOptions(repeat=3), (1.0, 2.0, 3.0), verdict=Verdict.VALID, profile=profile)
     long = JobResult(Outcome(OutcomeKind.CRASH, message="x" * 4_000), RESULT.outputs, measured, device="a")
     write(store, accepted("j", 1), JobDone("j", long, 5))
-    (listed,) = store.jobs(10, ()).result(10).jobs
+    (listed,) = store.jobs(10, ()).result(60).jobs
     assert listed.spec.task.inputs == () and listed.result is not None and listed.result.measurement is not None
     assert (listed.result.outputs, listed.result.measurement.samples_ns) == ((), ())
     assert listed.result.measurement.profile is None
     assert listed.result.measurement.options.repeat == 3 and len(listed.result.outcome.message) == 500
-    whole = store.job("j").result(10)
+    whole = store.job("j").result(60)
     assert whole is not None and whole.result == long
     store.close()
 
@@ -309,9 +309,9 @@ def test_lists_are_brief(place: Place) -> None:
 def test_what_was_withdrawn_is_not_found_again(place: Place) -> None:
     store = Store(place)
     write(store, accepted("j", 1, "k"), JobDone("j", RESULT, 5), JobWithdrawn("j"))
-    assert store.job("j").result(10) is None and store.job_of_key("k").result(10) is None
+    assert store.job("j").result(60) is None and store.job_of_key("k").result(60) is None
     write(store, accepted("i", 2, "k"))
-    assert store.job_of_key("k").result(10) == "i"
+    assert store.job_of_key("k").result(60) == "i"
     store.close()
 
 
@@ -351,13 +351,13 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         store = Store(tmp_path)
         assert store.found.tracker_id == "old"
         assert store.found.records == (JobRecord(JobAccepted("w", 1, SPEC, (), "", 100)),)
-        listed = store.jobs(10, ()).result(10).jobs
+        listed = store.jobs(10, ()).result(60).jobs
         assert [(job.id, job.spec.function, job.spec.task.inputs) for job in listed] == [
             ("d", "main", ()),
             ("w", "main", ()),
         ]
         assert listed[0].result is not None and listed[0].result.outputs == ()
-        job = store.job("d").result(10)
+        job = store.job("d").result(60)
         assert job is not None and (job.spec, job.result) == (SPEC, RESULT)
         store.close()
 
@@ -484,12 +484,12 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
         for user in (None, "ann"):
             for beyond in (None, 9):
                 for wanted in (JobFilter(), JobFilter(user="bob", device="a", since_unix_ms=1)):
-                    store.jobs(10, states, user, beyond=beyond, wanted=wanted).result(10)
-    store.job("d").result(10)
-    store.job_of_key("k").result(10)
+                    store.jobs(10, states, user, beyond=beyond, wanted=wanted).result(60)
+    store.job("d").result(60)
+    store.job_of_key("k").result(60)
     forgotten: queue.SimpleQueue[object] = queue.SimpleQueue()
     store.when_forgotten(forgotten.put)
-    assert forgotten.get(timeout=10) == ["k"]
+    assert forgotten.get(timeout=60) == ["k"]
     store.close()
     asked = {statement: given for statement, given in database.asked.items() if not statement.startswith("BEGIN")}
     assert len(asked) > 15
@@ -511,18 +511,18 @@ def test_a_list_of_several_states_is_the_newest_of_all(place: Place) -> None:
             write(store, JobAssigned(f"j{number}", "a", "i", 1))
         if number % 3 == 1:
             write(store, JobDone(f"j{number}", RESULT, number))
-    assert [job.id for job in store.jobs(3, ()).result(10).jobs] == ["j11", "j10", "j9"]
-    assert [job.id for job in store.jobs(3, (JobState.DONE, JobState.RUNNING)).result(10).jobs] == ["j10", "j9", "j7"]
-    assert [job.id for job in store.jobs(3, (), "ann").result(10).jobs] == ["j11", "j9", "j7"]
-    assert [job.id for job in store.jobs(9, (JobState.QUEUED,), "bob").result(10).jobs] == ["j8", "j2"]
-    assert [job.id for job in store.jobs(2, (JobState.QUEUED,), oldest_first=True).result(10).jobs] == ["j2", "j5"]
-    assert [job.id for job in store.jobs(3, (), "ann", oldest_first=True).result(10).jobs] == ["j1", "j3", "j5"]
+    assert [job.id for job in store.jobs(3, ()).result(60).jobs] == ["j11", "j10", "j9"]
+    assert [job.id for job in store.jobs(3, (JobState.DONE, JobState.RUNNING)).result(60).jobs] == ["j10", "j9", "j7"]
+    assert [job.id for job in store.jobs(3, (), "ann").result(60).jobs] == ["j11", "j9", "j7"]
+    assert [job.id for job in store.jobs(9, (JobState.QUEUED,), "bob").result(60).jobs] == ["j8", "j2"]
+    assert [job.id for job in store.jobs(2, (JobState.QUEUED,), oldest_first=True).result(60).jobs] == ["j2", "j5"]
+    assert [job.id for job in store.jobs(3, (), "ann", oldest_first=True).result(60).jobs] == ["j1", "j3", "j5"]
     for states, user in itertools.product(((), (JobState.QUEUED,), (JobState.DONE, JobState.RUNNING)), (None, "ann")):
         for oldest_first in (False, True):
-            whole = store.jobs(12, states, user, oldest_first=oldest_first).result(10).jobs
+            whole = store.jobs(12, states, user, oldest_first=oldest_first).result(60).jobs
             pages, beyond = [], None
             while not pages or beyond is not None:
-                page = store.jobs(2, states, user, oldest_first=oldest_first, beyond=beyond).result(10)
+                page = store.jobs(2, states, user, oldest_first=oldest_first, beyond=beyond).result(60)
                 pages.append(page.jobs)
                 beyond = page.last
             assert [job for page in pages for job in page] == whole and len(pages) > 1
@@ -552,7 +552,7 @@ def test_nobody_waits_for_a_closed_store(place: Place) -> None:
     store = Store(place)
     store.close()
     with pytest.raises(StoreError, match="is closed"):
-        store.job("j").result(10)
+        store.job("j").result(60)
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
@@ -582,7 +582,7 @@ def test_a_failure_of_the_store_does_not_go_unnoticed(place: Place, caplog: pyte
     write(store, accepted("j", 1))
     durable = threading.Event()
     store.append([accepted("j", 2)], durable.set)
-    assert "unique" in str(failures.get(timeout=10)).lower()
+    assert "unique" in str(failures.get(timeout=60)).lower()
     assert not durable.is_set() and "failed" in caplog.text
     store.close()
     again = Store(place)
@@ -602,12 +602,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, infinity))
 durable = threading.Event()
 store.append([accepted(f"j{n}", n) for n in range(500)], durable.set)
 behind = store.job("j1")
-print(store.troubled.wait(20), bool(store.problem), durable.is_set())
+print(store.troubled.wait(60), bool(store.problem), durable.is_set())
 print(behind.result(0.9), store.job("j1").result(0.9), store.job_of_key("k").result(0.9))
 later = threading.Event()
 store.append([accepted("later", 500)], later.set)
 resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
-print(durable.wait(20), later.wait(20), store.problem, len(store.jobs(1000, ()).result(10).jobs))
+print(durable.wait(60), later.wait(60), store.problem, len(store.jobs(1000, ()).result(60).jobs))
 store.close()
 """
 

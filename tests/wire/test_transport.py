@@ -70,9 +70,9 @@ def said(_: Any, context: grpc.ServicerContext) -> bytes:
     ("ask", "other"),
     [
         (lambda channel: channel.unary_unary("/t/Unary")(b""), None),
-        (lambda channel: channel.unary_unary("/t/Unary")(b"", timeout=20, metadata=(("other", "kept"),)), "kept"),
+        (lambda channel: channel.unary_unary("/t/Unary")(b"", timeout=60, metadata=(("other", "kept"),)), "kept"),
         (lambda channel: channel.unary_unary("/t/Unary").with_call(b"")[0], None),
-        (lambda channel: channel.unary_unary("/t/Unary").future(b"", timeout=20).result(), None),
+        (lambda channel: channel.unary_unary("/t/Unary").future(b"", timeout=60).result(), None),
         (lambda channel: next(channel.unary_stream("/t/Down")(b"")), None),
         (lambda channel: channel.stream_unary("/t/Up")(iter([b""])), None),
         (lambda channel: channel.stream_unary("/t/Up").future(iter([b""])).result(), None),
