@@ -17,11 +17,13 @@ import sqlalchemy as sa
 from kedge.protos.v1 import blobs_pb2_grpc
 from kedge.rpc.errors import KedgeError
 from kedge.rpc.status import TrackerAwayError
+from kedge.rpc.tracker.blobs_service import BlobsService
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Election, Member, View
 from kedge.rpc.tracker.epoch import Epoch
 from kedge.rpc.tracker.fleetmates import Fellows
+from kedge.rpc.tracker.grants import Grants
 from kedge.rpc.tracker.health import HealthService
 from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
 from kedge.rpc.tracker.listeners import Details, Find, Serve, Switch, Table
@@ -32,8 +34,6 @@ from kedge.rpc.tracker.security.folder import Keys, Security
 from kedge.rpc.tracker.security.interceptor import Gate, by_peer, trust
 from kedge.rpc.tracker.security.owners import FileOwners, Owners, StoredOwners
 from kedge.rpc.tracker.security.shelf import DatabaseShelf
-from kedge.rpc.tracker.service import BlobsService
-from kedge.rpc.tracker.sessions import Grants
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import Tls
 from kedge.rpc.types import SessionTask, TrackerMember

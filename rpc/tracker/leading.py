@@ -19,10 +19,14 @@ import grpc
 from kedge.protos.v1 import agent_pb2_grpc, blobs_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc, sessions_pb2_grpc
 from kedge.rpc.blobs import BlobQuotaError
 from kedge.rpc.errors import KedgeError
+from kedge.rpc.tracker.agents_service import AgentsService
 from kedge.rpc.tracker.allowance import Allowance
 from kedge.rpc.tracker.blobs import TrackerBlobs
+from kedge.rpc.tracker.blobs_service import BlobsService
 from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.fleet_service import FleetService
 from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
+from kedge.rpc.tracker.grants import Grants
 from kedge.rpc.tracker.listeners import Serve, Table
 from kedge.rpc.tracker.metrics import Metrics
 from kedge.rpc.tracker.needed import Needed
@@ -32,8 +36,7 @@ from kedge.rpc.tracker.security.folder import Limits, Security
 from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certificate, by_peer, by_token, trust
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
-from kedge.rpc.tracker.service import AgentsService, BlobsService, FleetService
-from kedge.rpc.tracker.sessions import Grants, SessionsService
+from kedge.rpc.tracker.sessions import SessionsService
 from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.tracker.shell import Clock, Shell
 from kedge.rpc.tracker.store import Store

@@ -17,7 +17,7 @@ from kedge.rpc.errors import ConnectError
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics
-from kedge.rpc.tracker.relay import CERTIFICATE_KEY
+from kedge.rpc.tracker.relayed import CERTIFICATE_KEY
 from kedge.rpc.tracker.security.folder import Keys
 from kedge.rpc.transport import MAX_RELAYED_STREAMS, MAX_STREAMS, Address, server_options
 

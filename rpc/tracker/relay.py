@@ -22,16 +22,12 @@ from kedge.rpc.tracker import handlers
 from kedge.rpc.tracker.handlers import GONE, first_of
 from kedge.rpc.tracker.health import HEALTH
 from kedge.rpc.tracker.listeners import Details, Find
+from kedge.rpc.tracker.relayed import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.principal import RULES
 from kedge.rpc.transport import Address, Tls, open_aio_channel
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-#: Metadata of a relayed call: a device's certificate (PEM), and where the caller is.
-CERTIFICATE_KEY = "kedge-certificate-bin"
-PEER_KEY = "kedge-peer"
-#: The port at which the tracker that relays serves agents: devices that enrol there come back there.
-AGENTS_PORT_KEY = "kedge-agents-port"
 #: More than any leader has: it is the one who ends a call.
 _LONGER_S = 2 * handlers.ONLY_S
 _AUTHORIZATION = "authorization"

@@ -26,8 +26,8 @@ from kedge.rpc import convert
 from kedge.rpc.errors import KedgeError, PermissionDeniedError
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import to_status
-from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
+from kedge.rpc.tracker.grants import Grants
 from kedge.rpc.tracker.handlers import GONE, to_the_end
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
@@ -48,43 +48,6 @@ _HELD_UP_S = 1.0
 _LONGEST_HELD_UP_S = 60.0
 #: Frames that may wait for an end that does not read.
 _WAITING_FRAMES = 2
-
-
-class Grants:
-    """Which blobs the device of each session may read, and that they stay as long as it may."""
-
-    def __init__(self, blobs: TrackerBlobs) -> None:
-        self._blobs = blobs
-        #: Of each job, by the digest of a manifest: how often it was granted, and all its blobs.
-        self._of: dict[str, dict[str, tuple[int, frozenset[str]]]] = {}
-
-    def add(self, job_id: str, manifest: str, digests: Iterable[str]) -> None:
-        """The device may read these, until that is withdrawn as often."""
-        granted = self._of.setdefault(job_id, {})
-        count, members = granted.get(manifest, (0, frozenset(digests)))
-        if count == 0:
-            self._blobs.hold(members)
-            self._blobs.redeem(members)
-        granted[manifest] = (count + 1, members)
-
-    def withdraw(self, job_id: str, manifest: str) -> None:
-        """Undo one `add`; nothing where there was none."""
-        granted = self._of.get(job_id, {})
-        if manifest in granted:
-            count, members = granted.pop(manifest)
-            if count > 1:
-                granted[manifest] = (count - 1, members)
-            else:
-                self._blobs.let_go(members)
-
-    def allow(self, job_id: str, digest: str) -> bool:
-        """Whether the device may read it for a session."""
-        return any(digest in members for _, members in self._of.get(job_id, {}).values())
-
-    def end(self, job_id: str) -> None:
-        """The session is over."""
-        for _, members in self._of.pop(job_id, {}).values():
-            self._blobs.let_go(members)
 
 
 class _Relay:
@@ -293,7 +256,7 @@ class SessionsService:
         epoch: int,
     ) -> bool:
         """Until one side ends it; whether that was done in order."""
-        info = next(each.info for each in self._shell.state.devices(include_gone=True) if each.info.name == device)
+        info = self._shell.state.device(device).info
         self._shell.session_begins(job_id, epoch)
         relay.ready = pb.ClientEvent(ready=pb.SessionReady(device=convert.device_info_to_pb(info)))
         relay.begun.set()

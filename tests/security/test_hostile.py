@@ -130,7 +130,7 @@ def test_calling_off_what_has_ended_is_nothing_to_write_down(tracker: RunningTra
 
 def test_an_upload_of_which_nothing_comes_ends(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would keep room for all that it has announced."""
-    monkeypatch.setattr("kedge.rpc.tracker.service._CHUNK_S", 0.2)
+    monkeypatch.setattr("kedge.rpc.tracker.blobs_service._CHUNK_S", 0.2)
     fleet, data = fleet_of("ann"), b"d" * 100
     blob = types_pb2.Blob(digest=blob_of(data).digest, size_bytes=len(data))
     more: SimpleQueue[blobs_pb2.UploadRequest | None] = SimpleQueue()

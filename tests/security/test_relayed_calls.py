@@ -20,7 +20,7 @@ from kedge.rpc.security import identity
 from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.tracker import ports
-from kedge.rpc.tracker.relay import CERTIFICATE_KEY, PEER_KEY
+from kedge.rpc.tracker.relayed import CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.principal import RULES, Role
 from kedge.rpc.tracker.server import RunningTracker, start

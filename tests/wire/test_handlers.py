@@ -11,10 +11,10 @@ import pytest
 
 from kedge.rpc.messages import Hello
 from kedge.rpc.protocol import local_protocol
+from kedge.rpc.tracker.agents_service import AgentsService
 from kedge.rpc.tracker.handlers import to_the_end
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.principal import LOCAL, enter
-from kedge.rpc.tracker.service import AgentsService
 from kedge.rpc.types import Health
 from support.toys import device_info
 

@@ -11,7 +11,8 @@ import pytest
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc.tracker import sessions
 from kedge.rpc.tracker.blobs import TrackerBlobs
-from kedge.rpc.tracker.sessions import Grants, SessionsService, _Relay
+from kedge.rpc.tracker.grants import Grants
+from kedge.rpc.tracker.sessions import SessionsService, _Relay
 
 
 class Shell:

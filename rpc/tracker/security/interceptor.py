@@ -28,7 +28,7 @@ from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.status import Metadata, TrackerAwayError, to_status
 from kedge.rpc.tracker.handlers import GONE, ONLY_S, first_of
-from kedge.rpc.tracker.relay import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
+from kedge.rpc.tracker.relayed import AGENTS_PORT_KEY, CERTIFICATE_KEY, PEER_KEY
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import PEER_NAME, described
 from kedge.rpc.tracker.security.devices import Devices
