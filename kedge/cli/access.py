@@ -127,7 +127,7 @@ def token_list(tracker: output.TrackerOption = None, as_json: output.JsonFlag = 
     if as_json:
         output.emit_json([{**asdict(token), "state": token.state(time.time())} for token in found])
         return
-    table = output.table("token", "user", "role", "device", "created", "expires", "state")
+    table = output.table("=token", "user", "role", "device", "created", "expires", "state")
     for token in found:
         times = (_moment(token.created_s), _moment(token.expires_s))
         table.add_row(token.id, token.user, token.role, token.device or "-", *times, token.state(time.time()))
@@ -161,7 +161,7 @@ def enrolled(tracker: output.TrackerOption = None, as_json: output.JsonFlag = Fa
     if as_json:
         output.emit_json([asdict(device) for device in found])
         return
-    table = output.table("device", "enrolled", "certificate until", "revoked")
+    table = output.table("=device", "enrolled", "certificate until", "revoked")
     for device in found:
         revoked = _moment(device.revoked_s) if device.revoked_s else "-"
         table.add_row(device.device, _moment(device.enrolled_s), _moment(device.not_after_s), revoked)

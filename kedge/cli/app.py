@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -58,32 +60,38 @@ def _root(
     """
 
 
-app.command("demo")(demo.demo)
-app.command("compile")(compiling.compile_)
-app.command("inspect")(compiling.inspect)
-app.command("run")(running.run)
-app.command("bench")(running.bench)
-app.command("validate")(running.validate)
-app.command("compare")(comparing.compare)
-app.command("devices")(devices.devices)
-app.command("jobs")(jobs.jobs)
-app.command("result")(jobs.result)
-app.command("top")(top.top)
-app.command("cancel")(scheduling.cancel)
-app.command("drain")(scheduling.drain)
-app.command("resume")(scheduling.resume)
-app.command("reserve")(scheduling.reserve)
-app.command("release")(scheduling.release)
-app.command("doctor")(doctor.doctor)
-app.command("join")(access.join)
-app.command("signer")(access.signer)
-tracker_app.command("start")(tracker.start)
-tracker_app.command("status")(tracker.status)
-tracker_app.command("move-database")(tracker.move_database)
-tracker_app.command("enrolled")(access.enrolled)
-tracker_app.command("revoke")(access.revoke)
-token_app.command("create")(access.token_create)
-token_app.command("list")(access.token_list)
-token_app.command("revoke")(access.token_revoke)
-agent_app.command("start")(agent.start)
-deploy_app.command("board")(board.deploy_board)
+def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    """Add a command whose help is its docstring, without the ends of lines in paragraphs: a terminal has its own."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    group.command(name, help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
+
+
+_add(app, "demo", demo.demo)
+_add(app, "compile", compiling.compile_)
+_add(app, "inspect", compiling.inspect)
+_add(app, "run", running.run)
+_add(app, "bench", running.bench)
+_add(app, "validate", running.validate)
+_add(app, "compare", comparing.compare)
+_add(app, "devices", devices.devices)
+_add(app, "jobs", jobs.jobs)
+_add(app, "result", jobs.result)
+_add(app, "top", top.top)
+_add(app, "cancel", scheduling.cancel)
+_add(app, "drain", scheduling.drain)
+_add(app, "resume", scheduling.resume)
+_add(app, "reserve", scheduling.reserve)
+_add(app, "release", scheduling.release)
+_add(app, "doctor", doctor.doctor)
+_add(app, "join", access.join)
+_add(app, "signer", access.signer)
+_add(tracker_app, "start", tracker.start)
+_add(tracker_app, "status", tracker.status)
+_add(tracker_app, "move-database", tracker.move_database)
+_add(tracker_app, "enrolled", access.enrolled)
+_add(tracker_app, "revoke", access.revoke)
+_add(token_app, "create", access.token_create)
+_add(token_app, "list", access.token_list)
+_add(token_app, "revoke", access.token_revoke)
+_add(agent_app, "start", agent.start)
+_add(deploy_app, "board", board.deploy_board)

@@ -60,7 +60,7 @@ def devices(
         output.emit_json([device.to_json() for device in found])
     elif found:
         table = output.table(
-            "device", "state", "arch", "CPU", ">cores", ">memory", "GPUs", "target", "labels", "detail"
+            "=device", "state", "arch", "CPU", ">cores", ">memory", "GPUs", "target", "labels", "detail"
         )
         for device in found:
             info = device.info

@@ -182,7 +182,7 @@ def _where(job: Job) -> str:
 
 def jobs_table(found: Sequence[Any]) -> Table:
     """Jobs for people: what they do, where they are, and what keeps them or came of them."""
-    table = output.table("job", "user", "task", "state", "outcome", "device", ">age", "detail")
+    table = output.table("=job", "user", "task", "state", "outcome", "=device", ">age", "detail")
     for job in found:
         age = output.age_text(time.time() - job.submitted_unix_ms / 1000)
         user, device = job.user or "-", job.device or "-"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -30,7 +30,7 @@ def _kinds(incomplete: str) -> list[str]:
     return [kind for kind in (CPU, *GPU_KINDS) if kind.startswith(incomplete)]
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
@@ -166,11 +166,13 @@ def _finite(value: Any) -> Any:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table in kedge's style; a column whose name starts with '>' is right-aligned."""
+    """An empty table in kedge's style; a column whose name starts with '>' is right-aligned, one whose name starts with
+    '=' has names to be copied, which a narrow terminal does not break."""
     result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        right = column.startswith(">")
-        result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        right, whole = column.startswith(">"), column.startswith("=")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        result.add_column(column.lstrip(">="), justify=justify, overflow="fold", no_wrap=whole)
     return result
 
 

@@ -42,8 +42,9 @@ def cancel(
             try:
                 one = fleet.job(job_id).cancel()
             except (UnknownJobError, PermissionDeniedError) as error:
-                # What is said of one says nothing of the others.
-                output.stderr().print(f"{job_id}: {error.message}", soft_wrap=True)
+                # What is said of one says nothing of the others; the first is told again, with its remedy.
+                if len(job) > 1:
+                    output.stderr().print(f"{job_id}: {error.message}", soft_wrap=True)
                 first = first or error
                 continue
             stopped.append(one)

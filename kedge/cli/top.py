@@ -123,7 +123,7 @@ def _count(jobs: Sequence[Job]) -> str:
 
 
 def _device_table(devices: Sequence[DeviceStatus]) -> Table:
-    table = output.table("device", "state", "job", ">load", ">°C", ">MHz", ">memory free", "detail")
+    table = output.table("=device", "state", "job", ">load", ">°C", ">MHz", ">memory free", "detail")
     for device in devices:
         health = device.health
         state = Text(device.state, style=_STYLES.get(device.state, ""))

@@ -9,7 +9,7 @@ from typing import Any
 
 from kedge.cli import output
 from kedge.rpc.errors import KedgeError
-from kedge.rpc.types import DeviceState, Job, JobState
+from kedge.rpc.types import Job, JobState
 
 INTERVAL_S = 1.0
 #: How long the end waits for a question that is still open.
@@ -27,10 +27,9 @@ def watching(fleet: Any, device: str, report: output.Report) -> Iterator[None]:
         while not stopped.wait(INTERVAL_S):
             try:
                 jobs = fleet.jobs(states=_UNFINISHED)
-                found = fleet.devices(f"name={device}", include_gone=True)
             except (KedgeError, ValueError):  # the tracker went away, or the connection was closed meanwhile
                 continue
-            text = state_text(device, ours(jobs, before, device), found[0].state if found else DeviceState.GONE)
+            text = state_text(device, ours(jobs, before, device))
             if text and not stopped.is_set():
                 report(text)
 
@@ -41,15 +40,6 @@ def watching(fleet: Any, device: str, report: output.Report) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join(_JOIN_S)
-
-
-#: What a queued job waits for, by the state of its device.
-_WHY = {
-    DeviceState.GONE: "away",
-    DeviceState.BUSY: "busy",
-    DeviceState.MAINTENANCE: "in maintenance",
-    DeviceState.QUARANTINED: "in quarantine",
-}
 
 
 def wait_text(job: Job) -> str:
@@ -64,11 +54,10 @@ def ours(jobs: list[Job], before: set[str], device: str) -> Job | None:
     return min(new, key=lambda job: job.submitted_unix_ms, default=None)
 
 
-def state_text(device: str, job: Job | None, state: DeviceState) -> str | None:
-    """Where the job is, in words; None where there is nothing to say of it."""
+def state_text(device: str, job: Job | None) -> str | None:
+    """Where the job is and what keeps it there, in words; None where there is nothing to say of it."""
     if job is None:
         return None
     if job.state is JobState.QUEUED:
-        why = _WHY.get(state)
-        return (f"queued: {device} is {why}" if why else f"queued for {device}") + wait_text(job)
+        return f"queued for {device}" + (f": {job.detail}" if job.detail else "") + wait_text(job)
     return f"{device}: {job.stage}" if job.stage is not None else f"sent to {device}"

@@ -132,7 +132,7 @@ def test_an_agent_that_may_not_join_says_what_to_do(
     nobody = replace(garbage, address=replace(tracker.address, port=1))
     cases = [
         ("", 9, "is not enrolled"),
-        (str(spent), 9, "is spent"),
+        (str(spent), 9, "--role enrol; here: kedge agent start --join"),
         (str(user), 9, "a user's"),
         (str(other), 10, "enrols 'there', not 'here'"),
         (str(garbage), 9, "does not know this token"),

@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 import kedge
 from kedge.cli import EXIT_BUG, main, output
+from kedge.cli.app import app
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
 from kedge.diagnosis import diagnose
@@ -178,11 +181,27 @@ def test_demo_without_a_board(kedge: Kedge) -> None:
     assert "compiling the digits model" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "compile", "run", "bench", "validate", "inspect", "devices", "demo", "doctor"])
-def test_help_has_examples(kedge_here: Kedge, command: str) -> None:
-    done = kedge_here(*command.split(), "--help")
-    assert done.returncode == 0
-    assert "Examples:" in done.stdout or not command
+def test_help_has_examples(kedge_here: Kedge) -> None:
+    assert kedge_here("--help").returncode == 0
+    done = kedge_here("tracker", "start", "--help")
+    assert done.returncode == 0 and "Examples:" in done.stdout
+
+
+def every_command(group: Any, path: str = "kedge") -> Iterator[tuple[str, str]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command.help
+
+
+def test_every_command_has_examples_and_leaves_its_lines_to_the_terminal() -> None:
+    helps = dict(every_command(typer.main.get_command(app)))
+    assert len(helps) > 20
+    for path, text in helps.items():
+        _, found, examples = text.partition("Examples:\n\n")
+        assert found and all(line.startswith(f"  {path}") for line in examples.split("\n\n")), path
+        assert "\n" not in text.replace("\n\n", ""), path
 
 
 def truncated(tmp_path: Path, digits: Path) -> list[object]:

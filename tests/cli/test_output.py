@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -43,6 +44,15 @@ def test_control_characters_are_shown_and_not_obeyed(capsys: pytest.CaptureFixtu
     assert said.err.replace("\n", "").count(SHOWN) >= 3, said.err
     for text in said:
         assert not {"\x1b", "\x07", "\r"} & set(text)
+
+
+def test_names_that_are_copied_stay_whole_in_a_narrow_terminal() -> None:
+    table = output.table("=job", "state", "=device", "detail")
+    table.add_row("9722d6669cb0", "queued", "bench-1", "no connected device matches 'rack=3' " * 3)
+    shown = io.StringIO()
+    output._Console(width=40, file=shown).print(table)
+    assert "9722d6669cb0" in shown.getvalue() and "bench-1" in shown.getvalue()
+    assert max(map(len, shown.getvalue().splitlines())) <= 40
 
 
 def filled(kind: Any) -> Any:

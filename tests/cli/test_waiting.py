@@ -22,19 +22,21 @@ from support.commands import kedge_command
 JOB = Job("b", JobSpec(blob_of(b""), "main", RunTask(()), "w1"), JobState.QUEUED, submitted_unix_ms=2)
 
 
+BUSY = replace(JOB, detail="1 matching device is busy", position=3)
+
+
 @pytest.mark.parametrize(
-    ("job", "state", "text"),
+    ("job", "text"),
     [
-        (None, DeviceState.IDLE, None),
-        (JOB, DeviceState.BUSY, "queued: w1 is busy"),
-        (JOB, DeviceState.GONE, "queued: w1 is away"),
-        (JOB, DeviceState.IDLE, "queued for w1"),
-        (replace(JOB, state=JobState.ASSIGNED), DeviceState.BUSY, "sent to w1"),
-        (replace(JOB, state=JobState.ASSIGNED, stage=Stage.RUN), DeviceState.BUSY, "w1: run"),
+        (None, None),
+        (JOB, "queued for w1"),
+        (BUSY, "queued for w1: 1 matching device is busy, number 3 in line"),
+        (replace(JOB, state=JobState.ASSIGNED), "sent to w1"),
+        (replace(JOB, state=JobState.ASSIGNED, stage=Stage.RUN), "w1: run"),
     ],
 )
-def test_where_a_job_is(job: Job | None, state: DeviceState, text: str | None) -> None:
-    assert state_text("w1", job, state) == text
+def test_where_a_job_is(job: Job | None, text: str | None) -> None:
+    assert state_text("w1", job) == text
 
 
 def test_a_job_of_somebody_else_is_not_taken_for_ours() -> None:
@@ -60,7 +62,7 @@ def test_a_busy_device_is_waited_for_in_words(digits: Path, tmp_path: Path) -> N
             with start("run", digits, *there) as waiting:
                 assert waiting.stderr is not None
                 for line in waiting.stderr:
-                    if "queued: w1 is busy" in line:
+                    if "queued for w1: 1 matching device is busy" in line:
                         break
                 os.kill(long.pid, signal.SIGINT)
                 long.communicate(timeout=30)

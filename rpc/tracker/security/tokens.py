@@ -107,12 +107,12 @@ class Tokens:
         if token is None:
             raise AuthenticationError("the tracker does not know this token", hint=_HINT)
         if token.revoked_s:
-            raise AuthenticationError(f"the token {token.id} of {token.user!r} was revoked", hint=_HINT)
+            raise AuthenticationError(f"the token {token.id} of {token.user!r} was revoked", hint=_another(token))
         if token.used_s:
-            raise AuthenticationError(f"the token {token.id} was for one enrolment, and is spent", hint=_HINT)
+            raise _spent(token)
         if token.expires_s and self._now_s() >= token.expires_s:
             raise AuthenticationError(
-                f"the token {token.id} of {token.user!r} has expired (by the tracker's clock)", hint=_HINT
+                f"the token {token.id} of {token.user!r} has expired (by the tracker's clock)", hint=_another(token)
             )
         return token
 
@@ -124,7 +124,7 @@ class Tokens:
         """Use a one-time token; raises AuthenticationError where somebody was faster."""
         digest, token = self._find(token_id)
         if token.used_s:
-            raise AuthenticationError(f"the token {token.id} was for one enrolment, and is spent", hint=_HINT)
+            raise _spent(token)
         return self._put(digest, replace(token, used_s=int(self._now_s())))
 
     def revoke(self, token_id: str) -> Token:
@@ -170,3 +170,15 @@ def _hash(secret: str) -> str:
 
 
 _HINT = "an administrator makes another: kedge tracker token create; here: kedge join '…' (an agent: --join '…')"
+#: What takes the join string of a role; all others are users'.
+_JOINED_BY = {Role.ENROL: "kedge agent start --join '…'", Role.TRACKER: "kedge tracker start --database URL --join '…'"}
+
+
+def _another(token: Token) -> str:
+    """How whoever has a token that is over comes by one that is good."""
+    make, use = f"kedge tracker token create --role {token.role.value}", _JOINED_BY.get(token.role, "kedge join '…'")
+    return f"an administrator makes another: {make}; here: {use}"
+
+
+def _spent(token: Token) -> AuthenticationError:
+    return AuthenticationError(f"the token {token.id} was for one enrolment, and is spent", hint=_another(token))
