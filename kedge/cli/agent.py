@@ -66,11 +66,17 @@ def start(
       kedge agent start --tracker 127.0.0.1:9190 --name bench-1 --label rack=a --threads 2 --measure-cores 2-3
     """
     from kedge.deployment import parse_labels
+    from kedge.device_agent.cores import parse_cores
     from kedge.rpc.security.join import parse_join
+    from kedge.rpc.security.signing import parse_signers
     from kedge.rpc.transport import parse_trackers
 
+    # What is wrong here is said before a token is made for the device, which nobody would spend.
     check_log_format(log_format)
     parse_labels(label or [])
+    parse_signers(require_signer or [])
+    if measure_cores:
+        parse_cores(measure_cores, os.sched_getaffinity(0))
     if tracker:
         parse_trackers(tracker)
     if join is not None:

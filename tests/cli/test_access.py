@@ -69,6 +69,16 @@ def test_a_device_joins_and_is_revoked(kedge: Kedge, kedge_here: Kedge, address:
     assert gone.returncode == 1 and "was revoked" in gone.stderr
 
 
+@pytest.mark.parametrize("wrong", [("--require-signer", "abc"), ("--measure-cores", "9999")])
+def test_a_wrong_option_makes_no_token(
+    kedge: Kedge, kedge_here: Kedge, address: str, tmp_path: Path, wrong: tuple[str, str]
+) -> None:
+    done = kedge("agent", "start", "--tracker", address, "--name", "y", "--data-dir", tmp_path / "y", *wrong)
+    assert done.returncode == 2 and wrong[1] in done.stderr and "hint:" in done.stderr, done.stderr
+    listed = json.loads(kedge_here("tracker", "token", "list", "--json", "--tracker", address).stdout)
+    assert not [token for token in listed if token["device"] == "y"]
+
+
 def test_a_new_tracker_prints_how_to_join_and_only_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = ("kedge", "tracker", "start", "--port", "0", "--data-dir", str(tmp_path / "data"))
