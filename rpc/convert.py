@@ -517,6 +517,16 @@ def job_from_pb(pb: types_pb2.Job) -> t.Job:
     )
 
 
+def device_info_to_bytes(info: t.DeviceInfo) -> bytes:
+    """A device's description as bytes, to be stored."""
+    return device_info_to_pb(info).SerializeToString()
+
+
+def device_info_from_bytes(data: bytes) -> t.DeviceInfo:
+    """A stored description of a device."""
+    return device_info_from_pb(types_pb2.DeviceInfo.FromString(data))
+
+
 def job_spec_to_bytes(spec: t.JobSpec) -> bytes:
     """A spec as bytes, to be stored."""
     return job_spec_to_pb(spec).SerializeToString()

@@ -172,7 +172,7 @@ def revoke(
     device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its name.")],
     tracker: output.TrackerOption = None,
 ) -> None:
-    """Refuse a device's certificate from now on; its agent is disconnected and ends.
+    """Refuse a device's certificate from now on; its agent is disconnected and ends, and the tracker forgets it.
 
     Examples:
 

@@ -24,7 +24,9 @@ def devices(
     selector: Annotated[
         str, typer.Argument(metavar="SELECTOR", help="Only devices that match, e.g. 'arch=aarch64'.")
     ] = "",
-    gone: Annotated[bool, typer.Option("--gone", help="Also those that are no longer connected.")] = False,
+    gone: Annotated[
+        bool, typer.Option("--gone", help="Also those that are off, and when they were last seen.")
+    ] = False,
     local: Annotated[
         bool, typer.Option("--local", help="Instead: what kernels can run on here, with the names that --on takes.")
     ] = False,
@@ -46,6 +48,8 @@ def devices(
       kedge devices --tracker 127.0.0.1:9190
 
       kedge devices 'arch=aarch64,mem_mb>=2048' --json
+
+      kedge devices --gone
 
       kedge devices -v
 

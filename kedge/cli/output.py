@@ -22,7 +22,7 @@ from rich.text import Text
 
 from kedge.rpc.artifact.place import CPU, GPU_KINDS
 from kedge.rpc.printable import printable
-from kedge.rpc.types import DeviceStatus
+from kedge.rpc.types import DeviceState, DeviceStatus
 
 
 def _kinds(incomplete: str) -> list[str]:
@@ -210,6 +210,8 @@ def clock_text(unix_ms: int) -> str:
 def device_detail(device: DeviceStatus) -> str:
     """What a list says of a device beside its state: why it takes no jobs, whose it is, how warm it is."""
     words = [device.detail] if device.detail else []
+    if device.state is DeviceState.GONE and device.last_seen_unix_ms:
+        words.insert(0, f"last seen {clock_text(device.last_seen_unix_ms)}")
     if device.reservation is not None:
         whose = device.reservation.user or "somebody"
         until = clock_text(device.reservation.until_unix_ms)

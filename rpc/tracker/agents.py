@@ -10,7 +10,7 @@ from kedge.rpc.protocol import accepts, local_protocol
 from kedge.rpc.selector import labels_of
 from kedge.rpc.tracker.alarms import Alarms
 from kedge.rpc.tracker.devices import Device, Roster, connection_of
-from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, ToAgent
+from kedge.rpc.tracker.facts import CloseAgent, DeviceForgotten, DevicesChanged, DeviceSeen, Effects, ToAgent
 from kedge.rpc.tracker.jobs import Jobs
 from kedge.rpc.tracker.lifecycle import Lifecycle
 from kedge.rpc.tracker.settings import Settings
@@ -55,6 +55,7 @@ class Agents:
         self._connections[connection] = name
         welcome = m.Welcome(local_protocol(), self._tracker_id, self._rules.heartbeat_interval_ms)
         effects.sends.append(ToAgent(connection, welcome))
+        effects.notes.append(DeviceSeen(device.info, now))
         self._take_stock(device, hello, now, effects)
         self._alarms.set(now + self._rules.silence_ms, "device", name)
         effects.sends.append(DevicesChanged())
@@ -180,4 +181,17 @@ class Agents:
         del self._connections[connection_of(device)]
         device.connection, device.seen_ms = None, now
         effects.sends.append(DevicesChanged())
-        self._devices.forget(self._rules.remembered_devices)
+        if device.revoked:
+            self.forget(device.info.name, effects)
+        else:
+            effects.notes.append(DeviceSeen(device.info, now))
+        effects.notes += [DeviceForgotten(name) for name in self._devices.forget(self._rules.remembered_devices)]
+
+    def forget(self, name: str, effects: Effects) -> None:
+        """Nothing is left of a device, at once or when it is off."""
+        device = self._devices.get(name)
+        if device is not None and device.connection is not None:
+            device.revoked = True
+        else:
+            self._devices.drop(name)
+            effects.notes.append(DeviceForgotten(name))

@@ -40,6 +40,8 @@ class Device:
     #: None: it is not known yet, and nobody knows whether jobs would be safe there.
     health: Health | None = None
     protocol: Protocol = field(default_factory=lambda: Protocol(0))
+    #: It is forgotten once it is off.
+    revoked: bool = False
 
     @property
     def idle(self) -> bool:
@@ -85,14 +87,20 @@ class Roster:
         named = {*self._serviced, *(item.device for item in self.reservations)}
         return [unseen_device(name) for name in sorted(named - self._devices.keys())]
 
-    def forget(self, keep: int) -> None:
-        """Keep only so many of the devices that are gone."""
+    def forget(self, keep: int) -> list[str]:
+        """Keep only so many of the devices that are gone; returns the names of the others."""
         gone = [name for name, device in self._devices.items() if device.connection is None]
-        for name in gone[: max(0, len(gone) - keep)]:
-            del self._devices[name]
-            self._breakers.pop(name, None)
-            for _, names in self._fits.values():
-                names.discard(name)
+        forgotten = gone[: max(0, len(gone) - keep)]
+        for name in forgotten:
+            self.drop(name)
+        return forgotten
+
+    def drop(self, name: str) -> None:
+        """Know nothing of a device, if it is known."""
+        self._devices.pop(name, None)
+        self._breakers.pop(name, None)
+        for _, names in self._fits.values():
+            names.discard(name)
 
     # ---- What keeps a device from taking jobs ----------------------------------------------------------------------
 
@@ -206,21 +214,26 @@ class Roster:
     def why_waiting(self, want: Want, now: int) -> str:
         """What keeps a job with this want from starting."""
         here = [device for device in self if device.connection is not None]
-        if not here:
-            return "no device is connected"
         selector, fits = self._fitting(want)
         fit = [device for device in here if device.info.name in fits]
         if fit:
             return self._why_not(want, fit, now)
         chosen = [device for device in here if selector.matches(device.labels)]
         if not chosen:
-            gone = sum(selector.matches(d.labels) for d in self if d.connection is None)
-            return f"no connected device matches {want.selector!r}" + (f" ({gone} that left would)" if gone else "")
+            nobody = f"no connected device matches {want.selector!r}" if here else "no device is connected"
+            return nobody + (self._offline(selector) if want.selector else "")
         if want.needs == ANYWHERE:
             return "no matching device serves sessions: update kedge on it"
         archs = ", ".join(sorted({str(need) for need in want.needs}))
         names = ", ".join(f"{d.info.name} is {_machine(d.info)}" for d in chosen[:3])
         return f"no matching device can run the artifact (it is for {archs}; {names})"
+
+    def _offline(self, selector: Selector) -> str:
+        """Which of those that are off would match."""
+        off = [device for device in self if device.connection is None and selector.matches(device.labels)]
+        if len(off) == 1:
+            return f" ({off[0].info.name} is offline since {_clock(off[0].seen_ms)})"
+        return f" ({len(off)} that are offline would)" if off else ""
 
     def _why_not(self, want: Want, able: list[Device], now: int) -> str:
         reasons = {d.info.name: reason[1] for d in able if (reason := self.obstacle(d, now)) is not None}
@@ -255,10 +268,14 @@ class Roster:
         return DeviceStatus(device.info, state, seen, running_job_id, detail, health, reservation, noise, upcoming)
 
 
+def offline_device(info: DeviceInfo, seen_ms: int) -> Device:
+    """A device that was off when the tracker was started."""
+    return Device(info, "", labels_of(info), None, seen_ms, seen_ms)
+
+
 def unseen_device(name: str) -> Device:
     """What there is to say of a device of which no more is known than its name."""
-    info = DeviceInfo(name, "")
-    return Device(info, "", labels_of(info), None, 0, 0)
+    return offline_device(DeviceInfo(name, ""), 0)
 
 
 def conditions_of(device: Device) -> Conditions:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kedge.rpc.artifact import Need
 from kedge.rpc.messages import TrackerBody
-from kedge.rpc.types import DeviceFault, Job, JobResult, JobSpec, NoiseSample, Reservation
+from kedge.rpc.types import DeviceFault, DeviceInfo, Job, JobResult, JobSpec, NoiseSample, Reservation
 
 #: What an artifact can run on, by variant.
 Needs = tuple[Need, ...]
@@ -124,6 +124,21 @@ class BlobForgotten:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceSeen:
+    """A device came or went: what there is to say of it while it is off."""
+
+    info: DeviceInfo
+    seen_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceForgotten:
+    """Nothing is left of a device."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class NoiseKept:
     """A comparison said how noisy a device is; samples that count no more are forgotten."""
 
@@ -132,7 +147,8 @@ class NoiseKept:
 
 
 JobFact = JobAccepted | JobAssigned | JobRequeued | JobWithdrawn | JobCancelling | JobDone
-Fact = JobFact | Serviced | ServiceEnded | Reserved | ReservationEnded | BlobOwned | BlobForgotten | NoiseKept
+DeviceFact = Serviced | ServiceEnded | Reserved | ReservationEnded | NoiseKept | DeviceSeen | DeviceForgotten
+Fact = JobFact | DeviceFact | BlobOwned | BlobForgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +179,7 @@ class Stored:
     serviced: tuple[Serviced, ...] = ()
     reservations: tuple[Reservation, ...] = ()
     noise: tuple[NoiseSample, ...] = ()
+    devices: tuple[DeviceSeen, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +214,11 @@ Send = ToAgent | CloseAgent | JobChanged | DevicesChanged
 
 @dataclass(slots=True)
 class Effects:
-    """One event's consequences: `sends` leave, in order, only when `facts` are stored (but see outbox.py)."""
+    """One event's consequences: `sends` leave, in order, only when `facts` are stored (but see outbox.py).
+
+    `notes` are stored, too, and nothing waits for that: of them no promise is made.
+    """
 
     facts: list[Fact] = field(default_factory=list)
+    notes: list[DeviceSeen | DeviceForgotten] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)

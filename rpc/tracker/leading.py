@@ -183,7 +183,9 @@ class Leadership:
     def _add_access(self, table: Table) -> None:
         security = self._secure()
         cast(Any, enrolment_pb2_grpc).add_EnrolmentServicer_to_server(EnrolmentService(security, self._end), table)
-        cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(AccessService(security, self._end), table)
+        cast(Any, enrolment_pb2_grpc).add_AccessServicer_to_server(
+            AccessService(security, self._end, self.shell.forget_device), table
+        )
 
     def _end(self, owner: str, token_id: str, error: KedgeError) -> None:
         """End what an owner has under way, wherever it came in."""

@@ -14,7 +14,7 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
 #: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
@@ -107,6 +107,14 @@ reservations = sa.Table(
     sa.Column("from_unix_ms", sa.BigInteger, nullable=False),
     sa.Column("until_unix_ms", sa.BigInteger, nullable=False),
     sa.Column("reason", Text, nullable=False),
+)
+#: Devices as they were when they last came or went. New in schema 9.
+devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("name", Text, primary_key=True),
+    sa.Column("info", sa.LargeBinary, nullable=False),
+    sa.Column("seen_ms", sa.BigInteger, nullable=False),
 )
 #: How far times of equal code were apart on a device, by comparison (`kedge.rpc.noise`). New in schema 7.
 noise = sa.Table(

@@ -235,6 +235,10 @@ class Shell:
         await self._durable(self._apply(effects, lambda: self.state.end_maintenance(name, self._now())))
         return self.state.device(name)
 
+    def forget_device(self, name: str) -> None:
+        """A device was revoked: once it is off, nothing is left of it."""
+        self._apply(self.state.forget_device(name, self._now()))
+
     async def keep_noise(
         self, number: str, name: str, user: str, relative: float, num_threads: int, on: str
     ) -> DeviceStatus:
@@ -374,6 +378,8 @@ class Shell:
         if effects.facts:
             refused = None if undo is None else functools.partial(self._tell_refused, parcel, undo)
             self._store.append(effects.facts, functools.partial(self._tell_stored, parcel), refused)
+        if effects.notes:
+            self._store.append(effects.notes, lambda: None, lambda problem: log.error("%s", problem))
         for send in early:
             self._tell(send.connection, send.body)
         self._release()

@@ -19,7 +19,7 @@ from kedge.rpc.selector import parse
 from kedge.rpc.tracker.admission import Admission
 from kedge.rpc.tracker.agents import Agents
 from kedge.rpc.tracker.alarms import Alarms
-from kedge.rpc.tracker.devices import Roster, conditions_of, unseen_device
+from kedge.rpc.tracker.devices import Roster, conditions_of, offline_device, unseen_device
 from kedge.rpc.tracker.estimate import Durations
 from kedge.rpc.tracker.facts import (
     DevicesChanged,
@@ -261,6 +261,19 @@ class TrackerState:
         self._lifecycle.schedule(now, effects)
         return effects
 
+    def forget_device(self, name: str, now: int) -> Effects:
+        """A device was revoked: its maintenance and reservations end, and it is forgotten once it is off."""
+        effects = self._begin(now)
+        if not self._devices.in_service(name):
+            effects.facts.append(ServiceEnded(name))
+        self._devices.end_service(name)
+        for reservation in [item for item in self._devices.reservations if item.device == name]:
+            self._end_reservation(reservation.id, effects)
+        self._agents.forget(name, effects)
+        effects.sends.append(DevicesChanged())
+        self._lifecycle.schedule(now, effects)
+        return effects
+
     def reserve(
         self,
         reservation_id: str,
@@ -409,6 +422,8 @@ class TrackerState:
             self._devices.reservations.add(reservation)
             self._watch_reservation(reservation)
         self._devices.noise = Noise(stored.noise)
+        for seen in stored.devices:
+            self._devices.add(offline_device(seen.info, seen.seen_ms))
         for job_id, epoch in stored.ended:
             self._jobs.remember_end(job_id, epoch)
         self._jobs.knows_all_keys = stored.all_keys

@@ -38,6 +38,8 @@ from kedge.rpc.tracker.epoch import Epoch, FencedError
 from kedge.rpc.tracker.facts import (
     BlobForgotten,
     BlobOwned,
+    DeviceForgotten,
+    DeviceSeen,
     Fact,
     JobAccepted,
     JobAssigned,
@@ -439,10 +441,12 @@ def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
         serviced = tuple(Serviced(*row) for row in connection.execute(sa.select(t.serviced)))
         reservations = tuple(Reservation(*row) for row in connection.execute(sa.select(t.reservations)))
         noise = tuple(NoiseSample(*row) for row in connection.execute(sa.select(t.noise)))
+        rows_of_devices = connection.execute(sa.select(t.devices).order_by(t.devices.c.seen_ms)).all()
+        devices = tuple(DeviceSeen(convert.device_info_from_bytes(row.info), row.seen_ms) for row in rows_of_devices)
     ended = tuple((row.id, row.epoch) for row in rows if row.state == JobState.DONE.value)
     keys = tuple((row.key, row.id) for row in rows if row.key)
     all_keys = len(rows) < remembered
-    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations, noise)
+    return Stored(tracker_id, tuple(records), ended, keys, last_seq, all_keys, serviced, reservations, noise, devices)
 
 
 def _ask(connection: sa.Connection, query: Callable[[sa.Connection], T]) -> T:
@@ -497,6 +501,8 @@ _INSERT_OUTPUT = sa.insert(t.outputs)
 _OWNERS = sa.select(t.owners)
 _INSERT_OWNER = sa.insert(t.owners)
 _FORGET_BLOB = sa.delete(t.owners).where(t.owners.c.digest == sa.bindparam("of"))
+_INSERT_DEVICE = sa.insert(t.devices)
+_FORGET_DEVICE = sa.delete(t.devices).where(t.devices.c.name == sa.bindparam("of"))
 _FORGET_OWNER = _FORGET_BLOB.where(t.owners.c.owner == sa.bindparam("whom"))
 _NEW_JOB = {
     "state": JobState.QUEUED.value,
@@ -586,6 +592,8 @@ def _write(connection: sa.Connection, fact: Fact, rows: _Rows) -> None:
     elif isinstance(fact, NoiseKept):
         connection.execute(sa.delete(t.noise).where(t.noise.c.id.in_(fact.forgotten)))
         connection.execute(sa.insert(t.noise), asdict(fact.sample))
+    elif isinstance(fact, (DeviceSeen, DeviceForgotten)):
+        _write_seen(connection, fact)
     else:
         _write_job(connection, fact, rows)
 
@@ -599,6 +607,14 @@ def _write_device(connection: sa.Connection, fact: Serviced | ServiceEnded | Res
         connection.execute(sa.insert(t.reservations), asdict(fact.reservation))
     elif isinstance(fact, ReservationEnded):
         connection.execute(sa.delete(t.reservations).where(t.reservations.c.id == fact.reservation_id))
+
+
+def _write_seen(connection: sa.Connection, fact: DeviceSeen | DeviceForgotten) -> None:
+    name = fact.info.name if isinstance(fact, DeviceSeen) else fact.device
+    connection.execute(_FORGET_DEVICE, {"of": name})
+    if isinstance(fact, DeviceSeen):
+        row = {"name": name, "info": convert.device_info_to_bytes(fact.info), "seen_ms": fact.seen_ms}
+        connection.execute(_INSERT_DEVICE, row)
 
 
 def _write_job(connection: sa.Connection, fact: JobFact, rows: _Rows) -> None:

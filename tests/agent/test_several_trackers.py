@@ -126,6 +126,8 @@ def test_both_serve_clients_agents_and_administrators(pair: Pair, runner: Path, 
             access.revoke_token(token.id)
             access.revoke_device("rpi")
         agent.wait_log("was revoked")
+        with pair.b.fleet() as at_b:
+            wait_for(lambda: not at_b.devices("name=rpi", include_gone=True), "it to be forgotten")
     audit = (pair.a.data_dir / "security" / "audit.jsonl").read_text()
     assert '"through": "ipv4:127.0.0.1' in audit and '"event": "device revoked"' in audit
 

@@ -23,7 +23,7 @@ from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import connect
 from kedge.rpc.client.plan import pack
 from kedge.rpc.transport import Address, open_channel, parse_address
-from kedge.rpc.types import JobState
+from kedge.rpc.types import DeviceState, JobState
 from support.fake_agent import FakeAgent, echo
 from support.toys import device_info, spec_message
 
@@ -219,3 +219,19 @@ def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Arti
     assert kinds == ["ok"] * 36
     for number, end in enumerate(ends):
         np.testing.assert_array_equal(end["x_out"], X + number)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_device_that_is_off_is_known_to_the_tracker_that_comes_back(tmp_path: Path, how: signal.Signals) -> None:
+    info = device_info("off", rack="a")
+    with tracker(tmp_path) as first:
+        FakeAgent(first.address, info).connect()
+        with connect(first.address) as fleet:
+            seen = fleet.wait_for_device("off", timeout=5).last_seen_unix_ms
+            for enabled in (True, False):  # what was written before it is on the disk then
+                fleet.set_maintenance("off", enabled)
+        first.end(how)
+    with tracker(tmp_path) as second, connect(second.address) as fleet:
+        assert fleet.devices() == []
+        (found,) = fleet.devices("rack=a", include_gone=True)
+        assert found.info.name == "off" and found.state is DeviceState.GONE and found.last_seen_unix_ms >= seen

@@ -14,6 +14,8 @@ from kedge.rpc.protocol import local_protocol
 from kedge.rpc.selector import SelectorError
 from kedge.rpc.tracker.facts import (
     CloseAgent,
+    DeviceForgotten,
+    DeviceSeen,
     Effects,
     JobAccepted,
     JobAssigned,
@@ -24,6 +26,7 @@ from kedge.rpc.tracker.facts import (
     JobWithdrawn,
     ReservationEnded,
     Reserved,
+    ServiceEnded,
     Stored,
     ToAgent,
 )
@@ -305,7 +308,9 @@ def test_detail_says_what_keeps_a_job_waiting(bench: Bench) -> None:
     bench.state.submit("k", spec("arm"), NEEDS, "", 0)
     assert bench.state.job("k").detail == ("no matching device can run the artifact (it is for x86_64; arm is aarch64)")
     bench.state.disconnect(2, 1)
-    assert bench.state.job("k").detail == "no connected device matches 'arm' (1 that left would)"
+    assert (
+        bench.state.job("k").detail == "no connected device matches 'arm' (arm is offline since 1970-01-01 00:00:00Z)"
+    )
 
 
 def test_a_job_for_a_gpu_waits_for_a_device_that_has_one(bench: Bench) -> None:
@@ -911,6 +916,38 @@ def test_a_device_that_is_gone_may_be_reserved_for_later_alone() -> None:
     with pytest.raises(NoDeviceError):
         fleet.state.reserve("r", "a", "ann", 0, 1_000, "", 20)
     assert fleet.state.reserve("s", "a", "ann", 5_000, 1_000, "", 20)[0].device == "a"
+
+
+def test_devices_that_are_off_are_known_until_they_are_revoked() -> None:
+    fleet = Fleet("a", "b")
+    notes = fleet.state.disconnect(1, 10_000).notes
+    assert notes == [DeviceSeen(hello("a").device, 10_000)]
+    assert fleet.state.receive(2, m.Heartbeat(), 20_000).notes == [], "only who comes or goes is written down"
+    seen = (DeviceSeen(hello("b").device, 0), *notes)
+    state = TrackerState("t", PATIENT)
+    state.restore(Stored("t", devices=seen), 30_000)
+    assert state.devices() == []
+    (a,) = state.devices("name=a,arch=x86_64", include_gone=True)
+    assert (a.state, a.last_seen_unix_ms, a.info) == (DeviceState.GONE, 10_000, hello("a").device)
+    state.submit("j", spec("a"), NEEDS, "", 30_000)
+    assert state.job("j").detail == "no device is connected (a is offline since 1970-01-01 00:00:10Z)"
+    state.connect(1, hello("b"), 30_000)
+    assert state.job("j").detail.endswith("'a' (a is offline since 1970-01-01 00:00:10Z)")
+    assert state.job("j").state is JobState.QUEUED
+    state.start_maintenance("a", "a new fan", "root", 30_000)
+    forgotten = state.forget_device("a", 30_000)
+    assert (forgotten.facts, forgotten.notes) == ([ServiceEnded("a")], [DeviceForgotten("a")])
+    assert state.forget_device("b", 30_000).notes == [] and state.device_named("b"), "it is still there"
+    assert state.disconnect(1, 40_000).notes == [DeviceForgotten("b")]
+    assert state.devices(include_gone=True) == []
+    state.connect(2, hello("b"), 50_000)
+    assert state.disconnect(2, 60_000).notes == [DeviceSeen(hello("b").device, 60_000)], "it was let in again"
+
+
+def test_of_devices_that_are_off_so_many_are_remembered() -> None:
+    fleet = Fleet("a", "b", settings=replace(PATIENT, remembered_devices=1))
+    fleet.state.disconnect(1, 10)
+    assert fleet.state.disconnect(2, 20).notes == [DeviceSeen(hello("b").device, 20), DeviceForgotten("a")]
 
 
 def test_devices_in_maintenance_or_reserved_are_there_after_a_restart_though_they_are_off() -> None:

@@ -21,6 +21,8 @@ from kedge.rpc.tracker.database import Postgres, Sqlite
 from kedge.rpc.tracker.facts import (
     BlobForgotten,
     BlobOwned,
+    DeviceForgotten,
+    DeviceSeen,
     Fact,
     JobAccepted,
     JobAssigned,
@@ -42,6 +44,7 @@ from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import (
     Blob,
     DeviceFault,
+    DeviceInfo,
     JobFilter,
     JobResult,
     JobSpec,
@@ -450,6 +453,30 @@ class Watched(Sqlite):
             self.asked[statement] = parameters[0] if many else parameters
 
         return engine
+
+
+def test_devices_are_as_they_came_or_went_last(place: Place) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    one, moved, two, three = (
+        DeviceInfo(name, "x86_64", {"rack": rack})
+        for name, rack in (("one", "a"), ("one", "b"), ("two", "a"), ("three", "a"))
+    )
+    store = Store(place)
+    write(store, accepted("d", 1), DeviceSeen(one, 1), DeviceSeen(two, 2))
+    write(store, DeviceSeen(moved, 3), DeviceSeen(three, 4), DeviceForgotten("two"))
+    store.close()
+    again = Store(place)
+    assert again.found.devices == (DeviceSeen(moved, 3), DeviceSeen(three, 4))
+    again.close()
+    engine = database.engine()
+    with engine.begin() as connection:  # as the eighth schema was
+        connection.execute(sa.text("DROP TABLE devices"))
+        connection.execute(sa.text("UPDATE meta SET value = '8' WHERE name = 'schema'"))
+    engine.dispose()
+    newer = Store(place)
+    assert newer.found.devices == () and len(newer.found.records) == 1
+    write(newer, DeviceSeen(one, 5))
+    newer.close()
 
 
 def test_a_database_of_the_seventh_schema_knows_how_large_results_are(place: Place) -> None:

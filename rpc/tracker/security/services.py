@@ -109,11 +109,12 @@ class EnrolmentService:
 
 
 class AccessService:
-    """Tokens and devices, for administrators."""
+    """Tokens and devices, for administrators. `forget` is told of devices that are revoked."""
 
-    def __init__(self, security: Security, end: End) -> None:
+    def __init__(self, security: Security, end: End, forget: Callable[[str], None]) -> None:
         self._security = security
         self._end = end
+        self._forget = forget
 
     @typed_errors
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenResponse:
@@ -168,6 +169,7 @@ class AccessService:
             self._security.audit.write("device revoked", device=device.name, **by)
             error = AuthenticationError(f"the device {device.name!r} was revoked", hint=REVOKED_HINT)
             self._end(agent_owner(device.name), "", error)
+            self._forget(device.name)
 
         return _enrolled(await self._security.change(lambda: self._security.devices.revoke(request.device), end))
 
