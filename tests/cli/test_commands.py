@@ -37,18 +37,18 @@ def test_run_saves_what_the_reference_computes(kedge: Kedge, digits: Path, tmp_p
     assert (probabilities.argmax(1) == labels).mean() > 0.95
 
 
-def test_run_with_random_inputs_is_repeatable(kedge: Kedge, digits: Path) -> None:
-    first, second = (kedge("run", digits, "--shape", "image=3,1,8,8", "--json") for _ in range(2))
+def test_run_with_random_inputs_is_repeatable(kedge_here: Kedge, digits: Path) -> None:
+    first, second = (kedge_here("run", digits, "--shape", "image=3,1,8,8", "--json") for _ in range(2))
     assert first.returncode == 0, first.stderr
     facts = json.loads(first.stdout)["probabilities"]
     assert facts["shape"] == [3, 10] and facts["mean"] == pytest.approx(0.1, rel=1e-4)
     assert first.stdout == second.stdout
-    other = kedge("run", digits, "--shape", "image=3,1,8,8", "--seed", "1", "--json")
+    other = kedge_here("run", digits, "--shape", "image=3,1,8,8", "--seed", "1", "--json")
     assert other.stdout != first.stdout
 
 
-def test_bench_reports_samples_with_their_protocol(kedge: Kedge, digits: Path) -> None:
-    done = kedge("bench", digits, "--repeat", "7", "--min-repeat-ms", "1", "--json")
+def test_bench_reports_samples_with_their_protocol(kedge_here: Kedge, digits: Path) -> None:
+    done = kedge_here("bench", digits, "--repeat", "7", "--min-repeat-ms", "1", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert len(report["samples_ns"]) == 7
@@ -56,22 +56,22 @@ def test_bench_reports_samples_with_their_protocol(kedge: Kedge, digits: Path) -
     assert report["verdict"] in ("valid", "suspect")
 
 
-def test_bench_times_as_it_is_told(kedge: Kedge, digits: Path) -> None:
+def test_bench_times_as_it_is_told(kedge_here: Kedge, digits: Path) -> None:
     told = ("--repeat", "4", "--number", "3", "--warmup", "2", "--cooldown-interval-ms", "0.5")
     more = ("--repeats-to-cooldown", "2", "--cache-flush-bytes", "64KiB", "--limit-zero-time-iterations", "7")
-    protocol = json.loads(kedge("bench", digits, *told, *more, "--json").stdout)["protocol"]
+    protocol = json.loads(kedge_here("bench", digits, *told, *more, "--json").stdout)["protocol"]
     assert protocol == {
         "number": 3, "repeat": 4, "min_repeat_ns": 0, "warmup": 2, "limit_zero_time_iterations": 7,
         "cooldown_interval_ns": 500_000, "repeats_to_cooldown": 2, "cache_flush_bytes": 64 << 10, "profile": False,
     }  # fmt: skip
 
 
-def test_bench_shows_where_the_time_goes(kedge: Kedge, digits: Path) -> None:
+def test_bench_shows_where_the_time_goes(kedge_here: Kedge, digits: Path) -> None:
     short = ("--profile", "--repeat", "3", "--min-repeat-ms", "1")
-    done = kedge("bench", digits, *short, "--json")
+    done = kedge_here("bench", digits, *short, "--json")
     assert done.returncode in (0, 1), done.stderr  # 1: the machine is too busy to believe the timing
     check_digits_profile(json.loads(done.stdout))
-    done = kedge("bench", digits, *short, "--shape", "image=3,1,8,8")
+    done = kedge_here("bench", digits, *short, "--shape", "image=3,1,8,8")
     head, *rows = done.stdout.splitlines()
     assert head.split() == [
         "kernel", "calls", "time/call", "share", "GFLOP/s", "GB/s", "roofline", "rule", "decisions", "from",
@@ -80,8 +80,8 @@ def test_bench_shows_where_the_time_goes(kedge: Kedge, digits: Path) -> None:
     assert "3 samples of" in done.stdout
 
 
-def test_validate_compares_outputs_and_layers(kedge: Kedge, digits: Path) -> None:
-    done = kedge("validate", digits_model(), digits, "--shape", "image=5,1,8,8", "--json")
+def test_validate_compares_outputs_and_layers(kedge_here: Kedge, digits: Path) -> None:
+    done = kedge_here("validate", digits_model(), digits, "--shape", "image=5,1,8,8", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [item["name"] for item in report["outputs"]] == ["probabilities"] and report["outcome"] == "ok"
@@ -90,7 +90,7 @@ def test_validate_compares_outputs_and_layers(kedge: Kedge, digits: Path) -> Non
     assert report["worst_layer"]["name"] in {layer["name"] for layer in report["layers"]}
 
 
-def test_a_file_of_bfloat16_serves_every_command(kedge: Kedge, tmp_path: Path) -> None:
+def test_a_file_of_bfloat16_serves_every_command(kedge_here: Kedge, tmp_path: Path) -> None:
     """numpy writes bfloat16 as two bytes without a meaning."""
     import onnx
     from onnx import TensorProto, helper
@@ -107,16 +107,16 @@ def test_a_file_of_bfloat16_serves_every_command(kedge: Kedge, tmp_path: Path) -
         ("validate", model, artifact, "--inputs", data),
         ("bench", artifact, "--inputs", data, "--repeat", "2"),
     ):
-        done = kedge(*command)
+        done = kedge_here(*command)
         assert done.returncode == 0, done.stderr
     with np.load(out) as saved:
         assert saved["y"].view("bfloat16").astype(float).tolist() == [[0, 0, 1.5, 3]]
     np.savez(data, x=np.zeros((1, 4), np.float32))
-    done = kedge("validate", model, artifact, "--inputs", data)
+    done = kedge_here("validate", model, artifact, "--inputs", data)
     assert done.returncode != 0 and "input 'x' has dtype float32, expected x: bfloat16" in done.stderr
 
 
-def test_validate_fails_on_another_model_s_artifact(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
+def test_validate_fails_on_another_model_s_artifact(kedge_here: Kedge, digits: Path, tmp_path: Path) -> None:
     import onnx
 
     model = onnx.load(digits_model())
@@ -124,18 +124,18 @@ def test_validate_fails_on_another_model_s_artifact(kedge: Kedge, digits: Path, 
     values = onnx.numpy_helper.to_array(weight) * np.float32(1.5)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, tmp_path / "other.onnx")
-    done = kedge("validate", tmp_path / "other.onnx", digits)
+    done = kedge_here("validate", tmp_path / "other.onnx", digits)
     assert done.returncode == 1
     assert "differs" in done.stdout
-    told = json.loads(kedge("validate", tmp_path / "other.onnx", digits, "--no-layers", "--json").stdout)
+    told = json.loads(kedge_here("validate", tmp_path / "other.onnx", digits, "--no-layers", "--json").stdout)
     assert (told["ok"], told["outcome"]) == (False, "wrong_result")
 
 
-def test_inspect_model_and_artifact(kedge: Kedge, digits: Path) -> None:
-    model = kedge("inspect", digits_model())
+def test_inspect_model_and_artifact(kedge_here: Kedge, digits: Path) -> None:
+    model = kedge_here("inspect", digits_model())
     assert model.returncode == 0, model.stderr
     assert "Conv" in model.stdout and "every operator is supported" in model.stdout
-    artifact = kedge("inspect", digits, "--json")
+    artifact = kedge_here("inspect", digits, "--json")
     facts = json.loads(artifact.stdout)
     assert facts["functions"][0]["name"] == "main"
     assert facts["functions"][0]["inputs"] == ["image: float32[N, 1, 8, 8]"]
@@ -307,11 +307,11 @@ def test_bad_input_is_one_clear_error(kedge_here: Kedge, digits: Path, tmp_path:
     assert not (tmp_path / "x.kdg").exists()
 
 
-def test_an_artifact_for_another_architecture_is_refused_here(kedge: Kedge, tmp_path: Path) -> None:
+def test_an_artifact_for_another_architecture_is_refused_here(kedge_here: Kedge, tmp_path: Path) -> None:
     path = tmp_path / "arm.kdg"
-    done = kedge("compile", digits_model(), "--target", "raspberry-pi/4b", "-o", path)
+    done = kedge_here("compile", digits_model(), "--target", "raspberry-pi/4b", "-o", path)
     assert done.returncode == 0, done.stderr
-    refused = kedge("run", path)
+    refused = kedge_here("run", path)
     assert refused.returncode == 4
     assert "aarch64" in refused.stderr and "hint: " in refused.stderr
 
@@ -330,9 +330,9 @@ def test_tables_take_text_as_it_is_and_end_where_it_ends(capsys: pytest.CaptureF
 
 
 def test_a_log_gets_a_line_for_each_stage_that_someone_waits_for(capfd: pytest.CaptureFixture[str]) -> None:
-    with output._plain_lines("quick", patience_s=60) as report:
+    with output._plain_lines(output.stderr(), "quick", patience_s=60) as report:
         report("over at once")
-    with output._plain_lines("slow", patience_s=0) as report:
+    with output._plain_lines(output.stderr(), "slow", patience_s=0) as report:
         report("first")
         wait_until(lambda: "first" in capfd.readouterr().err)
         report("second")
@@ -420,15 +420,15 @@ def test_outputs_can_go_to_a_pipe_or_device(kedge: Kedge, digits: Path) -> None:
     assert Path("/dev/full").is_char_device()
 
 
-def test_one_artifact_for_several_machines(kedge: Kedge, tmp_path: Path) -> None:
+def test_one_artifact_for_several_machines(kedge_here: Kedge, tmp_path: Path) -> None:
     path = tmp_path / "many.kdg"
     targets = [word for target in ("x86-64", "x86-64-v3", "aws/graviton2") for word in ("--target", target)]
-    assert kedge("compile", digits_model(), *targets, "-o", path).returncode == 0
-    facts = json.loads(kedge("inspect", path, "--json").stdout)
+    assert kedge_here("compile", digits_model(), *targets, "-o", path).returncode == 0
+    facts = json.loads(kedge_here("inspect", path, "--json").stdout)
     assert [variant["arch"] for variant in facts["variants"]] == ["x86_64", "x86_64", "aarch64"]
     # Weights are packed for vectors of 128 bits, which two of the machines have, and of 256.
     assert sum(member["name"].endswith(".safetensors") for member in facts["members"]) == 2
-    assert kedge("run", path).returncode == 0
+    assert kedge_here("run", path).returncode == 0
 
 
 def test_completion_is_offered(kedge: Kedge) -> None:

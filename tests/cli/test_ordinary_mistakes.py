@@ -130,25 +130,27 @@ def test_a_mistake_is_one_clear_error(
     assert not (tmp_path / "x.kdg").exists()
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_the_run(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_written_are_refused_before_the_run(
+    kedge_here: Kedge, digits: Path, tmp_path: Path
+) -> None:
     """The input is wrong, too, which a run would say first."""
     np.savez(tmp_path / "in.npz", imge=np.zeros((1, 1, 8, 8), np.float32))
-    done = kedge("run", digits, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "no" / "out.npz")
+    done = kedge_here("run", digits, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "no" / "out.npz")
     assert done.returncode == 3 and "cannot write" in done.stderr
 
 
-def test_inspect_looks_at_what_a_file_holds(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
+def test_inspect_looks_at_what_a_file_holds(kedge_here: Kedge, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "MODEL.ONNX").write_bytes(digits_model().read_bytes())
     (tmp_path / "artifact").write_bytes(digits.read_bytes())
-    model = kedge("inspect", tmp_path / "MODEL.ONNX")
+    model = kedge_here("inspect", tmp_path / "MODEL.ONNX")
     assert model.returncode == 0 and "Conv" in model.stdout
-    artifact = kedge("inspect", tmp_path / "artifact", "--json")
+    artifact = kedge_here("inspect", tmp_path / "artifact", "--json")
     assert json.loads(artifact.stdout)["functions"][0]["name"] == "main"
 
 
-def test_json_has_no_nan(kedge: Kedge, digits: Path, tmp_path: Path) -> None:
+def test_json_has_no_nan(kedge_here: Kedge, digits: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", image=np.full((1, 1, 8, 8), np.nan, np.float32))
-    done = kedge("run", digits, "--inputs", tmp_path / "in.npz", "--json")
+    done = kedge_here("run", digits, "--inputs", tmp_path / "in.npz", "--json")
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
