@@ -13,10 +13,12 @@ from kedge.compiler.ops import common, registry
 from kedge.compiler.ops.common import NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
-from kedge.compiler.tir.expr import Dim, Expr, as_expr, const, eq, select
+from kedge.compiler.tir.expr import Expr, as_expr, const, eq, select
 
-#: The fewest elements in a run of a running sum, where it has several.
-_RUN = 64
+#: Elements in a run of a running sum, where it has several.
+_RUN = 32
+#: Runs of runs over an axis of a free size: sums of the last ones cost the most from 30 million elements on.
+_FREE_LEVELS = 2
 
 
 def _infer_cumsum(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -39,56 +41,57 @@ def _cumsum(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
 
 
 def _lower_cumsum(tensors: Sequence[Tensor], attrs: Attrs, types: tuple[TensorType, ...]) -> tuple[Tensor, ...]:
-    """Each element is what its run of elements has up to it, and what the runs before have.
-
-    Sums of one element do not wait for those of another, and take a run's length in steps, not that of the axis.
-    """
+    """The running sums, narrowed to the dtype of the result."""
     (x,) = tensors
     axis = common.axis_of(attrs["axis"], len(x.shape))
-    size = x.shape[axis]
-    run = _run_length(size)
-    count = plain((as_expr(size) + (run - 1)) // run)
-    k, each, j = te.reduce_axis(run, "k"), te.reduce_axis(run, "k"), te.reduce_axis(count, "j")
+    sums = _running_sums(x, axis, attrs["exclusive"], attrs["reverse"], _FREE_LEVELS)
+    if sums.dtype == types[0].dtype:
+        return (sums,)
+    return (common.elementwise(types[0], "cumsum_cast", lambda *indices: sums.at(indices)),)
+
+
+def _running_sums(x: Tensor, axis: int, exclusive: bool, reverse: bool, levels: int) -> Tensor:
+    """Each element is what its run of elements has up to it, and what the runs before have: their running sums.
+
+    Sums of one element do not wait for those of another. Runs of runs make the steps grow with the length, and not
+    with its square; over free sizes there are `levels` of them.
+    """
+    length = x.shape[axis]
+    size = as_expr(length)
+    is_short = levels == 0 if isinstance(length, Expr) else length <= 2 * _RUN
+    run = length if is_short else _RUN
+    count = plain((size + (_RUN - 1)) // _RUN)
+    k, each = te.reduce_axis(run, "k"), te.reduce_axis(run, "k")
     zero = const(0, common.wide_dtype(x.dtype))
+
+    def place_of(indices: Sequence[Expr]) -> Expr:
+        """How many elements come before an element."""
+        return size - 1 - indices[axis] if reverse else indices[axis]
 
     def value(indices: Sequence[Expr], place: Expr) -> Expr:
         """The element that `place` others come before."""
-        at = as_expr(size) - 1 - place if attrs["reverse"] else place
+        at = size - 1 - place if reverse else place
         return common.read(x, (*indices[:axis], at, *indices[axis + 1 :]))
 
     def own(*indices: Expr) -> Expr:
-        place = as_expr(size) - 1 - indices[axis] if attrs["reverse"] else indices[axis]
-        first = place // run * run
-        taken = first + k < place if attrs["exclusive"] else first + k <= place
-        return select(taken, value(indices, first + k), zero)
-
-    if run == size:
-        return (common.reduction(types[0], "cumsum", te.sum, own, [k]),)
+        place = place_of(indices)
+        other = as_expr(k) if is_short else place // _RUN * _RUN + k
+        return te.sum(select(other < place if exclusive else other <= place, value(indices, other), zero), k)
 
     def total(*indices: Expr) -> Expr:
-        place = indices[axis] * run + each
-        return te.sum(select(place < as_expr(size), value(indices, place), zero), each)
-
-    def before(*indices: Expr) -> Expr:
-        other = totals.at((*indices[:axis], j, *indices[axis + 1 :]))
-        return te.sum(select(j < indices[axis], other, zero), j)
+        place = indices[axis] * _RUN + each
+        return te.sum(select(place < size, value(indices, place), zero), each)
 
     def result(*indices: Expr) -> Expr:
-        place = as_expr(size) - 1 - indices[axis] if attrs["reverse"] else indices[axis]
-        return sums.at(indices) + earlier.at((*indices[:axis], place // run, *indices[axis + 1 :]))
+        before = (*indices[:axis], place_of(indices) // _RUN, *indices[axis + 1 :])
+        return sums.at(indices) + earlier.at(before)
 
-    runs = (*x.shape[:axis], count, *x.shape[axis + 1 :])
-    totals = te.compute(runs, total, name="run_totals")
-    earlier = te.compute(runs, before, name="runs_before")
-    sums = te.compute(x.shape, lambda *i: te.sum(own(*i), k), name="run_sums")
-    return (common.elementwise(types[0], "cumsum", result),)
-
-
-def _run_length(size: Dim) -> int:
-    """All of a short axis; else what makes the fewest steps: `size * run` within runs, `(size / run)**2` over them."""
-    if not isinstance(size, int):
-        return _RUN
-    return size if size <= 2 * _RUN else max(_RUN, round((2 * size) ** (1 / 3)))
+    sums = te.compute(x.shape, own, name="run_sums")
+    if is_short:
+        return sums
+    totals = te.compute((*x.shape[:axis], count, *x.shape[axis + 1 :]), total, name="run_totals")
+    earlier = _running_sums(totals, axis, True, False, levels - 1)
+    return te.compute(x.shape, result, name="cumsum")
 
 
 registry.register(
