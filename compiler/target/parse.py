@@ -151,9 +151,21 @@ def _arch_of_triple(triple: str) -> Arch:
                 raise TargetError(
                     f"triple {triple!r}: kedge makes code for Linux only", hint=f"for instance {machine}-linux-gnu"
                 )
+            _check_environment(triple, arch)
             return arch
     known = [f"{alias}-linux-gnu" for arch in ARCHS for alias in arch.aliases[:1]]
     raise TargetError(f"triple {triple!r}: unknown architecture {machine!r}", hint=nearest(triple, known))
+
+
+def _check_environment(triple: str, arch: Arch) -> None:
+    """Refuse a C library or a calling convention that the runtime, which loads what is compiled, is not made for."""
+    own = arch.triple.rpartition("-")[2]
+    environment = triple.partition("linux")[2].removeprefix("-")
+    if environment not in ("", "gnu", own):
+        raise TargetError(
+            f"triple {triple!r}: kedge's runtime and runner are for glibc, not {environment!r}",
+            hint=f"{arch.triple}, for a system that has glibc 2.17 or newer (RISC-V: 2.27)",
+        )
 
 
 def _finish(draft: _Draft, text: str) -> Target:
