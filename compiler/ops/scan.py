@@ -17,8 +17,8 @@ from kedge.compiler.tir.expr import Expr, as_expr, const, eq, select
 
 #: Elements in a run of a running sum, where it has several.
 _RUN = 32
-#: Runs of runs over an axis of a free size: sums of the last ones cost the most from 30 million elements on.
-_FREE_LEVELS = 2
+#: Runs of runs over an axis of a free size: sums of the last ones cost little up to billions of elements.
+_FREE_LEVELS = 3
 
 
 def _infer_cumsum(types: Sequence[TensorType], attrs: Attrs) -> tuple[TensorType, ...]:
