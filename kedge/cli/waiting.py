@@ -43,7 +43,7 @@ def watching(fleet: Any, device: str, report: output.Report) -> Iterator[None]:
 
 
 def wait_text(job: Job) -> str:
-    """Of a queued job: its place and about when it starts, as far as they are known; ", 3rd in line, about 12 s"."""
+    """Of a queued job: its place and about when it starts, as far as they are known; ", number 3 in line"."""
     place = f", number {job.position} in line" if job.position > 1 else ""
     return place + (f", about {output.age_text(job.eta_ms / 1000)}" if job.eta_ms else "")
 
