@@ -83,8 +83,11 @@ _NO_ROOM = (DiskFullError, BlobQuotaError)
 _CALM_PAUSE_S = 1.0
 #: A runner that says nothing for so long is broken.
 _START_S = 30.0
-#: A job that could have the spare waits so long for one that is being started, and then starts a runner of its own.
-_COMING_S = 1.0
+#: Of the time that a job's runner has to start: how long it waits for the spare that is being started, which is ahead of
+#: one of its own however slow the board is, and leaves time for that one where the spare hangs.
+_COMING_SHARE = 0.5
+#: An agent that ends waits so long for the spare that is being started, and was given up, to be cleared away.
+_GIVE_UP_S = 1.0
 #: Files a runner may have open: its library, weights, shared tensors, and some to spare.
 _OPEN_FILES = 64
 #: The largest file that it may write, of those in memory too: larger outputs travel in pieces.
@@ -192,7 +195,7 @@ class Board:
     def take_seat(self, limits: native.Limits, patience_s: float, *, timing: bool) -> Seat:
         """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back."""
         cpus, ends = self._cpus(timing), time.monotonic() + patience_s
-        spare = self.spare.take(limits, cpus, min(_COMING_S, patience_s))
+        spare = self.spare.take(limits, cpus, patience_s * _COMING_SHARE)
         # What has exited was the first that the system ends when memory runs out.
         if spare is not None and (not spare.fits(limits, cpus) or spare.runner.exited):
             self.vacate(spare)
@@ -216,7 +219,7 @@ class Board:
         if seat is not None:
             self.vacate(seat)
         if coming is not None:
-            coming.over.wait(_COMING_S)
+            coming.over.wait(_GIVE_UP_S)
 
     def _prepare(self, coming: Coming) -> None:
         try:

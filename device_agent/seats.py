@@ -88,8 +88,7 @@ class Spare:
             there = self._coming or self._seat
             if self._closed or (there is not None and (there.limits, there.cpus) == (limits, cpus)):
                 return None
-            if self._coming is not None:
-                self._coming.give_up()
+            self._give_up()
             self._coming = Coming(limits, cpus)
             return self._coming
 
@@ -120,7 +119,12 @@ class Spare:
 
     def _clear(self) -> Optional[Seat]:
         seat, self._seat = self._seat, None
+        self._give_up()
+        return seat
+
+    def _give_up(self) -> None:
+        """Want the one that is being started no more; whoever waits for it hears so."""
         coming, self._coming = self._coming, None
         if coming is not None:
             coming.give_up()
-        return seat
+            self._changed.notify_all()

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 from kedge.device_agent import jobs
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.runner import Limits
-from kedge.device_agent.seats import Seat
+from kedge.device_agent.seats import Seat, Spare
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.types import Blob, Deadlines, JobSpec
 from support.agents import runs, wait_for
@@ -168,10 +168,7 @@ def hanging(idle: Board, tmp_path: Path) -> Iterator[int]:
     wait_for(lambda: not runs(int(said.read_text())), "it to end")
 
 
-def test_a_job_waits_for_none_that_it_does_not_fit(
-    idle: Board, manifest: Blob, hanging: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jobs, "_COMING_S", 20.0)
+def test_a_job_waits_for_none_that_it_does_not_fit(idle: Board, manifest: Blob, hanging: int) -> None:
     began = time.monotonic()
     work(idle, run_spec(manifest, "add", Deadlines(run_ms=1_000)))
     assert time.monotonic() - began < 10.0
@@ -187,20 +184,38 @@ def test_nor_does_a_session(idle: Board, hanging: int) -> None:
     idle.remove_folder(folder)
 
 
-def test_a_job_that_it_would_fit_does_not_wait_for_long(idle: Board, manifest: Blob, hanging: int) -> None:
+def test_a_job_that_it_would_fit_has_time_left_for_a_runner_of_its_own(
+    idle: Board, manifest: Blob, hanging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_START_S", 4.0)
     began = time.monotonic()
     work(idle, run_spec(manifest, "add"))
-    assert 0.9 < time.monotonic() - began < 10.0
+    assert 1.9 < time.monotonic() - began < 10.0
     waiting(idle)
 
 
-def test_one_that_is_about_to_be_there_is_waited_for(idle: Board, manifest: Blob) -> None:
+def test_one_that_is_about_to_be_there_is_waited_for_on_a_slow_board_too(idle: Board, manifest: Blob) -> None:
     seat = waiting(idle)
     assert idle.spare.drop() is seat
     coming = idle.spare.expect(seat.limits, seat.cpus)
     assert coming is not None
-    threading.Timer(0.1, idle.spare.put, (coming, seat)).start()
+    threading.Timer(1.5, idle.spare.put, (coming, seat)).start()
     assert work(idle, run_spec(manifest, "add")) is seat
+
+
+@pytest.mark.parametrize("end", [Spare.close, Spare.drop, lambda spare: spare.expect(Limits(cpu_s=1), None)])
+def test_a_job_that_waits_for_one_hears_when_it_is_given_up(end: Callable[[Spare], object]) -> None:
+    spare, taken = Spare(), threading.Event()
+    assert spare.expect(Limits(), None) is not None
+
+    def take() -> None:
+        assert spare.take(Limits(), None, 600.0) is None
+        taken.set()
+
+    threading.Thread(target=take, daemon=True).start()
+    wait_for(lambda: bool(spare._changed._waiters), "the job to wait")  # type: ignore[attr-defined]
+    end(spare)
+    assert taken.wait(10.0)
 
 
 def test_an_agent_that_ends_leaves_none_behind(idle: Board, hanging: int) -> None:
