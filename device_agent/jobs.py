@@ -83,8 +83,8 @@ _NO_ROOM = (DiskFullError, BlobQuotaError)
 _CALM_PAUSE_S = 1.0
 #: A runner that says nothing for so long is broken.
 _START_S = 30.0
-#: Of the time that a job's runner has to start: how long it waits for the spare that is being started, which is ahead of
-#: one of its own however slow the board is, and leaves time for that one where the spare hangs.
+#: Of the time that a job's runner has to start: how long it waits for the spare that is being started, which is ahead
+#: of one of its own however slow the board is. The rest is for that one, where the spare hangs.
 _COMING_SHARE = 0.5
 #: An agent that ends waits so long for the spare that is being started, and was given up, to be cleared away.
 _GIVE_UP_S = 1.0
