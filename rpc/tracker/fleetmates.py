@@ -181,6 +181,7 @@ class Fellows(Fleetmates):
             return False
         asked = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         asked.add_done_callback(lambda _done: self._free.release())
+        asked.add_done_callback(_heard)
         try:
             async with asyncio.timeout(patience_s):
                 await asyncio.shield(asked)
@@ -194,12 +195,11 @@ class Fellows(Fleetmates):
             mate.avoid_until = time.monotonic() + _AVOID_S
             mate.offer_due = 0.0
             mate.has_until.clear()
-            asked.add_done_callback(_heard)
             return False
         return True
 
 
 def _heard(asked: asyncio.Future[Any]) -> None:
-    """What came too late has been told of."""
+    """What comes too late, or when nobody waits for it any more, is no error that nobody knows."""
     if not asked.cancelled():
         asked.exception()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -85,6 +86,30 @@ def test_no_tracker_is_blamed_for_the_time_that_others_take(tracker: RunningTrac
         assert not quick.done()
         let_go.set()
         assert await quick is True and all(await asyncio.gather(*slow)) and mate.avoid_until == 0.0
+
+    with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
+
+
+def test_what_goes_wrong_when_nobody_waits_any_more_is_no_mystery(tracker: RunningTracker, tmp_path: Path) -> None:
+    async def act(fellows: Fellows) -> None:
+        unknown: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unknown.append(context))
+        (mate,), let_go = fellows._mates.values(), threading.Event()
+
+        def fail() -> None:
+            let_go.wait(60)
+            raise ValueError("Cannot invoke RPC on closed channel!")
+
+        asking = asyncio.create_task(fellows._ask(mate, "blobs", 60.0, fail))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait([asking])
+        let_go.set()
+        await asyncio.gather(*(fellows._free.acquire() for _ in range(8)))  # the eighth is the one that it had
+        del asking
+        gc.collect()
+        await asyncio.sleep(0)
+        assert unknown == []
 
     with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
 
