@@ -19,6 +19,8 @@ from kedge.compiler.tir.expr import Expr
 _LARGEST = 1 << 16
 #: As many floats scale the shape of a tensor.
 _FEW = 64
+#: Numerators of larger floats, of infinities and NaN are no int64.
+_LARGEST_FLOAT = 2.0**53
 #: These may make a large tensor of a few numbers.
 _GROWING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "EyeLike", "Pad", "Resize", "OneHot"})
 
@@ -82,7 +84,7 @@ def _fold_symbolic(node: Node, contents: Sequence[Array | None]) -> Sequence[Ent
     if evaluate is None or not dtype.startswith(("int", "bool", "float32", "float64")):
         return None
     floats = [content for content in contents if content is not None and content.dtype.kind == "f"]
-    if not all(np.isfinite(each).all() for each in floats):
+    if not all((np.abs(each) < _LARGEST_FLOAT).all() for each in floats):
         return None
     try:
         # An input that is left out before others is empty.
