@@ -19,7 +19,7 @@ def kedge() -> Kedge:
 
     def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            kedge_command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
+            kedge_command(*arguments), capture_output=True, text=True, timeout=300, check=False, **options
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done
