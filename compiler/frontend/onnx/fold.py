@@ -17,7 +17,8 @@ from kedge.compiler.tir.expr import Expr
 
 #: Larger constants stay operators: they are not shape arithmetic, and the graph's own folding sees them later.
 _LARGEST = 1 << 16
-#: As many floats scale the shape of a tensor.
+#: What shapes are scaled by, as floats; and how many floats that takes at most.
+_SCALING = frozenset({"Add", "Sub", "Mul", "Div", "Concat"})
 _FEW = 64
 #: Numerators of larger floats, of infinities and NaN are no int64.
 _LARGEST_FLOAT = 2.0**53
@@ -31,7 +32,7 @@ def fold(node: Node) -> Sequence[Entry | None] | None:
         return None
     places = range(len(node.proto.input))
     contents = [node.content(index) for index in places]
-    if any(isinstance(node.entry(index), Dims) for index in places):  # floats may scale it
+    if node.proto.op_type in _SCALING and any(isinstance(node.entry(index), Dims) for index in places):
         contents = [_factors(node, index) if content is None else content for index, content in enumerate(contents)]
     if any(content is None and node.has(index) for index, content in enumerate(contents)):
         return None
