@@ -15,7 +15,7 @@ from typing import IO, Any
 from kedge.deploy.interpreter import module_command
 from kedge.rpc.errors import KedgeError
 
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
 
