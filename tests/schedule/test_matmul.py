@@ -328,6 +328,21 @@ def test_rows_that_do_not_stay_go_in_blocks_that_do(m, k, n, block):
     assert 2 * chosen["block"] * chosen["rows"] * k * 4 <= target.l2_bytes
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "n", "packs"),
+    [
+        (256, 256, 256, True),
+        (197, 768, 3072, True),
+        (64, 64, 64, False),
+        (16, 2048, 2048, False),
+        (512, 999, 32, False),
+    ],
+)
+def test_where_lines_from_the_second_cache_are_too_slow_few_rows_are_worth_packing(m, k, n, packs):
+    fast = replace(AVX512, fma_per_cycle=2.0, loads_per_cycle=2.0, num_cores=1)
+    assert RULE.default(product(m, k, n), fast)["pack_b"] is packs
+
+
 def test_without_a_third_cache_few_rows_are_worth_packing():
     func = product(64, 512, 512)
     assert RULE.default(func, replace(AVX2, l3_bytes=0))["pack_b"]

@@ -400,6 +400,28 @@ def pointwise(channels: int) -> PrimFunc:
     return te.create_prim_func([x, w, y], "pointwise")
 
 
+def pointwise_blocks(filters: int, width: int) -> PrimFunc:
+    """A 1x1 convolution of `filters` blocks of filters over two blocks of channels, with rows of `width`."""
+    x, w = te.placeholder((2, 4, width, 16), "float32", "x"), te.placeholder((filters, 32, 16), "float32", "w")
+    c, i = te.reduce_axis(2, "c"), te.reduce_axis(16, "i")
+    y = te.compute(
+        (filters, 4, width, 16), lambda f, h, v, o: te.sum(x[c, h, v, i] * w[f, c * 16 + i, o], (c, i)), name="y"
+    )
+    return te.create_prim_func([x, w, y], "pointwise")
+
+
+@pytest.mark.parametrize(
+    ("width", "filters", "rows", "vectors"), [(14, 8, 14, 2), (28, 8, 14, 2), (7, 6, 7, 3), (14, 1, 14, 1)]
+)
+def test_cores_that_multiply_as_often_as_they_load_elements_share_these(width, filters, rows, vectors):
+    func = pointwise_blocks(filters, width)
+    fast = replace(AVX512, fma_per_cycle=2.0, loads_per_cycle=2.0)
+    kernel = schedule_func(func, fast)
+    assert (kernel.decisions["rows"], kernel.decisions["vectors"]) == (rows, vectors)
+    slow = schedule_func(func, replace(AVX512, fma_per_cycle=1.0, loads_per_cycle=1.0))
+    assert (slow.decisions["rows"], slow.decisions["vectors"]) == (min(width, 14), 1)
+
+
 def taps(kernel: int) -> PrimFunc:
     """A depthwise convolution of one block of channels, 28x28, without padding."""
     size = 27 + kernel

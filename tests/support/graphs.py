@@ -72,7 +72,11 @@ def run_lowered(module: Module, inputs: Mapping[str, Array], target: Target = X8
 
 
 def compare(got: Mapping[str, Array], expected: Mapping[str, Array], *, rtol: float, atol: float) -> None:
-    """Assert that outputs agree in name, dtype, shape and value."""
+    """Assert that outputs agree in name, dtype, shape and value.
+
+    `atol` is of a tensor's largest element, where that is above 1: what is left of sums whose terms cancel each other
+    is as wrong as these are.
+    """
     assert list(got) == list(expected)
     for name, array in expected.items():
         assert got[name].dtype == array.dtype, name
@@ -80,7 +84,9 @@ def compare(got: Mapping[str, Array], expected: Mapping[str, Array], *, rtol: fl
         if str(array.dtype) in FLOATS:
             loose = {"float16": 4e-3, "bfloat16": 2**-7}.get(str(array.dtype), 0.0)
             have, array = (each.astype(np.float64) for each in (got[name], array))
-            np.testing.assert_allclose(have, array, rtol=max(rtol, loose), atol=max(atol, loose), err_msg=name)
+            largest = max(1.0, np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0.0))
+            least = max(atol, loose) * largest
+            np.testing.assert_allclose(have, array, rtol=max(rtol, loose), atol=least, err_msg=name)
         else:
             np.testing.assert_array_equal(got[name], array, err_msg=name)
 

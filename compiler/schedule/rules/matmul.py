@@ -58,6 +58,11 @@ _ROWS_TO_PACK = 32
 #: does not. To pack a vector takes about 4 cycles, more where its line comes from afar; one of a panel that lies too
 #: far apart to stay in the second-level cache costs a tile 0.1 to 0.3 of a cycle more, since the next cache keeps up.
 _TILES_TO_PACK, _TILES_TO_PACK_FROM_AFAR = 48, 24
+#: Bytes that a core multiplies in a cycle from which a line that lies in a page of its own is too slow in coming, and
+#: the tiles from which packing pays there. On a Sapphire Rapids, which multiplies twice 512 bits, lines from the second
+#: cache took a tile 1 to 2 cycles more than packed ones (256^3, 1000^3), from the third 6 (197x768x3072: 1.9 of numpy's
+#: time); a Zen 4 has twice the time for each, and waited for neither.
+_FAST_BYTES, _TILES_TO_PACK_FAST = 128, 6
 #: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
 _DOT_DEPTH = 32
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
@@ -209,6 +214,9 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     columns, depth, step = product.extent(product.column), extent_of(product.depth.extent), product.depth_bytes
     if columns is None or depth is None or not step:
         return columns is None or columns > tile.columns
+    if columns > tile.columns and target.fma_per_cycle * target.vector_bits / 8 >= _FAST_BYTES:
+        stays = 2 * depth * tile.columns * product.itemsize <= target.l1_bytes
+        return not stays and -(-height // tile.rows) >= _TILES_TO_PACK_FAST
     keeps_up = target.l3_share_bytes > 0  # else what does not stay near comes from memory
     least = _TILES_TO_PACK if depth * step < target.l3_share_bytes else _TILES_TO_PACK_FROM_AFAR
     if columns <= tile.columns or (keeps_up and -(-height // tile.rows) < least):

@@ -52,6 +52,8 @@ _MOST_UNROLLED_DENSE = 256
 _MOST_UNROLLED_LOADED = 48
 #: What a step of the sums costs beside multiply-adds and loads, in multiply-adds. Chosen in the same way.
 _STEP_CYCLES = 0.5
+#: Of single elements, spread over a vector: what x86 cores with AVX or more load at least.
+_ELEMENTS_PER_CYCLE = 2
 #: Registers of ARMv7, where 14 rows spill and each neighbour is loaded again for every tap.
 _FEW_REGISTERS = 16
 #: Bounds of the search. 14 is a row of a map of 14x14, half of one of 28: with one vector each and one for what is
@@ -98,7 +100,11 @@ def tile_by_model(block: Block, target: TargetModel) -> Tile:
     extent = extent_of(spatial(block)[vector].extent)
     width = fitting_lanes(lanes(target, block), extent)
     row = _row_dim(block, vector)
-    panel = _panel_dim(block, vector, row, target) if not target.memory_operands and width == extent else None
+    panel = (
+        _panel_dim(block, vector, row, target)
+        if width == extent and _may_lack_loads(block, vector, row, target)
+        else None
+    )
     rows, vectors = _tile_shape(block, vector, panel, row, width, target)
     return Tile(vector, width, vectors, panel if vectors > 1 else None, row, rows, parallel=parallel)
 
@@ -196,7 +202,8 @@ def _order(
         inner.append(rows)
     if tile.panel is not None and tile.vectors > 1:
         axes[tile.panel], vectors = sch.split(axes[tile.panel], [None, tile.vectors])
-        inner.insert(0, vectors)  # what rows multiply by comes once for all of them
+        # What takes the fewest registers: all vectors and one row's element at a time, or all elements and one vector.
+        inner.insert(len(inner) if target.memory_operands else 0, vectors)
     factors = [f for f in (1 if tile.panel is not None else tile.vectors, tile.width) if f > 1]
     if tile.vector is not None and factors:
         axes[tile.vector], *steps = sch.split(axes[tile.vector], [None, *factors])
@@ -298,6 +305,25 @@ def _row_dim(block: Block, vector: int) -> int | None:
     return best
 
 
+def _may_lack_loads(block: Block, vector: int, row: int | None, target: TargetModel) -> bool:
+    """Whether a tile of one vector may wait for loads, or for itself: then it is to have several.
+
+    Where multiply-adds take an operand from memory each takes a load. That is no less than they take themselves where
+    a core does as many of them in a cycle as it loads elements, as Intel's with AVX-512 and all with AVX2.
+    """
+    return not target.memory_operands or (
+        target.fma_per_cycle >= _ELEMENTS_PER_CYCLE and _has_elements(block, vector, row)
+    )
+
+
+def _has_elements(block: Block, vector: int, row: int | None) -> bool:
+    """Whether each row multiplies vectors, which all rows share, by an element of its own."""
+    if row is None:
+        return False
+    by_lane, by_row = (strides(block, spatial(block)[dim].var)[1:] for dim in (vector, row))
+    return all((lane == 0) != (step == 0) for lane, step in zip(by_lane, by_row, strict=True))
+
+
 def _panel_dim(block: Block, vector: int, row: int | None, target: TargetModel) -> int | None:
     """A third dim that takes the lanes' loads further and leaves the rows' ones: other output channels, in blocks.
 
@@ -340,6 +366,15 @@ def _tile_shape(
     least_vectors = min(free.TILE_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
     others = _other_registers(block, vector, row, target)
     row_loads = 1 / width if target.fma_by_element else 1.0  # one vector has the elements of several steps
+    lacks_loads = target.memory_operands and panel is not None
+
+    def cycles_of(rows: int, vectors: int) -> float:
+        """Of one step of a tile's sums, in those that a multiply-add takes."""
+        if not lacks_loads:
+            return max(rows * vectors, _LATENCY_TILES) + 0.5 * (row_loads * rows + vectors) + _STEP_CYCLES
+        loads = rows / _ELEMENTS_PER_CYCLE + vectors / target.loads_per_cycle
+        sums = rows * vectors / target.fma_per_cycle
+        return target.fma_per_cycle * (max(sums, loads, target.fma_latency) + 0.1 * vectors) + _STEP_CYCLES
 
     def divmods(size: int, step: int) -> Sequence[tuple[int, int]]:
         """How often each size of a tile comes along a dim."""
@@ -352,16 +387,9 @@ def _tile_shape(
         return size / (math.ceil(size / step) * step) * (1.0 if size % step == 0 else 0.8)
 
     def score(rows: int, vectors: int) -> float:
-        if not target.memory_operands and height is not None and chunks is not None:
-            return (
-                height
-                * chunks
-                / sum(
-                    n * m * (max(r * v, _LATENCY_TILES) + 0.5 * (row_loads * r + v) + _STEP_CYCLES)
-                    for n, r in divmods(height, rows)
-                    for m, v in divmods(chunks, vectors)
-                )
-            )
+        if (lacks_loads or not target.memory_operands) and height is not None and chunks is not None:
+            parts = [(n * m, r, v) for n, r in divmods(height, rows) for m, v in divmods(chunks, vectors)]
+            return height * chunks / sum(count * cycles_of(r, v) for count, r, v in parts)
         count = rows * vectors
         intensity = count / (count + 0.5 * (row_loads * rows + vectors))
         return fit(height, rows) * fit(chunks, vectors) * intensity * min(1.0, (count + 1) / (_LATENCY_TILES + 1))
