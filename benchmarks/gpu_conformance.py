@@ -1,7 +1,7 @@
 """ONNX's own test cases of single operators, and small networks, on a GPU that has no compiler beside it.
 
-python benchmarks/gpu_conformance.py pack FOLDER --target nvidia/h200   # where kedge is installed, with its tests
-python benchmarks/gpu_conformance.py run FOLDER --runtime libkedge_rt.so --device cuda:0   # needs numpy and ml_dtypes
+python benchmarks/gpu_conformance.py pack ARCHIVE.tar.xz --target nvidia/h200   # where kedge and its tests are
+python benchmarks/gpu_conformance.py run ARCHIVE.tar.xz --runtime libkedge_rt.so   # there; needs numpy and ml_dtypes
 
 What is packed passes in the interpreter, whose results the GPU's are held against with the tolerances of each case.
 The runtime comes from `python benchmarks/cuda_smoke.py build FOLDER`. `run` prints how many ran, and which were wrong.
@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ class Folder:
     """Artifacts with inputs and expected outputs, in a folder that is being filled."""
 
     def __init__(self, path: Path, target: str) -> None:
-        path.mkdir(parents=True, exist_ok=True)
         self._path, self._target = path, target
         self.index: list[dict[str, Any]] = []
         self.refused: dict[str, str] = {}
@@ -92,7 +92,7 @@ class Folder:
         (self._path / "index.json").write_text(json.dumps(facts))
 
 
-def pack(path: Path, target: str) -> None:
+def pack(archive: Path, target: str, only: str) -> None:
     import models
     import onnx
     from frontend import test_conformance as conformance
@@ -102,31 +102,33 @@ def pack(path: Path, target: str) -> None:
     from kedge.compiler.frontend.onnx import load_onnx
     from kedge.compiler.graph import interp
 
-    folder = Folder(path, target)
-    for case in track(conformance.load("node"), "single operators"):
-        model = case.model or onnx.load(str(Path(case.model_dir) / "model.onnx"))
-        ran: list[Any] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Folder(Path(scratch), target)
+        for case in track([case for case in conformance.load("node") if fnmatch(case.name, only)], "single operators"):
+            model = case.model or onnx.load(str(Path(case.model_dir) / "model.onnx"))
+            ran: list[Any] = []
 
-        def evaluate(module: Any, feeds: Arrays, ran: list[Any] = ran) -> Arrays:
-            results = conformance.interpreted(module, feeds)
-            ran.append((module, feeds, results))
-            return results
+            def evaluate(module: Any, feeds: Arrays, ran: list[Any] = ran) -> Arrays:
+                results = conformance.interpreted(module, feeds)
+                ran.append((module, feeds, results))
+                return results
 
-        try:
-            conformance.check(case, model, evaluate)
-        except (AssertionError, FrontendError, ValueError):
-            continue  # what kedge does not claim, tests/frontend/test_conformance.py says
-        for module, feeds, results in ran:
-            folder.add(case.name, module, feeds, results, {"rtol": case.rtol, "atol": case.atol})
-    for name, (width, size) in track(NETWORKS.items(), "networks"):
-        network = models.MODELS[name]
-        module = load_onnx(network.make(size=size, width=width).proto())
-        feeds = network.inputs(size=size)
-        folder.add(name, module, feeds, interp.run(module, feeds), {"largest": NETWORK_TOLERANCE})
-    folder.close()
-    with tarfile.open(path.with_suffix(".tar.xz"), "w:xz") as archive:
-        archive.add(path, ".")
-    print(f"{len(folder.index)} packed into {path}.tar.xz, {len(folder.refused)} refused", file=sys.stderr)
+            try:
+                conformance.check(case, model, evaluate)
+            except (AssertionError, FrontendError, ValueError):
+                continue  # what kedge does not claim, tests/frontend/test_conformance.py says
+            for module, feeds, results in ran:
+                folder.add(case.name, module, feeds, results, {"rtol": case.rtol, "atol": case.atol})
+        networks = [each for each in NETWORKS.items() if fnmatch(each[0], only)]
+        for name, (width, size) in track(networks, "networks"):
+            network = models.MODELS[name]
+            module = load_onnx(network.make(size=size, width=width).proto())
+            feeds = network.inputs(size=size)
+            folder.add(name, module, feeds, interp.run(module, feeds), {"largest": NETWORK_TOLERANCE})
+        folder.close()
+        with tarfile.open(archive, "w:xz") as packed:
+            packed.add(scratch, ".")
+    print(f"{len(folder.index)} packed into {archive}, {len(folder.refused)} refused", file=sys.stderr)
 
 
 # What is run ------------------------------------------------------------------------------------------------------
@@ -187,18 +189,20 @@ def run(archive: Path, runtime: Path, device: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pack", "run"])
-    parser.add_argument("folder", type=Path, help="a folder that is made, beside its .tar.xz; with run: that archive")
-    parser.add_argument("--target", default="nvidia/h200", help="with pack (default: nvidia/h200)")
-    parser.add_argument("--runtime", type=Path, help="with run: a libkedge_rt.so for this machine")
-    parser.add_argument("--device", default="cuda:0", help="with run (default: cuda:0)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="compile all cases into an archive")
+    packing.add_argument("archive", type=Path, metavar="ARCHIVE.tar.xz")
+    packing.add_argument("--target", default="nvidia/h200", help="what to compile for (default: nvidia/h200)")
+    packing.add_argument("--only", default="*", metavar="PATTERN", help="of ONNX's cases and the networks, by name")
+    running = commands.add_parser("run", help="run what was packed")
+    running.add_argument("archive", type=Path, metavar="ARCHIVE.tar.xz")
+    running.add_argument("--runtime", type=Path, required=True, help="a libkedge_rt.so for this machine")
+    running.add_argument("--device", default="cuda:0", help='default: cuda:0; "" is the CPU')
     options = parser.parse_args()
-    if options.what == "pack":
-        pack(options.folder, options.target)
+    if options.command == "pack":
+        pack(options.archive, options.target, options.only)
         return 0
-    if options.runtime is None:
-        parser.error("run needs --runtime")
-    report = run(options.folder, options.runtime, options.device)
+    report = run(options.archive, options.runtime, options.device)
     print(json.dumps(report, indent=1))
     return 1 if report["wrong"] else 0
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+from kedge.compiler.target import parse_cpu
+from kedge.compiler.toolchain import build_runtime
 from support import opencl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +43,25 @@ def test_the_benchmark_runs() -> None:
     assert done.returncode == 0, done.stderr
     cases = re.findall(r"^(.+?) +[0-9.]+ us +[0-9]+ GFLOP/s +[0-9]+ GB/s +error ", done.stdout, re.MULTILINE)
     assert len(cases) == 7, done.stdout
+
+
+def test_cases_that_were_packed_run_and_a_wrong_one_is_named(tmp_path: Path) -> None:
+    """On this CPU: where they run makes no difference to the script."""
+    archive = tmp_path / "cases.tar.xz"
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_conformance.py")]
+    packing = [*script, "pack", str(archive), "--target", "native", "--only", "test_cumsum_1d*"]
+    done = subprocess.run(packing, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "cases", filter="data")
+    index = json.loads((tmp_path / "cases" / "index.json").read_text())
+    other = next(number for number, case in enumerate(index["cases"]) if case["name"] == "test_cumsum_1d_reverse")
+    shutil.copy(tmp_path / "cases" / f"{other}.kdg", tmp_path / "cases" / "0.kdg")
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(tmp_path / "cases", ".")
+    runtime = build_runtime(parse_cpu("native")).lib
+    running = [*script, "run", str(archive), "--runtime", str(runtime), "--device", ""]
+    done = subprocess.run(running, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    report = json.loads(done.stdout)
+    assert (done.returncode, list(report["wrong"])) == (1, [index["cases"][0]["name"]])
+    assert report["right"] == report["run"] - 1 >= 3

@@ -71,11 +71,13 @@ def run_lowered(module: Module, inputs: Mapping[str, Array], target: Target = X8
     return run_program(lower(module, target), inputs, **options)
 
 
-def compare(got: Mapping[str, Array], expected: Mapping[str, Array], *, rtol: float, atol: float) -> None:
+def compare(
+    got: Mapping[str, Array], expected: Mapping[str, Array], *, rtol: float, atol: float, of_largest: bool = False
+) -> None:
     """Assert that outputs agree in name, dtype, shape and value.
 
-    `atol` is of a tensor's largest element, where that is above 1: what is left of sums whose terms cancel each other
-    is as wrong as these are.
+    `of_largest`: `atol` is of a tensor's largest element, where that is above 1. What is left of sums whose terms
+    cancel each other is as wrong as these are.
     """
     assert list(got) == list(expected)
     for name, array in expected.items():
@@ -84,8 +86,8 @@ def compare(got: Mapping[str, Array], expected: Mapping[str, Array], *, rtol: fl
         if str(array.dtype) in FLOATS:
             loose = {"float16": 4e-3, "bfloat16": 2**-7}.get(str(array.dtype), 0.0)
             have, array = (each.astype(np.float64) for each in (got[name], array))
-            largest = max(1.0, np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0.0))
-            least = max(atol, loose) * largest
+            finite = np.abs(array, where=np.isfinite(array), out=np.zeros_like(array))
+            least = max(atol, loose) * (max(1.0, finite.max(initial=0.0)) if of_largest else 1.0)
             np.testing.assert_allclose(have, array, rtol=max(rtol, loose), atol=least, err_msg=name)
         else:
             np.testing.assert_array_equal(got[name], array, err_msg=name)
