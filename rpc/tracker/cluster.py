@@ -254,7 +254,7 @@ class Cluster:
             self._close(store)
             raise
         self._store, self.security = store, security
-        self._fellows.epoch = epoch.number
+        self._fellows.lead(epoch.number)
         self._premises.blobs.when_evicted(owners.forget)
         self._leadership = Leadership(self._premises, store, security, owners, holdings, self._fellows)
         self._straying = self._loop.call_later(_STRAYS_S, self._loop.run_in_executor, None, holdings.forget_strays)

@@ -33,6 +33,9 @@ _ANSWER_S = 5.0
 _UPLOAD_S_PER_BYTE = 1e-6
 #: A tracker that failed is left alone for so long; then it is brought up to date.
 _AVOID_S = 10.0
+#: A tracker that begins to lead knows of others by what they tell the database, and one that is being restarted is not
+#: there: until it would be back, what it may have had alone is not missing.
+_RETURN_S = 20.0
 #: Between two offers of all that is needed; a blob that was offered stays for longer than that.
 OFFER_S = 60.0
 
@@ -89,6 +92,12 @@ class Fellows(Fleetmates):
         self._fetching: dict[str, asyncio.Future[None]] = {}
         #: Nobody is blamed for the time that others need of these threads.
         self._free = asyncio.Semaphore(_THREADS)
+        self._returned_at = 0.0
+
+    def lead(self, epoch: int) -> None:
+        """This tracker has begun to lead."""
+        self.epoch = epoch
+        self._returned_at = time.monotonic() + _RETURN_S
 
     def update(self, addresses: dict[str, Address]) -> None:
         """The others that are alive now, by name, with where they serve trackers."""
@@ -114,7 +123,7 @@ class Fellows(Fleetmates):
         wanted = [blob for blob in blobs if not self._blobs.has(blob)]
         if wanted and self._mates:
             await asyncio.gather(*(self._fetch_once(blob) for blob in wanted))
-        return len(self._askable()) == len(self._mates)
+        return len(self._askable()) == len(self._mates) and time.monotonic() >= self._returned_at
 
     async def ensure(self, digests: Iterable[str]) -> None:
         """Send what is not known to be there: a job may need blobs that nobody sent now, since they were here."""

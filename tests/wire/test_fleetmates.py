@@ -7,6 +7,7 @@ import gc
 import socket
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -168,6 +169,31 @@ def test_nothing_is_missing_while_a_tracker_that_may_have_it_is_silent(
 
                 monkeypatch.setattr(Fellows, "fetch", silent_at_first)
                 assert fleet._blobs.read(blob) == data and not silent
+
+
+def test_what_the_last_leader_had_alone_is_not_missing_while_both_are_restarted(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    options = {"settings": QUICK, "database": postgres.new_database()}
+    data = b"only there"
+    blob = blob_of(data)
+    with start(port=0, data_dir=tmp_path / "a", **options) as a:
+        assert a.serving.keys is not None
+        tls = a.serving.keys.admin_tls()
+        with Access(a.address, tls) as access:
+            join = access.create_token("tracker")[1]
+        with start(port=0, data_dir=tmp_path / "b", join=join, **options):
+            pass  # it is known, and then being restarted
+        with Fleet(a.address, tls) as fleet:
+            fleet._blobs.upload(blob, data)
+    with start(port=0, data_dir=tmp_path / "b", **options) as b:
+        b_address = b.address
+        with Fleet(b_address, tls) as fleet, ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(fleet._blobs.read, blob)
+            wait_for(lambda: fleet.status().trackers[0].leads, "b to lead")
+            with start(port=0, data_dir=tmp_path / "a", **options):
+                assert reading.result(timeout=60) == data
 
 
 def test_what_was_dropped_while_another_tracker_led_is_nobodys(tmp_path: Path) -> None:
