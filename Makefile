@@ -11,7 +11,7 @@ PACKAGES := kedge compiler rpc protos device_agent deploy
 export KEDGE_CACHE_DIR ?= $(CURDIR)/.cache/kedge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test compat faults lint protos bench model wheel clean
+.PHONY: help demo test compat faults lint lint-types lint-floors lint-protos protos bench model wheel clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -19,6 +19,8 @@ help: ## Show this list
 demo: .venv/.installed ## The main job: compile, dispatch, run, check and time a trained model on x86 and ARM
 	@$(BIN)/kedge demo
 
+# With bytecode, also where PYTHONDONTWRITEBYTECODE is set: each worker and hundreds of processes read the same modules.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.dev lint ## Lint, type check, then all tests
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -32,8 +34,15 @@ faults: .venv/.dev ## Half an hour of faults done to a fleet of real processes (
 
 lint: .venv/.dev ## Ruff, mypy strict, the floors, the generated modules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j2 --output-sync lint-types lint-floors lint-protos
+
+lint-types:
 	@$(BIN)/mypy
+
+lint-floors:
 	@cd .paths && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
+
+lint-protos:
 	@$(BIN)/python tools/gen_protos.py --check
 
 protos: .venv/.dev ## Generate the kedge.v1 modules again
