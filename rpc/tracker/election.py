@@ -32,6 +32,8 @@ _LEADING = 0x6B656467650002
 _LOOK_S = 0.5
 #: The server ends the session, and with it the lock, of a tracker that was silent for so long.
 _SILENCE_MS = 3_000
+#: So long after it last asked no other tracker can lead, unless the server itself ended the session.
+_SURE_S = _SILENCE_MS / 1000
 #: Who gave the lead up does not try to have it again for so long.
 _REST_S = 3.0
 #: Not seen for so long, a tracker counts as gone; after the second time it is forgotten.
@@ -153,7 +155,7 @@ class Election:
                 log.info("this tracker leads, in epoch %d", self._leading.number)
                 self._on_lead(self._leading)
             view = self._look(connection, started_ms)
-            self._sure_until = asked + _SILENCE_MS / 1000
+            self._sure_until = asked + _SURE_S
             self.problem = None
             self._on_view(view)
             self._giving_up.wait(_LOOK_S)

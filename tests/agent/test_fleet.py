@@ -455,7 +455,7 @@ def test_a_session_does_not_outlive_its_tracker_and_one_that_waits_does(
             device.files()
         fleet.start()
         assert ended(fleet.wait(device.id)).kind is OutcomeKind.CANCELLED
-        waiting.join(30)
+        waiting.join(60)
         assert not waiting.is_alive() and len(names) == 1 and names != [device.id]
         assert ended(fleet.wait(names[0])).kind is OutcomeKind.OK
         device.close()

@@ -343,7 +343,7 @@ def test_an_idle_agent_is_small(agent: AgentProcess, script: Script, module: byt
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kedge.device_agent", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_no_tracker_is_said_once_and_tried_again(runner: Path, tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ def test_asyncio(fleet: Fleet, agent: AgentProcess, made: Artifact, tracker: Run
             with pytest.raises(asyncio.CancelledError):
                 await packing
             slow.may_end.set()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 np.testing.assert_array_equal((await m.run({"x": X}, "add"))["y"], X + 1)
             return device.id
 
@@ -400,7 +400,7 @@ def test_a_session_waits_in_the_queue_and_others_wait_for_it(fleet: Fleet, agent
     def second() -> None:
         with fleet.session("here", progress=seen.append):
             got.set()
-            done.wait(30)
+            assert done.wait(60)
 
     with fleet.session("here") as first:
         thread = threading.Thread(target=second)
@@ -416,6 +416,7 @@ def test_a_session_waits_in_the_queue_and_others_wait_for_it(fleet: Fleet, agent
     assert job.status().state is JobState.QUEUED
     done.set()
     thread.join(60)
+    assert not thread.is_alive()
     np.testing.assert_array_equal(job.wait(60)["y"], X + 1)
 
 
@@ -821,7 +822,7 @@ def test_sessions_that_wait_do_not_keep_the_one_that_has_the_device(
             await task
 
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await main()
 
     asyncio.run(bounded())

@@ -134,7 +134,7 @@ def test_processes_that_want_the_same_wait_for_one(tmp_path: Path) -> None:
     try:
         wait_for(log.exists, "a worker to start building")
         gate.write_bytes(b"go")
-        assert [worker.wait(30) for worker in workers] == [0, 0, 0]
+        assert [worker.wait(60) for worker in workers] == [0, 0, 0]
     finally:
         for worker in workers:
             worker.kill()

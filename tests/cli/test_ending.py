@@ -44,7 +44,7 @@ def test_whoever_ends_the_demo_ends_everything_that_it_started(tmp_path: Path, n
         started = descendants(process.pid)
         assert len(started) >= 2
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     status = 130 if number is signal.SIGINT else -number
     assert process.returncode == status and "Traceback" not in errors, errors
     assert list(tmp_path.iterdir()) == []
@@ -63,7 +63,7 @@ def test_whoever_ends_a_run_on_this_machine_ends_its_runner(
         wait_for(lambda: "kedge-runner" in commands(descendants(process.pid)), "the runner to start")
         started = descendants(process.pid)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == -number and "Traceback" not in errors, errors
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in started if runs(pid)]
@@ -90,7 +90,7 @@ def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
         started = descendants(process.pid)
         assert len(started) >= 2
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     wait_for(lambda: not [pid for pid in started if runs(pid)], "the tracker and the agent to end")
 
 

@@ -391,7 +391,7 @@ def test_whoever_stops_a_command_stops_its_job(
 
     wait_for(lambda: newest() == [("running", None)], "the job to run")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGTERM), errors
     assert "Traceback" not in errors
     wait_for(lambda: newest() == [("done", "cancelled")], "the job to be cancelled")

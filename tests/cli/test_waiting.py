@@ -65,6 +65,6 @@ def test_a_busy_device_is_waited_for_in_words(digits: Path, tmp_path: Path) -> N
                     if "queued for w1: 1 matching device is busy" in line:
                         break
                 os.kill(long.pid, signal.SIGINT)
-                long.communicate(timeout=30)
+                long.communicate(timeout=60)
                 out, errors = waiting.communicate(timeout=60)
                 assert waiting.returncode == 0 and "probabilities" in out, errors

@@ -639,7 +639,7 @@ def test_a_program_that_the_disk_does_not_give(runtime: RuntimeFiles, monkeypatc
 
     def stuck(*arguments: Any, **options: Any) -> Any:
         process = popen(*arguments, **options)
-        assert answers.wait(30)
+        assert answers.wait(60)
         return process
 
     monkeypatch.setattr(subprocess, "Popen", stuck)
@@ -762,7 +762,7 @@ def test_an_interrupt_while_it_starts(runtime: RuntimeFiles, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt):
             Runner(runtime.runner)
         interrupted.set()
-        assert started.wait(30)
+        assert started.wait(60)
     finally:
         signal.signal(signal.SIGINT, before)
     monkeypatch.undo()

@@ -440,7 +440,7 @@ def test_noise_harms_nothing(tracker: RunningTracker, access: Access, artifact: 
     sent, answers = 0, set[tuple[str, str]]()
 
     def attempt(channel: grpc.Channel, rpc: Rpc, messages: list[bytes]) -> tuple[str, str, str]:
-        status, said = send(channel, rpc, messages, timeout=30)
+        status, said = send(channel, rpc, messages, timeout=60)
         return str(rpc), status, said
 
     with ThreadPoolExecutor(16) as pool:

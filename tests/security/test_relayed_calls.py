@@ -166,7 +166,7 @@ def test_a_path_that_no_tracker_serves_is_not_relayed(pair: Pair) -> None:
 def test_what_was_revoked_ends_at_a_follower_too(pair: Pair, access: Access) -> None:
     token, join = access.create_token("read", "ann")
     with open_channel(pair.follower.address, pair.tls(join.token)) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         threading.Timer(0.1, access.revoke_token, (token.id,)).start()
         with pytest.raises(grpc.RpcError) as caught:

@@ -10,16 +10,21 @@ from contextlib import ExitStack
 _PORTS = range(10_000, 32_000)
 #: Hypothesis and tests seed the other one: test processes would all find the same ports.
 _random = random.SystemRandom()
+#: Each port that was given, by an abstract name of a socket that the kernel frees when this process ends: nobody else
+#: is given it before its server listens, or while that is away.
+_claims: list[ExitStack] = []
 
 
 def free_ports(count: int = 1) -> int:
-    """The first of so many ports of loopback in a row that nobody listens on."""
+    """The first of so many ports of loopback in a row that nobody listens on, and that no other test is given."""
     while True:
         port = _random.choice(_PORTS)
-        with ExitStack() as stack:
+        with ExitStack() as probes, ExitStack() as claims:
             try:
                 for number in range(port, port + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
+                    claims.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0kedge tests: port {number}")
+                    probes.enter_context(socket.socket()).bind(("127.0.0.1", number))
             except OSError:
                 continue
+            _claims.append(claims.pop_all())
         return port

@@ -82,8 +82,8 @@ def test_no_tracker_is_blamed_for_the_time_that_others_take(tracker: RunningTrac
     async def act(fellows: Fellows) -> None:
         (mate,), let_go = fellows._mates.values(), threading.Event()
         slow = [asyncio.create_task(fellows._ask(mate, "slow", 60.0, let_go.wait, 60)) for _ in range(8)]
-        quick = asyncio.create_task(fellows._ask(mate, "quick", 0.2, int))
-        await asyncio.wait([quick], timeout=0.5)
+        quick = asyncio.create_task(fellows._ask(mate, "quick", 2.0, int))
+        await asyncio.wait([quick], timeout=2.5)
         assert not quick.done()
         let_go.set()
         assert await quick is True and all(await asyncio.gather(*slow)) and mate.avoid_until == 0.0
@@ -95,14 +95,15 @@ def test_what_goes_wrong_when_nobody_waits_any_more_is_no_mystery(tracker: Runni
     async def act(fellows: Fellows) -> None:
         unknown: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unknown.append(context))
-        (mate,), let_go = fellows._mates.values(), threading.Event()
+        (mate,), began, let_go = fellows._mates.values(), threading.Event(), threading.Event()
 
         def fail() -> None:
+            began.set()
             let_go.wait(60)
             raise ValueError("Cannot invoke RPC on closed channel!")
 
         asking = asyncio.create_task(fellows._ask(mate, "blobs", 60.0, fail))
-        await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(began.wait, 60)
         asking.cancel()
         await asyncio.wait([asking])
         let_go.set()
@@ -121,12 +122,12 @@ def test_a_tracker_that_stands_still_holds_up_no_other(
     """As the one that led does when another one takes over: it is found out once, and not by every blob in turn."""
     monkeypatch.setattr(fleetmates, "_ANSWER_S", 2.0)
     blobs = TrackerBlobs(tmp_path / "blobs", None)
-    wanted = [blob_of(b"blob %d" % number) for number in range(200)]
+    wanted = [blob_of(b"blob %d" % number) for number in range(800)]
 
     async def act(fellows: Fellows) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             fellows.update({"hung": Address("127.0.0.1", silent.getsockname()[1])})
-            async with asyncio.timeout(30):  # eight at a time would have taken minutes
+            async with asyncio.timeout(60):  # eight at a time would have taken minutes
                 assert not await fellows.fetch(wanted), "it may have what nobody else has"
 
     with_mate(tracker, blobs, act)

@@ -93,7 +93,7 @@ def test_what_was_refused_never_runs_and_what_was_accepted_does(
             agent.finish(next_one)
             for _ in range(2):
                 with pytest.raises(grpc.RpcError, match="cannot store jobs now"):
-                    stub.SubmitJob(request, timeout=30)
+                    stub.SubmitJob(request, timeout=60)
             answer = stub.ListJobs(fleet_pb2.ListJobsRequest(), timeout=60)
             assert {job.id for job in answer.jobs} == {first.id, second.id}
             assert stub.GetJob(fleet_pb2.GetJobRequest(job_id=first.id), timeout=60).id == first.id
@@ -102,7 +102,7 @@ def test_what_was_refused_never_runs_and_what_was_accepted_does(
         assert second.wait().outcome.ok and first.wait().outcome.ok
         assert {job.id: job.state for job in fleet.jobs()} == dict.fromkeys((first.id, second.id), JobState.DONE)
         assert agent.heard_nothing()
-        again = stub.SubmitJob(request, timeout=30)
+        again = stub.SubmitJob(request, timeout=60)
         assert not again.existed
         assert agent.expect(m.AssignJob).lease.job_id == again.job.id
 
@@ -113,7 +113,7 @@ def test_an_assignment_of_a_refused_job_does_not_reach_its_device(
     fleet.run(artifact, {"x": X}, device="nobody")
     with FakeAgent(fleet.address, device_info()) as agent:
         with tracker.full(), pytest.raises(grpc.RpcError, match="cannot store jobs now"):
-            fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=30)
+            fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=60)
         accepted: list[str] = []
 
         def submitted() -> bool:

@@ -305,7 +305,7 @@ def test_many_watchers_are_told_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
         watched = [shell.watch((await shell.submit(session, ANYWHERE, ""))[0]) for _ in range(5)]
         shell.agent_connected(m.Hello(local_protocol(), device_info("d"), "1", health=Health()), lambda body: None)
         for changes in watched:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 job = await changes.get()
                 while job is not None and "no device is connected" in job.detail:
                     job = await changes.get()

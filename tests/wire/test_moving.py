@@ -107,7 +107,7 @@ def test_a_fleet_goes_on_where_it_was(tmp_path: Path, url: str, artifact: Artifa
         with Fleet(tracker.address, ann_tls) as ann:
             with FakeAgent(known.address, device_info(), work=echo, tls=known.tls):
                 done = ann.run(artifact, {"x": BIG})
-                done.wait(timeout=30)
+                done.wait(timeout=60)
             waiting = ann.run(artifact, {"x": BIG + 1})
     assert move(folder, url)["documents"] == 2
     with (
@@ -115,8 +115,8 @@ def test_a_fleet_goes_on_where_it_was(tmp_path: Path, url: str, artifact: Artifa
         Fleet(tracker.address, ann_tls) as ann,
         FakeAgent(tracker.serving.agents_address, device_info(), work=echo, tls=known.tls),
     ):
-        np.testing.assert_array_equal(ann.job(waiting.id).wait(timeout=30)["x_out"], BIG + 1)
-        np.testing.assert_array_equal(ann.job(done.id).wait(timeout=30)["x_out"], BIG)
+        np.testing.assert_array_equal(ann.job(waiting.id).wait(timeout=60)["x_out"], BIG + 1)
+        np.testing.assert_array_equal(ann.job(done.id).wait(timeout=60)["x_out"], BIG)
         assert {job.id for job in ann.jobs()} == {done.id, waiting.id}
         assert ann.job(done.id).status().state is JobState.DONE
 

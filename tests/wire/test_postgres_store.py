@@ -159,7 +159,7 @@ def test_a_server_that_is_gone_is_tried_for_some_seconds_and_given_up(monkeypatc
         server.stop()
         told = threading.Event()
         store.append([accepted("b", 2)], told.set)
-        error = failures.get(timeout=30)
+        error = failures.get(timeout=60)
         assert isinstance(error, StoreError) and "PostgreSQL server runs" in str(error)
         store.close()
         server.start()
@@ -190,7 +190,8 @@ def test_trackers_that_start_at_once_make_the_tables_once(place: Postgres) -> No
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
+        assert not thread.is_alive()
     assert len({ids.get(timeout=60) for _ in threads}) == 1
 
 

@@ -129,6 +129,7 @@ def test_a_killed_tracker_has_lost_nothing(tmp_path: Path, artifact: Artifact) -
                 agent.finish(agent.expect(m.AssignJob))
                 for waiter in waiters:
                     waiter.join(60)
+                    assert not waiter.is_alive()
                 agent.drop()
         np.testing.assert_array_equal(results[running.id]["x_out"], X + 1)
         np.testing.assert_array_equal(results[waiting.id]["x_out"], X + 2)
@@ -165,9 +166,9 @@ def test_ctrl_c_is_not_held_up_by_a_tracker_that_is_gone(tmp_path: Path, script:
         process.popen.send_signal(how)
         began = time.monotonic()
         client.send_signal(signal.SIGINT)
-        output, errors = client.communicate(timeout=30)
+        output, errors = client.communicate(timeout=60)
         assert (client.returncode, errors, output) == (0, "", "interrupted\n")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30, "a call that is waited for takes a minute"
         process.popen.kill()
         agent.drop()
 
@@ -180,7 +181,7 @@ def test_jobs_go_on_after_a_restart_with_nothing_left_to_do(tmp_path: Path, arti
             port = process.address.port
             with connect(process.address) as fleet, FakeAgent(process.address, device_info(), work=echo):
                 done.append(fleet.run(artifact, {"x": X}, device="bench-1"))
-                np.testing.assert_array_equal(done[-1].wait(timeout=30)["x_out"], X)
+                np.testing.assert_array_equal(done[-1].wait(timeout=60)["x_out"], X)
                 assert [job.id for job in fleet.jobs()] == [job.id for job in reversed(done)]
             process.end(end)
 
@@ -205,15 +206,15 @@ def test_kills_at_any_moment_lose_no_accepted_job(tmp_path: Path, artifact: Arti
                 assert enough.wait(60)
                 process.end(signal.SIGKILL)
                 with tracker(tmp_path, port) as again, FakeAgent(again.address, device_info(), work=echo):
-                    submitter.join(30)
+                    submitter.join(60)
                     assert not submitter.is_alive()
                     # This tracker is killed, too: a job that loses its device a second time is given up.
                     for job_id in jobs:
-                        fleet.job(job_id).wait(timeout=30, check=False)
+                        fleet.job(job_id).wait(timeout=60, check=False)
     with tracker(tmp_path, port) as process, connect(process.address) as fleet:
         agent = FakeAgent(process.address, device_info(), work=echo)
         with agent:
-            ends = [fleet.job(job_id).wait(timeout=30, check=False) for job_id in jobs]
+            ends = [fleet.job(job_id).wait(timeout=60, check=False) for job_id in jobs]
     kinds = [end.outcome.kind.value for end in ends]
     # What ran while the fake agent was cut off, and forgot it, was run again; nothing may vanish.
     assert kinds == ["ok"] * 36
@@ -227,7 +228,7 @@ def test_a_device_that_is_off_is_known_to_the_tracker_that_comes_back(tmp_path: 
     with tracker(tmp_path) as first:
         FakeAgent(first.address, info).connect()
         with connect(first.address) as fleet:
-            seen = fleet.wait_for_device("off", timeout=5).last_seen_unix_ms
+            seen = fleet.wait_for_device("off", timeout=60).last_seen_unix_ms
             for enabled in (True, False):  # what was written before it is on the disk then
                 fleet.set_maintenance("off", enabled)
         first.end(how)
