@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from rich.table import Table
 
 import kedge
 from kedge.cli import output
-from kedge.cli.arguments import check_outputs, load_artifact, parse_duration
+from kedge.cli.arguments import check_outputs, load_artifact, parse_duration, save_outputs
 from kedge.cli.completion import completed, device_names, recent_job_ids
 from kedge.cli.place import require_tracker
 from kedge.cli.running import facts_of, show_outputs
@@ -87,13 +88,14 @@ def jobs(
         output.emit_json([job.to_json() for job in found])
     elif found:
         output.show(jobs_table(found))
-    elif any(wanted.values()):
-        output.stderr().print("there is no such job", soft_wrap=True)
-    else:
+    elif not any(wanted.values()):
         output.stderr().print(f"no job was submitted to {tracker} yet", soft_wrap=True)
     missing = [job_id for job_id in named if job_id not in {job.id for job in found}]
-    if missing and found:
-        output.stderr().print(f"there is no such job: {', '.join(missing)}", soft_wrap=True)
+    if missing or (any(wanted.values()) and not found):
+        given = {"--user": user, "--device": device, "--artifact": artifact, "--since": since}
+        filters = [("--state", text) for text in state or ()] + [item for item in given.items() if item[1]]
+        fitting = f" that fits {' '.join(itertools.chain(*filters))}" if filters else ""
+        output.stderr().print(f"there is no job {', '.join(missing)}".rstrip() + fitting, soft_wrap=True)
     if missing:
         raise typer.Exit(1)
 
@@ -154,6 +156,8 @@ def result(
             report(_where(job))
 
         found = fleet.job(job_id).wait(timeout, tell, check=False)
+    if outputs and found.outputs:
+        save_outputs(outputs, found.outputs)
     if as_json:
         timing = None if found.timing is None else found.timing.to_json()
         each = {name: facts_of(array) for name, array in found.outputs.items()}
@@ -164,10 +168,10 @@ def result(
         output.stdout().print(f"job {found.job_id}{where}: {found.outcome.kind}", soft_wrap=True)
         if stages:
             output.stdout().print(stages, soft_wrap=True)
-    if found.outputs:
-        show_outputs(found.outputs, outputs, as_json=as_json)
-    if found.timing is not None and not as_json:
-        output.stdout().print(str(found.timing), soft_wrap=True)
+        if found.outputs:
+            show_outputs(found.outputs, outputs)
+        if found.timing is not None:
+            output.stdout().print(str(found.timing), soft_wrap=True)
     raise_unless_ok(found)
     if found.timing is not None and found.timing.verdict == "invalid":
         raise typer.Exit(1)

@@ -39,21 +39,28 @@ class Terms:
     @property
     def deadlines(self) -> Deadlines:
         """As jobs have them."""
-        return Deadlines(*(0 if s is None else max(1, round(s * 1000)) for s in self._stages.values()))
+        return Deadlines(
+            queue_ms=_milliseconds(self.queue_s),
+            transfer_ms=_milliseconds(self.transfer_s),
+            load_ms=_milliseconds(self.load_s),
+            run_ms=_milliseconds(self.run_s),
+        )
 
-    @property
-    def _stages(self) -> dict[str, float | None]:
-        return {
+    def option(self) -> str | None:
+        """One that was given; None where none was."""
+        stages = {
             "--queue-timeout": self.queue_s,
             "--transfer-timeout": self.transfer_s,
             "--load-timeout": self.load_s,
             "--timeout": self.run_s,
         }
-
-    def option(self) -> str | None:
-        """One that was given; None where none was."""
-        given = (name for name, value in self._stages.items() if value is not None)
+        given = (name for name, seconds in stages.items() if seconds is not None)
         return "--priority" if self.priority else next(given, None)
+
+
+def _milliseconds(seconds: float | None) -> int:
+    """A deadline as jobs have it: at least 1; 0 where none was given."""
+    return 0 if seconds is None else max(1, round(seconds * 1000))
 
 
 def require_device(context: typer.Context, selector: str | None, terms: Terms) -> None:
@@ -109,13 +116,19 @@ def open_device(
     with (
         ended_in_order(),
         kedge.connect(address) as fleet,
+        watching(report) as tell,
         fleet.pin(
-            selector, artifact=artifact, threads=threads, deadlines=terms.deadlines, on=on, priority=terms.priority
+            selector,
+            artifact=artifact,
+            threads=threads,
+            deadlines=terms.deadlines,
+            on=on,
+            priority=terms.priority,
+            progress=tell,
         ) as device,
     ):
         report(f"sending the job to {device.name}")
-        with watching(fleet, device.name, report):
-            yield device
+        yield device
 
 
 def build_runner(report: output.Report) -> Path:

@@ -81,17 +81,16 @@ def run(
     data = inputs_of(function_of(loaded, function), inputs, shape, seed)
     with output.progress("run") as report, open_device(loaded, device, tracker, threads, report, terms, on) as place:
         results = place.load(loaded).run(data, function=function)
-    if as_json:
-        output.emit_json({name: facts_of(array) for name, array in results.items()})
-    show_outputs(results, outputs, as_json=as_json)
-
-
-def show_outputs(results: Mapping[str, np.ndarray[Any, Any]], outputs: Path | None, *, as_json: bool = False) -> None:
-    """Save what came out where it was asked for, and show what it is like, unless it was told in JSON."""
     if outputs:
         save_outputs(outputs, results)
     if as_json:
-        return
+        output.emit_json({name: facts_of(array) for name, array in results.items()})
+    else:
+        show_outputs(results, outputs)
+
+
+def show_outputs(results: Mapping[str, np.ndarray[Any, Any]], saved: Path | None) -> None:
+    """Show what the outputs are like, and where it was saved."""
     table = output.table("output", "dtype", "shape", ">min", ">max", ">mean", "first values")
     for name, array in results.items():
         facts = facts_of(array)
@@ -99,8 +98,8 @@ def show_outputs(results: Mapping[str, np.ndarray[Any, Any]], outputs: Path | No
         first = ", ".join(f"{value:.4g}" for value in array.reshape(-1)[:4])
         table.add_row(name, facts["dtype"], str(tuple(array.shape)), *shown, first)
     output.show(table)
-    if outputs:
-        output.stdout().print(f"saved to {outputs}", soft_wrap=True)
+    if saved:
+        output.stdout().print(f"saved to {saved}", soft_wrap=True)
 
 
 def facts_of(array: np.ndarray[Any, Any]) -> dict[str, Any]:

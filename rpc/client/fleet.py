@@ -313,18 +313,19 @@ class Fleet:
         deadlines: Deadlines | None = None,
         on: str = "",
         priority: int = 0,
+        progress: Progress | None = None,
     ) -> Iterator[PinnedDevice]:
         """One device, chosen now, for several jobs in turn: one that can run `artifact`, and idle if there is any.
 
         Each call is a job pinned to the device, in a fresh runner, with these deadlines and this priority; jobs of
-        others may come in between.
+        others may come in between. `progress` is called with the job of a call on every change, in the calling thread.
 
         Raises:
             NoDeviceError: none that is connected matches.
             IncompatibleTargetError: none that matches can run the artifact.
         """
         found = self._check_matches(selector, artifact, on).info
-        yield PinnedDevice(self, found, threads, deadlines or Deadlines(), on, priority)
+        yield PinnedDevice(self, found, threads, deadlines or Deadlines(), on, priority, progress)
 
     # ---- Blobs ----
 
@@ -378,11 +379,11 @@ class Fleet:
         with self._withdrawn(message):
             return self._send(packed, request, message)
 
-    def _call(self, packed: Packed, request: Request) -> Result:
+    def _call(self, packed: Packed, request: Request, progress: Progress | None) -> Result:
         """Submit and wait; when that is broken off, the job is cancelled."""
         message = self._prepare(packed, request)
         with self._withdrawn(message):
-            return self._send(packed, request, message).wait()
+            return self._send(packed, request, message).wait(progress=progress)
 
     @contextmanager
     def _withdrawn(self, message: fleet_pb2.SubmitJobRequest) -> Iterator[None]:
@@ -544,10 +545,18 @@ class PinnedDevice(plan.Pinned):
     """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(
-        self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str, priority: int
+        self,
+        fleet: Fleet,
+        info: DeviceInfo,
+        threads: int,
+        deadlines: Deadlines,
+        on: str,
+        priority: int,
+        progress: Progress | None,
     ) -> None:
         super().__init__(info, threads, deadlines, on, priority)
         self.fleet = fleet
+        self._progress = progress
 
     def __repr__(self) -> str:
         return f"<PinnedDevice {self.info.name} at {self.fleet.address}>"
@@ -558,6 +567,9 @@ class PinnedDevice(plan.Pinned):
         where = self._place(packed)
         self.fleet._ensure_uploaded(packed)
         return PinnedModel(self, packed, where)
+
+    def _call(self, packed: Packed, request: Request) -> Result:
+        return self.fleet._call(packed, request, self._progress)
 
 
 class PinnedModel:
@@ -577,7 +589,7 @@ class PinnedModel:
     def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
         request = plan.run_request(self._packed, inputs, self._pinned._terms(function))
-        return dict(self._pinned.fleet._call(self._packed, request).outputs)
+        return dict(self._pinned._call(self._packed, request).outputs)
 
     def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` are those of `kedge.rpc.client.plan.time_options`.
@@ -586,7 +598,7 @@ class PinnedModel:
         """
         terms, how = self._pinned._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        return plan.timing_of(self._pinned.fleet._call(self._packed, request))
+        return plan.timing_of(self._pinned._call(self._packed, request))
 
     def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
         """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
@@ -595,5 +607,5 @@ class PinnedModel:
         """
         terms, how = self._pinned._terms(function), profile_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        timing = plan.timing_of(self._pinned.fleet._call(self._packed, request))
+        timing = plan.timing_of(self._pinned._call(self._packed, request))
         return profile_of(self._packed.manifest, function, inputs, timing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import secrets
@@ -20,7 +21,7 @@ from kedge.rpc.artifact import Artifact, Manifest, Placement, look_at, place
 from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
-from kedge.rpc.errors import IncompatibleTargetError, JobError, KedgeError, NoDeviceError
+from kedge.rpc.errors import IncompatibleTargetError, InputError, JobError, KedgeError, NoDeviceError
 from kedge.rpc.limits import check_noise, check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, local_protocol
@@ -215,7 +216,11 @@ def list_request(
 
 
 def job_filter(user: str, device: str, artifact: str, since_unix_s: float, ids: Sequence[str]) -> JobFilter:
-    """Which jobs to list."""
+    """Which jobs to list; raises InputError for a time that is none, and for a text in place of several ids."""
+    if not math.isfinite(since_unix_s):
+        raise InputError(f"since_unix_s is {since_unix_s!r}", hint="seconds since 1970; 0 is all")
+    if isinstance(ids, str):
+        raise InputError(f"ids is the text {ids!r}, expected several ids", hint=f"ids=[{ids!r}]")
     return JobFilter(user, device, artifact.lower(), round(since_unix_s * 1000), tuple(ids))
 
 

@@ -415,8 +415,9 @@ def test_a_full_disk_leaves_nothing_half_written(digits: Path, tmp_path: Path, c
 
 
 def test_outputs_can_go_to_a_pipe_or_device(kedge: Kedge, digits: Path) -> None:
-    done = kedge("run", digits, "--outputs", "/dev/full")
+    done = kedge("run", digits, "--outputs", "/dev/full", "--json")
     assert done.returncode != 0 and "/dev/full" in done.stderr
+    assert done.stdout == "", "said before it was saved"
     assert Path("/dev/full").is_char_device()
 
 

@@ -85,9 +85,14 @@ def test_jobs_are_chosen_by_what_is_asked_for(kedge_here: Kedge, fleet: str, dig
     assert listed("--artifact", digits, "--device", "bench-1", "--since", "1h", "--limit", "1") == newest
     assert listed("--state", "done", "--artifact", digest[:8], "--limit", "1") == newest == listed(*newest)
     assert listed("--state", "queued", "--state", "running") == listed("--device", "bench-2") == []
-    assert "there is no such job" in kedge_here("jobs", "--user", "nobody-at-all", *at).stderr
+    nobodys = kedge_here("jobs", "--user", "nobody-at-all", *at)
+    assert nobodys.returncode == 0 and nobodys.stderr == "there is no job that fits --user nobody-at-all\n"
     missing = kedge_here("jobs", newest[0], "no-such-job", *at)
-    assert missing.returncode == 1 and newest[0] in missing.stdout and "no-such-job" in missing.stderr
+    assert missing.returncode == 1 and newest[0] in missing.stdout
+    assert missing.stderr == "there is no job no-such-job\n"
+    other = kedge_here("jobs", newest[0], "--state", "queued", "--since", "1h", *at)
+    assert other.returncode == 1
+    assert other.stderr == f"there is no job {newest[0]} that fits --state queued --since 1h\n"
     for wrong in (("--state", "ended"), ("--artifact", "no.such"), ("--since", "noon")):
         refused = kedge_here("jobs", *wrong, *at)
         assert refused.returncode == 2 and "hint: " in refused.stderr, refused.stderr
@@ -105,6 +110,8 @@ def test_the_result_of_a_job_whose_command_is_gone(kedge_here: Kedge, fleet: str
     assert f"job {job.id} on bench-1: ok\n" in done.stdout and "run " in done.stdout and "probabilities" in done.stdout
     with np.load(tmp_path / "out.npz") as saved:
         assert (saved["probabilities"].argmax(1) == labels).mean() > 0.95
+    full = kedge_here("result", job.id, "--outputs", "/dev/full", "--json", *at)
+    assert full.returncode != 0 and "/dev/full" in full.stderr and full.stdout == "", "said before it was saved"
     said = json.loads(kedge_here("result", timed.id, "--json", *at).stdout)
     assert len(said["timing"]["samples_ns"]) == 5 and said["result"]["outcome"]["kind"] == "ok"
     late = kedge_here("result", wrong.id, "--timeout", "0.2", *at)

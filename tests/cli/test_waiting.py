@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import kedge as product
-from kedge.cli.waiting import ours, state_text
+from kedge.cli.waiting import state_text, watching
 from kedge.demo import processes
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.outcome import Stage
@@ -28,22 +29,27 @@ BUSY = replace(JOB, detail="1 matching device is busy", position=3)
 @pytest.mark.parametrize(
     ("job", "text"),
     [
-        (None, None),
         (JOB, "queued for w1"),
         (BUSY, "queued for w1: 1 matching device is busy, number 3 in line"),
         (replace(JOB, state=JobState.ASSIGNED), "sent to w1"),
         (replace(JOB, state=JobState.ASSIGNED, stage=Stage.RUN), "w1: run"),
     ],
 )
-def test_where_a_job_is(job: Job | None, text: str | None) -> None:
-    assert state_text("w1", job) == text
+def test_where_a_job_is(job: Job, text: str) -> None:
+    assert state_text(job) == text
 
 
-def test_a_job_of_somebody_else_is_not_taken_for_ours() -> None:
-    earlier, later = replace(JOB, id="a", submitted_unix_ms=1), replace(JOB, id="c", submitted_unix_ms=3)
-    elsewhere = replace(JOB, id="d", submitted_unix_ms=1, spec=replace(JOB.spec, selector="arch=aarch64"))
-    assert ours([later, JOB, elsewhere, earlier], {"a"}, "w1") is JOB
-    assert ours([elsewhere], set(), "w1") is None
+def test_what_is_waited_for_is_said_of_the_last_job_that_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedge.cli.waiting.INTERVAL_S", 0.01)
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with watching(lambda what, done=0, total=0: said.put(what)) as tell:
+        tell(replace(JOB, state=JobState.DONE))
+        tell(BUSY)
+        assert said.get(timeout=60) == state_text(BUSY), "nothing of a job that is done"
+        tell(replace(JOB, state=JobState.RUNNING, stage=Stage.RUN))
+        while (text := said.get(timeout=60)) == state_text(BUSY):
+            pass
+        assert text == "w1: run"
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

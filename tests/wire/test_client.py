@@ -26,7 +26,7 @@ from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.tracker.server import RunningTracker, start
-from kedge.rpc.types import Deadlines, DeviceState, DeviceStatus, JobState, Reservation
+from kedge.rpc.types import Deadlines, DeviceState, DeviceStatus, Job, JobState, Reservation
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
 from support.toys import QUICK, device_info, make_artifact
@@ -197,6 +197,19 @@ def test_lists_have_a_limit(fleet: Fleet) -> None:
             fleet.jobs(limit=limit)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"since_unix_s": float("nan")}, "since_unix_s is nan"),
+        ({"since_unix_s": float("-inf")}, "since_unix_s is -inf"),
+        ({"ids": "3f2a9c0b1d22"}, "expected several ids"),
+    ],
+)
+def test_a_list_of_what_no_job_can_have_is_refused(fleet: Fleet, wanted: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        fleet.jobs(**wanted)
+
+
 def check_profile(profile: Profile) -> None:
     """That of the toy's `main` by a fake agent: two steps of one kernel, whose samples add up to 2003 ns each."""
     (kernel,) = profile.kernels
@@ -217,6 +230,16 @@ def test_a_session_runs_and_times_on_one_device(tracker: RunningTracker, fleet: 
         assert model.time({"x": X}, repeat=4).repeat == 4
         check_profile(model.profile({"x": X}, repeat=4))
         assert {(job.device, job.spec.num_threads) for job in fleet.jobs()} == {("two", 3)}
+
+
+def test_a_pinned_device_tells_of_its_own_jobs_alone(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    told: list[Job] = []
+    with fleet.pin("bench-1", progress=told.append) as device:
+        device.load(artifact).run({"x": X})
+        (own,) = fleet.jobs()
+        others = fleet.run(artifact, {"x": X}, device="bench-1")
+        others.wait()
+    assert {job.id for job in told} == {own.id} and told[-1].state is JobState.DONE
 
 
 def test_a_session_without_a_device_names_those_there_are(fleet: Fleet, worker: FakeAgent) -> None:
