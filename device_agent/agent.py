@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Union, cast
+from typing import Any, Callable, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Type, Union, cast
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
@@ -60,7 +60,7 @@ Event = Callable[[float], List[core.Action]]
 
 
 class AgentError(KedgeError):
-    """The agent cannot start, or the tracker does not want it."""
+    """The agent cannot start."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Agent:
     """One device's agent; `run` returns when it was stopped.
 
     Raises:
+        AuthenticationError, PermissionDeniedError: from `run`: the tracker will not have this device, whenever it asks.
         AgentError: the data folder cannot be used, or belongs to an agent that runs.
         RunnerUnavailable: the runner cannot be started here.
         SigningUnavailableError: signers are required, and nothing can be verified here.
@@ -110,6 +111,8 @@ class Agent:
         self._job: Union[Job, Session, None] = None
         self._job_thread: Optional[threading.Thread] = None
         self._exit: Optional[core.Exit] = None
+        #: What a refusal ends with: whatever starts agents must know that the next one would be refused, too.
+        self._refusal: Type[KedgeError] = PermissionDeniedError
         self._away = False
         self._lock_file = _claim(settings.data_dir)
         scratch = settings.data_dir / "jobs"
@@ -160,7 +163,7 @@ class Agent:
         finally:
             self._shut_down()
         if self._exit.failed:
-            raise AgentError(self._exit.reason)
+            raise self._refusal(self._exit.reason)
         log.info("stopped: %s", self._exit.reason)
         return 0
 
@@ -278,6 +281,7 @@ class Agent:
             return []
         self._close()
         if isinstance(error, (AuthenticationError, PermissionDeniedError)) and not link.welcomed:
+            self._refusal = type(error)
             return self._core.refused(f"the tracker refused this agent: {error}")
         # A stream that was welcome lasts no longer than the certificate it began with, which may have been renewed
         # since. An agent that is not wanted any more hears so at its next attempt.

@@ -77,7 +77,7 @@ class Forget:
 
 @dataclass(frozen=True)
 class Exit:
-    """The agent is done. `failed` when it was not asked to."""
+    """The agent is done. `failed` when the tracker refused it."""
 
     reason: str
     failed: bool

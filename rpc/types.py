@@ -298,8 +298,8 @@ class DeviceStatus:
     """A device as the tracker sees it now.
 
     `detail` says why it is in maintenance or quarantine, `health` is that of its last heartbeat. `upcoming` are the
-    reservations that have not begun, the next one first. A device of which the tracker knows
-    no more is listed while it is in maintenance or reserved: by name, without an arch, last seen at 0.
+    reservations that have not begun, the next one first. A device of which only the name is known is listed while it is
+    in maintenance or reserved: without an arch, last seen at 0.
     """
 
     info: DeviceInfo

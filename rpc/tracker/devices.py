@@ -1,7 +1,7 @@
 """The devices as the tracker knows them, and whether one may take a job now. Pure; times are Unix milliseconds.
 
-A device takes jobs when it is connected, holds no lease, is not in maintenance, reports no problem of its own, and its
-circuit breaker is closed.
+A device takes jobs when it is connected, holds no lease, is not in maintenance or revoked, reports no problem of its
+own, and its circuit breaker is closed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from heapq import nsmallest
 
 from kedge.rpc.noise import Conditions, Noise
 from kedge.rpc.selector import Selector, labels_of, parse
@@ -40,7 +41,7 @@ class Device:
     #: None: it is not known yet, and nobody knows whether jobs would be safe there.
     health: Health | None = None
     protocol: Protocol = field(default_factory=lambda: Protocol(0))
-    #: It is forgotten once it is off.
+    #: It takes no jobs, and is forgotten once it is off.
     revoked: bool = False
 
     @property
@@ -88,9 +89,10 @@ class Roster:
         return [unseen_device(name) for name in sorted(named - self._devices.keys())]
 
     def forget(self, keep: int) -> list[str]:
-        """Keep only so many of the devices that are gone; returns the names of the others."""
-        gone = [name for name, device in self._devices.items() if device.connection is None]
-        forgotten = gone[: max(0, len(gone) - keep)]
+        """Keep only so many of the devices that are gone, those that left last; returns the names of the others."""
+        gone = [device for device in self if device.connection is None]
+        longest = nsmallest(len(gone) - keep, gone, key=lambda device: device.seen_ms)
+        forgotten = [device.info.name for device in longest]
         for name in forgotten:
             self.drop(name)
         return forgotten
@@ -124,6 +126,8 @@ class Roster:
     def obstacle(self, device: Device, now: int) -> tuple[DeviceState, str] | None:
         """Why a connected device takes no jobs though it may be idle; None when it does."""
         name = device.info.name
+        if device.revoked:
+            return DeviceState.QUARANTINED, "revoked, and about to be disconnected"
         serviced = self._serviced.get(name)
         if serviced is not None:
             by = f" by {serviced.user}" if serviced.user else ""
@@ -151,7 +155,7 @@ class Roster:
         """
         wanted = parse(selector)
         taken = {item.device for item in self.reservations.within(begin, end)}.union(without)
-        free = [d for d in self if d.info.name not in taken and wanted.matches(d.labels)]
+        free = [d for d in self if d.info.name not in taken and wanted.matches(d.labels) and not d.revoked]
         free = [d for d in free if d.connection is not None or begin > now]
         best = sorted(
             free,
@@ -232,7 +236,10 @@ class Roster:
         """Which of those that are off would match."""
         off = [device for device in self if device.connection is None and selector.matches(device.labels)]
         if len(off) == 1:
-            return f" ({off[0].info.name} is offline since {_clock(off[0].seen_ms)})"
+            name, when = off[0].info.name, _clock(off[0].seen_ms)
+            if not off[0].instance_id:  # an earlier tracker that was killed saw it come, and not go
+                return f" ({name} is offline; it last came or left at {when})"
+            return f" ({name} is offline since {when})"
         return f" ({len(off)} that are offline would)" if off else ""
 
     def _why_not(self, want: Want, able: list[Device], now: int) -> str:

@@ -254,23 +254,17 @@ class TrackerState:
     def end_maintenance(self, name: str, now: int) -> Effects:
         """Give the device jobs again, whether it was in maintenance or in quarantine."""
         effects = self._begin(now)
-        if not self._devices.in_service(name):
-            effects.facts.append(ServiceEnded(name))
-        self._devices.end_service(name)
-        effects.sends.append(DevicesChanged())
+        self._end_service(name, effects)
         self._lifecycle.schedule(now, effects)
         return effects
 
     def forget_device(self, name: str, now: int) -> Effects:
-        """A device was revoked: its maintenance and reservations end, and it is forgotten once it is off."""
+        """A device was revoked: it has no more jobs, and is forgotten once it is off, with its reservations at once."""
         effects = self._begin(now)
-        if not self._devices.in_service(name):
-            effects.facts.append(ServiceEnded(name))
-        self._devices.end_service(name)
+        self._end_service(name, effects)
         for reservation in [item for item in self._devices.reservations if item.device == name]:
             self._end_reservation(reservation.id, effects)
         self._agents.forget(name, effects)
-        effects.sends.append(DevicesChanged())
         self._lifecycle.schedule(now, effects)
         return effects
 
@@ -434,6 +428,13 @@ class TrackerState:
         """A quarantine or a reservation begins or ends."""
         for reservation in self._devices.reservations.expired(now):
             self._end_reservation(reservation.id, effects)
+        effects.sends.append(DevicesChanged())
+
+    def _end_service(self, name: str, effects: Effects) -> None:
+        """Whatever the administrators, or its failures, have kept the device from work for is over."""
+        if not self._devices.in_service(name):
+            effects.facts.append(ServiceEnded(name))
+        self._devices.end_service(name)
         effects.sends.append(DevicesChanged())
 
     def _end_reservation(self, reservation_id: str, effects: Effects) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kedge.deploy.boot import FINAL_STATUSES
 from kedge.rpc.client import Fleet, connect
 from kedge.rpc.client.access import Access
-from kedge.rpc.errors import JobError
+from kedge.rpc.errors import AuthenticationError, JobError
 from kedge.rpc.security import credentials, identity, signing
 from kedge.rpc.security.join import DEVICE, Join, parse_join
 from kedge.rpc.tracker.server import RunningTracker, start
@@ -105,7 +106,8 @@ def test_a_revoked_agent_ends_and_says_why(
         process.wait_ready()
         access.revoke_device("here")
         wait_for(lambda: process.process.poll() is not None, "the agent to end")
-        assert process.process.returncode != 0
+        assert process.process.returncode == AuthenticationError.exit_status
+        assert process.process.returncode in FINAL_STATUSES, "nothing starts it again"
     assert "the device 'here' was revoked" in process.log and "--join" in process.log
     with agent(tracker, runner, data, join=str(access.enrol_token("here")[0])) as process:
         process.wait_ready()

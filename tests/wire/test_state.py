@@ -930,9 +930,10 @@ def test_devices_that_are_off_are_known_until_they_are_revoked() -> None:
     (a,) = state.devices("name=a,arch=x86_64", include_gone=True)
     assert (a.state, a.last_seen_unix_ms, a.info) == (DeviceState.GONE, 10_000, hello("a").device)
     state.submit("j", spec("a"), NEEDS, "", 30_000)
-    assert state.job("j").detail == "no device is connected (a is offline since 1970-01-01 00:00:10Z)"
+    when = "(a is offline; it last came or left at 1970-01-01 00:00:10Z)"
+    assert state.job("j").detail == f"no device is connected {when}"
     state.connect(1, hello("b"), 30_000)
-    assert state.job("j").detail.endswith("'a' (a is offline since 1970-01-01 00:00:10Z)")
+    assert state.job("j").detail == f"no connected device matches 'a' {when}"
     assert state.job("j").state is JobState.QUEUED
     state.start_maintenance("a", "a new fan", "root", 30_000)
     forgotten = state.forget_device("a", 30_000)
@@ -946,8 +947,24 @@ def test_devices_that_are_off_are_known_until_they_are_revoked() -> None:
 
 def test_of_devices_that_are_off_so_many_are_remembered() -> None:
     fleet = Fleet("a", "b", settings=replace(PATIENT, remembered_devices=1))
-    fleet.state.disconnect(1, 10)
-    assert fleet.state.disconnect(2, 20).notes == [DeviceSeen(hello("b").device, 20), DeviceForgotten("a")]
+    fleet.state.disconnect(2, 10)
+    assert fleet.state.disconnect(1, 20).notes == [DeviceSeen(hello("a").device, 20), DeviceForgotten("b")]
+
+
+def test_a_revoked_device_gets_nothing_more_while_its_connection_ends() -> None:
+    fleet = Fleet("a")
+    fleet.state.start_maintenance("a", "drained", "root", 0)
+    fleet.state.submit("j", spec("name=a"), NEEDS, "", 0)
+    revoked = fleet.state.forget_device("a", 10)
+    assert revoked.facts == [ServiceEnded("a")] and bodies(revoked, m.AssignJob) == []
+    assert bodies(fleet.state.receive(1, m.Heartbeat(), 20), m.AssignJob) == []
+    assert fleet.state.job("j").detail.endswith("(a is revoked, and about to be disconnected)")
+    with pytest.raises(NoDeviceError):
+        fleet.state.reserve("r", "a", "ann", 5_000, 1_000, "", 20)
+    fleet.state.disconnect(1, 30)
+    assert [assign.lease.job_id for assign in bodies(fleet.state.connect(2, hello("a"), 40), m.AssignJob)] == ["j"], (
+        "it was let in again"
+    )
 
 
 def test_devices_in_maintenance_or_reserved_are_there_after_a_restart_though_they_are_off() -> None:
