@@ -255,7 +255,12 @@ class Fleet:
 
         What is given has to hold: one of the `states`, whose they are (others' are for administrators), the name of the
         `device` that has or had them, what the `artifact`'s digest (hex) begins with, that they were submitted at
-        `since_unix_s` or later, and one of the `ids`. The tracker chooses; raises ProtocolError where it is too old to.
+        `since_unix_s` or later, and one of the `ids` (at most 1,000). The tracker chooses.
+
+        Raises:
+            InputError: a limit or a time that no tracker takes.
+            LimitError: more `ids` than that.
+            ProtocolError: the tracker is too old to choose.
         """
         wanted = plan.job_filter(user, device, artifact, since_unix_s, ids)
         request = plan.list_request(limit, states, oldest_first, wanted)

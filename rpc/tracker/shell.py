@@ -311,8 +311,7 @@ class Shell:
                 size = _PAGE if wanted.artifact else min(limit, _PAGE)
                 order: dict[str, Any] = {"oldest_first": oldest_first, "beyond": beyond}
                 page = await asyncio.wrap_future(self._store.jobs(size, states, user, **order, wanted=wanted))
-            chosen = (job for job in page.jobs if job.spec.manifest.digest.startswith(wanted.artifact))
-            now = (self.state.job(job.id, reasons) or job for job in chosen)
+            now = (self.state.job(job.id, reasons) or job for job in page.jobs)
             found = [brief_job(job) for job in now if not states or job.state in states][:limit]
             yield found
             if page.last is None:

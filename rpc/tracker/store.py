@@ -209,8 +209,8 @@ class Store:
         """The newest jobs (of one user), newest first, or the oldest, as stored and in brief (see
         `kedge.rpc.tracker.brief`); those `beyond` the last one of an earlier page.
 
-        Of `wanted` the artifact is not looked at here: no column has it. While a page is read nothing is stored: its
-        `limit` is for how long others wait.
+        No column has the artifact: where `wanted` names one, a page is what fits of the `limit` jobs that fit the rest.
+        While a page is read nothing is stored: its `limit` is for how long others wait.
         """
         return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first, beyond, wanted))
 
@@ -705,7 +705,10 @@ def _list_jobs(
     stored = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
     rows = [row for state in stored for row in connection.execute(query.where(t.jobs.c.state == state.value))]
     rows = sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]
-    return Page([_job(row) for row in rows], rows[-1].seq if len(rows) == limit else None)
+    last = rows[-1].seq if len(rows) == limit else None
+    # What is written as text in a spec is found without reading the spec, which takes far longer.
+    jobs = (_job(row) for row in rows if wanted.artifact.encode() in row.spec)
+    return Page([job for job in jobs if job.spec.manifest.digest.startswith(wanted.artifact)], last)
 
 
 def _job(row: Any) -> Job:

@@ -21,7 +21,7 @@ from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact, Function, Port, Symbol
 from kedge.rpc.client import Fleet, Timing, WaitTimeoutError, aio, connect, plan
 from kedge.rpc.client.profile import Profile
-from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, NoDeviceError
+from kedge.rpc.errors import ConnectError, IncompatibleTargetError, InputError, JobError, LimitError, NoDeviceError
 from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.protocol import ProtocolError
@@ -208,6 +208,13 @@ def test_lists_have_a_limit(fleet: Fleet) -> None:
 def test_a_list_of_what_no_job_can_have_is_refused(fleet: Fleet, wanted: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         fleet.jobs(**wanted)
+
+
+def test_as_many_ids_as_a_tracker_takes(fleet: Fleet) -> None:
+    ids = [f"{number:012x}" for number in range(1001)]
+    assert fleet.jobs(ids=ids[1:]) == []
+    with pytest.raises(LimitError, match=r"job_ids has 1001 items, and at most 1000 are accepted"):
+        fleet.jobs(ids=ids)
 
 
 def check_profile(profile: Profile) -> None:

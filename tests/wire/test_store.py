@@ -530,6 +530,28 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
     engine.dispose()
 
 
+def test_jobs_of_other_artifacts_are_passed_over_unread(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(place)
+    one, other = (replace(SPEC, manifest=Blob(digit * 64, 9)) for digit in "12")
+    # Its function's name is another artifact's digest.
+    named = replace(other, function=one.manifest.digest)
+    for number, spec in enumerate([one, other, named, other, one], 1):
+        write(store, replace(accepted(f"j{number}", number), spec=spec))
+    read: list[bytes] = []
+
+    def counted(data: bytes) -> JobSpec:
+        read.append(data)
+        return job_spec_from_bytes(data)
+
+    job_spec_from_bytes = convert.job_spec_from_bytes
+    monkeypatch.setattr(convert, "job_spec_from_bytes", counted)
+    page = store.jobs(5, (), wanted=JobFilter(artifact="1" * 64)).result(60)
+    assert [job.id for job in page.jobs] == ["j5", "j1"] and page.last == 1 and len(read) == 3
+    first = store.jobs(3, (), wanted=JobFilter(artifact="1111")).result(60)
+    assert [job.id for job in first.jobs] == ["j5"] and first.last == 3, "the next page goes on where this one ended"
+    store.close()
+
+
 def test_a_list_of_several_states_is_the_newest_of_all(place: Place) -> None:
     store = Store(place)
     for number in range(12):
