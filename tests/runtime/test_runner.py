@@ -397,7 +397,7 @@ def test_an_endless_loop_is_killed(misbehave: Any) -> None:
     error = misbehave("forever", deadline_s=0.1, grace_s=0.1)
     assert isinstance(error, RunnerTimeout)
     assert (error.stage, error.alive) == ("run", False)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_code_that_heeds_a_cancel_keeps_its_runner(runtime: RuntimeFiles, misbehaving: Path) -> None:

@@ -49,9 +49,9 @@ def test_dense_softmax_pool_mean(vectorize):
 def test_digits_sized_convolution_is_quick():
     func = conv(1, 16, 8, 32)
     data = inputs(func)
-    start = time.monotonic()
+    start = time.process_time()
     run(func, data)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def unary(name: str, dtype: str = "float64") -> PrimFunc:

@@ -176,6 +176,7 @@ def test_what_the_last_leader_had_alone_is_not_missing_while_both_are_restarted(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setattr(fleetmates, "_RETURN_S", 600.0)  # however long a tracker takes to start here
     options = {"settings": QUICK, "database": postgres.new_database()}
     data = b"only there"
     blob = blob_of(data)

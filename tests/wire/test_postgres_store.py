@@ -88,9 +88,7 @@ def test_what_an_old_leader_has_in_mid_transaction_is_whole_or_nothing_and_never
         transaction = stopped.begin()
         epoch.enter(stopped)
         stopped.execute(sa.text("INSERT INTO idempotency_keys VALUES ('late', 'j')"))
-        began = time.monotonic()
-        newer = lead(place)
-        assert newer.number == 2 and time.monotonic() - began < 8
+        assert lead(place).number == 2  # where nobody ends that session, it fails after a statement's longest time
         with pytest.raises(sa.exc.DBAPIError) as ended:
             transaction.commit()
         assert ended.value.connection_invalidated
