@@ -122,15 +122,20 @@ def test_a_tracker_that_stands_still_holds_up_no_other(
     """As the one that led does when another one takes over: it is found out once, and not by every blob in turn."""
     monkeypatch.setattr(fleetmates, "_ANSWER_S", 2.0)
     blobs = TrackerBlobs(tmp_path / "blobs", None)
-    wanted = [blob_of(b"blob %d" % number) for number in range(800)]
+    wanted = [blob_of(b"blob %d" % number) for number in range(200)]
+
+    asked: list[bool] = []
 
     async def act(fellows: Fellows) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             fellows.update({"hung": Address("127.0.0.1", silent.getsockname()[1])})
-            async with asyncio.timeout(60):  # eight at a time would have taken minutes
-                assert not await fellows.fetch(wanted), "it may have what nobody else has"
+            hung = fellows._mates["hung"].client
+            download = hung.download
+            monkeypatch.setattr(hung, "download", lambda *what: (asked.append(True), download(*what)))
+            assert not await fellows.fetch(wanted), "it may have what nobody else has"
 
     with_mate(tracker, blobs, act)
+    assert 1 <= len(asked) <= fleetmates._THREADS, "those that it was asked for at once"
 
 
 def test_a_damaged_copy_is_as_good_as_none_and_nobody_is_to_blame(tracker: RunningTracker, tmp_path: Path) -> None:
