@@ -140,7 +140,9 @@ def _arena_size(entry: Entry, workspaces: Sequence[Dim]) -> Dim:
     total = largest[0]
     for size in largest[1:]:
         total = maximum(total, size)
-    return simplify_dim(Binary("add", _aligned(entry.arena_size), total))
+    arena, total = (as_expr(simplify_dim(size)) for size in (_aligned(entry.arena_size), total))
+    # Of a symbol that may be 0 after all, the simplifier does not know it: what is no workspace may be less than none.
+    return arena + (Binary("max", total, const(0)) if entry.may_be_zero else total)
 
 
 class _EntryEmitter(ExprEmitter):
@@ -227,7 +229,9 @@ class _EntryEmitter(ExprEmitter):
 def _describe_function(constants: Constants, entry: Entry, symbol: str, arena: Dim) -> str:
     inputs = constants.array(_PORT, [_describe_port(constants, port, entry.symbols) for port in entry.inputs])
     outputs = constants.array(_PORT, [_describe_port(constants, port, entry.symbols) for port in entry.outputs])
-    symbols = constants.array(_SYMBOL, [_describe_symbol(constants, var, entry) for var in entry.symbols])
+    symbols = constants.array(
+        _SYMBOL, [_describe_symbol(constants, var, least, entry) for var, least in entry.least().items()]
+    )
     equalities = constants.array(_EQUALITY, [_describe_equality(constants, each, entry) for each in entry.equalities])
     name = constants.text(entry.name)
     return constants.constant(
@@ -250,13 +254,13 @@ def _describe_port(constants: Constants, port: Port, symbols: Sequence[Var]) -> 
     return f"{{ {head}, {{ i8, i8, i16 }} {{ i8 {code}, i8 {bits}, i16 1 }} }}"
 
 
-def _describe_symbol(constants: Constants, var: Var, entry: Entry) -> str:
+def _describe_symbol(constants: Constants, var: Var, least: int, entry: Entry) -> str:
     for number, port in enumerate(entry.inputs):
         for axis, dim in enumerate(port.type.shape):
             if dim is var:
                 upper = _NO_UPPER if var.upper is None else var.upper
                 name = constants.text(var.name)
-                return f"{{ ptr {name}, i64 {entry.least(var)}, i64 {upper}, i32 {number}, i32 {axis} }}"
+                return f"{{ ptr {name}, i64 {least}, i64 {upper}, i32 {number}, i32 {axis} }}"
     raise CodegenError(
         f"{entry.name}: the dim {var.name!r} cannot be read off any input", hint="give an input that has it as a dim"
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from kedge.compiler.tir.expr import Dim, Expr, Var, const
-from kedge.compiler.tir.simplify import simplify_dim
+from kedge.compiler.tir.expr import Dim, Expr, Var, as_expr, const
+from kedge.compiler.tir.simplify import prove, simplify_dim
 from kedge.compiler.tir.stmt import Block, PrimFunc
 from kedge.compiler.tir.visitor import substitute_expr, walk_stmt
 
@@ -85,23 +85,37 @@ class Entry:
     def may_be_zero(self) -> tuple[Var, ...]:
         """Symbols of at least 1 that a call may give as 0 all the same, such as a batch: then no output has elements.
 
-        Such a call runs no step, and kernels need not expect it.
+        Such a call runs no step, and kernels need not expect it. No size of it is negative, whichever of the symbols
+        are 0.
         """
-        return tuple(
-            symbol
-            for symbol in self.symbols
-            if symbol.lower == 1 and self.outputs and all(_is_empty(port.type, symbol) for port in self.outputs)
-        )
+        found: dict[Var, Expr] = {}
+        for symbol in self.symbols:
+            if symbol.lower != 1 or not self.outputs or not all(_is_empty(port.type, symbol) for port in self.outputs):
+                continue
+            if all(prove(as_expr(_at_zero(size, symbol, found)) >= 0) for size in self._sizes()):
+                found[symbol] = replace(symbol, lower=0)
+        return tuple(found)
 
-    def least(self, symbol: Var) -> int:
-        """The least size of a symbol that a call may give."""
-        return 0 if symbol in self.may_be_zero else symbol.lower or 0
+    def least(self) -> Mapping[Var, int]:
+        """The least size of each symbol that a call may give."""
+        empty = self.may_be_zero
+        return {symbol: 0 if symbol in empty else symbol.lower or 0 for symbol in self.symbols}
+
+    def _sizes(self) -> Iterator[Expr]:
+        """The symbolic dims of outputs and of all that lies in the arena, and the arena's size."""
+        types = (*(port.type for port in self.outputs), *(slot.type for step in self.steps for slot in step.args))
+        dims = (*(dim for type_ in types for dim in type_.shape), self.arena_size)
+        return (dim for dim in dims if isinstance(dim, Expr))
 
 
 def _is_empty(type_: TensorType, symbol: Var) -> bool:
     """Whether a tensor has no elements where `symbol` is 0."""
-    zero = {symbol: const(0)}
-    return any(isinstance(dim, Expr) and simplify_dim(substitute_expr(dim, zero)) == 0 for dim in type_.shape)
+    return any(isinstance(dim, Expr) and _at_zero(dim, symbol, {}) == 0 for dim in type_.shape)
+
+
+def _at_zero(dim: Expr, symbol: Var, others: Mapping[Var, Expr]) -> Dim:
+    """What `dim` is where `symbol` is 0, in terms of `others`."""
+    return simplify_dim(substitute_expr(dim, {**others, symbol: const(0)}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def _weights_member(weights: Weights, members: dict[str, Bytes], cuts: dict[str,
 
 
 def _function(entry: Entry) -> Function:
-    symbols = tuple(Symbol(var.name, entry.least(var), var.upper) for var in entry.symbols)
+    symbols = tuple(Symbol(var.name, least, var.upper) for var, least in entry.least().items())
     return Function(
         entry.name, tuple(map(_port, entry.inputs)), tuple(map(_port, entry.outputs)), symbols
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,19 @@ def test_steps_run_in_order_inside_the_arena_they_asked_for(loaded: Loaded, n: i
     t = x @ np.arange(12, dtype=np.float32).reshape(4, 3)
     assert status == OK
     np.testing.assert_array_equal(y, (t + 1) * 2 + t)
+
+
+def test_a_workspace_that_an_empty_batch_makes_less_than_none_takes_nothing_of_the_arena(
+    tmp_path: Path, kernels: KernelCache
+) -> None:
+    program = two_steps()
+    (entry,) = program.entries
+    (n,) = entry.symbols
+    steps = (entry.steps[0], replace(entry.steps[1], symbols=((n - 1) * 10,)))
+    loaded = Loaded(replace(program, entries=(replace(entry, steps=steps),)), tmp_path, kernels)
+    assert loaded.function.symbols[0].lower == 0
+    assert evaluate(loaded.function.arena_size, 0) == 64
+    assert evaluate(loaded.function.arena_size, 3) == 256 + 256  # 10 * 2 rows of 3 floats, aligned
 
 
 def test_marks_are_made_around_every_step_where_there_are_any(loaded: Loaded) -> None:

@@ -143,13 +143,78 @@ def test_sizes_that_floats_round_are_refused_with_what_helps() -> None:
         ("c=Cast<to=10>(n) y=Identity(c)", "float16"),
         ("v=Squeeze(n) r=Range(start,v,step) c=Cast<to=1>(r) u=Unsqueeze(c,one) y=Add(x,u)", "float"),  # positions
         ("e=Greater(n,five) c=Cast<to=1>(e) y=Mul(x,c)", "float"),
+        ("m=Neg(n) y=Mod<fmod=1>(m,five)", "int64"),  # with the dividend's sign
+        ("m=Neg(n) a=Add(m,ten) r=Mod<fmod=1>(n,five) y=Concat<axis=0>(a,r)", "int64"),
+        ("c=Cast<to=1>(n) y=Concat<axis=0>(c,denormal,eight)", "float"),
+        ("c=Cast<to=11>(n) y=Concat<axis=0>(c,tiny,tenth)", "double"),
+        ("c=Cast<to=1>(n) d=Div(c,eight) y=Concat<axis=0>(d,denormal,eight)", "float"),
     ],
 )
 def test_shapes_are_data_too(rest: str, dtype: str) -> None:
     text = f"g (float[N,3] x, int64[2] at) => ({dtype}[] y) {{ s=Shape(x) n=Slice(s,zero,one) {rest} }}"
     consts = {"zero": i64(0), "one": i64(1), "five": i64(5), "start": np.int64(0), "step": np.int64(1)}
-    consts |= {"eight": np.float32([8]), "tenth": np.float64([0.1])}
+    consts |= {"eight": np.float32([8]), "tenth": np.float64([0.1]), "ten": i64(10)}
+    consts |= {"denormal": np.float32([1e-40]), "tiny": np.float64([1e-300])}
     check(model(text, consts), [{"x": f(n, 3), "at": i64(2, -3)} for n in (1, 5, 7)])
+
+
+#: Code and name of the types that ranges have.
+RANGES = {"float": (1, "float32"), "double": (11, "float64"), "int32": (6, "int32"), "int64": (7, "int64")}
+
+
+def ranges(dtype: str, start: float, limit: str, delta: float) -> onnx.ModelProto:
+    """start, start + delta, … up to what is worked out from `n`, a size that was cast."""
+    code, numpy_name = RANGES[dtype]
+    text = f"g (float[N,3] x) => ({dtype}[] y) {{ a=Shape(x) i=Gather(a,at) n=Cast<to={code}>(i) {limit}"
+    numbers = {"start": start, "delta": delta, "zero": 0, "two": 2}
+    consts = {name: np.array(number, numpy_name) for name, number in numbers.items()}
+    return model(f"{text} y=Range(start,limit,delta) }}", {"at": np.int64(0)} | consts)
+
+
+UP, DOWN = "limit=Identity(n)", "limit=Sub(zero,n)"
+
+
+@pytest.mark.parametrize(
+    ("start", "limit", "delta", "dtypes"),
+    [
+        (0, UP, 1, RANGES),
+        (2, UP, 3, RANGES),
+        (1, DOWN, -2, RANGES),
+        (0.5, UP, 1, ("float", "double")),
+        (0, UP, 0.5, ("float", "double")),
+        (-0.25, UP, 1.5, ("float", "double")),
+        (0, "limit=Div(n,two)", 1, ("float", "double")),
+        (0.5, "limit=Div(n,two)", 0.25, ("float", "double")),
+    ],
+)
+def test_ranges_up_to_a_free_dim_keep_their_dtype(
+    start: float, limit: str, delta: float, dtypes: Sequence[str]
+) -> None:
+    """As positions of rotary embeddings are."""
+    for dtype in dtypes:
+        check(ranges(dtype, start, limit, delta), [{"x": f(n, 3)} for n in (2, 5, 8)])
+
+
+@pytest.mark.parametrize(
+    ("start", "limit", "delta", "message"),
+    [
+        (0, UP, 0.7, "how many elements it has is rounded"),
+        (0, UP, 0, "its delta is 0"),
+        (0, UP, np.nan, "its inputs and attributes do not fit together"),
+        (-1e300, UP, 1, "how many elements it has is rounded"),
+        (3, UP, 1, "which may be negative"),
+    ],
+)
+def test_ranges_of_floats_that_are_refused(start: float, limit: str, delta: float, message: str) -> None:
+    with pytest.raises(FrontendError, match=rf"\(Range\): .*{message}"):
+        load_onnx(ranges("double", start, limit, delta))
+
+
+def test_a_fraction_of_a_size_is_no_dim() -> None:
+    body = "g (float[N,3] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one) c=Cast<to=1>(n) h=Div(c,two) y=Tile(x,h) }"
+    with pytest.raises(FrontendError, match=r"\(Tile\): its repeats \(input 1\) is a fraction: N / 2") as refused:
+        load_onnx(model(body, {"zero": i64(0), "one": i64(1), "two": np.float32([2])}))
+    assert "Floor" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -418,6 +483,13 @@ def test_an_empty_batch_gives_empty_outputs() -> None:
     body += " a=ArgMax<axis=1>(y) }"
     feeds = [{"x": f(n, 2, 5, 5), "t": f(n, 3)} for n in (0, 2, 0)]
     check(model(body, {"w": f(2, 3), "last": i64(2, 3)}), feeds)
+    rolled = (
+        "g (float[N,3] x) => (float[] y) { a=Slice(x,one,all,zero) b=Slice(x,zero,one,zero) y=Concat<axis=0>(a,b) }"
+    )
+    consts = {"zero": i64(0), "one": i64(1), "all": i64(1 << 62)}
+    check(model(rolled, consts), [{"x": f(n, 3)} for n in (1, 4)])
+    with kedge.compile(load_onnx(model(rolled, consts)), target="native").open(threads=1) as loaded:
+        assert loaded.run({"x": f(0, 3)})["y"].shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -425,9 +497,17 @@ def test_an_empty_batch_gives_empty_outputs() -> None:
     [
         ("g (float[N,3] x) => (float[] y, float[] z) { y=Relu(x) z=ReduceSum<keepdims=0>(x) }", (0, 3)),  # one has some
         ("g (float[1,1,N,4] x) => (float[] y) { y=Conv(x,w) }", (1, 1, 0, 4)),  # there would be -1 rows
+        # Nor where what is between would have -1 rows, or a result -1 columns.
+        (
+            "g (float[N,3] x) => (float[] y) { t=Slice(x,one,all,zero) m=MatMul(t,v) p=Softmax(m) q=MatMul(p,v)"
+            " h=Slice(x,zero,one,zero) y=Concat<axis=0>(q,h) }",
+            (0, 3),
+        ),
+        ("g (float[N,3] x) => (float[] y) { s=Transpose(x) t=Slice(s,one,all,one) y=MatMul(x,t) }", (0, 3)),
     ],
 )
 def test_no_elements_are_too_few_where_results_have_some(body: str, shape: tuple[int, ...]) -> None:
-    compiled = kedge.compile(load_onnx(model(body, {"w": f(1, 1, 2, 2)})), target="native")
+    consts = {"w": f(1, 1, 2, 2), "v": f(3, 3), "zero": i64(0), "one": i64(1), "all": i64(1 << 62)}
+    compiled = kedge.compile(load_onnx(model(body, consts)), target="native")
     with compiled.open(threads=1) as loaded, pytest.raises(InputError, match=r"\(N\) is 0, expected at least"):
         loaded.run({"x": f(*shape)})

@@ -1,13 +1,12 @@
 """The interpreter against numpy, one iteration at a time and vectorized."""
 
-import time
-
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kedge.compiler import te
 from kedge.compiler.errors import VerifyError
+from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Binary, Cast, Load, Var, binary, call, const, logical_and, select
 from kedge.compiler.tir.interp import run
 from kedge.compiler.tir.parser import parse_func
@@ -46,12 +45,13 @@ def test_dense_softmax_pool_mean(vectorize):
     np.testing.assert_allclose(run(mean(2, 2, 6), [x], vectorize=vectorize)[0], x.mean((2, 3)), rtol=1e-6)
 
 
-def test_digits_sized_convolution_is_quick():
+def test_a_convolution_is_a_few_operations_on_arrays(monkeypatch):
+    """One of a network for digits: its 300,000 multiply-adds are not done one by one."""
     func = conv(1, 16, 8, 32)
-    data = inputs(func)
-    start = time.process_time()
-    run(func, data)
-    assert time.process_time() - start < 1.0
+    reads = []
+    monkeypatch.setattr(interp, "_inside", lambda *read, check=interp._inside: reads.append(read) or check(*read))
+    run(func, inputs(func))
+    assert 0 < len(reads) < 100
 
 
 def unary(name: str, dtype: str = "float64") -> PrimFunc:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Node, converter
-from kedge.compiler.graph.dims import at_least, format_dim, plain
+from kedge.compiler.frontend.onnx.symbolic import LARGEST_DENOMINATOR, parts
+from kedge.compiler.graph.dims import at_least, format_dim, plain, product
 from kedge.compiler.graph.ir import Value
 from kedge.compiler.tir.expr import Dim, Expr, as_expr
+
+#: Larger floats are not all of the whole numbers.
+_LARGEST_EXACT = 1 << 53
 
 
 @converter("Range")
@@ -24,9 +30,20 @@ def _range(node: Node) -> Value:
         values = start.astype(np.float64) + np.arange(count) * delta.astype(np.float64)
         exact = start + np.arange(count) * delta
         return node.constant(exact if start.dtype.kind in "iu" else values, str(start.dtype))
-    start_, limit_, delta_ = (node.dims(index, what)[0] for index, what in enumerate(("start", "limit", "delta")))
+    items = [node.items(index, what)[0] for index, what in enumerate(("start", "limit", "delta"))]
+    fractions = [parts(item) for item in items]
+    # Of wholes, or of floats that are even parts of one: how many there are is exact.
+    scale = math.lcm(*(below for _, below in fractions))
+    start_, limit_, delta_ = (product([above, scale // below]) for above, below in fractions)
     if not isinstance(delta_, int) or delta_ == 0:
         raise node.error(f"its delta is {format_dim(delta_)}", hint="kedge takes one that is known, and not 0")
+    if isinstance(start_, Expr):
+        raise node.error(f"its start {format_dim(start_)} depends on a free dim", hint="fix the dims with shapes={...}")
+    if scale > LARGEST_DENOMINATOR or max(abs(start_), abs(delta_)) >= _LARGEST_EXACT:
+        raise node.error(
+            f"from {items[0]} in steps of {items[2]} how many elements it has is rounded, for each size in its own way",
+            hint="fix the dims with shapes={...}",
+        )
     span = as_expr(limit_) - start_ if delta_ > 0 else as_expr(start_) - limit_
     size = plain((span + (abs(delta_) - 1)) // abs(delta_))
     if not at_least(size, 0):
@@ -34,12 +51,13 @@ def _range(node: Node) -> Value:
             f"it is not known to have {format_dim(size)} elements, which may be negative",
             hint="fix the dims with shapes={...}",
         )
+    dtype = node.dtype(0)
     result = node.emit("iota", size=size)
-    if delta_ != 1:
-        result = node.emit("mul", result, node.constant(delta_, "int64"))
-    if isinstance(start_, Expr):
-        raise node.error(f"its start {format_dim(start_)} depends on a free dim", hint="fix the dims with shapes={...}")
-    return result if start_ == 0 else node.emit("add", result, node.constant(start_, "int64"))
+    if dtype != "int64":
+        result = node.emit("cast", result, dtype=dtype)
+    if delta_ != scale:
+        result = node.emit("mul", result, node.constant(items[2], dtype))
+    return node.emit("add", result, node.constant(items[0], dtype)) if start_ else result
 
 
 @converter("CumSum")

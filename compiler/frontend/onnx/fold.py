@@ -107,9 +107,7 @@ def _folded_dtype(node: Node) -> str:
         return "bool"
     if op == "Cast":
         return dtype_name(node.importer.model, node.attr("to"), f"node {node.label!r}")
-    data = node.entry(1 if op == "Where" else 0)
-    assert data is not None  # all of its inputs are known
-    return data.dtype if isinstance(data, Dims) else data.type.dtype
+    return node.dtype(1 if op == "Where" else 0)
 
 
 def _fold_known(node: Node, contents: Sequence[Array | None]) -> Sequence[Entry | None] | None:

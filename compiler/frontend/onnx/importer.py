@@ -129,7 +129,7 @@ class Importer:
                 # The node is named already; the graph operator that refuses may be one of several that stand for it.
                 _, named, reason = error.message.partition(f" (node {node.label}): ")
                 raise node.error(reason if named else error.message, hint=error.hint) from error
-            except (ValueError, IndexError, ZeroDivisionError) as error:
+            except (ValueError, IndexError, ArithmeticError) as error:
                 # A malformed node may fail in as many ways as Python has; whichever it is, the user looks for the node.
                 raise node.error(f"its inputs and attributes do not fit together: {error}") from error
             return results if isinstance(results, tuple) else (results,)

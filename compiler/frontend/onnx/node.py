@@ -12,9 +12,9 @@ import onnx
 
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx import custom
-from kedge.compiler.frontend.onnx.symbolic import Dims, parts
+from kedge.compiler.frontend.onnx.symbolic import Dims, Ratio, parts
 from kedge.compiler.graph.builder import call, make_call
-from kedge.compiler.graph.dims import plain
+from kedge.compiler.graph.dims import format_dim, plain
 from kedge.compiler.graph.ir import Constant, Item, Param, Value
 from kedge.compiler.ops.custom import find
 from kedge.compiler.tir.expr import Dim, Expr
@@ -134,12 +134,23 @@ class Node:
             )
         return data
 
-    def dims(self, index: int, what: str) -> tuple[Dim, ...]:
-        """Input `index` as dims: known integers, or symbolic ones that come from the shapes of tensors."""
+    def items(self, index: int, what: str) -> tuple[Any, ...]:
+        """The elements of input `index`, which must be known: numbers, dims, and in floats fractions of dims."""
         content = self.content(index)
         if content is None:
             content = self.const(index, what)
-        return tuple(plain(item) for item in content.reshape(-1))
+        return tuple(content.reshape(-1).astype(object))
+
+    def dims(self, index: int, what: str) -> tuple[Dim, ...]:
+        """Input `index` as dims: known integers, or symbolic ones that come from the shapes of tensors."""
+        items = self.items(index, what)
+        for item in items:
+            if isinstance(item, Ratio):
+                raise self.error(
+                    f"its {what} (input {index}) is a fraction: {format_dim(item.above)} / {item.below}",
+                    hint="round it with Floor or Ceil, or fix the dims with shapes={...}",
+                )
+        return tuple(plain(item) for item in items)
 
     def ints(self, index: int, what: str) -> tuple[int, ...]:
         """Input `index` as integers that are all known."""
@@ -147,6 +158,13 @@ class Node:
         if any(isinstance(dim, Expr) for dim in dims):
             raise self.error(f"its {what} (input {index}) depends on a free dim of the model's inputs")
         return tuple(int(dim) for dim in dims if isinstance(dim, int))
+
+    def dtype(self, index: int) -> str:
+        """The element type of input `index`."""
+        entry = self.entry(index)
+        if entry is None:
+            raise self.error(f"input {index} is missing")
+        return entry.dtype if isinstance(entry, Dims) else entry.type.dtype
 
     def shape(self, index: int) -> tuple[Dim, ...]:
         """The shape of input `index`."""
@@ -189,14 +207,20 @@ class Node:
 
 def as_data(dims: Dims, label: str) -> Value:
     """What was worked out from shapes as the tensor that it is for the model."""
-    fractions = [parts(item) for item in dims.items.reshape(-1)]
+    items = list(dims.items.reshape(-1))
+    # Known floats are added as they are: their denominators may be no floats.
+    floats = [item if isinstance(item, float) else 0.0 for item in items]
+    fractions = [(0, 1) if isinstance(item, float) else parts(item) for item in items]
     value = call("dims", origin=(label,), values=tuple(above for above, _ in fractions))
     shaped = value if dims.items.ndim == 1 else call("reshape", value, origin=(label,), shape=dims.items.shape)
     result = shaped if dims.dtype == "int64" else call("cast", shaped, origin=(label,), dtype=dims.dtype)
-    if all(below == 1 for _, below in fractions):
-        return result
-    divisors = Constant(np.array([below for _, below in fractions], dims.dtype).reshape(dims.items.shape))
-    return call("div", result, divisors, origin=(label,))
+    if any(below != 1 for _, below in fractions):
+        divisors = np.array([below for _, below in fractions], dims.dtype).reshape(dims.items.shape)
+        result = call("div", result, Constant(divisors), origin=(label,))
+    if any(floats):
+        known = np.array(floats, dims.dtype).reshape(dims.items.shape)
+        result = call("add", result, Constant(known), origin=(label,))
+    return result
 
 
 def label_of(proto: onnx.NodeProto) -> str:

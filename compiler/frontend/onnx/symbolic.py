@@ -154,8 +154,6 @@ def _binary(op: str) -> Callable[[Dim, Dim], Dim]:
             return product([a, b])
         if op == "div":
             return _quotient(a, b)
-        if op == "mod":
-            return _remainder(a, b)
         if op in ("min", "max"):
             return plain((minimum if op == "min" else maximum)(_expr(a), _expr(b)))
         return plain(_expr(a) + _expr(b) if op == "add" else _expr(a) - _expr(b))
@@ -174,11 +172,18 @@ def _quotient(a: Dim, b: Dim) -> Dim:
     return quotient if quotient is not None else plain(Binary("floordiv", _expr(a), _expr(b)))
 
 
-def _remainder(a: Dim, b: Dim) -> Dim:
-    """`a % b` with the divisor's sign, where that is known to be positive; raises UndecidableError else."""
-    if not at_least(b, 1):
-        raise UndecidableError
-    return plain(Binary("floormod", _expr(a), _expr(b)))
+def _remainder(operands: Sequence[Array], attributes: Attributes) -> Array:
+    """Mod: with the divisor's sign, or with `fmod` that of the dividend; the divisor must be known to be positive.
+
+    Raises UndecidableError where it is not, or where the dividend's sign decides and is not known.
+    """
+
+    def remainder(a: Dim, b: Dim) -> Dim:
+        if not at_least(b, 1) or (attributes.get("fmod", 0) and not at_least(a, 0)):
+            raise UndecidableError
+        return plain(Binary("floormod", _expr(a), _expr(b)))
+
+    return _each(remainder)(operands, attributes)
 
 
 class UndecidableError(Exception):
@@ -261,7 +266,7 @@ FOLDERS: Mapping[str, Callable[[Sequence[Array], Attributes], Array]] = {
     "Sub": _each(_binary("sub")),
     "Mul": _each(_binary("mul")),
     "Div": _each(_binary("div")),
-    "Mod": _each(_binary("mod")),
+    "Mod": _remainder,
     "Neg": _negative,
     "Min": _each(_binary("min")),
     "Max": _each(_binary("max")),
