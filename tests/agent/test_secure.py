@@ -84,7 +84,7 @@ def test_an_agent_joins_works_renews_and_comes_back(
 def test_an_agent_outlives_the_certificate_that_its_stream_began_with(runner: Path, tmp_path: Path) -> None:
     data, folder = tmp_path / "data", tmp_path / "tracker"
     with (
-        start(port=0, data_dir=folder, device_lifetime_s=10) as brief,
+        start(port=0, data_dir=folder, device_lifetime_s=25) as brief,
         Access(brief.address, credentials.find(brief.address).tls) as access,
     ):
         identity.enrol(access.enrol_token("here")[0], "here").save(data)
