@@ -105,7 +105,7 @@ class Agents:
         if not accepts(hello.protocol.version):
             ours = local_protocol().version
             reason = f"it speaks protocol {hello.protocol.version}, this tracker {ours}; update the older one"
-            return m.Refused(reason)
+            return m.Refused(reason, retry=True)  # a board comes back by itself once the tracker is updated
         try:
             check_name(name)
         except UsageError as error:
