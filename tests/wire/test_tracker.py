@@ -86,6 +86,20 @@ def test_a_drained_device_that_is_off_is_there_when_the_tracker_comes_back(tmp_p
             fleet.set_maintenance("bench-2")
 
 
+def test_a_drained_device_of_which_no_more_is_known_is_listed_until_it_is_resumed(tmp_path: Path) -> None:
+    forgetful = start(port=0, data_dir=tmp_path, insecure_loopback=True, settings=replace(QUICK, remembered_devices=0))
+    with forgetful as tracker, connect(tracker.address) as fleet:
+        with FakeAgent(tracker.address, device_info()):
+            fleet.set_maintenance("bench-1", reason="a new fan")
+        wait_for(lambda: fleet.devices(include_gone=True)[0].info != device_info(), "the device to be forgotten")
+    with start(port=0, data_dir=tmp_path, insecure_loopback=True) as tracker, connect(tracker.address) as fleet:
+        (left,) = fleet.devices(include_gone=True)
+        assert (left.info.name, left.state, left.last_seen_unix_ms) == ("bench-1", DeviceState.GONE, 0)
+        assert "a new fan" in left.detail
+        assert fleet.set_maintenance("bench-1", False).state is DeviceState.GONE
+        assert fleet.devices(include_gone=True) == []
+
+
 # ---- Jobs ----------------------------------------------------------------------------------------------------------
 
 
