@@ -44,6 +44,7 @@ from kedge.rpc.types import (
 )
 from support.agents import AgentProcess, at_work, descendants, name_of, runs, wait_for
 from support.handmade import artifact
+from support.ports import free_ports
 from support.python39 import Python39
 
 from .conftest import FUNCTIONS
@@ -73,7 +74,7 @@ class Fleet:
         self._data_dir = data_dir
         self._lease_ms = lease_ms
         self._keys = 0
-        self.port = 0
+        self.port = free_ports()
         self.start()
         self.channel = open_channel(parse_address(self.address))
         self._stub: Any = cast(Any, fleet_pb2_grpc).FleetStub(self.channel)

@@ -23,6 +23,7 @@ from kedge.rpc.security.join import DEVICE, Join, parse_join
 from kedge.rpc.tracker.server import RunningTracker, start
 from support.agents import AgentProcess, wait_for
 from support.handmade import artifact
+from support.ports import free_ports
 
 from .conftest import FUNCTIONS
 
@@ -32,7 +33,7 @@ X = np.arange(4, dtype=np.float32)
 @pytest.fixture
 def tracker(tmp_path: Path) -> Iterator[RunningTracker]:
     # Certificates of an hour are always about to expire: the agent renews at once.
-    with start(port=0, data_dir=tmp_path / "tracker", device_lifetime_s=3_600) as running:
+    with start(port=free_ports(2), data_dir=tmp_path / "tracker", device_lifetime_s=3_600) as running:
         yield running
 
 
@@ -84,7 +85,7 @@ def test_an_agent_joins_works_renews_and_comes_back(
 def test_an_agent_outlives_the_certificate_that_its_stream_began_with(runner: Path, tmp_path: Path) -> None:
     data, folder = tmp_path / "data", tmp_path / "tracker"
     with (
-        start(port=0, data_dir=folder, device_lifetime_s=25) as brief,
+        start(port=free_ports(2), data_dir=folder, device_lifetime_s=25) as brief,
         Access(brief.address, credentials.find(brief.address).tls) as access,
     ):
         identity.enrol(access.enrol_token("here")[0], "here").save(data)

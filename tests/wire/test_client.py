@@ -29,6 +29,7 @@ from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.types import Deadlines, DeviceState, DeviceStatus, Job, JobState, Reservation
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
+from support.ports import free_ports
 from support.toys import QUICK, device_info, make_artifact
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -275,7 +276,7 @@ def test_waiting_has_an_end_and_the_job_goes_on(tracker: RunningTracker, fleet: 
 
 
 def test_nobody_there(tmp_path: Path) -> None:
-    with start(port=0, data_dir=tmp_path, insecure_loopback=True) as tracker:
+    with start(port=free_ports(), data_dir=tmp_path, insecure_loopback=True) as tracker:
         address = tracker.address
     with pytest.raises(ConnectError, match=f"no tracker answers at {address} .*Connection refused") as caught:
         connect(str(address))
@@ -285,7 +286,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def test_another_tracker_in_its_place_gets_everything_again(tmp_path: Path, artifact: Artifact) -> None:
-    with start(port=0, data_dir=tmp_path / "one", settings=QUICK, insecure_loopback=True) as first:
+    with start(port=free_ports(), data_dir=tmp_path / "one", settings=QUICK, insecure_loopback=True) as first:
         fleet = connect(first.address)
         fleet.run(artifact, {"x": BIG}, function="big").cancel()
     with (
@@ -584,7 +585,7 @@ def test_the_asyncio_twin_survives_a_restart(tmp_path: Path, artifact: Artifact)
             await asyncio.to_thread(agent.drop)
             await asyncio.to_thread(again.stop)
 
-    asyncio.run(main(restart(port=0, data_dir=tmp_path)))
+    asyncio.run(main(restart(port=free_ports(), data_dir=tmp_path)))
     with pytest.raises(ConnectError, match="no tracker answers"):
         asyncio.run(aio.connect("127.0.0.1:1"))  # type: ignore[arg-type]
 

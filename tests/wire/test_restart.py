@@ -25,6 +25,7 @@ from kedge.rpc.client.plan import pack
 from kedge.rpc.transport import Address, open_channel, parse_address
 from kedge.rpc.types import DeviceState, JobState
 from support.fake_agent import FakeAgent, echo
+from support.ports import free_ports
 from support.toys import device_info, spec_message
 
 from .test_client import INTERRUPTED
@@ -39,7 +40,7 @@ class Process:
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", MAIN, str(port), str(folder)],
+            [sys.executable, "-c", MAIN, str(port or free_ports()), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

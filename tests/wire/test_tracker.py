@@ -40,6 +40,7 @@ from kedge.rpc.transport import CHUNK_BYTES, open_channel
 from kedge.rpc.types import Blob, Deadlines, DeviceState, JobResult, JobState, Lease
 from support.agents import wait_for
 from support.fake_agent import FakeAgent, echo
+from support.ports import free_ports
 from support.toys import QUICK, device_info, make_artifact, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -650,7 +651,7 @@ def test_by_default_only_this_machine_can_reach_it(tracker: RunningTracker) -> N
 
 
 def test_stopping_with_agents_and_watchers_is_prompt_and_keeps_everything(tmp_path: Path, artifact: Artifact) -> None:
-    tracker = start(port=0, data_dir=tmp_path, settings=QUICK, insecure_loopback=True)
+    tracker = start(port=free_ports(), data_dir=tmp_path, settings=QUICK, insecure_loopback=True)
     agent = FakeAgent(tracker.address, device_info("idle", "aarch64"))
     agent.connect()
     with connect(tracker.address) as fleet:
