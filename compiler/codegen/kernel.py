@@ -39,7 +39,7 @@ from kedge.compiler.tir.visitor import free_vars, substitute_expr
 
 #: Bits that x86's multiply-adds do in a cycle where shuffles have a unit to themselves, and those of which one or two
 #: shuffles put an element into all lanes.
-_MOST_BITS_BESIDE_SHUFFLES, _SHUFFLED_BITS = 512, 128
+_MOST_FMA_BITS, _SHUFFLED_BITS = 512, 128
 #: Private buffers up to this many bytes live on the stack, all of a function's together up to four times as many.
 _STACK_BUFFER = 32 * 1024
 _MAX_LANES = 64
@@ -283,8 +283,8 @@ class KernelEmitter(ParallelEmitter):
         target = self.b.target
         if target.fma_by_element:
             return together(loop, self.ranges, self._vector_lanes(target.vector_bits))
-        if target.memory_operands and 0 < target.vector_bits * target.fma_per_cycle <= _MOST_BITS_BESIDE_SHUFFLES:
-            return together(loop, self.ranges, self._vector_lanes(_SHUFFLED_BITS), streamed=True)
+        if target.memory_operands and 0 < target.vector_bits * target.fma_per_cycle <= _MOST_FMA_BITS:
+            return together(loop, self.ranges, self._vector_lanes(_SHUFFLED_BITS), vectors_read_once=True)
         return {}
 
     def _vector_lanes(self, bits: int) -> dict[str, int]:

@@ -43,15 +43,17 @@ class Together:
     vectors: Mapping[int, tuple[int, int]]
 
 
-def together(loop: For, ranges: Ranges, lanes: Mapping[str, int], *, streamed: bool = False) -> dict[Load, Together]:
+def together(
+    loop: For, ranges: Ranges, lanes: Mapping[str, int], *, vectors_read_once: bool = False
+) -> dict[Load, Together]:
     """The loads under an unrolled loop of which several iterations read neighbours.
 
     `ranges` are those of the variables around; `lanes` the elements of a vector, for each dtype that comes in vectors.
-    `streamed`: only elements beside which all vectors are read once.
+    `vectors_read_once`: only elements beside which all vectors are read once.
     """
     found: dict[Load, list[_Place]] = {}
     for place in _places(loop, _Around()):
-        if place.load.buffer.dtype in lanes and (not streamed or place.streams):
+        if place.load.buffer.dtype in lanes and (not vectors_read_once or place.vectors_read_once):
             found.setdefault(place.load, []).append(place)
     result = {}
     for load, (place, *others) in found.items():
@@ -93,7 +95,7 @@ class _Place:
     around: _Around
 
     @property
-    def streams(self) -> bool:
+    def vectors_read_once(self) -> bool:
         """Whether it is one element for all lanes, and all that is beside it moves with lanes and unrolled loops."""
         lanes = {loop.var for loop in self.around.lanes}
         moving = {*lanes, *(loop.var for loop in self.around.loops if extent_of(loop.extent) != 1)}

@@ -343,10 +343,12 @@ def test_where_lines_from_the_second_cache_are_too_slow_few_rows_are_worth_packi
     assert RULE.default(product(m, k, n), fast)["pack_b"] is packs
 
 
-def test_without_a_third_cache_few_rows_are_worth_packing():
-    func = product(64, 512, 512)
-    assert RULE.default(func, replace(AVX2, l3_bytes=0))["pack_b"]
-    assert not RULE.default(product(31, 512, 512), replace(AVX2, l3_bytes=0))["pack_b"]
+@pytest.mark.parametrize("target", [AVX2, replace(AVX512, fma_per_cycle=2.0)], ids=["avx2", "fast"])
+def test_without_a_third_cache_few_rows_are_worth_packing(target):
+    without = replace(target, l3_bytes=0)
+    assert RULE.default(product(40, 512, 512), without)["pack_b"]
+    assert not RULE.default(product(40, 512, 512), target)["pack_b"]
+    assert not RULE.default(product(31, 512, 512), without)["pack_b"]
 
 
 @pytest.mark.parametrize(

@@ -400,12 +400,13 @@ def pointwise(channels: int) -> PrimFunc:
     return te.create_prim_func([x, w, y], "pointwise")
 
 
-def pointwise_blocks(filters: int, width: int) -> PrimFunc:
+def pointwise_blocks(filters: int, width: int, block: int = 16) -> PrimFunc:
     """A 1x1 convolution of `filters` blocks of filters over two blocks of channels, with rows of `width`."""
-    x, w = te.placeholder((2, 4, width, 16), "float32", "x"), te.placeholder((filters, 32, 16), "float32", "w")
-    c, i = te.reduce_axis(2, "c"), te.reduce_axis(16, "i")
+    x = te.placeholder((2, 4, width, block), "float32", "x")
+    w = te.placeholder((filters, 2 * block, block), "float32", "w")
+    c, i = te.reduce_axis(2, "c"), te.reduce_axis(block, "i")
     y = te.compute(
-        (filters, 4, width, 16), lambda f, h, v, o: te.sum(x[c, h, v, i] * w[f, c * 16 + i, o], (c, i)), name="y"
+        (filters, 4, width, block), lambda f, h, v, o: te.sum(x[c, h, v, i] * w[f, c * block + i, o], (c, i)), name="y"
     )
     return te.create_prim_func([x, w, y], "pointwise")
 
@@ -420,6 +421,14 @@ def test_cores_that_multiply_as_often_as_they_load_elements_share_these(width, f
     assert (kernel.decisions["rows"], kernel.decisions["vectors"]) == (rows, vectors)
     slow = schedule_func(func, replace(AVX512, fma_per_cycle=1.0, loads_per_cycle=1.0))
     assert (slow.decisions["rows"], slow.decisions["vectors"]) == (min(width, 14), 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "filters", "rows", "vectors"), [(14, 8, 5, 2), (28, 8, 6, 2), (7, 6, 4, 3), (14, 1, 14, 1)]
+)
+def test_tiles_of_blocks_fit_the_registers_of_avx2(width, filters, rows, vectors):
+    kernel = schedule_func(pointwise_blocks(filters, width, block=8), AVX2)
+    assert (kernel.decisions["rows"], kernel.decisions["vectors"]) == (rows, vectors)
 
 
 def taps(kernel: int) -> PrimFunc:

@@ -214,12 +214,17 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     columns, depth, step = product.extent(product.column), extent_of(product.depth.extent), product.depth_bytes
     if columns is None or depth is None or not step:
         return columns is None or columns > tile.columns
-    if columns > tile.columns and target.fma_per_cycle * target.vector_bits / 8 >= _FAST_BYTES:
-        stays = 2 * depth * tile.columns * product.itemsize <= target.l1_bytes
-        return not stays and -(-height // tile.rows) >= _TILES_TO_PACK_FAST
+    if columns <= tile.columns:
+        return False
+    tiles = -(-height // tile.rows)
     keeps_up = target.l3_share_bytes > 0  # else what does not stay near comes from memory
+    if target.fma_per_cycle * target.vector_bits / 8 >= _FAST_BYTES:
+        stays = 2 * depth * tile.columns * product.itemsize <= target.l1_bytes
+        pays = not stays and tiles >= _TILES_TO_PACK_FAST
+        if pays or keeps_up:
+            return pays
     least = _TILES_TO_PACK if depth * step < target.l3_share_bytes else _TILES_TO_PACK_FROM_AFAR
-    if columns <= tile.columns or (keeps_up and -(-height // tile.rows) < least):
+    if keeps_up and tiles < least:
         return False
     return not stays_near(target, depth, tile.columns * product.itemsize, step)
 

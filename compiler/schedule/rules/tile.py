@@ -102,7 +102,7 @@ def tile_by_model(block: Block, target: TargetModel) -> Tile:
     row = _row_dim(block, vector)
     panel = (
         _panel_dim(block, vector, row, target)
-        if width == extent and _may_lack_loads(block, vector, row, target)
+        if width == extent and _wants_several_vectors(block, vector, row, target)
         else None
     )
     rows, vectors = _tile_shape(block, vector, panel, row, width, target)
@@ -305,11 +305,12 @@ def _row_dim(block: Block, vector: int) -> int | None:
     return best
 
 
-def _may_lack_loads(block: Block, vector: int, row: int | None, target: TargetModel) -> bool:
-    """Whether a tile of one vector may wait for loads, or for itself: then it is to have several.
+def _wants_several_vectors(block: Block, vector: int, row: int | None, target: TargetModel) -> bool:
+    """Whether a tile of one vector may wait for loads, or for itself.
 
-    Where multiply-adds take an operand from memory each takes a load. That is no less than they take themselves where
-    a core does as many of them in a cycle as it loads elements, as Intel's with AVX-512 and all with AVX2.
+    It always may where no operand comes from memory. Where multiply-adds take one from there each takes a load. That is
+    no less than they take themselves where a core does as many of them in a cycle as it loads elements, as Intel's with
+    AVX-512 and all with AVX2.
     """
     return not target.memory_operands or (
         target.fma_per_cycle >= _ELEMENTS_PER_CYCLE and _has_elements(block, vector, row)
@@ -366,11 +367,11 @@ def _tile_shape(
     least_vectors = min(free.TILE_VECTORS, most_vectors, (registers - 1) // 2) if height is None else 1
     others = _other_registers(block, vector, row, target)
     row_loads = 1 / width if target.fma_by_element else 1.0  # one vector has the elements of several steps
-    lacks_loads = target.memory_operands and panel is not None
+    shares_elements = target.memory_operands and panel is not None
 
     def cycles_of(rows: int, vectors: int) -> float:
         """Of one step of a tile's sums, in those that a multiply-add takes."""
-        if not lacks_loads:
+        if not shares_elements:
             return max(rows * vectors, _LATENCY_TILES) + 0.5 * (row_loads * rows + vectors) + _STEP_CYCLES
         loads = rows / _ELEMENTS_PER_CYCLE + vectors / target.loads_per_cycle
         sums = rows * vectors / target.fma_per_cycle
@@ -387,7 +388,7 @@ def _tile_shape(
         return size / (math.ceil(size / step) * step) * (1.0 if size % step == 0 else 0.8)
 
     def score(rows: int, vectors: int) -> float:
-        if (lacks_loads or not target.memory_operands) and height is not None and chunks is not None:
+        if (shares_elements or not target.memory_operands) and height is not None and chunks is not None:
             parts = [(n * m, r, v) for n, r in divmods(height, rows) for m, v in divmods(chunks, vectors)]
             return height * chunks / sum(count * cycles_of(r, v) for count, r, v in parts)
         count = rows * vectors
