@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kedge.compiler.tir.expr import Dim, Expr, Var, as_expr, const
 from kedge.compiler.tir.simplify import prove, simplify_dim
 from kedge.compiler.tir.stmt import Block, PrimFunc
+from kedge.compiler.tir.structural import expr_key
 from kedge.compiler.tir.visitor import substitute_expr, walk_stmt
 
 if TYPE_CHECKING:  # what compiles kernels in a process of its own need not import the graph
@@ -89,10 +90,11 @@ class Entry:
         are 0.
         """
         found: dict[Var, Expr] = {}
+        sizes = self._sizes()
         for symbol in self.symbols:
             if symbol.lower != 1 or not self.outputs or not all(_is_empty(port.type, symbol) for port in self.outputs):
                 continue
-            if all(prove(as_expr(_at_zero(size, symbol, found)) >= 0) for size in self._sizes()):
+            if all(prove(as_expr(_at_zero(size, symbol, found)) >= 0) for size in sizes):
                 found[symbol] = replace(symbol, lower=0)
         return tuple(found)
 
@@ -101,11 +103,11 @@ class Entry:
         empty = self.may_be_zero
         return {symbol: 0 if symbol in empty else symbol.lower or 0 for symbol in self.symbols}
 
-    def _sizes(self) -> Iterator[Expr]:
-        """The symbolic dims of outputs and of all that lies in the arena, and the arena's size."""
+    def _sizes(self) -> Iterable[Expr]:
+        """The symbolic dims of outputs and of what steps read and write, and the arena's size: each once."""
         types = (*(port.type for port in self.outputs), *(slot.type for step in self.steps for slot in step.args))
         dims = (*(dim for type_ in types for dim in type_.shape), self.arena_size)
-        return (dim for dim in dims if isinstance(dim, Expr))
+        return {expr_key(dim): dim for dim in dims if isinstance(dim, Expr)}.values()
 
 
 def _is_empty(type_: TensorType, symbol: Var) -> bool:
