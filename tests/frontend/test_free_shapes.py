@@ -459,6 +459,8 @@ def test_the_interpreter_compares_shapes_too() -> None:
         ("Conv", 2, 3, "SAME_UPPER", {}),  # gaps between its windows
         ("MaxPool", 3, 2, "SAME_UPPER", {}),
         ("AveragePool", 3, 2, "SAME_LOWER", {"count_include_pad": 1}),
+        ("AveragePool", 3, 2, "SAME_UPPER", {}),
+        ("AveragePool", 2, 2, "SAME_LOWER", {}),
     ],
 )
 def test_strided_windows_padded_as_the_free_dims_ask(

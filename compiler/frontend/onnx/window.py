@@ -81,15 +81,26 @@ def _max_pool(node: Node) -> Value:
 
 @converter("AveragePool")
 def _average_pool(node: Node) -> Value:
-    counted = bool(node.attr("count_include_pad", 0))
-    return _pool(node, "avg_pool", node.value(0), 0 if counted else None, count_include_pad=counted)
-
-
-def _pool(node: Node, op: str, x: Value, padding: float | None, **attrs: bool) -> Value:
-    """Windows of `x`; `padding` is the value that padding counts as, None where it does not count as any."""
+    x = node.value(0)
     _require_image(node, x)
-    kernel = tuple(node.attr("kernel_shape"))
-    strides, dilations = _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
+    counted = bool(node.attr("count_include_pad", 0))
+    if counted or all(isinstance(pad, int) for pad in _pads(node, x, *_taps(node, x))):
+        return _pool(node, "avg_pool", x, 0, count_include_pad=counted)
+    # The padding becomes part of the input: what share of each window is none is the mean of ones, padded alike.
+    ones = node.emit("broadcast_to", node.constant(1, x.type.dtype), shape=(1, 1, *x.type.shape[2:]))
+    means = [_pool(node, "avg_pool", each, 0, count_include_pad=True) for each in (x, ones)]
+    return node.emit("div", *means)
+
+
+def _taps(node: Node, x: Value) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Size, strides and dilations of a pooling operator's windows."""
+    return tuple(node.attr("kernel_shape")), _per_axis(node, "strides", x), _per_axis(node, "dilations", x)
+
+
+def _pool(node: Node, op: str, x: Value, padding: float, **attrs: bool) -> Value:
+    """Windows of `x`; `padding` is the value that padding counts as, where it counts."""
+    _require_image(node, x)
+    kernel, strides, dilations = _taps(node, x)
     x, pads = _padded(node, x, kernel, strides, dilations, padding)
     # With auto_pad the number of windows is given by the padding alone.
     ceil_mode = bool(node.attr("ceil_mode", 0)) and node.attr("auto_pad", "NOTSET") == "NOTSET"
@@ -171,17 +182,12 @@ def _per_axis(node: Node, name: str, x: Value, default: int = 1) -> tuple[int, .
 
 
 def _padded(
-    node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int], value: float | None
+    node: Node, x: Value, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int], value: float
 ) -> tuple[Value, tuple[Dim, ...]]:
     """The input and the padding of its windows; what depends on free dims is joined to the input as `value`."""
     pads = _pads(node, x, kernel, strides, dilations)
     if all(isinstance(pad, int) for pad in pads):
         return x, pads
-    if value is None:
-        raise node.error(
-            f"auto_pad {node.attr('auto_pad')} with strides {list(strides)} depends on a free spatial dim",
-            hint="fix the spatial dims: shapes={...} or --shape NAME=1,3,224,224, or export with explicit pads",
-        )
     spatial = len(pads) // 2
     wide = node.emit("pad", x, pads=(0, 0, *pads[:spatial], 0, 0, *pads[spatial:]), value=value)
     return wide, (0,) * len(pads)
