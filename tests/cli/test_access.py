@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kedge.demo import processes
+from kedge.rpc.errors import AuthenticationError
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.transport import parse_address
 from support.commands import Kedge
@@ -66,7 +67,7 @@ def test_a_device_joins_and_is_revoked(kedge: Kedge, kedge_here: Kedge, address:
         assert kedge_here("tracker", "revoke", "cli-1", "--tracker", address).returncode == 0
     assert re.search(r"cli-1 .* 20\d\d-", kedge_here("tracker", "enrolled", "--tracker", address).stdout)
     gone = kedge("agent", "start", "--name", "cli-1", "--data-dir", tmp_path / "agent" / "data")
-    assert gone.returncode == 1 and "was revoked" in gone.stderr
+    assert gone.returncode == AuthenticationError.exit_status and "was revoked" in gone.stderr
 
 
 @pytest.mark.parametrize("wrong", [("--require-signer", "abc"), ("--measure-cores", "9999")])

@@ -10,21 +10,25 @@ from contextlib import ExitStack
 _PORTS = range(10_000, 32_000)
 #: Hypothesis and tests seed the other one: test processes would all find the same ports.
 _random = random.SystemRandom()
-#: Each port that was given, by an abstract name of a socket that the kernel frees when this process ends: nobody else
-#: is given it before its server listens, or while that is away.
-_claims: list[ExitStack] = []
 
 
 def free_ports(count: int = 1) -> int:
-    """The first of so many ports of loopback in a row that nobody listens on, and that no other test is given."""
+    """The first of so many ports of loopback in a row that nobody listens on, and that no other test is given.
+
+    Each is claimed by the abstract name of a socket, whose descriptor stays open and which the kernel frees when this
+    process ends: nobody else is given it before its server listens, or while that is away.
+    """
     while True:
         port = _random.choice(_PORTS)
-        with ExitStack() as probes, ExitStack() as claims:
+        with ExitStack() as probes:
+            claims: list[socket.socket] = []
             try:
                 for number in range(port, port + count):
-                    claims.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0kedge tests: port {number}")
+                    claims.append(probes.enter_context(socket.socket(socket.AF_UNIX)))
+                    claims[-1].bind(f"\0kedge tests: port {number}")
                     probes.enter_context(socket.socket()).bind(("127.0.0.1", number))
             except OSError:
                 continue
-            _claims.append(claims.pop_all())
+            for claim in claims:
+                claim.detach()
         return port
