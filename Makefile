@@ -29,7 +29,7 @@ compat: .venv/bin/python ## The fleet's tests with the packages that users have,
 
 FAULTS ?=
 
-faults: .venv/.dev ## Half an hour of faults done to a fleet of real processes (FAULTS="--fault-hours 8 -k agent")
+faults: .venv/.dev ## Three quarters of an hour of faults done to a fleet of real processes (FAULTS="--fault-hours 8 -k agent")
 	@$(BIN)/pytest -o faulthandler_timeout=0 -m faults tests/faults --fault-report .cache/faults.jsonl $(FAULTS)
 
 lint: .venv/.dev ## Ruff, mypy strict, the floors, the generated modules
