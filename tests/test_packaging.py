@@ -34,10 +34,12 @@ def test_every_package_of_the_tree_is_listed() -> None:
 
 def test_checkers_see_every_module_of_the_face() -> None:
     """`.paths/kedge` holds one link per floor and per module of kedge/; mypy checks what is linked."""
-    linked = {path.name for path in (ROOT / ".paths" / "kedge").iterdir()}
-    own = {path.name for path in (ROOT / "kedge").iterdir() if path.name != "__pycache__"}
-    assert linked == own | set(FLOORS)
-    for path in (ROOT / ".paths" / "kedge").iterdir():
+    linked, own = (
+        {path.name: path for path in folder.iterdir() if path.name != "__pycache__"}
+        for folder in (ROOT / ".paths" / "kedge", ROOT / "kedge")
+    )
+    assert set(linked) == set(own) | set(FLOORS)
+    for path in linked.values():
         assert path.is_symlink() and path.exists(), f"{path} points nowhere"
 
 
