@@ -267,8 +267,11 @@ def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
     scratch = path if special else _scratch(path)
     try:
         try:
-            with scratch.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+            # What numpy.savez writes; older ones leave the archive open where the disk is full, which is told later.
+            with scratch.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
             if not special:
                 scratch.replace(path)
         finally:
