@@ -38,7 +38,7 @@ def idle(board: Board, manifest: Blob) -> Iterator[Board]:
     work(board, run_spec(manifest, "add"))
     yield board
     board.close()
-    assert list(board.scratch.iterdir()) == []
+    wait_for(lambda: not list(board.scratch.iterdir()), "the folder of a runner that nobody wanted to go")
 
 
 def work(board: Board, spec: JobSpec) -> Seat:
