@@ -49,13 +49,10 @@ def bare(arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
 
 
 def dressed(facts: dict[str, Any], raw: Any, prefix: str) -> Arrays:
-    import ml_dtypes
-
-    def dtype(name: str) -> Any:
-        return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
+    import ml_dtypes  # noqa: F401 - numpy knows its types by name from then on
 
     return {
-        name: np.frombuffer(raw[f"{prefix}{position}"].tobytes(), dtype(kind)).reshape(shape)
+        name: np.frombuffer(raw[f"{prefix}{position}"].tobytes(), kind).reshape(shape)
         for position, (name, (kind, shape)) in enumerate(facts.items())
     }
 
