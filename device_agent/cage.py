@@ -145,13 +145,13 @@ class Cage:
         self,
         fds: Dict[str, int],
         scratch: Path,
-        shelf: Path,
+        loaded: Path,
         user: Optional[User],
         groups: Optional[Groups],
         missing: Sequence[str],
     ) -> None:
         self._fds = fds
-        self._shelf = shelf
+        self._loaded = loaded
         self._scratch = _identity(scratch)
         self.user = user
         self.groups = groups
@@ -173,13 +173,13 @@ class Cage:
         Raises:
             CageError: the runner cannot be asked, or the data folder not be used.
         """
-        shelf = data_dir / "loaded"
+        loaded = data_dir / "loaded"
         try:
-            remove_tree(shelf)
-            shelf.mkdir()
+            remove_tree(loaded)
+            loaded.mkdir()
         except OSError as error:
-            raise CageError(f"cannot empty {shelf}: {error.strerror}", hint="remove it by hand") from error
-        fds, missing = _build(runner, data_dir, (scratch, *_DEVICES), (shelf,))
+            raise CageError(f"cannot empty {loaded}: {error.strerror}", hint="remove it by hand") from error
+        fds, missing = _build(runner, data_dir, (scratch, *_DEVICES), (loaded,))
         if user is not None and "u" in fds:
             # Another user has no number inside a user namespace of this one's.
             for letter in ("u", "n"):
@@ -190,7 +190,7 @@ class Cage:
             groups = Groups.claim(data_dir, root=root)
         except GroupsUnavailableError as error:
             missing.append(f"memory by control group: {error.message} ({error.hint})")
-        return cls(fds, scratch, shelf, user, groups, missing)
+        return cls(fds, scratch, loaded, user, groups, missing)
 
     def __enter__(self) -> Cage:
         return self
@@ -289,11 +289,11 @@ class Cage:
             os.close(fd)
 
     def _shown(self, scratch: Path) -> Path:
-        return scratch / _SHOWN if self.user is not None else self._shelf / scratch.name
+        return scratch / _SHOWN if self.user is not None else self._loaded / scratch.name
 
     def clear(self, scratch: Path) -> None:
         """Take back what was admitted for a job, and remove its folder; raises OSError."""
-        remove_tree(self._shelf / scratch.name)
+        remove_tree(self._loaded / scratch.name)
         remove_tree(scratch)
 
     def describe(self, pid: int, measuring_cpus: Sequence[int] = ()) -> Confinement:

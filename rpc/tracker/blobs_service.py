@@ -22,10 +22,10 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.facts import JobAccepted
-from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
 from kedge.rpc.tracker.grants import Grants
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
 from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.principal import Principal, Role, caller
 from kedge.rpc.transport import CHUNK_BYTES
@@ -60,10 +60,10 @@ class BlobsService:
         threads: ThreadPoolExecutor,
         max_bytes: int,
         observer: Observer = SILENT,
-        mates: Fleetmates = ALONE,
+        replication: Replication = NO_REPLICATION,
     ) -> None:
         self._held_by = held_by
-        self._mates = mates
+        self._replication = replication
         self._blobs = blobs
         self._catalog = catalog
         self._owners = owners
@@ -80,7 +80,7 @@ class BlobsService:
         asked = [convert.blob_from_pb(pb) for pb in request.blobs]
         principal = caller()
         if principal.role is not Role.PEER:
-            await self._mates.fetch(await self._in_thread(self._owned, asked, principal))
+            await self._replication.fetch(await self._in_thread(self._owned, asked, principal))
         missing = await self._in_thread(self._catalog.missing, asked, principal)
         self._observer.looked_up(len(set(asked)) - len(missing), len(missing))
         return blobs_pb2.FindMissingResponse(missing=[convert.blob_to_pb(blob) for blob in missing])
@@ -125,7 +125,7 @@ class BlobsService:
             writer = await asyncio.wrap_future(begun)
             await self._receive(writer, first.data, requests)
             if principal.role is not Role.PEER:
-                await self._mates.copy(blob)
+                await self._replication.copy(blob)
                 if not principal.trusted:
                     self._owners.add(principal.owner, blob.digest)
                     await self._in_thread(self._owners.settle)
@@ -173,7 +173,7 @@ class BlobsService:
         blob = convert.blob_from_pb(request.blob)
         if not self._open_to(caller(), blob.digest):
             raise MissingBlobError(f"blob {blob.digest} of {blob.size} bytes is not on the tracker")
-        heard_all = caller().role is Role.PEER or await self._mates.fetch([blob])
+        heard_all = caller().role is Role.PEER or await self._replication.fetch([blob])
         if not self._blobs.has(blob):
             if not heard_all:
                 raise TrackerAwayError(f"blob {blob.digest} is not here, and a tracker that may have it is silent")

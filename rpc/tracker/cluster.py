@@ -22,18 +22,18 @@ from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Election, Member, View
 from kedge.rpc.tracker.epoch import Epoch
-from kedge.rpc.tracker.fleetmates import Fellows
 from kedge.rpc.tracker.grants import Grants
 from kedge.rpc.tracker.health import HealthService
-from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
+from kedge.rpc.tracker.leadership import Leadership, Resources, RetainedBlobs
 from kedge.rpc.tracker.listeners import Details, Find, Serve, Switch, Table
 from kedge.rpc.tracker.relay import Relay
+from kedge.rpc.tracker.replication import PeerReplication
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError, documents, is_current, prepare
 from kedge.rpc.tracker.security.folder import Keys, Security
 from kedge.rpc.tracker.security.interceptor import Gate, by_peer, trust
 from kedge.rpc.tracker.security.owners import FileOwners, Owners, StoredOwners
-from kedge.rpc.tracker.security.shelf import DatabaseShelf
+from kedge.rpc.tracker.security.storage import DatabaseStorage
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.transport import Tls
 from kedge.rpc.types import SessionTask, TrackerMember
@@ -112,7 +112,7 @@ class Cluster:
 
     def __init__(
         self,
-        premises: Premises,
+        resources: Resources,
         database: Postgres,
         keys: Keys | None,
         health: HealthService,
@@ -121,7 +121,7 @@ class Cluster:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._on_failure = on_failure
-        self._premises = premises
+        self._resources = resources
         self._database = database
         self._keys = keys
         self._health = health
@@ -131,7 +131,7 @@ class Cluster:
         self._events: asyncio.Queue[Led | Lost | Failed | View] = asyncio.Queue()
         tls = None if keys is None else _own_tls(keys)
         self._relay = Relay(tls, lambda: 0 if keys is None else keys.agents_port)
-        self._fellows = Fellows(premises.blobs, tls)
+        self._replication = PeerReplication(resources.blobs, tls)
         self._election: Election | None = None
         self._member: Member | None = None
         self._running: asyncio.Task[None] | None = None
@@ -180,7 +180,7 @@ class Cluster:
         await self._relay.point(None)
         if self._closing:
             await asyncio.wait(self._closing)
-        await self._loop.run_in_executor(None, self._fellows.close)
+        await self._loop.run_in_executor(None, self._replication.close)
 
     def _tell(self, event: Led | Lost | Failed | View) -> None:
         """From any thread."""
@@ -200,7 +200,7 @@ class Cluster:
             elif isinstance(event, Lost):
                 await self._step_down(TrackerAwayError(f"this tracker leads no more: {event.why}"))
             elif isinstance(event, Failed):
-                if self._leadership is not None and self._fellows.epoch == event.epoch:
+                if self._leadership is not None and self._replication.epoch == event.epoch:
                     log.error("the store failed: %s", event.error)
                     await self._step_down(TrackerAwayError("this tracker leads no more: its store failed"))
                     self._give_up()
@@ -216,16 +216,16 @@ class Cluster:
             self._give_up()
             return
         security = self.security
-        if self._premises.metrics is not None:
-            self._premises.metrics.serve_state(led.shell, self._premises.data_dir)
-            self._premises.metrics.leads(epoch.number)
+        if self._resources.metrics is not None:
+            self._resources.metrics.serve_state(led.shell, self._resources.data_dir)
+            self._resources.metrics.leads(epoch.number)
         if security is None:
             self.clients.serve = self._if_sure(led.everybody(), self._relay.serve)
         else:
             self.clients.serve = self._if_sure(led.clients(), self._relay.serve)
             self.agents.serve = self._if_sure(led.agents(), self._relay.serve)
         self.peers.serve = self._if_sure(led.peers(), self._following_peers())
-        self._premises.audit.write("tracker leads", epoch=epoch.number)
+        self._resources.audit.write("tracker leads", epoch=epoch.number)
         self._health.set_serving(True)
         self._settled.set()
 
@@ -243,21 +243,21 @@ class Cluster:
         """Whatever waits for the database does so in a thread: this tracker goes on to relay, and to be seen."""
         store, security = await self._loop.run_in_executor(None, self._open, epoch)
         try:
-            owners: Owners = FileOwners(self._premises.data_dir / "owners")
+            owners: Owners = FileOwners(self._resources.data_dir / "owners")
             if security is not None:
                 owners = await self._loop.run_in_executor(None, StoredOwners, store)
             # What jobs need of an artifact is read from its manifest.
             specs = [record.accepted.spec for record in store.found.records]
-            await self._fellows.fetch([spec.manifest for spec in specs if not isinstance(spec.task, SessionTask)])
-            holdings = await self._loop.run_in_executor(None, Holdings, self._premises, store, owners)
+            await self._replication.fetch([spec.manifest for spec in specs if not isinstance(spec.task, SessionTask)])
+            retained = await self._loop.run_in_executor(None, RetainedBlobs, self._resources, store, owners)
         except BaseException:
             self._close(store)
             raise
         self._store, self.security = store, security
-        self._fellows.lead(epoch.number)
-        self._premises.blobs.when_evicted(owners.forget)
-        self._leadership = Leadership(self._premises, store, security, owners, holdings, self._fellows)
-        self._straying = self._loop.call_later(_STRAYS_S, self._loop.run_in_executor, None, holdings.forget_strays)
+        self._replication.lead(epoch.number)
+        self._resources.blobs.when_evicted(owners.forget)
+        self._leadership = Leadership(self._resources, store, security, owners, retained, self._replication)
+        self._straying = self._loop.call_later(_STRAYS_S, self._loop.run_in_executor, None, retained.forget_strays)
         return self._leadership
 
     def _open(self, epoch: Epoch) -> tuple[Store, Security | None]:
@@ -267,16 +267,16 @@ class Cluster:
             epoch=epoch,
             on_failure=lambda error: self._tell(Failed(epoch.number, error)),
             on_trouble=lambda troubled: self._in_loop(lambda: self._health.set_serving(not troubled)),
-            observer=self._premises.observer,
+            observer=self._resources.observer,
             keep=self._keep,
-            clock=lambda: self._premises.clock() / 1000,
+            clock=lambda: self._resources.clock() / 1000,
         )
         if self._keys is None:
             return store, None
         try:
             security = Security(
                 self._keys,
-                lambda name: DatabaseShelf(self._database, epoch, name),
+                lambda name: DatabaseStorage(self._database, epoch, name),
                 device_lifetime_s=self._device_lifetime_s,
             )
         except BaseException:
@@ -295,10 +295,10 @@ class Cluster:
         if self._straying is not None:
             self._straying.cancel()
         led.close(why)
-        if self._premises.metrics is not None:
-            self._premises.metrics.follows()
-        self._premises.audit.write("tracker leads no more", epoch=self._fellows.epoch, reason=why.message)
-        self._premises.blobs.when_evicted(lambda digest: None)
+        if self._resources.metrics is not None:
+            self._resources.metrics.follows()
+        self._resources.audit.write("tracker leads no more", epoch=self._replication.epoch, reason=why.message)
+        self._resources.blobs.when_evicted(lambda digest: None)
         self._close(store)
 
     def _close(self, store: Store) -> None:
@@ -315,8 +315,8 @@ class Cluster:
         assert self._member is not None
         alive = {seen.member.name: seen.member for seen in view.members if not seen.gone}
         others = {name: member for name, member in alive.items() if name != self._member.name}
-        self._fellows.update({name: member.peers_address for name, member in others.items()})
-        self._fellows.members = tuple(
+        self._replication.update({name: member.peers_address for name, member in others.items()})
+        self._replication.members = tuple(
             TrackerMember(
                 name=seen.member.name,
                 address=str(seen.member.address),
@@ -328,11 +328,11 @@ class Cluster:
             )
             for seen in view.members
         )
-        if self._premises.metrics is not None:
-            self._premises.metrics.sees(view.epoch, len(alive))
+        if self._resources.metrics is not None:
+            self._resources.metrics.sees(view.epoch, len(alive))
         if self._leadership is not None:
             if self._offering is None or self._offering.done():
-                self._offering = asyncio.create_task(self._fellows.offer(self._leadership.needed.digests))
+                self._offering = asyncio.create_task(self._replication.offer(self._leadership.needed.digests))
             return
         leader = others.get(view.leader)
         await self._relay.point(None if leader is None else leader.peers_address)
@@ -342,21 +342,21 @@ class Cluster:
 
     def _following_peers(self) -> Serve:
         """To the tracker that leads: copies of blobs."""
-        premises, table = self._premises, Table()
-        owners = FileOwners(premises.data_dir / "owners")
+        resources, table = self._resources, Table()
+        owners = FileOwners(resources.data_dir / "owners")
         blobs = BlobsService(
             lambda device: {},
-            premises.blobs,
-            Catalog(premises.blobs, owners),
+            resources.blobs,
+            Catalog(resources.blobs, owners),
             owners,
-            Grants(premises.blobs),
-            premises.threads,
-            premises.limits.max_blob_bytes,
-            premises.observer,
+            Grants(resources.blobs),
+            resources.threads,
+            resources.limits.max_blob_bytes,
+            resources.observer,
         )
         cast(Any, blobs_pb2_grpc).add_BlobsServicer_to_server(blobs, table)
         authenticate = trust if self._keys is None else by_peer(None, None, self._keys.now_s)
-        return table.behind(Gate(authenticate, premises.audit, premises.limits.max_calls))
+        return table.behind(Gate(authenticate, resources.audit, resources.limits.max_calls))
 
     def _in_loop(self, act: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(act)

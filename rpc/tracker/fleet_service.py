@@ -19,8 +19,8 @@ from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.status import UnknownReservationError
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
-from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
+from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.principal import Principal, Role, caller
@@ -35,9 +35,11 @@ _MAX_WAIT_MS = 60_000
 class FleetService:
     """What clients ask. Others' jobs do not exist, for those who are no administrators."""
 
-    def __init__(self, shell: Shell, catalog: Catalog, audit: Audit, data_dir: Path, mates: Fleetmates = ALONE) -> None:
+    def __init__(
+        self, shell: Shell, catalog: Catalog, audit: Audit, data_dir: Path, replication: Replication = NO_REPLICATION
+    ) -> None:
         self._shell = shell
-        self._mates = mates
+        self._replication = replication
         self._data_dir = data_dir
         self._catalog = catalog
         self._audit = audit
@@ -62,8 +64,8 @@ class FleetService:
             store_problem=self._shell.store_problem or "",
             disk_free_bytes=shutil.disk_usage(self._data_dir).free,
             agents=self._shell.state.agents(),
-            epoch=self._mates.epoch,
-            trackers=self._mates.members,
+            epoch=self._replication.epoch,
+            trackers=self._replication.members,
         )
         return convert.tracker_status_to_pb(status)
 
@@ -101,11 +103,11 @@ class FleetService:
         principal = caller()
         spec = convert.job_spec_from_pb(request.spec)
         _check_priority(spec.priority, principal)
-        await self._mates.fetch(self._catalog.named_by(spec, principal))
+        await self._replication.fetch(self._catalog.named_by(spec, principal))
         needs = await self._catalog.check(spec, principal)
         if not self._shell.state.may_carry(spec, principal.name):
             spec = await self._catalog.store_inputs(spec, principal)
-        await self._mates.ensure(self._catalog.digests_of(spec))
+        await self._replication.ensure(self._catalog.digests_of(spec))
         key = request.idempotency_key
         if key and not principal.trusted:
             key = f"{principal.name}/{key}"  # one user's keys say nothing of another's jobs

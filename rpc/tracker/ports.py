@@ -98,7 +98,7 @@ def _check_free(host: str, port: int) -> None:
         raise ConnectError(f"cannot listen on {address}: {why}", hint=hint) from error
 
 
-class House(Protocol):
+class Endpoints(Protocol):
     """What is behind the ports of one tracker."""
 
     @property
@@ -123,19 +123,19 @@ class Servers:
         self._before: list[grpc.aio.ServerInterceptor] = [counting.calls] if counting is not None else []
         self._servers: list[grpc.aio.Server] = []
 
-    def open(self, house: House, keys: Keys | None, ports: Ports) -> Ports:
+    def open(self, endpoints: Endpoints, keys: Keys | None, ports: Ports) -> Ports:
         """The listeners of a tracker, in plaintext where it has no keys; returns which ports they have."""
         if keys is None:
-            clients = agents = self._add(house.clients, ports.clients, None, _listing(*_PLAIN))
+            clients = agents = self._add(endpoints.clients, ports.clients, None, _listing(*_PLAIN))
         else:
-            clients = self._add(house.clients, ports.clients, _server_tls(keys), _listing(*_FOR_CLIENTS))
-            agents = self._add(house.agents, ports.agents, _server_tls(keys, mutual=True), _listing(*_FOR_AGENTS))
+            clients = self._add(endpoints.clients, ports.clients, _server_tls(keys), _listing(*_FOR_CLIENTS))
+            agents = self._add(endpoints.agents, ports.agents, _server_tls(keys, mutual=True), _listing(*_FOR_AGENTS))
             keys.agents_port = agents
         peers = 0
-        if house.peers is not None:
+        if endpoints.peers is not None:
             tls = None if keys is None else _server_tls(keys, mutual=True)
             relayed = _listing(*_PLAIN) if keys is None else _RelayedListing()
-            peers = self._add(house.peers, ports.peers, tls, relayed, MAX_RELAYED_STREAMS)
+            peers = self._add(endpoints.peers, ports.peers, tls, relayed, MAX_RELAYED_STREAMS)
         return Ports(clients, agents, peers)
 
     def _add(

@@ -23,7 +23,7 @@ from kedge.rpc.tracker.cluster import Cluster, check_database
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.election import Member
 from kedge.rpc.tracker.health import HealthService
-from kedge.rpc.tracker.leading import Holdings, Leadership, Premises
+from kedge.rpc.tracker.leadership import Leadership, Resources, RetainedBlobs
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics, exported
 from kedge.rpc.tracker.observer import SILENT
@@ -105,7 +105,7 @@ async def serve(
     shared = None if database is None else Postgres(database)
     advertised = host if shared is None else parse_host(advertise or known_as(host))
     ports = checked_ports(host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=shared is not None)
-    bell, health = _Bell(data_dir), HealthService(SERVICES)
+    failure, health = _Failure(data_dir), HealthService(SERVICES)
     counting = Metrics() if metrics is not None else None
     # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.
     clock = Clock()
@@ -118,35 +118,35 @@ async def serve(
         if shared is None:
             store = Store(
                 data_dir,
-                on_failure=bell.ring,
-                on_trouble=lambda troubled: bell.in_loop(health.set_serving, not troubled),
+                on_failure=failure.report,
+                on_trouble=lambda troubled: failure.in_loop(health.set_serving, not troubled),
                 observer=counting or SILENT,
                 keep=keep,
                 clock=lambda: clock() / 1000,
             )
             # Its thread may still call into this loop: that must not stand still meanwhile.
             open_things.push_async_callback(in_thread, store.close)
-        premises = open_things.enter_context(_premises(data_dir, blob_quota, keys, limits, settings, clock, counting))
-        house: _Alone | _Shared
+        resources = open_things.enter_context(_resources(data_dir, blob_quota, keys, limits, settings, clock, counting))
+        endpoints: _SingleTracker | _ClusterMember
         if store is not None:
-            house = _Alone(premises, store, keys, device_lifetime_s)
+            endpoints = _SingleTracker(resources, store, keys, device_lifetime_s)
         else:
             assert shared is not None
-            cluster = Cluster(premises, shared, keys, health, keep, device_lifetime_s, bell.rung)
-            house = _Shared(cluster, advertised)
+            cluster = Cluster(resources, shared, keys, health, keep, device_lifetime_s, failure.set)
+            endpoints = _ClusterMember(cluster, advertised)
         scraped = None
         if counting is not None and metrics is not None:
             scraped = await _export(counting, metrics, open_things)
         servers = Servers(host, health, counting)
-        for ended in (servers.stop, house.stop):
+        for ended in (servers.stop, endpoints.stop):
             open_things.push_async_callback(ended)
         open_things.callback(health.stop)
-        bound = servers.open(house, keys, ports)
+        bound = servers.open(endpoints, keys, ports)
         await servers.start()
-        await house.start(bound)
+        await endpoints.start(bound)
         here, for_agents = Address(host, bound.clients), Address(host, bound.agents)
-        serving = Serving(here, for_agents, bell.stopped, house.security, keys, scraped)
-        with _on_record(premises.audit, serving), _left_to_its_owner(_own_credentials(serving)):
+        serving = Serving(here, for_agents, failure.stopped, endpoints.security, keys, scraped)
+        with _on_record(resources.audit, serving), _left_to_its_owner(_own_credentials(serving)):
             yield serving
 
 
@@ -155,19 +155,19 @@ async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
 
 
-class _Bell:
-    """Tells whoever has to stop the tracker that its store failed. Made in the loop, rung from any thread."""
+class _Failure:
+    """Tells whoever has to stop the tracker that its store failed. Made in the loop, set from any thread."""
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
         self._loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[str] = self._loop.create_future()
 
-    def ring(self, error: BaseException) -> None:
+    def report(self, error: BaseException) -> None:
         """The store failed."""
-        self.in_loop(self.rung, error)
+        self.in_loop(self.set, error)
 
-    def rung(self, error: BaseException) -> None:
+    def set(self, error: BaseException) -> None:
         """The same, in the loop."""
         if not self.stopped.done():
             self.stopped.set_exception(StoreError(f"the tracker's store in {self._data_dir} failed: {error!r}"))
@@ -185,7 +185,7 @@ def _keys(data_dir: Path, join: Join | None) -> Keys:
 
 
 @contextmanager
-def _premises(
+def _resources(
     data_dir: Path,
     blob_quota: int | None,
     keys: Keys | None,
@@ -193,12 +193,12 @@ def _premises(
     settings: Settings | None,
     clock: Clock,
     counting: Metrics | None,
-) -> Iterator[Premises]:
+) -> Iterator[Resources]:
     blobs = TrackerBlobs(data_dir / "blobs", blob_quota)
     audit = keys.audit if keys is not None else Audit(data_dir / "audit.jsonl")
     try:
         with ThreadPoolExecutor(_BLOB_THREADS, thread_name_prefix="kedge-blobs") as threads:
-            yield Premises(data_dir, blobs, audit, threads, limits, settings, clock, counting)
+            yield Resources(data_dir, blobs, audit, threads, limits, settings, clock, counting)
     finally:
         audit.close()
 
@@ -219,17 +219,17 @@ def _on_record(audit: Audit, serving: Serving) -> Iterator[None]:
         audit.write("tracker stopped")
 
 
-class _Alone:
+class _SingleTracker:
     """A tracker whose state is its own: it leads as long as it runs."""
 
     peers = None
 
-    def __init__(self, premises: Premises, store: Store, keys: Keys | None, device_lifetime_s: int) -> None:
-        owners = FileOwners(premises.data_dir / "owners")
-        premises.blobs.when_evicted(owners.forget)
-        self._premises = premises
+    def __init__(self, resources: Resources, store: Store, keys: Keys | None, device_lifetime_s: int) -> None:
+        owners = FileOwners(resources.data_dir / "owners")
+        resources.blobs.when_evicted(owners.forget)
+        self._resources = resources
         self.security = None if keys is None else Security(keys, device_lifetime_s=device_lifetime_s)
-        self.leadership = Leadership(premises, store, self.security, owners, Holdings(premises, store, owners))
+        self.leadership = Leadership(resources, store, self.security, owners, RetainedBlobs(resources, store, owners))
         if self.security is None:
             self.clients = self.agents = Switch(self.leadership.everybody())
         else:
@@ -237,15 +237,15 @@ class _Alone:
 
     async def start(self, _bound: Ports) -> None:
         """It leads already; from now on its state is counted."""
-        if self._premises.metrics is not None:
-            self._premises.metrics.serve_state(self.leadership.shell, self._premises.data_dir)
+        if self._resources.metrics is not None:
+            self._resources.metrics.serve_state(self.leadership.shell, self._resources.data_dir)
 
     async def stop(self) -> None:
         """Decide nothing any more."""
         self.leadership.close()
 
 
-class _Shared:
+class _ClusterMember:
     """One of several trackers on a database."""
 
     def __init__(self, cluster: Cluster, advertised: str) -> None:

@@ -34,7 +34,7 @@ from kedge.rpc.tracker.security.ca import Authority, serial_of
 from kedge.rpc.tracker.security.devices import Devices
 from kedge.rpc.tracker.security.folder import Keys
 from kedge.rpc.tracker.security.principal import Role
-from kedge.rpc.tracker.security.shelf import FileShelf
+from kedge.rpc.tracker.security.storage import FileStorage
 from kedge.rpc.tracker.security.tokens import Tokens
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import Address, HandshakeError, Tls, open_channel
@@ -230,12 +230,12 @@ def test_plaintext_is_for_loopback(tmp_path: Path) -> None:
 
 
 def test_tokens_end(folder: Path, clock: Clock) -> None:
-    tokens = Tokens(FileShelf(folder / "tokens.json"), clock)
+    tokens = Tokens(FileStorage(folder / "tokens.json"), clock)
     _, short = tokens.create("ann", Role.SUBMIT, lifetime_s=60)
     forever, _ = tokens.create("ann", Role.READ, lifetime_s=0)
     enrolling, once = tokens.create("admin", Role.ENROL)
     assert tokens.check(short).user == "ann"
-    again = Tokens(FileShelf(folder / "tokens.json"), clock)
+    again = Tokens(FileStorage(folder / "tokens.json"), clock)
     assert again.check(short) == tokens.check(short), "they outlive the tracker"
     clock.now_s += 60
     with pytest.raises(AuthenticationError, match="has expired"):
@@ -250,7 +250,7 @@ def test_tokens_end(folder: Path, clock: Clock) -> None:
     assert len(again.all()) == 3
     clock.now_s += 31 * DAY_S
     again.create("bob", Role.READ)
-    assert [token.user for token in Tokens(FileShelf(folder / "tokens.json"), clock).all()] == ["bob"]
+    assert [token.user for token in Tokens(FileStorage(folder / "tokens.json"), clock).all()] == ["bob"]
 
 
 @pytest.mark.parametrize(
@@ -264,14 +264,14 @@ def test_tokens_end(folder: Path, clock: Clock) -> None:
 def test_tokens_that_cannot_be(
     folder: Path, clock: Clock, user: str, role: Role, device: str, lifetime_s: int | None
 ) -> None:
-    tokens = Tokens(FileShelf(folder / "tokens.json"), clock)
+    tokens = Tokens(FileStorage(folder / "tokens.json"), clock)
     with pytest.raises(UsageError):
         tokens.create(user, role, device=device, lifetime_s=lifetime_s)
     assert tokens.all() == []
 
 
 def test_what_cannot_be_stored_does_not_count(folder: Path, clock: Clock) -> None:
-    tokens = Tokens(FileShelf(folder / "tokens.json"), clock)
+    tokens = Tokens(FileStorage(folder / "tokens.json"), clock)
     token, secret = tokens.create("admin", Role.ENROL)
     (folder / "tokens.json").unlink()
     (folder / "tokens.json").mkdir()
@@ -283,8 +283,8 @@ def test_what_cannot_be_stored_does_not_count(folder: Path, clock: Clock) -> Non
 def test_a_damaged_file_stops_the_tracker(folder: Path, clock: Clock) -> None:
     authority = Authority(folder, clock())
     for name, load in (
-        ("tokens.json", lambda path: Tokens(FileShelf(path), clock)),
-        ("devices.json", lambda path: Devices(FileShelf(path), authority, clock)),
+        ("tokens.json", lambda path: Tokens(FileStorage(path), clock)),
+        ("devices.json", lambda path: Devices(FileStorage(path), authority, clock)),
     ):
         write_private(folder / name, b'[{"id": 1}]')
         with pytest.raises(SecretFileError, match="is damaged"):
@@ -295,7 +295,7 @@ def test_a_damaged_file_stops_the_tracker(folder: Path, clock: Clock) -> None:
 
 
 def test_certificates_are_renewed_and_overlap(folder: Path, clock: Clock) -> None:
-    devices = Devices(FileShelf(folder / "devices.json"), Authority(folder, clock()), clock, lifetime_s=10 * DAY_S)
+    devices = Devices(FileStorage(folder / "devices.json"), Authority(folder, clock()), clock, lifetime_s=10 * DAY_S)
     first = devices.enrol("rpi", replaces=False)
     assert serial_of(first.certificate) == (first.serial, int(clock()) + 10 * DAY_S)
     second = devices.renew("rpi", first.serial)
@@ -303,7 +303,7 @@ def test_certificates_are_renewed_and_overlap(folder: Path, clock: Clock) -> Non
     third = devices.renew("rpi", second.serial)
     with pytest.raises(AuthenticationError, match="another certificate"):
         devices.check("rpi", first.serial)
-    again = Devices(FileShelf(folder / "devices.json"), Authority(folder, clock()), clock)
+    again = Devices(FileStorage(folder / "devices.json"), Authority(folder, clock()), clock)
     again.check("rpi", third.serial)
     again.revoke("rpi")
     with pytest.raises(AuthenticationError, match="was revoked"):

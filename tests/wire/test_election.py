@@ -150,7 +150,7 @@ def test_a_store_whose_server_stands_still_fails(
         store.close()
 
 
-@pytest.mark.parametrize("step", ["StoredOwners", "Holdings"])
+@pytest.mark.parametrize("step", ["StoredOwners", "RetainedBlobs"])
 def test_a_database_that_is_lost_while_a_tracker_takes_the_lead_costs_that_lead(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 
 from kedge.protos.v1 import sessions_pb2 as pb
-from kedge.rpc.tracker import sessions
+from kedge.rpc.tracker import sessions_service
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.grants import Grants
-from kedge.rpc.tracker.sessions import SessionsService, _Relay
+from kedge.rpc.tracker.sessions_service import SessionsService, _Relay
 
 
 class Shell:
@@ -28,8 +28,8 @@ class Shell:
 
 def test_a_client_that_is_held_up_keeps_its_lease_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """After that it has to say something itself: one that stopped behind a long call does not keep its device."""
-    monkeypatch.setattr(sessions, "_HELD_UP_S", 0.01)
-    monkeypatch.setattr(sessions, "_LONGEST_HELD_UP_S", 0.05)
+    monkeypatch.setattr(sessions_service, "_HELD_UP_S", 0.01)
+    monkeypatch.setattr(sessions_service, "_LONGEST_HELD_UP_S", 0.05)
     shell = Shell()
     service = SessionsService(cast(Any, shell), cast(Any, None), cast(Any, None), cast(Any, None))
     event = pb.DeviceEvent(data=b"x")
@@ -69,7 +69,7 @@ def test_a_client_that_reads_nothing_gives_its_device_up(monkeypatch: pytest.Mon
         relay.to_client.get_nowait()
         await slow
         assert left == [], "one that reads a frame in time is only slow"
-        monkeypatch.setattr(sessions, "_LONGEST_HELD_UP_S", 0.05)
+        monkeypatch.setattr(sessions_service, "_LONGEST_HELD_UP_S", 0.05)
         async with asyncio.timeout(60):
             for _ in range(5_000):  # what its device still says, to its end, is not waited for
                 await service._tell_client("s", relay, event)

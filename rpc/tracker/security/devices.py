@@ -13,7 +13,7 @@ from kedge.rpc.errors import AuthenticationError
 from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.status import NameTakenError, UnknownTokenError
 from kedge.rpc.tracker.security.ca import Authority, Issued
-from kedge.rpc.tracker.security.shelf import Shelf
+from kedge.rpc.tracker.security.storage import Storage
 
 LIFETIME_S = 90 * 86_400
 
@@ -30,23 +30,23 @@ class Enrolled:
 
 
 class Devices:
-    """The devices on a shelf, which is written whole at every change."""
+    """The devices that `storage` keeps, written whole at every change."""
 
     def __init__(
-        self, shelf: Shelf, authority: Authority, now_s: Callable[[], float], lifetime_s: int = LIFETIME_S
+        self, storage: Storage, authority: Authority, now_s: Callable[[], float], lifetime_s: int = LIFETIME_S
     ) -> None:
-        self._shelf = shelf
+        self._storage = storage
         self._authority = authority
         self._now_s = now_s
         self._lifetime_s = lifetime_s
         self._by_name: dict[str, Enrolled] = {}
         try:
-            for item in json.loads(shelf.read()):
+            for item in json.loads(storage.read()):
                 self._by_name[item["name"]] = Enrolled(**{**item, "serials": tuple(item["serials"])})
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError) as error:
-            raise SecretFileError(f"{shelf.name} is damaged: {error!r}", hint="restore it from a backup") from error
+            raise SecretFileError(f"{storage.name} is damaged: {error!r}", hint="restore it from a backup") from error
 
     def check_free(self, name: str, *, replaces: bool) -> None:
         """Raise NameTakenError where another device has the name.
@@ -103,7 +103,7 @@ class Devices:
         before = self._by_name.get(device.name)
         self._by_name[device.name] = device
         try:
-            self._shelf.write(json.dumps([asdict(each) for each in self._by_name.values()], indent=1).encode())
+            self._storage.write(json.dumps([asdict(each) for each in self._by_name.values()], indent=1).encode())
         except BaseException:
             if before is None:
                 del self._by_name[device.name]

@@ -16,7 +16,7 @@ from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import Authority
 from kedge.rpc.tracker.security.devices import LIFETIME_S, Devices
 from kedge.rpc.tracker.security.principal import Role
-from kedge.rpc.tracker.security.shelf import FileShelf, Shelf
+from kedge.rpc.tracker.security.storage import FileStorage, Storage
 from kedge.rpc.tracker.security.tokens import Tokens
 from kedge.rpc.transport import MAX_CALLS, Address, Tls
 
@@ -66,7 +66,7 @@ class Keys:
 class Security:
     """Everything that makes a tracker secure: its keys, its users' tokens and its devices.
 
-    `shelf` says where tokens and devices are kept: in files beside the keys, or in the database that trackers share.
+    `storage` says where tokens and devices are kept: in files beside the keys, or in the database that trackers share.
 
     Raises:
         SecretFileError, StoreError: what is kept cannot be read, or is damaged.
@@ -75,13 +75,13 @@ class Security:
     def __init__(
         self,
         keys: Keys,
-        shelf: Callable[[str], Shelf] | None = None,
+        storage: Callable[[str], Storage] | None = None,
         *,
         device_lifetime_s: int = LIFETIME_S,
     ) -> None:
         self.keys = keys
-        self.shared = shelf is not None
-        at = shelf or (lambda name: FileShelf(keys.folder / name))
+        self.shared = storage is not None
+        at = storage or (lambda name: FileStorage(keys.folder / name))
         self.now_s, self.authority, self.audit = keys.now_s, keys.authority, keys.audit
         self.tokens = Tokens(at("tokens.json"), keys.now_s)
         self.devices = Devices(at("devices.json"), keys.authority, keys.now_s, device_lifetime_s)

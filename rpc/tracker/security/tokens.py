@@ -17,7 +17,7 @@ from kedge.rpc.names import check_name
 from kedge.rpc.security.files import SecretFileError
 from kedge.rpc.status import UnknownTokenError
 from kedge.rpc.tracker.security.principal import Role, check_user
-from kedge.rpc.tracker.security.shelf import Shelf
+from kedge.rpc.tracker.security.storage import Storage
 
 PREFIX = "kdg_"
 _DAY_S = 86_400
@@ -57,20 +57,20 @@ class Token:
 
 
 class Tokens:
-    """The tokens on a shelf, which is written whole at every change."""
+    """The tokens that `storage` keeps, written whole at every change."""
 
-    def __init__(self, shelf: Shelf, now_s: Callable[[], float]) -> None:
-        self._shelf = shelf
+    def __init__(self, storage: Storage, now_s: Callable[[], float]) -> None:
+        self._storage = storage
         self._now_s = now_s
         self._by_hash: dict[str, Token] = {}
         try:
-            for item in json.loads(shelf.read()):
+            for item in json.loads(storage.read()):
                 digest = item.pop("hash")
                 self._by_hash[digest] = Token(**{**item, "role": Role(item["role"])})
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SecretFileError(f"{shelf.name} is damaged: {error!r}", hint="restore it from a backup") from error
+            raise SecretFileError(f"{storage.name} is damaged: {error!r}", hint="restore it from a backup") from error
 
     def create(self, user: str, role: Role, *, device: str = "", lifetime_s: int | None = None) -> tuple[Token, str]:
         """A new token and its secret; `lifetime_s` None means as long as is usual for the role, 0 for ever.
@@ -162,7 +162,7 @@ class Tokens:
         items: list[dict[str, Any]] = [
             {"hash": digest, **asdict(token), "role": token.role.value} for digest, token in list(self._by_hash.items())
         ]
-        self._shelf.write(json.dumps(items, indent=1).encode())
+        self._storage.write(json.dumps(items, indent=1).encode())
 
 
 def _hash(secret: str) -> str:

@@ -20,11 +20,11 @@ from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import blob_of
 from kedge.rpc.client import Fleet
 from kedge.rpc.client.access import Access
-from kedge.rpc.tracker import fleetmates
+from kedge.rpc.tracker import replication
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import JobDone
-from kedge.rpc.tracker.fleetmates import Fellows
-from kedge.rpc.tracker.leading import Holdings, Premises
+from kedge.rpc.tracker.leadership import Resources, RetainedBlobs
+from kedge.rpc.tracker.replication import PeerReplication
 from kedge.rpc.tracker.security.folder import Limits
 from kedge.rpc.tracker.security.owners import StoredOwners
 from kedge.rpc.tracker.server import RunningTracker, start
@@ -43,15 +43,15 @@ def objects(data_dir: Path) -> set[str]:
 
 
 def with_mate(
-    tracker: RunningTracker, blobs: TrackerBlobs, act: Callable[[Fellows], Coroutine[Any, Any, None]]
+    tracker: RunningTracker, blobs: TrackerBlobs, act: Callable[[PeerReplication], Coroutine[Any, Any, None]]
 ) -> None:
     async def main() -> None:
-        fellows = Fellows(blobs, None)
-        fellows.update({"b": tracker.address})
+        peers = PeerReplication(blobs, None)
+        peers.update({"b": tracker.address})
         try:
-            await act(fellows)
+            await act(peers)
         finally:
-            await asyncio.to_thread(fellows.close)
+            await asyncio.to_thread(peers.close)
 
     asyncio.run(main())
 
@@ -60,18 +60,18 @@ def test_what_is_needed_is_sent_once(tracker: RunningTracker, tmp_path: Path, mo
     blobs = TrackerBlobs(tmp_path / "blobs", None)
     one, two = blobs.put(b"one"), blobs.put(b"two")
     sent: list[set[str]] = []
-    upload = fleetmates.BlobClient.upload_missing
+    upload = replication.BlobClient.upload_missing
 
     def counted(client: Any, items: Any, *rest: Any) -> Any:
         sent.append({blob.digest for blob, _ in items})
         return upload(client, items, *rest)
 
-    monkeypatch.setattr(fleetmates.BlobClient, "upload_missing", counted)
+    monkeypatch.setattr(replication.BlobClient, "upload_missing", counted)
 
-    async def act(fellows: Fellows) -> None:
-        await fellows.copy(one)
-        await fellows.ensure({one.digest, two.digest})
-        await fellows.ensure({one.digest, two.digest})
+    async def act(peers: PeerReplication) -> None:
+        await peers.copy(one)
+        await peers.ensure({one.digest, two.digest})
+        await peers.ensure({one.digest, two.digest})
 
     with_mate(tracker, blobs, act)
     assert sent == [{one.digest}, {two.digest}]
@@ -79,35 +79,35 @@ def test_what_is_needed_is_sent_once(tracker: RunningTracker, tmp_path: Path, mo
 
 
 def test_no_tracker_is_blamed_for_the_time_that_others_take(tracker: RunningTracker, tmp_path: Path) -> None:
-    async def act(fellows: Fellows) -> None:
-        (mate,), let_go = fellows._mates.values(), threading.Event()
-        slow = [asyncio.create_task(fellows._ask(mate, "slow", 60.0, let_go.wait, 60)) for _ in range(8)]
-        quick = asyncio.create_task(fellows._ask(mate, "quick", 2.0, int))
+    async def act(peers: PeerReplication) -> None:
+        (peer,), let_go = peers._peers.values(), threading.Event()
+        slow = [asyncio.create_task(peers._ask(peer, "slow", 60.0, let_go.wait, 60)) for _ in range(8)]
+        quick = asyncio.create_task(peers._ask(peer, "quick", 2.0, int))
         await asyncio.wait([quick], timeout=2.5)
         assert not quick.done()
         let_go.set()
-        assert await quick is True and all(await asyncio.gather(*slow)) and mate.avoid_until == 0.0
+        assert await quick is True and all(await asyncio.gather(*slow)) and peer.avoid_until == 0.0
 
     with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
 
 
 def test_what_goes_wrong_when_nobody_waits_any_more_is_no_mystery(tracker: RunningTracker, tmp_path: Path) -> None:
-    async def act(fellows: Fellows) -> None:
+    async def act(peers: PeerReplication) -> None:
         unknown: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unknown.append(context))
-        (mate,), began, let_go = fellows._mates.values(), threading.Event(), threading.Event()
+        (peer,), began, let_go = peers._peers.values(), threading.Event(), threading.Event()
 
         def fail() -> None:
             began.set()
             let_go.wait(60)
             raise ValueError("Cannot invoke RPC on closed channel!")
 
-        asking = asyncio.create_task(fellows._ask(mate, "blobs", 60.0, fail))
+        asking = asyncio.create_task(peers._ask(peer, "blobs", 60.0, fail))
         assert await asyncio.to_thread(began.wait, 60)
         asking.cancel()
         await asyncio.wait([asking])
         let_go.set()
-        await asyncio.gather(*(fellows._free.acquire() for _ in range(8)))  # the eighth is the one that it had
+        await asyncio.gather(*(peers._free.acquire() for _ in range(8)))  # the eighth is the one that it had
         del asking
         gc.collect()
         await asyncio.sleep(0)
@@ -120,22 +120,22 @@ def test_a_tracker_that_stands_still_holds_up_no_other(
     tracker: RunningTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the one that led does when another one takes over: it is found out once, and not by every blob in turn."""
-    monkeypatch.setattr(fleetmates, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(replication, "_ANSWER_S", 2.0)
     blobs = TrackerBlobs(tmp_path / "blobs", None)
     wanted = [blob_of(b"blob %d" % number) for number in range(200)]
 
     asked: list[bool] = []
 
-    async def act(fellows: Fellows) -> None:
+    async def act(peers: PeerReplication) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            fellows.update({"hung": Address("127.0.0.1", silent.getsockname()[1])})
-            hung = fellows._mates["hung"].client
+            peers.update({"hung": Address("127.0.0.1", silent.getsockname()[1])})
+            hung = peers._peers["hung"].client
             download = hung.download
             monkeypatch.setattr(hung, "download", lambda *what: (asked.append(True), download(*what)))
-            assert not await fellows.fetch(wanted), "it may have what nobody else has"
+            assert not await peers.fetch(wanted), "it may have what nobody else has"
 
     with_mate(tracker, blobs, act)
-    assert 1 <= len(asked) <= fleetmates._THREADS, "those that it was asked for at once"
+    assert 1 <= len(asked) <= replication._THREADS, "those that it was asked for at once"
 
 
 def test_a_damaged_copy_is_as_good_as_none_and_nobody_is_to_blame(tracker: RunningTracker, tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_a_damaged_copy_is_as_good_as_none_and_nobody_is_to_blame(tracker: Runni
     damaged, sound = kept.put(b"damaged"), kept.put(b"sound")
     kept.path(damaged.digest).write_bytes(b"DAMAGED")
 
-    async def act(fellows: Fellows) -> None:
-        assert await fellows.fetch([damaged, blob_of(b"nowhere")])
-        assert await fellows.fetch([sound])
+    async def act(peers: PeerReplication) -> None:
+        assert await peers.fetch([damaged, blob_of(b"nowhere")])
+        assert await peers.fetch([sound])
 
     with_mate(tracker, blobs, act)
     assert blobs.has(sound) and not blobs.has(damaged)
@@ -168,12 +168,12 @@ def test_nothing_is_missing_while_a_tracker_that_may_have_it_is_silent(
                 fleet._blobs.upload(blob, data)
                 wait_for(lambda: blob.digest in objects(tmp_path / "b"), "a copy")
                 next((tmp_path / "a" / "blobs" / "objects").glob(f"*/{blob.digest}")).unlink()
-                fetch, silent = Fellows.fetch, [True, True]
+                fetch, silent = PeerReplication.fetch, [True, True]
 
-                async def silent_at_first(fellows: Fellows, blobs: Any) -> bool:
-                    return not silent.pop() if silent else await fetch(fellows, blobs)
+                async def silent_at_first(peers: PeerReplication, blobs: Any) -> bool:
+                    return not silent.pop() if silent else await fetch(peers, blobs)
 
-                monkeypatch.setattr(Fellows, "fetch", silent_at_first)
+                monkeypatch.setattr(PeerReplication, "fetch", silent_at_first)
                 assert fleet._blobs.read(blob) == data and not silent
 
 
@@ -181,7 +181,7 @@ def test_what_the_last_leader_had_alone_is_not_missing_while_both_are_restarted(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEDGE_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setattr(fleetmates, "_RETURN_S", 600.0)  # however long a tracker takes to start here
+    monkeypatch.setattr(replication, "_RETURN_S", 600.0)  # however long a tracker takes to start here
     options = {"settings": QUICK, "database": postgres.new_database()}
     data = b"only there"
     blob = blob_of(data)
@@ -213,10 +213,10 @@ def test_what_was_dropped_while_another_tracker_led_is_nobodys(tmp_path: Path) -
     for digest in (here.digest, "1" * 64, "2" * 64):
         owners.add("user.ann", digest)
     owners.add("agent.a", "2" * 64)
-    premises = Premises(
+    resources = Resources(
         tmp_path, blobs, cast(Any, None), cast(Any, None), Limits(), None, cast(Any, None), metrics=None
     )
-    Holdings(premises, store, owners).forget_strays()
+    RetainedBlobs(resources, store, owners).forget_strays()
     assert sorted(store.owners().result(60)) == sorted([(here.digest, "user.ann"), ("1" * 64, "user.ann")])
     assert set(owners) == {("user.ann", here.digest), ("user.ann", "1" * 64)}
     store.close()
@@ -234,10 +234,10 @@ def test_a_job_whose_blobs_were_there_already_outlives_the_tracker_that_had_them
             fleet.run(artifact, {"x": X}).cancel()
             join = access.create_token("tracker")[1]
 
-            async def nothing(_fellows: Any, _digests: Any) -> None:
+            async def nothing(_peers: Any, _digests: Any) -> None:
                 """What is offered from time to time would come later."""
 
-            monkeypatch.setattr(Fellows, "offer", nothing)
+            monkeypatch.setattr(PeerReplication, "offer", nothing)
             with start(port=0, data_dir=tmp_path / "b", join=join, **options):
                 wait_for(lambda: len(fleet.status().trackers) == 2, "both to be seen")
                 assert not objects(tmp_path / "b")

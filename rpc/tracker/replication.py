@@ -40,7 +40,7 @@ _RETURN_S = 20.0
 OFFER_S = 60.0
 
 
-class Fleetmates:
+class Replication:
     """The other trackers that are alive, by name, and the status of all. None of them for one that is alone."""
 
     def __init__(self) -> None:
@@ -59,10 +59,10 @@ class Fleetmates:
 
 
 #: Of a tracker that shares no database.
-ALONE = Fleetmates()
+NO_REPLICATION = Replication()
 
 
-class _Mate:
+class _Peer:
     """One other tracker."""
 
     def __init__(self, address: Address, tls: Tls | None) -> None:
@@ -80,15 +80,15 @@ class _Mate:
         self._channel.close()
 
 
-class Fellows(Fleetmates):
+class PeerReplication(Replication):
     """Those that `update` names. Belongs to the event loop; transfers run in threads of its own."""
 
     def __init__(self, blobs: TrackerBlobs, tls: Tls | None) -> None:
         super().__init__()
         self._blobs = blobs
         self._tls = tls
-        self._mates: dict[str, _Mate] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kedge-fellows")
+        self._peers: dict[str, _Peer] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kedge-replication")
         self._fetching: dict[str, asyncio.Future[None]] = {}
         #: Nobody is blamed for the time that others need of these threads.
         self._free = asyncio.Semaphore(_THREADS)
@@ -101,52 +101,52 @@ class Fellows(Fleetmates):
 
     def update(self, addresses: dict[str, Address]) -> None:
         """The others that are alive now, by name, with where they serve trackers."""
-        for name in [name for name, mate in self._mates.items() if addresses.get(name) != mate.address]:
-            self._threads.submit(self._mates.pop(name).close)
+        for name in [name for name, peer in self._peers.items() if addresses.get(name) != peer.address]:
+            self._threads.submit(self._peers.pop(name).close)
         for name, address in addresses.items():
-            if name not in self._mates:
-                self._mates[name] = _Mate(address, self._tls)
+            if name not in self._peers:
+                self._peers[name] = _Peer(address, self._tls)
 
     def close(self) -> None:
         """Disconnect from all."""
-        for mate in self._mates.values():
-            mate.close()
-        self._mates.clear()
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def copy(self, blob: Blob) -> None:
         """Send a blob to those that lack it; one that fails is brought up to date later."""
-        await asyncio.gather(*(self._send(mate, [blob]) for mate in self._askable()))
+        await asyncio.gather(*(self._send(peer, [blob]) for peer in self._askable()))
 
     async def fetch(self, blobs: Sequence[Blob]) -> bool:
         """Fetch what another tracker has; what none has, or cannot be fetched now, stays missing."""
         wanted = [blob for blob in blobs if not self._blobs.has(blob)]
-        if wanted and self._mates:
+        if wanted and self._peers:
             await asyncio.gather(*(self._fetch_once(blob) for blob in wanted))
-        return len(self._askable()) == len(self._mates) and time.monotonic() >= self._returned_at
+        return len(self._askable()) == len(self._peers) and time.monotonic() >= self._returned_at
 
     async def ensure(self, digests: Iterable[str]) -> None:
         """Send what is not known to be there: a job may need blobs that nobody sent now, since they were here."""
         now, wanted = time.monotonic(), set(digests)
-        unsure = {mate: {each for each in wanted if mate.has_until.get(each, 0.0) <= now} for mate in self._askable()}
+        unsure = {peer: {each for each in wanted if peer.has_until.get(each, 0.0) <= now} for peer in self._askable()}
         asked = sorted(set().union(*unsure.values()))
         if not asked:
             return
         here = await asyncio.get_running_loop().run_in_executor(self._threads, self._here, asked)
-        sends = ((mate, [blob for blob in here if blob.digest in digests]) for mate, digests in unsure.items())
-        await asyncio.gather(*(self._send(mate, blobs) for mate, blobs in sends if blobs))
+        sends = ((peer, [blob for blob in here if blob.digest in digests]) for peer, digests in unsure.items())
+        await asyncio.gather(*(self._send(peer, blobs) for peer, blobs in sends if blobs))
 
     async def offer(self, digests: Callable[[], Iterable[str]]) -> None:
         """Bring those up to date whose turn it is."""
         now = time.monotonic()
-        due = [mate for mate in self._askable() if mate.offer_due <= now]
+        due = [peer for peer in self._askable() if peer.offer_due <= now]
         if not due:
             return
-        for mate in due:
-            mate.offer_due = now + OFFER_S
-            mate.has_until = {digest: until for digest, until in mate.has_until.items() if until > now}
+        for peer in due:
+            peer.offer_due = now + OFFER_S
+            peer.has_until = {digest: until for digest, until in peer.has_until.items() if until > now}
         needed = await asyncio.get_running_loop().run_in_executor(self._threads, self._here, list(digests()))
-        await asyncio.gather(*(self._send(mate, needed) for mate in due))
+        await asyncio.gather(*(self._send(peer, needed) for peer in due))
 
     def _here(self, digests: list[str]) -> list[Blob]:
         found = []
@@ -155,16 +155,16 @@ class Fellows(Fleetmates):
                 found.append(Blob(digest, self._blobs.size(digest)))
         return found
 
-    def _askable(self) -> list[_Mate]:
+    def _askable(self) -> list[_Peer]:
         now = time.monotonic()
-        return [mate for mate in self._mates.values() if mate.avoid_until <= now]
+        return [peer for peer in self._peers.values() if peer.avoid_until <= now]
 
-    async def _send(self, mate: _Mate, blobs: list[Blob]) -> None:
+    async def _send(self, peer: _Peer, blobs: list[Blob]) -> None:
         items = [(blob, self._blobs.path(blob.digest)) for blob in blobs]
         patience_s = _ANSWER_S + sum(blob.size for blob in blobs) * _UPLOAD_S_PER_BYTE
-        if await self._ask(mate, f"{len(items)} blobs", patience_s, mate.client.upload_missing, items):
+        if await self._ask(peer, f"{len(items)} blobs", patience_s, peer.client.upload_missing, items):
             until = time.monotonic() + OFFER_S
-            mate.has_until.update((blob.digest, until) for blob in blobs)
+            peer.has_until.update((blob.digest, until) for blob in blobs)
 
     async def _fetch_once(self, blob: Blob) -> None:
         """The first one who wants a blob fetches it; others wait for that."""
@@ -177,15 +177,15 @@ class Fellows(Fleetmates):
 
     async def _fetch(self, blob: Blob) -> None:
         patience_s = _ANSWER_S + blob.size * _UPLOAD_S_PER_BYTE
-        for mate in self._askable():
-            if await self._ask(mate, f"blob {blob.digest}", patience_s, mate.client.download, blob, self._blobs):
-                log.info("fetched blob %s of %d bytes from the tracker at %s", blob.digest, blob.size, mate.address)
+        for peer in self._askable():
+            if await self._ask(peer, f"blob {blob.digest}", patience_s, peer.client.download, blob, self._blobs):
+                log.info("fetched blob %s of %d bytes from the tracker at %s", blob.digest, blob.size, peer.address)
                 return
 
-    async def _ask(self, mate: _Mate, what: str, patience_s: float, work: Callable[..., Any], *arguments: Any) -> bool:
+    async def _ask(self, peer: _Peer, what: str, patience_s: float, work: Callable[..., Any], *arguments: Any) -> bool:
         """Whether it went well; a tracker that does not answer is avoided for a while."""
         await self._free.acquire()
-        if mate.avoid_until > time.monotonic():  # as others have found out meanwhile
+        if peer.avoid_until > time.monotonic():  # as others have found out meanwhile
             self._free.release()
             return False
         asked = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
@@ -197,13 +197,13 @@ class Fellows(Fleetmates):
         except MissingBlobError:
             return False
         except CorruptBlobError as error:  # of one blob's bytes, on either side; whoever says so answers
-            log.warning("the tracker at %s: %s: %s", mate.address, what, error)
+            log.warning("the tracker at %s: %s: %s", peer.address, what, error)
             return False
         except (KedgeError, grpc.RpcError, ValueError, TimeoutError) as error:
-            log.warning("the tracker at %s: %s could not be copied: %s", mate.address, what, error or "no answer")
-            mate.avoid_until = time.monotonic() + _AVOID_S
-            mate.offer_due = 0.0
-            mate.has_until.clear()
+            log.warning("the tracker at %s: %s could not be copied: %s", peer.address, what, error or "no answer")
+            peer.avoid_until = time.monotonic() + _AVOID_S
+            peer.offer_due = 0.0
+            peer.has_until.clear()
             return False
         return True
 

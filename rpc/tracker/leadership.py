@@ -25,18 +25,18 @@ from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.blobs_service import BlobsService
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.fleet_service import FleetService
-from kedge.rpc.tracker.fleetmates import ALONE, Fleetmates
 from kedge.rpc.tracker.grants import Grants
 from kedge.rpc.tracker.listeners import Serve, Table
 from kedge.rpc.tracker.metrics import Metrics
 from kedge.rpc.tracker.needed import Needed
 from kedge.rpc.tracker.observer import SILENT, Observer
+from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.folder import Limits, Security
 from kedge.rpc.tracker.security.interceptor import Authenticate, Gate, by_certificate, by_peer, by_token, trust
 from kedge.rpc.tracker.security.owners import Owners
 from kedge.rpc.tracker.security.services import AccessService, EnrolmentService
-from kedge.rpc.tracker.sessions import SessionsService
+from kedge.rpc.tracker.sessions_service import SessionsService
 from kedge.rpc.tracker.settings import Settings
 from kedge.rpc.tracker.shell import Clock, Shell
 from kedge.rpc.tracker.store import Store
@@ -45,7 +45,7 @@ log = logging.getLogger("kedge.tracker")
 
 
 @dataclass(frozen=True, slots=True)
-class Premises:
+class Resources:
     """What a tracker has whether it leads or not. `metrics` is None where nothing is counted."""
 
     data_dir: Path
@@ -63,18 +63,18 @@ class Premises:
         return self.metrics or SILENT
 
 
-class Holdings:
+class RetainedBlobs:
     """The blobs that stored jobs need: known, and held. Reads the store and every manifest: not in an event loop.
 
     Raises:
         StoreError: the store does not answer.
     """
 
-    def __init__(self, premises: Premises, store: Store, owners: Owners) -> None:
-        self._blobs, self._owners = premises.blobs, owners
-        allowance = Allowance(premises.blobs, owners, premises.limits.max_user_bytes)
-        self.catalog = Catalog(premises.blobs, owners, allowance)
-        self.needed = Needed(premises.blobs, self.catalog.members_of)
+    def __init__(self, resources: Resources, store: Store, owners: Owners) -> None:
+        self._blobs, self._owners = resources.blobs, owners
+        allowance = Allowance(resources.blobs, owners, resources.limits.max_user_bytes)
+        self.catalog = Catalog(resources.blobs, owners, allowance)
+        self.needed = Needed(resources.blobs, self.catalog.members_of)
         store.keep_needed(self.needed)
 
     def forget_strays(self) -> None:
@@ -91,34 +91,34 @@ class Leadership:
 
     def __init__(
         self,
-        premises: Premises,
+        resources: Resources,
         store: Store,
         security: Security | None,
         owners: Owners,
-        holdings: Holdings,
-        mates: Fleetmates = ALONE,
+        retained: RetainedBlobs,
+        replication: Replication = NO_REPLICATION,
     ) -> None:
         self._security = security
-        self._audit = premises.audit
-        self._limits = premises.limits
-        catalog, self.needed = holdings.catalog, holdings.needed
-        _fit(premises.blobs)
-        self.shell = Shell(store, premises.settings, premises.clock, premises.observer)
+        self._audit = resources.audit
+        self._limits = resources.limits
+        catalog, self.needed = retained.catalog, retained.needed
+        _fit(resources.blobs)
+        self.shell = Shell(store, resources.settings, resources.clock, resources.observer)
         self._gates: list[Gate] = []
-        self._fleet = FleetService(self.shell, catalog, premises.audit, premises.blobs.root, mates)
-        self._agents = AgentsService(self.shell, owners, premises.audit)
-        grants = Grants(premises.blobs)
-        self._sessions = SessionsService(self.shell, catalog, grants, premises.audit)
+        self._fleet = FleetService(self.shell, catalog, resources.audit, resources.blobs.root, replication)
+        self._agents = AgentsService(self.shell, owners, resources.audit)
+        grants = Grants(resources.blobs)
+        self._sessions = SessionsService(self.shell, catalog, grants, resources.audit)
         self._blobs = BlobsService(
             self.shell.state.held_by,
-            premises.blobs,
+            resources.blobs,
             catalog,
             owners,
             grants,
-            premises.threads,
-            premises.limits.max_blob_bytes,
-            premises.observer,
-            mates,
+            resources.threads,
+            resources.limits.max_blob_bytes,
+            resources.observer,
+            replication,
         )
 
     def close(self, why: KedgeError | None = None) -> None:

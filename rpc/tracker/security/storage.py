@@ -14,7 +14,7 @@ from kedge.rpc.tracker.epoch import Epoch
 from kedge.rpc.tracker.schema import documents
 
 
-class Shelf(Protocol):
+class Storage(Protocol):
     """One thing that is read once and written whole."""
 
     @property
@@ -28,7 +28,7 @@ class Shelf(Protocol):
         """Durable when this returns; raises SecretFileError, StoreError."""
 
 
-class FileShelf:
+class FileStorage:
     """A file that only its owner may read."""
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class FileShelf:
         write_private(self._path, content)
 
 
-class DatabaseShelf:
+class DatabaseStorage:
     """A row of the table `documents`, written by the tracker that leads in `epoch` and by no other."""
 
     def __init__(self, database: Postgres, epoch: Epoch, key: str) -> None:
