@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import kedge
 from kedge import comparison, te
-from kedge.cli.app import app
+from kedge.cli.app import tree
 from kedge.comparison import ARMS, MIN_BLOCKS, compare, judge
 from kedge.places import ThisMachine
 from kedge.rpc.client.timing import Timing
@@ -268,7 +268,7 @@ def test_the_command_fails_where_it_was_asked_to(
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: replace(judge(blocks_of(1, 0.1)), verdict=verdict))
     summed(8).save(tmp_path / "x.kdg")
     path = str(tmp_path / "x.kdg")
-    done = CliRunner().invoke(app, ["compare", path, path, "--fail-if-slower"])
+    done = CliRunner().invoke(tree(), ["compare", path, path, "--fail-if-slower"])
     assert done.exit_code == status and "verdict: " in done.stdout
 
 

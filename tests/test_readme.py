@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from kedge.cli import EXIT_BUG, EXIT_INTERRUPTED
-from kedge.cli.app import app
+from kedge.cli.app import tree
 from kedge.demo import processes
 from kedge.rpc import errors
 from kedge.rpc.selector import SelectorError
@@ -40,7 +40,7 @@ def command_lines() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_commands_and_their_options_exist(words: list[str]) -> None:
-    command, rest = typer.main.get_command(app), words[1:]
+    command, rest = typer.main.get_command(tree()), words[1:]
     while rest and (below := getattr(command, "commands", {}).get(rest[0])):
         command, rest = below, rest[1:]
     known = {option for parameter in command.params for option in parameter.opts}

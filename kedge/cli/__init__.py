@@ -70,11 +70,11 @@ def _open_streams() -> None:
 
 
 def _run() -> int:
-    from kedge.cli.app import app
+    from kedge.cli.app import tree
     from kedge.rpc.errors import KedgeError
 
     try:
-        status = app(standalone_mode=False)
+        status = tree(sys.argv[1:])(standalone_mode=False)
     except KedgeError as error:
         return _fail(error)
     except MemoryError as error:

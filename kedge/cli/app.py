@@ -1,45 +1,84 @@
-"""The tree of commands. Each module of this folder holds the commands of one idea."""
+"""The tree of commands. Each module of this folder holds the commands of one idea.
+
+A module is imported when one of its commands may be called: most of a short command's time is imports.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 import kedge
-from kedge.cli import (
-    access,
-    agent,
-    board,
-    comparing,
-    compiling,
-    demo,
-    devices,
-    doctor,
-    jobs,
-    running,
-    scheduling,
-    top,
-    tracker,
-)
 
-app = typer.Typer(
-    name="kedge",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-tracker_app = typer.Typer(no_args_is_help=True, help="The tracker: where agents and clients meet.")
-agent_app = typer.Typer(no_args_is_help=True, help="The agent: offers this machine to a tracker.")
-deploy_app = typer.Typer(no_args_is_help=True, help="Put agents on boards over SSH.")
-token_app = typer.Typer(no_args_is_help=True, help="Tokens: who may do what on a tracker.")
-app.add_typer(tracker_app, name="tracker")
-tracker_app.add_typer(token_app, name="token")
-app.add_typer(agent_app, name="agent")
-app.add_typer(deploy_app, name="deploy")
+#: What is typed after `kedge`, in the order of help -> the module of this folder, and the function in it.
+COMMANDS = {
+    "demo": "demo.demo",
+    "compile": "compiling.compile_",
+    "inspect": "compiling.inspect",
+    "run": "running.run",
+    "bench": "running.bench",
+    "validate": "running.validate",
+    "compare": "comparing.compare",
+    "devices": "devices.devices",
+    "jobs": "jobs.jobs",
+    "result": "jobs.result",
+    "top": "top.top",
+    "cancel": "scheduling.cancel",
+    "drain": "scheduling.drain",
+    "resume": "scheduling.resume",
+    "reserve": "scheduling.reserve",
+    "release": "scheduling.release",
+    "doctor": "doctor.doctor",
+    "join": "access.join",
+    "signer": "access.signer",
+    "tracker start": "tracker.start",
+    "tracker status": "tracker.status",
+    "tracker move-database": "tracker.move_database",
+    "tracker enrolled": "access.enrolled",
+    "tracker revoke": "access.revoke",
+    "tracker token create": "access.token_create",
+    "tracker token list": "access.token_list",
+    "tracker token revoke": "access.token_revoke",
+    "agent start": "agent.start",
+    "deploy board": "board.deploy_board",
+}
+_GROUPS = {
+    "tracker": "The tracker: where agents and clients meet.",
+    "tracker token": "Tokens: who may do what on a tracker.",
+    "agent": "The agent: offers this machine to a tracker.",
+    "deploy": "Put agents on boards over SSH.",
+}
+
+
+def tree(words: Sequence[str] = ()) -> typer.Typer:
+    """The commands that `words`, the arguments of `kedge`, may call: those that begin with the first, else all."""
+    first = words[0] if words else ""
+    app = typer.Typer(
+        name="kedge",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    if first == "--version":  # said before any command is looked for
+        return app
+    named = [path for path in COMMANDS if path.split()[0] == first] or list(COMMANDS)
+    apps = {"": app}
+    for path, text in _GROUPS.items():
+        above, _, name = path.rpartition(" ")
+        if above in apps and any(each.startswith(f"{path} ") for each in named):
+            apps[path] = typer.Typer(no_args_is_help=True, help=text)
+            apps[above].add_typer(apps[path], name=name)
+    for path in named:
+        above, _, name = path.rpartition(" ")
+        module, _, function = COMMANDS[path].partition(".")
+        _add(apps[above], name, getattr(import_module(f"kedge.cli.{module}"), function))
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -48,7 +87,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
@@ -64,34 +102,3 @@ def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
     """Add a command whose help is its docstring, without the ends of lines in paragraphs: a terminal has its own."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     group.command(name, help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
-
-
-_add(app, "demo", demo.demo)
-_add(app, "compile", compiling.compile_)
-_add(app, "inspect", compiling.inspect)
-_add(app, "run", running.run)
-_add(app, "bench", running.bench)
-_add(app, "validate", running.validate)
-_add(app, "compare", comparing.compare)
-_add(app, "devices", devices.devices)
-_add(app, "jobs", jobs.jobs)
-_add(app, "result", jobs.result)
-_add(app, "top", top.top)
-_add(app, "cancel", scheduling.cancel)
-_add(app, "drain", scheduling.drain)
-_add(app, "resume", scheduling.resume)
-_add(app, "reserve", scheduling.reserve)
-_add(app, "release", scheduling.release)
-_add(app, "doctor", doctor.doctor)
-_add(app, "join", access.join)
-_add(app, "signer", access.signer)
-_add(tracker_app, "start", tracker.start)
-_add(tracker_app, "status", tracker.status)
-_add(tracker_app, "move-database", tracker.move_database)
-_add(tracker_app, "enrolled", access.enrolled)
-_add(tracker_app, "revoke", access.revoke)
-_add(token_app, "create", access.token_create)
-_add(token_app, "list", access.token_list)
-_add(token_app, "revoke", access.token_revoke)
-_add(agent_app, "start", agent.start)
-_add(deploy_app, "board", board.deploy_board)

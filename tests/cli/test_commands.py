@@ -18,7 +18,7 @@ import typer
 
 import kedge
 from kedge.cli import EXIT_BUG, main, output
-from kedge.cli.app import app
+from kedge.cli.app import COMMANDS, tree
 from kedge.compiler.frontend.onnx.reference import reference_outputs
 from kedge.data import digits_model, digits_test
 from kedge.diagnosis import diagnose
@@ -196,7 +196,7 @@ def every_command(group: Any, path: str = "kedge") -> Iterator[tuple[str, str]]:
 
 
 def test_every_command_has_examples_and_leaves_its_lines_to_the_terminal() -> None:
-    helps = dict(every_command(typer.main.get_command(app)))
+    helps = dict(every_command(typer.main.get_command(tree())))
     assert len(helps) > 20
     for path, text in helps.items():
         _, found, examples = text.partition("Examples:\n\n")
@@ -353,6 +353,46 @@ def test_ages_are_for_people(seconds: float, text: str) -> None:
     assert output.age_text(seconds) == text
 
 
+@pytest.mark.parametrize("path", COMMANDS)
+def test_a_command_alone_is_what_it_is_among_all(path: str) -> None:
+    words = path.split()
+    whole = dict(every_command(typer.main.get_command(tree())))
+    alone = dict(every_command(typer.main.get_command(tree([*words, "--help"]))))
+    assert " ".join(("kedge", *words)) in alone, "what was typed is there"
+    assert {name for name in alone if name != "kedge"} == {
+        name for name in whole if name == f"kedge {words[0]}" or name.startswith(f"kedge {words[0]} ")
+    }
+    assert all(alone[name] == whole[name] for name in alone if name != "kedge")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["compil"], ["--show-completion"]])
+def test_what_names_no_command_sees_all(words: list[str]) -> None:
+    every = dict(every_command(typer.main.get_command(tree(words))))
+    assert {f"kedge {path}" for path in COMMANDS} <= set(every)
+
+
+IMPORTED = """
+import sys
+from kedge.cli import main
+status = main()
+print(status, [name for name in {modules} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "modules"),
+    [
+        (["--version"], ["grpc", "numpy", "rich.table", "kedge.cli.output"]),
+        (["compile", "--help"], ["grpc", "kedge.cli.jobs", "kedge.compiler.pipeline"]),
+        (["devices", "--help"], ["grpc", "kedge.cli.compiling"]),
+    ],
+)
+def test_a_command_imports_what_it_needs(words: list[str], modules: list[str]) -> None:
+    program = [sys.executable, "-c", IMPORTED.format(modules=modules), *words]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout
+
+
 BROKEN_OFF = """
 import sys
 from kedge.cli import main
@@ -379,7 +419,7 @@ def test_a_bug_of_ours_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: py
     def broken(**options: object) -> int:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr("kedge.cli.app.app", broken)
+    monkeypatch.setattr("kedge.cli.app.tree", lambda words: broken)
     assert main() == EXIT_BUG
     errors = capsys.readouterr().err
     assert "ZeroDivisionError: planted" in errors and errors.endswith("kedge doctor --json\n")

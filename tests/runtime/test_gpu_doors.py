@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import kedge
 from kedge.artifact import Artifact
-from kedge.cli.app import app
+from kedge.cli.app import tree
 from kedge.compiler import te
 from kedge.compiler.toolchain import RuntimeFiles
 from kedge.device_agent.runner import Runner, RunnerRefused
@@ -89,7 +89,7 @@ def test_on_the_command_line(tmp_path: Path, doubling: Artifact, opencl: str) ->
     doubling.save(path)
     np.savez(tmp_path / "in.npz", x=X)
     command = CliRunner().invoke(
-        app,
+        tree(),
         [
             "run",
             str(path),
@@ -103,9 +103,9 @@ def test_on_the_command_line(tmp_path: Path, doubling: Artifact, opencl: str) ->
     )
     assert command.exit_code == 0, command.output
     np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["y"], 2 * X + 1)
-    shown = CliRunner().invoke(app, ["inspect", str(path), "--json"])
+    shown = CliRunner().invoke(tree(), ["inspect", str(path), "--json"])
     assert json.loads(shown.output)["variants"][0]["device"]["kind"] == "opencl"
-    listed = CliRunner().invoke(app, ["devices", "--local", "--json"])
+    listed = CliRunner().invoke(tree(), ["devices", "--local", "--json"])
     assert opencl in [gpu["name"] for gpu in json.loads(listed.output)]
 
 
@@ -177,7 +177,7 @@ def test_a_driver_that_crashes_hides_no_other(
     with pytest.raises(JobError, match=r"looking for cuda devices failed: .*SIGABRT") as caught:
         kedge.devices()
     assert caught.value.hint is not None and "cuda driver" in caught.value.hint
-    listed = CliRunner().invoke(app, ["devices", "--local"])
+    listed = CliRunner().invoke(tree(), ["devices", "--local"])
     assert isinstance(listed.exception, JobError) and opencl in listed.output
     findings = {finding.check: finding for finding in diagnose(None, None)}
     assert opencl in findings["opencl devices"].found
