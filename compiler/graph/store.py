@@ -14,6 +14,7 @@ from kedge.compiler.errors import FrontendError
 from kedge.compiler.graph.ir import Constant, Function, Fused, Module
 from kedge.compiler.graph.parser import parse
 from kedge.compiler.graph.printer import digest, print_module
+from kedge.compiler.npz import write_npz
 
 SUFFIX = ".kmod"
 _TEXT = "text"
@@ -37,7 +38,7 @@ def save_module(module: Module, path: str | os.PathLike[str]) -> None:
     try:
         try:
             with scratch.open("wb") as file:
-                np.savez(file, allow_pickle=False, **{_TEXT: np.array(print_module(module)), **arrays})
+                write_npz(file, {_TEXT: np.array(print_module(module)), **arrays})
             scratch.replace(target)
         finally:
             scratch.unlink(missing_ok=True)

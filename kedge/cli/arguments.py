@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import kedge
+from kedge.compiler.npz import write_npz
 from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function, Manifest
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError, UsageError
@@ -267,11 +268,8 @@ def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
     scratch = path if special else _scratch(path)
     try:
         try:
-            # What numpy.savez writes; older ones leave the archive open where the disk is full, which is told later.
-            with scratch.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
+            with scratch.open("wb") as file:
+                write_npz(file, arrays)
             if not special:
                 scratch.replace(path)
         finally:
