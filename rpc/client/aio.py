@@ -252,10 +252,14 @@ class Fleet:
         deadlines: Deadlines | None = None,
         on: str = "",
         priority: int = 0,
+        progress: Progress | None = None,
     ) -> AsyncIterator[PinnedDevice]:
-        """One device, chosen now, for several jobs in turn; see the synchronous `Fleet.pin`."""
+        """One device, chosen now, for several jobs in turn; see the synchronous `Fleet.pin`.
+
+        `progress` is called in the event loop.
+        """
         info = (await self._check_matches(selector, artifact, on)).info
-        yield PinnedDevice(self, info, threads, deadlines or Deadlines(), on, priority)
+        yield PinnedDevice(self, info, threads, deadlines or Deadlines(), on, priority, progress)
 
     # ---- Blobs ----
 
@@ -313,11 +317,11 @@ class Fleet:
         async with self._withdrawn(message):
             return await self._send(packed, request, message, waits=False)
 
-    async def _call(self, packed: Packed, request: Request) -> Result:
+    async def _call(self, packed: Packed, request: Request, progress: Progress | None) -> Result:
         """Submit and wait; when that is cancelled, so is the job."""
         message = await self._prepare(packed, request)
         async with self._withdrawn(message):
-            return await (await self._send(packed, request, message, waits=True)).wait()
+            return await (await self._send(packed, request, message, waits=True)).wait(progress=progress)
 
     @asynccontextmanager
     async def _withdrawn(self, message: fleet_pb2.SubmitJobRequest) -> AsyncIterator[None]:
@@ -488,10 +492,18 @@ class PinnedDevice(plan.Pinned):
     """One device for several jobs in turn. `target` is what the agent says compiles for its CPU."""
 
     def __init__(
-        self, fleet: Fleet, info: DeviceInfo, threads: int, deadlines: Deadlines, on: str, priority: int
+        self,
+        fleet: Fleet,
+        info: DeviceInfo,
+        threads: int,
+        deadlines: Deadlines,
+        on: str,
+        priority: int,
+        progress: Progress | None,
     ) -> None:
         super().__init__(info, threads, deadlines, on, priority)
         self.fleet = fleet
+        self._progress = progress
 
     async def load(self, artifact: ArtifactOrPath) -> PinnedModel:
         """Upload an artifact, as far as the tracker lacks it; raises IncompatibleTargetError before that."""
@@ -499,6 +511,9 @@ class PinnedDevice(plan.Pinned):
         where = self._place(packed)
         await self.fleet._ensure_uploaded(packed)
         return PinnedModel(self, packed, where)
+
+    async def _call(self, packed: Packed, request: Request) -> Result:
+        return await self.fleet._call(packed, request, self._progress)
 
 
 class PinnedModel:
@@ -513,13 +528,13 @@ class PinnedModel:
     async def run(self, inputs: Mapping[str, Any], function: str = "") -> dict[str, Array]:
         """Call a function once and return its outputs by name; raises InputError, JobError, ConnectError."""
         request = plan.run_request(self._packed, inputs, self._pinned._terms(function))
-        return dict((await self._pinned.fleet._call(self._packed, request)).outputs)
+        return dict((await self._pinned._call(self._packed, request)).outputs)
 
     async def time(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Timing:
         """Time a function natively; `options` as for `Fleet.bench`. Raises InputError, JobError, ConnectError."""
         terms, how = self._pinned._terms(function), plan.time_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        return plan.timing_of(await self._pinned.fleet._call(self._packed, request))
+        return plan.timing_of(await self._pinned._call(self._packed, request))
 
     async def profile(self, inputs: Mapping[str, Any], function: str = "", **options: Any) -> Profile:
         """Time every kernel of a function; `options` as for `time`, with min_repeat_ms=10.
@@ -528,5 +543,5 @@ class PinnedModel:
         """
         terms, how = self._pinned._terms(function), profile_options(**options)
         request = plan.bench_request(self._packed, inputs, terms, how, return_outputs=False)
-        timing = plan.timing_of(await self._pinned.fleet._call(self._packed, request))
+        timing = plan.timing_of(await self._pinned._call(self._packed, request))
         return profile_of(self._packed.manifest, function, inputs, timing)

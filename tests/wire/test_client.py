@@ -250,6 +250,20 @@ def test_a_pinned_device_tells_of_its_own_jobs_alone(fleet: Fleet, worker: FakeA
     assert {job.id for job in told} == {own.id} and told[-1].state is JobState.DONE
 
 
+def test_so_does_one_of_the_asyncio_twin(tracker: RunningTracker, worker: FakeAgent, artifact: Artifact) -> None:
+    told: list[Job] = []
+
+    async def main() -> str:
+        async with await aio.connect(str(tracker.address)) as fleet:
+            async with fleet.pin("bench-1", progress=told.append) as device:
+                await (await device.load(artifact)).run({"x": X})
+            (own,) = await fleet.jobs()
+            return own.id
+
+    own = asyncio.run(main())
+    assert {job.id for job in told} == {own} and told[-1].state is JobState.DONE
+
+
 def test_a_session_without_a_device_names_those_there_are(fleet: Fleet, worker: FakeAgent) -> None:
     with pytest.raises(NoDeviceError, match="no connected device matches 'rack=z'") as caught, fleet.pin("rack=z"):
         pass
