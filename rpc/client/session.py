@@ -168,12 +168,12 @@ class Session(OnDevice):
             name: there, by default as here: letters, digits, dots, dashes, underscores. What had the name is replaced.
 
         Raises:
-            InputError: no session's file can have this name.
+            InputError: the file cannot be opened, or no session's file can have this name.
             JobError: the device has no room for it.
-            OSError: the file cannot be read.
+            OSError: reading it breaks off.
         """
         source = Path(path)
-        with source.open("rb") as file:
+        with _opened(source) as file:
             size = file.seek(0, 2)
             file.seek(0)
             wanted = pb.PutFile(file=pb.SessionFile(name=name or source.name, size_bytes=size))
@@ -347,6 +347,15 @@ class _Arrays:
                 data = bytearray(value.inline)
             found.append(np.frombuffer(data, np.dtype(value.dtype)).reshape(tuple(value.shape)))
         return found
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file", hint="name a file of this machine") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="name a file that this user may read") from error
 
 
 def _file_pieces(file: BinaryIO, size: int) -> Any:

@@ -318,6 +318,11 @@ def test_files(fleet: Fleet, agent: AgentProcess, tmp_path: Path) -> None:
         with pytest.raises(JobError, match="has no file 'absent'"):
             device.download("absent", tmp_path / "never")
         assert not (tmp_path / "never").exists()
+        with pytest.raises(InputError, match=f"{tmp_path / 'absent'}: no such file") as missing:
+            device.upload(tmp_path / "absent")
+        assert missing.value.hint
+        with pytest.raises(InputError, match=f"cannot read {tmp_path}: Is a directory"):
+            device.upload(tmp_path)
         device.upload(tmp_path / "data.bin")
     with fleet.session("here") as device:
         assert device.files() == {}
@@ -363,6 +368,8 @@ def test_asyncio(fleet: Fleet, agent: AgentProcess, made: Artifact, tracker: Run
             assert len((await m.time({"x": X}, "add", repeat=3)).samples_ns) == 3
             await kept.free()
             await device.upload(tmp_path / "file")
+            with pytest.raises(InputError, match=f"{tmp_path / 'absent'}: no such file"):
+                await device.upload(tmp_path / "absent")
             assert await device.files() == {"file": 7}
             assert (await device.download("file", tmp_path / "back")).read_bytes() == b"content"
             # A call that is cancelled is called off on the device: otherwise the next one would wait for ever.
