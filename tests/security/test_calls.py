@@ -83,7 +83,8 @@ def test_tokens_do_what_their_role_says(by_role: dict[str, grpc.Channel], rpc: R
     elif Role(role) in RULES[rpc.path]:
         assert status not in REFUSED, said
     else:
-        assert status == "PERMISSION_DENIED" and "is for the role" in said
+        assert status == "PERMISSION_DENIED" and "may not" in said and "that takes the role" in said
+        assert rpc.path.rpartition("/")[2] not in said, "a user knows nothing of the protocol's calls"
 
 
 @pytest.fixture(scope="module")

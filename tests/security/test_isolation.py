@@ -70,7 +70,7 @@ def test_readers_only_read_and_only_their_own(fleet_of: FleetOf, agent: FakeAgen
     np.testing.assert_array_equal(Job(reader, job.id).wait(60)["x_out"], BIG)
     with pytest.raises(UnknownJobError):
         other.job(job.id)
-    with pytest.raises(PermissionDeniedError, match="is for the role"):
+    with pytest.raises(PermissionDeniedError, match="may not upload artifacts or inputs: that takes the role admin"):
         reader.run(artifact, {"x": X})
     with pytest.raises(PermissionDeniedError):
         Job(reader, job.id).cancel()

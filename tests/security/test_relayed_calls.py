@@ -105,7 +105,7 @@ def test_tokens_do_by_a_follower_what_their_role_says(pair: Pair, access: Access
     if Role(role) in RULES[rpc.path]:
         assert status not in REFUSED, said
     else:
-        assert status == "PERMISSION_DENIED" and "is for the role" in said, said
+        assert status == "PERMISSION_DENIED" and "that takes the role" in said, said
 
 
 @pytest.mark.parametrize("rpc", RPCS, ids=str)

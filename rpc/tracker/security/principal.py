@@ -120,6 +120,41 @@ RULES: dict[str, frozenset[Role]] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANYBODY,
 }
 
+#: From what lets one do least on.
+_BY_TOKEN = (Role.READ, Role.SUBMIT, Role.ADMIN)
+
+#: What a user calls the calls that not everybody may make: a refusal names nothing of the protocol.
+_DOES: dict[str, str] = {
+    "/kedge.v1.Fleet/Hello": "connect as a user",
+    "/kedge.v1.Fleet/Status": "see the trackers' status",
+    "/kedge.v1.Fleet/ListDevices": "list devices",
+    "/kedge.v1.Fleet/SubmitJob": "submit jobs",
+    "/kedge.v1.Fleet/RunJob": "submit jobs",
+    "/kedge.v1.Fleet/WatchJob": "follow jobs",
+    "/kedge.v1.Fleet/GetJob": "see jobs",
+    "/kedge.v1.Fleet/ListJobs": "list jobs",
+    "/kedge.v1.Fleet/CancelJob": "cancel jobs",
+    "/kedge.v1.Fleet/SetMaintenance": "take devices out of service, or back into it",
+    "/kedge.v1.Fleet/Reserve": "reserve devices",
+    "/kedge.v1.Fleet/EndReservation": "end reservations",
+    "/kedge.v1.Fleet/KeepNoise": "record how much a device's times vary",
+    "/kedge.v1.Blobs/FindMissing": "upload artifacts or inputs",
+    "/kedge.v1.Blobs/QueryUpload": "upload artifacts or inputs",
+    "/kedge.v1.Blobs/Upload": "upload artifacts or inputs",
+    "/kedge.v1.Blobs/Download": "download results",
+    "/kedge.v1.Agents/Connect": "serve jobs as a device's agent",
+    "/kedge.v1.Sessions/Attach": "open sessions",
+    "/kedge.v1.Sessions/Serve": "serve sessions as a device's agent",
+    "/kedge.v1.Enrolment/Enrol": "enrol a device",
+    "/kedge.v1.Enrolment/Renew": "renew a device's certificate",
+    "/kedge.v1.Enrolment/JoinTracker": "have a tracker join this one",
+    "/kedge.v1.Access/CreateToken": "create tokens",
+    "/kedge.v1.Access/ListTokens": "list tokens",
+    "/kedge.v1.Access/RevokeToken": "revoke tokens",
+    "/kedge.v1.Access/ListEnrolled": "list enrolled devices",
+    "/kedge.v1.Access/RevokeDevice": "revoke devices",
+}
+
 _current: ContextVar[Principal] = ContextVar("principal")
 
 
@@ -143,12 +178,28 @@ def check_rule(principal: Principal, method: str) -> None:
         raise PermissionDeniedError(f"nobody may call {method[:120]!r}")
     if principal.trusted or principal.role in allowed:
         return
-    wanted = " or ".join(sorted(role.value for role in allowed))
+    wanted = sorted(role.value for role in allowed)
     who = f"{'device' if principal.role is Role.AGENT else 'user'} {principal.name!r} with the role {principal.role}"
     raise PermissionDeniedError(
-        f"{method.rpartition('/')[2]} is for the role {wanted}; this is {who}",
-        hint="an administrator makes tokens of other roles: kedge tracker token create",
+        f"{who} may not {_DOES[method]}: that takes the role {' or '.join(wanted)}",
+        hint=_remedy(allowed, principal),
     )
+
+
+def _remedy(allowed: frozenset[Role], principal: Principal) -> str:
+    """What gives somebody one of these roles."""
+    if principal.role in _USERS and (role := next((each for each in _BY_TOKEN if each in allowed), None)):
+        return (
+            f"ask an administrator for a token: kedge tracker token create --role {role} --user {principal.name}; "
+            "then 'kedge join' with what that prints"
+        )
+    if Role.ENROL in allowed:
+        return "a device joins with a string of its own: kedge tracker token create --role enrol --device NAME"
+    if Role.TRACKER in allowed:
+        return "a tracker joins with a string of its own: kedge tracker token create --role tracker"
+    if allowed & _USERS:
+        return "use it from a machine where a user has joined with a token: kedge tracker token create"
+    return "agents and other trackers do it by themselves: kedge agent start, kedge tracker start"
 
 
 def check_user(name: str) -> str:
