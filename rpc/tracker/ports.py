@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from kedge.rpc.errors import ConnectError
+from kedge.rpc.errors import ConnectError, UsageError
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
 from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics
@@ -42,9 +42,9 @@ class Ports:
 def checked_ports(
     host: str, port: int, agents_port: int | None, peers_port: int | None, *, plaintext: bool, shared: bool
 ) -> Ports:
-    """What is free to listen on; raises ConnectError."""
+    """What is free to listen on; raises ConnectError, and UsageError for plaintext beyond this machine."""
     if plaintext and not Address(host, port).is_loopback:
-        raise ConnectError(
+        raise UsageError(
             f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
             hint="listen on 127.0.0.1, or leave --insecure-loopback out",
         )
@@ -56,6 +56,16 @@ def checked_ports(
         if needed:
             _check_free(host, number)
     return Ports(port, agents_port, peers_port)
+
+
+def check_metrics(address: Address) -> None:
+    """Raise ConnectError unless metrics can be served there, as is best known before anything is made on disk."""
+    try:
+        _probe(address)
+    except OSError as error:
+        raise ConnectError(
+            f"cannot serve metrics at {address}: {error.strerror or error}", hint="another address with --metrics"
+        ) from error
 
 
 def machine_addresses() -> list[str]:
@@ -78,12 +88,7 @@ def _check_free(host: str, port: int) -> None:
     """Raise ConnectError with the reason when nobody can listen there: gRPC itself does not tell it."""
     address = Address(host, port)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, place = found[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-            probe.listen(1)
+        _probe(address)
     except socket.gaierror as error:
         raise ConnectError(
             f"cannot listen on {address}: {error.strerror}", hint="name an address of this machine"
@@ -96,6 +101,16 @@ def _check_free(host: str, port: int) -> None:
         }
         why, hint = error.strerror, remedies.get(error.errno or 0)
         raise ConnectError(f"cannot listen on {address}: {why}", hint=hint) from error
+
+
+def _probe(address: Address) -> None:
+    """Listen there and leave; raises OSError."""
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, proto, _, place = found[0]
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(place)
+        probe.listen(1)
 
 
 class Endpoints(Protocol):

@@ -28,7 +28,16 @@ from kedge.rpc.tracker.listeners import Switch
 from kedge.rpc.tracker.metrics import Metrics, exported
 from kedge.rpc.tracker.observer import SILENT
 from kedge.rpc.tracker.occupied import occupied
-from kedge.rpc.tracker.ports import ANY_ADDRESS, SERVICES, Ports, Servers, checked_ports, known_as, machine_addresses
+from kedge.rpc.tracker.ports import (
+    ANY_ADDRESS,
+    SERVICES,
+    Ports,
+    Servers,
+    check_metrics,
+    checked_ports,
+    known_as,
+    machine_addresses,
+)
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
@@ -98,13 +107,16 @@ async def serve(
     `join` is for; where that was done before, it is not needed, and not used.
 
     Raises:
-        ConnectError: the address cannot be listened on, or is to be reached from elsewhere in plaintext.
+        ConnectError: an address cannot be listened on.
+        UsageError: plaintext is to be reached from elsewhere.
         AddressError: `advertise` is no host.
         StoreError, BlobError, SecretFileError: the data folder or the database cannot be used.
     """
     shared = None if database is None else Postgres(database)
     advertised = host if shared is None else parse_host(advertise or known_as(host))
     ports = checked_ports(host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=shared is not None)
+    if metrics is not None:
+        check_metrics(metrics)
     failure, health = _Failure(data_dir), HealthService(SERVICES)
     counting = Metrics() if metrics is not None else None
     # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.

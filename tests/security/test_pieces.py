@@ -21,7 +21,7 @@ from kedge.protos.v1 import fleet_pb2, fleet_pb2_grpc
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet, connect, plan
 from kedge.rpc.client.access import Access
-from kedge.rpc.errors import AuthenticationError, ConnectError, UsageError
+from kedge.rpc.errors import AuthenticationError, ConnectError, PermissionDeniedError, UsageError
 from kedge.rpc.security import credentials, signing
 from kedge.rpc.security.credentials import Credentials
 from kedge.rpc.security.files import SecretFileError, read_private, write_private
@@ -33,7 +33,7 @@ from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.ca import Authority, serial_of
 from kedge.rpc.tracker.security.devices import Devices
 from kedge.rpc.tracker.security.folder import Keys
-from kedge.rpc.tracker.security.principal import Role
+from kedge.rpc.tracker.security.principal import RULES, Principal, Role, check_rule
 from kedge.rpc.tracker.security.storage import FileStorage
 from kedge.rpc.tracker.security.tokens import Tokens
 from kedge.rpc.tracker.server import RunningTracker, start
@@ -222,8 +222,20 @@ def test_a_device_explains_its_own_clock() -> None:
 
 def test_plaintext_is_for_loopback(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "::", "lab", "127.0.0.1.example.com"):
-        with pytest.raises(ConnectError, match="plaintext is never spoken beyond this machine"):
+        with pytest.raises(UsageError, match="plaintext is never spoken beyond this machine"):
             start(host, 0, tmp_path / "t", insecure_loopback=True)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_refusal_says_what_to_do_next(role: Role) -> None:
+    for method, allowed in RULES.items():
+        if role not in allowed:
+            with pytest.raises(PermissionDeniedError) as refused:
+                check_rule(Principal("ann", role), method)
+            hint = str(refused.value.hint)
+            assert "kedge " in hint and method.rpartition("/")[2] not in f"{refused.value.message} {hint}", method
+            if "--role " in hint:
+                assert Role(hint.partition("--role ")[2].split()[0]) in allowed, "a token that would do"
 
 
 # ---- Tokens and devices --------------------------------------------------------------------------------------------

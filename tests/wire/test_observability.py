@@ -141,6 +141,7 @@ def test_a_port_that_is_taken_is_named(counted: RunningTracker, tmp_path: Path) 
     assert counted.serving.metrics is not None
     with pytest.raises(ConnectError, match=f"cannot serve metrics at {counted.serving.metrics}"):
         start(port=0, data_dir=tmp_path / "other", insecure_loopback=True, metrics=counted.serving.metrics)
+    assert not (tmp_path / "other").exists(), "nothing is made before all addresses are checked"
     start(port=0, data_dir=tmp_path / "other", insecure_loopback=True).stop()
 
 
