@@ -41,8 +41,15 @@ INTEL_MODELS: Dict[int, str] = {
     **dict.fromkeys((0x4E, 0x5E, 0x8E, 0x9E, 0xA5, 0xA6), "skylake"),
     0x55: "skylake-avx512",
     **dict.fromkeys((0x6A, 0x6C), "icelake-server"),
-    **dict.fromkeys((0x97, 0x9A, 0xB7, 0xBA, 0xBE, 0xBF), "alderlake"),
+    **dict.fromkeys((0x7D, 0x7E), "icelake-client"),
+    0xA7: "rocketlake",
+    **dict.fromkeys((0x8C, 0x8D), "tigerlake"),
+    **dict.fromkeys((0x97, 0x9A, 0xBE), "alderlake"),
+    **dict.fromkeys((0xB7, 0xBA, 0xBF), "raptorlake"),
+    **dict.fromkeys((0xAA, 0xAC), "meteorlake"),
     0x8F: "sapphirerapids",
+    0xCF: "emeraldrapids",
+    0xAD: "graniterapids",
 }
 
 
@@ -93,8 +100,13 @@ TUNED: Dict[str, Dict[str, FrozenSet[str]]] = {
     "x86_64": {
         **dict(X86_LEVELS),
         "nehalem": _V2, "sandybridge": _AVX, "haswell": _V3, "broadwell": _V3, "skylake": _V3,
-        "alderlake": _V3 | {"avxvnni"}, "skylake-avx512": _V4, "icelake-server": _VNNI,
-        "sapphirerapids": _VNNI | {"avx512bf16", "avxvnni"}, "znver2": _V3, "znver3": _V3,
+        **dict.fromkeys(("alderlake", "raptorlake", "meteorlake"), _V3 | {"avxvnni"}),
+        "skylake-avx512": _V4,
+        **dict.fromkeys(("icelake-client", "icelake-server", "rocketlake", "tigerlake"), _VNNI),
+        **dict.fromkeys(
+            ("sapphirerapids", "emeraldrapids", "graniterapids"), _VNNI | {"avx512bf16", "avxvnni"}
+        ),
+        "znver2": _V3, "znver3": _V3,
         "znver4": _VNNI | {"avx512bf16"}, "znver5": _VNNI | {"avx512bf16", "avxvnni"},
     },
     "aarch64": {

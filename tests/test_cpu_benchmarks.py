@@ -239,6 +239,19 @@ def test_the_benchmark_of_matrix_products_runs() -> None:
         assert all(row[kind]["ratio"] > 0 and row[kind]["share"] > 0 for kind in ("constant", "inputs"))
 
 
+@pytest.mark.parametrize("name", ["peak", "stream"])
+@pytest.mark.parametrize(("cpu", "register"), [("sapphirerapids", "%zmm"), ("x86_64_v3", "%ymm")])
+def test_limits_are_those_of_the_widest_vectors(name: str, cpu: str, register: str, part: Any, tmp_path: Path) -> None:
+    """Compilers split vectors of 512 bits in two for Intel's servers; half of what these do is no limit."""
+    flags = [flag for flag in part("limits").FLAGS if not flag.startswith("-march")]
+    made = tmp_path / "made.s"
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-gnu", f"-mcpu={cpu}", *flags]
+    subprocess.run([*command, "-S", str(BENCHMARKS / f"{name}.c"), "-o", str(made)], check=True, timeout=300)
+    operation = "vfmadd" if name == "peak" else "vaddps"
+    wide = [line for line in made.read_text().splitlines() if operation in line and register in line]
+    assert len(wide) >= (12 if name == "peak" else 8)
+
+
 def test_a_product_is_bound_by_the_limit_that_takes_longer(part: Any) -> None:
     cpu_matmul = part("cpu_matmul")
     times = {name: {"median_us": 40.0, "best_us": 30.0} for name in cpu_matmul.CONTENDERS}

@@ -49,6 +49,8 @@ _SKYLAKE = Pipes(Units(2, 256), 4, Units(2, 256), Units(1, 256))
 _GOLDEN = Pipes(Units(2, 256), 4, Units(3, 256), Units(2, 256))
 _SKYLAKE_512 = Pipes(Units(2, 512), 4, Units(2, 512), Units(1, 512))
 _ICELAKE_512 = Pipes(Units(2, 512), 4, Units(2, 512), Units(2, 256))
+#: Clients of that generation lack the second unit of 512 bits: two of 256 are one of 512.
+_ICELAKE_CLIENT = Pipes(Units(2, 256), 4, Units(2, 512), Units(2, 256))
 _ZEN = Pipes(Units(2, 256), 5, Units(2, 256), Units(1, 256))
 _ZEN3 = Pipes(Units(2, 256), 4, Units(2, 256), Units(1, 256))
 _ZEN5 = Pipes(Units(2, 512), 4, Units(2, 512), Units(1, 512))
@@ -89,6 +91,7 @@ class Board:
 _V2 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
 _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_SAPPHIRE = (*_V4, "avx512vnni", "avx512bf16", "avxvnni")
 _ARM82 = ("dotprod", "fullfp16", "rdm")
 _ARM86 = (*_ARM82, "fp16fml", "i8mm", "bf16")
 _V7 = ("neon", "vfp4", "fp16", "hwdiv", "hwdiv-arm")
@@ -106,18 +109,18 @@ CPUS: tuple[Cpu, ...] = (
     Cpu("broadwell", X86_64, _V3, _HASWELL, 32 * KIB, 256 * KIB, 8 * MIB),
     Cpu("skylake", X86_64, _V3, _SKYLAKE, 32 * KIB, 256 * KIB, 8 * MIB),
     Cpu("alderlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 1280 * KIB, 24 * MIB),
+    Cpu("raptorlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 2 * MIB, 24 * MIB),
+    Cpu("meteorlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 2 * MIB, 24 * MIB),
     Cpu("skylake-avx512", X86_64, _V4, _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
     Cpu("cascadelake", X86_64, (*_V4, "avx512vnni"), _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
+    Cpu("cooperlake", X86_64, (*_V4, "avx512vnni", "avx512bf16"), _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
+    Cpu("icelake-client", X86_64, (*_V4, "avx512vnni"), _ICELAKE_CLIENT, 48 * KIB, 512 * KIB, 8 * MIB),
+    Cpu("rocketlake", X86_64, (*_V4, "avx512vnni"), _ICELAKE_CLIENT, 48 * KIB, 512 * KIB, 16 * MIB),
+    Cpu("tigerlake", X86_64, (*_V4, "avx512vnni"), _ICELAKE_CLIENT, 48 * KIB, 1280 * KIB, 12 * MIB),
     Cpu("icelake-server", X86_64, (*_V4, "avx512vnni"), _ICELAKE_512, 48 * KIB, 1280 * KIB, 24 * MIB),
-    Cpu(
-        "sapphirerapids",
-        X86_64,
-        (*_V4, "avx512vnni", "avx512bf16", "avxvnni"),
-        _ICELAKE_512,
-        48 * KIB,
-        2 * MIB,
-        32 * MIB,
-    ),
+    Cpu("sapphirerapids", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
+    Cpu("emeraldrapids", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
+    Cpu("graniterapids", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
     Cpu("znver2", X86_64, _V3, _ZEN, 32 * KIB, 512 * KIB, 16 * MIB),
     Cpu("znver3", X86_64, _V3, _ZEN3, 32 * KIB, 512 * KIB, 32 * MIB),
     Cpu("znver4", X86_64, (*_V4, "avx512vnni", "avx512bf16"), _ZEN3, 32 * KIB, 1024 * KIB, 32 * MIB),

@@ -81,6 +81,10 @@ def test_where_operands_of_multiply_adds_come_from(text: str, by_element: bool, 
         ("llvm -mcpu=znver4", 1, 4, 1, 0.5),  # two units of 256 bits, whatever the vectors are
         ("llvm -mcpu=znver4 -mattr=-avx512f", 2, 4, 2, 1),
         ("llvm -mcpu=skylake-avx512", 2, 4, 2, 1),
+        ("llvm -mcpu=emeraldrapids", 2, 4, 2, 1),
+        ("llvm -mcpu=graniterapids", 2, 4, 2, 1),
+        ("llvm -mcpu=cooperlake", 2, 4, 2, 1),
+        ("llvm -mcpu=tigerlake", 1, 4, 2, 1),
         ("llvm -mcpu=haswell", 2, 5, 2, 1),
         ("llvm -mcpu=haswell -mattr=-fma", 1, 5, 2, 1),  # a multiplication and an addition in the same units
         ("raspberry-pi/4b", 1, 4, 1, 0.5),
