@@ -86,6 +86,7 @@ static const x86_feature x86_features[] = {
     {"movdir64b", 7, 0, ECX, 28, OS_NONE},
     {"avx512vp2intersect", 7, 0, EDX, 8, OS_AVX512},
     {"serialize", 7, 0, EDX, 14, OS_NONE},
+    {"tsxldtrk", 7, 0, EDX, 16, OS_NONE},
     {"amx-bf16", 7, 0, EDX, 22, OS_AMX},
     {"avx512fp16", 7, 0, EDX, 23, OS_AVX512},
     {"amx-tile", 7, 0, EDX, 24, OS_AMX},
