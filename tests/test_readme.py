@@ -69,3 +69,19 @@ def test_exit_statuses_are_those_of_the_errors() -> None:
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     raised = {kind.exit_status for kind in classes if issubclass(kind, errors.KedgeError)}
     assert documented == raised | {0, SelectorError.exit_status, EXIT_BUG, EXIT_INTERRUPTED}
+
+
+def lines_of(page: Path) -> list[str]:
+    """Its lines outside of code and tables, which cannot be wrapped."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [line for line in prose.splitlines() if not line.lstrip().startswith("|")]
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_pages_are_no_wider_than_128_columns(page: Path) -> None:
+    assert [line for line in lines_of(page) if len(line) > 128] == []
