@@ -1,14 +1,22 @@
-"""Memory for weights while compiling."""
+"""Memory for weights while compiling, and filling it on several cores."""
 
 from __future__ import annotations
 
 import math
 import mmap
 import sys
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 import numpy as np
+
+from kedge.rpc import cores
+
+Item = TypeVar("Item")
+
+#: Bytes of a weight that one thread fills at a time.
+PIECE_BYTES: Final = 1 << 20
 
 #: numpy asks for huge pages from here on.
 _LARGE_BYTES: Final = 1 << 22
@@ -25,3 +33,18 @@ def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
         return np.empty(shape, dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype).reshape(shape)
+
+
+def spread(work: Callable[[Item], object], items: Sequence[Item]) -> None:
+    """Call `work` of each item, on as many threads as this process may use: numpy lets others go on.
+
+    Raises:
+        what `work` raised for the first item that it failed for.
+    """
+    threads = min(cores.usable_threads(), len(items))
+    if threads < 2:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        list(pool.map(work, items))

@@ -132,14 +132,17 @@ def _weights(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
     result = pages.empty((side * side, filters * channels), w.dtype)
     blocks = w.reshape(filters // o, o, channels // i, i, KERNEL * KERNEL).transpose(4, 0, 2, 3, 1)
     step = max(1, _WEIGHTS_AT_ONCE // max(1, channels * o))
-    scratch = np.empty((side * side, _COLUMNS))
-    for first in range(0, filters // o, step):
+
+    def transform(first: int) -> None:
         taps = blocks[:, first : first + step].astype(np.float64, order="C").reshape(KERNEL * KERNEL, -1)
         begin = first * o * channels
+        scratch = np.empty((side * side, _COLUMNS))
         for at in range(0, taps.shape[1], _COLUMNS):
             columns = taps[:, at : at + _COLUMNS]
             part = np.matmul(both, columns, out=scratch[:, : columns.shape[1]])
             result[:, begin + at : begin + at + columns.shape[1]] = part
+
+    pages.spread(transform, range(0, filters // o, step))
     return (result.reshape(side, side, filters // o, channels // i, i, o),)
 
 

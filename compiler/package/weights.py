@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +17,6 @@ import numpy as np
 from kedge.compiler import pages
 from kedge.compiler.codegen.entry import WeightPlace
 from kedge.compiler.errors import CompileError
-from kedge.compiler.target.host import usable_threads
 
 ALIGNMENT: Final = 64
 #: Tensors of at least this many bytes are blobs of their own on the wire.
@@ -81,8 +79,7 @@ def pack_weights(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Weights:
         spans = range(0, len(array), rows) if array.ndim else ()
         copies += [(target[at : at + rows], array[at : at + rows]) for at in spans] or [(target, array)]
     # The only copy, in whatever order the elements lie: transposed weights are views up to here.
-    with ThreadPoolExecutor(max_workers=usable_threads()) as pool:
-        list(pool.map(lambda copy: np.copyto(*copy), copies))
+    pages.spread(lambda copy: np.copyto(*copy), copies)
     return Weights(whole.data.toreadonly(), start, tuple(places), tuple(sorted(cuts)))
 
 

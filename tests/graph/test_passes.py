@@ -133,6 +133,22 @@ def test_batch_norm_goes_into_matmul_and_through_its_bias():
     check(FoldBatchNorm(), net.module(norm(net, product, 5)), ["matmul", "add"])
 
 
+@pytest.mark.parametrize("kind", ["conv", "groups", "matmul"])
+def test_weights_are_scaled_in_pieces(kind, monkeypatch):
+    net = Net()
+    if kind == "matmul":
+        value, width = net.matmul(net.input("x", N, 7), net.param("w", 7, 6)), 6
+    else:
+        groups = 2 if kind == "groups" else 1
+        value, width = net.conv(net.input("x", N, 4, 5, 5), net.param("w", 6, 4 // groups, 3, 3), groups=groups), 6
+    module = net.module(norm(net, value, width))
+    whole = FoldBatchNorm()(module).params["w.folded"]
+    monkeypatch.setattr("kedge.rpc.cores.usable_threads", lambda: 3)
+    monkeypatch.setattr("kedge.compiler.pages.PIECE_BYTES", 50)
+    np.testing.assert_array_equal(FoldBatchNorm()(module).params["w.folded"], whole)
+    same_meaning(module, FoldBatchNorm()(module))
+
+
 def test_batch_norm_of_a_value_with_other_users_stays():
     net = Net()
     conv = net.conv(net.input("x", N, 4, 5, 5), net.param("w", 6, 4, 3, 3))

@@ -64,6 +64,16 @@ def test_weights_are_rounded_once(m: int) -> None:
     np.testing.assert_allclose(got, want, rtol=2**-23)
 
 
+@pytest.mark.parametrize("m", [2, 4])
+def test_weights_are_transformed_in_pieces(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, attrs = array(56, 12, 3, 3), {"m": m, "lanes": (4, 8)}
+    (whole,) = registry.get("winograd_weights").reference([w], attrs)
+    monkeypatch.setattr("kedge.rpc.cores.usable_threads", lambda: 3)
+    monkeypatch.setattr("kedge.compiler.ops.winograd._WEIGHTS_AT_ONCE", 2 * 12 * 8)
+    (pieces,) = registry.get("winograd_weights").reference([w], attrs)
+    np.testing.assert_allclose(pieces, whole, rtol=2**-23)
+
+
 @pytest.mark.parametrize(
     ("op", "shapes", "attrs", "said"),
     [

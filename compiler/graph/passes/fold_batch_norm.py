@@ -111,7 +111,14 @@ class _Folder:
         shape[1 + axis] = -1
         parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         result = pages.empty(parts.shape, parts.dtype)
-        np.multiply(parts, self._factor.reshape(shape), out=result, dtype=np.float64, casting="same_kind")
+        factor = np.broadcast_to(self._factor.reshape(shape), parts.shape)
+        rows = max(1, parts.shape[1] * pages.PIECE_BYTES // max(1, parts.nbytes))
+
+        def scale(first: int) -> None:
+            own = np.s_[:, first : first + rows]
+            np.multiply(parts[own], factor[own], out=result[own], dtype=np.float64, casting="same_kind")
+
+        pages.spread(scale, range(0, parts.shape[1], rows))
         return result.reshape(weight.shape)
 
     def _param(self, data: Array, was: Value | None, weight: Array, what: tuple[str, float]) -> Value:
