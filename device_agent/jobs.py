@@ -192,14 +192,19 @@ class Board:
             self.vacate(spare)
         return self._start(limits, folder, threads, self._cpus(timing), patience_s)
 
-    def take_seat(self, limits: native.Limits, patience_s: float, *, timing: bool) -> Seat:
-        """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back."""
+    def take_seat(self, limits: native.Limits, patience_s: float, called_off: threading.Event, *, timing: bool) -> Seat:
+        """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back.
+
+        None is waited for or started once `called_off` is set.
+        """
         cpus, ends = self._cpus(timing), time.monotonic() + patience_s
-        spare = self.spare.take(limits, cpus, patience_s * _COMING_SHARE)
+        spare = self.spare.take(limits, cpus, patience_s * _COMING_SHARE, called_off)
         # What has exited was the first that the system ends when memory runs out.
         if spare is not None and (not spare.fits(limits, cpus) or spare.runner.exited):
             self.vacate(spare)
             spare = None
+        if spare is None and called_off.is_set():
+            raise native.RunnerUnavailable("nobody wants a runner any more: the job was called off", stage="start")
         return spare or self._new_seat(limits, cpus, max(ends - time.monotonic(), 0.001))
 
     def vacate(self, seat: Seat) -> None:
@@ -336,6 +341,8 @@ class Job:
             seat = self._seat
         if seat is not None:
             seat.runner.kill()
+        else:
+            self._board.spare.wake()
         if self._stage is Stage.TRANSFER:
             self._board.blobs.interrupt()
 
@@ -412,8 +419,10 @@ class Job:
     def _load(self, what: _Loadable) -> native.Runner:
         patience_s = min(_START_S, self._left_s())
         try:
-            seat = self._board.take_seat(self._limits(what.placement), patience_s, timing=self._is_timing)
+            limits = self._limits(what.placement)
+            seat = self._board.take_seat(limits, patience_s, self._calling_off, timing=self._is_timing)
         except native.RunnerUnavailable:
+            self._check_cancelled()
             self._check_deadline()  # it was given no more time than the stage had left
             raise
         self._afterwards.callback(self._board.vacate, seat)

@@ -66,16 +66,26 @@ class Spare:
         self._coming: Optional[Coming] = None
         self._closed = False
 
-    def take(self, limits: Limits, cpus: Optional[Tuple[int, ...]], patience_s: float) -> Optional[Seat]:
+    def take(
+        self, limits: Limits, cpus: Optional[Tuple[int, ...]], patience_s: float, called_off: threading.Event
+    ) -> Optional[Seat]:
         """The seat, now the caller's: to be used if it fits, else to be vacated before another job's code runs.
 
-        One that is being started and fits is waited for, so long; else it is given up.
+        One that is being started and fits is waited for, so long; else it is given up. Whoever waits for it when
+        `called_off` is set, and `wake` called, gets none, and leaves it to the next job.
         """
         with self._changed:
             coming = self._coming
             if coming is not None and (coming.limits, coming.cpus) == (limits, cpus):
-                self._changed.wait_for(lambda: self._coming is not coming, patience_s)
+                self._changed.wait_for(lambda: self._coming is not coming or called_off.is_set(), patience_s)
+            if self._coming is not None and called_off.is_set():
+                return None
             return self._clear()
+
+    def wake(self) -> None:
+        """Have whoever waits see whether that was called off."""
+        with self._changed:
+            self._changed.notify_all()
 
     def drop(self) -> Optional[Seat]:
         """The seat, to be vacated by the caller, who has no use for it; one that is being started is given up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import threading
 import time
@@ -18,7 +19,8 @@ from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.runner import Limits
 from kedge.device_agent.seats import Seat, Spare
 from kedge.rpc.artifact import Artifact
-from kedge.rpc.types import Blob, Deadlines, JobSpec
+from kedge.rpc.outcome import OutcomeKind
+from kedge.rpc.types import Blob, Deadlines, JobResult, JobSpec
 from support.agents import runs, wait_for
 from support.handmade import artifact
 
@@ -100,7 +102,7 @@ def test_it_has_ended_before_the_code_of_a_job_that_it_does_not_fit_runs(idle: B
         folder = idle.new_folder("session-")
         runner = idle.start_runner(Limits(), folder, 1, timing=True)
     else:
-        seat = idle.take_seat(Limits(), 60.0, timing=False)
+        seat = idle.take_seat(Limits(), 60.0, threading.Event(), timing=False)
         folder, runner = seat.folder, seat.runner
     assert not runs(spare.runner.pid) and list(idle.scratch.iterdir()) == [folder]
     runner.close()
@@ -133,7 +135,7 @@ def test_after_the_agents_last_job_there_is_none(idle: Board, manifest: Blob) ->
 
 
 def test_drivers_are_not_kept_waiting(board: Board) -> None:
-    seat = board.take_seat(Limits(), 60.0, timing=False)
+    seat = board.take_seat(Limits(), 60.0, threading.Event(), timing=False)
     board.vacate(seat)
     board.make_ready(seat)
     assert board.spare.close() == (None, None)
@@ -197,6 +199,26 @@ def test_a_job_that_it_would_fit_has_time_left_for_a_runner_of_its_own(
     waiting(idle)
 
 
+def test_a_job_that_is_cancelled_waits_for_none(
+    idle: Board, manifest: Blob, hanging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spare, waits = idle.spare, threading.Event()
+    monkeypatch.setattr(jobs, "_COMING_SHARE", 100.0)  # it would wait for longer than this test does
+    wait = spare._changed.wait
+    # The lock is held until it waits.
+    monkeypatch.setattr(spare._changed, "wait", lambda patience_s: (waits.set(), wait(patience_s))[1])
+    job, results = Job(idle, run_spec(manifest, "add"), lambda _: None), queue.SimpleQueue[JobResult]()
+    threading.Thread(target=lambda: results.put(job.run()), daemon=True).start()
+    assert waits.wait(60)
+    coming = spare._coming
+    job.cancel("not needed")
+    outcome = results.get(timeout=60).outcome
+    job.clean_up()
+    assert (outcome.kind, outcome.message) == (OutcomeKind.CANCELLED, "not needed")
+    assert spare._coming is coming and runs(hanging), "it is left to the next job"
+    idle.close()
+
+
 def test_one_that_is_about_to_be_there_is_waited_for_on_a_slow_board_too(idle: Board, manifest: Blob) -> None:
     seat = waiting(idle)
     assert idle.spare.drop() is seat
@@ -217,7 +239,7 @@ def test_a_job_that_waits_for_one_hears_when_it_is_given_up(
     assert spare.expect(Limits(), None) is not None
 
     def take() -> None:
-        assert spare.take(Limits(), None, 600.0) is None
+        assert spare.take(Limits(), None, 600.0, threading.Event()) is None
         taken.set()
 
     threading.Thread(target=take, daemon=True).start()
