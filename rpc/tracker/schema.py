@@ -14,7 +14,7 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
 #: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
@@ -60,9 +60,10 @@ jobs = sa.Table(
     # What lists show comes before the whole: SQLite reads a row from its beginning.
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
-    # Lists, everybody's and a user's, are read from these: in order, and no row more than is shown.
+    # Lists, everybody's, a user's and a device's, are read from these: in order, and no row more than is shown.
     sa.Index("ix_jobs_by_state", "state", "seq"),
     sa.Index("ix_jobs_by_user", "user", "state", "seq"),
+    sa.Index("ix_jobs_by_device", "device", "state", "seq"),
 )
 results = sa.Table(
     "results",
@@ -222,6 +223,8 @@ def prepare(connection: sa.Connection, place: str, *, moving_to: str | None = No
         _to_schema_6(connection)
     if found < 8:
         _to_schema_8(connection)
+    if found < 10:
+        _to_schema_10(connection)
     connection.execute(sa.update(meta).where(meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
     return known["tracker_id"]
 
@@ -273,6 +276,12 @@ def _to_schema_8(connection: sa.Connection) -> None:
     size = sa.func.length(results.c.result) + size_of_spec(results.c.job_id)
     connection.execute(sa.update(results).values(bytes=sa.func.coalesce(size, 0)))
     for index in results.indexes:
+        index.create(connection, checkfirst=True)
+
+
+def _to_schema_10(connection: sa.Connection) -> None:
+    """The jobs of a device have an index."""
+    for index in jobs.indexes:
         index.create(connection, checkfirst=True)
 
 

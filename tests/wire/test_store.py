@@ -530,6 +530,25 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
     engine.dispose()
 
 
+def test_a_devices_jobs_are_read_from_their_index(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    engine = Sqlite(tmp_path).engine()
+    with engine.begin() as connection:  # as the ninth schema was
+        connection.execute(sa.text("DROP INDEX ix_jobs_by_device"))
+        connection.execute(sa.text("UPDATE meta SET value = '9' WHERE name = 'schema'"))
+    engine.dispose()
+    database = Watched(tmp_path)
+    store = Store(database)
+    database.asked.clear()
+    store.jobs(10, (JobState.DONE,), wanted=JobFilter(device="a")).result(60)
+    store.close()
+    ((statement, given),) = [(text, given) for text, given in database.asked.items() if "ORDER BY" in text]
+    with engine.begin() as connection:
+        plan = [row[-1] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", given).all()]
+    engine.dispose()
+    assert "USING INDEX ix_jobs_by_device (device=? AND state=?)" in plan[0] and "TEMP" not in "".join(plan), plan
+
+
 def test_jobs_of_other_artifacts_are_passed_over_unread(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(place)
     one, other = (replace(SPEC, manifest=Blob(digit * 64, 9)) for digit in "12")
