@@ -55,6 +55,9 @@ def _intrinsic(name: str, allowed: frozenset[str], reference: Callable[[Array], 
 def _sigmoid(x: Array) -> Array:
     # Never exponentiates a large positive number, so nothing overflows.
     decayed = np.exp(-np.abs(x))
+    # As kernels do: what is below the least normal number, in which they compute, is 0.
+    least = np.finfo("float64" if x.dtype == "float64" else "float32").tiny
+    decayed = np.where(decayed < least, 0, decayed).astype(decayed.dtype)
     return np.where(x >= 0, 1 / (1 + decayed), decayed / (1 + decayed))
 
 

@@ -70,12 +70,21 @@ _COMBINE: Final[Mapping[str, np.ufunc]] = {
 #: Where numpy, or ml_dtypes, computes and rounds in several steps, types of 16 bits are widened and rounded once.
 _REMAINDERS: Final = frozenset({"floordiv", "floormod", "truncmod"})
 _erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def _decayed(x: Value) -> Value:
+    """exp(-|x|) as `sigmoid` has it: 0 below the least normal number."""
+    result = np.exp(-np.abs(x))
+    least = np.finfo("float64" if result.dtype == "float64" else "float32").tiny
+    return np.where(result < least, 0, result)
+
+
 _INTRINSIC: Final[Mapping[str, Callable[..., Value]]] = {
     "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "abs": np.abs, "floor": np.floor,
     "ceil": np.ceil, "round": np.rint, "sin": np.sin, "cos": np.cos, "not": np.logical_not, "isnan": np.isnan,
     "pow": power,
     "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sigmoid": lambda x: np.where(x < 0, np.exp(-np.abs(x)), 1) / (1 + np.exp(-np.abs(x))),
+    "sigmoid": lambda x: np.where(x < 0, _decayed(x), 1) / (1 + _decayed(x)),
     "erf": lambda x: np.asarray(_erf(np.asarray(x, "float64")), "float64"),
 }  # fmt: skip
 

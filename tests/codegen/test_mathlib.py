@@ -126,6 +126,18 @@ def test_whole_powers_of_whole_numbers_are_exact(functions: dict[tuple[str, str]
     np.testing.assert_array_equal(apply(functions["pow", type_], x, y), [a**b for a, b in pairs])
 
 
+@pytest.mark.parametrize("type_", ["float", "double"])
+def test_sigmoid_has_no_denormal_results(functions: dict[tuple[str, str], Any], type_: str) -> None:
+    """Each operation on one takes some cores a hundred cycles; normal results are kept down to the least."""
+    dtype = dtype_of(type_)
+    least = np.finfo(dtype).tiny
+    x = np.linspace(math.log(least) - 30, math.log(least) + 1, 8 * LANES).astype(dtype)
+    got, exact = apply(functions["sigmoid", type_], x), np.exp(x.astype(Longer))
+    np.testing.assert_allclose(got.astype(Longer), np.where(exact < least, 0, exact), rtol=1e-6)
+    assert np.any(got == 0)
+    assert np.any(got > 0)
+
+
 def test_an_unknown_intrinsic_is_refused() -> None:
     b = FunctionBuilder(ModuleBuilder(parse("native")))
     with pytest.raises(CodegenError, match="gamma"):
