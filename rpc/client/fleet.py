@@ -12,7 +12,9 @@ A tracker that restarts is waited for; jobs survive that, sessions do not. Ctrl-
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Self, cast
@@ -88,6 +90,9 @@ class Fleet:
         self._fitting: set[tuple[str, str, str]] = set()
         #: As whom the tracker knows us, once a device that somebody has reserved could be chosen.
         self._user: str | None = None
+        #: Whether the tracker has the call that begins a job and tells its result; the job that had the last one.
+        self._has_run_job = True
+        self._last_run: weakref.ref[Job] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -382,13 +387,14 @@ class Fleet:
         """Submit; when that is broken off, the job is cancelled if it was accepted: nobody has a handle to it."""
         message = self._prepare(packed, request)
         with self._withdrawn(message):
-            return self._send(packed, request, message)
+            return self._send(packed, request, message, waits=False)
 
     def _call(self, packed: Packed, request: Request, progress: Progress | None) -> Result:
         """Submit and wait; when that is broken off, the job is cancelled."""
         message = self._prepare(packed, request)
         with self._withdrawn(message):
-            return self._send(packed, request, message).wait(progress=progress)
+            job = self._send(packed, request, message, waits=progress is None)
+            return job.wait(progress=progress)
 
     @contextmanager
     def _withdrawn(self, message: fleet_pb2.SubmitJobRequest) -> Iterator[None]:
@@ -422,16 +428,45 @@ class Fleet:
             self._blobs.upload_missing(request.uploads)
         return plan.submit_request(spec)
 
-    def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest) -> Job:
+    def _send(self, packed: Packed, request: Request, message: fleet_pb2.SubmitJobRequest, *, waits: bool) -> Job:
         try:
-            answer = self._persist(self._stub.SubmitJob, message)
+            return self._begin(message, waits)
         except NotReadyError:
             # Another tracker, or another data folder, has taken this one's place: it needs everything again.
             self._uploaded.clear()
             self._ensure_uploaded(packed)
             self._blobs.upload_missing(request.uploads)
-            answer = self._persist(self._stub.SubmitJob, message)
-        return Job(self, answer.job.id)
+            return self._begin(message, waits)
+
+    def _begin(self, message: fleet_pb2.SubmitJobRequest, waits: bool) -> Job:
+        """The accepted job. In the same call its result is told, but for jobs that pile up before one is waited for.
+
+        `waits`: whoever asks waits for the result at once.
+        """
+        last = None if self._last_run is None else self._last_run()
+        if self._has_run_job and (waits or last is None or last._run is None):
+            job = self._run_job(message)
+            if job is not None:
+                self._last_run = self._last_run if waits else weakref.ref(job)
+                return job
+        return Job(self, self._persist(self._stub.SubmitJob, message).job.id)
+
+    def _run_job(self, message: fleet_pb2.SubmitJobRequest) -> Job | None:
+        """The job, whose result the call tells that began it; None where it is to be submitted, under the same key."""
+        with interrupts.deferred(), _open_channel():
+            run = self._stub.RunJob(message, timeout=_CALL_S)
+        try:
+            return Job(self, next(run).job_id, run)
+        except grpc.RpcError as error:
+            self._has_run_job = plan.has_run_job(error, self.address)
+            return None
+        except BaseException:
+            with interrupts.deferred():
+                run.cancel()
+            raise
+        finally:
+            with interrupts.deferred():
+                del run
 
     def _ensure_uploaded(self, packed: Packed) -> None:
         if packed.blob.digest not in self._uploaded:
@@ -482,9 +517,12 @@ def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:
 class Job:
     """A job on the tracker; it goes on whether or not anybody holds this."""
 
-    def __init__(self, fleet: Fleet, job_id: str) -> None:
+    def __init__(self, fleet: Fleet, job_id: str, run: Any = None) -> None:
         self.id = job_id
         self._fleet = fleet
+        #: The call that began it and tells its result, until somebody waits for that.
+        self._run = run
+        self._taking = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Job {self.id} at {self._fleet.address}>"
@@ -509,8 +547,8 @@ class Job:
             WaitTimeoutError: it is not done after `timeout` seconds; it goes on.
             ConnectError: the tracker went away and did not come back.
         """
-        found: JobResult | None = None
         deadline = None if timeout is None else time.monotonic() + timeout
+        found = self._told(may_wait=progress is None and timeout is None)
         while found is None:
             if deadline is not None and time.monotonic() >= deadline:
                 raise plan.not_done(self.id, timeout)
@@ -525,6 +563,23 @@ class Job:
         if check:
             plan.raise_unless_ok(result)
         return result
+
+    def _told(self, *, may_wait: bool) -> JobResult | None:
+        """The result from the call that began the job; None where that was read, broke, or is not waited for."""
+        with interrupts.deferred(), self._taking:
+            run, self._run = self._run, None
+        if run is None:
+            return None
+        try:
+            if may_wait:
+                return convert.job_result_from_pb(next(run).result)
+        except (grpc.RpcError, StopIteration):
+            pass  # its minute is over, or the tracker went away: a watch finds out
+        finally:
+            with interrupts.deferred():
+                run.cancel()
+                del run
+        return None
 
     def _watch(self, deadline: float | None, progress: Progress | None) -> JobResult:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -412,21 +412,22 @@ def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker
         fleet.wait_for_device(timeout=60)
         sys.setprofile(watch)
         try:
-            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait(timeout=60)
+            fleet.run(artifacts.pop(), {"x": BIG}, function="big").wait()
             with fleet.pin() as device:
                 device.load(artifacts.pop()).run({"x": X})
             fleet.devices()
         finally:
             sys.setprofile(None)
-    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._watch"}, exposed
+    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._told"}, exposed
 
 
 class Calls:
     """In place of a client's stub: counts the calls that concern jobs."""
 
-    def __init__(self, fleet: aio.Fleet) -> None:
+    def __init__(self, fleet: aio.Fleet | Fleet) -> None:
         self.made: list[str] = []
-        self._stub, fleet._stub = fleet._stub, self
+        self._stub: Any = fleet._stub
+        fleet._stub = self
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Job"):
@@ -436,6 +437,74 @@ class Calls:
     def taken(self) -> list[str]:
         made, self.made = self.made, []
         return made
+
+
+def test_a_job_that_is_waited_for_takes_one_call(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    calls = Calls(fleet)
+    for _ in range(2):
+        np.testing.assert_array_equal(fleet.run(artifact, {"x": X}).wait()["x_out"], X)
+    with fleet.pin() as device:
+        device.load(artifact).run({"x": X})
+    assert calls.taken() == ["RunJob"] * 3
+    job, states = fleet.run(artifact, {"x": X}), list[JobState]()
+    assert job.wait(progress=lambda now: states.append(now.state)).outcome.ok
+    assert calls.taken() == ["RunJob", "WatchJob"] and states[-1] is JobState.DONE
+    assert job.wait().outcome.ok and calls.taken() == ["WatchJob"], "it was told once"
+    assert fleet.run(artifact, {"x": X}).wait(timeout=60).outcome.ok
+    assert calls.taken() == ["RunJob", "WatchJob"], "who waits for so long only has a call that ends then"
+
+
+def test_jobs_that_pile_up_keep_one_call_open(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    calls = Calls(fleet)
+    jobs = [fleet.run(artifact, {"x": X + number}) for number in range(3)]
+    assert calls.taken() == ["RunJob", "SubmitJob", "SubmitJob"]
+    for number, job in enumerate(jobs):
+        np.testing.assert_array_equal(job.wait()["x_out"], X + number)
+    assert calls.taken() == ["WatchJob", "WatchJob"]
+    for _ in range(2):
+        fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
+    assert calls.taken() == ["RunJob", "RunJob"]
+
+
+def test_a_tracker_without_the_one_call_gets_two(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    calls: Any = Calls(fleet)
+    calls.RunJob = fleet._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
+    for _ in range(2):
+        assert fleet.run(artifact, {"x": X}).wait().outcome.ok
+    assert calls.taken() == ["SubmitJob", "WatchJob"] * 2
+
+
+def test_a_job_outlasts_the_call_that_began_it(
+    tracker: RunningTracker, fleet: Fleet, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kedge.rpc.client.fleet._CALL_S", 0.5)
+    with FakeAgent(tracker.address, device_info()) as agent:
+        fleet.wait_for_device()
+        calls, found = Calls(fleet), list[bool]()
+        job = fleet.run(artifact, {"x": X})
+        assigned = agent.expect(m.AssignJob)
+        waiting = threading.Thread(target=lambda: found.append(job.wait().outcome.ok))
+        waiting.start()
+        wait_for(lambda: calls.made == ["RunJob", "WatchJob"], "the client to ask once more")
+        agent.finish(assigned)
+        waiting.join(60)
+        assert found == [True]
+
+
+def test_one_call_tells_one_of_several_who_wait(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:
+    with FakeAgent(tracker.address, device_info()) as agent:
+        fleet.wait_for_device()
+        calls, found = Calls(fleet), list[bool]()
+        job = fleet.run(artifact, {"x": X})
+        assigned = agent.expect(m.AssignJob)
+        waiting = [threading.Thread(target=lambda: found.append(job.wait().outcome.ok)) for _ in range(2)]
+        for thread in waiting:
+            thread.start()
+        wait_for(lambda: calls.made == ["RunJob", "WatchJob"], "the second to ask")
+        agent.finish(assigned)
+        for thread in waiting:
+            thread.join(60)
+        assert found == [True, True]
 
 
 def test_with_asyncio_a_job_that_is_waited_for_takes_one_call(worker: FakeAgent, artifact: Artifact) -> None:
