@@ -9,7 +9,7 @@ instruction set and the bounds that tests hold them to:
     exp       1        1        gradual underflow, exact at the ends
     log       1        1        denormals, log(0) = -inf, log(x < 0) = NaN
     tanh      2        3
-    sigmoid   3        3        relative accuracy also where the result is tiny; 0 where it is below the least normal one
+    sigmoid   3        3        relative accuracy also of tiny results; 0 where below the least normal number
     erf       3        3
     sin, cos  1        3        every finite argument
     pow       1        1        as C's pow; powers that the type holds exactly are exact
