@@ -30,8 +30,9 @@ from kedge.device_agent.health import examine
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
 from kedge.device_agent.results import ResultStore
-from kedge.device_agent.runner import Hello as RunnerHello
-from kedge.device_agent.runner import Limits, Runner, RunnerError, RunnerUnavailable
+from kedge.device_agent.runner import Limits, Runner
+from kedge.device_agent.runner_errors import RunnerError, RunnerUnavailable
+from kedge.device_agent.runtime.protocol import Hello as RunnerHello
 from kedge.device_agent.sessions import Session
 from kedge.rpc import messages as m
 from kedge.rpc.accelerator import Accelerator

@@ -23,11 +23,20 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union
 
-from kedge.device_agent import runner as native
 from kedge.device_agent.cache import ArtifactCache, CacheFullError, Hold
 from kedge.device_agent.cage import Cage, remove_tree
 from kedge.device_agent.cores import Watch
 from kedge.device_agent.health import Fitness, read_health
+from kedge.device_agent.runner import Limits, Runner
+from kedge.device_agent.runner_errors import (
+    RunnerCrashed,
+    RunnerError,
+    RunnerOutOfMemory,
+    RunnerRefused,
+    RunnerTimeout,
+    RunnerUnavailable,
+)
+from kedge.device_agent.runtime import protocol
 from kedge.device_agent.seats import Coming, Seat, Spare
 from kedge.rpc import abi
 from kedge.rpc.artifact.manifest import Function, Manifest, Member, Port, Variant
@@ -184,15 +193,15 @@ class Board:
                 log.warning("cannot take back %s of %s: %s", name, folder, error)
 
     def start_runner(
-        self, limits: native.Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
-    ) -> native.Runner:
+        self, limits: Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
+    ) -> Runner:
         """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable."""
         spare = self.spare.drop()
         if spare is not None:
             self.vacate(spare)
         return self._start(limits, folder, threads, self._cpus(timing), patience_s)
 
-    def take_seat(self, limits: native.Limits, patience_s: float, called_off: threading.Event, *, timing: bool) -> Seat:
+    def take_seat(self, limits: Limits, patience_s: float, called_off: threading.Event, *, timing: bool) -> Seat:
         """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back.
 
         None is waited for or started once `called_off` is set.
@@ -204,7 +213,7 @@ class Board:
             self.vacate(spare)
             spare = None
         if spare is None and called_off.is_set():
-            raise native.RunnerUnavailable("nobody wants a runner any more: the job was called off", stage="start")
+            raise RunnerUnavailable("nobody wants a runner any more: the job was called off", stage="start")
         return spare or self._new_seat(limits, cpus, max(ends - time.monotonic(), 0.001))
 
     def vacate(self, seat: Seat) -> None:
@@ -232,7 +241,7 @@ class Board:
             surplus = self.spare.put(coming, seat)
             if surplus is not None:
                 self.vacate(surplus)
-        except (native.RunnerUnavailable, OSError) as error:
+        except (RunnerUnavailable, OSError) as error:
             if self.spare.miss(coming):
                 log.warning("no runner waits for the next job, which starts its own: %s", error)
         finally:
@@ -240,10 +249,10 @@ class Board:
 
     def _new_seat(
         self,
-        limits: native.Limits,
+        limits: Limits,
         cpus: Optional[Tuple[int, ...]],
         patience_s: float,
-        started: Callable[[native.Runner], None] = lambda _: None,
+        started: Callable[[Runner], None] = lambda _: None,
     ) -> Seat:
         folder = self.new_folder("job-")
         try:
@@ -256,14 +265,14 @@ class Board:
 
     def _start(
         self,
-        limits: native.Limits,
+        limits: Limits,
         folder: Path,
         threads: int,
         cpus: Optional[Tuple[int, ...]],
         patience_s: float,
-        started: Callable[[native.Runner], None] = lambda _: None,
-    ) -> native.Runner:
-        return native.Runner(
+        started: Callable[[Runner], None] = lambda _: None,
+    ) -> Runner:
+        return Runner(
             self.runner,
             threads,
             limits,
@@ -277,7 +286,7 @@ class Board:
     def _cpus(self, timing: bool) -> Optional[Tuple[int, ...]]:
         return (self.measuring if timing else self.others) or None
 
-    def watch(self, runner: native.Runner) -> Watch:
+    def watch(self, runner: Runner) -> Watch:
         """What others do on the cores of a timing that begins now."""
         return Watch(runner.hello.pid, self.measuring or sorted(os.sched_getaffinity(0)))
 
@@ -309,7 +318,7 @@ class _Loadable:
     weights_offset: int
     placement: Placement
     variant: int
-    inputs: Tuple[native.Tensor, ...]
+    inputs: Tuple[protocol.Tensor, ...]
 
 
 class Job:
@@ -416,12 +425,12 @@ class Job:
             text = f"the job wants {wanted} threads; {self._board.device.name} offers {offered}"
             raise _Ended(OutcomeKind.BAD_REQUEST, text)
 
-    def _load(self, what: _Loadable) -> native.Runner:
+    def _load(self, what: _Loadable) -> Runner:
         patience_s = min(_START_S, self._left_s())
         try:
             limits = self._limits(what.placement)
             seat = self._board.take_seat(limits, patience_s, self._calling_off, timing=self._is_timing)
-        except native.RunnerUnavailable:
+        except RunnerUnavailable:
             self._check_cancelled()
             self._check_deadline()  # it was given no more time than the stage had left
             raise
@@ -448,17 +457,17 @@ class Job:
     def _is_timing(self) -> bool:
         return isinstance(self._spec.task, BenchTask)
 
-    def _limits(self, placement: Placement) -> native.Limits:
+    def _limits(self, placement: Placement) -> Limits:
         seconds = sum(self._spec.deadlines.of(stage) or DEFAULT_DEADLINES_MS[stage] for stage in _RUNNING) / 1000
         return limits_of(self._board, placement.kind, seconds * self._threads(placement))
 
-    def _work(self, runner: native.Runner, what: _Loadable) -> Tuple[List[native.Tensor], Optional[Measurement]]:
+    def _work(self, runner: Runner, what: _Loadable) -> Tuple[List[protocol.Tensor], Optional[Measurement]]:
         task = self._spec.task
         assert not isinstance(task, SessionTask)  # those are no jobs of one artifact
         if isinstance(task, RunTask):
             call = runner.call(what.index, what.inputs, deadline_s=self._left_s(), discard_outputs=task.discard_outputs)
             return call, None
-        results: List[native.Tensor] = []
+        results: List[protocol.Tensor] = []
         if task.return_outputs:
             results = runner.call(what.index, what.inputs, deadline_s=self._left_s())
         before = self._await_calm()
@@ -472,9 +481,7 @@ class Job:
         self._check_cancelled()
         return health
 
-    def _deliver(
-        self, function: Function, results: Sequence[native.Tensor], runner: native.Runner
-    ) -> Tuple[Tensor, ...]:
+    def _deliver(self, function: Function, results: Sequence[protocol.Tensor], runner: Runner) -> Tuple[Tensor, ...]:
         """The outputs as they travel; large ones are uploaded, in a second transfer stage without the runner."""
         tensors = []
         uploads = []
@@ -556,7 +563,7 @@ class Job:
             return Outcome(OutcomeKind.CANCELLED, self._stage, message=self._cancelled)
         if isinstance(error, _Ended):
             return Outcome(error.kind, error.stage or self._stage, message=error.message)
-        if isinstance(error, native.RunnerError):
+        if isinstance(error, RunnerError):
             return runner_outcome(error)
         if self._stage is Stage.TRANSFER and time.monotonic() >= self._stage_ends:
             took = self._spec.deadlines.of(self._stage) or DEFAULT_DEADLINES_MS[self._stage]
@@ -576,16 +583,16 @@ class Job:
         return Outcome(OutcomeKind.DEVICE_FAULT, self._stage, message=text)
 
 
-def limits_of(board: Board, kind: str, cpu_s: float) -> native.Limits:
+def limits_of(board: Board, kind: str, cpu_s: float) -> Limits:
     """What a runner for "cpu" or a GPU's kind may use, with so many seconds of all its threads together."""
     memory = int(board.device.memory_bytes * _MEMORY_SHARE) or None
     if kind != CPU:
         # A GPU's driver reserves address space for all memory there is, on either side, opens what it likes and starts
         # threads and compilers: only a control group can hold its memory, only that or a user of its own its processes.
         if board.cage is None:
-            return native.Limits()
-        return native.Limits(memory_bytes=memory, processes=board.device.num_cores + _GPU_PROCESSES)
-    return native.Limits(
+            return Limits()
+        return Limits(memory_bytes=memory, processes=board.device.num_cores + _GPU_PROCESSES)
+    return Limits(
         memory_bytes=memory,
         cpu_s=math.ceil(cpu_s) + _SPARE_CPU_S,
         open_files=_OPEN_FILES,
@@ -608,7 +615,7 @@ def await_calm(board: Board, longest_s: float, called_off: threading.Event) -> H
 def measurement_of(
     board: Board,
     options: TimeOptions,
-    timed: native.TimeResult,
+    timed: protocol.TimeResult,
     before: Health,
     threads: int,
     variant: int,
@@ -636,17 +643,17 @@ def _measured(measurement: Optional[Measurement]) -> Outcome:
     return Outcome(OutcomeKind.OK)
 
 
-def runner_outcome(error: native.RunnerError) -> Outcome:
+def runner_outcome(error: RunnerError) -> Outcome:
     """A runner's failure as an outcome."""
     stage = Stage.RUN if error.stage == "run" else Stage.LOAD
     text = str(error)
-    if isinstance(error, native.RunnerTimeout):
+    if isinstance(error, RunnerTimeout):
         return Outcome(OutcomeKind.TIMEOUT, stage, message=text)
-    if isinstance(error, native.RunnerCrashed):
+    if isinstance(error, RunnerCrashed):
         return Outcome(OutcomeKind.CRASH, stage, error.signal, error.exit_status, text)
-    if isinstance(error, native.RunnerOutOfMemory):
+    if isinstance(error, RunnerOutOfMemory):
         return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
-    if isinstance(error, native.RunnerRefused):
+    if isinstance(error, RunnerRefused):
         if error.status in (abi.E_LOAD, abi.E_ABI, abi.E_FEATURE):
             return Outcome(OutcomeKind.LOAD_ERROR, stage, message=text)
         if error.status == abi.E_KERNEL:
@@ -696,7 +703,7 @@ def _check_input(port: Port, tensor: Tensor) -> None:
         raise _Ended(OutcomeKind.BAD_REQUEST, str(error)) from error
 
 
-def _native(tensor: Tensor, hold: Hold) -> native.Tensor:
+def _native(tensor: Tensor, hold: Hold) -> protocol.Tensor:
     """A tensor for the runner; a blob's bytes are mapped, not read."""
     data: Union[bytes, memoryview]
     if isinstance(tensor.data, Blob):
@@ -704,7 +711,7 @@ def _native(tensor: Tensor, hold: Hold) -> native.Tensor:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if tensor.data.size else b""
     else:
         data = tensor.data
-    return native.Tensor(tensor.dtype, tensor.shape, data)
+    return protocol.Tensor(tensor.dtype, tensor.shape, data)
 
 
 def offer_to_oom_killer(pid: int) -> None:

@@ -21,10 +21,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
 from google.protobuf.message import DecodeError
 
-from kedge.device_agent import runner as native
 from kedge.device_agent.cache import CacheFullError, Hold
 from kedge.device_agent.jobs import (
-    DEFAULT_DEADLINES_MS,
     Board,
     await_calm,
     limits_of,
@@ -33,10 +31,25 @@ from kedge.device_agent.jobs import (
     offer_to_oom_killer,
     runner_outcome,
 )
+from kedge.device_agent.runner import PIECE_BYTES, Runner
+from kedge.device_agent.runner_errors import RunnerError
+from kedge.device_agent.runtime import protocol
 from kedge.device_agent.session_files import SessionFiles
+from kedge.device_agent.session_requests import (
+    CALLED_OFF,
+    BrokenOrder,
+    CalledOff,
+    FailedRequest,
+    announced_bytes,
+    check_port,
+    deadline_s_of,
+    inline_tensor,
+    refusing,
+    values_of,
+)
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
-from kedge.rpc.artifact.manifest import Function, Manifest, Port
+from kedge.rpc.artifact.manifest import Function, Manifest
 from kedge.rpc.artifact.place import CPU, Placement, look_at, parse_device, place
 from kedge.rpc.blobs import BlobStore, CorruptBlobError, MissingBlobError
 from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, KedgeError, LimitError
@@ -45,7 +58,7 @@ from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.pipe import Pipe, PipeClosed
 from kedge.rpc.security import signing
 from kedge.rpc.transport import CHUNK_BYTES, MAX_SESSION_FRAME_BYTES
-from kedge.rpc.types import MAX_DEADLINE_MS, Blob, JobResult, JobSpec, Lease, plan_inline
+from kedge.rpc.types import Blob, JobResult, JobSpec, Lease, plan_inline
 
 log = logging.getLogger("kedge.agent")
 
@@ -63,43 +76,16 @@ _MOST_CHARACTERS = 4_000
 _TENSOR_SHARE = 0.5
 _FREE_SHARE = 0.9
 _GPU = "gpu"
-_CALLED_OFF = "its client called it off"
-
-
-class _Failed(Exception):
-    """A request that cannot be done; the session goes on."""
-
-    def __init__(self, kind: OutcomeKind, message: str, stage: Stage = Stage.RUN) -> None:
-        super().__init__(message)
-        self.outcome = Outcome(kind, stage, message=message)
-
-
-class _CalledOff(_Failed):
-    """Its client has no use for it any more."""
-
-    def __init__(self) -> None:
-        super().__init__(OutcomeKind.CANCELLED, _CALLED_OFF)
-
-
-class _Broken(Exception):
-    """What the client says makes no sense in this order: the session ends, by no fault of the device."""
-
-
-class _Cage:
-    """A runner of the session and what is in it."""
-
-    def __init__(self, runner: native.Runner) -> None:
-        self.runner = runner
 
 
 class _Loaded:
     """An artifact in a runner; `files` has what keeps its files where they are, and is closed with it."""
 
     def __init__(
-        self, files: ExitStack, cage: _Cage, module: int, manifest: Manifest, placement: Placement, threads: int
+        self, files: ExitStack, runner: Runner, module: int, manifest: Manifest, placement: Placement, threads: int
     ) -> None:
         self.files = files
-        self.cage = cage
+        self.runner = runner
         self.module = module
         self.manifest = manifest
         self.placement = placement
@@ -110,7 +96,7 @@ class _Loaded:
         return self.manifest.variants.index(self.placement.variant)
 
 
-_Kept = Tuple[_Cage, native.Kept]
+_Kept = Tuple[Runner, protocol.Kept]
 
 
 class Session:
@@ -132,7 +118,7 @@ class Session:
         self._done = threading.Event()
         self._requests: Pipe[pb.SessionRequest] = Pipe(_WAITING)
         self._frames: Pipe[pb.DeviceFrame] = Pipe(_WAITING)
-        self._cages: Dict[str, _Cage] = {}
+        self._runners: Dict[str, Runner] = {}
         self._newest = _GPU if parse_device(spec.on)[0] not in ("", CPU) else CPU
         self._artifacts: Dict[int, _Loaded] = {}
         self._tensors: Dict[int, _Kept] = {}
@@ -182,11 +168,11 @@ class Session:
             with self._lock:  # the next request must not begin meanwhile: it would be ended in the place of this one
                 if number and self._current != number:
                     return
-                for cage in list(self._cages.values()):
+                for runner in list(self._runners.values()):
                     if self._verdict is not None and not self._verdict.ok:
-                        cage.runner.kill()
+                        runner.kill()
                     else:
-                        cage.runner.cancel()
+                        runner.cancel()
                 self._board.blobs.interrupt()
             self._done.wait(_AGAIN_S)
 
@@ -264,8 +250,8 @@ class Session:
         threading.Thread(target=self._hurry, args=(number,), name="kedge-session-call-off", daemon=True).start()
 
     def _close_runners(self) -> None:
-        for cage in self._cages.values():
-            cage.runner.close()
+        for runner in self._runners.values():
+            runner.close()
         for loaded in self._artifacts.values():
             loaded.files.close()
 
@@ -289,7 +275,7 @@ class Session:
                         self._current = 0
         except PipeClosed:
             pass  # the session is over
-        except _Broken as error:
+        except BrokenOrder as error:
             self._end(Outcome(OutcomeKind.BAD_REQUEST, Stage.RUN, message=f"the session cannot go on: {error}"))
         except Exception as error:
             log.error("a session's worker failed", exc_info=error)
@@ -311,7 +297,7 @@ class Session:
 
     def _answer(self, request: pb.SessionRequest, scratch: Path, files: SessionFiles) -> None:
         which = request.WhichOneof("body")
-        self._owed = _announced(request)
+        self._owed = announced_bytes(request)
         try:
             self._free(request.freed)
             if which == "put_file":
@@ -339,13 +325,15 @@ class Session:
                 files.remove(request.remove_file.name)
                 self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
             elif which == "piece":
-                raise _Broken("a piece of what no request announced")
+                raise BrokenOrder("a piece of what no request announced")
             else:
-                raise _Failed(OutcomeKind.BAD_REQUEST, "a request that this agent does not know: update kedge on it")
-        except (PipeClosed, _Broken):
+                raise FailedRequest(
+                    OutcomeKind.BAD_REQUEST, "a request that this agent does not know: update kedge on it"
+                )
+        except (PipeClosed, BrokenOrder):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a request does, it has an answer
-            with suppress(_CalledOff):
+            with suppress(CalledOff):
                 self._take_pieces(request.id, self._owed, lambda piece: None)
             self._fail(request.id, error, loading=which == "load")
 
@@ -353,23 +341,23 @@ class Session:
         data = reply.SerializeToString()
         if len(data) > MAX_SESSION_FRAME_BYTES:
             text = f"the reply to this request has {len(data)} bytes; a session's frame takes {MAX_SESSION_FRAME_BYTES}"
-            raise _Failed(OutcomeKind.BAD_REQUEST, text)
+            raise FailedRequest(OutcomeKind.BAD_REQUEST, text)
         self._frames.put(pb.DeviceFrame(data=data))
 
     def _fail(self, number: int, error: Exception, loading: bool) -> None:
         ended = self._bury()
         outcome = self._outcome(error, Stage.LOAD if loading else Stage.RUN)
         if self._unwanted == number:
-            outcome = Outcome(OutcomeKind.CANCELLED, outcome.stage, message=_CALLED_OFF)
+            outcome = Outcome(OutcomeKind.CANCELLED, outcome.stage, message=CALLED_OFF)
         elif len(outcome.message) > _MOST_CHARACTERS:  # it may quote what the client said
             outcome = replace(outcome, message=outcome.message[:_MOST_CHARACTERS] + " …")
         failed = pb.RequestFailed(outcome=convert.outcome_to_pb(outcome), runner_ended=ended)
         self._reply(pb.SessionReply(id=number, failed=failed))
 
     def _outcome(self, error: Exception, stage: Stage) -> Outcome:
-        if isinstance(error, _Failed):
+        if isinstance(error, FailedRequest):
             return error.outcome
-        if isinstance(error, native.RunnerError):
+        if isinstance(error, RunnerError):
             return runner_outcome(error)
         text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
         if isinstance(error, (ArtifactError, CorruptBlobError, IncompatibleTargetError)):
@@ -389,12 +377,12 @@ class Session:
 
     def _bury(self) -> bool:
         """Forget what was in runners that ended; whether there were any."""
-        dead = {kind for kind, cage in self._cages.items() if not cage.runner.alive}
+        dead = {kind for kind, runner in self._runners.items() if not runner.alive}
         for kind in dead:
-            cage = self._cages.pop(kind)
-            for key in [key for key, each in self._artifacts.items() if each.cage is cage]:
+            runner = self._runners.pop(kind)
+            for key in [key for key, each in self._artifacts.items() if each.runner is runner]:
                 self._artifacts.pop(key).files.close()
-            self._tensors = {key: each for key, each in self._tensors.items() if each[0] is not cage}
+            self._tensors = {key: each for key, each in self._tensors.items() if each[0] is not runner}
         return bool(dead)
 
     # ---- artifacts ---------------------------------------------------------------------------------------------
@@ -416,17 +404,17 @@ class Session:
         offered = self._board.offered(timing=True)
         if wanted.num_threads > offered:
             text = f"{wanted.num_threads} threads are wanted; {self._board.device.name} offers {offered}"
-            raise _Failed(OutcomeKind.BAD_REQUEST, text, Stage.LOAD)
+            raise FailedRequest(OutcomeKind.BAD_REQUEST, text, Stage.LOAD)
         threads = placement.threads(wanted.num_threads, offered)
-        cage = self._cage(CPU if placement.kind == CPU else _GPU, scratch)
-        deadline_s = _seconds(wanted.load_ms, Stage.LOAD)
+        runner = self._runner_for(CPU if placement.kind == CPU else _GPU, scratch)
+        deadline_s = deadline_s_of(wanted.load_ms, Stage.LOAD)
         self._check_wanted()
         shown = []
         for index, path in enumerate(paths):
             name = f"{self._last_artifact + 1}-{index}"
             shown.append(self._board.show(path, scratch, name))
             files.callback(self._board.hide, scratch, name)
-        info = cage.runner.open(
+        info = runner.open(
             shown[0],
             shown[1] if len(shown) > 1 else None,
             placement.variant.weights_offset,
@@ -437,14 +425,14 @@ class Session:
         names = [function.name for function in info.functions]
         promised = [function.name for function in manifest.functions]
         if names[: len(promised)] != promised:
-            cage.runner.close_module(info.module)
+            runner.close_module(info.module)
             text = f"the manifest promises the functions {promised}; lib.so has {names}"
-            raise _Failed(OutcomeKind.LOAD_ERROR, text, Stage.LOAD)
-        return _Loaded(files, cage, info.module, manifest, placement, threads)
+            raise FailedRequest(OutcomeKind.LOAD_ERROR, text, Stage.LOAD)
+        return _Loaded(files, runner, info.module, manifest, placement, threads)
 
     def _transfer(self, wanted: pb.LoadArtifact, hold: Hold) -> Tuple[Manifest, Placement, List[Path]]:
         blob = convert.blob_from_pb(wanted.manifest)
-        limit_s = _seconds(wanted.transfer_ms, Stage.TRANSFER)
+        limit_s = deadline_s_of(wanted.transfer_ms, Stage.TRANSFER)
         # threading cannot wait for longer.
         timer = threading.Timer(min(limit_s, threading.TIMEOUT_MAX), self._board.blobs.interrupt)
         timer.daemon = True
@@ -463,7 +451,7 @@ class Session:
         except Exception as error:
             if time.monotonic_ns() - self._began >= limit_s * 1e9:
                 why = f"transfer took longer than {limit_s:g} s"
-                raise _Failed(OutcomeKind.TIMEOUT, why, Stage.TRANSFER) from error
+                raise FailedRequest(OutcomeKind.TIMEOUT, why, Stage.TRANSFER) from error
             raise
         finally:
             timer.cancel()
@@ -476,39 +464,39 @@ class Session:
         if self._verdict is not None:
             raise PipeClosed
         if self._unwanted == self._current:
-            raise _CalledOff
+            raise CalledOff
 
-    def _cage(self, kind: str, scratch: Path) -> _Cage:
+    def _runner_for(self, kind: str, scratch: Path) -> Runner:
         self._newest = kind
-        cage = self._cages.get(kind)
-        if cage is None:
+        runner = self._runners.get(kind)
+        if runner is None:
             # A session has the device alone, and may time at any moment.
             cores = self._board.offered(timing=True)
             seconds = self._spec.deadlines.of(Stage.RUN) / 1000 * cores
             limits = limits_of(self._board, kind, seconds)
-            cage = _Cage(self._board.start_runner(limits, scratch, cores, timing=True))
-            self._cages[kind] = cage
-            offer_to_oom_killer(cage.runner.hello.pid)
-        return cage
+            runner = self._board.start_runner(limits, scratch, cores, timing=True)
+            self._runners[kind] = runner
+            offer_to_oom_killer(runner.hello.pid)
+        return runner
 
     def _unload(self, request: pb.SessionRequest) -> None:
         loaded = self._artifacts.pop(request.unload.artifact, None)
         if loaded is not None:
-            loaded.cage.runner.close_module(loaded.module)
+            loaded.runner.close_module(loaded.module)
             loaded.files.close()
         self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
 
     def _find(self, artifact: int, name: str) -> Tuple[_Loaded, Function, int]:
         loaded = self._artifacts.get(artifact)
         if loaded is None:
-            raise _Failed(
+            raise FailedRequest(
                 OutcomeKind.BAD_REQUEST,
                 "this artifact is not on the device any more: it was unloaded, or its runner ended; load it again",
             )
         try:
             function = loaded.manifest.function(name)
         except ArtifactError as error:
-            raise _Failed(OutcomeKind.BAD_REQUEST, str(error)) from error
+            raise FailedRequest(OutcomeKind.BAD_REQUEST, str(error)) from error
         return loaded, function, loaded.manifest.functions.index(function)
 
     # ---- calls -------------------------------------------------------------------------------------------------
@@ -516,17 +504,17 @@ class Session:
     def _run(self, request: pb.SessionRequest) -> None:
         wanted = request.call
         loaded, function, index = self._find(wanted.artifact, wanted.function)
-        deadline_s = _seconds(wanted.run_ms, Stage.RUN)
-        runner = loaded.cage.runner
+        deadline_s = deadline_s_of(wanted.run_ms, Stage.RUN)
+        runner = loaded.runner
         streamed: List[memoryview] = []
         with self._inputs(request.id, loaded, function, wanted.inputs) as inputs:
             self._check_wanted()
             if wanted.keep:
                 kept = runner.call_keeping(index, inputs, deadline_s, module=loaded.module)
-                values = [self._keep(loaded.cage, port.name, each) for port, each in zip(function.outputs, kept)]
+                values = [self._keep(loaded.runner, port.name, each) for port, each in zip(function.outputs, kept)]
             else:
                 results = runner.call(index, inputs, deadline_s, module=loaded.module)
-                values, streamed = _values([port.name for port in function.outputs], results)
+                values, streamed = values_of([port.name for port in function.outputs], results)
         called = pb.FunctionCalled(outputs=values, duration_ns=runner.last_call_ns)
         self._reply(pb.SessionReply(id=request.id, called=called))
         self._stream(request.id, streamed)
@@ -536,20 +524,20 @@ class Session:
         loaded, function, index = self._find(wanted.artifact, wanted.function)
         options = convert.time_options_from_pb(wanted.options)
         check_time_options(options)
-        deadline_s = _seconds(wanted.run_ms, Stage.RUN)
+        deadline_s = deadline_s_of(wanted.run_ms, Stage.RUN)
         with self._inputs(request.id, loaded, function, wanted.inputs) as inputs:
             ends = time.monotonic() + deadline_s
             before = await_calm(self._board, deadline_s / 2, self._calling_off)
             self._check_wanted()
             left_s = max(0.001, ends - time.monotonic())
-            watch = self._board.watch(loaded.cage.runner)
-            timed = loaded.cage.runner.time(index, inputs, options, left_s, module=loaded.module)
+            watch = self._board.watch(loaded.runner)
+            timed = loaded.runner.time(index, inputs, options, left_s, module=loaded.module)
             pinning = self._board.pinning(watch)
         measured = measurement_of(self._board, options, timed, before, loaded.threads, loaded.variant, pinning)
         self._reply(pb.SessionReply(id=request.id, measured=convert.measurement_to_pb(measured)))
 
     @contextmanager
-    def _inputs(self, number: int, loaded: _Loaded, function: Function, values: Any) -> Iterator[List[native.Given]]:
+    def _inputs(self, number: int, loaded: _Loaded, function: Function, values: Any) -> Iterator[List[protocol.Given]]:
         """The inputs in the function's order, checked against its ports as far as those are known before the call.
 
         What comes in pieces goes right to where it is used, and is there for this call alone.
@@ -558,35 +546,35 @@ class Session:
         wanted = [port.name for port in function.inputs]
         if set(given) != set(wanted) or len(given) != len(values):
             takes, came = ", ".join(wanted) or "(none)", ", ".join(value.name for value in values) or "(none)"
-            raise _Failed(OutcomeKind.BAD_REQUEST, f"{function.name} takes the inputs {takes}; given: {came}")
+            raise FailedRequest(OutcomeKind.BAD_REQUEST, f"{function.name} takes the inputs {takes}; given: {came}")
         streamed = [value for value in values if value.WhichOneof("data") == "streamed_bytes"]
         self._check_memory(sum(value.streamed_bytes for value in streamed))
-        runner = loaded.cage.runner
-        came_along: Dict[str, native.Kept] = {}
+        runner = loaded.runner
+        came_along: Dict[str, protocol.Kept] = {}
         try:
             for value in streamed:
                 came_along[value.name] = self._receive(number, value, runner)
-            inputs: List[native.Given] = [
-                came_along[name] if name in came_along else self._given(given[name], loaded.cage) for name in wanted
+            inputs: List[protocol.Given] = [
+                came_along[name] if name in came_along else self._given(given[name], loaded.runner) for name in wanted
             ]
             for port, tensor in zip(function.inputs, inputs):
-                _check_port(port, tensor)
+                check_port(port, tensor)
             yield inputs
         finally:
             if came_along and runner.alive:
                 runner.release([kept.handle for kept in came_along.values()])
 
-    def _given(self, value: pb.Value, cage: _Cage) -> native.Given:
+    def _given(self, value: pb.Value, runner: Runner) -> protocol.Given:
         """An input that is there, for that runner; a tensor of the other one is copied over."""
         if value.WhichOneof("data") != "handle":
-            return _inline(value)
+            return inline_tensor(value)
         home, kept = self._kept(value.handle)
-        return kept if home is cage else home.runner.fetch(kept)
+        return kept if home is runner else home.fetch(kept)
 
-    def _receive(self, number: int, value: pb.Value, runner: native.Runner) -> native.Kept:
+    def _receive(self, number: int, value: pb.Value, runner: Runner) -> protocol.Kept:
         """A tensor that comes in pieces, of which the runner has each as soon as it is here, and nobody else."""
-        with _refusing(value):
-            size = native.bytes_of(value.dtype, value.shape)
+        with refusing(value):
+            size = protocol.bytes_of(value.dtype, value.shape)
             if size != value.streamed_bytes:
                 raise ValueError(f"{value.dtype}{list(value.shape)} takes {size} bytes, not {value.streamed_bytes}")
         kept = runner.reserve(value.dtype, tuple(value.shape))
@@ -603,51 +591,51 @@ class Session:
     def _put(self, request: pb.SessionRequest, scratch: Path) -> None:
         value = request.put.tensor
         if value.WhichOneof("data") == "handle":
-            raise _Failed(OutcomeKind.BAD_REQUEST, "this tensor is on the device already")
-        cage = self._cage(self._newest, scratch)
+            raise FailedRequest(OutcomeKind.BAD_REQUEST, "this tensor is on the device already")
+        runner = self._runner_for(self._newest, scratch)
         if value.WhichOneof("data") == "streamed_bytes":
             self._check_memory(value.streamed_bytes)
-            kept = self._receive(request.id, value, cage.runner)
+            kept = self._receive(request.id, value, runner)
         else:
-            kept = cage.runner.keep(_inline(value))
-        self._reply(pb.SessionReply(id=request.id, tensor=self._keep(cage, value.name, kept)))
+            kept = runner.keep(inline_tensor(value))
+        self._reply(pb.SessionReply(id=request.id, tensor=self._keep(runner, value.name, kept)))
 
     def _fetch(self, request: pb.SessionRequest) -> None:
-        cage, kept = self._kept(request.fetch.handle)
+        runner, kept = self._kept(request.fetch.handle)
         value = pb.Value(dtype=kept.dtype, shape=kept.shape)
         if plan_inline([kept.nbytes])[0]:
-            value.inline = bytes(cage.runner.fetch(kept).data)
+            value.inline = bytes(runner.fetch(kept).data)
             self._reply(pb.SessionReply(id=request.id, tensor=value))
             return
         value.streamed_bytes = kept.nbytes
         self._reply(pb.SessionReply(id=request.id, tensor=value))
-        for at in range(0, kept.nbytes, native.PIECE_BYTES):
+        for at in range(0, kept.nbytes, PIECE_BYTES):
             self._check_wanted()
-            self._reply(pb.SessionReply(id=request.id, piece=bytes(cage.runner.fetch_piece(kept, at))))
+            self._reply(pb.SessionReply(id=request.id, piece=bytes(runner.fetch_piece(kept, at))))
 
-    def _keep(self, cage: _Cage, name: str, kept: native.Kept) -> pb.Value:
+    def _keep(self, runner: Runner, name: str, kept: protocol.Kept) -> pb.Value:
         self._last_tensor += 1
-        self._tensors[self._last_tensor] = (cage, kept)
+        self._tensors[self._last_tensor] = (runner, kept)
         return pb.Value(name=name, dtype=kept.dtype, shape=kept.shape, handle=self._last_tensor)
 
     def _kept(self, handle: int) -> _Kept:
         found = self._tensors.get(handle)
         if found is None:
-            raise _Failed(
+            raise FailedRequest(
                 OutcomeKind.BAD_REQUEST, "this tensor is not on the device any more: it was freed, or its runner ended"
             )
         return found
 
     def _free(self, handles: Any) -> None:
         """Free tensors; those that went with their runner are gone already."""
-        by_cage: Dict[_Cage, List[int]] = {}
+        by_runner: Dict[Runner, List[int]] = {}
         for handle in set(handles):
             found = self._tensors.pop(handle, None)
             if found is not None:
-                by_cage.setdefault(found[0], []).append(found[1].handle)
-        for cage, native_handles in by_cage.items():
-            if cage.runner.alive:
-                cage.runner.release(native_handles)
+                by_runner.setdefault(found[0], []).append(found[1].handle)
+        for runner, native_handles in by_runner.items():
+            if runner.alive:
+                runner.release(native_handles)
 
     # ---- pieces ------------------------------------------------------------------------------------------------
 
@@ -661,7 +649,7 @@ class Session:
             most, why = int(free * _FREE_SHARE), "has room now for"
         if size > most:
             text = f"{size} bytes of tensors at once; {self._board.device.name} {why} {most}"
-            raise _Failed(OutcomeKind.OUT_OF_MEMORY, text)
+            raise FailedRequest(OutcomeKind.OUT_OF_MEMORY, text)
 
     def _take_pieces(self, number: int, left: int, store: Callable[[bytes], object]) -> None:
         """Bytes that the request announced, as they come."""
@@ -669,13 +657,13 @@ class Session:
             request = self._next()
             if request.id == number and request.WhichOneof("body") == "cancel":
                 self._owed = 0
-                raise _CalledOff
+                raise CalledOff
             if self._is_late(request):
                 continue
             if request.id != number or request.WhichOneof("body") != "piece" or not request.piece:
-                raise _Broken("a request ended before all of its pieces came")
+                raise BrokenOrder("a request ended before all of its pieces came")
             if len(request.piece) > left:
-                raise _Broken("a request has more bytes than it said")
+                raise BrokenOrder("a request has more bytes than it said")
             left -= len(request.piece)
             self._owed -= len(request.piece)
             store(request.piece)
@@ -711,66 +699,10 @@ class Session:
                 self._check_wanted()
                 piece = file.read(min(left, CHUNK_BYTES))
                 if not piece:
-                    raise _Failed(OutcomeKind.BAD_REQUEST, f"file {name!r} shrank while it was read")
+                    raise FailedRequest(OutcomeKind.BAD_REQUEST, f"file {name!r} shrank while it was read")
                 left -= len(piece)
                 self._reply(pb.SessionReply(id=request.id, piece=piece))
 
     def _list(self, number: int, files: SessionFiles) -> None:
         listed = [pb.SessionFile(name=name, size_bytes=size) for name, size in files.list()]
         self._reply(pb.SessionReply(id=number, files=pb.FileList(files=listed)))
-
-
-def _announced(request: pb.SessionRequest) -> int:
-    """How many bytes follow a request in pieces."""
-    which = request.WhichOneof("body")
-    if which == "put_file":
-        return max(0, request.put_file.file.size_bytes)
-    if which == "put":
-        return request.put.tensor.streamed_bytes
-    if which in ("call", "time"):
-        return sum(value.streamed_bytes for value in getattr(request, which).inputs)
-    return 0
-
-
-def _seconds(given_ms: int, stage: Stage) -> float:
-    if not 0 <= given_ms <= MAX_DEADLINE_MS:  # its words would cost each call more than its check
-        check_number(f"the deadline of stage {stage}", given_ms, 0, MAX_DEADLINE_MS, "0 means the device's default")
-    return (given_ms if given_ms > 0 else DEFAULT_DEADLINES_MS[stage]) / 1000
-
-
-def _values(names: List[str], tensors: List[native.Tensor]) -> Tuple[List[pb.Value], List[memoryview]]:
-    """Tensors as they travel: small ones in the message, the bytes of the others to follow it."""
-    values, streamed = [], []
-    for name, tensor, inline in zip(names, tensors, plan_inline(tensor.nbytes for tensor in tensors)):
-        value = pb.Value(name=name, dtype=tensor.dtype, shape=tensor.shape)
-        if inline:
-            value.inline = bytes(tensor.data)
-        else:
-            value.streamed_bytes = tensor.nbytes
-            streamed.append(memoryview(tensor.data).cast("B"))
-        values.append(value)
-    return values, streamed
-
-
-def _inline(value: pb.Value) -> native.Tensor:
-    """A tensor that came in its message."""
-    with _refusing(value):
-        return native.Tensor(value.dtype, tuple(value.shape), value.inline)
-
-
-@contextmanager
-def _refusing(value: pb.Value) -> Iterator[None]:
-    """What makes no tensor is the client's fault."""
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        raise _Failed(OutcomeKind.BAD_REQUEST, f"tensor {value.name!r}: {error}") from error
-
-
-def _check_port(port: Port, tensor: native.Given) -> None:
-    """Refuse what the manifest rules out; symbolic dims are the runtime's to check."""
-    fits = len(tensor.shape) == len(port.shape) and all(
-        isinstance(dim, str) or dim == size for dim, size in zip(port.shape, tensor.shape)
-    )
-    if tensor.dtype != port.dtype or not fits:
-        raise _Failed(OutcomeKind.BAD_REQUEST, f"input {port} does not take {tensor.dtype}{list(tensor.shape)}")

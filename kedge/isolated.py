@@ -16,11 +16,8 @@ import numpy as np
 
 from kedge.device_agent.cores import Watch
 from kedge.device_agent.health import examine
-from kedge.device_agent.runner import (
-    Given,
-    Kept,
-    Limits,
-    Runner,
+from kedge.device_agent.runner import Limits, Runner
+from kedge.device_agent.runner_errors import (
     RunnerCancelled,
     RunnerCrashed,
     RunnerError,
@@ -28,8 +25,8 @@ from kedge.device_agent.runner import (
     RunnerRefused,
     RunnerTimeout,
     RunnerUnavailable,
-    Tensor,
 )
+from kedge.device_agent.runtime.protocol import Given, Kept, Tensor
 from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact import Artifact, Found, Placement, place
 from kedge.rpc.artifact.place import GPU_KINDS, parse_device

@@ -24,7 +24,9 @@ import pytest
 from kedge.device_agent import cage
 from kedge.device_agent.cage import SPARE_IDS, USER, Cage, User, choose_user, readable, remove_tree
 from kedge.device_agent.cgroups import Groups, GroupsUnavailableError
-from kedge.device_agent.runner import Limits, Runner, RunnerCrashed, RunnerError, RunnerOutOfMemory, Tensor
+from kedge.device_agent.runner import Limits, Runner
+from kedge.device_agent.runner_errors import RunnerCrashed, RunnerError, RunnerOutOfMemory
+from kedge.device_agent.runtime.protocol import Tensor
 from kedge.rpc.errors import UsageError
 
 from .conftest import FUNCTIONS

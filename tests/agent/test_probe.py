@@ -20,7 +20,8 @@ from kedge.device_agent.cage import Cage, choose_user
 from kedge.device_agent.cpus import ARM_PARTS, INTEL_MODELS, OPTIONAL, RELATIVES, TUNED, amd_cpu
 from kedge.device_agent.health import Fitness, examine, read_health
 from kedge.device_agent.probe import baseline_target, cpu_of, emulation_reason, probe, target_string, userland_arch
-from kedge.device_agent.runner import Runner, RunnerTimeout
+from kedge.device_agent.runner import Runner
+from kedge.device_agent.runner_errors import RunnerTimeout
 from kedge.rpc.abi import ABI_VERSION
 from kedge.rpc.artifact import Found
 from kedge.rpc.types import Health

@@ -28,7 +28,8 @@ from kedge.compiler.target import parse
 from kedge.compiler.tir.expr import Var
 from kedge.compiler.toolchain import build_runtime, cache_dir
 from kedge.device_agent import runtime
-from kedge.device_agent.runner import Runner, Tensor
+from kedge.device_agent.runner import Runner
+from kedge.device_agent.runtime.protocol import Tensor
 from kedge.rpc.artifact import Artifact
 from support.boards import ROOT, TRIPLES, emulated_command, zig_flags
 

@@ -14,7 +14,8 @@ from kedge.artifact import Artifact
 from kedge.cli.app import tree
 from kedge.compiler import te
 from kedge.compiler.toolchain import RuntimeFiles
-from kedge.device_agent.runner import Runner, RunnerRefused
+from kedge.device_agent.runner import Runner
+from kedge.device_agent.runner_errors import RunnerRefused
 from kedge.diagnosis import diagnose
 from kedge.rpc import abi
 from kedge.rpc.artifact import VariantDevice

@@ -21,13 +21,8 @@ from typing import Any
 import pytest
 
 from kedge.compiler.toolchain import RuntimeFiles
-from kedge.device_agent.runner import (
-    SHARED_MEMORY_BYTES,
-    Kept,
-    Limits,
-    ModuleInfo,
-    PortInfo,
-    Runner,
+from kedge.device_agent.runner import SHARED_MEMORY_BYTES, Limits, Runner
+from kedge.device_agent.runner_errors import (
     RunnerCancelled,
     RunnerCrashed,
     RunnerError,
@@ -35,8 +30,8 @@ from kedge.device_agent.runner import (
     RunnerRefused,
     RunnerTimeout,
     RunnerUnavailable,
-    Tensor,
 )
+from kedge.device_agent.runtime.protocol import Kept, ModuleInfo, PortInfo, Tensor
 from kedge.rpc import abi
 from kedge.rpc.types import TimeOptions
 from support import native
