@@ -82,6 +82,9 @@ from kedge.rpc.types import (
 
 log = logging.getLogger("kedge.agent")
 
+#: Is told of a runner that has a process and has said nothing yet: from then on `kill` ends it.
+Started = Callable[[Runner], None]
+
 #: For a stage whose deadline a tracker left open, in milliseconds.
 DEFAULT_DEADLINES_MS: Mapping[Stage, int] = {Stage.TRANSFER: 300_000, Stage.LOAD: 60_000, Stage.RUN: 300_000}
 #: Between two attempts to reach a tracker that went away in the middle of a transfer.
@@ -193,18 +196,29 @@ class Board:
                 log.warning("cannot take back %s of %s: %s", name, folder, error)
 
     def start_runner(
-        self, limits: Limits, folder: Path, threads: int, patience_s: float = _START_S, *, timing: bool
+        self, limits: Limits, folder: Path, threads: int, started: Started = lambda _: None, *, timing: bool
     ) -> Runner:
-        """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable."""
+        """A runner for the job with that folder, on the cores for timings or on others; raises RunnerUnavailable.
+
+        `started` is told of it as `Runner` tells it.
+        """
         spare = self.spare.drop()
         if spare is not None:
             self.vacate(spare)
-        return self._start(limits, folder, threads, self._cpus(timing), patience_s)
+        return self._start(limits, folder, threads, self._cpus(timing), _START_S, started)
 
-    def take_seat(self, limits: Limits, patience_s: float, called_off: threading.Event, *, timing: bool) -> Seat:
+    def take_seat(
+        self,
+        limits: Limits,
+        patience_s: float,
+        called_off: threading.Event,
+        started: Started = lambda _: None,
+        *,
+        timing: bool,
+    ) -> Seat:
         """The spare where it fits, else a new one; raises RunnerUnavailable, OSError. `vacate` gives it back.
 
-        None is waited for or started once `called_off` is set.
+        None is waited for or started once `called_off` is set; `started` is told of a new one as `Runner` tells it.
         """
         cpus, ends = self._cpus(timing), time.monotonic() + patience_s
         spare = self.spare.take(limits, cpus, patience_s * _COMING_SHARE, called_off)
@@ -214,7 +228,7 @@ class Board:
             spare = None
         if spare is None and called_off.is_set():
             raise RunnerUnavailable("nobody wants a runner any more: the job was called off", stage="start")
-        return spare or self._new_seat(limits, cpus, max(ends - time.monotonic(), 0.001))
+        return spare or self._new_seat(limits, cpus, max(ends - time.monotonic(), 0.001), started)
 
     def vacate(self, seat: Seat) -> None:
         """End a runner and remove its folder."""
@@ -252,7 +266,7 @@ class Board:
         limits: Limits,
         cpus: Optional[Tuple[int, ...]],
         patience_s: float,
-        started: Callable[[Runner], None] = lambda _: None,
+        started: Started = lambda _: None,
     ) -> Seat:
         folder = self.new_folder("job-")
         try:
@@ -270,7 +284,7 @@ class Board:
         threads: int,
         cpus: Optional[Tuple[int, ...]],
         patience_s: float,
-        started: Callable[[Runner], None] = lambda _: None,
+        started: Started = lambda _: None,
     ) -> Runner:
         return Runner(
             self.runner,
@@ -338,6 +352,8 @@ class Job:
         self._cancelled: Optional[str] = None
         self._calling_off = threading.Event()
         self._seat: Optional[Seat] = None
+        #: Its runner, from when that has a process.
+        self._runner: Optional[Runner] = None
         self._afterwards = ExitStack()
 
     def cancel(self, reason: str) -> None:
@@ -347,9 +363,9 @@ class Job:
                 return
             self._cancelled = reason
             self._calling_off.set()
-            seat = self._seat
-        if seat is not None:
-            seat.runner.kill()
+            runner = self._runner
+        if runner is not None:
+            runner.kill()
         else:
             self._board.spare.wake()
         if self._stage is Stage.TRANSFER:
@@ -429,14 +445,16 @@ class Job:
         patience_s = min(_START_S, self._left_s())
         try:
             limits = self._limits(what.placement)
-            seat = self._board.take_seat(limits, patience_s, self._calling_off, timing=self._is_timing)
+            seat = self._board.take_seat(
+                limits, patience_s, self._calling_off, self._has_runner, timing=self._is_timing
+            )
         except RunnerUnavailable:
             self._check_cancelled()
             self._check_deadline()  # it was given no more time than the stage had left
             raise
         self._afterwards.callback(self._board.vacate, seat)
-        with self._lock:
-            self._seat = seat
+        self._seat = seat
+        self._has_runner(seat.runner)
         self._check_cancelled()
         lib = self._board.show(what.lib, seat.folder, "lib.so")
         weights = None if what.weights is None else self._board.show(what.weights, seat.folder, "weights")
@@ -449,6 +467,14 @@ class Job:
                 f"the manifest promises {what.function.name!r} as function {what.index}; lib.so has {names}",
             )
         return runner
+
+    def _has_runner(self, runner: Runner) -> None:
+        """From now on `cancel` ends it; it ends now where that came before."""
+        with self._lock:
+            self._runner = runner
+            cancelled = self._cancelled is not None
+        if cancelled:
+            runner.kill()
 
     def _threads(self, placement: Placement) -> int:
         return placement.threads(self._spec.num_threads, self._board.offered(timing=self._is_timing))

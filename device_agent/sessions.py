@@ -119,6 +119,8 @@ class Session:
         self._requests: Pipe[pb.SessionRequest] = Pipe(_WAITING)
         self._frames: Pipe[pb.DeviceFrame] = Pipe(_WAITING)
         self._runners: Dict[str, Runner] = {}
+        #: One that has a process and has not said hello: nobody can ask it to cancel.
+        self._starting: Optional[Runner] = None
         self._newest = _GPU if parse_device(spec.on)[0] not in ("", CPU) else CPU
         self._artifacts: Dict[int, _Loaded] = {}
         self._tensors: Dict[int, _Kept] = {}
@@ -168,6 +170,8 @@ class Session:
             with self._lock:  # the next request must not begin meanwhile: it would be ended in the place of this one
                 if number and self._current != number:
                     return
+                if self._starting is not None:
+                    self._starting.kill()
                 for runner in list(self._runners.values()):
                     if self._verdict is not None and not self._verdict.ok:
                         runner.kill()
@@ -474,10 +478,18 @@ class Session:
             cores = self._board.offered(timing=True)
             seconds = self._spec.deadlines.of(Stage.RUN) / 1000 * cores
             limits = limits_of(self._board, kind, seconds)
-            runner = self._board.start_runner(limits, scratch, cores, timing=True)
+            try:
+                runner = self._board.start_runner(limits, scratch, cores, self._has_starting, timing=True)
+            finally:
+                with self._lock:
+                    self._starting = None
             self._runners[kind] = runner
             offer_to_oom_killer(runner.hello.pid)
         return runner
+
+    def _has_starting(self, runner: Runner) -> None:
+        with self._lock:
+            self._starting = runner
 
     def _unload(self, request: pb.SessionRequest) -> None:
         loaded = self._artifacts.pop(request.unload.artifact, None)

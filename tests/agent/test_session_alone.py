@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kedge.device_agent import session_files
+from kedge.device_agent import jobs, session_files
 from kedge.device_agent.jobs import Board
 from kedge.device_agent.session_files import SessionFiles
 from kedge.device_agent.sessions import Session
@@ -25,7 +25,7 @@ from kedge.rpc import convert
 from kedge.rpc.errors import LimitError
 from kedge.rpc.outcome import OutcomeKind
 from kedge.rpc.types import NO_BLOB, Blob, Health, JobResult, JobSpec, Lease, SessionTask
-from support.agents import wait_for
+from support.agents import runs, wait_for
 from support.handmade import artifact
 
 from .conftest import FUNCTIONS, Remote
@@ -222,6 +222,31 @@ def test_what_a_runner_took_along_may_leave_the_cache(board: Board, published: B
         served.stream.ask(id=2, call=pb.CallFunction(artifact=number, function="crash", inputs=[x]))
         assert served.stream.reply().failed.runner_ended
         assert not board.cache._held
+
+
+@pytest.mark.parametrize("end", ["session cancelled", "request called off", "client closes"])
+def test_a_runner_that_hangs_at_start_keeps_no_session(
+    board: Board, tmp_path: Path, published: Blob, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_START_S", 600.0)  # it would wait for longer than this test does
+    program, said = tmp_path / "hangs", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {said}.new; mv {said}.new {said}; exec sleep 600\n")
+    program.chmod(0o755)
+    with Served(replace(board, runner=program)) as served:
+        served.stream.ask(id=1, load=pb.LoadArtifact(manifest=convert.blob_to_pb(published)))
+        wait_for(said.exists, "its runner to begin")
+        if end == "session cancelled":
+            served.session.cancel("the agent stops")
+        elif end == "request called off":
+            served.stream.ask(id=1, cancel=pb.CancelRequest())
+            failed = convert.outcome_from_pb(served.stream.reply().failed.outcome)
+            assert failed.kind is OutcomeKind.CANCELLED and "called it off" in failed.message
+        else:
+            served.stream.says.put(pb.DeviceEvent(close=pb.CloseSession()))
+        if end != "request called off":
+            served.outcome()
+        wait_for(lambda: not runs(int(said.read_text())), "its runner to end")
+    assert list(board.scratch.iterdir()) == []
 
 
 def test_tensors_need_memory_that_is_free(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -151,23 +152,67 @@ def test_a_runner_that_does_not_start_is_the_next_jobs_to_report(
     assert waiting(idle) is seat
 
 
+@pytest.fixture
+def hangs(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A runner's program that says nothing, and the file in which it leaves the id of its process."""
+    program, said = tmp_path / "hangs", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {said}.new; mv {said}.new {said}; exec sleep 600\n")
+    program.chmod(0o755)
+    yield program, said
+    wait_for(lambda: not runs(int(said.read_text())), "it to end")
+
+
+def test_a_job_that_is_cancelled_while_its_own_runner_hangs_at_start_ends_at_once(
+    board: Board, manifest: Blob, hangs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, said = hangs
+    monkeypatch.setattr(jobs, "_START_S", 600.0)  # it would wait for longer than this test does
+    spec = run_spec(manifest, "add", Deadlines(load_ms=600_000))
+    job, results = Job(replace(board, runner=program), spec, lambda _: None), queue.SimpleQueue[JobResult]()
+    threading.Thread(target=lambda: results.put(job.run()), daemon=True).start()
+    wait_for(said.exists, "its runner to begin")
+    job.cancel("not needed")
+    outcome = results.get(timeout=60).outcome
+    job.clean_up()
+    assert (outcome.kind, outcome.message) == (OutcomeKind.CANCELLED, "not needed")
+    assert list(board.scratch.iterdir()) == []
+
+
+def test_a_cancel_between_the_last_look_and_the_process_ends_it_too(
+    board: Board, manifest: Blob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "hangs"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(jobs, "_START_S", 600.0)
+    job = Job(replace(board, runner=program), run_spec(manifest, "add", Deadlines(load_ms=600_000)), lambda _: None)
+
+    def cancelled_meanwhile(_: Board, prefix: str) -> Path:
+        job.cancel("not needed")
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=board.scratch))
+
+    monkeypatch.setattr(Board, "new_folder", cancelled_meanwhile)
+    results = queue.SimpleQueue[JobResult]()
+    threading.Thread(target=lambda: results.put(job.run()), daemon=True).start()
+    assert results.get(timeout=60).outcome.kind is OutcomeKind.CANCELLED
+    job.clean_up()
+    assert list(board.scratch.iterdir()) == []
+
+
 # ---- while it is being started ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hanging(idle: Board, tmp_path: Path) -> Iterator[int]:
+def hanging(idle: Board, hangs: tuple[Path, Path]) -> int:
     """The board's spare is being started, and says nothing; the id of its process."""
-    program, said = tmp_path / "hangs", tmp_path / "pid"
-    program.write_text(f"#!/bin/sh\necho $$ > {said}.new; mv {said}.new {said}; exec sleep 600\n")
-    program.chmod(0o755)
+    program, said = hangs
     like = waiting(idle)
     there = idle.spare.drop()
     assert there is not None
     idle.vacate(there)
     replace(idle, runner=program).make_ready(like)
     wait_for(said.exists, "it to begin")
-    yield int(said.read_text())
-    wait_for(lambda: not runs(int(said.read_text())), "it to end")
+    return int(said.read_text())
 
 
 def test_a_job_waits_for_none_that_it_does_not_fit(
