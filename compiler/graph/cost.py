@@ -8,6 +8,7 @@ from kedge.compiler.graph.dims import product, total
 from kedge.compiler.graph.ir import Call, Constant, Fused, TensorType, Value
 from kedge.compiler.ops import registry
 from kedge.compiler.ops.registry import FusionKind
+from kedge.compiler.ops.winograd import KERNEL
 from kedge.compiler.tir.expr import Dim
 
 #: Operators that only move or rename elements.
@@ -15,7 +16,10 @@ _FREE = frozenset({"reshape", "flatten", "squeeze", "unsqueeze", "identity", "sp
 
 
 def flops(value: Value) -> Dim:
-    """Floating point (or integer) operations of a call or a fused group; a multiply-add counts as two."""
+    """Floating point (or integer) operations of a call or a fused group; a multiply-add counts as two.
+
+    They are those that the model asks for, whatever algorithm or layout a pass has chosen.
+    """
     if isinstance(value, Fused):
         return total(flops(inner) for inner in value.body.values())
     if not isinstance(value, Call) or value.op in _FREE:
@@ -28,8 +32,8 @@ def flops(value: Value) -> Dim:
     if value.op in ("conv_blocked", "depthwise_blocked"):
         return product([2, *value.type.shape, *inputs[1].shape[1:-1]])
     if value.op == "conv_winograd":
-        side, m = int(str(inputs[1].shape[0])), int(value.attrs["m"])
-        return product([2, *value.type.shape, side**2, *inputs[1].shape[3:5]]) // m**2
+        # Those of the convolution that it replaces: the algorithm takes fewer, which is its gain.
+        return product([2, *value.type.shape, KERNEL**2, *inputs[1].shape[3:5]])
     if value.op in ("matmul", "packed_matmul", "gemm"):
         inner = inputs[0].shape[-2 if value.attrs.get("trans_a") else -1]
         return product([2, *value.type.shape, inner])

@@ -9,6 +9,7 @@ import pytest
 
 from kedge.compiler.graph import interp
 from kedge.compiler.graph.builder import Builder
+from kedge.compiler.graph.cost import flops
 from kedge.compiler.graph.ir import Call, Module, TensorType
 from kedge.compiler.graph.passes import BlockChannels, FoldConstants, Simplify, run_passes
 from kedge.compiler.graph.passes.winograd import winograd_tile
@@ -90,6 +91,16 @@ def test_a_network_as_text(golden) -> None:
     assert "winograd_weights" not in ops(after)  # folded
     assert error(module, after) < 1e-6
     golden("winograd.txt", re.sub(r"sha256 \w+", "sha256 …", after.show()))
+
+
+def test_operations_are_those_of_the_convolution_that_is_asked_for() -> None:
+    """Not the fewer ones of the algorithm: profiles compare kernels by them."""
+    net = Net()
+    x = net.input("x", 1, 32, 28, 28)
+    after = laid_out(net.module(net.conv(x, net.param("w", 32, 32, 3, 3), pads=[1] * 4)))
+    values = after.functions["main"].values()
+    (call,) = [value for value in values if isinstance(value, Call) and value.op == "conv_winograd"]
+    assert flops(call) == 2 * 9 * 32 * 32 * 28 * 28
 
 
 def test_deep_chains_stay_exact() -> None:
