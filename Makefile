@@ -30,7 +30,7 @@ compat: .venv/bin/python ## The fleet's tests with the packages that users have,
 FAULTS ?=
 
 faults: .venv/.dev ## Three quarters of an hour of faults done to a fleet of real processes (FAULTS="--fault-hours 8 -k agent")
-	@$(BIN)/pytest -o faulthandler_timeout=0 -m faults tests/faults --fault-report .cache/faults.jsonl $(FAULTS)
+	@$(BIN)/pytest -m faults tests/faults --fault-report .cache/faults.jsonl $(FAULTS)
 
 lint: .venv/.dev ## Ruff, mypy strict, the floors, the generated modules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

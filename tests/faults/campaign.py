@@ -25,6 +25,11 @@ class Plan:
     jobs: int
     seconds: float = 0.0
 
+    @property
+    def limit_s(self) -> float:
+        """When it hangs: ten times what the slowest kind takes on two cores that do other work besides."""
+        return self.seconds + 600 + self.jobs + 30 * self.injections
+
 
 @dataclass(frozen=True)
 class Report:

@@ -2,7 +2,7 @@
 
     make faults                                  # each kind 20 times over 1,000 jobs
     pytest -m faults tests/faults -k agent --fault-seed 7 --fault-jobs 200 --fault-injections 5
-    pytest -o faulthandler_timeout=0 -m faults tests/faults --fault-hours 8
+    pytest -m faults tests/faults --fault-hours 8
 
 The seed is printed where a test fails (and with -s), and decides what is done when; what processes do meanwhile is
 theirs. A sample of all kinds but those of two trackers is in the default suite.
@@ -21,6 +21,7 @@ import pytest
 from . import campaign
 from .campaign import Plan
 from .kinds import KINDS, Kind
+from .limit import real_stderr, time_limit
 from .world import Shape, World, can_mount
 
 
@@ -61,8 +62,13 @@ def test_each_kind(
     option = request.config.getoption
     kinds = [KINDS[name]]
     plan = Plan(seed, option("--fault-injections"), option("--fault-jobs"), option("--fault-hours") * 3600 / len(KINDS))
-    with World(tmp_path, seed, shape_for(kinds, clock, request), runner, artifact) as world:
-        report = campaign.run(world, kinds, plan)
+    world = World(tmp_path, seed, shape_for(kinds, clock, request), runner, artifact)
+    stderr = real_stderr(request.config)
+    try:
+        with time_limit(plan.limit_s, world.kill_all, stderr), world:
+            report = campaign.run(world, kinds, plan)
+    finally:
+        os.close(stderr)
     sys.stdout.write(f"{report.as_json()}\n")
     where = option("--fault-report")
     if where:
