@@ -1,4 +1,4 @@
-"""The agent's thin shell: one stream to the tracker, one thread per job, one loop that feeds the state machine.
+"""The agent's thin shell: one stream to the tracker, one thread for jobs, one loop that feeds the state machine.
 
 Everything that happens (a message, a lost connection, a job's progress, a signal) becomes an event in one queue.
 The main thread takes them one by one, asks `AgentCore` what to do, and does it.
@@ -18,10 +18,11 @@ import struct
 import tempfile
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Type, Union, cast
+from typing import Any, Callable, Deque, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Type, Union, cast
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
@@ -29,7 +30,7 @@ from kedge.device_agent.cage import Cage, User, remove_tree
 from kedge.device_agent.health import examine
 from kedge.device_agent.jobs import Board, Job
 from kedge.device_agent.probe import probe
-from kedge.device_agent.results import ResultStore
+from kedge.device_agent.results import Packed, ResultStore, to_pb
 from kedge.device_agent.runner import Limits, Runner
 from kedge.device_agent.runner_errors import RunnerError, RunnerUnavailable
 from kedge.device_agent.runtime.protocol import Hello as RunnerHello
@@ -110,7 +111,9 @@ class Agent:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._link: Optional[_Link] = None
         self._job: Union[Job, Session, None] = None
-        self._job_thread: Optional[threading.Thread] = None
+        self._stages: Optional[Stages] = None
+        #: A job begins once the one before has cleaned up: two runners would disturb each other.
+        self._worker = Worker("kedge-job")
         self._exit: Optional[core.Exit] = None
         #: What a refusal ends with: whatever starts agents must know that the next one would be refused, too.
         self._refusal: Type[KedgeError] = PermissionDeniedError
@@ -146,7 +149,7 @@ class Agent:
         greeting = m.Hello(local_protocol(), self.device, secrets.token_hex(8))
         self._results = ResultStore(settings.data_dir / "results")
         # An earlier kedge may have kept what the trackers of this one do not take.
-        kept = [m.JobFinished(each.lease, sendable(each.lease, each.result)) for each in self._results.load()]
+        kept = [sendable(each.lease, each.result) for each in self._results.load()]
         if kept:
             log.info("%d results of an earlier run wait for the tracker", len(kept))
         self._core = core.AgentCore(greeting, jitter=random.random, results=kept)
@@ -174,15 +177,23 @@ class Agent:
         self._events.put(lambda _: self._core.stop(reason))
 
     def _step(self) -> None:
-        alarm = self._core.alarm()
+        alarm, stages = self._core.alarm(), self._stages
+        if stages is not None and stages.look_at is not None:
+            alarm = stages.look_at if alarm is None else min(alarm, stages.look_at)
         timeout = None if alarm is None else max(0.0, alarm - time.monotonic())
         try:
             event = self._events.get(timeout=timeout)
         except queue.Empty:
             event = self._core.tick
+        self._take_stages()
         self._perform(event(time.monotonic()))
         # A busy queue must not hold up a heartbeat.
         self._perform(self._core.tick(time.monotonic()))
+
+    def _take_stages(self) -> None:
+        if self._stages is not None:
+            for stage, at in self._stages.take():
+                self._perform(self._core.progress(self._stages.lease, stage, at))
 
     # ---- actions -----------------------------------------------------------------------------------------------
 
@@ -300,17 +311,12 @@ class Agent:
     # ---- jobs --------------------------------------------------------------------------------------------------
 
     def _start_job(self, lease: Lease, spec: JobSpec) -> None:
-        def progress(stage: Stage) -> None:
-            self._events.put(lambda now: self._core.progress(lease, stage, now))
-
-        job = self._make_job(lease, spec, progress)
-        before = self._job_thread
+        stages = self._stages = Stages(lease, lambda: self._events.put(lambda _: []), time.monotonic)
+        job = self._make_job(lease, spec, stages.enter)
 
         def work() -> None:
-            if before is not None:
-                before.join()  # the job before has cleaned up: two runners would disturb each other
-            result = sendable(lease, _run(job, self.device.name))
-            self._events.put(lambda _: self._on_finished(lease, result))
+            finished = sendable(lease, _run(job, self.device.name))
+            self._events.put(lambda _: self._on_finished(finished))
             if isinstance(job, Job):
                 job.clean_up()  # a session has cleaned up before it is over
                 if not self._ended.is_set():
@@ -319,31 +325,90 @@ class Agent:
         what = f"function {spec.function}" if spec.function else "a session"
         log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
         self._job = job
-        self._job_thread = threading.Thread(target=work, name="kedge-job", daemon=True)
-        self._job_thread.start()
+        self._worker.put(work)
 
     def _make_job(self, lease: Lease, spec: JobSpec, progress: Callable[[Stage], None]) -> Union[Job, Session]:
         if not isinstance(spec.task, SessionTask):
             return Job(self._board, spec, progress)
         return Session(self._board, lease, spec, lambda: open_channel(self._settings.tracker, self._tls()))
 
-    def _on_finished(self, lease: Lease, result: JobResult) -> List[core.Action]:
-        about = {"job": lease.job_id, "outcome": result.outcome.kind, "stage": result.outcome.stage}
-        log.info("job %s: %s", lease.job_id, result.outcome, extra=about)
-        self._job = None
-        return self._core.finished(lease, result)
+    def _on_finished(self, finished: m.JobFinished) -> List[core.Action]:
+        job_id, outcome = finished.lease.job_id, finished.result.outcome
+        about = {"job": job_id, "outcome": outcome.kind, "stage": outcome.stage}
+        log.info("job %s: %s", job_id, outcome, extra=about)
+        self._job = self._stages = None
+        return self._core.finished(finished)
 
     def _shut_down(self) -> None:
         self._ended.set()
         if self._job is not None:
             self._job.cancel("the agent stops")
-        if self._job_thread is not None:
-            self._job_thread.join(_JOB_END_S)
+        self._worker.end(_JOB_END_S)
         self._board.close()
         self._close()
         self._blobs.close()
         self._cage.close()
         self._lock_file.close()
+
+
+class Worker:
+    """One thread that does what it is given, one after the other. It begins with the first."""
+
+    def __init__(self, name: str) -> None:
+        self._work: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Have it done after all that was put before; what it raises is logged, and the next is done all the same."""
+        self._work.put(work)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def end(self, patience_s: float) -> None:
+        """Wait, no longer than this, until all is done; take no more. Only who puts may call it."""
+        self._work.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            if work is None:
+                return
+            try:
+                work()
+            except Exception:
+                log.exception("%s failed", self._thread.name)
+            del work  # what it holds is not kept until there is more to do
+
+
+class Stages:
+    """The stages that a job enters, from its thread to the agent's.
+
+    Those of its first moments wake nobody: a short job has none that the tracker is told of, and its thread would wait
+    for the one that is woken. The agent looks at `look_at` by itself; from then on every stage wakes it.
+    """
+
+    def __init__(self, lease: Lease, wake: Callable[[], None], clock: Callable[[], float]) -> None:
+        self.lease = lease
+        self._wake = wake
+        self._clock = clock
+        #: When to `take` at the latest; None: whenever one is woken.
+        self.look_at: Optional[float] = clock() + core.TELL_S
+        self._entered: Deque[Tuple[Stage, float]] = deque()
+
+    def enter(self, stage: Stage) -> None:
+        """In the job's thread: it has begun."""
+        self._entered.append((stage, self._clock()))
+        if self.look_at is None:  # asked after it was appended: either this wakes, or the look to come finds it
+            self._wake()
+
+    def take(self) -> Iterator[Tuple[Stage, float]]:
+        """What was entered since, and when."""
+        if self.look_at is not None and self._clock() >= self.look_at:
+            self.look_at = None
+        while self._entered:
+            yield self._entered.popleft()
 
 
 class _Link:
@@ -397,13 +462,11 @@ class _Link:
             return self._call
 
     def _requests(self) -> Iterator[Any]:
-        from kedge.rpc import convert
-
         for number in itertools.count(1):
             message = self._out.get()
             if message is None:
                 return
-            yield convert.agent_message_to_pb(message, number)
+            yield to_pb(message, number)
 
     def _read(self, received: Callable[[m.TrackerBody], None], closed: Callable[[Optional[KedgeError]], None]) -> None:
         import grpc
@@ -494,24 +557,28 @@ def _run(job: Union[Job, Session], device: str) -> JobResult:
         return JobResult(Outcome(OutcomeKind.DEVICE_FAULT, message=f"the agent failed: {error!r}"), device=device)
 
 
-def sendable(lease: Lease, result: JobResult) -> JobResult:
-    """`result`, its texts cut where they are too long, or in its place why it cannot travel."""
-    from kedge.rpc import bounds, convert
+def sendable(lease: Lease, result: JobResult) -> Packed:
+    """A job's end as it travels: `result`, its texts cut where they are too long, or why it cannot travel."""
+    from kedge.rpc import bounds
 
     result = _with_cut_texts(result)
     try:
-        bounds.check(convert.agent_message_to_pb(m.JobFinished(lease, result), 0))
+        packed = _pack(lease, result)
+        bounds.check(packed.pb)
     except Exception as error:  # noqa: BLE001 - whatever protobuf refuses
         why = (
             f"the result of this job cannot be sent: {error.message if isinstance(error, KedgeError) else f'{error!a}'}"
         )
     else:
-        return result
+        return packed
     log.error("job %s: %s", lease.job_id, why, extra={"job": lease.job_id})
     # What is in a result, and how much of it, is the artifact's doing.
-    return JobResult(
-        Outcome(OutcomeKind.BAD_REQUEST, message=why), stage_times=result.stage_times, device=result.device
-    )
+    outcome = Outcome(OutcomeKind.BAD_REQUEST, message=why)
+    return _pack(lease, JobResult(outcome, stage_times=result.stage_times, device=result.device))
+
+
+def _pack(lease: Lease, result: JobResult) -> Packed:
+    return Packed(lease, result, to_pb(m.JobFinished(lease, result), 0).job_finished)
 
 
 def _with_cut_texts(result: JobResult) -> JobResult:

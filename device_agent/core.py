@@ -201,12 +201,13 @@ class AgentCore:
         self._running.stage, self._running.tell_at = stage, now + TELL_S
         return []
 
-    def finished(self, lease: Lease, result: JobResult) -> List[Action]:
+    def finished(self, finished: m.JobFinished) -> List[Action]:
         """The running job ended. Its result is kept until the tracker has it."""
+        lease = finished.lease
         if self._running is None or key(self._running.lease) != key(lease):
             raise ValueError(f"job {lease.job_id} is not the one that runs")
         superseded, self._running = self._running.superseded, None
-        actions = [] if superseded else self._report(lease, result)
+        actions = [] if superseded else self._report(finished)
         return actions + self._next()
 
     def stop(self, reason: str) -> List[Action]:
@@ -289,14 +290,14 @@ class AgentCore:
         for job in self._waiting:
             if job.lease.job_id == lease.job_id and lease.epoch >= job.lease.epoch:
                 self._waiting.remove(job)
-                return self._report(job.lease, cancelled(abort.reason))
+                return self._report(cancelled(job.lease, abort.reason))
         running = self._running
         if running is not None and running.lease.job_id == lease.job_id and lease.epoch >= running.lease.epoch:
             return self._cancel(running, abort.reason)
         finished = self._results.get(lease.job_id)
         if finished is not None and lease.epoch >= finished.lease.epoch:
             # Nobody wants it any more: what keeps it from being taken must not occupy the device.
-            return self._report(finished.lease, cancelled(abort.reason))
+            return self._report(cancelled(finished.lease, abort.reason))
         return []
 
     def _cancel(self, job: _Job, reason: str) -> List[Action]:
@@ -305,9 +306,8 @@ class AgentCore:
         job.cancelling = True
         return [CancelJob(job.lease, reason)]
 
-    def _report(self, lease: Lease, result: JobResult) -> List[Action]:
-        finished = m.JobFinished(lease, result)
-        self._results[lease.job_id] = finished
+    def _report(self, finished: m.JobFinished) -> List[Action]:
+        self._results[finished.lease.job_id] = finished
         return [*([Send(finished)] if self._phase == "ready" else []), Keep(finished)]
 
     def _forget(self, job_id: str) -> List[Action]:
@@ -319,10 +319,9 @@ class AgentCore:
             return []
         job = self._waiting.pop(0)
         self._running = job
-        actions: List[Action] = [StartJob(job.lease, job.spec)]
-        if self._phase == "ready":
-            actions.append(Send(m.JobStarted(job.lease)))
-        return actions
+        # The word leaves first: later its sending would take the interpreter from the job's first steps.
+        told: List[Action] = [Send(m.JobStarted(job.lease))] if self._phase == "ready" else []
+        return [*told, StartJob(job.lease, job.spec)]
 
     def _stop(self, reason: str, *, failed: bool) -> List[Action]:
         if self._phase == "stopped":
@@ -336,6 +335,6 @@ class AgentCore:
         return [*actions, Close(), Exit(reason, failed)]
 
 
-def cancelled(reason: str) -> JobResult:
-    """The result of a job that was called off before it began."""
-    return JobResult(Outcome(OutcomeKind.CANCELLED, message=reason))
+def cancelled(lease: Lease, reason: str) -> m.JobFinished:
+    """The end of a job that was called off before it began."""
+    return m.JobFinished(lease, JobResult(Outcome(OutcomeKind.CANCELLED, message=reason)))

@@ -10,16 +10,37 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List
+from typing import TYPE_CHECKING, List
 
 from kedge.rpc import messages as m
 from kedge.rpc.types import Lease
+
+if TYPE_CHECKING:
+    from kedge.protos.v1 import agent_pb2
 
 log = logging.getLogger("kedge.agent")
 
 _NAME = re.compile(r"[0-9A-Za-z_-]+")
 _SUFFIX = ".result"
+
+
+@dataclass(frozen=True)
+class Packed(m.JobFinished):
+    """A job's end with the message that says it, which is checked, sent and kept as it is; nobody may change it."""
+
+    pb: agent_pb2.JobFinished = field(compare=False, repr=False)
+
+
+def to_pb(body: m.AgentBody, request_id: int) -> agent_pb2.AgentMessage:
+    """What the agent says, out; of what is packed a copy is taken."""
+    from kedge.protos.v1 import agent_pb2
+    from kedge.rpc import convert
+
+    if isinstance(body, Packed):
+        return agent_pb2.AgentMessage(request_id=request_id, job_finished=body.pb)
+    return convert.agent_message_to_pb(body, request_id)
 
 
 class ResultStore:
@@ -50,9 +71,7 @@ class ResultStore:
 
     def keep(self, finished: m.JobFinished) -> None:
         """Write a result down. A disk that does not take it is reported: the result then lives as long as the agent."""
-        from kedge.rpc import convert
-
-        data = convert.agent_message_to_pb(finished, 0).SerializeToString()
+        data = to_pb(finished, 0).SerializeToString()
         path = self._path(finished.lease)
         try:
             with tempfile.NamedTemporaryFile(dir=str(self._folder), delete=False) as file:

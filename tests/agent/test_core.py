@@ -78,9 +78,9 @@ def sent(actions: list[Action]) -> list[m.AgentBody]:
 def test_a_job_from_assignment_to_acceptance() -> None:
     core = ready_core()
     actions = core.received(assign("a"), 1.0)
-    assert bodies(actions) == ["StartJob", "JobStarted"]
+    assert bodies(actions) == ["JobStarted", "StartJob"]
     assert core.progress(lease("a"), Stage.LOAD, 1.1) == []
-    assert bodies(core.finished(lease("a"), result("done"))) == ["JobFinished", "Keep"]
+    assert bodies(core.finished(m.JobFinished(lease("a"), result("done")))) == ["JobFinished", "Keep"]
     assert [key(item) for item in core.held()] == [("a", 1)]
     assert core.received(accept("a"), 2.0) == [Forget(lease("a"))]
     assert core.received(accept("a"), 2.0) == []
@@ -91,7 +91,7 @@ def test_a_result_survives_a_lost_connection() -> None:
     core = ready_core()
     core.received(assign("a"), 1.0)
     core.disconnected(1.5)
-    assert core.finished(lease("a"), result("done")) == [Keep(m.JobFinished(lease("a"), result("done")))]
+    assert core.finished(m.JobFinished(lease("a"), result("done"))) == [Keep(m.JobFinished(lease("a"), result("done")))]
     alarm = core.alarm()
     assert alarm is not None
     assert core.tick(alarm) == [Open()]
@@ -168,8 +168,8 @@ def test_a_newer_lease_of_the_running_job_replaces_it() -> None:
     core = ready_core()
     core.received(assign("a", 1), 1.0)
     assert bodies(core.received(assign("a", 2), 2.0)) == ["CancelJob"]
-    actions = core.finished(lease("a", 1), result("too late"))
-    assert bodies(actions) == ["StartJob", "JobStarted"]
+    actions = core.finished(m.JobFinished(lease("a", 1), result("too late")))
+    assert bodies(actions) == ["JobStarted", "StartJob"]
     assert core.running is not None
     assert key(core.running) == ("a", 2)
 
@@ -186,7 +186,7 @@ def test_abort_counts_for_its_own_lease_and_once() -> None:
 def test_aborting_what_is_finished_but_not_accepted_takes_its_result_back() -> None:
     core = ready_core()
     core.received(assign("a", 5), 1.0)
-    core.finished(lease("a", 5), result("done"))
+    core.finished(m.JobFinished(lease("a", 5), result("done")))
     assert core.received(abort("a", 4), 1.1) == []
     (instead,) = sent(core.received(abort("a", 5), 1.2))
     assert isinstance(instead, m.JobFinished) and instead.lease == lease("a", 5)
@@ -219,7 +219,7 @@ def test_a_stage_is_told_once_it_lasts() -> None:
     assert core.tick(1.015) == []
     assert sent(core.tick(alarm)) == [m.JobProgress(lease("a"), Stage.RUN)]
     assert core.tick(alarm + 0.1) == [], "once"
-    core.finished(lease("a"), result("done"))
+    core.finished(m.JobFinished(lease("a"), result("done")))
     assert (core.alarm() or 0) > alarm + 0.5, "the next heartbeat"
 
 
@@ -236,7 +236,7 @@ def test_stopping_says_goodbye_and_ends_the_job() -> None:
     core.received(assign("a"), 1.0)
     assert bodies(core.stop("SIGTERM")) == ["CancelJob", "Goodbye", "Close", "Exit"]
     assert core.stop("again") == []
-    assert bodies(core.finished(lease("a"), result("x"))) == ["Keep"]
+    assert bodies(core.finished(m.JobFinished(lease("a"), result("x")))) == ["Keep"]
     assert core.alarm() is None
 
 
@@ -365,7 +365,7 @@ class AgainstAModelTracker(RuleBasedStateMachine):
         assert self.job is not None
         one, self.job = self.job, None
         self.produced[one] = result(f"{one}")
-        self.do(self.core.finished(lease(*one), self.produced[one]))
+        self.do(self.core.finished(m.JobFinished(lease(*one), self.produced[one])))
 
     @invariant()
     def every_lease_is_held_until_it_is_settled(self) -> None:

@@ -20,7 +20,9 @@ from kedge.device_agent import jobs
 from kedge.device_agent.agent import sendable
 from kedge.device_agent.cache import ArtifactCache, CacheFullError
 from kedge.device_agent.jobs import Board, Job
+from kedge.device_agent.results import ResultStore, to_pb
 from kedge.rpc import convert
+from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.blobs import BlobError, BlobQuotaError, BlobStore, CorruptBlobError, DiskFullError, blob_of
 from kedge.rpc.errors import ConnectError, PermissionDeniedError
@@ -193,21 +195,37 @@ def test_a_result_that_cannot_be_sent_says_so_instead(board: Board, remote: Remo
     task = BenchTask((floats(1, 2, 3),), TimeOptions(repeat=MAX_SAMPLES), return_outputs=True)
     full = execute(board, replace(run_spec(remote.publish(made), "add"), task=task))
     assert full.outcome.kind in (OutcomeKind.OK, OutcomeKind.INVALID_MEASUREMENT)
-    assert sendable(lease, full) is full, "the most samples that are allowed do fit"
+    assert sendable(lease, full).result is full, "the most samples that are allowed do fit"
     assert full.measurement is not None
     measured = replace(full.measurement, samples_ns=full.measurement.samples_ns * 3)
     for result, words in (
         (replace(full, measurement=measured), "bytes, and at most"),
         (JobResult(Outcome(OutcomeKind.OK, message="a folder named \udce9")), "cannot be sent"),
     ):
-        instead = sendable(lease, result).outcome
+        instead = sendable(lease, result).result.outcome
         assert instead.kind is OutcomeKind.BAD_REQUEST and words in instead.message
         assert len(convert.job_result_to_bytes(JobResult(instead))) < 1_000
 
 
+def test_a_result_is_converted_once_however_often_it_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    converted = []
+    convert_result = convert.job_result_to_pb
+    monkeypatch.setattr(convert, "job_result_to_pb", lambda each: [converted.append(each), convert_result(each)][1])
+    finished = m.JobFinished(Lease("j", 2), JobResult(Outcome(OutcomeKind.OK), (floats(1, 2),), device="here"))
+    packed = sendable(finished.lease, finished.result)
+    store = ResultStore(tmp_path / "results")
+    store.keep(packed)
+    sent = [to_pb(packed, number) for number in (4, 5)]
+    assert converted == [finished.result]
+    assert [message.request_id for message in sent] == [4, 5]
+    assert [convert.agent_message_from_pb(message) for message in sent] == [finished] * 2
+    assert store.load() == [finished]
+
+
 def test_what_is_too_long_to_read_is_cut_and_the_result_is_sent() -> None:
     measured = Measurement(TimeOptions(), (1.0, 2.0), 1, 1, reasons=("x" * 5_000, "short"))
-    sent = sendable(Lease("j", 1), JobResult(Outcome(OutcomeKind.OK, message="y" * 100_000), measurement=measured))
+    full = JobResult(Outcome(OutcomeKind.OK, message="y" * 100_000), measurement=measured)
+    sent = sendable(Lease("j", 1), full).result
     assert sent.outcome.kind is OutcomeKind.OK and sent.measurement is not None
     assert sent.outcome.message == "y" * ((64 << 10) - 1) + "…"
     assert sent.measurement.reasons == ("x" * 999 + "…", "short") and sent.measurement.samples_ns == (1.0, 2.0)
