@@ -293,6 +293,27 @@ def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
 
 
 @pytest.mark.parametrize(
+    ("m", "k", "n", "ahead"),
+    [
+        (8, 1024, 4096, 64),
+        (49, 768, 3072, 64),
+        (1, 1024, 4096, 0),  # the hardware sees the stream
+        (400, 768, 3072, 0),  # the first of many tiles waits
+        (N, 768, 3072, 0),
+        (8, 256, 256, 0),  # all of it stays in the second cache
+    ],
+)
+def test_packed_panels_from_afar_are_prefetched_by_the_fastest_cores_alone(m, k, n, ahead):
+    func = packed(m, k, n, 48)
+    for target in (AVX2, NEON, replace(AVX512, fma_per_cycle=1.0)):
+        assert RULE.default(func, target)["ahead"] == 0
+    kernel = schedule_func(func, AVX512)
+    assert kernel.decisions["ahead"] == ahead
+    found = [loop.annotations["prefetch"] for loop in loops_in(kernel.func.body) if "prefetch" in loop.annotations]
+    assert [set(each) for each in found] == ([{"w"}] if ahead else [])
+
+
+@pytest.mark.parametrize(
     ("m", "depth", "unroll"), [(64, 77, 4), (64, 80, 4), (64, 6, 4), (4, 77, 8), (4, 7, 4), (64, K, 4)]
 )
 def test_steps_of_a_sum_by_element_are_those_of_one_load_or_two(m, depth, unroll):

@@ -63,6 +63,10 @@ _TILES_TO_PACK, _TILES_TO_PACK_FROM_AFAR = 48, 24
 #: cache took a tile 1 to 2 cycles more than packed ones (256^3, 1000^3), from the third 6 (197x768x3072: 1.9 of numpy's
 #: time); a Zen 4 has twice the time for each, and waited for neither.
 _FAST_BYTES, _TILES_TO_PACK_FAST = 128, 6
+#: The most tiles of rows for which such a core asks ahead for panels that were packed before: the first tile waits for
+#: them. Constants of 1024x4096 by 4 rows took 0.7 of the time on an Emerald Rapids, by 8 0.64, by 49 0.9; 16 tiles of
+#: 128x1024x1024 lost 12 %, and one row gained nothing.
+_TILES_TO_ASK = 8
 #: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
 _DOT_DEPTH = 32
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
@@ -135,7 +139,7 @@ class Matmul:
             "block": (_block if pack_b or pack_a else _block_that_stays)(product, tile, height, target),
             "pack_a": pack_a,
             "pack_b": pack_b,
-            "ahead": 0 if pack_b or _is_gathered(product) else _ahead(product, tile, target),
+            "ahead": 0 if pack_b or _is_gathered(product) else _ahead(product, tile, height, target),
             "align": False,
             "parallel": is_worth_threads([product.block], target),
             "stream": False,
@@ -218,7 +222,7 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
         return False
     tiles = -(-height // tile.rows)
     keeps_up = target.l3_share_bytes > 0  # else what does not stay near comes from memory
-    if target.fma_per_cycle * target.vector_bits / 8 >= _FAST_BYTES:
+    if _is_fast(target):
         stays = 2 * depth * tile.columns * product.itemsize <= target.l1_bytes
         pays = not stays and tiles >= _TILES_TO_PACK_FAST
         if pays or keeps_up:
@@ -227,6 +231,10 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     if keeps_up and tiles < least:
         return False
     return not stays_near(target, depth, tile.columns * product.itemsize, step)
+
+
+def _is_fast(target: TargetModel) -> bool:
+    return target.fma_per_cycle * target.vector_bits / 8 >= _FAST_BYTES
 
 
 def _is_gathered(product: Product) -> bool:
@@ -244,14 +252,19 @@ def _aligned(product: Product, tile: RegisterTile, chosen: Decisions, func: Prim
     return {"align": True} if chosen["ahead"] and tiles_gain(product, tile, target) else {}
 
 
-def _ahead(product: Product, tile: RegisterTile, target: TargetModel) -> int:
+def _ahead(product: Product, tile: RegisterTile, height: int | None, target: TargetModel) -> int:
     """Steps of the sum that take as long as memory does, where the second operand comes from beyond the second cache.
 
-    Its rows are too far apart for the hardware, which foresees no further than to the end of a page.
+    Its rows are too far apart for the hardware, which foresees no further than to the end of a page. Those of packed
+    panels lie together: only cores that multiply faster than the hardware asks for them gain, where rows are few.
     """
     columns, depth = product.extent(product.column), extent_of(product.depth.extent)
-    if columns is None or depth is None or not product.depth_bytes or product.panel is not None:
+    if columns is None or depth is None or not product.depth_bytes:
         return 0
+    if product.panel is not None:
+        few = height is not None and 1 < height <= _TILES_TO_ASK * tile.rows
+        if not few or not _is_fast(target):
+            return 0
     if depth * columns * product.itemsize <= target.l2_bytes:
         return 0
     steps = MEMORY_LATENCY * target.fma_per_cycle / (tile.rows * tile.vectors)
