@@ -70,8 +70,12 @@ def test_readers_only_read_and_only_their_own(fleet_of: FleetOf, agent: FakeAgen
     np.testing.assert_array_equal(Job(reader, job.id).wait(60)["x_out"], BIG)
     with pytest.raises(UnknownJobError):
         other.job(job.id)
-    with pytest.raises(PermissionDeniedError, match="may not upload artifacts or inputs: that takes the role admin"):
+    with pytest.raises(PermissionDeniedError) as refused:
         reader.run(artifact, {"x": X})
+    assert refused.value.message == (
+        "user 'ann' with the role read may not upload artifacts or inputs: that takes the role submit or admin"
+    )
+    assert "kedge tracker token create --role submit --user ann;" in (refused.value.hint or "")
     with pytest.raises(PermissionDeniedError):
         Job(reader, job.id).cancel()
 

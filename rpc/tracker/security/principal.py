@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -178,19 +179,21 @@ def check_rule(principal: Principal, method: str) -> None:
         raise PermissionDeniedError(f"nobody may call {method[:120]!r}")
     if principal.trusted or principal.role in allowed:
         return
-    wanted = sorted(role.value for role in allowed)
+    can_have = [role for role in _BY_TOKEN if role in allowed] if principal.role in _USERS else []
+    wanted = can_have or [role for role in (*_BY_TOKEN, *Role) if role in allowed]
     who = f"{'device' if principal.role is Role.AGENT else 'user'} {principal.name!r} with the role {principal.role}"
     raise PermissionDeniedError(
-        f"{who} may not {_DOES[method]}: that takes the role {' or '.join(wanted)}",
-        hint=_remedy(allowed, principal),
+        f"{who} may not {_DOES[method]}: that takes the role {' or '.join(dict.fromkeys(wanted))}",
+        hint=_remedy(allowed, principal, can_have),
     )
 
 
-def _remedy(allowed: frozenset[Role], principal: Principal) -> str:
-    """What gives somebody one of these roles."""
-    if principal.role in _USERS and (role := next((each for each in _BY_TOKEN if each in allowed), None)):
+def _remedy(allowed: frozenset[Role], principal: Principal, can_have: Sequence[Role]) -> str:
+    """What gives somebody one of these roles; `can_have` are those that the principal's token can have, least first."""
+    if can_have:
         return (
-            f"ask an administrator for a token: kedge tracker token create --role {role} --user {principal.name}; "
+            "ask an administrator for a token: "
+            f"kedge tracker token create --role {can_have[0]} --user {principal.name}; "
             "then 'kedge join' with what that prints"
         )
     if Role.ENROL in allowed:
