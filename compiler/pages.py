@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -38,13 +38,43 @@ def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 def spread(work: Callable[[Item], object], items: Sequence[Item]) -> None:
     """Call `work` of each item, on as many threads as this process may use: numpy lets others go on.
 
+    The caller's is one of them, and does everything where no other can be started. All have its `np.errstate`.
+
     Raises:
-        what `work` raised for the first item that it failed for.
+        what `work` raised for the first item that it failed for; no further ones are begun then.
     """
     threads = min(cores.usable_threads(), len(items))
     if threads < 2:
         for item in items:
             work(item)
         return
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        list(pool.map(work, items))
+    todo, lock = iter(enumerate(items)), threading.Lock()
+    failures: dict[int, BaseException] = {}
+    errors, on_error = np.geterr(), np.geterrcall()
+
+    def run() -> None:
+        np.seterr(**errors)  # a thread has numpy's defaults
+        np.seterrcall(on_error)
+        while True:
+            with lock:
+                one = None if failures else next(todo, None)
+            if one is None:
+                return
+            try:
+                work(one[1])
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                failures[one[0]] = error
+
+    others: list[threading.Thread] = []
+    for _ in range(threads - 1):
+        thread = threading.Thread(target=run, name="kedge-pages")
+        try:
+            thread.start()
+        except RuntimeError:  # a control group's limit on processes counts threads, too: fewer do as well
+            break
+        others.append(thread)
+    run()
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[min(failures)]

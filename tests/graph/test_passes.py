@@ -22,6 +22,7 @@ from kedge.compiler.graph.passes import (
 )
 from support.graphs import compare, digits_network
 from support.nets import F32, N, Net, ops, same_meaning
+from support.pieces import counted_pieces
 
 rng = np.random.default_rng(3)
 
@@ -145,7 +146,9 @@ def test_weights_are_scaled_in_pieces(kind, monkeypatch):
     whole = FoldBatchNorm()(module).params["w.folded"]
     monkeypatch.setattr("kedge.rpc.cores.usable_threads", lambda: 3)
     monkeypatch.setattr("kedge.compiler.pages.PIECE_BYTES", 50)
+    pieces = counted_pieces(monkeypatch)
     np.testing.assert_array_equal(FoldBatchNorm()(module).params["w.folded"], whole)
+    assert len(pieces) == 1 and pieces[0] > 1
     same_meaning(module, FoldBatchNorm()(module))
 
 

@@ -13,6 +13,7 @@ from kedge.compiler.errors import ShapeError
 from kedge.compiler.ops import registry
 from kedge.compiler.ops.blocked import block, unblock
 from support.graphs import check_op, module_of
+from support.pieces import counted_pieces
 
 rng = np.random.default_rng(11)
 Array = np.ndarray[Any, Any]
@@ -70,8 +71,10 @@ def test_weights_are_transformed_in_pieces(m: int, monkeypatch: pytest.MonkeyPat
     (whole,) = registry.get("winograd_weights").reference([w], attrs)
     monkeypatch.setattr("kedge.rpc.cores.usable_threads", lambda: 3)
     monkeypatch.setattr("kedge.compiler.ops.winograd._WEIGHTS_AT_ONCE", 2 * 12 * 8)
+    counts = counted_pieces(monkeypatch)
     (pieces,) = registry.get("winograd_weights").reference([w], attrs)
     np.testing.assert_allclose(pieces, whole, rtol=2**-23)
+    assert len(counts) == 1 and counts[0] > 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 
 from kedge.compiler import pages
@@ -41,3 +42,34 @@ def test_what_goes_wrong_is_raised(monkeypatch: pytest.MonkeyPatch, usable: int)
 
     with pytest.raises(MemoryError, match="for item 2"):
         pages.spread(work, range(8))
+
+
+@pytest.mark.parametrize("startable", [0, 1])
+def test_where_no_more_threads_can_be_started_there_are_fewer(monkeypatch: pytest.MonkeyPatch, startable: int) -> None:
+    monkeypatch.setattr("kedge.rpc.cores.usable_threads", lambda: 4)
+    start, started, done = threading.Thread.start, [], []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == startable:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    pages.spread(done.append, range(100))
+    assert sorted(done) == list(range(100)) and len(started) == startable
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_all_threads_treat_numbers_as_the_caller_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedge.rpc.cores.usable_threads", lambda: 3)
+    together, seen = threading.Barrier(3), []
+
+    def work(item: int) -> None:
+        together.wait(60)
+        seen.append((threading.get_ident(), np.geterr()))
+
+    with np.errstate(over="raise", divide="ignore", under="print", invalid="raise"):
+        mine = np.geterr()
+        pages.spread(work, range(3))
+    assert len({thread for thread, _ in seen}) == 3 and [state for _, state in seen] == [mine] * 3
