@@ -15,6 +15,7 @@ from kedge.compiler.ops.common import ANY, NUMBERS
 from kedge.compiler.ops.registry import REQUIRED, Array, FusionKind, OpDef
 from kedge.compiler.te import Tensor
 from kedge.compiler.tir.expr import Expr, call, const, maximum, minimum, select
+from kedge.compiler.tir.interp import sigmoid
 
 ScalarRule: TypeAlias = Callable[[Expr, Attrs], Expr]
 ArrayRule: TypeAlias = Callable[[Array, Attrs], Array]
@@ -52,15 +53,6 @@ def _intrinsic(name: str, allowed: frozenset[str], reference: Callable[[Array], 
     _declare(name, allowed, lambda x, attrs: reference(x), lambda x, attrs: call(name, x))
 
 
-def _sigmoid(x: Array) -> Array:
-    # Never exponentiates a large positive number, so nothing overflows.
-    decayed = np.exp(-np.abs(x))
-    # As kernels do: what is below the least normal number, in which they compute, is 0.
-    least = np.finfo("float64" if x.dtype == "float64" else "float32").tiny
-    decayed = np.where(decayed < least, 0, decayed).astype(decayed.dtype)
-    return np.where(x >= 0, 1 / (1 + decayed), decayed / (1 + decayed))
-
-
 def _clip(x: Array, attrs: Attrs) -> Array:
     low, high = _bounds(str(x.dtype), attrs)
     x = x if low is None else np.maximum(x, np.asarray(low, x.dtype))
@@ -95,7 +87,7 @@ def _leaky(x: Expr, attrs: Attrs) -> Expr:
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 for _name, _allowed, _reference in (
-    ("sigmoid", FLOATS, _sigmoid),
+    ("sigmoid", FLOATS, sigmoid),
     ("tanh", FLOATS, np.tanh),
     ("exp", FLOATS, np.exp),
     ("log", FLOATS, np.log),

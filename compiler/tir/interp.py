@@ -51,6 +51,14 @@ def power(x: Value, y: Value) -> Value:
     return np.where(np.less(y, 0), unit, np.power(x, np.maximum(y, 0)))
 
 
+def sigmoid(x: Value) -> Value:
+    """`1 / (1 + exp(-x))` of floats; what is below the least normal number in which kernels compute is 0."""
+    decayed = np.exp(-np.abs(x))  # never of a large positive number, so nothing overflows
+    least = np.finfo("float64" if decayed.dtype == "float64" else "float32").tiny
+    decayed = np.where(decayed < least, 0, decayed).astype(decayed.dtype)
+    return np.where(x < 0, decayed, 1).astype(decayed.dtype) / (1 + decayed)
+
+
 _BINARY: Final[Mapping[str, Callable[[Value, Value], Value]]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide,
     "floordiv": np.floor_divide, "floormod": np.mod, "truncmod": np.fmod,
@@ -72,19 +80,12 @@ _REMAINDERS: Final = frozenset({"floordiv", "floormod", "truncmod"})
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
-def _decayed(x: Value) -> Value:
-    """exp(-|x|) as `sigmoid` has it: 0 below the least normal number."""
-    result = np.exp(-np.abs(x))
-    least = np.finfo("float64" if result.dtype == "float64" else "float32").tiny
-    return np.where(result < least, 0, result)
-
-
 _INTRINSIC: Final[Mapping[str, Callable[..., Value]]] = {
     "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "abs": np.abs, "floor": np.floor,
     "ceil": np.ceil, "round": np.rint, "sin": np.sin, "cos": np.cos, "not": np.logical_not, "isnan": np.isnan,
     "pow": power,
     "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sigmoid": lambda x: np.where(x < 0, _decayed(x), 1) / (1 + _decayed(x)),
+    "sigmoid": sigmoid,
     "erf": lambda x: np.asarray(_erf(np.asarray(x, "float64")), "float64"),
 }  # fmt: skip
 
