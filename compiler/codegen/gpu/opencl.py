@@ -100,6 +100,9 @@ _HELPERS = {
         "    if (left & 1) power *= square;\n"
         "  return power;\n}}"
     ),
+    "kedge_sigmoid": (  # as on CPUs, no denormal results
+        "{v} kedge_sigmoid_{s}({v} x) {{\n  {v} y = 1 / (1 + exp(-x));\n  return y < {normal} ? 0 : y;\n}}"
+    ),
     "kedge_to_int": "int kedge_to_int_{s}({v} x) {{ return fabs(x) < 0x1p31f ? (int)x : INT_MIN; }}",
     "kedge_to_long": "long kedge_to_long_{s}({v} x) {{ return fabs(x) < 0x1p63f ? (long)x : LONG_MIN; }}",
     "kedge_to_ulong": (
@@ -292,7 +295,9 @@ class _Kernel:
             wrap = f"b == -1 ? ({kind})(0 - ({_UNSIGNED.get(dtype, kind)})a) : " if signed else ""
             full = f"{name}_{kind}"
             wide = "ulong" if kind.endswith("long") else "uint"  # products of smaller types could overflow int
-            text = _HELPERS[name].format(v=kind, s=kind, u=wide, wrap=wrap, wrap0="b == -1 ? 0 : " if signed else "")
+            wrap0 = "b == -1 ? 0 : " if signed else ""
+            normal = "DBL_MIN" if kind == "double" else "FLT_MIN"
+            text = _HELPERS[name].format(v=kind, s=kind, u=wide, wrap=wrap, wrap0=wrap0, normal=normal)
         self.helpers.setdefault(full, text)
         return full
 
@@ -457,18 +462,17 @@ class _Kernel:
         if dtype not in _FLOATS:
             return self.integer_call(expr, args)
         if expr.name == "sigmoid":
-            one = "1.0" if dtype == "float64" else "1.0f"
-            return self.rounded(f"{one} / ({one} + exp(-({args[0]})))", dtype, wrap=True)
+            return self.rounded(f"{self.helper('kedge_sigmoid', dtype)}({args[0]})", dtype)
         if expr.name not in _FUNCTIONS:
             raise CodegenError(f"intrinsic {expr.name!r} is not there for OpenCL", hint="write it with others")
         return self.rounded(f"{_FUNCTIONS[expr.name]}({', '.join(args)})", dtype)
 
-    def rounded(self, text: str, dtype: str, *, wrap: bool = False) -> str:
+    def rounded(self, text: str, dtype: str) -> str:
         if dtype == "float16":
             return f"{self.helper('kedge_to_half')}({text})"
         if dtype == "bfloat16":
             return f"{self.helper('kedge_from_bf16')}({self.helper('kedge_to_bf16')}({text}))"
-        return f"({text})" if wrap else text
+        return text
 
     def integer_call(self, expr: Call, args: Sequence[str]) -> str:
         dtype, arg = expr.args[0].dtype, args[0]

@@ -133,6 +133,19 @@ def test_floats(dtype: str, kernels: KernelCache) -> None:
             np.testing.assert_array_equal(np.signbit(mine[mine == 0]), np.signbit(theirs[mine == 0]), err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sigmoid_has_no_denormal_results(dtype: str, kernels: KernelCache) -> None:
+    least = float(np.finfo(dtype).tiny)
+    x = np.array([*np.linspace(math.log(least) - 20, math.log(least) + 1, 61), -88.0, math.nan], dtype)
+    got, _ = both(table(dtype, dtype, {"sigmoid": unary("sigmoid")}), [x, x], kernels)
+    got = got[:, 0]
+    exact = np.exp(x.astype("longdouble"))
+    assert np.isnan(got[-1]) and not np.any((got > 0) & (got < least)) and np.any(got == 0)
+    kept = exact > least * 1.0001
+    np.testing.assert_allclose(got[kept].astype("longdouble"), exact[kept], rtol=1e-5)
+    np.testing.assert_array_equal(got[exact < least * 0.9999], 0)
+
+
 def test_remainders_are_exact(kernels: KernelCache) -> None:
     rng = np.random.default_rng(0)
     x, y = (rng.normal(0, 1, 512) * 2.0 ** rng.integers(-60, 60, 512) for _ in range(2))
