@@ -6,16 +6,16 @@ A module is imported when one of its commands may be called: most of a short com
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 import kedge
 
 #: What is typed after `kedge`, in the order of help -> the module of this folder, and the function in it.
-COMMANDS = {
+COMMANDS: Final[Mapping[str, str]] = {
     "demo": "demo.demo",
     "compile": "compiling.compile_",
     "inspect": "compiling.inspect",
@@ -46,7 +46,7 @@ COMMANDS = {
     "agent start": "agent.start",
     "deploy board": "board.deploy_board",
 }
-_GROUPS = {
+_GROUPS: Final[Mapping[str, str]] = {
     "tracker": "The tracker: where agents and clients meet.",
     "tracker token": "Tokens: who may do what on a tracker.",
     "agent": "The agent: offers this machine to a tracker.",
@@ -71,7 +71,7 @@ def tree(words: Sequence[str] = ()) -> typer.Typer:
     apps = {"": app}
     for path, text in _GROUPS.items():
         above, _, name = path.rpartition(" ")
-        if above in apps and any(each.startswith(f"{path} ") for each in named):
+        if any(each.startswith(f"{path} ") for each in named):
             apps[path] = typer.Typer(no_args_is_help=True, help=text)
             apps[above].add_typer(apps[path], name=name)
     for path in named:

@@ -393,6 +393,15 @@ def test_a_command_imports_what_it_needs(words: list[str], modules: list[str]) -
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout
 
 
+def test_compiling_loads_no_grpc(tmp_path: Path) -> None:
+    words = ["compile", digits_model(), "-o", tmp_path / "digits.kdg", "--target", "x86-64-v3"]
+    program = [sys.executable, "-c", IMPORTED.format(modules=["grpc", "sqlalchemy"]), *map(str, words)]
+    environment = {**os.environ, "KEDGE_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout
+    assert (tmp_path / "digits.kdg").exists(), "it was compiled"
+
+
 BROKEN_OFF = """
 import sys
 from kedge.cli import main
