@@ -42,7 +42,7 @@ def objects(data_dir: Path) -> set[str]:
     return {path.name for path in (data_dir / "blobs" / "objects").glob("*/*")}
 
 
-def with_mate(
+def with_peer(
     tracker: RunningTracker, blobs: TrackerBlobs, act: Callable[[PeerReplication], Coroutine[Any, Any, None]]
 ) -> None:
     async def main() -> None:
@@ -73,7 +73,7 @@ def test_what_is_needed_is_sent_once(tracker: RunningTracker, tmp_path: Path, mo
         await peers.ensure({one.digest, two.digest})
         await peers.ensure({one.digest, two.digest})
 
-    with_mate(tracker, blobs, act)
+    with_peer(tracker, blobs, act)
     assert sent == [{one.digest}, {two.digest}]
     assert {one.digest, two.digest} <= objects(tracker.data_dir)
 
@@ -88,7 +88,7 @@ def test_no_tracker_is_blamed_for_the_time_that_others_take(tracker: RunningTrac
         let_go.set()
         assert await quick is True and all(await asyncio.gather(*slow)) and peer.avoid_until == 0.0
 
-    with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
+    with_peer(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
 
 
 def test_what_goes_wrong_when_nobody_waits_any_more_is_no_mystery(tracker: RunningTracker, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_what_goes_wrong_when_nobody_waits_any_more_is_no_mystery(tracker: Runni
         await asyncio.sleep(0)
         assert unknown == []
 
-    with_mate(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
+    with_peer(tracker, TrackerBlobs(tmp_path / "blobs", None), act)
 
 
 def test_a_tracker_that_stands_still_holds_up_no_other(
@@ -134,7 +134,7 @@ def test_a_tracker_that_stands_still_holds_up_no_other(
             monkeypatch.setattr(hung, "download", lambda *what: (asked.append(True), download(*what)))
             assert not await peers.fetch(wanted), "it may have what nobody else has"
 
-    with_mate(tracker, blobs, act)
+    with_peer(tracker, blobs, act)
     assert 1 <= len(asked) <= replication._THREADS, "those that it was asked for at once"
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_copy_is_as_good_as_none_and_nobody_is_to_blame(tracker: Runni
         assert await peers.fetch([damaged, blob_of(b"nowhere")])
         assert await peers.fetch([sound])
 
-    with_mate(tracker, blobs, act)
+    with_peer(tracker, blobs, act)
     assert blobs.has(sound) and not blobs.has(damaged)
 
 
