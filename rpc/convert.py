@@ -218,7 +218,7 @@ def device_info_from_pb(pb: types_pb2.DeviceInfo) -> t.DeviceInfo:
         cpu_name=pb.cpu_name,
         num_cores=pb.num_cores,
         memory_bytes=pb.memory_bytes,
-        target=pb.target,
+        target=t.ReportedTarget(pb.target, tuple(pb.cpu_features)),
         emulated=pb.emulated,
         abi_version=pb.abi_version,
         os_release=pb.os_release,

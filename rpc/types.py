@@ -32,6 +32,7 @@ __all__ = [
     "Measurement",
     "Pinning",
     "Protocol",
+    "ReportedTarget",
     "Reservation",
     "RunTask",
     "SessionTask",
@@ -197,6 +198,21 @@ class Confinement:
         return ", ".join(words) or "none"
 
 
+class ReportedTarget(str):
+    """A device's target string as its agent reports it, with all features of its CPU by LLVM's names.
+
+    Agents may be newer than whoever compiles for them: a CPU that is not known there is taken for what it can do.
+    """
+
+    cpu_features: Tuple[str, ...]
+
+    def __new__(cls, text: str, cpu_features: Tuple[str, ...] = ()) -> ReportedTarget:
+        """`text` with what the CPU has."""
+        made = super().__new__(cls, text)
+        made.cpu_features = cpu_features
+        return made
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """What an agent reports about its machine. `arch` is what `uname -m` prints, features have LLVM's names."""
@@ -219,7 +235,8 @@ class DeviceInfo:
     def targets(self) -> Tuple[str, ...]:
         """Target strings for all that kernels can run on there: CUDA, then OpenCL, then the CPU."""
         gpus = sorted(self.accelerators, key=lambda gpu: (gpu.kind, gpu.index))
-        return (*dict.fromkeys(gpu.target(self.target) for gpu in gpus), self.target)
+        found = (*dict.fromkeys(gpu.target(self.target) for gpu in gpus), self.target)
+        return tuple(ReportedTarget(text, self.cpu_features) for text in found)
 
 
 @dataclass(frozen=True)

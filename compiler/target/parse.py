@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
-from kedge.compiler.errors import TargetError
+from kedge.compiler.errors import CompileWarning, TargetError
 from kedge.compiler.target.arch import ARCHS, X86_64, Arch, closure, dependents
-from kedge.compiler.target.cpus import BOARDS, CPUS, Cpu, find_cpu
+from kedge.compiler.target.cpus import BOARDS, CPUS, Cpu, best_cpu, find_cpu
 from kedge.compiler.target.gpu import GPU_BOARDS, GPU_KINDS, GpuTarget
 from kedge.compiler.target.model import THROUGHPUT_OPTIONS, Target, Throughput, throughput_of
 from kedge.compiler.target.options import nearest, options, positive, rate, size
 from kedge.compiler.target.parse_gpu import gpu_head, parse_gpu
+from kedge.rpc.types import ReportedTarget
 
 #: What `parse` gives: a CPU, or a GPU with its host.
 AnyTarget: TypeAlias = Target | GpuTarget
@@ -44,7 +47,8 @@ def parse(text: str | AnyTarget) -> AnyTarget:
     Accepts a tag ("raspberry-pi/4b", "nvidia/h200"), a level ("x86-64-v3"), "native", or a kind with options, for
     instance `llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72 -mattr=+dotprod -num-cores=4`, `opencl` or
     `cuda -arch=sm_87 -host="llvm -mtriple=aarch64-linux-gnu"`. Options may follow a tag, too. A GPU's host is this
-    machine unless its tag or `-host` says otherwise.
+    machine unless its tag or `-host` says otherwise. Of what a device's agent reports (`ReportedTarget`), a CPU that is
+    not known here is taken, with a CompileWarning, for the highest level that its features allow.
 
     Raises:
         TargetError: an unknown tag, CPU, feature or option; the hint names the nearest known ones. Or it is no text.
@@ -55,10 +59,11 @@ def parse(text: str | AnyTarget) -> AnyTarget:
         what = "None" if text is None else f"of type {type(text).__name__}"
         raise TargetError(f"target={text!r}: it is {what}, not a name", hint='give a name, such as target="native"')
     words = _words(text)
+    reported = frozenset(text.cpu_features) if isinstance(text, ReportedTarget) else None
     gpu = gpu_head(words[0])
     if gpu is not None:
-        return parse_gpu(text, gpu, words[1:], _parse_host)
-    return _parse_cpu(text, words)
+        return parse_gpu(text, gpu, words[1:], partial(_parse_host, reported=reported))
+    return _parse_cpu(text, words, reported)
 
 
 def parse_cpu(text: str | AnyTarget) -> Target:
@@ -85,19 +90,42 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def _parse_cpu(text: str, words: list[str]) -> Target:
+def _parse_cpu(text: str, words: list[str], reported: frozenset[str] | None) -> Target:
     draft = _head(words[0])
     for name, value in options(text, words[1:], _OPTIONS):
         _apply(draft, name, value)
+    if reported is not None and draft.arch is not None:
+        _take_for_known(draft, draft.arch, reported)
     return _finish(draft, text)
 
 
-def _parse_host(text: str) -> Target:
+def _take_for_known(draft: _Draft, arch: Arch, reported: frozenset[str]) -> None:
+    """Leave of a device's target what is known here: its agent may be newer. `reported` is all that its CPU has."""
+    known = {*arch.known_features, *arch.baseline}
+    draft.attrs = [attr for attr in draft.attrs if attr[1:] in known]
+    if draft.cpu_name is None or find_cpu(draft.cpu_name, arch) is not None:
+        return
+    # The name promised some of these, so that the target does not list them.
+    usable = {
+        feature for feature in reported & known if closure(arch, frozenset((feature,))) <= reported | {*arch.baseline}
+    }
+    draft.cpu = best_cpu(draft.cpu_name, arch, frozenset(usable))
+    warnings.warn(
+        f"the device's CPU {draft.cpu_name!r} is not known to this kedge, and taken for {draft.cpu.name} with what it "
+        "has beyond that: a newer kedge may compile faster code",
+        CompileWarning,
+        stacklevel=2,
+    )
+    draft.cpu_name = draft.cpu.name
+    draft.attrs += [f"+{feature}" for feature in sorted(usable)]
+
+
+def _parse_host(text: str, reported: frozenset[str] | None) -> Target:
     """The target of a GPU's host."""
     words = _words(text)
     if gpu_head(words[0]) is not None:
         raise TargetError(f"-host={text!r}: the host of a GPU is a CPU", hint='for instance -host="native"')
-    return _parse_cpu(text, words)
+    return _parse_cpu(text, words, reported)
 
 
 def _head(word: str) -> _Draft:

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kedge.compiler.errors import TargetError
+from kedge.compiler.errors import CompileWarning, TargetError
 from kedge.compiler.target import ARCHS, Target, known_tags, parse, parse_cpu
 from kedge.compiler.target.arch import closure
 from kedge.compiler.target.cpus import BOARDS, CPUS, best_cpu, find_cpu
 from kedge.compiler.target.model import Throughput
+from kedge.rpc import convert
+from kedge.rpc.accelerator import Accelerator
+from kedge.rpc.types import DeviceInfo, ReportedTarget
 
 
 @pytest.mark.parametrize("tag", known_tags())
@@ -117,6 +120,48 @@ def test_an_unknown_cpu_is_the_highest_level_that_it_can_be() -> None:
     assert best_cpu("gargantua", level.arch, frozenset(level.features) - {"bmi2"}).name == "x86-64-v2"
     assert best_cpu("gargantua", level.arch, frozenset()).name == "x86-64"
     assert best_cpu("haswell", level.arch, frozenset()).name == "haswell"
+
+
+NEW_X86 = "llvm -mtriple=x86_64-linux-gnu -mcpu=gargantuarapids -mattr=+avx512fp16,+avx99 -num-cores=3 -l2=4096"
+NEW_ARM = "llvm -mtriple=aarch64-linux-gnu -mcpu=gargantua-x9 -num-cores=2"
+
+
+@pytest.mark.parametrize(
+    ("text", "like", "without"),
+    [
+        (NEW_X86, "x86-64-v4 -mattr=+avx512vnni,+avx512fp16", ""),
+        (NEW_X86, "x86-64-v3", "avx512f"),
+        (NEW_X86, "x86-64-v2 -mattr=+avx", "avx2"),
+        (NEW_ARM, "llvm -mtriple=aarch64-linux-gnu -mattr=+dotprod,+fullfp16,+i8mm", ""),
+    ],
+)
+def test_a_device_whose_cpu_only_its_agent_knows_is_what_its_features_allow(text: str, like: str, without: str) -> None:
+    plain = parse_cpu(like)
+    told = text if "avx512fp16" in plain.features else text.replace("+avx512fp16,", "")
+    device = DeviceInfo(
+        "new",
+        plain.arch.name,
+        target=told,
+        cpu_features=(*plain.features, "avx99"),
+        accelerators=(Accelerator("opencl", 0, "GPU", max_threads=256, shared_bytes=32768),) if not without else (),
+    )
+    received = convert.device_info_from_pb(convert.device_info_to_pb(device))
+    with pytest.warns(CompileWarning, match=f"CPU '{told.split('-mcpu=')[1].split()[0]}' is not known"):
+        target = parse_cpu(received.target)
+    assert (target.arch, target.cpu, set(target.features)) == (plain.arch, plain.cpu, set(plain.features))
+    assert target.num_cores == int(told.split("-num-cores=")[1].split()[0])
+    with pytest.raises(TargetError, match="unknown CPU 'gargantua"):
+        parse(str(told))
+    for one in received.targets[:-1]:
+        with pytest.warns(CompileWarning, match="is not known"):
+            assert str(parse(one)).startswith("opencl")
+
+
+def test_a_feature_that_only_a_devices_agent_knows_is_left_out() -> None:
+    text = "llvm -mtriple=x86_64-linux-gnu -mcpu=haswell -mattr=+avx99"
+    assert parse_cpu(ReportedTarget(text, ("avx2", "avx99"))).cpu == "haswell"
+    with pytest.raises(TargetError, match="unknown feature 'avx99'"):
+        parse(text)
 
 
 def test_features_imply_others_and_go_with_what_they_need() -> None:
