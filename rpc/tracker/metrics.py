@@ -306,6 +306,11 @@ class _Census:
         return jobs, devices, len(self._shell.state.devices())
 
 
+def cannot_serve(address: Address, why: str) -> ConnectError:
+    """The error that says why metrics cannot be served at an address."""
+    return ConnectError(f"cannot serve metrics at {address}: {why}", hint="another address with --metrics")
+
+
 @contextmanager
 def exported(metrics: Metrics, address: Address) -> Iterator[Address]:
     """Answer scrapes at an address (port 0: any free one) while the context lasts; gives where that is.
@@ -316,9 +321,7 @@ def exported(metrics: Metrics, address: Address) -> Iterator[Address]:
     try:
         server, thread = start_http_server(address.port, address.host, metrics.registry)
     except OSError as error:
-        raise ConnectError(
-            f"cannot serve metrics at {address}: {error.strerror or error}", hint="another address with --metrics"
-        ) from error
+        raise cannot_serve(address, error.strerror or str(error)) from error
     try:
         yield Address(address.host, server.server_port)
     finally:

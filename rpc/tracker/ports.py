@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from kedge.rpc.errors import ConnectError, UsageError
 from kedge.rpc.tracker.health import HEALTH, REFLECTION, HealthService
 from kedge.rpc.tracker.listeners import Switch
-from kedge.rpc.tracker.metrics import Metrics
+from kedge.rpc.tracker.metrics import Metrics, cannot_serve
 from kedge.rpc.tracker.relayed import CERTIFICATE_KEY
 from kedge.rpc.tracker.security.folder import Keys
 from kedge.rpc.transport import MAX_RELAYED_STREAMS, MAX_STREAMS, Address, server_options
@@ -40,9 +40,19 @@ class Ports:
 
 
 def checked_ports(
-    host: str, port: int, agents_port: int | None, peers_port: int | None, *, plaintext: bool, shared: bool
+    host: str,
+    port: int,
+    agents_port: int | None,
+    peers_port: int | None,
+    metrics: Address | None = None,
+    *,
+    plaintext: bool,
+    shared: bool,
 ) -> Ports:
-    """What is free to listen on; raises ConnectError, and UsageError for plaintext beyond this machine."""
+    """What is free to listen on, as is best known before anything is made on disk.
+
+    Raises ConnectError, also where metrics cannot be served, and UsageError for plaintext beyond this machine.
+    """
     if plaintext and not Address(host, port).is_loopback:
         raise UsageError(
             f"--insecure-loopback with the address {host}: plaintext is never spoken beyond this machine",
@@ -52,20 +62,32 @@ def checked_ports(
         agents_port = port + 1 if port else 0
     if peers_port is None:
         peers_port = port + 3 if port else 0
-    for needed, number in ((True, port), (not plaintext, agents_port), (shared, peers_port)):
-        if needed:
-            _check_free(host, number)
+    served = {"clients": port}
+    if not plaintext:
+        served["agents"] = agents_port
+    if shared:
+        served["other trackers"] = peers_port
+    for number in served.values():
+        _check_free(host, number)
+    if metrics is not None:
+        _check_metrics(metrics, host, served)
     return Ports(port, agents_port, peers_port)
 
 
-def check_metrics(address: Address) -> None:
-    """Raise ConnectError unless metrics can be served there, as is best known before anything is made on disk."""
+def _check_metrics(address: Address, host: str, served: Mapping[str, int]) -> None:
+    """Raise ConnectError unless metrics can be served there, beside what the tracker serves at a host's ports."""
     try:
+        everywhere = {host, address.host} & set(ANY_ADDRESS)
+        for whom, number in served.items():
+            if (
+                address.port
+                and address.port == number
+                and (everywhere or _place(address) == _place(Address(host, number)))
+            ):
+                raise cannot_serve(address, f"{whom} are served at that port")
         _probe(address)
     except OSError as error:
-        raise ConnectError(
-            f"cannot serve metrics at {address}: {error.strerror or error}", hint="another address with --metrics"
-        ) from error
+        raise cannot_serve(address, error.strerror or str(error)) from error
 
 
 def machine_addresses() -> list[str]:
@@ -103,10 +125,16 @@ def _check_free(host: str, port: int) -> None:
         raise ConnectError(f"cannot listen on {address}: {why}", hint=hint) from error
 
 
-def _probe(address: Address) -> None:
-    """Listen there and leave; raises OSError."""
+def _place(address: Address) -> tuple[int, int, int, Any]:
+    """Where that is for a socket: family, type, protocol and address; raises OSError."""
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, proto, _, place = found[0]
+    return family, kind, proto, place
+
+
+def _probe(address: Address) -> None:
+    """Listen there and leave; raises OSError."""
+    family, kind, proto, place = _place(address)
     with socket.socket(family, kind, proto) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(place)

@@ -33,7 +33,6 @@ from kedge.rpc.tracker.ports import (
     SERVICES,
     Ports,
     Servers,
-    check_metrics,
     checked_ports,
     known_as,
     machine_addresses,
@@ -114,9 +113,9 @@ async def serve(
     """
     shared = None if database is None else Postgres(database)
     advertised = host if shared is None else parse_host(advertise or known_as(host))
-    ports = checked_ports(host, port, agents_port, peers_port, plaintext=insecure_loopback, shared=shared is not None)
-    if metrics is not None:
-        check_metrics(metrics)
+    ports = checked_ports(
+        host, port, agents_port, peers_port, metrics, plaintext=insecure_loopback, shared=shared is not None
+    )
     failure, health = _Failure(data_dir), HealthService(SERVICES)
     counting = Metrics() if metrics is not None else None
     # One clock for when jobs ended and for how long ago that was: the machine's may be set meanwhile.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import threading
 import urllib.request
@@ -143,6 +144,18 @@ def test_a_port_that_is_taken_is_named(counted: RunningTracker, tmp_path: Path) 
         start(port=0, data_dir=tmp_path / "other", insecure_loopback=True, metrics=counted.serving.metrics)
     assert not (tmp_path / "other").exists(), "nothing is made before all addresses are checked"
     start(port=0, data_dir=tmp_path / "other", insecure_loopback=True).stop()
+
+
+@pytest.mark.parametrize(("whom", "host"), [("clients", "127.0.0.1"), ("agents", "localhost"), ("clients", "0.0.0.0")])
+def test_metrics_have_a_port_of_their_own(tmp_path: Path, whom: str, host: str) -> None:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = {"clients": one.getsockname()[1], "agents": two.getsockname()[1]}
+    wanted = Address(host, ports[whom])
+    with pytest.raises(ConnectError, match=f"cannot serve metrics at {wanted}: {whom} are served at that port"):
+        start(port=ports["clients"], agents_port=ports["agents"], data_dir=tmp_path / "data", metrics=wanted)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_tracker_is_healthy_until_its_disk_is_not(
