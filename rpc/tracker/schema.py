@@ -251,8 +251,7 @@ def _to_schema_3(connection: sa.Connection) -> None:
 
 def _to_schema_4(connection: sa.Connection) -> None:
     """The blobs of results are listed, and keys have an index by their jobs."""
-    for index in keys.indexes:
-        index.create(connection, checkfirst=True)
+    _make_indices(connection, keys)
     for job_id in connection.execute(sa.select(results.c.job_id)).scalars().all():
         whole = connection.execute(sa.select(results.c.result).where(results.c.job_id == job_id)).scalar_one()
         blobs = outputs_of(convert.job_result_from_bytes(whole))
@@ -264,8 +263,7 @@ def _to_schema_6(connection: sa.Connection) -> None:
     """What lists and retention look for has indices that give it in order."""
     for name in ("ix_jobs_state", "ix_results_finished_ms"):
         connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
-    for index in jobs.indexes:
-        index.create(connection, checkfirst=True)
+    _make_indices(connection, jobs)
 
 
 def _to_schema_8(connection: sa.Connection) -> None:
@@ -275,13 +273,17 @@ def _to_schema_8(connection: sa.Connection) -> None:
         connection.execute(sa.text("ALTER TABLE results ADD COLUMN bytes BIGINT NOT NULL DEFAULT 0"))
     size = sa.func.length(results.c.result) + size_of_spec(results.c.job_id)
     connection.execute(sa.update(results).values(bytes=sa.func.coalesce(size, 0)))
-    for index in results.indexes:
-        index.create(connection, checkfirst=True)
+    _make_indices(connection, results)
 
 
 def _to_schema_10(connection: sa.Connection) -> None:
     """The jobs of a device have an index."""
-    for index in jobs.indexes:
+    _make_indices(connection, jobs)
+
+
+def _make_indices(connection: sa.Connection, table: sa.Table) -> None:
+    """Those of a table that are not there yet."""
+    for index in table.indexes:
         index.create(connection, checkfirst=True)
 
 

@@ -437,6 +437,19 @@ def test_a_database_of_the_fifth_schema_has_the_indices_of_a_new_one(place: Plac
     engine.dispose()
 
 
+def test_a_database_of_the_ninth_schema_gets_the_index_of_devices(place: Place) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    Store(place).close()
+    engine = database.engine()
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP INDEX ix_jobs_by_device"))
+        connection.execute(sa.text("UPDATE meta SET value = '9' WHERE name = 'schema'"))
+    engine.dispose()
+    Store(place).close()
+    assert "ix_jobs_by_device" in {index["name"] for index in sa.inspect(engine).get_indexes("jobs")}
+    engine.dispose()
+
+
 class Watched(Sqlite):
     """A database that remembers what it was asked."""
 
