@@ -301,6 +301,7 @@ def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
         (400, 768, 3072, 0),  # the first of many tiles waits
         (N, 768, 3072, 0),
         (8, 256, 256, 0),  # all of it stays in the second cache
+        (8, 512, 768, 0),  # some of it does
     ],
 )
 def test_packed_panels_from_afar_are_prefetched_by_the_fastest_cores_alone(m, k, n, ahead):

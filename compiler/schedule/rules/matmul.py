@@ -65,8 +65,9 @@ _TILES_TO_PACK, _TILES_TO_PACK_FROM_AFAR = 48, 24
 _FAST_BYTES, _TILES_TO_PACK_FAST = 128, 6
 #: The most tiles of rows for which such a core asks ahead for panels that were packed before: the first tile waits for
 #: them. Constants of 1024x4096 by 4 rows took 0.7 of the time on an Emerald Rapids, by 8 0.64, by 49 0.9; 16 tiles of
-#: 128x1024x1024 lost 12 %, and one row gained nothing.
-_TILES_TO_ASK = 8
+#: 128x1024x1024 lost 12 %, and one row gained nothing. Of panels that are a few times what the second cache holds, part
+#: is there from the call before: 4x1024x768 lost 16 to 32 %, 2x2048x1024 10, 8x1024x1024 7.
+_TILES_TO_ASK, _CACHES_TO_ASK = 8, 4
 #: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
 _DOT_DEPTH = 32
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
@@ -261,11 +262,13 @@ def _ahead(product: Product, tile: RegisterTile, height: int | None, target: Tar
     columns, depth = product.extent(product.column), extent_of(product.depth.extent)
     if columns is None or depth is None or not product.depth_bytes:
         return 0
+    caches = 1
     if product.panel is not None:
         few = height is not None and 1 < height <= _TILES_TO_ASK * tile.rows
         if not few or not _is_fast(target):
             return 0
-    if depth * columns * product.itemsize <= target.l2_bytes:
+        caches = _CACHES_TO_ASK
+    if depth * columns * product.itemsize <= caches * target.l2_bytes:
         return 0
     steps = MEMORY_LATENCY * target.fma_per_cycle / (tile.rows * tile.vectors)
     return min(_AHEAD[1:], key=lambda ahead: abs(math.log(ahead / steps)))
