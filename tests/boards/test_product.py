@@ -18,7 +18,7 @@ from kedge.deploy import board as remote
 from kedge.deploy.emulated import EmulatedBoard
 from kedge.rpc.client import Fleet
 from support.boards import require
-from support.commands import kedge_command
+from support.commands import interruptible_command, kedge_command
 
 pytestmark = pytest.mark.board
 
@@ -71,7 +71,7 @@ def broken_off(
     moment: str, *arguments: str | Path, number: signal.Signals = signal.SIGINT, **options: Any
 ) -> tuple[int, str]:
     """Start a command, send the signal once it has said `moment`; its status, and what it said afterwards."""
-    command = kedge_command(*arguments)
+    command = interruptible_command(*arguments)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options) as process:
         assert process.stderr is not None
         for line in process.stderr:

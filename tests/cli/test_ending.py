@@ -16,14 +16,14 @@ import pytest
 
 from kedge.demo import scenario
 from support.agents import descendants, runs, wait_for
-from support.commands import kedge_command
+from support.commands import interruptible_command
 
 
 @contextmanager
 def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """`kedge demo --no-arm`, at the moment when its tracker and its agent run; its files go into `folder`."""
     process = subprocess.Popen(
-        kedge_command("demo", "--no-arm"),
+        interruptible_command("demo", "--no-arm"),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -55,7 +55,7 @@ def test_whoever_ends_the_demo_ends_everything_that_it_started(tmp_path: Path, n
 def test_whoever_ends_a_run_on_this_machine_ends_its_runner(
     digits: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    command = kedge_command("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000")
+    command = interruptible_command("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -95,7 +95,7 @@ def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_nohup_keeps_the_demo_running(tmp_path: Path) -> None:
-    command = ["nohup", *kedge_command("demo", "--no-arm")]
+    command = ["nohup", *interruptible_command("demo", "--no-arm")]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -22,7 +22,7 @@ from kedge.demo import processes
 from kedge.diagnosis import diagnose
 from kedge.rpc.errors import JobError
 from support.agents import wait_for
-from support.commands import Kedge, check_digits_profile, kedge_command
+from support.commands import Kedge, check_digits_profile, interruptible_command, kedge_command
 from support.doubling import gpu_artifact
 
 
@@ -230,7 +230,7 @@ def test_a_session_is_listed_and_can_be_cancelled(kedge_here: Kedge, fleet: str)
 
 def test_top_ends_with_ctrl_c_and_gives_the_terminal_back(fleet: str) -> None:
     here, there = pty.openpty()
-    top = subprocess.Popen(kedge_command("top", "--tracker", fleet), stdout=there, stderr=there, stdin=there)
+    top = subprocess.Popen(interruptible_command("top", "--tracker", fleet), stdout=there, stderr=there, stdin=there)
     os.close(there)
     shown = b""
     while b"bench-1" not in shown:
@@ -292,7 +292,7 @@ def test_a_port_in_use_is_named(kedge: Kedge, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_tracker_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
-    command = kedge_command("tracker", "start", "--port", "0", "--data-dir", tmp_path / "data")
+    command = interruptible_command("tracker", "start", "--port", "0", "--data-dir", tmp_path / "data")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("kedge tracker ready at 127.0.0.1:")
@@ -389,7 +389,7 @@ def test_whoever_stops_a_command_stops_its_job(
     kedge_here: Kedge, fleet: str, digits: Path, number: signal.Signals
 ) -> None:
     slow = ("bench", digits, "--repeat", "1", "--min-repeat-ms", "60000", "--device", "bench-1", "--tracker", fleet)
-    process = subprocess.Popen(kedge_command(*slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(interruptible_command(*slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def newest() -> list[tuple[str, str | None]]:
         """The last job; none before the command has started."""

@@ -18,7 +18,7 @@ from kedge.rpc.blobs import blob_of
 from kedge.rpc.outcome import Stage
 from kedge.rpc.types import DeviceState, Job, JobSpec, JobState, RunTask
 from support.agents import wait_for
-from support.commands import kedge_command
+from support.commands import interruptible_command
 
 JOB = Job("b", JobSpec(blob_of(b""), "main", RunTask(()), "w1"), JobState.QUEUED, submitted_unix_ms=2)
 
@@ -53,7 +53,9 @@ def test_what_is_waited_for_is_said_of_the_last_job_that_is_not_done(monkeypatch
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(kedge_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        interruptible_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_busy_device_is_waited_for_in_words(digits: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_network_as_text(golden) -> None:
     after = laid_out(module)
     assert "conv_winograd" in ops(after)
     assert "winograd_weights" not in ops(after)  # folded
-    assert error(module, after) < 1e-6
+    assert error(module, after) < 1e-5  # sums of 288 products in float32, in an order that is the library's
     golden("winograd.txt", re.sub(r"sha256 \w+", "sha256 …", after.show()))
 
 

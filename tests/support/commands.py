@@ -17,6 +17,12 @@ def kedge_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-W", "error", "-m", "kedge", *map(str, arguments)]
 
 
+def interruptible_command(*arguments: str | Path) -> list[str]:
+    """The command where the test ends it by a signal: `KeyboardInterrupt` may come between the opening of a file and
+    the first line that could close it, anywhere in Python's library, so files left open say nothing of kedge."""
+    return [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-m", "kedge", *map(str, arguments)]
+
+
 def check_digits_profile(report: Mapping[str, Any]) -> None:
     """What `kedge bench --profile --json` says of the digits model."""
     kernels = report["kernels"]
