@@ -532,6 +532,11 @@ def job_spec_to_bytes(spec: t.JobSpec) -> bytes:
     return job_spec_to_pb(spec).SerializeToString()
 
 
+def artifact_of_spec(data: bytes) -> str:
+    """The digest of the artifact of a job_spec_to_bytes; reads nothing else of it."""
+    return str(types_pb2.JobSpec.FromString(data).manifest.digest)
+
+
 def job_spec_from_bytes(data: bytes) -> t.JobSpec:
     """A stored spec."""
     return job_spec_from_pb(types_pb2.JobSpec.FromString(data))

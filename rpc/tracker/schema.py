@@ -14,9 +14,11 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
+#: Jobs whose artifact is filled in at once.
+_FILLED = 500
 #: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
 MOVED = "moved_to"
 
@@ -32,6 +34,7 @@ class Text(sa.TypeDecorator[str]):
         return value if value is None else value.replace("\0", "\ufffd")
 
 
+_DONE = sa.text("state = 'done'")
 metadata = sa.MetaData()
 meta = sa.Table(
     "meta",
@@ -57,13 +60,21 @@ jobs = sa.Table(
     # Devices that failed with it, as JSON.
     sa.Column("faults", Text, nullable=False, server_default="[]"),
     sa.Column("user", Text, nullable=False, server_default=""),
+    # The digest of the artifact, nothing where a job has none; NULL where a kedge of before schema 11 wrote it.
+    sa.Column("artifact", Text),
     # What lists show comes before the whole: SQLite reads a row from its beginning.
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
-    # Lists, everybody's, a user's and a device's, are read from these: in order, and no row more than is shown.
+    # Lists, everybody's, a user's, a device's and an artifact's, are read from these: in order, and no row more than is
+    # shown.
     sa.Index("ix_jobs_by_state", "state", "seq"),
     sa.Index("ix_jobs_by_user", "user", "state", "seq"),
     sa.Index("ix_jobs_by_device", "device", "state", "seq"),
+    # These two are of what does not change any more, nearly: each change of a job writes what has the changed column.
+    sa.Index("ix_jobs_by_user_and_device", "user", "device", "seq", sqlite_where=_DONE, postgresql_where=_DONE),
+    sa.Index("ix_jobs_by_artifact", "artifact", "seq"),
+    # Which job is the first of a time and later: clocks are set back, so that later jobs may have earlier times.
+    sa.Index("ix_jobs_by_time", "submitted_ms", "seq"),
 )
 results = sa.Table(
     "results",
@@ -223,8 +234,11 @@ def prepare(connection: sa.Connection, place: str, *, moving_to: str | None = No
         _to_schema_6(connection)
     if found < 8:
         _to_schema_8(connection)
-    if found < 10:
-        _to_schema_10(connection)
+    if found < 11:
+        _to_schema_11(connection)
+    else:
+        # An older kedge that led trackers of one database while this one brought it up to date may have written these.
+        _fill_artifacts(connection)
     connection.execute(sa.update(meta).where(meta.c.name == "schema").values(value=str(SCHEMA_VERSION)))
     return known["tracker_id"]
 
@@ -260,10 +274,9 @@ def _to_schema_4(connection: sa.Connection) -> None:
 
 
 def _to_schema_6(connection: sa.Connection) -> None:
-    """What lists and retention look for has indices that give it in order."""
+    """What lists and retention look for has indices that give it in order: the last step makes those of jobs."""
     for name in ("ix_jobs_state", "ix_results_finished_ms"):
         connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
-    _make_indices(connection, jobs)
 
 
 def _to_schema_8(connection: sa.Connection) -> None:
@@ -276,9 +289,22 @@ def _to_schema_8(connection: sa.Connection) -> None:
     _make_indices(connection, results)
 
 
-def _to_schema_10(connection: sa.Connection) -> None:
-    """The jobs of a device have an index."""
+def _to_schema_11(connection: sa.Connection) -> None:
+    """Jobs know their artifact; all lists of them have indices."""
+    if "artifact" not in {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}:
+        connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN artifact VARCHAR"))
+    _fill_artifacts(connection)
     _make_indices(connection, jobs)
+
+
+def _fill_artifacts(connection: sa.Connection) -> None:
+    """Give jobs that do not know their artifact what their specs say of it."""
+    ids = connection.execute(sa.select(jobs.c.id).where(jobs.c.artifact.is_(None))).scalars().all()
+    fill = sa.update(jobs).where(jobs.c.id == sa.bindparam("of")).values(artifact=sa.bindparam("digest"))
+    for at in range(0, len(ids), _FILLED):
+        briefs = sa.select(jobs.c.id, jobs.c.brief).where(jobs.c.id.in_(ids[at : at + _FILLED]))
+        rows = connection.execute(briefs)
+        connection.execute(fill, [{"of": row.id, "digest": convert.artifact_of_spec(row.brief)} for row in rows])
 
 
 def _make_indices(connection: sa.Connection, table: sa.Table) -> None:

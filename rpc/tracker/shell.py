@@ -308,7 +308,7 @@ class Shell:
         reasons: dict[Want, str] = {}
         while limit > 0:
             async with self._listing:
-                size = _PAGE if wanted.artifact else min(limit, _PAGE)
+                size = min(limit, _PAGE)
                 order: dict[str, Any] = {"oldest_first": oldest_first, "beyond": beyond}
                 page = await asyncio.wrap_future(self._store.jobs(size, states, user, **order, wanted=wanted))
             now = (self.state.job(job.id, reasons) or job for job in page.jobs)

@@ -72,6 +72,8 @@ _RETRY_S = 1.0
 _RECONNECT_S = 0.2
 #: The states of jobs that are not done, as they are stored.
 _LIVE = (JobState.QUEUED, JobState.ASSIGNED)
+#: What digests are written with.
+_HEX = frozenset("0123456789abcdef")
 #: Between two pieces of what is forgotten.
 _PIECE_PAUSE_S = 0.05
 
@@ -209,7 +211,6 @@ class Store:
         """The newest jobs (of one user), newest first, or the oldest, as stored and in brief (see
         `kedge.rpc.tracker.brief`); those `beyond` the last one of an earlier page.
 
-        No column has the artifact: where `wanted` names one, a page is what fits of the `limit` jobs that fit the rest.
         While a page is read nothing is stored: its `limit` is for how long others wait.
         """
         return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first, beyond, wanted))
@@ -540,6 +541,7 @@ class _Rows:
             "needs": _needs_to_text(fact.needs),
             "submitted_ms": fact.submitted_ms,
             "user": fact.user,
+            "artifact": fact.spec.manifest.digest,
             **_NEW_JOB,
         }
         if fact.key:
@@ -688,7 +690,10 @@ def _list_jobs(
 ) -> Page:
     """Each state by itself: an index has its jobs in order, so that of many no more are read than may be shown."""
     seq = t.jobs.c.seq
-    query = _BRIEF_JOBS.order_by(seq.asc() if oldest_first else seq.desc()).limit(limit)
+    artifacts = _artifacts(connection, wanted.artifact)
+    if artifacts is None:
+        return Page([], None)
+    query = _BRIEF_JOBS.limit(limit)
     if user is not None:
         query = query.where(t.jobs.c.user == user)
     if wanted.user:
@@ -696,19 +701,57 @@ def _list_jobs(
     if wanted.device:
         query = query.where(t.jobs.c.device == wanted.device)
     if wanted.since_unix_ms:
-        query = query.where(t.jobs.c.submitted_ms >= wanted.since_unix_ms)
+        since = t.jobs.c.submitted_ms >= wanted.since_unix_ms
+        # All before the first one of that time are passed over. A sum, since databases take the least of a column that
+        # has an index for the first row there that fits, and go through all before it.
+        earliest = connection.execute(sa.select(sa.func.min(seq + 0)).where(since)).scalar_one()
+        if earliest is None:
+            return Page([], None)
+        query = query.where(since, seq >= earliest)
     if wanted.ids:
         query = query.where(t.jobs.c.id.in_(wanted.ids))
     if beyond is not None:
         query = query.where(seq > beyond if oldest_first else seq < beyond)
     # The database does not know who has started: that is asked of the living.
     stored = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
-    rows = [row for state in stored for row in connection.execute(query.where(t.jobs.c.state == state.value))]
+    rows: list[Any] = []
+    for state in stored:
+        # Written out: an index is of what is done alone.
+        is_state = sa.literal(state.value, literal_execute=True)
+        first, last = artifacts
+        order: sa.ColumnElement[int] = seq
+        if not first:
+            one = query.where(t.jobs.c.state == is_state)
+        elif state is not JobState.DONE:  # few live: they are gone through
+            one = query.where(t.jobs.c.state == is_state, _aside(t.jobs.c.artifact).between(first, last))
+        elif first == last:  # an index has its jobs in order
+            one = query.where(_aside(t.jobs.c.state) == is_state, t.jobs.c.artifact == first)
+        else:
+            one = query.where(_aside(t.jobs.c.state) == is_state, t.jobs.c.artifact.between(first, last))
+            order = seq + 0
+        rows += connection.execute(one.order_by(order.asc() if oldest_first else order.desc()))
     rows = sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]
-    last = rows[-1].seq if len(rows) == limit else None
-    # What is written as text in a spec is found without reading the spec, which takes far longer.
-    jobs = (_job(row) for row in rows if wanted.artifact.encode() in row.spec)
-    return Page([job for job in jobs if job.spec.manifest.digest.startswith(wanted.artifact)], last)
+    return Page([_job(row) for row in rows], rows[-1].seq if len(rows) == limit else None)
+
+
+def _artifacts(connection: sa.Connection, beginning: str) -> tuple[str, str] | None:
+    """The first and the last digest of stored jobs' artifacts that begins so; None where there is none."""
+    if not beginning:
+        return "", ""
+    if not _HEX.issuperset(beginning):
+        return None
+    artifact = t.jobs.c.artifact
+    # Of the digits of a digest none comes after "f" in any language.
+    found = sa.select(artifact).where(artifact >= beginning, artifact < beginning + "g").limit(1)
+    first = connection.execute(found.order_by(artifact)).scalar_one_or_none()
+    if first is None:
+        return None
+    return first, connection.execute(found.order_by(artifact.desc())).scalar_one()
+
+
+def _aside(column: sa.Column[str]) -> sa.ColumnElement[str]:
+    """A column as a database looks for it in no index: SQLite would take the worse of two, not knowing how many fit."""
+    return column.concat("")
 
 
 def _job(row: Any) -> Job:

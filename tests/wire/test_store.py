@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import queue
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -437,6 +439,89 @@ def test_a_database_of_the_fifth_schema_has_the_indices_of_a_new_one(place: Plac
     engine.dispose()
 
 
+def as_the_tenth_schema_was(database: Sqlite | Postgres) -> None:
+    engine = database.engine()
+    with engine.begin() as connection:
+        for name in ("ix_jobs_by_artifact", "ix_jobs_by_user_and_device", "ix_jobs_by_time"):
+            connection.execute(sa.text(f"DROP INDEX {name}"))
+        connection.execute(sa.text("ALTER TABLE jobs DROP COLUMN artifact"))
+        connection.execute(sa.text("UPDATE meta SET value = '10' WHERE name = 'schema'"))
+    engine.dispose()
+
+
+def jobs_of(database: Sqlite | Postgres) -> list[dict[str, Any]]:
+    """The rows of jobs, whatever columns they have, and the schema's number."""
+    engine = database.engine()
+    with engine.begin() as connection:
+        rows = [dict(row) for row in connection.execute(sa.text("SELECT * FROM jobs ORDER BY seq")).mappings()]
+        schema = connection.execute(sa.text("SELECT value FROM meta WHERE name = 'schema'")).scalar_one()
+    engine.dispose()
+    return [*rows, {"schema": schema}]
+
+
+def test_jobs_of_the_tenth_schema_are_found_by_their_artifact(place: Place) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    store = Store(place)
+    for number in range(1, 1301):  # more than are filled in at once
+        digest = f"{number % 3}" * 64 if number % 100 else ""  # sessions have none
+        write_one = accepted(f"j{number}", number), *([JobDone(f"j{number}", RESULT, number)] if number % 7 else [])
+        store.append(
+            [replace(write_one[0], spec=replace(SPEC, manifest=Blob(digest, 9))), *write_one[1:]], lambda: None
+        )
+    store.close()
+    new = jobs_of(database)
+    assert [row["artifact"] for row in new[:3]] == ["1" * 64, "2" * 64, "0" * 64] and new[99]["artifact"] == ""
+    as_the_tenth_schema_was(database)
+    for _ in range(2):
+        store = Store(place)
+        wanted = JobFilter(artifact="22")
+        found = [job.id for job in store.jobs(9_999, (), wanted=wanted).result(60).jobs]
+        assert found == [f"j{number}" for number in range(1300, 0, -1) if number % 3 == 2 and number % 100]
+        store.close()
+        assert jobs_of(database) == new
+    engine = database.engine()
+    indices = {index["name"] for index in sa.inspect(engine).get_indexes("jobs")}
+    assert indices >= {"ix_jobs_by_artifact", "ix_jobs_by_user_and_device", "ix_jobs_by_time"}
+    with engine.begin() as connection:  # as an older kedge that led meanwhile would
+        connection.execute(sa.text("UPDATE jobs SET artifact = NULL WHERE seq IN (5, 100)"))
+    engine.dispose()
+    Store(place).close()
+    assert jobs_of(database) == new
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kedge.rpc import convert
+from kedge.rpc.tracker.database import database
+from kedge.rpc.tracker.store import Store
+read, calls = convert.artifact_of_spec, []
+def killed(data):
+    calls.append(data)
+    if len(calls) == 700:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(data)
+convert.artifact_of_spec = killed
+Store(database(sys.argv[1] or None, Path(sys.argv[2])))
+"""
+
+
+def test_bringing_the_tenth_schema_up_to_date_survives_its_kill(place: Place, tmp_path: Path) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    store = Store(place)
+    write(store, *(accepted(f"j{number}", number) for number in range(1, 1301)))
+    store.close()
+    new = jobs_of(database)
+    as_the_tenth_schema_was(database)
+    old = jobs_of(database)
+    url = database.name if isinstance(database, Postgres) else ""
+    killed = subprocess.run([sys.executable, "-P", "-c", KILLED, url, str(tmp_path)], check=False, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert jobs_of(database) == old and "artifact" not in old[0]
+    Store(place).close()
+    assert jobs_of(database) == new
+
+
 def test_a_database_of_the_ninth_schema_gets_the_index_of_devices(place: Place) -> None:
     database = Sqlite(place) if isinstance(place, Path) else place
     Store(place).close()
@@ -450,15 +535,20 @@ def test_a_database_of_the_ninth_schema_gets_the_index_of_devices(place: Place) 
     engine.dispose()
 
 
-class Watched(Sqlite):
+class Watched:
     """A database that remembers what it was asked."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, place: Place) -> None:
+        self._database = Sqlite(place) if isinstance(place, Path) else place
+        self.name, self.patience_s, self.explain = (
+            self._database.name,
+            self._database.patience_s,
+            self._database.explain,
+        )
         self.asked: dict[str, Any] = {}
 
     def engine(self) -> sa.Engine:
-        engine = super().engine()
+        engine = self._database.engine()
 
         @sa.event.listens_for(engine, "before_cursor_execute")
         def remember(*call: Any) -> None:
@@ -466,6 +556,19 @@ class Watched(Sqlite):
             self.asked[statement] = parameters[0] if many else parameters
 
         return engine
+
+    def plans(self) -> list[str]:
+        """How it does what it was asked to read, one line each: it is not asked to sort, unless it says so."""
+        engine = self._database.engine()
+        found = []
+        with engine.begin() as connection:
+            explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN (COSTS OFF)"
+            for statement, given in self.asked.items():
+                if statement.startswith("SELECT"):
+                    plan = connection.exec_driver_sql(f"{explain} {statement}", given).all()
+                    found.append(" | ".join(" ".join(str(row[-1]).split()) for row in plan))
+        engine.dispose()
+        return found
 
 
 def test_devices_are_as_they_came_or_went_last(place: Place) -> None:
@@ -523,7 +626,11 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
     for states in ((), (JobState.QUEUED,), (JobState.DONE, JobState.RUNNING)):
         for user in (None, "ann"):
             for beyond in (None, 9):
-                for wanted in (JobFilter(), JobFilter(user="bob", device="a", since_unix_ms=1)):
+                for wanted in (
+                    JobFilter(),
+                    JobFilter(user="bob", device="a", since_unix_ms=1),
+                    JobFilter(artifact=SPEC.manifest.digest),
+                ):
                     store.jobs(10, states, user, beyond=beyond, wanted=wanted).result(60)
     store.job("d").result(60)
     store.job_of_key("k").result(60)
@@ -555,11 +662,72 @@ def test_a_devices_jobs_are_read_from_their_index(tmp_path: Path) -> None:
     database.asked.clear()
     store.jobs(10, (JobState.DONE,), wanted=JobFilter(device="a")).result(60)
     store.close()
-    ((statement, given),) = [(text, given) for text, given in database.asked.items() if "ORDER BY" in text]
-    with engine.begin() as connection:
-        plan = [row[-1] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", given).all()]
-    engine.dispose()
-    assert "USING INDEX ix_jobs_by_device (device=? AND state=?)" in plan[0] and "TEMP" not in "".join(plan), plan
+    (plan,) = database.plans()
+    assert "USING INDEX ix_jobs_by_device (device=? AND state=?)" in plan and "TEMP" not in plan, plan
+
+
+def test_lists_of_a_large_database_are_read_from_indices(place: Place) -> None:
+    """By time, by artifact and of a user's jobs on a device, for which a few of 20,000 fit."""
+    database = Watched(place)
+    store = Store(database)
+
+    def artifact(number: int) -> str:
+        return f"{number // 10:064x}"[::-1]
+
+    def done(number: int) -> list[Fact]:
+        device = number // 10 % 10
+        if number % 10 == 3 and device == 7 and number > 600:
+            device = 8
+        one = accepted(f"j{number}", number)
+        spec = replace(SPEC, manifest=Blob(artifact(number), 9))
+        one = replace(one, spec=spec, user=f"u{number % 10}", submitted_ms=1000 * number)
+        return [one, JobDone(one.job_id, replace(RESULT, device=f"d{device}"), 1000 * number)]
+
+    numbers = range(1, 20_001)
+    write(store, *(fact for number in numbers for fact in done(number)))
+    if isinstance(place, Postgres):
+        engine = place.engine()
+        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.execute(sa.text("VACUUM ANALYZE"))
+        engine.dispose()
+    expected = [
+        (JobFilter(since_unix_ms=19_998_000), [19_998, 19_999, 20_000], "ix_jobs_by_time"),
+        (JobFilter(artifact=artifact(37)), list(range(30, 40)), "ix_jobs_by_artifact"),
+        (JobFilter(artifact="300"), [n for n in numbers if artifact(n).startswith("300")], "ix_jobs_by_artifact"),
+        (JobFilter(user="u3", device="d7"), [73, 173, 273, 373, 473, 573], "ix_jobs_by_user_and_device"),
+    ]
+    asked = []
+    for wanted, fit, index in expected:
+        for oldest_first in (False, True):
+            database.asked.clear()
+            page = store.jobs(50, (JobState.DONE,), oldest_first=oldest_first, wanted=wanted).result(60)
+            assert [job.id for job in page.jobs] == [f"j{n}" for n in (fit[:50] if oldest_first else fit[::-1][:50])]
+            asked.append((dict(database.asked), index))
+    store.close()
+    for statements, index in asked:
+        database.asked = statements
+        plans = database.plans()
+        assert any(index in plan for plan in plans), plans
+        assert not any("SCAN" in plan or "Seq Scan" in plan for plan in plans), plans
+
+
+def test_a_list_since_a_time_is_whole_where_clocks_were_set(place: Place) -> None:
+    store = Store(place)
+    times = [500, 100, 900, 300, 200, 400, 50, 350]
+    for number, when in enumerate(times, 1):
+        write(store, replace(accepted(f"j{number}", number), submitted_ms=when))
+    for since in (1, 100, 101, 350, 450, 900, 901):
+        for oldest_first in (False, True):
+            wanted = JobFilter(since_unix_ms=since)
+            found, beyond = [], None
+            while not found or beyond is not None:
+                page = store.jobs(2, (), oldest_first=oldest_first, beyond=beyond, wanted=wanted).result(60)
+                found, beyond = [*found, *page.jobs], page.last
+                if not page.jobs:
+                    break
+            ids = [f"j{number}" for number, when in enumerate(times, 1) if when >= since]
+            assert [job.id for job in found] == (ids if oldest_first else ids[::-1])
+    store.close()
 
 
 def test_jobs_of_other_artifacts_are_passed_over_unread(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,9 +746,13 @@ def test_jobs_of_other_artifacts_are_passed_over_unread(place: Place, monkeypatc
     job_spec_from_bytes = convert.job_spec_from_bytes
     monkeypatch.setattr(convert, "job_spec_from_bytes", counted)
     page = store.jobs(5, (), wanted=JobFilter(artifact="1" * 64)).result(60)
-    assert [job.id for job in page.jobs] == ["j5", "j1"] and page.last == 1 and len(read) == 3
-    first = store.jobs(3, (), wanted=JobFilter(artifact="1111")).result(60)
-    assert [job.id for job in first.jobs] == ["j5"] and first.last == 3, "the next page goes on where this one ended"
+    assert [job.id for job in page.jobs] == ["j5", "j1"] and page.last is None and len(read) == 2
+    first = store.jobs(1, (), wanted=JobFilter(artifact="1111")).result(60)
+    assert [job.id for job in first.jobs] == ["j5"] and first.last == 5
+    for nothing in ("3" * 64, "2" * 63 + "1", "11g", "ä"):
+        assert store.jobs(5, (), wanted=JobFilter(artifact=nothing)).result(60).jobs == []
+    both = store.jobs(5, (JobState.QUEUED,), "", wanted=JobFilter(artifact="2")).result(60)
+    assert [job.id for job in both.jobs] == ["j4", "j3", "j2"]
     store.close()
 
 
