@@ -47,9 +47,13 @@ INTEL_MODELS: Dict[int, str] = {
     **dict.fromkeys((0x97, 0x9A, 0xBE), "alderlake"),
     **dict.fromkeys((0xB7, 0xBA, 0xBF), "raptorlake"),
     **dict.fromkeys((0xAA, 0xAC), "meteorlake"),
+    **dict.fromkeys((0xB5, 0xC5), "arrowlake"),
+    0xC6: "arrowlake-s",
+    0xBD: "lunarlake",
     0x8F: "sapphirerapids",
     0xCF: "emeraldrapids",
     0xAD: "graniterapids",
+    0xAE: "graniterapids-d",
 }
 
 
@@ -101,10 +105,12 @@ TUNED: Dict[str, Dict[str, FrozenSet[str]]] = {
         **dict(X86_LEVELS),
         "nehalem": _V2, "sandybridge": _AVX, "haswell": _V3, "broadwell": _V3, "skylake": _V3,
         **dict.fromkeys(("alderlake", "raptorlake", "meteorlake"), _V3 | {"avxvnni"}),
+        **dict.fromkeys(("arrowlake", "arrowlake-s", "lunarlake"), _V3 | {"avxvnni"}),
         "skylake-avx512": _V4,
         **dict.fromkeys(("icelake-client", "icelake-server", "rocketlake", "tigerlake"), _VNNI),
         **dict.fromkeys(
-            ("sapphirerapids", "emeraldrapids", "graniterapids"), _VNNI | {"avx512bf16", "avxvnni"}
+            ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d"),
+            _VNNI | {"avx512bf16", "avxvnni"},
         ),
         "znver2": _V3, "znver3": _V3,
         "znver4": _VNNI | {"avx512bf16"}, "znver5": _VNNI | {"avx512bf16", "avxvnni"},

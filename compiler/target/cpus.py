@@ -111,6 +111,10 @@ CPUS: tuple[Cpu, ...] = (
     Cpu("alderlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 1280 * KIB, 24 * MIB),
     Cpu("raptorlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 2 * MIB, 24 * MIB),
     Cpu("meteorlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 2 * MIB, 24 * MIB),
+    # Machines of that name have cores of two kinds: this second level is the smaller one's.
+    Cpu("arrowlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 2 * MIB, 24 * MIB),
+    Cpu("arrowlake-s", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 3 * MIB, 36 * MIB),
+    Cpu("lunarlake", X86_64, (*_V3, "avxvnni"), _GOLDEN, 48 * KIB, 2560 * KIB, 12 * MIB),
     Cpu("skylake-avx512", X86_64, _V4, _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
     Cpu("cascadelake", X86_64, (*_V4, "avx512vnni"), _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
     Cpu("cooperlake", X86_64, (*_V4, "avx512vnni", "avx512bf16"), _SKYLAKE_512, 32 * KIB, 1024 * KIB, 16 * MIB),
@@ -121,6 +125,7 @@ CPUS: tuple[Cpu, ...] = (
     Cpu("sapphirerapids", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
     Cpu("emeraldrapids", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
     Cpu("graniterapids", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
+    Cpu("graniterapids-d", X86_64, _SAPPHIRE, _ICELAKE_512, 48 * KIB, 2 * MIB, 32 * MIB),
     Cpu("znver2", X86_64, _V3, _ZEN, 32 * KIB, 512 * KIB, 16 * MIB),
     Cpu("znver3", X86_64, _V3, _ZEN3, 32 * KIB, 512 * KIB, 32 * MIB),
     Cpu("znver4", X86_64, (*_V4, "avx512vnni", "avx512bf16"), _ZEN3, 32 * KIB, 1024 * KIB, 32 * MIB),

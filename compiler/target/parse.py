@@ -102,8 +102,16 @@ def _parse_cpu(text: str, words: list[str], reported: frozenset[str] | None) -> 
 def _take_for_known(draft: _Draft, arch: Arch, reported: frozenset[str]) -> None:
     """Leave of a device's target what is known here: its agent may be newer. `reported` is all that its CPU has."""
     known = {*arch.known_features, *arch.baseline}
+    unknown = [attr[1:] for attr in draft.attrs if attr[0] == "+" and attr[1:] not in known]
     draft.attrs = [attr for attr in draft.attrs if attr[1:] in known]
     if draft.cpu_name is None or find_cpu(draft.cpu_name, arch) is not None:
+        if unknown:
+            warnings.warn(
+                f"the device's CPU has {', '.join(unknown)}, which this kedge does not know and code does without: "
+                "a newer kedge may compile faster code",
+                CompileWarning,
+                stacklevel=2,
+            )
         return
     # The name promised some of these, so that the target does not list them.
     usable = {
