@@ -1,7 +1,7 @@
 """Where the Python time of a compile goes: cProfile's own time, summed by part of the compiler.
 
 python benchmarks/compile_profile.py                    # the tutorial's last schedule, then whole models, uncached
-python benchmarks/compile_profile.py MODEL.onnx …       # each in new processes: without a cache, then with it
+python benchmarks/compile_profile.py MODEL.onnx …       # each in new processes: no cache, a full one, kernels alone
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kedge.compiler.cache import KernelCache
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.pipeline import compile_module
+from kedge.compiler.quota import ARTIFACTS, Quota
 from kedge.compiler.target import parse
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,9 @@ print(f"{wall:.2f} s ({cpu:.2f} s of CPU with its workers), peak {peak:.0f} MiB"
 def fresh(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "KEDGE_CACHE_DIR": str(Path(folder, "cache"))}
-        for state in ("cold", "warm", "warm"):
+        for state in ("cold", "again", "with kernels alone", "with kernels alone"):
+            if state == "with kernels alone":
+                Quota(Path(folder, "cache")).clear((ARTIFACTS,))
             command = [sys.executable, "-c", FRESH, path, str(Path(folder, "out.kdg"))]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             print(f"{path}, {state}: {done.stdout.strip()}")

@@ -194,7 +194,7 @@ def agent_memory_mb() -> float:
 
 
 def compile_seconds() -> dict[str, float]:
-    """A whole `kedge compile` of the digits model in a fresh process: with an empty kernel cache, and again."""
+    """A whole `kedge compile` of the digits model in a fresh process: with an empty cache, and again."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "KEDGE_CACHE_DIR": cache}
         command = [sys.executable, "-m", "kedge", "compile", str(digits_model()), "-o", f"{cache}/digits.kdg"]

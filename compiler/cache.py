@@ -8,33 +8,28 @@ Each version of the compiler has folders of its own, which others remove when it
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from kedge.compiler.codegen.shapes import Program
-from kedge.compiler.errors import ToolchainError
+from kedge.compiler.entries import read_entry, touch, write_entry
+from kedge.compiler.fingerprint import compiler_version, lowering_version
 from kedge.compiler.lower.program import Draft, Kernel, Lowered, Recalled
+from kedge.compiler.quota import Quota
 from kedge.compiler.target import AnyTarget, GpuTarget, Target
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import structural_hash
 from kedge.compiler.toolchain import cache_dir
 
-_MAGIC = b"kedge-kernel 3\n"
-#: The folders of the compiler that make code of a function.
-_MAKING_CODE = ("codegen", "schedule", "target", "tir")
 _DAY = 24 * 3600.0
 #: Seconds after which what another version of the compiler kept and did not use is removed.
 _FORGOTTEN = 30 * _DAY
@@ -61,28 +56,6 @@ class KernelObject:
     features: tuple[str, ...] = ()
     rule: str = ""
     decisions: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@functools.cache
-def compiler_version() -> str:
-    """Changes whenever what makes code of a function does: the schedule rules, the code generator, the LLVM below."""
-    digest = hashlib.sha256(version("llvmlite").encode())
-    root = Path(__file__).parent
-    for folder in _MAKING_CODE:
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
-def lowering_version() -> str:
-    """Changes whenever what lowers groups does: any source that `compiler_version` leaves out, or that itself."""
-    digest = hashlib.sha256(compiler_version().encode())
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] not in _MAKING_CODE:
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def kernel_key(func: PrimFunc, target: AnyTarget) -> str:
@@ -118,13 +91,18 @@ def symbol_of(key: str) -> str:
 class KernelCache:
     """A folder of kernel objects, and of what groups are lowered to (a `lower.Memory`).
 
-    Files appear whole; any number of processes may share it.
+    Files appear whole; any number of processes may share it. The user's own, which has no `root`, has a quota.
+
+    Raises:
+        CacheError: KEDGE_CACHE_SIZE is no size.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = cache_dir() / "kernels" if root is None else root
         self.hits = 0
         self.misses = 0
+        self._quota = Quota() if root is None else None
+        self._written = 0
 
     def find(self, key: str) -> KernelObject | None:
         """The kernel with that key; None if there is none that is whole."""
@@ -133,6 +111,7 @@ class KernelCache:
             self.misses += 1
         else:
             self.hits += 1
+            touch(self._path(key))
         return found
 
     def keep(self, key: str, made: KernelObject) -> None:
@@ -141,12 +120,15 @@ class KernelCache:
         Raises:
             ToolchainError: the folder cannot be written.
         """
-        _write(self._path(key), made)
+        self._written += _write(self._path(key), made)
 
     def find_object(self, key: str) -> bytes | None:
         """The object file with that key, which is no kernel's; None if there is none that is whole."""
         entry = read_entry(self._object_path(key))
-        return None if entry is None else entry[1]
+        if entry is None:
+            return None
+        touch(self._object_path(key))
+        return entry[1]
 
     def keep_object(self, key: str, code: bytes) -> None:
         """Keep the object file with that key.
@@ -154,13 +136,14 @@ class KernelCache:
         Raises:
             ToolchainError: the folder cannot be written.
         """
-        write_entry(self._object_path(key), "object", code)
+        self._written += write_entry(self._object_path(key), "object", code)
 
     def recall(self, group: str) -> Lowered | None:
         """What a group was lowered to; None where unknown."""
         entry = read_entry(self._group_path(group))
         if entry is None:
             return None
+        touch(self._group_path(group))
         form, digest, symbols = json.loads(entry[0])
         return Lowered(form, digest, tuple(symbols))
 
@@ -170,13 +153,21 @@ class KernelCache:
         Raises:
             ToolchainError: the folder cannot be written.
         """
-        write_entry(self._group_path(group), json.dumps([lowered.form, lowered.digest, lowered.symbols]), b"")
+        head = json.dumps([lowered.form, lowered.digest, lowered.symbols])
+        self._written += write_entry(self._group_path(group), head, b"")
 
     def clean(self) -> None:
         """Remove what other versions of the compiler keep here and have not used for 30 days; looks once a day.
 
-        Other processes may read, write and clean meanwhile: at worst they compile something again.
+        Then what was least recently used, where the user's own cache holds more than its quota. Other processes may
+        read, write and clean meanwhile: at worst they compile something again.
         """
+        self._forget()
+        if self._quota is not None and self._written:
+            self._quota.add(self._written)
+            self._written = 0
+
+    def _forget(self) -> None:
         now, own = time.time(), (self._code, self._lowered)
         try:
             for folder in own:
@@ -254,70 +245,9 @@ def _read(path: Path, symbol: str) -> KernelObject | None:
     return KernelObject(symbol, code, workspace, launches, features, facts["rule"], MappingProxyType(decisions))
 
 
-def _write(path: Path, kernel: KernelObject) -> None:
+def _write(path: Path, kernel: KernelObject) -> int:
     facts = {
         "workspace": kernel.workspace, "launches": kernel.launches, "features": kernel.features, "rule": kernel.rule,
         "decisions": dict(kernel.decisions),
     }  # fmt: skip
-    write_entry(path, json.dumps(facts), kernel.code)
-
-
-def read_entry(path: Path) -> tuple[str, bytes] | None:
-    """A line of text and machine code, as `write_entry` wrote them; None if there is no file, or it is not whole."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    digest, body = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
-    if not data.startswith(_MAGIC) or digest != hashlib.sha256(body).digest():
-        return None
-    head, _, code = body.partition(b"\n")
-    return head.decode(), code
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder of the cache.
-
-    Raises:
-        ToolchainError: the cache cannot be written.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ToolchainError:
-    return ToolchainError(
-        f"cannot write the cache {path}: {error.strerror}",
-        hint="set KEDGE_CACHE_DIR to a folder with room that you may write to",
-    )
-
-
-def write_entry(path: Path, head: str, code: bytes) -> None:
-    """Keep a line of text and machine code in a file, which appears whole.
-
-    Raises:
-        ToolchainError: the folder cannot be written.
-    """
-    body = head.encode() + b"\n" + code
-    data = _MAGIC + hashlib.sha256(body).digest() + body
-    try:
-        try:
-            _write_whole(path, data)
-        except FileNotFoundError:  # another process has just removed the folder, as one that nobody used for long
-            _write_whole(path, data)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    make_folder(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernel-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return write_entry(path, json.dumps(facts), kernel.code)

@@ -45,6 +45,10 @@ class ToolchainError(CompileError):
     """The linker or the C compiler is missing or refused its input."""
 
 
+class CacheError(CompileError):
+    """A setting of the cache that is none."""
+
+
 class WorkerError(CompileError):
     """A process that compiled kernels could not be started, or ended before its work was done."""
 

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kedge.compiler.cache import make_folder, read_entry, write_entry
 from kedge.compiler.elf import complaint
+from kedge.compiler.entries import make_folder, read_entry, write_entry
 from kedge.compiler.errors import CompileError, CompileWarning, ToolchainError
 from kedge.compiler.graph.external import External
 from kedge.compiler.target.model import Target

@@ -5,17 +5,18 @@ graph passes -> lowering -> kernels (schedules, LLVM IR, object files) -> shared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TypeAlias
 
 from kedge.compiler import debug
-from kedge.compiler.cache import KernelCache, KernelObject, compiler_version, key_of, symbol_of, text_key
+from kedge.compiler.cache import KernelCache, KernelObject, key_of, symbol_of, text_key
 from kedge.compiler.codegen.entry import CompiledKernel, emit_module
 from kedge.compiler.codegen.machine import emit_object
 from kedge.compiler.errors import CompileError
 from kedge.compiler.external_code import ExternalObjects, external_objects, link_with_externals
+from kedge.compiler.fingerprint import compiler_version
 from kedge.compiler.graph.external import External
 from kedge.compiler.graph.ir import Module
 from kedge.compiler.graph.passes import Partition, Pass, TargetPass, default_passes, for_target
@@ -25,7 +26,7 @@ from kedge.compiler.lower.program import Draft, Kernel, Program, Recalled
 from kedge.compiler.package import CompiledVariant, Weights, pack_weights, package
 from kedge.compiler.report import report_variant
 from kedge.compiler.schedule.schedule import Schedule
-from kedge.compiler.target import AnyTarget, GpuTarget, Target, parse
+from kedge.compiler.target import AnyTarget, GpuTarget, parse, parse_all
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.toolchain import link_shared
 from kedge.compiler.workers import Job, Workers
@@ -162,7 +163,7 @@ def compile_module(
     kernels = KernelCache() if cache is None else cache
     say = progress if progress is not None else _say_nothing
     say("optimizing the graph")
-    targets = _parsed(target)
+    targets = parse_all(target)
     optimized = steps.split_run(module, len(targets))
 
     def make(one: AnyTarget) -> Program:
@@ -170,15 +171,6 @@ def compile_module(
         return draft(optimized(one), steps.externals, kernels)
 
     return compile_programs(make, targets, name, kernels, progress)
-
-
-def _parsed(target: TargetLike | Sequence[TargetLike]) -> list[AnyTarget]:
-    if isinstance(target, (str, Target, GpuTarget)) or not isinstance(target, Iterable):
-        return [parse(target)]
-    targets = list(dict.fromkeys(map(parse, target)))
-    if not targets:
-        raise CompileError("no target was given", hint="name one, for instance native")
-    return targets
 
 
 def _say_nothing(_: str) -> None:
@@ -209,7 +201,7 @@ def compile_programs(
     progress: Progress | None = None,
 ) -> Artifact:
     """The artifact of lowered programs: `make(target)` gives the one for each target."""
-    targets = _parsed(target)
+    targets = parse_all(target)
     kernels = KernelCache() if cache is None else cache
     variants, reports = [], []
     with Workers() as workers:

@@ -119,6 +119,17 @@ def _linker() -> list[str]:
     raise ToolchainError("there is no linker", hint="pip install ziglang, or put ld.lld on the PATH")
 
 
+def linker_version() -> str:
+    """What tells one linker from another; "none" where there is none."""
+    if _zig() is not None:
+        return f"zig {zig_version()}"
+    found = shutil.which("ld.lld")
+    if found is None:
+        return "none"
+    facts = Path(found).stat()
+    return f"{found} {facts.st_size} {facts.st_mtime_ns}"
+
+
 def _zig() -> list[str] | None:
     """The zig program of the ziglang package, or None."""
     spec = importlib.util.find_spec("ziglang")

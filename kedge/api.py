@@ -13,6 +13,7 @@ from kedge.rpc.errors import InputError
 
 if TYPE_CHECKING:
     from kedge.artifact import Artifact
+    from kedge.compiler.artifact_cache import Request
     from kedge.compiler.cache import KernelCache
     from kedge.compiler.graph.external import External
     from kedge.compiler.graph.ir import Module
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from kedge.compiler.tir.stmt import PrimFunc
     from kedge.isolated import LocalDevice
     from kedge.rpc.accelerator import Accelerator
+    from kedge.rpc.artifact import Artifact as PlainArtifact
     from kedge.rpc.client import Fleet
 
 ModelPath: TypeAlias = "str | os.PathLike[str]"
 TargetLike: TypeAlias = "str | AnyTarget"
 Progress: TypeAlias = Callable[[str], None]
+Shapes: TypeAlias = Mapping[str, Sequence[int | str | None]] | None
 
 
 def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | None = None) -> Module:
@@ -58,9 +61,14 @@ def compile(  # noqa: A001 - the field says compile
     pipeline: Pipeline | None = None,
     externals: Sequence[External] = (),
     name: str | None = None,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model, a module or one te / TensorIR function.
+
+    A file that was compiled before, with the same options, by the same compiler, is not compiled again: its artifact is
+    taken from the user's cache, and has `.cached`. With `pipeline` or `externals`, whose Python functions have no
+    digest, and of models with operators of domains other than ONNX's, only compiled kernels are.
 
     Args:
         model: an `.onnx` path, a `Module`, a `PrimFunc` or a `Schedule`. A function without a schedule gets one; one
@@ -70,49 +78,105 @@ def compile(  # noqa: A001 - the field says compile
         pipeline: the passes; `kedge.pipeline("default")` unless given.
         externals: C functions that compute what their patterns match, in place of kedge's kernels.
         name: of the artifact; the file's or function's name unless given.
+        cache: False: take nothing from the user's cache of kernels and artifacts, and keep nothing there.
         progress: told what is being done.
 
     Raises:
         CompileError: with the operator of the user's model and what does not fit.
         TypeError: `model` is none of these, or an argument says nothing about this kind of model.
     """
+    if isinstance(model, (str, os.PathLike)):
+        return _compile_file(Path(model), target, shapes, pipeline, externals, name, cache, progress)
     from kedge.artifact import Artifact
     from kedge.compiler.graph.ir import Module
-    from kedge.compiler.pipeline import compile_module, compile_prim_func
+    from kedge.compiler.pipeline import compile_prim_func
     from kedge.compiler.schedule.schedule import Schedule
     from kedge.compiler.tir.stmt import PrimFunc
 
-    if isinstance(model, (str, os.PathLike)):
-        name = name or Path(model).stem
-        model = load(model, shapes)
-    elif shapes is not None:
+    if shapes is not None:
         raise TypeError("shapes= is for a path; a module is given its shapes by kedge.load(path, shapes=…)")
     if isinstance(model, (PrimFunc, Schedule)):
         if pipeline is not None or externals:
             raise TypeError("pipeline= and externals= are for graphs; a PrimFunc has none")
-        with _kernel_cache() as cache:
-            return Artifact.of(compile_prim_func(model, target, name=name, cache=cache, progress=progress))
+        with _kernel_cache(cache) as kernels:
+            return Artifact.of(compile_prim_func(model, target, name=name, cache=kernels, progress=progress))
     if not isinstance(model, Module):
         accepted = "give an .onnx path, a kedge.Module, a PrimFunc or a Schedule"
         raise TypeError(f"cannot compile a value of type {type(model).__name__}: {accepted}")
-    with _kernel_cache() as cache:
-        return Artifact.of(
-            compile_module(
-                model, target, pipeline=pipeline, externals=externals, name=name or "model", cache=cache,
-                progress=progress,
-            )
-        )  # fmt: skip
+    return Artifact.of(_compile_module(model, target, pipeline, externals, name or "model", cache, progress))
+
+
+def _compile_file(
+    path: Path, target: TargetLike | Sequence[TargetLike], shapes: Shapes, pipeline: Pipeline | None,
+    externals: Sequence[External], name: str | None, cache: bool, progress: Progress | None,
+) -> Artifact:  # fmt: skip
+    """The artifact of a model's file: from the cache of artifacts where it is there, else compiled, and kept there."""
+    from kedge.artifact import Artifact
+    from kedge.compiler import debug
+
+    named = name or path.stem
+    # Where stages are to be seen, they have to be gone through; a pipe can be read once.
+    if not cache or pipeline is not None or externals or debug.wanted(1) or not path.is_file():
+        return Artifact.of(_compile_module(load(path, shapes), target, pipeline, externals, named, cache, progress))
+    from kedge.compiler.artifact_cache import ArtifactCache, Request
+
+    artifacts = ArtifactCache()
+    try:
+        request = Request(path, shapes, named)
+    except (OSError, TypeError, ValueError):
+        load(path, shapes)  # says what is wrong with them
+        raise
+    from kedge.compiler.target import parse_all
+
+    targets = parse_all(target)
+    found = artifacts.find(request, targets)
+    if found is not None:
+        return Artifact.of(found.artifact, found.path, cached=True)
+    module, files = _read(path, shapes, request)
+    made = _compile_module(module, targets, None, (), named, cache, progress)
+    return Artifact.of(made, None if files is None else artifacts.keep(request, targets, files, made))
+
+
+def _read(path: Path, shapes: Shapes, request: Request) -> tuple[Module, tuple[str, ...] | None]:
+    """The module of a file, and the other files that have its data; None for those where `path` does not tell all."""
+    from kedge.compiler.frontend.onnx import external_files, import_model, read_model, uses_own_domains
+    from kedge.compiler.graph.store import SUFFIX
+
+    if path.suffix == SUFFIX:
+        return load(path, shapes), None
+    model = read_model(path)
+    files = None if uses_own_domains(model) else external_files(model)
+    if files is not None:
+        try:
+            request.watch(files)
+        except (OSError, ValueError):
+            import_model(model, shapes)  # says which is missing, and of what
+            raise
+    return import_model(model, shapes), files
+
+
+def _compile_module(
+    module: Module, target: TargetLike | Sequence[TargetLike], pipeline: Pipeline | None,
+    externals: Sequence[External], name: str, cache: bool, progress: Progress | None,
+) -> PlainArtifact:  # fmt: skip
+    from kedge.compiler.pipeline import compile_module
+
+    with _kernel_cache(cache) as kernels:
+        return compile_module(
+            module, target, pipeline=pipeline, externals=externals, name=name, cache=kernels, progress=progress
+        )
 
 
 @contextmanager
-def _kernel_cache() -> Iterator[KernelCache | None]:
-    """None, which means the user's; where every stage is to be seen, one that holds nothing yet."""
+def _kernel_cache(users: bool) -> Iterator[KernelCache | None]:
+    """None, which means the user's; else, and where every stage is to be seen, one that holds nothing yet."""
     from kedge.compiler import debug
-    from kedge.compiler.cache import KernelCache
 
-    if not debug.wanted(debug.KERNEL):
+    if users and not debug.wanted(debug.KERNEL):
         yield None
         return
+    from kedge.compiler.cache import KernelCache
+
     with tempfile.TemporaryDirectory(prefix="kedge-kernels-") as folder:
         yield KernelCache(Path(folder))
 

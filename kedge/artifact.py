@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kedge.rpc.artifact import Artifact as PlainArtifact
 from kedge.rpc.artifact import Manifest
+from kedge.rpc.artifact.package import write_whole
 
 if TYPE_CHECKING:
     from kedge.rpc.client.inprocess import LoadedModel
@@ -16,14 +20,39 @@ if TYPE_CHECKING:
 
 
 class Artifact(PlainArtifact):
-    """A compiled model: `.save(path)`, `Artifact.load(path)`, `.size`, `.digest`, `.manifest`, `.open(threads=N)`."""
+    """A compiled model: `.save(path)`, `Artifact.load(path)`, `.size`, `.digest`, `.manifest`, `.open(threads=N)`.
+
+    `cached` tells whether `kedge.compile` took it from the cache of artifacts.
+    """
+
+    cached = False
+    _file: Path | None = None
 
     @classmethod
-    def of(cls, artifact: PlainArtifact) -> Artifact:
-        """The same artifact with `open`."""
-        return cls(
+    def of(cls, artifact: PlainArtifact, file: Path | None = None, *, cached: bool = False) -> Artifact:
+        """The same artifact with `open`; `file` of the cache is what saving it would write."""
+        made = cls(
             artifact.manifest, {member.name: artifact.member(member.name) for member in artifact.manifest.members}
         )
+        made._file, made.cached = file, cached
+        return made
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.kdg` file, which appears whole or not at all; a copy where it is in the cache, never a link.
+
+        Raises:
+            ArtifactError: the folder is missing or not writable, the disk is full, or `path` is no regular file.
+        """
+        if self._file is not None:
+            try:
+                source = self._file.open("rb", buffering=0)
+            except OSError:  # removed from the cache meanwhile; what is mapped of it stays
+                self._file = None
+        if self._file is None:
+            super().save(path)
+            return
+        with source:
+            write_whole(Path(path), lambda file: _copy(source, file))
 
     def open(self, threads: int = 0, device: str = "") -> LoadedModel:
         """Bind the variant for this machine in this process, zero-copy; close it, or use it in a `with`.
@@ -52,6 +81,23 @@ class Artifact(PlainArtifact):
         machine = platform.machine()
         if not any(variant.arch == machine for variant in self.manifest.variants):
             self.select(machine, ())
+
+
+#: What says that the system cannot copy between two files, and not that a disk is full.
+_NO_COPYING = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    """Copy a file within the system, which shares its blocks where the file system can (Btrfs, XFS, Bcachefs)."""
+    if hasattr(os, "copy_file_range"):
+        left = os.fstat(source.fileno()).st_size
+        try:
+            while left and (done := os.copy_file_range(source.fileno(), target.fileno(), left)):
+                left -= done
+        except OSError as error:
+            if error.errno not in _NO_COPYING:
+                raise
+    shutil.copyfileobj(source, target, 1 << 20)  # what is left of it: both files are where the system stopped
 
 
 def _health() -> Health:

@@ -90,9 +90,10 @@ def _packages() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from kedge.compiler.toolchain import cache_dir
+    from kedge.compiler.quota import Quota
 
-    folder = cache_dir()
+    quota = Quota()
+    folder = quota.root
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -103,7 +104,9 @@ def _cache() -> Iterator[Finding]:
         return
     status: Status = "ok" if free >= MIN_FREE_BYTES else "broken"
     remedy = "" if status == "ok" else f"free some space, or set KEDGE_CACHE_DIR (at least {MIN_FREE_BYTES >> 20} MiB)"
-    yield Finding("cache", status, f"{folder}, {free / (1 << 30):.1f} GiB free", remedy)
+    yield Finding(
+        "cache", status, f"{folder}, at most {quota.limit / (1 << 30):.3g} of {free / (1 << 30):.1f} GiB free", remedy
+    )
 
 
 def _toolchain(progress: Progress) -> Iterator[Finding]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from kedge.compiler.errors import CompileWarning, TargetError
+from kedge.compiler.errors import CompileError, CompileWarning, TargetError
 from kedge.compiler.target.arch import ARCHS, X86_64, Arch, closure, dependents
 from kedge.compiler.target.cpus import BOARDS, CPUS, Cpu, best_cpu, find_cpu
 from kedge.compiler.target.gpu import GPU_BOARDS, GPU_KINDS, GpuTarget
@@ -64,6 +65,16 @@ def parse(text: str | AnyTarget) -> AnyTarget:
     if gpu is not None:
         return parse_gpu(text, gpu, words[1:], partial(_parse_host, reported=reported))
     return _parse_cpu(text, words, reported)
+
+
+def parse_all(targets: str | AnyTarget | Iterable[str | AnyTarget]) -> list[AnyTarget]:
+    """The targets of one compile, each once, in order; raises TargetError as `parse`, and CompileError for none."""
+    if isinstance(targets, (str, Target, GpuTarget)) or not isinstance(targets, Iterable):
+        return [parse(targets)]
+    found = list(dict.fromkeys(map(parse, targets)))
+    if not found:
+        raise CompileError("no target was given", hint="name one, for instance native")
+    return found
 
 
 def parse_cpu(text: str | AnyTarget) -> Target:

@@ -33,6 +33,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "reserve": "scheduling.reserve",
     "release": "scheduling.release",
     "doctor": "doctor.doctor",
+    "cache clear": "caching.clear",
     "join": "access.join",
     "signer": "access.signer",
     "tracker start": "tracker.start",
@@ -51,7 +52,10 @@ _GROUPS: Final[Mapping[str, str]] = {
     "tracker token": "Tokens: who may do what on a tracker.",
     "agent": "The agent: offers this machine to a tracker.",
     "deploy": "Put agents on boards over SSH.",
+    "cache": "What was compiled, and is kept for the next time.",
 }
+#: Groups that do something without a further word.
+_ACTING: Final[Mapping[str, str]] = {"cache": "caching.cache"}
 
 
 def tree(words: Sequence[str] = ()) -> typer.Typer:
@@ -72,12 +76,15 @@ def tree(words: Sequence[str] = ()) -> typer.Typer:
     for path, text in _GROUPS.items():
         above, _, name = path.rpartition(" ")
         if any(each.startswith(f"{path} ") for each in named):
-            apps[path] = typer.Typer(no_args_is_help=True, help=text)
+            apps[path] = typer.Typer(no_args_is_help=path not in _ACTING, help=text)
+            if path in _ACTING:
+                act = _imported(_ACTING[path])
+                apps[path].callback(invoke_without_command=True, help=_help(act))(act)
             apps[above].add_typer(apps[path], name=name)
     for path in named:
         above, _, name = path.rpartition(" ")
-        module, _, function = COMMANDS[path].partition(".")
-        _add(apps[above], name, getattr(import_module(f"kedge.cli.{module}"), function))
+        command = _imported(COMMANDS[path])
+        apps[above].command(name, help=_help(command))(command)
     return app
 
 
@@ -98,7 +105,13 @@ def _root(
     """
 
 
-def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
-    """Add a command whose help is its docstring, without the ends of lines in paragraphs: a terminal has its own."""
+def _imported(place: str) -> Callable[..., None]:
+    module, _, function = place.partition(".")
+    command: Callable[..., None] = getattr(import_module(f"kedge.cli.{module}"), function)
+    return command
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Of a command: its docstring, without the ends of lines in paragraphs, since a terminal has its own."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    group.command(name, help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)

@@ -10,20 +10,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import kedge
-from kedge.compiler.npz import write_npz
-from kedge.inputs import random_inputs
 from kedge.rpc.artifact import Function, Manifest
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError, UsageError
 from kedge.rpc.logs import FORMATS
+from kedge.rpc.sizes import parse_size
 from kedge.rpc.types import ITEM_BYTES
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Shape = tuple[int | str, ...]
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
 
 #: Artifacts, the wire and the runtime count in 64 bits.
@@ -110,25 +110,12 @@ def parse_moment(text: str, now: datetime) -> float:
         raise UsageError(f"{text!r} is no moment", hint="14:00, or with a date: '2026-11-27 14:00'") from None
 
 
-_UNIT_BYTES = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 1 << 10,
-    "mi": 1 << 20,
-    "gi": 1 << 30,
-    "ti": 1 << 40,
-}
-
-
 def parse_bytes(text: str) -> int:
     """`50GiB`, `500 MB` or `1.5T` in bytes; raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if match is None or not float(match[1]):
+    size = parse_size(text)
+    if not size:
         raise UsageError(f"{text!r} is no number of bytes", hint="a number and a unit: 50GiB, 500MB")
-    return round(float(match[1]) * _UNIT_BYTES[match[2] or ""])
+    return size
 
 
 def is_artifact(path: Path) -> bool:
@@ -239,6 +226,8 @@ def check_outputs(path: Path | None) -> None:
 
 def load_inputs(path: Path) -> Arrays:
     """The arrays of an `.npz` file by name; raises InputError when it is not one."""
+    import numpy as np
+
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -259,11 +248,15 @@ def inputs_of(function: Function, path: Path | None, shapes: list[str] | None, s
         raise UsageError(
             "--shape says nothing beside --inputs", hint="the arrays of the file have their shapes; drop one"
         )
+    from kedge.inputs import random_inputs
+
     return load_inputs(path) if path else random_inputs(function, parse_shapes(shapes), seed)
 
 
 def save_outputs(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write arrays to an `.npz` file, whole or not at all; a pipe or device is written to as it is."""
+    from kedge.compiler.npz import write_npz
+
     special = path.exists() and not path.is_file()
     scratch = path if special else _scratch(path)
     try:

@@ -41,9 +41,14 @@ def compile_(
     ] = None,
     shape: output.ShapeOption = None,
     external: output.ExternalOption = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Take nothing from the cache, and keep nothing there.")
+    ] = False,
     as_json: output.JsonFlag = False,
 ) -> None:
     """Compile an ONNX model into an artifact for one or several targets.
+
+    What was compiled before is taken from the cache (see 'kedge cache'): the artifact, or kernels of others.
 
     Examples:
 
@@ -56,6 +61,8 @@ def compile_(
       kedge compile digits.onnx --target x86-64 --target x86-64-v3 --target aws/graviton2 -o digits.kdg
 
       kedge compile digits.onnx --external my_dense.py -o digits.kdg
+
+      kedge compile digits.onnx --no-cache -o digits.kdg
     """
     shapes = parse_shapes(shape)
     _check_targets(target or ())
@@ -65,14 +72,19 @@ def compile_(
     with output.compile_warnings(), output.progress("compile") as report:
         report(f"reading {model.name}")
         with reading(model):
-            loaded = kedge.load(model, shapes=shapes)
-        artifact = kedge.compile(
-            loaded, target=target or ["native"], externals=externals, name=model.stem, progress=report
-        )
+            artifact = kedge.compile(
+                model, target=target or ["native"], shapes=shapes, externals=externals, cache=not no_cache,
+                progress=report,
+            )  # fmt: skip
+        report("writing")
         artifact.save(out)
+    if artifact.cached:
+        output.stderr().print("taken from the cache; --no-cache compiles it again", soft_wrap=True)
     seconds = time.perf_counter() - started
     if as_json:
-        output.emit_json({"artifact": str(out), "seconds": seconds, **manifest_facts(artifact.manifest)})
+        output.emit_json(
+            {"artifact": str(out), "seconds": seconds, "cached": artifact.cached, **manifest_facts(artifact.manifest)}
+        )
         return
     targets = "; ".join(output.target_text(variant.target) for variant in artifact.manifest.variants)
     output.stdout().print(

@@ -12,7 +12,21 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, Mapping, Sequence, Tuple, Type, TypeVar, Union
+from typing import (
+    BinaryIO,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 from kedge.rpc.artifact.manifest import Blob, Manifest, Member, Variant
 from kedge.rpc.artifact.place import CPU, place
@@ -32,6 +46,8 @@ _ZIP_PADDING, _ZIP64_EXTRA = 0xD935, 20
 
 Bytes = Union[bytes, memoryview]
 Self = TypeVar("Self", bound="Artifact")
+#: Raises ArtifactError unless the bytes are those of the member; the text says of which artifact.
+Check = Callable[[Member, Bytes, str], None]
 
 
 def sha256(data: Bytes) -> str:
@@ -47,10 +63,25 @@ def make_member(name: str, data: Bytes, cuts: Sequence[int] = ()) -> Member:
     if spans == [(0, len(view))]:
         whole = sha256(view)
         return Member(name, whole, len(view), (Blob(whole, len(view)),))
-    # hashlib lets other threads go on: a second core hashes the parts while the first one hashes the whole.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        whole, *digests = pool.map(sha256, [view, *(view[a:b] for a, b in spans)])
+    # A second core hashes the parts while the first one hashes the whole.
+    whole, *digests = _hashed([view, *(view[a:b] for a, b in spans)])
     return Member(name, whole, len(view), tuple(Blob(digest, b - a) for digest, (a, b) in zip(digests, spans)))
+
+
+def _hashed(pieces: Sequence[Bytes]) -> List[str]:
+    """The digests of pieces, on all cores: hashlib lets other threads go on."""
+    if len(pieces) < 2:
+        return [sha256(piece) for piece in pieces]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(sha256, pieces))
+
+
+def _spans(data: Bytes, parts: Sequence[Blob]) -> Iterator[memoryview]:
+    """The bytes of each part of a member."""
+    view, start = memoryview(data), 0
+    for part in parts:
+        yield view[start : start + part.size]
+        start += part.size
 
 
 class Artifact:
@@ -91,12 +122,10 @@ class Artifact:
         """Every part of every member with its bytes, each digest once."""
         seen = set()
         for member in self.manifest.members:
-            view, start = memoryview(self._members[member.name]), 0
-            for part in member.parts:
+            for part, view in zip(member.parts, _spans(self._members[member.name], member.parts)):
                 if part.digest not in seen:
                     seen.add(part.digest)
-                    yield part, view[start : start + part.size]
-                start += part.size
+                    yield part, view
 
     def select(self, arch: str, features: Iterable[str]) -> Variant:
         """The best variant for a machine's CPU alone, see `place`; raises IncompatibleTargetError."""
@@ -108,33 +137,19 @@ class Artifact:
         Raises:
             ArtifactError: the folder is missing or not writable, the disk is full, or `path` is no regular file.
         """
-        target = Path(path)
-        if target.exists() and not target.is_file():
-            # Renaming over a device or a folder would replace it.
-            raise ArtifactError(f"cannot write {target}: it is no regular file", hint="name a file to write")
-        try:
-            fd, name = tempfile.mkstemp(dir=str(target.parent), prefix=f".{target.name}.")
-        except OSError as error:
-            raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="choose another folder") from error
-        scratch = Path(name)
-        try:
-            with os.fdopen(fd, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest_json)
-                for member in self.manifest.members:
-                    with archive.open(_aligned_entry(member, file.tell()), "w") as out:
-                        out.write(self._members[member.name])
-            scratch.chmod(0o644)
-            scratch.replace(target)
-        except OSError as error:
-            scratch.unlink()
-            raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="free space on that disk") from error
-        except BaseException:
-            scratch.unlink()
-            raise
+        write_whole(Path(path), self._write)
+
+    def _write(self, file: BinaryIO) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo(MANIFEST_NAME, _ZIP_EPOCH), self.manifest_json)
+            for member in self.manifest.members:
+                with archive.open(_aligned_entry(member, file.tell()), "w") as out:
+                    out.write(self._members[member.name])
 
     @classmethod
-    def load(cls: Type[Self], path: Union[str, "os.PathLike[str]"]) -> Self:
-        """Read and verify a `.kdg` file; raises ArtifactError naming what is wrong with it.
+    def load(cls: Type[Self], path: Union[str, "os.PathLike[str]"], check: Optional[Check] = None) -> Self:
+        """Read and verify a `.kdg` file, with `check_member` unless told otherwise; raises ArtifactError naming what is
+        wrong with it.
 
         Large members are mapped, not read: the file may be replaced meanwhile, but must not be written to.
         """
@@ -156,8 +171,35 @@ class Artifact:
         except OSError as error:
             raise ArtifactError(f"cannot read {source}: {error.strerror}") from error
         for member in manifest.members:
-            check_member(member, members[member.name], str(source))
+            (check or check_member)(member, members[member.name], str(source))
         return cls(manifest, members)
+
+
+def write_whole(target: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Have `write` make an artifact's file, which appears whole or not at all.
+
+    Raises:
+        ArtifactError: the folder is missing or not writable, the disk is full, or `target` is no regular file.
+    """
+    if target.exists() and not target.is_file():
+        # Renaming over a device or a folder would replace it.
+        raise ArtifactError(f"cannot write {target}: it is no regular file", hint="name a file to write")
+    try:
+        fd, name = tempfile.mkstemp(dir=str(target.parent), prefix=f".{target.name}.")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="choose another folder") from error
+    scratch = Path(name)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            write(file)
+        scratch.chmod(0o644)
+        scratch.replace(target)
+    except OSError as error:
+        scratch.unlink()
+        raise ArtifactError(f"cannot write {target}: {error.strerror}", hint="free space on that disk") from error
+    except BaseException:
+        scratch.unlink()
+        raise
 
 
 def _aligned_entry(member: Member, offset: int) -> zipfile.ZipInfo:
@@ -196,7 +238,19 @@ def _read_member(archive: zipfile.ZipFile, source: Path, name: str) -> Bytes:
 def check_member(member: Member, data: Bytes, where: str) -> None:
     """Raise ArtifactError unless `data` is exactly the member that the manifest promises."""
     if len(data) != member.size or sha256(data) != member.digest:
-        raise ArtifactError(
-            f"{where}: member {member.name} is corrupt (its SHA-256 differs from the manifest's)",
-            hint="copy it again, or compile the model again",
-        )
+        raise _corrupt(member, where)
+
+
+def check_parts(member: Member, data: Bytes, where: str) -> None:
+    """As `check_member`, by the digests of the parts, for which all cores are used: of a manifest that is trusted."""
+    if len(data) != member.size or any(
+        digest != part.digest for digest, part in zip(_hashed(list(_spans(data, member.parts))), member.parts)
+    ):
+        raise _corrupt(member, where)
+
+
+def _corrupt(member: Member, where: str) -> ArtifactError:
+    return ArtifactError(
+        f"{where}: member {member.name} is corrupt (its SHA-256 differs from the manifest's)",
+        hint="copy it again, or compile the model again",
+    )

@@ -185,7 +185,7 @@ def test_a_folder_that_is_removed_while_it_is_written_to_is_made_again(
         monkeypatch.undo()
         return made(**where)
 
-    monkeypatch.setattr("kedge.compiler.cache.tempfile.mkstemp", late)
+    monkeypatch.setattr("kedge.compiler.entries.tempfile.mkstemp", late)
     cache.keep_object("ab" * 32, b"code")
     assert cache.find_object("ab" * 32) == b"code"
 

@@ -24,7 +24,15 @@ from kedge.compiler.frontend.onnx import (
 from kedge.compiler.frontend.onnx.coverage import Coverage, OperatorUse, survey
 from kedge.compiler.frontend.onnx.importer import Importer
 from kedge.compiler.frontend.onnx.inputs import ShapeSpec
-from kedge.compiler.frontend.onnx.model import NEWEST_OPSET, OLDEST_OPSET, Source, read_model
+from kedge.compiler.frontend.onnx.model import (
+    NEWEST_OPSET,
+    OLDEST_OPSET,
+    Model,
+    Source,
+    external_files,
+    read_model,
+    uses_own_domains,
+)
 from kedge.compiler.frontend.onnx.node import converted_ops
 from kedge.compiler.graph.ir import Module
 
@@ -51,7 +59,12 @@ def load_onnx(model: Source, shapes: Mapping[str, ShapeSpec] | None = None) -> M
         FrontendError: a file that is missing, truncated, corrupt or not ONNX; shapes that do not fit the model; a
             node outside of what its operator allows.
     """
-    return Importer(read_model(model)).run(shapes or {})
+    return import_model(read_model(model), shapes)
+
+
+def import_model(model: Model, shapes: Mapping[str, ShapeSpec] | None = None) -> Module:
+    """The module of a model that `read_model` has read; see `load_onnx`."""
+    return Importer(model).run(shapes or {})
 
 
 def coverage(model: Source) -> Coverage:
@@ -64,6 +77,6 @@ def coverage(model: Source) -> Coverage:
 
 
 __all__ = [
-    "NEWEST_OPSET", "OLDEST_OPSET", "Coverage", "OperatorUse", "ShapeSpec", "converted_ops", "coverage",
-    "load_onnx", "read_model",
+    "NEWEST_OPSET", "OLDEST_OPSET", "Coverage", "Model", "OperatorUse", "ShapeSpec", "converted_ops", "coverage",
+    "external_files", "import_model", "load_onnx", "read_model", "uses_own_domains",
 ]  # fmt: skip

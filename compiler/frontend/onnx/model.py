@@ -367,6 +367,19 @@ def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
                 yield from body.initializer
 
 
+def external_files(model: Model) -> tuple[str, ...]:
+    """The files that hold data of a model beside its own, as it names them: relative to its folder. They follow from
+    the model's bytes alone, and may be missing."""
+    tensors = (each for each in _tensors(model.proto.graph) if each.data_location == onnx.TensorProto.EXTERNAL)
+    entries = (entry for tensor in tensors for entry in tensor.external_data if entry.key == "location")
+    return tuple(sorted({str(entry.value) for entry in entries} - set(model.apart)))
+
+
+def uses_own_domains(model: Model) -> bool:
+    """Whether nodes are of other domains than ONNX's: what they mean is not in the model, but with who registers it."""
+    return any(_domain(node.domain) for node in all_nodes(model))
+
+
 def _apart_data(model: Model, tensor: onnx.TensorProto) -> bytes | None:
     """The data of a tensor that was read apart; None for any other."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:

@@ -1,0 +1,614 @@
+"""Whole artifacts that are kept: what finds one again, what does not, and what is done where there is no room."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import kedge
+from kedge import te
+from kedge.compiler import artifact_cache, entries, quota
+from kedge.compiler.cache import KernelCache
+from kedge.compiler.errors import CacheError, CompileWarning, FrontendError
+from kedge.compiler.quota import ARTIFACTS, KERNELS, Quota
+from kedge.compiler.te import Tensor
+from kedge.rpc.errors import ArtifactError
+
+SIZE = 64  # of the matrix: 16 KiB
+DAY = 24 * 3600
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("KEDGE_CACHE_SIZE", raising=False)
+    return tmp_path / "cache"
+
+
+def model(path: Path, seed: int = 0, *, beside: str = "", op: str = "Relu", domain: str = "") -> Path:
+    """y = op(x · w); `beside` names the file that holds w."""
+    path.parent.mkdir(exist_ok=True)
+    weight = np.random.default_rng(seed).standard_normal((SIZE, SIZE)).astype(np.float32)
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["t"]), onnx.helper.make_node(op, ["t"], ["y"], domain=domain)]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ("n", SIZE)) for name in "xy")
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], [onnx.numpy_helper.from_array(weight, "w")])
+    opsets = [
+        onnx.helper.make_opsetid(name, version) for name, version in {"": 17, domain: 17 if not domain else 1}.items()
+    ]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    if beside:
+        onnx.save_model(proto, path, save_as_external_data=True, location=beside, size_threshold=0)
+    else:
+        onnx.save_model(proto, path)
+    return path
+
+
+def result(artifact: kedge.Artifact) -> Any:
+    with artifact.open(threads=1) as opened:
+        return opened.run({"x": np.ones((1, SIZE), np.float32)})["y"]
+
+
+def files(root: Path, part: str = ARTIFACTS) -> list[Path]:
+    return sorted(path for path in (root / part).rglob("*") if path.is_file())
+
+
+def objects(root: Path) -> list[Path]:
+    return sorted(root.glob("artifacts/objects/??/*.kdg"))
+
+
+def test_what_was_compiled_before_is_not_even_read(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model(tmp_path / "m.onnx")
+    first = kedge.compile(path)
+    assert not first.cached and len(objects(root)) == 1
+    monkeypatch.setattr("kedge.api._read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("kedge.compiler.pipeline.compile_module", lambda *_, **__: pytest.fail("compiled again"))
+    again = kedge.compile(str(path), target="native", shapes={})
+    assert again.cached and again.digest == first.digest
+    np.testing.assert_array_equal(result(again), result(first))
+
+
+def test_what_is_saved_is_a_copy(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    for number in range(2):  # compiled, and taken from the cache
+        out = tmp_path / f"{number}.kdg"
+        kedge.compile(path).save(out)
+        (kept,) = objects(root)
+        assert out.read_bytes() == kept.read_bytes() and not out.samefile(kept)
+        assert out.stat().st_nlink == kept.stat().st_nlink == 1
+        assert out.stat().st_mode & 0o777 == 0o644
+        out.write_bytes(b"the user's own")
+    assert kedge.compile(path).cached
+
+
+def test_a_copy_is_the_file_that_is_written_without_a_cache(tmp_path: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path, cache=False).save(tmp_path / "plain.kdg")
+    kedge.compile(path).save(tmp_path / "copied.kdg")
+    assert (tmp_path / "plain.kdg").read_bytes() == (tmp_path / "copied.kdg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: {"model": model(path, seed=1)},
+        lambda path: {"model": path.rename(path.with_name("other.onnx"))},
+        lambda path: {"name": "other"},
+        lambda path: {"target": "x86-64"},
+        lambda path: {"target": "native -num-cores=31"},
+        lambda path: {"target": ["native", "x86-64"]},
+        lambda path: {"shapes": {"x": (2, SIZE)}},
+        lambda path: {"shapes": {"x": ("batch", SIZE)}},
+    ],
+    ids=["weights", "file name", "name", "target", "target option", "targets", "shape", "dim's name"],
+)
+def test_all_that_decides_is_in_the_key(tmp_path: Path, change: Callable[[Path], dict[str, Any]]) -> None:
+    path = model(tmp_path / "m.onnx")
+    first = kedge.compile(path)
+    options = {"model": path, **change(path)}
+    other = kedge.compile(**options)
+    assert not other.cached and other.digest != first.digest
+    assert kedge.compile(**options).cached
+    again = kedge.compile(model(tmp_path / "m.onnx"))
+    assert again.cached and again.digest == first.digest
+
+
+def test_targets_are_in_the_key_in_their_order(tmp_path: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    assert not kedge.compile(path, target=["x86-64", "x86-64-v3"]).cached
+    assert not kedge.compile(path, target=["x86-64-v3", "x86-64"]).cached
+    assert kedge.compile(path, target=["x86-64", "x86-64-v3", "x86-64"]).cached, "each is taken once"
+
+
+@pytest.mark.parametrize(
+    "what", ["compiler/frontend/onnx/window.py", "compiler/package/weights.py", "rpc/artifact/package.py"]
+)
+def test_any_source_of_the_compiler_is_in_the_key(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kedge.compiler import fingerprint
+
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    read = Path.read_bytes
+
+    def changed(self: Path) -> bytes:
+        return read(self) + (b"# changed" if str(self).endswith(what) else b"")
+
+    cached = (fingerprint.compiler_version, fingerprint.lowering_version, fingerprint.artifact_version)
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    try:
+        assert not kedge.compile(path).cached
+    finally:
+        monkeypatch.undo()
+        for function in cached:
+            function.cache_clear()
+
+
+@pytest.mark.parametrize("package", ["llvmlite", "numpy", "onnx", "ml_dtypes", "ziglang"])
+def test_the_packages_below_are_in_the_key(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from kedge.compiler import fingerprint
+
+    cached = (fingerprint.compiler_version, fingerprint.lowering_version, fingerprint.artifact_version)
+    before, version = fingerprint.artifact_version(), metadata.version
+
+    def newer(name: str) -> str:
+        return version(name) + (".post1" if name == package else "")
+
+    monkeypatch.setattr(fingerprint, "version", newer)
+    monkeypatch.setattr(metadata, "version", newer)
+    try:
+        for function in cached:
+            function.cache_clear()
+        assert fingerprint.artifact_version() != before
+    finally:
+        monkeypatch.undo()
+        for function in cached:
+            function.cache_clear()
+
+
+# Data beside the model --------------------------------------------------------------------------------------------
+
+
+def test_data_beside_the_model_is_in_the_key(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx", beside="m.data")
+    data = tmp_path / "m.data"
+    whole = data.read_bytes()
+    first = kedge.compile(path)
+    assert kedge.compile(path).cached
+    data.write_bytes(np.full(SIZE * SIZE, 0.5, np.float32).tobytes())
+    other = kedge.compile(path)
+    assert not other.cached and result(other)[0, 0] == pytest.approx(SIZE / 2)
+    assert kedge.compile(path).cached
+    data.write_bytes(whole)
+    again = kedge.compile(path)
+    assert again.cached and again.digest == first.digest
+    data.unlink()
+    with pytest.raises(FrontendError, match=r"m\.data, which is missing"):
+        kedge.compile(path)
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.data"])
+def test_what_changes_while_it_is_compiled_is_not_kept(tmp_path: Path, root: Path, name: str) -> None:
+    path = model(tmp_path / "m.onnx", beside="m.data")
+
+    def change(what: str) -> None:
+        if what.startswith("optimizing the graph for"):
+            changed = bytearray((tmp_path / name).read_bytes())
+            changed[-1] ^= 1
+            (tmp_path / name).write_bytes(changed)
+
+    assert not kedge.compile(path, progress=change).cached
+    assert not files(root)
+
+
+# What has no digest -----------------------------------------------------------------------------------------------
+
+
+def test_operators_that_users_define_pass_the_cache_by(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx", op="Mine", domain="my.domain")
+
+    def times(factor: float) -> Callable[..., Tensor]:
+        def function(tensors: list[Tensor]) -> Tensor:
+            (x,) = tensors
+            return te.compute(x.shape, lambda *at: x[at] * factor, name="y")
+
+        return function
+
+    found = []
+    for factor in (2.0, 3.0):
+        with te.register_onnx("my.domain", "Mine", times(factor)):
+            artifact = kedge.compile(path)
+            assert not artifact.cached
+            found.append(result(artifact)[0, 0] / factor)
+    assert found[0] == pytest.approx(found[1])
+    assert not files(root) and files(root, KERNELS)
+
+
+def test_what_python_functions_decide_passes_the_cache_by(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    before = files(root)
+    external = kedge.External(
+        "mine",
+        kedge.patterns.op("relu", kedge.patterns.wildcard("x")),
+        source='#include "kedge_external.h"\nint32_t mine(const kedge_external_call *call) { return call == 0; }\n',
+    )
+    assert not kedge.compile(path, pipeline=kedge.pipeline("default")).cached
+    assert not kedge.compile(path, externals=[external]).cached
+    assert not kedge.compile(kedge.load(path)).cached
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("name", ["KEDGE_DEBUG", "KEDGE_DUMP_DIR"])
+def test_stages_that_are_to_be_seen_are_gone_through(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    monkeypatch.setenv(name, "1" if name == "KEDGE_DEBUG" else str(tmp_path / "dump"))
+    assert not kedge.compile(path).cached
+
+
+def test_a_saved_module_is_compiled(tmp_path: Path) -> None:
+    kedge.load(model(tmp_path / "m.onnx")).save(tmp_path / "m.kmod")
+    assert [kedge.compile(tmp_path / "m.kmod").cached for _ in range(2)] == [False, False]
+
+
+def test_without_a_cache_nothing_is_taken_and_nothing_kept(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    assert not kedge.compile(path, cache=False).cached
+    assert not files(root) and not files(root, KERNELS)
+    kedge.compile(path)
+    assert not kedge.compile(path, cache=False).cached
+
+
+def test_a_pipe_is_read_once(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(FrontendError):
+        kedge.compile(tmp_path)
+    with pytest.raises(FrontendError, match="there is no file"):
+        kedge.compile(tmp_path / "none.onnx")
+    path, pipe = model(tmp_path / "m.onnx"), tmp_path / "pipe.onnx"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    writer.start()
+    assert not kedge.compile(pipe, name="m").cached
+    writer.join()
+    assert not files(root)
+
+
+# Damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["objects", "keys", "models"])
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 40)])
+def test_what_is_damaged_is_dropped_and_compiled_anew(
+    kind: str, damage: Callable[[Path], None], tmp_path: Path, root: Path
+) -> None:
+    path = model(tmp_path / "m.onnx")
+    first = kedge.compile(path)
+    first.save(tmp_path / "first.kdg")
+    (kept,) = (each for each in files(root) if each.relative_to(root / ARTIFACTS).parts[0] == kind)
+    good = kept.read_bytes()
+    damage(kept)
+    with pytest.warns(CompileWarning, match="damaged in the cache, and compiled anew") as said:
+        again = kedge.compile(path)
+    assert len(said) == 1 and not again.cached and again.digest == first.digest
+    assert kept.read_bytes() == good
+    with warnings.catch_warnings(action="error"):
+        assert kedge.compile(path).cached
+
+
+def test_an_artifact_under_a_wrong_name_is_damage(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    first = kedge.compile(path)
+    (kept,) = objects(root)
+    kedge.compile(model(tmp_path / "other.onnx", seed=1), cache=False).save(kept)
+    with pytest.warns(CompileWarning, match="another artifact"):
+        assert kedge.compile(path).digest == first.digest
+
+
+def test_what_is_gone_is_compiled_again_without_a_word(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    for kept in files(root):
+        kept.unlink()
+        with warnings.catch_warnings(action="error"):
+            assert not kedge.compile(path).cached
+            assert kedge.compile(path).cached
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_that_leaves_the_cache_can_still_be_saved(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path).save(tmp_path / "first.kdg")
+    again = kedge.compile(path)
+    Quota().clear()
+    again.save(tmp_path / "again.kdg")
+    assert (tmp_path / "again.kdg").read_bytes() == (tmp_path / "first.kdg").read_bytes()
+    result(again)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_systems_that_cannot_copy_between_files(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = kedge.compile(model(tmp_path / "m.onnx"))
+    artifact.save(tmp_path / "first.kdg")
+
+    def refused(*_: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    artifact.save(tmp_path / "second.kdg")
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    artifact.save(tmp_path / "third.kdg")
+    monkeypatch.delattr(os, "copy_file_range")
+    artifact.save(tmp_path / "fourth.kdg")
+    assert len({path.read_bytes() for path in tmp_path.glob("*.kdg")}) == 1
+
+
+def test_a_full_disk_leaves_no_part_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = kedge.compile(model(tmp_path / "m.onnx"))
+    copy = os.copy_file_range
+
+    def full(source: int, target: int, count: int) -> int:
+        if os.fstat(target).st_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return copy(source, target, 1000)
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ArtifactError, match=r"cannot write .*out\.kdg: No space left"):
+        artifact.save(tmp_path / "out.kdg")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model(tmp_path / "m.onnx")
+    write = zipfile.ZipFile.open
+
+    def interrupted(self: zipfile.ZipFile, name: Any, mode: str = "r", **options: Any) -> Any:
+        if mode == "w" and name.filename.endswith("safetensors"):
+            raise KeyboardInterrupt
+        return write(self, name, mode, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kedge.compile(path)
+    assert not files(root)
+    monkeypatch.undo()
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(root))
+    artifact = kedge.compile(path)
+    assert not artifact.cached and kedge.compile(path).cached
+
+    def copying(*_: int) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "copy_file_range", copying)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        artifact.save(tmp_path / "out.kdg")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_cache_that_takes_no_artifacts_is_a_warning(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    root.mkdir()
+    (root / ARTIFACTS).write_text("in the way")
+    with pytest.warns(CompileWarning, match=r"not kept for another compile: .*KEDGE_CACHE_DIR") as said:
+        artifact = kedge.compile(path)
+    assert len(said) == 1
+    artifact.save(tmp_path / "out.kdg")
+    assert kedge.Artifact.load(tmp_path / "out.kdg").digest == artifact.digest
+
+
+PROGRAM = """
+import sys, kedge
+sys.stdin.readline()
+artifact = kedge.compile(sys.argv[1])
+artifact.save(sys.argv[2])
+print(artifact.digest)
+"""
+
+
+def test_many_processes_compile_at_once(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    outs = [tmp_path / f"{number}.kdg" for number in range(4)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", PROGRAM, str(path), str(out)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for out in outs
+    ]  # fmt: skip
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    digests = {process.communicate()[0] for process in started}
+    assert [process.returncode for process in started] == [0] * 4
+    assert len(digests) == 1 and len({out.read_bytes() for out in outs}) == 1
+    assert not [kept for kept in files(root) if kept.name.startswith(".")]
+    assert kedge.compile(path).cached
+
+
+def test_what_is_cleared_meanwhile_is_compiled_again(tmp_path: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    first = kedge.compile(path)
+    stop = threading.Event()
+
+    def clear() -> None:
+        while not stop.is_set():
+            Quota().clear()
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    try:
+        for number in range(10):
+            artifact = kedge.compile(path)
+            artifact.save(tmp_path / f"{number}.kdg")
+            assert kedge.Artifact.load(tmp_path / f"{number}.kdg").digest == first.digest
+    finally:
+        stop.set()
+        thread.join()
+
+
+# The quota --------------------------------------------------------------------------------------------------------
+
+
+def used(path: Path, ago_s: float) -> None:
+    at = time.time() - ago_s
+    os.utime(path, (at, at))
+
+
+@pytest.fixture
+def three(tmp_path: Path, root: Path) -> Iterator[list[Path]]:
+    """Three models in the cache, the first one used last, the second one longest ago; kernels before all of them."""
+    paths = [model(tmp_path / f"m{number}.onnx", seed=number) for number in range(3)]
+    for path, days in zip(paths, (1, 3, 2), strict=True):
+        before = set(files(root))
+        kedge.compile(path)
+        for kept in set(files(root)) - before:
+            used(kept, days * DAY)
+    for kept in files(root, KERNELS):
+        used(kept, 10 * DAY)
+    yield paths
+
+
+def test_the_least_recently_used_goes_first(three: list[Path], root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = sum(path.stat().st_size for path in files(root, KERNELS))
+    whole = sum(path.stat().st_size for path in files(root))
+    monkeypatch.setenv("KEDGE_CACHE_SIZE", str(whole + whole // 6))
+    assert kernels < whole // 6, "the three are what takes room"
+    fourth = model(three[0].with_name("m3.onnx"), seed=3)
+    kedge.compile(fourth)
+    monkeypatch.setattr("kedge.api._compile_module", lambda *_: pytest.fail("it was not kept"))
+    assert all(kedge.compile(path).cached for path in (three[0], three[2], fourth))
+    with pytest.raises(pytest.fail.Exception, match="not kept"):
+        kedge.compile(three[1])
+    assert sum(each.size for each in Quota().kept()) <= Quota().limit
+
+
+def test_use_is_noted(three: list[Path], root: Path) -> None:
+    kedge.compile(three[1])
+    young = [kept for kept in files(root) if time.time() - kept.stat().st_mtime < DAY / 2]
+    assert len(young) == 3, "the artifact, its key and its model"
+    kedge.compile(three[1], name="again")
+    kernels = [kept for kept in files(root, KERNELS) if not kept.name.startswith(".")]
+    assert all(time.time() - kept.stat().st_mtime < DAY / 2 for kept in kernels)
+
+
+def test_kernels_go_too(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEDGE_CACHE_SIZE", "0")
+    path = model(tmp_path / "m.onnx")
+    artifact = kedge.compile(path)
+    assert not objects(root) and not Quota().kept()
+    artifact.save(tmp_path / "out.kdg")
+    assert not kedge.compile(path).cached
+
+
+def test_what_is_larger_than_the_quota_is_not_kept(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = kedge.compile(model(tmp_path / "small.onnx"))
+    kept = files(root)
+    monkeypatch.setenv("KEDGE_CACHE_SIZE", str(small.size - 1))
+    monkeypatch.setattr(Quota, "add", lambda *_: None)  # of kernels
+    kedge.compile(model(tmp_path / "other.onnx", seed=1))
+    assert files(root) == kept
+
+
+def test_other_peoples_files_are_left(three: list[Path], root: Path) -> None:
+    names = [
+        "artifacts/notes.txt",
+        "artifacts/objects/ab/notes.kdg",
+        "kernels/notes.txt",
+        "kernels/mine/ab/" + "0" * 64,
+    ]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("somebody's")
+        used(root / name, 100 * DAY)
+    scratch = [root / "artifacts" / "objects" / f".{'0' * 64}.kdg.abcd", root / "kernels" / ".kernel-abcd"]
+    for path in scratch:
+        path.write_text("half")
+    used(scratch[0], 2 * DAY)
+    Quota().make_room(Quota().limit)
+    assert not Quota().kept()
+    assert all((root / name).read_text() == "somebody's" for name in names)
+    assert [path.exists() for path in scratch] == [False, True], "the other one may be being written"
+    assert Quota().clear() and not scratch[1].exists()
+
+
+def test_what_is_there_is_counted_once_a_day(three: list[Path], root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sum(each.size for each in Quota().kept())
+    assert Quota()._total() == pytest.approx(real, rel=0.01)
+    (root / ".size").write_text("1000 0\n")
+    assert Quota()._total() is None
+    Quota().add(0)
+    assert Quota()._total() == real
+    Quota().add(7)
+    monkeypatch.setattr(Quota, "kept", lambda *_: pytest.fail("counted again"))
+    Quota().add(8)
+    assert Quota()._total() == real + 15
+    for damaged in ("", "x y\n", "5\n", f"5 {time.time()}\nz\n"):
+        (root / ".size").write_text(damaged)
+        assert Quota()._total() is None
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "5 apples"])
+def test_a_quota_that_is_none_is_refused_before_anything_is_done(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEDGE_CACHE_SIZE", text)
+    with pytest.raises(CacheError, match="KEDGE_CACHE_SIZE is") as said:
+        kedge.compile(model(tmp_path / "m.onnx"), progress=lambda _: pytest.fail("begun"))
+    assert said.value.hint is not None and "5GiB" in said.value.hint
+    with pytest.raises(CacheError):
+        KernelCache()
+    KernelCache(tmp_path / "own")
+
+
+def test_sizes_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quota.limit() == 5 << 30
+    for text, size in (("20GiB", 20 << 30), ("500 MB", 500_000_000), ("0", 0), ("", 5 << 30)):
+        monkeypatch.setenv("KEDGE_CACHE_SIZE", text)
+        assert quota.limit() == size
+
+
+def test_a_use_is_noted_once_an_hour(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    path.touch()
+    for ago, noted in ((30 * 60, False), (2 * 3600, True)):
+        used(path, ago)
+        entries.touch(path)
+        assert (time.time() - path.stat().st_mtime < 60) is noted
+    entries.touch(tmp_path / "gone")
+
+
+def test_pieces_of_a_file_are_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact_cache, "_PIECE", 4)
+    digests = set()
+    for number, data in enumerate((b"", b"abcd", b"abcde", b"abcdefgh", b"efghabcd", b"abcd\0", b"abcd\0\0\0\0")):
+        (tmp_path / str(number)).write_bytes(data)
+        digests.add(artifact_cache._digest(tmp_path / str(number)))
+    assert len(digests) == 7
