@@ -333,11 +333,12 @@ class Agent:
         return Session(self._board, lease, spec, lambda: open_channel(self._settings.tracker, self._tls()))
 
     def _on_finished(self, finished: m.JobFinished) -> List[core.Action]:
+        self._job = self._stages = None
+        self._perform(self._core.finished(finished))
         job_id, outcome = finished.lease.job_id, finished.result.outcome
         about = {"job": job_id, "outcome": outcome.kind, "stage": outcome.stage}
         log.info("job %s: %s", job_id, outcome, extra=about)
-        self._job = self._stages = None
-        return self._core.finished(finished)
+        return []
 
     def _shut_down(self) -> None:
         self._ended.set()

@@ -17,10 +17,11 @@ import os
 import shutil
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
 
-from kedge.rpc.artifact.manifest import Blob, Member
+from kedge.rpc.artifact.manifest import Blob, Manifest, Member
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, DiskFullError
 from kedge.rpc.errors import KedgeError
 
@@ -29,6 +30,8 @@ log = logging.getLogger("kedge.agent")
 #: Without a limit given, the share of the disk's free space (what the cache holds counted as free) it may take.
 DISK_SHARE = 0.5
 _READ_BYTES = 1 << 20
+#: Of manifests, as they are written, so much is remembered: what they are read into takes some times as much.
+_MANIFEST_BYTES = 256 << 10
 #: An interrupted download is gone on with when the blob is wanted again so soon.
 _PARTIAL_KEPT_S = 24 * 3600
 
@@ -64,6 +67,8 @@ class ArtifactCache:
         self._held: Dict[str, int] = {}
         #: What was verified, and how its file looked then.
         self._verified: Dict[str, Tuple[int, ...]] = {}
+        #: The manifests that were used last: their texts, and what they say.
+        self._manifests: OrderedDict[str, Tuple[bytes, Manifest]] = OrderedDict()
 
     def hold(self) -> Hold:
         """A job's claim on what it uses; use it as a context manager."""
@@ -101,6 +106,20 @@ class ArtifactCache:
                 path.unlink()
                 self._verified.pop(digest, None)
                 excess -= size
+
+    def manifest(self, blob: Blob) -> Tuple[bytes, Manifest]:
+        """A manifest of the store that was verified; the last ones are remembered. Raises ArtifactError."""
+        with self._lock:
+            known = self._manifests.get(blob.digest)
+        if known is None:
+            text = self.store.read(blob.digest)
+            known = text, Manifest.from_json(text)
+        with self._lock:
+            self._manifests[blob.digest] = known
+            self._manifests.move_to_end(blob.digest)
+            while len(self._manifests) > 1 and sum(len(text) for text, _ in self._manifests.values()) > _MANIFEST_BYTES:
+                self._manifests.popitem(last=False)
+        return known
 
     def _refuse(self, needed_bytes: int, least_bytes: int, limit: int) -> NoReturn:
         """Say whose fault it is: without a limit given, a job that half of an empty disk could hold is not to blame."""
@@ -143,7 +162,7 @@ class ArtifactCache:
 
     def _look(self, path: Path) -> Tuple[int, ...]:
         """What changes whenever a file is written to, renamed over, or marked as used."""
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 - of every file of every job
         # Who writes to a file can give it any time of modification, but not of this change.
         changed = 0 if self._guarded else status.st_ctime_ns
         return status.st_ino, status.st_size, status.st_mtime_ns, changed
@@ -173,10 +192,7 @@ class Hold:
         for digest in distinct:
             self._claim(digest)
         store = self._cache.store
-        for blob in distinct.values():
-            if store.has(blob):
-                self._drop_if_damaged(blob)
-        missing = store.find_missing(distinct.values())
+        missing = [blob for blob in distinct.values() if not (store.has(blob) and self._is_sound(blob))]
         if missing:
             self._cache.make_room(sum(blob.size - store.committed_bytes(blob) for blob in missing))
         for blob in missing:
@@ -186,6 +202,10 @@ class Hold:
     def path(self, blob: Blob) -> Path:
         """The file of a blob that `fetch` brought."""
         return self._cache.store.path(blob.digest)
+
+    def manifest(self, blob: Blob) -> Tuple[bytes, Manifest]:
+        """A manifest that `fetch` brought, as it was written and read; raises ArtifactError."""
+        return self._cache.manifest(blob)
 
     def member(self, member: Member) -> Path:
         """The file of a member whose parts `fetch` brought.
@@ -233,11 +253,14 @@ class Hold:
             scratch.unlink(missing_ok=True)
             raise
 
-    def _drop_if_damaged(self, blob: Blob) -> None:
+    def _is_sound(self, blob: Blob) -> bool:
+        """Whether the file of a blob that is there is what it should be; it is dropped if not."""
         try:
             self._cache._verify(blob.digest, self._cache.store.path(blob.digest))
         except CorruptBlobError as error:
             log.warning("%s", error.message)
+            return False
+        return True
 
     def _claim(self, digest: str) -> None:
         self._cache._claim(digest)

@@ -406,10 +406,9 @@ class Job:
 
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
-        text = hold.path(self._spec.manifest).read_bytes()
+        text, manifest = hold.manifest(self._spec.manifest)
         if self._board.signers:
             signing.verify(text, self._spec.signature, self._board.signers)
-        manifest = Manifest.from_json(text)
         self._check_request()
         info = self._board.device
         placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)

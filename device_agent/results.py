@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, List
@@ -24,6 +23,8 @@ log = logging.getLogger("kedge.agent")
 
 _NAME = re.compile(r"[0-9A-Za-z_-]+")
 _SUFFIX = ".result"
+#: Of one that is being written, by the one thread that writes them.
+_SCRATCH = ".new"
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,14 @@ class ResultStore:
         """Write a result down. A disk that does not take it is reported: the result then lives as long as the agent."""
         data = to_pb(finished, 0).SerializeToString()
         path = self._path(finished.lease)
+        scratch = path.with_suffix(_SCRATCH)
         try:
-            with tempfile.NamedTemporaryFile(dir=str(self._folder), delete=False) as file:
-                try:
-                    file.write(data)
-                    file.flush()
-                    Path(file.name).replace(path)
-                except BaseException:
-                    Path(file.name).unlink()
-                    raise
+            try:
+                scratch.write_bytes(data)
+                scratch.replace(path)
+            except BaseException:
+                scratch.unlink(missing_ok=True)
+                raise
         except OSError as error:
             log.warning("job %s: its result cannot be kept on disk: %s", finished.lease.job_id, error.strerror)
 

@@ -69,21 +69,23 @@ def cut(name: str, text: str) -> str:
 
 
 def _check(name: str, value: Any) -> None:
-    if isinstance(value, Message):
-        check(value)
-    elif isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         if len(value) > BOUNDS.get(name, TEXT):
             raise _too_much(name, f"{len(value)} characters", BOUNDS.get(name, TEXT))
         if "\0" in value and name != _ANY_CHARACTER:
             raise UsageError(f"{_short(name)} has a zero character in it")
-    elif isinstance(value, bytes):
+    elif kind is bytes:
         if len(value) > BOUNDS.get(name, BYTES):
             raise _too_much(name, f"{len(value)} bytes", BOUNDS.get(name, BYTES))
-    elif isinstance(value, int):
+    elif kind is int:
         if abs(value) > INTEGER:
             raise _too_much(name, f"the value {value}", INTEGER)
-    elif not isinstance(value, float):
-        _check_items(name, value)
+    elif kind is not float and kind is not bool:
+        if isinstance(value, Message):
+            check(value)
+        else:
+            _check_items(name, value)
 
 
 def _check_items(name: str, items: Any) -> None:

@@ -196,10 +196,9 @@ int32_t kedge_usable_cpus(void) {
   return count > 0 ? count : 1;
 }
 
-/* Starts what lacks for `wanted` threads, the caller's included; returns how many there are. */
-static int32_t grow(int32_t wanted) {
+/* Starts what lacks for `wanted` threads on `cpus`, the caller's included; returns how many there are. */
+static int32_t grow(int32_t wanted, int32_t cpus) {
   static bool watches_forks = false;
-  int32_t cpus = kedge_usable_cpus();
   pthread_mutex_lock(&grow_lock);
   int32_t count = atomic_load(&n_workers);
   if (!watches_forks && wanted > 1) watches_forks = pthread_atfork(NULL, NULL, forget_workers) == 0;
@@ -215,7 +214,7 @@ int32_t kedge_team_init(kedge_team *team, int32_t num_threads) {
   }
   int32_t cpus = kedge_usable_cpus();
   team->num_threads = num_threads > 0 ? num_threads : cpus < MAX_WORKERS + 1 ? cpus : MAX_WORKERS + 1;
-  int32_t started = grow(team->num_threads);
+  int32_t started = grow(team->num_threads, cpus);
   if (started >= team->num_threads) return KEDGE_OK;
   return kedge_fail(KEDGE_E_MEMORY, "cannot start thread %d of %d", started + 1, team->num_threads);
 }
@@ -282,7 +281,7 @@ static int32_t kernel_failed(int32_t result) {
 static int32_t share(loop *l, const kedge_team *team, int64_t threads) {
   letter letters[MAX_WORKERS];
   int32_t available = atomic_load_explicit(&n_workers, memory_order_acquire), posted = 0;
-  if (available == 0 && atomic_exchange(&forked, false)) available = grow(team->num_threads) - 1;
+  if (available == 0 && atomic_exchange(&forked, false)) available = grow(team->num_threads, kedge_usable_cpus()) - 1;
   atomic_init(&l->pending, (uint32_t)threads - 1);
   int64_t size = l->extent / threads, larger = l->extent % threads; /* the first `larger` chunks take one more */
   int64_t end = l->extent;

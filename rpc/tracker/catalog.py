@@ -136,14 +136,15 @@ class Catalog:
 
     async def _manifest(self, blob: Blob, principal: Principal) -> Manifest:
         # Also what was complete before: somebody may have removed blobs, or they were found damaged.
-        await self._require([blob], "manifest", principal)
         known = self._known.get(blob.digest)
+        if known is None or not self._owners.has(principal, blob.digest):  # whom nothing of it must be told
+            await self._require([blob], "manifest", principal)
         if known is None:
             # A large one takes a while: others are served meanwhile.
             known = self._remember(blob, await asyncio.to_thread(self._read, blob))
         self._known.move_to_end(blob.digest)
         manifest, parts, _ = known
-        await self._require(parts, f"artifact {manifest.name!r}", principal)
+        await self._require([blob, *parts], f"artifact {manifest.name!r}", principal)
         return manifest
 
     def _read(self, blob: Blob) -> Manifest:
@@ -162,6 +163,8 @@ class Catalog:
         return known
 
     async def _require(self, blobs: list[Blob], what: str, principal: Principal) -> None:
+        if not blobs:
+            return
         # Of each blob a file is looked at, and others are served while that is done to many.
         many = len(blobs) > _FEW_BLOBS
         missing = await asyncio.to_thread(self.missing, blobs, principal) if many else self.missing(blobs, principal)

@@ -183,9 +183,12 @@ class Lifecycle:
         effects.sends.append(JobChanged(self._views.job(job)))
 
     def withdraw(self, job: LiveJob, now: int, effects: Effects) -> None:
-        """The job never was."""
+        """The job never was. A device that has begun it is told, and free once it has ended it."""
         self._jobs.remove(job)
-        self._take_back(job, now, effects)
+        if job.sent:
+            self.abort(job, "the tracker could not store it", effects)
+        else:
+            self._take_back(job, now, effects)
         self._leave(job, now)
 
     def give_up(

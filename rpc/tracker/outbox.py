@@ -1,9 +1,10 @@
 """Effects on their way out: in the order in which they were decided, each only when its facts are durable.
 
-One message does not wait for the disk: the assignment of a job that was accepted before. A tracker that dies before it
-is stored has promised nobody anything by it: the device then holds a lease that no tracker knows and whose result
-counts for nothing, and the job is assigned anew. So the disk's time and the job's first steps on its device overlap. It
-overtakes nothing that its agent could notice: neither its greeting nor the receipt of an older result of the same job.
+Assignments do not wait for the disk. A tracker that dies before one is stored has promised nobody anything by it: the
+device then holds a lease that no tracker knows and whose result counts for nothing, and the job is assigned anew, or
+sent anew by its client, who was not told yet that it is accepted. So the disk's time and the job's first steps on its
+device overlap. Where the disk then refuses the job, it is called off at once. Neither overtakes what its agent could
+notice: its greeting, the receipt of an older result of the same job, or an earlier word to call something off.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from kedge.rpc.messages import AssignJob, ResultAccepted
-from kedge.rpc.tracker.facts import CloseAgent, Fact, JobAccepted, Send, ToAgent
+from kedge.rpc.messages import AbortJob, AssignJob, ResultAccepted
+from kedge.rpc.tracker.facts import CloseAgent, Fact, JobWithdrawn, Send, ToAgent
 
 
 @dataclass(slots=True, eq=False)
@@ -31,16 +32,13 @@ class Parcel:
 
     def places(self) -> Iterator[_Place]:
         """What no assignment may overtake."""
-        for fact in self.facts:
-            if isinstance(fact, JobAccepted):
-                yield fact.job_id
         for send in self.sends:
             yield from _place(send)
 
 
-#: A connection whose agent would notice, a job whose assignment would come before the receipt of its last result there,
-#: or a job that may still be refused, which must not run then.
-_Place: TypeAlias = int | tuple[int, str] | str
+#: A connection whose agent would notice, or a job whose assignment would come before the receipt of its last result
+#: there.
+_Place: TypeAlias = int | tuple[int, str]
 
 
 def _place(send: Send) -> Iterator[_Place]:
@@ -58,15 +56,18 @@ class Outbox:
         self._taken: Counter[_Place] = Counter()
 
     def put(self, parcel: Parcel, *, hasten: bool = True) -> list[ToAgent]:
-        """Take a parcel; returns the assignments that leave it at once, none unless `hasten`."""
+        """Take a parcel; returns what leaves at once: assignments if `hasten`, and the end of jobs that never were."""
         early: list[ToAgent] = []
-        if hasten and not parcel.durable:
+        withdrawn = {fact.job_id for fact in parcel.facts if isinstance(fact, JobWithdrawn)}
+        if (hasten or withdrawn) and not parcel.durable:
             later: list[Send] = []
-            own: set[_Place] = {fact.job_id for fact in parcel.facts if isinstance(fact, JobAccepted)}
+            own: set[_Place] = set()
             for send in parcel.sends:
-                if isinstance(send, ToAgent) and isinstance(send.body, AssignJob):
-                    job_id = send.body.lease.job_id
-                    places = (send.connection, (send.connection, job_id), job_id)
+                if isinstance(send, ToAgent) and (
+                    (hasten and isinstance(send.body, AssignJob))
+                    or (isinstance(send.body, AbortJob) and send.body.lease.job_id in withdrawn)
+                ):
+                    places = (send.connection, (send.connection, send.body.lease.job_id))
                     if not any(place in own or place in self._taken for place in places):
                         early.append(send)
                         continue

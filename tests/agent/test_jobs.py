@@ -727,3 +727,16 @@ def test_a_gpu_variant_where_there_is_none(
 ) -> None:
     outcome = execute(board, replace(run_spec(remote.publish(gpu_artifact()), "main"), on=on)).outcome
     assert outcome.kind is kind and words in outcome.message, outcome
+
+
+def test_manifests_are_read_once_and_the_last_ones_are_remembered(
+    tmp_path: Path, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = made.manifest.to_json()
+    monkeypatch.setattr(caching, "_MANIFEST_BYTES", 2 * len(text) + 2)
+    cache = ArtifactCache(tmp_path / "cache")
+    blobs = [cache.store.put(text + b" " * spaces) for spaces in range(3)]
+    first, second, third = (cache.manifest(blob) for blob in blobs)
+    assert first[1] == second[1] == third[1] == made.manifest
+    assert cache.manifest(blobs[2])[1] is third[1] and cache.manifest(blobs[1])[1] is second[1]
+    assert cache.manifest(blobs[0])[1] is not first[1], "of three there is room for two"

@@ -1,4 +1,4 @@
-"""A full disk under a tracker: nothing it refused runs, nothing it accepted is lost, and readers are answered."""
+"""A full disk under a tracker: what it refused does not go on, what it accepted is not lost, readers are answered."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from support.fake_agent import FakeAgent
 from support.toys import device_info, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
-#: Leases are short beside the patience with the disk; agents may be silent for longer than any test lasts.
+#: Leases are short beside the patience with the disk, unless a test wants them longer; agents may be silent for longer than any test lasts.
 TRACKER = """
 import asyncio, pathlib, sys
 from kedge.rpc.tracker.server import serve
 from kedge.rpc.tracker.settings import Settings
 
 async def main():
-    settings = Settings(silence_ms=120_000, lease_ms=800, deadline_slack_ms=100)
+    settings = Settings(silence_ms=120_000, lease_ms=int(sys.argv[2]), deadline_slack_ms=100)
     async with serve("127.0.0.1", 0, pathlib.Path(sys.argv[1]), settings, insecure_loopback=True) as serving:
         print(serving.address, flush=True)
         await serving.stopped
@@ -46,9 +46,12 @@ asyncio.run(main())
 class Tracker:
     """A tracker in a process of its own, whose files the kernel lets grow, or not."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lease_ms: int) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", TRACKER, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-c", TRACKER, str(folder), str(lease_ms)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         assert self.popen.stdout is not None
         self.address = self.popen.stdout.readline().strip()
@@ -64,9 +67,9 @@ class Tracker:
             resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, usual)
 
 
-@pytest.fixture
-def tracker(tmp_path: Path) -> Iterator[Tracker]:
-    started = Tracker(tmp_path / "tracker")
+@pytest.fixture(params=[800])
+def tracker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Tracker]:
+    started = Tracker(tmp_path / "tracker", request.param)
     yield started
     started.popen.kill()
     started.popen.communicate()
@@ -78,7 +81,7 @@ def fleet(tracker: Tracker) -> Iterator[Fleet]:
         yield connected
 
 
-def test_what_was_refused_never_runs_and_what_was_accepted_does(
+def test_what_is_refused_by_a_disk_that_is_known_to_be_full_never_runs_and_what_was_accepted_does(
     tracker: Tracker, fleet: Fleet, artifact: Artifact
 ) -> None:
     request = fleet_pb2.SubmitJobRequest(spec=spec_message(artifact), idempotency_key="refused")
@@ -107,13 +110,19 @@ def test_what_was_refused_never_runs_and_what_was_accepted_does(
         assert agent.expect(m.AssignJob).lease.job_id == again.job.id
 
 
-def test_an_assignment_of_a_refused_job_does_not_reach_its_device(
+@pytest.mark.parametrize("tracker", [60_000], indirect=True)
+def test_the_first_job_that_a_full_disk_refuses_is_called_off_and_its_device_goes_on(
     tracker: Tracker, fleet: Fleet, artifact: Artifact
 ) -> None:
     fleet.run(artifact, {"x": X}, device="nobody")
     with FakeAgent(fleet.address, device_info()) as agent:
-        with tracker.full(), pytest.raises(grpc.RpcError, match="cannot store jobs now"):
-            fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=60)
+        with tracker.full():
+            with pytest.raises(grpc.RpcError, match="cannot store jobs now"):
+                fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=60)
+            refused = agent.expect(m.AssignJob)
+            assert agent.expect(m.AbortJob).lease.job_id == refused.lease.job_id, "while the disk is still full"
+            agent.finish(refused)
+        assert agent.expect(m.ResultAccepted).stale
         accepted: list[str] = []
 
         def submitted() -> bool:
@@ -124,6 +133,7 @@ def test_an_assignment_of_a_refused_job_does_not_reach_its_device(
         wait_for(submitted, "the tracker to find that there is room")
         assert [agent.expect(m.AssignJob).lease.job_id] == accepted
         assert [listed.id for listed in fleet.jobs(states=(JobState.ASSIGNED,))] == accepted
+        assert refused.lease.job_id not in {listed.id for listed in fleet.jobs()}
 
 
 def test_whose_blob_it_is_counts_once_it_is_kept(tmp_path: Path) -> None:

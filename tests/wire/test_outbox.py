@@ -70,13 +70,16 @@ def test_an_assignment_does_not_overtake_the_receipt_of_its_own_jobs_last_result
     assert outbox.put(parcel(assign(1, "a"))) == []
 
 
-def test_a_job_that_may_still_be_refused_does_not_leave():
-    outbox, accepted = Outbox(), JobAccepted("a", 1, SPEC, (), "", 0)
-    first = Parcel([accepted], [assign(1)])
-    assert outbox.put(first) == []
-    assert outbox.put(parcel(assign(2), assign(3, "b"))) == [assign(3, "b")], "nor to another device meanwhile"
-    first.durable = True
-    assert left(outbox) == [assign(1)]
+def test_a_job_leaves_before_it_is_stored_and_is_called_off_at_once_where_it_is_refused():
+    outbox, abort = Outbox(), ToAgent(1, m.AbortJob(Lease("a", 1), "it cannot be stored"))
+    accepted = Parcel([JobAccepted("a", 1, SPEC, (), "", 0)], [assign(1)])
+    assert outbox.put(accepted) == [assign(1)]
+    other = ToAgent(2, m.AbortJob(Lease("b", 1), "somebody cancelled it"))
+    refusal = Parcel([JobWithdrawn("a")], [abort, other])
+    assert outbox.put(refusal, hasten=False) == [abort], "and what is true only once it is stored waits"
+    assert outbox.put(parcel(assign(2, "c"))) == [], "the next job comes after the word that calls off the last one"
+    accepted.durable = refusal.durable = True
+    assert left(outbox) == [other]
 
 
 def test_what_has_left_holds_up_nothing():

@@ -13,13 +13,14 @@ import pytest
 
 from kedge.rpc import messages as m
 from kedge.rpc.errors import UsageError
+from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import local_protocol
 from kedge.rpc.tracker.database import Postgres
 from kedge.rpc.tracker.facts import ANYWHERE, JobAccepted, Reserved
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.types import NO_BLOB, Health, JobSpec, JobState, Reservation, SessionTask
+from kedge.rpc.types import NO_BLOB, Health, JobResult, JobSpec, JobState, Reservation, SessionTask
 from support.postgres import PostgresServer
 from support.toys import device_info
 
@@ -87,7 +88,8 @@ def test_a_key_that_no_index_takes_is_no_trouble_of_the_database(postgres: Postg
 async def refused_and_forgotten(store: Store) -> None:
     shell = Shell(store)
     said: list[m.TrackerBody | None] = []
-    shell.agent_connected(m.Hello(local_protocol(), device_info("a"), "one", health=Health()), said.append)
+    hello = m.Hello(local_protocol(), device_info("a"), "one", health=Health())
+    connection = shell.agent_connected(hello, said.append)
     with pytest.raises(StoreError):
         await shell.reserve("a", "ann", 0, 1_000, NEVER)
     with pytest.raises(StoreError):
@@ -95,10 +97,14 @@ async def refused_and_forgotten(store: Store) -> None:
     with pytest.raises(StoreError):
         await shell.submit(SESSION, ANYWHERE, NEVER, "ann")
     assert shell.state.reservations() == [] and shell.state.live_jobs() == []
+    begun, called_off = said[-2:]
+    assert isinstance(begun, m.AssignJob) and isinstance(called_off, m.AbortJob)
+    assert called_off.lease.job_id == begun.lease.job_id
+    shell.agent_said(connection, m.JobFinished(begun.lease, JobResult(Outcome(OutcomeKind.CANCELLED))))
     job_id, existed = await shell.submit(SESSION, ANYWHERE, "key", "ann")
     job = await shell.job(job_id)
     assert not existed and job.state is JobState.ASSIGNED, "the device is as free as before"
-    assert [body.lease.job_id for body in said if isinstance(body, m.AssignJob)] == [job_id]
+    assert [body.lease.job_id for body in said if isinstance(body, m.AssignJob)] == [begun.lease.job_id, job_id]
     shell.close()
 
 
