@@ -105,6 +105,8 @@ def check_output(port: Port, array: Any) -> Array:
 
 def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
     names = [port.name for port in function.inputs]
+    if isinstance(inputs, Mapping) and len(inputs) == len(names) and all(name in inputs for name in names):
+        return
     known = f"its inputs: {', '.join(str(port) for port in function.inputs) or 'none'}"
     if not isinstance(inputs, Mapping):
         raise InputError(

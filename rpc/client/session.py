@@ -130,7 +130,7 @@ class Session(OnDevice):
         Raises InputError, JobError, ConnectError.
         """
         array = dense(value)
-        described, buffers = _values([("", array)], self)
+        described, buffers = _values([("", array.dtype.name, array)], self)
         put = pb.PutTensor(tensor=described[0])
         reply = self._link.ask(pb.SessionRequest(put=put), pieces_of(buffers))
         return self._kept(reply.tensor)
@@ -295,18 +295,19 @@ class SessionModel:
     def _inputs(self, function: str, inputs: Mapping[str, Any]) -> tuple[list[pb.Value], list[memoryview]]:
         declared = self._packed.manifest.function(function)
         given = arrange_given(declared, inputs)
-        return _values(list(zip((port.name for port in declared.inputs), given, strict=True)), self._session)
+        named = [(port.name, port.dtype, each) for port, each in zip(declared.inputs, given, strict=True)]
+        return _values(named, self._session)
 
 
 def _values(
-    named: Sequence[tuple[str, Array | DeviceTensor]], home: Session
+    named: Sequence[tuple[str, str, Array | DeviceTensor]], home: Session
 ) -> tuple[list[pb.Value], list[memoryview]]:
-    """Tensors as they travel, and the bytes of the large ones, which follow their message."""
-    arrays = [each for _, each in named if not isinstance(each, DeviceTensor)]
+    """Tensors, by name and dtype, as they travel, and the bytes of the large ones, which follow their message."""
+    arrays = [each for _, _, each in named if not isinstance(each, DeviceTensor)]
     inline = iter(plan_inline(array.nbytes for array in arrays))
     values, buffers = [], []
-    for name, each in named:
-        value = pb.Value(name=name, dtype=each.dtype.name, shape=each.shape)
+    for name, dtype, each in named:
+        value = pb.Value(name=name, dtype=dtype, shape=each.shape)
         if isinstance(each, DeviceTensor):
             value.handle = each.handle_in(home)
         elif next(inline):

@@ -27,7 +27,8 @@ from support.fake_agent import FakeAgent
 from support.toys import device_info, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
-#: Leases are short beside the patience with the disk, unless a test wants them longer; agents may be silent for longer than any test lasts.
+#: Leases are short beside the patience with the disk, unless a test wants them longer; agents may be silent for longer
+#: than any test lasts.
 TRACKER = """
 import asyncio, pathlib, sys
 from kedge.rpc.tracker.server import serve
