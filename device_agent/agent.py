@@ -322,10 +322,10 @@ class Agent:
                 if not self._ended.is_set():
                     job.make_ready()
 
-        what = f"function {spec.function}" if spec.function else "a session"
-        log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
         self._job = job
         self._worker.put(work)
+        what = f"function {spec.function}" if spec.function else "a session"
+        log.info("job %s: %s", lease.job_id, what, extra={"job": lease.job_id})
 
     def _make_job(self, lease: Lease, spec: JobSpec, progress: Callable[[Stage], None]) -> Union[Job, Session]:
         if not isinstance(spec.task, SessionTask):
