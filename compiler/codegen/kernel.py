@@ -19,7 +19,7 @@ from kedge.compiler.codegen.affine import LANE, Interval, Linear
 from kedge.compiler.codegen.alloc import Alloc, Prefetch, same_shape, statements_of
 from kedge.compiler.codegen.builder import ModuleBuilder, Value
 from kedge.compiler.codegen.parallel import ParallelEmitter
-from kedge.compiler.codegen.prefetch import prefetches
+from kedge.compiler.codegen.prefetch import prefetches, spread
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.codegen.runs import in_runs
 from kedge.compiler.codegen.split import split_loops
@@ -254,7 +254,7 @@ class KernelEmitter(ParallelEmitter):
                     f"sch.parallel({loop.var.name}) in place of sch.bind",
                 )
             case _:
-                self.serial(loop.var, extent, lambda: self._iteration(loop), as_it_is=self.is_full(loop))
+                self.serial(loop.var, extent, lambda: self.iteration(loop), as_it_is=self.is_full(loop))
 
     def is_full(self, loop: For) -> bool:
         """Whether a loop is around a tile of registers as large as they allow: unrolled once more, it would spill."""
@@ -272,7 +272,7 @@ class KernelEmitter(ParallelEmitter):
             self.env[loop.var] = Linear.of(i)
             if by_runs:
                 self.runs = {self.pointers[buffer].ref: None for buffer in by_runs}
-            self._iteration(loop)
+            self.iteration(loop)
         self.together, self.turned, self.runs = outer, outer_turned, around
 
     def _together(self, loop: For) -> dict[Load, Together]:
@@ -292,10 +292,11 @@ class KernelEmitter(ParallelEmitter):
         dtypes = {"float32": 32} if self.b.target.arch.name == "armv7l" else {"float32": 32, "float64": 64}
         return {dtype: bits // size for dtype, size in dtypes.items()}
 
-    def _iteration(self, loop: For) -> None:
+    def iteration(self, loop: For) -> None:
+        """Emit the body of a loop, and what an iteration asks for ahead."""
         for ahead in prefetches(loop):
             self.stmt(ahead)
-        self.stmt(loop.body)
+        self.stmt(spread(loop))
 
     def serial(
         self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None, *, as_it_is: bool = False

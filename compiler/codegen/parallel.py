@@ -84,6 +84,10 @@ class ParallelEmitter(ExprEmitter):
         """Emit a statement."""
         raise NotImplementedError
 
+    def iteration(self, loop: For) -> None:
+        """Emit the body of a loop, and what an iteration asks for ahead."""
+        raise NotImplementedError
+
     def serial(
         self, var: Var, extent: Linear, body: Callable[[], None], start: Linear | None = None, *, as_it_is: bool = False
     ) -> None:
@@ -178,7 +182,7 @@ class ParallelEmitter(ExprEmitter):
     def run_parallel(self, loop: For, begin: Linear, end: Linear) -> None:
         """The iterations [begin, end) of a parallel loop, in this function."""
         self.first_iteration = begin
-        self.serial(loop.var, end, lambda: self.stmt(loop.body), start=begin)
+        self.serial(loop.var, end, lambda: self.iteration(loop), start=begin)
 
     def _trampoline(self, name: str, struct: str, fields: list[Value]) -> str:
         """`kedge_loop_body`: takes the closure apart. The body's pointers are arguments, so they do not alias."""

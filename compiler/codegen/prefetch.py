@@ -1,13 +1,18 @@
-"""The prefetches of a loop as statements: one for each cache line that an iteration some way ahead reads."""
+"""The prefetches of a loop as statements: one for each cache line that an iteration some way ahead reads.
+
+They come all before an iteration (`prefetches`), or bit by bit with what it does (`spread`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
-from kedge.compiler.codegen.alloc import Alloc, Prefetch, expressions_of, statements_of
+from kedge.compiler.codegen.alloc import Alloc, Prefetch, expressions_of, map_statements, statements_of
 from kedge.compiler.codegen.types import byte_size
 from kedge.compiler.target.costs import LINE_BYTES
-from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const, eq
+from kedge.compiler.tir.expr import Const, Expr, Load, Var, as_expr, const, eq, minimum
 from kedge.compiler.tir.simplify import simplify
 from kedge.compiler.tir.stmt import For, If, Seq, Stmt
 from kedge.compiler.tir.structural import Key, expr_key
@@ -33,6 +38,72 @@ def prefetches(loop: For) -> Iterator[Stmt]:
         if offset is not None and key not in seen:
             seen.add(key)
             yield _lines(load, loop, inner, offset)
+
+
+def spread(loop: For) -> Stmt:
+    """The body of `loop`, in which the innermost serial loops around a load share out what is asked for.
+
+    The loop is annotated with offsets in iterations by buffers' names. What the iteration so far ahead reads is asked
+    for in the order of memory, as much in each iteration of all serial loops together: where some of them read it
+    again, less than a line. A buffer that each iteration has for itself is not asked for.
+    """
+    ahead = loop.annotations.get("spread", {})
+    shares: dict[For, list[Stmt]] = {}
+    seen: set[tuple[For, tuple[Key, ...]]] = set()
+    for load, inner in _loads(loop.body, ()) if ahead else ():
+        offset = ahead.get(load.buffer.name)
+        serial = [each for each in inner if each.kind == "serial"]
+        if offset is None or not serial:
+            continue
+        key = (serial[-1], tuple(expr_key(index) for index in load.indices))
+        if key not in seen:
+            seen.add(key)
+            shares.setdefault(serial[-1], []).extend(_share(load, loop, inner, serial, offset))
+    return _with_shares(loop.body, shares) if shares else loop.body
+
+
+def _with_shares(stmt: Stmt, shares: Mapping[For, list[Stmt]]) -> Stmt:
+    new = map_statements(stmt, lambda child: _with_shares(child, shares))
+    if isinstance(stmt, For) and stmt in shares:
+        assert isinstance(new, For)
+        return replace(new, body=Seq((*shares[stmt], new.body)))
+    return new
+
+
+def _share(load: Load, loop: For, inner: tuple[For, ...], serial: list[For], offset: int) -> Iterator[Stmt]:
+    """What an iteration of the last of the `serial` loops asks for."""
+    place, size = _flat(load), byte_size(load.buffer.dtype)
+    reading = tuple(each for each in inner if any(each.var in free_vars(index) for index in load.indices))
+    run, along = _run(place, reading)
+    apart = [each for each in reading if each not in along]
+    total, line = run * math.prod(_count(each) for each in apart), LINE_BYTES // size
+    each_reads = -(-total // math.prod(_count(each) for each in serial))
+    lines = -(-each_reads // line)
+    step = each_reads if lines == 1 else lines * line
+    # The end is reached early: what is left to ask for then is the last iterations' part, for a whole loop.
+    number: Expr = const(0)
+    for each in serial[:-1]:
+        number = number * as_expr(each.extent) + each.var
+    along_last = _count(serial[-1]) * step
+    begin = minimum(number * along_last, const(max(0, total - along_last)))
+    there: dict[Var, Expr] = {**{each.var: const(0) for each in along}, loop.var: loop.var + offset}
+    for part in range(lines):
+        at = begin + serial[-1].var * step + part * line
+        rest = at // run if apart else at
+        for each in reversed(apart):
+            there[each.var] = rest % as_expr(each.extent)
+            rest = rest // as_expr(each.extent)
+        first, last = load.indices[:-1], load.indices[-1]
+        within = at % run if apart else at
+        yield Prefetch(
+            load.buffer,
+            (*(simplify(substitute_expr(i, there)) for i in first), simplify(substitute_expr(last, there)) + within),
+        )
+
+
+def _count(loop: For) -> int:
+    assert isinstance(loop.extent, Const), "sch.prefetch refuses loops of unknown length"
+    return int(loop.extent.value)
 
 
 def _loads(stmt: Stmt, inner: tuple[For, ...]) -> Iterator[tuple[Load, tuple[For, ...]]]:

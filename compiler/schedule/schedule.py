@@ -223,7 +223,7 @@ class Schedule(Traced):
         self._commit("tensorize", tensorize(self._func, subject, intrin))
 
     @primitive('sch.prefetch(block, "x", i, 4)')
-    def prefetch(self, block: BlockRef, buffer: str, loop: LoopRef, offset: int) -> None:
+    def prefetch(self, block: BlockRef, buffer: str, loop: LoopRef, offset: int, *, spread: bool = False) -> None:
         """Each iteration of `loop` first asks for what the `offset`-th after it reads of `buffer`, line by cache line.
 
         The loop is serial or unrolled and around `block`, which reads the buffer. Best is a loop each of whose
@@ -231,11 +231,15 @@ class Schedule(Traced):
         where there are places enough for them to wait. It changes no result: past the end of the buffer, too, no
         prefetch fails. Primitives that would take it away are refused afterwards.
 
+        With `spread`, it is asked for bit by bit: each iteration of the serial loops inside of `loop`, whose numbers of
+        iterations are known, asks for its part. That suits a serial or parallel loop whose iterations read much, and
+        that again and again: the next iteration's part then comes while this one's is multiplied by row after row.
+
         Rewrite:
-            for i in range(n):            ->   for i in range(n):  # prefetch={'x': 4}
+            for i in range(n):            ->   for i in range(n):  # prefetch={'x': 4}, or with spread # spread={'x': 4}
                 block y: … x[vi, vk] …             block y: … x[vi, vk] …
         """
-        made = prefetch(self._func, self._handles.name(block), buffer, self._handles.var(loop), offset)
+        made = prefetch(self._func, self._handles.name(block), buffer, self._handles.var(loop), offset, spread=spread)
         self._commit("prefetch", made)
 
     @primitive('sch.annotate(i, "pragma", 1)')

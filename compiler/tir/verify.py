@@ -127,8 +127,9 @@ class _Verifier:
             self.need(isinstance(loop.extent, Const), f"{loop.kind} loop {name} has no constant extent")
         if "schedule" in loop.annotations or "chunk" in loop.annotations:
             self.chunks(loop)
-        if "prefetch" in loop.annotations:
-            self.prefetches(loop)
+        for key in ("prefetch", "spread"):
+            if key in loop.annotations:
+                self.prefetches(loop, key)
         self.stmt(loop.body, scope | {loop.var}, outer)
 
     def chunks(self, loop: For) -> None:
@@ -139,15 +140,15 @@ class _Verifier:
         fits = type(chunk) is int and 1 <= chunk < 2**63
         self.need(fits, f"loop {name}: chunk {chunk!r} is no number of iterations (1 to 2**63 - 1)")
 
-    def prefetches(self, loop: For) -> None:
+    def prefetches(self, loop: For, key: str) -> None:
         """How far ahead a loop asks for what it reads."""
-        name, ahead = loop.var.name, loop.annotations["prefetch"]
-        self.need(isinstance(ahead, Mapping), f"loop {name}: prefetch is no mapping from buffers to iterations")
+        name, ahead = loop.var.name, loop.annotations[key]
+        self.need(isinstance(ahead, Mapping), f"loop {name}: {key} is no mapping from buffers to iterations")
         read = {load.buffer.name for load in loads(loop.body)}
         for buffer, offset in ahead.items():
             self.need(buffer in read, f"loop {name} prefetches {buffer!r}, which nothing in it reads")
             fits = type(offset) is int and 1 <= offset < 2**31
-            self.need(fits, f"loop {name}: offset {offset!r} of prefetch is no number of iterations (1 to 2**31 - 1)")
+            self.need(fits, f"loop {name}: offset {offset!r} of {key} is no number of iterations (1 to 2**31 - 1)")
 
     def block(self, block: Block, scope: frozenset[Var], outer: frozenset[Var]) -> None:
         where = f"block {block.name}"

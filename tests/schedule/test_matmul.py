@@ -1,6 +1,7 @@
 """The rule for matrix products: right for every decision of its space, and decisions that fit the processor."""
 
 import json
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -76,6 +77,17 @@ def sequences(b: Dim, m: Dim, k: int, n: int) -> PrimFunc:
     return te.create_prim_func([x, w, y], "sequences")
 
 
+def image(b: Dim, h: int, w: int, k: int, n: int, width: int = 48) -> PrimFunc:
+    """The rows of images by panels."""
+    x, m = te.placeholder((b, h, w, k), "float32", "x"), te.placeholder((n // width, k, width), "float32", "m")
+    axis = te.reduce_axis(k, "k")
+
+    def element(c: Expr, i: Expr, j: Expr, f: Expr) -> Expr:
+        return te.sum(x[c, i, j, axis] * m[f // width, axis, f % width], axis)
+
+    return te.create_prim_func([x, m, te.compute((b, h, w, n), element, name="y")], "image")
+
+
 def turned(m: int, k: int, n: int) -> PrimFunc:
     """A first operand with its rows along the last dim."""
     x, w, axis = te.placeholder((k, m), "float32", "x"), te.placeholder((k, n), "float32", "w"), te.reduce_axis(k)
@@ -124,6 +136,8 @@ CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
     "packed": (packed(10, 7, 45, 16), {}),
     "packed_free": (packed(N, 6, 30, 8), {"n": 9}),
     "packed_one": (packed(1, 8, 50, 16), {}),
+    "images": (image(2, 3, 7, 6, 32, 16), {}),
+    "images_free": (image(N, 9, 2, 5, 16, 8), {"n": 2}),
     "batched": (batched(3, 10, 6, 21), {}),
     "batched_free": (batched(N, M, 5, 16), {"n": 2, "m": 5}),
     "sequences": (sequences(2, 7, 6, 18), {}),
@@ -296,9 +310,8 @@ def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
     ("m", "k", "n", "ahead"),
     [
         (8, 1024, 4096, 64),
-        (49, 768, 3072, 64),
         (1, 1024, 4096, 0),  # the hardware sees the stream
-        (400, 768, 3072, 0),  # the first of many tiles waits
+        (9, 1024, 4096, 0),  # two tiles ask for the next panel together
         (N, 768, 3072, 0),
         (8, 256, 256, 0),  # all of it stays in the second cache
         (8, 512, 768, 0),  # some of it does
@@ -312,6 +325,61 @@ def test_packed_panels_from_afar_are_prefetched_by_the_fastest_cores_alone(m, k,
     assert kernel.decisions["ahead"] == ahead
     found = [loop.annotations["prefetch"] for loop in loops_in(kernel.func.body) if "prefetch" in loop.annotations]
     assert [set(each) for each in found] == ([{"w"}] if ahead else [])
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "asks"),
+    [
+        (9, 1024, 4096, True),
+        (400, 768, 3072, True),
+        (8, 1024, 4096, False),  # one tile has nothing to share
+        (400, 6000, 48, False),  # there is no next panel
+        (400, 100, 400, False),  # all of it stays in the second cache
+        (N, 768, 3072, False),  # what a tile's part is, is not known
+    ],
+)
+def test_the_next_panel_is_asked_for_by_the_fastest_cores_while_rows_go_over_this_one(m, k, n, asks):
+    func = packed(m, k, n, 48)
+    for target in (AVX2, NEON, replace(AVX512, fma_per_cycle=1.0)):
+        assert RULE.default(func, target)["next"] is False
+    kernel = schedule_func(func, AVX512)
+    assert kernel.decisions["next"] is asks
+    found = [loop for loop in loops_in(kernel.func.body) if "spread" in loop.annotations]
+    assert [loop.extent.value for loop in found] == ([math.ceil(n / 48)] if asks else [])
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "w", "k", "n", "inside"),
+    [
+        (1, 14, 14, 384, 1536, True),
+        (1, 7, 7, 3072, 768, True),
+        (4, 14, 14, 1536, 384, True),  # rows do not stay, and are fewer bytes all the same
+        (1, 56, 56, 96, 384, False),  # all panels stay in the second cache
+        (1, 200, 200, 384, 1536, False),  # rows would be read for each panel, which is more
+        (1, 1, 196, 384, 1536, False),  # no other rows
+    ],
+)
+def test_rows_of_images_go_over_a_panel_that_would_come_again(b, h, w, k, n, inside):
+    func = image(b, h, w, k, n)
+    for target in (AVX2, NEON, replace(AVX512, fma_per_cycle=1.0)):
+        assert RULE.default(func, target)["inside"] is False
+    kernel = schedule_func(func, AVX512)
+    assert kernel.decisions["inside"] is inside
+    loops = loops_on(block_path(kernel.func, "y"))
+    sizes = [loop.extent.value for loop in loops]
+    assert (h in sizes[sizes.index(n // 48) :]) is inside
+
+
+@pytest.mark.parametrize("b", [2, N])
+def test_rows_inside_of_panels_and_the_next_one_asked_for_change_no_result(b, kernels: KernelCache):
+    """Images of a free number stay outside of panels."""
+    func = image(b, 5, 9, 40, 96)
+    chosen = RULE.default(func, AVX512)
+    kernel = schedule_func(func, AVX512, decisions={**chosen, "row": 2, "rows": 8, "inside": True, "next": True})
+    assert [loop.annotations["spread"] for loop in loops_in(kernel.func.body) if "spread" in loop.annotations] == [
+        {"m": 1}
+    ]
+    assert_compiled(kernel.func, func, {} if b == 2 else {"n": 2}, kernels)
 
 
 @pytest.mark.parametrize(

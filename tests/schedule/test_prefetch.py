@@ -14,7 +14,7 @@ from kedge.compiler.cache import KernelCache
 from kedge.compiler.codegen.alloc import Prefetch, statements_of
 from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.codegen.machine import emit_assembly
-from kedge.compiler.codegen.prefetch import prefetches
+from kedge.compiler.codegen.prefetch import prefetches, spread
 from kedge.compiler.codegen.prepare import prepare
 from kedge.compiler.errors import VerifyError
 from kedge.compiler.pipeline import compile_prim_func
@@ -238,4 +238,118 @@ def test_what_would_take_a_prefetch_away_is_refused() -> None:
 def test_text_that_cannot_be_is_refused(ahead: str) -> None:
     text = scaled(16).show().replace("range(16):", f"range(16):  # prefetch={ahead}")
     with pytest.raises(VerifyError, match="prefetch"):
+        verify(parse_func(text))
+
+
+def panels(
+    rows: int = 6, depth: int = 12, width: int = 48, dtype: str = "float32"
+) -> tuple[Schedule, BlockRef, LoopRef]:
+    """A product whose panels all rows go over, one after the other, and the loop over panels."""
+    x, w = te.placeholder((rows, depth), dtype, "x"), te.placeholder((3, depth, width), dtype, "w")
+    k = te.reduce_axis(depth, "k")
+    y = te.compute((rows, 3 * width), lambda i, j: te.sum(x[i, k] * w[j // width, k, j % width], k), name="y")
+    sch = Schedule(te.create_prim_func([x, w, y], "f"))
+    ref = sch.get_block("y")
+    i, j, k = sch.get_loops(ref)
+    panel, lane = sch.split(j, [None, width])
+    sch.reorder(panel, i, k, lane)
+    sch.vectorize(lane)
+    return sch, ref, panel
+
+
+def asked(stmt: Stmt, at: dict[Var, Expr]) -> Iterator[tuple[int, ...]]:
+    """The elements that prefetches name, in all iterations of all loops."""
+    match stmt:
+        case For(kind="vectorized"):
+            return
+        case For():
+            for value in range(int(simplify(stmt.extent).value)):
+                yield from asked(stmt.body, {**at, stmt.var: const(value)})
+        case Prefetch():
+            yield tuple(int(simplify(substitute_expr(index, at)).value) for index in stmt.indices)
+        case _:
+            for child in statements_of(stmt):
+                yield from asked(child, at)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "width", "dtype", "line", "most"),
+    [
+        (6, 12, 48, "float32", 16, 72),  # half a line in each of 72 iterations
+        (1, 12, 48, "float32", 16, 36),  # no rows share: three lines in each
+        (2, 12, 48, "float32", 16, 48),  # one and a half: two, and the end is reached early
+        (50, 3, 16, "float32", 16, 150),  # less than an element in each
+        (5, 7, 24, "float64", 8, 35),
+    ],
+)
+def test_the_iterations_inside_share_out_what_the_next_one_reads(rows, depth, width, dtype, line, most) -> None:
+    """All of its lines, and no others; none asks for much at once."""
+    sch, y, panel = panels(rows, depth, width, dtype)
+    sch.prefetch(y, "w", panel, 1, spread=True)
+    (loop,) = (loop for loop in loops(prepare(sch.func)) if "spread" in loop.annotations)
+    found = list(asked(spread(loop), {loop.var: const(0)}))
+    assert {number for number, _, _ in found} == {1}
+    places = [row * width + column for _, row, column in found]
+    assert {place // line for place in places} == set(range(depth * width // line))
+    assert len(places) <= most
+    assert calls(sch.func, "x86-64-v4") == -(-depth * width // line // (rows * depth))
+
+
+def test_what_does_not_lie_together_is_shared_out_row_by_row() -> None:
+    sch = Schedule(dense(5, 24, 64))
+    z = sch.get_block("y")
+    i, j, k = sch.get_loops(z)
+    outer, inner = sch.split(j, [None, 32])
+    sch.reorder(outer, i, k, inner)
+    sch.vectorize(inner)
+    sch.prefetch(z, "w", outer, 1, spread=True)
+    (loop,) = (loop for loop in loops(prepare(sch.func)) if "spread" in loop.annotations)
+    found = list(asked(spread(loop), {loop.var: const(0)}))
+    assert {(row, column // 16) for row, column in found} == {(row, line) for row in range(24) for line in (2, 3)}
+
+
+def test_golden_of_a_share(golden) -> None:
+    sch, y, panel = panels()
+    sch.parallel(panel)
+    sch.prefetch(y, "w", panel, 1, spread=True)
+    golden("prefetch_spread.txt", sch.show())
+    assert equal(parse_func(sch.show()), sch.func)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_shares_change_no_result(parallel, tmp_path: Path) -> None:
+    sch, y, panel = panels()
+    plain = sch.func
+    if parallel:
+        sch.parallel(panel)
+    sch.prefetch(y, "w", panel, 2**31 - 1, spread=True)
+    sch.prefetch(y, "w", panel, 1, spread=True)  # the last one counts
+    assert sch.show().count("spread={'w': 1}") == 1
+    assert calls(sch.func, "x86-64") == 1
+    data = inputs(plain)
+    results = []
+    for one in (sch, Schedule(plain)):
+        with opened(compile_prim_func(one, parse("native"), cache=KernelCache(tmp_path)), 2) as module:
+            results.append(module.run(dict(zip(("x", "w"), data, strict=True)))["y"])
+    np.testing.assert_array_equal(*results)
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    sch, y, panel = panels()
+    i, k, lane = sch.get_loops(y)[1:]
+    sch.prefetch(y, "w", panel, 1, spread=True)
+    for call, *words in [
+        (lambda: sch.prefetch(y, "w", lane, 1, spread=True), "it is vectorized", "serial or parallel"),
+        (lambda: sch.prefetch(y, "w", k, 1, spread=True), "no serial loop is inside of it", "without spread=True"),
+        (lambda: sch.annotate(i, "spread", {"w": 1}), "what sch.prefetch writes", "call sch.prefetch"),
+        (lambda: sch.split(panel, [None, 2]), "it prefetches 'w', and would be gone", "before sch.prefetch"),
+    ]:
+        refused(call, "", *words)
+    free = Schedule(dense(Var("m", lower=1), 24, 64))
+    z = free.get_block("y")
+    i, j, _ = free.get_loops(z)
+    free.reorder(j, i)
+    refused(lambda: free.prefetch(z, "w", j, 1, spread=True), "prefetch", "no known number of iterations")
+    text = sch.show().replace("spread={'w': 1}", "spread={'v': 1}")
+    with pytest.raises(VerifyError, match="nothing in it reads"):
         verify(parse_func(text))

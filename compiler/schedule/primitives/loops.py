@@ -48,7 +48,13 @@ from kedge.compiler.tir.stmt import Block, Buffer, For, LoopKind, LoopSchedule, 
 from kedge.compiler.tir.visitor import free_vars, map_stmt, substitute
 
 #: Annotations that primitives write, with these primitives.
-_WRITTEN = {"intrin": "tensorize", "prefetch": "prefetch", "schedule": "parallel", "chunk": "parallel"}
+_WRITTEN = {
+    "intrin": "tensorize",
+    "prefetch": "prefetch",
+    "spread": "prefetch",
+    "schedule": "parallel",
+    "chunk": "parallel",
+}
 _MAX_CHUNK = 2**63 - 1
 _SPLIT = "outer, inner = sch.split({}, [None, 8]); "
 
@@ -396,7 +402,7 @@ def over_outputs(func: PrimFunc, node: For, block: Block, then: str) -> str:
     path = block_path(func, block.name)
     inside = enclosing(path[:-1], node) if node in path else None
     mixed = node.var in loop_vars(whole, "spatial")
-    if combiner_of(block) is None or mixed or inside is not None or "prefetch" in node.annotations:
+    if combiner_of(block) is None or mixed or inside is not None or {"prefetch", "spread"} & set(node.annotations):
         return others.removesuffix(", or ") or "it takes loops over outputs"
     return f"{others}partial = sch.rfactor({block.name}, {node.var.name}), {then} around block partial"
 

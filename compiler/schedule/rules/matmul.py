@@ -63,11 +63,10 @@ _TILES_TO_PACK, _TILES_TO_PACK_FROM_AFAR = 48, 24
 #: cache took a tile 1 to 2 cycles more than packed ones (256^3, 1000^3), from the third 6 (197x768x3072: 1.9 of numpy's
 #: time); a Zen 4 has twice the time for each, and waited for neither.
 _FAST_BYTES, _TILES_TO_PACK_FAST = 128, 6
-#: The most tiles of rows for which such a core asks ahead for panels that were packed before: the first tile waits for
-#: them. Constants of 1024x4096 by 4 rows took 0.7 of the time on an Emerald Rapids, by 8 0.64, by 49 0.9; 16 tiles of
-#: 128x1024x1024 lost 12 %, and one row gained nothing. Of panels that are a few times what the second cache holds, part
-#: is there from the call before: 4x1024x768 lost 16 to 32 %, 2x2048x1024 10, 8x1024x1024 7.
-_TILES_TO_ASK, _CACHES_TO_ASK = 8, 4
+#: Times what the second cache holds from which such a core asks ahead for packed panels that one tile of rows goes
+#: over: constants of 1024x4096 by 4 rows took 0.7 of the time on an Emerald Rapids, by 8 0.64, and one row gained
+#: nothing. Of smaller ones part is there from the call before: 4x1024x768 lost 16 to 32 %, 2x2048x1024 10.
+_CACHES_TO_ASK = 4
 #: Steps of the sum for each row from which an operand with neighbours along the sum is best read as it is.
 _DOT_DEPTH = 32
 #: Steps of the sum in one iteration of its loop, where they are few instructions each.
@@ -83,10 +82,12 @@ _AHEAD = (0, 4, 8, 16, 32, 64)
 class Matmul:
     """Tiles of rows by vectors of columns in registers; what follows element by element happens where a tile is done.
 
-    Decisions: `rows`, `vectors` and `width` of the tile; `row`, the spatial dim that its rows are; `unroll`, steps of
-    the sum at once; `block`, how many tiles of rows go over a panel before the next panel (0: all); `pack_a` and
+    Decisions: `rows`, `vectors` and `width` of the tile; `row`, the spatial dim that its rows are; `inside`, whether
+    rows along other dims go over a panel, too, before the next panel; `unroll`, steps of the sum at once; `block`, how
+    many tiles of rows go over a panel before the next panel (0: all); `pack_a` and
     `pack_b`, whether the rows of a block and the panel are copied to where they lie together; `ahead`, how many steps
-    of the sum before its use a row of a panel is prefetched that is not copied (0: it is not); `align`, whether tiles
+    of the sum before its use a row of a panel is prefetched that is not copied (0: it is not); `next`, whether the next
+    panel is asked for bit by bit, while tiles of rows go over this one; `align`, whether tiles
     begin where cache lines of the second operand do; `parallel`; `stream`, whether the sum goes on outside of a block
     of results instead, for products of few rows: `block` then is how many tiles of columns that block has, and nothing
     is copied or prefetched.
@@ -110,6 +111,7 @@ class Matmul:
             "vectors": tuple(range(1, _MOST_VECTORS + 1)),
             "width": tuple(1 << i for i in range(most.bit_length())),
             "row": (None, *product.rows),
+            "inside": (False, True) if _inside(product, product.longest_row) else (False,),
             "unroll": _UNROLL,
             "block": (
                 *range(MOST_TILES + 1),
@@ -118,6 +120,7 @@ class Matmul:
             "pack_a": (False, True),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
             "ahead": (0,) if _is_gathered(product) else _AHEAD,
+            "next": (False, True) if _asks_for_next(product) else (False,),
             "align": (False, True) if has_lines(product, func) else (False,),
             "parallel": (False, True),
             "stream": (False,) if product.turned else (False, True),
@@ -136,18 +139,25 @@ class Matmul:
             "vectors": tile.vectors,
             "width": tile.width,
             "row": row,
+            "inside": not pack_b and _pays_inside(product, tile, height, target),
             "unroll": _unroll(product, tile, target),
             "block": (_block if pack_b or pack_a else _block_that_stays)(product, tile, height, target),
             "pack_a": pack_a,
             "pack_b": pack_b,
             "ahead": 0 if pack_b or _is_gathered(product) else _ahead(product, tile, height, target),
+            "next": False,
             "align": False,
             "parallel": is_worth_threads([product.block], target),
             "stream": False,
         }
+        if chosen["inside"]:
+            chosen |= {"block": 0, "ahead": 0}
+        if height is not None:
+            tiles = math.ceil(height / tile.rows) * (_passes(product) if chosen["inside"] else 1)
+            chosen["next"] = _pays_to_ask(product, tile, tiles, target)
         if streams(product, target):
             chosen |= stream_decisions(product, target)
-            chosen |= {"pack_a": False, "pack_b": False, "ahead": 0, "stream": True}
+            chosen |= {"inside": False, "pack_a": False, "pack_b": False, "ahead": 0, "next": False, "stream": True}
         return {**chosen, **_aligned(product, tile, chosen, func, target)}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
@@ -264,7 +274,7 @@ def _ahead(product: Product, tile: RegisterTile, height: int | None, target: Tar
         return 0
     caches = 1
     if product.panel is not None:
-        few = height is not None and 1 < height <= _TILES_TO_ASK * tile.rows
+        few = height is not None and 1 < height <= tile.rows
         if not few or not _is_fast(target):
             return 0
         caches = _CACHES_TO_ASK
@@ -272,6 +282,51 @@ def _ahead(product: Product, tile: RegisterTile, height: int | None, target: Tar
         return 0
     steps = MEMORY_LATENCY * target.fma_per_cycle / (tile.rows * tile.vectors)
     return min(_AHEAD[1:], key=lambda ahead: abs(math.log(ahead / steps)))
+
+
+def _pays_inside(product: Product, tile: RegisterTile, height: int | None, target: TargetModel) -> bool:
+    """Whether less comes from beyond the second cache if rows along other dims go over a panel before the next one.
+
+    Else all panels come again for each of them, and cores that multiply fast wait for that.
+    """
+    columns, depth = product.extent(product.column), extent_of(product.depth.extent)
+    passes = _passes(product)
+    if product.panel is None or columns is None or depth is None or height is None or not _is_fast(target):
+        return False
+    a, b = (size * depth * product.itemsize for size in (passes * height, columns))
+    if passes == 1 or 2 * b <= target.l2_bytes:
+        return False
+    again = 1 if 2 * a <= target.l2_bytes else math.ceil(columns / tile.columns)
+    return b + a * again < passes * b
+
+
+def _inside(product: Product, row: int | None) -> list[int]:
+    """The dims of rows, but for that of tiles, that can be inside of panels: those of known size."""
+    return [axis for axis in product.rows if axis != row and product.extent(axis) is not None]
+
+
+def _passes(product: Product) -> int:
+    """How many rows there are along these dims."""
+    return math.prod(product.extent(axis) or 0 for axis in _inside(product, product.longest_row))
+
+
+def _asks_for_next(product: Product) -> bool:
+    """Whether the next panel can be asked for bit by bit: panels lie together, and loops over them have known sizes."""
+    row = product.longest_row
+    sizes = (extent_of(product.depth.extent), 1 if row is None else product.extent(row))
+    return product.panel is not None and None not in sizes and not _is_gathered(product)
+
+
+def _pays_to_ask(product: Product, tile: RegisterTile, tiles: int, target: TargetModel) -> bool:
+    """Whether panels come from beyond the second cache, and cores multiply faster than the hardware asks for them.
+
+    The first tile on a panel would wait for it. All of its `tiles` ask for a part of the next one; a single one would
+    have to ask for all, and asks ahead.
+    """
+    columns, depth = product.extent(product.column), extent_of(product.depth.extent)
+    if not _asks_for_next(product) or columns is None or depth is None or not _is_fast(target):
+        return False
+    return tiles > 1 and columns > tile.columns and 2 * depth * columns * product.itemsize > target.l2_bytes
 
 
 def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:
@@ -331,7 +386,7 @@ class _Nest:
     outer: list[LoopRef]  # over dims that no tile has
     block: LoopRef | None  # over blocks of tiles of rows
     panel: LoopRef
-    tile: LoopRef | None  # over tiles of rows
+    tiles: list[LoopRef]  # over tiles of rows
     sums: list[LoopRef]
     inner: list[LoopRef]  # within a tile
 
@@ -357,7 +412,7 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
         packs.append(sch.cache_read(ref, product.b.buffer.name, nest.panel, "local"))
     if decisions["pack_a"] and nest.block is not None:
         packs.append(sch.cache_read(ref, product.a.buffer.name, nest.block, "local"))
-    innermost = nest.panel if nest.tile is None else nest.tile
+    innermost = (nest.panel, *nest.tiles)[-1]
     made.append(sch.cache_write(ref, innermost, "register"))
     take_consumer(sch, made[-1])
     made.append(sch.decompose_reduction(ref, nest.sums[0]))
@@ -376,6 +431,10 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
             _schedule_pack(sch, pack, target)
     if decisions["parallel"]:
         parallelize(sch, _separable(sch, _spread(nest, decisions)), total, target)
+    if decisions["next"]:
+        loops = list(sch.get_loops(ref))
+        around = loops[loops.index((*nest.tiles, *nest.sums)[0]) - 1]
+        sch.prefetch(ref, product.b.buffer.name, around, 1, spread=True)
     return {block.name for block in (*made, *packs)}
 
 
@@ -386,9 +445,10 @@ def _split(sch: Schedule, product: Product, decisions: Decisions, target: Target
         loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
     column, depth = loops[product.column], loops[-1]
     row = None if decisions["row"] is None else loops[decisions["row"]]
-    outer = [loop for loop in loops[:-1] if loop is not column and loop is not row]
+    tiles = [loops[axis] for axis in (_inside(product, decisions["row"]) if decisions["inside"] else ())]
+    outer = [loop for loop in loops[:-1] if loop is not column and loop is not row and loop not in tiles]
     inner: list[LoopRef] = []
-    block = tile = None
+    block = None
     if row is not None:
         tile = row
         if decisions["rows"] > 1:
@@ -396,6 +456,7 @@ def _split(sch: Schedule, product: Product, decisions: Decisions, target: Target
             inner.append(step)
         if decisions["block"]:
             block, tile = sch.split(tile, [None, decisions["block"]])
+        tiles.append(tile)
     panel = column
     factors = [factor for factor in (decisions["vectors"], decisions["width"]) if factor > 1]
     if factors:
@@ -404,10 +465,10 @@ def _split(sch: Schedule, product: Product, decisions: Decisions, target: Target
         first = lanes[:-1] if not target.memory_operands and decisions["width"] > 1 else []
         inner = [*first, *inner, *lanes[len(first) :]]
     sums = list(sch.split(depth, [None, decisions["unroll"]])) if decisions["unroll"] > 1 else [depth]
-    around = [*outer, *([block] if block is not None else []), panel, *([tile] if tile is not None else [])]
+    around = [*outer, *([block] if block is not None else []), panel, *tiles]
     if [*around, *sums, *inner] != list(sch.get_loops(sch.get_block(product.block.name))):
         sch.reorder(*around, *sums, *inner)
-    return _Nest(outer, block, panel, tile, sums, inner)
+    return _Nest(outer, block, panel, tiles, sums, inner)
 
 
 def _spread(nest: _Nest, decisions: Decisions) -> list[LoopRef]:
@@ -418,8 +479,8 @@ def _spread(nest: _Nest, decisions: Decisions) -> list[LoopRef]:
         if decisions["pack_a"]:
             return loops
     loops.append(nest.panel)
-    if nest.tile is not None and nest.block is None and not decisions["pack_b"]:
-        loops.append(nest.tile)
+    if nest.block is None and not (decisions["pack_b"] or decisions["next"]):
+        loops += nest.tiles
     return loops
 
 
