@@ -47,6 +47,11 @@ class Kept:
     size: int
     used: float
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a process was writing it when it was seen."""
+        return self.path.name.startswith(".")
+
 
 def limit() -> int:
     """The bytes that kernels and artifacts may take: KEDGE_CACHE_SIZE, else 5 GiB; 0 keeps nothing.
@@ -100,19 +105,18 @@ class Quota:
 
     def kept(self) -> list[Kept]:
         """All files that count, without those that vanish meanwhile."""
-        return [each for part in PARTS for each in _walk(self.root / part, self.root, part) if each.path.name[0] != "."]
+        return [each for each in self._files() if not each.unfinished]
 
     def clear(self, parts: tuple[str, ...] = PARTS) -> list[Kept]:
-        """Remove all of some parts, and tell what that was.
+        """Remove all of some parts, and tell what that was; what may be being written now is left.
 
         Raises:
             OSError: a file cannot be removed.
         """
-        removed = []
-        for part in parts:
-            for each in _walk(self.root / part, self.root, part):
-                each.path.unlink(missing_ok=True)
-                removed.append(each)
+        self._remove_abandoned()
+        removed = [each for each in self.kept() if each.part in parts]
+        for each in removed:
+            each.path.unlink(missing_ok=True)
         if self.root.is_dir():
             self._count(self.kept())
         return removed
@@ -137,13 +141,9 @@ class Quota:
         return total
 
     def _shrink(self, goal: int) -> None:
-        """Remove what is least recently used until `goal` bytes are left, and what others left unfinished for a day."""
-        now = time.time()
-        files = [each for part in PARTS for each in _walk(self.root / part, self.root, part)]
-        kept = sorted((each for each in files if each.path.name[0] != "."), key=lambda each: each.used)
-        for each in files:
-            if each.path.name[0] == "." and now - each.used > _DAY:
-                each.path.unlink(missing_ok=True)
+        """Remove what is least recently used until `goal` bytes are left."""
+        self._remove_abandoned()
+        kept = sorted(self.kept(), key=lambda each: each.used)
         total = sum(each.size for each in kept)
         gone = 0
         for each in kept:
@@ -154,9 +154,19 @@ class Quota:
             gone += 1
         self._count(kept[gone:])
 
+    def _remove_abandoned(self) -> None:
+        """Remove what processes that were killed left unfinished; a day later nobody writes it any more."""
+        for each in self._files():
+            if each.unfinished and time.time() - each.used > _DAY:
+                each.path.unlink(missing_ok=True)
+
+    def _files(self) -> Iterator[Kept]:
+        for part in PARTS:
+            yield from _walk(self.root / part, self.root, part)
+
 
 def _walk(folder: Path, root: Path, part: str) -> Iterator[Kept]:
-    """The files of a part, and those that are being written (their names begin with a dot)."""
+    """The files of a part, unfinished ones too."""
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
