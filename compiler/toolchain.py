@@ -33,7 +33,10 @@ _EXTERNAL_FLAGS = (
 _LIBRARIES = ("-lpthread", "-ldl", "-lm")
 #: What external code may use: the C library, its mathematics, and the compiler's own helpers (division on 32-bit ARM).
 _C_LIBRARIES = ("libm.so.6", "libc.so.6", "libc_nonshared.a", "libcompiler_rt.a")
-#: zig's helpers come with more debugging information than code.
+#: zig makes its helpers (seconds of work) once for what is stripped and once more, with debugging information, for what
+#: is not: the runtime and the C library are made with the same ones.
+_STRIP = "-s"
+#: External libraries may come with more debugging information than code.
 #: A shared object runs a function called _init, or _fini, by itself; what external code calls so is none of that kind.
 _EXTERNAL_LINK = ("--as-needed", "--strip-debug", "-init=", "-fini=")
 _UNDEFINED = re.compile(r"undefined (?:hidden |protected )?symbol: (\S+)")
@@ -235,8 +238,8 @@ def _build(
         _run([*cc, "-c", str(sources / name), "-o", str(objects / f"{name}.o")], f"compiling {name}", environment)
     lib = [str(objects / f"{name}.o") for name in library]
     program = [str(objects / f"{name}.o") for name in runner]
-    _run([*cc, "-shared", "-s", *lib, *_LIBRARIES, "-o", str(out / "libkedge_rt.so")], "linking", environment)
-    _run([*cc, "-s", *lib, *program, *_LIBRARIES, "-o", str(out / "kedge-runner")], "linking", environment)
+    _run([*cc, "-shared", _STRIP, *lib, *_LIBRARIES, "-o", str(out / "libkedge_rt.so")], "linking", environment)
+    _run([*cc, _STRIP, *lib, *program, *_LIBRARIES, "-o", str(out / "kedge-runner")], "linking", environment)
     _run([*zig, "ar", "rcsD", str(out / "libkedge_rt.a"), *lib], "archiving", environment)
 
 
@@ -334,7 +337,8 @@ def c_libraries(target: Target, *, progress: Progress | None = None) -> tuple[Pa
         ToolchainError: ziglang is missing, or the cache cannot be written.
     """
     arch = target.arch
-    key = hashlib.sha256(repr((arch.zig_target, arch.zig_cpu, _C_LIBRARIES, zig_version())).encode()).hexdigest()[:16]
+    made_of = (arch.zig_target, arch.zig_cpu, _C_LIBRARIES, _STRIP, zig_version())
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     folder = cache_dir() / "clib" / f"{arch.name}-{key}"
     files = tuple(folder / name for name in _C_LIBRARIES)
     if all(path.exists() for path in files):
@@ -369,7 +373,7 @@ def _find_c_libraries(zig: list[str], arch: Arch, scratch: Path) -> list[Path]:
     source.write_text("int kedge_probe(void) { return 0; }\n")
     command = [
         *zig, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", "-O2", "-fno-sanitize=all", "-shared",
-        "-fPIC", "--verbose", str(source), "-lm", "-o", str(scratch / "probe.so"),
+        "-fPIC", _STRIP, "--verbose", str(source), "-lm", "-o", str(scratch / "probe.so"),
     ]  # fmt: skip
     environment = _zig_environment(scratch)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

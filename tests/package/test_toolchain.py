@@ -66,6 +66,12 @@ def test_a_c_library_in_an_unwritable_cache_is_one_clear_error(monkeypatch: pyte
         c_libraries(NATIVE)
 
 
+def test_the_c_library_has_the_runtime_s_helpers() -> None:
+    """zig would make others, in seconds, for what is not stripped: they come with debugging information."""
+    (helpers,) = [path for path in c_libraries(NATIVE) if path.name == "libcompiler_rt.a"]
+    assert b".text" in helpers.read_bytes() and b".debug_info" not in helpers.read_bytes()
+
+
 def test_the_cpu_of_external_code_is_that_of_the_target() -> None:
     assert zig_cpu(parse("x86-64")) == "x86_64"
     assert zig_cpu(parse("x86-64-v3")).startswith("x86_64+avx+avx2+")
