@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kedge.compiler.codegen.alloc import expressions_of, statements_of
-from kedge.compiler.schedule.rules.analysis import extent_of, stride
+from kedge.compiler.schedule.rules.analysis import Access, extent_of
 from kedge.compiler.tir.expr import Binary, Const, Expr, Load, Select, Var, const
 from kedge.compiler.tir.simplify import Ranges, Simplifier, conjuncts, over
 from kedge.compiler.tir.stmt import For, If, Range, Stmt, Store
@@ -155,10 +155,11 @@ def _plan(place: _Place, ranges: Ranges, lanes: int) -> Together | None:
     known: dict[Var, Range] = {**ranges, **{loop.var: over(loop.extent) for loop in (*around.loops, *around.lanes)}}
     steps: dict[Var, int] = {}
     counts: dict[Var, int] = {}
+    access = Access(load.indices, load.buffer.shape, known)
     for loop in around.loops:
         if loop.var in around.guards:
             continue
-        step = stride(load.indices, load.buffer.shape, loop.var, known)
+        step = access.stride(loop.var)
         if step is None:
             return None
         assert isinstance(loop.extent, Const)

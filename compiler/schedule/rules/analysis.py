@@ -103,23 +103,36 @@ def stride(
 
     `free` is what it counts as where it is the same for all values of the variables in `ranges`, but not known.
     """
-    address = address_of(indices, shape)
-    simplifier = Simplifier(ranges)
-    if any(isinstance(node, Load) and var in free_vars(node) for node in walk_expr(address)):
-        return None
-    poly = simplifier.poly(address)
-    numbers = simplifier.poly(var).atoms()
-    if not numbers:
-        return 0
-    parts = poly.coefficient(numbers[0])
-    if parts is None:
-        return None
-    factor, rest = parts
-    if var in free_vars(simplifier.expr_of(rest)):
-        return None
-    if factor.value is None:
-        return None if any(each in ranges for each in free_vars(simplifier.expr_of(factor))) else free
-    return factor.value
+    return Access(indices, shape, ranges).stride(var, free=free)
+
+
+class Access:
+    """An access to a buffer of `shape`, for variables with `ranges`: asked for several strides, it is analysed once."""
+
+    def __init__(self, indices: Sequence[Expr], shape: Sequence[Dim], ranges: Ranges) -> None:
+        address = address_of(indices, shape)
+        self._ranges = ranges
+        self._simplifier = Simplifier(ranges)
+        self._by_data = {var for node in walk_expr(address) if isinstance(node, Load) for var in free_vars(node)}
+        self._poly = self._simplifier.poly(address)
+
+    def stride(self, var: Var, *, free: int | None = None) -> int | None:
+        """As the function `stride`."""
+        if var in self._by_data:
+            return None
+        numbers = self._simplifier.poly(var).atoms()
+        if not numbers:
+            return 0
+        parts = self._poly.coefficient(numbers[0])
+        if parts is None:
+            return None
+        factor, rest = parts
+        if var in free_vars(self._simplifier.expr_of(rest)):
+            return None
+        if factor.value is None:
+            known = any(each in self._ranges for each in free_vars(self._simplifier.expr_of(factor)))
+            return None if known else free
+        return factor.value
 
 
 def address_of(indices: Sequence[Expr], shape: Sequence[Dim]) -> Expr:
