@@ -11,7 +11,6 @@ import os
 import shlex
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from kedge.device_agent import runtime
 from kedge.device_agent.runner import Runner
 from kedge.device_agent.runtime.protocol import Tensor
 from kedge.rpc.artifact import Artifact
-from support.boards import ROOT, TRIPLES, emulated_command, zig_flags
+from support.boards import ROOT, TRIPLES, emulated_command, zig
 
 pytestmark = pytest.mark.board
 
@@ -117,7 +116,7 @@ def linked(arch: str, model: object, monkeypatch: pytest.MonkeyPatch) -> tuple[P
     sources = [Path(__file__).with_name("linked_main.c")]
     sources += [runtime.SOURCE_DIR / name for name in runtime.LIBRARY_SOURCES]
     headers = [runtime.SOURCE_DIR / name for name in runtime.HEADERS]
-    digest = hashlib.sha256(repr(zig_flags(arch)).encode())
+    digest = hashlib.sha256(repr(zig(arch)).encode())
     for part in (*objects, *(path.read_bytes() for path in (*sources, *headers))):
         digest.update(part)
     folder = cache_dir() / "tests" / f"linked-{arch}-{digest.hexdigest()[:16]}"
@@ -131,10 +130,9 @@ def linked(arch: str, model: object, monkeypatch: pytest.MonkeyPatch) -> tuple[P
 
 
 def build(arch: str, inputs: list[Path], program: Path) -> None:
-    command = [sys.executable, "-m", "ziglang", "cc", *zig_flags(arch), "-std=c11", "-O1", "-g0", "-fno-sanitize=all"]
-    command += ["-I", str(runtime.SOURCE_DIR), *map(str, inputs), "-lm", "-lpthread", "-ldl"]
+    words = ["-std=c11", "-O1", "-I", str(runtime.SOURCE_DIR), *map(str, inputs), "-lm", "-lpthread", "-ldl"]
     scratch = program.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*zig(arch), *words, "-o", str(scratch)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     scratch.replace(program)
 

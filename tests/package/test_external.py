@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from kedge.device_agent import runtime
 from kedge.rpc import abi
 from kedge.rpc.artifact import Manifest
 from kedge.rpc.errors import JobError
-from support import emulated
+from support import emulated, native
 
 HEAD = '#include "kedge_external.h"\n'
 #: relu(x · w + b) in plain C, each row by itself on whatever thread is free.
@@ -438,13 +437,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The layer as a static library for two architectures, as its vendor would build it."""
     folder, made = tmp_path_factory.mktemp("libraries"), {}
     (folder / "dense.c").write_text(DENSE)
-    zig = [sys.executable, "-m", "ziglang"]
     for arch in ("x86_64", "aarch64"):
-        command = [*zig, "cc", "-target", f"{arch}-linux-gnu", "-O1", "-fPIC", "-fno-sanitize=all"]
+        command = [native.ZIG, "cc", "-target", f"{arch}-linux-gnu", "-O1", "-fPIC", "-fno-sanitize=all"]
         command += ["-I", str(runtime.SOURCE_DIR), "-c", str(folder / "dense.c"), "-o", str(folder / f"{arch}.o")]
         subprocess.run(command, check=True)
         made[arch] = folder / f"libdense-{arch}.a"
-        subprocess.run([*zig, "ar", "rcs", str(made[arch]), str(folder / f"{arch}.o")], check=True)
+        subprocess.run([native.ZIG, "ar", "rcs", str(made[arch]), str(folder / f"{arch}.o")], check=True)
     return made
 
 

@@ -50,7 +50,8 @@ def test_another_architecture_under_emulation(arch: str) -> None:
         pytest.skip(f"qemu-{arch}-static is not installed")
     triple, _ = EMULATED[arch]
     programs = native.MODULES.parent / "programs"
-    stress = native.compile_c([programs / "pool_stress.c", *native.library_sources()], "-static", "-target", triple)
+    zig = (native.ZIG, "cc", "-fno-sanitize=all", "-static", "-target", triple)
+    stress = native.compile_c([programs / "pool_stress.c", *native.library_sources()], compiler=zig)
     assert subprocess.run([qemu, stress, "2", "3", "50"], capture_output=True, text=True, check=True).stdout == "ok\n"
 
 
@@ -61,12 +62,9 @@ def test_features_under_emulation(arch: str) -> None:
     if qemu is None:
         pytest.skip(f"qemu-{arch}-static is not installed")
     triple, cpus = EMULATED[arch]
-    program = native.compile_c(
-        [native.MODULES.parent / "programs" / "print_features.c", *native.library_sources()],
-        "-static",
-        "-target",
-        triple,
-    )
+    zig = (native.ZIG, "cc", "-fno-sanitize=all", "-static", "-target", triple)
+    source = native.MODULES.parent / "programs" / "print_features.c"
+    program = native.compile_c([source, *native.library_sources()], compiler=zig)
     for cpu, expected in cpus.items():
         found = subprocess.run([qemu, "-cpu", cpu, program], capture_output=True, text=True, check=True).stdout
         assert expected <= set(found.strip().split(",")), cpu

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import native
-from support.boards import emulated_command, zig_flags
+from support.boards import emulated_command, zig
 
 STRESS = Path(__file__).with_name("programs") / "pool_stress.c"
 
@@ -32,7 +32,7 @@ def test_every_element_once(callers: int, threads: int) -> None:
 def test_on_other_architectures(arch: str) -> None:
     """Their atomics and system calls; qemu on x86 does not reorder memory as an ARM may: pool.c argues that."""
     emulated = emulated_command(arch)
-    program = native.compile_c([STRESS, *native.library_sources()], *zig_flags(arch))
+    program = native.compile_c([STRESS, *native.library_sources()], compiler=zig(arch))
     stress(program, 3, 3, 300, *emulated)
 
 

@@ -18,6 +18,7 @@ from kedge.deploy.emulated import EmulatedBoard
 from kedge.deploy.emulated.sources import host_distribution
 from kedge.deploy.emulated.userland import fetch_userland
 from kedge.deploy.ssh import Destination, resolve
+from support import native
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Where `kedge demo` keeps user lands, and `kedge deploy` what it sends: nothing is fetched twice.
@@ -49,10 +50,9 @@ def emulated_command(arch: str) -> list[str]:
     return [found, "-L", str(_system_root(arch))]
 
 
-def zig_flags(arch: str) -> list[str]:
-    """For programs of that architecture: those of the runtime itself, whose C library zig has prepared already."""
-    machine = parse(f"llvm -mtriple={TRIPLES[arch]}").arch
-    return ["-target", machine.zig_target, f"-mcpu={machine.zig_cpu}"]
+def zig(arch: str) -> tuple[str, ...]:
+    """The C compiler for that architecture."""
+    return native.zig_cc(parse(f"llvm -mtriple={TRIPLES[arch]}").host.arch)
 
 
 def _system_root(arch: str) -> Path:

@@ -11,7 +11,6 @@ import platform
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from kedge.compiler.tir.expr import Var, as_expr
 from kedge.compiler.toolchain import c_libraries, cache_dir
 from kedge.compiler.workers import Workers
 from kedge.device_agent import runtime
+from support import native
 from support.functions import evaluate
 
 Array = np.ndarray[Any, Any]
 HARNESS = Path(__file__).resolve().parent.parent / "codegen" / "harness.c"
 _QEMU = {"aarch64": "aarch64", "armv7l": "arm", "riscv64": "riscv64", "x86_64": "x86_64"}
-_ZIG = (sys.executable, "-m", "ziglang")
 
 
 def emulator(target: Target) -> list[str] | None:
@@ -74,7 +73,7 @@ def _harness(target: Target) -> Path:
             "-fno-builtin",
         ]
         flags += ["-marm"] if arch.name == "armv7l" else []  # the assembly in it is not Thumb
-        command = [*_ZIG, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", *flags]
+        command = [native.ZIG, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", *flags]
         subprocess.run([*command, f"-I{runtime.SOURCE_DIR}", "-c", str(HARNESS), "-o", str(scratch)], check=True)
         scratch.replace(out)
     return out
@@ -97,7 +96,7 @@ def run_program(
     if external:  # 32-bit ARM divides and converts 64-bit numbers in the compiler's library
         paths += [str(path) for path in c_libraries(target) if path.name == "libcompiler_rt.a"]
     binary = folder / "program"
-    link = [*_ZIG, "ld.lld", "-m", target.arch.lld_emulation, "-static", "--no-undefined", "-o", str(binary)]
+    link = [native.ZIG, "ld.lld", "-m", target.arch.lld_emulation, "-static", "--no-undefined", "-o", str(binary)]
     subprocess.run([*link, *paths], check=True)
     command = emulator(target)
     assert command is not None, f"no emulator for {target.arch.name}"

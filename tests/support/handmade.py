@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
+from kedge.compiler.target import parse
 from kedge.rpc import abi
 from kedge.rpc.artifact import Artifact, Function, Manifest, Port, Symbol, Variant, make_member
+from support import native
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 WEIGHTS_OFFSET = 64
 
 
-def zig_target(machine: str) -> str:
-    """What zig calls a glibc system of that machine."""
-    return {
-        "x86_64": "x86_64-linux-gnu.2.17",
-        "aarch64": "aarch64-linux-gnu.2.17",
-        "armv7l": "arm-linux-gnueabihf.2.17",
-    }[machine]
-
-
 def compile_module(source: Path, out: Path, *, machine: str = "", features: str = "") -> Path:
-    """Compile a C file that exports `kedge_module`; FEATURES is what it claims to need."""
-    command = [
-        *(sys.executable, "-m", "ziglang", "cc", "-target", zig_target(machine or platform.machine())),
-        *("-shared", "-fPIC", "-O1", "-g0", "-fvisibility=hidden", "-fno-sanitize=all"),
-        *(f'-DFEATURES="{features}"', "-I", str(ROOT / "device_agent" / "runtime"), str(source), "-o", str(out)),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    """Compile a C file that exports `kedge_module`, once for the same input; FEATURES is what it claims to need."""
+    arch = parse(f"llvm -mtriple={machine or platform.machine()}-linux-gnu").host.arch
+    language = ("-std=gnu11", "-Wno-missing-field-initializers")
+    flags = (*language, "-shared", "-fPIC", "-fvisibility=hidden", f'-DFEATURES="{features}"')
+    shutil.copyfile(native.compile_c([source], *flags, compiler=native.zig_cc(arch)), out)
     return out
 
 

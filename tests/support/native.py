@@ -6,17 +6,20 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import ziglang
 
+from kedge.compiler.target import parse
+from kedge.compiler.target.arch import Arch
 from kedge.compiler.toolchain import cache_dir
 from kedge.deploy.cachedir import build_once
 from kedge.device_agent import runtime
 
-ZIG = (sys.executable, "-m", "ziglang", "cc", "-fno-sanitize=all")
+#: The program itself: `python -m ziglang` starts a Python before it.
+ZIG = str(Path(ziglang.__file__).with_name("zig"))
 MODULES = Path(__file__).resolve().parent.parent / "runtime" / "modules"
 
 
@@ -28,8 +31,20 @@ def library_sources(*without: str) -> list[Path]:
 _COMPILE = ("-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{runtime.SOURCE_DIR}", f"-I{MODULES}")
 
 
-def compile_c(sources: Sequence[Path], *flags: str, compiler: Sequence[str] = ZIG) -> Path:
-    """The product of compiling and linking `sources` with `flags`; compiled once for the same input."""
+def zig_cc(arch: Arch) -> tuple[str, ...]:
+    """zig's C compiler for an architecture, its products stripped, as those of the runtime are.
+
+    zig makes a library of helpers, in seconds, for each target, CPU and whether to strip: tests need no other ones.
+    """
+    return (ZIG, "cc", "-target", arch.zig_target, f"-mcpu={arch.zig_cpu}", "-fno-sanitize=all", "-s")
+
+
+def compile_c(sources: Sequence[Path], *flags: str, compiler: Sequence[str] = ()) -> Path:
+    """The product of compiling and linking `sources` with `flags`, by zig for this machine if there is no `compiler`.
+
+    Compiled once for the same input.
+    """
+    compiler = compiler or zig_cc(parse("native").host.arch)
     out = _named(sources[0].stem, sources, compiler, flags)
     if out.exists():
         return out
