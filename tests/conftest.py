@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from kedge.compiler.toolchain import cache_dir
@@ -24,9 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     zig builds a target's C library in seconds of work, once for each folder that it keeps things in: one for all tests,
     also for those with a cache of their own.
 
+    How long an example may take is not judged: slow machines, and what is imported on the way, take what they take.
+
     Behind `nohup`, or in the background of a script, tests run with signals ignored, and so would every process that
     they start and interrupt. A handler that does nothing is not inherited.
     """
+    hypothesis.settings.register_profile("kedge", deadline=None)
+    hypothesis.settings.load_profile("kedge")
     folder = tempfile.TemporaryDirectory(prefix="kedge-tests-config-")
     config.add_cleanup(folder.cleanup)
     os.environ["KEDGE_CONFIG_DIR"] = folder.name

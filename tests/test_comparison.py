@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from typer.testing import CliRunner
 
 import kedge
@@ -81,8 +81,14 @@ def test_turned_round_the_verdict_is_turned_round(times: list[tuple[float, float
     assert back.superiority + there.superiority == pytest.approx(1)
 
 
-@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=MIN_BLOCKS, max_size=60))
-def test_the_statistics_are_those_of_scipy(times: list[tuple[float, float]]) -> None:
+@pytest.fixture(scope="module")
+def stats() -> Any:
+    """scipy.stats, which takes seconds to import: not in every worker, and not while tests are collected."""
+    return importlib.import_module("scipy.stats")
+
+
+@given(times=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=MIN_BLOCKS, max_size=60))
+def test_the_statistics_are_those_of_scipy(stats: Any, times: list[tuple[float, float]]) -> None:
     """The interval that of the binomial distribution's quantiles, the effect size that of Mann and Whitney's U."""
     found = judge([{"a": a, "again": a, "b": b} for a, b in times])
     logs = np.sort(np.log([b / a for a, b in times]))

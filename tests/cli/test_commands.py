@@ -142,8 +142,8 @@ def test_inspect_model_and_artifact(kedge_here: Kedge, digits: Path) -> None:
     assert facts["variants"][0]["arch"] == "x86_64"
 
 
-def test_doctor_finds_a_sound_installation(kedge: Kedge) -> None:
-    done = kedge("doctor", "--json")
+def test_doctor_finds_a_sound_installation(kedge_here: Kedge) -> None:
+    done = kedge_here("doctor", "--json")
     assert done.returncode == 0, done.stdout
     by_check = {finding["check"]: finding["status"] for finding in json.loads(done.stdout)}
     assert by_check["compile and run here"] == "ok" and by_check["tracker"] == "note"
@@ -155,9 +155,12 @@ def test_doctor_on_a_machine_that_never_ran_kedge(kedge: Kedge, tmp_path: Path) 
     assert finding["status"] == "ok" and str(fresh) in finding["found"]
 
 
-def test_doctor_names_a_cache_that_cannot_be_written(kedge: Kedge, tmp_path: Path) -> None:
+def test_doctor_names_a_cache_that_cannot_be_written(
+    kedge_here: Kedge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    done = kedge("doctor", "--json", env={**os.environ, "KEDGE_CACHE_DIR": str(tmp_path / "file")})
+    monkeypatch.setenv("KEDGE_CACHE_DIR", str(tmp_path / "file"))
+    done = kedge_here("doctor", "--json")
     (finding,) = _cache_findings(done)
     assert done.returncode == 1
     assert finding["status"] == "broken" and "KEDGE_CACHE_DIR" in finding["remedy"]

@@ -36,27 +36,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_compile_and_validate(kedge: Kedge, folder: Path) -> None:
+def test_compile_and_validate(kedge_here: Kedge, folder: Path) -> None:
     model, external, out = folder / "digits.onnx", folder / "external.py", folder / "out.kdg"
-    done = kedge("compile", model, "--external", external, "-o", out)
+    done = kedge_here("compile", model, "--external", external, "-o", out)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    done = kedge("validate", model, out, "--external", external, "--json")
+    done = kedge_here("validate", model, out, "--external", external, "--json")
     report = json.loads(done.stdout)
     assert report["ok"] and report["layers_skipped"] is None
     assert {"relu1", "relu2"} <= {layer["name"] for layer in report["layers"]}
-    assert "external code: my_relu" in kedge("inspect", out).stdout
-    assert json.loads(kedge("inspect", out, "--json").stdout)["external"] == ["my_relu"]
-    done = kedge("validate", model, out)
+    assert "external code: my_relu" in kedge_here("inspect", out).stdout
+    assert json.loads(kedge_here("inspect", out, "--json").stdout)["external"] == ["my_relu"]
+    done = kedge_here("validate", model, out)
     assert done.returncode == 0
     assert "layers are not compared: the artifact has external code that was not given: my_relu" in done.stdout
 
 
-def test_a_wrong_function_is_found(kedge: Kedge, folder: Path) -> None:
+def test_a_wrong_function_is_found(kedge_here: Kedge, folder: Path) -> None:
     (folder / "relu.c").write_text(RELU.replace("LEAST", "0.5f"))
     model, external, out = folder / "digits.onnx", folder / "external.py", folder / "out.kdg"
-    assert kedge("compile", model, "--external", external, "-o", out).returncode == 0
-    done = kedge("validate", model, out, "--external", external)
+    assert kedge_here("compile", model, "--external", external, "-o", out).returncode == 0
+    done = kedge_here("validate", model, out, "--external", external)
     assert done.returncode == 1
     # The classification is robust: the outputs alone would not tell.
     assert "probabilities" in done.stdout and "external my_relu differs at relu1: max |error| 0.4" in done.stdout
@@ -71,28 +71,28 @@ def test_a_wrong_function_is_found(kedge: Kedge, folder: Path) -> None:
         (MAKE.replace("relu.c", "none.c"), 1, "none.c: No such file"),
     ],
 )
-def test_mistakes(kedge: Kedge, folder: Path, text: str, status: int, said: str) -> None:
+def test_mistakes(kedge_here: Kedge, folder: Path, text: str, status: int, said: str) -> None:
     (folder / "external.py").write_text(text)
     model = folder / "digits.onnx"
-    done = kedge("compile", model, "--external", folder / "external.py", "-o", folder / "out.kdg")
+    done = kedge_here("compile", model, "--external", folder / "external.py", "-o", folder / "out.kdg")
     assert done.returncode == status and said in done.stderr
     assert not (folder / "out.kdg").exists()
 
 
-def test_what_the_compiler_says_is_shown(kedge: Kedge, folder: Path) -> None:
+def test_what_the_compiler_says_is_shown(kedge_here: Kedge, folder: Path) -> None:
     arguments = ("compile", folder / "digits.onnx", "--external", folder / "external.py", "-o", folder / "out.kdg")
     (folder / "relu.c").write_text(RELU.replace("LEAST", "0").replace("  return", "  int unused;\n  return"))
-    done = kedge(*arguments)
+    done = kedge_here(*arguments)
     assert done.returncode == 0 and "relu.c:7:7: warning: unused variable 'unused'" in done.stderr
     (folder / "relu.c").write_text(RELU)
-    done = kedge(*arguments)
+    done = kedge_here(*arguments)
     assert done.returncode == 1
     assert "error: external my_relu does not compile for x86_64" in done.stderr
     assert "relu.c:6:77: error: use of undeclared identifier 'LEAST'" in done.stderr
 
 
-def test_one_that_matches_nothing_is_a_warning(kedge: Kedge, folder: Path) -> None:
+def test_one_that_matches_nothing_is_a_warning(kedge_here: Kedge, folder: Path) -> None:
     (folder / "external.py").write_text(MAKE.replace('"relu"', '"gemm"'))
-    done = kedge("compile", folder / "digits.onnx", "--external", folder / "external.py", "-o", folder / "out.kdg")
+    done = kedge_here("compile", folder / "digits.onnx", "--external", folder / "external.py", "-o", folder / "out.kdg")
     assert done.returncode == 0
     assert "warning: external my_relu matches nothing: here the graph has no gemm" in done.stderr

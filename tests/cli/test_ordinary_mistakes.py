@@ -166,18 +166,19 @@ def test_json_has_no_nan(kedge_here: Kedge, digits: Path, tmp_path: Path) -> Non
     ],
 )
 def test_a_setting_that_shows_nothing_is_refused(
-    kedge: Kedge, tmp_path: Path, name: str, value: str, says: str
+    kedge_here: Kedge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, says: str
 ) -> None:
-    done = kedge("compile", digits_model(), "-o", tmp_path / "x.kdg", env={**os.environ, name: value})
+    monkeypatch.setenv(name, value)
+    done = kedge_here("compile", digits_model(), "-o", tmp_path / "x.kdg")
     assert done.returncode == 1 and says in done.stderr, done.stderr
 
 
-def test_every_stage_is_shown_again(kedge: Kedge, tmp_path: Path) -> None:
+def test_every_stage_is_shown_again(kedge_here: Kedge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Although the kernels were compiled before, and could be taken from the cache."""
     shown = []
     for turn in ("first", "second"):
-        environment = {**os.environ, "KEDGE_DUMP_DIR": str(tmp_path / turn)}
-        done = kedge("compile", digits_model(), "-o", tmp_path / "x.kdg", env=environment)
+        monkeypatch.setenv("KEDGE_DUMP_DIR", str(tmp_path / turn))
+        done = kedge_here("compile", digits_model(), "-o", tmp_path / "x.kdg")
         assert done.returncode == 0, done.stderr
         shown.append(sorted(path.name for path in (tmp_path / turn).iterdir()))
     assert shown[0] == shown[1]

@@ -72,11 +72,13 @@ def test_a_second_tracker_is_seen_and_takes_over(
         assert now["kedge_tracker_leaderships_total"] == 1 and now["kedge_agents_connected"] == 0
 
 
-def test_options_that_need_a_database(kedge: Kedge, tmp_path: Path) -> None:
-    done = kedge("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", "--advertise", "a")
+def test_options_that_need_a_database(kedge_here: Kedge, tmp_path: Path) -> None:
+    done = kedge_here("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", "--advertise", "a")
     assert done.returncode == 2 and "name their --database" in done.stderr
-    done = kedge("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", "--database", "mysql://a/b")
+    done = kedge_here("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", "--database", "mysql://a/b")
     assert done.returncode == 2 and "postgresql://" in done.stderr
     database = ("--database", "postgresql://db.invalid/kedge")
-    done = kedge("tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", *database, "--advertise", "lab:9190")
+    done = kedge_here(
+        "tracker", "start", "--port", "0", "--data-dir", tmp_path / "t", *database, "--advertise", "lab:9190"
+    )
     assert done.returncode == 2 and "'lab:9190' is neither a host name" in done.stderr

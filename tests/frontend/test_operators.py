@@ -205,9 +205,13 @@ def test_running_sums(data: st.DataObject) -> None:
     np.testing.assert_array_equal(got, np.flip(sums, axis) if reverse else sums)
 
 
-@pytest.mark.parametrize("reverse", [0, 1])
-@pytest.mark.parametrize("exclusive", [0, 1])
-@pytest.mark.parametrize(("shape", "axis"), [((129,), 0), ((2, 200, 3), 1), ((2, 3, 1100), 2)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "exclusive", "reverse"),
+    [
+        *(((2, 200, 3), 1, exclusive, reverse) for exclusive in (0, 1) for reverse in (0, 1)),
+        *((shape, axis, both, both) for shape, axis in (((129,), 0), ((2, 3, 1100), 2)) for both in (0, 1)),
+    ],
+)
 def test_long_running_sums(shape: tuple[int, ...], axis: int, exclusive: int, reverse: int) -> None:
     x = RNG.integers(-9, 9, shape).astype(np.float32)
     given = {"constant": [1], "exclusive": exclusive, "reverse": reverse}

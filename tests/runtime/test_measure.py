@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from kedge.rpc.client.timing import Timing
 from kedge.rpc.measure import POWERSAVE, is_disturbed, judge, mad, median_interval
@@ -188,8 +188,14 @@ def test_mad() -> None:
     assert mad([1, 2, 3, 4, 100]) == 1
 
 
-@given(st.lists(st.floats(1, 1e12), min_size=2, max_size=60))
-def test_the_statistics_are_those_of_numpy_and_scipy(samples: list[float]) -> None:
+@pytest.fixture(scope="module")
+def stats() -> Any:
+    """scipy.stats, which takes seconds to import: not in every worker, and not while tests are collected."""
+    return importlib.import_module("scipy.stats")
+
+
+@given(samples=st.lists(st.floats(1, 1e12), min_size=2, max_size=60))
+def test_the_statistics_are_those_of_numpy_and_scipy(stats: Any, samples: list[float]) -> None:
     timing = Timing(Measurement(TimeOptions(), tuple(samples)))
     milliseconds = np.array(samples) / 1e6
     said = (timing.median_ms, timing.mean_ms, timing.std_ms, timing.min_ms, timing.max_ms)

@@ -1,5 +1,6 @@
 """Text that is read back: every function survives, and what is malformed is refused where it is."""
 
+import functools
 import re
 from types import MappingProxyType
 
@@ -222,16 +223,22 @@ def test_numbers_and_texts_that_nothing_can_hold(old, new, reason):
         parse_func(GOOD.replace(old, new, 1))
 
 
-TEXTS = [func.show() for func in SAMPLES.values()] + [
-    schedule_func(SAMPLES[name], target).func.show() for name in ("dense", "softmax") for target in TARGETS.values()
-]
+@functools.cache
+def texts() -> list[str]:
+    """Functions as text, plain and scheduled."""
+    scheduled = [
+        schedule_func(SAMPLES[name], target).func for name in ("dense", "softmax") for target in TARGETS.values()
+    ]
+    return [func.show() for func in (*SAMPLES.values(), *scheduled)]
+
+
 PIECES = re.compile(r"\s+|\w+|.", re.DOTALL)
 
 
 @st.composite
 def mutated(draw: st.DrawFn) -> str:
     """A good text in which some pieces are left out, repeated, swapped or replaced."""
-    pieces = PIECES.findall(draw(st.sampled_from(TEXTS)))
+    pieces = PIECES.findall(draw(st.sampled_from(texts())))
     words = st.one_of(
         st.sampled_from(pieces),
         st.sampled_from(
