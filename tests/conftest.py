@@ -14,9 +14,7 @@ import hypothesis
 import pytest
 
 from kedge.compiler.toolchain import cache_dir
-
-#: Folders whose tests wait more than they compute: for processes to start, for leases to end.
-WAITING = ("agent", "boards", "faults", "wire")
+from support.order import in_order
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,15 +51,11 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the files whose tests wait among those whose tests compute: no processor is idle for long."""
+    """File by file, as pytest-xdist gives them to its workers."""
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
-    place: dict[Path, float] = {}
-    for waits in (True, False):
-        group = [path for path in files if (path.parent.name in WAITING) is waits]
-        place |= {path: number / len(group) for number, path in enumerate(group)}
-    items[:] = [item for path in sorted(files, key=place.__getitem__) for item in files[path]]
+    items[:] = [item for path in in_order(files) for item in files[path]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -485,7 +485,8 @@ def test_a_window_may_end_beyond_an_image_that_is_smaller() -> None:
     for op, function in (("MaxPool", np.max), ("AveragePool", np.mean)):
         model, feeds = one_operator(op, [x], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
         want = function(x, axis=(2, 3), keepdims=True)
-        np.testing.assert_allclose(onnxruntime_outputs(model, feeds)["y0"], want, rtol=1e-6)
+        # A mean of numbers that cancel each other is as exact as these are.
+        np.testing.assert_allclose(onnxruntime_outputs(model, feeds)["y0"], want, rtol=1e-6, atol=1e-6)
         check(model, feeds, want)
 
 

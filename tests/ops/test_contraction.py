@@ -30,7 +30,8 @@ MATMULS = [
 def test_matmul_is_numpys(a, b):
     x, y = normal(*a), normal(*b)
     (got,) = check_op("matmul", x, y)
-    np.testing.assert_allclose(got, np.matmul(x, y), rtol=1e-6)
+    # Terms that cancel each other leave what their order makes of them, and that is the library's.
+    np.testing.assert_allclose(got, np.matmul(x, y), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "int64"])

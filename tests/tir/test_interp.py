@@ -70,7 +70,8 @@ def unary(name: str, dtype: str = "float64") -> PrimFunc:
 )  # fmt: skip
 def test_intrinsics(name, reference, vectorize):
     data = np.array([0.5, 1.5, 2.5, 3.25, 4.75])
-    np.testing.assert_allclose(run(unary(name), [data], vectorize=vectorize)[0], reference(data), rtol=1e-15)
+    # With the vector instructions of some machines numpy's functions are 4 units of the last place beside libm's.
+    np.testing.assert_allclose(run(unary(name), [data], vectorize=vectorize)[0], reference(data), rtol=4e-15)
 
 
 def test_erf():
