@@ -42,7 +42,7 @@ def root(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize(("root", "quota"), [(name, case[2]) for name, case in CASES.items()], indirect=["root"])
 def test_both_find_the_same(root: Path, quota: float | None) -> None:
-    program = native.compile_c([PROGRAM, *native.library_sources()])
+    program = native.compile_c([PROGRAM, native.library()])
     printed = subprocess.run([program, root], capture_output=True, text=True, check=True).stdout
     assert int(printed) == (NONE if quota is None else math.ceil(quota))
     assert cpu_quota(root) == quota

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import native
-from support.boards import emulated_command, zig
+from support.boards import TRIPLES, emulated_command, zig
 
 STRESS = Path(__file__).with_name("programs") / "pool_stress.c"
 
@@ -24,7 +24,7 @@ def stress(program: Path, callers: int, threads: int, loops: int, *emulator: str
 @pytest.mark.parametrize(("callers", "threads"), [(1, 2), (1, 7), (4, 3), (8, 2)])
 def test_every_element_once(callers: int, threads: int) -> None:
     """More callers than CPUs, more threads than CPUs: each loop does each element exactly once."""
-    stress(native.compile_c([STRESS, *native.library_sources()]), callers, threads, 2000)
+    stress(native.compile_c([STRESS, native.library()]), callers, threads, 2000)
 
 
 @pytest.mark.board
@@ -32,7 +32,8 @@ def test_every_element_once(callers: int, threads: int) -> None:
 def test_on_other_architectures(arch: str) -> None:
     """Their atomics and system calls; qemu on x86 does not reorder memory as an ARM may: pool.c argues that."""
     emulated = emulated_command(arch)
-    program = native.compile_c([STRESS, *native.library_sources()], compiler=zig(arch))
+    library = native.library(f"llvm -mtriple={TRIPLES[arch]}")
+    program = native.compile_c([STRESS, library], compiler=zig(arch))
     stress(program, 3, 3, 300, *emulated)
 
 

@@ -14,7 +14,7 @@ import ziglang
 
 from kedge.compiler.target import parse
 from kedge.compiler.target.arch import Arch
-from kedge.compiler.toolchain import cache_dir
+from kedge.compiler.toolchain import build_runtime, cache_dir
 from kedge.deploy.cachedir import build_once
 from kedge.device_agent import runtime
 
@@ -23,9 +23,14 @@ ZIG = str(Path(ziglang.__file__).with_name("zig"))
 MODULES = Path(__file__).resolve().parent.parent / "runtime" / "modules"
 
 
-def library_sources(*without: str) -> list[Path]:
-    """The runtime library's sources, but for some."""
-    return [runtime.SOURCE_DIR / name for name in runtime.LIBRARY_SOURCES if name not in without]
+def library_sources() -> list[Path]:
+    """The runtime library's sources, for flags of one's own."""
+    return [runtime.SOURCE_DIR / name for name in runtime.LIBRARY_SOURCES]
+
+
+def library(target: str = "native") -> Path:
+    """The runtime's static library: a program that is linked with it compiles none of its sources again."""
+    return build_runtime(parse(target)).static
 
 
 _COMPILE = ("-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{runtime.SOURCE_DIR}", f"-I{MODULES}")
