@@ -564,8 +564,8 @@ def test_a_stopped_client_loses_the_device_with_its_lease(
 
 def test_a_client_that_lives_keeps_its_lease(fleet: Fleet, agent: AgentProcess, tracker: RunningTracker) -> None:
     """Three leases long nothing is asked, and the session is still there."""
-    with fleet.session("here", lease_s=0.4) as device:
-        ended = device._link._over.wait(1.2)
+    with fleet.session("here", lease_s=1.5) as device:  # busy machines may stand still for part of a second
+        ended = device._link._over.wait(4.5)
         assert not ended and device.files() == {}
 
 

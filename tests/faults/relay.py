@@ -73,7 +73,7 @@ class Relay:
         await self._channel.close()
 
     def _call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def _take(self, method: str, way: str) -> Order | None:
         way = "submit" if method in _SUBMITS else way

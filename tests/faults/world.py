@@ -87,7 +87,7 @@ class Process:
         """SIGKILL, and reap."""
         self.signal(signal.SIGKILL)
         assert self._popen is not None
-        self._popen.wait(20)
+        self._popen.wait(60)
 
     def end(self, timeout_s: float) -> int:
         """SIGTERM, and its exit status."""
