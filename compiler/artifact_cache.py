@@ -226,8 +226,12 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _digest(path: Path) -> str:
     """A digest of a file: the SHA-256 of those of its pieces, which several cores take."""
     size = path.stat().st_size
-    with ThreadPoolExecutor(max_workers=cores.usable_threads()) as pool:
-        pieces = list(pool.map(lambda start: _piece(path, start), range(0, size, _PIECE)))
+    starts = range(0, size, _PIECE)
+    try:
+        with ThreadPoolExecutor(max_workers=cores.usable_threads()) as pool:
+            pieces = list(pool.map(lambda start: _piece(path, start), starts))
+    except RuntimeError:  # a control group's limit on processes counts threads, too: this one does it all
+        pieces = [_piece(path, start) for start in starts]
     return hashlib.sha256(f"{size} ".encode() + b"".join(pieces)).hexdigest()
 
 

@@ -105,7 +105,7 @@ def _cache() -> Iterator[Finding]:
     status: Status = "ok" if free >= MIN_FREE_BYTES else "broken"
     remedy = "" if status == "ok" else f"free some space, or set KEDGE_CACHE_DIR (at least {MIN_FREE_BYTES >> 20} MiB)"
     yield Finding(
-        "cache", status, f"{folder}, at most {quota.limit / (1 << 30):.3g} of {free / (1 << 30):.1f} GiB free", remedy
+        "cache", status, f"{folder}, up to {quota.limit / (1 << 30):.3g} GiB; {free / (1 << 30):.1f} GiB free", remedy
     )
 
 

@@ -16,7 +16,6 @@ from kedge.compiler.target.gpu import GPU_BOARDS, GPU_KINDS, GpuTarget
 from kedge.compiler.target.model import THROUGHPUT_OPTIONS, Target, Throughput, throughput_of
 from kedge.compiler.target.options import nearest, options, positive, rate, size
 from kedge.compiler.target.parse_gpu import gpu_head, parse_gpu
-from kedge.rpc.types import ReportedTarget
 
 #: What `parse` gives: a CPU, or a GPU with its host.
 AnyTarget: TypeAlias = Target | GpuTarget
@@ -60,11 +59,20 @@ def parse(text: str | AnyTarget) -> AnyTarget:
         what = "None" if text is None else f"of type {type(text).__name__}"
         raise TargetError(f"target={text!r}: it is {what}, not a name", hint='give a name, such as target="native"')
     words = _words(text)
-    reported = frozenset(text.cpu_features) if isinstance(text, ReportedTarget) else None
+    reported = _reported_features(text)
     gpu = gpu_head(words[0])
     if gpu is not None:
         return parse_gpu(text, gpu, words[1:], partial(_parse_host, reported=reported))
     return _parse_cpu(text, words, reported)
+
+
+def _reported_features(text: str) -> frozenset[str] | None:
+    """What the CPU of a device has that reported `text`; None where somebody typed it."""
+    if type(text) is str:  # most are, and need none of what is said to a tracker
+        return None
+    from kedge.rpc.types import ReportedTarget
+
+    return frozenset(text.cpu_features) if isinstance(text, ReportedTarget) else None
 
 
 def parse_all(targets: str | AnyTarget | Iterable[str | AnyTarget]) -> list[AnyTarget]:

@@ -17,7 +17,6 @@ from kedge.rpc.artifact import Function, Manifest
 from kedge.rpc.errors import ArtifactError, InputError, KedgeError, UsageError
 from kedge.rpc.logs import FORMATS
 from kedge.rpc.sizes import parse_size
-from kedge.rpc.types import ITEM_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,6 +140,8 @@ def load_artifact(path: Path) -> kedge.Artifact:
 
 
 def _check_dtypes(path: Path, manifest: Manifest) -> None:
+    from kedge.rpc.types import ITEM_BYTES
+
     for function in manifest.functions:
         for port in (*function.inputs, *function.outputs):
             if port.dtype not in ITEM_BYTES:

@@ -42,7 +42,7 @@ def compile_(
     shape: output.ShapeOption = None,
     external: output.ExternalOption = None,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Take nothing from the cache, and keep nothing there.")
+        bool, typer.Option("--no-cache", help="Take no artifact or kernel from the cache, and keep none.")
     ] = False,
     as_json: output.JsonFlag = False,
 ) -> None:

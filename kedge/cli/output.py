@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from kedge.rpc.artifact.place import CPU, GPU_KINDS
 from kedge.rpc.printable import printable
-from kedge.rpc.types import DeviceState, DeviceStatus
+
+if TYPE_CHECKING:
+    from kedge.rpc.types import DeviceStatus
 
 
 def _kinds(incomplete: str) -> list[str]:
@@ -209,6 +210,8 @@ def clock_text(unix_ms: int) -> str:
 
 def device_detail(device: DeviceStatus) -> str:
     """What a list says of a device beside its state: why it takes no jobs, whose it is, how warm it is."""
+    from kedge.rpc.types import DeviceState
+
     words = [device.detail] if device.detail else []
     if device.state is DeviceState.GONE and device.last_seen_unix_ms:
         words.insert(0, f"last seen {clock_text(device.last_seen_unix_ms)}")
@@ -239,6 +242,8 @@ def progress(title: str) -> Iterator[Report]:
         with _plain_lines(console, title) as lines:
             yield lines
         return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

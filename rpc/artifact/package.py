@@ -70,10 +70,13 @@ def make_member(name: str, data: Bytes, cuts: Sequence[int] = ()) -> Member:
 
 def _hashed(pieces: Sequence[Bytes]) -> List[str]:
     """The digests of pieces, on all cores: hashlib lets other threads go on."""
-    if len(pieces) < 2:
-        return [sha256(piece) for piece in pieces]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(sha256, pieces))
+    if len(pieces) > 1:
+        try:
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                return list(pool.map(sha256, pieces))
+        except RuntimeError:  # a control group's limit on processes counts threads, too: this one does it all
+            pass
+    return [sha256(piece) for piece in pieces]
 
 
 def _spans(data: Bytes, parts: Sequence[Blob]) -> Iterator[memoryview]:

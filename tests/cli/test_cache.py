@@ -109,7 +109,7 @@ IMPORTED = """
 import sys
 from kedge.cli import main
 status = main()
-heavy = ("numpy", "onnx", "grpc", "kedge.compiler.pipeline", "kedge.compiler.lower", "kedge.compiler.graph")
+heavy = ("numpy", "onnx", "grpc", "rich.progress", "kedge.rpc.types", "kedge.compiler.lower", "kedge.compiler.graph")
 print(status, [name for name in heavy if name in sys.modules])
 """
 

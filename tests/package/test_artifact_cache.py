@@ -609,6 +609,22 @@ def test_a_use_is_noted_once_an_hour(tmp_path: Path) -> None:
     entries.touch(tmp_path / "gone")
 
 
+def test_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a control group with a limit on processes: one thread does it all."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("kedge.rpc.artifact.package.MAPPED_MEMBER_BYTES", 1)
+    monkeypatch.setattr("kedge.compiler.package.weights.LARGE_BYTES", 1)  # parts of their own
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    path = model(tmp_path / "m.onnx")
+    first = kedge.compile(path)
+    assert max(len(member.parts) for member in first.manifest.members) > 1
+    again = kedge.compile(path)
+    assert again.cached and again.digest == first.digest
+
+
 def test_pieces_of_a_file_are_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact_cache, "_PIECE", 4)
     digests = set()
