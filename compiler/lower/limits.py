@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from kedge.compiler.graph.dims import evaluate, plain
-from kedge.compiler.graph.ir import Call, Function, Fused, TensorType, Value, same_dim
+from kedge.compiler.errors import ShapeError
+from kedge.compiler.graph.dims import evaluate, plain, same_shape, substitute
+from kedge.compiler.graph.ir import Call, ExternalCall, Function, Fused, Item, TensorType, Value, same_dim
 from kedge.compiler.lower.program import Entry, Equality, Port, Slot, Step
-from kedge.compiler.tir.expr import Dim, Expr, Var, as_expr
+from kedge.compiler.ops import registry
+from kedge.compiler.tir.expr import Dim, Expr, Var, as_expr, const
 from kedge.compiler.tir.simplify import prove, simplify_dim
 from kedge.compiler.tir.structural import Key, expr_key
 from kedge.compiler.tir.visitor import free_vars, substitute_expr
@@ -45,6 +47,60 @@ def least_sizes(function: Function) -> Mapping[Var, Var]:
         if least is not None:
             found[symbol] = replace(symbol, lower=least)
     return found
+
+
+def right_at_zero(function: Function) -> tuple[Var, ...]:
+    """Symbols of at least 1 with which, as 0, each output has the shape that it says, and no elements.
+
+    Dims are worked out for sizes of 1 and more: rows but the first are N - 1, of none they are none. So the operators
+    are asked once more. A roll of no rows has none; what is padded to N rows again has one.
+    """
+    return tuple(symbol for symbol in function.symbols if symbol.lower == 1 and _is_right_at_zero(function, symbol))
+
+
+def _is_right_at_zero(function: Function, symbol: Var) -> bool:
+    zero = {symbol: const(0)}
+    found: dict[int, tuple[TensorType, ...]] = {}
+    try:
+        _infer(function, found, zero)
+    except (ShapeError, _UnknownError):
+        return False
+    for value in function.outputs:
+        shape = substitute(value.type.shape, zero)
+        if not any(isinstance(dim, int) and dim == 0 for dim in shape):
+            return False
+        if not same_shape(found[id(value)][0].shape, shape):
+            return False
+    return True
+
+
+class _UnknownError(Exception):
+    """What there is of an operator's result is known to nobody, or what is asked of it makes no sense."""
+
+
+def _infer(function: Function, found: dict[int, tuple[TensorType, ...]], mapping: Mapping[Var, Expr]) -> None:
+    """The types of all values where symbols are what `mapping` says; raises ShapeError, _UnknownError."""
+    for value in function.values():
+        if id(value) in found:
+            continue
+        if isinstance(value, Item):
+            found[id(value)] = (found[id(value.source)][value.index],)
+        elif isinstance(value, ExternalCall):
+            raise _UnknownError
+        elif isinstance(value, Fused):
+            for inner, given in zip(value.body.inputs, value.inputs, strict=True):
+                found[id(inner)] = found[id(given)]
+            _infer(value.body, found, mapping)
+            found[id(value)] = tuple(found[id(result)][0] for result in value.body.outputs)
+        elif isinstance(value, Call):
+            attrs = {name: substitute(attr, mapping) for name, attr in value.attrs.items()}
+            types = [found[id(each)][0] for each in value.inputs]
+            found[id(value)] = registry.get(value.op).infer(types, attrs)
+            # A part of -1 rows, say: Split is asked for what a Slice would not give.
+            if any(isinstance(dim, int) and dim < 0 for type_ in found[id(value)] for dim in type_.shape):
+                raise _UnknownError
+        else:
+            found[id(value)] = (replace(value.type, shape=substitute(value.type.shape, mapping)),)
 
 
 def equalities(function: Function) -> tuple[Equality, ...]:
@@ -96,6 +152,7 @@ def with_symbols(entry: Entry, mapping: Mapping[Var, Var]) -> Entry:
         steps=tuple(map(step, entry.steps)),
         arena_size=dim(entry.arena_size),
         equalities=tuple(equality(each) for each in entry.equalities),
+        right_at_zero=tuple(mapping.get(symbol, symbol) for symbol in entry.right_at_zero),
     )
 
 

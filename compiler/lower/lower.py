@@ -36,7 +36,7 @@ from kedge.compiler.graph.ir import (
 from kedge.compiler.graph.passes.fuse import make_group
 from kedge.compiler.graph.placement import VIEWS, Place, base, concats_in_place
 from kedge.compiler.lower.external import external_kernel
-from kedge.compiler.lower.limits import equalities, least_sizes, with_symbols
+from kedge.compiler.lower.limits import equalities, least_sizes, right_at_zero, with_symbols
 from kedge.compiler.lower.lower_group import as_group, group_digest, group_key, kernel_name, lower_group
 from kedge.compiler.lower.memory import Tenant, plan_memory
 from kedge.compiler.lower.own_symbols import with_own_symbols
@@ -374,7 +374,8 @@ class _EntryLowering:
         steps = tuple(self._step(job) for job in self._jobs)
         ports = tuple(self._ports.values())
         needed = equalities(function)
-        entry = _callable(Entry(function.name, ports, outputs, function.symbols, steps, arena, needed))
+        right = right_at_zero(function)
+        entry = _callable(Entry(function.name, ports, outputs, function.symbols, steps, arena, needed, right))
         return with_symbols(entry, self._limits)
 
     def _parts_of_concats(self) -> dict[int, Place]:

@@ -72,6 +72,7 @@ class Entry:
     """A compiled function: steps in order over an arena of `arena_size` bytes (an expression over `symbols`).
 
     `equalities` are what was not known of shapes while compiling: the runtime refuses a call where one does not hold.
+    With a symbol of `right_at_zero` outputs have the shapes that they say also where it is 0, whatever is in between.
     """
 
     name: str
@@ -81,13 +82,14 @@ class Entry:
     steps: tuple[Step, ...]
     arena_size: Dim
     equalities: tuple[Equality, ...] = ()
+    right_at_zero: tuple[Var, ...] = ()
 
     @property
     def may_be_zero(self) -> tuple[Var, ...]:
         """Symbols of at least 1 that a call may give as 0 all the same, such as a batch: then no output has elements.
 
         Such a call runs no step, and kernels need not expect it. No size of it is negative, whichever of the symbols
-        are 0.
+        are 0; where one alone may be 0, what is between may have dims that are.
         """
         found: dict[Var, Expr] = {}
         sizes = self._sizes()
@@ -96,6 +98,13 @@ class Entry:
                 continue
             if all(prove(as_expr(_at_zero(size, symbol, found)) >= 0) for size in sizes):
                 found[symbol] = replace(symbol, lower=0)
+        if not found:
+            outer = [dim for port in self.outputs for dim in port.type.shape if isinstance(dim, Expr)]
+            for symbol in self.right_at_zero:
+                if symbol.lower == 1 and all(
+                    prove(as_expr(_at_zero(as_expr(size), symbol, {})) >= 0) for size in (*outer, self.arena_size)
+                ):
+                    return (symbol,)
         return tuple(found)
 
     def least(self) -> Mapping[Var, int]:
