@@ -43,11 +43,15 @@ def call(op: str, *inputs: Value, origin: Sequence[str] = (), **attrs: Any) -> V
 
     Operands whose dims must be equal, and are not known to be, are expected to have them (see `graph.agree`).
     """
-    operands = [
+    return make_call(op, agreeing(op, inputs, attrs, origin), attrs, tuple(origin))
+
+
+def agreeing(op: str, inputs: Sequence[Value], attrs: Mapping[str, Any], origin: Sequence[str]) -> list[Value]:
+    """The operands of `op`, those that must have other dims than they are known to have with these."""
+    return [
         value if shape is None else make_call("expect_shape", (value,), {"shape": shape}, tuple(origin))
         for value, shape in zip(inputs, agreed(op, inputs, attrs), strict=True)
     ]
-    return make_call(op, operands, attrs, tuple(origin))
 
 
 def reshaped(value: Value, shape: Sequence[Dim], origin: Sequence[str] = ()) -> Value:

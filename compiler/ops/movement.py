@@ -140,9 +140,19 @@ def _split(arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
     )
 
 
+def _agree_split(shapes: Sequence[Sequence[Dim]], attrs: Attrs) -> Iterator[Agreement]:
+    rank = len(shapes[0])
+    axis = attrs["axis"]
+    if -rank <= axis < rank and attrs["sizes"]:
+        yield Agreement(((0, axis if axis < 0 else axis - rank),), size=total(attrs["sizes"]))
+
+
 registry.register(
-    OpDef("split", INJECTIVE, _infer_split, _split, None, {"axis": REQUIRED, "sizes": REQUIRED}, (1, 1), single=False)
-)
+    OpDef(
+        "split", INJECTIVE, _infer_split, _split, None, {"axis": REQUIRED, "sizes": REQUIRED}, (1, 1), single=False,
+        agree=_agree_split,
+    )
+)  # fmt: skip
 
 
 # -- slice -------------------------------------------------------------------------------------------------------

@@ -114,6 +114,107 @@ def test_sizes_that_are_scaled_as_floats(rest: str, floats: int) -> None:
     )
 
 
+#: The height and the width of x and of z, as floats.
+TWO_IMAGES = (
+    "g (float[1,2,H,W] x, float[1,2,P,Q] z) => (float[] y) { sx=Shape(x) sz=Shape(z) hx=Slice(sx,two,four,zero)"
+    " hz=Slice(sz,two,four,zero) fx=Cast<to=1>(hx) fz=Cast<to=1>(hz) "
+)
+RESIZED = {"zero": i64(0), "two": i64(2), "four": i64(4), "ones": np.ones(2, np.float32)}
+NEAREST = 'mode="nearest",nearest_mode="floor",coordinate_transformation_mode="asymmetric"'
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        NEAREST,
+        'mode="nearest",coordinate_transformation_mode="half_pixel"',
+        'mode="linear",coordinate_transformation_mode="half_pixel"',
+        'mode="linear",coordinate_transformation_mode="align_corners"',
+        'mode="cubic",coordinate_transformation_mode="pytorch_half_pixel"',
+    ],
+)
+@pytest.mark.parametrize(
+    ("rest", "sizes"),
+    [
+        # To the size of another tensor, as pyramids of features have it.
+        ("q=Div(fz,fx) s=Concat<axis=0>(ones,q) ", [(4, 5, 8, 10), (3, 3, 7, 5), (5, 4, 5, 4), (9, 7, 3, 2)]),
+        # Scales of all axes; the double of a size, over that size, is 2.
+        ("t=Mul(sx,ks) ft=Cast<to=1>(t) fs=Cast<to=1>(sx) s=Div(ft,fs) ", [(4, 5, 1, 1), (3, 3, 1, 1), (1, 2, 1, 1)]),
+        # To a fixed size, and to half of the own one.
+        ("q=Div(fixed,fx) s=Concat<axis=0>(ones,q) ", [(4, 5, 1, 1), (16, 20, 1, 1), (32, 41, 1, 1)]),
+        ("h=Mul(fx,half) r=Floor(h) q=Div(r,fx) s=Concat<axis=0>(ones,q) ", [(4, 5, 1, 1), (2, 3, 1, 1), (7, 2, 1, 1)]),
+    ],
+)
+def test_scales_are_sizes_over_sizes(rest: str, sizes: Sequence[tuple[int, ...]], attributes: str) -> None:
+    consts = RESIZED | {"ks": i64(1, 1, 2, 2), "fixed": np.float32([16, 20]), "half": np.float32([0.5])}
+    proto = model(f"{TWO_IMAGES}{rest} y=Resize<{attributes}>(x,,s) }}", consts)
+    check_compiled(proto, *({"x": f(1, 2, h, w), "z": f(1, 2, p, q)} for h, w, p, q in sizes))
+
+
+def test_scales_of_fixed_sizes_are_known_although_they_are_computed() -> None:
+    text = (TWO_IMAGES + 'q=Div(fixed,fx) s=Concat<axis=0>(ones,q) y=Resize<mode="linear">(x,,s) }').replace(
+        "H,W", "6,7"
+    )
+    proto = model(text, RESIZED | {"fixed": np.float32([16, 20])})
+    check_compiled(proto, {"x": f(1, 2, 6, 7), "z": f(1, 2, 3, 3)})
+
+
+def test_a_quotient_of_sizes_is_data_too() -> None:
+    text = TWO_IMAGES + "q=Div(fz,fx) t=Mul(q,fx) y=Concat<axis=0>(q,t) }"
+    check_compiled(model(text, RESIZED), *({"x": f(1, 2, 3, w), "z": f(1, 2, 7, 5)} for w in (1, 9)))
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("s=Div(fz,fx) u=Unsqueeze(s,zero) v=Squeeze(u,zero) q=Concat<axis=0>(v,ones) ", r"dim 1.*scaled by P / \(H\)"),
+        ("t=Div(fx,fz) q=Concat<axis=0>(ones,t) ", r"axis 2 with the dim H is scaled by H / \(P\), which does not end"),
+        ("t=Div(fz,fx) q=Concat<axis=0>(some,t) ", r"quotients of sizes for some axes, and 1.2 for axis 1"),
+        (
+            "r=Div(fz,fx) r0=Gather(r,azero) k=Range(fzero,r0,fone) q=Concat<axis=0>(ones,fz) ",
+            r"Range.*its limit \(input 1\) is rounded: P / H",
+        ),
+    ],
+)
+def test_scales_that_end_at_no_size_are_refused(rest: str, message: str) -> None:
+    consts = RESIZED | {"some": np.float32([1, 1.2]), "fzero": np.float32(0), "fone": np.float32(1)}
+    consts["azero"] = np.array(0, np.int64)
+    with pytest.raises(FrontendError, match=message):
+        load_onnx(model(f"{TWO_IMAGES}{rest} y=Resize<{NEAREST}>(x,,q) }}", consts))
+
+
+SPLIT = "g (float[2,C,3] x, float[2,D,3] z) => (float[] a, float[] b) { s=Shape(x) c=Slice(s,one,two) t=Shape(z) "
+SPLIT += "d=Slice(t,one,two) "
+
+
+@pytest.mark.parametrize(
+    ("rest", "sizes"),
+    [
+        ("h=Div(c,two) r=Sub(c,h) n=Concat<axis=0>(h,r) a,b=Split<axis=1>(x,n) }", [(4, 1), (5, 1), (1, 1)]),
+        ("h=Div(c,two) n=Concat<axis=0>(h,h) a,b=Split<axis=1>(x,n) }", [(4, 1), (6, 1)]),
+        ("w=Concat<axis=1>(x,z) n=Concat<axis=0>(c,d) a,b=Split<axis=1>(w,n) }", [(4, 2), (5, 7)]),
+        ("r=Sub(d,c) n=Concat<axis=0>(c,r) a,b=Split<axis=-2>(z,n) }", [(2, 4), (3, 7)]),
+        ("n=Concat<axis=0>(d,d) a,b=Split<axis=1>(x,n) }", [(4, 2), (14, 7)]),
+        ("a,b=Split<axis=1,num_outputs=2>(x) }", [(4, 1), (5, 1), (1, 1)]),
+    ],
+)
+def test_parts_whose_sizes_come_from_shapes(rest: str, sizes: Sequence[tuple[int, int]]) -> None:
+    proto = model(SPLIT + rest, {"one": i64(1), "two": i64(2)})
+    check_compiled(proto, *({"x": f(2, c, 3), "z": f(2, d, 3)} for c, d in sizes))
+
+
+def test_equal_parts_of_a_free_dim_are_made_where_it_divides() -> None:
+    text = "g (float[2,C,3] x) => (float[] a, float[] b, float[] c) { a,b,c=Split<axis=1>(x) }"
+    proto = model(text, {}, opset=17)
+    check_compiled(proto, {"x": f(2, 3, 3)}, {"x": f(2, 9, 3)})
+    compiled = kedge.compile(load_onnx(proto), target="native")
+    with compiled.open(threads=1) as loaded, pytest.raises(InputError, match="node a"):
+        loaded.run({"x": f(2, 4, 3)})
+    three = model(text.replace("axis=1", "axis=1,num_outputs=3"), {})
+    with pytest.raises(FrontendError, match="the dim C is not known to fill 3 parts of"):
+        load_onnx(three)
+
+
 def test_sizes_that_floats_round_are_refused_with_what_helps() -> None:
     """10 times the float32 next to 0.7 is 7 in float32, and less than that: which it is differs from size to size."""
     text = IMAGE + 'm=Mul(f,k) t=Cast<to=7>(m) z=Concat<axis=0>(b,t) y=Resize<mode="nearest">(x,,,z) }'
@@ -490,8 +591,16 @@ def test_an_empty_batch_gives_empty_outputs() -> None:
     )
     consts = {"zero": i64(0), "one": i64(1), "all": i64(1 << 62)}
     check(model(rolled, consts), [{"x": f(n, 3)} for n in (1, 4)])
-    with kedge.compile(load_onnx(model(rolled, consts)), target="native").open(threads=1) as loaded:
-        assert loaded.run({"x": f(0, 3)})["y"].shape == (0, 3)
+    through_the_arena = (
+        "g (float[N,3] x) => (float[] y) { r=MatMul(x,w) a=Slice(r,one,all,zero) b=Slice(r,zero,one,zero)"
+        " p=MatMul(a,w) q=Softmax(p) h=MatMul(b,w) c=Concat<axis=0>(q,h) y=Softmax(c) }"
+    )
+    for text in (rolled, through_the_arena):
+        proto = model(text, consts | {"w": f(3, 3)})
+        check(proto, [{"x": f(n, 3)} for n in (1, 4)])
+        with kedge.compile(load_onnx(proto), target="native").open(threads=1) as loaded:
+            for n in (0, 2, 0):
+                assert loaded.run({"x": f(n, 3)})["y"].shape == (n, 3)
 
 
 @pytest.mark.parametrize(
@@ -499,17 +608,29 @@ def test_an_empty_batch_gives_empty_outputs() -> None:
     [
         ("g (float[N,3] x) => (float[] y, float[] z) { y=Relu(x) z=ReduceSum<keepdims=0>(x) }", (0, 3)),  # one has some
         ("g (float[1,1,N,4] x) => (float[] y) { y=Conv(x,w) }", (1, 1, 0, 4)),  # there would be -1 rows
-        # Nor where what is between would have -1 rows, or a result -1 columns.
+        # Nor where a row comes to those that are there, or a result would have -1 columns.
         (
             "g (float[N,3] x) => (float[] y) { t=Slice(x,one,all,zero) m=MatMul(t,v) p=Softmax(m) q=MatMul(p,v)"
-            " h=Slice(x,zero,one,zero) y=Concat<axis=0>(q,h) }",
+            " y=Pad(q,row) }",
+            (0, 3),
+        ),
+        (
+            "g (float[N,3] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one,zero) m=Sub(n,one) p=Concat<axis=0>(one,m)"
+            " r=MatMul(x,v) a,b=Split<axis=0>(r,p) c=Softmax(b) y=Concat<axis=0>(c,a) }",
             (0, 3),
         ),
         ("g (float[N,3] x) => (float[] y) { s=Transpose(x) t=Slice(s,one,all,one) y=MatMul(x,t) }", (0, 3)),
     ],
 )
 def test_no_elements_are_too_few_where_results_have_some(body: str, shape: tuple[int, ...]) -> None:
-    consts = {"w": f(1, 1, 2, 2), "v": f(3, 3), "zero": i64(0), "one": i64(1), "all": i64(1 << 62)}
+    consts = {
+        "w": f(1, 1, 2, 2),
+        "v": f(3, 3),
+        "row": i64(1, 0, 0, 0),
+        "zero": i64(0),
+        "one": i64(1),
+        "all": i64(1 << 62),
+    }
     compiled = kedge.compile(load_onnx(model(body, consts)), target="native")
     with compiled.open(threads=1) as loaded, pytest.raises(InputError, match=r"\(N\) is 0, expected at least"):
         loaded.run({"x": f(*shape)})

@@ -11,7 +11,7 @@ import onnx
 from kedge.compiler.frontend.onnx.functions import schema_of
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Array, Entry, Node
-from kedge.compiler.frontend.onnx.symbolic import FLOAT_FOLDERS, FOLDERS, Dims, Ratio, UndecidableError
+from kedge.compiler.frontend.onnx.symbolic import FLOAT_FOLDERS, FOLDERS, Dims, Quotient, Ratio, UndecidableError
 from kedge.compiler.graph.ir import Constant
 from kedge.compiler.tir.expr import Expr
 
@@ -32,7 +32,7 @@ def fold(node: Node) -> Sequence[Entry | None] | None:
         return None
     places = range(len(node.proto.input))
     contents = [node.content(index) for index in places]
-    if node.proto.op_type in _SCALING and any(isinstance(node.entry(index), Dims) for index in places):
+    if node.proto.op_type in _SCALING and any(isinstance(node.entry(index), (Dims, Constant)) for index in places):
         contents = [_factors(node, index) if content is None else content for index, content in enumerate(contents)]
     if any(content is None and node.has(index) for index, content in enumerate(contents)):
         return None
@@ -54,7 +54,7 @@ def _factors(node: Node, index: int) -> Array | None:
 
 def literal(items: Array, dtype: str) -> Entry:
     """Folded shape arithmetic: a constant where every element is known."""
-    if any(isinstance(item, (Expr, Ratio)) for item in items.reshape(-1)):
+    if any(isinstance(item, (Expr, Ratio, Quotient)) for item in items.reshape(-1)):
         return Dims(items, dtype)
     return Constant(items.astype(np.dtype(dtype)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,8 +12,8 @@ import onnx
 
 from kedge.compiler.errors import FrontendError
 from kedge.compiler.frontend.onnx import custom
-from kedge.compiler.frontend.onnx.symbolic import Dims, Ratio, parts
-from kedge.compiler.graph.builder import call, make_call
+from kedge.compiler.frontend.onnx.symbolic import Dims, Quotient, Ratio, parts
+from kedge.compiler.graph.builder import agreeing, call, make_call
 from kedge.compiler.graph.dims import format_dim, plain
 from kedge.compiler.graph.ir import Constant, Item, Param, Value
 from kedge.compiler.ops.custom import find
@@ -139,7 +139,14 @@ class Node:
         content = self.content(index)
         if content is None:
             content = self.const(index, what)
-        return tuple(content.reshape(-1).astype(object))
+        items = tuple(content.reshape(-1).astype(object))
+        for item in items:
+            if isinstance(item, Quotient):
+                raise self.error(
+                    f"its {what} (input {index}) is rounded: {format_dim(item.above)} / {format_dim(item.below)}",
+                    hint="fix the dims with shapes={...} or --shape NAME=1,3,224,224",
+                )
+        return items
 
     def dims(self, index: int, what: str) -> tuple[Dim, ...]:
         """Input `index` as dims: known integers, or symbolic ones that come from the shapes of tensors."""
@@ -179,7 +186,7 @@ class Node:
 
     def emit_all(self, op: str, *inputs: Value, **attrs: Any) -> tuple[Value, ...]:
         """A graph operator with several results."""
-        source = make_call(op, inputs, attrs, origin=(self.label,))
+        source = make_call(op, agreeing(op, inputs, attrs, (self.label,)), attrs, origin=(self.label,))
         return tuple(Item(source, index) for index in range(len(source.types)))
 
     def type_proto(self, index: int) -> onnx.TypeProto:
@@ -210,17 +217,32 @@ def as_data(dims: Dims, label: str) -> Value:
     items = list(dims.items.reshape(-1))
     # Known floats are added as they are: their denominators may be no floats.
     floats = [item if isinstance(item, float) else 0.0 for item in items]
-    fractions = [(0, 1) if isinstance(item, float) else parts(item) for item in items]
-    value = call("dims", origin=(label,), values=tuple(above for above, _ in fractions))
-    shaped = value if dims.items.ndim == 1 else call("reshape", value, origin=(label,), shape=dims.items.shape)
-    result = shaped if dims.dtype == "int64" else call("cast", shaped, origin=(label,), dtype=dims.dtype)
-    if any(below != 1 for _, below in fractions):
-        divisors = np.array([below for _, below in fractions], dims.dtype).reshape(dims.items.shape)
-        result = call("div", result, Constant(divisors), origin=(label,))
+    fractions = [_fraction(item) for item in items]
+    result = _tensor_of([above for above, _ in fractions], dims, label)
+    divisors = [below for _, below in fractions]
+    if any(isinstance(below, Expr) for below in divisors):
+        result = call("div", result, _tensor_of(divisors, dims, label), origin=(label,))
+    elif any(below != 1 for below in divisors):
+        known_divisors = np.array(divisors, dims.dtype).reshape(dims.items.shape)
+        result = call("div", result, Constant(known_divisors), origin=(label,))
     if any(floats):
         known = np.array(floats, dims.dtype).reshape(dims.items.shape)
         result = call("add", result, Constant(known), origin=(label,))
     return result
+
+
+def _fraction(item: Any) -> tuple[Dim, Dim]:
+    """An element as numerator and denominator; 0 for a known float."""
+    if isinstance(item, Quotient):
+        return item.above, item.below
+    return (0, 1) if isinstance(item, float) else parts(item)
+
+
+def _tensor_of(values: Sequence[Dim], like: Dims, label: str) -> Value:
+    """Dims as a tensor with the shape and the dtype of `like`."""
+    value = call("dims", origin=(label,), values=tuple(values))
+    shaped = value if like.items.ndim == 1 else call("reshape", value, origin=(label,), shape=like.items.shape)
+    return shaped if like.dtype == "int64" else call("cast", shaped, origin=(label,), dtype=like.dtype)
 
 
 def label_of(proto: onnx.NodeProto) -> str:

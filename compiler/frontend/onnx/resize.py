@@ -9,11 +9,11 @@ import numpy as np
 
 from kedge.compiler.dtypes import FLOATS
 from kedge.compiler.frontend.onnx.node import Node, converter
-from kedge.compiler.frontend.onnx.symbolic import LARGEST_DENOMINATOR
-from kedge.compiler.graph.dims import format_dim, plain
+from kedge.compiler.frontend.onnx.symbolic import LARGEST_DENOMINATOR, Quotient, Ratio
+from kedge.compiler.graph.dims import divide, format_dim, plain
 from kedge.compiler.graph.ir import Value
 from kedge.compiler.ops.sampling import COORDINATES
-from kedge.compiler.tir.expr import Dim, as_expr
+from kedge.compiler.tir.expr import Dim, Expr, as_expr
 
 
 @converter("Resize")
@@ -54,15 +54,48 @@ def _sizes_and_scales(node: Node, x: Value) -> tuple[tuple[Dim, ...], tuple[floa
         return _keeping_aspect(node, shape, axes, sizes)
     if not node.has(2):
         raise node.error("it has neither scales nor sizes")
-    factors = list(node.const(2, "scales").astype(np.float32).reshape(-1))
+    content = node.content(2)
+    factors = list((node.const(2, "scales") if content is None else content).reshape(-1).astype(object))
     _require_length(node, "scales", factors, axes)
     scales = [1.0] * rank
-    for axis, factor in zip(axes, factors, strict=True):
+    computed = [isinstance(factor, (Expr, Ratio, Quotient)) for factor in factors]
+    for axis, factor, follows in zip(axes, factors, computed, strict=True):
+        if follows:
+            sizes[axis] = _reached(node, axis, shape[axis], factor)
+            continue
         if not factor > 0:
             raise node.error(f"the scale {factor:g} of axis {axis} is not positive")
-        scales[axis] = float(factor)
-        sizes[axis] = _scaled(node, shape[axis], factor)
-    return tuple(sizes), tuple(scales)
+        scales[axis] = float(np.float32(factor))
+        sizes[axis] = _scaled(node, shape[axis], np.float32(factor))
+        if any(computed) and not _says_the_same(shape[axis], sizes[axis], scales[axis]):
+            raise node.error(
+                f"its scales are quotients of sizes for some axes, and {factor:g} for axis {axis}",
+                hint="fix the dims: shapes={...} or --shape NAME=1,3,224,224",
+            )
+    return tuple(sizes), None if any(computed) else tuple(scales)
+
+
+def _reached(node: Node, axis: int, size: Dim, scale: Expr | Ratio | Quotient) -> Dim:
+    """What a dim becomes by a scale that the model computes, of a size over its own.
+
+    Where a float is less than that quotient, ONNX Runtime comes one short of the size that was asked for.
+    """
+    above, below = (scale, 1) if isinstance(scale, Expr) else (scale.above, scale.below)
+    reached = divide([size, above], [below])
+    if reached is None:
+        by = format_dim(above) if below == 1 else f"{format_dim(above)} / ({format_dim(below)})"
+        raise node.error(
+            f"axis {axis} with the dim {format_dim(size)} is scaled by {by}, which does not end at a size",
+            hint="scales may be sizes over its input's; or fix the dims: shapes={...} or --shape NAME=1,3,224,224",
+        )
+    return reached
+
+
+def _says_the_same(before: Dim, after: Dim, scale: float) -> bool:
+    """Whether a scale is the ratio of the sizes."""
+    if isinstance(before, int) and isinstance(after, int):
+        return before > 0 and float(np.float32(after / before)) == scale
+    return scale.is_integer()
 
 
 def _require_length(node: Node, what: str, given: Sequence[object], axes: Sequence[int]) -> None:

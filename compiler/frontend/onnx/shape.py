@@ -9,10 +9,10 @@ import numpy as np
 from kedge.compiler.frontend.onnx.fold import literal
 from kedge.compiler.frontend.onnx.node import Entry, Node, converter
 from kedge.compiler.frontend.onnx.symbolic import as_items
-from kedge.compiler.graph.dims import broadcast_shape, divide, format_dim, plain, product
+from kedge.compiler.graph.dims import at_least, broadcast_shape, divide, format_dim, plain, product
 from kedge.compiler.graph.ir import Constant, Value
 from kedge.compiler.ops.movement import PAD_MODES
-from kedge.compiler.tir.expr import Dim, as_expr
+from kedge.compiler.tir.expr import Dim, as_expr, ceildiv
 
 
 @converter("Shape")
@@ -112,10 +112,19 @@ def _equal_parts(node: Node, size: Dim, count: int) -> tuple[Dim, ...]:
         if min(sizes) < 0:
             raise node.error(f"a dim of {size} cannot be split into {count} parts of {part}")
         return tuple(sizes)
-    part_ = divide([size], [count])
-    if part_ is None:
-        raise node.error(f"the dim {format_dim(size)} is not known to split into {count} equal parts")
-    return (part_,) * count
+    even = divide([size], [count])
+    if even is not None:
+        return (even,) * count
+    if node.attr("num_outputs") is None:
+        return (plain(as_expr(size) // count),) * count  # the call that runs says whether the dim divides
+    part_ = plain(ceildiv(as_expr(size), count))
+    rest = plain(as_expr(size) - product([part_, count - 1]))
+    if not at_least(rest, 0):
+        raise node.error(
+            f"the dim {format_dim(size)} is not known to fill {count} parts of {format_dim(part_)}",
+            hint="fix the dim: shapes={...} or --shape NAME=1,3,224,224",
+        )
+    return (*(part_,) * (count - 1), rest)
 
 
 @converter("Slice")

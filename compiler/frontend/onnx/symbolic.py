@@ -42,11 +42,22 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Quotient:
+    """`above / below` of two dims, of which the second is symbolic, as a float rounds it: a scale of Resize.
+
+    Nothing else is computed from it while importing.
+    """
+
+    above: Dim
+    below: Dim
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Dims:
     """A tensor of rank 0 or more of whose elements some are symbolic expressions.
 
-    `items` is an object array of ints (or bools), floats and expressions, in floats also of `Ratio`s; `dtype` is what
-    ONNX says the tensor's element type is: an integer, bool, float32 or float64.
+    `items` is an object array of ints (or bools), floats and expressions, in floats also `Ratio`s and `Quotient`s;
+    `dtype` is what ONNX says the tensor's element type is: an integer, bool, float32 or float64.
     """
 
     items: Array
@@ -84,7 +95,9 @@ def _whole(item: Any) -> Dim:
 
 
 def parts(item: Any) -> tuple[Dim, int]:
-    """An element of `Dims.items` as numerator and denominator."""
+    """An element of `Dims.items` as numerator and denominator; raises UndecidableError where that is a dim, too."""
+    if isinstance(item, Quotient):
+        raise UndecidableError
     if isinstance(item, Ratio):
         return item.above, item.below
     if isinstance(item, float):
@@ -100,11 +113,22 @@ def _ratio(above: Dim, below: int) -> Dim | float | Ratio:
     return Ratio(above, below) if isinstance(above, Expr) else above / below
 
 
+def _quotient_of(above: Sequence[Dim], below: Sequence[Dim]) -> Dim | Quotient:
+    """The quotient of products, whose divisor must be known to be positive; raises UndecidableError else."""
+    divisor = product(below)
+    if not at_least(divisor, 1):
+        raise UndecidableError
+    even = divide(above, below)
+    return Quotient(product(above), divisor) if even is None else even
+
+
 def _scaled(op: str) -> Callable[[Any, Any], Any]:
     """Products and quotients of floats, where float32 computes them without rounding."""
 
-    def combine(a: Any, b: Any) -> Dim | float | Ratio:
+    def combine(a: Any, b: Any) -> Dim | float | Ratio | Quotient:
         (above, below), (times, by) = parts(a), parts(b)
+        if op == "div" and isinstance(times, Expr):
+            return _quotient_of([above, by], [below, times])
         if op == "div":
             if not isinstance(times, int) or times <= 0:
                 raise UndecidableError
@@ -136,9 +160,9 @@ def _cast(operands: Sequence[Array], attributes: Attributes) -> Array:
     to = onnx.helper.tensor_dtype_to_np_dtype(attributes["to"])
 
     def convert(item: Any) -> Any:
-        above, below = parts(item)
         if to.kind == "f":
             return item  # sizes are whole numbers that float32 has
+        above, below = parts(item)
         if to.kind == "b":
             if isinstance(above, Expr) and not at_least(above, 1):
                 raise UndecidableError
