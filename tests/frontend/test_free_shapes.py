@@ -5,6 +5,7 @@ Each model is compiled once and run at several sizes, against onnx's reference e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,6 +113,36 @@ def test_sizes_that_are_scaled_as_floats(rest: str, floats: int) -> None:
         model(text, consts | {name: np.array(data, dtype) for name, data in factors.items()}),
         [{"x": f(1, 2, h, w)} for h, w in ((4, 8), (5, 9), (17, 2))],
     )
+
+
+def chained(ops: Sequence[tuple[str, str]], count: int) -> str:
+    """`count` operations on the number of rows, one after the other; the result has as many rows."""
+    text = "g (float[N,4] x) => (float[] y) { s=Shape(x) d0=Slice(s,zero,one) "
+    text += " ".join(f"d{i + 1}={op}(d{i},{by})" for i, (op, by) in zip(range(count), itertools.cycle(ops)))
+    return f"{text} r=Concat<axis=0>(d{count},four) y=Expand(row,r) }}"
+
+
+CHAINED = {"zero": i64(0), "one": i64(1), "two": i64(2), "three": i64(3), "four": i64(4), "row": f(1, 4)}
+
+
+def test_thousands_of_operations_one_after_the_other_are_loaded() -> None:
+    """No stack of Python's is as deep, neither for sizes nor for elements."""
+    sizes = chained([("Add", "three"), ("Mul", "two"), ("Div", "two"), ("Sub", "three")], 3_000)
+    assert load_onnx(model(sizes, CHAINED)).functions["main"].outputs[0].type.shape[1] == 4
+    nodes = " ".join(f"t{i + 1}={'Neg' if i % 2 else 'Abs'}(t{i})" for i in range(3_000))
+    body = f"g (float[N,4] t0) => (float[] y) {{ {nodes} y=Relu(t3000) }}"
+    check_compiled(model(body, {}), {"t0": f(3, 4)})
+
+
+def test_divisions_deep_inside_of_each_other_are_refused() -> None:
+    """Simplifying them took minutes and more."""
+    ops = [("Mul", "three"), ("Add", "one"), ("Div", "four")]
+    check_compiled(model(chained(ops, 24), CHAINED), {"x": f(70, 4)})
+    with pytest.raises(
+        FrontendError, match=r"node 'd\d+' \(Div\): it makes a size of more than 32 divisions"
+    ) as refused:
+        load_onnx(model(chained(ops, 3_000), CHAINED))
+    assert "shapes={...}" in str(refused.value.hint)
 
 
 #: The height and the width of x and of z, as floats.

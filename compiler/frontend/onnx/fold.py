@@ -11,7 +11,15 @@ import onnx
 from kedge.compiler.frontend.onnx.functions import schema_of
 from kedge.compiler.frontend.onnx.model import dtype_name
 from kedge.compiler.frontend.onnx.node import Array, Entry, Node
-from kedge.compiler.frontend.onnx.symbolic import FLOAT_FOLDERS, FOLDERS, Dims, Quotient, Ratio, UndecidableError
+from kedge.compiler.frontend.onnx.symbolic import (
+    FLOAT_FOLDERS,
+    FOLDERS,
+    Dims,
+    Quotient,
+    Ratio,
+    UndecidableError,
+    nesting,
+)
 from kedge.compiler.graph.ir import Constant
 from kedge.compiler.tir.expr import Expr
 
@@ -22,6 +30,8 @@ _SCALING = frozenset({"Add", "Sub", "Mul", "Div", "Concat"})
 _FEW = 64
 #: Numerators of larger floats, of infinities and NaN are no int64.
 _LARGEST_FLOAT = 2.0**53
+#: Of more divisions inside of each other nobody makes sizes, and each takes longer to simplify than the one before.
+_DEEPEST = 32
 #: These may make a large tensor of a few numbers.
 _GROWING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "EyeLike", "Pad", "Resize", "OneHot"})
 
@@ -97,6 +107,11 @@ def _fold_symbolic(node: Node, contents: Sequence[Array | None]) -> Sequence[Ent
         return None
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise node.error(f"shape arithmetic fails: {error}") from error
+    if any(nesting(item) > _DEEPEST for item in np.asarray(items, dtype=object).reshape(-1)):
+        raise node.error(
+            f"it makes a size of more than {_DEEPEST} divisions, minima or maxima of free dims inside of each other",
+            hint="fix the dims: shapes={...} or --shape NAME=1,3,224,224",
+        )
     return (literal(np.asarray(items, dtype=object), dtype),)
 
 

@@ -22,7 +22,7 @@ import onnx
 
 from kedge.compiler.graph.dims import at_least, divide, factors, plain, product
 from kedge.compiler.graph.ir import same_dim
-from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Var, as_expr, ceildiv, maximum, minimum
+from kedge.compiler.tir.expr import Binary, Const, Dim, Expr, Select, Var, as_expr, ceildiv, maximum, minimum
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Attributes: TypeAlias = Mapping[str, Any]
@@ -208,6 +208,29 @@ def _remainder(operands: Sequence[Array], attributes: Attributes) -> Array:
         return plain(Binary("floormod", _expr(a), _expr(b)))
 
     return _each(remainder)(operands, attributes)
+
+
+def nesting(item: Any) -> int:
+    """How many divisions, minima, maxima and choices of an element are inside of each other, at most."""
+    root = item.above if isinstance(item, (Ratio, Quotient)) else item
+    if not isinstance(root, Expr):
+        return 0
+    depths: dict[int, int] = {}
+    waiting = [(root, False)]  # no recursion: the answer may be that there are thousands
+    while waiting:
+        expr, ready = waiting.pop()
+        if id(expr) in depths:
+            continue
+        operands = [
+            each for each in (getattr(expr, name, None) for name in ("condition", "a", "b")) if each is not None
+        ]
+        if ready:
+            deepest = max((depths[id(each)] for each in operands), default=0)
+            deep = isinstance(expr, Select) or (isinstance(expr, Binary) and expr.op not in ("add", "sub", "mul"))
+            depths[id(expr)] = deepest + deep
+        else:
+            waiting += [(expr, True), *((each, False) for each in operands)]
+    return depths[id(root)]
 
 
 class UndecidableError(Exception):
