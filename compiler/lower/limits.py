@@ -96,7 +96,7 @@ def _infer(function: Function, found: dict[int, tuple[TensorType, ...]], mapping
             attrs = {name: substitute(attr, mapping) for name, attr in value.attrs.items()}
             types = [found[id(each)][0] for each in value.inputs]
             found[id(value)] = registry.get(value.op).infer(types, attrs)
-            # A part of -1 rows, say: Split is asked for what a Slice would not give.
+            # Fewer than none: a pad, say, that crops more than there is.
             if any(isinstance(dim, int) and dim < 0 for type_ in found[id(value)] for dim in type_.shape):
                 raise _UnknownError
         else:

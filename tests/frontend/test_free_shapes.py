@@ -645,11 +645,6 @@ def test_an_empty_batch_gives_empty_outputs() -> None:
             " y=Pad(q,row) }",
             (0, 3),
         ),
-        (
-            "g (float[N,3] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one,zero) m=Sub(n,one) p=Concat<axis=0>(one,m)"
-            " r=MatMul(x,v) a,b=Split<axis=0>(r,p) c=Softmax(b) y=Concat<axis=0>(c,a) }",
-            (0, 3),
-        ),
         ("g (float[N,3] x) => (float[] y) { s=Transpose(x) t=Slice(s,one,all,one) y=MatMul(x,t) }", (0, 3)),
     ],
 )
