@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from contextlib import contextmanager
 from typing import Iterator, List, Tuple
 
-from kedge.device_agent.jobs import DEFAULT_DEADLINES_MS
+from kedge.device_agent.cache import CacheFullError
+from kedge.device_agent.jobs import DEFAULT_DEADLINES_MS, runner_outcome
+from kedge.device_agent.runner_errors import RunnerError
 from kedge.device_agent.runtime import protocol
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc.artifact.manifest import Port
+from kedge.rpc.blobs import CorruptBlobError, MissingBlobError
+from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, KedgeError, LimitError
 from kedge.rpc.limits import check_number
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.types import MAX_DEADLINE_MS, plan_inline
+
+log = logging.getLogger("kedge.agent")
 
 #: What a client is told of a request that it called off.
 CALLED_OFF = "its client called it off"
@@ -91,3 +99,26 @@ def check_port(port: Port, tensor: protocol.Given) -> None:
     )
     if tensor.dtype != port.dtype or not fits:
         raise FailedRequest(OutcomeKind.BAD_REQUEST, f"input {port} does not take {tensor.dtype}{list(tensor.shape)}")
+
+
+def outcome_of(error: Exception, stage: Stage, device: str) -> Outcome:
+    """What a client is told of a request that failed on `device`; what has no name is logged."""
+    if isinstance(error, FailedRequest):
+        return error.outcome
+    if isinstance(error, RunnerError):
+        return runner_outcome(error)
+    text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, (ArtifactError, CorruptBlobError, IncompatibleTargetError)):
+        return Outcome(OutcomeKind.LOAD_ERROR, stage, message=text)
+    if isinstance(error, (InputError, LimitError, MissingBlobError)):
+        return Outcome(OutcomeKind.BAD_REQUEST, stage, message=text)
+    if isinstance(error, CacheFullError):
+        return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text = f"{device} has no room on its disk ({error.strerror}): remove files of the session"
+        return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
+    if isinstance(error, MemoryError):
+        return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message="the agent has no memory for it")
+    if not isinstance(error, (KedgeError, OSError)):
+        log.error("a session's request failed in a way that has no name", exc_info=error)
+    return Outcome(OutcomeKind.DEVICE_FAULT, stage, message=text)

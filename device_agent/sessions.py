@@ -9,7 +9,6 @@ sandbox that a GPU's driver does not bear. A runner that ends takes its artifact
 
 from __future__ import annotations
 
-import errno
 import logging
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
 from google.protobuf.message import DecodeError
 
-from kedge.device_agent.cache import CacheFullError, Hold
+from kedge.device_agent.cache import Hold
 from kedge.device_agent.jobs import (
     Board,
     await_calm,
@@ -29,10 +28,8 @@ from kedge.device_agent.jobs import (
     measurement_of,
     members_of,
     offer_to_oom_killer,
-    runner_outcome,
 )
 from kedge.device_agent.runner import PIECE_BYTES, Runner
-from kedge.device_agent.runner_errors import RunnerError
 from kedge.device_agent.runtime import protocol
 from kedge.device_agent.session_files import SessionFiles
 from kedge.device_agent.session_requests import (
@@ -44,15 +41,17 @@ from kedge.device_agent.session_requests import (
     check_port,
     deadline_s_of,
     inline_tensor,
+    outcome_of,
     refusing,
     values_of,
 )
+from kedge.device_agent.session_tensors import SessionTensors, check_memory
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.rpc import convert
 from kedge.rpc.artifact.manifest import Function, Manifest
 from kedge.rpc.artifact.place import CPU, Placement, look_at, parse_device, place
-from kedge.rpc.blobs import BlobStore, CorruptBlobError, MissingBlobError
-from kedge.rpc.errors import ArtifactError, IncompatibleTargetError, InputError, KedgeError, LimitError
+from kedge.rpc.blobs import BlobStore
+from kedge.rpc.errors import ArtifactError, KedgeError
 from kedge.rpc.limits import check_number, check_time_options
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.pipe import Pipe, PipeClosed
@@ -72,9 +71,6 @@ _LINGER_S = 10.0
 _AGAIN_S = 0.1
 #: Of what a client is told about one request.
 _MOST_CHARACTERS = 4_000
-#: Of one request, of the device's memory, and of what is free of it.
-_TENSOR_SHARE = 0.5
-_FREE_SHARE = 0.9
 _GPU = "gpu"
 
 
@@ -94,9 +90,6 @@ class _Loaded:
     @property
     def variant(self) -> int:
         return self.manifest.variants.index(self.placement.variant)
-
-
-_Kept = Tuple[Runner, protocol.Kept]
 
 
 class Session:
@@ -123,9 +116,8 @@ class Session:
         self._starting: Optional[Runner] = None
         self._newest = _GPU if parse_device(spec.on)[0] not in ("", CPU) else CPU
         self._artifacts: Dict[int, _Loaded] = {}
-        self._tensors: Dict[int, _Kept] = {}
+        self._tensors = SessionTensors()
         self._last_artifact = 0
-        self._last_tensor = 0
         #: The request that is worked on (0: none), and the last one that its client had no use for any more.
         self._current = 0
         self._unwanted = 0
@@ -303,7 +295,7 @@ class Session:
         which = request.WhichOneof("body")
         self._owed = announced_bytes(request)
         try:
-            self._free(request.freed)
+            self._tensors.free(request.freed)
             if which == "put_file":
                 self._put_file(request, files)
             elif which == "fetch_file":
@@ -317,7 +309,7 @@ class Session:
             elif which == "fetch":
                 self._fetch(request)
             elif which == "free":
-                self._free(request.free.handles)
+                self._tensors.free(request.free.handles)
                 self._reply(pb.SessionReply(id=request.id, done=pb.Done()))
             elif which == "load":
                 self._load(request, scratch)
@@ -350,34 +342,13 @@ class Session:
 
     def _fail(self, number: int, error: Exception, loading: bool) -> None:
         ended = self._bury()
-        outcome = self._outcome(error, Stage.LOAD if loading else Stage.RUN)
+        outcome = outcome_of(error, Stage.LOAD if loading else Stage.RUN, self._board.device.name)
         if self._unwanted == number:
             outcome = Outcome(OutcomeKind.CANCELLED, outcome.stage, message=CALLED_OFF)
         elif len(outcome.message) > _MOST_CHARACTERS:  # it may quote what the client said
             outcome = replace(outcome, message=outcome.message[:_MOST_CHARACTERS] + " …")
         failed = pb.RequestFailed(outcome=convert.outcome_to_pb(outcome), runner_ended=ended)
         self._reply(pb.SessionReply(id=number, failed=failed))
-
-    def _outcome(self, error: Exception, stage: Stage) -> Outcome:
-        if isinstance(error, FailedRequest):
-            return error.outcome
-        if isinstance(error, RunnerError):
-            return runner_outcome(error)
-        text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, (ArtifactError, CorruptBlobError, IncompatibleTargetError)):
-            return Outcome(OutcomeKind.LOAD_ERROR, stage, message=text)
-        if isinstance(error, (InputError, LimitError, MissingBlobError)):
-            return Outcome(OutcomeKind.BAD_REQUEST, stage, message=text)
-        if isinstance(error, CacheFullError):
-            return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            text = f"{self._board.device.name} has no room on its disk ({error.strerror}): remove files of the session"
-            return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message=text)
-        if isinstance(error, MemoryError):
-            return Outcome(OutcomeKind.OUT_OF_MEMORY, stage, message="the agent has no memory for it")
-        if not isinstance(error, (KedgeError, OSError)):
-            log.error("a session's request failed in a way that has no name", exc_info=error)
-        return Outcome(OutcomeKind.DEVICE_FAULT, stage, message=text)
 
     def _bury(self) -> bool:
         """Forget what was in runners that ended; whether there were any."""
@@ -386,7 +357,7 @@ class Session:
             runner = self._runners.pop(kind)
             for key in [key for key, each in self._artifacts.items() if each.runner is runner]:
                 self._artifacts.pop(key).files.close()
-            self._tensors = {key: each for key, each in self._tensors.items() if each[0] is not runner}
+            self._tensors.forget(runner)
         return bool(dead)
 
     # ---- artifacts ---------------------------------------------------------------------------------------------
@@ -523,7 +494,9 @@ class Session:
             self._check_wanted()
             if wanted.keep:
                 kept = runner.call_keeping(index, inputs, deadline_s, module=loaded.module)
-                values = [self._keep(loaded.runner, port.name, each) for port, each in zip(function.outputs, kept)]
+                values = [
+                    self._tensors.keep(loaded.runner, port.name, each) for port, each in zip(function.outputs, kept)
+                ]
             else:
                 results = runner.call(index, inputs, deadline_s, module=loaded.module)
                 values, streamed = values_of([port.name for port in function.outputs], results)
@@ -560,7 +533,7 @@ class Session:
             takes, came = ", ".join(wanted) or "(none)", ", ".join(value.name for value in values) or "(none)"
             raise FailedRequest(OutcomeKind.BAD_REQUEST, f"{function.name} takes the inputs {takes}; given: {came}")
         streamed = [value for value in values if value.WhichOneof("data") == "streamed_bytes"]
-        self._check_memory(sum(value.streamed_bytes for value in streamed))
+        check_memory(self._board, sum(value.streamed_bytes for value in streamed))
         runner = loaded.runner
         came_along: Dict[str, protocol.Kept] = {}
         try:
@@ -580,7 +553,7 @@ class Session:
         """An input that is there, for that runner; a tensor of the other one is copied over."""
         if value.WhichOneof("data") != "handle":
             return inline_tensor(value)
-        home, kept = self._kept(value.handle)
+        home, kept = self._tensors.find(value.handle)
         return kept if home is runner else home.fetch(kept)
 
     def _receive(self, number: int, value: pb.Value, runner: Runner) -> protocol.Kept:
@@ -606,14 +579,14 @@ class Session:
             raise FailedRequest(OutcomeKind.BAD_REQUEST, "this tensor is on the device already")
         runner = self._runner_for(self._newest, scratch)
         if value.WhichOneof("data") == "streamed_bytes":
-            self._check_memory(value.streamed_bytes)
+            check_memory(self._board, value.streamed_bytes)
             kept = self._receive(request.id, value, runner)
         else:
             kept = runner.keep(inline_tensor(value))
-        self._reply(pb.SessionReply(id=request.id, tensor=self._keep(runner, value.name, kept)))
+        self._reply(pb.SessionReply(id=request.id, tensor=self._tensors.keep(runner, value.name, kept)))
 
     def _fetch(self, request: pb.SessionRequest) -> None:
-        runner, kept = self._kept(request.fetch.handle)
+        runner, kept = self._tensors.find(request.fetch.handle)
         value = pb.Value(dtype=kept.dtype, shape=kept.shape)
         if plan_inline([kept.nbytes])[0]:
             value.inline = bytes(runner.fetch(kept).data)
@@ -625,43 +598,7 @@ class Session:
             self._check_wanted()
             self._reply(pb.SessionReply(id=request.id, piece=bytes(runner.fetch_piece(kept, at))))
 
-    def _keep(self, runner: Runner, name: str, kept: protocol.Kept) -> pb.Value:
-        self._last_tensor += 1
-        self._tensors[self._last_tensor] = (runner, kept)
-        return pb.Value(name=name, dtype=kept.dtype, shape=kept.shape, handle=self._last_tensor)
-
-    def _kept(self, handle: int) -> _Kept:
-        found = self._tensors.get(handle)
-        if found is None:
-            raise FailedRequest(
-                OutcomeKind.BAD_REQUEST, "this tensor is not on the device any more: it was freed, or its runner ended"
-            )
-        return found
-
-    def _free(self, handles: Any) -> None:
-        """Free tensors; those that went with their runner are gone already."""
-        by_runner: Dict[Runner, List[int]] = {}
-        for handle in set(handles):
-            found = self._tensors.pop(handle, None)
-            if found is not None:
-                by_runner.setdefault(found[0], []).append(found[1].handle)
-        for runner, native_handles in by_runner.items():
-            if runner.alive:
-                runner.release(native_handles)
-
     # ---- pieces ------------------------------------------------------------------------------------------------
-
-    def _check_memory(self, size: int) -> None:
-        """Whether there is room for so much at once."""
-        if not size:
-            return
-        most, why = int(self._board.device.memory_bytes * _TENSOR_SHARE), "takes"
-        free = self._board.health().memory_available_bytes
-        if free is not None and free * _FREE_SHARE < most:
-            most, why = int(free * _FREE_SHARE), "has room now for"
-        if size > most:
-            text = f"{size} bytes of tensors at once; {self._board.device.name} {why} {most}"
-            raise FailedRequest(OutcomeKind.OUT_OF_MEMORY, text)
 
     def _take_pieces(self, number: int, left: int, store: Callable[[bytes], object]) -> None:
         """Bytes that the request announced, as they come."""
