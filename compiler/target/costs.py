@@ -19,6 +19,25 @@ _L2_RATE, _L3_RATE, _MEMORY_RATE, _BOARD_RATE = 32.0, 10.0, 6.0, 3.0
 MEMORY_LATENCY = 800
 
 
+#: Bytes that a core multiplies in a cycle from which what lies far apart, or far away, is too slow in coming: Intel's
+#: with two units of 512 bits, and Zen 5.
+_FAST_BYTES = 128
+
+
+def multiplies_fast(core: TargetModel) -> bool:
+    """Whether a core multiplies faster than the hardware asks for what it multiplies."""
+    return core.fma_per_cycle * core.vector_bits / 8 >= _FAST_BYTES
+
+
+def asks_for_next(core: TargetModel, panels: int, size: int, tiles: int) -> bool:
+    """Whether it pays to ask for the next of `panels`, `size` bytes in all, while `tiles` go over this one.
+
+    It does where they come from beyond the second cache and a core multiplies fast: the first tile on a panel would
+    wait for it. All of its tiles ask for a part of the next one; a single one would have to ask for all.
+    """
+    return multiplies_fast(core) and panels > 1 and tiles > 1 and 2 * size > core.l2_bytes
+
+
 def stream_rate(core: TargetModel, size: int) -> float:
     """Bytes in a cycle in which a core reads data that takes `size` bytes of its caches, again and again."""
     if size <= core.l2_bytes * 3 / 4:

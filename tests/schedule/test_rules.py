@@ -14,7 +14,7 @@ from kedge.compiler.schedule.rules.gpu import GpuThreads
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import accesses, block_path, blocks_in, loops_in, loops_on
 from kedge.compiler.target import parse
-from kedge.compiler.tir.expr import Binary, Cast, Const, Dim, Var, call, select
+from kedge.compiler.tir.expr import Binary, Cast, Const, Dim, Expr, Var, call, select
 from kedge.compiler.tir.stmt import Block, PrimFunc, Store
 from kedge.compiler.tir.structural import equal
 from kedge.compiler.tir.visitor import free_vars, loads, map_stmt, seq, walk_stmt
@@ -70,6 +70,19 @@ def depthwise() -> PrimFunc:
     r, s = te.reduce_axis(3, "r"), te.reduce_axis(3, "s")
     y = te.compute((N, 4, 8, 8), lambda b, c, h, v: te.sum(x[b, c, h + r, v + s] * w[c, r, s], (r, s)), name="y")
     return te.create_prim_func([x, w, y], "depthwise")
+
+
+def blocked(n: Dim, c: int, h: Dim, v: int, o: int, kernel: int = 1) -> PrimFunc:
+    """A convolution over channels in blocks of 16: `c` blocks of them, `o` blocks of filters."""
+    x = te.placeholder((n, c, h, v, 16), "float32", "x")
+    w = te.placeholder((o, c, kernel, kernel, 16, 16), "float32", "w")
+    a, r, s, b = (te.reduce_axis(size, name) for size, name in ((c, "a"), (kernel, "r"), (kernel, "s"), (16, "b")))
+
+    def element(i: Expr, f: Expr, y: Expr, z: Expr, lane: Expr) -> Expr:
+        return te.sum(x[i, a, y + r, z + s, b] * w[f, a, r, s, b, lane], (a, r, s, b))
+
+    y = te.compute((n, o, h - (kernel - 1), v - (kernel - 1), 16), element, name="y")
+    return te.create_prim_func([x, w, y], "blocked")
 
 
 def batched() -> PrimFunc:
@@ -466,3 +479,38 @@ def test_where_code_multiplies_by_element_a_sum_goes_by_blocks(target, channels,
         if loop.var.name[0] in "sc"
     ]
     assert [(loop.var.name, loop.kind, loop.extent.value) for loop in sums] == expected
+
+
+@pytest.mark.parametrize(
+    ("func", "asks"),
+    [
+        (blocked(1, 32, 7, 7, 128), True),
+        (blocked(1, 16, 9, 9, 64, 3), True),
+        (blocked(N, 32, 7, 7, 128), True),  # each image has all filters come
+        (blocked(1, 4, 56, 56, 16), False),  # all filters stay in the second cache
+        (blocked(1, 256, 1, 7, 128), False),  # there is one tile, which would have to ask for all
+        (blocked(1, 32, M, 7, 128), False),  # what a tile's part is, is not known
+        (blocked(1, 256, 7, 7, 7), False),  # too few panels for two cores: rows of images are dealt out, too
+    ],
+)
+def test_the_next_filters_are_asked_for_by_the_fastest_cores_while_rows_of_images_take_these(func, asks):
+    fast = replace(AVX512, num_cores=2)
+    for target in (AVX2, NEON, replace(fast, fma_per_cycle=1.0)):
+        assert schedule_func(func, target).decisions["next"] is False
+    kernel = schedule_func(func, fast)
+    assert (kernel.rule, kernel.decisions["next"]) == ("contraction", asks)
+    found = [loop for loop in loops_in(kernel.func.body) if "spread" in loop.annotations]
+    assert [dict(loop.annotations["spread"]) for loop in found] == ([{"w": 1}] if asks else [])
+    assert len([loop for loop in loops_in(kernel.func.body) if loop.kind == "parallel"]) == 1
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("n", [2, N])
+def test_filters_that_are_asked_for_change_no_result(n, kernel, tmp_path):
+    func, symbols = blocked(n, 2, 6, 9, 4, kernel), {} if n == 2 else {"n": 2}
+    decisions = {**schedule_func(func, AVX512).decisions, "next": True}
+    made = schedule_func(func, AVX512, decisions=decisions)
+    assert any("spread" in loop.annotations for loop in loops_in(made.func.body))
+    assert_same(func, made.func, symbols)
+    assert_prepared(made.func, func, symbols)
+    assert_compiled(made.func, func, symbols, KernelCache(tmp_path))

@@ -41,7 +41,7 @@ from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import blocks_in
 from kedge.compiler.target import free
 from kedge.compiler.target.core import lanes_of
-from kedge.compiler.target.costs import MEMORY_LATENCY, stays_near
+from kedge.compiler.target.costs import MEMORY_LATENCY, asks_for_next, multiplies_fast, stays_near
 from kedge.compiler.target.tiles import RegisterTile, tile_for
 from kedge.compiler.tir.expr import Load
 from kedge.compiler.tir.stmt import PrimFunc, Store
@@ -58,11 +58,10 @@ _ROWS_TO_PACK = 32
 #: does not. To pack a vector takes about 4 cycles, more where its line comes from afar; one of a panel that lies too
 #: far apart to stay in the second-level cache costs a tile 0.1 to 0.3 of a cycle more, since the next cache keeps up.
 _TILES_TO_PACK, _TILES_TO_PACK_FROM_AFAR = 48, 24
-#: Bytes that a core multiplies in a cycle from which a line that lies in a page of its own is too slow in coming, and
-#: the tiles from which packing pays there. On a Sapphire Rapids, which multiplies twice 512 bits, lines from the second
-#: cache took a tile 1 to 2 cycles more than packed ones (256^3, 1000^3), from the third 6 (197x768x3072: 1.9 of numpy's
-#: time); a Zen 4 has twice the time for each, and waited for neither.
-_FAST_BYTES, _TILES_TO_PACK_FAST = 128, 6
+#: Tiles from which packing pays on cores that multiply fast. On a Sapphire Rapids lines from the second cache took a
+#: tile 1 to 2 cycles more than packed ones (256^3, 1000^3), from the third 6 (197x768x3072: 1.9 of numpy's time); a
+#: Zen 4 has twice the time for each, and waited for neither.
+_TILES_TO_PACK_FAST = 6
 #: Times what the second cache holds from which such a core asks ahead for packed panels that one tile of rows goes
 #: over: constants of 1024x4096 by 4 rows took 0.7 of the time on an Emerald Rapids, by 8 0.64, and one row gained
 #: nothing. Of smaller ones part is there from the call before: 4x1024x768 lost 16 to 32 %, 2x2048x1024 10.
@@ -233,7 +232,7 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
         return False
     tiles = -(-height // tile.rows)
     keeps_up = target.l3_share_bytes > 0  # else what does not stay near comes from memory
-    if _is_fast(target):
+    if multiplies_fast(target):
         stays = 2 * depth * tile.columns * product.itemsize <= target.l1_bytes
         pays = not stays and tiles >= _TILES_TO_PACK_FAST
         if pays or keeps_up:
@@ -242,10 +241,6 @@ def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, targ
     if keeps_up and tiles < least:
         return False
     return not stays_near(target, depth, tile.columns * product.itemsize, step)
-
-
-def _is_fast(target: TargetModel) -> bool:
-    return target.fma_per_cycle * target.vector_bits / 8 >= _FAST_BYTES
 
 
 def _is_gathered(product: Product) -> bool:
@@ -275,7 +270,7 @@ def _ahead(product: Product, tile: RegisterTile, height: int | None, target: Tar
     caches = 1
     if product.panel is not None:
         few = height is not None and 1 < height <= tile.rows
-        if not few or not _is_fast(target):
+        if not few or not multiplies_fast(target):
             return 0
         caches = _CACHES_TO_ASK
     if depth * columns * product.itemsize <= caches * target.l2_bytes:
@@ -291,7 +286,7 @@ def _pays_inside(product: Product, tile: RegisterTile, height: int | None, targe
     """
     columns, depth = product.extent(product.column), extent_of(product.depth.extent)
     passes = _passes(product)
-    if product.panel is None or columns is None or depth is None or height is None or not _is_fast(target):
+    if product.panel is None or columns is None or depth is None or height is None or not multiplies_fast(target):
         return False
     a, b = (size * depth * product.itemsize for size in (passes * height, columns))
     if passes == 1 or 2 * b <= target.l2_bytes:
@@ -318,15 +313,12 @@ def _asks_for_next(product: Product) -> bool:
 
 
 def _pays_to_ask(product: Product, tile: RegisterTile, tiles: int, target: TargetModel) -> bool:
-    """Whether panels come from beyond the second cache, and cores multiply faster than the hardware asks for them.
-
-    The first tile on a panel would wait for it. All of its `tiles` ask for a part of the next one; a single one would
-    have to ask for all, and asks ahead.
-    """
+    """Whether its `tiles` of rows ask for the next panel, while they go over this one."""
     columns, depth = product.extent(product.column), extent_of(product.depth.extent)
-    if not _asks_for_next(product) or columns is None or depth is None or not _is_fast(target):
+    if not _asks_for_next(product) or columns is None or depth is None:
         return False
-    return tiles > 1 and columns > tile.columns and 2 * depth * columns * product.itemsize > target.l2_bytes
+    panels = math.ceil(columns / tile.columns)
+    return asks_for_next(target, panels, depth * columns * product.itemsize, tiles)
 
 
 def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:

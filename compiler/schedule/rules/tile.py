@@ -7,9 +7,11 @@ The shape of the tile follows the model of Low et al., "Analytical Modeling Is E
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.rules.analysis import (
@@ -22,13 +24,14 @@ from kedge.compiler.schedule.rules.analysis import (
     strides,
 )
 from kedge.compiler.schedule.rules.rule import Space, TargetModel
-from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
+from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, keeps_busy, parallelize
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
 from kedge.compiler.schedule.tree import intermediate, readers
 from kedge.compiler.target import free
-from kedge.compiler.tir.expr import Select
+from kedge.compiler.target.costs import asks_for_next
+from kedge.compiler.tir.expr import Expr, Load, Select
 from kedge.compiler.tir.stmt import Block, Buffer
-from kedge.compiler.tir.visitor import loads, walk_expr
+from kedge.compiler.tir.visitor import free_vars, loads, walk_expr
 
 #: Independent accumulators that hide the latency of a multiply-add (4 cycles, 2 a cycle on most cores).
 _LATENCY_TILES = 8
@@ -69,7 +72,8 @@ class Tile:
     """A register tile: `rows` x `vectors` vectors of `width` elements, along spatial dims given by number.
 
     `vector` is the dim of contiguous elements, or None for scalar code; `row` another dim, or None. `panel` is the dim
-    along which the tile has its `vectors`: a third one, or None for that of contiguous elements.
+    along which the tile has its `vectors`: a third one, or None for that of contiguous elements. `next`: whether what
+    rows share, as the filters of a convolution, is asked for while tiles go over what the iteration before reads of it.
     """
 
     vector: int | None = None
@@ -79,6 +83,7 @@ class Tile:
     row: int | None = None
     rows: int = 1
     unroll: bool = True
+    next: bool = False
     parallel: bool = False
 
     def decisions(self) -> Mapping[str, Any]:
@@ -106,7 +111,8 @@ def tile_by_model(block: Block, target: TargetModel) -> Tile:
         else None
     )
     rows, vectors = _tile_shape(block, vector, panel, row, width, target)
-    return Tile(vector, width, vectors, panel if vectors > 1 else None, row, rows, parallel=parallel)
+    tile = Tile(vector, width, vectors, panel if vectors > 1 else None, row, rows, parallel=parallel)
+    return replace(tile, next=_pays_to_ask(block, tile, target))
 
 
 def tile_space(block: Block, target: TargetModel) -> Space:
@@ -121,6 +127,7 @@ def tile_space(block: Block, target: TargetModel) -> Space:
         "row": (None, *dims),
         "rows": tuple(range(1, _MOST_ROWS + 1)),
         "unroll": (False, True),
+        "next": (False, True),
         "parallel": (False, True),
     }
 
@@ -154,9 +161,73 @@ def schedule_tile(sch: Schedule, name: str, tile: Tile, target: TargetModel) -> 
             sch.unroll(loop)
         if tile.width > 1:
             sch.vectorize(own[-1])
-    around = parallelize(sch, outer, total, target) if outer and tile.parallel else outer
-    if tile.row is not None and target.fma_by_element and outer[tile.row] in around:
+    shared = _shared(main, tile) if tile.next else None
+    apart = len(outer) if shared is None else shared.outside[-1] + 1
+    around, inside = outer[:apart], outer[apart:]
+    if around and tile.parallel:
+        around = parallelize(sch, around, total, target)
+    if shared is not None:
+        loops = list(sch.get_loops(ref))
+        last = loops[loops.index((*inside, *reducing)[0]) - 1]
+        sch.prefetch(ref, shared.load.buffer.name, last, 1, spread=True)
+    if tile.row is not None and target.fma_by_element and outer[tile.row] in (*around, *inside):
         _take_ends_apart(sch, ref, outer[tile.row])
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What rows share, as filters: `outside` are dims of it that loops around tiles go along, `inside` other dims."""
+
+    load: Load
+    outside: Sequence[int]
+    inside: Sequence[int]
+
+
+def _shared(block: Block, tile: Tile) -> _Shared | None:
+    """The operand that is the same for rows and goes along vectors, if dims inside of the last of its own are known."""
+    if tile.vector is None or tile.row is None:
+        return None
+    axes, store = spatial(block), store_of(block)
+    by_lane, by_row = (strides(block, axes[dim].var)[1:] for dim in (tile.vector, tile.row))
+    read = [load for load in loads(store.value) if load.buffer is not store.buffer]
+    for load, lane, row in zip(read, by_lane, by_row, strict=True):
+        used = {var for index in load.indices for var in free_vars(index)}
+        gathered = any(isinstance(node, Load) for index in load.indices for node in walk_expr(index))
+        own = [number for number, axis in enumerate(axes) if number != tile.vector and axis.var in used]
+        if lane == 0 or row != 0 or not own or own[-1] > tile.row or gathered or load.buffer.scope != "global":
+            continue
+        inside = [number for number in range(own[-1] + 1, len(axes)) if number != tile.vector]
+        sizes = [*(axes[number].extent for number in (*inside, tile.vector)), *_sums(block)]
+        if all(extent_of(size) is not None for size in sizes):
+            return _Shared(load, own, inside)
+    return None
+
+
+def _sums(block: Block) -> list[Expr]:
+    return [it.extent for it in block.iters if it.kind == "reduce"]
+
+
+def _pays_to_ask(block: Block, tile: Tile, target: TargetModel) -> bool:
+    """Whether the next filters come from afar, and tiles enough share the ones before; cores must have enough to do."""
+    shared = _shared(block, tile)
+    if shared is None:
+        return False
+    axes = spatial(block)
+    used = {var for index in shared.load.indices for var in free_vars(index)}
+    sizes = [extent_of(it.extent) for it in block.iters if it.var in used]
+    own = [extent_of(axes[number].extent) for number in shared.outside]
+    if None in sizes or None in own:
+        return False
+
+    def tiles(dims: Iterable[int]) -> int:
+        steps = {tile.row: tile.rows, tile.panel: tile.vectors}
+        return math.prod(-(-(extent_of(axes[number].extent) or 1) // steps.get(number, 1)) for number in dims)
+
+    size = math.prod(size or 0 for size in sizes) * np.dtype(shared.load.buffer.dtype).itemsize
+    around = range(shared.outside[-1] + 1)
+    if tile.parallel and not keeps_busy(tiles(around), target.num_cores):
+        return False
+    return asks_for_next(target, tiles(shared.outside), size, tiles(shared.inside))
 
 
 def _is_dense(block: Block, tile: Tile) -> bool:
