@@ -267,8 +267,9 @@ def test_blobs_have_to_be_there_before_the_job(tracker: RunningTracker, fleet: F
 
 
 def test_a_selector_nobody_matches_waits_and_then_times_out(fleet: Fleet, agent: FakeAgent, artifact: Artifact) -> None:
+    waiting = fleet.run(artifact, {"x": X}, device="arch=riscv64")
+    assert waiting.status().detail == "no connected device matches 'arch=riscv64'"
     job = fleet.run(artifact, {"x": X}, device="arch=riscv64", deadlines=Deadlines(queue_ms=300))
-    assert job.status().detail == "no connected device matches 'arch=riscv64'"
     with pytest.raises(JobError, match=r"timeout in stage queue: it waited 0\.3 s") as caught:
         job.wait()
     assert caught.value.outcome == "timeout"
