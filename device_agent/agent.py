@@ -334,11 +334,13 @@ class Agent:
 
     def _on_finished(self, finished: m.JobFinished) -> List[core.Action]:
         self._job = self._stages = None
-        self._perform(self._core.finished(finished))
+        actions = self._core.finished(finished)
+        starts = next((at for at, action in enumerate(actions) if isinstance(action, core.StartJob)), len(actions))
+        self._perform(actions[:starts])  # it is on its way before the log has it, which tells of it before the next
         job_id, outcome = finished.lease.job_id, finished.result.outcome
         about = {"job": job_id, "outcome": outcome.kind, "stage": outcome.stage}
         log.info("job %s: %s", job_id, outcome, extra=about)
-        return []
+        return actions[starts:]
 
     def _shut_down(self) -> None:
         self._ended.set()

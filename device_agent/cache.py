@@ -107,19 +107,23 @@ class ArtifactCache:
                 self._verified.pop(digest, None)
                 excess -= size
 
-    def manifest(self, blob: Blob) -> Tuple[bytes, Manifest]:
-        """A manifest of the store that was verified; the last ones are remembered. Raises ArtifactError."""
+    def manifest(self, blob: Blob, allow: Callable[[bytes], None]) -> Manifest:
+        """A manifest of the store that was verified; the last ones are remembered. See `Hold.manifest`."""
         with self._lock:
             known = self._manifests.get(blob.digest)
-        if known is None:
+        if known is not None:
+            allow(known[0])
+        else:
             text = self.store.read(blob.digest)
+            allow(text)
             known = text, Manifest.from_json(text)
-        with self._lock:
-            self._manifests[blob.digest] = known
-            self._manifests.move_to_end(blob.digest)
-            while len(self._manifests) > 1 and sum(len(text) for text, _ in self._manifests.values()) > _MANIFEST_BYTES:
-                self._manifests.popitem(last=False)
-        return known
+        if blob.size <= _MANIFEST_BYTES:
+            with self._lock:
+                self._manifests[blob.digest] = known
+                self._manifests.move_to_end(blob.digest)
+                while sum(len(text) for text, _ in self._manifests.values()) > _MANIFEST_BYTES:
+                    self._manifests.popitem(last=False)
+        return known[1]
 
     def _refuse(self, needed_bytes: int, least_bytes: int, limit: int) -> NoReturn:
         """Say whose fault it is: without a limit given, a job that half of an empty disk could hold is not to blame."""
@@ -203,9 +207,12 @@ class Hold:
         """The file of a blob that `fetch` brought."""
         return self._cache.store.path(blob.digest)
 
-    def manifest(self, blob: Blob) -> Tuple[bytes, Manifest]:
-        """A manifest that `fetch` brought, as it was written and read; raises ArtifactError."""
-        return self._cache.manifest(blob)
+    def manifest(self, blob: Blob, allow: Callable[[bytes], None] = lambda _: None) -> Manifest:
+        """A manifest that `fetch` brought; raises ArtifactError.
+
+        `allow` is given its text before anything of it is read, whether or not it is remembered, and may raise.
+        """
+        return self._cache.manifest(blob, allow)
 
     def member(self, member: Member) -> Path:
         """The file of a member whose parts `fetch` brought.

@@ -406,9 +406,7 @@ class Job:
 
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
-        text, manifest = hold.manifest(self._spec.manifest)
-        if self._board.signers:
-            signing.verify(text, self._spec.signature, self._board.signers)
+        manifest = hold.manifest(self._spec.manifest, self._check_signature)
         self._check_request()
         info = self._board.device
         placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)
@@ -429,6 +427,10 @@ class Job:
             manifest.variants.index(variant),
             tuple(_native(tensor, hold) for tensor in wanted),
         )
+
+    def _check_signature(self, manifest: bytes) -> None:
+        if self._board.signers:
+            signing.verify(manifest, self._spec.signature, self._board.signers)
 
     def _check_request(self) -> None:
         try:

@@ -21,6 +21,7 @@ from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
 from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
+from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.principal import Principal, Role, caller
@@ -111,11 +112,15 @@ class FleetService:
         key = request.idempotency_key
         if key and not principal.trusted:
             key = f"{principal.name}/{key}"  # one user's keys say nothing of another's jobs
-        job_id, existed = await self._shell.submit(spec, needs, key, principal.name)
+        signer = spec.signature.public_key.hex() if spec.signature is not None else ""
+        said = {"artifact": spec.manifest.digest, "selector": spec.selector, "signer": signer}
+        try:
+            job_id, existed = await self._shell.submit(spec, needs, key, principal.name)
+        except StoreError:  # a device may have begun with it meanwhile
+            self._audit.write("job not stored", **said, **who(principal, context))
+            raise
         if not existed:
-            signer = spec.signature.public_key.hex() if spec.signature is not None else ""
-            said = {"job": job_id, "artifact": spec.manifest.digest, "selector": spec.selector, "signer": signer}
-            self._audit.write("job submitted", **said, **who(principal, context))
+            self._audit.write("job submitted", job=job_id, **said, **who(principal, context))
         return job_id, existed
 
     @typed_stream_errors

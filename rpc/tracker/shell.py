@@ -185,7 +185,7 @@ class Shell:
         try:
             await self._durable(stored)
         except StoreError:
-            # What was refused must never run.
+            # What is refused must not go on.
             if not stored.done():
                 self._apply(withdraw())
             raise

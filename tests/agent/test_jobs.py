@@ -736,7 +736,18 @@ def test_manifests_are_read_once_and_the_last_ones_are_remembered(
     monkeypatch.setattr(caching, "_MANIFEST_BYTES", 2 * len(text) + 4)
     cache = ArtifactCache(tmp_path / "cache")
     blobs = [cache.store.put(text + b" " * spaces) for spaces in range(3)]
-    first, second, third = (cache.manifest(blob) for blob in blobs)
-    assert first[1] == second[1] == third[1] == made.manifest
-    assert cache.manifest(blobs[2])[1] is third[1] and cache.manifest(blobs[1])[1] is second[1]
-    assert cache.manifest(blobs[0])[1] is not first[1], "of three there is room for two"
+    seen: list[bytes] = []
+    first, second, third = (cache.manifest(blob, seen.append) for blob in blobs)
+    assert first == second == third == made.manifest
+    assert cache.manifest(blobs[2], seen.append) is third and cache.manifest(blobs[1], seen.append) is second
+    assert cache.manifest(blobs[0], seen.append) is not first, "of three there is room for two"
+    assert [len(each) - len(text) for each in seen] == [0, 1, 2, 2, 1, 0], "each is judged every time"
+    padded = cache.store.put(text + b" " * (len(text) + 5))
+    assert cache.manifest(padded, seen.append) is not cache.manifest(padded, seen.append), "too large to remember"
+    assert cache.manifest(blobs[0], seen.append) is cache.manifest(blobs[0], seen.append)
+
+
+def test_nothing_is_read_of_a_manifest_that_nobody_signed(board: Board, remote: Remote) -> None:
+    stranger = replace(board, signers=frozenset({b"k" * 32}))
+    outcome = execute(stranger, run_spec(remote.store.put(b"no manifest at all"), "add")).outcome
+    assert outcome.kind is not OutcomeKind.OK and "is not signed" in outcome.message, outcome

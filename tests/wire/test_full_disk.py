@@ -115,8 +115,8 @@ def test_what_is_refused_by_a_disk_that_is_known_to_be_full_never_runs_and_what_
 def test_the_first_job_that_a_full_disk_refuses_is_called_off_and_its_device_goes_on(
     tracker: Tracker, fleet: Fleet, artifact: Artifact
 ) -> None:
-    fleet.run(artifact, {"x": X}, device="nobody")
     with FakeAgent(fleet.address, device_info()) as agent:
+        fleet.run(artifact, {"x": X}, device="nobody")  # once that is stored, so is what the tracker notes of the agent
         with tracker.full():
             with pytest.raises(grpc.RpcError, match="cannot store jobs now"):
                 fleet._stub.SubmitJob(fleet_pb2.SubmitJobRequest(spec=spec_message(artifact)), timeout=60)

@@ -508,6 +508,40 @@ def test_a_job_that_was_refused_never_was(bench: Bench, ended: bool) -> None:
     assert bodies(waiting.connect(1, hello(), 2), m.AssignJob) == []
 
 
+def test_a_job_that_was_refused_after_it_had_left_is_called_off(bench: Bench) -> None:
+    (assign,) = bodies(bench.state.submit("j", spec(), NEEDS, "k", 0), m.AssignJob)
+    assert bench.state.assignment_leaves(assign.lease, 0)
+    effects = bench.state.withdraw("j", "k", 1)
+    assert effects.facts == [JobWithdrawn("j")]
+    assert [body.lease.job_id for body in bodies(effects, m.AbortJob)] == ["j"]
+    assert bodies(bench.state.submit("next", spec(), NEEDS, "", 2), m.AssignJob) == [], "the device is not free yet"
+    effects = bench.state.receive(1, m.JobFinished(assign.lease, JobResult(Outcome(OutcomeKind.CANCELLED))), 3)
+    assert [body.stale for body in bodies(effects, m.ResultAccepted)] == [True]
+    assert [body.lease.job_id for body in bodies(effects, m.AssignJob)] == ["next"] and ends(effects) == {}
+
+
+def test_a_job_that_was_refused_while_its_device_is_away_is_called_off_when_that_is_back(bench: Bench) -> None:
+    (assign,) = bodies(bench.state.submit("j", spec(), NEEDS, "k", 0), m.AssignJob)
+    assert bench.state.assignment_leaves(assign.lease, 0)
+    bench.state.disconnect(1, 1)
+    assert bodies(bench.state.withdraw("j", "k", 2), m.AbortJob) == []
+    effects = bench.state.connect(2, hello("a", "1", assign.lease), 3)
+    assert [body.lease.job_id for body in bodies(effects, m.AbortJob)] == ["j"]
+    assert bodies(bench.state.submit("next", spec(), NEEDS, "", 4), m.AssignJob) == []
+    effects = bench.state.receive(2, m.JobFinished(assign.lease, JobResult(Outcome(OutcomeKind.CANCELLED))), 5)
+    assert [body.lease.job_id for body in bodies(effects, m.AssignJob)] == ["next"]
+
+
+def test_a_job_that_was_refused_after_its_end_leaves_nothing(bench: Bench) -> None:
+    (assign,) = bodies(bench.state.submit("j", spec(), NEEDS, "k", 0), m.AssignJob)
+    assert bench.state.assignment_leaves(assign.lease, 0)
+    bench.state.receive(1, m.JobFinished(assign.lease, JobResult(Outcome(OutcomeKind.OK))), 1)
+    effects = bench.state.withdraw("j", "k", 2)
+    assert effects.facts == [JobWithdrawn("j")] and bodies(effects, m.AbortJob) == []
+    assert bench.state.job_of_key("k") is None and bench.state.live_jobs() == []
+    assert bench.device() is DeviceState.IDLE
+
+
 def test_after_a_restart_waiting_jobs_wait_for_the_agents_to_come_back() -> None:
     """Nobody could take them while the tracker was away, and what a requeue gave them is still theirs."""
     state = TrackerState("t", S)
