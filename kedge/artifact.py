@@ -52,7 +52,19 @@ class Artifact(PlainArtifact):
             super().save(path)
             return
         with source:
-            write_whole(Path(path), lambda file: _copy(source, file))
+            write_whole(Path(path), lambda file: self._copy_or_write(source, file))
+
+    def _copy_or_write(self, source: BinaryIO, target: BinaryIO) -> None:
+        """Copy the cache's file; what it cannot be read for says nothing of the target: then write what is held."""
+        try:
+            _copy(source, target)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            self._file = None
+            target.seek(0)
+            target.truncate()
+            self._write(target)
 
     def open(self, threads: int = 0, device: str = "") -> LoadedModel:
         """Bind the variant for this machine in this process, zero-copy; close it, or use it in a `with`.
@@ -83,6 +95,8 @@ class Artifact(PlainArtifact):
             self.select(machine, ())
 
 
+#: What says that the target takes no more, whatever is written to it.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: What says that the system cannot copy between two files, and not that a disk is full.
 _NO_COPYING = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
