@@ -163,9 +163,13 @@ class KernelCache:
         read, write and clean meanwhile: at worst they compile something again.
         """
         self._forget()
-        if self._quota is not None and self._written:
-            self._quota.add(self._written)
-            self._written = 0
+        self.count()
+
+    def count(self) -> None:
+        """Count what was written against the quota of the user's own cache; also after a compile that failed."""
+        written, self._written = self._written, 0
+        if self._quota is not None and written:
+            self._quota.add(written)
 
     def _forget(self) -> None:
         now, own = time.time(), (self._code, self._lowered)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 import time
 from pathlib import Path
 
@@ -26,17 +26,31 @@ def touch(path: Path) -> None:
             os.utime(path)
 
 
-def read_entry(path: Path) -> tuple[str, bytes] | None:
-    """A line of text and machine code, as `write_entry` wrote them; None if there is no file, or it is not whole."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
+class DamagedError(Exception):
+    """A file of the cache that is not what was written."""
+
+
+def load_entry(path: Path) -> tuple[str, bytes]:
+    """A line of text and machine code, as `write_entry` wrote them.
+
+    Raises:
+        OSError: there is no file, or this user may not read it.
+        DamagedError: it is not whole.
+    """
+    data = path.read_bytes()
     digest, body = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
     if not data.startswith(_MAGIC) or digest != hashlib.sha256(body).digest():
-        return None
+        raise DamagedError(f"{path} is not what was written")
     head, _, code = body.partition(b"\n")
     return head.decode(), code
+
+
+def read_entry(path: Path) -> tuple[str, bytes] | None:
+    """As `load_entry`; None where there is nothing that can be read and is whole, so that it is made anew."""
+    try:
+        return load_entry(path)
+    except (OSError, DamagedError):
+        return None
 
 
 def make_folder(path: Path) -> None:
@@ -78,11 +92,12 @@ def write_entry(path: Path, head: str, code: bytes) -> int:
 
 def _write_whole(path: Path, data: bytes) -> None:
     make_folder(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=SCRATCH)
+    # As the user's umask has it, and not for this user alone, as `tempfile` does: others may share the folder.
+    scratch = path.with_name(f"{SCRATCH}{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch.open("xb") as file:
             file.write(data)
-        Path(name).replace(path)
+        scratch.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise

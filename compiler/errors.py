@@ -46,7 +46,7 @@ class ToolchainError(CompileError):
 
 
 class CacheError(CompileError):
-    """A setting of the cache that is none."""
+    """A setting of the cache that is none, or files in it that cannot be read or removed."""
 
 
 class WorkerError(CompileError):

@@ -204,12 +204,15 @@ def compile_programs(
     targets = parse_all(target)
     kernels = KernelCache() if cache is None else cache
     variants, reports = [], []
-    with Workers() as workers:
-        for one in targets:
-            variant, report = _compile_variant(make, one, kernels, progress, workers)
-            variants.append(variant)
-            reports.append(report)
-    kernels.clean()
+    try:
+        with Workers() as workers:
+            for one in targets:
+                variant, report = _compile_variant(make, one, kernels, progress, workers)
+                variants.append(variant)
+                reports.append(report)
+        kernels.clean()
+    finally:
+        kernels.count()  # what a compile wrote that then failed takes room, too
     if progress is not None:
         progress("packaging")
     with debug.timed("package"):

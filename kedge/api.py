@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ModelPath: TypeAlias = "str | os.PathLike[str]"
 TargetLike: TypeAlias = "str | AnyTarget"
 Progress: TypeAlias = Callable[[str], None]
+#: The suffix of saved modules, `kedge.compiler.graph.store.SUFFIX`, without importing what reads them.
+_SAVED = ".kmod"
 Shapes: TypeAlias = Mapping[str, Sequence[int | str | None]] | None
 
 
@@ -41,11 +43,13 @@ def load(path: ModelPath, shapes: Mapping[str, Sequence[int | str | None]] | Non
 
     Raises:
         FrontendError: the file is missing, corrupt or not ONNX, or `shapes` does not fit it.
+        InputError: `shapes` is no mapping, or is given for a saved module.
         UnsupportedOperatorError: naming every operator of the model that kedge does not know.
     """
     from kedge.compiler.frontend.onnx import load_onnx
     from kedge.compiler.graph.store import SUFFIX, load_module
 
+    _check_shapes(shapes)
     if Path(path).suffix == SUFFIX:
         if shapes:
             raise InputError("a saved module keeps its shapes", hint="give `shapes` when the ONNX model is loaded")
@@ -83,6 +87,7 @@ def compile(  # noqa: A001 - the field says compile
 
     Raises:
         CompileError: with the operator of the user's model and what does not fit.
+        InputError: `shapes` is no mapping, or is given for a saved module.
         TypeError: `model` is none of these, or an argument says nothing about this kind of model.
     """
     if isinstance(model, (str, os.PathLike)):
@@ -115,43 +120,53 @@ def _compile_file(
     from kedge.compiler import debug
 
     named = name or path.stem
-    # Where stages are to be seen, they have to be gone through; a pipe can be read once.
-    if not cache or pipeline is not None or externals or debug.wanted(1) or not path.is_file():
+    _check_shapes(shapes)
+
+    def compiled() -> Artifact:
         return Artifact.of(_compile_module(load(path, shapes), target, pipeline, externals, named, cache, progress))
+
+    # Where stages are to be seen, they have to be gone through. Of saved modules kernels alone are kept.
+    if not cache or pipeline is not None or externals or debug.wanted(1) or path.suffix == _SAVED:
+        return compiled()
     from kedge.compiler.artifact_cache import ArtifactCache, Request
 
     artifacts = ArtifactCache()
     try:
         request = Request(path, shapes, named)
-    except (OSError, TypeError, ValueError):
-        load(path, shapes)  # says what is wrong with them
-        raise
+    except (OSError, TypeError, ValueError):  # a pipe can be read once; of what is wrong, what loads it says what
+        return compiled()
     from kedge.compiler.target import parse_all
 
-    targets = parse_all(target)
-    found = artifacts.find(request, targets)
-    if found is not None:
-        return Artifact.of(found.artifact, found.path, cached=True)
-    module, files = _read(path, shapes, request)
-    made = _compile_module(module, targets, None, (), named, cache, progress)
-    return Artifact.of(made, None if files is None else artifacts.keep(request, targets, files, made))
+    with request:
+        targets = parse_all(target)
+        found = artifacts.find(request, targets)
+        if found is not None:
+            return Artifact.of(found.artifact, found.path, cached=True)
+        module, files = _read(path, shapes, request)
+        made = _compile_module(module, targets, None, (), named, cache, progress)
+        return Artifact.of(made, None if files is None else artifacts.keep(request, targets, files, made))
+
+
+def _check_shapes(shapes: Shapes) -> None:
+    """Refuse shapes that are no mapping, before anything is done with them; dims are the front end's to judge."""
+    if shapes is not None and not isinstance(shapes, Mapping):
+        raise InputError(
+            f"shapes is a value of type {type(shapes).__name__}, and no mapping of inputs to shapes",
+            hint='give a dict: shapes={"x": (1, 3, 224, 224)}',
+        )
 
 
 def _read(path: Path, shapes: Shapes, request: Request) -> tuple[Module, tuple[str, ...] | None]:
     """The module of a file, and the other files that have its data; None for those where `path` does not tell all."""
     from kedge.compiler.frontend.onnx import external_files, import_model, read_model, uses_own_domains
-    from kedge.compiler.graph.store import SUFFIX
 
-    if path.suffix == SUFFIX:
-        return load(path, shapes), None
     model = read_model(path)
     files = None if uses_own_domains(model) else external_files(model)
     if files is not None:
         try:
             request.watch(files)
         except (OSError, ValueError):
-            import_model(model, shapes)  # says which is missing, and of what
-            raise
+            files = None  # the import says which is missing, and of what; or somebody is just replacing it
     return import_model(model, shapes), files
 
 

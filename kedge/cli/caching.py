@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,12 +34,21 @@ def cache(context: typer.Context, as_json: output.JsonFlag = False) -> None:
     if context.invoked_subcommand is not None:
         return
     quota = Quota()
-    kept = quota.kept()
+    seen = quota.seen()
+    kept = seen.kept
     parts = {part: [each for each in kept if each.part == part] for part in PARTS}
-    other = _other_bytes(quota.root)
+    other = quota.other_bytes()
     if as_json:
         facts = {part: _facts(parts[part]) for part in reversed(PARTS)}
-        output.emit_json({"folder": str(quota.root), "limit_bytes": quota.limit, **facts, "other": {"bytes": other}})
+        output.emit_json(
+            {
+                "folder": str(quota.root),
+                "limit_bytes": quota.limit,
+                **facts,
+                "unfinished": _facts(seen.unfinished),
+                "other": {"bytes": other},
+            }
+        )
         return
     rows = output.table("kept", ">files", ">size")
     for part in reversed(PARTS):
@@ -48,6 +56,13 @@ def cache(context: typer.Context, as_json: output.JsonFlag = False) -> None:
     rows.add_row("together", str(len(kept)), f"{output.size_text(_bytes(kept))} of {output.size_text(quota.limit)}")
     output.stdout().print(f"{quota.root}\n", soft_wrap=True)
     output.show(rows)
+    if seen.unfinished:
+        what = f"{len(seen.unfinished)} file{'' if len(seen.unfinished) == 1 else 's'}"
+        output.stdout().print(
+            f"\nbeing written, or left by a process that was killed and removed after a day: "
+            f"{what}, {output.size_text(_bytes(seen.unfinished))}",
+            soft_wrap=True,
+        )
     output.stdout().print(
         f"\nbeside, without a limit: {output.size_text(other)} (runtime, C libraries, boards)", soft_wrap=True
     )
@@ -91,10 +106,3 @@ def _facts(kept: Iterable[Kept]) -> dict[str, Any]:
 
 def _bytes(kept: Iterable[Kept]) -> int:
     return sum(each.size for each in kept)
-
-
-def _other_bytes(root: Path) -> int:
-    """What lies in the folder beside the parts that have a quota."""
-    folders = [path for path in root.iterdir() if path.name not in PARTS] if root.is_dir() else []
-    files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-    return sum(path.lstat().st_size for path in files if path.is_file() and not path.is_symlink())

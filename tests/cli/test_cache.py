@@ -17,6 +17,7 @@ from kedge.cli.app import tree
 from kedge.compiler.quota import Quota
 from kedge.data import digits_model
 from support.commands import Kedge, kedge_command
+from support.others import as_others, give_away
 
 SAID = "taken from the cache; --no-cache compiles it again\n"
 
@@ -163,6 +164,60 @@ def test_a_cache_without_room_or_read_only(kedge: Kedge, tmp_path: Path, root: P
 
 
 def test_a_cache_of_others_is_read(kedge: Kedge, tmp_path: Path, root: Path) -> None:
+    words = ("compile", digits_model(), "--target", "x86-64-v3", "-o")
     compiled(kedge, tmp_path / "first.kdg", "--target", "x86-64-v3")
-    said = in_a_mount(tmp_path, root, "8m", "ro")
+    give_away(root)
+    said = subprocess.run(
+        as_others(*kedge_command(*words, tmp_path / "second.kdg")), capture_output=True, text=True, check=True
+    ).stderr
     assert SAID in said and "warning" not in said, said
+    assert (tmp_path / "second.kdg").read_bytes() == (tmp_path / "first.kdg").read_bytes()
+
+
+def test_what_may_not_be_read_or_removed_is_one_error(kedge_here: Kedge, tmp_path: Path, root: Path) -> None:
+    compiled(kedge_here, tmp_path / "first.kdg")
+    (kept,) = root.glob("artifacts/objects/??/*.kdg")
+    for mode, words, said in (
+        (0o555, ("cache", "clear"), f"such as {kept}: Permission denied"),
+        (0o000, ("cache",), f"such as {kept.parent}: Permission denied"),
+        (0o000, ("cache", "clear"), f"such as {kept.parent}: Permission denied"),
+    ):
+        kept.parent.chmod(mode)
+        try:
+            done = subprocess.run(as_others(*kedge_command(*words)), capture_output=True, text=True, check=False)
+        finally:
+            kept.parent.chmod(0o755)
+        assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+        assert said in done.stderr and "one file or folder is out of reach" in done.stderr
+        assert "hint: another user's files are theirs to remove" in done.stderr
+    assert [each.path for each in Quota().kept()] == [kept]
+
+
+def test_unfinished_files_and_the_count_have_their_places(kedge_here: Kedge, root: Path) -> None:
+    folder = root / "kernels"
+    folder.mkdir(parents=True)
+    (root / ".size").write_text("0 0\n")
+    (root / f".size.{'0' * 16}").write_text("0")
+    (folder / ".kernel-abcd").write_text("half")
+    (root / "runtime").mkdir()
+    (root / "runtime" / "lib").write_bytes(b"123456")
+    (root / "runtime" / "link").symlink_to("lib")
+    facts = json.loads(kedge_here("cache", "--json").stdout)
+    assert facts["unfinished"] == {"files": 2, "bytes": 5} and facts["other"] == {"bytes": 6}
+    assert facts["kernels"] == facts["artifacts"] == {"files": 0, "bytes": 0}
+    assert "2 files, 5 B" in kedge_here("cache").stdout
+
+
+def test_what_vanishes_while_it_is_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "runtime").mkdir(parents=True)
+    for name in ("first", "second"):
+        (root / "runtime" / name).write_bytes(b"123")
+    lstat = Path.lstat
+
+    def late(self: Path) -> os.stat_result:
+        if self.name == "second":
+            self.unlink()
+        return lstat(self)
+
+    monkeypatch.setattr(Path, "lstat", late)
+    assert Quota().other_bytes() == 3

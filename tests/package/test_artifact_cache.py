@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from kedge.compiler.cache import KernelCache
 from kedge.compiler.errors import CacheError, CompileWarning, FrontendError
 from kedge.compiler.quota import ARTIFACTS, KERNELS, Quota
 from kedge.compiler.te import Tensor
-from kedge.rpc.errors import ArtifactError
+from kedge.rpc.errors import ArtifactError, InputError
+from support.others import as_others
 
 SIZE = 64  # of the matrix: 16 KiB
 DAY = 24 * 3600
@@ -571,7 +574,7 @@ def test_what_is_there_is_counted_once_a_day(three: list[Path], root: Path, monk
     Quota().add(0)
     assert Quota()._total() == real
     Quota().add(7)
-    monkeypatch.setattr(Quota, "kept", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(Quota, "look", lambda *_: pytest.fail("counted again"))
     Quota().add(8)
     assert Quota()._total() == real + 15
     for damaged in ("", "x y\n", "5\n", f"5 {time.time()}\nz\n"):
@@ -630,5 +633,314 @@ def test_pieces_of_a_file_are_in_their_order(tmp_path: Path, monkeypatch: pytest
     digests = set()
     for number, data in enumerate((b"", b"abcd", b"abcde", b"abcdefgh", b"efghabcd", b"abcd\0", b"abcd\0\0\0\0")):
         (tmp_path / str(number)).write_bytes(data)
-        digests.add(artifact_cache._digest(tmp_path / str(number)))
+        digests.add(artifact_cache._digest(tmp_path / str(number), threading.Event()))
     assert len(digests) == 7
+
+
+# What cannot be read, removed or waited for ------------------------------------------------------------------------
+
+
+def python_as_others(program: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A program to which modes of files apply, and in which warnings only are said."""
+    command = as_others(sys.executable, "-c", program, *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+ROOM = """
+from kedge.compiler.quota import Quota
+quota = Quota()
+quota.make_room(quota.limit)
+"""
+
+
+def test_what_cannot_be_removed_is_passed_over(three: list[Path], root: Path) -> None:
+    held = min(objects(root), key=lambda path: path.stat().st_mtime)
+    scratch = held.with_name(f".{held.name}.abcd")
+    scratch.write_text("half")
+    used(scratch, 2 * DAY)
+    held.parent.chmod(0o555)
+    try:
+        done = python_as_others(ROOM)
+    finally:
+        held.parent.chmod(0o755)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert [each.path for each in Quota().kept()] == [held] and scratch.exists()
+    assert Quota()._total() == held.stat().st_size, "it is what is left that was counted"
+
+
+def test_a_cache_that_stays_too_large_is_said(three: list[Path], root: Path) -> None:
+    held = objects(root)
+    for path in held:
+        path.parent.chmod(0o555)
+    environment = {**os.environ, "KEDGE_CACHE_SIZE": "1kB"}
+    try:
+        done = python_as_others("from kedge.compiler.quota import Quota; Quota().add(1)", env=environment)
+    finally:
+        for path in held:
+            path.parent.chmod(0o755)
+    assert done.returncode == 0 and done.stderr.count("CompileWarning") == 1, done.stderr
+    assert "more than the 1000 of KEDGE_CACHE_SIZE: 3 files or folders are out of reach" in done.stderr
+    assert "Permission denied" in done.stderr and "kedge cache clear" in done.stderr
+    assert sorted(each.path for each in Quota().kept()) == held
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_count_of_others_is_replaced(mode: int, three: list[Path], root: Path) -> None:
+    (root / ".size").write_text(f"5 {time.time()}\n")
+    (root / ".size").chmod(mode)
+    done = python_as_others("from kedge.compiler.quota import Quota; Quota().add(7)")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert Quota()._total() == sum(each.size for each in Quota().kept())
+
+
+def test_clearing_goes_on_and_says_what_is_left(three: list[Path], root: Path) -> None:
+    held = objects(root)[0]
+    held.parent.chmod(0o555)
+    program = """
+from kedge.compiler.errors import CacheError
+from kedge.compiler.quota import Quota
+try:
+    Quota().clear()
+except CacheError as error:
+    print(error)
+"""
+    try:
+        done = python_as_others(program)
+    finally:
+        held.parent.chmod(0o755)
+    assert f"one file or folder is out of reach, such as {held}: Permission denied" in done.stdout, done.stderr
+    assert "hint: " in done.stdout and "KEDGE_CACHE_DIR" in done.stdout
+    assert [each.path for each in Quota().kept()] == [held] and Quota()._total() == held.stat().st_size
+
+
+def test_entries_are_for_whom_the_umask_lets_in(tmp_path: Path, root: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        kedge.compile(model(tmp_path / "m.onnx"))
+    finally:
+        os.umask(before)
+    written = [path for path in (*files(root), *files(root, KERNELS)) if path.suffix != ".kdg"]
+    assert len(written) > 3 and {path.stat().st_mode & 0o777 for path in written} == {0o640}
+
+
+FIND = """
+import sys
+from pathlib import Path
+from kedge.compiler.artifact_cache import ArtifactCache, Request
+from kedge.compiler.target import parse_all
+with Request(Path(sys.argv[1]), None, "m") as request:
+    print(ArtifactCache().find(request, parse_all("native")))
+"""
+
+
+@pytest.mark.parametrize("kind", ["objects", "keys", "models"])
+def test_what_cannot_be_read_is_left(kind: str, tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    (kept,) = (each for each in files(root) if each.relative_to(root / ARTIFACTS).parts[0] == kind)
+    assert "Found(" in python_as_others(FIND, path).stdout
+    kept.chmod(0)
+    done = python_as_others(FIND, path)
+    assert done.stdout == "None\n" and kept.exists(), done.stderr
+    assert f"cannot be read in the cache, and compiled anew: {kept}: Permission denied" in done.stderr
+    assert "damaged" not in done.stderr
+    kept.chmod(0o644)
+    assert kedge.compile(path).cached
+
+
+def test_what_another_process_wrote_again_is_no_damage(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    (kept,) = objects(root)
+    whole = kept.read_bytes()
+    flip(kept)
+    load = artifact_cache.Artifact.load
+
+    def late(source: Path, **options: Any) -> Any:
+        try:
+            return load(source, **options)
+        finally:
+            scratch = kept.with_name("scratch")
+            scratch.write_bytes(whole)
+            scratch.replace(kept)
+
+    monkeypatch.setattr(artifact_cache.Artifact, "load", late)
+    with artifact_cache.Request(path, None, "m") as request, warnings.catch_warnings(action="error"):
+        assert artifact_cache.ArtifactCache().find(request, artifact_targets()) is None
+    assert kept.read_bytes() == whole
+
+
+def artifact_targets() -> Any:
+    from kedge.compiler.target import parse_all
+
+    return parse_all("native")
+
+
+HUGE = """
+import _thread, sys
+import kedge
+from kedge.compiler import artifact_cache
+piece = artifact_cache._piece
+def interrupting(*arguments):
+    _thread.interrupt_main()
+    artifact_cache._piece = piece
+    return piece(*arguments)
+if sys.argv[2] == "interrupt":
+    artifact_cache._piece = interrupting
+kedge.compile(sys.argv[1], target="native" if sys.argv[2] == "interrupt" else "nonsense")
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("interrupt", "KeyboardInterrupt"), ("mistake", "TargetError")])
+def test_nobody_waits_for_a_digest_that_is_not_wanted(how: str, said: str, tmp_path: Path, root: Path) -> None:
+    """All of it would take half an hour."""
+    kedge.compile(model(tmp_path / "m.onnx"))
+    path = tmp_path / "huge.onnx"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    done = subprocess.run(
+        [sys.executable, "-c", HUGE, str(path), how], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0 and said in done.stderr.splitlines()[-1] + done.stderr, done.stderr
+
+
+def test_a_request_that_is_over_hashes_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "huge.onnx"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with artifact_cache.Request(path, None, "m") as request:
+        pass
+    with pytest.raises(CancelledError):
+        request._hashed.result(timeout=60)
+
+
+# The user's files --------------------------------------------------------------------------------------------------
+
+
+def test_data_that_is_a_folder_by_now(tmp_path: Path) -> None:
+    path = model(tmp_path / "m.onnx", beside="m.data")
+    kedge.compile(path)
+    (tmp_path / "m.data").unlink()
+    (tmp_path / "m.data").mkdir()
+    with pytest.raises(FrontendError, match=r"tensor 'w' needs .*m\.data, which is no regular file"):
+        kedge.compile(path)
+
+
+COMPILE = """
+import sys, kedge
+from kedge.compiler.errors import FrontendError
+try:
+    kedge.compile(sys.argv[1])
+except FrontendError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.data", "."])
+def test_files_that_may_not_be_read(name: str, tmp_path: Path) -> None:
+    path = model(tmp_path / "models" / "m.onnx", beside="m.data")
+    kedge.compile(path)
+    where = tmp_path / "models" / name
+    mode = where.stat().st_mode
+    where.chmod(0)
+    try:
+        done = python_as_others(COMPILE, path)
+    finally:
+        where.chmod(mode)
+    assert "cannot be read: Permission denied" in done.stdout and "hint: check its permissions" in done.stdout, (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.data"])
+def test_files_that_are_folders_after_the_compile(name: str, tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx", beside="m.data")
+
+    def replace(what: str) -> None:
+        if what == "packaging":
+            (tmp_path / name).unlink()
+            (tmp_path / name).mkdir()
+
+    assert not kedge.compile(path, progress=replace).cached
+    assert not files(root)
+
+
+def test_shapes_that_are_no_mapping_are_refused_on_every_road(tmp_path: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    shapes: Any = [("x", (2, SIZE))]
+    for call in (
+        lambda: kedge.compile(path, shapes=shapes),
+        lambda: kedge.compile(path, shapes=shapes, cache=False),
+        lambda: kedge.load(path, shapes=shapes),
+    ):
+        with pytest.raises(InputError, match="of type list, and no mapping") as said:
+            call()
+        assert said.value.hint is not None and "give a dict" in said.value.hint
+
+
+def test_a_saved_module_is_not_hashed(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kedge.compiler.graph.store import SUFFIX
+
+    kedge.load(model(tmp_path / "m.onnx")).save(tmp_path / f"m{SUFFIX}")
+    monkeypatch.setattr(artifact_cache, "Request", lambda *_: pytest.fail("hashed"))
+    assert not kedge.compile(tmp_path / f"m{SUFFIX}").cached
+
+
+# What is counted ---------------------------------------------------------------------------------------------------
+
+
+def counted(root: Path) -> None:
+    (root / ".size").unlink(missing_ok=True)
+    Quota().add(0)
+    assert Quota()._total() == sum(each.size for each in Quota().kept())
+
+
+def test_kernels_of_a_compile_that_fails_are_counted(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model(tmp_path / "m.onnx")
+    root.mkdir()
+    counted(root)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kedge.compiler.pipeline.link_shared", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kedge.compile(path)
+    assert files(root, KERNELS)
+    assert Quota()._total() == sum(each.size for each in Quota().kept()) > 0
+
+
+def test_an_artifact_whose_key_cannot_be_written_is_counted(tmp_path: Path, root: Path) -> None:
+    path = model(tmp_path / "m.onnx")
+    kedge.compile(path)
+    shutil.rmtree(root / ARTIFACTS)
+    (root / ARTIFACTS).mkdir()
+    (root / ARTIFACTS / "keys").write_text("in the way")
+    counted(root)
+    before = Quota()._total()
+    assert before is not None
+    with pytest.warns(CompileWarning, match="not kept for another compile"):
+        kedge.compile(path)
+    (kept,) = objects(root)
+    assert Quota()._total() == before + kept.stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_cache_that_fails_while_it_is_copied(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = kedge.compile(model(tmp_path / "m.onnx"))
+    artifact.save(tmp_path / "first.kdg")
+    copy, calls = os.copy_file_range, []
+
+    def failing(source: int, target: int, count: int) -> int:
+        calls.append(count)
+        if len(calls) > 1:
+            raise OSError(number, os.strerror(number))
+        return copy(source, target, 1000)
+
+    monkeypatch.setattr(os, "copy_file_range", failing)
+    artifact.save(tmp_path / "second.kdg")
+    assert len(calls) == 2 and (tmp_path / "second.kdg").read_bytes() == (tmp_path / "first.kdg").read_bytes()

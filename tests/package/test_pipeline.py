@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -178,14 +177,14 @@ def test_what_other_versions_kept_and_do_not_use_is_removed(cache: KernelCache) 
 def test_a_folder_that_is_removed_while_it_is_written_to_is_made_again(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tempfile.mkstemp
+    made = secrets.token_hex
 
-    def late(**where: Any) -> tuple[int, str]:
+    def late(nbytes: int) -> str:
         shutil.rmtree(cache.root)
         monkeypatch.undo()
-        return made(**where)
+        return made(nbytes)
 
-    monkeypatch.setattr("kedge.compiler.entries.tempfile.mkstemp", late)
+    monkeypatch.setattr(secrets, "token_hex", late)
     cache.keep_object("ab" * 32, b"code")
     assert cache.find_object("ab" * 32) == b"code"
 

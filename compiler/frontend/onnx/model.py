@@ -78,16 +78,15 @@ def read_model(source: Source) -> Model:
 def _read_file(path: Path) -> Model:
     """The parsed file, with large weights apart unless ONNX's converter will want them in their places."""
     source = str(path)
-    if path.is_file():
-        try:
-            split = read_apart(path)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if split is not None:
-            rest, data = split
-            model = Model(_parse(rest, source), source, path.parent, data)
-            if not data or model.opset >= OLDEST_OPSET:
-                return model
+    try:
+        split = read_apart(path) if path.is_file() else None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if split is not None:
+        rest, data = split
+        model = Model(_parse(rest, source), source, path.parent, data)
+        if not data or model.opset >= OLDEST_OPSET:
+            return model
     return Model(_parse(_read(path), source), source, path.parent)
 
 
@@ -399,7 +398,10 @@ def _external_data(model: Model, tensor: onnx.TensorProto) -> Array:
     except ValueError as error:
         raise FrontendError(f"{what} has a corrupt external reference: {error}", hint=_EXPORT_AGAIN) from error
     path = _external_path(model, entries.get("location", ""), what)
-    available = path.stat().st_size
+    try:
+        available = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if length != count * dtype.itemsize or offset < 0 or offset + length > available:
         raise FrontendError(
             f"{what} of type {dtype} and shape {list(shape)} needs {count * dtype.itemsize} bytes at offset {offset} "
@@ -408,7 +410,10 @@ def _external_data(model: Model, tensor: onnx.TensorProto) -> Array:
         )
     if count == 0:
         return np.zeros(shape, dtype)
-    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+    try:
+        return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _external_path(model: Model, location: str, what: str) -> Path:
@@ -424,9 +429,13 @@ def _external_path(model: Model, location: str, what: str) -> Path:
             f"{what} refers to external data at {location!r}, outside of the model's folder {folder}",
             hint="external data must lie beside or below the model; save it again with onnx.save_model",
         )
-    if not path.is_file():
+    try:
+        there, whole = path.exists(), path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not whole:
         raise FrontendError(
-            f"{what} needs the external data file {path}, which is missing",
+            f"{what} needs the external data file {path}, which is {'no regular file' if there else 'missing'}",
             hint="copy the data file together with the .onnx file; they belong in one folder",
         )
     return path
