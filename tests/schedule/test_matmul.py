@@ -370,6 +370,29 @@ def test_rows_of_images_go_over_a_panel_that_would_come_again(b, h, w, k, n, ins
     assert (h in sizes[sizes.index(n // 48) :]) is inside
 
 
+@pytest.mark.parametrize(
+    ("func", "units", "asking"),
+    [
+        (packed(512, 2048, 256, 48), (8, 384, 384), (2,)),  # for two cores in blocks of rows
+        (packed(1024, 4096, 96, 48), (256, 256, 256), ()),
+        (packed(1024, 4096, 144, 48), (384, 384, 384), ()),  # of two cores one would have two of three panels
+        (packed(196, 1536, 384, 48), (8, 200, 200), (2,)),
+        (packed(4096, 4096, 1024, 48), (22, 11264, 11264), (2,)),
+        (packed(400, 768, 3072, 48), (64, 64, 3200), (2, 8)),
+        (image(1, 14, 14, 1536, 384), (8, 112, 224), (2,)),  # rows of the image are inside of panels
+        (image(1, 14, 14, 384, 1536), (32, 32, 448), (2, 8)),
+        (image(64, 14, 14, 1536, 384), (14, 196, 1568), (2, 8, 64)),  # images are dealt out with panels
+    ],
+)
+def test_panels_are_shared_where_there_are_too_few_for_many_cores(func, units, asking):
+    target = replace(AVX512, l2_bytes=2 << 20)
+    assert RULE.default(func, replace(target, num_cores=1))["next"], "one core asks for each of them"
+    for cores, count in zip((2, 8, 64), units, strict=True):
+        kernel = schedule_func(func, replace(target, num_cores=cores))
+        spread = [loop.extent.value for loop in loops_in(kernel.func.body) if loop.kind == "parallel"]
+        assert (spread, kernel.decisions["next"]) == ([count], cores in asking), cores
+
+
 @pytest.mark.parametrize("b", [2, N])
 def test_rows_inside_of_panels_and_the_next_one_asked_for_change_no_result(b, kernels: KernelCache):
     """Images of a free number stay outside of panels."""

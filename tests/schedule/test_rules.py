@@ -11,6 +11,7 @@ from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.default import RULES, schedule_func
 from kedge.compiler.schedule.rules.analysis import fitting_lanes
 from kedge.compiler.schedule.rules.gpu import GpuThreads
+from kedge.compiler.schedule.rules.tile import tile_by_model
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import accesses, block_path, blocks_in, loops_in, loops_on
 from kedge.compiler.target import parse
@@ -502,6 +503,28 @@ def test_the_next_filters_are_asked_for_by_the_fastest_cores_while_rows_of_image
     found = [loop for loop in loops_in(kernel.func.body) if "spread" in loop.annotations]
     assert [dict(loop.annotations["spread"]) for loop in found] == ([{"w": 1}] if asks else [])
     assert len([loop for loop in loops_in(kernel.func.body) if loop.kind == "parallel"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("func", "units", "asking"),
+    [(blocked(1, 64, 14, 14, 64), (32, 32, 448), (2, 8)), (blocked(1, 32, 7, 7, 128), (43, 301, 301), (2,))],
+)
+def test_filters_are_shared_where_there_are_too_few_for_many_cores(func, units, asking):
+    for cores, count in zip((2, 8, 64), units, strict=True):
+        kernel = schedule_func(func, replace(AVX512, num_cores=cores, l2_bytes=2 << 20))
+        spread = [loop.extent.value for loop in loops_in(kernel.func.body) if loop.kind == "parallel"]
+        assert (spread, kernel.decisions["next"]) == ([count], cores in asking), cores
+
+
+def test_vectors_outside_of_filters_are_counted_as_vectors():
+    """Of 64 columns by 16 lanes 4 are no work for 8 cores, however many columns they are."""
+    x, w = te.placeholder((48, 1024), "float32", "x"), te.placeholder((1024, 2, 64), "float32", "w")
+    k = te.reduce_axis(1024)
+    y = te.compute((64, 2, 48), lambda j, f, i: te.sum(x[i, k] * w[k, f, j], k), name="y")
+    block = blocks_in(te.create_prim_func([x, w, y], "turned").body)[0]
+    tile = tile_by_model(block, replace(AVX512, num_cores=8))
+    assert (tile.vector, tile.row, tile.parallel, tile.next) == (0, 2, True, False)
+    assert tile_by_model(block, replace(AVX512, num_cores=1)).next is True
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -153,7 +153,8 @@ class Matmul:
             chosen |= {"block": 0, "ahead": 0}
         if height is not None:
             tiles = math.ceil(height / tile.rows) * (_passes(product) if chosen["inside"] else 1)
-            chosen["next"] = _pays_to_ask(product, tile, tiles, target)
+            pays = _pays_to_ask(product, tile, tiles, target)
+            chosen["next"] = pays and _panels_suffice(product, tile, chosen, target)
         if streams(product, target):
             chosen |= stream_decisions(product, target)
             chosen |= {"inside": False, "pack_a": False, "pack_b": False, "ahead": 0, "next": False, "stream": True}
@@ -319,6 +320,19 @@ def _pays_to_ask(product: Product, tile: RegisterTile, tiles: int, target: Targe
         return False
     panels = math.ceil(columns / tile.columns)
     return asks_for_next(target, panels, depth * columns * product.itemsize, tiles)
+
+
+def _panels_suffice(product: Product, tile: RegisterTile, chosen: Decisions, target: TargetModel) -> bool:
+    """Whether cores are kept busy where no two of them share a panel, as none do that ask for the next one.
+
+    With blocks of rows panels are not shared anyway. Free sizes count as 1.
+    """
+    if not chosen["parallel"] or chosen["block"]:
+        return True
+    columns, inside = product.extent(product.column), _inside(product, chosen["row"]) if chosen["inside"] else []
+    outer = [axis for axis in (*product.batch, *product.rows) if axis != chosen["row"] and axis not in inside]
+    count = math.prod(product.extent(axis) or 1 for axis in outer) * math.ceil((columns or 1) / tile.columns)
+    return keeps_busy(count, target.num_cores)
 
 
 def _unroll(product: Product, tile: RegisterTile, target: TargetModel) -> int:

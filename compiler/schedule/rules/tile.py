@@ -220,7 +220,9 @@ def _pays_to_ask(block: Block, tile: Tile, target: TargetModel) -> bool:
         return False
 
     def tiles(dims: Iterable[int]) -> int:
-        steps = {tile.row: tile.rows, tile.panel: tile.vectors}
+        several = tile.vector if tile.panel is None else tile.panel
+        steps = {tile.row: tile.rows, tile.vector: tile.width}
+        steps[several] = steps.get(several, 1) * tile.vectors
         return math.prod(-(-(extent_of(axes[number].extent) or 1) // steps.get(number, 1)) for number in dims)
 
     size = math.prod(size or 0 for size in sizes) * np.dtype(shared.load.buffer.dtype).itemsize
