@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from google.protobuf.message import DecodeError
 
 from kedge.rpc import convert
 from kedge.rpc.errors import KedgeError
@@ -14,11 +16,14 @@ from kedge.rpc.status import TrackerAwayError
 from kedge.rpc.tracker.brief import brief_result, brief_spec
 from kedge.rpc.tracker.needed import outputs_of
 
+log = logging.getLogger("kedge.tracker")
 SCHEMA_VERSION = 11
 #: PostgreSQL's advisory locks are numbers; this one is held while tables are made.
 _PREPARING = 0x6B656467650001
 #: Jobs whose artifact is filled in at once.
 _FILLED = 500
+#: Damaged jobs that are named.
+_NAMED = 10
 #: In `meta`: where the state was moved to (see `kedge.rpc.tracker.moving`).
 MOVED = "moved_to"
 
@@ -34,6 +39,9 @@ class Text(sa.TypeDecorator[str]):
         return value if value is None else value.replace("\0", "\ufffd")
 
 
+#: Hex digits, which are looked for by how they begin: in the order of their codes. In some languages "aa" is after "z";
+#: SQLite knows none.
+_Digest = Text().with_variant(Text(collation="C"), "postgresql")
 _DONE = sa.text("state = 'done'")
 metadata = sa.MetaData()
 meta = sa.Table(
@@ -61,7 +69,7 @@ jobs = sa.Table(
     sa.Column("faults", Text, nullable=False, server_default="[]"),
     sa.Column("user", Text, nullable=False, server_default=""),
     # The digest of the artifact, nothing where a job has none; NULL where a kedge of before schema 11 wrote it.
-    sa.Column("artifact", Text),
+    sa.Column("artifact", _Digest),
     # What lists show comes before the whole: SQLite reads a row from its beginning.
     sa.Column("brief", sa.LargeBinary, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
@@ -292,19 +300,32 @@ def _to_schema_8(connection: sa.Connection) -> None:
 def _to_schema_11(connection: sa.Connection) -> None:
     """Jobs know their artifact; all lists of them have indices."""
     if "artifact" not in {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}:
-        connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN artifact VARCHAR"))
+        kind = jobs.c.artifact.type.compile(connection.dialect)
+        connection.execute(sa.text(f"ALTER TABLE jobs ADD COLUMN artifact {kind}"))
     _fill_artifacts(connection)
     _make_indices(connection, jobs)
 
 
 def _fill_artifacts(connection: sa.Connection) -> None:
-    """Give jobs that do not know their artifact what their specs say of it."""
-    ids = connection.execute(sa.select(jobs.c.id).where(jobs.c.artifact.is_(None))).scalars().all()
+    """Give jobs that do not know their artifact what their specs say of it: nothing, where these cannot be read."""
+    unknown = sa.select(jobs.c.id).where(jobs.c.artifact.is_(None)).order_by(jobs.c.seq)
+    ids = connection.execute(unknown).scalars().all()
     fill = sa.update(jobs).where(jobs.c.id == sa.bindparam("of")).values(artifact=sa.bindparam("digest"))
+    damaged: list[str] = []
     for at in range(0, len(ids), _FILLED):
-        briefs = sa.select(jobs.c.id, jobs.c.brief).where(jobs.c.id.in_(ids[at : at + _FILLED]))
-        rows = connection.execute(briefs)
-        connection.execute(fill, [{"of": row.id, "digest": convert.artifact_of_spec(row.brief)} for row in rows])
+        briefs = sa.select(jobs.c.id, jobs.c.brief).where(jobs.c.id.in_(ids[at : at + _FILLED])).order_by(jobs.c.seq)
+        filled = []
+        for row in connection.execute(briefs):
+            try:
+                digest = convert.artifact_of_spec(row.brief)
+            except DecodeError:
+                digest = ""
+                damaged.append(row.id)
+            filled.append({"of": row.id, "digest": digest})
+        connection.execute(fill, filled)
+    if damaged:
+        named = ", ".join(damaged[:_NAMED]) + (f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else "")
+        log.warning("what is stored of these jobs is damaged; no list by artifact shows them: %s", named)
 
 
 def _make_indices(connection: sa.Connection, table: sa.Table) -> None:

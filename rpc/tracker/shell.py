@@ -305,18 +305,19 @@ class Shell:
         They come in pages. Between two of them all else goes on, and of all who list at once one reads.
         """
         beyond: int | None = None
+        earliest: int | None = None
         reasons: dict[Want, str] = {}
         while limit > 0:
             async with self._listing:
                 size = min(limit, _PAGE)
-                order: dict[str, Any] = {"oldest_first": oldest_first, "beyond": beyond}
+                order: dict[str, Any] = {"oldest_first": oldest_first, "beyond": beyond, "earliest": earliest}
                 page = await asyncio.wrap_future(self._store.jobs(size, states, user, **order, wanted=wanted))
             now = (self.state.job(job.id, reasons) or job for job in page.jobs)
             found = [brief_job(job) for job in now if not states or job.state in states][:limit]
             yield found
             if page.last is None:
                 return
-            limit, beyond = limit - len(found), page.last
+            limit, beyond, earliest = limit - len(found), page.last, page.earliest
 
     def watch(self, job_id: str) -> Changes:
         """The job's changes from now on, None when the tracker stops; give it back with `unwatch`."""

@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,11 +56,12 @@ from kedge.rpc.tracker.facts import (
     ServiceEnded,
     Stored,
 )
+from kedge.rpc.tracker.listing import LIVE, Page, faults_from_text, faults_to_text, list_jobs, load_job
 from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some, gone_of
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
-from kedge.rpc.types import DeviceFault, Job, JobFilter, JobState, NoiseSample, Reservation
+from kedge.rpc.types import Job, JobFilter, JobState, NoiseSample, Reservation
 
 log = logging.getLogger("kedge.tracker")
 T = TypeVar("T")
@@ -70,20 +70,8 @@ T = TypeVar("T")
 _RETRY_S = 1.0
 #: The same where the database is another process, which may only have ended a session.
 _RECONNECT_S = 0.2
-#: The states of jobs that are not done, as they are stored.
-_LIVE = (JobState.QUEUED, JobState.ASSIGNED)
-#: What digests are written with.
-_HEX = frozenset("0123456789abcdef")
 #: Between two pieces of what is forgotten.
 _PIECE_PAUSE_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A part of a list of jobs; `last` is where the next part goes on, None where there is none."""
-
-    jobs: list[Job]
-    last: int | None
 
 
 @dataclass(slots=True)
@@ -196,7 +184,7 @@ class Store:
 
     def job(self, job_id: str) -> Future[Job | None]:
         """A stored job with its result."""
-        return self._read(lambda connection: _load_job(connection, job_id))
+        return self._read(lambda connection: load_job(connection, job_id))
 
     def jobs(
         self,
@@ -206,14 +194,18 @@ class Store:
         *,
         oldest_first: bool = False,
         beyond: int | None = None,
+        earliest: int | None = None,
         wanted: JobFilter = JobFilter(),  # noqa: B008 - frozen
     ) -> Future[Page]:
         """The newest jobs (of one user), newest first, or the oldest, as stored and in brief (see
-        `kedge.rpc.tracker.brief`); those `beyond` the last one of an earlier page.
+        `kedge.rpc.tracker.brief`); those `beyond` the last one of an earlier page, whose `earliest` goes with it.
 
-        While a page is read nothing is stored: its `limit` is for how long others wait.
+        While a page is read nothing is stored: its `limit` is for how long others wait. Where no index has what is
+        `wanted` in order, a page ends after so many jobs that were looked at, too: it may have fewer than `limit`, or
+        none, and there are others all the same.
         """
-        return self._read(lambda connection: _list_jobs(connection, limit, states, user, oldest_first, beyond, wanted))
+        order: dict[str, Any] = {"oldest_first": oldest_first, "beyond": beyond, "earliest": earliest}
+        return self._read(lambda connection: list_jobs(connection, limit, states, user, **order, wanted=wanted))
 
     def job_of_key(self, key: str) -> Future[str | None]:
         """The job that was ever submitted under this idempotency key."""
@@ -431,7 +423,7 @@ def _open(connection: sa.Connection, place: str, remembered: int) -> Stored:
     with connection.begin():
         tracker_id = prepare(connection, place)
         live = sa.select(t.jobs, t.keys.c.key).outerjoin(t.keys, t.keys.c.job_id == t.jobs.c.id)
-        live = live.where(t.jobs.c.state.in_([state.value for state in _LIVE])).order_by(t.jobs.c.seq)
+        live = live.where(t.jobs.c.state.in_([state.value for state in LIVE])).order_by(t.jobs.c.seq)
         records = [_record(row) for row in connection.execute(live)]
         newest = sa.select(t.jobs.c.id, t.jobs.c.epoch, t.jobs.c.state, t.keys.c.key)
         newest = (
@@ -642,11 +634,11 @@ def _changes(fact: JobAssigned | JobRequeued | JobCancelling | JobDone) -> dict[
         place = {"device": fact.device, "instance_id": fact.instance_id, "epoch": fact.epoch}
         return {"state": JobState.ASSIGNED.value, **place}
     if isinstance(fact, JobRequeued):
-        waits = {"queued_ms": fact.queued_ms, "requeues": fact.requeues, "faults": _faults_to_text(fact.faults)}
+        waits = {"queued_ms": fact.queued_ms, "requeues": fact.requeues, "faults": faults_to_text(fact.faults)}
         return {"state": JobState.QUEUED.value, "device": "", "instance_id": "", **waits}
     if isinstance(fact, JobCancelling):
         return {"cancelling": fact.reason}
-    return {"state": JobState.DONE.value, "device": fact.result.device, "faults": _faults_to_text(fact.faults)}
+    return {"state": JobState.DONE.value, "device": fact.result.device, "faults": faults_to_text(fact.faults)}
 
 
 def _record(row: Any) -> JobRecord:
@@ -658,122 +650,8 @@ def _record(row: Any) -> JobRecord:
         assigned = JobAssigned(row.id, row.device, row.instance_id, row.epoch)
     requeued = None
     if row.queued_ms is not None:
-        requeued = JobRequeued(row.id, row.queued_ms, row.requeues, _faults_from_text(row.faults))
+        requeued = JobRequeued(row.id, row.queued_ms, row.requeues, faults_from_text(row.faults))
     return JobRecord(accepted, assigned, row.epoch, row.cancelling, requeued)
-
-
-_FULL_JOB = (
-    sa.select(t.jobs, t.results.c.result, t.results.c.finished_ms)
-    .outerjoin(t.results, t.results.c.job_id == t.jobs.c.id)
-)  # fmt: skip
-_BRIEF_JOBS = (
-    sa.select(t.jobs.c.id, t.jobs.c.brief.label("spec"), t.jobs.c.state, t.jobs.c.device, t.jobs.c.submitted_ms)
-    .add_columns(t.jobs.c.seq, t.jobs.c.user, t.jobs.c.faults)
-    .add_columns(t.results.c.brief.label("result"), t.results.c.finished_ms)
-    .outerjoin(t.results, t.results.c.job_id == t.jobs.c.id)
-)
-
-
-def _load_job(connection: sa.Connection, job_id: str) -> Job | None:
-    row = connection.execute(_FULL_JOB.where(t.jobs.c.id == job_id)).one_or_none()
-    return None if row is None else _job(row)
-
-
-def _list_jobs(
-    connection: sa.Connection,
-    limit: int,
-    states: Sequence[JobState],
-    user: str | None,
-    oldest_first: bool,
-    beyond: int | None,
-    wanted: JobFilter,
-) -> Page:
-    """Each state by itself: an index has its jobs in order, so that of many no more are read than may be shown."""
-    seq = t.jobs.c.seq
-    artifacts = _artifacts(connection, wanted.artifact)
-    if artifacts is None:
-        return Page([], None)
-    query = _BRIEF_JOBS.limit(limit)
-    if user is not None:
-        query = query.where(t.jobs.c.user == user)
-    if wanted.user:
-        query = query.where(t.jobs.c.user == wanted.user)
-    if wanted.device:
-        query = query.where(t.jobs.c.device == wanted.device)
-    if wanted.since_unix_ms:
-        since = t.jobs.c.submitted_ms >= wanted.since_unix_ms
-        # All before the first one of that time are passed over. A sum, since databases take the least of a column that
-        # has an index for the first row there that fits, and go through all before it.
-        earliest = connection.execute(sa.select(sa.func.min(seq + 0)).where(since)).scalar_one()
-        if earliest is None:
-            return Page([], None)
-        query = query.where(since, seq >= earliest)
-    if wanted.ids:
-        query = query.where(t.jobs.c.id.in_(wanted.ids))
-    if beyond is not None:
-        query = query.where(seq > beyond if oldest_first else seq < beyond)
-    # The database does not know who has started: that is asked of the living.
-    stored = {JobState.ASSIGNED if state is JobState.RUNNING else state for state in states or (*_LIVE, JobState.DONE)}
-    rows: list[Any] = []
-    for state in stored:
-        # Written out: an index is of what is done alone.
-        is_state = sa.literal(state.value, literal_execute=True)
-        first, last = artifacts
-        order: sa.ColumnElement[int] = seq
-        if not first:
-            one = query.where(t.jobs.c.state == is_state)
-        elif state is not JobState.DONE:  # few live: they are gone through
-            one = query.where(t.jobs.c.state == is_state, _aside(t.jobs.c.artifact).between(first, last))
-        elif first == last:  # an index has its jobs in order
-            one = query.where(_aside(t.jobs.c.state) == is_state, t.jobs.c.artifact == first)
-        else:
-            one = query.where(_aside(t.jobs.c.state) == is_state, t.jobs.c.artifact.between(first, last))
-            order = seq + 0
-        rows += connection.execute(one.order_by(order.asc() if oldest_first else order.desc()))
-    rows = sorted(rows, key=attrgetter("seq"), reverse=not oldest_first)[:limit]
-    return Page([_job(row) for row in rows], rows[-1].seq if len(rows) == limit else None)
-
-
-def _artifacts(connection: sa.Connection, beginning: str) -> tuple[str, str] | None:
-    """The first and the last digest of stored jobs' artifacts that begins so; None where there is none."""
-    if not beginning:
-        return "", ""
-    if not _HEX.issuperset(beginning):
-        return None
-    artifact = t.jobs.c.artifact
-    # Of the digits of a digest none comes after "f" in any language.
-    found = sa.select(artifact).where(artifact >= beginning, artifact < beginning + "g").limit(1)
-    first = connection.execute(found.order_by(artifact)).scalar_one_or_none()
-    if first is None:
-        return None
-    return first, connection.execute(found.order_by(artifact.desc())).scalar_one()
-
-
-def _aside(column: sa.Column[str]) -> sa.ColumnElement[str]:
-    """A column as a database looks for it in no index: SQLite would take the worse of two, not knowing how many fit."""
-    return column.concat("")
-
-
-def _job(row: Any) -> Job:
-    return Job(
-        id=row.id,
-        spec=convert.job_spec_from_bytes(row.spec),
-        state=JobState(row.state),
-        device=row.device,
-        result=convert.job_result_from_bytes(row.result) if row.result is not None else None,
-        submitted_unix_ms=row.submitted_ms,
-        finished_unix_ms=row.finished_ms or 0,
-        user=row.user,
-        faults=_faults_from_text(row.faults),
-    )
-
-
-def _faults_to_text(faults: Sequence[DeviceFault]) -> str:
-    return json.dumps([[fault.device, fault.reason] for fault in faults])
-
-
-def _faults_from_text(text: str) -> tuple[DeviceFault, ...]:
-    return tuple(DeviceFault(*item) for item in json.loads(text))
 
 
 def _needs_to_text(needs: Needs) -> str:

@@ -31,6 +31,7 @@ from kedge.rpc.types import (
     Deadlines,
     DeviceState,
     Health,
+    JobFilter,
     JobResult,
     JobSpec,
     Lease,
@@ -39,6 +40,7 @@ from kedge.rpc.types import (
     Tensor,
 )
 from support.toys import device_info
+from support.watched import Watched
 
 NEEDS = (Need("x86_64"),)
 
@@ -340,8 +342,12 @@ def test_whoever_lists_jobs_lets_others_submit_meanwhile(tmp_path: Path, monkeyp
         assert await listed(100, oldest_first=True) == [*submitted, newest]
         assert await listed(3) == [newest, submitted[8], submitted[7]]
         await asyncio.gather(*listing)
+        since = [[job.id for job in page] async for page in shell.jobs(100, (), wanted=JobFilter(since_unix_ms=1))]
+        assert list(itertools.chain(*since)) == [newest, *submitted[::-1]]
         shell.close()
 
-    store = Store(tmp_path)
+    database = Watched(tmp_path)
+    store = Store(database)
     asyncio.run(serve(store))
+    assert len([1 for statement, _ in database.each if "min(" in statement]) == 1, "since when is looked up once a list"
     store.close()

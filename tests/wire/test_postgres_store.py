@@ -26,7 +26,7 @@ from kedge.rpc.tracker.facts import Fact, JobAccepted, JobDone, Serviced
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError, prepare
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.types import Blob, JobResult, JobSpec, RunTask
+from kedge.rpc.types import Blob, JobFilter, JobResult, JobSpec, JobState, RunTask
 from support.logged import wait_for
 from support.postgres import PostgresServer, postgres_server
 
@@ -175,6 +175,38 @@ def test_text_with_a_nul_character_is_stored(place: Postgres) -> None:
     again = Store(place)
     assert again.found.serviced == (Serviced("d", "why\ufffdso", "root", 5),)
     again.close()
+
+
+def test_artifacts_are_found_by_how_they_begin_in_a_database_of_any_language(postgres: PostgresServer) -> None:
+    """Danish has "aa" behind "z"; so has what a database of an older kedge becomes."""
+    if not postgres.execute("SELECT 1 FROM pg_collation WHERE collprovider = 'i'"):
+        pytest.skip("needs a PostgreSQL server that was built with ICU")
+    how = "TEMPLATE template0 ENCODING 'UTF8' LOCALE_PROVIDER icu ICU_LOCALE 'da' LC_COLLATE 'C' LC_CTYPE 'C'"
+    postgres.execute(f"CREATE DATABASE kedge_danish {how}")
+    place = Postgres(postgres.url("kedge_danish"))
+    digests = ["aa" * 32, "a0" * 32, "af" * 32, "ff" * 32, "b" * 64]
+    for upgraded in (False, True):
+        store = Store(place)
+        if upgraded:
+            assert postgres.execute("SELECT 'aa' > 'af'", "kedge_danish") == [(True,)]
+        for number, digest in enumerate(digests, 1) if not upgraded else ():
+            one = replace(accepted(f"j{number}", number), spec=replace(SPEC, manifest=Blob(digest, 9)))
+            other = replace(one, job_id=f"k{number}", seq=10 + number, key=f"other-{number}")
+            write(store, one, JobDone(one.job_id, JobResult(Outcome(OutcomeKind.OK)), 5), other)
+        for beginning in ("a", "aa", "aaa", "af", "f", "ff", "b", "bb", "a0"):
+            fit = [number for number, digest in enumerate(digests, 1) if digest.startswith(beginning)][::-1]
+            wanted = JobFilter(artifact=beginning)
+            live = [f"k{number}" for number in fit]
+            found = [job.id for job in store.jobs(20, (), wanted=wanted).result(60).jobs]
+            assert found == [*live, *(f"j{number}" for number in fit)], beginning
+            queued = store.jobs(20, (JobState.QUEUED,), wanted=wanted).result(60).jobs
+            assert [job.id for job in queued] == live, beginning
+        store.close()
+        for statement in (
+            "ALTER TABLE jobs DROP COLUMN artifact",
+            "UPDATE meta SET value = '10' WHERE name = 'schema'",
+        ):
+            postgres.execute(statement, "kedge_danish")
 
 
 def test_trackers_that_start_at_once_make_the_tables_once(place: Postgres) -> None:

@@ -61,6 +61,7 @@ from kedge.rpc.types import (
     Verdict,
 )
 from support.postgres import PostgresServer
+from support.watched import Watched
 
 #: Where a store's tables are: everything that is not SQLite's own business holds for both.
 Place = Path | Postgres
@@ -489,6 +490,35 @@ def test_jobs_of_the_tenth_schema_are_found_by_their_artifact(place: Place) -> N
     assert jobs_of(database) == new
 
 
+def test_a_damaged_job_of_the_tenth_schema_is_told_of_and_no_more(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = Sqlite(place) if isinstance(place, Path) else place
+    store = Store(place)
+    jobs = [f"j{number}" for number in range(1, 15)]
+    for number, job_id in enumerate(jobs, 1):
+        write(store, accepted(job_id, number), JobDone(job_id, RESULT, number))
+    store.close()
+    engine = database.engine()
+    for damaged in ((5,), range(2, 15)):
+        as_the_tenth_schema_was(database)
+        with engine.begin() as connection:
+            damage = sa.text("UPDATE jobs SET brief = :data WHERE seq = :seq")
+            connection.execute(damage, [{"data": b"\xff", "seq": seq} for seq in damaged])
+        engine.dispose()
+        caplog.clear()
+        store = Store(place)
+        wanted = JobFilter(artifact="00")
+        found = [job.id for job in store.jobs(20, (), wanted=wanted).result(60).jobs]
+        assert found == [f"j{number}" for number in range(14, 0, -1) if number not in damaged]
+        store.close()
+        (warning,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+        assert warning.endswith("j5" if len(damaged) == 1 else "j11 and 3 more"), warning
+        caplog.clear()
+        Store(place).close()
+        assert not caplog.records, "it is told once"
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -533,42 +563,6 @@ def test_a_database_of_the_ninth_schema_gets_the_index_of_devices(place: Place) 
     Store(place).close()
     assert "ix_jobs_by_device" in {index["name"] for index in sa.inspect(engine).get_indexes("jobs")}
     engine.dispose()
-
-
-class Watched:
-    """A database that remembers what it was asked."""
-
-    def __init__(self, place: Place) -> None:
-        self._database = Sqlite(place) if isinstance(place, Path) else place
-        self.name, self.patience_s, self.explain = (
-            self._database.name,
-            self._database.patience_s,
-            self._database.explain,
-        )
-        self.asked: dict[str, Any] = {}
-
-    def engine(self) -> sa.Engine:
-        engine = self._database.engine()
-
-        @sa.event.listens_for(engine, "before_cursor_execute")
-        def remember(*call: Any) -> None:
-            _connection, _cursor, statement, parameters, _context, many = call
-            self.asked[statement] = parameters[0] if many else parameters
-
-        return engine
-
-    def plans(self) -> list[str]:
-        """How it does what it was asked to read, one line each: it is not asked to sort, unless it says so."""
-        engine = self._database.engine()
-        found = []
-        with engine.begin() as connection:
-            explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN (COSTS OFF)"
-            for statement, given in self.asked.items():
-                if statement.startswith("SELECT"):
-                    plan = connection.exec_driver_sql(f"{explain} {statement}", given).all()
-                    found.append(" | ".join(" ".join(str(row[-1]).split()) for row in plan))
-        engine.dispose()
-        return found
 
 
 def test_devices_are_as_they_came_or_went_last(place: Place) -> None:
@@ -630,6 +624,7 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
                     JobFilter(),
                     JobFilter(user="bob", device="a", since_unix_ms=1),
                     JobFilter(artifact=SPEC.manifest.digest),
+                    JobFilter(artifact="00", user="ann", since_unix_ms=1),
                 ):
                     store.jobs(10, states, user, beyond=beyond, wanted=wanted).result(60)
     store.job("d").result(60)
@@ -711,20 +706,86 @@ def test_lists_of_a_large_database_are_read_from_indices(place: Place) -> None:
         assert not any("SCAN" in plan or "Seq Scan" in plan for plan in plans), plans
 
 
+def test_no_page_of_a_list_by_artifact_reads_more_rows_than_it_may(place: Place) -> None:
+    """However many artifacts begin so, and where nearly nothing else fits: the store's thread has others to serve."""
+    database = Watched(place)
+    store = Store(database)
+    alike, many = [f"aa{digit}" + "0" * 61 for digit in "0f3"], [f"bb{number:02x}" + "0" * 60 for number in range(40)]
+    jobs: list[JobAccepted] = []
+    facts: list[Fact] = []
+    for number in range(1, 9_001):
+        digest = many[number % 40] if number % 3 == 0 else alike[number // 3 % 3]
+        spec = replace(SPEC, manifest=Blob(digest, 9))
+        one = replace(accepted(f"j{number}", number), spec=spec, user="ann" if number in (7, 10, 8_001) else "bob")
+        jobs.append(one)
+        facts += [one] if number > 8_990 else [one, JobDone(one.job_id, RESULT, number)]
+    write(store, *facts)
+    if isinstance(place, Postgres):
+        engine = place.engine()
+        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.execute(sa.text("VACUUM ANALYZE"))
+        engine.dispose()
+    queued, done = (JobState.QUEUED,), (JobState.DONE,)
+    cases: list[tuple[tuple[JobState, ...], str | None, JobFilter]] = [
+        ((), None, JobFilter(artifact="aa")),
+        (done, None, JobFilter(artifact="aa")),
+        ((), None, JobFilter(artifact="aaf", since_unix_ms=jobs[8_200].submitted_ms)),
+        ((), "ann", JobFilter(artifact="aa")),
+        (done, None, JobFilter(artifact="aa", device="nowhere")),
+        (done, "ann", JobFilter(artifact=alike[0])),
+        ((), None, JobFilter(artifact="bb")),
+        (done, "ann", JobFilter(artifact="b")),
+        (queued, None, JobFilter(artifact="a")),
+        ((), None, JobFilter(artifact="a", ids=("j1", "j3", "j8999"))),
+    ]
+    for (states, user, wanted), oldest_first in itertools.product(cases, (False, True)):
+        fit = [
+            job.job_id
+            for job in jobs
+            if job.spec.manifest.digest.startswith(wanted.artifact)
+            and (user is None or job.user == user)
+            and job.submitted_ms >= wanted.since_unix_ms
+            and (job.seq > 8_990 if states == queued else job.seq <= 8_990 or not states)
+            and (not wanted.ids or job.job_id in wanted.ids)
+            and not wanted.device
+        ]
+        found: list[str] = []
+        beyond = earliest = None
+        for turn in itertools.count():
+            database.forget()
+            asked = store.jobs(
+                200, states, user, oldest_first=oldest_first, beyond=beyond, earliest=earliest, wanted=wanted
+            )
+            page = asked.result(60)
+            found += [job.id for job in page.jobs]
+            if turn < 2 or page.last is None:
+                work = database.work()
+                assert work < (60_000 if isinstance(place, Path) else 4_500), (states, user, wanted, turn, work)
+            beyond, earliest = page.last, page.earliest
+            if beyond is None:
+                break
+        assert found == (fit if oldest_first else fit[::-1])
+    store.close()
+
+
 def test_a_list_since_a_time_is_whole_where_clocks_were_set(place: Place) -> None:
-    store = Store(place)
+    database = Watched(place)
+    store = Store(database)
     times = [500, 100, 900, 300, 200, 400, 50, 350]
     for number, when in enumerate(times, 1):
         write(store, replace(accepted(f"j{number}", number), submitted_ms=when))
     for since in (1, 100, 101, 350, 450, 900, 901):
         for oldest_first in (False, True):
             wanted = JobFilter(since_unix_ms=since)
-            found, beyond = [], None
+            found, beyond, earliest = [], None, None
+            database.each.clear()
             while not found or beyond is not None:
-                page = store.jobs(2, (), oldest_first=oldest_first, beyond=beyond, wanted=wanted).result(60)
-                found, beyond = [*found, *page.jobs], page.last
+                place_of = {"beyond": beyond, "earliest": earliest}
+                page = store.jobs(2, (), oldest_first=oldest_first, **place_of, wanted=wanted).result(60)
+                found, beyond, earliest = [*found, *page.jobs], page.last, page.earliest
                 if not page.jobs:
                     break
+            assert len([1 for statement, _ in database.each if "min(" in statement]) == 1, "it is looked for once"
             ids = [f"j{number}" for number, when in enumerate(times, 1) if when >= since]
             assert [job.id for job in found] == (ids if oldest_first else ids[::-1])
     store.close()
