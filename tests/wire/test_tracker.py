@@ -235,7 +235,7 @@ def test_blobs_have_to_be_there_before_the_job(tracker: RunningTracker, fleet: F
     fleet.upload(pack(artifact).json)
     error = submit(spec_message(artifact))
     parts = {blob for blob, _ in artifact.blobs()}
-    assert isinstance(error, NotReadyError) and f"{len(parts)} of {len(parts)} blobs are missing" in str(error)
+    assert isinstance(error, NotReadyError) and f"{len(parts)} of {len(parts) + 1} blobs are missing" in str(error)
     assert all(part.digest in str(error) for part in parts)
     for _, data in artifact.blobs():
         fleet.upload(data)
