@@ -74,6 +74,10 @@ def test_a_job_leaves_before_it_is_stored_and_is_called_off_at_once_where_it_is_
     outbox, abort = Outbox(), ToAgent(1, m.AbortJob(Lease("a", 1), "it cannot be stored"))
     accepted = Parcel([JobAccepted("a", 1, SPEC, (), "", 0)], [assign(1)])
     assert outbox.put(accepted) == [assign(1)]
+    busy = Outbox()
+    busy.put(parcel(ToAgent(3, m.ResultAccepted("z"))))
+    assert busy.put(Parcel([JobAccepted("a", 1, SPEC, (), "", 0)], [assign(1)])) == [], "it is gathered with others"
+    assert busy.put(parcel(assign(2))) == [], "and leaves when it is stored, whichever device has it"
     other = ToAgent(2, m.AbortJob(Lease("b", 1), "somebody cancelled it"))
     refusal = Parcel([JobWithdrawn("a")], [abort, other])
     assert outbox.put(refusal, hasten=False) == [abort], "and what is true only once it is stored waits"
