@@ -207,7 +207,7 @@ class Hold:
         """The file of a blob that `fetch` brought."""
         return self._cache.store.path(blob.digest)
 
-    def manifest(self, blob: Blob, allow: Callable[[bytes], None] = lambda _: None) -> Manifest:
+    def manifest(self, blob: Blob, allow: Callable[[bytes], None]) -> Manifest:
         """A manifest that `fetch` brought; raises ArtifactError.
 
         `allow` is given its text before anything of it is read, whether or not it is remembered, and may raise.

@@ -73,6 +73,7 @@ from kedge.rpc.types import (
     Pinning,
     RunTask,
     SessionTask,
+    Signature,
     StageTime,
     Tensor,
     TimeOptions,
@@ -160,6 +161,11 @@ class Board:
     def offered(self, *, timing: bool) -> int:
         """How many threads a job may have."""
         return len(self.measuring) if timing and self.measuring else self.threads
+
+    def check_signature(self, signature: Optional[Signature], manifest: bytes) -> None:
+        """Raise as `signing.verify` where only what known signers signed may run, and this is not."""
+        if self.signers:
+            signing.verify(manifest, signature, self.signers)
 
     def health(self) -> Health:
         """The device's condition now, with the clock of a core that timings run on, and what makes it unfit."""
@@ -406,7 +412,8 @@ class Job:
 
     def _transfer(self, hold: Hold) -> _Loadable:
         hold.fetch([self._spec.manifest], self._download)
-        manifest = hold.manifest(self._spec.manifest, self._check_signature)
+        check = partial(self._board.check_signature, self._spec.signature)
+        manifest = hold.manifest(self._spec.manifest, check)
         self._check_request()
         info = self._board.device
         placement = place(manifest, info.arch, info.cpu_features, look_at(info), self._spec.on)
@@ -427,10 +434,6 @@ class Job:
             manifest.variants.index(variant),
             tuple(_native(tensor, hold) for tensor in wanted),
         )
-
-    def _check_signature(self, manifest: bytes) -> None:
-        if self._board.signers:
-            signing.verify(manifest, self._spec.signature, self._board.signers)
 
     def _check_request(self) -> None:
         try:

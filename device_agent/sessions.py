@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
@@ -55,7 +56,6 @@ from kedge.rpc.errors import ArtifactError, KedgeError
 from kedge.rpc.limits import check_number, check_time_options
 from kedge.rpc.outcome import Outcome, OutcomeKind, Stage
 from kedge.rpc.pipe import Pipe, PipeClosed
-from kedge.rpc.security import signing
 from kedge.rpc.transport import CHUNK_BYTES, MAX_SESSION_FRAME_BYTES
 from kedge.rpc.types import Blob, JobResult, JobSpec, Lease, plan_inline
 
@@ -414,10 +414,8 @@ class Session:
         timer.start()
         try:
             hold.fetch([blob], self._download)
-            text = hold.path(blob).read_bytes()
-            if self._board.signers:
-                signing.verify(text, convert.signature_from_pb(wanted), self._board.signers)
-            manifest = Manifest.from_json(text)
+            check = partial(self._board.check_signature, convert.signature_from_pb(wanted))
+            manifest = hold.manifest(blob, check)
             info = self._board.device
             placement = place(manifest, info.arch, info.cpu_features, look_at(info), wanted.on)
             members = members_of(manifest, placement.variant)
