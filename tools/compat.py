@@ -3,7 +3,7 @@
     python tools/compat.py [newest|oldest]...
 
 The developers' environment has neither: its tools hold packages back. Each set gets an environment of its own, made
-anew in .cache/compat, with pytest as the only guest.
+anew in .cache/compat, with what tests/conftest.py imports as the only guests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compat"
+#: What tests/conftest.py imports beyond kedge; neither brings a package that kedge uses.
+GUESTS = ("pytest", "hypothesis")
 #: Tracker, agent, clients and commands as processes, with and without TLS; health, reflection and metrics.
 TESTS = (
     "tests/cli/test_fleet.py",
@@ -40,11 +42,12 @@ def install(name: str) -> Path:
     folder = CACHE / name
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     constraints = folder / "constraints.txt"
-    constraints.write_text("\n".join(map(oldest, dependencies)) if name == "oldest" else "")
+    constraints.write_text("\n".join(map(oldest, project["dependencies"])) if name == "oldest" else "")
+    guests = [each for each in project["optional-dependencies"]["dev"] if re.split(r"[^\w-]", each)[0] in GUESTS]
     pip = [folder / "bin" / "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "install", "--constraint", constraints, "--editable", ROOT, "pytest>=9"], check=True)
+    subprocess.run([*pip, "install", "--constraint", constraints, "--editable", ROOT, *guests], check=True)
     return folder / "bin"
 
 
