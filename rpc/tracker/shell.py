@@ -18,7 +18,8 @@ from kedge.rpc.errors import NoDeviceError
 from kedge.rpc.messages import AgentBody, AssignJob, Hello, TrackerBody
 from kedge.rpc.status import UnknownJobError
 from kedge.rpc.tracker.brief import brief_job
-from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, Needs, ToAgent
+from kedge.rpc.tracker.ended import Ended
+from kedge.rpc.tracker.facts import CloseAgent, DevicesChanged, Effects, JobChanged, JobWithdrawn, Needs, ToAgent
 from kedge.rpc.tracker.jobs import task_kind
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.outbox import Outbox, Parcel
@@ -103,6 +104,7 @@ class Shell:
         self._next_connection = 0
         self._watchers: dict[str, list[Changes]] = defaultdict(list)
         self._waiters: dict[str, list[asyncio.Future[JobResult | None]]] = defaultdict(list)
+        self._ended = Ended()
         self._listing = asyncio.Lock()
         self._device_waiters: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -284,7 +286,7 @@ class Shell:
 
     async def job(self, job_id: str) -> Job:
         """A job as it is now; raises UnknownJobError."""
-        job = self.state.job(job_id)
+        job = self.state.job(job_id) or self._ended.get(job_id)
         if job is None:
             job = await asyncio.wrap_future(self._store.job(job_id))
         if job is None:
@@ -401,9 +403,13 @@ class Shell:
         """From the store's thread."""
         self._loop.call_soon_threadsafe(self._refused, parcel, undo, problem)
 
-    def _tell_forgotten(self, keys: Sequence[str]) -> None:
+    def _tell_forgotten(self, job_ids: Sequence[str], keys: Sequence[str]) -> None:
         """From the store's thread."""
-        self._loop.call_soon_threadsafe(self.state.forget_keys, keys)
+        self._loop.call_soon_threadsafe(self._forget, job_ids, keys)
+
+    def _forget(self, job_ids: Sequence[str], keys: Sequence[str]) -> None:
+        self._ended.forget(job_ids)
+        self.state.forget_keys(keys)
 
     def _take_stored(self) -> None:
         self._woken = False  # first: what comes from now on wakes the loop again
@@ -424,6 +430,8 @@ class Shell:
         for parcel in self._outbox.released():
             for fact in parcel.facts if parcel.problem is None else ():
                 self._observer.stored(fact, self._now())
+                if isinstance(fact, JobWithdrawn):  # it may have ended while the disk refused it
+                    self._ended.forget([fact.job_id])
             for send in parcel.sends:
                 if isinstance(send, ToAgent):
                     self._tell(send.connection, send.body)
@@ -451,6 +459,7 @@ class Shell:
         for changes in self._watchers.get(job.id, ()):
             changes.put(job)
         if job.result is not None:
+            self._ended.put(job)
             self._tell_waiters(job.id, job.result)
 
     def _devices_changed(self) -> None:

@@ -137,7 +137,7 @@ class Store:
         self._clock = clock
         #: By the steady clock; None before somebody listens.
         self._sweep_due: float | None = None
-        self._on_forgotten: Callable[[Sequence[str]], None] = lambda keys: None
+        self._on_forgotten: Callable[[Sequence[str], Sequence[str]], None] = lambda jobs, keys: None
         #: Jobs, and their keys, that are forgotten if the last commit of that was one.
         self._in_doubt: tuple[list[str], list[str]] = ([], [])
         self._work: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -157,8 +157,8 @@ class Store:
         needed.restore((record.accepted for record in self.found.records), self._read(_outputs).result())
         self._needed = needed
 
-    def when_forgotten(self, told: Callable[[Sequence[str]], None]) -> None:
-        """Begin to forget; from the store's thread, `told` hears of the idempotency keys that are gone."""
+    def when_forgotten(self, told: Callable[[Sequence[str], Sequence[str]], None]) -> None:
+        """Begin to forget; from the store's thread, `told` hears of the jobs, and idempotency keys, that are gone."""
         self._on_forgotten = told
         self._sweep_due = time.monotonic()
         self._work.put(_Idle())
@@ -270,10 +270,14 @@ class Store:
         while True:
             item = self._next()
             group: list[_Append] = []
-            while isinstance(item, _Append):
-                group.append(item)
+            reads: list[_Read] = []
+            # A reader may see more than was queued before it; a commit is worth more, the more it holds.
+            while isinstance(item, (_Append, _Read)):
+                if isinstance(item, _Append):
+                    group.append(item)
+                else:
+                    reads.append(item)
                 item = self._poll()
-            reads = [item] if isinstance(item, _Read) else []
             if group and not self._commit(connection, group, reads):
                 return
             for append in group:
@@ -321,10 +325,10 @@ class Store:
             return
         self._sweep_due = time.monotonic() + (_PIECE_PAUSE_S if len(gone) == PIECE else keep.every_s)
         self._in_doubt = ([], [])
-        if (gone or before) and self._needed is not None:
-            self._needed.forgotten([*before, *gone])
-        if keys or their_keys:
-            self._on_forgotten([*their_keys, *keys])
+        if gone or before:
+            if self._needed is not None:
+                self._needed.forgotten([*before, *gone])
+            self._on_forgotten([*before, *gone], [*their_keys, *keys])
 
     def _poll(self) -> _Item:
         """The next piece of work, or _Idle where there is none yet."""
@@ -336,8 +340,8 @@ class Store:
     def _commit(self, connection: sa.Connection, group: list[_Append], reads: list[_Read]) -> bool:
         """Make a group durable, however often it takes; False when the tracker stops before that.
 
-        What comes in between two attempts joins the group. `reads`, which came right after it, wait for the first
-        attempt only: if that fails, they see what is stored.
+        What comes in between two attempts joins the group. `reads`, which came with it, wait for the first attempt
+        only: if that fails, they see what is stored.
         """
         since, tried, transaction = time.monotonic(), 0, 0
         stored = 0  # of the group: known to be committed although the answer was lost
@@ -360,7 +364,7 @@ class Store:
                     continue
                 self._tell_trouble(error)
                 while reads:
-                    self._answer(connection, reads.pop())
+                    self._answer(connection, reads.pop(0))
                 patience_s = self._database.patience_s
                 if patience_s is not None and time.monotonic() >= since + patience_s:
                     raise self._database.explain(error) from error

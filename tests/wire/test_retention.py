@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from wire.test_store import RESULT, accepted, write
 
 from kedge.protos.v1 import fleet_pb2
@@ -15,6 +16,7 @@ from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import connect
 from kedge.rpc.client.plan import pack
+from kedge.rpc.status import UnknownJobError
 from kedge.rpc.tracker.blobs import TrackerBlobs
 from kedge.rpc.tracker.facts import JobDone
 from kedge.rpc.tracker.needed import Needed
@@ -43,7 +45,7 @@ def fill(folder: Path, ended_s: list[float]) -> None:
 def kept(folder: Path, keep: Retention, expected: list[str]) -> None:
     """Wait until these are the jobs that are left, oldest first."""
     store = Store(folder, keep=keep, clock=lambda: NOW_S)
-    store.when_forgotten(lambda keys: None)
+    store.when_forgotten(lambda jobs, keys: None)
     wait_for(lambda: sorted(job.id for job in store.jobs(1000, ()).result(60).jobs) == sorted(expected), "only these")
     for job_id in expected:
         assert store.job(job_id).result(60) is not None
@@ -82,7 +84,7 @@ def test_many_go_in_pieces_between_which_others_are_stored(tmp_path: Path) -> No
     write(store, *(JobDone(f"j{number}", RESULT, number) for number in range(3 * PIECE)))
     store.close()
     store = Store(tmp_path, keep=Retention(jobs=1), clock=lambda: NOW_S)
-    store.when_forgotten(lambda keys: None)
+    store.when_forgotten(lambda jobs, keys: None)
     write(store, accepted("new", 10_000))
     assert len(store.jobs(1000, ()).result(60).jobs) > PIECE, "one piece at a time"
     wait_for(
@@ -103,9 +105,9 @@ def test_blobs_of_forgotten_results_may_go_and_their_keys_are_told(tmp_path: Pat
     blobs.make_room(50)
     assert blobs.has(made) and not blobs.has(newer), "as long as the result is kept others go first"
     newer = blobs.put(b"newer" * 10)
-    heard: queue.Queue[Sequence[str]] = queue.Queue()
-    store.when_forgotten(heard.put)
-    assert heard.get(timeout=60) == ["key"]
+    heard: queue.Queue[tuple[Sequence[str], Sequence[str]]] = queue.Queue()
+    store.when_forgotten(lambda jobs, keys: heard.put((jobs, keys)))
+    assert heard.get(timeout=60) == (["j"], ["key"])
     blobs.redeem([newer.digest])
     blobs.make_room(50)
     assert blobs.has(newer) and not blobs.has(made)
@@ -128,6 +130,9 @@ def test_a_key_is_new_again_when_its_job_was_forgotten(tmp_path: Path, artifact:
             agent.finish(agent.expect(m.AssignJob))
             agent.expect(m.ResultAccepted)
         wait_for(lambda: [job.id for job in fleet.jobs()] == known[1:], "the first is forgotten")
+        assert fleet.job(known[1]).id == known[1]
+        with pytest.raises(UnknownJobError):
+            fleet.job(known[0])
         request.idempotency_key = "second"
         assert fleet._stub.SubmitJob(request, timeout=60).job.id == known[1]
         request.idempotency_key = "first"

@@ -40,6 +40,7 @@ from kedge.rpc.tracker.facts import (
     ServiceEnded,
 )
 from kedge.rpc.tracker.needed import Needed
+from kedge.rpc.tracker.observer import Observer
 from kedge.rpc.tracker.retention import Retention
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.store import Store
@@ -242,6 +243,36 @@ def test_reading_sees_what_was_queued_before(place: Place) -> None:
     job = store.job("j").result(60)
     assert job is not None and job.id == "j"
     store.close()
+
+
+class Commits(Observer):
+    """How many facts each commit had."""
+
+    def __init__(self) -> None:
+        self.facts: list[int] = []
+
+    def committed(self, facts: int, duration_s: float) -> None:
+        self.facts.append(facts)
+
+
+def test_whoever_reads_in_between_does_not_part_what_is_committed_together(place: Place) -> None:
+    commits, hold, held = Commits(), threading.Event(), threading.Event()
+    store = Store(place, observer=commits)
+
+    def wait() -> None:
+        held.set()
+        assert hold.wait(60)
+
+    store.append([accepted("first", 1)], wait)
+    assert held.wait(60)
+    found = []
+    for number in (2, 3, 4):
+        store.append([accepted(f"j{number}", number)], lambda: None)
+        found.append(store.job(f"j{number}"))
+    hold.set()
+    assert [job.id for each in found if (job := each.result(60)) is not None] == ["j2", "j3", "j4"]
+    store.close()
+    assert commits.facts == [1, 3]
 
 
 def test_closing_stores_what_was_queued(place: Place) -> None:
@@ -630,8 +661,8 @@ def test_no_list_and_no_fact_reads_more_rows_than_it_needs(tmp_path: Path) -> No
     store.job("d").result(60)
     store.job_of_key("k").result(60)
     forgotten: queue.SimpleQueue[object] = queue.SimpleQueue()
-    store.when_forgotten(forgotten.put)
-    assert forgotten.get(timeout=60) == ["k"]
+    store.when_forgotten(lambda jobs, keys: forgotten.put((jobs, keys)))
+    assert forgotten.get(timeout=60) == (["d", "e"], ["k"])
     store.close()
     asked = {statement: given for statement, given in database.asked.items() if not statement.startswith("BEGIN")}
     assert len(asked) > 15

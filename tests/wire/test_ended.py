@@ -1,0 +1,121 @@
+"""What came of jobs that have just ended is told without the store, and nothing that is not stored is told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wire.test_refused_facts import NEVER
+from wire.test_store import NEEDS, RESULT, SPEC
+
+from kedge.rpc import messages as m
+from kedge.rpc.protocol import local_protocol
+from kedge.rpc.status import UnknownJobError
+from kedge.rpc.tracker.ended import Ended
+from kedge.rpc.tracker.schema import StoreError
+from kedge.rpc.tracker.shell import Shell
+from kedge.rpc.tracker.store import Store
+from kedge.rpc.types import DeviceFault, Health, Job, JobResult, JobState, Lease, Tensor
+from support.toys import device_info
+
+
+class Watched(Store):
+    """A store that tells which jobs were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: list[str] = []
+
+    def job(self, job_id: str) -> Any:
+        self.asked.append(job_id)
+        return super().job(job_id)
+
+
+class Device:
+    """An agent of the shell's that has said hello."""
+
+    def __init__(self, shell: Shell) -> None:
+        self.shell, self.heard = shell, asyncio.Queue[m.TrackerBody | None]()
+        hello = m.Hello(local_protocol(), device_info("a"), "one", health=Health())
+        self.connection = shell.agent_connected(hello, self.heard.put_nowait)
+
+    async def assigned(self) -> Lease:
+        while not isinstance(said := await asyncio.wait_for(self.heard.get(), 60), m.AssignJob):
+            pass
+        return said.lease
+
+    def ends(self, lease: Lease, result: JobResult = RESULT) -> None:
+        self.shell.agent_said(self.connection, m.JobFinished(lease, result))
+
+
+def test_a_job_that_has_just_ended_is_told_as_it_is_stored(tmp_path: Path) -> None:
+    async def main() -> None:
+        shell = Shell(store)
+        device = Device(shell)
+        told = replace(RESULT, outputs=(Tensor("y", "int8", (3,), b"xyz"),))
+        for result in (RESULT, told):
+            job_id, _ = await shell.submit(replace(SPEC, selector=""), NEEDS[:1], "", "ann")
+            device.ends(await device.assigned(), result)
+            while (await shell.job(job_id)).state is not JobState.DONE:
+                await shell._durable(shell._barrier())
+            store.asked.clear()
+            now = await shell.job(job_id)
+            assert store.asked == [] and now.result == replace(result, device="a")
+            assert now == await asyncio.wrap_future(store.job(job_id)), "as the store has it"
+            assert await shell.result(job_id) == now.result
+        shell.close()
+
+    store = Watched(tmp_path)
+    asyncio.run(main())
+    store.close()
+
+
+def test_a_job_that_ended_while_the_store_refused_it_is_no_job(tmp_path: Path) -> None:
+    async def main() -> None:
+        shell = Shell(store)
+        device = Device(shell)
+        await shell._durable(shell._barrier())  # nothing waits for the disk: the next job is begun at once
+        store.append([], hold_up)
+        assert await asyncio.to_thread(held.wait, 60)
+        submitting = asyncio.ensure_future(shell.submit(replace(SPEC, selector=""), NEEDS[:1], NEVER, "ann"))
+        lease = await device.assigned()
+        device.ends(lease)
+        hold.set()
+        with pytest.raises(StoreError):
+            await submitting
+        await shell._durable(shell._barrier())
+        with pytest.raises(UnknownJobError):
+            await shell.job(lease.job_id)
+        assert [page async for page in shell.jobs(10, ())] == [[]]
+        shell.close()
+
+    hold, held = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        held.set()
+        assert hold.wait(60)
+
+    store = Store(tmp_path)
+    asyncio.run(main())
+    store.close()
+
+
+def test_only_the_newest_are_remembered_and_none_that_is_large() -> None:
+    def job(name: str, data: bytes) -> Job:
+        result = replace(RESULT, outputs=(Tensor("y", "int8", (len(data),), data),))
+        return Job(name, SPEC, JobState.DONE, result=result, faults=(DeviceFault("b", "it was lost"),))
+
+    ended = Ended()
+    for number in range(300):
+        ended.put(job(f"j{number}", b"x"))
+    assert [name for name in (f"j{number}" for number in range(300)) if ended.get(name)] == [
+        f"j{number}" for number in range(44, 300)
+    ]
+    ended.put(job("large", bytes(1 << 16)))
+    assert ended.get("large") is None and ended.get("j299") is not None
+    ended.forget(["j299", "never"])
+    assert ended.get("j299") is None
