@@ -44,6 +44,8 @@ Progress = Callable[[JobInfo], None]
 
 _CALL_S = 60.0
 _LONG_POLL_S = 30.0
+#: Calls that tell of jobs for which nobody waits yet: those of one connection, and of one user, are limited.
+_MOST_UNHEARD = 256
 
 
 async def connect(address: str | Address) -> Fleet:
@@ -72,9 +74,9 @@ class Fleet:
         self._fitting: set[tuple[str, str, str]] = set()
         #: As whom the tracker knows us, once a device that somebody has reserved could be chosen.
         self._user: str | None = None
-        #: Whether the tracker has RunJob (older ones have not), and the job that was begun by it last.
+        #: Whether the tracker has RunJob (older ones have not), and the jobs begun by it that nobody waits for yet.
         self._has_run_job = True
-        self._last_run: Callable[[], Job | None] = lambda: None
+        self._unheard: weakref.WeakSet[Job] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
         return self
@@ -366,19 +368,18 @@ class Fleet:
 
         `waits`: whoever asks waits for the result at once.
         """
-        last = self._last_run()
-        if self._has_run_job and (waits or last is None or last._run is None):
+        if self._has_run_job and (waits or len(self._unheard) < _MOST_UNHEARD):
             run = self._stub.RunJob(message, timeout=_CALL_S)
             job = Job(self, "", run)
             if not waits:
-                self._last_run = weakref.ref(job)  # now: others submit while the tracker answers
+                self._unheard.add(job)  # now: others submit while the tracker answers
             try:
                 job.id = (await run.read()).job_id
             except grpc.RpcError as error:
-                job._run = None
+                job._hang_up()
                 self._has_run_job = plan.has_run_job(error, self.address)  # next it is submitted, under the same key
             except BaseException:
-                job._run = None
+                job._hang_up()
                 run.cancel()
                 raise
             else:
@@ -449,9 +450,15 @@ class Job:
             plan.raise_unless_ok(result)
         return result
 
+    def _hang_up(self) -> Any:
+        """The call that began it, which is the caller's business from now on."""
+        run, self._run = self._run, None
+        self._fleet._unheard.discard(self)
+        return run
+
     async def _told(self, *, may_wait: bool) -> JobResult | None:
         """The result from the call that began the job; None where that was read, broke, or is not waited for."""
-        run, self._run = self._run, None
+        run = self._hang_up()
         if run is None:
             return None
         try:

@@ -523,22 +523,30 @@ def test_with_asyncio_a_job_that_is_waited_for_takes_one_call(worker: FakeAgent,
     asyncio.run(main())
 
 
-def test_with_asyncio_jobs_that_pile_up_keep_one_call_open(worker: FakeAgent, artifact: Artifact) -> None:
+def test_with_asyncio_jobs_that_pile_up_keep_few_calls_open(
+    worker: FakeAgent, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kedge.rpc.client.aio._MOST_UNHEARD", 2)
+
     async def main() -> None:
         async with await aio.connect(worker.address) as fleet:
             calls = Calls(fleet)
-            jobs = [await fleet.run(artifact, {"x": X + number}) for number in range(3)]
-            assert calls.taken() == ["RunJob", "SubmitJob", "SubmitJob"]
+            jobs = [await fleet.run(artifact, {"x": X + number}) for number in range(4)]
+            assert calls.taken() == ["RunJob", "RunJob", "SubmitJob", "SubmitJob"]
             for number, job in enumerate(jobs):
                 np.testing.assert_array_equal((await job.wait())["x_out"], X + number)
             assert calls.taken() == ["WatchJob", "WatchJob"]
-            for _ in range(2):
+            for _ in range(4):
                 await fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
-            assert calls.taken() == ["RunJob", "RunJob"]
-            together = await asyncio.gather(*(fleet.run(artifact, {"x": X}) for _ in range(3)))
-            assert (
-                sorted(calls.taken()) == ["RunJob", "SubmitJob", "SubmitJob"] and len({job.id for job in together}) == 3
-            )
+            assert calls.taken() == ["RunJob"] * 4
+            together = await asyncio.gather(*(fleet.run(artifact, {"x": X}) for _ in range(4)))
+            assert sorted(calls.taken()) == ["RunJob", "RunJob", "SubmitJob", "SubmitJob"]
+            assert len({job.id for job in together}) == 4
+            # Who waits makes room for others.
+            waiting = [asyncio.create_task(job.wait()) for job in together]
+            await asyncio.gather(*waiting)
+            calls.taken()
+            assert (await (await fleet.run(artifact, {"x": X})).wait()).outcome.ok and calls.taken() == ["RunJob"]
 
     asyncio.run(main())
 
