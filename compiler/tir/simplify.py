@@ -181,6 +181,20 @@ class _Learned:
     limits: Mapping[int, Interval]
 
 
+class _Memory:
+    """What was worked out under the facts that are known: sizes repeat their parts, each of which is proved about.
+
+    There is one more for the time while facts are tried, when proofs are weaker.
+    """
+
+    __slots__ = ("polys", "proved", "tried")
+
+    def __init__(self) -> None:
+        self.polys: dict[Expr, Poly] = {}
+        self.proved: set[frozenset[tuple[Mono, int]]] = set()  # the terms of polynomials that are at least 0
+        self.tried: dict[frozenset[tuple[Mono, int]], int] = {}  # how deep others were tried in vain
+
+
 class Simplifier:
     """Simplifies and proves under fixed ranges of variables. Reuse one for many questions: it remembers atoms.
 
@@ -202,6 +216,7 @@ class Simplifier:
         self._floors: list[Poly] = []  # what the facts say: each is at least 0
         self._limits: dict[int, Interval] = {}  # and of atoms alone
         self._trying_facts = False
+        self._memories = (_Memory(), _Memory())
         self._learned: _Learned | None = None
         self._learn_all(facts)
 
@@ -267,6 +282,7 @@ class Simplifier:
         for floor in map(self._normal, found):
             self._floors.append(floor)
             self._learn_limit(floor)
+        self._memories = (_Memory(), _Memory())  # what was worked out may be simpler now
 
     def _learn_limit(self, floor: Poly) -> None:
         """`c * atom + constant >= 0` limits the atom itself."""
@@ -432,6 +448,17 @@ class Simplifier:
 
     def poly(self, expr: Expr) -> Poly:
         """The normal form of an int64 expression."""
+        polys = self._memory.polys
+        found = polys.get(expr)
+        if found is None:
+            polys[expr] = found = self._worked_out(expr)
+        return found
+
+    @property
+    def _memory(self) -> _Memory:
+        return self._memories[self._trying_facts]
+
+    def _worked_out(self, expr: Expr) -> Poly:
         match expr:
             case Const(value=value):
                 return Poly.of(int(value))
@@ -826,6 +853,16 @@ class Simplifier:
         return shared and self._at_least_zero(self._normal(poly - floor), _DEPTH)
 
     def _at_least_zero(self, poly: Poly, depth: int) -> bool:
+        memory, key = self._memory, frozenset(poly.terms.items())
+        if key not in memory.proved and memory.tried.get(key, -1) < depth:
+            if self._ends_above(poly, depth):
+                memory.proved.add(key)
+            else:
+                memory.tried[key] = depth
+        return key in memory.proved
+
+    def _ends_above(self, poly: Poly, depth: int) -> bool:
+        """Whether `poly` is at least 0 at the worst ends of all ranges, of which `depth` are tried."""
         low, high = self._bounds(poly)
         if low is not None and low >= 0:
             return True

@@ -134,6 +134,16 @@ def test_thousands_of_operations_one_after_the_other_are_loaded() -> None:
     check_compiled(model(body, {}), {"t0": f(3, 4)})
 
 
+def test_sizes_clamped_by_each_other_are_compiled() -> None:
+    """Simplifying took five times as long for each two more of them."""
+    text = "g (float[N,M,K] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one) m=Slice(s,one,two) k=Slice(s,two,three)"
+    text += " d0=Max(n,m)"
+    for i in range(16):
+        text += f" e{i}=Add(d{i},{'nmk'[i % 3]}) d{i + 1}={'Max' if i % 2 else 'Min'}(e{i},{'nmk'[(i + 1) % 3]})"
+    proto = model(text + " h=Div(d16,two) r=Concat<axis=0>(h,four) y=Expand(row,r) }", CHAINED)
+    check(proto, [{"x": f(3, 9, 5)}, {"x": f(8, 2, 2)}])
+
+
 def test_divisions_deep_inside_of_each_other_are_refused() -> None:
     """Simplifying them took minutes and more."""
     ops = [("Mul", "three"), ("Add", "one"), ("Div", "four")]

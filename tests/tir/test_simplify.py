@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kedge.compiler.tir import interp
@@ -38,7 +38,7 @@ from kedge.compiler.tir.simplify import (
 )
 from kedge.compiler.tir.stmt import Buffer, For, If, PrimFunc, Range, Seq, Store
 from kedge.compiler.tir.verify import verify
-from kedge.compiler.tir.visitor import free_vars, walk_expr
+from kedge.compiler.tir.visitor import children, free_vars, map_children, walk_expr
 from support.functions import evaluate
 
 P, J, K, F = Var("i"), Var("j"), Var("k"), Var("f")
@@ -446,3 +446,117 @@ def test_arithmetic_on_data_wraps_around(a, b, op, values):
     with np.errstate(all="ignore"):
         (got,) = interp.run(PrimFunc("f", (*DATA, y), 1, body), feeds)
     assert got[:3].tolist() == got[3:].tolist(), [print_expr(expr) for expr in (*exprs, *simple)]
+
+
+# How much work it is ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def visits(monkeypatch) -> list[object]:
+    """What the simplifier takes apart or proves about; more than the limit ends the test."""
+    found: list[object] = []
+
+    def counted(method):
+        def call(self, subject, *rest):
+            found.append(subject)
+            assert len(found) <= MOST_VISITS, "the work grows faster than the expression"
+            return method(self, subject, *rest)
+
+        return call
+
+    for name in ("_arithmetic", "_worst"):
+        monkeypatch.setattr(Simplifier, name, counted(getattr(Simplifier, name)))
+    return found
+
+
+#: What 12 steps take at most; one visit for each path through the expression would be hundreds of thousands.
+MOST_VISITS = 1_500
+SIZES = (N, M, Var("k", lower=1))
+
+
+def steps(count: int) -> st.SearchStrategy[list[tuple[str, int]]]:
+    """Sizes that are computed of the one before and another one, as models write them."""
+    ops = st.sampled_from(["max", "min", "add", "floordiv", "mul"])
+    return st.lists(st.tuples(ops, st.integers(0, 5)), min_size=count, max_size=count)
+
+
+def size_of(made: list[tuple[str, int]]) -> Expr:
+    sizes: list[Expr] = list(SIZES)
+    for op, by in made:
+        other = const(by + 2) if op in ("floordiv", "mul") else sizes[-1 - by] if by < 3 else SIZES[by - 3]
+        sizes.append(Binary(op, sizes[-1], other))
+    return sizes[-1]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps(12))
+def test_sizes_of_sizes_keep_their_value_in_little_work(visits, made):
+    visits.clear()
+    expr = size_of(made)
+    simple = simplify(expr)
+    low, high = bounds(expr)
+    for values in itertools.product((1, 7), repeat=3):
+        env = dict(zip(SIZES, values, strict=True))
+        value = evaluate(expr, env)
+        assert evaluate(simple, env) == value
+        assert low is None or low <= value
+        assert high is None or value <= high
+
+
+def clamped(count: int) -> Expr:
+    """A size to which another one is added and which is limited by a third, `count` times."""
+    size: Expr = SIZES[0]
+    for step in range(count):
+        size = Binary("max" if step % 2 else "min", size + SIZES[step % 3], SIZES[(step + 1) % 3])
+    return size
+
+
+def shared(count: int) -> Expr:
+    """Sizes that are used twice each."""
+    size, limit = SIZES[0] + 0, SIZES[0] * SIZES[1]
+    for step in range(count):
+        more = maximum(size, SIZES[step % 3]) + SIZES[(step + 1) % 3]
+        size, limit = minimum(more, limit) // (2 + step % 2), limit + more
+    return size
+
+
+def of_two_before(count: int) -> Expr:
+    """Each size is the larger or the smaller one of what the two before it give."""
+    first, second = SIZES[0] + SIZES[1], SIZES[1] + SIZES[2]
+    for step in range(count):
+        sides = second + SIZES[step % 3], first // (2 + step % 3)
+        first, second = second, Binary("max" if step % 2 else "min", *sides) + SIZES[step % 3]
+    return second
+
+
+@pytest.mark.parametrize("made", [clamped, shared, of_two_before])
+def test_work_grows_with_the_steps_and_not_with_the_paths_through_them(visits, made):
+    expr = made(12)
+    simple = simplify(expr)
+    assert visits
+    short = made(8)
+    for whole, part in ((expr, simple), (short, simplify(short))):
+        for env in ({SIZES[0]: 1, SIZES[1]: 7, SIZES[2]: 3}, {SIZES[0]: 50, SIZES[1]: 2, SIZES[2]: 9}):
+            assert valued(part, env) == valued(whole, env)
+
+
+def valued(expr: Expr, env: dict[Var, int]) -> int:
+    """The value of a size whose parts are shared: each is worked out once."""
+    known: dict[Expr, Expr] = {}
+    for node in in_order(expr):
+        with_values = map_children(node, known.__getitem__)
+        known[node] = const(evaluate(with_values, env))
+    return int(evaluate(known[expr], env))
+
+
+def in_order(expr: Expr) -> list[Expr]:
+    """Each node of `expr` once, after its operands."""
+    found: dict[Expr, None] = {}
+    waiting = [expr]
+    while waiting:
+        node = waiting[-1]
+        missing = [child for child in children(node) if child not in found]
+        waiting.extend(missing)
+        if not missing:
+            found[waiting.pop()] = None
+    return list(found)
