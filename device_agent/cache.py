@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple, Union
 
 from kedge.rpc.artifact.manifest import Blob, Manifest, Member
 from kedge.rpc.blobs import BlobError, BlobStore, CorruptBlobError, DiskFullError
@@ -153,18 +153,39 @@ class ArtifactCache:
 
     def _verify(self, digest: str, path: Path) -> None:
         """Raise CorruptBlobError, and forget the file, unless its bytes are those of `digest`."""
-        if self._verified.get(digest) != self._look(path) and _hash(path) != digest:
+        if self._verified.get(digest) != self._look(str(path)) and _hash(path) != digest:
             self._verified.pop(digest, None)
             path.unlink()
             raise CorruptBlobError(f"{path} was damaged on the device's disk", hint="run the job again")
         self._trust(digest, path)
 
-    def _trust(self, digest: str, path: Path) -> None:
-        """The file's bytes are those of `digest`; it counts as used now."""
-        os.utime(str(path))
-        self._verified[digest] = self._look(path)
+    def _is_sound(self, blob: Blob) -> bool:
+        """Whether a blob is in the store, and as it should be; what is not is dropped."""
+        name = self.store.name(blob.digest)
+        try:
+            look = self._look(name)
+        except FileNotFoundError:
+            return False
+        if look[1] != blob.size:
+            return False
+        # As a rule that is all: no Path is made of what was verified before, and its file is looked at once.
+        if self._verified.get(blob.digest) == look:
+            self._trust(blob.digest, name)
+            return True
+        try:
+            self._verify(blob.digest, Path(name))
+        except CorruptBlobError as error:
+            log.warning("%s", error.message)
+            return False
+        return True
 
-    def _look(self, path: Path) -> Tuple[int, ...]:
+    def _trust(self, digest: str, path: Union[str, Path]) -> None:
+        """The file's bytes are those of `digest`; it counts as used now."""
+        name = str(path)
+        os.utime(name)
+        self._verified[digest] = self._look(name)
+
+    def _look(self, path: str) -> Tuple[int, ...]:
         """What changes whenever a file is written to, renamed over, or marked as used."""
         status = os.stat(path)  # noqa: PTH116 - of every file of every job
         # Who writes to a file can give it any time of modification, but not of this change.
@@ -196,7 +217,7 @@ class Hold:
         for digest in distinct:
             self._claim(digest)
         store = self._cache.store
-        missing = [blob for blob in distinct.values() if not (store.has(blob) and self._is_sound(blob))]
+        missing = [blob for blob in distinct.values() if not self._cache._is_sound(blob)]
         if missing:
             self._cache.make_room(sum(blob.size - store.committed_bytes(blob) for blob in missing))
         for blob in missing:
@@ -259,15 +280,6 @@ class Hold:
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
-
-    def _is_sound(self, blob: Blob) -> bool:
-        """Whether the file of a blob that is there is what it should be; it is dropped if not."""
-        try:
-            self._cache._verify(blob.digest, self._cache.store.path(blob.digest))
-        except CorruptBlobError as error:
-            log.warning("%s", error.message)
-            return False
-        return True
 
     def _claim(self, digest: str) -> None:
         self._cache._claim(digest)

@@ -264,22 +264,23 @@ class Cage:
         Raises:
             OSError: there is no room, the disk does not let it, or the runner has meddled with the folder.
         """
-        with self._opened(scratch) as fd:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if self.user is not None and not mode & stat.S_IROTH:  # no folder that leads to it is open to others
-                path.chmod(mode | stat.S_IROTH)
+        shown = self._shown(scratch)
+        with self._opened(shown) as fd:
+            if self.user is not None:
+                mode = stat.S_IMODE(path.stat().st_mode)
+                if not mode & stat.S_IROTH:  # no folder that leads to it is open to others
+                    path.chmod(mode | stat.S_IROTH)
             _link(path, name, fd)
-        return self._shown(scratch) / name
+        return shown / name
 
     def withdraw(self, scratch: Path, name: str) -> None:
         """Take back what was admitted as `name`; raises OSError as `admit` does."""
-        with self._opened(scratch) as fd:
+        with self._opened(self._shown(scratch)) as fd:
             os.unlink(name, dir_fd=fd)
 
     @contextmanager
-    def _opened(self, scratch: Path) -> Iterator[int]:
-        """The folder with what a job's runner is shown."""
-        folder = self._shown(scratch)
+    def _opened(self, folder: Path) -> Iterator[int]:
+        """A folder with what a job's runner is shown."""
         fd = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.fstat(fd).st_uid != os.geteuid():
@@ -348,10 +349,12 @@ def _around(folder: Path, hidden: Sequence[Path]) -> Iterator[Path]:
 
 def _link(path: Path, name: str, folder: int) -> None:
     """Link a file into an open folder, or copy it where that cannot be; what has the name there goes."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder)
     try:
-        os.link(str(path), name, dst_dir_fd=folder)
+        try:
+            os.link(str(path), name, dst_dir_fd=folder)
+        except FileExistsError:  # seldom: it is tried first
+            os.unlink(name, dir_fd=folder)
+            os.link(str(path), name, dst_dir_fd=folder)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):  # another disk, or one without links
             raise

@@ -159,10 +159,9 @@ class Runner:
     def _seen(self, path: Union[str, Path]) -> str:
         """A path as the runner is told it: relative where it lies in its working directory, as its user may not be let
         into the folders that lead there."""
-        absolute = Path(path).absolute()
-        if self._cwd is not None and self._cwd in absolute.parents:
-            return f"./{absolute.relative_to(self._cwd)}"
-        return str(absolute)
+        absolute = str(Path(path).absolute())
+        within = f"{self._cwd}/"
+        return f"./{absolute[len(within) :]}" if self._cwd is not None and absolute.startswith(within) else absolute
 
     @property
     def pid(self) -> int:
@@ -565,7 +564,8 @@ def _environment(cage: Optional[Cage], cwd: Optional[Path]) -> Optional[Mapping[
 def _oom_kills() -> int:
     """How many processes the kernel has ended for want of memory so far; 0 where it does not say."""
     try:
-        text = Path("/proc/vmstat").read_bytes()
+        with open("/proc/vmstat", "rb", buffering=0) as file:  # noqa: PTH123 - of every job, and a Path takes longer
+            text = file.read()
     except OSError:
         return 0
     _, found, rest = text.partition(b"\noom_kill ")

@@ -97,9 +97,13 @@ class BlobStore:
 
     # ---- Reading ----
 
+    def name(self, digest: str) -> str:
+        """Where the file of a blob is, or would be; raises BadDigestError."""
+        return f"{self._objects}/{check_digest(digest)[:2]}/{digest}"
+
     def path(self, digest: str) -> Path:
         """The file of a committed blob; raises MissingBlobError."""
-        name = self._name(digest)
+        name = self.name(digest)
         if not os.path.isfile(name):  # noqa: PTH113 - asked for every blob of every job, and a Path takes longer
             raise MissingBlobError(f"blob {digest} is not in {self.root}", hint="upload it first")
         return Path(name)
@@ -107,7 +111,7 @@ class BlobStore:
     def has(self, blob: Blob) -> bool:
         """True when the blob is there with that size."""
         try:
-            return os.stat(self._name(blob.digest)).st_size == blob.size  # noqa: PTH116 - as in `path`
+            return os.stat(self.name(blob.digest)).st_size == blob.size  # noqa: PTH116 - as in `path`
         except FileNotFoundError:
             return False
 
@@ -192,10 +196,7 @@ class BlobStore:
                 leftover.unlink()
 
     def _object(self, digest: str) -> Path:
-        return Path(self._name(digest))
-
-    def _name(self, digest: str) -> str:
-        return f"{self._objects}/{check_digest(digest)[:2]}/{digest}"
+        return Path(self.name(digest))
 
     def _part(self, digest: str, tag: str = "") -> Path:
         return self._partial / (f"{check_digest(digest)}~{tag}" if tag else check_digest(digest))

@@ -7,7 +7,7 @@ clients and agents say; agents check their results before they say them.
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingABC
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping, Type
 
 from google.protobuf.message import Message
 
@@ -55,11 +55,27 @@ def check(message: Message) -> None:
         LimitError: a field, or the whole, is larger than its bound.
         UsageError: a text has a zero character, which databases do not take.
     """
-    most = BOUNDS.get(message.DESCRIPTOR.full_name)
-    if most is not None and message.ByteSize() > most:
-        raise _too_much(message.DESCRIPTOR.full_name, f"{message.ByteSize()} bytes", most)
+    kind = type(message)
+    known = _KNOWN.get(kind)
+    if known is None:
+        known = _KNOWN[kind] = _Known(message.DESCRIPTOR)
+    if known.most is not None and message.ByteSize() > known.most:
+        raise _too_much(known.name, f"{message.ByteSize()} bytes", known.most)
+    names = known.names
     for field, value in message.ListFields():
-        _check(field.full_name, value)
+        _check(names[field], value)
+
+
+class _Known:
+    """What there is to know of a kind of message: protobuf makes a field, and its name, anew for whoever asks."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.name: str = descriptor.full_name
+        self.most = BOUNDS.get(self.name)
+        self.names: Dict[Any, str] = {field: field.full_name for field in descriptor.fields}
+
+
+_KNOWN: Dict[Type[Message], _Known] = {}
 
 
 def cut(name: str, text: str) -> str:

@@ -322,6 +322,19 @@ def test_what_is_shown_can_be_read_whatever_the_umask_was(home: Path) -> None:
         os.umask(before)
 
 
+def test_what_is_shown_takes_the_place_of_what_had_its_name(home: Path, runner: Path) -> None:
+    shown = home / "jobs" / "job-1"
+    shown.mkdir()
+    newer = home / "cache" / "newer.so"
+    newer.write_bytes(b"newer")
+    with Cage.build(runner, home, home / "jobs", choose_user(None)) as cage:
+        cage.furnish(shown)
+        first = cage.admit(home / "cache" / "lib.so", shown, "lib.so")
+        assert first.read_bytes() == (home / "cache" / "lib.so").read_bytes()
+        assert cage.admit(newer, shown, "lib.so") == first and first.read_bytes() == b"newer"
+        cage.clear(shown)
+
+
 # ---- whom runners run as --------------------------------------------------------------------------------------------
 
 

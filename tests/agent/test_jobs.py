@@ -425,6 +425,23 @@ def test_a_blob_that_rotted_on_the_devices_disk_is_fetched_again(
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
+def test_a_blob_that_was_verified_is_not_the_one_of_another_size(tmp_path: Path, remote: Remote) -> None:
+    cache, blob = ArtifactCache(tmp_path / "cache", 1000), remote.store.put(b"weights")
+    asked: list[int] = []
+
+    def fetch(wanted: Blob, store: BlobStore) -> None:
+        asked.append(wanted.size)
+        if wanted == blob:
+            remote.download(wanted, store)
+
+    with cache.hold() as hold:
+        hold.fetch([blob], fetch)
+        hold.fetch([blob], fetch)
+        assert asked == [7]
+        hold.fetch([replace(blob, size=8)], fetch)
+    assert asked == [7, 8], "the store has none that is so large: whoever has it is asked, and refuses"
+
+
 def test_what_a_job_was_shown_is_not_read_again_for_the_next(
     board: Board, remote: Remote, made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
