@@ -91,7 +91,7 @@ class Sqlite:
 
         @sa.event.listens_for(engine, "begin")
         def begin(connection: sa.Connection) -> None:
-            connection.exec_driver_sql("BEGIN")
+            connection.connection.cursor().execute("BEGIN")  # as SQLAlchemy would, for a tenth of the time
 
         return engine
 

@@ -61,6 +61,7 @@ from kedge.rpc.tracker.needed import Needed, outputs_of
 from kedge.rpc.tracker.observer import SILENT, Observer
 from kedge.rpc.tracker.retention import PIECE, Retention, delete_jobs, forget_some, gone_of
 from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
+from kedge.rpc.tracker.statements import Statements
 from kedge.rpc.types import Job, JobFilter, JobState, NoiseSample, Reservation
 
 log = logging.getLogger("kedge.tracker")
@@ -128,6 +129,7 @@ class Store:
     ) -> None:
         self._database = Sqlite(where) if isinstance(where, Path) else where
         self._engine = self._database.engine()
+        self._statements = Statements()
         self._epoch = epoch
         self._on_failure = on_failure
         self._on_trouble = on_trouble
@@ -355,7 +357,7 @@ class Store:
                             stored = tried
                         transaction = self._epoch.enter(connection)
                     tried = len(group)
-                    write(connection, group[stored:])
+                    write(connection, group[stored:], self._statements)
             except _REFUSALS as error:
                 if not isinstance(error, DBAPIError) or not _may_pass(error):
                     if write is _write_each:
@@ -455,22 +457,22 @@ def _ask(connection: sa.Connection, query: Callable[[sa.Connection], T]) -> T:
 _REFUSALS = (DBAPIError, OverflowError, ValueError)
 
 
-def _write_all(connection: sa.Connection, group: Sequence[_Append]) -> None:
-    rows = _Rows()
+def _write_all(connection: sa.Connection, group: Sequence[_Append], statements: Statements) -> None:
+    rows = _Rows(statements)
     for append in group:
         for fact in append.facts:
             _write(connection, fact, rows)
     rows.write(connection)
 
 
-def _write_each(connection: sa.Connection, group: Sequence[_Append]) -> None:
+def _write_each(connection: sa.Connection, group: Sequence[_Append], statements: Statements) -> None:
     """The same where one may never be written: all but that, if there is somebody to be told of it."""
     for append in group:
         append.problem = None
         for fact in append.facts:
             try:
                 with connection.begin_nested():
-                    rows = _Rows()
+                    rows = _Rows(statements)
                     _write(connection, fact, rows)
                     rows.write(connection)
             except _REFUSALS as error:
@@ -517,7 +519,8 @@ _UPDATE_JOB = sa.update(t.jobs).where(t.jobs.c.id == sa.bindparam("job"))
 class _Rows:
     """What one commit says of jobs: few statements for many, and one row where it says several things of a job."""
 
-    def __init__(self) -> None:
+    def __init__(self, statements: Statements) -> None:
+        self._statements = statements
         self._clear()
 
     def _clear(self) -> None:
@@ -571,11 +574,13 @@ class _Rows:
         changed: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in self._changed.values():
             changed[tuple(row)].append(row)
-        new = (_INSERT_JOB, [*self._jobs.values()]), (_INSERT_KEY, self._keys)
-        ended = (_INSERT_RESULT, self._results), (_INSERT_OUTPUT, self._outputs)  # which ask how large jobs are
-        for statement, rows in (*new, *((_UPDATE_JOB, alike) for alike in changed.values()), *ended):
+        writes: list[tuple[sa.Insert | sa.Update, Sequence[dict[str, Any]]]]
+        writes = [(_INSERT_JOB, [*self._jobs.values()]), (_INSERT_KEY, self._keys)]
+        writes += [(_UPDATE_JOB, alike) for alike in changed.values()]
+        writes += [(_INSERT_RESULT, self._results), (_INSERT_OUTPUT, self._outputs)]  # which ask how large jobs are
+        for statement, rows in writes:
             if rows:
-                connection.execute(statement, rows)
+                self._statements.run(connection, statement, rows)
         self._clear()
 
 
