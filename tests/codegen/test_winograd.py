@@ -18,7 +18,7 @@ from kedge.compiler.tir.stmt import PrimFunc
 from support.compiled import opened
 from support.emulated import emulated, run_program
 from support.functions import inputs as inputs_of
-from support.winograd import CASES
+from support.winograd import case
 
 
 def expected(func: PrimFunc, symbols: Mapping[str, int]) -> tuple[list[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
@@ -29,7 +29,7 @@ def expected(func: PrimFunc, symbols: Mapping[str, int]) -> tuple[list[np.ndarra
 @pytest.mark.parametrize("name", ["tails", "four", "free sizes"])
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_machine_code(name: str, cpu: str, kernels: KernelCache) -> None:
-    func, symbols = CASES[name]
+    func, symbols = case(name)
     target = parse(f"llvm -mtriple=x86_64-linux-gnu -mcpu={cpu} -num-cores=2")
     data, want = expected(func, symbols)
     with opened(compile_prim_func(func, target, cache=kernels), threads=2) as model:
@@ -40,7 +40,7 @@ def test_machine_code(name: str, cpu: str, kernels: KernelCache) -> None:
 @pytest.mark.parametrize("text", ["raspberry-pi/3b", "raspberry-pi/2b"])
 def test_machine_code_for_arm(text: str, kernels: KernelCache, tmp_path: Path) -> None:
     target = emulated(text)
-    func, symbols = CASES["tails"]
+    func, symbols = case("tails")
     data, want = expected(func, symbols)
     (got,) = run_program(lower_prim_func(func, target), target, data, tmp_path, kernels)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

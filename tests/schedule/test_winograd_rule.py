@@ -19,7 +19,7 @@ from kedge.compiler.tir.stmt import PrimFunc
 from support.functions import assert_same
 from support.prepared import allocs
 from support.targets import AVX2, AVX512, NEON, SCALAR, Model
-from support.winograd import CASES, convolution
+from support.winograd import NAMES, case, convolution
 
 RULE = Winograd()
 
@@ -31,9 +31,9 @@ def scheduled(func: PrimFunc, decisions: Mapping[str, Any], target: Model = AVX2
 
 
 @pytest.mark.parametrize("target", [AVX512, NEON, SCALAR])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_default_decisions(name: str, target: Model) -> None:
-    func, symbols = CASES[name]
+    func, symbols = case(name)
     kernel = schedule_func(func, target)
     assert kernel.rule == "winograd"
     assert "refused" not in kernel.decisions
@@ -57,7 +57,7 @@ def drawn(rng: random.Random) -> Tiling:
 def test_random_decisions_mean_the_same() -> None:
     rng = random.Random(5)
     for _ in range(10):
-        func, symbols = CASES[rng.choice(list(CASES))]
+        func, symbols = case(rng.choice(NAMES))
         tiling = drawn(rng)
         space = RULE.space(func, AVX2)
         assert all(value in space[key] for key, value in tiling.decisions().items())
@@ -65,7 +65,7 @@ def test_random_decisions_mean_the_same() -> None:
 
 
 def test_sizes_that_do_not_fit_one_another_are_refused() -> None:
-    func = CASES["whole tiles"][0]
+    func = case("whole tiles")[0]
     default = dict(RULE.default(func, AVX2))
     for wrong in ({"down": 3, "rows_down": 2}, {"across": 2, "rows_across": 4}, {"outputs": 2, "vectors": 3}):
         with pytest.raises(ScheduleError, match="are not made of"):
@@ -101,4 +101,4 @@ def test_other_sums_of_products_do_not_match() -> None:
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    golden("rule_winograd.txt", schedule_func(CASES["whole tiles"][0], AVX2).func.show())
+    golden("rule_winograd.txt", schedule_func(case("whole tiles")[0], AVX2).func.show())

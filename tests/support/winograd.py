@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from kedge.compiler import te
 from kedge.compiler.graph.ir import TensorType
@@ -32,12 +33,20 @@ def convolution(
     return te.create_prim_func([*given, bias, shortcut, relu], "winograd")
 
 
-#: Functions with the sizes of their free dims.
-CASES: dict[str, tuple[PrimFunc, dict[str, int]]] = {
-    "whole tiles": (convolution((1, 2, 4, 4, 2), 2), {}),
-    "tails": (convolution((2, 1, 3, 5, 2), 3, pads=(0, 2, 1, 0)), {}),
-    "four": (convolution((1, 1, 6, 4, 2), 1, m=4), {}),
-    "one tile": (convolution((1, 1, 2, 2, 2), 1), {}),
-    "free batch": (convolution((N, 1, 4, 3, 2), 2), {"n": 2}),
-    "free sizes": (convolution((N, 1, H, W, 2), 1), {"n": 2, "h": 3, "w": 4}),
+#: What functions are made of, and the sizes of their free dims.
+_CASES: dict[str, tuple[Callable[[], PrimFunc], dict[str, int]]] = {
+    "whole tiles": (lambda: convolution((1, 2, 4, 4, 2), 2), {}),
+    "tails": (lambda: convolution((2, 1, 3, 5, 2), 3, pads=(0, 2, 1, 0)), {}),
+    "four": (lambda: convolution((1, 1, 6, 4, 2), 1, m=4), {}),
+    "one tile": (lambda: convolution((1, 1, 2, 2, 2), 1), {}),
+    "free batch": (lambda: convolution((N, 1, 4, 3, 2), 2), {"n": 2}),
+    "free sizes": (lambda: convolution((N, 1, H, W, 2), 1), {"n": 2, "h": 3, "w": 4}),
 }
+NAMES = tuple(_CASES)
+
+
+@cache  # making them takes a second: not while tests are collected
+def case(name: str) -> tuple[PrimFunc, dict[str, int]]:
+    """The function of that name, with the sizes of its free dims."""
+    make, symbols = _CASES[name]
+    return make(), symbols
