@@ -22,8 +22,8 @@ _ARM_HARD_FLOAT = 0x400
 _FIND_PYTHON = r"""
 for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
   if command -v "$python" >/dev/null 2>&1; then
-    seen="$seen $python=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)"
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null; then exec "$python" - "$@"; fi
+    seen="$seen $python=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)"
   fi
 done
 echo "no python:$seen"
