@@ -94,8 +94,11 @@ def build_root(userland: str, memory: str, size_mb: int, unprivileged: bool) -> 
     return root
 
 
-def mount_devices(root: str) -> None:
-    """/dev with the harmless devices only, /dev/shm, pseudo-terminals, and an empty /tmp."""
+def mount_devices(root: str, size_mb: int) -> None:
+    """/dev with the harmless devices only, pseudo-terminals, and /dev/shm and an empty /tmp of at most `size_mb` each.
+
+    Left to itself, a file system in memory grows to half of the host's.
+    """
     mount("tmpfs", f"{root}/dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "size=1m,mode=0755")
     for name in DEVICES:
         Path(f"{root}/dev/{name}").touch()
@@ -110,9 +113,9 @@ def mount_devices(root: str) -> None:
         Path(f"{root}/dev/{link}").symlink_to(target)
     for name in ("shm", "pts"):
         Path(f"{root}/dev/{name}").mkdir()
-    mount("tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    mount("tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"size={size_mb}m,mode=1777")
     mount("devpts", f"{root}/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
-    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={size_mb}m,mode=1777")
 
 
 def mount_proc(root: str, cpuinfo: str | None) -> None:
@@ -168,7 +171,7 @@ def first_process(listener: socket.socket, config: dict[str, Any], unprivileged:
     # What is mounted from here on lives and dies with this process, and not with the supervisor.
     check(_libc.unshare(CLONE_NEWNS), "unshare")
     root = build_root(config["userland"], config["memory"], config["size_mb"], unprivileged)
-    mount_devices(root)
+    mount_devices(root, config["size_mb"])
     mount_proc(root, config["cpuinfo"])
     write_files(root, config["files"])
     signal.signal(signal.SIGCHLD, reap)

@@ -314,17 +314,26 @@ class TestRefusals:
         assert deploy(fresh, name="first", runner_for=meanwhile).name == "first"
         assert uninstall(destination(fresh))
 
-    def test_removal_works_on_a_board_that_is_no_longer_suitable(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+    def test_removal_works_on_a_board_that_is_no_longer_suitable(self, deploy: Deploy) -> None:
         """Its disk is full, its folder unwritable, and its login script talks."""
+        require("arm64")
+        with EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=300) as small:
+            self._spoil_and_remove(small, deploy)
+
+    def _spoil_and_remove(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
+        full = "for folder in ~ /tmp; do dd if=/dev/zero of=$folder/fill bs=1M 2>&1; done | grep -c 'No space left'"
         deploy(fresh, name="doomed")
         with ssh.connect(destination(fresh)) as connection:
-            connection.run(["sh", "-c", "dd if=/dev/zero of=/tmp/fill bs=1M 2>/dev/null; test -s /tmp/fill"])
-            connection.run(["chmod", "500", "/home/board/.local/share/kedge-agent"])
-        with pytest.raises(BoardUnsuitableError, match=r"cannot be written|the agent needs 120 MB"):
+            assert connection.run(["sh", "-c", full]).stdout == "2\n"
+        with pytest.raises(BoardUnsuitableError, match="the agent needs 120 MB"):
             deploy(fresh, name="doomed")
         with ssh.connect(destination(fresh)) as connection:
-            connection.run(["sh", "-c", "rm /tmp/fill; echo 'echo Welcome, stranger' > ~/.bashrc"])
-            connection.run(["sh", "-c", "dd if=/dev/zero of=/tmp/fill bs=1M 2>/dev/null; test -s /tmp/fill"])
+            connection.run(["chmod", "500", "/home/board/.local/share/kedge-agent"])
+        with pytest.raises(BoardUnsuitableError, match="cannot be written"):
+            deploy(fresh, name="doomed")
+        with ssh.connect(destination(fresh)) as connection:
+            connection.run(["sh", "-c", "rm ~/fill; echo 'echo Welcome, stranger' > ~/.bashrc"])
+            connection.run(["sh", "-c", "dd if=/dev/zero of=$HOME/fill bs=1M 2>/dev/null; test -s ~/fill"])
         with pytest.raises(BoardUnsuitableError, match="Welcome, stranger"):
             deploy(fresh, name="doomed")
         assert status(destination(fresh)).pid is not None

@@ -104,9 +104,10 @@ def test_boards_do_not_see_each_others_files(arm64: EmulatedBoard) -> None:
 def test_a_full_disk_is_the_boards_own() -> None:
     require("arm64")
     with EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=8) as board, ssh.connect(destination(board)) as connection:
-        told = connection.run(["dd", "if=/dev/zero", "of=/home/board/big", "bs=1M", "count=20"], check=False)
-        assert told.status == 1
-        assert "No space left" in told.stderr
+        for folder in ("/home/board", "/tmp", "/dev/shm"):
+            told = connection.run(["dd", "if=/dev/zero", f"of={folder}/big", "bs=1M", "count=20"], check=False)
+            assert told.status == 1
+            assert "No space left" in told.stderr
 
 
 def test_nothing_is_left_when_it_ends() -> None:
