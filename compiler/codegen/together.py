@@ -155,7 +155,8 @@ def _plan(place: _Place, ranges: Ranges, lanes: int) -> Together | None:
     known: dict[Var, Range] = {**ranges, **{loop.var: over(loop.extent) for loop in (*around.loops, *around.lanes)}}
     steps: dict[Var, int] = {}
     counts: dict[Var, int] = {}
-    access = Access(load.indices, load.buffer.shape, known)
+    simplifier = Simplifier(known)
+    access = Access(load.indices, load.buffer.shape, simplifier)
     for loop in around.loops:
         if loop.var in around.guards:
             continue
@@ -171,7 +172,6 @@ def _plan(place: _Place, ranges: Ranges, lanes: int) -> Together | None:
     moving = steps if not conditions else counts
     if math.prod(counts[var] for var in moving) > _MOST_ELEMENTS:
         return None
-    simplifier = Simplifier(known)
     elements = set()
     for values in itertools.product(*(range(counts[var]) for var in moving)):
         at = {var: const(value) for var, value in zip(moving, values, strict=True)}

@@ -79,7 +79,7 @@ def crossing(func: PrimFunc, buffer: Buffer) -> For | None:
     def visit(stmt: Stmt) -> For | None:
         if isinstance(stmt, For):
             at_once = stmt.kind in ("parallel", "thread", "vectorized")
-            if at_once and any(a.buffer is buffer for a in accesses(stmt.body)):
+            if at_once and users(stmt.body, buffer):
                 own = own_per_iteration(stmt, buffer)
                 together = stmt.kind == "thread" and (fetched_alike(stmt, buffer) or combines(stmt, buffer))
                 if own:

@@ -20,7 +20,6 @@ from kedge.compiler.tir.visitor import (
     stmt_exprs,
     stores,
     substitute_expr,
-    walk_stmt,
 )
 
 #: What sizes and indices can be.
@@ -67,7 +66,7 @@ def path_to(root: Stmt, wanted: Callable[[Stmt], bool]) -> tuple[Stmt, ...]:
 
 def find_loop(func: PrimFunc, var: Var) -> For | None:
     """The loop over `var`."""
-    return next((s for s in walk_stmt(func.body) if isinstance(s, For) and s.var is var), None)
+    return next((loop for loop in loops_in(func.body) if loop.var is var), None)
 
 
 def loop_path(func: PrimFunc, var: Var) -> tuple[Stmt, ...]:
@@ -80,15 +79,30 @@ def block_path(func: PrimFunc, name: str) -> tuple[Stmt, ...]:
     return path_to(func.body, lambda s: isinstance(s, Block) and s.name == name)
 
 
+# Primitives ask again and again, mostly of what none of them has changed: statements are immutable, so what is known of
+# one holds wherever it stands.
+
+
 def blocks_in(stmt: Stmt) -> tuple[Block, ...]:
-    """The blocks under `stmt`, in order of execution."""
-    return tuple(s for s in walk_stmt(stmt) if isinstance(s, Block))
+    """The blocks under `stmt`, in order of execution; one that holds others comes after them."""
+    return () if isinstance(stmt, Store) else _blocks_in(stmt)
+
+
+@lru_cache(maxsize=4096)
+def _blocks_in(stmt: Stmt) -> tuple[Block, ...]:
+    inside = [block for child in stmt_children(stmt) for block in blocks_in(child)]
+    return (*inside, stmt) if isinstance(stmt, Block) else tuple(inside)
 
 
 def loops_in(stmt: Stmt) -> tuple[For, ...]:
     """The loops under `stmt`, outer ones before inner ones."""
-    found = (stmt,) if isinstance(stmt, For) else ()
-    return (*found, *(loop for child in stmt_children(stmt) for loop in loops_in(child)))
+    return () if isinstance(stmt, Store) else _loops_in(stmt)
+
+
+@lru_cache(maxsize=4096)
+def _loops_in(stmt: Stmt) -> tuple[For, ...]:
+    inside = [loop for child in stmt_children(stmt) for loop in loops_in(child)]
+    return (stmt, *inside) if isinstance(stmt, For) else tuple(inside)
 
 
 def loops_on(path: Iterable[Stmt]) -> tuple[For, ...]:
@@ -236,18 +250,18 @@ def buffer_name(func: PrimFunc, name: str) -> str:
 
 def writers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
     """The blocks that write `buffer`, in order of execution; one that only holds such a block is none."""
-    return tuple(b for b in blocks_in(func.body) if any(a.buffer is buffer and a.is_write for a in own_accesses(b)))
+    return tuple(b for b in blocks_in(func.body) if buffer in _touched_by(b).written)
 
 
 def readers(func: PrimFunc, buffer: Buffer) -> tuple[Block, ...]:
     """The blocks that read `buffer`, in order of execution; a reduction reading its accumulator back is none."""
     written = writers(func, buffer)
-    return tuple(b for b in blocks_in(func.body) if buffer in _read_by(b) and b not in written)
+    return tuple(b for b in blocks_in(func.body) if buffer in _touched_by(b).read_or_asked and b not in written)
 
 
 def users(stmt: Stmt, buffer: Buffer) -> tuple[Block, ...]:
     """The blocks under `stmt` that read or write `buffer` themselves, in order of execution."""
-    return tuple(b for b in blocks_in(stmt) if any(a.buffer is buffer for a in own_accesses(b)))
+    return tuple(b for b in blocks_in(stmt) if buffer in _touched_by(b).touched)
 
 
 def check_only_writer(func: PrimFunc, primitive: str, block: Block, buffer: Buffer) -> None:
@@ -274,6 +288,7 @@ class Access:
     block: Block
 
 
+@lru_cache(maxsize=256)
 def accesses(stmt: Stmt) -> tuple[Access, ...]:
     """Every load and store under `stmt` in terms of loop variables: block variables are replaced by their bindings.
 
@@ -282,15 +297,32 @@ def accesses(stmt: Stmt) -> tuple[Access, ...]:
     return tuple(_accesses(stmt, {}, None))
 
 
-def own_accesses(block: Block) -> tuple[Access, ...]:
-    """The loads and stores of a block, without those of the blocks inside."""
-    return tuple(access for access in accesses(block) if access.block is block)
+@dataclass(frozen=True, slots=True)
+class _Touched:
+    """The buffers that a block loads and stores itself, without those of the blocks inside."""
+
+    written: frozenset[Buffer]
+    touched: frozenset[Buffer]
+    #: What it reads, to find out whether and where it runs, too.
+    read_or_asked: frozenset[Buffer]
 
 
-def _read_by(block: Block) -> set[Buffer]:
-    """What a block reads itself, to find out whether and where it runs, too."""
-    own = {access.buffer for access in own_accesses(block) if not access.is_write}
-    return own | {load.buffer for expr in stmt_exprs(block) for load in loads(expr)}
+@lru_cache(maxsize=1024)
+def _touched_by(block: Block) -> _Touched:
+    written: set[Buffer] = set()
+    read: set[Buffer] = set()
+    todo = list(stmt_children(block))
+    while todo:
+        stmt = todo.pop()
+        if isinstance(stmt, Store):
+            written.add(stmt.buffer)
+        if not isinstance(stmt, Block):
+            # How often a loop inside of a block runs depends on no buffer.
+            exprs = () if isinstance(stmt, For) else stmt_exprs(stmt)
+            read.update(load.buffer for expr in exprs for load in loads(expr))
+            todo += stmt_children(stmt)
+    asked = {load.buffer for expr in stmt_exprs(block) for load in loads(expr)}
+    return _Touched(frozenset(written), frozenset(written | read), frozenset(read | asked))
 
 
 def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Iterable[Access]:
@@ -308,7 +340,7 @@ def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Itera
         yield from _accesses(child, env, block)
 
 
-@lru_cache(maxsize=1024)  # primitives ask again and again, mostly of what none of them has changed
+@lru_cache(maxsize=1024)
 def _places(stmt: Stmt) -> tuple[Store | Load, ...]:
     """What a statement without others inside stores and loads, each place once."""
     return (*stores(stmt), *{expr_key(load): load for load in loads(stmt)}.values())

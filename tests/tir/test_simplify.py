@@ -336,6 +336,12 @@ def test_facts_are_learned_once(monkeypatch):
     assert len(learned) == 18
 
 
+def test_what_a_fact_is_made_of_is_worked_out_anew_with_the_facts_after_it():
+    small = minimum(P, N)
+    known = Simplifier({}, (small < 5, P < N))
+    assert known.simplify(small) is P
+
+
 @pytest.mark.parametrize(
     ("fact", "claim"),
     [

@@ -13,13 +13,13 @@ from kedge.compiler.schedule.redirect import Place, redirected
 from kedge.compiler.schedule.remedies import cache_write_call
 from kedge.compiler.schedule.tree import (
     LARGEST_INDEX,
-    accesses,
     block_path,
     intermediate,
     loops_in,
     of_kind,
     refuse,
     setter,
+    users,
     writers,
 )
 from kedge.compiler.tir.expr import INDEX_DTYPE, Binary, Const, Dim, Expr, ExprLike, Var, as_expr, const
@@ -130,7 +130,7 @@ def _astray(func: PrimFunc) -> list[tuple[For, Buffer]]:
         for loop in loops_in(func.body)
         if loop.kind in ("parallel", "thread")
         for buffer in func.allocs
-        if own_per_iteration(loop, buffer) and any(a.buffer is buffer for a in accesses(loop.body))
+        if own_per_iteration(loop, buffer) and users(loop.body, buffer)
         if not is_private(func, loop, buffer)
     ]
 

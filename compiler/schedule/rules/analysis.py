@@ -103,16 +103,18 @@ def stride(
 
     `free` is what it counts as where it is the same for all values of the variables in `ranges`, but not known.
     """
-    return Access(indices, shape, ranges).stride(var, free=free)
+    return Access(indices, shape, Simplifier(ranges)).stride(var, free=free)
 
 
 class Access:
-    """An access to a buffer of `shape`, for variables with `ranges`: asked for several strides, it is analysed once."""
+    """An access to a buffer of `shape`, for variables whose ranges `simplifier` knows.
 
-    def __init__(self, indices: Sequence[Expr], shape: Sequence[Dim], ranges: Ranges) -> None:
+    Asked for several strides, it is analysed once; accesses that have indices in common share a simplifier.
+    """
+
+    def __init__(self, indices: Sequence[Expr], shape: Sequence[Dim], simplifier: Simplifier) -> None:
         address = address_of(indices, shape)
-        self._ranges = ranges
-        self._simplifier = Simplifier(ranges)
+        self._simplifier = simplifier
         self._by_data = {var for node in walk_expr(address) if isinstance(node, Load) for var in free_vars(node)}
         self._poly = self._simplifier.poly(address)
 
@@ -130,7 +132,7 @@ class Access:
         if var in free_vars(self._simplifier.expr_of(rest)):
             return None
         if factor.value is None:
-            known = any(each in self._ranges for each in free_vars(self._simplifier.expr_of(factor)))
+            known = any(each in self._simplifier.ranges for each in free_vars(self._simplifier.expr_of(factor)))
             return None if known else free
         return factor.value
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kedge.compiler.schedule.rules.analysis import (
+    Access,
     block_named,
     extent_of,
     fitting_lanes,
     lanes,
     spatial,
     store_of,
-    stride,
 )
 from kedge.compiler.schedule.rules.rule import TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.target import free
 from kedge.compiler.tir.expr import Const, Expr, Load, Var, const
-from kedge.compiler.tir.simplify import over, simplify
+from kedge.compiler.tir.simplify import Simplifier, over, simplify
 from kedge.compiler.tir.stmt import Block, IterVar, Range, Store
 from kedge.compiler.tir.visitor import loads, substitute_expr
 
@@ -37,9 +38,8 @@ def fused_dims(block: Block, target: TargetModel) -> int:
     axes = spatial(block)
     width = lanes(target, block)
     for count in range(len(axes), 0, -1):
-        extent = _fused_extent(block, count)
-        step = fitting_lanes(width, extent_of(extent))
-        found = _lane_strides(block, count, extent, step)
+        step = fitting_lanes(width, extent_of(_fused_extent(block, count)))
+        found = _lane_strides(block, count, step)
         if found is not None and found[0] in (0, 1):
             return count
     return 0
@@ -119,9 +119,8 @@ def _square(block: Block, target: TargetModel) -> _Square | None:
     if most == 0:
         return None
     for fused in range(most, 0, -1):
-        extent = _fused_extent(block, fused)
-        width = fitting_lanes(lanes(target, block), extent_of(extent))
-        steps = _lane_strides(block, fused, extent, width)
+        width = fitting_lanes(lanes(target, block), extent_of(_fused_extent(block, fused)))
+        steps = _lane_strides(block, fused, width)
         if width < _LEAST_SQUARE or steps is None or steps[0] != 1 or not _has_digits(axes[len(axes) - fused :]):
             continue
         apart = [number for number, step in enumerate(steps) if number and abs(step) > _NEAR]
@@ -160,11 +159,12 @@ def _fused_extent(block: Block, count: int) -> Expr:
     return simplify(_product(spatial(block)[len(spatial(block)) - count :]))
 
 
-def _lane_strides(block: Block, count: int, extent: Expr, width: int) -> list[int] | None:
+@lru_cache(maxsize=64)  # asked for again once it is known whether a block transposes
+def _lane_strides(block: Block, count: int, width: int) -> tuple[int, ...] | None:
     """The strides of the store and the loads between lanes, or None where one of them is not fixed."""
     axes = spatial(block)[len(spatial(block)) - count :]
-    found = _strides_along(block, axes, extent, width)
-    return None if None in found else [step for step in found if step is not None]
+    found = _strides_along(block, axes, _fused_extent(block, count), width)
+    return None if None in found else tuple(step for step in found if step is not None)
 
 
 def _strides_along(block: Block, axes: Sequence[IterVar], extent: Expr, width: int) -> list[int | None]:
@@ -179,16 +179,12 @@ def _strides_along(block: Block, axes: Sequence[IterVar], extent: Expr, width: i
         mapping[axis.var] = digit if axis is axes[0] else digit % axis.extent
         below = simplify(below * axis.extent)
     ranges: dict[Var, Range] = {it.var: over(it.extent) for it in block.iters}
-    ranges |= {chunk: over(chunks), lane: over(width)}
+    simplifier = Simplifier({**ranges, chunk: over(chunks), lane: over(width)})
     store = store_of(block)
     accesses: list[Store | Load] = [store, *loads(store.value)]
     return [
-        stride(
-            [substitute_expr(index, mapping) for index in access.indices],
-            access.buffer.shape,
-            lane,
-            ranges,
-            free=free.STRIDE,
+        Access([substitute_expr(index, mapping) for index in access.indices], access.buffer.shape, simplifier).stride(
+            lane, free=free.STRIDE
         )
         for access in accesses
     ]
