@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -32,6 +31,7 @@ from kedge.rpc.tracker.handlers import GONE, to_the_end
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import who
 from kedge.rpc.tracker.security.principal import Principal, caller
+from kedge.rpc.tracker.session_way import Stream, Way
 from kedge.rpc.tracker.shell import Shell, unknown_job
 from kedge.rpc.types import Job, JobState, SessionTask
 
@@ -46,16 +46,14 @@ _END_S = 10.0
 #: up the other: a frame of 1 MiB has that time, and a client that has stopped behind one does not keep its device.
 _HELD_UP_S = 1.0
 _LONGEST_HELD_UP_S = 60.0
-#: Frames that may wait for an end that does not read.
-_WAITING_FRAMES = 2
 
 
 class _Relay:
     """What is on its way between the two ends of one session."""
 
     def __init__(self) -> None:
-        self.to_client: asyncio.Queue[pb.ClientEvent] = asyncio.Queue(_WAITING_FRAMES)
-        self.to_device: asyncio.Queue[pb.DeviceEvent] = asyncio.Queue(_WAITING_FRAMES)
+        self.to_client: Way[pb.ClientEvent] = Way()
+        self.to_device: Way[pb.DeviceEvent] = Way()
         #: The stream that the client is at; setting the event has it end in favour of a newer one.
         self.client: asyncio.Event | None = None
         self.has_device = False
@@ -127,24 +125,19 @@ class SessionsService:
         context: Context,
     ) -> None:
         changes = self._shell.watch(job_id)
-        writing = asyncio.Lock()
-
-        async def write(event: pb.ClientEvent) -> None:
-            async with writing:
-                await context.write(event)
+        stream: Stream[pb.ClientEvent] = Stream(context)
 
         async def speak() -> None:
             await relay.begun.wait()
-            await write(relay.ready)
-            while True:
-                await write(await relay.to_client.get())
+            await stream.write(relay.ready)
+            await relay.to_client.lead_to(stream)
 
         async def watch() -> None:
             """Until the job is done."""
             job = await self._shell.job(job_id)
             while job.state is not JobState.DONE:
                 if job.state is not JobState.RUNNING:
-                    await write(pb.ClientEvent(waiting=convert.job_to_pb(job)))
+                    await stream.write(pb.ClientEvent(waiting=convert.job_to_pb(job)))
                 newer = await changes.get()
                 if newer is None:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "the tracker stops")
@@ -152,22 +145,22 @@ class SessionsService:
                     job = newer
             assert job.result is not None
             ended = pb.SessionEnded(outcome=convert.outcome_to_pb(job.result.outcome))
-            await write(pb.ClientEvent(ended=ended))
+            await stream.write(pb.ClientEvent(ended=ended))
 
         watching = asyncio.create_task(watch())
         listening = asyncio.create_task(self._hear_client(job_id, relay, requests))
         speaking = asyncio.create_task(speak())
-        tasks = (watching, listening, speaking, asyncio.create_task(replaced.wait()))
+        tasks = (watching, listening, speaking, stream.broken, asyncio.create_task(replaced.wait()))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if listening.done() and not listening.cancelled() and listening.exception() is None and listening.result():
                 await asyncio.wait([watching], timeout=_END_S)
         finally:
             self._shell.unwatch(job_id, changes)
-            await to_the_end(_settle(tasks, writing))
+            await to_the_end(_settle(tasks, stream))
         if replaced.is_set():
             raise PermissionDeniedError(f"the client of session {job_id} came back on another connection")
-        for task in (listening, watching, speaking):
+        for task in (listening, watching, speaking, stream.broken):
             if task.done() and not task.cancelled() and task.exception() is not None:
                 _raise(task.exception())
 
@@ -197,8 +190,7 @@ class SessionsService:
 
     async def _hand_over(self, job_id: str, relay: _Relay, event: pb.DeviceEvent) -> None:
         """Hand an event on. While the device does not take it, the client's lease is not its own to renew."""
-        if not relay.to_device.full():
-            relay.to_device.put_nowait(event)
+        if relay.to_device.put_nowait(event):
             return
         putting = asyncio.ensure_future(relay.to_device.put(event))
         try:
@@ -260,7 +252,7 @@ class SessionsService:
         self._shell.session_begins(job_id, epoch)
         relay.ready = pb.ClientEvent(ready=pb.SessionReady(device=convert.device_info_to_pb(info)))
         relay.begun.set()
-        writing = asyncio.Lock()
+        stream: Stream[pb.DeviceEvent] = Stream(context)
 
         async def listen() -> bool:
             async for frame in requests:
@@ -272,18 +264,13 @@ class SessionsService:
                 await self._tell_client(job_id, relay, pb.ClientEvent(data=frame.data))
             return False
 
-        async def speak() -> None:
-            while True:
-                event = await relay.to_device.get()
-                async with writing:
-                    await context.write(event)
-
         listening = asyncio.create_task(listen())
-        tasks = (listening, asyncio.create_task(speak()), asyncio.create_task(relay.over.wait()))
+        speaking = asyncio.create_task(relay.to_device.lead_to(stream))
+        tasks = (listening, speaking, stream.broken, asyncio.create_task(relay.over.wait()))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await to_the_end(_settle(tasks, writing))
+            await to_the_end(_settle(tasks, stream))
         for task in tasks:
             if task.done() and not task.cancelled() and task.exception() is not None:
                 _raise(task.exception())
@@ -294,8 +281,7 @@ class SessionsService:
         """Hand on what the device says. A client that reads nothing for long has no use for its device."""
         if relay.deaf:
             return
-        if not relay.to_client.full():
-            relay.to_client.put_nowait(event)
+        if relay.to_client.put_nowait(event):
             return
         try:
             async with asyncio.timeout(_LONGEST_HELD_UP_S):
@@ -329,11 +315,9 @@ async def _first(requests: AsyncIterator[Any], wanted: str) -> Any:
     return frame
 
 
-async def _settle(tasks: Iterable[asyncio.Task[Any]], writing: asyncio.Lock) -> None:
+async def _settle(tasks: Iterable[asyncio.Future[Any]], stream: Stream[Any]) -> None:
     """End what still goes on. gRPC never ends a call whose handler returns in the middle of a write."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_LAST_WRITE_S):
-            await writing.acquire()
+    await stream.settle(_LAST_WRITE_S)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
