@@ -1,7 +1,9 @@
 """Serves one interactive session: artifacts, tensors and files that stay on the device while its client holds it.
 
-    the session's stream ─ reader ─▶ requests ─▶ worker (this thread) ─▶ runner
-                         ◀─ gRPC's own thread ─── replies ◀───┘
+    the session's stream ─ gRPC's own thread ─▶ requests ─▶ worker (this thread) ─▶ runner
+                         ◀─ another one of its ─ replies ◀───┘
+
+A reader takes one event after the other off the stream, as there is room, and sees to what ends a request or all.
 
 One runner holds all artifacts of a session, so that they share tensors; those on a GPU have another one, without the
 sandbox that a GPU's driver does not bear. A runner that ends takes its artifacts and tensors with it, and nothing else.
@@ -17,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from google.protobuf.message import DecodeError
 
@@ -61,6 +63,7 @@ from kedge.rpc.types import Blob, JobResult, JobSpec, Lease, plan_inline
 
 log = logging.getLogger("kedge.agent")
 
+_SERVE = "/kedge.v1.Sessions/Serve"
 #: Requests that wait for the worker, and replies for the wire.
 _WAITING = 4
 #: Seconds that the stream has to end after its last word, and how much longer it lives on while it cannot: a tracker
@@ -184,17 +187,17 @@ class Session:
             self._converse(scratch, SessionFiles(scratch, staging))
 
     def _converse(self, scratch: Path, files: SessionFiles) -> None:
-        from kedge.protos.v1 import sessions_pb2_grpc
-
         channel = self._open_channel()
         ended = threading.Event()
         try:
-            stub: Any = cast(Any, sessions_pb2_grpc.SessionsStub)(channel)
+            serve = channel.stream_stream(
+                _SERVE, request_serializer=pb.DeviceFrame.SerializeToString, response_deserializer=self._hear
+            )
             with self._lock:
                 if self._verdict is not None:
                     return
                 self._frames.put(pb.DeviceFrame(serve=convert.lease_to_pb(self._lease)))
-            call = stub.Serve(iter(self._frames))
+            call = serve(iter(self._frames))
             call.add_callback(ended.set)
             threading.Thread(target=self._listen, args=(call,), name="kedge-session-reader", daemon=True).start()
             self._work(scratch, files)
@@ -215,17 +218,34 @@ class Session:
             log.error("a session's reader failed", exc_info=error)
             self._end(Outcome(OutcomeKind.DEVICE_FAULT, Stage.RUN, message=f"the session's reader failed: {error!r}"))
 
+    def _hear(self, raw: bytes) -> pb.DeviceEvent:
+        """An event of the stream, in gRPC's own thread, which must not wait: it hands a request to the worker at once.
+
+        The reader would be one thread more on the way of each. It has what is left of the event, in the same order.
+        """
+        event = pb.DeviceEvent.FromString(raw)
+        if event.WhichOneof("body") == "data":
+            with suppress(DecodeError, PipeClosed):  # the reader meets the same, and ends the session
+                request = pb.SessionRequest.FromString(event.data)
+                if request.WhichOneof("body") != "cancel":
+                    self._requests.push(request)
+                    event.Clear()
+        return event
+
     def _heard(self, call: Any) -> Outcome:
         import grpc
 
         try:
             for event in call:
-                if event.WhichOneof("body") == "close":
+                which = event.WhichOneof("body")
+                if which == "close":
                     return Outcome(OutcomeKind.OK)
-                request = pb.SessionRequest.FromString(event.data)
-                if request.WhichOneof("body") == "cancel":
-                    self._call_off_request(request.id)
-                self._requests.put(request)
+                if which == "data":
+                    request = pb.SessionRequest.FromString(event.data)
+                    if request.WhichOneof("body") == "cancel":
+                        self._call_off_request(request.id)
+                    self._requests.put(request)
+                self._requests.wait_for_room()  # nothing is taken off the stream before
         except grpc.RpcError as error:
             why = f"the session's connection to the tracker broke ({error.code().name}: {error.details()})"
             return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=why)

@@ -37,15 +37,13 @@ class Pipe(Generic[T]):
     def put(self, item: T) -> None:
         """Put one in once there is room; raises PipeClosed."""
         with self._room:
-            if self._items.qsize() >= self._most and not self._closed:
-                self._waiting += 1
-                try:
-                    self._room.wait_for(lambda: self._items.qsize() < self._most or self._closed)
-                finally:
-                    self._waiting -= 1
-            if self._closed:
-                raise PipeClosed
+            self._wait()
             self._items.put(item)
+
+    def wait_for_room(self) -> None:
+        """Wait until one more could be put in; raises PipeClosed."""
+        with self._room:
+            self._wait()
 
     def get(self, timeout: Optional[float] = None) -> T:
         """The next one; raises PipeClosed when there will be none, TimeoutError when there is none in `timeout` s."""
@@ -87,6 +85,16 @@ class Pipe(Generic[T]):
         with self._room:
             self._drop()
             self._end()
+
+    def _wait(self) -> None:
+        if self._items.qsize() >= self._most and not self._closed:
+            self._waiting += 1
+            try:
+                self._room.wait_for(lambda: self._items.qsize() < self._most or self._closed)
+            finally:
+                self._waiting -= 1
+        if self._closed:
+            raise PipeClosed
 
     def _end(self) -> None:
         self._closed = True

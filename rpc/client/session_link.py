@@ -1,7 +1,7 @@
 """The client's end of a session's stream: one question and its answer at a time, and the lease kept meanwhile.
 
 Three threads live as long as the session: gRPC's own, which sends, one that receives, and one that renews the lease. A
-call starts none.
+call starts none. The channel's own thread hands replies to whoever asked.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import grpc
 
 from kedge.protos.v1 import sessions_pb2 as pb
-from kedge.protos.v1 import sessions_pb2_grpc
 from kedge.rpc import convert, interrupts
 from kedge.rpc.client.plan import hint_for
 from kedge.rpc.errors import ConnectError, JobError, KedgeError
@@ -34,6 +33,7 @@ _END_S = 12.0
 _CALL_OFF_S = 3.0
 #: Between two attempts to call a request off: the first may come before the device has begun with it.
 _AGAIN_S = 0.25
+_ATTACH = "/kedge.v1.Sessions/Attach"
 _Answer = pb.SessionReply | pb.ArtifactGranted
 
 
@@ -60,9 +60,11 @@ class SessionLink:
         self._error: KedgeError | None = None
         self._device = ""
         self._frames.put(pb.ClientFrame(attach=pb.AttachSession(job_id=job_id)))
-        stub: Any = cast(Any, sessions_pb2_grpc.SessionsStub)(channel)
+        attach: Any = channel.stream_stream(
+            _ATTACH, request_serializer=pb.ClientFrame.SerializeToString, response_deserializer=self._hear
+        )
         with interrupts.deferred():
-            self._call = stub.Attach(iter(self._frames))
+            self._call = attach(iter(self._frames))
             threading.Thread(target=self._receive, name="kedge-session", daemon=True).start()
             threading.Thread(target=self._renew, name="kedge-session-lease", daemon=True).start()
 
@@ -283,12 +285,24 @@ class SessionLink:
             except PipeClosed:
                 return
 
+    def _hear(self, raw: bytes) -> pb.ClientEvent:
+        """An event of the stream, in gRPC's own thread, which must not wait: it hands a reply on to whoever asked.
+
+        The thread that receives would be one more on the way of each; it has what is left of the event.
+        """
+        event = pb.ClientEvent.FromString(raw)
+        if event.WhichOneof("body") == "data":
+            with contextlib.suppress(PipeClosed):  # nobody asks any more
+                self._answers.push(pb.SessionReply.FromString(event.data))
+            event.Clear()
+        return event
+
     def _receive(self) -> None:
         try:
             for event in self._call:
                 which = event.WhichOneof("body")
-                if which == "data":
-                    self._answers.put(pb.SessionReply.FromString(event.data))
+                if which is None:
+                    self._answers.wait_for_room()  # nothing is taken off the stream before
                 elif which == "granted":
                     self._answers.put(event.granted)
                 elif which == "waiting":

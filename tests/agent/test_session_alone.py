@@ -42,7 +42,12 @@ class Stream:
         self.closed = threading.Event()
         self._ended: Callable[[], None] = lambda: None
 
-    def stream_stream(self, *_: object, **__: object) -> Callable[[Iterator[pb.DeviceFrame]], Stream]:
+    def stream_stream(
+        self, method: str, request_serializer: object, response_deserializer: Callable[[bytes], pb.DeviceEvent]
+    ) -> Callable[[Iterator[pb.DeviceFrame]], Stream]:
+        assert method == "/kedge.v1.Sessions/Serve"
+        self.hear = response_deserializer
+
         def call(frames: Iterator[pb.DeviceFrame]) -> Stream:
             threading.Thread(target=self._take, args=(frames,), daemon=True).start()
             return self
@@ -59,7 +64,8 @@ class Stream:
         self.says.put(None)
 
     def __iter__(self) -> Iterator[pb.DeviceEvent]:
-        return iter(self.says.get, None)
+        for event in iter(self.says.get, None):
+            yield self.hear(event.SerializeToString())
 
     def add_callback(self, ended: Callable[[], None]) -> None:
         self._ended = ended
@@ -113,6 +119,21 @@ def test_the_last_word_of_a_session_is_done(board: Board) -> None:
         assert served.stream.heard.get(timeout=60).WhichOneof("body") == "done"
     assert served.outcome() is OutcomeKind.CANCELLED
     assert list(board.scratch.iterdir()) == []
+
+
+def test_a_request_reaches_the_worker_from_the_thread_that_takes_it_off_the_wire(board: Board) -> None:
+    """Not by way of the reader, which is told of nothing here; what ends a request or the session is the reader's."""
+    with Served(board) as served:
+        asked = pb.SessionRequest(id=1, list_files=pb.ListFiles())
+        left = served.stream.hear(pb.DeviceEvent(data=asked.SerializeToString()).SerializeToString())
+        assert left.WhichOneof("body") is None
+        assert served.stream.reply().WhichOneof("body") == "files"
+        for event in (
+            pb.DeviceEvent(data=pb.SessionRequest(id=2, cancel=pb.CancelRequest()).SerializeToString()),
+            pb.DeviceEvent(data=b"\xff"),
+            pb.DeviceEvent(close=pb.CloseSession()),
+        ):
+            assert served.stream.hear(event.SerializeToString()) == event
 
 
 def test_where_nobody_reads_the_result_comes_before_the_stream_ends(board: Board) -> None:

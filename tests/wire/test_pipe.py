@@ -57,6 +57,18 @@ def test_a_push_does_not_wait(pipe: Pipe[int]) -> None:
     assert fifth.result() is None and pipe.get() == 4
 
 
+def test_room_is_waited_for_and_left_to_be_taken(pipe: Pipe[int]) -> None:
+    pipe.put(1)
+    pipe.wait_for_room()
+    pipe.put(2)
+    room = Waiting(pipe.wait_for_room)
+    assert pipe.get() == 1
+    assert room.result() is None and pipe.get() == 2
+    pipe.close()
+    with pytest.raises(PipeClosed):
+        pipe.wait_for_room()
+
+
 def test_what_is_in_a_closed_one_can_be_got(pipe: Pipe[int]) -> None:
     pipe.put(1)
     pipe.close()
