@@ -9,6 +9,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Type
 
 import grpc
 
+from kedge.protos.v1 import fleet_pb2
 from kedge.rpc import blobs, errors
 from kedge.rpc.protocol import ProtocolError
 from kedge.rpc.selector import SelectorError
@@ -106,6 +107,16 @@ def to_status(error: errors.KedgeError) -> Tuple[grpc.StatusCode, str, Metadata]
     return code, _cut(error.message), metadata
 
 
+def to_refusal(error: errors.KedgeError) -> fleet_pb2.Refusal:
+    """The same where it is not the whole call that fails."""
+    return fleet_pb2.Refusal(error=type(error).__name__, message=_cut(error.message), hint=_cut(error.hint or ""))
+
+
+def from_refusal(refusal: fleet_pb2.Refusal) -> errors.KedgeError:
+    """The kedge error that a refusal says."""
+    return _BY_NAME.get(refusal.error, RemoteError)(refusal.message, hint=refusal.hint or None)
+
+
 def _cut(text: str) -> str:
     """A message may quote what somebody sent; more than this no peer takes."""
     return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…"
@@ -127,13 +138,16 @@ def from_rpc_error(error: grpc.RpcError, address: Optional[Address] = None) -> e
             return errors.ConnectError(f"the tracker went away ({details})", hint="see whether it still runs")
         return unreachable(address, _reason(details))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        who = "the tracker" if address is None else f"the tracker at {address}"
-        return errors.ConnectError(
-            f"{who} did not answer in time", hint="its log, or that of what lies between, says why"
-        )
+        return unanswered(address)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"the peer is not a kedge tracker, or an older one ({details})")
     return RemoteError(f"the tracker answered {code.name}: {details}")
+
+
+def unanswered(address: Optional[Address] = None) -> errors.ConnectError:
+    """The error for a tracker that is there, and says nothing."""
+    who = "the tracker" if address is None else f"the tracker at {address}"
+    return errors.ConnectError(f"{who} did not answer in time", hint="its log, or that of what lies between, says why")
 
 
 def was_said(metadata: Any) -> bool:

@@ -26,6 +26,10 @@ MAX_MESSAGE_BYTES = 16 << 20
 #: Of a job's spec, with its inline inputs, and of its result: what the tracker says of a job holds both.
 MAX_SPEC_BYTES = 9 << 19
 MAX_RESULT_BYTES = 11 << 20
+#: Of a job's submission, and of its result, on a stream of jobs: what is larger goes by itself, and holds up no other.
+MAX_STREAMED_BYTES = 64 << 10
+#: Jobs under way on one stream: together they are no larger than one that comes by itself. Both are protocol constants.
+MAX_STREAM_JOBS = 64
 #: Calls that are under way at a time, of one user or device: one more is refused.
 MAX_CALLS = 4_000
 #: The same on one connection: there more would wait, without a word.

@@ -116,6 +116,40 @@ class RunJobResponse(_message.Message):
     result: _types_pb2.JobResult
     def __init__(self, job_id: _Optional[str] = ..., result: _Optional[_Union[_types_pb2.JobResult, _Mapping]] = ...) -> None: ...
 
+class RunJobsRequest(_message.Message):
+    __slots__ = ("number", "job", "forgotten")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    job: SubmitJobRequest
+    forgotten: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., job: _Optional[_Union[SubmitJobRequest, _Mapping]] = ..., forgotten: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RunJobsResponse(_message.Message):
+    __slots__ = ("number", "job_id", "refused", "result", "large")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    LARGE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    job_id: str
+    refused: Refusal
+    result: _types_pb2.JobResult
+    large: bool
+    def __init__(self, number: _Optional[int] = ..., job_id: _Optional[str] = ..., refused: _Optional[_Union[Refusal, _Mapping]] = ..., result: _Optional[_Union[_types_pb2.JobResult, _Mapping]] = ..., large: bool = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("error", "message", "hint")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    message: str
+    hint: str
+    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
+
 class WatchJobRequest(_message.Message):
     __slots__ = ("job_id",)
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

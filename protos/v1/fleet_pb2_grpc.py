@@ -61,6 +61,11 @@ class FleetStub(object):
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobResponse.FromString,
                 _registered_method=True)
+        self.RunJobs = channel.stream_stream(
+                '/kedge.v1.Fleet/RunJobs',
+                request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobsRequest.SerializeToString,
+                response_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobsResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/kedge.v1.Fleet/WatchJob',
                 request_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.WatchJobRequest.SerializeToString,
@@ -135,6 +140,13 @@ class FleetServicer(object):
 
     def RunJob(self, request, context):
         """SubmitJob and what came of it in one call: the job's id once it is accepted, its result once it is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RunJobs(self, request_iterator, context):
+        """The same for any number of small jobs, on one stream that lasts as long as the client likes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +231,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.RunJob,
                     request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.FromString,
                     response_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobResponse.SerializeToString,
+            ),
+            'RunJobs': grpc.stream_stream_rpc_method_handler(
+                    servicer.RunJobs,
+                    request_deserializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobsRequest.FromString,
+                    response_serializer=kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobsResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -397,6 +414,33 @@ class Fleet(object):
             '/kedge.v1.Fleet/RunJob',
             kedge_dot_protos_dot_v1_dot_fleet__pb2.SubmitJobRequest.SerializeToString,
             kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunJobs(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kedge.v1.Fleet/RunJobs',
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobsRequest.SerializeToString,
+            kedge_dot_protos_dot_v1_dot_fleet__pb2.RunJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

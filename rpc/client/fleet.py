@@ -27,6 +27,7 @@ from kedge.rpc.blob_client import BlobClient
 from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client import plan
 from kedge.rpc.client.inputs import Array
+from kedge.rpc.client.job_stream import JobStream, StreamBroken
 from kedge.rpc.client.plan import ArtifactOrPath, Packed, Request, Result
 from kedge.rpc.client.profile import Profile, profile_of, profile_options
 from kedge.rpc.client.session import Session
@@ -35,7 +36,7 @@ from kedge.rpc.client.timing import Timing
 from kedge.rpc.errors import ConnectError, KedgeError
 from kedge.rpc.protocol import check_peer
 from kedge.rpc.security import credentials, signing
-from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away
+from kedge.rpc.status import NotReadyError, TrackerAwayError, from_rpc_error, is_away, unanswered
 from kedge.rpc.transport import Address, Tls, open_channel, parse_trackers
 from kedge.rpc.types import Blob, Deadlines, DeviceInfo, DeviceStatus, JobResult, JobState, Reservation, TrackerStatus
 from kedge.rpc.types import Job as JobInfo
@@ -93,6 +94,11 @@ class Fleet:
         #: Whether the tracker has the call that begins a job and tells its result; the job that had the last one.
         self._has_run_job = True
         self._last_run: weakref.ref[Job] | None = None
+        #: Whether it takes many such jobs on one stream, that stream, and what ends it with this fleet.
+        self._has_streams = True
+        self._stream: JobStream | None = None
+        self._end_stream: weakref.finalize[[], Fleet] | None = None
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +108,8 @@ class Fleet:
 
     def close(self) -> None:
         """Disconnect. Jobs go on."""
+        if self._stream is not None:
+            self._stream.close()
         self._channel.close()
 
     def hello(self) -> None:
@@ -445,11 +453,33 @@ class Fleet:
         """
         last = None if self._last_run is None else self._last_run()
         if self._has_run_job and (waits or last is None or last._run is None):
-            job = self._run_job(message)
+            streams = self._has_streams and JobStream.takes(message)
+            job = self._stream_job(message) if streams else self._run_job(message)
             if job is not None:
                 self._last_run = self._last_run if waits else weakref.ref(job)
                 return job
         return Job(self, self._persist(self._stub.SubmitJob, message).job.id)
+
+    def _stream_job(self, message: fleet_pb2.SubmitJobRequest) -> Job | None:
+        """The same, with the other small jobs on one stream."""
+        try:
+            running = self._open_stream().begin(message, _CALL_S)
+        except StreamBroken as broken:
+            self._has_streams = plan.has_run_jobs(broken.error, self.address)
+            return None
+        except TimeoutError:
+            raise unanswered(self.address) from None
+        return Job(self, running.job_id, running) if running is not None else self._run_job(message)
+
+    def _open_stream(self) -> JobStream:
+        with self._opening, interrupts.deferred(), _open_channel():
+            if self._stream is None or not self._stream.alive:
+                if self._end_stream is not None:
+                    self._end_stream.detach()
+                self._stream = JobStream(self._stub)
+                self._end_stream = weakref.finalize(self, self._stream.close)
+                self._end_stream.atexit = False  # its threads end with the process
+            return self._stream
 
     def _run_job(self, message: fleet_pb2.SubmitJobRequest) -> Job | None:
         """The job, whose result the call tells that began it; None where it is to be submitted, under the same key."""

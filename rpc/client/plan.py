@@ -21,7 +21,15 @@ from kedge.rpc.artifact import Artifact, Manifest, Placement, look_at, place
 from kedge.rpc.blobs import MissingBlobError, blob_of
 from kedge.rpc.client.inputs import Array, arrange
 from kedge.rpc.client.timing import Timing, timing_options
-from kedge.rpc.errors import IncompatibleTargetError, InputError, JobError, KedgeError, NoDeviceError
+from kedge.rpc.errors import (
+    AuthenticationError,
+    IncompatibleTargetError,
+    InputError,
+    JobError,
+    KedgeError,
+    NoDeviceError,
+    PermissionDeniedError,
+)
 from kedge.rpc.limits import check_noise, check_number, check_spec
 from kedge.rpc.outcome import Outcome, OutcomeKind
 from kedge.rpc.protocol import ProtocolError, local_protocol
@@ -427,6 +435,19 @@ def has_run_job(error: grpc.RpcError, address: Address) -> bool:
     if not is_away(error):
         raise from_rpc_error(error, address) from error
     return True
+
+
+def has_run_jobs(error: grpc.RpcError | None, address: Address) -> bool:
+    """Whether the tracker has the stream RunJobs, which ended with this (None: it was closed here).
+
+    Whatever else ended it may concern another job: this one is submitted by itself. Raises where it is who asks.
+    """
+    if error is None:
+        return True
+    meant = from_rpc_error(error, address)
+    if isinstance(meant, (AuthenticationError, PermissionDeniedError)):
+        raise meant from error
+    return error.code() is not grpc.StatusCode.UNIMPLEMENTED
 
 
 def not_done(job_id: str, timeout_s: float | None) -> WaitTimeoutError:

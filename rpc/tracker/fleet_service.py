@@ -16,10 +16,11 @@ from kedge.protos.v1 import fleet_pb2, types_pb2
 from kedge.rpc import convert
 from kedge.rpc.limits import MAX_PRIORITY, check_noise, check_number
 from kedge.rpc.protocol import check_peer, local_protocol
-from kedge.rpc.status import UnknownReservationError
+from kedge.rpc.status import TrackerAwayError, UnknownReservationError
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
 from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
+from kedge.rpc.tracker.job_stream import JobStream
 from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.security.audit import Audit
@@ -91,13 +92,27 @@ class FleetService:
         self, request: fleet_pb2.SubmitJobRequest, context: Context
     ) -> AsyncIterator[fleet_pb2.RunJobResponse]:
         """Accept a job, and say what came of it."""
+        async for said in self._run(request, context):
+            yield said
+
+    @typed_stream_errors
+    async def RunJobs(
+        self, requests: AsyncIterator[fleet_pb2.RunJobsRequest], context: Context
+    ) -> AsyncIterator[fleet_pb2.RunJobsResponse]:
+        """The same for each of the jobs on a stream."""
+        stream = JobStream(lambda request: self._run(request, context))
+        async for said in stream.serve(requests):
+            yield said
+
+    async def _run(
+        self, request: fleet_pb2.SubmitJobRequest, context: Context
+    ) -> AsyncIterator[fleet_pb2.RunJobResponse]:
         job_id, _ = await self._accept(request, context)
         yield fleet_pb2.RunJobResponse(job_id=job_id)
         result = await self._shell.result(job_id)
         if result is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the tracker stops")
-        else:
-            yield fleet_pb2.RunJobResponse(result=convert.job_result_to_pb(result))
+            raise TrackerAwayError("the tracker stops")
+        yield fleet_pb2.RunJobResponse(result=convert.job_result_to_pb(result))
 
     async def _accept(self, request: fleet_pb2.SubmitJobRequest, context: Context) -> tuple[str, bool]:
         """The id of a job that is stored, and whether it was before."""

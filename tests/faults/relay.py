@@ -16,13 +16,15 @@ from typing import Any, Literal
 
 import grpc
 
+from kedge.protos.v1 import fleet_pb2
 from kedge.rpc.transport import CHANNEL_OPTIONS, MAX_STREAMS, server_options
 
 Meddling = Literal["duplicate", "delay", "late", "lose-reply"]
 _CONNECT = "/kedge.v1.Agents/Connect"
 _SUBMIT = "/kedge.v1.Fleet/SubmitJob"
-#: Calls that begin with a job; both begin it with the same message.
-_SUBMITS = (_SUBMIT, "/kedge.v1.Fleet/RunJob")
+_STREAM = "/kedge.v1.Fleet/RunJobs"
+#: Calls that begin jobs; the first two begin one with the same message.
+_SUBMITS = (_SUBMIT, "/kedge.v1.Fleet/RunJob", _STREAM)
 
 
 @dataclass(eq=False)
@@ -122,7 +124,7 @@ class Relay:
                 if order is None:
                     await call.write(message)
                 elif order.way == "submit":
-                    await self._submit(order, message, call, severed)
+                    await self._submit(method, order, message, call, severed)
                 elif order.what == "late":
                     severed.set()
                     await asyncio.sleep(order.seconds)
@@ -141,9 +143,10 @@ class Relay:
         except asyncio.InvalidStateError:
             return  # the call has ended
 
-    async def _submit(self, order: Order, message: bytes, call: Any, severed: asyncio.Event) -> None:
+    async def _submit(self, method: str, order: Order, message: bytes, call: Any, severed: asyncio.Event) -> None:
         once = self._channel.unary_unary(_SUBMIT)
-        await once(message)
+        job = fleet_pb2.RunJobsRequest.FromString(message).job if method == _STREAM else None
+        await once(message if job is None else job.SerializeToString())
         if order.what == "lose-reply":
             severed.set()
             call.cancel()

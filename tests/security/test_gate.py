@@ -19,7 +19,7 @@ from kedge.rpc.tracker import handlers
 from kedge.rpc.tracker.security import interceptor
 from kedge.rpc.tracker.security.audit import Audit
 from kedge.rpc.tracker.security.interceptor import Gate
-from kedge.rpc.tracker.security.principal import LOCAL, Principal
+from kedge.rpc.tracker.security.principal import LOCAL, Principal, Role
 from kedge.rpc.transport import MAX_SPEC_BYTES
 
 METHOD = "/kedge.v1.Fleet/GetJob"
@@ -161,3 +161,46 @@ async def served(gate: Gate, handler: grpc.GenericRpcHandler) -> AsyncIterator[g
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
     await server.stop(None)
+
+
+class _Hearing(grpc.GenericRpcHandler):
+    """A stream that says one thing, which takes for ever, and hears meanwhile."""
+
+    def __init__(self) -> None:
+        self.heard: asyncio.Queue[str] = asyncio.Queue()
+        self.why: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        async def hear(requests: AsyncIterator[fleet_pb2.GetJobRequest]) -> None:
+            try:
+                async for request in requests:
+                    self.heard.put_nowait(request.job_id)
+            except AuthenticationError as error:
+                self.why.set_result(error)
+
+        async def handler(requests: AsyncIterator[fleet_pb2.GetJobRequest], _context: Any) -> AsyncIterator[bytes]:
+            hearing = asyncio.create_task(hear(requests))
+            yield bytes(12 << 20)  # more than anybody takes who does not read
+            await hearing
+
+        return grpc.stream_stream_rpc_method_handler(handler, fleet_pb2.GetJobRequest.FromString)
+
+
+def test_who_does_not_read_is_not_heard_any_more_either_once_the_call_has_to_end(tmp_path: Path) -> None:
+    """Its handler is held up in saying something, and cannot be told."""
+
+    async def scene() -> None:
+        hearing = _Hearing()
+        ann = Principal("ann", Role.SUBMIT, "t1")
+        gate = Gate(lambda _: ann, Audit(tmp_path / "audit.jsonl"), 10)
+        async with served(gate, hearing) as channel, asyncio.timeout(60):
+            call = channel.stream_stream("/kedge.v1.Fleet/RunJobs")()
+            for number in ("one", "two"):
+                await call.write(fleet_pb2.GetJobRequest(job_id=number).SerializeToString())
+                assert await hearing.heard.get() == number
+            gate.end(ann.owner, "t1", AuthenticationError("revoked"))
+            await call.write(fleet_pb2.GetJobRequest(job_id="three").SerializeToString())
+            assert str(await hearing.why) == "revoked" and hearing.heard.empty()
+            call.cancel()
+
+    asyncio.run(scene())

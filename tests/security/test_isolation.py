@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from kedge.rpc.blobs import BlobQuotaError, MissingBlobError, blob_of
 from kedge.rpc.client import Fleet, Job
 from kedge.rpc.client.access import Access
 from kedge.rpc.client.plan import pack
-from kedge.rpc.errors import AuthenticationError, PermissionDeniedError, UsageError
+from kedge.rpc.errors import AuthenticationError, KedgeError, PermissionDeniedError, UsageError
 from kedge.rpc.security.identity import Identity
 from kedge.rpc.status import NotReadyError, UnknownJobError, UnknownReservationError, from_rpc_error
 from kedge.rpc.tracker.security.folder import Limits
@@ -328,6 +329,41 @@ def test_what_is_under_way_ends_with_its_token(
     assert convert.job_from_pb(next(going_on)).state is JobState.DONE
     for _, fleet, _ in watches:
         fleet.close()
+
+
+def test_a_stream_of_jobs_ends_with_its_token(
+    tracker: RunningTracker, fleet_of: FleetOf, access: Access, artifact: Artifact
+) -> None:
+    """While a job is waited for, and for the next one; what it had goes on."""
+    root = fleet_of("root", "admin")
+    token, join = access.create_token("submit", "ann")
+    with Fleet(tracker.address, Tls(join.ca, token=join.token)) as fleet, ThreadPoolExecutor(1) as pool:
+        fleet._ensure_uploaded(pack(artifact))
+        request = request_of(fleet, artifact)
+        job = fleet._stream_job(request)
+        assert job is not None and fleet._stream is not None
+        waiting = pool.submit(job.wait)
+        access.revoke_token(token.id)
+        with pytest.raises(AuthenticationError, match="was revoked"):
+            waiting.result(60)
+        with pytest.raises(AuthenticationError, match="was revoked"):
+            fleet._stream_job(request)
+    Job(root, job.id).cancel()
+
+
+def test_a_stream_of_jobs_is_for_those_who_may_submit_them(fleet_of: FleetOf, artifact: Artifact) -> None:
+    ann, reader = fleet_of("ann"), fleet_of("ann", "read")
+    request = request_of(ann, artifact)
+    with pytest.raises(PermissionDeniedError, match="may not submit jobs"):
+        reader._stream_job(request)
+    request.spec.priority = 1
+    with pytest.raises(KedgeError, match="priority"):
+        ann._stream_job(request)
+    request.spec.priority = 0
+    first, again = ann._stream_job(request), ann._stream_job(request)
+    assert first is not None and again is not None and first.id != again.id, "no key, no memory"
+    for job in (first, again):
+        job.cancel()
 
 
 def request_of(fleet: Fleet, artifact: Artifact) -> fleet_pb2.SubmitJobRequest:

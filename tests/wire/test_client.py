@@ -395,7 +395,8 @@ def test_a_device_is_chosen_by_lot_of_those_that_can_begin() -> None:
         plan.choose("d", [others[1]], every, "ann", make_artifact())
 
 
-def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker, fleet: Fleet) -> None:
+@pytest.mark.parametrize("streams", [True, False])
+def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker, fleet: Fleet, streams: bool) -> None:
     """Python can only report and forget what is raised in a destructor, or when a weak reference dies."""
     usual = signal.getsignal(signal.SIGINT)
     exposed, deferred = set[str](), set[str]()
@@ -407,6 +408,7 @@ def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker
             where = "" if frame.f_back is None else frame.f_back.f_code.co_qualname
             (exposed if signal.getsignal(signal.SIGINT) is usual else deferred).add(f"{code.co_qualname} in {where}")
 
+    fleet._has_streams = streams
     artifacts = [make_artifact(), make_artifact()]
     with FakeAgent(tracker.address, device_info(), work=echo):
         fleet.wait_for_device(timeout=60)
@@ -418,7 +420,8 @@ def test_nothing_is_torn_down_where_ctrl_c_would_be_lost(tracker: RunningTracker
             fleet.devices()
         finally:
             sys.setprofile(None)
-    assert not exposed and deferred >= {"_Rendezvous.__del__ in _call", "_Rendezvous.__del__ in Job._told"}, exposed
+    needed = {"_Rendezvous.__del__ in _call"} | (set() if streams else {"_Rendezvous.__del__ in Job._told"})
+    assert not exposed and deferred >= needed, exposed
 
 
 class Calls:
@@ -430,48 +433,81 @@ class Calls:
         fleet._stub = self
 
     def __getattr__(self, name: str) -> Any:
+        if name == "RunJobs":
+            return lambda requests: self._stub.RunJobs(self._each(requests))
         if name.endswith("Job"):
             self.made.append(name)
         return getattr(self._stub, name)
+
+    def _each(self, requests: Iterator[Any]) -> Iterator[Any]:
+        for request in requests:
+            self.made.append("RunJobs")
+            yield request
 
     def taken(self) -> list[str]:
         made, self.made = self.made, []
         return made
 
 
-def test_a_job_that_is_waited_for_takes_one_call(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
-    calls = Calls(fleet)
+def without(fleet: aio.Fleet | Fleet, calls: Calls, *names: str) -> Calls:
+    """The calls of a client whose tracker lacks some."""
+    for name in names:
+        make = fleet._channel.stream_stream if name == "RunJobs" else fleet._channel.unary_stream
+        setattr(calls, name, make(f"/kedge.v1.Fleet/{name}OfAFarFuture", lambda message: b""))
+    return calls
+
+
+BY_STREAM = pytest.mark.parametrize("begins", ["RunJobs", "RunJob"])
+
+
+def of_a_tracker_with(begins: str, fleet: Fleet) -> Calls:
+    fleet._has_streams = begins == "RunJobs"
+    return Calls(fleet)
+
+
+@BY_STREAM
+def test_a_job_that_is_waited_for_takes_one_call(
+    fleet: Fleet, worker: FakeAgent, artifact: Artifact, begins: str
+) -> None:
+    calls = of_a_tracker_with(begins, fleet)
     for _ in range(2):
         np.testing.assert_array_equal(fleet.run(artifact, {"x": X}).wait()["x_out"], X)
     with fleet.pin() as device:
         device.load(artifact).run({"x": X})
-    assert calls.taken() == ["RunJob"] * 3
+    assert calls.taken() == [begins] * 3
     job, states = fleet.run(artifact, {"x": X}), list[JobState]()
     assert job.wait(progress=lambda now: states.append(now.state)).outcome.ok
-    assert calls.taken() == ["RunJob", "WatchJob"] and states[-1] is JobState.DONE
+    assert calls.taken() == [begins, "WatchJob"] and states[-1] is JobState.DONE
     assert job.wait().outcome.ok and calls.taken() == ["WatchJob"], "it was told once"
     assert fleet.run(artifact, {"x": X}).wait(timeout=60).outcome.ok
-    assert calls.taken() == ["RunJob", "WatchJob"], "who waits for so long only has a call that ends then"
+    assert calls.taken() == [begins, "WatchJob"], "who waits for so long only has a call that ends then"
 
 
-def test_jobs_that_pile_up_keep_one_call_open(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
-    calls = Calls(fleet)
+@BY_STREAM
+def test_jobs_that_pile_up_keep_one_call_open(fleet: Fleet, worker: FakeAgent, artifact: Artifact, begins: str) -> None:
+    calls = of_a_tracker_with(begins, fleet)
     jobs = [fleet.run(artifact, {"x": X + number}) for number in range(3)]
-    assert calls.taken() == ["RunJob", "SubmitJob", "SubmitJob"]
+    assert calls.taken() == [begins, "SubmitJob", "SubmitJob"]
     for number, job in enumerate(jobs):
         np.testing.assert_array_equal(job.wait()["x_out"], X + number)
     assert calls.taken() == ["WatchJob", "WatchJob"]
     for _ in range(2):
         fleet.run(artifact, {"x": X})  # whoever forgets a job is told nothing of it
-    assert calls.taken() == ["RunJob", "RunJob"]
+    assert calls.taken() == [begins, begins]
 
 
 def test_a_tracker_without_the_one_call_gets_two(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
-    calls: Any = Calls(fleet)
-    calls.RunJob = fleet._channel.unary_stream("/kedge.v1.Fleet/RunJobOfAFarFuture", lambda message: b"")
-    for _ in range(2):
+    calls = without(fleet, Calls(fleet), "RunJob", "RunJobs")
+    for _ in range(3):
         assert fleet.run(artifact, {"x": X}).wait().outcome.ok
-    assert calls.taken() == ["SubmitJob", "WatchJob"] * 2
+    assert calls.taken() == ["SubmitJob", "WatchJob"] * 3
+
+
+def test_a_tracker_without_the_stream_gets_a_call_for_each(fleet: Fleet, worker: FakeAgent, artifact: Artifact) -> None:
+    calls = without(fleet, Calls(fleet), "RunJobs")
+    for _ in range(3):
+        assert fleet.run(artifact, {"x": X}).wait().outcome.ok
+    assert calls.taken() == ["SubmitJob", "WatchJob", "RunJob", "RunJob"]
 
 
 def test_a_job_outlasts_the_call_that_began_it(
@@ -480,7 +516,7 @@ def test_a_job_outlasts_the_call_that_began_it(
     monkeypatch.setattr("kedge.rpc.client.fleet._CALL_S", 0.5)
     with FakeAgent(tracker.address, device_info()) as agent:
         fleet.wait_for_device()
-        calls, found = Calls(fleet), list[bool]()
+        calls, found = of_a_tracker_with("RunJob", fleet), list[bool]()
         job = fleet.run(artifact, {"x": X})
         assigned = agent.expect(m.AssignJob)
         waiting = threading.Thread(target=lambda: found.append(job.wait().outcome.ok))
@@ -491,16 +527,19 @@ def test_a_job_outlasts_the_call_that_began_it(
         assert found == [True]
 
 
-def test_one_call_tells_one_of_several_who_wait(tracker: RunningTracker, fleet: Fleet, artifact: Artifact) -> None:
+@BY_STREAM
+def test_one_call_tells_one_of_several_who_wait(
+    tracker: RunningTracker, fleet: Fleet, artifact: Artifact, begins: str
+) -> None:
     with FakeAgent(tracker.address, device_info()) as agent:
         fleet.wait_for_device()
-        calls, found = Calls(fleet), list[bool]()
+        calls, found = of_a_tracker_with(begins, fleet), list[bool]()
         job = fleet.run(artifact, {"x": X})
         assigned = agent.expect(m.AssignJob)
         waiting = [threading.Thread(target=lambda: found.append(job.wait().outcome.ok)) for _ in range(2)]
         for thread in waiting:
             thread.start()
-        wait_for(lambda: calls.made == ["RunJob", "WatchJob"], "the second to ask")
+        wait_for(lambda: calls.made == [begins, "WatchJob"], "the second to ask")
         agent.finish(assigned)
         for thread in waiting:
             thread.join(60)

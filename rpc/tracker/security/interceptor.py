@@ -63,6 +63,10 @@ class _Call:
             self.task.cancel()
 
 
+#: Takes what is said in a call: the message of one that has one, or an iterator.
+_Read = Callable[[AsyncIterator[bytes], _Call], Awaitable[Any]]
+
+
 async def _abort(context: Context, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
     try:
         await context.abort(code, details, metadata)
@@ -115,14 +119,12 @@ class Gate(grpc.aio.ServerInterceptor):
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         return make(self._guarded(details.method, inner, read), None, handler.response_serializer)
 
-    def _guarded(
-        self, method: str, inner: Callable[[Any, Context], Any], read: Callable[[AsyncIterator[bytes]], Awaitable[Any]]
-    ) -> Callable[[Any, Context], Any]:
+    def _guarded(self, method: str, inner: Callable[[Any, Context], Any], read: _Read) -> Callable[[Any, Context], Any]:
         if inspect.isasyncgenfunction(inner):
 
             async def stream(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
                 async with self._passed(method, context) as under_way:
-                    async for response in inner(await read(messages), context):
+                    async for response in inner(await read(messages, under_way), context):
                         under_way.inside = False
                         yield response
                         under_way.inside = True
@@ -132,8 +134,8 @@ class Gate(grpc.aio.ServerInterceptor):
             return stream
 
         async def call(messages: AsyncIterator[bytes], context: Context) -> Any:
-            async with self._passed(method, context):
-                return await inner(await read(messages), context)
+            async with self._passed(method, context) as under_way:
+                return await inner(await read(messages, under_way), context)
 
         return call
 
@@ -193,7 +195,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return principal
 
 
-async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> Any:
+async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes], _: _Call) -> Any:
     """The message of a call that has one."""
     message = await first_of(messages, ONLY_S)
     if message is None:
@@ -201,14 +203,17 @@ async def _only(deserialize: Callable[[bytes], Any], messages: AsyncIterator[byt
     return _one(deserialize, message)
 
 
-async def _each(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    """The messages of a call that may have many."""
+async def _each(deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
+    """The messages of a call that may have many, none of them once it must not go on: it may be held up in saying
+    something to a caller that does not read."""
 
     async def read() -> AsyncIterator[Any]:
         first = await first_of(messages)
         if first is not None:
             yield _one(deserialize, first)
             async for message in messages:
+                if call.ended is not None:
+                    raise call.ended
                 yield _one(deserialize, message)
 
     return read()
