@@ -1,7 +1,8 @@
 """The agent's thin shell: one stream to the tracker, one thread for jobs, one loop that feeds the state machine.
 
-Everything that happens (a message, a lost connection, a job's progress, a signal) becomes an event in one queue.
-The main thread takes them one by one, asks `AgentCore` what to do, and does it.
+Everything that happens (a message, a lost connection, a job's progress, a signal) becomes an event. They are taken one
+by one: `AgentCore` is asked what to do, and that is done. Most are the main thread's; the thread that has a job's
+assignment, or its end, sees to that itself, so that a short job does not wait for threads to wake each other.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import random
 import secrets
 import signal
 import struct
+import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Deque, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Type, Union, cast
+from typing import Any, Callable, FrozenSet, Iterator, List, Mapping, Optional, TextIO, Tuple, Type, Union, cast
 
 from kedge.device_agent import core
 from kedge.device_agent.cache import ArtifactCache
@@ -35,6 +36,7 @@ from kedge.device_agent.runner import Limits, Runner
 from kedge.device_agent.runner_errors import RunnerError, RunnerUnavailable
 from kedge.device_agent.runtime.protocol import Hello as RunnerHello
 from kedge.device_agent.sessions import Session
+from kedge.device_agent.threads import Stages, Strand, Worker
 from kedge.rpc import messages as m
 from kedge.rpc.accelerator import Accelerator
 from kedge.rpc.artifact.place import GPU_KINDS
@@ -57,6 +59,9 @@ _JOB_END_S = 10.0
 #: Between two looks at the certificate, and after a renewal that failed.
 _LOOK_S = 3600.0
 _RENEW_PAUSE_S = 60.0
+#: How long a thread that computes keeps others waiting for the interpreter (of itself Python lets it 5 ms). Those of an
+#: agent compute for microseconds, and a job waits for each in turn.
+_SWITCH_S = 0.0001
 
 Event = Callable[[float], List[core.Action]]
 
@@ -108,7 +113,7 @@ class Agent:
         self._ended = threading.Event()
         self._on_ready = on_ready
         self._announced = False
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._strand: Strand[Event] = Strand(self._happen, self._next_alarm, time.monotonic)
         self._link: Optional[_Link] = None
         self._job: Union[Job, Session, None] = None
         self._stages: Optional[Stages] = None
@@ -156,14 +161,15 @@ class Agent:
 
     def run(self) -> int:
         """Serve until told to stop; the process's exit status."""
+        sys.setswitchinterval(_SWITCH_S)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if self._identity is not None:
             threading.Thread(target=self._keep_identity, name="kedge-identity", daemon=True).start()
         try:
-            self._perform(self._core.start(time.monotonic()))
+            self._strand.post(self._core.start)
             while self._exit is None:
-                self._step()
+                self._strand.step(self._tick)
         finally:
             self._shut_down()
         if self._exit.failed:
@@ -172,22 +178,24 @@ class Agent:
         return 0
 
     def _on_signal(self, number: int, _frame: Optional[FrameType]) -> None:
-        # SimpleQueue.put may be called from a signal handler.
         reason = signal.Signals(number).name
-        self._events.put(lambda _: self._core.stop(reason))
+        self._strand.post(lambda _: self._core.stop(reason))
 
-    def _step(self) -> None:
+    def _next_alarm(self) -> Optional[float]:
         alarm, stages = self._core.alarm(), self._stages
         if stages is not None and stages.look_at is not None:
             alarm = stages.look_at if alarm is None else min(alarm, stages.look_at)
-        timeout = None if alarm is None else max(0.0, alarm - time.monotonic())
-        try:
-            event = self._events.get(timeout=timeout)
-        except queue.Empty:
-            event = self._core.tick
+        return alarm
+
+    def _happen(self, event: Event) -> None:
+        if self._exit is not None:
+            return  # what the job of an agent that stops comes to is nobody's
         self._take_stages()
         self._perform(event(time.monotonic()))
-        # A busy queue must not hold up a heartbeat.
+
+    def _tick(self) -> None:
+        """After every event, too: a busy agent must not hold up a heartbeat."""
+        self._take_stages()
         self._perform(self._core.tick(time.monotonic()))
 
     def _take_stages(self) -> None:
@@ -253,10 +261,12 @@ class Agent:
         link = _Link(self._settings.tracker, self._tls())
 
         def received(message: m.TrackerBody) -> None:
-            self._events.put(lambda now: self._on_message(link, message, now))
+            # What an assignment leads to is quickly done. What ends a job, or the connection, is not this thread's.
+            put = self._strand.dispatch if isinstance(message, (m.AssignJob, m.ResultAccepted)) else self._strand.post
+            put(lambda now: self._on_message(link, message, now))
 
         def closed(error: Optional[KedgeError]) -> None:
-            self._events.put(lambda now: self._on_closed(link, error, now))
+            self._strand.post(lambda now: self._on_closed(link, error, now))
 
         self._link = link
         link.start(received, closed)
@@ -311,12 +321,13 @@ class Agent:
     # ---- jobs --------------------------------------------------------------------------------------------------
 
     def _start_job(self, lease: Lease, spec: JobSpec) -> None:
-        stages = self._stages = Stages(lease, lambda: self._events.put(lambda _: []), time.monotonic)
+        stages = self._stages = Stages(lease, lambda: self._strand.post(lambda _: []), time.monotonic)
         job = self._make_job(lease, spec, stages.enter)
 
         def work() -> None:
             finished = sendable(lease, _run(job, self.device.name))
-            self._events.put(lambda _: self._on_finished(finished))
+            # It leaves, and is kept, while this thread has nothing else to do: what cleans up would compete with it.
+            self._strand.dispatch(lambda _: self._on_finished(finished))
             if isinstance(job, Job):
                 job.clean_up()  # a session has cleaned up before it is over
                 if not self._ended.is_set():
@@ -343,6 +354,7 @@ class Agent:
         return actions[starts:]
 
     def _shut_down(self) -> None:
+        self._strand.close()
         self._ended.set()
         if self._job is not None:
             self._job.cancel("the agent stops")
@@ -352,66 +364,6 @@ class Agent:
         self._blobs.close()
         self._cage.close()
         self._lock_file.close()
-
-
-class Worker:
-    """One thread that does what it is given, one after the other. It begins with the first."""
-
-    def __init__(self, name: str) -> None:
-        self._work: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def put(self, work: Callable[[], None]) -> None:
-        """Have it done after all that was put before; what it raises is logged, and the next is done all the same."""
-        self._work.put(work)
-        if self._thread.ident is None:
-            self._thread.start()
-
-    def end(self, patience_s: float) -> None:
-        """Wait, no longer than this, until all is done; take no more. Only who puts may call it."""
-        self._work.put(None)
-        if self._thread.ident is not None:
-            self._thread.join(patience_s)
-
-    def _run(self) -> None:
-        while True:
-            work = self._work.get()
-            if work is None:
-                return
-            try:
-                work()
-            except Exception:
-                log.exception("%s failed", self._thread.name)
-            del work  # what it holds is not kept until there is more to do
-
-
-class Stages:
-    """The stages that a job enters, from its thread to the agent's.
-
-    Those of its first moments wake nobody: a short job has none that the tracker is told of, and its thread would wait
-    for the one that is woken. The agent looks at `look_at` by itself; from then on every stage wakes it.
-    """
-
-    def __init__(self, lease: Lease, wake: Callable[[], None], clock: Callable[[], float]) -> None:
-        self.lease = lease
-        self._wake = wake
-        self._clock = clock
-        #: When to `take` at the latest; None: whenever one is woken.
-        self.look_at: Optional[float] = clock() + core.TELL_S
-        self._entered: Deque[Tuple[Stage, float]] = deque()
-
-    def enter(self, stage: Stage) -> None:
-        """In the job's thread: it has begun."""
-        self._entered.append((stage, self._clock()))
-        if self.look_at is None:  # asked after it was appended: either this wakes, or the look to come finds it
-            self._wake()
-
-    def take(self) -> Iterator[Tuple[Stage, float]]:
-        """What was entered since, and when."""
-        if self.look_at is not None and self._clock() >= self.look_at:
-            self.look_at = None
-        while self._entered:
-            yield self._entered.popleft()
 
 
 class _Link:
