@@ -89,6 +89,9 @@ def _share(load: Load, loop: For, inner: tuple[For, ...], serial: list[For], off
     there: dict[Var, Expr] = {**{each.var: const(0) for each in along}, loop.var: loop.var + offset}
     for part in range(lines):
         at = begin + serial[-1].var * step + part * line
+        if apart and run % line == 0:
+            # A run that begins within a line ends in one more, and the one before it ended where it begins.
+            at = at // line * line + (line - 1)
         rest = at // run if apart else at
         for each in reversed(apart):
             there[each.var] = rest % as_expr(each.extent)

@@ -24,7 +24,7 @@ from kedge.compiler.tir import interp
 from kedge.compiler.tir.expr import Cast, Dim, Expr, Var, maximum
 from kedge.compiler.tir.stmt import PrimFunc
 from kedge.compiler.tir.structural import equal
-from support.compiled import opened
+from support.compiled import opened, placed
 from support.functions import assert_same, inputs
 from support.prepared import assert_compiled, assert_prepared
 from support.targets import AVX2, AVX512, NEON, SCALAR, Model
@@ -304,6 +304,62 @@ def test_rows_of_panels_that_come_from_afar_are_prefetched(m, k, n, ahead):
     assert found == ([{"w": ahead}] if ahead else [])
     slow = replace(AVX2, fma_per_cycle=0.5)
     assert schedule_func(func, slow).decisions["ahead"] == ahead // 2
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "cores", "depth"),
+    [
+        (16, 2048, 2048, 1, 64),
+        (16, 2048, 2048, 4, 64),
+        (16, 2048, 2048, 16, 0),  # a core would have three panels
+        (16, 4000, 4000, 4, 50),
+        (8, 4000, 4000, 4, 0),  # one tile would have to ask for all
+        (16, 997, 2048, 4, 0),  # no blocks divide the sum
+        (4, 2048, 2048, 4, 0),  # streamed
+        (16, 300, 400, 4, 0),  # all of it stays in the second cache
+        (2000, 2048, 2048, 4, 0),  # copied
+        (N, 2048, 2048, 4, 0),
+    ],
+)
+def test_sums_over_rows_from_afar_go_in_blocks_on_the_fastest_cores_alone(m, k, n, cores, depth):
+    func, fast = product(m, k, n), replace(AVX512, num_cores=cores, l2_bytes=2 << 20)
+    for target in (AVX2, NEON, replace(AVX512, fma_per_cycle=1.0)):
+        assert RULE.default(func, target)["depth"] == 0
+    kernel = schedule_func(func, fast)
+    chosen = kernel.decisions
+    assert chosen["depth"] == depth
+    assert "refused" not in chosen
+    if depth:
+        assert (chosen["next"], chosen["ahead"], chosen["pack_a"], chosen["pack_b"]) == (True, 0, False, False)
+        panels = math.ceil(n / (chosen["vectors"] * chosen["width"]))
+        assert chosen["block"] == math.ceil(panels / cores)
+        found = [loop for loop in loops_in(kernel.func.body) if "spread" in loop.annotations]
+        assert [loop.extent.value for loop in found] == [chosen["block"]]
+
+
+@pytest.mark.parametrize("elements", [0, 4])
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("make", [product, biased])
+def test_sums_in_blocks_are_right(make, align, elements, kernels: KernelCache):
+    """Rows and columns that no whole tiles divide, results of several blocks of columns, an array within a line."""
+    func = make(13, 48, 208)
+    blocks = {"rows": 4, "vectors": 3, "unroll": 2, "block": 2, "depth": 12, "next": True, "align": align}
+    chosen = {**RULE.default(func, AVX512), **blocks, "pack_a": False, "pack_b": False, "ahead": 0, "stream": False}
+    kernel = schedule_func(func, AVX512, decisions=chosen)
+    assert_prepared(kernel.func, func, {})
+    given = inputs(func)
+    (want,) = interp.run(func, given)
+    named = dict(zip((buffer.name for buffer in func.params), given, strict=False))
+    named["w"] = placed(named["w"], elements)
+    with opened(compile_prim_func(Schedule.replay(func, kernel.trace), "native", cache=kernels), threads=2) as model:
+        (found,) = model.run(named).values()
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_that_do_not_divide_a_sum_are_refused():
+    for func, can in ((product(16, 48, 96), "2, 3, 4, 6, 8, 12, 16, 24"), (packed(16, 48, 96, 48), "no steps but 0")):
+        with pytest.raises(ScheduleError, match=f"depth=5, and its sum goes in blocks of {can}"):
+            schedule_func(func, AVX512, decisions={**RULE.default(func, AVX512), "depth": 5})
 
 
 @pytest.mark.parametrize(

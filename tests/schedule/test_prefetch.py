@@ -306,6 +306,7 @@ def test_what_does_not_lie_together_is_shared_out_row_by_row() -> None:
     (loop,) = (loop for loop in loops(prepare(sch.func)) if "spread" in loop.annotations)
     found = list(asked(spread(loop), {loop.var: const(0)}))
     assert {(row, column // 16) for row, column in found} == {(row, line) for row in range(24) for line in (2, 3)}
+    assert {column % 16 for _, column in found} == {15}  # a row may begin within a line, and ends in one more then
 
 
 def test_golden_of_a_share(golden) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kedge.compiler.target import parse
+from kedge.compiler.target.costs import LINE_BYTES
 from kedge.compiler.toolchain import build_runtime
 from kedge.rpc import abi
 from kedge.rpc.artifact import Artifact
@@ -96,3 +97,12 @@ def opened(artifact: Artifact, threads: int = 1) -> Iterator[Opened]:
                 runtime().kedge_context_destroy(context)
         finally:
             runtime().kedge_close(model)
+
+
+def placed(array: Array, elements: int) -> Array:
+    """A copy of `array` that begins so many elements into a cache line."""
+    raw = np.zeros(array.nbytes + 2 * LINE_BYTES, np.uint8)
+    begin = -raw.ctypes.data % LINE_BYTES + elements * array.itemsize
+    copy = raw[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

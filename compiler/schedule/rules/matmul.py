@@ -8,6 +8,7 @@ inside, so that a panel stays near while the rows of the first operand stream pa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ from kedge.compiler.schedule.rules.stream import (
     stream_decisions,
     streams,
 )
+from kedge.compiler.schedule.rules.sums import schedule_sums, steps_of, sum_decisions
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, keeps_busy, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
 from kedge.compiler.schedule.schedule import BlockRef, LoopRef, Schedule
@@ -89,7 +91,8 @@ class Matmul:
     panel is asked for bit by bit, while tiles of rows go over this one; `align`, whether tiles
     begin where cache lines of the second operand do; `parallel`; `stream`, whether the sum goes on outside of a block
     of results instead, for products of few rows: `block` then is how many tiles of columns that block has, and nothing
-    is copied or prefetched.
+    is copied or prefetched; `depth`, steps of the sum after which tiles go on with the next columns (0: all of them),
+    where `block` is how many tiles of columns have results that wait, and nothing is copied.
     """
 
     name: str = "matmul"
@@ -119,10 +122,11 @@ class Matmul:
             "pack_a": (False, True),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
             "ahead": (0,) if _is_gathered(product) else _AHEAD,
-            "next": (False, True) if _asks_for_next(product) else (False,),
+            "next": (False, True) if _asks_for_next(product) or steps_of(product) else (False,),
             "align": (False, True) if has_lines(product, func) else (False,),
             "parallel": (False, True),
             "stream": (False,) if product.turned else (False, True),
+            "depth": (0, *steps_of(product)),
         }
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
@@ -148,6 +152,7 @@ class Matmul:
             "align": False,
             "parallel": is_worth_threads([product.block], target),
             "stream": False,
+            "depth": 0,
         }
         if chosen["inside"]:
             chosen |= {"block": 0, "ahead": 0}
@@ -158,6 +163,10 @@ class Matmul:
         if streams(product, target):
             chosen |= stream_decisions(product, target)
             chosen |= {"inside": False, "pack_a": False, "pack_b": False, "ahead": 0, "next": False, "stream": True}
+        elif chosen["ahead"]:
+            found = sum_decisions(product, tile, _unroll(product, tile, target), target)
+            if found:
+                return chosen | found | {"pack_a": False, "ahead": 0}
         return {**chosen, **_aligned(product, tile, chosen, func, target)}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
@@ -165,11 +174,17 @@ class Matmul:
         _check(_known(sch.func), decisions)
         inline_producers(sch)
         product = _known(sch.func)
-        schedule = schedule_stream if decisions["stream"] else _schedule_tiles
-        done = schedule(sch, product, decisions, target)
+        done = _schedule(decisions)(sch, product, decisions, target)
         for block in blocks_in(sch.func.body):
             if block.name not in done:
                 schedule_map_by_model(sch, block.name, target)
+
+
+def _schedule(decisions: Decisions) -> Callable[[Schedule, Product, Decisions, TargetModel], set[str]]:
+    """What schedules a product so."""
+    if decisions["stream"]:
+        return schedule_stream
+    return schedule_sums if decisions["depth"] else _schedule_tiles
 
 
 def _product(func: PrimFunc) -> Product | None:
@@ -215,6 +230,9 @@ def _check(product: Product, decisions: Decisions) -> None:
         raise ScheduleError(f"tile of block {name!r}: {product.b.buffer.name!r} is turned, which pack_b=True is for")
     if decisions["pack_b"] and product.panel is not None:
         raise ScheduleError(f"tile of block {name!r}: pack_b, but {product.b.buffer.name!r} is packed already")
+    if decisions["depth"] and decisions["depth"] not in steps_of(product):
+        can = ", ".join(map(str, steps_of(product))) or "no steps but 0"
+        raise ScheduleError(f"tile of block {name!r}: depth={decisions['depth']}, and its sum goes in blocks of {can}")
 
 
 def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, target: TargetModel) -> bool:
@@ -437,7 +455,7 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
             _schedule_pack(sch, pack, target)
     if decisions["parallel"]:
         parallelize(sch, _separable(sch, _spread(nest, decisions)), total, target)
-    if decisions["next"]:
+    if decisions["next"] and not decisions["pack_b"]:
         loops = list(sch.get_loops(ref))
         around = loops[loops.index((*nest.tiles, *nest.sums)[0]) - 1]
         sch.prefetch(ref, product.b.buffer.name, around, 1, spread=True)
