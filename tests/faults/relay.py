@@ -140,6 +140,8 @@ class Relay:
             await call.done_writing()
         except grpc.aio.AioRpcError:
             return  # whoever reads the call hears of it
+        except grpc.aio.AbortError:
+            return  # the client was told, where the call ended
         except asyncio.InvalidStateError:
             return  # the call has ended
 
