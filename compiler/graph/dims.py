@@ -126,8 +126,16 @@ def evaluate(dim: Dim, symbols: Mapping[Var, int]) -> int:
             return int(value)
         case Var():
             return symbols[dim]
-        case Binary(op=op, a=a, b=b):
-            return _apply(op, evaluate(a, symbols), evaluate(b, symbols))
+        case Binary():
+            waiting: list[Binary] = []
+            first: Expr = dim
+            while isinstance(first, Binary):  # sums of sums stand on the left: no recursion is as deep
+                waiting.append(first)
+                first = first.a
+            value = evaluate(first, symbols)
+            for each in reversed(waiting):
+                value = _apply(each.op, value, evaluate(each.b, symbols))
+            return value
         case Select(condition=condition, a=a, b=b):
             return evaluate(a if evaluate(condition, symbols) else b, symbols)
     raise TypeError(f"not a dim: {dim!r}")

@@ -449,10 +449,15 @@ class Simplifier:
     def poly(self, expr: Expr) -> Poly:
         """The normal form of an int64 expression."""
         polys = self._memory.polys
-        found = polys.get(expr)
-        if found is None:
-            polys[expr] = found = self._worked_out(expr)
-        return found
+        waiting, first = [], expr  # sums of sums stand on the left: no recursion is as deep as they are long
+        while first not in polys:
+            waiting.append(first)
+            if not isinstance(first, Binary):
+                break
+            first = first.a
+        for each in reversed(waiting):
+            polys[each] = self._worked_out(each)
+        return polys[expr]
 
     @property
     def _memory(self) -> _Memory:

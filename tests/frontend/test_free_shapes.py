@@ -134,6 +134,27 @@ def test_thousands_of_operations_one_after_the_other_are_loaded() -> None:
     check_compiled(model(body, {}), {"t0": f(3, 4)})
 
 
+@pytest.mark.parametrize(
+    "step", ["e=Add(d,n) d=Mul(e,m)", "e=Mul(d,n) d=Add(e,d)", "e=Div(d,three) f=Add(e,n) d=Mul(f,d)"]
+)
+def test_sizes_of_too_many_operations_are_refused(step: str) -> None:
+    """They doubled with each step, and were as deep as no stack of Python's."""
+    text = "g (float[N,M] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one) m=Slice(s,one,two) d0=Add(n,m)"
+    for i in range(5_000):
+        names = {"e": f"e{i}", "f": f"f{i}"}
+        nodes = [node.split("=") for node in step.split()]
+        for name, call in nodes:
+            call = call.replace("(d,", f"(d{i},").replace(",d)", f",d{i})")
+            call = call.replace("(e,", f"(e{i},").replace("(f,", f"(f{i},")
+            text += f" {names.get(name, f'd{i + 1}')}={call}"
+    proto = model(text + " r=Concat<axis=0>(d5000,four) y=Expand(row,r) }", CHAINED)
+    with pytest.raises(
+        FrontendError, match=r"node '[def]\d+' \(\w+\): it makes a size of more than 512 operations"
+    ) as refused:
+        load_onnx(proto)
+    assert "shapes={...}" in str(refused.value.hint)
+
+
 def test_sizes_clamped_by_each_other_are_compiled() -> None:
     """Simplifying took five times as long for each two more of them."""
     text = "g (float[N,M,K] x) => (float[] y) { s=Shape(x) n=Slice(s,zero,one) m=Slice(s,one,two) k=Slice(s,two,three)"

@@ -157,3 +157,12 @@ def test_bfloat16_is_saved_and_loaded(size, tmp_path):
         (got,) = interp.run(each, {"x": data}).values()
         assert got.dtype == "bfloat16"
         np.testing.assert_array_equal(got.view(np.uint16), (data + data).view(np.uint16))
+
+
+def test_a_dim_of_thousands_of_operations_is_evaluated():
+    size = Var("n", lower=1)
+    total = size + 0
+    for step in range(5_000):
+        total = total + step if step % 2 else total - size
+    for dim in (total, plain(total)):
+        assert evaluate(dim, {size: 3}) == 3 + sum(range(1, 5_000, 2)) - 2_500 * 3

@@ -32,6 +32,8 @@ _FEW = 64
 _LARGEST_FLOAT = 2.0**53
 #: Of more divisions inside of each other nobody makes sizes, and each takes longer to simplify than the one before.
 _DEEPEST = 32
+#: Nor of as many operations, which entries compute in each call.
+_LONGEST = 512
 #: These may make a large tensor of a few numbers.
 _GROWING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "EyeLike", "Pad", "Resize", "OneHot"})
 
@@ -107,9 +109,13 @@ def _fold_symbolic(node: Node, contents: Sequence[Array | None]) -> Sequence[Ent
         return None
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise node.error(f"shape arithmetic fails: {error}") from error
-    if any(nesting(item) > _DEEPEST for item in np.asarray(items, dtype=object).reshape(-1)):
+    for item in np.asarray(items, dtype=object).reshape(-1):
+        depth, length = nesting(item)
+        if depth <= _DEEPEST and length <= _LONGEST:
+            continue
+        what = f"{_DEEPEST} divisions, minima or maxima of free dims inside of each other"
         raise node.error(
-            f"it makes a size of more than {_DEEPEST} divisions, minima or maxima of free dims inside of each other",
+            f"it makes a size of more than {what if depth > _DEEPEST else f'{_LONGEST} operations on free dims'}",
             hint="fix the dims: shapes={...} or --shape NAME=1,3,224,224",
         )
     return (literal(np.asarray(items, dtype=object), dtype),)

@@ -210,12 +210,15 @@ def _remainder(operands: Sequence[Array], attributes: Attributes) -> Array:
     return _each(remainder)(operands, attributes)
 
 
-def nesting(item: Any) -> int:
-    """How many divisions, minima, maxima and choices of an element are inside of each other, at most."""
+def nesting(item: Any) -> tuple[int, int]:
+    """How many divisions, minima, maxima and choices of an element are inside of each other, at most, and how many
+    operations it takes where those that are used twice are written twice.
+    """
     root = item.above if isinstance(item, (Ratio, Quotient)) else item
     if not isinstance(root, Expr):
-        return 0
+        return 0, 0
     depths: dict[int, int] = {}
+    lengths: dict[int, int] = {}
     waiting = [(root, False)]  # no recursion: the answer may be that there are thousands
     while waiting:
         expr, ready = waiting.pop()
@@ -228,9 +231,10 @@ def nesting(item: Any) -> int:
             deepest = max((depths[id(each)] for each in operands), default=0)
             deep = isinstance(expr, Select) or (isinstance(expr, Binary) and expr.op not in ("add", "sub", "mul"))
             depths[id(expr)] = deepest + deep
+            lengths[id(expr)] = sum(lengths[id(each)] for each in operands) + bool(operands)
         else:
             waiting += [(expr, True), *((each, False) for each in operands)]
-    return depths[id(root)]
+    return depths[id(root)], lengths[id(root)]
 
 
 class UndecidableError(Exception):
