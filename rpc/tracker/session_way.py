@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import types
 from collections.abc import Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
@@ -128,19 +127,30 @@ def begin(work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
     except Exception as error:  # noqa: BLE001 - for whoever looks at what became of it
         done.set_exception(error)
         return done
-    return loop.create_task(_rest(work, waits_for))
+    return loop.create_task(_finish(work, waits_for))
 
 
-@types.coroutine
-def _rest(work: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+async def _finish(work: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    """A coroutine of its own: from Python 3.12 on a task takes no generator in the place of one."""
+    await _Rest(work, waits_for)
+
+
+class _Rest:
     """The work from where it waits on, which a task is told as if it had come to that itself."""
-    while True:
-        try:
+
+    def __init__(self, work: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        self._work = work
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        while True:
             try:
-                given = yield waits_for
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is the work's
-                waits_for = work.throw(error)
-            else:
-                waits_for = work.send(given)
-        except StopIteration:
-            return
+                try:
+                    given = yield waits_for
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is the work's
+                    waits_for = self._work.throw(error)
+                else:
+                    waits_for = self._work.send(given)
+            except StopIteration:
+                return
