@@ -2,8 +2,8 @@
 
 One thread owns the connection. Facts are queued to it and committed in groups: whatever has gathered while the last
 commit was under way goes into the next, so that no fact waits for a timer and many share one fsync. Reading goes
-through the same queue and therefore sees everything that was queued before; while the disk takes nothing, it sees
-what is stored.
+through the same queue and therefore sees everything that was queued before, and perhaps what came after; while the
+disk takes nothing, it sees what is stored.
 
 An SQLite file is opened exclusively: a second tracker on the same folder is refused. Of several trackers on one
 PostgreSQL database one leads, and only what it writes in its own epoch is stored (see `kedge.rpc.tracker.epoch`).
@@ -263,40 +263,51 @@ class Store:
 
     def _refuse_reads(self) -> None:
         """Tell readers that nobody will answer them."""
-        while not isinstance(item := self._poll(), _Idle):
+        while True:
+            try:
+                item = self._work.get_nowait()
+            except queue.Empty:
+                return
             if isinstance(item, _Read) and item.future.set_running_or_notify_cancel():
                 closed = StoreAwayError if self.passes else StoreError
                 item.future.set_exception(closed(f"the store in {self._database.name} is closed"))
 
     def _serve(self, connection: sa.Connection) -> None:
-        while True:
-            item = self._next()
-            group: list[_Append] = []
-            reads: list[_Read] = []
-            # A reader may see more than was queued before it; a commit is worth more, the more it holds.
-            while isinstance(item, (_Append, _Read)):
-                if isinstance(item, _Append):
-                    group.append(item)
-                else:
-                    reads.append(item)
-                item = self._poll()
-            if group and not self._commit(connection, group, reads):
-                return
-            for append in group:
-                if self._needed is not None:
-                    self._needed.stored(append.facts)
-                if append.problem is None or append.refused is None:
-                    append.done()
-                else:
-                    append.refused(
-                        StoreError(f"the tracker cannot store this: {' '.join(str(append.problem).split())}")
-                    )
-            for read in reads:
-                self._answer(connection, read)
-            if item is None:
-                return
-            if self._keep is not None and self._sweep_due is not None and time.monotonic() >= self._sweep_due:
-                self._sweep(connection, self._keep)
+        reads: list[_Read] = []
+        try:
+            while self._serve_some(connection, reads):
+                pass
+        finally:
+            for read in reads:  # a commit, or what follows from it, ended the store: they are refused with the rest
+                self._work.put(read)
+
+    def _serve_some(self, connection: sa.Connection, reads: list[_Read]) -> bool:
+        """What is queued now; False where that was all. `reads` holds the ones that are not answered yet."""
+        item = self._next()
+        group: list[_Append] = []
+        # A reader may see more than was queued before it; a commit is worth more, the more it holds.
+        while isinstance(item, (_Append, _Read)):
+            if isinstance(item, _Append):
+                group.append(item)
+            else:
+                reads.append(item)
+            item = self._poll()
+        if group and not self._commit(connection, group, reads):
+            return False
+        for append in group:
+            if self._needed is not None:
+                self._needed.stored(append.facts)
+            if append.problem is None or append.refused is None:
+                append.done()
+            else:
+                append.refused(StoreError(f"the tracker cannot store this: {' '.join(str(append.problem).split())}"))
+        while reads:
+            self._answer(connection, reads.pop(0))
+        if item is None:
+            return False
+        if self._keep is not None and self._sweep_due is not None and time.monotonic() >= self._sweep_due:
+            self._sweep(connection, self._keep)
+        return True
 
     def _next(self) -> _Item:
         """The next piece of work, or _Idle when it is time to forget something."""

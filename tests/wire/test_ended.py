@@ -19,7 +19,18 @@ from kedge.rpc.tracker.ended import Ended
 from kedge.rpc.tracker.schema import StoreError
 from kedge.rpc.tracker.shell import Shell
 from kedge.rpc.tracker.store import Store
-from kedge.rpc.types import DeviceFault, Health, Job, JobResult, JobState, Lease, Tensor
+from kedge.rpc.types import (
+    DeviceFault,
+    Health,
+    Job,
+    JobResult,
+    JobState,
+    Lease,
+    Measurement,
+    StepSamples,
+    Tensor,
+    TimeOptions,
+)
 from support.toys import device_info
 
 
@@ -119,3 +130,39 @@ def test_only_the_newest_are_remembered_and_none_that_is_large() -> None:
     assert ended.get("large") is None and ended.get("j299") is not None
     ended.forget(["j299", "never"])
     assert ended.get("j299") is None
+
+
+LONG = 8 << 10  # so many numbers are as large as a job here may be
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        replace(RESULT, measurement=Measurement(TimeOptions(), (1.5,) * LONG)),
+        replace(RESULT, measurement=Measurement(TimeOptions(), (), profile=StepSamples(((1.5,) * 100,) * 82, 1e9, ()))),
+        replace(RESULT, measurement=Measurement(TimeOptions(), (), reasons=("x" * 1000,) * 66)),
+        replace(RESULT, measurement=Measurement(TimeOptions(), (), after=Health(problems=("x" * 1000,) * 66))),
+        replace(RESULT, outcome=replace(RESULT.outcome, message="x" * (64 << 10))),
+        replace(RESULT, outputs=tuple(Tensor("y", "int8", (0,), b"") for _ in range(1000))),
+    ],
+    ids=["samples", "profile", "reasons", "health", "message", "outputs"],
+)
+def test_nothing_of_a_job_is_remembered_where_it_is_large_in_all(result: JobResult) -> None:
+    ended = Ended()
+    ended.put(Job("j", SPEC, JobState.DONE, result=RESULT))
+    ended.put(Job("j", SPEC, JobState.DONE, result=result))
+    assert ended.get("j") is None
+
+
+def test_all_together_are_not_large() -> None:
+    """256 of the largest would be 16 MiB, and 64 as objects."""
+    ended = Ended()
+    result = replace(RESULT, measurement=Measurement(TimeOptions(), (1.5,) * (LONG - 128)))
+    for number in range(100):
+        ended.put(Job(f"j{number}", SPEC, JobState.DONE, result=result))
+    kept = [number for number in range(100) if ended.get(f"j{number}") is not None]
+    assert kept == [*range(100 - len(kept), 100)] and 60 <= len(kept) <= 70
+    ended.forget([f"j{number}" for number in kept])
+    for number in range(256):
+        ended.put(Job(f"k{number}", SPEC, JobState.DONE, result=RESULT))
+    assert ended.get("k0") is not None, "what is forgotten takes no room"

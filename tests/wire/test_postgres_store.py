@@ -24,7 +24,7 @@ from kedge.rpc.tracker.database import Postgres, database
 from kedge.rpc.tracker.epoch import Epoch, FencedError, take_lead
 from kedge.rpc.tracker.facts import Fact, JobAccepted, JobDone, Serviced
 from kedge.rpc.tracker.retention import Retention
-from kedge.rpc.tracker.schema import StoreError, prepare
+from kedge.rpc.tracker.schema import StoreAwayError, StoreError, prepare
 from kedge.rpc.tracker.store import Store
 from kedge.rpc.types import Blob, JobFilter, JobResult, JobSpec, JobState, RunTask
 from support.logged import wait_for
@@ -78,6 +78,28 @@ def test_epochs_grow_and_only_the_newest_writes(place: Postgres) -> None:
         old.job("a").result(60)
     old.close()
     new.close()
+
+
+def test_whoever_reads_from_an_old_leader_is_told_that_it_leads_no_more(place: Postgres) -> None:
+    """Also who waits for the commit that finds it out."""
+    hold, held = threading.Event(), threading.Event()
+    old = Store(place, epoch=lead(place))
+
+    def wait() -> None:
+        held.set()
+        assert hold.wait(60)
+
+    old.append([accepted("a", 1)], wait)
+    assert held.wait(60)
+    lead(place)
+    reads = [old.job("a")]
+    old.append([accepted("b", 2)], lambda: None)
+    reads.append(old.job("b"))
+    hold.set()
+    for read in reads:
+        with pytest.raises(StoreAwayError, match="is closed"):
+            read.result(60)
+    old.close()
 
 
 def test_what_an_old_leader_has_in_mid_transaction_is_whole_or_nothing_and_never_late(place: Postgres) -> None:

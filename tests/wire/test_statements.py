@@ -47,6 +47,9 @@ WRITES: list[tuple[sa.Insert | sa.Update, list[dict[str, Any]]]] = [
     (UPDATE, [{"of": "a", "text": "new\0"}, {"of": "nobody", "text": "x"}]),
     (UPDATE, [{"of": "b", "size": 5, "raw": b""}]),
     (UPDATE, [{"of": "c", "raw": b"\xff", "size": 6}, {"of": "d", "raw": b"", "size": 7}]),
+    (INSERT, [{"id": "ij"}]),
+    (INSERT, [{"id": "k\0"}, {"id": "lm"}]),
+    (UPDATE.values(size=sa.literal_column("9")), [{"of": "ij"}]),
 ]
 
 
@@ -63,7 +66,7 @@ def test_what_is_written_is_the_same(engine: sa.Engine) -> None:
                     connection.execute(meant, given)
             found.append(connection.execute(sa.select(THINGS).order_by(THINGS.c.id)).all())
     engine.dispose()
-    assert found[0] == found[1] and len(found[0]) == 8
+    assert found[0] == found[1] and len(found[0]) == 11
     assert {row.id: row.size for row in found[0] if row.id in "abg"} == {"a": 1 << 40, "b": 5, "g": 42}
 
 
@@ -76,4 +79,30 @@ def test_what_is_refused_is_refused_as_ever(engine: sa.Engine) -> None:
             statements.run(connection, INSERT, rows("aa", {"size": 1}))
     with engine.begin() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(THINGS)).scalar_one() == 0
+    engine.dispose()
+
+
+def test_what_rows_have_no_value_for_is_refused_when_the_statement_is_made(engine: sa.Engine) -> None:
+    tables = sa.MetaData()
+    made = sa.Table(
+        "made",
+        tables,
+        sa.Column("id", Text, primary_key=True),
+        sa.Column("size", sa.Integer, nullable=True, default=7, onupdate=8),
+        sa.Column("text", Text, server_default="by the database"),
+    )
+    changed = sa.update(made).where(made.c.id == sa.bindparam("of"))
+    statements = Statements()
+    with engine.begin() as connection:
+        tables.create_all(connection)
+        for meant, row, missing in (
+            (sa.insert(made), {"id": "a"}, "size"),
+            (changed, {"of": "a", "text": "t"}, "size"),
+            (changed, {"size": 1}, "of"),
+        ):
+            with pytest.raises(TypeError, match=f"rows of {', '.join(row)} lack {missing}: give each row a value"):
+                statements.run(connection, meant, [row])
+        statements.run(connection, sa.insert(made), [{"id": "a", "size": None}])
+        statements.run(connection, changed, [{"of": "a", "size": 3}])
+        assert connection.execute(sa.select(made)).one() == ("a", 3, "by the database")
     engine.dispose()

@@ -900,6 +900,30 @@ def test_nobody_waits_for_a_closed_store(place: Place) -> None:
         store.job("j").result(60)
 
 
+def test_nobody_waits_for_a_store_that_a_commit_ended(place: Place) -> None:
+    """Who reads waits for the commit that gathers what was queued with it, and is told where that never comes."""
+    hold, held, failed = threading.Event(), threading.Event(), threading.Event()
+    store = Store(place, on_failure=lambda error: failed.set())
+
+    def wait() -> None:
+        held.set()
+        assert hold.wait(60)
+
+    store.append([accepted("j", 1)], wait)
+    assert held.wait(60)
+    before = store.job("j")
+    store.append([accepted("j", 2)], lambda: None)
+    between = store.job("j")
+    store.when_forgotten(lambda jobs, keys: None)  # which wakes the store only
+    after = store.job("j")
+    hold.set()
+    assert failed.wait(60)
+    for read in (before, between, after):
+        with pytest.raises(StoreError, match="is closed"):
+            read.result(60)
+    store.close()
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "tracker.db") as connection:
