@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
@@ -23,21 +24,21 @@ class Way(Generic[Frame]):
     """
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[Frame] = asyncio.Queue()
-        #: In the queue, or taken from there and waiting for their turn: WAITING_FRAMES at most.
-        self._queued = 0
+        #: WAITING_FRAMES at most. A frame leaves as it begins to be written: one whose stream ends before stays.
+        self._queue: deque[Frame] = deque()
+        self._some = asyncio.Event()
         self._room = asyncio.Event()
         #: Where frames go; None while nobody is there to read them.
         self._stream: Stream[Frame] | None = None
 
     def put_nowait(self, frame: Frame) -> bool:
         """Put a frame on its way; False where there is no room for it."""
-        if self._stream is not None and not self._queued and self._stream.begin(frame):
+        if self._stream is not None and not self._queue and self._stream.begin(frame):
             return True
-        if self._queued >= WAITING_FRAMES:
+        if len(self._queue) >= WAITING_FRAMES:
             return False
-        self._queue.put_nowait(frame)
-        self._queued += 1
+        self._queue.append(frame)
+        self._some.set()
         return True
 
     async def put(self, frame: Frame) -> None:
@@ -51,11 +52,14 @@ class Way(Generic[Frame]):
         self._stream = stream
         try:
             while True:
-                frame = await self._queue.get()
+                await self._some.wait()
                 await stream.turn()
-                self._queued -= 1
-                self._room.set()
-                await stream.write(frame)
+                if self._queue:
+                    frame = self._queue.popleft()
+                    self._room.set()
+                    await stream.write(frame)
+                else:
+                    self._some.clear()
         finally:
             if self._stream is stream:
                 self._stream = None

@@ -54,7 +54,7 @@ def test_a_frame_is_written_as_it_comes_where_nothing_is_before_it() -> None:
         assert way.put_nowait(0), "nobody is there yet"
         speaking = asyncio.create_task(way.lead_to(stream))
         end.reads.set()
-        while end.heard != [0] or way._queued:
+        while end.heard != [0] or way._queue:
             await asyncio.sleep(0)
         end.reads.clear()
         assert way.put_nowait(1) and end.heard == [0, 1]
@@ -70,6 +70,34 @@ def test_a_frame_is_written_as_it_comes_where_nothing_is_before_it() -> None:
             while len(end.heard) <= MOST:
                 await asyncio.sleep(0)
         assert end.heard == list(range(MOST + 1))
+        speaking.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_frame_that_waits_for_its_turn_stays_for_the_next_stream() -> None:
+    """A client that comes back on another one is told everything, and there is as much room as before."""
+
+    async def main() -> None:
+        way: Way[int] = Way()
+        end, other = Reader(), Reader()
+        speaking = asyncio.create_task(way.lead_to(Stream(cast(Any, end))))
+        await asyncio.sleep(0)
+        for frame in range(MOST):
+            assert way.put_nowait(frame)
+        for _ in range(5):  # it comes to wait for its turn
+            await asyncio.sleep(0)
+        speaking.cancel()
+        await asyncio.wait([speaking])
+        assert end.heard == [0] and not way.put_nowait(MOST), "both are still there"
+        speaking = asyncio.create_task(way.lead_to(Stream(cast(Any, other))))
+        other.reads.set()
+        async with asyncio.timeout(60):
+            while len(other.heard) < WAITING_FRAMES:
+                await asyncio.sleep(0)
+        assert other.heard == list(range(1, MOST))
+        other.reads.clear()
+        assert [way.put_nowait(frame) for frame in range(MOST + 1)] == [True] * MOST + [False]
         speaking.cancel()
 
     asyncio.run(main())
