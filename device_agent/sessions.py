@@ -245,7 +245,7 @@ class Session:
                     if request.WhichOneof("body") == "cancel":
                         self._call_off_request(request.id)
                     self._requests.put(request)
-                self._requests.wait_for_room()  # nothing is taken off the stream before
+                self._requests.wait_while_over()  # nothing is taken off the stream before
         except grpc.RpcError as error:
             why = f"the session's connection to the tracker broke ({error.code().name}: {error.details()})"
             return Outcome(OutcomeKind.CANCELLED, Stage.RUN, message=why)

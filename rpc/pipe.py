@@ -40,10 +40,10 @@ class Pipe(Generic[T]):
             self._wait()
             self._items.put(item)
 
-    def wait_for_room(self) -> None:
-        """Wait until one more could be put in; raises PipeClosed."""
+    def wait_while_over(self) -> None:
+        """Wait while more are in than `most`, after a push; raises PipeClosed."""
         with self._room:
-            self._wait()
+            self._wait(over=True)
 
     def get(self, timeout: Optional[float] = None) -> T:
         """The next one; raises PipeClosed when there will be none, TimeoutError when there is none in `timeout` s."""
@@ -56,7 +56,7 @@ class Pipe(Generic[T]):
             raise PipeClosed
         if self._waiting:
             with self._room:
-                self._room.notify()
+                self._room.notify_all()  # one alone may take no room, or be interrupted, and the rest would sleep
         return cast(T, item)
 
     def close(self) -> None:
@@ -86,11 +86,12 @@ class Pipe(Generic[T]):
             self._drop()
             self._end()
 
-    def _wait(self) -> None:
-        if self._items.qsize() >= self._most and not self._closed:
+    def _wait(self, over: bool = False) -> None:
+        most = self._most if over else self._most - 1
+        if self._items.qsize() > most and not self._closed:
             self._waiting += 1
             try:
-                self._room.wait_for(lambda: self._items.qsize() < self._most or self._closed)
+                self._room.wait_for(lambda: self._items.qsize() <= most or self._closed)
             finally:
                 self._waiting -= 1
         if self._closed:

@@ -302,7 +302,7 @@ class SessionLink:
             for event in self._call:
                 which = event.WhichOneof("body")
                 if which is None:
-                    self._answers.wait_for_room()  # nothing is taken off the stream before
+                    self._answers.wait_while_over()  # nothing is taken off the stream before
                 elif which == "granted":
                     self._answers.put(event.granted)
                 elif which == "waiting":

@@ -18,7 +18,7 @@ import pytest
 from kedge.device_agent import jobs, session_files
 from kedge.device_agent.jobs import Board
 from kedge.device_agent.session_files import SessionFiles
-from kedge.device_agent.sessions import Session
+from kedge.device_agent.sessions import _WAITING, Session
 from kedge.protos.v1 import sessions_pb2 as pb
 from kedge.protos.v1 import types_pb2
 from kedge.rpc import convert
@@ -168,6 +168,8 @@ def test_calling_off_a_timing_that_waits_for_a_hot_board(
         wanted = pb.TimeFunction(artifact=number, function="add", inputs=[x], options=options, run_ms=7_200_000)
         served.stream.ask(id=2, time=wanted)
         assert asked.wait(60)
+        for _ in range(_WAITING):  # as many as may wait for the worker, which takes none
+            served.stream.ask(id=2, piece=b"x")
         served.stream.ask(id=2, cancel=pb.CancelRequest())
         assert served.stream.reply().failed.outcome.message == "its client called it off"
         call = pb.CallFunction(artifact=number, function="add", inputs=[x])

@@ -57,16 +57,28 @@ def test_a_push_does_not_wait(pipe: Pipe[int]) -> None:
     assert fifth.result() is None and pipe.get() == 4
 
 
-def test_room_is_waited_for_and_left_to_be_taken(pipe: Pipe[int]) -> None:
-    pipe.put(1)
-    pipe.wait_for_room()
-    pipe.put(2)
-    room = Waiting(pipe.wait_for_room)
+def test_those_who_pushed_wait_only_while_it_is_over_its_bound(pipe: Pipe[int]) -> None:
+    pipe.push(1)
+    pipe.push(2)
+    pipe.wait_while_over()
+    pipe.push(3)
+    over = Waiting(pipe.wait_while_over)
     assert pipe.get() == 1
-    assert room.result() is None and pipe.get() == 2
+    assert over.result() is None and [pipe.get(), pipe.get()] == [2, 3]
     pipe.close()
     with pytest.raises(PipeClosed):
-        pipe.wait_for_room()
+        pipe.wait_while_over()
+
+
+def test_who_goes_on_and_who_waits_for_more_room_do_not_take_each_others_wake_up(pipe: Pipe[int]) -> None:
+    for item in range(3):
+        pipe.push(item)
+    fourth = Waiting(lambda: pipe.put(3))
+    over = Waiting(pipe.wait_while_over)
+    assert pipe.get() == 0
+    assert over.result() is None and not fourth.got
+    assert pipe.get() == 1
+    assert fourth.result() is None and [pipe.get(), pipe.get()] == [2, 3]
 
 
 def test_what_is_in_a_closed_one_can_be_got(pipe: Pipe[int]) -> None:

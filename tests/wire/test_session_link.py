@@ -82,13 +82,13 @@ def test_a_reply_reaches_who_asked_from_the_thread_that_takes_it_off_the_wire(
 
 
 def test_replies_that_nobody_takes_stay_on_the_wire(stream: Stream, link: SessionLink) -> None:
-    for number in range(1, 4):
+    for number in range(1, 5):
         stream.events.put(stream.reply(number))
         wait_for(lambda taken=number + 1: stream.taken == taken, "the next one to be asked for")
-    stream.events.put(stream.reply(4))
+    stream.events.put(stream.reply(5))
     stream.events.put(pb.ClientEvent())
     wait_for(lambda: link._answers._waiting == 1, "the client to hold back")
-    assert stream.taken == 4
+    assert stream.taken == 5
     link._answers.get()
-    wait_for(lambda: stream.taken == 6, "both to be taken")
+    wait_for(lambda: stream.taken == 7, "both to be taken")
     assert link.alive
