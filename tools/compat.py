@@ -3,7 +3,7 @@
     python tools/compat.py [newest|oldest]...
 
 The developers' environment has neither: its tools hold packages back. Each set gets an environment of its own, made
-anew in .cache/compat, with what tests/conftest.py imports as the only guests.
+anew in .cache/compat, with the Python that runs this and what tests/conftest.py imports as the only guests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compat"
 #: What tests/conftest.py imports beyond kedge; neither brings a package that kedge uses.
 GUESTS = ("pytest", "hypothesis")
-#: Tracker, agent, clients and commands as processes, with and without TLS; health, reflection and metrics.
+#: Tracker, agent, clients and commands as processes, with and without TLS; health, reflection and metrics; what
+#: depends on asyncio's inside.
 TESTS = (
     "tests/cli/test_fleet.py",
     "tests/cli/test_access.py",
     "tests/wire/test_observability.py",
+    "tests/wire/test_session_relay.py",
 )
 
 
