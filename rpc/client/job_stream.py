@@ -63,17 +63,19 @@ class JobStream:
     def begin(self, message: pb.SubmitJobRequest, timeout_s: float) -> StreamedJob | None:
         """The job, once it is accepted; None where the stream has no room for it.
 
+        `timeout_s` is for its last word, too: whoever waits longer has to ask for it, as with a call that ends then.
+
         Raises:
             KedgeError: it is refused.
             StreamBroken: whether it was accepted is not known.
             TimeoutError: nothing was heard of it in time.
         """
         with interrupts.deferred():
-            job = self._sent(message)
+            job = self._sent(message, time.monotonic() + timeout_s)
         if job is None:
             return None
         try:
-            job._take_acceptance(time.monotonic() + timeout_s)
+            job._take_acceptance()
         except BaseException:
             job.cancel()
             raise
@@ -86,14 +88,14 @@ class JobStream:
             with interrupts.deferred():
                 self._call.cancel()
 
-    def _sent(self, message: pb.SubmitJobRequest) -> StreamedJob | None:
+    def _sent(self, message: pb.SubmitJobRequest, ends: float) -> StreamedJob | None:
         with self._lock:
             for number in [number for number, job in self._jobs.items() if job() is None]:
                 self._drop(number)
             if len(self._jobs) >= MAX_STREAM_JOBS:
                 return None
             self._last += 1
-            job = StreamedJob(self, self._last)
+            job = StreamedJob(self, self._last, ends)
             request = pb.RunJobsRequest(number=self._last, job=message, forgotten=self._forgotten)
             try:
                 self._requests.push(request)
@@ -109,6 +111,8 @@ class JobStream:
 
     def forget(self, number: int) -> None:
         """Nobody waits for what is told of a job, if anything more is."""
+        if self._pid != os.getpid():
+            return  # it is the parent's, and so may the lock be
         with self._lock:
             self._drop(number)
 
@@ -138,16 +142,21 @@ class JobStream:
 class StreamedJob:
     """As much of gRPC's call RunJob as a job needs once it is accepted: its last word is next, or it is cancelled."""
 
-    def __init__(self, stream: JobStream, number: int) -> None:
+    def __init__(self, stream: JobStream, number: int, ends: float) -> None:
         self.job_id = ""
         #: What is said of it; None: nothing more, as the stream is over.
         self.told: SimpleQueue[pb.RunJobsResponse | None] = SimpleQueue()
         self._stream = stream
         self._number = number
+        #: By time.monotonic(): later than this nothing is waited for.
+        self._ends = ends
 
     def __next__(self) -> pb.RunJobsResponse:
-        """What holds its result; raises StopIteration where that is not told here."""
-        said = self._next(None)
+        """What holds its result; raises StopIteration where that is not told here, or not in time."""
+        try:
+            said = self._next()
+        except TimeoutError:
+            said = None
         if said is None or said.WhichOneof("said") != "result":
             raise StopIteration
         return said
@@ -156,19 +165,19 @@ class StreamedJob:
         """Have no more told of it, now that nobody waits for that; the job goes on."""
         self._stream.forget(self._number)
 
-    def _take_acceptance(self, ends: float) -> None:
-        said = self._next(ends)
+    def _take_acceptance(self) -> None:
+        said = self._next()
         if said is None:
             raise StreamBroken(self._stream._error)
         if said.WhichOneof("said") == "refused":
             raise from_refusal(said.refused)
         self.job_id = said.job_id
 
-    def _next(self, ends: float | None) -> pb.RunJobsResponse | None:
-        while True:
-            left = _WAIT_S if ends is None else min(_WAIT_S, ends - time.monotonic())
+    def _next(self) -> pb.RunJobsResponse | None:
+        while self._stream._pid == os.getpid():
             try:
-                return self.told.get(timeout=max(0.0, left))
+                return self.told.get(timeout=max(0.0, min(_WAIT_S, self._ends - time.monotonic())))
             except Empty:
-                if ends is not None and time.monotonic() >= ends:
+                if time.monotonic() >= self._ends:
                     raise TimeoutError from None
+        return None  # this process was forked off, and its parent hears what is told

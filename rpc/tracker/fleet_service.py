@@ -19,7 +19,7 @@ from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.status import TrackerAwayError, UnknownReservationError
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
-from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
+from kedge.rpc.tracker.handlers import to_the_end, typed_errors, typed_stream_errors
 from kedge.rpc.tracker.job_stream import JobStream
 from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
 from kedge.rpc.tracker.schema import StoreError
@@ -129,14 +129,19 @@ class FleetService:
             key = f"{principal.name}/{key}"  # one user's keys say nothing of another's jobs
         signer = spec.signature.public_key.hex() if spec.signature is not None else ""
         said = {"artifact": spec.manifest.digest, "selector": spec.selector, "signer": signer}
-        try:
-            job_id, existed = await self._shell.submit(spec, needs, key, principal.name)
-        except StoreError:  # a device may have begun with it meanwhile
-            self._audit.write("job not stored", **said, **who(principal, context))
-            raise
-        if not existed:
-            self._audit.write("job submitted", job=job_id, **said, **who(principal, context))
-        return job_id, existed
+        said |= who(principal, context)
+
+        async def submit() -> tuple[str, bool]:
+            try:
+                job_id, existed = await self._shell.submit(spec, needs, key, principal.name)
+            except StoreError:  # a device may have begun with it meanwhile
+                self._audit.write("job not stored", **said)
+                raise
+            if not existed:
+                self._audit.write("job submitted", job=job_id, **said)
+            return job_id, existed
+
+        return await to_the_end(submit())  # the job goes on without its client, so its line has to be written
 
     @typed_stream_errors
     async def WatchJob(self, request: fleet_pb2.WatchJobRequest, context: Context) -> AsyncIterator[types_pb2.Job]:

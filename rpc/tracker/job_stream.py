@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from kedge.protos.v1 import fleet_pb2 as pb
@@ -15,6 +16,15 @@ from kedge.rpc.transport import MAX_STREAM_JOBS, MAX_STREAMED_BYTES
 Run = Callable[[pb.SubmitJobRequest], AsyncIterator[pb.RunJobResponse]]
 
 
+class _Note(enum.Enum):
+    """What lies between the words, and is not said."""
+
+    #: Nothing is left to be said of one of the jobs.
+    JOB_ENDED = enum.auto()
+    #: The client has no more jobs.
+    HEARD_ALL = enum.auto()
+
+
 class JobStream:
     """One stream. What goes wrong with a job is told of that job; what keeps the tracker from going on ends the stream.
 
@@ -25,25 +35,24 @@ class JobStream:
         self._run = run
         self._last = 0
         self._jobs: dict[int, asyncio.Task[None]] = {}
-        #: Of jobs that are under way, or whose last word is not said.
+        #: Of jobs that are under way, or of which something is not said yet: so it bounds what waits to be said, too.
         self._room = asyncio.Semaphore(MAX_STREAM_JOBS)
-        #: None: look whether there is anything more to say.
-        self._to_say: asyncio.Queue[pb.RunJobsResponse | BaseException | None] = asyncio.Queue()
+        self._to_say: asyncio.Queue[pb.RunJobsResponse | BaseException | _Note] = asyncio.Queue()
         self._heard_all = False
 
     async def serve(self, requests: AsyncIterator[pb.RunJobsRequest]) -> AsyncIterator[pb.RunJobsResponse]:
         """What there is to say, until the client has no more jobs and was told of all that it had."""
         listening = asyncio.create_task(self._listen(requests))
-        listening.add_done_callback(self._note_end)
+        listening.add_done_callback(lambda task: self._note_end(task, _Note.HEARD_ALL))
         try:
             while not (self._heard_all and not self._jobs and self._to_say.empty()):
                 said = await self._to_say.get()
                 if isinstance(said, BaseException):
                     raise said
-                if said is not None:
+                if said is _Note.JOB_ENDED:
+                    self._room.release()
+                elif not isinstance(said, _Note):
                     yield said
-                    if said.WhichOneof("said") != "job_id":
-                        self._room.release()
         finally:
             tasks = (listening, *self._jobs.values())
             for task in tasks:
@@ -57,15 +66,22 @@ class JobStream:
                 raise ProtocolError(f"a stream's job has the number {request.number}, after {self._last}")
             self._last = request.number
             await self._room.acquire()
-            job = self._jobs[request.number] = asyncio.create_task(self._serve_one(request.number, request.job))
-            job.add_done_callback(self._note_end)
+            self._begin(request.number, request.job)
         self._heard_all = True
 
-    def _note_end(self, task: asyncio.Task[None]) -> None:
+    def _begin(self, number: int, request: pb.SubmitJobRequest) -> None:
+        job = self._jobs[number] = asyncio.create_task(self._serve_one(number, request))
+
+        def ended(task: asyncio.Task[None]) -> None:  # also of one that was cancelled before its first step
+            del self._jobs[number]
+            self._note_end(task, _Note.JOB_ENDED)
+
+        job.add_done_callback(ended)
+
+    def _note_end(self, task: asyncio.Task[None], note: _Note) -> None:
         """Of listening, or of a job: what goes wrong with either is how the stream ends."""
         error = None if task.cancelled() else task.exception()
-        if error is not None or self._heard_all:
-            self._to_say.put_nowait(error)
+        self._to_say.put_nowait(note if error is None else error)
 
     def _forget(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -79,15 +95,10 @@ class JobStream:
                 raise LimitError(f"a job of {request.ByteSize()} bytes on a stream", hint="make a call for it: RunJob")
             async for said in self._run(request):
                 self._to_say.put_nowait(_numbered(number, said))
-        except asyncio.CancelledError:
-            self._room.release()  # nothing more is said of it
-            raise
         except TrackerAwayError:
             raise  # that concerns all of them
         except KedgeError as error:
             self._to_say.put_nowait(pb.RunJobsResponse(number=number, refused=to_refusal(error)))
-        finally:
-            del self._jobs[number]
 
 
 def _numbered(number: int, said: pb.RunJobResponse) -> pb.RunJobsResponse:

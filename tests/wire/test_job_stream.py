@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 
 from kedge.protos.v1 import fleet_pb2 as pb
-from kedge.protos.v1 import fleet_pb2_grpc
+from kedge.protos.v1 import fleet_pb2_grpc, types_pb2
 from kedge.rpc import messages as m
 from kedge.rpc.artifact import Artifact
 from kedge.rpc.client import Fleet, connect
@@ -29,6 +31,7 @@ from kedge.rpc.errors import ConnectError, KedgeError, UsageError
 from kedge.rpc.pipe import Pipe
 from kedge.rpc.selector import SelectorError
 from kedge.rpc.status import QueueFullError, from_refusal, to_refusal
+from kedge.rpc.tracker import job_stream
 from kedge.rpc.tracker.server import RunningTracker, start
 from kedge.rpc.transport import MAX_STREAM_JOBS, MAX_STREAMED_BYTES, Address, open_channel
 from support.agents import wait_for
@@ -38,6 +41,8 @@ from support.proxy import Proxy
 from support.toys import QUICK, device_info, make_artifact, spec_message
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
+#: With an agent that says nothing meanwhile.
+PATIENT = replace(QUICK, lease_ms=60_000, silence_ms=60_000)
 
 
 class Raw:
@@ -74,11 +79,19 @@ def raw(fleet: Fleet, artifact: Artifact) -> Iterator[Raw]:
         yield raw
 
 
-def streams() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "kedge-jobs"]
+@pytest.fixture
+def before() -> set[threading.Thread]:
+    return streams()
 
 
-def test_jobs_of_many_threads_hear_of_themselves(fleet: Fleet, tracker: RunningTracker, artifact: Artifact) -> None:
+def streams() -> set[threading.Thread]:
+    """The threads that receive; those of streams that have ended take a moment to end."""
+    return {thread for thread in threading.enumerate() if thread.name == "kedge-jobs"}
+
+
+def test_jobs_of_many_threads_hear_of_themselves(
+    before: set[threading.Thread], fleet: Fleet, tracker: RunningTracker, artifact: Artifact
+) -> None:
     def one(number: int) -> None:
         with fleet.pin() as device:
             np.testing.assert_array_equal(device.load(artifact).run({"x": X + number})["x_out"], X + number)
@@ -86,7 +99,7 @@ def test_jobs_of_many_threads_hear_of_themselves(fleet: Fleet, tracker: RunningT
     with FakeAgent(tracker.address, device_info(), work=echo), ThreadPoolExecutor(8) as pool:
         fleet.wait_for_device()
         list(pool.map(one, range(40)))
-    assert len(fleet.jobs()) == 40 and len(streams()) == 1
+    assert len(fleet.jobs()) == 40 and len(streams() - before) == 1
 
 
 def test_a_job_that_is_refused_says_why_and_the_others_go_on(
@@ -157,6 +170,86 @@ def test_a_job_that_is_forgotten_leaves_room_and_goes_on(fleet: Fleet, raw: Raw)
     fleet.job(first.job_id).cancel()
     raw.run(MAX_STREAM_JOBS + 3, selector="arch~", forgotten=(3,))
     assert raw.hear(1)[0].refused.error == "SelectorError", "nothing was told of the first"
+
+
+@pytest.mark.parametrize("when", ["accepted", "before its first step"])
+def test_a_client_that_forgets_and_does_not_read_is_not_listened_to(when: str) -> None:
+    asyncio.run(asyncio.wait_for(_forget_without_reading(when), 60))
+
+
+async def _forget_without_reading(when: str) -> None:
+    many = 4 * MAX_STREAM_JOBS
+    asked, accepted, told = list[int](), asyncio.Event(), list[pb.RunJobsResponse]()
+
+    async def ask() -> AsyncIterator[pb.RunJobsRequest]:
+        for number in range(1, many + 1):
+            job = pb.SubmitJobRequest(idempotency_key="last" if number == many else "")
+            asked.append(number)
+            yield pb.RunJobsRequest(number=number, job=job, forgotten=[number - 1])
+            if when == "accepted":
+                await accepted.wait()
+                accepted.clear()
+
+    async def run(request: pb.SubmitJobRequest) -> AsyncIterator[pb.RunJobResponse]:
+        accepted.set()
+        yield pb.RunJobResponse(job_id="id")
+        if request.idempotency_key != "last":
+            await asyncio.Event().wait()
+        yield pb.RunJobResponse(result=types_pb2.JobResult())
+
+    stream = job_stream.JobStream(run)
+    saying = stream.serve(ask())
+    if when == "accepted":
+        told.append(await anext(saying))
+        for _ in range(20 * many):  # turns of the loop, in which all would be asked that is listened to
+            await asyncio.sleep(0)
+        assert len(asked) <= MAX_STREAM_JOBS + 2, "of which one was told, and one waits for room"
+        assert stream._to_say.qsize() <= 3 * MAX_STREAM_JOBS
+    told.extend([said async for said in saying])
+    assert asked == list(range(1, many + 1))
+    expected = range(1, many + 1) if when == "accepted" else [many]
+    assert [said.number for said in told] == [*expected, many]
+
+
+def test_a_job_that_is_forgotten_while_it_is_stored_has_its_line_in_the_audit_log(
+    fleet: Fleet, raw: Raw, tracker: RunningTracker
+) -> None:
+    for number in range(1, 41):
+        raw.run(number, forgotten=(number - 1,))
+    raw.run(41, selector="arch~", forgotten=(40,))
+    raw.end()
+    assert list(raw.call)[-1].refused.error == "SelectorError"
+    lines = [json.loads(line) for line in (tracker.data_dir / "audit.jsonl").read_text().splitlines()]
+    submitted = [line["job"] for line in lines if line["event"] == "job submitted"]
+    assert submitted and sorted(submitted) == sorted(job.id for job in fleet.jobs())
+
+
+def test_a_job_outlasts_the_time_in_which_its_stream_tells_of_it(
+    tmp_path: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = threading.Event()
+    with (
+        start(port=0, data_dir=tmp_path, settings=PATIENT, insecure_loopback=True) as tracker,
+        connect(tracker.address) as fleet,
+        FakeAgent(tracker.address, device_info()) as agent,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        fleet.wait_for_device()
+        monkeypatch.setattr("kedge.rpc.client.fleet._CALL_S", 2.0)
+        watch = fleet._stub.WatchJob
+
+        def watch_job(*arguments: Any, **options: Any) -> Any:
+            watched.set()
+            return watch(*arguments, **options)
+
+        monkeypatch.setattr(fleet._stub, "WatchJob", watch_job)
+        job = fleet.run(artifact, {"x": X})
+        stream, assigned = fleet._stream, agent.expect(m.AssignJob)
+        waiting = pool.submit(job.wait)
+        assert watched.wait(60)
+        agent.finish(assigned)
+        assert waiting.result(60).outcome.ok
+        assert stream is not None and stream.alive and stream is fleet._stream
 
 
 def test_a_client_with_more_jobs_than_that_makes_calls_for_the_others(
@@ -309,12 +402,13 @@ def test_a_tracker_that_stops_is_not_held_up_by_an_idle_stream_and_a_new_one_is_
 
 
 @pytest.mark.parametrize("how", ["closed", "dropped"])
-def test_a_stream_ends_with_its_fleet(tracker: RunningTracker, artifact: Artifact, how: str) -> None:
-    before = streams()
+def test_a_stream_ends_with_its_fleet(
+    before: set[threading.Thread], tracker: RunningTracker, artifact: Artifact, how: str
+) -> None:
     fleet: Fleet | None = connect(tracker.address)
     assert fleet is not None
     job = fleet.run(artifact, {"x": X})
-    assert len(streams()) == len(before) + 1
+    (receives,) = streams() - before
     if how == "closed":
         fleet.close()
         fleet.close()
@@ -322,7 +416,8 @@ def test_a_stream_ends_with_its_fleet(tracker: RunningTracker, artifact: Artifac
             job.wait()
     del fleet, job
     gc.collect()
-    wait_for(lambda: streams() == before, "its thread to end")
+    receives.join(60)
+    assert not receives.is_alive()
 
 
 def test_a_stream_that_was_closed_takes_no_job(fleet: Fleet, artifact: Artifact) -> None:
@@ -365,7 +460,12 @@ if sys.argv[3] == "fork":
     if child == 0:
         alive = stream.alive
         stream.close()  # which is the parent's to do
-        os._exit(alive)
+        try:
+            next(job._run)
+        except StopIteration:  # the parent hears of it: here it would be watched
+            job._run.cancel()
+            os._exit(alive)
+        os._exit(2)
     assert os.waitpid(child, 0)[1] == 0 and stream.alive
 print(job.id)
 """
@@ -377,7 +477,8 @@ def test_a_process_that_ends_with_its_stream_open_ends_in_order(
 ) -> None:
     arguments = [str(tracker.address), str(Path(__file__).parents[1]), how]
     environment = {**os.environ, "GRPC_VERBOSITY": "NONE"}
-    command = [sys.executable, "-c", ENDING, *arguments]
+    # Newer Pythons warn of what is forked off a process with threads; grpc has some of its own.
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", ENDING, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert fleet.job(ended.stdout.strip()).status()
@@ -405,9 +506,8 @@ with connect(sys.argv[1]) as fleet:
 
 
 def test_ctrl_c_in_wait_leaves_the_job_and_the_stream_alone(tmp_path: Path) -> None:
-    patient = replace(QUICK, lease_ms=60_000, silence_ms=60_000)  # with an agent that says nothing meanwhile
     with (
-        start(port=0, data_dir=tmp_path, settings=patient, insecure_loopback=True) as tracker,
+        start(port=0, data_dir=tmp_path, settings=PATIENT, insecure_loopback=True) as tracker,
         FakeAgent(tracker.address, device_info()) as agent,
     ):
         process = subprocess.Popen(
@@ -428,6 +528,60 @@ def test_ctrl_c_in_wait_leaves_the_job_and_the_stream_alone(tmp_path: Path) -> N
         output, errors = process.communicate(timeout=60)
     assert [assigned.lease.job_id, later.lease.job_id] == [first, second]
     assert (process.returncode, output, errors) == (0, "ok ok True\n", "")
+
+
+BEFORE_ACCEPTANCE = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+from kedge.rpc.client import Fleet
+from kedge.rpc.client.job_stream import StreamedJob
+from kedge.rpc.transport import Address
+from support.toys import make_artifact
+x = {"x": np.zeros((1, 4), np.float32)}
+with Fleet(Address("127.0.0.1", int(sys.argv[1])), None) as fleet:
+    fleet.wait_for_device()
+    fleet.run(make_artifact(), x).wait()
+    stream, take = fleet._stream, StreamedJob._take_acceptance
+    def said(job):
+        print("waits", flush=True)
+        take(job)
+    StreamedJob._take_acceptance = said
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        fleet.run(make_artifact(), x)
+    except KeyboardInterrupt:
+        print("interrupted", len(stream._jobs), flush=True)
+    sys.stdin.readline()
+    other = fleet.run(make_artifact(), x)
+    print(other.wait().outcome.kind.value, stream is fleet._stream and stream.alive, flush=True)
+"""
+
+
+def test_ctrl_c_before_a_job_is_accepted_leaves_the_stream_alone(tmp_path: Path) -> None:
+    with (
+        start(port=0, data_dir=tmp_path, settings=PATIENT, insecure_loopback=True) as tracker,
+        Proxy("127.0.0.1", 0, ("127.0.0.1", tracker.port)) as proxy,
+        FakeAgent(tracker.address, device_info(), work=echo),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", BEFORE_ACCEPTANCE, str(proxy.port), str(Path(__file__).parents[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "ready\n", process.communicate(timeout=60)
+        proxy.stall()
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted 0\n"
+        proxy.flow()
+        output, errors = process.communicate("\n", timeout=60)
+    assert (process.returncode, output, errors) == (0, "waits\nok True\n", "")
 
 
 def test_a_job_of_an_artifact_that_the_tracker_lost_is_sent_again_with_it(tmp_path: Path) -> None:
