@@ -163,7 +163,7 @@ def test_what_was_forgotten_in_a_commit_whose_answer_was_lost_is_told(
     write(store, accepted("a", 1), JobDone("a", JobResult(Outcome(OutcomeKind.OK)), 5))
     told: queue.Queue[list[str]] = queue.Queue()
     with answers_lost(monkeypatch, 1) as lost:
-        store.when_forgotten(lambda keys: told.put(list(keys)))
+        store.when_forgotten(lambda _ids, keys: told.put(list(keys)))
         assert told.get(timeout=60) == ["key-a"] and not lost
     assert store.jobs(10, ()).result(60).jobs == []
     store.close()
