@@ -69,7 +69,7 @@ def schedule_func(
     one that matches is refused by a primitive, the next takes its place, and `decisions["refused"]` says so.
 
     Raises:
-        ScheduleError: `decisions` were given and cannot be carried out.
+        ScheduleError: `decisions` were given and lack one of the rule's, or cannot be carried out.
     """
     if isinstance(target, GpuTarget):
         return _by_rules(func, GPU_RULES, target, decisions, origin)
@@ -86,7 +86,11 @@ def _by_rules(
     for rule in rules:
         if not rule.match(func, target):
             continue
-        chosen = decisions if decisions is not None else rule.default(func, target)
+        if decisions is None:
+            chosen = rule.default(func, target)
+        else:
+            _check_complete(func, rule, target, decisions)
+            chosen = decisions
         sch = Schedule(func)
         try:
             rule.apply(sch, chosen, target)
@@ -101,3 +105,14 @@ def _by_rules(
         taken = {**chosen, "refused": refused} if refused else dict(chosen)
         return Kernel(sch.func, rule.name, taken, tuple(sch.trace), tuple(origin))
     raise AssertionError("the last rule matches and applies to everything")
+
+
+def _check_complete(func: PrimFunc, rule: Rule[_T], target: _T, decisions: Decisions) -> None:
+    """Refuse decisions that lack one of the rule's, as those do that were saved before the rule had it."""
+    missing = sorted(rule.space(func, target).keys() - decisions.keys())
+    if missing:
+        default = rule.default(func, target)
+        raise ScheduleError(
+            f"{func.name}: decisions of rule {rule.name!r} without {', '.join(missing)}",
+            hint="tune again, or add what the rule itself takes: " + ", ".join(f"{k}={default[k]}" for k in missing),
+        )

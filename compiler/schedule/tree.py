@@ -79,8 +79,10 @@ def block_path(func: PrimFunc, name: str) -> tuple[Stmt, ...]:
     return path_to(func.body, lambda s: isinstance(s, Block) and s.name == name)
 
 
-# Primitives ask again and again, mostly of what none of them has changed: statements are immutable, so what is known of
-# one holds wherever it stands.
+#: Statements of which each of the caches below keeps what is known. Primitives ask again and again, mostly of what none
+#: of them has changed, and statements are immutable: it holds wherever one stands. It is more than a schedule of one
+#: kernel has, so that what is asked again is there, and little enough to be no matter of memory in a long process.
+_KNOWN_STATEMENTS = 4096
 
 
 def blocks_in(stmt: Stmt) -> tuple[Block, ...]:
@@ -88,7 +90,7 @@ def blocks_in(stmt: Stmt) -> tuple[Block, ...]:
     return () if isinstance(stmt, Store) else _blocks_in(stmt)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_KNOWN_STATEMENTS)
 def _blocks_in(stmt: Stmt) -> tuple[Block, ...]:
     inside = [block for child in stmt_children(stmt) for block in blocks_in(child)]
     return (*inside, stmt) if isinstance(stmt, Block) else tuple(inside)
@@ -99,7 +101,7 @@ def loops_in(stmt: Stmt) -> tuple[For, ...]:
     return () if isinstance(stmt, Store) else _loops_in(stmt)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_KNOWN_STATEMENTS)
 def _loops_in(stmt: Stmt) -> tuple[For, ...]:
     inside = [loop for child in stmt_children(stmt) for loop in loops_in(child)]
     return (stmt, *inside) if isinstance(stmt, For) else tuple(inside)
@@ -288,7 +290,7 @@ class Access:
     block: Block
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_KNOWN_STATEMENTS // 16)  # each holds many, and is asked for of whole functions and large parts
 def accesses(stmt: Stmt) -> tuple[Access, ...]:
     """Every load and store under `stmt` in terms of loop variables: block variables are replaced by their bindings.
 
@@ -307,7 +309,7 @@ class _Touched:
     read_or_asked: frozenset[Buffer]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_KNOWN_STATEMENTS)
 def _touched_by(block: Block) -> _Touched:
     written: set[Buffer] = set()
     read: set[Buffer] = set()
@@ -340,7 +342,7 @@ def _accesses(stmt: Stmt, env: Mapping[Var, Expr], block: Block | None) -> Itera
         yield from _accesses(child, env, block)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_KNOWN_STATEMENTS)
 def _places(stmt: Stmt) -> tuple[Store | Load, ...]:
     """What a statement without others inside stores and loads, each place once."""
     return (*stores(stmt), *{expr_key(load): load for load in loads(stmt)}.values())

@@ -196,7 +196,10 @@ class _Memory:
 
 
 class Simplifier:
-    """Simplifies and proves under fixed ranges of variables. Reuse one for many questions: it remembers atoms.
+    """Simplifies and proves under fixed ranges of variables.
+
+    Reuse one for many questions: it remembers the normal form of every expression and the outcome of every proof, for
+    as long as it lives.
 
     `facts` are conditions that hold wherever the answers are used; what they say beyond comparisons of int64 is not
     made use of.
@@ -447,16 +450,23 @@ class Simplifier:
     # Normal form ------------------------------------------------------------------------------------------------
 
     def poly(self, expr: Expr) -> Poly:
-        """The normal form of an int64 expression."""
+        """The normal form of an int64 expression.
+
+        Sums, products, minima and maxima may be nested as deep as memory lasts; quotients and remainders that stay
+        inside of one another some hundred times end in a `RecursionError`.
+        """
         polys = self._memory.polys
-        waiting, first = [], expr  # sums of sums stand on the left: no recursion is as deep as they are long
-        while first not in polys:
-            waiting.append(first)
-            if not isinstance(first, Binary):
-                break
-            first = first.a
-        for each in reversed(waiting):
-            polys[each] = self._worked_out(each)
+        waiting = [expr]  # no recursion is as deep as sums are long, on whichever side their sums stand
+        while waiting:
+            each = waiting[-1]
+            sides = (each.b, each.a) if isinstance(each, Binary) and each not in polys else ()
+            missing = [side for side in sides if side not in polys]
+            if missing:
+                waiting += missing
+                continue
+            if each not in polys:
+                polys[each] = self._worked_out(each)
+            waiting.pop()
         return polys[expr]
 
     @property

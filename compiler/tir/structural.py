@@ -29,13 +29,18 @@ def expr_key(expr: Expr, numbers: Mapping[Var, int] | None = None) -> Key:
 
 def expr_equal(a: Expr, b: Expr) -> bool:
     """Whether two expressions are built alike from the same variables and buffers."""
-    if a is b:
-        return True
-    if isinstance(a, Binary) and isinstance(b, Binary):  # most differ near the root, or share what is below it
-        return a.op == b.op and expr_equal(a.a, b.a) and expr_equal(a.b, b.b)
-    if isinstance(a, Var) or type(a) is not type(b):
-        return False
-    return expr_key(a) == expr_key(b)
+    waiting = [(a, b)]  # no recursion is as deep as sums are long
+    while waiting:
+        a, b = waiting.pop()
+        if a is b:
+            continue
+        if isinstance(a, Binary) and isinstance(b, Binary):  # most differ near the root, or share what is below it
+            if a.op != b.op:
+                return False
+            waiting += ((a.b, b.b), (a.a, b.a))
+        elif isinstance(a, Var) or type(a) is not type(b) or expr_key(a) != expr_key(b):
+            return False
+    return True
 
 
 def numbered_key(expr: Expr, numbers: dict[Var, int]) -> Key:

@@ -68,6 +68,9 @@ class EmulatedBoard:
     in as an unprivileged user, and leaves nothing behind: no process, mount or folder, even if this process is
     killed. The board shares the host's network, so an address on the host's loopback interface works from inside.
 
+    `disk_mb` (MB) is what its own changes to the root file system may take, and again what /tmp and /dev/shm may each
+    hold: three file systems in the host's memory, which so may give a board up to three times as much.
+
     Results are right, times mean nothing; an agent there says of itself that it is emulated.
     """
 

@@ -152,6 +152,7 @@ def test_where_products_begin_at_lines() -> None:
     slower = replace(AVX512, fma_per_cycle=1.0)
     assert aligned(16, 2048, 2048, slower)
     assert not aligned(16, 2048, 2048)  # the sum goes in blocks, whose pieces of rows come one after the other
+    assert aligned(16, 2039, 2048)  # no blocks divide the sum
     assert not aligned(16, 2048, 2056, slower)  # rows begin at other places of their lines
     assert not aligned(16, 256, 1024, slower)  # panels are near
     assert not aligned(16, 4096, 1024, slower)  # a panel more in 21

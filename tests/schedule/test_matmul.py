@@ -3,14 +3,16 @@
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kedge.compiler import te
 from kedge.compiler.cache import KernelCache
+from kedge.compiler.codegen.kernel import emit_kernel
 from kedge.compiler.errors import ScheduleError
 from kedge.compiler.pipeline import compile_prim_func
 from kedge.compiler.schedule.default import schedule_func
@@ -18,6 +20,7 @@ from kedge.compiler.schedule.rules.analysis import is_reduction
 from kedge.compiler.schedule.rules.matmul import Matmul
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
+from kedge.compiler.target import parse
 from kedge.compiler.target.costs import stays_near
 from kedge.compiler.target.tiles import tile_for
 from kedge.compiler.tir import interp
@@ -150,6 +153,10 @@ CASES: dict[str, tuple[PrimFunc, Mapping[str, int]]] = {
     "half": (product(7, 6, 20, "float16"), {}),
 }
 
+#: What goes with whatever is added to it.
+ALONE = {"row": 0, "block": 2, "inside": False, "pack_a": False, "pack_b": False, "ahead": 0, "next": False}
+ALONE |= {"stream": False, "depth": 0}
+
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
@@ -164,10 +171,26 @@ def test_the_default_is_right_and_in_the_space(name, target):
     chosen, space = RULE.default(func, target), RULE.space(func, target)
     assert set(chosen) == set(space)
     assert all(value in space[key] for key, value in chosen.items()), chosen
+    assert RULE.contradiction(func, chosen) is None
     kernel = schedule_func(func, target)
     assert kernel.rule == "matmul"
     assert "refused" not in kernel.decisions
     assert_same(func, kernel.func, symbols)
+
+
+def drawn(func: PrimFunc, target: Model, rng: random.Random) -> dict[str, Any]:
+    """Decisions by chance, one after the other in any order: each that goes with those before it.
+
+    Without large tiles and blocks, which take too long to interpret.
+    """
+    space = {**RULE.space(func, target), "block": tuple(range(5))}
+    decisions = {key: values[0] for key, values in space.items()}
+    assert RULE.contradiction(func, decisions) is None
+    for key in rng.sample(list(space), len(space)):
+        trial = {**decisions, key: rng.choice(space[key])}
+        if trial["rows"] * trial["vectors"] * trial["unroll"] <= 40 and RULE.contradiction(func, trial) is None:
+            decisions = trial
+    return decisions
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -176,11 +199,7 @@ def test_random_decisions_are_right(name, kernels: KernelCache):
     func, symbols = CASES[name]
     rng = random.Random(name)
     for trial in range(3):
-        space = RULE.space(func, AVX512 if trial % 2 else NEON)
-        decisions = {key: rng.choice(values) for key, values in space.items()}
-        while decisions["rows"] * decisions["vectors"] * decisions["unroll"] > 40 or decisions["block"] > 4:
-            # Too long to interpret.
-            decisions = {key: rng.choice(values) for key, values in space.items()}
+        decisions = drawn(func, AVX512 if trial % 2 else NEON, rng)
         kernel = schedule_func(func, AVX512, decisions=decisions)
         assert_same(func, kernel.func, symbols)
         if trial == 0:
@@ -354,6 +373,62 @@ def test_sums_in_blocks_are_right(make, align, elements, kernels: KernelCache):
     with opened(compile_prim_func(Schedule.replay(func, kernel.trace), "native", cache=kernels), threads=2) as model:
         (found,) = model.run(named).values()
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("func", [biased(16, 48, 1100), batched(2, 16, 48, 1100)], ids=["rows", "batch_outside"])
+def test_results_in_blocks_that_no_stack_holds_are_right(func, kernels: KernelCache):
+    """33 KB of results wait, those of 11 panels of 23: each thread has its own in the workspace."""
+    blocks = {"rows": 8, "vectors": 3, "unroll": 2, "block": 11, "depth": 16, "next": True, "parallel": True}
+    chosen = {**RULE.default(func, AVX512), **ALONE, "row": RULE.default(func, AVX512)["row"], **blocks}
+    kernel = schedule_func(func, AVX512, decisions=chosen)
+    (results,) = [buffer for buffer in kernel.func.allocs if buffer.scope == "local"]
+    assert math.prod(results.shape) * 4 == 16 * 11 * 48 * 4
+    assert emit_kernel(kernel.func, parse("x86-64-v4"), "k").workspace
+    given = inputs(func)
+    (want,) = interp.run(func, given)
+    named = dict(zip((buffer.name for buffer in func.params), given, strict=False))
+    with opened(compile_prim_func(Schedule.replay(func, kernel.trace), "native", cache=kernels), threads=2) as model:
+        (found,) = model.run(named).values()
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_golden_of_sums_in_blocks(golden: Callable[[str, str], None]) -> None:
+    func = biased(5, 12, 100)
+    blocks = {"rows": 2, "vectors": 2, "width": 16, "unroll": 2, "block": 2, "depth": 4, "next": True}
+    chosen = {**RULE.default(func, AVX512), **ALONE, **blocks}
+    golden("rule_sums.txt", schedule_func(func, AVX512, decisions=chosen).func.show())
+
+
+@pytest.mark.parametrize(
+    ("func", "wrong", "why"),
+    [
+        *((product(16, 48, 96), {"depth": 12, key: value}, f"{key}={value}, but with depth=12")
+          for key, value in (("pack_a", True), ("pack_b", True), ("ahead", 8))),
+        *((product(16, 48, 96), {"stream": True, key: value}, f"{key}={value}, but with stream=True")
+          for key, value in (("depth", 12), ("pack_a", True), ("pack_b", True), ("ahead", 8), ("next", True))),
+        (sequences(2, 16, 48, 96), {"depth": 12, "row": 1, "inside": True}, "inside=True, but with depth=12"),
+        (sequences(2, 16, 48, 96), {"stream": True, "row": 1, "inside": True}, "inside=True, but with stream=True"),
+        (product(16, 48, 96), {"pack_b": True, "ahead": 8}, "ahead=8, but with pack_b=True"),
+        (product(16, 48, 96), {"pack_b": True, "next": True}, "next=True, but with pack_b=True"),
+        (product(16, 48, 96), {"pack_a": True, "block": 0}, "pack_a=True, but with row=0 and block=0"),
+        (product(16, 48, 96), {"pack_a": True, "row": None}, "pack_a=True, but with row=None"),
+        (product(16, 48, 96), {"inside": True}, "inside=True, but with row=0 no other rows"),
+    ],
+)  # fmt: skip
+def test_what_another_decision_would_leave_undone_is_refused(func, wrong, why):
+    chosen = {**RULE.default(func, AVX512), **ALONE, **wrong}
+    assert why in str(RULE.contradiction(func, chosen))
+    with pytest.raises(ScheduleError, match=f"tile of block 'y': {why}"):
+        schedule_func(func, AVX512, decisions=chosen)
+
+
+def test_what_is_written_down_of_a_kernel_is_what_it_does():
+    """Rows that meet in one set of the cache are copied by the block, and all of them are one block here."""
+    func = product(16, 1024, 16)
+    target = replace(AVX512, fma_per_cycle=1.0)
+    kernel = schedule_func(func, target)
+    assert (kernel.decisions["block"], kernel.decisions["pack_a"]) == (0, False)
+    assert not any(buffer.scope == "local" for buffer in kernel.func.allocs)
 
 
 def test_steps_that_do_not_divide_a_sum_are_refused():

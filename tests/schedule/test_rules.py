@@ -267,6 +267,19 @@ def test_given_decisions_are_carried_out_or_refused():
             schedule_func(func, SCALAR, decisions={**default, **wrong})
 
 
+@pytest.mark.parametrize("name", ["dense", "conv", "softmax", "bias", "gather"])
+def test_decisions_that_lack_one_are_refused_by_its_name(name):
+    func, *_ = CASES[name]
+    taken = schedule_func(func, AVX2)
+    for key in taken.decisions:
+        saved = {each: value for each, value in taken.decisions.items() if each != key}
+        with pytest.raises(ScheduleError) as refused:
+            schedule_func(func, AVX2, decisions=saved)
+        assert refused.value.message == f"{func.name}: decisions of rule {taken.rule!r} without {key}"
+        assert refused.value.hint == f"tune again, or add what the rule itself takes: {key}={taken.decisions[key]}"
+    assert equal(schedule_func(func, AVX2, decisions=taken.decisions).func, taken.func)
+
+
 def test_defaults_come_from_the_space():
     for func, _, name in CASES.values():
         (rule,) = [rule for rule in RULES if rule.name == name]

@@ -566,3 +566,27 @@ def in_order(expr: Expr) -> list[Expr]:
         if not missing:
             found[waiting.pop()] = None
     return list(found)
+
+
+@pytest.mark.parametrize(
+    ("nest", "text"),
+    [
+        (lambda e: e + N, "j + n * 1200"),
+        (lambda e: N + e, "n * 1200 + j"),
+        (lambda e: N - e, "j"),
+        (lambda e: minimum(N, e), "min(n, j)"),
+        (lambda e: N - (e + 1 - N), "j"),
+    ],
+)
+def test_sums_are_simplified_on_whichever_side_they_are_long(nest, text):
+    total = J
+    for _ in range(1_200):
+        total = nest(total)
+    assert print_expr(simplify(total)) == text
+
+
+def test_a_sum_of_very_many_variables_stays_the_same_object():
+    total = J
+    for i in range(1_200):
+        total = total + Var(f"v{i}", lower=1)
+    assert simplify(total) is total

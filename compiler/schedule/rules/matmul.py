@@ -93,6 +93,9 @@ class Matmul:
     of results instead, for products of few rows: `block` then is how many tiles of columns that block has, and nothing
     is copied or prefetched; `depth`, steps of the sum after which tiles go on with the next columns (0: all of them),
     where `block` is how many tiles of columns have results that wait, and nothing is copied.
+
+    What another decision would leave undone is refused, so that what is written down of a kernel is what it does:
+    `contradiction` says of decisions whether they have such, before anything is scheduled.
     """
 
     name: str = "matmul"
@@ -105,11 +108,11 @@ class Matmul:
         return not (product.turned and _is_dots(product) and Dot().match(func, target))
 
     def space(self, func: PrimFunc, target: TargetModel) -> Space:
-        """See the class."""
+        """See the class. The first ones of each go together; of others `contradiction` says whether they do."""
         product = _known(func)
         most = lanes_of(target, product.itemsize)
         return {
-            "rows": tuple(range(1, _MOST_ROWS + 1)),
+            "rows": tuple(range(1, _MOST_ROWS + 1)) if product.rows else (1,),
             "vectors": tuple(range(1, _MOST_VECTORS + 1)),
             "width": tuple(1 << i for i in range(most.bit_length())),
             "row": (None, *product.rows),
@@ -119,9 +122,9 @@ class Matmul:
                 *range(MOST_TILES + 1),
                 *(1 << i for i in range(MOST_TILES.bit_length(), MOST_BLOCK.bit_length())),
             ),
-            "pack_a": (False, True),
+            "pack_a": (False, True) if product.rows else (False,),
             "pack_b": (True,) if product.turned else (False, True) if product.panel is None else (False,),
-            "ahead": (0,) if _is_gathered(product) else _AHEAD,
+            "ahead": (0,) if product.turned or _is_gathered(product) else _AHEAD,
             "next": (False, True) if _asks_for_next(product) or steps_of(product) else (False,),
             "align": (False, True) if has_lines(product, func) else (False,),
             "parallel": (False, True),
@@ -156,6 +159,8 @@ class Matmul:
         }
         if chosen["inside"]:
             chosen |= {"block": 0, "ahead": 0}
+        if not chosen["block"]:
+            chosen["pack_a"] = False  # it is a block's rows that are copied
         if height is not None:
             tiles = math.ceil(height / tile.rows) * (_passes(product) if chosen["inside"] else 1)
             pays = _pays_to_ask(product, tile, tiles, target)
@@ -178,6 +183,10 @@ class Matmul:
         for block in blocks_in(sch.func.body):
             if block.name not in done:
                 schedule_map_by_model(sch, block.name, target)
+
+    def contradiction(self, func: PrimFunc, decisions: Decisions) -> str | None:
+        """Which of the decisions another one would leave undone, and why, in words; None if they all go together."""
+        return _contradiction(_known(func), decisions)
 
 
 def _schedule(decisions: Decisions) -> Callable[[Schedule, Product, Decisions, TargetModel], set[str]]:
@@ -233,6 +242,29 @@ def _check(product: Product, decisions: Decisions) -> None:
     if decisions["depth"] and decisions["depth"] not in steps_of(product):
         can = ", ".join(map(str, steps_of(product))) or "no steps but 0"
         raise ScheduleError(f"tile of block {name!r}: depth={decisions['depth']}, and its sum goes in blocks of {can}")
+    wrong = _contradiction(product, decisions)
+    if wrong is not None:
+        raise ScheduleError(f"tile of block {name!r}: {wrong}")
+
+
+def _contradiction(product: Product, decisions: Decisions) -> str | None:
+    """See `Matmul.contradiction`."""
+    whole = {"pack_a": "nothing is copied", "pack_b": "nothing is copied", "ahead": "no row is asked for ahead"}
+    whole |= {"inside": "all rows go over a block of columns"}
+    without: dict[str, dict[str, str]] = {
+        "stream": {"depth": "the sum is outside of columns", **whole, "next": "there are no panels"},
+        "depth": whole,
+        "pack_b": {"ahead": "panels are copied", "next": "panels are copied"},
+    }
+    for key, others in without.items():
+        for other, why in others.items() if decisions[key] else ():
+            if decisions[other]:
+                return f"{other}={decisions[other]}, but with {key}={decisions[key]} {why}"
+    if decisions["pack_a"] and (decisions["row"] is None or not decisions["block"]):
+        return f"pack_a=True, but with row={decisions['row']} and block={decisions['block']} there is no block of rows"
+    if decisions["inside"] and not _inside(product, decisions["row"]):
+        return f"inside=True, but with row={decisions['row']} no other rows of known size can be inside"
+    return None
 
 
 def _pays_to_pack(product: Product, tile: RegisterTile, height: int | None, target: TargetModel) -> bool:

@@ -2,6 +2,10 @@
 
 A panel of such an operand has a piece of each of its rows, which lie too far apart for the hardware to foresee. In
 blocks of the sum, neighbouring panels are the next pieces of the same few rows, as the hardware expects.
+
+The sum is split as in the outer loop of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication"
+(TOMS 2008), whose blocks of k are there to keep packed panels near: blocking of k, as the field says. The
+results of a block are what `rfactor` makes, and are added up one block after the other, not side by side.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from kedge.compiler.target.costs import multiplies_fast
 from kedge.compiler.target.tiles import RegisterTile
 
 #: Steps of the sum that a block may have. By default it has as many as there can be up to 64, and 16 at least: on an
-#: Emerald Rapids 64 gave 16x2048x2048 93 GFLOP/s, 32 gave 88, more than 128 less than no blocks.
+#: Emerald Rapids 64 gave 16x2048x2048 93 GFLOP/s, 32 gave 88; in C 128 and 256 lost a third to a half of what 64 had
+#: gained in time (docs/performance.md).
 _STEPS, _USUAL_STEPS = range(2, 257), range(16, 65)
 #: Panels that a core has at least: the next one that is asked for is its own then, mostly.
 _LEAST_PANELS = 4
