@@ -19,7 +19,7 @@ from kedge.rpc.protocol import check_peer, local_protocol
 from kedge.rpc.status import TrackerAwayError, UnknownReservationError
 from kedge.rpc.tracker.brief import without_inputs
 from kedge.rpc.tracker.catalog import Catalog
-from kedge.rpc.tracker.handlers import to_the_end, typed_errors, typed_stream_errors
+from kedge.rpc.tracker.handlers import typed_errors, typed_stream_errors
 from kedge.rpc.tracker.job_stream import JobStream
 from kedge.rpc.tracker.replication import NO_REPLICATION, Replication
 from kedge.rpc.tracker.schema import StoreError
@@ -131,17 +131,14 @@ class FleetService:
         said = {"artifact": spec.manifest.digest, "selector": spec.selector, "signer": signer}
         said |= who(principal, context)
 
-        async def submit() -> tuple[str, bool]:
-            try:
-                job_id, existed = await self._shell.submit(spec, needs, key, principal.name)
-            except StoreError:  # a device may have begun with it meanwhile
-                self._audit.write("job not stored", **said)
-                raise
-            if not existed:
-                self._audit.write("job submitted", job=job_id, **said)
-            return job_id, existed
+        def note(job_id: str) -> None:  # the job goes on without its client, so its line has to be written
+            self._audit.write("job submitted", job=job_id, **said)
 
-        return await to_the_end(submit())  # the job goes on without its client, so its line has to be written
+        try:
+            return await self._shell.submit(spec, needs, key, principal.name, when_stored=note)
+        except StoreError:  # a device may have begun with it meanwhile
+            self._audit.write("job not stored", **said)
+            raise
 
     @typed_stream_errors
     async def WatchJob(self, request: fleet_pb2.WatchJobRequest, context: Context) -> AsyncIterator[types_pb2.Job]:

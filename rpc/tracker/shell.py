@@ -165,8 +165,19 @@ class Shell:
 
     # ---- Clients ----
 
-    async def submit(self, spec: JobSpec, needs: Needs, key: str, user: str = "") -> tuple[str, bool]:
+    async def submit(
+        self,
+        spec: JobSpec,
+        needs: Needs,
+        key: str,
+        user: str = "",
+        *,
+        when_stored: Callable[[str], None] = lambda job_id: None,
+    ) -> tuple[str, bool]:
         """Accept a job of a user, durably; returns its id and whether the idempotency key was known already.
+
+        `when_stored` hears of a new job once it is durable, also where nobody waits for that any more: a commit cannot
+        be called off, and one that never comes, as another tracker leads by now, is told to nobody.
 
         Raises:
             StoreError: jobs cannot be stored at the moment; with the same key it may be tried again.
@@ -183,10 +194,16 @@ class Shell:
         def withdraw() -> Effects:
             return self.state.withdraw(job_id, key, self._now())
 
+        def tell(done: asyncio.Future[None]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                when_stored(job_id)
+
         stored = self._apply(self.state.submit(job_id, spec, needs, key, self._now(), user), withdraw)
+        stored.add_done_callback(tell)
         try:
             await self._durable(stored)
         except StoreError:
+            stored.remove_done_callback(tell)
             # What is refused must not go on.
             if not stored.done():
                 self._apply(withdraw())

@@ -221,9 +221,13 @@ def test_a_job_that_is_forgotten_while_it_is_stored_has_its_line_in_the_audit_lo
     raw.run(41, selector="arch~", forgotten=(40,))
     raw.end()
     assert list(raw.call)[-1].refused.error == "SelectorError"
-    lines = [json.loads(line) for line in (tracker.data_dir / "audit.jsonl").read_text().splitlines()]
-    submitted = [line["job"] for line in lines if line["event"] == "job submitted"]
-    assert accepted in submitted and sorted(submitted) == sorted(job.id for job in fleet.jobs())
+
+    def submitted() -> list[str]:
+        whole = (tracker.data_dir / "audit.jsonl").read_text().rpartition("\n")[0].splitlines()
+        return sorted(line["job"] for line in map(json.loads, whole) if line["event"] == "job submitted")
+
+    wait_for(lambda: submitted() == sorted(job.id for job in fleet.jobs()), "the lines of what is stored meanwhile")
+    assert accepted in submitted()
 
 
 def test_a_job_outlasts_the_time_in_which_its_stream_tells_of_it(
