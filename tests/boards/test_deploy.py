@@ -234,6 +234,14 @@ def fresh() -> Iterator[EmulatedBoard]:
         yield board
 
 
+@pytest.fixture
+def small() -> Iterator[EmulatedBoard]:
+    """A board with room for an agent, and little enough of it to be filled."""
+    require("arm64")
+    with EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=300) as board:
+        yield board
+
+
 def test_a_board_that_was_restarted_starts_its_agent(fresh: EmulatedBoard, deploy: Deploy, fleet: Fleet) -> None:
     with ssh.connect(destination(fresh)) as connection:
         connection.run(["sh", "-c", "mkdir bin && echo 'PATH=$HOME/bin:$PATH' > .bashrc && touch .calls"])
@@ -314,32 +322,29 @@ class TestRefusals:
         assert deploy(fresh, name="first", runner_for=meanwhile).name == "first"
         assert uninstall(destination(fresh))
 
-    def test_removal_works_on_a_board_that_is_no_longer_suitable(self, deploy: Deploy) -> None:
+    def test_removal_works_on_a_board_that_is_no_longer_suitable(self, small: EmulatedBoard, deploy: Deploy) -> None:
         """Its disk is full, its folder unwritable, and its login script talks."""
-        require("arm64")
-        with EmulatedBoard("arm64", BOARDS_CACHE, disk_mb=300) as small:
-            self._spoil_and_remove(small, deploy)
-
-    def _spoil_and_remove(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
         full = "for folder in ~ /tmp; do dd if=/dev/zero of=$folder/fill bs=1M 2>&1; done | grep -c 'No space left'"
-        deploy(fresh, name="doomed")
-        with ssh.connect(destination(fresh)) as connection:
+        deploy(small, name="doomed")
+        with ssh.connect(destination(small)) as connection:
             assert connection.run(["sh", "-c", full]).stdout == "2\n"
         with pytest.raises(BoardUnsuitableError, match="the agent needs 120 MB"):
-            deploy(fresh, name="doomed")
-        with ssh.connect(destination(fresh)) as connection:
+            deploy(small, name="doomed")
+        with ssh.connect(destination(small)) as connection:
             connection.run(["chmod", "500", "/home/board/.local/share/kedge-agent"])
         with pytest.raises(BoardUnsuitableError, match="cannot be written"):
-            deploy(fresh, name="doomed")
-        with ssh.connect(destination(fresh)) as connection:
-            connection.run(["sh", "-c", "rm ~/fill; echo 'echo Welcome, stranger' > ~/.bashrc"])
+            deploy(small, name="doomed")
+        with ssh.connect(destination(small)) as connection:
+            connection.run(["sh", "-c", "rm ~/fill /tmp/fill; echo 'echo Welcome, stranger' > ~/.bashrc"])
             connection.run(["sh", "-c", "dd if=/dev/zero of=$HOME/fill bs=1M 2>/dev/null; test -s ~/fill"])
         with pytest.raises(BoardUnsuitableError, match="Welcome, stranger"):
-            deploy(fresh, name="doomed")
-        assert status(destination(fresh)).pid is not None
-        assert uninstall(destination(fresh))
-        assert not [line for line in fresh.processes() if "agent" in line]
-        assert not uninstall(destination(fresh))
+            deploy(small, name="doomed")
+        assert status(destination(small)).pid is not None
+        assert uninstall(destination(small))
+        assert not [line for line in small.processes() if "agent" in line]
+        assert not uninstall(destination(small))
+        with ssh.connect(destination(small)) as connection:
+            connection.run(["sh", "-c", "rm ~/fill"])
 
     def test_an_address_that_is_none(self, fresh: EmulatedBoard, deploy: Deploy) -> None:
         with pytest.raises(DeployError, match="no address of a tracker"):

@@ -422,15 +422,6 @@ def test_what_another_decision_would_leave_undone_is_refused(func, wrong, why):
         schedule_func(func, AVX512, decisions=chosen)
 
 
-def test_what_is_written_down_of_a_kernel_is_what_it_does():
-    """Rows that meet in one set of the cache are copied by the block, and all of them are one block here."""
-    func = product(16, 1024, 16)
-    target = replace(AVX512, fma_per_cycle=1.0)
-    kernel = schedule_func(func, target)
-    assert (kernel.decisions["block"], kernel.decisions["pack_a"]) == (0, False)
-    assert not any(buffer.scope == "local" for buffer in kernel.func.allocs)
-
-
 def test_steps_that_do_not_divide_a_sum_are_refused():
     for func, can in ((product(16, 48, 96), "2, 3, 4, 6, 8, 12, 16, 24"), (packed(16, 48, 96, 48), "no steps but 0")):
         with pytest.raises(ScheduleError, match=f"depth=5, and its sum goes in blocks of {can}"):

@@ -29,7 +29,6 @@ from kedge.compiler.schedule.rules.maps import schedule_map_by_model
 from kedge.compiler.schedule.rules.product import Product, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.stream import (
-    ALIAS,
     MOST_BLOCK,
     MOST_TILES,
     schedule_stream,
@@ -133,13 +132,12 @@ class Matmul:
         }
 
     def default(self, func: PrimFunc, target: TargetModel) -> Decisions:
-        """The tile of the model; packing where elements are used often enough, or rows meet in one set of the cache."""
+        """The tile of the model; packing where elements are used often enough."""
         product = _known(func)
         row = product.longest_row
         height = 1 if row is None else product.extent(row)
         tile = tile_for(target, product.itemsize, height, product.extent(product.column), panel=product.panel)
         pack_b = _pays_to_pack(product, tile, height, target)
-        pack_a = not pack_b and product.row_bytes(row) % ALIAS == 0 and tile.rows > 8
         chosen = {
             "rows": tile.rows,
             "vectors": tile.vectors,
@@ -147,8 +145,8 @@ class Matmul:
             "row": row,
             "inside": not pack_b and _pays_inside(product, tile, height, target),
             "unroll": _unroll(product, tile, target),
-            "block": (_block if pack_b or pack_a else _block_that_stays)(product, tile, height, target),
-            "pack_a": pack_a,
+            "block": (_block if pack_b else _block_that_stays)(product, tile, height, target),
+            "pack_a": False,
             "pack_b": pack_b,
             "ahead": 0 if pack_b or _is_gathered(product) else _ahead(product, tile, height, target),
             "next": False,
@@ -159,8 +157,6 @@ class Matmul:
         }
         if chosen["inside"]:
             chosen |= {"block": 0, "ahead": 0}
-        if not chosen["block"]:
-            chosen["pack_a"] = False  # it is a block's rows that are copied
         if height is not None:
             tiles = math.ceil(height / tile.rows) * (_passes(product) if chosen["inside"] else 1)
             pays = _pays_to_ask(product, tile, tiles, target)

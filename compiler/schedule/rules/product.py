@@ -48,19 +48,12 @@ class Product:
         wide = [axis for axis, size in sizes.items() if size != 1]
         return max(wide, key=lambda axis: (math.inf if sizes[axis] is None else sizes[axis] or 0, axis), default=None)
 
-    def row_bytes(self, axis: int | None) -> int:
-        """Bytes between neighbours of `a` along a dim; 0 where that is not known."""
-        return 0 if axis is None else self._bytes(self.a, spatial(self.block)[axis])
-
     @property
     def depth_bytes(self) -> int:
         """Bytes between neighbours of `b` along the sum; 0 where that is not known."""
-        return self._bytes(self.b, self.depth)
-
-    def _bytes(self, operand: Load, axis: IterVar) -> int:
         ranges = {it.var: over(it.extent) for it in self.block.iters}
-        step = stride(operand.indices, operand.buffer.shape, axis.var, ranges)
-        return (step or 0) * np.dtype(operand.buffer.dtype).itemsize
+        step = stride(self.b.indices, self.b.buffer.shape, self.depth.var, ranges)
+        return (step or 0) * np.dtype(self.b.buffer.dtype).itemsize
 
 
 def product_of(block: Block) -> Product | None:
