@@ -138,13 +138,14 @@ class Matmul:
         height = 1 if row is None else product.extent(row)
         tile = tile_for(target, product.itemsize, height, product.extent(product.column), panel=product.panel)
         pack_b = _pays_to_pack(product, tile, height, target)
+        unroll = _unroll(product, tile, target)
         chosen = {
             "rows": tile.rows,
             "vectors": tile.vectors,
             "width": tile.width,
             "row": row,
             "inside": not pack_b and _pays_inside(product, tile, height, target),
-            "unroll": _unroll(product, tile, target),
+            "unroll": unroll,
             "block": (_block if pack_b else _block_that_stays)(product, tile, height, target),
             "pack_a": False,
             "pack_b": pack_b,
@@ -163,11 +164,11 @@ class Matmul:
             chosen["next"] = pays and _panels_suffice(product, tile, chosen, target)
         if streams(product, target):
             chosen |= stream_decisions(product, target)
-            chosen |= {"inside": False, "pack_a": False, "pack_b": False, "ahead": 0, "next": False, "stream": True}
+            chosen |= {"inside": False, "pack_b": False, "ahead": 0, "next": False, "stream": True}
         elif chosen["ahead"]:
-            found = sum_decisions(product, tile, _unroll(product, tile, target), target)
+            found = sum_decisions(product, tile, unroll, target)
             if found:
-                return chosen | found | {"pack_a": False, "ahead": 0}
+                return chosen | found | {"ahead": 0}
         return {**chosen, **_aligned(product, tile, chosen, func, target)}
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetModel) -> None:
@@ -483,7 +484,7 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
             _schedule_pack(sch, pack, target)
     if decisions["parallel"]:
         parallelize(sch, _separable(sch, _spread(nest, decisions)), total, target)
-    if decisions["next"] and not decisions["pack_b"]:
+    if decisions["next"]:
         loops = list(sch.get_loops(ref))
         around = loops[loops.index((*nest.tiles, *nest.sums)[0]) - 1]
         sch.prefetch(ref, product.b.buffer.name, around, 1, spread=True)

@@ -44,7 +44,7 @@ def steps_of(product: Product) -> tuple[int, ...]:
 def sum_decisions(product: Product, tile: RegisterTile, unroll: int, target: TargetModel) -> dict[str, int | bool]:
     """Steps of a block, and tiles of columns whose results wait meanwhile: a core's.
 
-    None where cores have too few, or one tile of rows would have to ask for all of the next columns.
+    Empty where cores have too few, or one tile of rows would have to ask for all of the next columns.
     """
     usual = [steps for steps in steps_of(product) if steps in _USUAL_STEPS and steps % unroll == 0]
     columns, row = product.extent(product.column), product.longest_row
