@@ -26,7 +26,7 @@ from kedge.compiler.schedule.rules.analysis import (
 from kedge.compiler.schedule.rules.dot import Dot
 from kedge.compiler.schedule.rules.lines import has_lines, one_row, tiles_gain
 from kedge.compiler.schedule.rules.maps import schedule_map_by_model
-from kedge.compiler.schedule.rules.product import Product, product_of
+from kedge.compiler.schedule.rules.product import Product, aligned_loops, product_of
 from kedge.compiler.schedule.rules.rule import Decisions, Space, TargetModel
 from kedge.compiler.schedule.rules.stream import (
     MOST_BLOCK,
@@ -493,9 +493,7 @@ def _schedule_tiles(sch: Schedule, product: Product, decisions: Decisions, targe
 
 def _split(sch: Schedule, product: Product, decisions: Decisions, target: TargetModel) -> _Nest:
     """Split and reorder the loops."""
-    loops = list(sch.get_loops(sch.get_block(product.block.name)))
-    if decisions["align"]:
-        loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
+    loops = aligned_loops(sch, product, decisions)
     column, depth = loops[product.column], loops[-1]
     row = None if decisions["row"] is None else loops[decisions["row"]]
     tiles = [loops[axis] for axis in (_inside(product, decisions["row"]) if decisions["inside"] else ())]

@@ -1,4 +1,4 @@
-"""Recognising matrix products: which dims are rows, columns and batches, and how the operands lie in memory."""
+"""Matrix products: which dims are rows, columns and batches, how the operands lie in memory, and their loops."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kedge.compiler.schedule.rules.analysis import extent_of, spatial, store_of, stride
+from kedge.compiler.schedule.rules.rule import Decisions
+from kedge.compiler.schedule.schedule import LoopRef, Schedule
 from kedge.compiler.tir.expr import Binary, Cast, Const, Expr, Load
 from kedge.compiler.tir.simplify import over
 from kedge.compiler.tir.stmt import Block, IterVar
@@ -54,6 +56,14 @@ class Product:
         ranges = {it.var: over(it.extent) for it in self.block.iters}
         step = stride(self.b.indices, self.b.buffer.shape, self.depth.var, ranges)
         return (step or 0) * np.dtype(self.b.buffer.dtype).itemsize
+
+
+def aligned_loops(sch: Schedule, product: Product, decisions: Decisions) -> list[LoopRef]:
+    """The product's loops; with `align` that of its columns begins where a cache line of the second operand does."""
+    loops = list(sch.get_loops(sch.get_block(product.block.name)))
+    if decisions["align"]:
+        loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
+    return loops
 
 
 def product_of(block: Block) -> Product | None:

@@ -7,7 +7,7 @@ fastest read as it lies, which a register tile, with the whole sum inside, does 
 from __future__ import annotations
 
 from kedge.compiler.schedule.rules.analysis import block_named, extent_of
-from kedge.compiler.schedule.rules.product import Product
+from kedge.compiler.schedule.rules.product import Product, aligned_loops
 from kedge.compiler.schedule.rules.rule import Decisions, TargetModel
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
 from kedge.compiler.schedule.rules.tile import take_consumer
@@ -63,9 +63,7 @@ def schedule_stream(sch: Schedule, product: Product, decisions: Decisions, targe
     """
     ref = sch.get_block(product.block.name)
     total = cycles(block_named(sch.func, ref.name), target)
-    loops = list(sch.get_loops(ref))
-    if decisions["align"]:
-        loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
+    loops = aligned_loops(sch, product, decisions)
     column, depth = loops[product.column], loops[-1]
     row = None if decisions["row"] is None else loops[decisions["row"]]
     outer = [loop for loop in loops[:-1] if loop is not column and loop is not row]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from kedge.compiler.schedule.rules.analysis import block_named, extent_of, spatial
-from kedge.compiler.schedule.rules.product import Product
+from kedge.compiler.schedule.rules.product import Product, aligned_loops
 from kedge.compiler.schedule.rules.rule import Decisions, TargetModel
 from kedge.compiler.schedule.rules.stream import MOST_TILES
 from kedge.compiler.schedule.rules.threads import cycles, is_worth_threads, parallelize
@@ -72,9 +72,7 @@ def schedule_sums(sch: Schedule, product: Product, decisions: Decisions, target:
     """
     results = sch.get_block(product.block.name)
     total = cycles(block_named(sch.func, results.name), target)
-    loops = list(sch.get_loops(results))
-    if decisions["align"]:
-        loops[product.column] = sch.align(loops[product.column], product.b.buffer.name)
+    loops = aligned_loops(sch, product, decisions)
     part, step = sch.split(loops[-1], [None, decisions["depth"]])
     sch.reorder(part, *loops[:-1], step)
     sums = sch.rfactor(results, part)
