@@ -15,7 +15,7 @@ from kedge.compiler.schedule.rules.gpu import GpuThreads
 from kedge.compiler.schedule.rules.injective import Injective
 from kedge.compiler.schedule.rules.matmul import Matmul
 from kedge.compiler.schedule.rules.reduction import Reduction
-from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel
+from kedge.compiler.schedule.rules.rule import Decisions, Rule, TargetModel, check_complete
 from kedge.compiler.schedule.rules.winograd import Winograd
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.schedule.tree import block_path, blocks_in, loops_in, loops_on
@@ -89,7 +89,7 @@ def _by_rules(
         if decisions is None:
             chosen = rule.default(func, target)
         else:
-            _check_complete(func, rule, target, decisions)
+            check_complete(rule, func, target, decisions)
             chosen = decisions
         sch = Schedule(func)
         try:
@@ -105,14 +105,3 @@ def _by_rules(
         taken = {**chosen, "refused": refused} if refused else dict(chosen)
         return Kernel(sch.func, rule.name, taken, tuple(sch.trace), tuple(origin))
     raise AssertionError("the last rule matches and applies to everything")
-
-
-def _check_complete(func: PrimFunc, rule: Rule[_T], target: _T, decisions: Decisions) -> None:
-    """Refuse decisions that lack one of the rule's, as those do that were saved before the rule had it."""
-    missing = sorted(rule.space(func, target).keys() - decisions.keys())
-    if missing:
-        default = rule.default(func, target)
-        raise ScheduleError(
-            f"{func.name}: decisions of rule {rule.name!r} without {', '.join(missing)}",
-            hint="tune again, or add what the rule itself takes: " + ", ".join(f"{k}={default[k]}" for k in missing),
-        )

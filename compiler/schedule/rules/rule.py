@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+from kedge.compiler.errors import ScheduleError
 from kedge.compiler.schedule.schedule import Schedule
 from kedge.compiler.target.core import TargetModel
 from kedge.compiler.tir.stmt import PrimFunc
 
-__all__ = ["Decisions", "Rule", "Space", "TargetModel"]
+__all__ = ["Decisions", "Rule", "Space", "TargetModel", "check_complete"]
 
 #: A choice for each named decision of a rule's space. Plain JSON.
 Decisions: TypeAlias = Mapping[str, Any]
@@ -42,3 +43,14 @@ class Rule(Protocol[TargetT]):
 
     def apply(self, sch: Schedule, decisions: Decisions, target: TargetT) -> None:
         """Schedule `sch`, which holds a function that the rule matches."""
+
+
+def check_complete(rule: Rule[TargetT], func: PrimFunc, target: TargetT, decisions: Decisions) -> None:
+    """Refuse decisions that lack one of the rule's, as those do that were saved before the rule had it."""
+    missing = sorted(rule.space(func, target).keys() - decisions.keys())
+    if missing:
+        default = rule.default(func, target)
+        raise ScheduleError(
+            f"{func.name}: decisions of rule {rule.name!r} without {', '.join(missing)}",
+            hint="tune again, or add what the rule itself takes: " + ", ".join(f"{k}={default[k]}" for k in missing),
+        )
